@@ -28,21 +28,15 @@ Parse = Callable[[Sequence[str]], Any]
 
 @dataclass(frozen=True)
 class Bound:
-    """The range of a number; whether it is whole is said by the annotated type.
-
-    Attributes:
-        noun: what an error calls the value; the field's name if empty.
-        why: why nothing larger is allowed.
-        next_step: what to do about a larger one.
-    """
+    """The range of a number; whether it is whole is said by the annotated type."""
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    noun: str = ""
-    why: str | None = None
-    next_step: str | None = None
+    noun: str = ""  # what an error calls the value; the field's name if empty
+    why: str | None = None  # why nothing larger is allowed
+    next_step: str | None = None  # what to do about a larger one
 
     def check_number(self, where: str, value: Any, *, whole: bool) -> None:
         """Raise UsageError unless `value` is a number, whole if it must be, within the range."""
@@ -123,26 +117,18 @@ class Given:
 
 @dataclass(frozen=True)
 class Check:
-    """A rule in words of its own.
+    """A rule in words of its own."""
 
-    Attributes:
-        check: gets the field's name and value, and raises UsageError.
-    """
-
-    check: Callable[[str, Any], None]
+    check: Callable[[str, Any], None]  # gets the field's name and value, and raises UsageError
 
     sentence = ""
 
 
 @dataclass(frozen=True)
 class Also:
-    """Another name of an option on the command line, as users of other programs know it.
+    """Another name of an option on the command line, as users of other programs know it."""
 
-    Attributes:
-        name: as a field would have it.
-    """
-
-    name: str
+    name: str  # as a field would have it
 
     sentence = ""
 

@@ -69,7 +69,6 @@ MUTANTS = (
     OP.redo("cap forgotten", "d_x", cap=1.0),
     wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
 )
-PROOFS = (OP.proof(CASES, MUTANTS),)
 '''
 
 

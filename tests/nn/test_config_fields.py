@@ -13,7 +13,7 @@ from transformers import modeling_rope_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from backhand.nn.decoder import config_fields
-from backhand.nn.decoder.config_classes import READ_BESIDE_FIELDS, config_class
+from backhand.nn.decoder.config_fields import READ_BESIDE_FIELDS, config_class
 from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
 from backhand.nn.decoder.mixed_families import UNREAD_WHERE_DENSE
 from backhand.nn.decoder.rotary import _READ_BY_A_RULE, SCALING_RULES

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.kernels.builds import using
-from backhand.nn.decoder.lower_layers import LowerLayers
+from backhand.nn.decoder.decoder import LowerLayers
 from support.decode_steps import adapted
 
 

@@ -44,5 +44,5 @@ def test_what_finds_no_room_stands_alone():
     wide = scratch.take("wide", (2, 2), LIKE.double())
     assert storage(inside) != storage(large)
     assert wide.dtype == torch.float64
-    scratch.let_go(room=True)
+    scratch.let_go(reserved=True)
     assert storage(scratch.take("normed", (6, 10), LIKE)) != storage(inside)

@@ -8,10 +8,9 @@ import torch
 from backhand.nn.batch import document_runs
 from backhand.ops import causal_conv
 from backhand.ops.causal_conv import Taps, causal_conv_continued, causal_conv_reference
-from backhand.verify.cases.causal_conv import PROOFS
-from backhand.verify.runner import prove_case
+from backhand.verify.runner import load_proofs, prove_case
 
-CASES = [(proof, case) for proof in PROOFS for case in proof.cases]
+CASES = [(proof, case) for proof in load_proofs("causal_conv") for case in proof.cases]
 
 
 @pytest.mark.parametrize("elements", [1, 9, 40])

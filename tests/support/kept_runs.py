@@ -15,8 +15,7 @@ from torch import Tensor
 from backhand.kernels.builds import library
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import passes as passes_module
-from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.lower_layers import LowerLayers
+from backhand.nn.decoder.decoder import Decoder, LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.training import decoder_engine
 from backhand.training.config import TrainConfig

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import adapter_files, write_files
 from backhand.adapters.record import AdapterRecord
 from backhand.nn.lora_parameters import LoRAParameters
@@ -38,11 +39,8 @@ def save_adapter(
         CheckError: a value is not finite.
     """
     contents = adapter_files(
-        config,
+        PEFTConfig(config, base_model, task_type, revision),
         parameters,
-        base_model=base_model,
-        task_type=task_type,
-        revision=revision,
         record=record,
         card=card,
         module_names=module_names,

@@ -23,6 +23,7 @@ from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.training.rewards.batch import AnswerBatch
 from backhand.training.rewards.certificate import BOUNDS, Certificate
 from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.rollout import Judged, Rollout
 from backhand.training.step import Processes
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
@@ -63,9 +64,10 @@ def batch_of(
     ).resolved()
     asked = [row for row in rows for _ in range(GROUP)]
     certificate = Certificate(BOUNDS[decoder.dtype], lambda _: None)
-    more: dict[str, Any] = {"micro_batch_rows": 2, "processes": Processes(), "certificate": certificate}
+    judged = Judged(answers, [], rewards[None], rewards)
+    rollout = Rollout(options, None, None, (), lambda *_: 0, Processes())
     with at_temperature(decoder, TEMPERATURE):
-        return AnswerBatch(decoder, asked, answers, rewards, options, beta, **more)
+        return AnswerBatch(decoder, asked, judged, rollout, beta, micro_batch_rows=2, certificate=certificate)
 
 
 def gradients_of(decoder: Decoder, batch: AnswerBatch) -> float:

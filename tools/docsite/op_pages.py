@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
 from backhand.ops.registry import OPS
-from backhand.verify.case import OpProof
+from backhand.verify.runner import proofs_in
 from docsite.mathematics import derivation
 
 # LoRA first, then what a decoder is made of from bottom to top, then the ops for other nets.
@@ -95,7 +94,7 @@ def _code(source: str, functions: list[ast.FunctionDef]) -> list[str]:
 
 def _mutants(name: str, ops: list[str]) -> list[str]:
     """A table of the mistakes in each gradient; of one op where several share a file and its mutants."""
-    proofs: tuple[OpProof, ...] = importlib.import_module(f"backhand.verify.cases.{name}").PROOFS
+    proofs = proofs_in(name)
     by_gradient: dict[str, list[str]] = {}
     for proof in proofs:
         for mutant in proof.mutants:

@@ -14,7 +14,7 @@ from backhand.adapters.contents import AdapterContents, UnusableAdapterError, re
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
 from backhand.adapters.loading import LoadedAdapter, check_base_copies, match_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import module_adapter_files, write_files
+from backhand.adapters.peft_saving import AdapterParts, module_adapter_files, write_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import SavedModules
 from backhand.adapters.targets import Target
@@ -229,22 +229,11 @@ class InjectedAdapter:
         own_config = getattr(self.module, "config", None)
         base_model = base_model or getattr(own_config, "name_or_path", None) or None
         is_causal = type(self.module).__name__.endswith("ForCausalLM")
-        return module_adapter_files(
-            PEFTConfig(
-                self.config,
-                base_model,
-                "CAUSAL_LM" if is_causal else None,
-                fan_in_fan_out=any(kind.__name__ == "LoRAConv1D" for kind in self._plan.kinds.values()),
-            ),
-            self.targets,
-            self._plan.shapes,
-            {name: parameter.detach() for name, parameter in self.named_parameters()},
-            record,
-            card,
-            self._plan.module_names,
-            self._plan.trained,
-            wrapper,
-        )
+        plan, conv1d = self._plan, any(kind.__name__ == "LoRAConv1D" for kind in self._plan.kinds.values())
+        described = PEFTConfig(self.config, base_model, "CAUSAL_LM" if is_causal else None, fan_in_fan_out=conv1d)
+        factors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        parts = AdapterParts(described, self.targets, plan.shapes, factors, plan.trained)
+        return module_adapter_files(parts, record=record, card=card, module_names=plan.module_names, wrapper=wrapper)
 
     def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:
         """Replace the factors by those of an adapter of the same modules, ranks and scaling.
@@ -349,7 +338,6 @@ def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool 
     """Adapt `module` as the adapter in `directory` says, and load that.
 
     Args:
-        module: the base model.
         directory: in PEFT's format, by us or by PEFT.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 

@@ -10,11 +10,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
@@ -28,13 +28,20 @@ from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
 
 
+class AdapterParts(NamedTuple):
+    """What of an adapter its files hold."""
+
+    described: PEFTConfig
+    targets: Sequence[Target]
+    shapes: Sequence[FactorShapes]
+    factors: Mapping[str, Tensor]  # everything that is trained, by its name in `LoRAParameters`
+    trained: Sequence[TrainedTensor] = ()  # the tensors trained as they are
+
+
 def adapter_files(
-    config: LoRAConfig,
+    described: PEFTConfig,
     parameters: LoRAParameters,
     *,
-    base_model: str | None,
-    task_type: str | None = "CAUSAL_LM",
-    revision: str | None = None,
     record: AdapterRecord | None = None,
     card: Mapping[str, object] | None = None,
     module_names: Collection[str] | None = None,
@@ -44,7 +51,6 @@ def adapter_files(
 
     Args:
         parameters: the trained factors; written in fp32.
-        base_model: hub id or path that PEFT can open.
         record: origin and digests for backhand.json; package versions and file digests are added here.
         module_names: all linear modules of the model, see `peft_config.written_targets`.
         wrapper: the image model whose text model this is; the files then have the names of the whole.
@@ -52,35 +58,25 @@ def adapter_files(
     Raises:
         CheckError: a value is not finite.
     """
-    targets = module_values(config, list(parameters.slots), strict=False)
+    targets = module_values(described.config, list(parameters.slots), strict=False)
     for target, slot in zip(targets, parameters.slots.values(), strict=True):
         if (target.rank, target.scaling) != (slot.rank, slot.scaling):
             raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
-    return module_adapter_files(
-        PEFTConfig(config, base_model, task_type, revision),
-        targets,
-        slot_shapes(parameters.slots.values()),
-        dict(parameters.named_tensors()),
-        record,
-        card,
-        module_names,
-        list(parameters.trained.values()),
-        wrapper,
-    )
+    shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.trained.values())
+    parts = AdapterParts(described, targets, shapes, dict(parameters.named_tensors()), trained)
+    return module_adapter_files(parts, record=record, card=card, module_names=module_names, wrapper=wrapper)
 
 
 def module_adapter_files(
-    described: PEFTConfig,
-    targets: Sequence[Target],
-    shapes: Sequence[FactorShapes],
-    factors: Mapping[str, Tensor],
-    record: AdapterRecord | None,
-    card: Mapping[str, object] | None,
-    module_names: Collection[str] | None,
-    trained: Sequence[TrainedTensor] = (),
+    parts: AdapterParts,
+    *,
+    record: AdapterRecord | None = None,
+    card: Mapping[str, object] | None = None,
+    module_names: Collection[str] | None = None,
     wrapper: Wrapper | None = None,
 ) -> dict[str, bytes]:
     """The files of an adapter of any modules, see `adapter_files`."""
+    described, targets, shapes, factors, trained = parts
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
         raise CheckError(
             f"{len(bad)} of {len(factors)} factors hold values that are not finite",

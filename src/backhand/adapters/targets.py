@@ -25,7 +25,7 @@ from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
-from backhand.nn.module_shapes import ModuleShapes, embeddings_of, experts_of, parameters_of, takes_turns
+from backhand.nn.module_shapes import ModuleShapes, embeddings_of, experts_of, is_interleaved, parameters_of
 from backhand.words import name_list, nearest_names, shorten
 
 OUTPUT_HEADS = ("lm_head",)
@@ -110,7 +110,7 @@ def target_slot(target: Target, module_shapes: Mapping[str, tuple[int, int]], co
         out_features, in_features = module_shapes[target.name]
     slot = LoRASlot(target.name, in_features, out_features, target.rank, target.scaling)
     if stacked is not None:
-        return replace(slot, experts=stacked[0], interleaved=takes_turns(module_shapes, target.name))
+        return replace(slot, experts=stacked[0], interleaved=is_interleaved(module_shapes, target.name))
     slot = replace(slot, use_dora=config.use_dora, lora_bias=config.lora_bias)
     if embedding is None:
         return replace(slot, dropout=config.dropout)

@@ -53,16 +53,12 @@ def draw_compression(source: AdapterFactors, adapter: ComputedAdapter, error: fl
 
 @dataclass(frozen=True)
 class Compression:
-    """What came of it.
-
-    Attributes:
-        stored_bytes: size of the new file of tensors.
-    """
+    """What came of it."""
 
     source: AdapterFactors
     adapter: ComputedAdapter
     error: float
-    stored_bytes: int
+    stored_bytes: int  # size of the new file of tensors
 
 
 def compress_adapter(options: CompressOptions) -> Compression:

@@ -20,7 +20,7 @@ from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import FactorShapes
-from backhand.adapters.peft_saving import module_adapter_files
+from backhand.adapters.peft_saving import AdapterParts, module_adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target
 from backhand.arithmetic.adapter_factors import AdapterFactors
@@ -30,17 +30,11 @@ from backhand.nn.loading.source import ModelSource
 
 @dataclass(frozen=True)
 class ComputedModule:
-    """One module.
+    """One module."""
 
-    Attributes:
-        factors: float32, or the narrower dtype they are written in; scaling 1.
-        norm: ‖ΔW‖_F of what was to be written.
-        lost: ‖ΔW − what is written‖_F, rounding included.
-    """
-
-    factors: ModuleFactors
-    norm: float
-    lost: float
+    factors: ModuleFactors  # float32, or the narrower dtype they are written in; scaling 1
+    norm: float  # ‖ΔW‖_F of what was to be written
+    lost: float  # ‖ΔW − what is written‖_F, rounding included
 
     @property
     def error(self) -> float:
@@ -118,7 +112,7 @@ def computed_files(
         )
         for name, module in modules.items()
     ]
-    return module_adapter_files(described, targets, shapes, tensors, record, facts, None)
+    return module_adapter_files(AdapterParts(described, targets, shapes, tensors), record=record, card=facts)
 
 
 def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> dict[str, Any]:

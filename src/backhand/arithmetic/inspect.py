@@ -29,8 +29,8 @@ from backhand.arithmetic.look_options import InspectOptions
 from backhand.arithmetic.low_rank import update_directions
 from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
-from backhand.nn.loading.smollm2 import HUB_ID, NAME
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID
 from backhand.printing import bounded
 from backhand.terminal import console_for_tables
 from backhand.words import name_list
@@ -124,9 +124,9 @@ def _named_base(adapter: AdapterFactors) -> ModelSource | None:
     name = adapter.described.base_model
     if name is None:
         return None
-    if name == HUB_ID:
+    if name == SMOLLM2_HUB_ID:
         try:
-            return open_model(NAME)
+            return open_model(SMOLLM2)
         except ArtifactError:
             pass  # then perhaps from the hub's cache
     return open_model(name, revision=adapter.described.revision, fetch=False)
@@ -226,27 +226,18 @@ _HEADER = "header"
 
 @dataclass(frozen=True)
 class ModuleInspection:
-    """One module.
-
-    Attributes:
-        shape: (out, in) of ΔW.
-        norm: ‖ΔW‖_F.
-        weight_norm: ‖W‖_F of the base weight; None without a base model.
-        effective_rank: 0 for a zero update.
-        needed_rank: for the error asked for.
-        singular_values: of ΔW, descending, as many as the rank and the shape allow.
-    """
+    """One module."""
 
     module: str
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (out, in) of ΔW
     rank: int
     alpha: float
     scaling: float
-    norm: float
-    weight_norm: float | None
-    effective_rank: float
-    needed_rank: int
-    singular_values: tuple[float, ...]
+    norm: float  # ‖ΔW‖_F
+    weight_norm: float | None  # ‖W‖_F of the base weight; None without a base model
+    effective_rank: float  # 0 for a zero update
+    needed_rank: int  # for the error asked for
+    singular_values: tuple[float, ...]  # of ΔW, descending, as many as the rank and the shape allow
 
     @property
     def relative_norm(self) -> float | None:

@@ -24,19 +24,12 @@ from backhand.adapters.module_factors import ModuleFactors
 
 
 class UpdateDirections(NamedTuple):
-    """Singular values and vectors of an update, leading first, in float64.
+    """Singular values and vectors of an update, leading first, in float64."""
 
-    Attributes:
-        left: (out, k).
-        values: (k,).
-        right: (in, k).
-        floor: what rounding alone makes of a singular value that is zero: smaller ones mean nothing.
-    """
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-    floor: float = 0.0
+    left: Tensor  # (out, k)
+    values: Tensor  # (k,)
+    right: Tensor  # (in, k)
+    floor: float = 0.0  # what rounding alone makes of a singular value that is zero: smaller ones mean nothing
 
     @property
     def rank(self) -> int:

@@ -34,17 +34,11 @@ _YIELDS = {"eval_fraction": "eval_data"}
 
 
 class Prepared(NamedTuple):
-    """A command line that was parsed: all that is left is to run it.
+    """A command line that was parsed: all that is left is to run it."""
 
-    Attributes:
-        function: takes nothing; a number that it returns is the exit code, anything else is 0.
-        report_of: the run about which it proves something, if any: its report is written again.
-        name_origin: makes an error about an option say where the user wrote it.
-    """
-
-    function: Callable[[], object]
-    report_of: Path | None
-    name_origin: Callable[[UsageError], None]
+    function: Callable[[], object]  # takes nothing; a number that it returns is the exit code, anything else is 0
+    report_of: Path | None  # the run about which it proves something, if any: its report is written again
+    name_origin: Callable[[UsageError], None]  # makes an error about an option say where the user wrote it
 
 
 def command(

@@ -23,26 +23,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class OptionField:
-    """One field of an options dataclass.
+    """One field of an options dataclass."""
 
-    Attributes:
-        name: the field's name, unique over all sections; `--` and dashes make it an option.
-        section: names of the dataclass fields that lead to it, () at the top.
-        title: heading of its section in the help: how the docstring of the section's dataclass begins.
-        default: its default value, `dataclasses.MISSING` where it has none.
-        help: the docstring under the field, and the range that stands beside it.
-        parse: makes its value of the words given, for a type that no command line knows.
-        also: other names that the command line takes for it, as they are typed.
-    """
-
-    name: str
-    section: tuple[str, ...]
-    title: str
+    name: str  # the field's name, unique over all sections; `--` and dashes make it an option
+    section: tuple[str, ...]  # names of the dataclass fields that lead to it, () at the top
+    title: str  # heading of its section in the help: how the docstring of the section's dataclass begins
     hint: Any
-    default: Any
-    help: str
-    parse: Parse | None
-    also: tuple[str, ...] = ()
+    default: Any  # its default value, `dataclasses.MISSING` where it has none
+    help: str  # the docstring under the field, and the range that stands beside it
+    parse: Parse | None  # makes its value of the words given, for a type that no command line knows
+    also: tuple[str, ...] = ()  # other names that the command line takes for it, as they are typed
 
     @property
     def option(self) -> str:

@@ -153,15 +153,11 @@ class DataReport:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Examples and what became of the rows they were made from.
-
-    Attributes:
-        held_out_share: of the rows that were there, drawn from the seed and no longer among these.
-    """
+    """Examples and what became of the rows they were made from."""
 
     examples: tuple[Example, ...]
     report: DataReport = field(default_factory=DataReport)
-    held_out_share: float = 0.0
+    held_out_share: float = 0.0  # of the rows that were there, drawn from the seed and no longer among these
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -299,17 +295,11 @@ def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) ->
 
 @dataclass(frozen=True)
 class ViewedToken:
-    """One token.
+    """One token."""
 
-    Attributes:
-        input_id: its number.
-        text: what it decodes to, or the tokenizer's own spelling where it is part of a character.
-        supervised: whether it is a target.
-    """
-
-    input_id: int
-    text: str
-    supervised: bool
+    input_id: int  # its number
+    text: str  # what it decodes to, or the tokenizer's own spelling where it is part of a character
+    supervised: bool  # whether it is a target
 
 
 def view_tokens(example: Example, tokenizer: Any) -> list[ViewedToken]:

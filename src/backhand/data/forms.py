@@ -17,19 +17,12 @@ from backhand.words import name_list
 
 @dataclass(frozen=True)
 class Form:
-    """One form of row.
+    """One form of row."""
 
-    Attributes:
-        columns: all of these must be there.
-        kind: how they are read.
-        optional: further columns that belong to the form.
-        system: a column of the form's own for what `system` holds beside the others.
-    """
-
-    columns: tuple[str, ...]
-    kind: str
-    optional: tuple[str, ...] = ()
-    system: str | None = None
+    columns: tuple[str, ...]  # all of these must be there
+    kind: str  # how they are read
+    optional: tuple[str, ...] = ()  # further columns that belong to the form
+    system: str | None = None  # a column of the form's own for what `system` holds beside the others
 
     @property
     def name(self) -> str:

@@ -48,39 +48,26 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of problem.
+    """One kind of problem."""
 
-    Attributes:
-        kind: its name, stable for scripts.
-        severity: `error` stops training (unless `--skip-bad`), `warning` does not.
-        count: rows or documents concerned.
-        where: the first few places, `file:line`.
-    """
-
-    kind: str
-    severity: Severity
-    count: int
+    kind: str  # its name, stable for scripts
+    severity: Severity  # `error` stops training (unless `--skip-bad`), `warning` does not
+    count: int  # rows or documents concerned
     what: str
-    where: tuple[str, ...]
+    where: tuple[str, ...]  # the first few places, `file:line`
     remedy: str
 
 
 @dataclass(frozen=True)
 class LintReport:
-    """Everything that `lint` found.
-
-    Attributes:
-        lengths: quantiles of the training documents' tokens, and of their supervised tokens.
-        template: habits of the chat template, a sentence each.
-        not_checked: kinds of finding that could not be looked for, and why.
-    """
+    """Everything that `lint` found."""
 
     train: DataReport
     held_out: DataReport | None
-    lengths: dict[str, dict[str, int]]
-    template: tuple[str, ...]
+    lengths: dict[str, dict[str, int]]  # quantiles of the training documents' tokens, and of their supervised tokens
+    template: tuple[str, ...]  # habits of the chat template, a sentence each
     findings: tuple[Finding, ...]
-    not_checked: dict[str, str]
+    not_checked: dict[str, str]  # kinds of finding that could not be looked for, and why
 
     @property
     def errors(self) -> int:

@@ -34,7 +34,6 @@ def pack(examples: Iterable[Example], *, share: bool = False, device: torch.devi
     Args:
         examples: any number, in any order, which the batch's `ends` keep.
         share: whether tokens with which several of them begin stand in the batch once, where that saves enough.
-        device: where the tensors go.
 
     Returns:
         input_ids and labels (tokens,) int64, and the segments that the documents consist of.
@@ -307,16 +306,11 @@ class Sampler:
     """Every epoch is a new permutation of all rows, cut into steps; the last step of an epoch may be smaller.
 
     The order follows from seed and epoch alone, so the position in the data is one number, the step.
-
-    Attributes:
-        rows: how many rows there are, at least 1.
-        batch_rows: rows per step, at least 1.
-        seed: of the order.
     """
 
-    rows: int
-    batch_rows: int
-    seed: int
+    rows: int  # how many rows there are, at least 1
+    batch_rows: int  # rows per step, at least 1
+    seed: int  # of the order
 
     @property
     def steps_per_epoch(self) -> int:

@@ -54,19 +54,12 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, the answers to which are rewarded.
+    """A prompt, the answers to which are rewarded."""
 
-    Attributes:
-        question: as it is rendered.
-        prompt: as reward functions are given it: text, or a list of messages.
-        columns: all others of the row, by name.
-        source: where the row stands.
-    """
-
-    question: Conversation | Completion
-    prompt: Any
-    columns: Mapping[str, Any]
-    source: str
+    question: Conversation | Completion  # as it is rendered
+    prompt: Any  # as reward functions are given it: text, or a list of messages
+    columns: Mapping[str, Any]  # all others of the row, by name
+    source: str  # where the row stands
 
     @property
     def reference(self) -> str | None:

@@ -30,16 +30,11 @@ Rounding = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ModuleLoss:
-    """What one merged module's stored weight lost.
-
-    Attributes:
-        lost: ‖stored − W'‖ / ‖update‖.
-        update: ‖update‖ / ‖W‖.
-    """
+    """What one merged module's stored weight lost."""
 
     name: str
-    lost: float
-    update: float
+    lost: float  # ‖stored − W'‖ / ‖update‖
+    update: float  # ‖update‖ / ‖W‖
 
 
 @dataclass

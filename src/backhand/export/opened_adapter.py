@@ -25,16 +25,11 @@ _WITHOUT_ENGINE = (
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """What a command starts from.
-
-    Attributes:
-        config: its family as data.
-        shapes: (out, in) of every linear module.
-    """
+    """What a command starts from."""
 
     source: ModelSource
-    config: DecoderConfig
-    shapes: dict[str, tuple[int, int]]
+    config: DecoderConfig  # its family as data
+    shapes: dict[str, tuple[int, int]]  # (out, in) of every linear module
     loaded: LoadedAdapter
     factors: dict[str, ModuleFactors]
     documents: list[list[int]]

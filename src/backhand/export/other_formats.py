@@ -26,7 +26,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import slot_shapes
-from backhand.adapters.peft_saving import module_adapter_files
+from backhand.adapters.peft_saving import AdapterParts, module_adapter_files
 from backhand.adapters.targets import Target
 from backhand.adapters.tensor_file import read_json_object, read_tensors, tensor_bytes
 from backhand.errors import ArtifactError, UsageError
@@ -153,17 +153,8 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     names = list(opened.shapes)
     wrapper = None if text_model else opened.source.wrapper
     if not uniform:
-        return module_adapter_files(
-            described,
-            loaded.targets,
-            loaded.shapes,
-            loaded.factors,
-            loaded.record,
-            None,
-            names,
-            loaded.trained,
-            wrapper,
-        )
+        parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
+        return module_adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
     rank = max(one.rank for one in opened.factors.values())
     scaling = Counter(one.scaling for one in opened.factors.values()).most_common(1)[0][0]
     alpha = round(scaling * rank, 9)
@@ -173,13 +164,6 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     slots = [LoRASlot(name, opened.shapes[name][1], opened.shapes[name][0], rank, alpha / rank) for name in factors]
     tensors = {f"{name}.lora_A": one.lora_A for name, one in factors.items()}
     tensors |= {f"{name}.lora_B": one.lora_B for name, one in factors.items()}
-    return module_adapter_files(
-        PEFTConfig(config, described.base_model, described.task_type, described.revision),
-        targets,
-        slot_shapes(slots),
-        tensors,
-        loaded.record,
-        None,
-        names,
-        wrapper=wrapper,
-    )
+    described = PEFTConfig(config, described.base_model, described.task_type, described.revision)
+    parts = AdapterParts(described, targets, slot_shapes(slots), tensors)
+    return module_adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)

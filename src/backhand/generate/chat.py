@@ -95,17 +95,11 @@ def _talk(conversation: Conversation, interactive: bool) -> None:
 
 @dataclass
 class Voice:
-    """One that answers: the base model or the adapted one, each with the conversation as it went for that one.
+    """One that answers: the base model or the adapted one, each with the conversation as it went for that one."""
 
-    Attributes:
-        label: printed above its answers; None where it is the only one.
-        begin: makes the model compute as this voice does.
-        messages: system, user and assistant turns so far.
-    """
-
-    label: str | None = None
-    begin: Callable[[], None] = lambda: None
-    messages: list[Message] = field(default_factory=list)
+    label: str | None = None  # printed above its answers; None where it is the only one
+    begin: Callable[[], None] = lambda: None  # makes the model compute as this voice does
+    messages: list[Message] = field(default_factory=list)  # system, user and assistant turns so far
 
 
 def _voices(loaded: LoadedModel, options: ChatOptions) -> list[Voice]:

@@ -37,19 +37,12 @@ ROWS_AT_ONCE = 64
 
 @dataclass
 class Sampled:
-    """One answer.
+    """One answer."""
 
-    Attributes:
-        tokens: its ids, the stop token among them.
-        log_p: of each, when it was drawn.
-        entropy: Σ over its tokens of the entropy of what each was drawn from, in nats.
-        stopped: whether it ended with a stop token.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    log_p: list[float] = field(default_factory=list)
-    entropy: float = 0.0
-    stopped: bool = False
+    tokens: list[int] = field(default_factory=list)  # its ids, the stop token among them
+    log_p: list[float] = field(default_factory=list)  # of each, when it was drawn
+    entropy: float = 0.0  # Σ over its tokens of the entropy of what each was drawn from, in nats
+    stopped: bool = False  # whether it ended with a stop token
 
 
 @contextmanager

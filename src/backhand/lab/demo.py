@@ -267,16 +267,11 @@ BOUND = 1e-4
 
 @dataclass(frozen=True)
 class PeftParity:
-    """How far PEFT's logits are from ours, in float32.
+    """How far PEFT's logits are from ours, in float32."""
 
-    Attributes:
-        relative: ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions.
-        effect: ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all.
-    """
-
-    relative: float
+    relative: float  # ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions
     largest: float
-    effect: float
+    effect: float  # ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all
     positions: int
 
     @property

@@ -206,7 +206,7 @@ def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[
     return tuple(runs)
 
 
-# Elements at whose multiples a buffer in the room begins: whole lines of the caches, whatever the dtype.
+# Elements at whose multiples a buffer in the reserved memory begins: whole lines of the caches, whatever the dtype.
 _LINE = 64
 
 
@@ -251,10 +251,10 @@ class Scratch:
         self._taken = -(-end // _LINE) * _LINE
         return found
 
-    def let_go(self, *, room: bool = False) -> None:
-        """Forget the buffers: whoever takes one next gets a new one; with `room`, what is reserved as well."""
+    def let_go(self, *, reserved: bool = False) -> None:
+        """Forget the buffers: whoever takes one next gets a new one; with `reserved`, what is reserved as well."""
         self._buffers.clear()
         self._views.clear()
         self._taken = 0
-        if room:
+        if reserved:
             self._room = None

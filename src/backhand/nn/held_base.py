@@ -32,7 +32,6 @@ def stays_quantized(
 
     Args:
         options: `base` and `quantize` as asked for.
-        device: where to compute.
         one_at_a_time: whether it will answer one prompt after the other.
     """
     if options.base != "auto" or options.quantize is not None:

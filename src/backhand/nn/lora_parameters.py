@@ -37,7 +37,7 @@ class LoRASlot:
         experts: how many experts' matrices, (out_features, in_features) each, are one parameter; 0 for a module. Their
             factors lie in two matrices as PEFT has them: expert by expert in lora_A's rows, rank by rank in lora_B's
             columns (`expert_factors`).
-        interleaved: whether the rows of the experts' lora_B are gate's and up's in turns, as PEFT has them where the
+        interleaved: whether the rows of the experts' lora_B are gate's and up's interleaved, as PEFT has them where the
             parameter's outputs are; the matrices here have gate's rows before up's.
     """
 
@@ -109,7 +109,6 @@ class LoRAParameters:
 
     Args:
         slots: the adapted modules; names must be unique.
-        device: where the buffers live.
         dtype: float32 in training; float64 in proofs.
 
     Attributes:
@@ -260,7 +259,7 @@ class LoRAParameters:
         slot, lora_A, lora_B = self.slots[name], self.lora_A(name), self.lora_B(name)
         if slot.experts:
             lora_A, lora_B = expert_factors(lora_A, lora_B, slot.experts)
-            lora_B = in_turns(lora_B).flatten(1, 2) if slot.interleaved else lora_B
+            lora_B = gate_and_up(lora_B).flatten(1, 2) if slot.interleaved else lora_B
         return slot.scaling * (lora_B @ lora_A).view(-1, slot.in_features)
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -274,12 +273,12 @@ def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor
 
     Args:
         lora_A: (experts · rank, in), one expert's rows below the other's.
-        lora_B: (out, rank · experts), in whose columns the experts take turns.
+        lora_B: (out, rank · experts), in whose columns the experts are interleaved.
     """
     return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
-def in_turns(lora_B: Tensor) -> Tensor:
-    """View of experts' lora_B whose rows are gate's and up's in turns, (experts, 2f, rank): (experts, 2, f, rank)."""
-    turns: Tensor = lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
-    return turns
+def gate_and_up(lora_B: Tensor) -> Tensor:
+    """View of experts' lora_B with interleaved rows of gate and up, (experts, 2f, rank): (experts, 2, f, rank)."""
+    apart: Tensor = lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
+    return apart

@@ -20,7 +20,7 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         frozen: names of parameters without a gradient by hand, which `modules_to_save` cannot choose.
         experts: (experts, out, in) of every parameter that holds the matrices of all experts, which
             `target_parameters` chooses from.
-        interleaved: those of them whose outputs are gate's and up's in turns.
+        interleaved: those of them whose outputs are gate's and up's interleaved.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ def experts_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int,
     return shapes.experts if isinstance(shapes, ModuleShapes) else {}
 
 
-def takes_turns(shapes: Mapping[str, tuple[int, int]], parameter: str) -> bool:
-    """Whether the outputs of a parameter of experts are gate's and up's in turns."""
+def is_interleaved(shapes: Mapping[str, tuple[int, int]], parameter: str) -> bool:
+    """Whether the outputs of a parameter of experts are gate's and up's interleaved."""
     return isinstance(shapes, ModuleShapes) and parameter in shapes.interleaved
 
 
@@ -75,8 +75,8 @@ def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
             wanted, there = (slot.experts, *wanted), shapes.experts.get(name)
         if there != wanted:
             raise ValueError(f"{name}: adapter is for {wanted}, model has {there}")
-        if slot.interleaved != takes_turns(shapes, name):
-            raise ValueError(f"{name}: gate's and up's rows take turns either in the adapter or in the model alone")
+        if slot.interleaved != is_interleaved(shapes, name):
+            raise ValueError(f"{name}: gate's and up's rows are interleaved in one of adapter and model alone")
     for tensor in lora.trained.values():
         base = shapes.parameters.get(tensor.base_name, ())
         found = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])

@@ -192,7 +192,6 @@ def attention_backward(
 
     Args:
         d_y: ∂L/∂O.
-        saved: from the forward pass.
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
         again: (tokens, heads, head_dim) to receive O, or None.
     """

@@ -234,7 +234,6 @@ def attention_blocks_backward(
 
     Args:
         d_y: ∂L/∂O.
-        saved: from the forward pass.
         out: tensors (views are fine) to receive the gradients, or None.
     """
     q, k, v, scaling, window, cap, sinks = saved

@@ -91,8 +91,6 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
     """Map d_y, (tokens, channels), to the gradient derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         out: (tokens, channels) to receive d_x, or None.
     """
     x, taps, runs, silu = saved
@@ -113,9 +111,7 @@ def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], y: Te
 
     Args:
         mode: PLAIN; WITH_SILU; or GATED, with x (tokens, 3 channels) as in `gated_conv`.
-        x: the input.
         taps: weight and bias.
-        runs: the documents.
         y: to receive the result.
     """
     run = loop(_FORWARD, x, *taps, y)

@@ -80,8 +80,6 @@ def clamped_glu_backward(d_y: Tensor, saved: ClampedGLUSaved, *, out: Tensor | N
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         out: (..., 2n) to receive [d_gate | d_up] side by side, or None.
     """
     n, (gain, limit) = d_y.shape[-1], saved.clamp

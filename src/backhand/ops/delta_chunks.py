@@ -76,15 +76,10 @@ class _Kept(NamedTuple):
 
 
 class HeadBytes(NamedTuple):
-    """What backward holds for each token and key head of those that are taken at once.
+    """What backward holds for each token and key head of those that are taken at once."""
 
-    Attributes:
-        kept: from the chunks' forward to their backward.
-        at_work: of a token in the step that is being differentiated, beside.
-    """
-
-    kept: int
-    at_work: int
+    kept: int  # from the chunks' forward to their backward
+    at_work: int  # of a token in the step that is being differentiated, beside
 
 
 class HeadSizes(NamedTuple):
@@ -109,9 +104,6 @@ def heads_at_once(heads: int, tokens: int, step_tokens: int, width: int, kept: i
     """How many key heads are taken at once: see STEP_ELEMENTS and KEPT_BYTES.
 
     Args:
-        heads: there are.
-        tokens: of the pack.
-        step_tokens: of the largest step.
         width: of the larger one of key and value, of a key head's whole group.
         kept: bytes of a token and key head.
         on_cpu: else there are no caches to stay in.
@@ -186,8 +178,6 @@ def _scan(
     """Run through steps that follow one another.
 
     Args:
-        saved: the op's inputs.
-        steps: of some documents.
         part: which key heads.
         out: o of all heads, to be written; or None.
         begin: (documents, value heads of the part, key width, value width), the states before the documents; None for

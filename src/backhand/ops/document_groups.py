@@ -199,7 +199,6 @@ def set_keys(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
 
     Args:
         x: (documents, before + length, key/value heads, head_dim).
-        group: of the documents.
         out: (tokens, key/value heads, head_dim).
         shares: (tokens that others continue, key/value heads, head_dim), float32 or wider, where they add up.
     """

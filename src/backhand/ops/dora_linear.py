@@ -109,7 +109,6 @@ def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient:
 
     Args:
         d_y: ∂L/∂y, (..., out).
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x, for the lowest adapted layer.
     """
     x, weight, lora_A, lora_B, magnitude, norm, h, scaling, dropout = saved

@@ -66,7 +66,6 @@ def sums_by_id(ids: Tensor, rows: Tensor, count: int) -> Tensor:
     Args:
         ids: (positions,) int64 in [0, count).
         rows: (positions, n).
-        count: of the ids.
     """
     present, places = torch.unique(ids, return_inverse=True)
     sums = torch.zeros(len(present), rows.shape[1], dtype=sums_dtype(rows), device=rows.device)

@@ -107,8 +107,6 @@ def expert_linear_backward(
     """Map d_y, (rows, out), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x.
         into: of lora_A's and lora_B's shapes, in x's dtype or wider and of any strides, to which their gradients are
             added, and which are returned; None for fresh ones.

@@ -115,7 +115,6 @@ def weigh_forward(p: Tensor, weights: Tensor, routing: Routing, out: Tensor | No
     Args:
         p: (rows, n), in the routing's order.
         weights: w, (tokens, k).
-        routing: of these choices.
         out: (rows, n) to receive p̂, p itself perhaps where no backward follows; a new one if not given.
 
     Returns:

@@ -61,8 +61,6 @@ def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | Non
     """Map d_y, (tokens, channels), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         out: (tokens, 3 channels) to receive [d_B | d_C | d_x], or None.
     """
     bcx, taps, runs = saved

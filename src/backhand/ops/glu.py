@@ -106,8 +106,6 @@ def glu_backward(
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
         out: (..., 2n) to receive [d_gate | d_up] side by side, perhaps where a and u stand; or None.
         again: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.

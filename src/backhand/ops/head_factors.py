@@ -31,7 +31,6 @@ class AdaptedHead:
     """The factors in one pass over the rows.
 
     Args:
-        factors: the head's.
         x: (rows, hidden), all of them.
 
     Attributes:

@@ -50,8 +50,6 @@ def linear_backward(d_y: Tensor, saved: LinearSaved, *, input_gradient: bool = T
     """Map d_y, (..., out), to the gradients derived in the module docstring; no rows give zero gradients.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x.
     """
     x, weight, has_bias = saved

@@ -104,8 +104,6 @@ def lora_conv_backward(d_y: Tensor, saved: LoRAConvSaved, *, input_gradient: boo
     """Map d_y, (batch, out, *L'), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x, for the lowest adapted layer.
     """
     geometry, groups = saved.geometry, saved.geometry.groups

@@ -98,7 +98,6 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
 
     Args:
         d_y: ∂L/∂y, the layers' gradients side by side.
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x.
     """
     x, weight, group, h = saved

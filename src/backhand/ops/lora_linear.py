@@ -110,7 +110,6 @@ def lora_linear_backward(d_y: Tensor, saved: LoRASaved, *, input_gradient: bool 
 
     Args:
         d_y: ∂L/∂y, (..., out).
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x, the largest product, for the lowest adapted layer.
     """
     x, weight, lora_A, lora_B, h, scaling, dropout = saved

@@ -147,8 +147,6 @@ def rms_norm_backward(
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
         residual: (..., n) added to d_x, for the stream that went around the norm, or None.
         out: (..., n) to receive d_x; it may be d_y itself.

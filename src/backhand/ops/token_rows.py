@@ -129,8 +129,6 @@ def token_linear_backward(d_y: Tensor, saved: TokenLinearSaved, *, input_gradien
     """Map d_y, (..., vocab), to the gradients derived in the module docstring.
 
     Args:
-        d_y: ∂L/∂y.
-        saved: from the forward pass.
         input_gradient: False skips ∂L/∂x.
     """
     x, weight, token_rows, token_ids = saved

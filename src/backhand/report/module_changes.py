@@ -30,17 +30,11 @@ _BESIDE = (
 
 
 class AdapterChanges(NamedTuple):
-    """What an adapter has changed.
+    """What an adapter has changed."""
 
-    Attributes:
-        modules: in forward order; empty where nothing can be read.
-        source: which adapter of the run it is, or why there is none to read.
-        beside: what else is trained that ΔW leaves out, a phrase each.
-    """
-
-    modules: list[ModuleInspection]
-    source: str
-    beside: tuple[str, ...] = ()
+    modules: list[ModuleInspection]  # in forward order; empty where nothing can be read
+    source: str  # which adapter of the run it is, or why there is none to read
+    beside: tuple[str, ...] = ()  # what else is trained that ΔW leaves out, a phrase each
 
 
 def changes_of(run: RunRecord) -> AdapterChanges:

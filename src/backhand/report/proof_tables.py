@@ -24,17 +24,12 @@ _BY_COMMAND = {"export": "export", "merge": "merge", "verify": "gradients"}
 
 @dataclass(frozen=True)
 class ProofTable:
-    """The statements of one kind.
+    """The statements of one kind."""
 
-    Attributes:
-        kind: key in KINDS.
-        lines: fields of `Proof`, whatever is missing empty; none where it was not run.
-    """
-
-    kind: str
+    kind: str  # key in KINDS
     title: str
     command: str
-    lines: tuple[Mapping[str, Any], ...]
+    lines: tuple[Mapping[str, Any], ...]  # fields of `Proof`, whatever is missing empty; none where it was not run
 
     @property
     def failed(self) -> int:

@@ -48,16 +48,11 @@ class Checkpoint:
 
 @dataclass(eq=False)
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run."""
 
-    Attributes:
-        directory: `checkpoints/` of the run; it exists.
-        warn: told, in one sentence, of what was found damaged.
-    """
-
-    directory: Path
+    directory: Path  # `checkpoints/` of the run; it exists
     files: FileLayer
-    warn: Callable[[str], None]
+    warn: Callable[[str], None]  # told, in one sentence, of what was found damaged
 
     def save(self, step: int, contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
         """Write a checkpoint of this step, in place of one of the same step if there is one, and point `latest` to it.

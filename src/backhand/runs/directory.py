@@ -359,25 +359,15 @@ ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "ex
 
 @dataclass(frozen=True)
 class Proof:
-    """One checked statement.
+    """One checked statement."""
 
-    Attributes:
-        proof: the statement, in words.
-        passed: whether it held.
-        value: the measured figure.
-        bound: what the figure was held against; None where it only informs.
-        command: which command checked it.
-        kind: what the statement is about; the report has a table for each.
-        detail: where the figure is largest, or what it compares with.
-    """
-
-    proof: str
-    passed: bool
-    value: float | str | None
-    bound: float | str | None = None
-    command: str = "train"
-    kind: ProofKind = "guards"
-    detail: str = ""
+    proof: str  # the statement, in words
+    passed: bool  # whether it held
+    value: float | str | None  # the measured figure
+    bound: float | str | None = None  # what the figure was held against; None where it only informs
+    command: str = "train"  # which command checked it
+    kind: ProofKind = "guards"  # what the statement is about; the report has a table for each
+    detail: str = ""  # where the figure is largest, or what it compares with
 
 
 ProofLog = Callable[[Proof], None]

@@ -139,19 +139,12 @@ def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
 
 @dataclass
 class Search:
-    """A search in its directory, as one process works on it.
+    """A search in its directory, as one process works on it."""
 
-    Attributes:
-        config: of the search.
-        shared: what all trials have in common.
-        rows: training rows.
-        run_s: what a run takes from beginning to end, as far as it is known.
-    """
-
-    config: SearchConfig
-    shared: Shared
-    rows: int = 0
-    run_s: float | None = None
+    config: SearchConfig  # of the search
+    shared: Shared  # what all trials have in common
+    rows: int = 0  # training rows
+    run_s: float | None = None  # what a run takes from beginning to end, as far as it is known
 
     def __post_init__(self) -> None:
         self.directory = self.config.run.output

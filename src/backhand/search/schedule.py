@@ -40,19 +40,12 @@ Wait = Literal["wait"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rules of one search.
+    """The rules of one search."""
 
-    Attributes:
-        options: of the search.
-        dimensions: what is varied.
-        given: the values of the options as they are given, those of the first trial.
-        seed: of the run, and of the sampler.
-    """
-
-    options: SearchOptions
-    dimensions: tuple[Dimension, ...]
-    given: Values
-    seed: int
+    options: SearchOptions  # of the search
+    dimensions: tuple[Dimension, ...]  # what is varied
+    given: Values  # the values of the options as they are given, those of the first trial
+    seed: int  # of the run, and of the sampler
 
     @property
     def stages(self) -> tuple[Stage, ...]:

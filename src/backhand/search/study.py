@@ -33,31 +33,18 @@ _NAME = "backhand"
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search, as the journal has it.
+    """One run of a search, as the journal has it."""
 
-    Attributes:
-        number: of the trial, from 0; the first has the options as they are given.
-        values: of what is varied.
-        seed: of the run.
-        repeats: the trial whose values it has with another seed; None for one of its own.
-        goal: the stage it is to come to, from 1.
-        done: the stage it has come to; 0 for none.
-        losses: the best held-out loss until each stage.
-        steps: optimizer steps done.
-        spent_s: time it took so far.
-        failed: why it cannot go on, or None.
-    """
-
-    number: int
-    values: Values
-    seed: int
-    repeats: int | None = None
-    goal: int = 1
-    done: int = 0
-    losses: tuple[float, ...] = ()
-    steps: int = 0
-    spent_s: float = 0.0
-    failed: str | None = None
+    number: int  # of the trial, from 0; the first has the options as they are given
+    values: Values  # of what is varied
+    seed: int  # of the run
+    repeats: int | None = None  # the trial whose values it has with another seed; None for one of its own
+    goal: int = 1  # the stage it is to come to, from 1
+    done: int = 0  # the stage it has come to; 0 for none
+    losses: tuple[float, ...] = ()  # the best held-out loss until each stage
+    steps: int = 0  # optimizer steps done
+    spent_s: float = 0.0  # time it took so far
+    failed: str | None = None  # why it cannot go on, or None
 
     @property
     def name(self) -> str:
@@ -78,8 +65,6 @@ class Study:
     """The trials of one search; every method is to be called inside `locked`.
 
     Args:
-        directory: of the search.
-        dimensions: what is varied.
         given: the values of the options as they are given, which may lie outside.
 
     Raises:

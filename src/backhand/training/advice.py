@@ -117,7 +117,6 @@ def advice(
     Args:
         config: of the run, resolved.
         usual: the rate that `auto` stands for.
-        run: its directory.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     found = None if objective == "grpo" else judged(curves, rate / usual if objective == "sft" else 1.0)

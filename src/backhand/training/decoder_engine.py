@@ -10,6 +10,7 @@ import torch
 from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import match_linear_adapter
+from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import tied_notes
@@ -19,10 +20,9 @@ from backhand.generate.engine_completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.decoder import Decoder, LowerLayers
 from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.lower_layers import LowerLayers
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
@@ -157,9 +157,8 @@ class _BoundDecoder(BoundModel):
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
         return adapter_files(
-            self.config,
+            PEFTConfig(self.config, self._base_model, "CAUSAL_LM"),
             self.lora,
-            base_model=self._base_model,
             record=record,
             card=card,
             module_names=list(self._decoder.module_shapes()),

@@ -20,7 +20,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer
 from backhand.nn.batch import PackedBatch, TokenLoss
-from backhand.nn.decoder.lower_layers import LowerLayers
+from backhand.nn.decoder.decoder import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix
@@ -96,31 +96,19 @@ class Trainable(Protocol):
 
 
 class MoreBlocks(NamedTuple):
-    """The short model and one more block of a kind.
+    """The short model and one more block of a kind."""
 
-    Attributes:
-        model: that.
-        blocks: of this kind, that an adapter keeps something of, in the whole model.
-        missing: of these, how many the short model lacks.
-    """
-
-    model: Trainable
-    blocks: int
-    missing: int
+    model: Trainable  # that
+    blocks: int  # of this kind, that an adapter keeps something of, in the whole model
+    missing: int  # of these, how many the short model lacks
 
 
 class ShortModel(NamedTuple):
-    """What is measured in place of the whole model.
+    """What is measured in place of the whole model."""
 
-    Attributes:
-        model: the head and a few blocks; or the whole.
-        more: for each kind of block.
-        below: blocks of the whole model under the lowest adapted one.
-    """
-
-    model: Trainable
-    more: Sequence[MoreBlocks] = ()
-    below: int = 0
+    model: Trainable  # the head and a few blocks; or the whole
+    more: Sequence[MoreBlocks] = ()  # for each kind of block
+    below: int = 0  # blocks of the whole model under the lowest adapted one
 
 
 class BoundModel(ABC):

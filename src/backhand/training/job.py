@@ -11,9 +11,9 @@ from backhand.data.examples import documents_of
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.engine import BoundModel
 from backhand.training.machine import Machine
+from backhand.training.measuring import quantization_notes
 from backhand.training.memory.plan import HeldBase
 from backhand.training.prepared import Outline, outline_run
-from backhand.training.quantized_loss import quantization_notes
 from backhand.training.resume import Identity
 from backhand.training.shared import Shared
 from backhand.training.starting import set_values

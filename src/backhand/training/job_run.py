@@ -69,29 +69,17 @@ from backhand.words import name_list
 
 @dataclass
 class JobRun:
-    """A job in its directory.
+    """A job in its directory."""
 
-    Attributes:
-        job: model, adapter, rows and every choice.
-        directory: of the run, locked; where another process leads, only its name.
-        observer: is told how it goes.
-        interruption: whether somebody asked to stop.
-        checkpoint: to go on from; None for a run that begins.
-        processes: that share the run; the first one writes.
-        shared: with other runs of this process.
-        pause_at: a step to stop after, with a checkpoint; None for none before the last.
-        begun: whether what lies in the directory is this run's.
-    """
-
-    job: Job
-    directory: RunDirectory
-    observer: Observers
-    interruption: Interruption
-    checkpoint: Checkpoint | None
-    processes: Processes
-    shared: Shared = field(default_factory=Shared)
-    pause_at: int | None = None
-    begun: bool = False
+    job: Job  # model, adapter, rows and every choice
+    directory: RunDirectory  # of the run, locked; where another process leads, only its name
+    observer: Observers  # is told how it goes
+    interruption: Interruption  # whether somebody asked to stop
+    checkpoint: Checkpoint | None  # to go on from; None for a run that begins
+    processes: Processes  # that share the run; the first one writes
+    shared: Shared = field(default_factory=Shared)  # with other runs of this process
+    pause_at: int | None = None  # a step to stop after, with a checkpoint; None for none before the last
+    begun: bool = False  # whether what lies in the directory is this run's
     _frozen_digest: str | None = None
 
     def train(self) -> RunSummary:

@@ -13,7 +13,7 @@ Of the rows that share a segment, any will do.
 
 The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
 rows. So each number of tokens is compared with the usual number before it is first used
-(`nn.decoder.lower_layers`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
+(`LowerLayers`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
 32nd, 1024th … batch that is put together is computed as well, through all layers below c, and compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
@@ -39,7 +39,7 @@ from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
 from backhand.files import FileLayer, write_all
 from backhand.nn.batch import Entering, PackedBatch
-from backhand.nn.decoder.lower_layers import LowerLayers
+from backhand.nn.decoder.decoder import LowerLayers
 from backhand.runs.directory import Proof, ProofLog
 
 
@@ -48,7 +48,6 @@ class StatesInMemory:
 
     Args:
         lengths: tokens of each number.
-        width: hidden size.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:

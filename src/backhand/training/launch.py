@@ -106,8 +106,8 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
 
 def _quiet_launcher() -> None:
     """What the launcher logs of a worker that ended is said better by the worker, and by us."""
-    room = "torch.distributed.elastic"
-    for name in (room, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{room}."))):
+    package = "torch.distributed.elastic"
+    for name in (package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
 
 

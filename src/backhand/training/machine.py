@@ -15,18 +15,13 @@ from backhand.training.step import Processes
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a process of a run computes.
-
-    Attributes:
-        world_size: processes that share each step.
-        here: those of them on this machine, which share its memory.
-    """
+    """Where and how a process of a run computes."""
 
     device: torch.device
     dtype: torch.dtype
     threads: int
-    world_size: int = 1
-    here: int = 1
+    world_size: int = 1  # processes that share each step
+    here: int = 1  # those of them on this machine, which share its memory
 
 
 def resolve_machine(config: TrainConfig, processes: Processes | None = None) -> Machine:

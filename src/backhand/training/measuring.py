@@ -1,4 +1,4 @@
-"""The held-out loss, mean nats per supervised token of rows never trained on; and how much of the base is forgotten."""
+"""The held-out loss, mean nats per supervised token; what the base forgets, and what quantizing it on reading costs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.split import neutral_texts
 from backhand.generate.completer import Completer
 from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading.quantizing import QuantizingSource
+from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.engine import Trainable
 from backhand.training.kept_states import KeptStates
@@ -165,3 +168,49 @@ def spread(rows: int, count: int) -> list[int]:
     """Up to `count` different places among so many rows, the first one among them."""
     count = min(rows, count)
     return [number * rows // count for number in range(count)]
+
+
+_SUPERVISED_TOKENS = 2000
+"""Of the rows that are measured: the difference of two means over the same tokens is small beside either's spread."""
+
+
+def quantization_notes(
+    source: ModelSource,
+    examples: Sequence[Example],
+    micro_batch_rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[str, ...]:
+    """A sentence on the change of the base's loss; nothing where the source is not quantized on reading.
+
+    Both bases stay as they are stored while they are measured, so that neither takes its dense size.
+
+    Args:
+        examples: the run's rows, the held-out ones first.
+    """
+    if not isinstance(source, QuantizingSource):
+        return ()
+    rows = HeldOut(_first(examples), micro_batch_rows)
+    before, after = (_loss(rows, one, dtype, device) for one in (source.unquantized, source))
+    note = (
+        f"quantized to {source.type_name} on reading: the base's loss on {rows.supervised_tokens:,} supervised tokens "
+        f"of the rows is {after:.4f} nats, {before:.4f} unquantized ({after - before:+.4f})"
+    )
+    return (note,)
+
+
+def _loss(rows: HeldOut, source: ModelSource, dtype: torch.dtype, device: torch.device) -> float:
+    decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=True)
+    nats = sum(float(losses.sum(dtype=torch.float64)) for _, losses in rows.token_losses(decoder))
+    return nats / rows.supervised_tokens
+
+
+def _first(examples: Sequence[Example]) -> list[Example]:
+    chosen: list[Example] = []
+    tokens = 0
+    for example in examples:
+        if tokens >= _SUPERVISED_TOKENS:
+            break
+        chosen.append(example)
+        tokens += int(example.supervised.sum())
+    return chosen

@@ -43,27 +43,19 @@ _GAINS_LOOKED_AT = 8
 
 @dataclass
 class Given:
-    """What a run is made of: model, adapter, rows and steps.
+    """What a run is made of: model, adapter, rows and steps."""
 
-    Attributes:
-        config: the adapter in it is as it will be; what else is left to choose stays.
-        layout: what the adapter consists of.
-        sampler: which rows a step trains on.
-        neutral: measures forgetting; on nothing where it is not measured.
-        notes: what a person should know, of the adapter to start from as well.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # the adapter in it is as it will be; what else is left to choose stays
     source: ModelSource
     engine: Engine
-    layout: AdapterLayout
+    layout: AdapterLayout  # what the adapter consists of
     train: PreparedData
     held_out: PreparedData | None
     packer: RowPacker
-    sampler: Sampler
+    sampler: Sampler  # which rows a step trains on
     total_steps: int
-    neutral: ForgettingMeter
-    notes: tuple[str, ...]
+    neutral: ForgettingMeter  # measures forgetting; on nothing where it is not measured
+    notes: tuple[str, ...]  # what a person should know, of the adapter to start from as well
 
     @property
     def held_out_rows(self) -> Sequence[Example]:
@@ -82,20 +74,13 @@ class Given:
 
 @dataclass
 class Outline(Given):
-    """A run before its weights are read, with what it will take.
+    """A run before its weights are read, with what it will take."""
 
-    Attributes:
-        size: what the memory's formulas need of the model.
-        budget_bytes: what the process may take; None for no limit.
-        bases: what each way to hold the base would take.
-        states: where the hidden states that enter the lowest adapted layer are kept.
-    """
-
-    size: ModelSize
-    budget_bytes: int | None
+    size: ModelSize  # what the memory's formulas need of the model
+    budget_bytes: int | None  # what the process may take; None for no limit
     memory: MemoryPlan
-    bases: BaseChoice
-    states: StatesPlan
+    bases: BaseChoice  # what each way to hold the base would take
+    states: StatesPlan  # where the hidden states that enter the lowest adapted layer are kept
 
 
 def outline_run(
@@ -111,7 +96,6 @@ def outline_run(
 
     Args:
         config: validated; of a resumed run, as it is stored.
-        machine: where it computes.
         assumed_rows: without `data`, assume rows of `max_length` tokens, all supervised.
         watched: count a second model beside it, which answers while this one trains.
         typed: names of options that were given even where they have their default value.

@@ -231,16 +231,11 @@ def begun_from(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class BaseCheck:
-    """What to do about a base model that is not the one the run began with.
-
-    Attributes:
-        force: say so and go on.
-        warn: told, in one sentence.
-    """
+    """What to do about a base model that is not the one the run began with."""
 
     directory: Path
-    force: bool
-    warn: Callable[[str], None]
+    force: bool  # say so and go on
+    warn: Callable[[str], None]  # told, in one sentence
 
     def judge(self, differences: list[str]) -> None:
         """Raise UsageError for the differences, unless they are forced and of the base alone."""

@@ -46,10 +46,6 @@ def short_decoder(
     """Few blocks with the adapter as the whole model has it, filled with small random numbers.
 
     Args:
-        config: the whole model.
-        layout: its adapter.
-        dtype: the compute dtype.
-        device: where to compute.
         recompute: as the decoder takes it.
         load: reads the weights of the first layers, as many as a configuration has; None for random ones.
     """

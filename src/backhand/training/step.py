@@ -41,21 +41,13 @@ from backhand.training.engine import Trainable
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did.
+    """What one step did."""
 
-    Attributes:
-        loss: mean nats per supervised token, or the mean loss of a row.
-        grad_norm: of the whole adapter's gradient, before clipping.
-        taken: whether the optimizer moved the adapter; a non-finite loss or gradient is skipped.
-        found: what all processes together found.
-        computed_tokens: positions that each process computed.
-    """
-
-    loss: float
-    grad_norm: float
-    taken: bool
-    found: StepSum
-    computed_tokens: tuple[int, ...]
+    loss: float  # mean nats per supervised token, or the mean loss of a row
+    grad_norm: float  # of the whole adapter's gradient, before clipping
+    taken: bool  # whether the optimizer moved the adapter; a non-finite loss or gradient is skipped
+    found: StepSum  # what all processes together found
+    computed_tokens: tuple[int, ...]  # positions that each process computed
 
 
 @dataclass(frozen=True)
@@ -157,18 +149,12 @@ class LearningRate:
         1                                          constant
         (n - s) / (n - w)                          linear: the last step still moves, zero would come after it
         (1 + cos(π (s - w) / (n - w))) / 2         cosine
-
-    Attributes:
-        highest: the rate at the end of warm-up.
-        schedule: what happens after it.
-        warmup_steps: w above.
-        total_steps: n above.
     """
 
-    highest: float
-    schedule: Schedule
-    warmup_steps: int
-    total_steps: int
+    highest: float  # the rate at the end of warm-up
+    schedule: Schedule  # what happens after it
+    warmup_steps: int  # w above
+    total_steps: int  # n above
 
     def at(self, step: int) -> float:
         """The rate of this step, counted from 0."""

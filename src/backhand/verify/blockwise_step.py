@@ -7,12 +7,15 @@ gradients.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import PackedBatch, Scratch
+from backhand.data.examples import Example
+from backhand.data.packing import RowPacker
+from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
@@ -22,12 +25,15 @@ from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inpu
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import angles, scaled_for_queries
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
+from backhand.training.objectives.objective import token_owners
+from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.objectives.pairs import PairObjective
 from backhand.verify.case import Tensors
-from backhand.verify.pair_loss import PairLoss
 
 
 class BlockwiseStep:
@@ -195,3 +201,30 @@ class BlockwiseStep:
 def float64_dense(weight: FrozenMatrix) -> Tensor:
     """A copy in float64: of the numbers that the compute dtype has."""
     return frozen_dense(weight).to(torch.float64, copy=True)
+
+
+_BETA = 0.1
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Σ of the losses of pairs, on both sides of the proof."""
+
+    token_loss: TokenLoss  # by hand, see `Decoder.loss_and_gradients`
+    owners: Tensor  # whose document's each supervised token is, (supervised,)
+    reference: Tensor  # what the sums of log-probabilities are measured against, (documents,)
+
+    def formula(self, nats: Tensor) -> Tensor:
+        """The same loss of the tokens' nats, (supervised,), 0-d."""
+        sums = nats.new_zeros(len(self.reference)).index_add(0, self.owners.to(nats.device), -nats)
+        chosen, rejected = (sums - self.reference.to(sums)).view(-1, 2).unbind(1)
+        return dpo_reference(chosen, rejected, DPORule(beta=_BETA)).sum()
+
+
+def pair_loss(pairs: Sequence[Example]) -> PairLoss:
+    """The loss of these pairs, packed together, against a reference that says something else of each side."""
+    packer, rows = RowPacker(pairs, share_prefixes=False), range(len(pairs))
+    of_tokens, counts = token_owners(packer, rows)
+    reference = -counts - torch.arange(2 * len(pairs), dtype=torch.float64) / 3
+    objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
+    return PairLoss(objective.token_loss(0, rows), of_tokens, reference)

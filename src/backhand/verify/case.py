@@ -55,16 +55,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A deliberately wrong backward: the right one, except that one gradient is worked out wrongly.
-
-    Attributes:
-        gradient: the field of the backward's result that it spoils, e.g. `d_lora_A`.
-        value: (d_y, saved, right gradients) → the wrong value of that field.
-    """
+    """A deliberately wrong backward: the right one, except that one gradient is worked out wrongly."""
 
     name: str
-    gradient: str
-    value: Callable[[Tensor, Any, Any], Any]
+    gradient: str  # the field of the backward's result that it spoils, e.g. `d_lora_A`.
+    value: Callable[[Tensor, Any, Any], Any]  # (d_y, saved, right gradients) → the wrong value of that field
 
     def spoil(self, backward: Backward) -> Backward:
         """The backward with this mistake in it."""
@@ -81,18 +76,13 @@ class Mutant:
 
 @dataclass(frozen=True)
 class OpProof:
-    """Everything that is proved about one op.
-
-    Attributes:
-        mutants: the wrong backwards, each of which must be rejected by value in some case.
-        loops: whether the compiled library has loops under the op, which are then proved like torch's form.
-    """
+    """Everything that is proved about one op."""
 
     op: str
     backward: Backward
     cases: tuple[Case, ...]
-    mutants: tuple[Mutant, ...]
-    loops: bool = False
+    mutants: tuple[Mutant, ...]  # the wrong backwards, each of which must be rejected by value in some case
+    loops: bool = False  # whether the compiled library has loops under the op, which are then proved like torch's form
 
 
 class Draw:

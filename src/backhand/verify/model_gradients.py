@@ -28,10 +28,9 @@ from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PE
 from backhand.nn.decoder.weights import named_views
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import ProofKind
-from backhand.verify.blockwise_step import BlockwiseStep, float64_dense
+from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, pair_loss
 from backhand.verify.case import Tensors
 from backhand.verify.measure import relative_error, typical
-from backhand.verify.pair_loss import pair_loss
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import (
     OfNats,
@@ -50,17 +49,12 @@ NEIGHBOURHOOD = 0.05
 
 @dataclass(frozen=True)
 class ModelProof:
-    """One proof about a model.
-
-    Attributes:
-        measured: the relative error, or relative difference, that was found.
-        detail: where it is largest, or what it compares with.
-    """
+    """One proof about a model."""
 
     proof: str
-    measured: float
+    measured: float  # the relative error, or relative difference, that was found
     bound: float
-    detail: str = ""
+    detail: str = ""  # where it is largest, or what it compares with
     kind: ProofKind = "gradients"
 
     @property

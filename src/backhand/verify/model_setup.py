@@ -42,20 +42,13 @@ _WITHOUT_ENGINE = (
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """A decoder with its adapter attached, and documents to prove it on.
+    """A decoder with its adapter attached, and documents to prove it on."""
 
-    Attributes:
-        decoder: in the compute dtype.
-        examples: documents with supervised tokens, long ones cut.
-        dropout_seed: of the masks, None where the adapter has no dropout.
-        pairs: the same documents two by two, where the rows are pairs.
-    """
-
-    decoder: Decoder
-    examples: tuple[Example, ...]
-    dropout_seed: int | None
+    decoder: Decoder  # in the compute dtype
+    examples: tuple[Example, ...]  # documents with supervised tokens, long ones cut
+    dropout_seed: int | None  # of the masks, None where the adapter has no dropout
     notes: tuple[str, ...]
-    pairs: tuple[Example, ...] = ()
+    pairs: tuple[Example, ...] = ()  # the same documents two by two, where the rows are pairs
 
 
 def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int) -> ModelSetup:

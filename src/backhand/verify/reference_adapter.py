@@ -24,18 +24,12 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
-    """An adapter for the reference.
-
-    Attributes:
-        factors: everything trained by its name in `LoRAParameters`, the tensors that autograd differentiates for.
-        dropout_seed: of the step, or None for no dropout.
-        trained: the tensors trained as they are, by name.
-    """
+    """An adapter for the reference."""
 
     slots: Mapping[str, LoRASlot]
-    factors: Tensors
-    dropout_seed: int | None = None
-    trained: Mapping[str, TrainedTensor] = field(default_factory=dict)
+    factors: Tensors  # everything trained by its name in `LoRAParameters`, the tensors that autograd differentiates for
+    dropout_seed: int | None = None  # of the step, or None for no dropout
+    trained: Mapping[str, TrainedTensor] = field(default_factory=dict)  # the tensors trained as they are, by name
 
     def weights(self, base: Tensors, tied: bool) -> Tensors:
         """The base's tensors with those trained as they are in their places; a head that is tied no longer by name."""

@@ -209,7 +209,7 @@ def _experts(x: Tensor, name: str, weights: Tensors, config: DecoderConfig, adap
 
 
 def _gate_up(weights: Tensors, expert: str, kind: str, mixture: Mixture) -> Tensor:
-    """gate_up_proj of one expert as transformers has it: gate's rows and up's in turns, or one below the other."""
+    """gate_up_proj of one expert as transformers has it: gate's rows and up's interleaved, or one below the other."""
     both = [weights[f"{expert}.{part}.{kind}"] for part in ("gate_proj", "up_proj")]
     return torch.stack(both, dim=1).flatten(0, 1) if mixture.interleaved else torch.cat(both)
 

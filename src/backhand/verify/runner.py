@@ -45,27 +45,17 @@ TORCH, COMPILED = "torch", "compiled"
 
 @dataclass(frozen=True)
 class Row:
-    """One proof: one tensor of one case in one dtype.
-
-    Attributes:
-        dtype: `float64`, `float32` or `bfloat16`.
-        check: `autograd`, or `differences` for finite differences.
-        tensor: `y`, or `d_` and the name of the input whose gradient it is.
-        error: relative norm error against the truth in float64.
-        bound: the largest error that passes.
-        worst: the row that is furthest off, and by how much; empty where there is none.
-        form: `torch`, or `compiled` for the kernels of the library.
-    """
+    """One proof: one tensor of one case in one dtype."""
 
     op: str
     case: str
-    dtype: str
-    check: str
-    tensor: str
-    error: float
-    bound: float
-    worst: str = ""
-    form: str = TORCH
+    dtype: str  # `float64`, `float32` or `bfloat16`
+    check: str  # `autograd`, or `differences` for finite differences
+    tensor: str  # `y`, or `d_` and the name of the input whose gradient it is
+    error: float  # relative norm error against the truth in float64
+    bound: float  # the largest error that passes
+    worst: str = ""  # the row that is furthest off, and by how much; empty where there is none
+    form: str = TORCH  # `torch`, or `compiled` for the kernels of the library
 
     @property
     def passed(self) -> bool:
@@ -75,21 +65,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Rejection:
-    """What became of one mutant.
-
-    Attributes:
-        error: the largest finite relative error in float64, in the first case tried that rejects it.
-        bound: what its error must exceed.
-        form: of the backward that the mistake is put into, `torch` or `compiled`.
-    """
+    """What became of one mutant."""
 
     op: str
     mutant: str
     gradient: str
-    error: float
+    error: float  # the largest finite relative error in float64, in the first case tried that rejects it
     case: str
-    bound: float
-    form: str = TORCH
+    bound: float  # what its error must exceed
+    form: str = TORCH  # of the backward that the mistake is put into, `torch` or `compiled`
 
     @property
     def passed(self) -> bool:
@@ -104,8 +88,14 @@ def load_proofs(op: str | None = None) -> Iterator[OpProof]:
         KeyError: for a name that is none of these.
     """
     for name in PROOF_FILES if op is None else (op,):
-        module = importlib.import_module(f"backhand.verify.cases.{PROOF_FILES[name]}")
-        yield from (proof for proof in module.PROOFS if proof.op == name)
+        yield from (proof for proof in proofs_in(PROOF_FILES[name]) if proof.op == name)
+
+
+def proofs_in(file: str) -> tuple[OpProof, ...]:
+    """What a file of `verify/cases` proves: its op on its cases, or each of its `PROOFS`."""
+    module = importlib.import_module(f"backhand.verify.cases.{file}")
+    proofs: tuple[OpProof, ...] = getattr(module, "PROOFS", ())
+    return proofs or (module.OP.proof(module.CASES, module.MUTANTS),)
 
 
 def forms(proof: OpProof, device: torch.device | str = "cpu") -> tuple[str, ...]:

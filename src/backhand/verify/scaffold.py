@@ -8,7 +8,8 @@ A file of cases says what the op's inputs are and which mistakes are easy to mak
         OP.redo("cap forgotten", "d_x", cap=1.0),
         wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
     )
-    PROOFS = (OP.proof(CASES, MUTANTS),)
+
+A file of several ops says `PROOFS`, one `Op.proof` for each, in place of these three names.
 
 `softcap_forward`, `softcap_backward` and `softcap_reference` are found through the registry. All functions, the op's
 and the lambdas alike, are called by the names of their parameters: `x` is the input `x`, `cap` the option. A gradient
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -144,10 +146,11 @@ class Given(dict[str, Any]):
         return draw.normal(*shape, size=self[size] if size in self else float(size or 1.0))
 
 
+@dataclass(eq=False)
 class Op:
     """An op to be proved.
 
-    Args:
+    Attributes:
         inputs: every input and `d_y` by name, in the order in which they are drawn: a text with the axes, as in
             `"*lead inputs"`, for normal numbers, with their size in front in `"0.5: outputs rank"`; or a function of
             `draw`, options and the inputs before it, which may also make several, by name. An axis is an option, a
@@ -159,29 +162,27 @@ class Op:
         made: arguments that are made of inputs and options, by their name: `{"taps": Taps}`.
         ways: how the op is called, where that is not simply forward, then backward, by the option that asks for it.
         forward, backward, reference: in place of the registry's `<name>_forward` and so on.
+        loops: whether the compiled library has loops under the op, which are then proved like torch's form.
     """
 
-    def __init__(
-        self,
-        name: str,
-        inputs: Mapping[str, Any] | None = None,
-        options: Mapping[str, Any] | None = None,
-        *,
-        usual: Function | None = None,
-        made: Mapping[str, Function] | None = None,
-        ways: Mapping[str, Way] | None = None,
-        forward: Function | None = None,
-        backward: Function | None = None,
-        reference: Function | None = None,
-    ) -> None:
-        module = op_module(name)
-        self.name, self.inputs, self.options = name, inputs, options or {}
-        self.usual, self.made, self.ways = usual, made or {}, ways or {}
-        self.forward: Function = forward or getattr(module, f"{name}_forward")
-        self.backward: Function = backward or getattr(module, f"{name}_backward")
-        self.reference: Function = reference or getattr(module, f"{name}_reference")
+    name: str
+    inputs: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    usual: Function | None = None
+    made: Mapping[str, Function] = field(default_factory=dict)
+    ways: Mapping[str, Way] = field(default_factory=dict)
+    forward: Function = None  # type: ignore[assignment]
+    backward: Function = None  # type: ignore[assignment]
+    reference: Function = None  # type: ignore[assignment]
+    loops: bool = False
+
+    def __post_init__(self) -> None:
+        module = op_module(self.name)
+        for part in ("forward", "backward", "reference"):
+            setattr(self, part, getattr(self, part) or getattr(module, f"{self.name}_{part}"))
         fields: tuple[str, ...] = get_type_hints(self.backward)["return"]._fields
-        self.gradients = tuple(field for field in fields if field.startswith("d_"))
+        self.gradients = tuple(name for name in fields if name.startswith("d_"))
 
     def case(self, name: str, *sizes: Any, exempt: tuple[str, ...] = (), **options: Any) -> Case:
         """A case, its inputs drawn from a generator that is seeded by op and name.
@@ -243,17 +244,17 @@ class Op:
         """Mutants by the right backward on something else: see `again`."""
         return again(name, gradients, self.backward, **changes)
 
-    def proof(self, cases: Iterable[Case], mutants: Iterable[Iterable[Mutant]], *, loops: bool = False) -> OpProof:
+    def proof(self, cases: Iterable[Case], mutants: Iterable[Iterable[Mutant]]) -> OpProof:
         """Everything that is proved about the op; the standard mutants of every gradient come first."""
         own = (mutant for several in mutants for mutant in several)
-        return OpProof(self.name, self.backward, tuple(cases), (*standard_mutants(*self.gradients), *own), loops)
+        return OpProof(self.name, self.backward, tuple(cases), (*standard_mutants(*self.gradients), *own), self.loops)
 
 
 def named_gradients(grads: Any) -> Tensors:
     """The gradients of a backward's result by the name of their input; those that are None left out."""
     found: Tensors = {}
-    for field, value in grads._asdict().items():
-        name = field.removeprefix("d_")
+    for gradient, value in grads._asdict().items():
+        name = gradient.removeprefix("d_")
         parts = {name: value} if not isinstance(value, tuple) else {f"{name} {i}": part for i, part in enumerate(value)}
         found |= {key: part for key, part in parts.items() if part is not None}
     return found

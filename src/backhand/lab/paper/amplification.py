@@ -29,24 +29,15 @@ _NEGLIGIBLE = 1e-12
 
 @dataclass(frozen=True)
 class Amplification:
-    """One module.
-
-    Attributes:
-        directions: how many, r.
-        update_norm: ‖ΔW‖_F.
-        weight_norm: ‖W‖_F.
-        along_update: ‖Uᵀ W V‖_F for the directions of ΔW.
-        along_weight: the same for those of W.
-        along_random: the same for random ones, root of the mean square over several draws.
-    """
+    """One module."""
 
     module: str
-    directions: int
-    update_norm: float
-    weight_norm: float
-    along_update: float
-    along_weight: float
-    along_random: float
+    directions: int  # how many, r
+    update_norm: float  # ‖ΔW‖_F
+    weight_norm: float  # ‖W‖_F
+    along_update: float  # ‖Uᵀ W V‖_F for the directions of ΔW
+    along_weight: float  # the same for those of W
+    along_random: float  # the same for random ones, root of the mean square over several draws
 
     @property
     def factor(self) -> float:

@@ -42,30 +42,20 @@ LARGEST_DIFFERENCE = 1e-6
 
 @dataclass(frozen=True)
 class AdamPath:
-    """One run.
+    """One run."""
 
-    Attributes:
-        losses: before each step, and after the last.
-        updates: ΔW after each step, (out, in).
-    """
-
-    losses: tuple[float, ...]
-    updates: tuple[Tensor, ...]
+    losses: tuple[float, ...]  # before each step, and after the last
+    updates: tuple[Tensor, ...]  # ΔW after each step, (out, in)
 
 
 @dataclass(frozen=True)
 class PathComparison:
-    """A rescaled run beside the plain one.
-
-    Attributes:
-        differences: ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F after each step.
-        control_differences: the same when the learning rate of lora_B is left as it was.
-    """
+    """A rescaled run beside the plain one."""
 
     p: float
     q: float
-    differences: tuple[float, ...]
-    control_differences: tuple[float, ...]
+    differences: tuple[float, ...]  # ‖ΔW′ − ΔW‖_F / ‖ΔW‖_F after each step
+    control_differences: tuple[float, ...]  # the same when the learning rate of lora_B is left as it was
 
     @property
     def difference(self) -> float:
@@ -209,17 +199,11 @@ LARGEST_SIDE = 768
 
 @dataclass(frozen=True)
 class OneLayer:
-    """y = x (W + s lora_B lora_A)ᵀ against targets, all float64.
+    """y = x (W + s lora_B lora_A)ᵀ against targets, all float64."""
 
-    Attributes:
-        weight: frozen (out, in).
-        x: (points, in).
-        target: (points, out).
-    """
-
-    weight: Tensor
-    x: Tensor
-    target: Tensor
+    weight: Tensor  # frozen (out, in)
+    x: Tensor  # (points, in)
+    target: Tensor  # (points, out)
 
     @classmethod
     def on(cls, weight: Tensor, seed: int) -> OneLayer:

@@ -47,19 +47,13 @@ def random_similarity(dimension: int, first_rank: int, second_rank: int, generat
 
 @dataclass(frozen=True)
 class ModuleSimilarity:
-    """φ between two adapters on one module, for one factor.
-
-    Attributes:
-        similarity: (r, r′).
-        random: the same for random subspaces of the same sizes.
-        dimension: of the space they lie in.
-    """
+    """φ between two adapters on one module, for one factor."""
 
     module: str
     factor: str
-    similarity: Tensor
-    random: Tensor
-    dimension: int
+    similarity: Tensor  # (r, r′)
+    random: Tensor  # the same for random subspaces of the same sizes
+    dimension: int  # of the space they lie in
 
     @property
     def at_smaller_rank(self) -> float:

@@ -42,20 +42,13 @@ _MEASURED = ("base_eval_loss", "eval_loss", "exact_match", "train_s")
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run to do.
+    """One run to do."""
 
-    Attributes:
-        targets: as given, such as `q_proj,v_proj`.
-        trained_parameters: what that makes on this model.
-        ranks: whether it belongs to the comparison of ranks.
-        budget: whether it belongs to the comparison at a fixed budget.
-    """
-
-    targets: str
+    targets: str  # as given, such as `q_proj,v_proj`
     rank: int
-    trained_parameters: int
-    ranks: bool = True
-    budget: bool = False
+    trained_parameters: int  # what that makes on this model
+    ranks: bool = True  # whether it belongs to the comparison of ranks
+    budget: bool = False  # whether it belongs to the comparison at a fixed budget
 
     @property
     def name(self) -> str:

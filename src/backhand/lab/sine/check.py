@@ -24,41 +24,26 @@ BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 
 @dataclass(frozen=True)
 class NamedGradient:
-    """One gradient by hand.
+    """One gradient by hand."""
 
-    Attributes:
-        name: as in the original script, such as `do3` or `dl2w`.
-        formula: how it follows from the ones before.
-        value: the numbers; weights as (out, in).
-    """
-
-    name: str
-    formula: str
-    value: FloatArray
+    name: str  # as in the original script, such as `do3` or `dl2w`
+    formula: str  # how it follows from the ones before
+    value: FloatArray  # the numbers; weights as (out, in)
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One comparison with autograd.
+    """One comparison with autograd."""
 
-    Attributes:
-        part: `base` or `lora`.
-        epoch: counted from 0; before its update.
-        exact: every element equal.
-        approximate: every element within torch.allclose's tolerances.
-        largest_difference: over all elements.
-        relative_error: ‖by hand − autograd‖ / ‖autograd‖.
-    """
-
-    part: str
-    epoch: int
+    part: str  # `base` or `lora`
+    epoch: int  # counted from 0; before its update
     name: str
     formula: str
     shape: tuple[int, ...]
-    exact: bool
-    approximate: bool
-    largest_difference: float
-    relative_error: float
+    exact: bool  # every element equal
+    approximate: bool  # every element within torch.allclose's tolerances
+    largest_difference: float  # over all elements
+    relative_error: float  # ‖by hand − autograd‖ / ‖autograd‖
     passed: bool
 
     def as_json(self) -> dict[str, object]:

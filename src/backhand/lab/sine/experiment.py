@@ -21,24 +21,15 @@ from backhand.lab.sine.walk import WalkLine, walk_adapter, walk_base
 
 @dataclass(frozen=True)
 class PartResult:
-    """One part.
+    """One part."""
 
-    Attributes:
-        part: `base` or `lora`.
-        losses: (epochs,) before each update.
-        final_loss: after the last update.
-        predictions: (points, 1) after the last update.
-        train_s: wall seconds of the loop, comparisons with autograd included.
-        walk: the epoch that was walked through, if any.
-    """
-
-    part: str
-    losses: npt.NDArray[np.float64]
-    final_loss: float
-    predictions: FloatArray
+    part: str  # `base` or `lora`
+    losses: npt.NDArray[np.float64]  # (epochs,) before each update
+    final_loss: float  # after the last update
+    predictions: FloatArray  # (points, 1) after the last update
     trained_parameters: int
-    train_s: float
-    walk: list[WalkLine]
+    train_s: float  # wall seconds of the loop, comparisons with autograd included
+    walk: list[WalkLine]  # the epoch that was walked through, if any
 
 
 @dataclass(frozen=True)

@@ -234,19 +234,12 @@ _FUNCTION = re.compile(r"(sin|cos|square)(\d+(?:\.\d+)?)?")
 
 @dataclass(frozen=True)
 class Points:
-    """What to learn.
+    """What to learn."""
 
-    Attributes:
-        name: for titles and axes, such as `sin x` or the name of a file.
-        x: (points, 1).
-        y: (points, 1), of the same dtype.
-        x_label: for the axis, with its unit.
-    """
-
-    name: str
-    x: FloatArray
-    y: FloatArray
-    x_label: str = "x (radians)"
+    name: str  # for titles and axes, such as `sin x` or the name of a file
+    x: FloatArray  # (points, 1)
+    y: FloatArray  # (points, 1), of the same dtype
+    x_label: str = "x (radians)"  # for the axis, with its unit
 
 
 def make_points(target: str, points: int, dtype: str, x: FloatArray | None = None) -> Points:

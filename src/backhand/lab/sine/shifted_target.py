@@ -25,16 +25,11 @@ LAYER = 1
 
 @dataclass(frozen=True)
 class ShiftedRow:
-    """One way of adapting, over all seeds.
+    """One way of adapting, over all seeds."""
 
-    Attributes:
-        rank: of the adapter; None for the full update.
-        errors: mean squared error after training, one per seed.
-    """
-
-    rank: int | None
+    rank: int | None  # of the adapter; None for the full update
     trained_parameters: int
-    errors: tuple[float, ...]
+    errors: tuple[float, ...]  # mean squared error after training, one per seed
 
     @property
     def label(self) -> str:
@@ -59,23 +54,14 @@ class ShiftedRow:
 
 @dataclass(frozen=True)
 class ShiftedResult:
-    """The table, and the fits of the first seed for the picture.
+    """The table, and the fits of the first seed for the picture."""
 
-    Attributes:
-        base_name: what the base learned.
-        points: what the adapters learned.
-        base_errors: of the base on its own target, one per seed.
-        unadapted_errors: of the base on the shifted target, one per seed.
-        rows: ranks from low to high, then the full update.
-        predictions: label to (points, 1), of the first seed, the base first.
-    """
-
-    base_name: str
-    points: Points
-    base_errors: tuple[float, ...]
-    unadapted_errors: tuple[float, ...]
-    rows: tuple[ShiftedRow, ...]
-    predictions: dict[str, FloatArray]
+    base_name: str  # what the base learned
+    points: Points  # what the adapters learned
+    base_errors: tuple[float, ...]  # of the base on its own target, one per seed
+    unadapted_errors: tuple[float, ...]  # of the base on the shifted target, one per seed
+    rows: tuple[ShiftedRow, ...]  # ranks from low to high, then the full update
+    predictions: dict[str, FloatArray]  # label to (points, 1), of the first seed, the base first
 
     @property
     def falls_beyond_spread(self) -> bool:

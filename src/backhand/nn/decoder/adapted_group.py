@@ -112,9 +112,6 @@ def block_adapter(
 
     Args:
         lora: the adapter, or None.
-        config: the family.
-        layer: number of the block.
-        dropout_seed: of the step.
         weights: (out, in) of the block's projections by the ends of their names, `self_attn.q_proj` and so on; needed
             by DoRA alone, whose norms are taken here.
     """
@@ -153,7 +150,6 @@ def group_adapter(
 
     Args:
         lora: the adapter, or None.
-        names: paths of the modules.
         sizes: outputs of each.
         seed: of their dropout mask, None for no dropout.
         weights: (out, in) of each; needed by DoRA alone.

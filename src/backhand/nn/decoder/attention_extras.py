@@ -43,9 +43,6 @@ def normed(
 
     Args:
         qkv: what the first group gave, (T, q + 2k) or (T, 2q + 2k).
-        parts: its views.
-        weights: of the block.
-        config: the family.
         known: the factors, where they need not be computed again.
     """
     assert weights.q_norm is not None and weights.k_norm is not None
@@ -78,11 +75,7 @@ def normed_backward(
             d_qkv already.
         qkv: as in `normed`.
         d_qkv: of its shape.
-        parts: the views of both.
         factors: from `normed`.
-        weights: of the block.
-        adapter: of the block.
-        config: the family.
     """
     (raw_q, raw_k), (d_q, d_k) = _under_norm(qkv, parts[0], config), _under_norm(d_qkv, parts[1], config)
     d_normed_q, d_normed_k = d_q, d_k
@@ -109,7 +102,6 @@ def gate_backward(
         gate: before the sigmoid.
         attended: what attention gave.
         d_gate: receives ∂L/∂gate.
-        config: the family.
     """
     of_gate, d_attended = glu_backward(d_gated, GLUSaved(gate, attended, "sigmoid"))
     d_gate.copy_(of_gate)

@@ -161,9 +161,6 @@ def block_backward(
     Args:
         d_x2: ∂L/∂x₂, at the wanted positions; it may be overwritten.
         saved: from `block_forward`; the gradient of [a | u] takes their place.
-        weights: as in the forward.
-        adapter: likewise.
-        context: likewise.
         lowest_group: -1 when something below the block needs d_x₀. Else INPUT, OUTPUT, GATE_UP, DOWN or a later one:
             the first of this block's groups that needs a gradient; the pass stops there and returns None.
     """

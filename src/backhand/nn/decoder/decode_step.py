@@ -143,7 +143,6 @@ class DecodeStep:
         Args:
             x: (rows in use, hidden), what enters the first block; then the last one's output.
             positions: (rows in use,) int64, tokens before each in its row; the cache has room for it.
-            tables: the tokens' angles.
 
         Raises:
             MemoryError: there is none left to work in.

@@ -1,7 +1,7 @@
 """The decoder engine: a frozen decoder that is loaded, takes an adapter, and computes with and without gradients.
 
 Its training step, forward and backward by hand, is `nn.decoder.passes`. Here stand loading, attaching, and the passes
-that keep nothing: hidden states, logits, losses.
+that keep nothing: hidden states, logits, losses; and `LowerLayers`, those below the lowest adapted one by themselves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes, check_fits
+from backhand.ops.frozen_matrix import takes_tiles
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.logits_rule import ruled
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
@@ -42,9 +43,6 @@ class Decoder(Passes):
         """Read the configuration and every tensor of a model source into the compute dtype.
 
         Args:
-            source: an opened model.
-            dtype: the compute dtype.
-            device: where to compute.
             recompute: see the class.
             quantized: leave the matrices as the source stores them.
 
@@ -143,3 +141,53 @@ class Decoder(Passes):
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over supervised tokens, 0-d float64, without gradients and without dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)
+
+
+_DOCUMENT = 8
+"""Tokens of a document that numbers of rows are compared with; of a batch what remains is one more."""
+
+
+class LowerLayers:
+    """The layers of a decoder below the lowest adapted one: states that a run may keep in place of them.
+
+    What a row comes to there is the same in each epoch, and so are its bits if they do not depend on the other rows of
+    its batch. All kernels beside the products compute each document by itself. Our own product gives a row the same
+    bits among any number of rows. A library chooses kernels, blocks and threads by that number: with AVX-512 oneDNN and
+    MKL keep to one order within a row's sums, with AMX or AVX2 not always. So it is looked at, by bits and never by the
+    clock.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._usual = 1
+        self._of_usual: Tensor | None = None
+
+    def compare_with(self, tokens: int) -> None:
+        """See `keeps_rows`: the number of tokens that batches mostly have."""
+        self._usual, self._of_usual = tokens, None
+
+    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
+        """See `Decoder.entering`."""
+        return self._decoder.entering(batch, layer)
+
+    def keeps_rows(self, tokens: int, layer: int) -> bool:
+        """Whether what enters a layer has, in a batch of so many tokens, the bits that it has among the usual number.
+
+        Where products differ, one element in ten thousand does, and all behind it: nearly every row in the end.
+        """
+        fewer = min(tokens, self._usual)
+        if tokens == self._usual or takes_tiles(self._decoder.weights.blocks[0].input):
+            return True
+        alike = fewer // _DOCUMENT * _DOCUMENT
+        if alike == 0:
+            return False  # without a whole document there is nothing to compare
+        if self._of_usual is None:
+            self._of_usual = self._looked_at(self._usual, layer)
+        found = self._looked_at(tokens, layer)
+        return torch.equal(found[:alike], self._of_usual[:alike])
+
+    def _looked_at(self, tokens: int, layer: int) -> Tensor:
+        """What enters the layer in a batch of so many tokens, documents of which begin every other one."""
+        ids = torch.arange(tokens, device=self._decoder.device) * 7919 % self._decoder.config.vocab_size
+        lengths = (_DOCUMENT,) * (tokens // _DOCUMENT) + ((tokens % _DOCUMENT,) if tokens % _DOCUMENT else ())
+        return self.entering(PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), lengths), layer)

@@ -364,17 +364,17 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
 def _chunks(counts: Sequence[int]) -> list[list[tuple[int, int, int]]]:
     """Split rows' new tokens into passes of at most CHUNK_TOKENS: lists of (index, start, stop), in order."""
     chunks: list[list[tuple[int, int, int]]] = [[]]
-    room = CHUNK_TOKENS
+    left = CHUNK_TOKENS
     for index, count in enumerate(counts):
         start = 0
         while start < count:
             # A row is only cut where it does not fit into a pass of its own.
-            if room == 0 or (count - start > room and chunks[-1] and count - start <= CHUNK_TOKENS):
+            if left == 0 or (count - start > left and chunks[-1] and count - start <= CHUNK_TOKENS):
                 chunks.append([])
-                room = CHUNK_TOKENS
-            stop = min(count, start + room)
+                left = CHUNK_TOKENS
+            stop = min(count, start + left)
             chunks[-1].append((index, start, stop))
-            room -= stop - start
+            left -= stop - start
             start = stop
     return chunks
 

@@ -131,10 +131,8 @@ def delta_continued(
 
     Args:
         x: [q k v | z | b | a] of the new tokens.
-        weights: of the block.
         states: see `delta_states`.
         rows: whose tokens they are.
-        config: the family.
     """
     sizes, (seen, state) = _sizes(config), states
     qkv, z, b, a = x.split(sizes.inputs, dim=1)

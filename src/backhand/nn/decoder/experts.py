@@ -8,7 +8,7 @@ A token becomes k rows, sorted by expert, so that each expert that was chosen ta
 computed or read (`ops.expert_rows`, `ops.expert_linear`). The shares stand in front of the last layer: what the experts
 put out is then neither kept nor computed again. Where that layer has a bias (gpt-oss), the shares' sum of the chosen
 experts' biases is added to x₂ apart (`ops.expert_bias`), through which the shares have another part of their gradient.
-There the gated unit is `ops.clamped_glu`, and an adapter's file has gate's and up's outputs in turns, while a lies
+There the gated unit is `ops.clamped_glu`, and an adapter's file has gate's and up's outputs interleaved, while a lies
 before u here: lora_B is put in this order, and its gradient back.
 
 Backward is the list from the bottom up. d_n₂ comes through the experts and, since the shares depend on it, through the
@@ -39,7 +39,7 @@ from backhand.nn.decoder.projections import (
     residual_sum,
 )
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import expert_factors, in_turns
+from backhand.nn.lora_parameters import expert_factors, gate_and_up
 from backhand.ops.activation import Activated
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
 from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
@@ -232,8 +232,8 @@ def _backward(
     if factors is not None:
         (member,) = adapter.group.members
         into = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
-        if _takes_turns(adapter, mixture):
-            interleaved, into = in_turns(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
+        if _is_interleaved(adapter, mixture):
+            interleaved, into = gate_and_up(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
     saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
     if interleaved is not None and into is not None:
@@ -247,11 +247,11 @@ def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
         return None
     (member,) = adapter.group.members
     lora_A, lora_B = expert_factors(member.lora_A, member.lora_B, mixture.experts)
-    if _takes_turns(adapter, mixture):
-        lora_B = in_turns(lora_B).flatten(1, 2)
+    if _is_interleaved(adapter, mixture):
+        lora_B = gate_and_up(lora_B).flatten(1, 2)
     return ExpertFactors(lora_A, lora_B.contiguous(), member.scaling)
 
 
-def _takes_turns(adapter: GroupAdapter, mixture: Mixture) -> bool:
-    """Whether the rows of lora_B are gate's and up's in turns."""
+def _is_interleaved(adapter: GroupAdapter, mixture: Mixture) -> bool:
+    """Whether the rows of lora_B are gate's and up's interleaved."""
     return mixture.interleaved and adapter.names[0].endswith(EXPERT_GROUPS[0])

@@ -24,7 +24,7 @@ class RotaryConfig:
             `proportional`, `yarn`); the rules are in `nn.decoder.rotary`.
         attention_factor: by how much rotated queries and keys are longer, each.
         features: how many of a head's features turn, the first ones; None for all.
-        interleaved: the pairs that turn are neighbours (GLM), not half the rotated features apart.
+        interleaved: the rotated pairs are neighbours (GLM), not half the rotated features apart.
     """
 
     theta: float
@@ -187,8 +187,8 @@ class Mixture(NamedTuple):
         router: what the router is called.
         bias: whether the router and all of the experts' matrices have one (gpt-oss).
         clamp: of the experts' gated unit (gpt-oss); None where it is that of an MLP.
-        interleaved: in the parameter that holds them, gate's and up's outputs take turns (gpt-oss); so do the rows of
-            its lora_B. Here gate's rows lie before up's.
+        interleaved: in the parameter that holds them, gate's and up's outputs are interleaved (gpt-oss), and so are
+            the rows of its lora_B. Here gate's rows lie before up's.
     """
 
     experts: int

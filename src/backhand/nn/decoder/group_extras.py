@@ -163,9 +163,7 @@ def group_extras(
     """The extras of a group, or None where it trains plain factors alone.
 
     Args:
-        lora: the adapter.
         sizes: outputs of the modules, by their paths.
-        group: their factors.
         weights: (out, in) of each; needed by DoRA alone, whose norms are taken here.
     """
     modules, members = [], iter(group.members)

@@ -62,8 +62,6 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
 
     Args:
         decoder: the base without an adapter, dense or quantized; it stays as it is.
-        lora: factors of linear modules.
-        batch: the documents.
 
     Raises:
         ValueError: more is trained than factors of linear modules.
@@ -109,7 +107,6 @@ def merged_weight(weight: Tensor, lora: LoRAParameters, name: str) -> Tensor:
 
     Args:
         weight: W, (out, in).
-        lora: the adapter.
         name: of the module, a slot of the adapter.
     """
     delta_weight = lora.delta_weight(name)

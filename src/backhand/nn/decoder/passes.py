@@ -185,7 +185,6 @@ class Passes:
         """One forward and backward pass: adds ∂(loss_scaling · loss)/∂(what is trained) to `lora.gradients`.
 
         Args:
-            batch: the packed documents.
             loss_scaling: e.g. 1 / supervised tokens of the whole step.
             dropout_seed: draws this micro-batch's dropout masks; None for no dropout.
             token_loss: the loss as a function of the supervised tokens' log-probabilities; None for Σ nats, whose
@@ -289,7 +288,7 @@ class Passes:
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 *(normed, self.active.head, targets, None, multiplier, config.logits), out=normed, logits=logits
             )
-        scratch.let_go(room=True)
+        scratch.let_go(reserved=True)
         d_x = norm_backward(d_normed, norm, trained.d_final_norm)
         return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss
 

@@ -38,7 +38,6 @@ def group_forward(
         x: (positions, in).
         weight: (Σ out_i, in), the modules' weights stacked.
         bias: (Σ out_i,) or None.
-        adapter: of the group.
         residual: (positions, Σ out_i) added to the result, or None.
 
     Returns:
@@ -128,7 +127,6 @@ def residual_forward(
         x: (T, in).
         weight: (hidden, in).
         bias: (hidden,) or None.
-        adapter: of the projection.
         after: (hidden,) or None.
         config: the family, for the norm and for m, its residual multiplier.
 

@@ -53,7 +53,6 @@ def rotary(
     """One set of angles for all layers: `rope_parameters`, or `rope_theta` and `rope_scaling`.
 
     Args:
-        head_dim: features of a head.
         max_position_embeddings: the longest document.
         share: of them that turns where the config is silent; None where it must be all.
         older_names: what older configs call a rule, with its name now.

@@ -33,53 +33,44 @@ import torch
 from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
+from backhand.nn.decoder.attention_half import attention_setting
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 from backhand.ops.rotary import rotary_backward, rotary_forward
 
 
 class SharedAttentionKept(NamedTuple):
-    """What is kept beside input and output; T tokens, H heads, K key/value heads."""
+    """What is kept beside input and output.
 
-    log_sum_exp: Tensor  # see `ops.attention`
-    q_factor: Tensor  # (T, H, 1)
-    k_factor: Tensor | None  # (T, K, 1); None where keys and values are another layer's
-    v_factor: Tensor | None  # (T, K, 1), likewise
+    log_sum_exp: see `ops.attention`. factors: of the norms of q, and of k and v where these are the layer's own,
+    (T, heads, 1) each.
+    """
 
-
-class _Parts(NamedTuple):
-    """Views of what the first group gave, (T, heads, head_dim); k and v are None where they are another layer's."""
-
-    q: Tensor
-    k: Tensor | None
-    v: Tensor | None
+    log_sum_exp: Tensor
+    factors: tuple[Tensor, ...]
 
 
-def _parts(z: Tensor, context: BlockContext) -> _Parts:
+def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
+    """Views of what the first group gave, (T, heads, head_dim): q, and k and v where these are the layer's own."""
     config, mixer = context.config, context.layer.mixer
-    if mixer == SHARED_KEYS:
-        return _Parts(z.unflatten(1, (config.num_heads, config.head_dim)), None, None)
-    kv_heads = config.num_key_value_heads
-    counts = [config.num_heads, kv_heads] if mixer == KEYS_AS_VALUES else [config.num_heads, kv_heads, kv_heads]
+    own = {SHARED_KEYS: 0, KEYS_AS_VALUES: 1}.get(mixer, 2)
+    counts = [config.num_heads, *[config.num_key_value_heads] * own]
     parts = z.unflatten(1, (sum(counts), config.head_dim)).split(counts, dim=1)
-    return _Parts(parts[0], parts[1], parts[-1])
+    return (*parts, parts[1]) if mixer == KEYS_AS_VALUES else parts
 
 
 def shared_attention_forward(
     z: Tensor, weights: BlockWeights, context: BlockContext
 ) -> tuple[Tensor, SharedAttentionKept]:
     """o, (T, H · head_dim), from what the projections gave, and what backward needs beside both."""
-    config = context.config
-    q, k, v, factors = _prepared(z, weights, context)
-    output, attended = attention_forward(
-        q, k, v, context.runs, config.attention_scaling, context.layer.window, config.attention_cap
-    )
-    return output.flatten(1), SharedAttentionKept(attended.log_sum_exp, *factors)
+    q, k, v, norms = _prepared(z, weights, context)
+    output, attended = attention_forward(q, k, v, *attention_setting(weights, context))
+    return output.flatten(1), SharedAttentionKept(attended.log_sum_exp, tuple(norm.factor for norm in norms))
 
 
 def attending(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,36 +78,30 @@ def attending(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[
     return _prepared(z, weights, context)[:3]
 
 
-_Factors = tuple[Tensor, Tensor | None, Tensor | None]
-
-
 def _prepared(
-    z: Tensor, weights: BlockWeights, context: BlockContext, factors: _Factors | None = None
-) -> tuple[Tensor, Tensor, Tensor, _Factors]:
-    """q, k and v as attention takes them, and the norms' factors; given, they are not computed again."""
-    config, parts, carried = context.config, _parts(z, context), _carried(context)
-    assert weights.q_norm is not None
-
-    def normed(x: Tensor, weight: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-        if factor is not None:
-            return rms_norm_apply(x, weight, factor), factor
-        y, saved = rms_norm_forward(x, weight, config.norm_eps)
-        return y, saved.factor
-
-    q_known, k_known, v_known = (None, None, None) if factors is None else factors
-    q, q_factor = normed(parts.q, weights.q_norm, q_known)
-    if context.rotary is not None:
-        rotary_forward(q, context.rotary, out=q)
-    if parts.k is None or parts.v is None:
-        assert context.layer.keys_of is not None
-        return q, *carried.lent(context.layer.keys_of), (q_factor, None, None)
-    assert weights.k_norm is not None
-    k, k_factor = normed(parts.k, weights.k_norm, k_known)
-    v, v_factor = normed(parts.v, _no_gain(parts.v), v_known)
-    if context.rotary is not None:
-        rotary_forward(k, context.rotary, out=k)
+    z: Tensor, weights: BlockWeights, context: BlockContext, factors: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[RMSNormSaved]]:
+    """q, k and v as attention takes them, and the norms that made them, whose factors may be known."""
+    eps, carried, keys_of = context.config.norm_eps, _carried(context), context.layer.keys_of
+    normed: list[Tensor] = []
+    norms: list[RMSNormSaved] = []
+    for place, x in enumerate(_parts(z, context)):
+        gain = (weights.q_norm, weights.k_norm, x.new_ones(x.shape[-1]))[place]
+        assert gain is not None
+        if factors is None:
+            y, norm = rms_norm_forward(x, gain, eps)
+        else:
+            norm = RMSNormSaved(x, gain, factors[place], 0.0)
+            y = rms_norm_apply(*norm)
+        if place < 2 and context.rotary is not None:
+            rotary_forward(y, context.rotary, out=y)
+        normed.append(y)
+        norms.append(norm)
+    if keys_of is not None:
+        return normed[0], *carried.lent(keys_of), norms
+    q, k, v = normed
     carried.lend(context.number, k, v)
-    return q, k, v, (q_factor, k_factor, v_factor)
+    return q, k, v, norms
 
 
 def shared_attention_backward(
@@ -128,57 +113,30 @@ def shared_attention_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
-    config, own, carried = context.config, kept.own, _carried(context)
-    heads, kv_heads = config.num_heads, config.num_key_value_heads
-    q, k, v, _ = _prepared(kept.input, weights, context, (own.q_factor, own.k_factor, own.v_factor))
+    config, own, carried, keys_of = context.config, kept.own, _carried(context), context.layer.keys_of
+    q, k, v, norms = _prepared(kept.input, weights, context, own.factors)
     assert kept.output is not None  # plain attention alone gives it again
-    saved = AttentionSaved(
-        q,
-        k,
-        v,
-        kept.output.unflatten(1, (heads, config.head_dim)),
-        own.log_sum_exp,
-        context.runs,
-        config.attention_scaling,
-        context.layer.window,
-        config.attention_cap,
-    )
-    by_head = torch.empty(len(q), heads + 2 * kv_heads, config.head_dim, dtype=q.dtype, device=q.device)
-    d_q, d_k, d_v = attention_backward(d_output.unflatten(1, (heads, config.head_dim)), saved, out=by_head)
-    d_z = torch.empty_like(kept.input)
-    raw, into = _parts(kept.input, context), _parts(d_z, context)
-    if context.rotary is not None:
-        rotary_backward(d_q, context.rotary, out=d_q)
-    q_norm = RMSNormSaved(raw.q, _there(weights.q_norm), own.q_factor, 0.0)
-    into.q.copy_(norm_backward(d_q, q_norm, adapter.norms.get(config.qk_norms[0])))
-    if raw.k is None or raw.v is None or into.k is None or into.v is None:
-        assert context.layer.keys_of is not None
-        carried.give_back(context.layer.keys_of, d_k, d_v)
-        return d_z
-    users = carried.returned(context.number)
-    if users is not None:
+    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (kept.output, d_output))
+    saved = AttentionSaved(q, k, v, output, own.log_sum_exp, *attention_setting(weights, context))
+    by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
+    d_q, d_k, d_v = attention_backward(d_attended, saved, out=by_head)
+    if keys_of is not None:
+        carried.give_back(keys_of, d_k, d_v)
+    elif (users := carried.returned(context.number)) is not None:
         d_k.add_(users.k)
         d_v.add_(users.v)
-    if context.rotary is not None:
-        rotary_backward(d_k, context.rotary, out=d_k)
-    k_norm = RMSNormSaved(raw.k, _there(weights.k_norm), own.k_factor, 0.0)
-    d_raw_v = rms_norm_backward(d_v, RMSNormSaved(raw.v, _no_gain(raw.v), own.v_factor, 0.0), weight_gradient=False).d_x
-    into.k.copy_(norm_backward(d_k, k_norm, adapter.norms.get(config.qk_norms[1])))
-    if context.layer.mixer == KEYS_AS_VALUES:
-        into.k.add_(d_raw_v)
-    else:
-        into.v.copy_(d_raw_v)
+    d_z = torch.empty_like(kept.input)
+    into = _parts(d_z, context)
+    for place, (d_y, norm) in enumerate(zip((d_q, d_k, d_v), norms, strict=False)):
+        if place < 2 and context.rotary is not None:
+            rotary_backward(d_y, context.rotary, out=d_y)
+        trained = adapter.norms.get(config.qk_norms[place]) if place < 2 else None
+        d_x = norm_backward(d_y, norm, trained)
+        if place == 2 and context.layer.mixer == KEYS_AS_VALUES:
+            into[place].add_(d_x)  # to what came through k
+        else:
+            into[place].copy_(d_x)
     return d_z
-
-
-def _no_gain(x: Tensor) -> Tensor:
-    """The weight of a norm that has none."""
-    return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-
-
-def _there(weight: Tensor | None) -> Tensor:
-    assert weight is not None
-    return weight
 
 
 def _carried(context: BlockContext) -> Carried:

@@ -56,7 +56,6 @@ def short_conv_continued(
 
     Args:
         bcx: [B | C | x] of the new tokens, (tokens, 3 channels).
-        weights: of the block.
         states: see `short_conv_states`.
         rows: whose tokens they are.
     """

@@ -94,7 +94,6 @@ def adapted_rows(ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: 
     Args:
         ids: (tokens,) int64.
         table: (vocab, hidden).
-        config: the family.
         lora: the adapter, with factors for the embedding.
     """
     slot = lora.slots[EMBEDDING]
@@ -219,7 +218,6 @@ def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = 
     Args:
         x: (rows, hidden), the supervised rows, normed.
         targets: (rows,) int64.
-        head: of the pass.
         logits: of `chunk_shape`, to work in where the head is plain, or None.
     """
     if head.plain:
@@ -246,7 +244,6 @@ def head_loss_and_gradients(
     Args:
         x: (rows, hidden), the supervised rows, normed.
         targets: (rows,) int64.
-        head: of the pass.
         lora: whose gradient buffer receives.
         multiplier: of every loss, or of each its own, (rows,).
         logits: as in `head_losses`.

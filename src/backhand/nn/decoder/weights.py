@@ -178,8 +178,8 @@ _PER_LAYER_NAMES = (PER_LAYER_TABLE, PER_LAYER_MODEL, PER_LAYER_MODEL_NORM)
 def _stacks(config: DecoderConfig, layer: LayerConfig) -> list[tuple[str, tuple[str, ...], list[int]]]:
     """Of each group: the field of `BlockWeights` that holds its matrices stacked, its modules, and their outputs."""
     mixer, hidden, own = config.at(layer).mixers[layer.mixer], [config.hidden_size], config.per_layer
-    entering, leaving = mixer.groups
-    stacks = [("input", entering, list(mixer.sizes)), ("output", leaving, hidden), *_mlp_stacks(config, layer)]
+    first, last = mixer.groups
+    stacks = [("input", first, list(mixer.sizes)), ("output", last, hidden), *_mlp_stacks(config, layer)]
     if own is not None:
         gate, projection = PER_LAYER_GROUPS
         stacks += [("per_layer_gate", gate, [own.width]), ("per_layer_projection", projection, hidden)]
@@ -240,7 +240,6 @@ def load_weights(
     """Read every tensor of the source once, straight into its place in the compute dtype.
 
     Args:
-        device: where products run.
         quantized: leave the matrices as they are stored, mapped where the source maps them; norms and biases are read.
 
     Raises:

@@ -5,7 +5,7 @@
     model.layers.0.mlp.experts.gate_up_proj                  (experts, 2f, hidden)  modules of transformers 5
     model.layers.0.mlp.experts.down_proj                     (experts, hidden, f)
     model.layers.0.mlp.experts.gate_up_proj                  (experts, hidden, 2f)  gpt-oss, everywhere: gate's and up's
-    model.layers.0.mlp.experts.gate_up_proj_bias             (experts, 2f)          outputs in turns
+    model.layers.0.mlp.experts.gate_up_proj_bias             (experts, 2f)          outputs interleaved
     model.layers.0.mlp.experts.down_proj                     (experts, f, hidden)
     model.layers.0.mlp.experts.down_proj_bias                (experts, hidden)
 
@@ -30,15 +30,10 @@ _ONE = re.compile(
 
 
 class StackLayout(NamedTuple):
-    """How a stack of matrices lies in files and modules.
+    """How a stack of matrices lies in files and modules."""
 
-    Attributes:
-        transposed: each is (in, out).
-        interleaved: gate's and up's outputs take turns; else gate's come before up's.
-    """
-
-    transposed: bool = False
-    interleaved: bool = False
+    transposed: bool = False  # each is (in, out)
+    interleaved: bool = False  # gate's and up's outputs are interleaved; else gate's come before up's
 
 
 _LAYOUTS = {"gpt_oss": StackLayout(transposed=True, interleaved=True)}
@@ -103,7 +98,7 @@ def matrices_of(
     Args:
         parameter: its path, which ends in `gate_up_proj` or `down_proj`.
         out_features: rows of each expert's matrix in it.
-        interleaved: whether the rows of two linear modules take turns.
+        interleaved: whether the rows of two linear modules are interleaved.
     """
     holder, _, own = parameter.rpartition(".")
     parts = parts_of(own)

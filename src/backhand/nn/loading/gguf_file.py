@@ -44,17 +44,11 @@ _DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies.
+    """Where one tensor lies."""
 
-    Attributes:
-        name: as the file has it, e.g. `blk.0.attn_q.weight`.
-        shape: slowest dimension first, as torch has it; the file has the reverse.
-        type_id: ggml's number of the storage type.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
+    name: str  # as the file has it, e.g. `blk.0.attn_q.weight`.
+    shape: tuple[int, ...]  # slowest dimension first, as torch has it; the file has the reverse
+    type_id: int  # ggml's number of the storage type
     offset: int
     byte_count: int
 

@@ -38,47 +38,31 @@ class StoredSizes(NamedTuple):
 
 
 class Tiled(NamedTuple):
-    """Value heads in the order of a file.
+    """Value heads in the order of a file."""
 
-    Attributes:
-        key_heads: heads that ggml repeats as a whole.
-        group: value heads of each.
-        width: rows, or columns, of a value head.
-        before: rows in front of the value heads' that keep their places.
-        axis: 0 for rows, 1 for columns.
-    """
-
-    key_heads: int
-    group: int
-    width: int
-    before: int = 0
-    axis: int = 0
+    key_heads: int  # heads that ggml repeats as a whole
+    group: int  # value heads of each
+    width: int  # rows, or columns, of a value head
+    before: int = 0  # rows in front of the value heads' that keep their places
+    axis: int = 0  # 0 for rows, 1 for columns
 
     def arranged(self, values: Tensor, first: int, second: int) -> Tensor:
         """Heads, counted `first` by `second`, the other way round."""
         rows = values.movedim(self.axis, 0)
         heads = rows[self.before :].reshape(first, second, self.width, *rows.shape[1:])
-        turned = heads.transpose(0, 1).reshape(rows[self.before :].shape)
-        return torch.cat([rows[: self.before], turned]).movedim(0, self.axis)
+        reordered = heads.transpose(0, 1).reshape(rows[self.before :].shape)
+        return torch.cat([rows[: self.before], reordered]).movedim(0, self.axis)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What to do with stored values to get Hugging Face's.
+    """What to do with stored values to get Hugging Face's."""
 
-    Attributes:
-        pairs_per_head: head_dim / 2 where the rows of each head are interleaved pairs, else None.
-        offset: what was added to the values.
-        tiled: where value heads stand in another order, else None.
-        rate: the values are -e^A, and A is wanted.
-        taps: whether these are the taps of a convolution, which have an axis more here.
-    """
-
-    pairs_per_head: int | None = None
-    offset: float = 0.0
-    tiled: Tiled | None = None
-    rate: bool = False
-    taps: bool = False
+    pairs_per_head: int | None = None  # head_dim / 2 where the rows of each head are interleaved pairs, else None
+    offset: float = 0.0  # what was added to the values
+    tiled: Tiled | None = None  # where value heads stand in another order, else None
+    rate: bool = False  # the values are -e^A, and A is wanted
+    taps: bool = False  # whether these are the taps of a convolution, which have an axis more here
 
     @property
     def is_plain(self) -> bool:
@@ -99,7 +83,7 @@ class Layout:
         return (shape[0], *shape[2:]) if self.taps else shape
 
     def restored(self, values: Tensor) -> Tensor:
-        """Values in the stored order, in the tensor's shape, turned into Hugging Face's; perhaps a view."""
+        """Values in the stored order, in the tensor's shape, in Hugging Face's; perhaps a view."""
         if self.pairs_per_head is not None:
             rows = values.view(-1, self.pairs_per_head, 2, *values.shape[1:])
             values = rows.transpose(1, 2).reshape(values.shape)
@@ -131,7 +115,7 @@ class Layout:
         return (order, _PLAIN) if self.turns_columns else (_PLAIN, order)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why a matrix of this shape cannot be turned; None if it can."""
+        """Why a matrix of this shape cannot be reordered; None if it can."""
         if self.pairs_per_head is not None and shape[0] % (2 * self.pairs_per_head):
             return f"{shape[0]} rows are no whole number of heads of {2 * self.pairs_per_head}"
         if self.tiled is not None:

@@ -278,17 +278,11 @@ _GPT4O = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How one kind of vocabulary cuts text.
+    """How one kind of vocabulary cuts text."""
 
-    Attributes:
-        patterns: regular expressions; what matches is a piece, and so is what lies between matches.
-        whole_words: a piece that is itself a token is taken as one, whatever the merges say.
-        adds_bos: the beginning-of-text token comes first unless the file says otherwise.
-    """
-
-    patterns: tuple[str, ...]
-    whole_words: bool = False
-    adds_bos: bool = False
+    patterns: tuple[str, ...]  # regular expressions; what matches is a piece, and so is what lies between matches
+    whole_words: bool = False  # a piece that is itself a token is taken as one, whatever the merges say
+    adds_bos: bool = False  # the beginning-of-text token comes first unless the file says otherwise
 
 
 _DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))

@@ -27,8 +27,8 @@ from backhand.nn.loading.mxfp4_experts import (
     packed_parameters,
     unpacked,
 )
-from backhand.nn.loading.smollm2 import NAME
 from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, floating, stores_another_head, ties_head
+from backhand.nn.loading.stores import SMOLLM2
 from backhand.nn.loading.tokenizer_patterns import check_patterns
 from backhand.nn.loading.wrappers import is_beside, text_name, unwrapped
 from backhand.reading import MAX_TABLES_BYTES, open_plain, read_plain
@@ -388,7 +388,7 @@ def _opened(path: Path, hub_id: str) -> HuggingFaceDirectory:
 
 def nearest_here(name: str) -> str:
     """A question where the name looks much like that of a model here; "" otherwise."""
-    near = {NAME: NAME}
+    near = {SMOLLM2: SMOLLM2}
     with suppress(OSError, ValueError, RuntimeError):  # a NUL character in the name; `~` of a user who is not there
         there = Path(name).expanduser().parent.iterdir()
         models = (place for place in there if place.suffix == ".gguf" or (place / CONFIG_FILE).is_file())
@@ -427,7 +427,6 @@ def _fetched(hub_id: str, revision: str | None) -> Path:
             next_step = f"{nearest_here(hub_id)}check the spelling, or set HF_TOKEN"
         else:
             what, why = "is neither cached nor reachable", first_line(error)
-            next_step = (
-                f"{nearest_here(hub_id)}connect to the network once, or give a local directory or .gguf file, or {NAME}"
-            )
+            near = nearest_here(hub_id)
+            next_step = f"{near}connect to the network once, or give a local directory or .gguf file, or {SMOLLM2}"
         raise ArtifactError(f"the model {hub_id} {what}", why=why, next_step=next_step) from None

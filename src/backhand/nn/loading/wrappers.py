@@ -79,15 +79,10 @@ _TAKEN_FROM_OUTSIDE = ("eos_token_id", "bos_token_id", "dtype", "torch_dtype", "
 
 @dataclass(frozen=True)
 class Wrapper:
-    """The image model around a text model.
+    """The image model around a text model."""
 
-    Attributes:
-        model_type: of the whole.
-        prefix: where transformers' class has the modules of the text model, such as `model.language_model`.
-    """
-
-    model_type: str
-    prefix: str
+    model_type: str  # of the whole
+    prefix: str  # where transformers' class has the modules of the text model, such as `model.language_model`
 
     def outside(self, name: str) -> str:
         """What the whole model calls a module or tensor of the text model."""
@@ -143,7 +138,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
         stated = config.get(_OLDER_TIE, stated)
     if isinstance(stated, bool):
         return stated
-    from backhand.nn.decoder.config_classes import config_class
+    from backhand.nn.decoder.config_fields import config_class
 
     known = config_class(str(config["model_type"]))
     return bool(known is not None and known.fields.get("tie_word_embeddings"))

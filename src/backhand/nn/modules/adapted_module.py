@@ -26,11 +26,7 @@ from backhand.ops.lora_linear import Dropout
 
 
 class AdaptedModule(nn.Module):
-    """What all kinds share; each is made by an `adapt` of its own, never by a constructor.
-
-    Attributes:
-        enabled: False makes the module compute what it did before it was adapted.
-    """
+    """What all kinds share; each is made by an `adapt` of its own, never by a constructor."""
 
     own_parameters: ClassVar[tuple[str, ...]]
     own_buffers: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +34,7 @@ class AdaptedModule(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    enabled: bool
+    enabled: bool  # False makes the module compute what it did before it was adapted
     _unmerged: tuple[nn.Parameter, nn.Parameter | None] | None
     _base_class: type[nn.Module]
 

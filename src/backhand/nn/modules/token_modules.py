@@ -16,16 +16,12 @@ from backhand.nn.modules.functions import token_embedding, token_linear
 
 
 class TokenModule(AdaptedModule):
-    """A module with trained rows; made by `adapt`, never by its constructor.
-
-    Attributes:
-        token_ids: (n,) int64.
-    """
+    """A module with trained rows; made by `adapt`, never by its constructor."""
 
     base_type: ClassVar[type[nn.Module]]
     own_buffers = ("token_ids",)
 
-    token_ids: Tensor
+    token_ids: Tensor  # (n,) int64
 
     @property
     def rows(self) -> nn.Parameter:
@@ -63,16 +59,12 @@ class TokenModule(AdaptedModule):
 
 
 class TokenEmbedding(TokenModule):
-    """An nn.Embedding with trained rows.
-
-    Attributes:
-        trainable_tokens: (n, hidden), the trained rows.
-    """
+    """An nn.Embedding with trained rows."""
 
     base_type = nn.Embedding
     own_parameters = ("trainable_tokens",)
 
-    trainable_tokens: nn.Parameter
+    trainable_tokens: nn.Parameter  # (n, hidden), the trained rows
     padding_idx: int | None
 
     @classmethod

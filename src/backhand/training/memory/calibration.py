@@ -8,17 +8,21 @@ says how many fit into the time there is.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from backhand.data.packing import micro_batches, trained_length
+from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import OptimizationOptions
+from backhand.training.engine import ShortModel, Trainable
 from backhand.training.gradient_sum import shared_out
 from backhand.training.machine import Machine
-from backhand.training.memory.speed import fastest, mean_block, wait_for, whole
 from backhand.training.prepared import Outline
 from backhand.training.step import AdapterOptimizer
 from backhand.training.step_plan import five_times
@@ -30,28 +34,19 @@ _FORWARD_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Speed:
-    """What a run will take.
+    """What a run will take."""
 
-    Attributes:
-        tokens_per_s: trained on, by all processes together, fillers not counted; without what they send each other.
-        train_s: all steps.
-        evaluate_s: all evaluations of the held-out rows.
-        measured_s: what the measurement took.
-        kept_s: that keeping hidden states spares; it is in neither of the other times.
-    """
-
-    tokens_per_s: float
-    train_s: float
-    evaluate_s: float
-    measured_s: float
-    kept_s: float = 0.0
+    tokens_per_s: float  # trained on, by all processes together, fillers not counted; without what they send each other
+    train_s: float  # all steps
+    evaluate_s: float  # all evaluations of the held-out rows
+    measured_s: float  # what the measurement took
+    kept_s: float = 0.0  # that keeping hidden states spares; it is in neither of the other times
 
 
 def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
     """Measure micro-batches of the run's first steps, and tell what all of it will take.
 
     Args:
-        outline: the run.
         machine: where it computes; the settings of `nn.compute.compute_settings` are in force.
         budget_s: seconds it may take; on a slow or busy machine fewer tokens are measured.
     """
@@ -149,3 +144,50 @@ def _evaluations(outline: Outline) -> int:
     """Before the first step, at every interval, and at the end."""
     every = outline.config.run.eval_every or five_times(outline.total_steps)
     return 1 + -(-outline.total_steps // every)
+
+
+_ENOUGH_PASSES, _ENOUGH_S = 10, 1.0
+"""The fastest of so many passes over so long a time does not fall any more."""
+
+
+def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) -> list[float]:
+    """For each model the seconds of its fastest training pass, of as many as fit, the first one left out.
+
+    Args:
+        deadline: of `time.perf_counter`; two passes are made in any case.
+    """
+    best = [math.inf] * len(models)
+    passes, round_s, start = 0, 0.0, time.perf_counter()
+    while passes < 2 or time.perf_counter() + round_s < deadline:
+        if passes >= _ENOUGH_PASSES and time.perf_counter() - start > _ENOUGH_S:
+            break
+        began = time.perf_counter()
+        for number, model in enumerate(models):
+            began_model = time.perf_counter()
+            model.loss_and_gradients(batch, 1.0, 0)
+            wait_for(model.device)
+            if passes:
+                best[number] = min(best[number], time.perf_counter() - began_model)
+        passes, round_s = passes + 1, time.perf_counter() - began
+    return best
+
+
+def wait_for(device: torch.device) -> None:
+    """A graphics card computes behind the program's back: the clock is read when it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def whole(short: ShortModel, seconds: Sequence[float]) -> float:
+    """Of the whole model, from those of the short one and of each with one block more."""
+    few_s, *more_s = seconds
+    return few_s + sum(
+        more.missing * max(0.0, with_it - few_s) for more, with_it in zip(short.more, more_s, strict=True)
+    )
+
+
+def mean_block(short: ShortModel, seconds: Sequence[float]) -> float:
+    """Of one block, as the mean of those of the whole model."""
+    few_s, *more_s = seconds
+    of_all = sum(more.blocks * max(0.0, with_it - few_s) for more, with_it in zip(short.more, more_s, strict=True))
+    return of_all / max(1, sum(more.blocks for more in short.more))

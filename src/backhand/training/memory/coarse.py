@@ -32,9 +32,6 @@ def decoder_size(
     """The decoder engine's.
 
     Args:
-        config: the family.
-        layout: the adapter.
-        dtype: the compute dtype.
         quantized_bytes: of the matrices in their blocks, where they stay in them.
     """
     d, b, layers = config.hidden_size, dtype.itemsize, config.layers

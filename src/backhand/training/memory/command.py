@@ -30,21 +30,13 @@ _ESTIMATED = "kept activations and workspace are estimated from the model's size
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that was looked at.
+    """A run that was looked at."""
 
-    Attributes:
-        outline: model, adapter, rows, steps and memory.
-        machine: where it computes.
-        speed: None where it was not measured.
-        notes: what a person should know, a sentence each.
-        longest: the longest training documents, as many as were asked for, the longest first.
-    """
-
-    outline: Outline
-    machine: Machine
-    speed: Speed | None
-    notes: tuple[str, ...]
-    longest: tuple[Example, ...] = ()
+    outline: Outline  # model, adapter, rows, steps and memory
+    machine: Machine  # where it computes
+    speed: Speed | None  # None where it was not measured
+    notes: tuple[str, ...]  # what a person should know, a sentence each
+    longest: tuple[Example, ...] = ()  # the longest training documents, as many as were asked for, the longest first
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; sizes in bytes, times in seconds."""

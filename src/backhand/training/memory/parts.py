@@ -31,51 +31,29 @@ Masks of dropout, and what DoRA makes of each module, come and go between what i
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What is known of a model and its adapter from headers alone; what is per token only coarsely.
+    """What is known of a model and its adapter from headers alone; what is per token only coarsely."""
 
-    Attributes:
-        dtype_bytes: of the compute dtype.
-        weight_bytes: of all frozen weights as they are held.
-        adapter_elements: trained elements.
-        kept_bytes: per token, by recompute mode, of all blocks together.
-        block_bytes: per token, of what is alive while a block's backward runs, by recompute mode.
-        stream_bytes: per token, of the batch and the residual stream.
-        head_row_bytes: per supervised token, of the head's input and its gradient.
-        chunk_rows: of logits that are there at once in a training pass.
-        logits_bytes: of one position's logits.
-        cache_bytes: per token of a conversation, of keys and values.
-        mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
-        kernels: that a library compiles for each size of a pass, at most; those that it keeps are counted.
-        measured: whether a step's memory can be measured before the run.
-        gaps: that freed buffers leave, over what a step takes: `GAPS`, or `WIDE_GAPS`.
-    """
-
-    dtype_bytes: int
-    weight_bytes: int
-    adapter_elements: int
-    kept_bytes: Mapping[Recompute, int]
-    block_bytes: Mapping[Recompute, int]
-    stream_bytes: int
-    head_row_bytes: int
-    chunk_rows: int
-    logits_bytes: int
-    cache_bytes: int
-    mixer_state_bytes: int = 0
-    kernels: int = 0
-    measured: bool = True
-    gaps: float = GAPS
+    dtype_bytes: int  # of the compute dtype
+    weight_bytes: int  # of all frozen weights as they are held
+    adapter_elements: int  # trained elements
+    kept_bytes: Mapping[Recompute, int]  # per token, by recompute mode, of all blocks together
+    block_bytes: Mapping[Recompute, int]  # per token, of what is alive while a block's backward runs, by recompute mode
+    stream_bytes: int  # per token, of the batch and the residual stream
+    head_row_bytes: int  # per supervised token, of the head's input and its gradient
+    chunk_rows: int  # of logits that are there at once in a training pass
+    logits_bytes: int  # of one position's logits
+    cache_bytes: int  # per token of a conversation, of keys and values
+    mixer_state_bytes: int = 0  # of a conversation of any length, of what other mixers than attention go on from
+    kernels: int = 0  # that a library compiles for each size of a pass, at most; those that it keeps are counted
+    measured: bool = True  # whether a step's memory can be measured before the run
+    gaps: float = GAPS  # that freed buffers leave, over what a step takes: or `WIDE_GAPS`
 
 
 class StepBytes(NamedTuple):
-    """What one forward and backward pass takes besides weights and adapter.
+    """What one forward and backward pass takes besides weights and adapter."""
 
-    Attributes:
-        kept: by the blocks, for the backward pass.
-        workspace: at the fullest moment besides.
-    """
-
-    kept: int
-    workspace: int
+    kept: int  # by the blocks, for the backward pass
+    workspace: int  # at the fullest moment besides
 
 
 def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> StepBytes:
@@ -131,7 +109,6 @@ def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
     """A process that answers with the base model and the newest adapter while this one trains.
 
     Args:
-        size: of model and adapter.
         process_bytes: interpreter, libraries and tokenizer.
         tokens: of the longest conversation.
     """

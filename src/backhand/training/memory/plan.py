@@ -25,23 +25,14 @@ MARGIN = 0.95
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a step will take, and how it is cut.
+    """What a step will take, and how it is cut."""
 
-    Attributes:
-        micro_batch_rows: rows per forward and backward pass.
-        recompute: what the backward pass computes again.
-        shape: the largest micro-batch of so many rows.
-        parts: bytes by part, process included.
-        beside_bytes: of another process that runs beside this one.
-        base: how the frozen weights are held.
-    """
-
-    micro_batch_rows: int
-    recompute: Recompute
-    shape: StepShape
-    parts: Mapping[str, int] = field(default_factory=dict)
-    beside_bytes: int = 0
-    base: HeldBase = "dense"
+    micro_batch_rows: int  # rows per forward and backward pass
+    recompute: Recompute  # what the backward pass computes again
+    shape: StepShape  # the largest micro-batch of so many rows
+    parts: Mapping[str, int] = field(default_factory=dict)  # bytes by part, process included
+    beside_bytes: int = 0  # of another process that runs beside this one
+    base: HeldBase = "dense"  # how the frozen weights are held
 
     @property
     def peak_bytes(self) -> int:
@@ -87,7 +78,6 @@ def choose(
     """The fastest way to cut a step that fits; slower ones are not looked at.
 
     Args:
-        size: of model and adapter.
         parts: what a way takes.
         shapes: the run's largest micro-batch for each number of rows that may be chosen or proposed.
         budget_bytes: what may be taken in all; None for no limit.

@@ -98,8 +98,6 @@ def step_bytes(
 
     Args:
         short: what is measured.
-        shape: of the micro-batch.
-        vocab_size: tokens that there are.
         row_bytes: r, of the head's rows.
         limit: tokens of a pass that is measured, at most.
     """
@@ -126,9 +124,7 @@ class MeasuredMemory:
     """Parts of a run with one base, each way to cut it measured once.
 
     Args:
-        size: of model and adapter.
         short: makes what is measured, for a recompute mode.
-        vocab_size: tokens that there are.
         process: what the process takes already; measuring adds to it, for every base.
         forget: gives back what measuring has read of the model's files.
         budget_bytes: what may be taken in all; None for no limit.

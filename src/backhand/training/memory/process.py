@@ -123,7 +123,6 @@ class ProcessBytes:
     """What the process itself takes; more once a step has been measured, whose code and compiled kernels stay.
 
     Args:
-        dtype: the compute dtype.
         final: whether a run's weights are there, which are counted elsewhere.
 
     Attributes:
@@ -147,9 +146,6 @@ def settled_rss_bytes(dtype: torch.dtype) -> int:
     The optimizer and matrix libraries read their code as they are first called; whatever is loaded before the
     measurement need not be guessed. What an earlier model of this process has left behind as freed
     memory is given back first: a step will use it, and it would be counted twice.
-
-    Args:
-        dtype: the compute dtype.
     """
     lora = LoRAParameters([LoRASlot("warm_up", _SIZE, _SIZE, 1, 1.0)])
     AdapterOptimizer(lora, OptimizationOptions()).step(0.0)

@@ -85,7 +85,6 @@ def largest_shapes(
 
     Args:
         steps: row numbers of each step.
-        packer: of the rows.
         rows_options: numbers of rows to look at.
     """
     supervised = [packer.supervised_tokens([row]) for row in range(len(packer.lengths))]

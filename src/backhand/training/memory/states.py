@@ -26,36 +26,22 @@ _SHARE_OF_DISK = 0.5
 
 @dataclass(frozen=True)
 class Below:
-    """What lies below the lowest adapted layer.
+    """What lies below the lowest adapted layer."""
 
-    Attributes:
-        layer: its number; 0 where nothing lies below it.
-        width: hidden size.
-        token_bytes: of one token's hidden states.
-        dependent: why a row's hidden states may depend on the rows beside it; None where they do not.
-    """
-
-    layer: int = 0
-    width: int = 0
-    token_bytes: int = 0
-    dependent: str | None = None
+    layer: int = 0  # its number; 0 where nothing lies below it
+    width: int = 0  # hidden size
+    token_bytes: int = 0  # of one token's hidden states
+    dependent: str | None = None  # why a row's hidden states may depend on the rows beside it; None where they do not
 
 
 @dataclass(frozen=True)
 class StatesPlan:
-    """Where the hidden states that enter the lowest adapted layer are kept.
+    """Where the hidden states that enter the lowest adapted layer are kept."""
 
-    Attributes:
-        where: in memory, on the disk, or not at all.
-        below: what they spare a row that comes again.
-        tokens: that are kept, of training and held-out rows.
-        note: why nothing is kept although rows come again, or None.
-    """
-
-    where: Kept = "off"
-    below: Below = Below()
-    tokens: int = 0
-    note: str | None = None
+    where: Kept = "off"  # in memory, on the disk, or not at all
+    below: Below = Below()  # what they spare a row that is computed again
+    tokens: int = 0  # that are kept, of training and held-out rows
+    note: str | None = None  # why nothing is kept although rows come again, or None
 
     @property
     def bytes(self) -> int:
@@ -89,11 +75,7 @@ def coming_again(
     """Tokens of the rows that a run computes more than once: training rows from the second epoch on, and held-out ones.
 
     Args:
-        packer: of the training rows.
-        sampler: that draws them.
-        total_steps: of the run.
         held_out: rows that are measured again and again.
-        share_prefixes: as they are packed.
     """
     trained = kept_tokens(packer) if total_steps > sampler.steps_per_epoch else 0
     return trained + kept_tokens(RowPacker(held_out, share_prefixes=share_prefixes))
@@ -113,9 +95,6 @@ def keep_states(
 
     Args:
         asked: as the option has it.
-        below: the lowest adapted layer.
-        tokens: that would be kept.
-        memory: the run without them.
         budget_bytes: what the process may take in all; None for no limit.
         disk_bytes: free in the run directory; None where that is not known.
         processes_here: that share the disk.

@@ -24,7 +24,7 @@ from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.training.memory.speed import fastest
+from backhand.training.memory.calibration import fastest
 
 ROWS, ROW_TOKENS = 4, 256
 _SMALL = {
@@ -46,11 +46,7 @@ _MEASURED_S = 1.0
 
 
 class TokenSeconds:
-    """Measures once, when it is first asked.
-
-    Args:
-        dtype: the compute dtype.
-    """
+    """Measures once, when it is first asked."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

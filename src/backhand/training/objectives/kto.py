@@ -39,19 +39,12 @@ def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
 
 @dataclass
 class KTOObjective(Objective):
-    """The loss of labelled answers.
+    """The loss of labelled answers."""
 
-    Attributes:
-        options: its numbers.
-        others: of the mismatched answers; None for `apo_zero_unpaired`, which does without.
-        others_reference: their s under the model that the run starts from.
-        kl: z₀ of the rows that come next.
-    """
-
-    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
-    others: RowPacker | None = None
-    others_reference: Tensor | None = None
-    kl: float = 0.0
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # its numbers
+    others: RowPacker | None = None  # of the mismatched answers; None for `apo_zero_unpaired`, which does without
+    others_reference: Tensor | None = None  # their s under the model that the run starts from
+    kl: float = 0.0  # z₀ of the rows that come next
 
     def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
         """Measure z₀ of the rows that come next, without gradients."""

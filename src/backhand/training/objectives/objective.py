@@ -30,31 +30,19 @@ Measured = dict[str, tuple[float, int]]
 
 
 class RowLosses(NamedTuple):
-    """Of some rows.
+    """Of some rows."""
 
-    Attributes:
-        losses: (rows,) float64.
-        d_sums: ∂Σ losses / ∂s, (documents,) float64.
-        measured: what is shown of them.
-    """
-
-    losses: Tensor
-    d_sums: Tensor
-    measured: Measured
+    losses: Tensor  # (rows,) float64
+    d_sums: Tensor  # ∂Σ losses / ∂s, (documents,) float64
+    measured: Measured  # what is shown of them
 
 
 class Documents(NamedTuple):
-    """Some documents of rows, in the rows' order, the chosen side of a pair before the rejected one.
+    """Some documents of rows, in the rows' order, the chosen side of a pair before the rejected one."""
 
-    Attributes:
-        sums: s, (documents,) float64.
-        counts: supervised tokens of each, (documents,) float64.
-        reference: s of the model that the run starts from, (documents,) float64; None without a reference.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    reference: Tensor | None
+    sums: Tensor  # s, (documents,) float64
+    counts: Tensor  # supervised tokens of each, (documents,) float64
+    reference: Tensor | None  # s of the model that the run starts from, (documents,) float64; None without a reference
 
 
 @dataclass
@@ -123,8 +111,6 @@ class HeldOutObjective(HeldOut):
     """Held-out rows under an objective.
 
     Args:
-        objective: of them.
-        micro_batch_rows: rows per forward pass.
         kept: keeps their hidden states from one `loss` to the next.
     """
 
@@ -166,10 +152,6 @@ def document_sums(
 
     Args:
         model: as it is, without gradients and without dropout.
-        packer: of the rows.
-        rows: by number.
-        micro_batch_rows: rows in one pass.
-        processes: that share the passes.
         kept: keeps the rows' hidden states.
         interruptible: whether to come back with None where a process has been asked to stop.
     """

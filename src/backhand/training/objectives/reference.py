@@ -55,10 +55,6 @@ def run_objectives(
 
     Args:
         job: with its model and adapter, which stay as they are.
-        directory: of the run.
-        processes: that share the passes.
-        frozen_digest: of all frozen tensors.
-        kept: keeps hidden states.
         begun_from: the adapter that the run was started from, if any.
         log: told that what was kept is what is computed.
         noted: told in a sentence where something is computed anew.

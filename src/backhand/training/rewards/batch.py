@@ -21,9 +21,8 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
 from backhand.training.objectives.objective import token_owners
 from backhand.training.rewards.certificate import Certificate
-from backhand.training.rewards.options import RewardOptions
-from backhand.training.rewards.rollout import prompt_of
-from backhand.training.step import Processes, StepWork
+from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
+from backhand.training.step import StepWork
 
 
 class AnswerBatch:
@@ -32,12 +31,10 @@ class AnswerBatch:
     Args:
         model: at its temperature.
         prompts: of every answer its prompt.
-        answers: a group behind another.
-        rewards: of each, (answers,) float64.
-        options: resolved.
+        judged: what was answered and what it is worth.
+        rollout: that it came from.
         beta: weight of the divergence from the base.
         micro_batch_rows: groups in one micro-batch, at most.
-        processes: that share the passes.
         certificate: compares the first update's log-probabilities with the sampled ones.
 
     Attributes:
@@ -49,16 +46,15 @@ class AnswerBatch:
         self,
         model: Decoder,
         prompts: Sequence[Example],
-        answers: Sequence[Sampled],
-        rewards: Tensor,
-        options: RewardOptions,
+        judged: Judged,
+        rollout: Rollout,
         beta: float,
         *,
         micro_batch_rows: int,
-        processes: Processes,
         certificate: Certificate,
     ) -> None:
-        self._answers, self._processes, self._certificate = answers, processes, certificate
+        answers, rewards, options = judged.answers, judged.totals, rollout.options
+        self._answers, self._processes, self._certificate = answers, rollout.processes, certificate
         self._model = model
         assert options.epsilon_high is not None and options.scale_rewards is not None
         self._rule = GRPORule(options.loss, options.epsilon, options.epsilon_high, beta)

@@ -24,17 +24,11 @@ In bfloat16 a logit of 16 to 32 is rounded to steps of 1/8, and either side has 
 
 @dataclass
 class Certificate:
-    """Gaps between the log-probabilities of tokens as they were sampled and as the training pass has them.
+    """Gaps between the log-probabilities of tokens as they were sampled and as the training pass has them."""
 
-    Attributes:
-        bounds: of any token, and of their mean.
-        log: told the largest gap when the run ends, or fails.
-        largest: of all steps so far.
-    """
-
-    bounds: tuple[float, float]
-    log: ProofLog
-    largest: float = 0.0
+    bounds: tuple[float, float]  # of any token, and of their mean
+    log: ProofLog  # told the largest gap when the run ends, or fails
+    largest: float = 0.0  # of all steps so far
     _gaps: list[list[float]] = field(default_factory=list)
 
     def compare(self, sampled: Tensor, trained: Tensor) -> bool:

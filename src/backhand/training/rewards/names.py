@@ -15,17 +15,11 @@ WITH_ARGUMENT = ("regex", "json", "length", GYM)
 
 
 class RewardName(NamedTuple):
-    """A name in its parts.
+    """A name in its parts."""
 
-    Attributes:
-        kind: `exact`, `number`, `regex`, `json`, `length`, `reasoning_gym`, `file` or `module`.
-        place: what stands before the last colon: a file, a module; of a built-in one its argument.
-        function: of a file or module, the function in it.
-    """
-
-    kind: str
-    place: str = ""
-    function: str = ""
+    kind: str  # `exact`, `number`, `regex`, `json`, `length`, `reasoning_gym`, `file` or `module`
+    place: str = ""  # what stands before the last colon: a file, a module; of a built-in one its argument
+    function: str = ""  # of a file or module, the function in it
 
     @property
     def shown(self) -> str:

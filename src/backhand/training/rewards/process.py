@@ -29,17 +29,11 @@ _ALONE_S = 5.0
 
 @dataclass(frozen=True)
 class Written:
-    """An answer as reward functions are given it.
+    """An answer as reward functions are given it."""
 
-    Attributes:
-        asked: the row that it answers.
-        text: without control tokens.
-        token_ids: of it, the stop token among them.
-    """
-
-    asked: Asked
-    text: str
-    token_ids: Sequence[int]
+    asked: Asked  # the row that it answers
+    text: str  # without control tokens
+    token_ids: Sequence[int]  # of it, the stop token among them
 
 
 class _Failed(Exception):
@@ -54,7 +48,6 @@ class RewardProcess:
     """Holds the process with the reward functions; a context manager.
 
     Args:
-        names: of the functions.
         timeout_s: that a function may take for a batch of answers.
     """
 

@@ -22,40 +22,24 @@ from backhand.training.step import Processes
 
 
 class Judged(NamedTuple):
-    """Answers, a group behind another, and their rewards.
+    """Answers, a group behind another, and their rewards."""
 
-    Attributes:
-        answers: as sampled.
-        texts: as reward functions saw them.
-        rewards: (functions, answers) float64; NaN where a function does not judge.
-        totals: their weighted sums, (answers,) float64.
-    """
-
-    answers: list[Sampled]
-    texts: list[str]
-    rewards: Tensor
-    totals: Tensor
+    answers: list[Sampled]  # as sampled
+    texts: list[str]  # as reward functions saw them
+    rewards: Tensor  # (functions, answers) float64; NaN where a function does not judge
+    totals: Tensor  # their weighted sums, (answers,) float64
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Lets a model answer, and has the answers judged.
+    """Lets a model answer, and has the answers judged."""
 
-    Attributes:
-        options: resolved.
-        functions: holds the reward functions; None in processes other than the first.
-        tokenizer: decodes answers.
-        stop_ids: that end an answer.
-        seed_of: (step, row, number in its group) → an answer's seed.
-        processes: that share the prompts.
-    """
-
-    options: RewardOptions
-    functions: RewardProcess | None
-    tokenizer: Any
-    stop_ids: Collection[int]
-    seed_of: Callable[[int, int, int], int]
-    processes: Processes
+    options: RewardOptions  # resolved
+    functions: RewardProcess | None  # holds the reward functions; None in processes other than the first
+    tokenizer: Any  # decodes answers
+    stop_ids: Collection[int]  # that end an answer
+    seed_of: Callable[[int, int, int], int]  # (step, row, number in its group) → an answer's seed
+    processes: Processes  # that share the prompts
 
     def sampled(self, model: Decoder, step: int, rows: Sequence[int], examples: Sequence[Example]) -> list[Sampled]:
         """A group of answers to each of these rows of the examples, in their order."""

@@ -34,27 +34,16 @@ _NOT_TRAINED = StepResult(0.0, 0.0, taken=True, found=StepSum((), 0, False, (), 
 
 @dataclass(eq=False)
 class RewardedSteps:
-    """The steps of a run on rewards.
+    """The steps of a run on rewards."""
 
-    Attributes:
-        rollout: samples and judges.
-        examples: the prompts.
-        beta: weight of the divergence from the base.
-        micro_batch_rows: prompts whose answers are one micro-batch, at most.
-        certificate: that sampler and trainer are one model.
-        guard: looks at every step; None in repetitions of steps.
-        tokens: of the newest step's prompts and answers, each counted as often as it is there.
-        measured: what metrics tell of the newest step.
-    """
-
-    rollout: Rollout
-    examples: Sequence[Example]
-    beta: float
-    micro_batch_rows: int
-    certificate: Certificate
-    guard: RewardGuard | None = None
-    tokens: int = 0
-    measured: dict[str, float] = field(default_factory=dict)
+    rollout: Rollout  # samples and judges
+    examples: Sequence[Example]  # the prompts
+    beta: float  # weight of the divergence from the base
+    micro_batch_rows: int  # prompts whose answers are one micro-batch, at most
+    certificate: Certificate  # that sampler and trainer are one model
+    guard: RewardGuard | None = None  # looks at every step; None in repetitions of steps
+    tokens: int = 0  # of the newest step's prompts and answers, each counted as often as it is there
+    measured: dict[str, float] = field(default_factory=dict)  # what metrics tell of the newest step
     _judged: Judged | None = None
 
     def write(self, model: Trainable, step: int, rows: Sequence[int]) -> None:
@@ -93,12 +82,10 @@ class RewardedSteps:
             batch = AnswerBatch(
                 model,
                 self._prompts(rows),
-                judged.answers,
-                judged.totals,
-                options,
+                judged,
+                self.rollout,
                 self.beta,
                 micro_batch_rows=self.micro_batch_rows,
-                processes=processes,
                 certificate=self.certificate,
             )
             updates = options.num_iterations if batch.trained else 0
@@ -124,7 +111,6 @@ class HeldOutRewards(HeldOut):
 
     Args:
         examples: at least one.
-        rollout: judges.
         shown: so many rows' answers are kept, for people to see how they change.
     """
 

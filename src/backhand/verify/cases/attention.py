@@ -82,6 +82,7 @@ OP = Op(
     usual=_usual,
     made=PACKED,
     ways={"side_by_side": _side_by_side},
+    loops=True,
 )
 
 _PAIR: dict[str, Any] = {"heads": 2, "kv_heads": 1}
@@ -262,6 +263,3 @@ MUTANTS = (
     ),
     wrong("documents reversed", "d_v", lambda d: d.flip(0)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

@@ -93,6 +93,3 @@ MUTANTS = tuple(
     if one.name
     not in ("prefix's share missing", "share of one taken for that of all", "a segment sees the one beside it")
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -157,7 +157,7 @@ def _with_seed(s: BlockInputs, seed: int | None) -> BlockAdapter:
     return block_adapter(s.lora, s.context.config, 0, seed)
 
 
-def _not_turned(s: BlockInputs) -> RotaryTable | None:
+def _not_rotated(s: BlockInputs) -> RotaryTable | None:
     table = s.context.rotary
     return table and table._replace(cos=torch.ones_like(table.cos), sin=torch.zeros_like(table.sin))
 
@@ -192,7 +192,7 @@ def _equal_shares(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
 
 
 def _rank_by_rank(s: BlockInputs, whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The experts' lora_A as lora_B lies: the experts take turns."""
+    """The experts' lora_A as lora_B lies: the experts interleaved."""
     return tuple(
         one.unflatten(0, (slot.experts, -1)).transpose(0, 1).flatten(0, 1) if slot.experts else one
         for slot, one in zip(s.lora.slots.values(), whole, strict=True)
@@ -225,7 +225,7 @@ MUTANTS = (
     _saved("gates have no gradient", "d_lora_B d_x0", _gates_unmoved),
     _context("rows mixed up", "d_x0 d_lora_A", wanted=lambda s: _rolled(s.context.wanted)),
     _context("queries as keys", "d_x0 d_lora_B", query_rotary=lambda _s: None),
-    _context("rotation ignored", "d_x0 d_lora_B", rotary=_not_turned),
+    _context("rotation ignored", "d_x0 d_lora_B", rotary=_not_rotated),
     _family("1 + weight read as weight", "d_x0", norm_offset=0.0),
     _family("attention scaling doubled", "d_lora_A", attention_scaling=lambda config: 2 * config.attention_scaling),
     _family("residual multiplier ignored", "d_x0 d_lora_A", residual_multiplier=1.0),
@@ -244,13 +244,13 @@ MUTANTS = (
     _saved("shares forgotten", "d_x0 d_lora_B", _equal_shares),
     _weights("sinks forgotten", "d_x0 d_lora_A", sinks=lambda _sinks: None),
     _weights("experts' biases forgotten in the shares", "d_x0", down_bias=lambda _bias: None),
-    _mixture("gate and up in turns unnoticed", "d_x0 d_lora_B", lambda own: own._replace(interleaved=False)),
+    _mixture("interleaving of gate and up unnoticed", "d_x0 d_lora_B", lambda own: own._replace(interleaved=False)),
     _mixture(
         "another bound",
         "d_x0 d_lora_B",
         lambda own: own._replace(clamp=own.clamp and own.clamp._replace(limit=2 * own.clamp.limit)),
     ),
-    wrong("experts take turns", "d_lora_A", _rank_by_rank),
+    wrong("experts interleaved", "d_lora_A", _rank_by_rank),
     wrong("gradients of the next module", "d_lora_A d_lora_B", lambda whole: rotated_where_alike(whole)),
 )
 

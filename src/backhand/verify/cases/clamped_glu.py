@@ -80,6 +80,3 @@ MUTANTS = (
     wrong("gate and up swapped", "d_up", lambda right: right.d_gate),
     wrong("rows reversed", "d_up", lambda d: d.flip(0)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

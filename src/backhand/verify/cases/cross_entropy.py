@@ -46,6 +46,3 @@ MUTANTS = (
     ),
     wrong("target of another row", "d_logits", lambda g, s: g[:, None] * (s.probabilities - _one_hot(s).flip(0))),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -37,6 +37,3 @@ MUTANTS = (
     ),
     wrong("heads reversed", "d_a", lambda g, s: -s.log_rate.exp().flip(0) * g * torch.sigmoid(s.a + s.bias)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -149,7 +149,7 @@ def _wider(config: DecoderConfig) -> DecoderConfig:
     return replace(config, layers=layers)
 
 
-def _turned_everywhere(config: DecoderConfig) -> DecoderConfig:
+def _rotated_everywhere(config: DecoderConfig) -> DecoderConfig:
     return replace(config, layers=tuple(replace(layer, rotary=layer.rotary or 0) for layer in config.layers))
 
 
@@ -166,8 +166,8 @@ def _as_long(rotary: RotaryConfig) -> RotaryConfig:
     return replace(rotary, scaling=tuple(scaling.items()) or None)
 
 
-def _all_standing_turned(rotary: RotaryConfig) -> RotaryConfig:
-    """Pairs that stand still by the rule `proportional` turn like the others."""
+def _all_pairs_rotated(rotary: RotaryConfig) -> RotaryConfig:
+    """Pairs that stand still by the rule `proportional` are rotated like the others."""
     stands = dict(rotary.scaling or ()).get("rope_type") == "proportional"
     whole = (("rope_type", "proportional"), ("share", 1.0), ("factor", 1.0))
     return replace(rotary, scaling=whole) if stands else rotary
@@ -279,15 +279,15 @@ MUTANTS = (
     _carrying("users' values forgotten", "d_lora_B", lambda own, n, d_k, _: Carried.give_back(own, n, d_k, 0 * d_k)),
     _carrying("inputs of some layers", "d_lora_A", _last_layers_input),
     _family("windows of the other kind", "d_lora_A", _other_lender),
-    _rotary("standing pairs turned", "d_lora_B", _all_standing_turned),
+    _rotary("standing pairs rotated", "d_lora_B", _all_pairs_rotated),
     _blocks("layer scalars ignored", "d_lora_A", lambda own: replace(own, layer_scalar=_ones(own.layer_scalar))),
-    _family("turned without rotary", "d_lora_A", _turned_everywhere),
+    _family("rotated without rotary", "d_lora_A", _rotated_everywhere),
     _rotary("rotary scaling ignored", "d_lora_B", _with(scaling=None)),
     _rotary("attention factor ignored", "d_lora_A", _with(attention_factor=1.0)),
-    _rotary("halves turned for neighbours", "d_lora_A", _with(interleaved=False)),
+    _rotary("halves rotated for neighbours", "d_lora_A", _with(interleaved=False)),
     _family("queries not scaled", "d_lora_B", _with(query_scaling=None)),
-    _rotary("every feature turned", "d_lora_A", _every_feature),
-    _rotary("short documents turned as long ones", "d_lora_B", _as_long),
+    _rotary("every feature rotated", "d_lora_A", _every_feature),
+    _rotary("short documents rotated as long ones", "d_lora_B", _as_long),
     _family("embedding scaling ignored", "d_lora_A", _with(embedding_scaling=1.0)),
     _family("rule for logits ignored", "d_lora_A", _with(logits=PLAIN)),
     _family("residual multiplier ignored", "d_lora_B", _with(residual_multiplier=1.0)),

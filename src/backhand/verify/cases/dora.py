@@ -65,6 +65,3 @@ MUTANTS = (
     OP.redo("z left out", "d_magnitude", z=lambda s: torch.ones_like(s.z)),
     wrong("mean for sum", "d_magnitude", lambda s, d: d / max(s.z.numel() // max(s.z.shape[s.axis], 1), 1)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -35,6 +35,7 @@ OP = Op(
     | dict(input_gradient=True, scaling=SCALING),
     usual=_usual,
     made={"mask": multiplier},
+    loops=True,
 )
 
 
@@ -82,6 +83,3 @@ MUTANTS = (
     transposed_mutants("d_lora_A"),
     OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

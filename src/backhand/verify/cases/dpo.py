@@ -55,6 +55,3 @@ MUTANTS = (
     wrong("label smoothing forgotten", "d_chosen", lambda g, s: _under(g, s, label_smoothing=0.0).d_chosen),
     wrong("pairs reversed", "d_rejected", lambda d: d.flip(0)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

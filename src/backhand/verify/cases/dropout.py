@@ -39,6 +39,3 @@ MUTANTS = (
     OP.redo("mask of another seed", "d_x", seed=lambda s: s.seed + 1),
     wrong("mask inverted", "d_x", lambda g, s: g * ~_kept(s, g) / (1 - s.probability)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -46,6 +46,3 @@ MUTANTS = (
     OP.redo("tokens reversed", "d_weight", ids=lambda s: s.ids.reshape(-1).flip(0)),
     wrong("ids off by one", "d_weight", lambda d: d.roll(1, 0)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -32,6 +32,3 @@ MUTANTS = (
     wrong("mean for sum", "d_weights", lambda d: d / WIDTH),
     OP.redo("tokens reversed", "d_weights", g=lambda g: g.flip(0)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

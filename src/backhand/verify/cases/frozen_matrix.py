@@ -114,6 +114,7 @@ OP = Op(
     usual=_usual,
     made={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
     ways={"tiled": _tiled},
+    loops=True,
 )
 
 
@@ -233,5 +234,3 @@ MUTANTS = (
     wrong("first row tile twice", "d_x", _rows(lambda tiles: [tiles[0], *tiles])),
     wrong("last output missing", "d_x", lambda g, s: g[..., :-1] @ frozen_dense(s.weight)[:-1]),
 )
-
-PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

@@ -29,6 +29,7 @@ OP = Op(
     | dict(d_y="tokens heads width"),
     dict(documents=..., key_heads=2, group=3, key_width=5, width=7, parents=(), forgetting=0.3, chunk=3),
     made={**PACKED, "heads": lambda key_heads, group: key_heads * group},
+    loops=True,
 )
 
 CASES = (
@@ -114,6 +115,3 @@ MUTANTS = (
     wrong("of the factor, not its logarithm", "d_decay", lambda d, s: d / s.decay.exp()),
     wrong("of the logit, not the rate", "d_beta", lambda d, s: d * s.beta * (1 - s.beta)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

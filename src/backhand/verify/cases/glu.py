@@ -44,6 +44,7 @@ OP = Op(
     {"activation": ..., "lead": ..., "n": 7, "size": 1.5, "side_by_side": False},
     usual=usual_unit,
     ways={"side_by_side": _side_by_side},
+    loops=True,
 )
 
 
@@ -87,6 +88,3 @@ MUTANTS = (
     wrong("gate and up swapped", "d_up", lambda g, s: g * s.up),
     wrong("rows reversed", "d_up", lambda g, s: g.flip(0) * activated(s.gate, s.activation)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

@@ -58,5 +58,3 @@ MUTANTS = (
     ),
     wrong("tokens reversed", "d_log_p", lambda d: d.flip(0)),
 )
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -40,5 +40,3 @@ MUTANTS = (
     wrong("as a logarithm", "d_log_ratio", lambda g, s: -s.beta * g * s.signed * torch.sigmoid(-s.apart)),
     wrong("rows reversed", "d_log_ratio", lambda d: d.flip(0)),
 )
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

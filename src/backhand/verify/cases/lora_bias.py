@@ -40,5 +40,3 @@ MUTANTS = (
     wrong("first row missing", "d_lora_bias", _without_first_row),
     wrong("channels reversed", "d_lora_bias", lambda d: d.flip(0)),
 )
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -103,6 +103,3 @@ MUTANTS = (
     OP.redo("places reversed", "d_lora_B", h=lambda s: _kernel_flipped(s.h)),
     wrong("groups swapped", "d_lora_B", lambda s, d: _other_group(d, s.geometry.groups)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -62,6 +62,3 @@ MUTANTS = (
     ),
     transposed_mutants("d_lora_B"),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

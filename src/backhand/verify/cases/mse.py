@@ -43,6 +43,3 @@ MUTANTS = (
     wrong("same sign as the other", "d_target", lambda right: right.d_prediction),
     wrong("no gradient", "d_target", lambda d: torch.zeros_like(d)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

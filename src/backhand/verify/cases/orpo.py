@@ -52,5 +52,3 @@ MUTANTS = (
     wrong("upstream gradient ignored", "d_chosen d_rejected", lambda g, d: d / g),
     wrong("pairs reversed", "d_rejected", lambda d: d.flip(0)),
 )
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

@@ -59,6 +59,7 @@ OP = Op(
     usual=_usual,
     made={"table": _table, "tokens": lambda positions: len(positions)},
     ways={"in_place": _in_place},
+    loops=True,
 )
 
 
@@ -119,6 +120,3 @@ MUTANTS = (
     wrong("every feature turned", "d_x", lambda g, s: _spread(g, s)),
     wrong("normalised to unit length", "d_x", lambda s, d: d / _unit(s)),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS, loops=True),)

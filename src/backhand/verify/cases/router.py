@@ -51,6 +51,3 @@ MUTANTS = (
     wrong("choices reversed", "d_logits", lambda g, s: _among_chosen(g, s._replace(chosen=s.chosen.flip(1)))),
     wrong("experts in order", "d_logits", lambda d: d.sort(dim=-1).values),
 )
-
-
-PROOFS = (OP.proof(CASES, MUTANTS),)

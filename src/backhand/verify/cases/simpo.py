@@ -34,5 +34,3 @@ MUTANTS = (
     OP.redo("margin the other way", "d_rejected", z=lambda s: s.z + 2 * s.rule.simpo_gamma),
     wrong("pairs reversed", "d_rejected", lambda d: d.flip(0)),
 )
-
-PROOFS = (OP.proof(CASES, MUTANTS),)
