@@ -59,8 +59,10 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
         if version != "editable" and (target := os.environ.get("BACKHAND_WHEEL_TARGET")):
             triple, machine, system, tag = TARGETS[target]
             folder = Path(self.root) / "build" / "kernels" / target
-            zig = (sys.executable, "-m", "ziglang", "c++", "-target", triple)
-            toolchain = builder.Toolchain(zig, machine, system, ("-s",))
+            zig = (sys.executable, "-m", "ziglang")
+            # Linked as C: nothing of a C++ library is called, and zig would compile its own for every instruction set.
+            link = (*zig, "cc", "-target", triple, "-s")
+            toolchain = builder.Toolchain((*zig, "c++", "-target", triple), machine, system, link)
         system = toolchain.system if toolchain else sys.platform
         try:
             names = builder.build(folder, every=version != "editable", toolchain=toolchain)

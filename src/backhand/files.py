@@ -15,12 +15,12 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.system import PLAIN, open_unnamed, sync_directory
 
 _WRITE_BYTES = 1 << 24
 
@@ -34,21 +34,20 @@ class FileLayer:
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet, its mode following the umask; return its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o666)
 
     def open_to_append(self, path: Path) -> int:
         """Open a file for appending, creating it if need be; return its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | PLAIN, 0o666)
 
     def open_unnamed(self, directory: Path) -> int:
         """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
-        descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
-        os.unlink(name)  # noqa: PTH108 - a name, not a path
-        return descriptor
+        return open_unnamed(directory)
 
     def set_mode(self, descriptor: int, mode: int) -> None:
-        """Give a file these permission bits."""
-        os.fchmod(descriptor, mode)
+        """Give a file these permission bits, where the system has such."""
+        if hasattr(os, "fchmod"):
+            os.fchmod(descriptor, mode)
 
     def write(self, descriptor: int, data: memoryview) -> int:
         """Write some of `data`; return how many bytes."""
@@ -357,18 +356,6 @@ def replaceable_mode(path: Path) -> int | None:
             f"this is {kind} and will not be replaced", where=str(path), next_step="remove it, or give another output"
         )
     return stat.S_IMODE(mode)
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot sync a directory
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _short_write(error: OSError) -> bool:

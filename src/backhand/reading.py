@@ -9,13 +9,12 @@ from __future__ import annotations
 import errno
 import io
 import os
-import select
 import stat
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from backhand.errors import UsageError
+from backhand.system import NO_WAIT, PLAIN, wait_for_pipe
 
 MAX_SETTINGS_BYTES = 8 * 2**20
 """Of files that hold settings, and not tensors or rows."""
@@ -33,7 +32,7 @@ def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
     Raises:
         OSError: with a `strerror` that says what it is; ValueError for a path that holds a zero character.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    descriptor = os.open(path, os.O_RDONLY | NO_WAIT | PLAIN)
     try:
         mode = os.fstat(descriptor).st_mode
         pipe = or_pipe and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
@@ -41,9 +40,9 @@ def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode) and not pipe:
             raise OSError(errno.EINVAL, f"it is {_kind_of_node(mode)}, not a plain file", str(path))
-        if pipe:
-            _wait_for_writer(descriptor, path)
-            os.set_blocking(descriptor, True)
+        if pipe and not wait_for_pipe(descriptor, _PIPE_WAIT_S):
+            why = f"it is a pipe, and nothing came out of it for {_PIPE_WAIT_S} s"
+            raise OSError(errno.ETIMEDOUT, why, str(path))
         return open(descriptor, "rb")  # noqa: PTH123 - the caller closes it
     except BaseException:
         os.close(descriptor)
@@ -83,17 +82,6 @@ def _kind_of_node(mode: int) -> str:
         if is_kind(mode):
             return kind
     return "something else"
-
-
-def _wait_for_writer(descriptor: int, path: Path | str) -> None:
-    """Until a pipe has something to read or its writers have left. One that was never opened to write says nothing."""
-    until = time.monotonic() + _PIPE_WAIT_S
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLHUP)
-    while (left := until - time.monotonic()) > 0:
-        if poll.poll(left * 1000):
-            return
-    raise OSError(errno.ETIMEDOUT, f"it is a pipe, and nothing came out of it for {_PIPE_WAIT_S} s", str(path))
 
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (

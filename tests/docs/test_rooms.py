@@ -20,7 +20,7 @@ LAYERS = [layer.strip().removeprefix("backhand.") for line in CONTRACT["layers"]
 def test_every_part_of_the_package_is_a_layer() -> None:
     package = PROJECT / "src" / "backhand"
     packages = {path.parent.name for path in package.glob("*/__init__.py")}
-    files = {"terminal", "files", "reading", "words", "bounds", "errors", "printing", "safe_path"}
+    files = {"terminal", "files", "reading", "words", "bounds", "errors", "printing", "safe_path", "system"}
     assert packages | files == set(LAYERS)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
+
+from backhand.system import highest_rss_bytes
 
 LARGEST_VALUE = 2**26
 """Characters of a text; a list or table counts `ITEM` for everything in it, and the characters of its texts."""
@@ -279,18 +280,9 @@ class Work:
             raise TemplateLimitError(f"it takes more than {MOST_STEPS:,} steps for one conversation")
         self.next_look = self.left - _STEPS_BETWEEN_LOOKS
         if self._began is None:
-            self._began, self._bytes = time.thread_time(), _peak_bytes()
+            self._began, self._bytes = time.thread_time(), highest_rss_bytes()
             return
         if time.thread_time() - self._began > MOST_SECONDS:
             raise TemplateLimitError(f"it takes more than {MOST_SECONDS} s for one conversation")
-        if _peak_bytes() - self._bytes > MOST_BYTES:
+        if highest_rss_bytes() - self._bytes > MOST_BYTES:
             raise TemplateLimitError(f"it takes more than {MOST_BYTES >> 30} GiB of memory for one conversation")
-
-
-def _peak_bytes() -> int:
-    try:
-        import resource
-    except ImportError:  # no such figure on this system: steps and seconds are the limit
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -52,9 +52,11 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512bf16": (*_AVX512, "-mavx512bf16"),
         "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
-    # NEON belongs to every 64-bit ARM processor. It can be built; it has not been tested.
+    # NEON belongs to every 64-bit ARM processor; nothing here is written for what some have beyond it.
     "aarch64": {"baseline": ()},
 }
+# Windows hands out no AMX registers to who asks as `library.cpp` does; no Mac has them, nor AVX-512's bfloat16.
+_LEFT_OUT = {"win32": ("amx",), "darwin": ("avx512bf16", "amx")}
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -65,12 +67,12 @@ def machine() -> str:
 
 
 class Toolchain(NamedTuple):
-    """A C++ compiler's command, the processor's family and system (`sys.platform`) it compiles for, linker flags."""
+    """A C++ compiler's command, the processor's family and system (`sys.platform`) it compiles for, and what links."""
 
     command: tuple[str, ...]
     machine: str
     system: str
-    link: tuple[str, ...] = ()
+    link: tuple[str, ...]
 
 
 def find_compiler() -> str | None:
@@ -165,9 +167,10 @@ def build(
         compiler = find_compiler()
         if compiler is None:
             raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
-        link = ("-static-libgcc", "-Wl,--as-needed") if sys.platform == "linux" and not sanitize else ()
-        toolchain = Toolchain((compiler,), machine(), sys.platform, link)
-    wanted = INSTRUCTION_SETS.get(toolchain.machine, {"baseline": ()})
+        plain = ("-static-libgcc", "-Wl,--as-needed") if sys.platform == "linux" and not sanitize else ()
+        toolchain = Toolchain((compiler,), machine(), sys.platform, (compiler, *plain))
+    sets, never = INSTRUCTION_SETS.get(toolchain.machine, {"baseline": ()}), _LEFT_OUT.get(toolchain.system, ())
+    wanted = {name: flags for name, flags in sets.items() if name not in never}
     folder.mkdir(parents=True, exist_ok=True)
     if not every and len(wanted) > 1:
         runs = _asked_processor(toolchain.command, folder)
@@ -212,13 +215,15 @@ def _build_one(
     stamp_path(name, folder).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # Written elsewhere and moved: a process that has the old one mapped keeps it.
-        fresh = Path(scratch) / target.name
-        link = ["-shared", *map(str, sources), "-o", str(fresh), *toolchain.link]
-        done = subprocess.run([*command, *link], capture_output=True, text=True, check=False)
-        if done.returncode:
-            return done.stderr or f"status {done.returncode}"
-        if done.stderr:
-            print(done.stderr, end="", file=sys.stderr)
+        fresh, objects = Path(scratch) / target.name, [Path(scratch) / f"{source.stem}.o" for source in sources]
+        steps = [[*command, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)]
+        checks = _SANITIZERS if sanitize else ()
+        for step in (*steps, [*toolchain.link, *checks, "-shared", *map(str, objects), "-o", str(fresh)]):
+            done = subprocess.run(step, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return done.stderr or f"status {done.returncode}"
+            if done.stderr:
+                print(done.stderr, end="", file=sys.stderr)
         fresh.replace(target)
     stamp.write_text(digest)
     _stamp(name, folder, toolchain.system)

@@ -169,9 +169,9 @@ def _torch_parallel_for() -> int | None:
     """The address of torch's parallel loop, None where this torch does not export it."""
     import torch
 
-    suffix = "dylib" if sys.platform == "darwin" else "so"
+    name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
     try:
-        handle = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+        handle = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
         return ctypes.cast(handle.torch_parallel_for, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None

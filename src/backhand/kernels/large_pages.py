@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from backhand.system import memory_limits
 
 _LARGE_PAGE = 2 << 20
 _SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -34,7 +36,7 @@ _BY_HEURISTIC_OR_ALWAYS = ("0", "1")
 def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
     """(elements,) in the processor's own memory, uninitialised."""
     size = elements * dtype.itemsize
-    if hasattr(mmap, "MADV_HUGEPAGE") and size >= _LARGE_PAGE:
+    if sys.platform == "linux" and size >= _LARGE_PAGE:
         try:
             room = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             room.madvise(mmap.MADV_HUGEPAGE)
@@ -61,7 +63,7 @@ def grow_heap_in_large_pages(largest_bytes: int, length_bytes: int) -> bool:
 
 def grow_heap_again() -> bool:
     """The same once more, where its end has been given back since; nothing where it was not made so long before."""
-    if not _heap.pieces or not _may_take_addresses():
+    if sys.platform != "linux" or not _heap.pieces or not _may_take_addresses():
         return False
     libc = _libc()
     begin, pieces = int(libc.sbrk(0)), []
@@ -99,10 +101,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _may_take_addresses() -> bool:
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return False
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    if any(limit != resource.RLIM_INFINITY for limit in limits):
+    if memory_limits() != (None, None):
         return False
     with suppress(OSError, ValueError):
         promised = _OVERCOMMIT.read_text(encoding="ascii").strip() in _BY_HEURISTIC_OR_ALWAYS

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
+import mmap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_PAGE_BYTES = resource.getpagesize()
+from backhand.system import free_bytes, memory_limits
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -20,11 +20,13 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         amounts.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
+    if (free := free_bytes()) is not None:
+        amounts.append(free)
+    addresses, _ = memory_limits()
+    if addresses is not None:
         with suppress(OSError, ValueError, IndexError):
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            amounts.append(max(0, soft - pages * _PAGE_BYTES))
+            amounts.append(max(0, addresses - pages * mmap.PAGESIZE))
     return min(amounts) if amounts else None
 
 

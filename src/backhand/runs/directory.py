@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import stat
@@ -26,6 +24,7 @@ from backhand.files import (
     write_file,
 )
 from backhand.reading import read_plain
+from backhand.system import NO_LINK, PLAIN, lock
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
@@ -332,24 +331,20 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
 def _locked(path: Path) -> int:
     """Descriptor of the lock file, locked. The system drops the lock when its process ends, however it ends."""
     while True:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip()
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | PLAIN | NO_LINK, 0o666)
+        if not lock(descriptor):
+            holder = os.read(descriptor, 64).decode("ascii", "replace").strip()
             os.close(descriptor)
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                raise
             raise UsageError(
                 f"another process is writing to {path}",
                 where="output",
                 why=f"process {holder or 'unknown'} holds its lock",
                 next_step="wait for it or stop it, or give another directory",
-            ) from None
+            )
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == (path / LOCK).stat().st_ino:
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
         os.close(descriptor)  # its holder removed the file in between: take the new one
 

@@ -19,6 +19,7 @@ from backhand.errors import BackhandError
 from backhand.reading import read_settings
 from backhand.runs.directory import STATUS, RunDirectory
 from backhand.runs.interruption import Interrupted
+from backhand.system import begun_s, exists
 
 State = Literal["running", "finished", "interrupted", "failed", "killed"]
 
@@ -102,28 +103,8 @@ def read_status(run: Path) -> RunStatus | None:
 
 def _lives(process: int, since_s: float) -> bool:
     """Whether a process of this number exists that had begun by then."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError, TypeError):
-        return False
-    except PermissionError:
-        pass  # it exists, and is somebody else's
-    begun_s = process_begun_s(process)
-    return begun_s is None or begun_s <= since_s + 1.0
-
-
-def process_begun_s(process: int) -> float | None:
-    """When a process began, in seconds since the epoch; None where the system does not tell."""
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        # The second field is the program's name in parentheses, and may hold spaces itself.
-        words = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        if words[0] == "Z":
-            return float("inf")  # it is dead, and only waits to be collected
-        ticks = int(words[19])
-        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-        booted_s = int(next(line for line in lines if line.startswith("btime")).split()[1])
-        return booted_s + ticks / os.sysconf("SC_CLK_TCK")
-    return None
+    began_s = begun_s(process)
+    return exists(process) and (began_s is None or began_s <= since_s + 1.0)
 
 
 def _now() -> str:

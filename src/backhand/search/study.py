@@ -12,7 +12,6 @@ A trial that was begun, is not done with and is held by nobody is somebody's who
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import make_directory, taking_directory
 from backhand.search.space import Dimension, Values
+from backhand.system import PLAIN, lock
 
 STUDY = "study.journal"
 TRIALS = "trials"
@@ -84,7 +84,7 @@ class Study:
         make_directory(self.directory / TRIALS)
         descriptor = _open(self.directory / "search.lock")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
             yield
         finally:
             os.close(descriptor)
@@ -146,9 +146,7 @@ class Study:
     def hold(self, trial: Trial) -> bool:
         """Keep other processes from this trial; False where one has it."""
         descriptor = _open(self.directory / TRIALS / f"{trial.name}.lock")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(descriptor):
             os.close(descriptor)
             return False
         self._held[trial.number] = descriptor
@@ -198,7 +196,7 @@ def _trial(frozen: Any) -> Trial:
 
 def _open(path: Path) -> int:
     with taking_directory(path.parent):
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | PLAIN, 0o666)
 
 
 class _Held:

@@ -23,8 +23,8 @@ from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import RunDirectory
 from backhand.runs.summary import RunSummary
+from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.job import Job
-from backhand.training.memory.process import peak_rss_bytes
 from backhand.training.state import RunState
 
 SHOWN_ROWS = 3
@@ -70,7 +70,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "system": platform.platform(terse=True),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -148,12 +148,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    with suppress(OSError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
 
 
 def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from backhand.errors import CheckError
+from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
 from backhand.training.guards import (
     JUDGED_AFTER_STEPS,
@@ -24,7 +25,6 @@ from backhand.training.guards import (
     named_unusable,
 )
 from backhand.training.measuring import ForgettingMeter, HeldOut
-from backhand.training.memory.process import rss_bytes
 from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult

@@ -41,6 +41,7 @@ from backhand.files import FileLayer, write_all
 from backhand.nn.batch import Entering, PackedBatch
 from backhand.nn.decoder.decoder import LowerLayers
 from backhand.runs.directory import Proof, ProofLog
+from backhand.system import read_at
 
 
 class StatesInMemory:
@@ -104,7 +105,7 @@ class StatesOnDisk:
             return None
         data = bytearray(self._starts[number + 1] - self._starts[number])
         with suppress(OSError):
-            if os.preadv(self._descriptor, [data], self._starts[number]) == len(data):
+            if read_at(self._descriptor, data, self._starts[number]) == len(data):
                 return torch.frombuffer(data, dtype=self._dtype).view(-1, self._width)
         return None
 

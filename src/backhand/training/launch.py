@@ -24,6 +24,7 @@ from backhand.printing import may_be_silent
 from backhand.runs.directory import SUMMARY
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.safe_path import python_words, safe_environment
+from backhand.system import stop_signals
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
 
@@ -157,8 +158,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """The launcher installs handlers of its own."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         yield
     finally:

@@ -20,8 +20,9 @@ from backhand.adapters.record import installed_packages
 from backhand.runs.checkpoint import Checkpoint
 from backhand.runs.directory import CONFIG
 from backhand.runs.interruption import Interrupted, signal_in
-from backhand.runs.status import process_begun_s, read_status
+from backhand.runs.status import read_status
 from backhand.runs.summary import RunSummary
+from backhand.system import begun_s
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import config_from_table, config_table
 from backhand.training.step import Processes
@@ -95,7 +96,7 @@ def continued_after_restart(config: TrainConfig) -> TrainConfig:
     if not written.exists():
         return config
     if run.overwrite:
-        launcher_s = process_begun_s(os.getppid())
+        launcher_s = begun_s(os.getppid())
         if launcher_s is None or written.stat().st_mtime < launcher_s - 1.0:
             return config  # a run of before, which this one is to replace
     status = read_status(run.output)

@@ -12,15 +12,28 @@
 
 #include <atomic>
 #include <new>
-#include <thread>
 
 #include "common.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+#if defined(_WIN32)
+extern "C" __declspec(dllimport) int SwitchToThread();
+#else
+#include <sched.h>
+#endif
 
 namespace {
+
+// To another thread or program that has work: C's, since nothing else here calls a C++ library.
+inline void give_way() {
+#if defined(_WIN32)
+  SwitchToThread();
+#else
+  sched_yield();
+#endif
+}
 
 struct alignas(64) Phase {
   std::atomic<int64_t> taken{0}, done{0};
@@ -43,7 +56,7 @@ class Worker {
     }
     for (int spins = 0; phase.done.load(std::memory_order_acquire) < count; ++spins) {
       if (spins < MOST_SPINS) relax();
-      else std::this_thread::yield();  // another program has the other thread's core
+      else give_way();  // another program has the other thread's core
     }
   }
 

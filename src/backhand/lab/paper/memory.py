@@ -121,7 +121,7 @@ def _hold_a_step() -> None:
     """In a process of its own: hold what one optimizer step holds, and print by how much the process grew."""
     import torch
 
-    from backhand.training.memory.process import peak_rss_bytes, rss_bytes
+    from backhand.system import peak_rss_bytes, rss_bytes
 
     def step(elements: int) -> None:
         parameter = torch.nn.Parameter(torch.full((elements,), 0.5))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -111,7 +112,7 @@ class GGUFFile:
 
     def forget(self, tensor: GGUFTensor) -> None:
         """Give the memory of the tensor's mapped pages back; they are read again when they are needed again."""
-        if hasattr(self._data, "madvise"):
+        if sys.platform != "win32":
             begin = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
             self._data.madvise(mmap.MADV_DONTNEED, begin, tensor.offset + tensor.byte_count - begin)
 

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 from backhand.nn.compute import release_freed_memory
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.system import rss_bytes
 from backhand.training.config import OptimizationOptions
 from backhand.training.step import AdapterOptimizer
 from backhand.words import in_words
-
-_PAGE_BYTES = resource.getpagesize()
-
-
-def rss_bytes() -> int:
-    """Resident memory now; the peak where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
-    except (OSError, ValueError, IndexError):
-        return peak_rss_bytes()
-
-
-def peak_rss_bytes() -> int:
-    """Highest resident memory since the process began."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        line = next(line for line in lines if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def crowded_note(mapped_bytes: int, free_bytes: int | None) -> str | None:

@@ -16,8 +16,6 @@ import inspect
 import json
 import math
 import os
-import select
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import regex
 
 from backhand.errors import first_line
+from backhand.system import end_with_parent
 from backhand.training.rewards.names import GYM, RewardName, parse_name
 
 Batch = Mapping[str, Any]
@@ -174,26 +173,6 @@ _BUILT_IN: Mapping[str, Callable[[str], Callable[[Answer], float]]] = {
 }
 
 
-def _end_with_the_run() -> None:
-    """Have a process beside this one kill it when standard input ends, whatever ended the run that holds it.
-
-    A thread would not do: what hangs in a function may hold the interpreter's lock, as a search by `re` does.
-    """
-    ours, held = os.pipe()  # ends with this process
-    served = os.getpid()
-    if os.fork():
-        os.close(ours)
-        return
-    os.close(held)
-    os.close(1)
-    ends = select.poll()
-    for descriptor in (0, ours):
-        ends.register(descriptor, 0)  # nothing but that the other end is closed
-    if ours not in dict(ends.poll()):
-        os.kill(served, signal.SIGKILL)
-    os._exit(0)
-
-
 def _serve() -> None:
     """Answer line by line until standard input ends."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
@@ -228,5 +207,5 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _end_with_the_run()
+    end_with_parent()
     _serve()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import select
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from backhand.data.row_kinds import Asked
 from backhand.errors import CheckError, UsageError
 from backhand.safe_path import python_words, safe_environment
+from backhand.system import wait_for_pipe
 from backhand.words import count_of, shorten
 
 _START_S = 120.0
@@ -151,7 +151,7 @@ class RewardProcess:
         source = self._process.stdout.fileno()
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([source], [], [], left)[0]:
+            if left <= 0 or not wait_for_pipe(source, left):
                 self.close()
                 raise _Failed(function, "did not come to an end in time", hangs=True)
             data = os.read(source, 1 << 16)

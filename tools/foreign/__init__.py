@@ -1,0 +1,1 @@
+"""Another system's kernels, called in a process of their own; see `tools/foreign_kernels.py`."""
