@@ -93,9 +93,9 @@ def test_the_rate_follows_steps_tokens_and_weights() -> None:
     def rate(steps: int, tokens: float, gain: float) -> float:
         return chosen_rate(OptimizationOptions(), "sft", RateFacts(steps, tokens, gain))[0]
 
-    usual = rate(400, 64.0, 1.0)
-    assert usual == float(f"{RATE * 0.4:.2g}")
-    assert rate(1600, 64.0, 1.0) == rate(400, 16.0, 1.0) == rate(400, 64.0, 0.5 ** (4 / 3)) == usual / 2
+    usual = rate(400, 100.0, 1.0)
+    assert usual == float(f"{RATE * 0.5:.2g}")
+    assert rate(1600, 100.0, 1.0) == rate(400, 25.0, 1.0) == rate(400, 100.0, 0.5) == usual / 2
     assert rate(400, 1e6, 1.0) == rate(400, 128.0, 1.0) > usual
     assert rate(1, 1e6, 100.0) == HIGHEST_RATE
     assert chosen_rate(OptimizationOptions(), "dpo", RateFacts(1, 1e6, 100.0))[0] == COMPARING_RATE

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel, Trainable
-from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
+from backhand.training.memory.parts import WIDE_GAPS, ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
 from backhand.training.memory.plan import MARGIN
 from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
@@ -149,7 +149,8 @@ class MeasuredMemory:
 
     def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
         """Bytes by part."""
-        size, key = self.size, (shape, recompute)
+        key = shape, recompute
+        size = self.size if recompute == "none" else replace(self.size, gaps=WIDE_GAPS)
         estimate = estimated_step(size, shape, recompute)
         least = sum(fixed_parts(size, shape.gradient_copies, self._process.now).values()) + _SURELY * sum(estimate)
         if not size.measured or (self._budget_bytes is not None and least > MARGIN * self._budget_bytes):
