@@ -69,8 +69,8 @@ class Case:
 STUDIES: dict[str, list[Case]] = {
     "few": [Case(task, 60, (2e-4, 1e-3, 4e-3)) for task in TASKS],
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
+    "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
-    "gemma": [Case(task, 60, (2e-4, 1e-3, 2e-3, 4e-3), GEMMA) for task in ("labels", "style", "sums")],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
     "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "sums")],
     "ranks": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), rank=rank) for task in ("labels", "style") for rank in (4, 64)],
@@ -142,6 +142,14 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
     return [*rest[:count], *held_out]
 
 
+def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without roles: the turns one behind the other, and an empty line before the answer."""
+    if "messages" not in row:
+        return row
+    *turns, answer = (message["content"] for message in row["messages"])
+    return {"prompt": "\n\n".join(turns) + "\n\n", "completion": answer}
+
+
 def model_file(name: str, folder: Path) -> str:
     """What --model takes; Gemma's file is put together from the packages that hold its parts."""
     if name != GEMMA:
@@ -160,12 +168,15 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
     from backhand.data.options import DataOptions
     from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
+    from backhand.runs.interruption import Interrupted
     from backhand.training.config import ModelOptions, TrainConfig
     from backhand.training.evaluate import evaluation_rows, score
     from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
 
     rows = rows_of(case.task, case.rows)
+    if case.model == GEMMA:  # a base model without a chat template
+        rows = [as_prompt(row) for row in rows]
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, part in zip(paths, (rows[: case.rows], rows[case.rows :]), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
@@ -193,6 +204,8 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
         began = time.perf_counter()
         try:
             summary = train(one, shared=SHARED.setdefault(model, _shared()))
+        except Interrupted:
+            raise
         except Exception as error:  # noqa: BLE001 - a rate that is much too high may end a run
             yield rate, {"failed": str(error)[:200]}
             continue
@@ -209,10 +222,10 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
             "losses": [_short(line["loss"]) for line in steps],
             "grad_norms": [_short(line["grad_norm"]) for line in steps],
         }
-        if case.task == "labels":
+        if case.task != "text":
             base = BaseModelOptions(model=model)
             with loaded_model(base, output / "adapter") as loaded:
-                options = EvaluateRunOptions(max_new_tokens=8)
+                options = EvaluateRunOptions(max_new_tokens=8 if case.task in ("labels", "sums") else 64)
                 rows_asked = evaluation_rows(replace(one.data, data=(str(paths[1]),)), loaded, options)
                 found["exact_match"] = score(loaded, rows_asked, options, adapter=True).exact_match
         yield rate, {**found, "s": round(time.perf_counter() - began, 1)}
