@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from backhand.errors import UsageError
+from backhand.nn.loading import open_model
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
@@ -19,8 +21,9 @@ from backhand.training.advice import Curves, advice, judged
 from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.config_file import config_from_table, load_config
 from backhand.training.observer import Observer, RunStart
+from backhand.training.prepared import gain
 from backhand.training.run import train
-from backhand.training.step_plan import chosen_rate
+from backhand.training.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, RateFacts, chosen_rate
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
 
 
@@ -67,9 +70,9 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
     made = {"learning_rate": "auto", "epochs": 2}
     heard = Heard()
     train(tiny.config(tmp_path / "whole", **made), callbacks=[heard])
-    rate, reason = chosen_rate(TrainConfig(), 6)
-    assert f"note: learning rate: {reason}" in heard.facts
-    assert load_config(tmp_path / "whole" / "config.toml").optimization.learning_rate == rate
+    rate = load_config(tmp_path / "whole" / "config.toml").optimization.learning_rate
+    assert isinstance(rate, float)
+    assert any(said.startswith(f"note: learning rate: {rate:g}, chosen for 6 steps of ") for said in heard.facts)
     with pytest.raises(Interrupted):
         train(tiny.config(tmp_path / "parts", **made), pause_at=3)
     train(tiny.config(tmp_path / "parts", **made, resume=True))
@@ -78,11 +81,34 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
 
 
 def test_a_number_stays_and_other_words_are_refused() -> None:
-    assert chosen_rate(with_options(TrainConfig(), learning_rate=3e-5), 6) == (3e-5, None)
+    facts = RateFacts(6, 100.0, 1.0)
+    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", facts) == (3e-5, None)
     assert config_from_table({"optimization": {"learning_rate": "auto"}}, "x").optimization.learning_rate == "auto"
     for value in ("fast", True, 0.0):
         with pytest.raises(UsageError, match="learning_rate"):
             OptimizationOptions(learning_rate=value).validate()  # type: ignore[arg-type]
+
+
+def test_the_rate_follows_steps_tokens_and_weights() -> None:
+    def rate(steps: int, tokens: float, gain: float) -> float:
+        return chosen_rate(OptimizationOptions(), "sft", RateFacts(steps, tokens, gain))[0]
+
+    usual = rate(400, 100.0, 1.0)
+    assert usual == float(f"{RATE * 0.5:.2g}")
+    assert rate(1600, 100.0, 1.0) == rate(400, 25.0, 1.0) == rate(400, 100.0, 0.5 ** (4 / 3)) == 1.9e-4
+    assert rate(400, 1e6, 1.0) == rate(400, 128.0, 1.0) > usual
+    assert rate(1, 1e6, 100.0) == HIGHEST_RATE
+    assert chosen_rate(OptimizationOptions(), "dpo", RateFacts(1, 1e6, 100.0))[0] == COMPARING_RATE
+
+
+def test_the_gain_is_that_of_the_adapted_matrices_in_the_file() -> None:
+    source = open_model("smollm2-135m")
+    modules = [f"model.layers.{layer}.self_attn.q_proj" for layer in (3, 4)]
+    expected = [
+        float((source.load(f"{name}.weight") @ torch.randn(576, 4000)).square().mean().sqrt()) for name in modules
+    ]
+    assert gain(source, modules) == pytest.approx(math.sqrt(expected[0] * expected[1]), rel=0.03)
+    assert gain(source, ["model.layers.0.none"]) == 1.0
 
 
 FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
@@ -123,10 +149,10 @@ def test_the_advice_stands_in_summary_and_report_and_can_be_pasted(tiny: TinyRun
 
 def test_a_low_rate_is_raised_before_steps_are_added(tmp_path: Path) -> None:
     curves = Curves([(number, 2.0 - 0.2 * number) for number in range(6)], [])
-    usual, _ = chosen_rate(TrainConfig(), 60)
+    usual = 1e-3
     low = with_options(TrainConfig(), learning_rate=usual / 10)
     said = [
-        advice(config, curves, 60, tmp_path)
+        advice(config, curves, 60, usual, tmp_path)
         for config in (low, replace(low, optimization=OptimizationOptions(learning_rate=usual)))
     ]
     assert [one and one[1] and one[1].split()[3] for one in said] == ["--learning-rate", "--epochs"]

@@ -40,7 +40,6 @@ from backhand.training.prepared import Outline, outline_run
 from backhand.training.resume import taken_over
 from backhand.training.run import train
 from backhand.training.shared import Shared
-from backhand.training.step_plan import chosen_rate
 from backhand.words import count_of, duration, in_words
 
 SEARCH = "search.toml"
@@ -94,9 +93,8 @@ def decided(config: SearchConfig, outline: Outline) -> SearchConfig:
     """
     search, options = config.search, config.optimization
     if any(one.name == "learning_rate" for one in search.dimensions):
-        auto = replace(config.run_config, optimization=replace(options, learning_rate="auto"))
-        rate, _ = chosen_rate(auto, outline.total_steps)
-        options = replace(options, learning_rate=chosen_rate(config.run_config, outline.total_steps)[0])
+        rate, _ = outline.rate(replace(options, learning_rate="auto"))
+        options = replace(options, learning_rate=outline.rate(options)[0])
         if not search.over:
             search = replace(search, over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
     return replace(config, search=search, optimization=options, data=outline.config.data)

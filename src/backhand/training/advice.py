@@ -4,7 +4,7 @@ Of the held-out losses e_0 (before the first step), e_1 … e_n let e_b be the l
 
     gain = e_0 - e_b        what was learnt
     rise = e_n - e_b        what was lost again
-    last = e_{n-1} - e_n    what the last stretch between two evaluations brought
+    last = e_m - e_n        what the last fifth of the steps brought, from the last evaluation before it
 
 The first that holds of what `judged` asks, in its order, is said; docs/rates.md has it as a table.
 """
@@ -15,15 +15,14 @@ import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from backhand.runs.directory import CONFIG
 from backhand.training.config import TrainConfig
-from backhand.training.step_plan import chosen_rate
 
-Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "fine"]
+Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
 LITTLE = 0.02
 """Of e_0: a gain that is hardly any."""
@@ -31,6 +30,10 @@ RISEN = 0.03
 """Of e_b: a rise that is more than noise."""
 FALLING = 0.05
 """Of the gain: a last stretch that brought so much would have been followed by more."""
+LAST = 0.2
+"""Of the steps: the last stretch. A shorter one, at the end of a schedule, would bring nothing at any rate."""
+LOW = 0.4
+"""Of the rate that `auto` stands for: a rate so low may well have learnt less than there is to learn."""
 SPIKE = 1.3
 """Times the loss of the first steps."""
 FORGOTTEN_NATS = 1.5
@@ -70,13 +73,19 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def judged(curves: Curves) -> Finding | None:
-    """What is to be said first; None where nothing was held out, or not evaluated twice."""
+def judged(curves: Curves, share: float = 1.0) -> Finding | None:
+    """What is to be said first; None where nothing was held out, or not evaluated twice.
+
+    Args:
+        curves: of the run.
+        share: its rate, over the one that `auto` stands for.
+    """
     if len(curves.held_out) < 3:
         return None
     losses = [loss for _, loss in curves.held_out]
     base, best = losses[0], curves.best[1]
-    gain, rise, last = base - best, losses[-1] - best, losses[-2] - losses[-1]
+    before = max(step for step, _ in curves.held_out if step <= (1 - LAST) * curves.held_out[-1][0])
+    gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
     if _spikes(curves.training):
         return "unsteady"
     if gain <= 0:
@@ -89,7 +98,7 @@ def judged(curves: Curves) -> Finding | None:
         return "still falling"
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
-    return "fine"
+    return "low" if share < LOW else "fine"
 
 
 def _spikes(training: Sequence[float]) -> bool:
@@ -100,21 +109,22 @@ def _spikes(training: Sequence[float]) -> bool:
     return max(training[2 * few :]) > SPIKE * statistics.mean(training[:few])
 
 
-def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> tuple[str, str | None] | None:
+def advice(
+    config: TrainConfig, curves: Curves, total_steps: int, usual: float, run: Path
+) -> tuple[str, str | None] | None:
     """A sentence about the run, and the command to try next, if there is one.
 
     Args:
         config: of the run, resolved.
+        usual: the rate that `auto` stands for.
         run: its directory.
     """
-    found = None if config.objective.objective == "grpo" else judged(curves)
+    rate, objective = float(config.optimization.learning_rate), config.objective.objective
+    found = None if objective == "grpo" else judged(curves, rate / usual if objective == "sft" else 1.0)
     if found is None:
         return None
-    rate = float(config.optimization.learning_rate)
-    auto = replace(config, optimization=replace(config.optimization, learning_rate="auto"))
-    usual, _ = chosen_rate(auto, total_steps)
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
-    higher = f"--learning-rate {usual if rate < usual / 2 else 3 * rate:.2g}"
+    higher = f"--learning-rate {usual if rate < LOW * usual else 3 * rate:.2g}"
     lower = f"--learning-rate {usual if rate > 2 * usual else rate / 3:.2g}"
     said, options = {
         "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
@@ -129,12 +139,13 @@ def advice(config: TrainConfig, curves: Curves, total_steps: int, run: Path) -> 
         ),
         "still falling": (
             "The held-out loss was still falling at the end.",
-            _more(config, rate < usual / 2, higher, total_steps),
+            _more(config, rate < LOW * usual, higher, total_steps),
         ),
         "forgot": (
             f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",
         ),
+        "low": (f"Its learning rate is far below {usual:g}, which suits such runs: that may learn more.", higher),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
     }[found]
     if not options:

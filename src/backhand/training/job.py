@@ -18,7 +18,7 @@ from backhand.training.resume import Identity
 from backhand.training.shared import Shared
 from backhand.training.starting import set_values
 from backhand.training.step import Processes
-from backhand.training.step_plan import chosen_rate, default_warmup_steps, five_times
+from backhand.training.step_plan import default_warmup_steps, five_times
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ def _cut_as(config: TrainConfig, micro_batch_rows: int, recompute: Recompute, ba
 
 
 def _rate_note(outline: Outline) -> tuple[str, ...]:
-    _, reason = chosen_rate(outline.config, outline.total_steps)
+    _, reason = outline.rate(outline.config.optimization)
     return () if reason is None else (f"learning rate: {reason}",)
 
 
@@ -114,7 +114,7 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         ),
         optimization=replace(
             config.optimization,
-            learning_rate=chosen_rate(config, total_steps)[0],
+            learning_rate=outline.rate(config.optimization)[0],
             micro_batch_rows=memory.micro_batch_rows,
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),

@@ -304,7 +304,8 @@ class JobRun:
         summary = summarise(self.job, state, self.directory, self.processes.size)
         if self.processes.leads:
             curves = Curves.of(self.directory.lines(METRICS))
-            said = advice(self.job.config, curves, self.job.total_steps, self.directory.path)
+            usual, _ = self.job.rate(replace(self.job.config.optimization, learning_rate="auto"))
+            said = advice(self.job.config, curves, self.job.total_steps, usual, self.directory.path)
             summary = replace(summary, advice=said and said[0], try_next=said and said[1])
             self.directory.write(SUMMARY, summary.to_json())
         return summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
-from backhand.training.config import Recompute, TrainConfig
+from backhand.training.config import OptimizationOptions, Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.engine import Engine, ShortModel
 from backhand.training.machine import Machine, memory_budget
@@ -33,8 +34,10 @@ from backhand.training.memory.states import Below, StatesPlan, coming_again, kee
 from backhand.training.rewards.planned import PromptPacker, check_context
 from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, start_notes
+from backhand.training.step_plan import RateFacts, chosen_rate
 
 _STEPS_LOOKED_AT = 2000
+_GAINS_LOOKED_AT = 8
 
 
 @dataclass
@@ -65,6 +68,15 @@ class Given:
     def held_out_rows(self) -> Sequence[Example]:
         """Those that are measured and not trained on."""
         return () if self.held_out is None else self.held_out.examples
+
+    def rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
+        """The learning rate of this run under these options, and why this one; None where it is given."""
+        if options.learning_rate != "auto":
+            return options.learning_rate, None
+        examples = self.train.examples
+        tokens = sum(example.supervised_tokens for example in examples) / max(1, len(examples)) * options.batch_rows
+        facts = RateFacts(self.total_steps, tokens, gain(self.source, [slot.name for slot in self.layout.slots]))
+        return chosen_rate(options, self.config.objective.objective, facts)
 
 
 @dataclass
@@ -238,6 +250,21 @@ class _Planner:
             answering_bytes=self._answering_bytes,
         )
         return replace(found, base=base)
+
+
+def gain(source: ModelSource, modules: Sequence[str]) -> float:
+    """rms(W) √in, the geometric mean over a few of the adapted matrices, those in the middle; 1 where there are none.
+
+    With entries of W independent of x it is rms(W x) / rms(x).
+    """
+    stored = set(source.tensor_names())
+    names = [name for module in modules if (name := f"{module}.weight") in stored and len(source.shape(name)) == 2]
+    first = max(0, (len(names) - _GAINS_LOOKED_AT) // 2)
+    logs = []
+    for name in names[first : first + _GAINS_LOOKED_AT]:
+        square = float(source.load(name).double().square().mean())
+        logs.append(0.5 * math.log(max(square, 1e-12) * source.shape(name)[1]))
+    return math.exp(sum(logs) / max(1, len(logs)))
 
 
 def _below(given: Given, machine: Machine) -> Below:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from backhand.training.config import TrainConfig
+from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.step import LearningRate
 from backhand.words import count_of
 
@@ -22,19 +23,40 @@ def default_warmup_steps(total_steps: int) -> int:
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
 
 
-def chosen_rate(config: TrainConfig, total_steps: int) -> tuple[float, str | None]:
-    """The learning rate of a run of so many steps, and why this one; None where it was given as a number."""
-    rate = config.optimization.learning_rate
+def chosen_rate(options: OptimizationOptions, objective: str, of: RateFacts) -> tuple[float, str | None]:
+    """The learning rate of a run, and why this one; None where it was given as a number.
+
+        rate = c g^¾ √(min(S, S₀) / n),   at most `HIGHEST_RATE`
+
+    Steps that are noise sum up to √n of one. A step that is the mean of S tokens is less noise by √S, up to where
+    hardly any is left [arXiv:2205.10287, square root scaling]. What an adapter adds to W x matters by its share of it,
+    so that larger frozen weights bear a higher rate. c, the power of g and S₀ were measured (docs/rates.md).
+    """
+    rate = options.learning_rate
     if rate != "auto":
         return rate, None
-    name = config.objective.objective
-    if name != "sft":
-        return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {name}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE_OF_ONE_STEP / math.sqrt(total_steps)):.2g}")
-    return rate, f"{rate:g}, chosen for {count_of(total_steps, 'step')} (docs/rates.md); another by --learning-rate"
+    if objective != "sft":
+        return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
+    rate = float(f"{min(HIGHEST_RATE, RATE * of.gain**0.75 * math.sqrt(min(of.tokens, MOST_TOKENS) / of.steps)):.2g}")
+    steps = f"{count_of(of.steps, 'step')} of {of.tokens:,.0f} supervised tokens"
+    return rate, f"{rate:g}, chosen for {steps} (docs/rates.md); another by --learning-rate"
 
 
-RATE_OF_ONE_STEP, HIGHEST_RATE = 1.4e-2, 4e-3
+class RateFacts(NamedTuple):
+    """What the learning rate is chosen by.
+
+    Attributes:
+        steps: n, of the run.
+        tokens: S, supervised ones of a step, on average.
+        gain: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in common.
+    """
+
+    steps: int
+    tokens: float
+    gain: float
+
+
+RATE, MOST_TOKENS, HIGHEST_RATE = 7.7e-4, 128, 5e-3
 COMPARING_RATE = 2e-4
 
 

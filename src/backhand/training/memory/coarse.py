@@ -23,7 +23,7 @@ from backhand.nn.decoder.kv_cache import bytes_per_row
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.linear_cross_entropy import chunk_rows
-from backhand.training.memory.parts import FLOAT32_BYTES, ModelSize
+from backhand.training.memory.parts import FLOAT32_BYTES, GAPS, WIDE_GAPS, ModelSize
 
 
 def decoder_size(
@@ -66,6 +66,7 @@ def decoder_size(
         logits_bytes=config.vocab_size * b,
         cache_bytes=bytes_per_row(config, dtype, 1) - bytes_per_row(config, dtype, 0),
         mixer_state_bytes=bytes_per_row(config, dtype, 0),
+        gaps=WIDE_GAPS if any(slot.dropout or slot.use_dora for slot in layout.slots) else GAPS,
         kernels=sum(slot.experts for slot in layout.slots) // 3
         if is_taken(dtype)
         else _kernels(dtype.itemsize, experts=config.mixture is not None),

@@ -21,6 +21,14 @@ _SAMPLING_COPIES = 8  # of the logits of what is sampled at once
 _NEUTRAL_COPIES = 2
 
 
+GAPS, WIDE_GAPS = 0.08, 0.25
+_GAPS_BYTES = 32 << 20
+"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor: at most.
+
+Masks of dropout, and what DoRA makes of each module, come and go between what is kept: measured, 0.16 and 0.23.
+"""
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """What is known of a model and its adapter from headers alone; what is per token only coarsely.
@@ -39,6 +47,7 @@ class ModelSize:
         mixer_state_bytes: of a conversation of any length, of what other mixers than attention go on from.
         kernels: that a library compiles for each size of a pass, at most; those that it keeps are counted.
         measured: whether a step's memory can be measured before the run.
+        gaps: that freed buffers leave, over what a step takes: `GAPS`, or `WIDE_GAPS`.
     """
 
     dtype_bytes: int
@@ -54,6 +63,7 @@ class ModelSize:
     mixer_state_bytes: int = 0
     kernels: int = 0
     measured: bool = True
+    gaps: float = GAPS
 
 
 class StepBytes(NamedTuple):
@@ -104,7 +114,7 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
         fullest: most,
         "compiled kernels": min(shape.sizes * size.kernels, _kept_kernels()) * _KERNEL_BYTES,
     }
-    return {**found, "gaps between buffers": round(GAPS * (step.kept + most)) + _GAPS_BYTES}
+    return {**found, "gaps between buffers": round(size.gaps * (step.kept + most)) + _GAPS_BYTES}
 
 
 _KERNEL_BYTES = 700_000
@@ -115,11 +125,6 @@ def _kept_kernels() -> int:
     """How many compiled kernels oneDNN keeps; 1,024 where the environment names no other limit."""
     stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
     return int(stated) if stated.isdecimal() else 1024
-
-
-GAPS = 0.08
-_GAPS_BYTES = 32 << 20
-"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor: at most."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
