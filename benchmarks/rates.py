@@ -46,7 +46,7 @@ class Case:
 
     task: str
     rows: int
-    rates: Sequence[float] = COARSE
+    rates: Sequence[float | str] = COARSE
     model: str = "smollm2-135m"
     rank: int = 16
     batch_rows: int = 16
@@ -70,6 +70,7 @@ STUDIES: dict[str, list[Case]] = {
     "few": [Case(task, 60, (2e-4, 1e-3, 4e-3)) for task in TASKS],
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
     "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
+    "default": [Case(task, 104, ("auto",), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in TASKS],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
     "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "sums")],
@@ -163,13 +164,14 @@ def model_file(name: str, folder: Path) -> str:
     return str(target)
 
 
-def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator[tuple[float | str, dict[str, Any]]]:
     """Train with each rate, and say what came of it."""
     from backhand.data.options import DataOptions
     from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
     from backhand.runs.interruption import Interrupted
     from backhand.training.config import ModelOptions, TrainConfig
+    from backhand.training.config_file import load_config
     from backhand.training.evaluate import evaluation_rows, score
     from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
@@ -209,11 +211,14 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
         except Exception as error:  # noqa: BLE001 - a rate that is much too high may end a run
             yield rate, {"failed": str(error)[:200]}
             continue
+        chosen = load_config(output / "config.toml").optimization.learning_rate
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "loss" in line]
         evaluations = [line for line in lines if "eval_loss" in line]
         found: dict[str, Any] = {
+            "rate": chosen,
             "steps": summary.steps,
+            "tokens": summary.supervised_tokens / summary.steps,
             "base": summary.base_eval_loss,
             "best": summary.best_eval_loss,
             "best_step": summary.best_step,
@@ -330,6 +335,10 @@ def _shared() -> Any:
     return Shared()
 
 
+def _key(rate: float | str) -> str:
+    return rate if isinstance(rate, str) else f"{rate:g}"
+
+
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
@@ -349,7 +358,7 @@ def main() -> None:
     for study in arguments.study:
         for case in STUDIES[study]:
             stored = _stored()
-            left = [rate for rate in case.rates if f"{rate:g}" not in stored["runs"].get(case.name, {})]
+            left = [rate for rate in case.rates if _key(rate) not in stored["runs"].get(case.name, {})]
             if not left or case.task not in arguments.tasks:
                 continue
             with tempfile.TemporaryDirectory() as name:
@@ -357,10 +366,10 @@ def main() -> None:
                     with (Path(tempfile.gettempdir()) / "rates.lock").open("w") as lock:
                         fcntl.flock(lock, fcntl.LOCK_EX)  # several of these at once may add what they find
                         stored = _stored()
-                        stored["runs"].setdefault(case.name, {})[f"{rate:g}"] = found
+                        stored["runs"].setdefault(case.name, {})[_key(rate)] = found
                         TARGET.write_text(json.dumps(stored) + "\n")
                     told = {key: value for key, value in found.items() if not isinstance(value, list)}
-                    print(case.name, f"{rate:g}", told, found.get("forgetting", [None])[-1], flush=True)
+                    print(case.name, _key(rate), told, found.get("forgetting", [None])[-1], flush=True)
                     if time.monotonic() - began > arguments.seconds:
                         return
 
