@@ -250,80 +250,76 @@ def at(found: dict[str, Any], rate: float, of: str = "best") -> float:
 
 def tell(stored: dict[str, Any]) -> None:
     """The tables of docs/rates.md."""
-    from backhand.training.config import TrainConfig
-    from backhand.training.step_plan import chosen_rate
-
-    print(
-        "| model, task, rows, rank, seed | steps | base | best rate | loss | a half, twice | a quarter, 4 times "
-        "| old 2e-4 | auto |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    held = {"old": 0, "auto": 0}
-    counted = 0
-    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
-        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
-        if len(found) < 3:
-            continue
-        for run in found.values():
-            run["forgot"] = run["forgetting"][[step for step, _ in run["evaluations"]].index(run["best_step"])]
-        best = min(found, key=lambda rate: found[rate]["best"])
-        steps, rate, loss = found[best]["steps"], float(best), found[best]["best"]
-        auto, _ = chosen_rate(TrainConfig(), steps)
-        off = {times: at(found, rate * times) / loss - 1 for times in (0.25, 0.5, 2, 4)}
-        cells = []
-        counted += 1
-        for name, other in (("old", 2e-4), ("auto", auto)):
-            above, exact = at(found, other) / loss - 1, None
-            text = f"{above:+.1%}"
-            if "exact_match" in found[best]:
-                exact = at(found, other, "exact_match"), found[best]["exact_match"]
-                text += f", {exact[0]:.0%} of {exact[1]:.0%} exact"
-            good = above <= 0.03 or (
-                exact is not None and exact[0] >= max(one["exact_match"] for one in found.values()) - 0.03
-            )
+    print("| model, task, rows, rank, seed | steps | base | best of the grid | 2e-4, the old default | auto |")
+    print("|---|---|---|---|---|---|")
+    held, counted = {"old": 0, "auto": 0}, 0
+    for case, grid in _grids(stored):
+        best = min(grid, key=lambda rate: grid[rate]["best"])
+        exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=None)
+        cells = [f"{grid[best]['best']:.4g} at {best}" + ("" if exact is None else f", {exact:.0%} exact")]
+        auto = stored["runs"][case.name].get("auto")
+        for name, run in (("old", _between(grid, 2e-4)), ("auto", auto)):
+            if run is None:
+                cells.append("")
+                continue
+            above = run["best"] / grid[best]["best"] - 1
+            good = above <= 0.03 or (exact is not None and run["exact_match"] >= exact - 0.03)
             held[name] += good
-            cells.append(f"{'**' if good else ''}{text}{'**' if good else ''}, {at(found, other, 'forgot'):+.2f} nats")
+            text = f"{above:+.1%}" + ("" if exact is None else f", {run['exact_match']:.0%} exact")
+            text += f", {run['forgot']:+.2f} nats" + (f", {run['rate']:g}" if name == "auto" else "")
+            cells.append(f"**{text}**" if good else text)
+        counted += auto is not None
         name = f"{case.model.removesuffix('-135m')}, {case.task}, {case.rows}, {case.rank}, {case.seed}"
-        print(
-            f"| {name} | {steps} | {found[best]['base']:.2f} | {best} | {loss:.3f} | {off[0.5]:+.1%}, {off[2]:+.1%} "
-            f"| {off[0.25]:+.1%}, {off[4]:+.1%} | {cells[0]} | {cells[1]} ({auto:g}) |"
-        )
-    print(
-        "\nwithin 3 % of the best loss, or 3 points of the best exact match: "
-        f"old {held['old']}, auto {held['auto']}, of {counted}"
-    )
+        print(f"| {name} | {grid[best]['steps']} | {grid[best]['base']:.2f} | {' | '.join(cells)} |")
+    print(f"\nwithin 3 % of the best loss or 3 points of the best exact match: {held} of {counted} with auto")
+
+
+def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
+    """Cases of which there are three rates at least, with the runs of each."""
+    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
+        runs = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
+        for run in runs.values():
+            run["forgot"] = run["forgetting"][[step for step, _ in run["evaluations"]].index(run["best_step"])]
+        grid = {rate: run for rate, run in runs.items() if rate != "auto"}
+        if len(grid) >= 3:
+            yield case, grid
+
+
+def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
+    """What a rate would have that is not on the grid."""
+    names = [name for name in ("best", "exact_match", "forgot") if all(name in run for run in grid.values())]
+    return {name: at(grid, rate, name) for name in names}
 
 
 def tell_advice(stored: dict[str, Any]) -> None:
-    """How often what a run is told is right: by its own case's other rates, or by a longer run where there is one."""
+    """How often what a run is told is right: by its own case's other rates."""
     from backhand.training.advice import Curves, judged
 
     counts: dict[tuple[str, str], list[int]] = {}
-    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
-        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
-        if len(found) < 3:
-            continue
-        best = min(found, key=lambda rate: found[rate]["best"])
-        for rate, run in found.items():
-            forgot = dict(zip((step for step, _ in run["evaluations"]), run["forgetting"], strict=True))
-            said = judged(
-                Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], forgot[run["best_step"]])
-            )
-            above = run["best"] / found[best]["best"] - 1
-            place = "right" if above <= 0.03 else "too low" if float(rate) < float(best) else "too high"
-            place = "long" if case.epochs > 3 and place == "right" else place
+    for case, grid in _grids(stored):
+        best = min(grid, key=lambda rate: grid[rate]["best"])
+        exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=2.0)
+        usual = float(stored["runs"][case.name].get("auto", {}).get("rate", best))
+        for rate, run in grid.items():
+            curves = Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], run["forgot"])
+            said = judged(curves, float(rate) / usual)
+            above = run["best"] / grid[best]["best"] - 1
+            good = above <= 0.03 or run.get("exact_match", -1.0) >= exact - 0.03
+            place = "right" if good else "too low" if float(rate) < float(best) else "too high"
             fits = {
-                "too low": said in ("hardly moved", "still falling"),
+                "too low": said in ("hardly moved", "still falling", "low"),
                 "too high": said in ("unsteady", "not better", "rose", "forgot"),
-                "right": said in ("fine", "still falling", "forgot"),
-                "long": said in ("rose", "fine", "forgot"),
+                "right": said in ("fine", "still falling", "rose", "forgot"),
             }[place]
             row = counts.setdefault((place, str(said)), [0, 0])
             row[0] += 1
             row[1] += fits
-            print(case.name, rate, place, said, f"{above:+.1%}", "" if fits else "WRONG")
+            if not fits:
+                print(case.name, rate, place, said, f"{above:+.1%}")
+    print("| the rate was | said | runs | fits |\n|---|---|---|---|")
     for (place, said), (count, right) in sorted(counts.items()):
         print(f"| {place} | {said} | {count} | {right} |")
+    print(sum(right for _, right in counts.values()), "of", sum(count for count, _ in counts.values()))
 
 
 SHARED: dict[str, Any] = {}
