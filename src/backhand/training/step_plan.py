@@ -56,7 +56,7 @@ class RateFacts(NamedTuple):
     gain: float
 
 
-RATE, MOST_TOKENS, HIGHEST_RATE = 7.7e-4, 128, 5e-3
+RATE, MOST_TOKENS, HIGHEST_RATE = 5e-4, 128, 5e-3
 COMPARING_RATE = 2e-4
 
 
