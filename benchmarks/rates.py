@@ -70,7 +70,9 @@ STUDIES: dict[str, list[Case]] = {
     "few": [Case(task, 60, (2e-4, 1e-3, 4e-3)) for task in TASKS],
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
     "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
-    "default": [Case(task, 104, ("auto",), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in TASKS],
+    "default": [
+        Case(task, 104, ("auto", 2e-4), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in TASKS
+    ],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
     "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "sums")],

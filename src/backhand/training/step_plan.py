@@ -26,18 +26,18 @@ def default_warmup_steps(total_steps: int) -> int:
 def chosen_rate(options: OptimizationOptions, objective: str, of: RateFacts) -> tuple[float, str | None]:
     """The learning rate of a run, and why this one; None where it was given as a number.
 
-        rate = c g^¾ √(min(S, S₀) / n),   at most `HIGHEST_RATE`
+        rate = c g √(min(S, S₀) / n),   at most `HIGHEST_RATE`
 
     Steps that are noise sum up to √n of one. A step that is the mean of S tokens is less noise by √S, up to where
     hardly any is left [arXiv:2205.10287, square root scaling]. What an adapter adds to W x matters by its share of it,
-    so that larger frozen weights bear a higher rate. c, the power of g and S₀ were measured (docs/rates.md).
+    so that larger frozen weights bear a higher rate. c and S₀ were measured (docs/rates.md).
     """
     rate = options.learning_rate
     if rate != "auto":
         return rate, None
     if objective != "sft":
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE * of.gain**0.75 * math.sqrt(min(of.tokens, MOST_TOKENS) / of.steps)):.2g}")
+    rate = float(f"{min(HIGHEST_RATE, RATE * of.gain * math.sqrt(min(of.tokens, MOST_TOKENS) / of.steps)):.2g}")
     steps = f"{count_of(of.steps, 'step')} of {of.tokens:,.0f} supervised tokens"
     return rate, f"{rate:g}, chosen for {steps} (docs/rates.md); another by --learning-rate"
 
@@ -56,7 +56,7 @@ class RateFacts(NamedTuple):
     gain: float
 
 
-RATE, MOST_TOKENS, HIGHEST_RATE = 5e-4, 128, 5e-3
+RATE, MOST_TOKENS, HIGHEST_RATE = 3.4e-4, 128, 5e-3
 COMPARING_RATE = 2e-4
 
 
