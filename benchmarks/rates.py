@@ -2,6 +2,7 @@
 
     python benchmarks/rates.py run [--study NAME …] [--seconds 200]     what is not there yet, until the time is over
     python benchmarks/rates.py tell                                     the tables of docs/rates.md
+    python benchmarks/rates.py draw                                     its picture
 
 Every run has the options of a user who gives none: 3 epochs of 16 rows, a tenth of the rows held out (here 24 others,
 the same for every rate). The tasks are made here: eight labels (which package of Python's library a docstring is of),
@@ -324,6 +325,29 @@ def tell_advice(stored: dict[str, Any]) -> None:
     print(sum(right for _, right in counts.values()), "of", sum(count for count, _ in counts.values()))
 
 
+def draw(stored: dict[str, Any], picture: Path) -> None:
+    """Held-out loss against the rate, over the best of each case; a cross is the default's own run."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    shown = [one for one in _grids(stored) if "auto" in stored["runs"][one[0].name]]
+    for axes, model in zip(
+        figure.subplots(1, 2, sharey=True), dict.fromkeys(case.model for case, _ in shown), strict=True
+    ):
+        for number, (case, grid) in enumerate(one for one in shown if one[0].model == model):
+            best = min(run["best"] for run in grid.values())
+            points = sorted((float(rate), run["best"] / best) for rate, run in grid.items())
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{number}", label=case.task)
+            auto = stored["runs"][case.name]["auto"]
+            axes.plot(auto["rate"], auto["best"] / best, marker="x", markersize=9, color=f"C{number}")
+        axes.set(title=model, xscale="log", yscale="log", xlabel="learning rate")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("held-out loss over the best of the grid")
+    figure.savefig(picture, format="png", dpi=110)
+
+
 SHARED: dict[str, Any] = {}
 
 
@@ -343,7 +367,7 @@ def _short(value: float | None) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "tell"))
+    parser.add_argument("what", choices=("run", "tell", "draw"))
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seconds", type=float, default=1e9)
@@ -351,6 +375,9 @@ def main() -> None:
     if arguments.what == "tell":
         tell(_stored())
         tell_advice(_stored())
+        return
+    if arguments.what == "draw":
+        draw(_stored(), TARGET.parents[2] / "docs" / "images" / "rates.png")
         return
     began = time.monotonic()
     for study in arguments.study:
