@@ -2,6 +2,7 @@
 
     python benchmarks/rates.py run [--study NAME …] [--seconds 200]     what is not there yet, until the time is over
     python benchmarks/rates.py tell                                     the tables of docs/rates.md
+    python benchmarks/rates.py draw                                     its picture
 
 Every run has the options of a user who gives none: 3 epochs of 16 rows, a tenth of the rows held out (here 24 others,
 the same for every rate). The tasks are made here: eight labels (which package of Python's library a docstring is of),
@@ -46,7 +47,7 @@ class Case:
 
     task: str
     rows: int
-    rates: Sequence[float] = COARSE
+    rates: Sequence[float | str] = COARSE
     model: str = "smollm2-135m"
     rank: int = 16
     batch_rows: int = 16
@@ -69,8 +70,11 @@ class Case:
 STUDIES: dict[str, list[Case]] = {
     "few": [Case(task, 60, (2e-4, 1e-3, 4e-3)) for task in TASKS],
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
+    "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
+    "default": [
+        Case(task, 104, ("auto", 2e-4), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in TASKS
+    ],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
-    "gemma": [Case(task, 60, (2e-4, 1e-3, 2e-3, 4e-3), GEMMA) for task in ("labels", "style", "sums")],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
     "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "sums")],
     "ranks": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), rank=rank) for task in ("labels", "style") for rank in (4, 64)],
@@ -142,6 +146,14 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
     return [*rest[:count], *held_out]
 
 
+def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without roles: the turns one behind the other, and an empty line before the answer."""
+    if "messages" not in row:
+        return row
+    *turns, answer = (message["content"] for message in row["messages"])
+    return {"prompt": "\n\n".join(turns) + "\n\n", "completion": answer}
+
+
 def model_file(name: str, folder: Path) -> str:
     """What --model takes; Gemma's file is put together from the packages that hold its parts."""
     if name != GEMMA:
@@ -155,17 +167,21 @@ def model_file(name: str, folder: Path) -> str:
     return str(target)
 
 
-def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator[tuple[float | str, dict[str, Any]]]:
     """Train with each rate, and say what came of it."""
     from backhand.data.options import DataOptions
     from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
+    from backhand.runs.interruption import Interrupted
     from backhand.training.config import ModelOptions, TrainConfig
+    from backhand.training.config_file import load_config
     from backhand.training.evaluate import evaluation_rows, score
     from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
 
     rows = rows_of(case.task, case.rows)
+    if case.model == GEMMA:  # a base model without a chat template
+        rows = [as_prompt(row) for row in rows]
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, part in zip(paths, (rows[: case.rows], rows[case.rows :]), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
@@ -193,14 +209,19 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
         began = time.perf_counter()
         try:
             summary = train(one, shared=SHARED.setdefault(model, _shared()))
+        except Interrupted:
+            raise
         except Exception as error:  # noqa: BLE001 - a rate that is much too high may end a run
             yield rate, {"failed": str(error)[:200]}
             continue
+        chosen = load_config(output / "config.toml").optimization.learning_rate
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "loss" in line]
         evaluations = [line for line in lines if "eval_loss" in line]
         found: dict[str, Any] = {
+            "rate": chosen,
             "steps": summary.steps,
+            "tokens": summary.supervised_tokens / summary.steps,
             "base": summary.base_eval_loss,
             "best": summary.best_eval_loss,
             "best_step": summary.best_step,
@@ -209,10 +230,10 @@ def run_case(case: Case, rates: Sequence[float], folder: Path) -> Iterator[tuple
             "losses": [_short(line["loss"]) for line in steps],
             "grad_norms": [_short(line["grad_norm"]) for line in steps],
         }
-        if case.task == "labels":
+        if case.task != "text":
             base = BaseModelOptions(model=model)
             with loaded_model(base, output / "adapter") as loaded:
-                options = EvaluateRunOptions(max_new_tokens=8)
+                options = EvaluateRunOptions(max_new_tokens=8 if case.task in ("labels", "sums") else 64)
                 rows_asked = evaluation_rows(replace(one.data, data=(str(paths[1]),)), loaded, options)
                 found["exact_match"] = score(loaded, rows_asked, options, adapter=True).exact_match
         yield rate, {**found, "s": round(time.perf_counter() - began, 1)}
@@ -232,80 +253,99 @@ def at(found: dict[str, Any], rate: float, of: str = "best") -> float:
 
 def tell(stored: dict[str, Any]) -> None:
     """The tables of docs/rates.md."""
-    from backhand.training.config import TrainConfig
-    from backhand.training.step_plan import chosen_rate
-
-    print(
-        "| model, task, rows, rank, seed | steps | base | best rate | loss | a half, twice | a quarter, 4 times "
-        "| old 2e-4 | auto |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    held = {"old": 0, "auto": 0}
-    counted = 0
-    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
-        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
-        if len(found) < 3:
-            continue
-        for run in found.values():
-            run["forgot"] = run["forgetting"][[step for step, _ in run["evaluations"]].index(run["best_step"])]
-        best = min(found, key=lambda rate: found[rate]["best"])
-        steps, rate, loss = found[best]["steps"], float(best), found[best]["best"]
-        auto, _ = chosen_rate(TrainConfig(), steps)
-        off = {times: at(found, rate * times) / loss - 1 for times in (0.25, 0.5, 2, 4)}
-        cells = []
-        counted += 1
-        for name, other in (("old", 2e-4), ("auto", auto)):
-            above, exact = at(found, other) / loss - 1, None
-            text = f"{above:+.1%}"
-            if "exact_match" in found[best]:
-                exact = at(found, other, "exact_match"), found[best]["exact_match"]
-                text += f", {exact[0]:.0%} of {exact[1]:.0%} exact"
-            good = above <= 0.03 or (
-                exact is not None and exact[0] >= max(one["exact_match"] for one in found.values()) - 0.03
-            )
+    print("| model, task, rows, rank, seed | steps | base | best of the grid | 2e-4, the old default | auto |")
+    print("|---|---|---|---|---|---|")
+    held, counted = {"old": 0, "auto": 0}, 0
+    for case, grid in _grids(stored):
+        best = min(grid, key=lambda rate: grid[rate]["best"])
+        exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=None)
+        cells = [f"{grid[best]['best']:.4g} at {best}" + ("" if exact is None else f", {exact:.0%} exact")]
+        auto = stored["runs"][case.name].get("auto")
+        for name, run in (("old", _between(grid, 2e-4)), ("auto", auto)):
+            if run is None:
+                cells.append("")
+                continue
+            above = run["best"] / grid[best]["best"] - 1
+            good = above <= 0.03 or (exact is not None and run["exact_match"] >= exact - 0.03)
             held[name] += good
-            cells.append(f"{'**' if good else ''}{text}{'**' if good else ''}, {at(found, other, 'forgot'):+.2f} nats")
+            text = f"{above:+.1%}" + ("" if exact is None else f", {run['exact_match']:.0%} exact")
+            text += f", {run['forgot']:+.2f} nats" + (f", {run['rate']:g}" if name == "auto" else "")
+            cells.append(f"**{text}**" if good else text)
+        counted += auto is not None
         name = f"{case.model.removesuffix('-135m')}, {case.task}, {case.rows}, {case.rank}, {case.seed}"
-        print(
-            f"| {name} | {steps} | {found[best]['base']:.2f} | {best} | {loss:.3f} | {off[0.5]:+.1%}, {off[2]:+.1%} "
-            f"| {off[0.25]:+.1%}, {off[4]:+.1%} | {cells[0]} | {cells[1]} ({auto:g}) |"
-        )
-    print(
-        "\nwithin 3 % of the best loss, or 3 points of the best exact match: "
-        f"old {held['old']}, auto {held['auto']}, of {counted}"
-    )
+        print(f"| {name} | {grid[best]['steps']} | {grid[best]['base']:.2f} | {' | '.join(cells)} |")
+    print(f"\nwithin 3 % of the best loss or 3 points of the best exact match: {held} of {counted} with auto")
+
+
+def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
+    """Cases of which there are three rates at least, with the runs of each."""
+    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
+        runs = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
+        for run in runs.values():
+            run["forgot"] = run["forgetting"][[step for step, _ in run["evaluations"]].index(run["best_step"])]
+        grid = {rate: run for rate, run in runs.items() if rate != "auto"}
+        if len(grid) >= 3:
+            yield case, grid
+
+
+def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
+    """What a rate would have that is not on the grid."""
+    names = [name for name in ("best", "exact_match", "forgot") if all(name in run for run in grid.values())]
+    return {name: at(grid, rate, name) for name in names}
 
 
 def tell_advice(stored: dict[str, Any]) -> None:
-    """How often what a run is told is right: by its own case's other rates, or by a longer run where there is one."""
+    """How often what a run is told is right: by its own case's other rates."""
     from backhand.training.advice import Curves, judged
 
     counts: dict[tuple[str, str], list[int]] = {}
-    for case in {one.name: one for cases in STUDIES.values() for one in cases}.values():
-        found = {rate: run for rate, run in stored["runs"].get(case.name, {}).items() if "failed" not in run}
-        if len(found) < 3:
-            continue
-        best = min(found, key=lambda rate: found[rate]["best"])
-        for rate, run in found.items():
-            forgot = dict(zip((step for step, _ in run["evaluations"]), run["forgetting"], strict=True))
-            said = judged(
-                Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], forgot[run["best_step"]])
-            )
-            above = run["best"] / found[best]["best"] - 1
-            place = "right" if above <= 0.03 else "too low" if float(rate) < float(best) else "too high"
-            place = "long" if case.epochs > 3 and place == "right" else place
+    for case, grid in _grids(stored):
+        best = min(grid, key=lambda rate: grid[rate]["best"])
+        exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=2.0)
+        usual = float(stored["runs"][case.name].get("auto", {}).get("rate", best))
+        for rate, run in grid.items():
+            curves = Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], run["forgot"])
+            said = judged(curves, float(rate) / usual)
+            above = run["best"] / grid[best]["best"] - 1
+            good = above <= 0.03 or run.get("exact_match", -1.0) >= exact - 0.03
+            place = "right" if good else "too low" if float(rate) < float(best) else "too high"
             fits = {
-                "too low": said in ("hardly moved", "still falling"),
+                "too low": said in ("hardly moved", "still falling", "low"),
                 "too high": said in ("unsteady", "not better", "rose", "forgot"),
-                "right": said in ("fine", "still falling", "forgot"),
-                "long": said in ("rose", "fine", "forgot"),
+                "right": said in ("fine", "still falling", "rose", "forgot"),
             }[place]
             row = counts.setdefault((place, str(said)), [0, 0])
             row[0] += 1
             row[1] += fits
-            print(case.name, rate, place, said, f"{above:+.1%}", "" if fits else "WRONG")
+            if not fits:
+                print(case.name, rate, place, said, f"{above:+.1%}")
+    print("| the rate was | said | runs | fits |\n|---|---|---|---|")
     for (place, said), (count, right) in sorted(counts.items()):
         print(f"| {place} | {said} | {count} | {right} |")
+    print(sum(right for _, right in counts.values()), "of", sum(count for count, _ in counts.values()))
+
+
+def draw(stored: dict[str, Any], picture: Path) -> None:
+    """Held-out loss against the rate, over the best of each case; a cross is the default's own run."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    shown = [one for one in _grids(stored) if "auto" in stored["runs"][one[0].name]]
+    for axes, model in zip(
+        figure.subplots(1, 2, sharey=True), dict.fromkeys(case.model for case, _ in shown), strict=True
+    ):
+        for number, (case, grid) in enumerate(one for one in shown if one[0].model == model):
+            best = min(run["best"] for run in grid.values())
+            points = sorted((float(rate), run["best"] / best) for rate, run in grid.items())
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=f"C{number}", label=case.task)
+            auto = stored["runs"][case.name]["auto"]
+            axes.plot(auto["rate"], auto["best"] / best, marker="x", markersize=9, color=f"C{number}")
+        axes.set(title=model, xscale="log", yscale="log", xlabel="learning rate")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("held-out loss over the best of the grid")
+    figure.savefig(picture, format="png", dpi=110)
 
 
 SHARED: dict[str, Any] = {}
@@ -317,13 +357,17 @@ def _shared() -> Any:
     return Shared()
 
 
+def _key(rate: float | str) -> str:
+    return rate if isinstance(rate, str) else f"{rate:g}"
+
+
 def _short(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.5g}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "tell"))
+    parser.add_argument("what", choices=("run", "tell", "draw"))
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seconds", type=float, default=1e9)
@@ -332,11 +376,14 @@ def main() -> None:
         tell(_stored())
         tell_advice(_stored())
         return
+    if arguments.what == "draw":
+        draw(_stored(), TARGET.parents[2] / "docs" / "images" / "rates.png")
+        return
     began = time.monotonic()
     for study in arguments.study:
         for case in STUDIES[study]:
             stored = _stored()
-            left = [rate for rate in case.rates if f"{rate:g}" not in stored["runs"].get(case.name, {})]
+            left = [rate for rate in case.rates if _key(rate) not in stored["runs"].get(case.name, {})]
             if not left or case.task not in arguments.tasks:
                 continue
             with tempfile.TemporaryDirectory() as name:
@@ -344,10 +391,10 @@ def main() -> None:
                     with (Path(tempfile.gettempdir()) / "rates.lock").open("w") as lock:
                         fcntl.flock(lock, fcntl.LOCK_EX)  # several of these at once may add what they find
                         stored = _stored()
-                        stored["runs"].setdefault(case.name, {})[f"{rate:g}"] = found
+                        stored["runs"].setdefault(case.name, {})[_key(rate)] = found
                         TARGET.write_text(json.dumps(stored) + "\n")
                     told = {key: value for key, value in found.items() if not isinstance(value, list)}
-                    print(case.name, f"{rate:g}", told, found.get("forgetting", [None])[-1], flush=True)
+                    print(case.name, _key(rate), told, found.get("forgetting", [None])[-1], flush=True)
                     if time.monotonic() - began > arguments.seconds:
                         return
 
