@@ -222,4 +222,4 @@ def test_lint_finds_labels_of_one_kind_and_answers_cut_off(tmp_path: Path) -> No
     }
     options = written(tmp_path / "rows.jsonl", [rows[0], longer])
     train, _ = prepare(replace(options, max_length=len(kept)), tiny_tokenizer(), purpose="labels", cut_rows=cut)
-    assert len(train.examples) == 1 and cut.dropped_unsupervised == [f"{tmp_path / 'rows.jsonl'}:2"]
+    assert len(train.examples) == 1 and cut.dropped_long == [f"{tmp_path / 'rows.jsonl'}:2"]

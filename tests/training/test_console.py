@@ -48,7 +48,13 @@ def test_on_a_terminal_there_is_a_bar_with_a_sparkline(
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.delenv("NO_COLOR", raising=False)
     text = shown(capsys)
-    assert "6/6" in text and "█" in text and "loss 0.3333" in text and _COLOUR.search(text)
+    assert (
+        "6/6" in text
+        and "█" in text
+        and "loss 0.3333" in text
+        and "the last evaluation" in text
+        and _COLOUR.search(text)
+    )
     monkeypatch.setenv("NO_COLOR", "1")
     colours = {code for code in _COLOUR.findall(shown(capsys)) if re.search(r"\[(3|4|9|10)\d", code)}
     assert colours == set()

@@ -19,6 +19,7 @@ import torch
 
 from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example, PreparedData, documents_of
+from backhand.data.options import asking_options, reading_options
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import RunDirectory
@@ -185,4 +186,6 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         malformed_rows=job.train.report.skipped_bad,
         world_size=world_size,
         objective=job.config.objective.objective,
+        reading=reading_options(job.config.data),
+        asking=asking_options(job.config.data),
     )
