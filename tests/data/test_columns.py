@@ -42,7 +42,7 @@ def test_the_options_that_read_other_rows_alike_can_be_pasted() -> None:
     data = DataOptions(prompt=r"{subject}\n{body}", completion="team")
     assert reading_options(data) == r" --prompt '{subject}\n{body}' --completion team"
     assert asking_options(data) == r" --prompt $'subject …\nbody …'"
-    assert (reading_options(DataOptions()), asking_options(DataOptions())) == ("", " --prompt …")
+    assert (reading_options(DataOptions()), asking_options(DataOptions())) == ("", " --prompt '…'")
     for text in ("it's\nso \\n", "plain", "a b"):
         shell = subprocess.run(["bash", "-c", f"printf %s {as_typed(text)}"], capture_output=True, check=True)
         assert shell.stdout.decode() == text

@@ -128,7 +128,7 @@ def test_nothing_supervised_is_an_error_that_says_why(tmp_path: Path) -> None:
     long_prompt = {"messages": [{"role": "user", "content": "q " * 40}, {"role": "assistant", "content": "no"}]}
     with pytest.raises(DataError, match="nothing in the data carries loss") as raised:
         prepared(tmp_path, [long_prompt] * 3, max_length=20)
-    assert raised.value.why == "3 without a supervised token, 3 truncated to 20 tokens"
+    assert raised.value.why == "3 documents longer than max_length"
     assert "--max-length" in str(raised.value.next_step)
     with pytest.raises(DataError, match="nothing in the data carries loss"):
         prepared(tmp_path, [{"messages": [{"role": "user", "content": "q"}]}])

@@ -36,7 +36,7 @@ CHECKS = {
     "empty_reply": "empty replies",
     "equal_pair": "pairs of equal answers",
     "one_label": "labels of one kind only",
-    "spelling": "labels that differ in case or blanks alone",
+    "spelling": "labels that differ in case or blanks",
     "doubled_bos": "begin of sequence doubled",
     "duplicate": "exact repetitions",
     "overlap": "held-out documents that are trained on",

@@ -82,7 +82,7 @@ class RunSummary:
     adapted_labels: dict[str, Any] | None = None
     held_out_pairs: dict[str, float] | None = None
     reading: str = ""
-    asking: str = " --prompt …"
+    asking: str = " --prompt '…'"
     advice: str | None = None
     try_next: str | None = None
 
