@@ -45,8 +45,8 @@ class BadRows:
     def add(self, error: DataError) -> None:
         """Raise `error`, or count it."""
         if not self.skip_bad:
-            remedy = error.next_step or "correct the row, or leave bad rows out with --skip-bad"
-            error.next_step = f"{remedy}; `backhand lint` names every such row at once"
+            if error.next_step is None:
+                error.next_step = "correct the row, or leave bad rows out with --skip-bad; `backhand lint` names every such row at once"
             raise error
         self.count += 1
         self.first_of_file = self.first_of_file or error

@@ -181,7 +181,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
     """The closing summary, a line a fact."""
     rewarded = summary.objective == "grpo"
     trained_on = (
-        f"answers to {count_of(summary.rows, 'prompt')}, drawn anew" if rewarded else count_of(summary.rows, "row")
+        f"its own answers to prompts of {count_of(summary.rows, 'row')}" if rewarded else count_of(summary.rows, "row")
     )
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
@@ -286,7 +286,8 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
     if library() is None and job.engine.name == "backhand":
         facts.append(describe())
     facts += [labelled(note) for note in (*job.engine.notes, *job.notes)]
-    for what, places in label_spellings(job.train.examples, job.source.tokenizer()):
+    held_out = () if job.held_out is None else job.held_out.examples
+    for what, places in label_spellings((*job.train.examples, *held_out), job.source.tokenizer()):
         facts.append(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )

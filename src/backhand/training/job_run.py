@@ -303,13 +303,9 @@ class JobRun:
             return there
         summary = summarise(self.job, state, self.directory, self.processes.size)
         if self.processes.leads:
-            lines = self.directory.lines(METRICS)
-            curves = Curves.of(lines)
-            best = [line for line in lines if line.get("step") == summary.best_step and "eval_rewards/margins" in line]
-            names = ("rewards/accuracies", "rewards/margins")
-            pairs = {name: best[-1][f"eval_{name}"] for name in names} if best else None
+            curves = Curves.of(self.directory.lines(METRICS))
             said = advice(self.job.config, curves, self.job.total_steps, self.directory.path)
-            summary = replace(summary, held_out_pairs=pairs, advice=said and said[0], try_next=said and said[1])
+            summary = replace(summary, advice=said and said[0], try_next=said and said[1])
             self.directory.write(SUMMARY, summary.to_json())
         return summary
 
