@@ -166,7 +166,8 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         if name in {field.name for field in fields(RunSummary)} and name != "train_s"
     }
     best = [line for line in directory.lines(METRICS) if line.get("step") == progress.best_step]
-    pairs = [{name: line.get(f"eval_{name}") for name in ("rewards/accuracies", "rewards/margins")} for line in best]
+    names = ("rewards/accuracies", "rewards/margins")
+    pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]
     return RunSummary(
         **counted,
         output=str(directory.path),
