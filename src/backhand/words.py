@@ -32,8 +32,8 @@ def duration(seconds: float) -> str:
 
 
 def in_words(size: int) -> str:
-    """A number of bytes for people: 812 MB, 3.4 GB."""
-    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+    """A number of bytes for people: 812 MiB, 3.4 GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 _MAX_COMPARED = 2000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import subprocess
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 
 from backhand.data.columns import ColumnReader
 from backhand.data.forms import detect
-from backhand.data.options import DataOptions, NamedColumns
+from backhand.data.options import DataOptions, NamedColumns, as_typed, asking_options, reading_options
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
 from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError, UsageError
+from backhand.training.config import ModelOptions
+from backhand.training.evaluate import evaluate
+from backhand.training.evaluate_options import EvaluateOptions
 from support.tokenizer_kinds import byte_level
 
 
@@ -32,6 +36,22 @@ def written(path: Path, text: str) -> Path:
 
 
 TICKETS = "id,subject,body,team\n7,Late,Where is it?,shipping\n8,Bill,,billing\n"
+
+
+def test_the_options_that_read_other_rows_alike_can_be_pasted() -> None:
+    data = DataOptions(prompt=r"{subject}\n{body}", completion="team")
+    assert reading_options(data) == r" --prompt '{subject}\n{body}' --completion team"
+    assert asking_options(data) == r" --prompt $'subject …\nbody …'"
+    assert (reading_options(DataOptions()), asking_options(DataOptions())) == ("", " --prompt '…'")
+    for text in ("it's\nso \\n", "plain", "a b"):
+        shell = subprocess.run(["bash", "-c", f"printf %s {as_typed(text)}"], capture_output=True, check=True)
+        assert shell.stdout.decode() == text
+
+
+def test_rows_of_no_form_are_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", TICKETS)
+    with pytest.raises(DataError, match="fit no form"):
+        evaluate(EvaluateOptions(ModelOptions(model="no such model"), DataOptions(data=(str(path),))))
 
 
 def test_columns_of_a_spreadsheet_by_name(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def test_long_documents_keep_their_head_or_are_left_out() -> None:
     assert cut(long, DataOptions(max_length=9, long_rows="drop"), cut_rows) is None
     assert cut(long, DataOptions(max_length=10, long_rows="drop"), cut_rows) is long
     assert cut(example(4), DataOptions(), cut_rows) is None
-    assert (cut_rows.truncated, cut_rows.dropped_long) == (["f:1"] * 2, ["f:1"])
-    assert cut_rows.dropped_unsupervised == ["f:1"] * 2
+    assert (cut_rows.truncated, cut_rows.dropped_long) == (["f:1"], ["f:1"] * 2)
+    assert cut_rows.dropped_unsupervised == ["f:1"]
 
 
 def test_sums_and_digest() -> None:
@@ -109,12 +109,15 @@ def test_sums_and_digest() -> None:
 
 def test_the_report_in_words() -> None:
     report = DataReport(
-        documents=1, tokens=1200, supervised_tokens=7, longest=30, truncated=2, skipped_bad=1,
+        documents=1, tokens=1200, supervised_tokens=7, longest=30, truncated=2, dropped_unsupervised=1,
+        first_cut=("f:2", "", "f:9"), skipped_bad=1,
         bad_rows=(DataError("wrong", where="f:3"),), notes=("a note",),
     )  # fmt: skip
     assert report.lines() == [
         "1 document with 1,200 tokens, 7 of them supervised, the longest 30",
-        "2 documents truncated to max_length",
+        "2 documents truncated to max_length, the first: f:2",
+        "1 document without a supervised token, left out: f:9",
         "1 malformed row left out, the first: f:3: wrong",
         "a note",
     ]
+    assert report.lines(prompts=True)[0] == "1 prompt with 1,200 tokens, the longest 30"

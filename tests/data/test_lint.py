@@ -63,12 +63,14 @@ def test_good_rows_have_no_findings(tmp_path: Path) -> None:
     [
         ([row("q", "a"), "{", row("p", "a"), '{"prompt": 3, "completion": "x"}'], {}, "malformed", ["2", "4"]),
         ([row("q", "a"), row("p", "no " * 60)], {"max_length": 40}, "truncated", ["2"]),
-        ([row("q", "a"), row("p " * 60, "no")], {"max_length": 40}, "unsupervised", ["2"]),
+        ([row("q", "a"), row("p " * 60, "no")], {"max_length": 40}, "too_long", ["2"]),
         ([row("q", "a"), row("p", "no " * 60)], {"max_length": 40, "long_rows": "drop"}, "too_long", ["2"]),
         ([row("q", "a"), row("p", "b"), row("p", "")], {}, "empty_reply", ["3"]),
         ([row("q", "a"), row("p", "  ")], {}, "empty_reply", ["2"]),
         ([chat("q", "a", "p", "b"), chat("q", "", "p", "b"), chat("q", "a", "p", "")], {}, "empty_reply", ["2", "3"]),
         ([row("q", "cafÃ©"), row("p", "a")], {}, "mojibake", ["1"]),
+        ([row(f"q{n}", "Billing" if n == 4 else "billing") for n in range(6)], {}, "spelling", ["5"]),
+        ([row(f"q{n}", "bill  it" if n == 1 else "bill it") for n in range(6)], {}, "spelling", ["2"]),
         ([row("q", "a"), row("p", "no " * 60)], {"context_length": 40}, "context", ["2"]),
     ],
 )

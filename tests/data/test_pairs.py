@@ -38,8 +38,9 @@ def read(values: dict[str, Any], purpose: Any = "pairs") -> Any:
         {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
         {"prompt": "the user asks", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]},
         {"prompt": "the user asks", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
     ],
-    ids=["explicit", "implied", "whole-conversations", "prompt-as-text"],
+    ids=["explicit", "implied", "whole-conversations", "prompt-as-text", "prompt-twice"],
 )
 def test_conversations(values: dict[str, Any]) -> None:
     pair = read(values)
@@ -47,6 +48,14 @@ def test_conversations(values: dict[str, Any]) -> None:
     assert [m["content"] for m in pair.chosen.messages] == ["the user asks", "a name"]
     assert [m["content"] for m in pair.rejected.messages] == ["the user asks", "the assistant answers the user"]
     assert pair.chosen.supervised == pair.rejected.supervised == (False, True)
+
+
+def test_a_prompt_beside_whole_conversations_is_not_put_before_them_again(tmp_path: Path) -> None:
+    whole = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
+    (once,) = prepared(tmp_path / "rows.jsonl", [EXPLICIT])
+    for prompt in ("the user asks", [ASKED]):
+        (example,) = prepared(tmp_path / "rows.jsonl", [{"prompt": prompt, **whole}])
+        assert example.key == once.key
 
 
 def test_turns_in_common_carry_no_loss() -> None:
@@ -213,4 +222,4 @@ def test_lint_finds_labels_of_one_kind_and_answers_cut_off(tmp_path: Path) -> No
     }
     options = written(tmp_path / "rows.jsonl", [rows[0], longer])
     train, _ = prepare(replace(options, max_length=len(kept)), tiny_tokenizer(), purpose="labels", cut_rows=cut)
-    assert len(train.examples) == 1 and cut.dropped_unsupervised == [f"{tmp_path / 'rows.jsonl'}:2"]
+    assert len(train.examples) == 1 and cut.dropped_long == [f"{tmp_path / 'rows.jsonl'}:2"]

@@ -118,7 +118,7 @@ def test_counts_of_what_was_cut_and_left_out(tmp_path: Path) -> None:
     ]
     report = prepared(tmp_path, rows, max_length=40, skip_bad=True).report
     assert (report.rows, report.documents) == (4, 2)
-    assert (report.truncated, report.dropped_long, report.dropped_unsupervised, report.skipped_bad) == (2, 0, 2, 2)
+    assert (report.truncated, report.dropped_long, report.dropped_unsupervised, report.skipped_bad) == (1, 1, 1, 2)
     assert [error.where for error in report.bad_rows] == [f"{tmp_path / 'rows.jsonl'}:{i}" for i in (5, 6)]
     report = prepared(tmp_path, rows, max_length=40, skip_bad=True, long_rows="drop").report
     assert (report.documents, report.dropped_long, report.dropped_unsupervised) == (1, 2, 1)
@@ -128,7 +128,7 @@ def test_nothing_supervised_is_an_error_that_says_why(tmp_path: Path) -> None:
     long_prompt = {"messages": [{"role": "user", "content": "q " * 40}, {"role": "assistant", "content": "no"}]}
     with pytest.raises(DataError, match="nothing in the data carries loss") as raised:
         prepared(tmp_path, [long_prompt] * 3, max_length=20)
-    assert raised.value.why == "3 without a supervised token, 3 truncated to 20 tokens"
+    assert raised.value.why == "3 documents longer than max_length"
     assert "--max-length" in str(raised.value.next_step)
     with pytest.raises(DataError, match="nothing in the data carries loss"):
         prepared(tmp_path, [{"messages": [{"role": "user", "content": "q"}]}])

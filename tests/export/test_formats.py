@@ -307,6 +307,7 @@ def test_what_was_written_is_uploaded_or_the_command_is_said(
     ]
     assert f"written: '{options.output}'" in capsys.readouterr().out
     export_command(replace(options, to="gguf", output=tmp_path / "a.gguf"))
+    assert f"next: llama-cli -m BASE.gguf --lora {tmp_path / 'a.gguf'}" in capsys.readouterr().out
     assert calls[-1][0] == "upload_file" and calls[-1][1]["path_in_repo"] == "a.gguf"
 
     def refuse(*_: Any, **__: Any) -> None:

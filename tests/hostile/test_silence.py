@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from backhand import printing
+from backhand.cli.main import main
 from backhand.data.rows import BadRows
 from backhand.data.sources import read_rows
 from backhand.errors import UsageError
@@ -55,6 +56,13 @@ def test_a_function_that_fails_is_no_end_of_it(capsys: pytest.CaptureFixture[str
         time.sleep(0.5)
     assert ": lint\n" in capsys.readouterr().err
     assert not [thread for thread in threading.enumerate() if thread.name == "never silent"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_command_imports_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.cli.main.make_app", lambda: lambda _words: time.sleep(0.5))
+    assert main(["lint"]) == 0 and ": lint\n" in capsys.readouterr().err
+    assert main(["lint", "--quiet"]) == 0 and capsys.readouterr().err == ""
 
 
 def flooded(place: Path, line: bytes, count: int, suffix: str = "jsonl.gz") -> Path:

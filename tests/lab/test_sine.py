@@ -55,6 +55,7 @@ def test_leaves_losses_pictures_and_summary(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     for text in ("dlora_w", "Xᵀ @ dlora_o1", "262,144", "not one bit moved", "cheaper", "rank 3", "losses.csv"):
         assert text in printed
+    assert "\\n" not in printed
 
 
 def test_json_is_one_object_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,24 @@ def test_yaml_is_read_and_other_tools_keys_are_answered_at_once(tmp_path: Path) 
     assert "learning_rate" not in said and "wandb" not in said
 
 
+def test_other_names_of_options_stand_in_files_too_and_an_adapter_by_name_is_one_of_many(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("num_generations: 4\nrewards:\n  max_completion_length: 32\n  clip: 0.1\n")
+    rewards = load_config(path).rewards
+    assert (rewards.group, rewards.max_new_tokens, rewards.epsilon) == (4, 32, 0.1)
+    path.write_text("adapter: qlora\nload_in_16bit: true\nwandb_project: x\noptim: adamw\n")
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    said = str(caught.value)
+    for answer in (
+        "adapter: here it is quantize in [model], as q4_0",
+        "load_in_16bit: here it is dtype in [model], as bfloat16",
+        "wandb_project: here it is report_to in [run], which names a tracker",
+        "optim: nothing is to be given: AdamW is the optimizer",
+    ):
+        assert answer in said
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -36,8 +36,8 @@ def shown(capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> str:
 def test_in_a_pipe_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys).splitlines()
     assert lines[0] == "model: tiny" and "\x1b" not in "".join(lines)
-    assert lines[-3].endswith("900 tokens/s  1.5 GB  eval 2.5000 @ step 0  1 min 20 s left")
-    assert lines[-1] == "step 6/6  loss 0.3333  lr 1.0e-04  900 tokens/s  1.5 GB  eval 2.5000 @ step 0"
+    assert lines[-3].endswith("900 tokens/s  1.5 GiB  eval 2.5000 @ step 0  1 min 20 s left")
+    assert lines[-1] == "step 6/6  loss 0.3333  lr 1.0e-04  900 tokens/s  1.5 GiB  eval 2.5000 @ step 0"
     assert len([line for line in lines if line.startswith("step")]) == 7
 
 
@@ -48,7 +48,13 @@ def test_on_a_terminal_there_is_a_bar_with_a_sparkline(
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.delenv("NO_COLOR", raising=False)
     text = shown(capsys)
-    assert "6/6" in text and "█" in text and "loss 0.3333" in text and _COLOUR.search(text)
+    assert (
+        "6/6" in text
+        and "█" in text
+        and "loss 0.3333" in text
+        and "the last evaluation" in text
+        and _COLOUR.search(text)
+    )
     monkeypatch.setenv("NO_COLOR", "1")
     colours = {code for code in _COLOUR.findall(shown(capsys)) if re.search(r"\[(3|4|9|10)\d", code)}
     assert colours == set()

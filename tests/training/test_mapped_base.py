@@ -88,7 +88,7 @@ def test_what_is_said_of_files_that_fit_or_not() -> None:
     assert crowded_note(5 << 30, None) is None
     note = crowded_note(5 << 30, 3 << 30)
     assert note is not None
-    assert all(figure in note for figure in ("5.0 GB", "3.0 GB", "2.0 GB")), note
+    assert all(figure in note for figure in ("5.0 GiB", "3.0 GiB", "2.0 GiB")), note
 
 
 def test_the_command_says_so_and_exits_with_4(whole: Path, tiny: TinyRun, tmp_path: Path, monkeypatch, capsys) -> None:

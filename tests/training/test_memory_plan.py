@@ -84,7 +84,7 @@ def test_a_refusal_names_the_parts_and_a_proposal_that_fits() -> None:
         chosen(700, rows=8, recompute="none")
     error = refused.value
     assert error.exit_code == 5
-    for part in ("base weights: 200 MB", "process: 300 MB", "kept activations: 391 MB"):
+    for part in ("base weights: 200 MiB", "process: 300 MiB", "kept activations: 391 MiB"):
         assert part in str(error.why)
     found = re.search(r"--micro-batch-rows (\d+)(?: --recompute (\w+))?", str(error.next_step))
     assert found is not None

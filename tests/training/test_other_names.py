@@ -114,6 +114,13 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["evaluate", "--lora-r", "8"], "`backhand train` has it: --rank."),
         (["dpo"], "Here that is: backhand train --data rows.jsonl --output runs/mine --objective dpo."),
         (["serve"], "vllm serve --enable-lora"),
+        (["mlx_lm.lora"], "Here that is: backhand train --data rows.jsonl --output runs/mine."),
+        (["mlx_lm.generate"], "Here that is: backhand generate --help."),
+        (["quantize"], "--quantize q4_0, which quantizes the base as it is read, to q4_0, q4_1, q5_0, q5_1 or q8_0."),
+        (["train", "--config", "x.yaml"], "`backhand train run.yaml`"),
+        (["train", "--dpo"], "Here it is --objective, as dpo."),
+        (["train", "--bias", "all"], "Biases of the base stay frozen"),
+        (["evaluate", "--load-in-16bit"], "Here it is --dtype, as bfloat16."),
     ],
 )
 def test_the_command_line_answers(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,9 @@ from backhand.data.packing import pack
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
+from backhand.runs.summary import read_summary
 from backhand.training.config import ModelOptions, TrainConfig
+from backhand.training.console import closing_lines
 from backhand.training.evaluate import evaluate_command
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.objectives.options import ObjectiveOptions
@@ -84,6 +86,9 @@ def test_a_run_learns_pairs_and_says_so_under_trls_names(straight: TrainConfig) 
     summary = json.loads((run / "summary.json").read_text())
     assert summary["base_eval_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert summary["best_eval_loss"] < summary["base_eval_loss"]
+    assert 0 <= summary["held_out_pairs"]["rewards/accuracies"] <= 1
+    told = read_summary(run / "summary.json")
+    assert told is not None and any(line.startswith("Of the held-out pairs") for line in closing_lines(told))
     stored = (run / "config.toml").read_text()
     assert 'objective = "dpo"' in stored and "beta = 0.1" in stored and 'loss_type = "sigmoid"' in stored
 

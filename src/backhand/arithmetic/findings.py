@@ -118,13 +118,18 @@ def layer_of(module: str) -> int | None:
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: int = 1
 ) -> None:
-    """One table: the first column, or `left` of them, to the left, numbers to the right; a wide title is not broken."""
+    """One table: the first column, or `left` of them, to the left, numbers to the right; a wide title is not broken.
+
+    A title that begins with a line break has an empty line before it.
+    """
     table = Table()
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number >= left else "left", no_wrap=number < left > 1)
     for row in rows:
         table.add_row(*row)
-    console.print(title, style="bold", soft_wrap=True)
+    if title.startswith("\n"):
+        console.print()
+    console.print(title.removeprefix("\n"), style="bold", soft_wrap=True)
     console.print(table)
 
 

@@ -145,7 +145,7 @@ def _usage(error: CycloptsError) -> str:
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
     from backhand.cli.fields import as_option
-    from backhand.training.other_names import COMMANDS, NOT_NEEDED, ours
+    from backhand.training.other_names import COMMANDS, HERE, NOT_NEEDED, ours
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
@@ -153,16 +153,19 @@ def _usage(error: CycloptsError) -> str:
     if isinstance(error, UnknownCommandError) and words and words[0].startswith("-"):
         close = difflib.get_close_matches(words[0], ("--help", "--version", "--debug"), n=1)
         return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
-    if isinstance(error, UnknownCommandError) and words and (same := COMMANDS.get(words[0].lower())):
-        return f"Unknown command: {words[0]}. Here that is: {same}."
+    if isinstance(error, UnknownCommandError) and words:
+        name = words[0].lower().removeprefix("mlx_lm.")
+        if same := COMMANDS.get(name) or (f"backhand {name} --help" if name != words[0].lower() else None):
+            return f"Unknown command: {words[0]}. Here that is: {same}."
     if isinstance(error, UnknownOptionError):
         written = (error.token.keyword or error.token.value or "").partition("=")[0]
         options = {name for argument in error.argument_collection if argument.parse for name in argument.names}
         if meant := ours(written, as_option, {name[2:].replace("-", "_") for name in options}):
-            said = f"Did you mean {meant}?" if meant in options else f"Here it is {meant}."
+            near = meant.removeprefix(HERE)
+            said = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
             return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {said}")
         if meant := ours(written, as_option):
-            return f"Unknown option: {written}. `backhand train` has it: {meant}."
+            return f"Unknown option: {written}. `backhand train` has it: {meant.removeprefix(HERE)}."
     return str(error).strip()
 
 

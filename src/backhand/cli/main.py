@@ -77,35 +77,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _open_closed_streams()
         _carry_anything()
-        with _signals_unwind(interrupted):
+        with _signals_unwind(interrupted), ExitStack() as around:
             given = words[1:] if words[:1] == ["--debug"] else words
+            from backhand.cli.exit_codes import is_a_follower
+
+            # From here on: what a command imports takes its time, too.
+            around.enter_context(never_silent(given[0] if given else ""))
+            if "--quiet" in given or is_a_follower():
+                around.enter_context(may_be_silent())
             if sorted(given) == ["--verbose", "--version"]:
                 print(_verbose_version())
                 return 0
             result = make_app()(_values_joined(given))
             # Help and version have been printed.
-            code = 0 if result is None else run_prepared(result, given[0] if given else "", quiet="--quiet" in given)
+            code = 0 if result is None else run_prepared(result)
             sys.stdout.flush()
         return code
     except BaseException as error:  # noqa: BLE001 - this is where every exception ends
         return _report(error, words, debug, interrupted)
 
 
-def run_prepared(prepared: Prepared, command: str = "", *, quiet: bool = False) -> int:
-    """Run what was parsed, and return its exit code; an error about an option says where it was written.
-
-    Args:
-        command: its name, for what is said of it while it says nothing itself.
-        quiet: whether it may be silent for as long as it takes.
-    """
-    from backhand.cli.exit_codes import is_a_follower
-
+def run_prepared(prepared: Prepared) -> int:
+    """Run what was parsed, and return its exit code; an error about an option says where it was written."""
     _check_directory()
     show_what_libraries_say()
     with ExitStack() as around:
-        around.enter_context(never_silent(command))
-        if quiet or is_a_follower():
-            around.enter_context(may_be_silent())
         around.enter_context(briefly_beside_others())
         if prepared.report_of is not None:
             from backhand.report.command import report_kept

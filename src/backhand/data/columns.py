@@ -13,12 +13,11 @@ from itertools import chain
 from typing import Any
 
 from backhand.data.forms import COUNTING, fits
-from backhand.data.options import PIECES, NamedColumns, has_places
+from backhand.data.options import PIECES, WRITTEN, NamedColumns, has_places
 from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names
 
-_WRITTEN = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t"}
 _DECIDING = ("messages", "conversations", "conversation")
 """Columns that would be taken before a prompt."""
 
@@ -126,7 +125,7 @@ def _filled(option: str, text: str, raw: RawRow) -> Any:
 def _piece(match: re.Match[str], raw: RawRow, *, keep: bool = False) -> str:
     """What stands for a piece of a template. With `keep`, braces around anything but a column stay."""
     if match[1] is None:
-        return _WRITTEN[match[0]]
+        return WRITTEN[match[0]]
     return match[0] if keep and match[1] not in raw.values else _as_text(raw.values[match[1]], raw.source)
 
 

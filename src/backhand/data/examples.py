@@ -108,6 +108,7 @@ class DataReport:
         longest: tokens of the longest document in use.
         truncated, dropped_long: documents cut to `max_length`, or left out because of it.
         dropped_unsupervised: documents left out because nothing in them carries loss.
+        first_cut: where the first document of each of these three kinds stands.
         empty_answers: rows that teach an answer of nothing but white space.
         skipped_bad: malformed rows left out under `skip_bad`.
         notes: whatever else the user should know, a sentence each.
@@ -122,17 +123,19 @@ class DataReport:
     truncated: int = 0
     dropped_long: int = 0
     dropped_unsupervised: int = 0
+    first_cut: tuple[str, str, str] = ("", "", "")
     empty_answers: int = 0
     skipped_bad: int = 0
     bad_rows: tuple[DataError, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def lines(self) -> list[str]:
-        """The report in words, a line a fact."""
+    def lines(self, *, prompts: bool = False) -> list[str]:
+        """The report in words, a line a fact; of prompts, whose answers are sampled, nothing is supervised yet."""
         lines = [f"{form.source}: {form.form}, {count_of(form.rows, 'row')}" for form in self.sources]
+        supervised = "" if prompts else f"{self.supervised_tokens:,} of them supervised, "
         lines.append(
-            f"{count_of(self.documents, 'document')} with {count_of(self.tokens, 'token')}, "
-            f"{self.supervised_tokens:,} of them supervised, the longest {self.longest:,}"
+            f"{count_of(self.documents, 'prompt' if prompts else 'document')} with {count_of(self.tokens, 'token')}, "
+            f"{supervised}the longest {self.longest:,}"
         )
         return [*lines, *self.left_out(), *self.notes]
 
@@ -143,7 +146,12 @@ class DataReport:
             (self.dropped_long, "longer than max_length, left out"),
             (self.dropped_unsupervised, "without a supervised token, left out"),
         )
-        lines = [f"{count_of(count, 'document')} {what}" for count, what in counted if count]
+        lines = [
+            f"{count_of(count, 'document')} {what}"
+            + (f": {place}" if count == 1 else f", the first: {place}") * bool(place)
+            for (count, what), place in zip(counted, self.first_cut, strict=True)
+            if count
+        ]
         if self.skipped_bad:
             lines.append(
                 f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
@@ -180,6 +188,12 @@ class CutRows:
     truncated: list[str] = field(default_factory=list)
     dropped_long: list[str] = field(default_factory=list)
     dropped_unsupervised: list[str] = field(default_factory=list)
+
+    @property
+    def firsts(self) -> tuple[str, str, str]:
+        """The first place of each; nothing where there is none."""
+        one, other, third = (next(iter(all_), "") for all_ in vars(self).values())
+        return one, other, third
 
     def add(self, other: CutRows) -> None:
         """Take over what stands in `other`."""
@@ -239,11 +253,14 @@ def cut(example: Example, options: DataOptions, cut_rows: CutRows) -> Example | 
         if options.long_rows == "drop":
             cut_rows.dropped_long.append(example.source)
             return None
-        cut_rows.truncated.append(example.source)
         length = options.max_length
         example = replace(
             example, input_ids=example.input_ids[:length].copy(), supervised=example.supervised[:length].copy()
         )
+        if not example.supervised.any():  # its answer begins behind the cut
+            cut_rows.dropped_long.append(example.source)
+            return None
+        cut_rows.truncated.append(example.source)
     if not example.supervised.any():
         cut_rows.dropped_unsupervised.append(example.source)
         return None

@@ -354,7 +354,8 @@ def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
             values = {**values, "prompt": chosen[:begin], "chosen": chosen[begin:], "rejected": rejected[begin:]}
     elif isinstance(prompt, str) and _answers_at_once(chosen) and _answers_at_once(rejected):
         values = {**values, form.columns[0]: [{"role": "user", "content": prompt}]}
-    elif not isinstance(prompt, list):  # the whole conversation stands in both, whatever else is said of its prompt
+    elif not isinstance(prompt, list) or all(prompt and side[: len(prompt)] == prompt for side in (chosen, rejected)):
+        # The whole conversation stands in both; its prompt beside them, text or messages, is not put before it again.
         one, other = (read_conversation(column, values[column], values, source) for column in _PREFERENCE)
         begin = _common_messages(one, other, source)
         return Pair(_supervised_from(one, begin), _supervised_from(other, begin), source)

@@ -194,7 +194,7 @@ def _read(place: Path) -> PreparedData | None:
         examples.append(example)
     report = header["report"]
     report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
-    report |= {name: tuple(report[name]) for name in ("bad_rows", "notes")}
+    report |= {name: tuple(report[name]) for name in ("bad_rows", "notes", "first_cut")}
     return PreparedData(tuple(examples), DataReport(**report))
 
 

@@ -36,6 +36,7 @@ CHECKS = {
     "empty_reply": "empty replies",
     "equal_pair": "pairs of equal answers",
     "one_label": "labels of one kind only",
+    "spelling": "labels that differ in case or blanks",
     "doubled_bos": "begin of sequence doubled",
     "duplicate": "exact repetitions",
     "overlap": "held-out documents that are trained on",
@@ -114,6 +115,8 @@ def lint(
         *_in_documents(documents, tokenizer, cut_rows),
         *_in_rows(train.examples),
     ]
+    for what, places in label_spellings((*train.examples, *(held_out.examples if held_out else ())), tokenizer):
+        findings += _finding("spelling", places, what, "write each label in one way in all rows")
     not_checked = {}
     if held_out is None:
         not_checked["overlap"] = "no held-out rows"
@@ -175,7 +178,7 @@ def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
             "unsupervised",
             cut_rows.dropped_unsupervised,
             "left out for want of a token that carries loss",
-            "raise --max-length if their replies were cut off; else give them a reply with a weight other than 0",
+            "give them a reply with a weight other than 0",
         ),
     ]
 
@@ -245,6 +248,31 @@ def _in_documents(documents: Sequence[Example], tokenizer: Any, cut_rows: CutRow
             f"with text that looks wrongly decoded, such as {shown!r}",
             "decode the original again, as UTF-8",
         ),
+    ]
+
+
+_MOST_LABELS, _LONGEST_LABEL, _ROWS_A_LABEL = 128, 60, 3
+
+
+def label_spellings(examples: Sequence[Example], tokenizer: Any) -> list[tuple[str, list[str]]]:
+    """Short answers, as they are trained on, that are another's but for case or blanks: a phrase, and their places."""
+    places: dict[tuple[int, ...], list[str]] = {}
+    for example in examples:
+        begin, end = example.last_answer
+        ids = tuple(example.input_ids[begin:end].tolist())
+        if not ids or (ids not in places and len(places) == _MOST_LABELS):
+            return []
+        places.setdefault(ids, []).append(example.source)
+    alike: dict[str, dict[str, list[str]]] = {}
+    for ids, where in sorted(places.items(), key=lambda one: -len(one[1])):
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).removesuffix("\n")
+        alike.setdefault(" ".join(text.split()).casefold(), {}).setdefault(text, []).extend(where)
+    if _ROWS_A_LABEL * len(alike) > len(examples) or any(len(text) > _LONGEST_LABEL for text in alike):
+        return []
+    return [
+        (f"with the answer {text!r} beside {next(iter(ways))!r}, which are learnt as two labels", where)
+        for ways in alike.values()
+        for text, where in list(ways.items())[1:]
     ]
 
 

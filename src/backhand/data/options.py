@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from backhand.bounds import BaseModel, Bound, Check, Count, CountFromZero, Options, Seed, Share, Text, Words
@@ -85,11 +86,37 @@ def _check_names(where: str, args: Any) -> None:
 
 PIECES = re.compile(r"\{\{|\}\}|\\[nt]|\{([^{}]*)\}")
 """What is more than text in a text with columns: doubled braces, a line break, a tab, a column in braces."""
+WRITTEN = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t"}
+"""What stands for those of them that are no column."""
 
 
 def has_places(text: str) -> bool:
     """Whether a text has the name of a column in braces."""
     return any(match[1] is not None for match in PIECES.finditer(text))
+
+
+def as_typed(text: str) -> str:
+    """A text for a shell, on one line whatever line breaks it has."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    for plain, written in (("\\", r"\\"), ("'", r"\'"), ("\n", r"\n")):
+        text = text.replace(plain, written)
+    return f"$'{text}'"
+
+
+def reading_options(data: DataOptions) -> str:
+    """The options, each after a blank, without which other files of the same columns would be read otherwise."""
+    given = {name: getattr(data, name) for name in ("prompt", "completion", "messages", "system", "chat_template")}
+    return "".join(f" --{name.replace('_', '-')} {as_typed(text)}" for name, text in given.items() if text is not None)
+
+
+def asking_options(data: DataOptions) -> str:
+    """The same for one prompt that is typed, and what the prompts of the rows look like."""
+    template = data.prompt if data.prompt is not None and has_places(data.prompt) else "…"
+    prompt = PIECES.sub(lambda piece: f"{piece[1]} …" if piece[1] is not None else WRITTEN[piece[0]], template)
+    system = None if data.system is None or has_places(data.system) else data.system
+    alone = replace(data, prompt=prompt, completion=None, messages=None, system=system)
+    return reading_options(alone)
 
 
 Sources = Annotated[tuple[str, ...], Check(check_sources)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -194,6 +195,7 @@ def read_examples(
         truncated=len(cut_here.truncated),
         dropped_long=len(cut_here.dropped_long),
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
+        first_cut=cut_here.firsts,
         notes=(*renderer.notes(), *_about_empty(report), *report.notes),
     )
     if cut_rows is not None:
@@ -213,6 +215,15 @@ def _only(made: list[Example], row: Pair | Labelled) -> Example | None:
             next_step="give the earlier turns as the prompt, and the last reply as the answer",
         )
     return made[0] if made else None
+
+
+def check_first_rows(options: DataOptions) -> None:
+    """Raise DataError where the first row of a file has no form that is known: before a model is read for it."""
+    for name in filter(os.path.isfile, expand(options.data)):  # a pipe can be read once
+        bad = BadRows(options.skip_bad)
+        named = ColumnReader(options, options.system, guess=True)
+        reader = FormReader(purpose=None, named=named.given)
+        next(reader.read_all(named.rows(read_rows(name, bad), bad), bad), None)
 
 
 def prepare_prompts(

@@ -46,7 +46,8 @@ class BadRows:
         """Raise `error`, or count it."""
         if not self.skip_bad:
             if error.next_step is None:
-                error.next_step = "correct the row, or leave bad rows out with --skip-bad"
+                remedy = "correct the row, or leave bad rows out with --skip-bad"
+                error.next_step = f"{remedy}; `backhand lint` names every such row at once"
             raise error
         self.count += 1
         self.first_of_file = self.first_of_file or error

@@ -28,7 +28,9 @@ from backhand.export.other_formats import (
 from backhand.export.proving import Prover, prove_factors, prove_logits
 from backhand.files import staged, write_atomically
 from backhand.nn.loading.gguf_layouts import stored_sizes
+from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture
+from backhand.nn.loading.source import ModelSource
 from backhand.terminal import console
 
 
@@ -44,6 +46,7 @@ def export_command(options: ExportOptions) -> Path:
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
     prover = Prover("export", adapter, None if options.quiet else console())
+    base: ModelSource | None = None
     if options.merge:
         _export_merged(options, output, prover)
     elif options.to == "kohya":
@@ -51,13 +54,32 @@ def export_command(options: ExportOptions) -> Path:
     else:
         allow_pickle = options.reading.allow_pickle
         opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
+        base = opened.source
         _export_adapter(options, opened, output, prover)
     prover.write()
     prover.say(f"written: {shlex.quote(str(output))}")
+    for line in _how_to_run(options, shlex.quote(str(output)), base):
+        prover.say(line)
     if options.push is not None:
         _push(output, options.push)
         prover.say(f"uploaded: https://huggingface.co/{options.push}")
     return output
+
+
+def _how_to_run(options: ExportOptions, output: str, base: ModelSource | None) -> tuple[str, ...]:
+    """What to type next, where it is not Python.
+
+    Args:
+        base: the model whose adapter was exported; None where it was merged.
+    """
+    if options.to == "ollama":
+        return (f"next: ollama create mine -f {output}/Modelfile", "      ollama run mine")
+    if options.to != "gguf":
+        return ()
+    if base is None:
+        return (f"next: llama-cli -m {output}",)
+    file = shlex.quote(str(base.path)) if isinstance(base, GGUFModel) else "BASE.gguf"
+    return (f"next: llama-cli -m {file} --lora {output}",)
 
 
 def _push(output: Path, repository: str) -> None:

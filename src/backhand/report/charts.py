@@ -83,7 +83,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         "learning-rate": curve(_series(run.steps, "learning_rate", "rate"), "learning rate", zero=True),
         "grad-norm": curve(_series(run.steps, "grad_norm", "norm"), "norm before clipping", zero=True),
         "tokens-per-s": curve(_series(run.steps, "tokens_per_s", "speed"), "tokens/s", zero=True, numbers=",.0f"),
-        "memory": curve(memory, "MB", zero=True, numbers=",.0f"),
+        "memory": curve(memory, "MiB", zero=True, numbers=",.0f"),
         "forgetting": curve(forgetting, "nats per neutral token", dots="all"),
     }
     return {name: spec for name, spec in charts.items() if spec["data"]["values"]}

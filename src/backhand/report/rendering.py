@@ -117,6 +117,6 @@ def moment(text: object) -> str:
 
 
 def place(source: object) -> str:
-    """`valid.jsonl, row 3` for `/data/valid.jsonl:3`; a place of another form as it is."""
+    """`valid.jsonl, line 3` for `/data/valid.jsonl:3`; a place of another form as it is."""
     file, colon, number = str(source).rpartition(":")
-    return f"{PurePath(file).name}, row {number}" if colon and number.isdecimal() and file else str(source)
+    return f"{PurePath(file).name}, line {number}" if colon and number.isdecimal() and file else str(source)

@@ -42,6 +42,8 @@ class RunSummary:
         base_exact_match, adapted_exact_match: share of so many held-out rows, `exact_match_rows`, that the base model
             and the adapter answer exactly right; None where answers are long, or nothing was held out.
         base_labels, adapted_labels: of these rows, as `evaluate --json` has them; None where they have no labels.
+        held_out_pairs: of the best evaluation of pairs, `rewards/accuracies` and `rewards/margins`; None elsewhere.
+        reading, asking: options with which `evaluate` reads rows of the same columns, and `generate` is asked alike.
         advice, try_next: what the run's curves say of it, and the command to try next; None where there is nothing.
     """
 
@@ -78,6 +80,9 @@ class RunSummary:
     exact_match_rows: int | None = None
     base_labels: dict[str, Any] | None = None
     adapted_labels: dict[str, Any] | None = None
+    held_out_pairs: dict[str, float] | None = None
+    reading: str = ""
+    asking: str = " --prompt '…'"
     advice: str | None = None
     try_next: str | None = None
 

@@ -19,14 +19,15 @@ import tomllib
 import types
 import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from backhand.bounds import Also, split_hint
 from backhand.errors import UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.training.config import TrainConfig
-from backhand.training.other_names import NOT_NEEDED, ours
+from backhand.training.other_names import ours
 from backhand.words import name_list, nearest_names
 
 Table = Mapping[str, Any]
@@ -149,7 +150,7 @@ def _yaml_loader() -> Any:
 
 def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
     """Options that stand outside of their tables, as in the YAML of other tools, inside them."""
-    tables: dict[str, Any] = {}
+    read, tables = _by_first_names(read), dict[str, Any]()
     flat: list[tuple[str, str]] = []
     for key, value in read.items():
         part = key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
@@ -181,6 +182,23 @@ def _places() -> dict[str, str]:
         for option in typing.get_type_hints(hint)
         if option != part
     }
+
+
+@functools.cache
+def _other_names() -> dict[str, str]:
+    """The other names that the command line takes for options, and those that they stand for."""
+    return {
+        rule.name: option
+        for part in typing.get_type_hints(TrainConfig).values()
+        for option, said in typing.get_type_hints(part, include_extras=True).items()
+        for rule in split_hint(said)[1]
+        if isinstance(rule, Also)
+    }
+
+
+def _by_first_names(table: Table) -> dict[str, Any]:
+    names = {key: _other_names().get(key, key) for key in table}
+    return {key if key != name and name in table else name: table[key] for key, name in names.items()}
 
 
 def config_from_table(table: Table, origin: str) -> TrainConfig:
@@ -237,10 +255,13 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
             if inner
             else ours(name, str),
         )
-    hints = typing.get_type_hints(cls)
+    hints, table = typing.get_type_hints(cls), _by_first_names(table)
     values: dict[str, Any] = {}
-    if unknown := [key for key in table if key not in hints]:
-        raise _unknown_keys(unknown, prefix, hints, origin)
+    # `adapter: qlora`, as Axolotl has it, is one of its names among others, and no table of ours.
+    theirs = {key: value for key, value in table.items() if isinstance(value, str) and not prefix and ours(key, str)}
+    if unknown := [key for key in table if key not in hints or key in theirs]:
+        asked = {key: theirs[key] for key in theirs if ours(theirs[key], str)}
+        raise _unknown_keys({key: asked.get(key, key) for key in unknown}, prefix, hints, origin)
     for key, value in table.items():
         where = f"{origin}: {prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
@@ -254,13 +275,12 @@ def _example(hint: Any) -> str:
     return '["…"]' if tuple in (get_origin(hint), *map(get_origin, get_args(hint))) else '"…"'
 
 
-def _unknown_keys(keys: Sequence[str], prefix: str, hints: Mapping[str, Any], origin: str) -> UsageError:
-    """One error for all of a table, with what each is here."""
+def _unknown_keys(keys: Mapping[str, str], prefix: str, hints: Mapping[str, Any], origin: str) -> UsageError:
+    """One error for all of a table, with what each is here; a key may be asked for by another name."""
+    lines = [f"{key}: {_suggestion(asked, prefix, hints)}" for key, asked in keys.items()]
     if len(keys) == 1:
-        return UsageError(
-            f"unknown key {prefix + keys[0]!r}", where=origin, next_step=_suggestion(keys[0], prefix, hints)
-        )
-    lines = [f"{key}: {_suggestion(key, prefix, hints)}" for key in keys]
+        (key,) = keys
+        return UsageError(f"unknown key {prefix + key!r}", where=origin, next_step=lines[0].removeprefix(f"{key}: "))
     return UsageError(
         f"unknown keys {name_list([repr(prefix + key) for key in keys])}",
         where=origin,
@@ -278,7 +298,7 @@ def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
         return option if option in hints or option not in places else f"{option} in [{places[option]}]"
 
     if (meant := ours(key, with_place)) is not None:
-        return f"here it is {meant}" if not meant.startswith(NOT_NEEDED) else meant
+        return meant
     for near in nearest_names(name, [*hints, *places], count=1):
         where = "" if near in hints else f", in the table [{places[near]}]"
         return f"did you mean {prefix * (near in hints) + near!r}{where}?"

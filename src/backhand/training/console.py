@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from backhand.data.lint import label_spellings
 from backhand.data.packing import micro_batches
 from backhand.kernels.builds import describe, library
 from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_for_s
@@ -21,7 +22,7 @@ from backhand.terminal import console
 from backhand.training.job import Job
 from backhand.training.observer import Observer, RunStart
 from backhand.training.step import Processes
-from backhand.words import count_of, duration, in_words, labelled
+from backhand.words import count_of, duration, in_words, labelled, name_list
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -94,6 +95,8 @@ class TerminalObserver(Observer):
             self._losses.append(shown)
         facts = _facts(record) + self._evaluated
         if self._bar is not None:
+            if self._step == self._total:  # the bar stands still from here on
+                facts += f"  {self._doing()}"
             self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
         elif (
             record["step"] % self._plain_every == 0
@@ -176,14 +179,18 @@ def _number(value: float | None) -> str:
 
 def closing_lines(summary: RunSummary) -> list[str]:
     """The closing summary, a line a fact."""
+    rewarded = summary.objective == "grpo"
+    trained_on = (
+        f"its own answers to prompts of {count_of(summary.rows, 'row')}" if rewarded else count_of(summary.rows, "row")
+    )
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
-        f"on {count_of(summary.rows, 'row')}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
+        f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
         f"({summary.supervised_tokens:,} supervised) in {duration(summary.train_s)}, "
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
-    lines += [_improvement(summary), *_right(summary), _memory(summary)]
+    lines += [_improvement(summary), *_pairs(summary), *_right(summary), _memory(summary)]
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     if summary.malformed_rows:
@@ -193,11 +200,12 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.advice:
         lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
+    labels = " --labels auto" if summary.adapted_labels else ""
     return [
         *lines,
         f"Adapter: {adapter}",
-        f"Next: backhand generate --model {model} --adapter {adapter} --compare --prompt '…'",
-        f"      backhand evaluate --model {model} --adapter {adapter} --data FILE",
+        f"Next: backhand generate --model {model} --adapter {adapter}{labels} --compare{summary.asking}",
+        f"      backhand evaluate --model {model} --adapter {adapter} --data FILE{summary.reading}",
     ]
 
 
@@ -221,6 +229,14 @@ def _improvement(summary: RunSummary) -> str:
         f"Held-out loss {base:.4f} → {best:.4f} {nats if summary.objective == 'sft' else f'({change})'} "
         f"on {summary.held_out_rows:,} rows, best after step {summary.best_step}."
     )
+
+
+def _pairs(summary: RunSummary) -> list[str]:
+    found = summary.held_out_pairs
+    if found is None:
+        return []
+    accuracy, margin = found["rewards/accuracies"], found["rewards/margins"]
+    return [f"Of the held-out pairs {accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean."]
 
 
 def _right(summary: RunSummary) -> list[str]:
@@ -270,13 +286,20 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
     if library() is None and job.engine.name == "backhand":
         facts.append(describe())
     facts += [labelled(note) for note in (*job.engine.notes, *job.notes)]
-    facts += [f"data: {line}" for line in report.lines()]
+    held_out = () if job.held_out is None else job.held_out.examples
+    for what, places in label_spellings((*job.train.examples, *held_out), job.source.tokenizer()):
+        facts.append(
+            f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
+        )
+    rewarded = job.config.objective.objective == "grpo"
+    facts += [f"data: {line}" for line in report.lines(prompts=rewarded)]
     if job.held_out is not None:
-        facts += [f"held out: {line}" for line in job.held_out.report.lines()]
+        facts += [f"held out: {line}" for line in job.held_out.report.lines(prompts=rewarded)]
     facts.append(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
-        f"modules, rank {rank}; "
-        f"{report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
+        f"modules, rank {rank}"
+        + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
+        * (not rewarded)
     )
     facts.append(
         f"plan: {count_of(job.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "

@@ -25,7 +25,7 @@ from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary, documents_of
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
-from backhand.data.prepare import Prompt, prepare
+from backhand.data.prepare import Prompt, check_first_rows, prepare
 from backhand.errors import CheckError, DataError
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
@@ -283,6 +283,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     options.validate()
     run = options.run
     data = options.data
+    check_first_rows(data)
     with loaded_model(
         options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
     ) as loaded:

@@ -19,9 +19,10 @@ import torch
 
 from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example, PreparedData, documents_of
+from backhand.data.options import asking_options, reading_options
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.runs.directory import RunDirectory
+from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.summary import RunSummary
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.job import Job
@@ -158,6 +159,9 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         for name, value in vars(progress).items()
         if name in {field.name for field in fields(RunSummary)} and name != "train_s"
     }
+    best = [line for line in directory.lines(METRICS) if line.get("step") == progress.best_step]
+    names = ("rewards/accuracies", "rewards/margins")
+    pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]
     return RunSummary(
         **counted,
         output=str(directory.path),
@@ -179,4 +183,7 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         malformed_rows=job.train.report.skipped_bad,
         world_size=world_size,
         objective=job.config.objective.objective,
+        held_out_pairs=next((one for one in pairs if None not in one.values()), None),
+        reading=reading_options(job.config.data),
+        asking=asking_options(job.config.data),
     )

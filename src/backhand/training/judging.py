@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from backhand.errors import CheckError
+from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
 from backhand.training.guards import (
@@ -116,7 +117,10 @@ class Judge:
         """The evaluation before the first step, or the one that a run to be continued left pending."""
         progress = self.state.progress
         if progress.pending_evaluation or (self.held_out and progress.step == 0 and progress.first_eval_loss is None):
-            better = self.evaluate()
+            with going_on(
+                "the evaluation before the first step" if progress.step == 0 else "the evaluation left pending"
+            ):
+                better = self.evaluate()
             if progress.step:
                 self.finish_if_done()
                 self.save(better)

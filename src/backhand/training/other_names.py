@@ -1,7 +1,7 @@
 """What other tools call things, and what it is here: options, keys and commands of PEFT, TRL, Unsloth, Axolotl, mlx-lm.
 
 One table for the command line, TOML and YAML. Names are in small letters with underscores; options of ours stand in
-backquotes. This file imports no torch.
+backquotes. An answer that begins with one goes on "here it is", any other is a sentence. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from collections.abc import Callable, Iterable
 
 NOT_NEEDED = "nothing is to be given: "
 """How an answer begins where there is no option of ours."""
+HERE = "here it is "
+"""How it begins where there is one."""
 _STEP_ROWS = "`batch_rows`, the rows of a whole step over all its micro-batches; `micro_batch_rows` are those of one"
 _PACKED = NOT_NEEDED + "rows are always packed, without padding and without seeing each other"
 _LOSS_ON = "`train_on`: completions (the default) or all"
-_TOOLS = "`report_to` names a tracker"
-_PUSH = "`backhand export --adapter runs/mine/adapter --to peft --push OWNER/NAME` uploads the adapter afterwards"
+_TOOLS = "`report_to`, which names a tracker"
+_UPLOAD = "backhand export --adapter runs/mine/adapter --to peft --push OWNER/NAME"
+_TYPES = "q4_0, q4_1, q5_0, q5_1 or q8_0"
+_SAMPLED = NOT_NEEDED + "answers are sampled by the model that is trained, with its keys and values cached"
+_KERNELS = NOT_NEEDED + "fused kernels, compiled before, are taken wherever the processor has what they need"
 _ATTENTION = NOT_NEEDED + "the engine has one form of attention, exact and by blocks"
 _LAUNCH = NOT_NEEDED + "`workers` starts several processes, or torchrun does"
 
@@ -30,17 +35,18 @@ _NAMES = {
     "`layers_to_transform`": "lora_layers_to_transform peft_layers_to_transform",
     "`use_dora`": "peft_use_dora lora_use_dora",
     "`use_rslora`": "peft_use_rslora lora_use_rslora",
-    "`lora_bias`": "bias",
+    "biases of the base stay frozen, as with PEFT's none; its all and lora_only are refused, and `lora_bias` is "
+    "another thing, a bias of lora_B": "bias",
     "`layers`, as in last:16": "num_layers lora_layers",
     "`rank`, `dropout`, and `alpha`, which is mlx-lm's scale times the rank": "lora_parameters scale lora_scale",
     "`model`": "model_name_or_path base_model model_name model_id pretrained_model_name_or_path",
     "`model` as a directory of that revision": "model_revision revision",
     "`data`": "dataset_name dataset datasets train_file train_dataset dataset_path dataset_dir",
-    "`data` as owner/name@config:split": "dataset_config dataset_config_name dataset_train_split",
+    "`data` as owner/name@config:split": "dataset_config dataset_config_name dataset_train_split dataset_split",
     "`eval_data`": "eval_dataset test_datasets validation_file dataset_test_split val_data",
     "`eval_fraction`": "val_set_size validation_split test_size val_size",
     "`messages` for a column of conversations, `prompt` and `completion` for others; plain text stands in text": (
-        "dataset_text_field field_messages formatting_func"
+        "dataset_text_field field_messages formatting_func prompt_feature completion_feature chat_feature text_feature"
     ),
     "`chat_template`": "chat_template_path chat_template_jinja",
     "`template_args`": "chat_template_kwargs",
@@ -50,6 +56,7 @@ _NAMES = {
     "`epochs`": "num_train_epochs num_epochs n_epochs",
     "`max_steps`": "iters num_iters num_steps total_steps",
     "`learning_rate`": "lr",
+    "`learning_rate`, which is that of embeddings too": "embedding_learning_rate embedding_lr",
     "`weight_decay`": "wd",
     "`schedule`": "lr_scheduler_type lr_scheduler lr_schedule",
     "`warmup_steps`, a number of steps; 3 % of them unless given": "warmup_ratio warmup",
@@ -61,6 +68,7 @@ _NAMES = {
     _STEP_ROWS: "gradient_accumulation_steps grad_accumulation_steps gradient_accumulation",
     "`batch_rows`": "batch_size train_batch_size",
     "`output`": "output_dir adapter_path out_dir save_path",
+    "`output`, where metrics.jsonl and the report are": "logging_dir",
     "`save_every`, in steps": "save_steps save_strategy saves_per_epoch save_interval",
     "`eval_every`, in steps": "eval_steps eval_strategy evaluation_strategy steps_per_eval evals_per_epoch do_eval",
     "`log_every`, in steps": "logging_steps steps_per_report logging_strategy",
@@ -70,38 +78,54 @@ _NAMES = {
     "`early_stopping`": "early_stopping_patience",
     "`seed`": "random_state data_seed",
     "`dtype`": "torch_dtype bf16 fp16 tf32 float16 bfloat16",
+    "`dtype`, as bfloat16": "load_in_16bit",
+    "`dropout`, which is 0 unless given": "disable_dropout",
     "`recompute`": (
         "gradient_checkpointing use_gradient_checkpointing grad_checkpoint activation_offloading "
         "gradient_checkpointing_kwargs activation_checkpointing"
     ),
-    "`base` quantized, which keeps a GGUF file's blocks; "
-    "`quantize` Q4_0 (or another type of GGUF) quantizes the base on reading": (
+    f"`quantize`, as {_TYPES}: the base is quantized as it is read; of a GGUF file `base`, as quantized, keeps the "
+    "blocks that it has": (
         "load_in_4bit load_in_8bit qlora bnb_4bit_quant_type bnb_4bit_compute_dtype quantization_bit "
-        "quantization_config load_in_16bit"
+        "quantization_config"
     ),
     "`device`": "device_map use_cpu no_cuda",
-    "`memory`": "gpu_memory_limit max_memory",
+    "`memory`": "gpu_memory_limit max_memory gpu_memory_utilization",
     "`objective`": "rl rlhf stage train_type",
+    **{f"`objective`, as {name}": name for name in ("dpo", "ipo", "orpo", "simpo", "kto", "grpo")},
+    NOT_NEEDED + "the reference is the model that the run begins with, and what it says is computed once": (
+        "ref_model precompute_ref_log_probs"
+    ),
+    "`target_modules` and `layers`; of a model for images its text model is adapted": (
+        "finetune_vision_layers finetune_language_layers finetune_attention_modules finetune_mlp_modules"
+    ),
+    "after the run `backhand merge` folds the adapter into its base, and `backhand export` writes it for others": (
+        "save_method quantization_method"
+    ),
+    "the file of options stands first, without a name: `backhand train run.yaml`": "config config_file",
     "`reward`": "reward_funcs reward_model_name_or_path",
     "`workers`": "nproc_per_node num_processes num_gpus",
     _LOSS_ON: (
         "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_prompt "
-        "train_on_responses_only roles_to_train train_on_eos"
+        "train_on_responses_only roles_to_train train_on_eos response_part instruction_part"
     ),
     _TOOLS: (
         "wandb_project wandb_entity wandb_name wandb_run_id wandb_watch project_name run_name wandb_log_model use_wandb"
     ),
-    _PUSH: "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo",
+    f"after the run `{_UPLOAD}` uploads the adapter": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo"
+    ),
     _PACKED: (
         "packing sample_packing pad_to_sequence_len padding_free group_by_length eval_packing eval_sample_packing "
         "packing_strategy pad_to_multiple_of padding dataloader_drop_last"
     ),
     _ATTENTION: (
-        "flash_attention attn_implementation use_flash_attention_2 xformers_attention sdp_attention flash_attn "
-        "use_liger_kernel torch_compile use_cache fast_inference"
+        "flash_attention attn_implementation use_flash_attention_2 xformers_attention sdp_attention flash_attn"
     ),
+    _SAMPLED: "use_vllm vllm_mode fast_inference use_cache",
+    _KERNELS: "use_liger_kernel liger_kernel torch_compile lora_mlp_kernel lora_qkv_kernel lora_o_kernel plugins",
     _LAUNCH: "deepspeed fsdp fsdp_config ddp_find_unused_parameters local_rank",
-    NOT_NEEDED + "AdamW is the optimizer; `adam_beta1`, `adam_beta2`, `weight_decay` and `loraplus_lr_ratio` are its": (
+    NOT_NEEDED + "AdamW is the optimizer, with `adam_beta1`, `adam_beta2`, `weight_decay` and `loraplus_lr_ratio`": (
         "optim optimizer optimizer_config"
     ),
     NOT_NEEDED + "the best adapter by held-out loss is always what adapter/ holds": (
@@ -127,7 +151,7 @@ _NAMES = {
         "val_batches test_batches test do_predict"
     ),
     NOT_NEEDED + "keys are checked always": "strict",
-    "there is none: neither noise on embeddings nor the like": "neftune_noise_alpha",
+    "there is no noise on embeddings here": "neftune_noise_alpha",
 }
 _OF: dict[str, str] = {name: ours for ours, names in _NAMES.items() for name in names.split()}
 
@@ -138,14 +162,15 @@ COMMANDS = {
     **dict.fromkeys(("grpo", "ppo"), f"{_TRAIN} --objective grpo --reward exact"),
     "rloo": f"{_TRAIN} --objective grpo --loss rloo --reward exact",
     **dict.fromkeys(("reward", "rm"), f"{_TRAIN} --objective grpo --reward MODULE:FUNCTION"),
-    **dict.fromkeys(("push", "upload", "push-to-hub"), _PUSH.split("`")[1]),
+    **dict.fromkeys(("push", "upload", "push-to-hub"), _UPLOAD),
     **dict.fromkeys(
         ("serve", "vllm-serve", "server", "api"),
         "backhand export --adapter runs/mine/adapter --to gguf --output runs/mine/adapter.gguf, for llama-server, or "
         "vllm serve --enable-lora, which takes runs/mine/adapter as it is",
     ),
     **dict.fromkeys(("fuse", "merge-lora", "merge_lora"), "backhand merge --adapter runs/mine/adapter --output merged"),
-    **dict.fromkeys(("convert", "quantize"), "backhand train --quantize Q4_0, which quantizes a base on reading it"),
+    "quantize": f"{_TRAIN} --quantize q4_0, which quantizes the base as it is read, to {_TYPES}",
+    "convert": "backhand export --adapter runs/mine/adapter --to gguf --output runs/mine/adapter.gguf",
     **dict.fromkeys(("eval", "test", "benchmark", "lm-eval"), "backhand evaluate --data rows.jsonl"),
     **dict.fromkeys(("infer", "inference", "predict", "complete"), "backhand generate --prompt TEXT"),
     **dict.fromkeys(("preprocess", "prepare", "check", "validate"), "backhand lint --data rows.jsonl"),
@@ -159,7 +184,7 @@ COMMANDS = {
 
 
 def ours(name: str, shown: Callable[[str], str], known: Iterable[str] | None = None) -> str | None:
-    """What an option of another tool is here; None if it is nobody's.
+    """What an option of another tool is here, as a clause; None if it is nobody's.
 
     Args:
         name: as it was written, with dashes or underscores.
@@ -169,7 +194,8 @@ def ours(name: str, shown: Callable[[str], str], known: Iterable[str] | None = N
     text = _OF.get(name.strip("-").replace("-", "_").lower())
     if text is None:
         return None
-    fields = re.findall(r"`(\w+)`", text)
-    if known is not None and fields and not text.startswith(NOT_NEEDED) and fields[0] not in known:
+    begins = text.startswith("`")
+    if known is not None and begins and text.split("`")[1] not in known:
         return None
-    return re.sub(r"`(\w+)`", lambda match: shown(match[1]), text)
+    said = re.sub(r"`(\w+)`", lambda match: shown(match[1]), text)
+    return f"{HERE}{said}" if begins else said

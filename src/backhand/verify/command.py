@@ -14,6 +14,7 @@ import torch
 from backhand.data.packing import pack
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
+from backhand.printing import say as tell
 from backhand.runs.directory import ADAPTER, CONFIG, opened, proof_log
 from backhand.terminal import console_for_tables, working
 from backhand.training.config_file import load_config
@@ -36,6 +37,11 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
         UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
         CheckError: something does not hold; what was found is printed, and written to `run`, first.
     """
+    if options.verify.run or options.model.model:
+        tell(
+            "every gradient is computed in float64, by hand and by autograd, then checked in the dtype of "
+            "training: minutes for 100 million parameters"
+        )
     report, options = _proved(options)
     if options.verify.json:
         sys.stdout.write(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")

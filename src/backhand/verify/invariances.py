@@ -54,7 +54,8 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         one_by_one = [pack([example], device=decoder.device) for example in examples]
         statement, how = "packed = unpacked, gradient", f"{len(examples)} documents in one batch, and one by one"
         yield _same(f"{statement}, float64", _exact_gradient(decoder, one_by_one), exact, FLOAT64_BOUND, how)
-        yield _same(statement, _gradient(decoder, one_by_one), together, bound)
+        checked = "a check in the run's dtype, within its rounding; the line above is the proof"
+        yield _same(statement, _gradient(decoder, one_by_one), together, bound, checked)
         once = pack(examples, share=decoder.shares_prefixes, device=decoder.device)
         saved = len(whole.input_ids) - len(once.input_ids)
         if saved:
@@ -189,7 +190,8 @@ def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
     rounding, effect = relative_error(adapted, exact), relative_error(base, adapted)
     bound = max(UNITS_OF_ROUNDING * torch.finfo(decoder.dtype).eps, MERGED_TIMES_UNMERGED * rounding, SMALLEST_BOUND)
     if effect > bound:
-        detail = f"{norm(merged - adapted) / norm(base - adapted):.1e} of the adapter's {effect:.1e} is lost"
+        lost = norm(merged - adapted) / norm(base - adapted)
+        detail = f"the adapter changes the logits by {effect:.1e} of their norm; {lost:.1e} of this change is lost"
     else:
         detail = f"the adapter itself changes only {effect:.1e}"
     return ModelProof("merged = unmerged, logits", relative_error(merged, adapted), bound, detail, "merge")

@@ -131,8 +131,9 @@ def _print_cost(console: Console, options: SineOptions, result: SineResult) -> N
     cheaper, ratio = "(X B) A", product.total / low_rank.total
     if ratio < 1:
         cheaper, ratio = "the product", 1 / ratio
+    console.print()
     console.print(
-        f"\nThe low-rank product in either order, multiply-adds an epoch ({points} points, 1 × {outputs}, rank "
+        f"The low-rank product in either order, multiply-adds an epoch ({points} points, 1 × {outputs}, rank "
         f"{options.rank}): (X B) A {low_rank.total:,}; X (B A), the product formed, {product.total:,}. "
         f"Here {cheaper} is {ratio:.1f} times cheaper. In the forward pass (X B) A needs fewer below rank "
         f"{break_even_rank(points, 1, outputs):.2f} on this layer; on a {TABLE_SIDE} × {TABLE_SIDE} one below rank "
