@@ -116,7 +116,7 @@ wheels: $(VENV)/.wheels
 	@$(BIN)/python tools/wheels.py
 
 # The wheels' kernels for Windows under Wine, and for ARM under qemu-user, against those of Linux on x86-64.
-FOREIGN := HF_HUB_OFFLINE=1 $(BIN)/python tools/foreign_kernels.py --against $(wildcard dist/*manylinux*x86_64.whl)
+FOREIGN = HF_HUB_OFFLINE=1 $(BIN)/python tools/foreign_kernels.py --against $(wildcard dist/*manylinux*x86_64.whl)
 WINE := wine64
 QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
 test-foreign: $(VENV)/.test

@@ -37,8 +37,6 @@ from backhand.search.options import SearchOptions
 from backhand.search.schedule import Schedule, Stage
 from backhand.search.space import Values
 from backhand.search.study import Trial
-from backhand.training.config import TrainConfig
-from backhand.training.step_plan import chosen_rate
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent / "docs" / "recipes"
@@ -160,7 +158,9 @@ class Replayed:
 
 def curve_at(found: dict[str, Any], rate: float) -> dict[int, float]:
     """Held-out losses by their steps, between the two rates of the grid that are next to this one."""
-    grid = sorted((float(one), run["evaluations"]) for one, run in found.items() if "evaluations" in run)
+    grid = sorted(
+        (float(one), run["evaluations"]) for one, run in found.items() if one != "auto" and "evaluations" in run
+    )
     above = next((number for number, (one, _) in enumerate(grid) if one >= rate), len(grid) - 1)
     (low, one), (high, other) = grid[max(0, above - 1)], grid[above]
     part = 0.0 if low == high else min(max((math.log(rate / low)) / math.log(high / low), 0.0), 1.0)
@@ -171,7 +171,7 @@ def curve_at(found: dict[str, Any], rate: float) -> dict[int, float]:
 def replay(found: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """The default search on stored curves."""
     total = max(run["steps"] for run in found.values())
-    rate, _ = chosen_rate(TrainConfig(), total)
+    rate = float(found["auto"]["rate"])
     search = SearchOptions(over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
     schedule = Schedule(search, search.dimensions, {"learning_rate": rate}, seed)
     study: Any = Replayed(found, total, schedule.stages)
@@ -206,7 +206,7 @@ def main() -> None:
     if arguments.what == "replay":
         curves = json.loads((HERE / "results" / "rates.json").read_text())["runs"]
         for name, found in curves.items():
-            if len(found) == POINTS:
+            if len(found) > POINTS and "auto" in found:
                 told = [replay(found, seed) for seed in range(5)]
                 print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in told), sep="  ")
         return

@@ -414,7 +414,7 @@ def _sync(path: Path) -> None:
             _sync(child)
         sync_directory(path)
         return
-    with path.open("rb") as file:
+    with path.open("rb" if os.name == "posix" else "r+b") as file:  # Windows syncs what can be written alone
         os.fsync(file.fileno())
 
 

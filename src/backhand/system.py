@@ -122,11 +122,13 @@ if sys.platform == "win32":
 
     def exists(process: int) -> bool:
         """Whether there is a process of this number."""
-        return bool(psutil.pid_exists(process))
+        with suppress(TypeError, ValueError, OverflowError):
+            return bool(psutil.pid_exists(process))
+        return False
 
     def begun_s(process: int) -> float | None:
         """When a process began, in seconds since the epoch; None where the system does not tell."""
-        with suppress(psutil.Error, OSError):
+        with suppress(psutil.Error, OSError, TypeError, ValueError):
             return float(psutil.Process(process).create_time())
         return None
 

@@ -14,6 +14,7 @@ import torch
 
 from backhand.errors import UsageError
 from backhand.nn.loading import open_model
+from backhand.nn.lora_parameters import LoRASlot
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
@@ -103,12 +104,11 @@ def test_the_rate_follows_steps_tokens_and_weights() -> None:
 
 def test_the_gain_is_that_of_the_adapted_matrices_in_the_file() -> None:
     source = open_model("smollm2-135m")
-    modules = [f"model.layers.{layer}.self_attn.q_proj" for layer in (3, 4)]
-    expected = [
-        float((source.load(f"{name}.weight") @ torch.randn(576, 4000)).square().mean().sqrt()) for name in modules
-    ]
-    assert gain(source, modules) == pytest.approx(math.sqrt(expected[0] * expected[1]), rel=0.03)
-    assert gain(source, ["model.layers.0.none"]) == 1.0
+    slots = [LoRASlot(f"model.layers.{layer}.self_attn.q_proj", 576, 576, 4, 2.0) for layer in (3, 4)]
+    products = [source.load(f"{slot.name}.weight") @ torch.randn(576, 4000) for slot in slots]
+    expected = [float(product.square().mean().sqrt()) for product in products]
+    assert gain(source, slots) == pytest.approx(math.sqrt(expected[0] * expected[1]), rel=0.03)
+    assert gain(source, [replace(slots[0], name="none")]) == 1.0
 
 
 FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]

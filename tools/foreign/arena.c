@@ -39,6 +39,10 @@ static Block* block_of(void* place) { return ((Block**)place)[-1]; }
 static void* aligned(size_t alignment, size_t bytes) {
   uint64_t size = 7;
   const size_t needed = bytes + HEAD + (alignment > HEAD ? alignment : 0);
+  if (needed < bytes || needed >> (SIZES - 1)) {
+    errno = ENOMEM;
+    return NULL;
+  }
   while (((size_t)1 << size) < needed) ++size;
   while (__atomic_exchange_n(&lock, 1, __ATOMIC_ACQUIRE)) {
   }

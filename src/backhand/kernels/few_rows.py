@@ -20,7 +20,7 @@ MOST_ROWS, MOST_TILED_ROWS = 8, 64
 `dense_product`, which gives the same bits."""
 
 QUICK_ROW: ContextVar[bool] = ContextVar("quick_row", default=False)
-"""Whether a single row of a quantized matrix need not have the bits that it has beside others.
+"""Whether a single row need not have the bits that it has beside others: of a quantized matrix, or with an adapter.
 
 AMX's tiles, by which training multiplies, take longer for one row than dot products do.
 """

@@ -103,8 +103,7 @@ def read_status(run: Path) -> RunStatus | None:
 
 def _lives(process: int, since_s: float) -> bool:
     """Whether a process of this number exists that had begun by then."""
-    began_s = begun_s(process)
-    return exists(process) and (began_s is None or began_s <= since_s + 1.0)
+    return exists(process) and ((began_s := begun_s(process)) is None or began_s <= since_s + 1.0)
 
 
 def _now() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from backhand.files import free_bytes
 from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import AdapterLayout
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.training.config import OptimizationOptions, Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.engine import Engine, ShortModel
@@ -38,7 +39,7 @@ from backhand.training.starting import adapter_config, start_notes
 from backhand.training.step_plan import RateFacts, chosen_rate
 
 _STEPS_LOOKED_AT = 2000
-_GAINS_LOOKED_AT = 8
+_GAINS_LOOKED_AT, _ROWS_AT_ONCE = 8, 256
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Given:
     total_steps: int
     neutral: ForgettingMeter  # measures forgetting; on nothing where it is not measured
     notes: tuple[str, ...]  # what a person should know, of the adapter to start from as well
+    gain: Callable[[], float]  # g of the learning rate that `auto` stands for
 
     @property
     def held_out_rows(self) -> Sequence[Example]:
@@ -64,12 +66,13 @@ class Given:
 
     def rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
         """The learning rate of this run under these options, and why this one; None where it is given."""
-        if options.learning_rate != "auto":
-            return options.learning_rate, None
+        objective = self.config.objective.objective
+        if options.learning_rate != "auto" or objective != "sft":
+            return chosen_rate(options, objective, RateFacts(self.total_steps, 0.0, 0.0))
         examples = self.train.examples
         tokens = sum(example.supervised_tokens for example in examples) / max(1, len(examples)) * options.batch_rows
-        facts = RateFacts(self.total_steps, tokens, gain(self.source, [slot.name for slot in self.layout.slots]))
-        return chosen_rate(options, self.config.objective.objective, facts)
+        facts = RateFacts(self.total_steps, tokens, self.gain())
+        return chosen_rate(options, objective, facts)
 
 
 @dataclass
@@ -171,7 +174,10 @@ def _given(
     measured = held_out is not None or config.run.max_forgetting is not None
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measured else ForgettingMeter(())
     packer = _packer(config, train.examples, () if held_out is None else held_out.examples, engine, layout)
-    given = Given(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes))
+    given = Given(
+        *(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes)),
+        partial(shared.once, "gain", (model.model, config.adapter), lambda: gain(source, layout.slots)),
+    )
     _check_tokens(given, tokenizer)
     return given
 
@@ -237,18 +243,19 @@ class _Planner:
         return replace(found, base=base)
 
 
-def gain(source: ModelSource, modules: Sequence[str]) -> float:
+def gain(source: ModelSource, slots: Sequence[LoRASlot]) -> float:
     """rms(W) √in, the geometric mean over a few of the adapted matrices, those in the middle; 1 where there are none.
 
     With entries of W independent of x it is rms(W x) / rms(x).
     """
     stored = set(source.tensor_names())
-    names = [name for module in modules if (name := f"{module}.weight") in stored and len(source.shape(name)) == 2]
-    first = max(0, (len(names) - _GAINS_LOOKED_AT) // 2)
+    found = [(name, slot) for slot in slots if (name := f"{slot.name}.weight") in stored]
+    first = max(0, (len(found) - _GAINS_LOOKED_AT) // 2)
     logs = []
-    for name in names[first : first + _GAINS_LOOKED_AT]:
-        square = float(source.load(name).double().square().mean())
-        logs.append(0.5 * math.log(max(square, 1e-12) * source.shape(name)[1]))
+    for name, slot in found[first : first + _GAINS_LOOKED_AT]:
+        weight = source.load(name)
+        squares = sum(float(rows.double().square().sum()) for rows in weight.split(_ROWS_AT_ONCE))
+        logs.append(0.5 * math.log(max(squares / weight.numel(), 1e-12) * slot.in_features))
     return math.exp(sum(logs) / max(1, len(logs)))
 
 
