@@ -326,6 +326,21 @@ def test_pages_in_another_order_are_copied() -> None:
     assert cache.where(order.sort().values) == slice(PAGE, 5 * PAGE)
 
 
+def test_what_an_interrupted_step_reserved_is_not_shared() -> None:
+    """Each row takes a page of its own behind the whole ones that both hold."""
+    decoder = adapted_decoder("gemma2")
+    prompt, state = ids(2 * PAGE), IncrementalDecoder(decoder, rows=2, capacity=8)
+    cache = state.cache
+    state.extend(cache.add_rows(1), [prompt])
+    cache.reserve([0], [1])  # and here it was interrupted
+    cache.copy_row(cache, 0, cache.add_rows(1))
+    assert cache.places[1, 2 * PAGE :].count_nonzero() == 0
+    logits = state.step([5, 6])
+    assert cache.places[0, 2 * PAGE] != cache.places[1, 2 * PAGE]
+    for found, new in zip(logits, (5, 6), strict=True):
+        assert relative_error(found, full(decoder, [*prompt, new])[-1]) < TOLERANCE
+
+
 def test_wrong_calls_are_refused() -> None:
     state = IncrementalDecoder(adapted_decoder("llama"), rows=2)
     state.cache.add_rows(2)

@@ -176,10 +176,12 @@ class KVCache:
             for layer, (keys, values) in enumerate(zip(origin.keys, origin.values, strict=True)):
                 self.write(layer, where, *(part[:, there].transpose(0, 1) for part in (keys, values)))
         for target in others:
-            self._pages[target] = list(self._pages[first])
+            self._let_go(target, 0)
+            # Not what an interrupted step has reserved behind the row's end: that would be written to by both.
+            self._pages[target] = self._pages[first][: _pages(length)]
             for page in self._pages[target]:
                 self._holders[page] += 1
-            self.places[target] = self.places[first]
+            self.places[target, :length] = self.places[first, :length]
         span = slice(targets.start, targets.stop)
         for mine, theirs in zip(self._all_states(), origin._all_states(), strict=True):
             mine[span] = theirs[row]
