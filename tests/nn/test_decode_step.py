@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from gguf import GGMLQuantizationType as StorageType
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
@@ -12,11 +15,13 @@ from backhand.kernels.library import proving_loops
 from backhand.nn.decoder.decode_step import decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
+from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from support.decode_steps import adapted, peft_model, stepped
 from support.parity import decoder_like, relative_error
 from support.product_builds import ALIKE
-from support.tiny_models import VARIANTS, tiny_documents
+from support.tiny_gguf import write_tiny_gguf
+from support.tiny_models import VARIANTS, tiny_documents, tiny_model
 
 # Experts, sinks, gates, other mixers than attention, angles of neighbouring features, layers of several sizes.
 BLOCK_BY_BLOCK = ("qwen3_moe", "mixtral", "gpt_oss", "qwen3_5", "lfm2", "glm", "gemma4", "granitemoehybrid-experts")
@@ -118,6 +123,35 @@ def test_it_errs_no_more_than_block_by_block(build: str, variant: str, dtype: to
     exact = stepped(adapted(variant), whole=False)
     errors = [relative_error(stepped(adapted(variant, dtype), whole=whole), exact) for whole in (True, False)]
     assert errors[0] < max(1.5 * errors[1], 1e-6)
+
+
+def test_a_quick_row_of_a_quantized_base_errs_no_more_than_block_by_block(build: str, tmp_path: Path) -> None:
+    """A single answer that nothing is compared with, by an adapted base in the blocks of its file."""
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    model = tiny_model("llama", **sizes)
+    source = open_model(write_tiny_gguf(model, tmp_path / "tiny.gguf", storage=StorageType.Q8_0))
+    found = []
+    for dtype, quantized in ((torch.float64, False), (torch.bfloat16, True)):
+        decoder = Decoder.from_source(source, dtype=dtype, quantized=quantized)
+        layout = resolve_adapter(LoRAConfig(rank=5, alpha=8.5), decoder.module_shapes())
+        lora = LoRAParameters(layout.slots)
+        decoder.attach(lora)
+        lora.values.copy_(0.1 * torch.randn(lora.values.shape, generator=torch.Generator().manual_seed(5)))
+        lora.refresh_compute(dtype)
+        found.append(decoder)
+    exact, narrow = found
+    assert IncrementalDecoder(narrow)._quick
+    right = stepped(exact, whole=False, rows=1)
+    errors = [relative_error(stepped(narrow, whole=whole, rows=1), right) for whole in (True, False)]
+    assert errors[0] < max(1.5 * errors[1], 1e-6)
+    narrow.detach()
+    assert relative_error(stepped(narrow, whole=True, rows=1), right) > 10 * errors[0], "the adapter counts"
 
 
 def test_the_same_bits_whatever_the_threads(build: str) -> None:

@@ -302,6 +302,45 @@ def test_room_behind_a_row_holds_no_stray_values() -> None:
         assert buffer[:, :PAGE].count_nonzero() == 0
 
 
+def test_a_single_row_is_read_where_it_lies() -> None:
+    """After it grew, and after it was cut and went on; the numbers are those of a copy."""
+    state = IncrementalDecoder(adapted_decoder("gemma2"), capacity=4)
+    cache = state.cache
+    state.extend(cache.add_rows(1), [ids(PAGE + 3)])
+    for kept in (PAGE + 3, 5):
+        cache.truncate(0, kept)
+        for new in ids(5 * PAGE):
+            state.step([new])
+        places = cache.places[:, 2 : cache.lengths[0]]
+        views, copies = cache.read(1, cache.where(places)), cache.read(1, places)
+        for view, copy, buffer in zip(views, copies, (cache.keys[1], cache.values[1]), strict=True):
+            assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr() != copy.data_ptr()
+            assert torch.equal(view, copy)
+
+
+def test_pages_in_another_order_are_copied() -> None:
+    """Though the last lies as far behind the first as it would in one piece."""
+    cache = IncrementalDecoder(adapted_decoder("gemma2"), capacity=4 * PAGE).cache
+    order = torch.cat([torch.arange(PAGE) + page * PAGE for page in (1, 3, 2, 4)])[None]
+    assert isinstance(cache.where(order), torch.Tensor)
+    assert cache.where(order.sort().values) == slice(PAGE, 5 * PAGE)
+
+
+def test_what_an_interrupted_step_reserved_is_not_shared() -> None:
+    """Each row takes a page of its own behind the whole ones that both hold."""
+    decoder = adapted_decoder("gemma2")
+    prompt, state = ids(2 * PAGE), IncrementalDecoder(decoder, rows=2, capacity=8)
+    cache = state.cache
+    state.extend(cache.add_rows(1), [prompt])
+    cache.reserve([0], [1])  # and here it was interrupted
+    cache.copy_row(cache, 0, cache.add_rows(1))
+    assert cache.places[1, 2 * PAGE :].count_nonzero() == 0
+    logits = state.step([5, 6])
+    assert cache.places[0, 2 * PAGE] != cache.places[1, 2 * PAGE]
+    for found, new in zip(logits, (5, 6), strict=True):
+        assert relative_error(found, full(decoder, [*prompt, new])[-1]) < TOLERANCE
+
+
 def test_wrong_calls_are_refused() -> None:
     state = IncrementalDecoder(adapted_decoder("llama"), rows=2)
     state.cache.add_rows(2)

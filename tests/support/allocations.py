@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from backhand.nn.compute import release_freed_memory
-from backhand.training.memory.process import peak_rss_bytes, rss_bytes
+from backhand.system import peak_rss_bytes, rss_bytes
 
 
 def held_at_most(work: Callable[[], object]) -> int:

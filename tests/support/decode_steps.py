@@ -27,15 +27,18 @@ def adapted(variant: str, dtype: torch.dtype = torch.float64) -> Decoder:
     return decoder_like(peft_model(variant), SCALING, dtype=dtype)
 
 
-def stepped(decoder: Decoder, *, whole: bool, tokens: int = SEEN + 5) -> Tensor:
-    """Logits after each token behind the first `SEEN`, one by one, beside another row, in a cache that has to grow."""
-    other, ids = (one.tolist() for one in tiny_documents([tokens, tokens], seed=2))
-    state = IncrementalDecoder(decoder, rows=2, capacity=4)
+def stepped(decoder: Decoder, *, whole: bool, tokens: int = SEEN + 5, rows: int = 2) -> Tensor:
+    """Logits after each token behind the first `SEEN`, one by one, in a cache that has to grow: of the second row,
+    or of a single one, which is a quick one.
+    """
+    documents = [one.tolist() for one in tiny_documents([tokens, tokens], seed=2)][-rows:]
+    state = IncrementalDecoder(decoder, rows=rows, capacity=4)
+    new = list(zip(*(ids[SEEN:] for ids in documents), strict=True))
     with torch_form():
-        state.extend(state.cache.add_rows(2), [other[:SEEN], ids[:SEEN]])
+        state.extend(state.cache.add_rows(rows), [ids[:SEEN] for ids in documents])
     if whole:
-        found = torch.stack([state.step(pair)[1] for pair in zip(other[SEEN:], ids[SEEN:], strict=True)])
+        found = torch.stack([state.step(tokens_of_rows)[-1] for tokens_of_rows in new])
         assert state._whole_step is not None
         return found
     with torch_form():
-        return torch.stack([state.step(pair)[1] for pair in zip(other[SEEN:], ids[SEEN:], strict=True)])
+        return torch.stack([state.step(tokens_of_rows)[-1] for tokens_of_rows in new])

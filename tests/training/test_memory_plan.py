@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +13,9 @@ import pytest
 from backhand.data.packing import Forest, RowPacker
 from backhand.errors import ResourceError
 from backhand.nn.available_memory import available_bytes
+from backhand.nn.decoder.kv_cache import PAGE
 from backhand.training.config import Recompute
-from backhand.training.memory.parts import ModelSize, estimated_step, parts_of, second_model_bytes
+from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, parts_of, second_model_bytes
 from backhand.training.memory.plan import MemoryPlan, choose
 from backhand.training.memory.process import MemoryKeeper
 from backhand.training.memory.shapes import StepShape, largest_shapes
@@ -54,6 +56,13 @@ def chosen(
         recompute=recompute,
         answering_bytes=PROCESS if watched else None,
     )
+
+
+def test_pages_of_sampled_rows_are_counted() -> None:
+    """Rows of one token behind one prompt, as the cache holds them: each has a page of its own, and perhaps another."""
+    sampled = StepShape(1, 1, (1,), mean_tokens=1, sampled_rows=64, sampled_tokens=64)
+    found = parts_of(replace(SIZE, logits_bytes=0), sampled, StepBytes(0, 0), PROCESS)["checkpoints and measurements"]
+    assert found == 64 * (2 * PAGE + 1) * SIZE.cache_bytes * 5 // 4
 
 
 def test_without_a_limit_the_fastest_way_is_taken() -> None:

@@ -19,8 +19,8 @@ from backhand.nn.decoder.weights import dense_views, empty_weights, module_shape
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel
-from backhand.training.memory.coarse import decoder_size
-from backhand.training.memory.parts import estimated_step, parts_of, second_model_bytes
+from backhand.training.memory.coarse import decoder_size, transformers_size
+from backhand.training.memory.parts import GAPS, WIDE_GAPS, estimated_step, parts_of, second_model_bytes
 from backhand.training.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
 from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
@@ -126,6 +126,14 @@ def test_fewer_tokens_say_no_less_than_all_of_them(dtype: torch.dtype, recompute
     measured, held, estimate = peaks(config, shape, dtype, recompute, PLAIN, 256)
     assert 0.98 * held <= measured <= 1.25 * held
     assert 0.8 * held <= estimate <= 1.9 * held
+
+
+@pytest.mark.parametrize("more", [{}, {"dropout": 0.1}, {"use_dora": True}])
+def test_both_engines_count_wide_gaps_for_dropout_and_dora(more: dict[str, Any]) -> None:
+    config = config_of("llama")
+    layout = resolve_adapter(LoRAConfig(rank=4, **more), module_shapes(config))
+    sizes = decoder_size(config, layout, torch.float32), transformers_size({}, 1000, layout, 4)
+    assert [size.gaps for size in sizes] == [WIDE_GAPS if more else GAPS] * 2
 
 
 def test_tensors_are_counted_as_torch_allocates_them() -> None:

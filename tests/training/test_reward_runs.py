@@ -194,8 +194,12 @@ def test_the_plan_counts_a_prompts_keys_and_values_once(
     monkeypatch.setattr(prepared, "_shapes", seen)
     for group in (6, 12):
         plan(PlanOptions(**vars(config(tiny, functions, tmp_path / "run", group=group))))
-    six, twelve = found
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "what? " * 9, "completion": "7"}) + "\n")
+    plan(PlanOptions(**vars(config(tiny, functions, tmp_path / "run", eval_data=(str(held_out),)))))
+    six, twelve, longer = found
     assert twelve - six == 4 * 6 * 10 < six, "four prompts with six more answers of ten tokens each"
+    assert longer > six, "a held-out prompt is longer than those that are trained on"
 
 
 def test_it_stops_early_by_the_held_out_reward(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:

@@ -45,11 +45,12 @@ def prompts(count: int = 3, seed: int = 0) -> list[Example]:
     return found
 
 
-def written(decoder: Decoder, rows: list[Example], seed: int = 0) -> list[Sampled]:
+def written(decoder: Decoder, rows: list[Example], seed: int = 0, batch_rows: int = 64) -> list[Sampled]:
     asked = [row.input_ids[:-1].tolist() for row in rows for _ in range(GROUP)]
     stops = range(VOCAB_SIZE // 4)  # answers of many lengths
     with at_temperature(decoder, TEMPERATURE):
-        return sample(decoder, asked, range(seed, seed + len(asked)), max_new_tokens=LONGEST, stop_ids=stops)
+        seeds = range(seed, seed + len(asked))
+        return sample(decoder, asked, seeds, max_new_tokens=LONGEST, stop_ids=stops, batch_rows=batch_rows)
 
 
 def batch_of(
@@ -312,13 +313,39 @@ def test_a_prompts_keys_and_values_are_there_once_for_its_answers(monkeypatch: p
         assert tokens <= buffer.shape[1] < tokens + (1 + 2 + 16) * PAGE
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "lfm2", "phi3-longrope"])
+def test_a_prompt_is_computed_once_for_answers_that_begin_later(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More answers than fit at once; one prompt is a single token, and a third of the answers end early."""
+    decoder = decoder_like(attach_lora(tiny_model(kind), rank=RANK, alpha=ALPHA), ALPHA / RANK)
+    asked = [[*range(3, 3 + length)] for length in (2 * PAGE, PAGE + 5, 1) for _ in range(10)]
+    new: list[int] = []
+    extend = IncrementalDecoder.extend
+
+    def counted(self: IncrementalDecoder, rows: Any, tokens: Any) -> Tensor:
+        new.extend(len(one) for one in tokens)
+        return extend(self, rows, tokens)
+
+    more: dict[str, Any] = {"max_new_tokens": 9, "stop_ids": range(VOCAB_SIZE // 8)}
+    alone = [sample(decoder, [row], [seed], **more)[0] for seed, row in enumerate(asked)]
+    monkeypatch.setattr(IncrementalDecoder, "extend", counted)
+    few = sample(decoder, asked, range(len(asked)), batch_rows=8, **more)
+    assert [one.tokens for one in few] == [one.tokens for one in alone]
+    for one, other in zip(few, alone, strict=True):
+        assert one.log_p == pytest.approx(other.log_p, abs=1e-5)
+    if kind in ("llama", "gemma2"):
+        assert new == [2 * PAGE, PAGE + 5, 1]
+
+
 @pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
+@pytest.mark.parametrize("batch_rows", [64, 5])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_with_amx_there_is_no_gap(kind: str) -> None:
+def test_with_amx_there_is_no_gap(kind: str, batch_rows: int) -> None:
+    """With fewer rows than answers too, where a prompt's last token comes in a step."""
     decoder = decoder_like(attach_lora(tiny_model(kind), rank=RANK, alpha=ALPHA), ALPHA / RANK, dtype=torch.bfloat16)
     rows, gaps = prompts(6, seed=3), []
     with using(load("amx")):
-        batch = batch_of(decoder, rows, written(decoder, rows), drawn_rewards(len(rows)), "dapo", 0.0)
+        answers = written(decoder, rows, batch_rows=batch_rows)
+        batch = batch_of(decoder, rows, answers, drawn_rewards(len(rows)), "dapo", 0.0)
         with pytest.MonkeyPatch.context() as patch, at_temperature(decoder, TEMPERATURE):
             patch.setattr(Certificate, "compare", lambda _, *both: gaps.append(both) or True)
             gradients_of(decoder, batch)

@@ -103,7 +103,8 @@ def complete_batch(
     """Continue every prompt; see `completer.Completer.complete`.
 
     A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows. Equal prompts that
-    stand side by side are computed once, where they begin together, and their keys and values are there once.
+    stand side by side are computed once, and their keys and values are there once, as long as one of their rows is in
+    use; where a layer has a state, only those that begin together.
 
     Args:
         as_trained: logits as the training pass computes them, in the compute dtype; what different prompts begin with
@@ -154,6 +155,9 @@ class _Batch:
                 self._take(range(len(self.in_row)), self.state.step(self.last_token))
 
     def _admit(self, count: int) -> None:
+        count -= self._admit_again(count)
+        if count == 0:
+            return
         numbers = [self.waiting.popleft() for _ in range(count)]
         rows = self.state.cache.add_rows(count)
         seen = 0
@@ -171,6 +175,22 @@ class _Batch:
             if several > 1:
                 self.state.cache.copy_row(self.state.cache, rows[place], rows[place + 1 : place + several])
         self._take(rows, logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0))
+
+    def _admit_again(self, most: int) -> int:
+        """Take in those whose prompt a row in use begins with, but for its last token, which the next step takes."""
+        cache, prompt = self.state.cache, self.prompts[self.waiting[0]]
+        held = [row for row, number in enumerate(self.in_row) if self._alike(number, self.waiting[0])]
+        if not held or any(cache.states):
+            return 0
+        alike = sum(1 for _ in takewhile(lambda number: self._alike(number, self.in_row[held[0]]), self.waiting))
+        rows = cache.add_rows(min(most, alike))
+        cache.copy_row(cache, held[0], rows)
+        for row in rows:
+            cache.truncate(row, len(prompt) - 1)
+            self.in_row.append(self.waiting.popleft())
+            self.last_token.append(prompt[-1])
+            self.answered.append(0)
+        return len(rows)
 
     def _firsts(self, numbers: Sequence[int]) -> list[int]:
         """At which of these places stands another prompt than at the one before."""

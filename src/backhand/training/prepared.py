@@ -306,9 +306,13 @@ def _packer(
         )
     options = config.rewards
     packer = PromptPacker(examples, options.group, options.max_new_tokens, share_prefixes=shares)
-    longest = max((packer.longest, *(len(prompt_of(one)) + options.max_new_tokens for one in held_out)))
-    check_context(longest, engine.config.max_position_embeddings)
+    check_context(_longest(packer, held_out, options.max_new_tokens), engine.config.max_position_embeddings)
     return packer
+
+
+def _longest(packer: PromptPacker, held_out: Sequence[Example], new_tokens: int) -> int:
+    """Tokens of the longest prompt with an answer, of those that are trained on and those that are measured."""
+    return max((packer.longest, *(len(prompt_of(one)) + new_tokens for one in held_out)))
 
 
 def _assumed_rows(config: TrainConfig) -> PreparedData:
@@ -338,7 +342,8 @@ def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
     if isinstance(packer, PromptPacker):
         at_once = min(ROWS_AT_ONCE, batch_rows * config.rewards.group)
         answer = config.rewards.max_new_tokens
-        sampled = min(batch_rows, at_once) * (packer.longest - answer) + at_once * answer
+        longest = _longest(packer, given.held_out_rows, answer)
+        sampled = min(batch_rows, at_once) * (longest - answer) + at_once * answer
     return {
         rows: replace(
             shape,

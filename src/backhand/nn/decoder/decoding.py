@@ -13,7 +13,8 @@ the heads of a group, which share keys and values, stand where the kernel expect
 once, and rows of other lengths are masked.
 
 In families for which there is one, `step` is one compiled call for all blocks (`decode_step`), which reads keys where
-they lie; torch's kernel wants those of a row behind one another, and gets a copy of one layer's at a time.
+they lie; torch's kernel wants those of a row behind one another. They are where a row grew alone; of several rows, and
+where others took the next pages, it gets a copy of one layer's at a time.
 
 Another mixer than attention goes on from the state that it has of each row, and changes it (`nn.decoder.mixer`).
 
@@ -38,7 +39,7 @@ from backhand.nn.decoder.attention_half import gated_output
 from backhand.nn.decoder.block import MIXERS, mlp_half_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.kv_cache import KVCache
+from backhand.nn.decoder.kv_cache import KVCache, Where
 from backhand.nn.decoder.mixer import BlockContext, Rows
 from backhand.nn.decoder.per_layer_input import end_forward
 from backhand.nn.decoder.projections import group_forward, pre_norm_forward, residual_forward
@@ -182,20 +183,20 @@ class IncrementalDecoder:
     def _attend_step(self, lengths: Sequence[int]) -> Attend:
         """The attention of one new token a row."""
         device, places = self.decoder.device, self.cache.places[: len(lengths)]
-        new = places.gather(1, torch.tensor(lengths)[:, None]).squeeze(1)
-        masks = {
-            window: _step_mask(lengths, window, device)
-            for window in {layer.window for layer in self.decoder.config.layers}
-        }
+        new = places.gather(1, torch.tensor(lengths)[:, None]).squeeze(1).to(device)
+        seen: dict[int | None, tuple[Where, Tensor | None]] = {}
+        for window in {layer.window for layer in self.decoder.config.layers}:
+            first, mask = _step_mask(lengths, window, device)
+            seen[window] = self.cache.where(places[:, first : max(lengths) + 1]), mask
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             source = self.decoder.config.layers[layer].keys_of
             if source is None:
                 self.cache.write(layer, new, k, v)
             held = layer if source is None else source
-            first, mask = masks[self.decoder.config.layers[layer].window]
+            where, mask = seen[self.decoder.config.layers[layer].window]
             grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
-            keys, values = self.cache.read(held, places[:, first : max(lengths) + 1])
+            keys, values = self.cache.read(held, where)
             scaling, cap = self.decoder.config.attention_scaling, self.decoder.config.attention_cap
             sinks = self.decoder.active.blocks[layer].sinks
             if cap is not None or sinks is not None:
@@ -230,7 +231,11 @@ class IncrementalDecoder:
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
         masks: dict[tuple[int, int, int | None], Tensor | None] = {}
         places = self.cache.places
-        written = torch.cat([places[p.row, p.seen : p.seen + p.new] for p in pieces])
+        written = torch.cat([places[p.row, p.seen : p.seen + p.new] for p in pieces]).to(device)
+        read: list[Where] = []
+        if any(piece.seen for piece in pieces):
+            firsts = [(run[0][1], len(run)) for run in runs]
+            read = [self.cache.where(places[p.row : p.row + count, : p.seen + p.new]) for p, count in firsts]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             source = config.layers[layer].keys_of
@@ -239,14 +244,14 @@ class IncrementalDecoder:
             held = layer if source is None else source
             window, scaling, cap = config.layers[layer].window, config.attention_scaling, config.attention_cap
             sinks = self.decoder.active.blocks[layer].sinks
-            if not any(piece.seen for piece in pieces):
+            if not read:
                 documents = document_runs(tuple(piece.new for piece in pieces))
                 return attention_forward(q, k, v, documents, scaling, window, cap=cap, sinks=sinks)[0]
             output = torch.empty_like(q)
-            for run in runs:
+            for run, where in zip(runs, read, strict=True):
                 (_, piece), count = run[0], len(run)
                 span = slice(piece.start, piece.start + count * piece.new)
-                keys, values = self.cache.read(held, places[piece.row : piece.row + count, : piece.seen + piece.new])
+                keys, values = self.cache.read(held, where)
                 if cap is not None or sinks is not None:
                     by_row = q[span].unflatten(0, (count, piece.new))
                     attended, _ = attention_blocks_forward(

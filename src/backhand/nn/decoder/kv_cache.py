@@ -24,6 +24,8 @@ from backhand.nn.decoder.family import DecoderConfig
 
 # Tokens of a page: what a row wastes at its end, and what a copy of a beginning's last page costs, at most.
 PAGE = 16
+Where = Tensor | slice
+"""Places of several rows, (rows, tokens) int64 on the cache's device, or those of one row that are consecutive."""
 
 
 class KVCache:
@@ -174,10 +176,12 @@ class KVCache:
             for layer, (keys, values) in enumerate(zip(origin.keys, origin.values, strict=True)):
                 self.write(layer, where, *(part[:, there].transpose(0, 1) for part in (keys, values)))
         for target in others:
-            self._pages[target] = list(self._pages[first])
+            self._let_go(target, 0)
+            # Not what an interrupted step has reserved behind the row's end: that would be written to by both.
+            self._pages[target] = self._pages[first][: _pages(length)]
             for page in self._pages[target]:
                 self._holders[page] += 1
-            self.places[target] = self.places[first]
+            self.places[target, :length] = self.places[first, :length]
         span = slice(targets.start, targets.stop)
         for mine, theirs in zip(self._all_states(), origin._all_states(), strict=True):
             mine[span] = theirs[row]
@@ -225,13 +229,22 @@ class KVCache:
         self.keys[layer][:, places] = keys.transpose(0, 1)
         self.values[layer][:, places] = values.transpose(0, 1)
 
-    def read(self, layer: int, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values at these places, (rows, tokens): (rows, key/value heads, tokens, head_dim) each."""
-        flat = places.flatten().to(self.keys[layer].device)  # by `index_select`, at four times the speed of an index
-        keys, values = (
-            buffers[layer].index_select(1, flat).unflatten(1, tuple(places.shape)).transpose(0, 1)
-            for buffers in (self.keys, self.values)
-        )
+    def where(self, places: Tensor) -> Where:
+        """These places, (rows, tokens), as `read` takes them: of a row whose tokens lie behind one another a slice."""
+        if len(places) == 1:
+            first, count = int(places[0, 0]), places.shape[1]
+            if torch.equal(places[0], torch.arange(first, first + count)):
+                return slice(first, first + count)
+        return places.to(self.keys[0].device)
+
+    def read(self, layer: int, where: Where) -> tuple[Tensor, Tensor]:
+        """Keys and values there: (rows, key/value heads, tokens, head_dim) each, a view of a slice and else a copy."""
+        buffers = self.keys[layer], self.values[layer]
+        if isinstance(where, slice):
+            keys, values = (buffer[:, where].unsqueeze(0) for buffer in buffers)
+        else:
+            flat, shape = where.flatten(), tuple(where.shape)  # by `index_select`, four times as fast as an index
+            keys, values = (buffer.index_select(1, flat).unflatten(1, shape).transpose(0, 1) for buffer in buffers)
         return keys, values
 
     def _parts(self, row: int) -> bool:
@@ -248,7 +261,7 @@ class KVCache:
     def _let_go(self, row: int, length: int) -> None:
         """Forget where the row's tokens behind so many lie, and free the pages that no other row holds."""
         pages = self._pages[row]
-        for page in pages[_pages(length) :]:
+        for page in reversed(pages[_pages(length) :]):  # the first is taken next: a row that goes on stays in one piece
             self._holders[page] -= 1
             if self._holders[page] == 0:
                 self._free.append(page)

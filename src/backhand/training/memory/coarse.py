@@ -63,11 +63,15 @@ def decoder_size(
         logits_bytes=config.vocab_size * b,
         cache_bytes=bytes_per_token(config, dtype),
         mixer_state_bytes=state_bytes(config, dtype),
-        gaps=WIDE_GAPS if any(slot.dropout or slot.use_dora for slot in layout.slots) else GAPS,
+        gaps=_gaps(layout),
         kernels=sum(slot.experts for slot in layout.slots) // 3
         if is_taken(dtype)
         else _kernels(dtype.itemsize, experts=config.mixture is not None),
     )
+
+
+def _gaps(layout: AdapterLayout) -> float:
+    return WIDE_GAPS if any(slot.dropout or slot.use_dora for slot in layout.slots) else GAPS
 
 
 def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
@@ -116,6 +120,7 @@ def transformers_size(
         chunk_rows=0,
         logits_bytes=vocabulary * dtype_bytes,
         cache_bytes=layers * 2 * d * dtype_bytes,
+        gaps=_gaps(layout),
         kernels=_kernels(dtype_bytes),
         measured=False,
     )

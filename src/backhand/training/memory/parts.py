@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from backhand.generate.engine_completer import CACHE_BYTES
+from backhand.nn.decoder.kv_cache import PAGE
 from backhand.training.config import Recompute
 from backhand.training.memory.shapes import StepShape
 
@@ -81,7 +82,9 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     """Bytes by part at the moment of a run when most is held; they add up to the peak."""
     checkpoint = size.adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES
     # Keys and values that grow take an eighth more than they must, and those of a layer are there twice for a moment.
-    cached = min(shape.sampled_tokens * size.cache_bytes, CACHE_BYTES) * 5 // 4
+    # Of its pages a row wastes one at most, and it has another in which it parts from those that begin like it.
+    tokens = shape.sampled_tokens + 2 * PAGE * shape.sampled_rows
+    cached = min(tokens * size.cache_bytes, CACHE_BYTES) * 5 // 4
     sampling = cached + shape.sampled_rows * _SAMPLING_COPIES * size.logits_bytes
     between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes, sampling) - step.kept
     fullest, most = "workspace", step.workspace
