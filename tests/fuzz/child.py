@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backhand.printing import visible
-from backhand.training.memory.process import peak_rss_bytes, rss_bytes
+from backhand.system import peak_rss_bytes, rss_bytes
 from support.addresses import limit_addresses
 
 MEMORY_BYTES = 3 * 2**30

@@ -72,7 +72,7 @@ import subprocess
 import sys
 from pathlib import Path
 from backhand.report.prompt_box import PromptBox
-from backhand.training.memory.process import peak_rss_bytes
+from backhand.system import peak_rss_bytes
 box = PromptBox(Path(sys.argv[1]), threads=1, max_new_tokens=8)
 box.answer("the user asks for a list of names and one number")
 box.close()

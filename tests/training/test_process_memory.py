@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import torch
 from backhand.nn.compute import keep_freed_memory
-from backhand.training.memory.process import rss_bytes
+from backhand.system import rss_bytes
 from backhand.training.memory.process import settled_rss_bytes
 settled_rss_bytes(torch.float32)
 assert keep_freed_memory()
