@@ -88,7 +88,12 @@ def run_backhand(task: dict[str, Any], output: Path, *, answers: bool = False) -
             data=DataOptions(data=(data,), eval_fraction=0.0),
             adapter=LoRAConfig(rank=RANK, alpha=ALPHA, dropout=0.0),
             optimization=OptimizationOptions(
-                epochs=1, batch_rows=batch_rows, learning_rate=LEARNING_RATE, schedule="linear", warmup_steps=0
+                epochs=1,
+                batch_rows=batch_rows,
+                micro_batch_rows=task.get("micro_batch_rows"),
+                learning_rate=LEARNING_RATE,
+                schedule="linear",
+                warmup_steps=0,
             ),
             run=RunOptions(output=output / "run", seed=task["seed"], answers=0, save_every=10**6, quiet=True),
             objective=ObjectiveOptions() if answers else ObjectiveOptions(objective="dpo", beta=BETA),
@@ -211,6 +216,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         model = str(write_random_model(folder / "0.5b.gguf", SHAPES[model]))
     task = {"model": model, "data": str(data), "batch_rows": arguments.batch_rows, "dtype": arguments.dtype}
+    if arguments.micro_batch_rows:
+        task["micro_batch_rows"] = arguments.micro_batch_rows
     found: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     for repeat in range(arguments.repeats):
         for peer in arguments.peers:
@@ -239,6 +246,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "machine": describe_machine(arguments.instructions),
         "workload": {"model": arguments.model, "dtype": arguments.dtype, "batch_rows": arguments.batch_rows}
+        | ({"micro_batch_rows": arguments.micro_batch_rows} if arguments.micro_batch_rows else {})
         | token_counts(model, str(data), arguments.batch_rows),
         "peers": peers,
         "ratios": ratios,
@@ -256,6 +264,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--pairs", type=int, default=160)
     parser.add_argument("--batch-rows", type=int, default=8)
+    parser.add_argument("--micro-batch-rows", type=int, help="of this project; by its memory plan if not given")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
