@@ -330,7 +330,10 @@ def test_the_logits_error_is_measured_against_float64(models, rows):
     """A few units of rounding, in each dtype its own, and the adapter's effect far above it."""
     for dtype, low, high in (("float32", 1e-8, 1e-5), ("bfloat16", 1e-3, 5e-2)):
         merged = verify(options(models("llama"), rows, dtype=dtype)).model[-1]
-        lost, effect = re.fullmatch(r"(\S+) of the adapter's (\S+) is lost", merged.detail).groups()
+        told = re.fullmatch(
+            r"the adapter changes the logits by (\S+) of their norm; (\S+) of .* is lost", merged.detail
+        )
+        effect, lost = told.groups()
         assert float(effect) > 3 * merged.bound
         assert float(lost) * float(effect) == pytest.approx(merged.measured, rel=0.1)
         assert low < merged.bound / 3 < high and merged.measured > low
