@@ -31,6 +31,7 @@ from typing import Any
 
 from environment import peer_environment
 from machine import describe_machine
+from rates import FINE
 
 from backhand.search.command import ABOVE, BELOW
 from backhand.search.options import SearchOptions
@@ -158,9 +159,7 @@ class Replayed:
 
 def curve_at(found: dict[str, Any], rate: float) -> dict[int, float]:
     """Held-out losses by their steps, between the two rates of the grid that are next to this one."""
-    grid = sorted(
-        (float(one), run["evaluations"]) for one, run in found.items() if one != "auto" and "evaluations" in run
-    )
+    grid = sorted((float(one), run["evaluations"]) for one, run in found.items() if "evaluations" in run)
     above = next((number for number, (one, _) in enumerate(grid) if one >= rate), len(grid) - 1)
     (low, one), (high, other) = grid[max(0, above - 1)], grid[above]
     part = 0.0 if low == high else min(max((math.log(rate / low)) / math.log(high / low), 0.0), 1.0)
@@ -168,10 +167,9 @@ def curve_at(found: dict[str, Any], rate: float) -> dict[int, float]:
     return {step: math.exp((1 - part) * math.log(x) + part * math.log(y)) for (step, x), (_, y) in pairs if step}
 
 
-def replay(found: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+def replay(found: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
     """The default search on stored curves."""
     total = max(run["steps"] for run in found.values())
-    rate = float(found["auto"]["rate"])
     search = SearchOptions(over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
     schedule = Schedule(search, search.dimensions, {"learning_rate": rate}, seed)
     study: Any = Replayed(found, total, schedule.stages)
@@ -206,8 +204,9 @@ def main() -> None:
     if arguments.what == "replay":
         curves = json.loads((HERE / "results" / "rates.json").read_text())["runs"]
         for name, found in curves.items():
-            if len(found) > POINTS and "auto" in found:
-                told = [replay(found, seed) for seed in range(5)]
+            grid = {rate: run for rate in map("{:g}".format, FINE) if (run := found.get(rate))}
+            if len(grid) == POINTS and "auto" in found:
+                told = [replay(grid, found["auto"]["rate"], seed) for seed in range(5)]
                 print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in told), sep="  ")
         return
     target = HERE / "results" / "search.json"

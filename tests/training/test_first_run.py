@@ -132,6 +132,16 @@ def test_what_the_curves_say(finding: str | None, losses: Sequence[float], more:
     assert judged(curves) == finding
 
 
+def test_a_low_rate_without_another_finding_is_told() -> None:
+    curves = Curves([(10 * number, loss) for number, loss in enumerate(FALLING)], [])
+    assert [judged(curves, share) for share in (0.39, 0.41, 3.0)] == ["low", "fine", "fine"]
+
+
+def test_a_step_or_two_at_the_end_do_not_hide_that_the_loss_was_falling() -> None:
+    losses = [11.64, 8.0, 5.5, 3.7, 3.15, 3.11]
+    assert judged(Curves(list(zip((0, 4, 8, 12, 16, 17), losses, strict=True)), [])) == "still falling"
+
+
 def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:
     records = [{"step": step, "eval_loss": loss} for step, loss in enumerate([2.0, 1.0, math.nan, 0.9])]
     assert Curves.of(records).held_out == [(0, 2.0), (1, 1.0), (3, 0.9)]

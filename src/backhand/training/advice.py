@@ -4,7 +4,7 @@ Of the held-out losses e_0 (before the first step), e_1 … e_n let e_b be the l
 
     gain = e_0 - e_b        what was learnt
     rise = e_n - e_b        what was lost again
-    last = e_m - e_n        what the end brought, from the last evaluation before the last fifth of the steps
+    last = e_m - e_n        what the end brought, from the last evaluation in the first four fifths of the steps
 
 The first that holds of what `judged` asks, in its order, is said; docs/rates.md has it as a table.
 """

@@ -176,7 +176,7 @@ def _given(
     packer = _packer(config, train.examples, () if held_out is None else held_out.examples, engine, layout)
     given = Given(
         *(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes)),
-        partial(shared.once, "gain", (model.model, config.adapter), lambda: gain(source, layout.slots)),
+        partial(shared.once, "gain", [slot.name for slot in layout.slots], lambda: gain(source, layout.slots)),
     )
     _check_tokens(given, tokenizer)
     return given
