@@ -217,6 +217,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(straight: TrainConfig, tmp_path:
     assert _without_times(ours) == _without_times(theirs)
 
 
+def test_what_the_guard_has_seen_is_known_to_a_run_that_goes_on(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    with pytest.raises(StopAfter.Stopped):
+        train(config(tiny, functions, tmp_path / "run", "level", epochs=9), callbacks=[StopAfter(4)])
+    with pytest.raises(CheckError, match="nothing can be learnt"):
+        train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    assert (
+        max(line["step"] for line in lines(tmp_path / "run") if "reward" in line) == 9
+    )  # the tenth flat step ends it, not the fourteenth
+
+
 def _without_times(bits: dict[str, bytes]) -> dict[str, Any]:
     metrics = [{k: v for k, v in line.items() if k != "sampling_s"} for line in json.loads(bits["metrics"])]
     return {name: data for name, data in bits.items() if name not in ("README.md", "metrics")} | {"metrics": metrics}

@@ -123,7 +123,8 @@ def _sentence(best: Trial, loss: float, given_loss: float | None, differences: S
     if given_loss is None:
         return f"Use {options}: held-out loss {loss:.4f}; with the options as given the run failed."
     if best.number == 0:
-        return f"Keep {options}: no trial has a lower held-out loss than the options as given ({given_loss:.4f})."
+        mean = f", the mean of {len(differences)} seeds" if len(differences) > 1 else ""
+        return f"Keep {options}: no trial has a lower held-out loss than the options as given ({given_loss:.4f}{mean})."
     gain = given_loss - loss
     share = gain / abs(given_loss) if given_loss else 0.0
     said = f"Use {options}: held-out loss {loss:.4f}, {share:.1%} lower than {given_loss:.4f} as given"

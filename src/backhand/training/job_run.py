@@ -342,13 +342,17 @@ class JobRun:
             lambda step, row, number: derived_seed(seed, "answer", step, row, number),
             processes,
         )
+        guard = RewardGuard(self.observer.noted)
+        for measured in processes.gather(self.directory.lines(METRICS))[0]:  # of the steps before, if this goes on
+            if "no_gradient_groups" in measured:
+                guard.remember(measured)
         return RewardedSteps(
             rollout,
             job.train.examples,
             job.config.objective.strength,
             job.memory.micro_batch_rows,
             Certificate(BOUNDS[job.dtype], log),
-            RewardGuard(self.observer.noted),
+            guard,
         )
 
     def _held_out(self, kept: Keeping, objective: Objective | None, rewarded: RewardedSteps | None) -> HeldOut | None:

@@ -33,13 +33,21 @@ class RewardGuard:
         self._varied = False
         self._first: Mapping[str, float] | None = None
 
+    def remember(self, measured: Mapping[str, float]) -> Mapping[str, float]:
+        """Take in what a step has measured, also one before a run was stopped; return that of the first step."""
+        flat = measured["no_gradient_groups"] == 1
+        self._flat = self._flat + 1 if flat else 0
+        self._varied |= not flat
+        self._first = self._first or measured
+        return self._first
+
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
         """Look at what was measured in step `step`, counted from 1.
 
         Raises:
             CheckError: the run would learn nothing, or has left its base altogether.
         """
-        first = self._first = self._first or measured
+        first = self.remember(measured)
         self._never_varying(step, measured)
         cut_off, before = measured["clipped_answers"], first["clipped_answers"]
         if cut_off > _MANY_CUT and before < _FEW_CUT:
@@ -70,9 +78,6 @@ class RewardGuard:
             )
 
     def _never_varying(self, step: int, measured: Mapping[str, float]) -> None:
-        flat = measured["no_gradient_groups"] == 1
-        self._flat = self._flat + 1 if flat else 0
-        self._varied |= not flat
         if self._flat < FLAT_STEPS:
             return
         found = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
