@@ -222,9 +222,8 @@ def test_what_the_guard_has_seen_is_known_to_a_run_that_goes_on(tiny: TinyRun, f
         train(config(tiny, functions, tmp_path / "run", "level", epochs=9), callbacks=[StopAfter(4)])
     with pytest.raises(CheckError, match="nothing can be learnt"):
         train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
-    assert (
-        max(line["step"] for line in lines(tmp_path / "run") if "reward" in line) == 9
-    )  # the tenth flat step ends it, not the fourteenth
+    taken = max(line["step"] for line in lines(tmp_path / "run") if "reward" in line)
+    assert taken == 9, "the tenth flat step ends it, not the fourteenth"
 
 
 def _without_times(bits: dict[str, bytes]) -> dict[str, Any]:
