@@ -36,11 +36,11 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
 	$(addprefix tests/kernels/test_,dense_product.py loops.py panels.py quantized_matrix.py)
 
-.PHONY: help set-up kernels kernels-sanitize wheels test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make kernels | wheels | test-foreign | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
+	@echo '  make kernels | wheels | test-install | test-foreign | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -114,6 +114,11 @@ kernels-sanitize: | $(BIN)/python
 # One wheel a platform with its kernels in it, and the source distribution: dist/. Nothing but packages of PyPI.
 wheels: $(VENV)/.wheels
 	@$(BIN)/python tools/wheels.py
+
+# Each way of installing the package, in bare environments: pip, uv, uvx, pipx, the newest and the oldest dependencies.
+INSTALL_PATHS :=
+test-install: | $(BIN)/python
+	@$(BIN)/python tools/install_paths.py $(INSTALL_PATHS)
 
 # The wheels' kernels for Windows under Wine, and for ARM under qemu-user, against those of Linux on x86-64.
 FOREIGN = HF_HUB_OFFLINE=1 $(BIN)/python tools/foreign_kernels.py --against $(wildcard dist/*manylinux*x86_64.whl)

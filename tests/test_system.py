@@ -126,3 +126,15 @@ def test_memory_is_told(form):
     assert form.memory_bytes() > 2**28
     assert form.rss_bytes() > 2**20
     assert form.peak_rss_bytes() >= form.rss_bytes() // 2
+
+
+def test_what_is_missing_is_installed_by_what_made_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert system.install("peft") == "pip install peft"
+    monkeypatch.setattr(system, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "executable", "/home/a b/bin/python")
+    assert system.install("peft") == "uv pip install --python '/home/a b/bin/python' peft"
+    (tmp_path / "pipx_metadata.json").touch()
+    assert system.install("peft") == "pipx runpip backhand install peft"

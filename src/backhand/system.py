@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import mmap
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 """With every `os.open`: not for programs that are started, and bytes as they are."""
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+
+
+def install(what: str) -> str:
+    """What to type to have packages where this program is: its environment may be one that uv or pipx has made."""
+    if Path(sys.prefix, "pipx_metadata.json").exists():
+        return f"pipx runpip backhand install {what}"
+    if find_spec("pip") is None:  # as in every environment of uv
+        return f"uv pip install --python {shlex.quote(sys.executable)} {what}"
+    return f"pip install {what}"
 
 
 def stop_signals() -> tuple[int, ...]:

