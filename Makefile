@@ -36,11 +36,11 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
 	$(addprefix tests/kernels/test_,dense_product.py loops.py panels.py quantized_matrix.py)
 
-.PHONY: help set-up kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
-	@echo '  make kernels | wheels | test-install | test-foreign | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | bench | check | docs | size | format | readme | clean'
+	@echo '  make kernels | wheels | test-install | test-foreign | verify | verify-large | tests | fuzz | test-avx2 | test-smollm2 | test-slow | test-browser | test-cuda | test-mps | bench | check | docs | size | format | readme | clean'
 
 # ---- set-up: each stamp is one installed set of packages ---------------------------------------------------------
 
@@ -178,6 +178,19 @@ test-browser: $(VENV)/.browser $(VENV)/.model kernels
 	@[ -n "$$CHROMIUM" ] || command -v chromium || command -v chromium-browser || command -v google-chrome || \
 		{ echo 'make: no Chromium found: apt-get install chromium, or CHROMIUM=/path/to/it' >&2; exit 2; }
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+# What a day with a card, or with a Mac, would run: every op and whole runs on it against the processor; and the proofs,
+# which are in float64, where MPS has none.
+test-cuda: $(VENV)/.test $(VENV)/.model kernels
+	BACKHAND_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/devices $(PYTEST_ARGS)
+	$(BIN)/backhand verify --device cuda
+	HF_HUB_OFFLINE=1 $(BIN)/backhand train --device cuda --model smollm2-135m --data docs/recipes/tickets.jsonl \
+		--eval-data docs/recipes/tickets_held_out.jsonl --output runs/cuda --overwrite
+
+test-mps: $(VENV)/.test $(VENV)/.model
+	BACKHAND_TEST_DEVICE=mps HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/devices $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/backhand train --device mps --model smollm2-135m --data docs/recipes/tickets.jsonl \
+		--eval-data docs/recipes/tickets_held_out.jsonl --output runs/mps --overwrite
 
 # Hostile files of seven kinds, drawn from numbers, each read by a command in a child with limits; what fails is kept.
 # A minute on two cores; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.

@@ -49,7 +49,7 @@ def kto_forward(log_ratio: Tensor, desirable: Tensor, kl: Tensor, rule: KTORule)
 
     Args:
         log_ratio: ρ, (rows,).
-        desirable: (rows,) bool.
+        desirable: (rows,) bool, on any device.
         kl: z₀, 0-d.
         rule: β and the weights.
 
@@ -58,7 +58,8 @@ def kto_forward(log_ratio: Tensor, desirable: Tensor, kl: Tensor, rule: KTORule)
     """
     wide = torch.promote_types(log_ratio.dtype, torch.float32)
     apart = rule.beta * (log_ratio.to(wide) - kl.to(wide))
-    signed = torch.full_like(apart, -rule.undesirable_weight).masked_fill_(desirable, rule.desirable_weight)
+    good = desirable.to(apart.device)
+    signed = torch.full_like(apart, -rule.undesirable_weight).masked_fill_(good, rule.desirable_weight)
     return signed.abs() * sigmoid(-signed.sign() * apart), KTOSaved(apart, signed, rule.beta, log_ratio.dtype)
 
 

@@ -70,7 +70,7 @@ def _drawn_weight(draw: Draw, columns: int, parts: list[tuple[str, int]], ordere
 def _stored(given: Given) -> list[tuple[str, Bytes, Tensor | None]]:
     """Type, blocks and order of each part."""
     return [
-        (name, given[f"blocks {i}"].cpu().numpy(), given.get(f"order {i}"))
+        (name, given[f"blocks {i}"].cpu().numpy(), given[f"order {i}"].cpu() if f"order {i}" in given else None)
         for i, (name, _) in enumerate(given["parts"])
     ]
 
