@@ -24,7 +24,7 @@ from backhand.training.config_file import config_from_table, load_config
 from backhand.training.observer import Observer, RunStart
 from backhand.training.prepared import gain
 from backhand.training.run import train
-from backhand.training.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, RateFacts, chosen_rate
+from backhand.training.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
 
 
@@ -73,7 +73,7 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
     train(tiny.config(tmp_path / "whole", **made), callbacks=[heard])
     rate = load_config(tmp_path / "whole" / "config.toml").optimization.learning_rate
     assert isinstance(rate, float)
-    assert any(said.startswith(f"note: learning rate: {rate:g}, chosen for 6 steps of ") for said in heard.facts)
+    assert any(said.startswith(f"note: learning rate: {rate:g}, chosen for 6 steps ") for said in heard.facts)
     with pytest.raises(Interrupted):
         train(tiny.config(tmp_path / "parts", **made), pause_at=3)
     train(tiny.config(tmp_path / "parts", **made, resume=True))
@@ -82,24 +82,23 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
 
 
 def test_a_number_stays_and_other_words_are_refused() -> None:
-    facts = RateFacts(6, 100.0, 1.0)
-    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", facts) == (3e-5, None)
+    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", 6, lambda: 1.0) == (3e-5, None)
     assert config_from_table({"optimization": {"learning_rate": "auto"}}, "x").optimization.learning_rate == "auto"
     for value in ("fast", True, 0.0):
         with pytest.raises(UsageError, match="learning_rate"):
             OptimizationOptions(learning_rate=value).validate()  # type: ignore[arg-type]
 
 
-def test_the_rate_follows_steps_tokens_and_weights() -> None:
-    def rate(steps: int, tokens: float, gain: float) -> float:
-        return chosen_rate(OptimizationOptions(), "sft", RateFacts(steps, tokens, gain))[0]
+def test_the_rate_follows_steps_and_weights() -> None:
+    def rate(steps: int, gain: float, objective: str = "sft") -> float:
+        return chosen_rate(OptimizationOptions(), objective, steps, lambda: gain)[0]
 
-    usual = rate(400, 100.0, 1.0)
-    assert usual == float(f"{RATE * 0.5:.2g}")
-    assert rate(1600, 100.0, 1.0) == rate(400, 25.0, 1.0) == rate(400, 100.0, 0.5) == usual / 2
-    assert rate(400, 1e6, 1.0) == rate(400, 128.0, 1.0) > usual
-    assert rate(1, 1e6, 100.0) == HIGHEST_RATE
-    assert chosen_rate(OptimizationOptions(), "dpo", RateFacts(1, 1e6, 100.0))[0] == COMPARING_RATE
+    usual = rate(400, 1.0)
+    assert usual == float(f"{RATE / 20:.2g}")
+    assert rate(1600, 2.0) == rate(100, 0.5) == usual
+    assert rate(400, 2.0) == pytest.approx(2 * usual, rel=0.05) and rate(100, 1.0) == pytest.approx(2 * usual, rel=0.05)
+    assert rate(1, 100.0) == HIGHEST_RATE
+    assert rate(1, 100.0, "dpo") == COMPARING_RATE
 
 
 def test_the_gain_is_that_of_the_adapted_matrices_in_the_file() -> None:

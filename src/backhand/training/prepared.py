@@ -36,7 +36,7 @@ from backhand.training.rewards.planned import PromptPacker, check_context
 from backhand.training.rewards.rollout import prompt_of
 from backhand.training.shared import Shared
 from backhand.training.starting import adapter_config, start_notes
-from backhand.training.step_plan import RateFacts, chosen_rate
+from backhand.training.step_plan import chosen_rate
 
 _STEPS_LOOKED_AT = 2000
 _GAINS_LOOKED_AT, _ROWS_AT_ONCE = 8, 256
@@ -66,13 +66,7 @@ class Given:
 
     def rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
         """The learning rate of this run under these options, and why this one; None where it is given."""
-        objective = self.config.objective.objective
-        if options.learning_rate != "auto" or objective != "sft":
-            return chosen_rate(options, objective, RateFacts(self.total_steps, 0.0, 0.0))
-        examples = self.train.examples
-        tokens = sum(example.supervised_tokens for example in examples) / max(1, len(examples)) * options.batch_rows
-        facts = RateFacts(self.total_steps, tokens, self.gain())
-        return chosen_rate(options, objective, facts)
+        return chosen_rate(options, self.config.objective.objective, self.total_steps, self.gain)
 
 
 @dataclass

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.step import LearningRate
@@ -23,40 +23,30 @@ def default_warmup_steps(total_steps: int) -> int:
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
 
 
-def chosen_rate(options: OptimizationOptions, objective: str, of: RateFacts) -> tuple[float, str | None]:
+def chosen_rate(
+    options: OptimizationOptions, objective: str, steps: int, gain: Callable[[], float]
+) -> tuple[float, str | None]:
     """The learning rate of a run, and why this one; None where it was given as a number.
 
-        rate = c g √(min(S, S₀) / n),   at most `HIGHEST_RATE`
+        rate = c g / √n,   at most `HIGHEST_RATE`
 
-    Steps that are noise sum up to √n of one. A step that is the mean of S tokens is less noise by √S, up to where
-    hardly any is left [arXiv:2205.10287, square root scaling]. What an adapter adds to W x matters by its share of it,
-    so that larger frozen weights bear a higher rate. c and S₀ were measured (docs/rates.md).
+    Steps that are noise sum up to √n of one. What an adapter adds to W x matters by its share of it, so that larger
+    frozen weights bear a higher rate. c was measured (docs/rates.md).
+
+    Args:
+        steps: n, of the run.
+        gain: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in common.
     """
     rate = options.learning_rate
     if rate != "auto":
         return rate, None
     if objective != "sft":
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE * of.gain * math.sqrt(min(of.tokens, MOST_TOKENS) / of.steps)):.2g}")
-    steps = f"{count_of(of.steps, 'step')} of {of.tokens:,.0f} supervised tokens"
-    return rate, f"{rate:g}, chosen for {steps} (docs/rates.md); another by --learning-rate"
+    rate = float(f"{min(HIGHEST_RATE, RATE * gain() / math.sqrt(steps)):.2g}")
+    return rate, f"{rate:g}, chosen for {count_of(steps, 'step')} (docs/rates.md); another by --learning-rate"
 
 
-class RateFacts(NamedTuple):
-    """What the learning rate is chosen by.
-
-    Attributes:
-        steps: n, of the run.
-        tokens: S, supervised ones of a step, on average.
-        gain: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in common.
-    """
-
-    steps: int
-    tokens: float
-    gain: float
-
-
-RATE, MOST_TOKENS, HIGHEST_RATE = 3.4e-4, 128, 5e-3
+RATE, HIGHEST_RATE = 1.5e-3, 5e-3
 COMPARING_RATE = 2e-4
 
 
