@@ -47,15 +47,11 @@ def probe_documents(source: ModelSource) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are from those they should be.
+    """How far logits are from those they should be."""
 
-    Attributes:
-        relative: ‖found − wanted‖ / ‖wanted‖.
-        share: ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and
-            something differs.
-    """
-
-    relative: float
+    relative: float  # ‖found − wanted‖ / ‖wanted‖
+    # ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and something
+    # differs
     share: float
     largest: float
 

@@ -77,21 +77,14 @@ def times(table: RotaryTable, multiplier: float | Tensor) -> RotaryTable:
 
 
 class Frequencies(NamedTuple):
-    """What the angles of one set are made from, on their device.
+    """What the angles of one set are made from, on their device."""
 
-    Attributes:
-        short: (pairs,) float32.
-        long: the same for documents longer than `longest_short`; None where there is one list for every length.
-        longest_short: tokens, or None likewise.
-        attention_factor: m.
-        interleaved: whether the pairs are neighbours.
-    """
-
-    short: Tensor
+    short: Tensor  # (pairs,) float32
+    # the same for documents longer than `longest_short`; None where there is one list for every length
     long: Tensor | None
-    longest_short: int | None
-    attention_factor: float
-    interleaved: bool
+    longest_short: int | None  # tokens, or None likewise
+    attention_factor: float  # m
+    interleaved: bool  # whether the pairs are neighbours
 
 
 def angles(frequencies: Frequencies, positions: Tensor, dtype: torch.dtype, reach: Tensor) -> RotaryTable:

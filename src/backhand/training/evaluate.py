@@ -75,21 +75,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get.
-
-    Attributes:
-        rows: how many rows they were made from.
-        prompts: of the rows that end in a reply.
-        notes: what of the rows is not measured, a sentence each.
-        pairs: the rows, where they are pairs.
-        labels: that all prompts are answered with; nothing where these are no labels.
-    """
+    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get."""
 
     held_out: HeldOut
-    rows: int
-    prompts: tuple[Prompt, ...]
-    notes: tuple[str, ...] = ()
-    pairs: tuple[Example, ...] = ()
+    rows: int  # how many rows they were made from
+    prompts: tuple[Prompt, ...]  # of the rows that end in a reply
+    notes: tuple[str, ...] = ()  # what of the rows is not measured, a sentence each
+    pairs: tuple[Example, ...] = ()  # the rows, where they are pairs
+    # that all prompts are answered with; nothing where these are no labels
     labels: Labels = field(default_factory=dict)
 
 

@@ -56,26 +56,19 @@ LAST, FIRST = slice(-WATCHED, None), slice(WATCHED)
 
 @dataclass(frozen=True)
 class RealSize:
-    """One op at one real size.
+    """One op at one real size."""
 
-    Attributes:
-        op: as it is declared.
-        case: its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick.
-        naive: a tensor by name, and its value by sums from the left, in float32; None where the op is itself a
-            recurrence, which has no other order.
-        picked: the rows of a tensor that are measured, by its name; all of the others.
-        loops: whether the op has compiled kernels, whose builds are then measured too.
-        dtypes: in which it is measured.
-        exact: the bound of y is half a unit of rounding, whatever torch errs.
-    """
-
-    op: Op
+    op: Op  # as it is declared
+    # its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick
     case: Case
+    # a tensor by name, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
+    # has no other order
     naive: tuple[str, Callable[[Tensors], Tensor]] | None
+    # the rows of a tensor that are measured, by its name; all of the others
     picked: Mapping[str, slice] = field(default_factory=dict)
-    loops: bool = True
-    dtypes: tuple[torch.dtype, ...] = LOW_PRECISIONS
-    exact: bool = False
+    loops: bool = True  # whether the op has compiled kernels, whose builds are then measured too
+    dtypes: tuple[torch.dtype, ...] = LOW_PRECISIONS  # in which it is measured
+    exact: bool = False  # the bound of y is half a unit of rounding, whatever torch errs
 
 
 def builds() -> tuple[str, ...]:

@@ -23,17 +23,12 @@ ENOUGH_TOKENS = 256
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """The base that a run takes, and what each would take.
+    """The base that a run takes, and what each would take."""
 
-    Attributes:
-        chosen: the plan of the run.
-        plans: of each base that was planned; of one that does not fit the fastest way there is.
-        fitting: those that fit.
-    """
-
-    chosen: MemoryPlan
+    chosen: MemoryPlan  # the plan of the run
+    # of each base that was planned; of one that does not fit the fastest way there is
     plans: Mapping[HeldBase, MemoryPlan]
-    fitting: frozenset[HeldBase]
+    fitting: frozenset[HeldBase]  # those that fit
 
 
 def wanted_bases(

@@ -47,37 +47,22 @@ _SHOWN_TYPES = 3
 
 @dataclass(frozen=True)
 class ListedModel:
-    """One model on this machine.
+    """One model on this machine."""
 
-    Attributes:
-        name: what `--model` takes.
-        path: where it lies.
-        store: whose it is.
-        family: its architecture, as its file names it; None where it cannot be opened.
-        parameters: numbers in its weights.
-        file_bytes: of its weights as they are stored.
-        types: how they are stored, the most frequent first.
-        engine: `backhand`, `transformers`, or None where it cannot be trained.
-        note: why not the decoder engine, or why it cannot be opened.
-        base: how its weights would be held, `dense` or `quantized`; None where the engine does not train it.
-        memory_bytes: highest memory of a step of 4 × 256 tokens; None where it is not known.
-        fits: whether that is free now.
-        seconds_per_1000_tokens: of training; None where it is not known.
-    """
-
-    name: str
-    path: str
-    store: str
-    family: str | None = None
-    parameters: int | None = None
-    file_bytes: int | None = None
-    types: tuple[str, ...] = ()
-    engine: str | None = None
-    note: str | None = None
+    name: str  # what `--model` takes
+    path: str  # where it lies
+    store: str  # whose it is
+    family: str | None = None  # its architecture, as its file names it; None where it cannot be opened
+    parameters: int | None = None  # numbers in its weights
+    file_bytes: int | None = None  # of its weights as they are stored
+    types: tuple[str, ...] = ()  # how they are stored, the most frequent first
+    engine: str | None = None  # `backhand`, `transformers`, or None where it cannot be trained
+    note: str | None = None  # why not the decoder engine, or why it cannot be opened
+    # how its weights would be held, `dense` or `quantized`; None where the engine does not train it
     base: HeldBase | None = None
-    memory_bytes: int | None = None
-    fits: bool | None = None
-    seconds_per_1000_tokens: float | None = None
+    memory_bytes: int | None = None  # highest memory of a step of 4 × 256 tokens; None where it is not known
+    fits: bool | None = None  # whether that is free now
+    seconds_per_1000_tokens: float | None = None  # of training; None where it is not known
 
 
 def models(options: ModelsOptions) -> list[ListedModel]:

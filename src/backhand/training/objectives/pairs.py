@@ -25,15 +25,11 @@ from backhand.training.step import Processes
 
 @dataclass
 class PairObjective(Objective):
-    """A loss of pairs.
+    """A loss of pairs."""
 
-    Attributes:
-        options: which one, and its numbers.
-        partners: of each row of the step that comes next what it meets where pairs are sorted: the other side's number
-            for its own, and for the other side's number its own side's, (2,).
-    """
-
-    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # which one, and its numbers
+    # of each row of the step that comes next what it meets where pairs are sorted: the other side's number for its own,
+    # and for the other side's number its own side's, (2,)
     partners: dict[int, Tensor] = field(default_factory=dict)
 
     def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
