@@ -33,14 +33,11 @@ _ROTARY = Declared("backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; also all that backward needs.
-
-    interleaved: which features are a pair: neighbours, or else those half the rotated features apart.
-    """
+    """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; also all that backward needs."""
 
     cos: Tensor
     sin: Tensor
-    interleaved: bool = False
+    interleaved: bool = False  # whether a pair are neighbours, or else features half the rotated ones apart
 
 
 class RotaryGrads(NamedTuple):

@@ -65,17 +65,12 @@ PACKED: dict[str, Function] = {
 
 
 class Placed(NamedTuple):
-    """Where packed tokens stand to one another; the matrices are (tokens, tokens).
+    """Where packed tokens stand to one another; the matrices are (tokens, tokens)."""
 
-    position: (tokens,) of each in its documents. held: whether the second is in the first's segment, or before it.
-    beside: whether the two continue the same segment side by side. once: as `held`, but of several segments that
-    continue one by the first alone.
-    """
-
-    position: Tensor
-    held: Tensor
-    beside: Tensor
-    once: Tensor
+    position: Tensor  # (tokens,) of each in its documents
+    held: Tensor  # whether the second is in the first's segment, or before it
+    beside: Tensor  # whether the two continue the same segment side by side
+    once: Tensor  # as `held`, but of several segments that continue one by the first alone
 
 
 def placed(runs: tuple[Run, ...], device: torch.device) -> Placed:

@@ -61,16 +61,13 @@ Head = Callable[[Decoder, Tensor], Tensor]
 
 
 class _Piece(NamedTuple):
-    """New tokens of one row: where they stand among the packed ones, and how much of the row is in the cache before.
-
-    reach: how long the row will be when all that is being appended to it is there.
-    """
+    """New tokens of one row: where they stand among the packed ones, and how much of the row is in the cache before."""
 
     row: int
     start: int
     new: int
     seen: int
-    reach: int
+    reach: int  # how long the row will be when all that is being appended to it is there
 
 
 class IncrementalDecoder:

@@ -65,14 +65,11 @@ class MLPKept(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """New tokens of neighbouring rows of a cache: `rows` of them, from `first` on, have `new` each.
-
-    start: where theirs begin among the packed tokens.
-    """
+    """New tokens of neighbouring rows of a cache: `rows` of them, from `first` on, have `new` each."""
 
     first: int
     rows: int
-    start: int
+    start: int  # where theirs begin among the packed tokens
     new: int
 
 

@@ -45,14 +45,10 @@ from backhand.ops.rotary import rotary_backward, rotary_forward
 
 
 class SharedAttentionKept(NamedTuple):
-    """What is kept beside input and output.
+    """What is kept beside input and output."""
 
-    log_sum_exp: see `ops.attention`. factors: of the norms of q, and of k and v where these are the layer's own,
-    (T, heads, 1) each.
-    """
-
-    log_sum_exp: Tensor
-    factors: tuple[Tensor, ...]
+    log_sum_exp: Tensor  # see `ops.attention`
+    factors: tuple[Tensor, ...]  # (T, heads, 1) of the norms of q, and of k and v where these are the layer's own
 
 
 def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
