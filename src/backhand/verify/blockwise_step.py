@@ -15,20 +15,18 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
-from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
-from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
-from backhand.ops.rotary import angles, scaled_for_queries
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.training.objectives.objective import token_owners
 from backhand.training.objectives.options import ObjectiveOptions
@@ -175,27 +173,7 @@ class BlockwiseStep:
 
     def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
         """The block's, of whose last one only these rows are wanted, None for all."""
-        config = self.decoder.config
-        which, table, queries = config.layers[layer].rotary, None, None
-        if which is not None:
-            frequencies = frequencies_of(config.rotary[which], config.rotary_dims[which], self.decoder.device)
-            table = angles(frequencies, self.batch.positions, torch.float64, self.batch.reach)
-            if config.query_scaling is not None:
-                queries = scaled_for_queries(
-                    table, self.batch.positions, config.query_scaling.beta, config.query_scaling.length
-                )
-        wanted = rows if layer == len(config.layers) - 1 else None
-        return BlockContext(
-            config.at(config.layers[layer]),
-            config.layers[layer],
-            table,
-            self.batch.runs,
-            Scratch(),
-            queries,
-            wanted,
-            layer,
-            self.carried,
-        )
+        return self.decoder.contexts(self.batch, rows, self.carried, torch.float64)[layer]
 
 
 def float64_dense(weight: FrozenMatrix) -> Tensor:

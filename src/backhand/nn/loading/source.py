@@ -108,9 +108,6 @@ class ModelSource(ABC):
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """Keys of generation_config.json, empty if there is none."""
-        return self._read_generation_config()
-
-    def _read_generation_config(self) -> dict[str, Any]:
         return {}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
