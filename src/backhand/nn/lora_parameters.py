@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.ops.dora import row_squares
 
 Shape = tuple[int, ...]
@@ -212,9 +213,7 @@ class LoRAParameters:
 
     def token_ids(self, name: str) -> Tensor:
         """(n,) int64 ids of the tokens whose rows a trained tensor holds."""
-        tokens = self.trained[name].token_ids
-        assert tokens is not None
-        return torch.tensor(tokens, device=self.values.device)
+        return torch.tensor(present(self.trained[name].token_ids), device=self.values.device)
 
     def lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the trained values."""

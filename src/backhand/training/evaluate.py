@@ -26,7 +26,7 @@ from backhand.data.examples import Example, check_vocabulary, documents_of
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
-from backhand.errors import CheckError, DataError
+from backhand.errors import CheckError, DataError, present
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
@@ -147,10 +147,10 @@ def compared(
     reference: Tensor | None = None
     for number, one in enumerate(scores):
         loaded.model.use_adapter(bool(number))
-        sums = document_sums(loaded.model, packer, range(len(rows.pairs)), run.micro_batch_rows, Processes())
-        assert sums is not None
+        every = range(len(rows.pairs))
+        sums = present(document_sums(loaded.model, packer, every, run.micro_batch_rows, Processes()))
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
-        measured = means([objective.of_sums(range(len(rows.pairs)), sums).measured])
+        measured = means([objective.of_sums(every, sums).measured])
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
         with_pairs.append(replace(one, pairs=shown))
         reference = sums if reference is None else reference

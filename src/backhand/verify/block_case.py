@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import BlockAdapter, block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
@@ -56,13 +57,11 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
         # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
         saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
-    carried = inputs.context.carried
-    assert carried is not None
+    carried = present(inputs.context.carried)
     carried.returned(LENDER)
     if carried.inputs is not None:
         carried.d_inputs = torch.zeros_like(carried.inputs)
-    d_x0 = block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context)
-    assert d_x0 is not None
+    d_x0 = present(block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context))
     names = list(inputs.lora.slots)
     lent = carried.held(LENDER)
     return BlockGrads(

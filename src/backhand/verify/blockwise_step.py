@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
+from backhand.errors import present
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
@@ -151,9 +152,7 @@ class BlockwiseStep:
         weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
         adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
         _, saved = block_forward(x0, weights, adapter, context, "none")
-        d_x0 = block_backward(d_x2.clone(), saved, weights, adapter, context)
-        assert d_x0 is not None
-        return d_x0
+        return present(block_backward(d_x2.clone(), saved, weights, adapter, context))
 
     def block_weights(self, layer: int) -> BlockWeights:
         """A copy of the block's weights in float64."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.errors import present
 from backhand.kernels.builds import load, usable, using
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
@@ -233,8 +234,7 @@ def _attention(size: float) -> RealSize:
     case = op.case(
         f"{KEYS:,} keys, scores of {size}", (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING
     )
-    assert case.usual is not None
-    case = replace(case, reference=case.usual)  # the reference's whole matrices of scores would be gigabytes
+    case = replace(case, reference=present(case.usual))  # the reference's whole matrices of scores would be gigabytes
     naive = ("y", lambda t: _naive_attention(t["q"], t["k"], t["v"]))
     return RealSize(op, case, naive, {"y": LAST, "q": LAST, "k": FIRST, "v": FIRST})
 

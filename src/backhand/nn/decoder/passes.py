@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
@@ -223,13 +224,13 @@ class Passes:
         d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
         del x
         for layer in reversed(range(lowest_layer, len(contexts))):
-            saved = kept.pop()
-            assert saved is not None and d_x is not None
+            saved, d_x = present(kept.pop()), present(d_x)
             lowest = lowest_group if layer == lowest_layer else -1
             d_x = block_backward(d_x, saved, self.active.blocks[layer], adapters[layer], contexts[layer], lowest)
         if trained.below_blocks and d_x is not None:
             if begin is not None and carried is not None:
-                d_x = embedded_gradient(d_x, carried, begin, self.active.per_layer, self.config, lora, dropout_seed)
+                weights = present(self.active.per_layer)
+                d_x = embedded_gradient(d_x, carried, begin, weights, self.config, lora, dropout_seed)
             if trained.embedding:
                 d_x = self._embedding_scaled(d_x)
                 embedding_gradients(d_x, batch.input_ids, self.active.embedding, self.config, lora)
@@ -266,8 +267,7 @@ class Passes:
         token_loss: TokenLoss | None,
     ) -> tuple[Tensor, Tensor]:
         """∂L/∂x and the loss, from the last block's output at the supervised positions, (supervised, hidden) both."""
-        lora, trained, config = self.lora, self._trained, self.config
-        assert lora is not None
+        lora, trained, config = present(self.lora), self._trained, self.config
         scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
         logits = (

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from backhand.errors import UsageError
+from backhand.errors import UsageError, present
 from backhand.ops.dora import dora_norm
 from backhand.ops.lora_linear import Dropout
 
@@ -310,6 +310,4 @@ class LoRAModule(AdaptedModule):
 
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a module that has one."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
+    return present(module._parameters["weight"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backhand.errors import ResourceError
+from backhand.errors import ResourceError, present
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
 from backhand.training.memory.plan import HeldBase, MemoryPlan
@@ -68,6 +68,5 @@ def choose_base(
     fitting = frozenset(plans)
     chosen = next((plans[base] for base in wanted if base in plans), None)
     if chosen is None:
-        assert failed is not None
-        raise failed
+        raise present(failed)
     return BaseChoice(chosen, plans | {base: plan(base, False) for base in others if base not in plans}, fitting)
