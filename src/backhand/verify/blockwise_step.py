@@ -35,35 +35,25 @@ from backhand.training.objectives.pairs import PairObjective
 from backhand.verify.case import Tensors
 
 
+@dataclass(eq=False)
 class BlockwiseStep:
     """One training step of a decoder with its attached adapter, in float64.
-
-    Args:
-        decoder: with an adapter of nothing but factors.
-        batch: the packed documents, on the decoder's device.
-        dropout_seed: draws the masks; None for no dropout.
-        pair_loss: the loss where documents are pairs; None for Σ nats.
 
     Attributes:
         lora: the adapter's values as the decoder computes with them, and their gradients.
         carried: what the last pass carried beside the stream.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch: PackedBatch,
-        dropout_seed: int | None,
-        loss_scaling: float,
-        pair_loss: PairLoss | None = None,
-    ) -> None:
+    decoder: Decoder  # with an adapter of nothing but factors
+    batch: PackedBatch  # the packed documents, on the decoder's device
+    dropout_seed: int | None  # draws the masks; None for no dropout
+    loss_scaling: float
+    pair_loss: PairLoss | None = None  # the loss where documents are pairs; None for Σ nats
+
+    def __post_init__(self) -> None:
+        decoder = self.decoder
         if decoder.lora is None:
             raise ValueError("there is no adapter to prove: attach one first")
-        self.decoder = decoder
-        self.batch = batch
-        self.dropout_seed = dropout_seed
-        self.loss_scaling = loss_scaling
-        self.pair_loss = pair_loss
         self.carried = Carried()
         self._begun: BeginKept | None = None
         self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
