@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from backhand.bounds import check_kind
@@ -30,7 +29,7 @@ from backhand.errors import CheckError, DataError, present
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
-from backhand.terminal import console_for_tables, working
+from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import LabelScore, label_score, print_labels
 from backhand.training.measuring import HeldOut
@@ -306,17 +305,17 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         return result
     with working("evaluating"):
         result = evaluate(options)
-    table = Table(title=f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens")
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
-    for column in ("model", "loss (nats per token)", "perplexity", "exact match", *labelled):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)
+    title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
+    shown = table_of("model", *columns, right=columns, title=title)
     measured = [(name, found) for name, found in (("base", result.base), ("adapted", result.adapted)) if found]
     for name, found in measured:
         match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
         judged = found.labels
         of_labels = (f"{judged.accuracy:.1%}", f"{judged.f1_macro:.3f}", f"{judged.invented:,}") if judged else ()
-        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match, *of_labels)
-    console_for_tables().print(table)
+        shown.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match, *of_labels)
+    console_for_tables().print(shown)
     if judged := measured[-1][1].labels:
         print_labels(measured[-1][0], judged)
     for name, found in measured:

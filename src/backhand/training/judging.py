@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from backhand.errors import CheckError
+from backhand.files import finite_or_none
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
@@ -243,11 +244,6 @@ class Judge:
             self.base_guard.check()
         progress.finished = True
         return True
-
-
-def finite_or_none(value: float) -> float | None:
-    """The value as strict JSON can hold it."""
-    return value if math.isfinite(value) else None
 
 
 def _is_fresh(state: RunState) -> bool:

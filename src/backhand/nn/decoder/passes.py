@@ -224,7 +224,8 @@ class Passes:
         d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
         del x
         for layer in reversed(range(lowest_layer, len(contexts))):
-            saved, d_x = present(kept.pop()), present(d_x)
+            saved = kept.pop()
+            assert saved is not None and d_x is not None
             lowest = lowest_group if layer == lowest_layer else -1
             d_x = block_backward(d_x, saved, self.active.blocks[layer], adapters[layer], contexts[layer], lowest)
         if trained.below_blocks and d_x is not None:
@@ -267,7 +268,8 @@ class Passes:
         token_loss: TokenLoss | None,
     ) -> tuple[Tensor, Tensor]:
         """∂L/∂x and the loss, from the last block's output at the supervised positions, (supervised, hidden) both."""
-        lora, trained, config = present(self.lora), self._trained, self.config
+        lora, trained, config = self.lora, self._trained, self.config
+        assert lora is not None
         scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
         logits = (
