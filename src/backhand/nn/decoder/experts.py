@@ -220,17 +220,17 @@ def _backward(
     input_gradient: bool,
 ) -> Tensor | None:
     """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
-    factors, into = _factors(adapter, mixture), None
-    interleaved = None
+    factors, into, d_lora_B = _factors(adapter, mixture), None, None
     if factors is not None:
         (member,) = adapter.group.members
-        into = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
-        if _is_interleaved(adapter, mixture):
-            interleaved, into = gate_and_up(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
+        d_lora_A, d_lora_B = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
+        # Kernels add to rows without gaps, and in the buffer the experts' columns stand between one another.
+        into = d_lora_A, torch.zeros_like(factors.lora_B, dtype=d_lora_B.dtype)
     saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
-    if interleaved is not None and into is not None:
-        interleaved += into[1].view_as(interleaved)
+    if d_lora_B is not None and into is not None:
+        d_lora_B = gate_and_up(d_lora_B) if _is_interleaved(adapter, mixture) else d_lora_B
+        d_lora_B += into[1].view_as(d_lora_B)
     return d_x
 
 
