@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from backhand.printing import bounded
+
+T = TypeVar("T")
+
+
+def present(value: T | None) -> T:
+    """What is there by what somebody else has seen to. Raises AssertionError: it is not."""
+    assert value is not None
+    return value
 
 
 class BackhandError(Exception):

@@ -11,6 +11,7 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from backhand.errors import BackhandError, ResourceError, UsageError
 from backhand.system import PLAIN, open_unnamed, sync_directory
@@ -425,6 +427,25 @@ def csv_bytes(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes
     writer.writerow(header)
     writer.writerows(lines)
     return file.getvalue().encode()
+
+
+def write_with_summary(directory: Path, files: Mapping[str, bytes], summary: Mapping[str, object]) -> list[str]:
+    """Write every file, each in one step over an older one of its name, and summary.json with their names; returns all.
+
+    Raises:
+        UsageError: `directory` is a file.
+        ResourceError: it cannot be written.
+    """
+    make_directory(directory)
+    names = [*files, "summary.json"]
+    for name, data in {**files, "summary.json": json_bytes({**summary, "files": names})}.items():
+        write_atomically(directory / name, data)
+    return names
+
+
+def finite_or_none(value: Any) -> Any:
+    """A number as strict JSON can hold it: None for one that is not finite; what is no float as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_bytes(value: object) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from backhand.printing import going_on, may_be_silent, said, visible
@@ -52,6 +53,14 @@ def console_for_tables(width: int = WIDTH_WITHOUT_TERMINAL) -> Console:
     """The same for tables, which keep their columns in a pipe or a file too: these have no width of their own."""
     found = console()
     return found if found.is_terminal else console(width=width)
+
+
+def table_of(*columns: str, right: Collection[str] = (), **options: Any) -> Table:
+    """A table with these columns, those named in `right` to the right; `options` are those of rich's."""
+    made = Table(**options)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
 
 
 @contextmanager

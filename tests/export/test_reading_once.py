@@ -18,7 +18,7 @@ from backhand.adapters import record
 from backhand.export.command import export_command
 from backhand.export.merging import merge_command
 from backhand.export.options import ExportOptions, MergeOptions
-from backhand.export.probes import BlockWalk, Difference, difference, probe_documents, streamed_logits
+from backhand.export.probes import BlockWalk, Difference, difference, probe_documents
 from backhand.kernels import dequantize as unpacking
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import gguf_file, huggingface, open_model
@@ -192,7 +192,7 @@ def test_a_walk_gives_a_blocks_tensors_while_it_is_there(tmp_path: Path) -> None
         assert found is not None and torch.equal(found, source.load(name))
     assert walk.tensor("model.layers.1.self_attn.k_proj.weight") is None, "it has been left behind"
     (logits,) = walk.logits()
-    assert torch.equal(logits, streamed_logits(source, documents)[0])
+    assert torch.equal(logits, BlockWalk(source, documents).logits()[0])
     decoder = Decoder.from_source(source, dtype=torch.float32)
     ids = torch.tensor([token for document in documents for token in document])
     assert torch.equal(logits, decoder.logits(ids, [len(document) for document in documents]))

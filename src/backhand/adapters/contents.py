@@ -78,24 +78,18 @@ def _some_of_each_kind(problems: Sequence[str], limit: int) -> list[str]:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """What a directory holds.
+    """What a directory holds."""
 
-    Attributes:
-        directory: the one with the files, a sub-folder perhaps of the one that was asked for.
-        config_usable: whether `described` can be relied on.
-        tensors: by their names in the file, on the CPU.
-        stored_bytes: size of each tensor in the file, by its name in `tensors`, where it is not the tensor's own.
-        unusable: names of tensors that stand in the file and are left out for one of the problems; None if the file
-            cannot be read at all, so that nothing can be said of single tensors.
-    """
-
-    directory: Path
+    directory: Path  # the one with the files, a sub-folder perhaps of the one that was asked for
     described: PEFTConfig
-    config_usable: bool
-    tensors: dict[str, Tensor]
+    config_usable: bool  # whether `described` can be relied on
+    tensors: dict[str, Tensor]  # by their names in the file, on the CPU
     record: AdapterRecord | None
     problems: tuple[str, ...]
+    # size of each tensor in the file, by its name in `tensors`, where it is not the tensor's own
     stored_bytes: Mapping[str, int] = field(default_factory=dict)
+    # names of tensors that stand in the file and are left out for one of the problems; None if the file cannot be read
+    # at all, so that nothing can be said of single tensors
     unusable: Collection[str] | None = ()
 
 

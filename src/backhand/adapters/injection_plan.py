@@ -25,25 +25,19 @@ from backhand.words import name_list
 
 @dataclass(frozen=True)
 class Injection:
-    """What `inject` is going to do.
-
-    Attributes:
-        targets: the modules to adapt, in the order of the model.
-        kinds: the class that adapts each.
-        shapes: what each has in an adapter's file.
-        module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out.
-        token_modules: the input embedding and modules that share its weight, by path, where rows of it are trained.
-    """
+    """What `inject` is going to do."""
 
     config: LoRAConfig
-    targets: tuple[Target, ...]
+    targets: tuple[Target, ...]  # the modules to adapt, in the order of the model
     modules: dict[str, nn.Module]
-    kinds: dict[str, type[LoRAModule]]
-    shapes: tuple[FactorShapes, ...]
+    kinds: dict[str, type[LoRAModule]]  # the class that adapts each
+    shapes: tuple[FactorShapes, ...]  # what each has in an adapter's file
+    # module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out
     module_names: tuple[str, ...]
     linear: frozenset[str]
     heads: tuple[str, ...]
     trained: tuple[TrainedTensor, ...]
+    # the input embedding and modules that share its weight, by path, where rows of it are trained
     token_modules: dict[str, nn.Module]
     notes: tuple[str, ...]
 

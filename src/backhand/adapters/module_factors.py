@@ -18,22 +18,15 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, expert_factors
 
 @dataclass(frozen=True)
 class ModuleFactors:
-    """One adapted module: delta_weight = scaling · lora_B @ lora_A.
+    """One adapted module: delta_weight = scaling · lora_B @ lora_A."""
 
-    Attributes:
-        lora_A: (rank, in); of a convolution with the kernel's axes in `in`, of an embedding (rank, vocabulary).
-        lora_B: (out, rank).
-        scaling: alpha / rank, or as the configuration says.
-        magnitude: DoRA's m, (out,): the length that each row of weight + delta_weight is brought to; None without.
-        embedding: whether the weight lies the other way round, (in, out), as an embedding's does.
-        kernel: sizes of a convolution's kernel, whose axes lora_A and lora_B have in a file; () for other modules.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
+    lora_A: Tensor  # (rank, in); of a convolution with the kernel's axes in `in`, of an embedding (rank, vocabulary)
+    lora_B: Tensor  # (out, rank)
+    scaling: float  # alpha / rank, or as the configuration says
+    # DoRA's m, (out,): the length that each row of weight + delta_weight is brought to; None without
     magnitude: Tensor | None = None
-    embedding: bool = False
+    embedding: bool = False  # whether the weight lies the other way round, (in, out), as an embedding's does
+    # sizes of a convolution's kernel, whose axes lora_A and lora_B have in a file; () for other modules
     kernel: tuple[int, ...] = ()
 
     @classmethod

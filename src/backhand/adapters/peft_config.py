@@ -17,20 +17,13 @@ from backhand.words import shorten
 
 @dataclass(frozen=True)
 class PEFTConfig:
-    """What an adapter_config.json says.
-
-    Attributes:
-        base_model: `base_model_name_or_path`: a hub id or a path.
-        task_type: `CAUSAL_LM` and the like, or None.
-        revision: of the base model on the hub, or None.
-        fan_in_fan_out: whether the adapted modules are GPT-2's Conv1D.
-    """
+    """What an adapter_config.json says."""
 
     config: LoRAConfig
-    base_model: str | None = None
-    task_type: str | None = None
-    revision: str | None = None
-    fan_in_fan_out: bool = False
+    base_model: str | None = None  # `base_model_name_or_path`: a hub id or a path
+    task_type: str | None = None  # `CAUSAL_LM` and the like, or None
+    revision: str | None = None  # of the base model on the hub, or None
+    fan_in_fan_out: bool = False  # whether the adapted modules are GPT-2's Conv1D
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 

@@ -30,27 +30,20 @@ _BASE_COPY = ".base_layer.weight"
 
 @dataclass(frozen=True)
 class FactorShapes:
-    """What one adapted module must have in the file.
-
-    Attributes:
-        lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module.
-        embedding: whether the module is an embedding, whose factors have names of their own.
-        experts: how many share the parameter, 0 for a module.
-        interleaved: whether the rows of their lora_B are gate's and up's in turns.
-        path: in the file, where it is not `name`.
-        lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude; None where there is none.
-    """
+    """What one adapted module must have in the file."""
 
     name: str
+    # lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module
     lora_A: tuple[int, ...]
     lora_B: tuple[int, ...]
     weight: tuple[int, ...]
-    embedding: bool = False
+    embedding: bool = False  # whether the module is an embedding, whose factors have names of their own
+    # lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude; None where there is none
     lora_bias: tuple[int, ...] | None = None
     magnitude: tuple[int, ...] | None = None
-    experts: int = 0
-    path: str | None = None
-    interleaved: bool = False
+    experts: int = 0  # how many share the parameter, 0 for a module
+    path: str | None = None  # in the file, where it is not `name`
+    interleaved: bool = False  # whether the rows of their lora_B are gate's and up's in turns
 
     def keys(self) -> tuple[str, str]:
         """Names of lora_A and lora_B in the file."""
@@ -103,17 +96,13 @@ def trained_key(tensor: TrainedTensor) -> str:
 
 @dataclass(frozen=True)
 class Matched:
-    """Tensors of a file, told apart.
+    """Tensors of a file, told apart."""
 
-    Attributes:
-        factors: `<module>.lora_A`, `<module>.lora_B` and what else is trained, in the order of the modules.
-        base_copies: whole base weights that PEFT stores beside the factors of embeddings and output heads, by module.
-        problems: a sentence for everything that is missing, unexpected or of another shape.
-    """
-
+    # `<module>.lora_A`, `<module>.lora_B` and what else is trained, in the order of the modules
     factors: dict[str, Tensor]
+    # whole base weights that PEFT stores beside the factors of embeddings and output heads, by module
     base_copies: dict[str, Tensor]
-    problems: list[str]
+    problems: list[str]  # a sentence for everything that is missing, unexpected or of another shape
 
 
 def match_tensors(

@@ -28,28 +28,21 @@ _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """The contents of backhand.json.
+    """The contents of backhand.json."""
 
-    Attributes:
-        origin: where the base weights came from: a path, a hub id or a package.
-        base_digest: of the adapted base tensors, see `base_digest`.
-        tokenizer_digest, chat_template_digest: of what turned text into tokens.
-        data_digest, run_digest: of the training rows and the resolved configuration.
-        config: every option of the run that decided the trained numbers, by `table.name`.
-        packages: versions that wrote the adapter.
-        files: digest of each file beside the record.
-        labels: of rows whose answers are labels, each label's token ids, the one that ends it among them.
-    """
-
-    origin: str | None = None
-    base_digest: str | None = None
+    origin: str | None = None  # where the base weights came from: a path, a hub id or a package
+    base_digest: str | None = None  # of the adapted base tensors, see `base_digest`
+    # tokenizer_digest, chat_template_digest: of what turned text into tokens
     tokenizer_digest: str | None = None
     chat_template_digest: str | None = None
+    # data_digest, run_digest: of the training rows and the resolved configuration
     data_digest: str | None = None
     run_digest: str | None = None
+    # every option of the run that decided the trained numbers, by `table.name`
     config: Mapping[str, Any] = field(default_factory=dict)
-    packages: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = field(default_factory=dict)  # versions that wrote the adapter
+    files: Mapping[str, str] = field(default_factory=dict)  # digest of each file beside the record
+    # of rows whose answers are labels, each label's token ids, the one that ends it among them
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property

@@ -31,30 +31,21 @@ _SUFFIXES = {
 
 @dataclass(frozen=True)
 class AdapterFactors:
-    """An adapter.
+    """An adapter."""
 
-    Attributes:
-        label: for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's; the
-            name alone where it says the rank.
-        directory: where its files lie; a GGUF file itself.
-        modules: by dotted path, in the order of the file.
-        targets: rank, alpha and scaling of the same modules, as the configuration gives them.
-        others: what the file holds besides factors, by its name there: base weights, magnitudes, whole modules.
-        part_bytes: size of each tensor in the file, by its name there.
-        stored_bytes: size of the file of factors.
-        dtype: that all factors have in the file; float32 where they differ.
-    """
-
+    # for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's; the name alone
+    # where it says the rank
     label: str
-    directory: Path
+    directory: Path  # where its files lie; a GGUF file itself
     described: PEFTConfig
-    modules: Mapping[str, ModuleFactors]
-    targets: Sequence[Target]
-    stored_bytes: int
+    modules: Mapping[str, ModuleFactors]  # by dotted path, in the order of the file
+    targets: Sequence[Target]  # rank, alpha and scaling of the same modules, as the configuration gives them
+    stored_bytes: int  # size of the file of factors
+    # what the file holds besides factors, by its name there: base weights, magnitudes, whole modules
     others: Mapping[str, Tensor] = field(default_factory=dict)
-    part_bytes: Mapping[str, int] = field(default_factory=dict)
+    part_bytes: Mapping[str, int] = field(default_factory=dict)  # size of each tensor in the file, by its name there
     record: AdapterRecord | None = None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # that all factors have in the file; float32 where they differ
 
     @property
     def element_count(self) -> int:

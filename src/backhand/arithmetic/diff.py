@@ -161,21 +161,14 @@ def _print(result: Comparison) -> None:
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """One module that both adapters have.
-
-    Attributes:
-        ranks: of the two updates, as far as they are not zero.
-        norms: ‖ΔW‖_F of the two.
-        difference: ‖ΔW − ΔW′‖_F.
-        cosine: between them as vectors; None where one is zero.
-        output_angles, input_angles: principal angles in degrees, ascending; empty where one is zero.
-    """
+    """One module that both adapters have."""
 
     module: str
-    ranks: tuple[int, int]
-    norms: tuple[float, float]
-    difference: float
-    cosine: float | None
+    ranks: tuple[int, int]  # of the two updates, as far as they are not zero
+    norms: tuple[float, float]  # ‖ΔW‖_F of the two
+    difference: float  # ‖ΔW − ΔW′‖_F
+    cosine: float | None  # between them as vectors; None where one is zero
+    # output_angles, input_angles: principal angles in degrees, ascending; empty where one is zero
     output_angles: tuple[float, ...]
     input_angles: tuple[float, ...]
 
@@ -187,13 +180,10 @@ class ModuleDifference:
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """Two adapters.
-
-    Attributes:
-        only_first, only_second: ‖ΔW‖_F of the modules that one alone has.
-    """
+    """Two adapters."""
 
     modules: tuple[ModuleDifference, ...]
+    # only_first, only_second: ‖ΔW‖_F of the modules that one alone has
     only_first: dict[str, float]
     only_second: dict[str, float]
 

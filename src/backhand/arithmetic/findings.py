@@ -66,6 +66,14 @@ def leave_findings(
 _DPI = 110
 
 
+def label_axes(axes: Axes, title: str, x: str = "", y: str = "", *, grid: bool = True, **legend: Any) -> None:
+    """Say what is drawn; `legend` are options of matplotlib's."""
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(visible=grid, linewidth=0.3)
+    axes.legend(fontsize="small", **legend)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches, whose parts make room for one another."""
     from matplotlib.figure import Figure

@@ -17,25 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand.
-
-    Attributes:
-        example: a complete command line that works as it stands (with the user's own rows in rows.jsonl).
-        options: `module:dataclass`, whose fields are the options.
-        function: `module:function` that gets the dataclass.
-        file: reads a TOML file that may be named first.
-        tell_typed: whether the function also gets the names of the fields that were typed, as `typed`.
-        report_of: the run, if any, about which the command proves something: its report is written again.
-    """
+    """One subcommand."""
 
     name: str
     summary: str
-    example: str
-    options: str
-    function: str
+    example: str  # a complete command line that works as it stands (with the user's own rows in rows.jsonl)
+    options: str  # `module:dataclass`, whose fields are the options
+    function: str  # `module:function` that gets the dataclass
     positional: tuple[str, ...] = ()
-    file: Callable[[Path], Any] | None = None
-    tell_typed: bool = False
+    file: Callable[[Path], Any] | None = None  # reads a TOML file that may be named first
+    tell_typed: bool = False  # whether the function also gets the names of the fields that were typed, as `typed`
+    # the run, if any, about which the command proves something: its report is written again
     report_of: Callable[[Any], Path | None] | None = None
 
     def parsed(self) -> Callable[..., Prepared]:

@@ -39,22 +39,15 @@ NO_TEMPLATE = "none"
 
 @dataclass(frozen=True)
 class Document:
-    """Text that becomes one sequence of tokens.
+    """Text that becomes one sequence of tokens."""
 
-    Attributes:
-        text: rendered, with `mark` behind the first character of every control token that came from data.
-        spans: (start, end) places in `text`, ascending, whose tokens carry loss.
-        mark: see `backhand.data.text_encoder`.
-        append_eos: the text does not end as a turn or a document does, so the end-of-sequence token is added to it,
-            with loss if a span reaches the end.
-        prefix: put the tokenizer's begin-of-sequence token first (a chat template writes its own).
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    mark: str | None
+    text: str  # rendered, with `mark` behind the first character of every control token that came from data
+    spans: tuple[tuple[int, int], ...]  # (start, end) places in `text`, ascending, whose tokens carry loss
+    mark: str | None  # see `backhand.data.text_encoder`
+    # the text does not end as a turn or a document does, so the end-of-sequence token is added to it, with loss if a
+    # span reaches the end
     append_eos: bool
-    prefix: bool
+    prefix: bool  # put the tokenizer's begin-of-sequence token first (a chat template writes its own)
     source: str
 
 

@@ -16,7 +16,7 @@ from backhand.data.options import LintOptions
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
 from backhand.printing import say, visible
-from backhand.terminal import console_for_tables
+from backhand.terminal import console_for_tables, table_of
 from backhand.words import count_of
 
 
@@ -79,7 +79,7 @@ def print_lint(console: Console, report: LintReport) -> None:
 
 
 def _sources(report: LintReport) -> Table:
-    table = _table("file", "form", "rows", "used for", right=("rows",))
+    table = table_of("file", "form", "rows", "used for", right=("rows",))
     parts: list[tuple[str, DataReport]] = [("training", report.train)]
     if report.held_out is not None and report.held_out.sources != report.train.sources:
         parts.append(("held out", report.held_out))
@@ -102,14 +102,14 @@ def _documents(report: LintReport) -> str:
 def _lengths(report: LintReport) -> Table:
     names = [name for quantiles in report.lengths.values() for name in quantiles]
     columns = tuple(dict.fromkeys(names))
-    table = _table("a document has", *columns, right=columns)
+    table = table_of("a document has", *columns, right=columns)
     for name, quantiles in report.lengths.items():
         table.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
     return table
 
 
 def _checks(report: LintReport) -> Table:
-    table = _table("looked for", "found", right=("found",))
+    table = table_of("looked for", "found", right=("found",))
     for kind, words in CHECKS.items():
         found = [finding for finding in report.findings if finding.kind == kind]
         count = sum(finding.count for finding in found)
@@ -139,10 +139,3 @@ def _verdict(report: LintReport) -> Text:
     if warnings:
         return Text(f"training can begin; {count_of(warnings, 'kind')} of problems to look at", style="yellow")
     return Text("nothing is wrong with these rows", style="bold green")
-
-
-def _table(*columns: str, right: tuple[str, ...]) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return table

@@ -37,16 +37,11 @@ _OTHER_THOUGHTS = ("thinking", "reasoning")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with what carries loss.
+    """Messages with what carries loss."""
 
-    Attributes:
-        messages: as the chat template reads them.
-        supervised: for each message, whether it is an assistant turn that carries loss.
-        tools: descriptions of functions the model may call, as the chat template reads them.
-    """
-
-    messages: tuple[Message, ...]
-    supervised: tuple[bool, ...]
+    messages: tuple[Message, ...]  # as the chat template reads them
+    supervised: tuple[bool, ...]  # for each message, whether it is an assistant turn that carries loss
+    # descriptions of functions the model may call, as the chat template reads them
     tools: tuple[Mapping[str, Any], ...] | None
     source: str
 

@@ -33,19 +33,13 @@ _OPENING = re.compile(r"(<|\[|◁)([^<>/|\[\]◁▷]+)(?:>|\]|▷)\s*$")
 
 @dataclass(frozen=True)
 class ReplyStart:
-    """Where a reply begins.
+    """Where a reply begins."""
 
-    Attributes:
-        text: rendered up to and with the reply.
-        start: where in it the reply begins.
-        how: `asked` where it goes on from the generation prompt as it stands, else one of the ways above.
-        detail: the empty thought that was written, the switch as `NAME=VALUE`, or what else the prompt writes.
-    """
-
-    text: str
-    start: int
+    text: str  # rendered up to and with the reply
+    start: int  # where in it the reply begins
+    # `asked` where it goes on from the generation prompt as it stands, else one of the ways above
     how: Literal["asked", "emptied", "switched", "headed"] = "asked"
-    detail: str = ""
+    detail: str = ""  # the empty thought that was written, the switch as `NAME=VALUE`, or what else the prompt writes
 
 
 def switches(template: str, args: Mapping[str, Any]) -> list[dict[str, bool]]:

@@ -11,18 +11,13 @@ from backhand.data.messages import Conversation
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what is to follow it.
+    """A prompt and what is to follow it."""
 
-    Attributes:
-        prompt, completion: as the row has them; completion is None where the row only asks.
-        separator: stands between them where no chat template does.
-        system: a system message of the row's own.
-    """
-
+    # prompt, completion: as the row has them; completion is None where the row only asks
     prompt: str
     completion: str | None
-    separator: str
-    system: str | None
+    separator: str  # stands between them where no chat template does
+    system: str | None  # a system message of the row's own
     source: str
 
 

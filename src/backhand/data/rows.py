@@ -12,34 +12,24 @@ from backhand.words import shorten
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row of a file.
+    """One row of a file."""
 
-    Attributes:
-        values: column name to value, as the file has it (JSON types).
-        source: where it stands, and no other row: `file:line`, `name row N` where there are no lines, both where
-            several rows share a line.
-    """
-
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # column name to value, as the file has it (JSON types)
+    # where it stands, and no other row: `file:line`, `name row N` where there are no lines, both where several rows
+    # share a line
     source: str
 
 
 @dataclass
 class BadRows:
-    """What happens at a malformed row: with `skip_bad` it is counted, without it the error is raised.
+    """What happens at a malformed row: with `skip_bad` it is counted, without it the error is raised."""
 
-    Attributes:
-        skip_bad: count instead of raising.
-        empty_lines: lines of nothing but white space so far.
-        errors: the first few of them.
-        first_of_file: the first in the file that is being read; whoever begins another one sets it to None.
-    """
-
-    skip_bad: bool = False
+    skip_bad: bool = False  # count instead of raising
     count: int = 0
-    empty_lines: int = 0
-    errors: list[DataError] = field(default_factory=list)
+    empty_lines: int = 0  # lines of nothing but white space so far
+    errors: list[DataError] = field(default_factory=list)  # the first few of them
     keep: int = 5
+    # the first in the file that is being read; whoever begins another one sets it to None
     first_of_file: DataError | None = None
 
     def add(self, error: DataError) -> None:

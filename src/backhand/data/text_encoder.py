@@ -33,15 +33,11 @@ _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids and where in the text each stands.
+    """Token ids and where in the text each stands."""
 
-    Attributes:
-        input_ids: (tokens,) int32.
-        ends: (tokens,) int32, one behind the last character of each token. (Starts are not kept: some tokenizers move
-            them past white space.)
-    """
-
-    input_ids: TokenIds
+    input_ids: TokenIds  # (tokens,) int32
+    # (tokens,) int32, one behind the last character of each token. (Starts are not kept: some tokenizers move them past
+    # white space.)
     ends: npt.NDArray[np.int32]
 
 

@@ -62,7 +62,9 @@ def write_huggingface(
         with (directory / file).open("xb") as out:
             _write_shard(out, tensors, weights)
     if len(shards) > 1:
-        _write_json(directory / INDEX_FILE, _index(shards))
+        total_size = sum(tensor.byte_count for tensors in shards.values() for tensor in tensors)
+        weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     _write_json(directory / CONFIG_FILE, _config(weights, dtypes))
     _write_tokenizer(directory, weights.source)
     write_atomically(directory / "README.md", card.encode("utf-8"))
@@ -152,13 +154,6 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
         piece.of(stack).copy_(stored)
     assert stack is not None
     return stack
-
-
-def _index(shards: Mapping[str, Sequence[_Stored]]) -> dict[str, Any]:
-    return {
-        "metadata": {"total_size": sum(tensor.byte_count for tensors in shards.values() for tensor in tensors)},
-        "weight_map": {tensor.name: file for file, tensors in shards.items() for tensor in tensors},
-    }
 
 
 def _config(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:

@@ -39,22 +39,16 @@ class ModuleLoss:
 
 @dataclass
 class MergedWeights:
-    """The tensors of the merged model, made one by one from base and adapter.
-
-    Attributes:
-        trained: tensors that take the place of the base's, by name.
-        keeps_head_tied: whether a head that is the embedding's matrix goes along with what becomes of that.
-        digests: of what each tensor must read back as, by name, for tensors made so far.
-        losses: of the merged modules so far.
-        walk: through the base's blocks, which computes the probes' logits beside; what it has read is not read again.
-    """
+    """The tensors of the merged model, made one by one from base and adapter."""
 
     source: ModelSource
     factors: Factors
-    trained: Mapping[str, Tensor] = field(default_factory=dict)
-    keeps_head_tied: bool = False
+    trained: Mapping[str, Tensor] = field(default_factory=dict)  # tensors that take the place of the base's, by name
+    keeps_head_tied: bool = False  # whether a head that is the embedding's matrix goes along with what becomes of that
+    # of what each tensor must read back as, by name, for tensors made so far
     digests: dict[str, str] = field(default_factory=dict)
-    losses: list[ModuleLoss] = field(default_factory=list)
+    losses: list[ModuleLoss] = field(default_factory=list)  # of the merged modules so far
+    # through the base's blocks, which computes the probes' logits beside; what it has read is not read again
     walk: BlockWalk | None = None
 
     @property

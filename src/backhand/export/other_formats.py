@@ -53,11 +53,8 @@ def mlx_files(
     Raises:
         ArtifactError: modules that MLX cannot adapt, by name.
     """
-    reasons = {}
-    for module in factors:
-        if module == "lm_head" and tied_head:
-            reasons[module] = "the head is the embedding's matrix, and MLX has no module of its own for it"
-    refuse("mlx", reasons)
+    if tied_head and "lm_head" in factors:
+        refuse("mlx", {"lm_head": "the head is the embedding's matrix, and MLX has no module of its own for it"})
     scale = Counter(one.scaling for one in factors.values()).most_common(1)[0][0]
     rank = max(one.rank for one in factors.values())
     found = {name: _IN_LAYER.fullmatch(name) for name in factors}

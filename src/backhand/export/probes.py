@@ -47,15 +47,11 @@ def probe_documents(source: ModelSource) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are from those they should be.
+    """How far logits are from those they should be."""
 
-    Attributes:
-        relative: ‖found − wanted‖ / ‖wanted‖.
-        share: ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and
-            something differs.
-    """
-
-    relative: float
+    relative: float  # ‖found − wanted‖ / ‖wanted‖
+    # ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and something
+    # differs
     share: float
     largest: float
 
@@ -85,7 +81,7 @@ _ROWS = 16
 
 # Logits of a model that is never in memory as a whole: block after block is read, used and dropped.
 #
-# It takes one block in the compute dtype; of embedding and head, which stay as they are stored, rows and tiles.
+# It takes one block in float32; of embedding and head, which stay as they are stored, rows and tiles.
 # Several adapters are computed side by side, and whoever writes the model meanwhile takes the block's tensors from
 # here, so that each is read and unpacked once for all of them.
 
@@ -107,14 +103,11 @@ class BlockWalk:
         source: ModelSource,
         documents: Sequence[Sequence[int]],
         adapters: Sequence[LoRAParameters | None] = (None,),
-        *,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._source = source
-        self._dtype = dtype
         self._adapters = adapters
         self._config = config = decoder_config(source.config)
-        self._outer = load_weights(source, replace(config, layers=()), dtype, quantized=True)
+        self._outer = load_weights(source, replace(config, layers=()), torch.float32, quantized=True)
         self._decoders = [Decoder(config, self._outer) for _ in adapters]
         for decoder, lora in zip(self._decoders, adapters, strict=True):
             if lora is not None:
@@ -128,7 +121,7 @@ class BlockWalk:
         self._views: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor | None:
-        """A block's tensor, dense in the compute dtype; the walk goes on to this block.
+        """A block's tensor, dense in float32; the walk goes on to this block.
 
         None for what is no block's, and for a block that the walk has left behind.
         """
@@ -152,7 +145,7 @@ class BlockWalk:
         layer = self._layer + 1
         if layer == len(self._config.layers):
             return False
-        block, self._views = _block_weights(self._source, self._config, layer, self._dtype)
+        block, self._views = _block_weights(self._source, self._config, layer)
         for index, lora in enumerate(self._adapters):
             own = block if lora is None else TrainedWeights(self._outer, self._config, lora).block(layer, block)
             adapter = block_adapter(lora, self._config, layer, None, linear_parts(own, self._config, layer))
@@ -162,31 +155,18 @@ class BlockWalk:
         return True
 
 
-def streamed_logits(
-    source: ModelSource,
-    documents: Sequence[Sequence[int]],
-    adapters: Sequence[LoRAParameters | None] = (None,),
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> list[Tensor]:
-    """Logits of every position of every document, with each of the adapters; see `BlockWalk`."""
-    return BlockWalk(source, documents, adapters, dtype=dtype).logits()
-
-
 def layer_of(name: str) -> int | None:
     """The block that a tensor is of, by its Hugging Face name; None for one outside the blocks."""
     rest = name.removeprefix(_BLOCKS)
     return None if rest == name else int(rest.partition(".")[0])
 
 
-def _block_weights(
-    source: ModelSource, config: DecoderConfig, layer: int, dtype: torch.dtype
-) -> tuple[BlockWeights, dict[str, Tensor]]:
+def _block_weights(source: ModelSource, config: DecoderConfig, layer: int) -> tuple[BlockWeights, dict[str, Tensor]]:
     """A block, and its tensors by their names in the source."""
     # A model of this one layer, whose embedding of one row and final norm are left unfilled.
     own = config.per_layer and config.per_layer._replace(layers=1, vocab_size=1)
     single = replace(config, layers=(config.layers[layer],), vocab_size=1, tied_head=True, per_layer=own)
-    weights = empty_weights(single, dtype)
+    weights = empty_weights(single, torch.float32)
     first, this = f"{_BLOCKS}0.", f"{_BLOCKS}{layer}."
     views = {
         this + name.removeprefix(first): view for name, view in dense_views(weights, single) if name.startswith(first)

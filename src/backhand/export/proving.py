@@ -14,7 +14,7 @@ from backhand.adapters.loading import LoadedAdapter
 from backhand.adapters.module_factors import Factors, ModuleFactors, parameters_of
 from backhand.errors import CheckError, ResourceError, UsageError
 from backhand.export.opened_adapter import OpenedAdapter
-from backhand.export.probes import difference, streamed_logits
+from backhand.export.probes import BlockWalk, difference
 from backhand.runs.directory import ADAPTER, CONFIG, Proof, opened, proof_log
 from backhand.words import labelled, show_notes
 
@@ -114,7 +114,7 @@ def prove_logits(prover: Prover, opened: OpenedAdapter, read: Factors) -> None:
     """
     kind = opened.source.config.get("model_type")
     exported, written = (parameters_of(factors, kind) for factors in (opened.factors, read))
-    base, wanted, found = streamed_logits(opened.source, opened.documents, [None, exported, written])
+    base, wanted, found = BlockWalk(opened.source, opened.documents, [None, exported, written]).logits()
     measured = difference(found, wanted, base)
     prover.check(
         f"logits on {wanted.shape[0]} probe tokens equal those of the adapter that was exported",

@@ -27,20 +27,14 @@ from backhand.nn.model_options import BaseModelOptions
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that completes prompts, and what turns text into prompts and back.
+    """A model that completes prompts, and what turns text into prompts and back."""
 
-    Attributes:
-        model: with the adapter, if one was asked for.
-        stop_ids: tokens that end an answer.
-        notes: what a person should know, a sentence each: which way the model is computed, what the adapter's files
-            say.
-        labels: that the adapter's record names, see `labels`; none where they are no tokens of this model.
-    """
-
-    model: Completer
+    model: Completer  # with the adapter, if one was asked for
     tokenizer: Any
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]  # tokens that end an answer
+    # what a person should know, a sentence each: which way the model is computed, what the adapter's files say
     notes: tuple[str, ...] = ()
+    # that the adapter's record names, see `labels`; none where they are no tokens of this model
     labels: Labels = field(default_factory=dict)
 
 

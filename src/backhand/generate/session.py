@@ -24,16 +24,11 @@ PROMPT = "prompt"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """What a model said."""
 
-    Attributes:
-        text: without control tokens, stop tokens and stop strings.
-        tokens: how many were generated, the stop token among them.
-        finish_reason: `stop` where the model or a stop string ended it, `length` where it ran out of tokens.
-    """
-
-    text: str
-    tokens: int
+    text: str  # without control tokens, stop tokens and stop strings
+    tokens: int  # how many were generated, the stop token among them
+    # `stop` where the model or a stop string ended it, `length` where it ran out of tokens
     finish_reason: Literal["stop", "length"]
 
 

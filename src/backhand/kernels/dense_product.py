@@ -50,18 +50,14 @@ _PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS +
 
 
 class Term(NamedTuple):
-    """scaling · h factorᵀ, added to the columns from `column` on.
-
-    h: (rows, rank). factor: (n, rank), as lora_B is, or its transpose if `transposed`, as lora_A is.
-    lora_A: (rank, in), if h is to be formed first, x Aᵀ, and written; None if it is there.
-    """
+    """scaling · h factorᵀ, added to the columns from `column` on."""
 
     column: int
-    h: Tensor
-    factor: Tensor
+    h: Tensor  # (rows, rank)
+    factor: Tensor  # (n, rank), as lora_B is
     scaling: float = 1.0
-    lora_A: Tensor | None = None
-    transposed: bool = False
+    lora_A: Tensor | None = None  # (rank, in), if h is to be formed first, x Aᵀ, and written; None if it is there
+    transposed: bool = False  # whether the factor is (rank, n), as lora_A is
 
     @property
     def outputs(self) -> int:

@@ -28,18 +28,13 @@ _ROWS_IN_ORDER = 512
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """One part.
+    """One part."""
 
-    Attributes:
-        blocks: (rows, bytes of a row) uint8, rows one behind the other.
-        type_id: ggml's number of the type.
-        order: (out,) int64, which stored row is row 0, 1, … of this part; None for all in their own order.
-        column_order: (in,) int64, which stored column is column 0, 1, …; None for all in their own order.
-    """
-
-    blocks: Bytes
-    type_id: int
+    blocks: Bytes  # (rows, bytes of a row) uint8, rows one behind the other
+    type_id: int  # ggml's number of the type
+    # (out,) int64, which stored row is row 0, 1, … of this part; None for all in their own order
     order: Tensor | None = None
+    # (in,) int64, which stored column is column 0, 1, …; None for all in their own order
     column_order: Tensor | None = None
 
     @property

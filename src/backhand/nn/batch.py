@@ -35,24 +35,20 @@ class PackedBatch:
     Documents that begin alike share segments: a segment continues its parent, and a document is a segment with all that
     it continues, from a root on. Each segment stands behind its parent, with nothing between the two but other segments
     that continue the parent, and theirs. A document that shares nothing is one segment.
-
-    Attributes:
-        input_ids: (tokens,) int64.
-        labels: (tokens,) int64; `labels[i]` is the next token after position i of every document that holds it,
-            or `IGNORE_INDEX` where position i carries no loss. At a document's last position it is a token that
-            was left out because nothing could be predicted from it, or `IGNORE_INDEX`.
-        lengths: tokens of each segment; they sum to `tokens`.
-        parents: the segment that each continues, by its number, or -1; nothing where none continues another.
-        documents: the segment that each document ends with, in the caller's order, or -1 for one without positions;
-            None where these are the segments that none continues.
-        entering: what the blocks below some layer come to, so that a pass begins there; None to begin at the ids.
     """
 
-    input_ids: Tensor
+    input_ids: Tensor  # (tokens,) int64
+    # (tokens,) int64; `labels[i]` is the next token after position i of every document that holds it, or `IGNORE_INDEX`
+    # where position i carries no loss. At a document's last position it is a token that was left out because nothing
+    # could be predicted from it, or `IGNORE_INDEX`
     labels: Tensor
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each segment; they sum to `tokens`
+    # the segment that each continues, by its number, or -1; nothing where none continues another
     parents: tuple[int, ...] = ()
+    # the segment that each document ends with, in the caller's order, or -1 for one without positions; None where these
+    # are the segments that none continues
     documents: tuple[int, ...] | None = None
+    # what the blocks below some layer come to, so that a pass begins there; None to begin at the ids
     entering: Entering | None = None
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.ops.dora import row_squares
 
 Shape = tuple[int, ...]
@@ -23,34 +24,24 @@ TOKENS = "trainable_tokens"
 
 @dataclass(frozen=True)
 class LoRASlot:
-    """One adapted module: where it is, how large its factors are, and what is trained beside them.
+    """One adapted module: where it is, how large its factors are, and what is trained beside them."""
 
-    Attributes:
-        name: dotted module path, e.g. `model.layers.0.self_attn.q_proj`.
-        in_features, out_features: the frozen weight is (out_features, in_features), an embedding's (in, out).
-        rank: rows of lora_A, columns of lora_B.
-        scaling: the multiplier of the low-rank branch, alpha / rank or alpha / √rank.
-        dropout: probability that an input element of the low-rank branch is dropped; an embedding has none.
-        use_dora: whether a magnitude of the adapted weight's rows is trained, see `ops.dora`.
-        lora_bias: whether lora_B has a bias, see `ops.lora_bias`.
-        embedding: whether the module is an embedding, of in_features tokens.
-        experts: how many experts' matrices, (out_features, in_features) each, are one parameter; 0 for a module. Their
-            factors lie in two matrices as PEFT has them: expert by expert in lora_A's rows, rank by rank in lora_B's
-            columns (`expert_factors`).
-        interleaved: whether the rows of the experts' lora_B are gate's and up's interleaved, as PEFT has them where the
-            parameter's outputs are; the matrices here have gate's rows before up's.
-    """
-
-    name: str
+    name: str  # dotted module path, e.g. `model.layers.0.self_attn.q_proj`
+    # in_features, out_features: the frozen weight is (out_features, in_features), an embedding's (in, out)
     in_features: int
     out_features: int
-    rank: int
-    scaling: float
-    dropout: float = 0.0
-    use_dora: bool = False
-    lora_bias: bool = False
-    embedding: bool = False
+    rank: int  # rows of lora_A, columns of lora_B
+    scaling: float  # the multiplier of the low-rank branch, alpha / rank or alpha / √rank
+    dropout: float = 0.0  # probability that an input element of the low-rank branch is dropped; an embedding has none
+    use_dora: bool = False  # whether a magnitude of the adapted weight's rows is trained, see `ops.dora`
+    lora_bias: bool = False  # whether lora_B has a bias, see `ops.lora_bias`
+    embedding: bool = False  # whether the module is an embedding, of in_features tokens
+    # how many experts' matrices, (out_features, in_features) each, are one parameter; 0 for a module. Their factors lie
+    # in two matrices as PEFT has them: expert by expert in lora_A's rows, rank by rank in lora_B's columns
+    # (`expert_factors`)
     experts: int = 0
+    # whether the rows of the experts' lora_B are gate's and up's interleaved, as PEFT has them where the parameter's
+    # outputs are; the matrices here have gate's rows before up's
     interleaved: bool = False
 
     def shapes(self) -> dict[str, Shape]:
@@ -71,15 +62,11 @@ class LoRASlot:
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """A tensor trained as it is beside the factors: a parameter of a module in `modules_to_save`, or embedding rows.
+    """A tensor trained as it is beside the factors: a parameter of a module in `modules_to_save`, or embedding rows."""
 
-    Attributes:
-        name: of the parameter, e.g. `lm_head.weight`; of embedding rows, the embedding's path and `trainable_tokens`.
-        token_ids: of embedding rows, the tokens they belong to, in their order; None for a parameter.
-    """
-
-    name: str
+    name: str  # of the parameter, e.g. `lm_head.weight`; of embedding rows, the embedding's path and `trainable_tokens`
     shape: Shape
+    # of embedding rows, the tokens they belong to, in their order; None for a parameter
     token_ids: tuple[int, ...] | None = None
 
     @property
@@ -226,9 +213,7 @@ class LoRAParameters:
 
     def token_ids(self, name: str) -> Tensor:
         """(n,) int64 ids of the tokens whose rows a trained tensor holds."""
-        tokens = self.trained[name].token_ids
-        assert tokens is not None
-        return torch.tensor(tokens, device=self.values.device)
+        return torch.tensor(present(self.trained[name].token_ids), device=self.values.device)
 
     def lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the trained values."""

@@ -58,18 +58,14 @@ class _Unit(ctypes.Structure):
 
 
 class AdaptedGLUSaved(NamedTuple):
-    """What backward needs.
+    """What backward needs."""
 
-    gate_up: [a | u], (..., 2n). activation: `silu`, `gelu_tanh` or `sigmoid`. front: the factors of gate and up.
-    h: theirs, (..., Σ rank). behind: the factors of the projection that takes p. d_t: T, (..., rank), which a caller
-    puts here when it is there; None where nothing behind the unit has factors.
-    """
-
-    gate_up: Tensor
-    activation: str
-    front: LoRAGroup
-    h: Tensor
-    behind: LoRAGroup = _NO_GROUP
+    gate_up: Tensor  # [a | u], (..., 2n)
+    activation: str  # `silu`, `gelu_tanh` or `sigmoid`
+    front: LoRAGroup  # the factors of gate and up
+    h: Tensor  # theirs, (..., Σ rank)
+    behind: LoRAGroup = _NO_GROUP  # the factors of the projection that takes p
+    # T, (..., rank), put here when it is there; None where nothing behind the unit has factors
     d_t: Tensor | None = None
 
 

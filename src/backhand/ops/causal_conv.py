@@ -193,18 +193,14 @@ def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) 
 
 
 class _Tile(NamedTuple):
-    """Some tokens of some neighbouring segments of one length.
+    """Some tokens of some neighbouring segments of one length."""
 
-    start: the first document's first token. number: of documents. length: of each. first, last: which tokens of each.
-    before: what stands before each of them.
-    """
-
-    start: int
-    number: int
-    length: int
-    first: int
-    last: int
-    before: tuple[Span, ...]
+    start: int  # the first document's first token
+    number: int  # of documents
+    length: int  # of each
+    first: int  # the first of the tokens of each
+    last: int  # the one behind the last
+    before: tuple[Span, ...]  # what stands before each of them
 
     def documents(self, x: Tensor) -> Tensor:
         """x (tokens, channels) of the documents: (number, length, channels)."""

@@ -29,18 +29,14 @@ KEPT_BYTES = 160 << 20
 
 
 class _Chunk(NamedTuple):
-    """A chunk of b documents, h key heads of r value heads each; see the module docstring.
+    """A chunk of b documents, h key heads of r value heads each; see the module docstring."""
 
-    qk: [Q; K] (b, h, 1, 2n, key width). v (b, h, r, n, value width). beta, to_here e^c, to_end e^{c_n - c}
-    (b, h, r, n, 1). pairs D (b, h, r, n, n).
-    """
-
-    qk: Tensor
-    v: Tensor
-    beta: Tensor
-    to_here: Tensor
-    to_end: Tensor
-    pairs: Tensor
+    qk: Tensor  # [Q; K] (b, h, 1, 2n, key width)
+    v: Tensor  # (b, h, r, n, value width)
+    beta: Tensor  # (b, h, r, n, 1), as the next two
+    to_here: Tensor  # e^c
+    to_end: Tensor  # e^{c_n - c}
+    pairs: Tensor  # D (b, h, r, n, n)
     below: Tensor  # L
     attended: Tensor  # P
 

@@ -43,32 +43,24 @@ class GatedDeltaRuleGrads(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One chunk of each of some documents, (documents, length).
+    """One chunk of each of some documents, (documents, length)."""
 
-    order: the documents' numbers in their level, longest first.
-    start, stride: the first token of the first chunk, and from there to that of the next, where chunks are evenly
-    spaced and full, as those of documents of one length: the step is then a view of the tokens.
-    places: where they are not; else None.
-    """
-
-    order: Tensor
+    order: Tensor  # the documents' numbers in their level, longest first
     documents: int
     length: int
-    start: int
+    start: int  # the first token of the first chunk
+    # from there to that of the next, where chunks are evenly spaced and full, as those of documents of one length: the
+    # step is then a view of the tokens
     stride: int
-    places: Places | None
+    places: Places | None  # where they are not; else None
 
 
 class Level(NamedTuple):
-    """The steps of segments that continue as many others.
-
-    segments: how many they are. parents: of each, the number of that which it continues in the level before; None in
-    the first one.
-    """
+    """The steps of segments that continue as many others."""
 
     steps: list[Step]
-    segments: int
-    parents: Tensor | None
+    segments: int  # how many they are
+    parents: Tensor | None  # of each the number of that which it continues in the level before; None in the first one
 
 
 # Every layer asks for the same steps, forward and backward; a few micro-batches in turn at most.

@@ -24,15 +24,12 @@ Span = tuple[int, int]
 
 
 class Run(NamedTuple):
-    """Neighbouring segments of equal length that continue the same tokens; each is a document where none continues it.
+    """Neighbouring segments of one length that continue the same tokens; documents where none continues them."""
 
-    start: the first one's first token. number: how many they are. length: tokens of each. before: what stands before
-    them in their documents, segment by segment from the first token on; empty where documents begin.
-    """
-
-    start: int
-    number: int
-    length: int
+    start: int  # the first one's first token
+    number: int  # how many they are
+    length: int  # tokens of each
+    # what stands before them in their documents, segment by segment; empty where documents begin
     before: tuple[Span, ...] = ()
 
 
@@ -65,31 +62,23 @@ def continued_end(runs: tuple[Run, ...]) -> int:
 
 
 class Places(NamedTuple):
-    """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices.
+    """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices."""
 
-    of_token: (tokens,) the place of each token. token_at: (places,) the token at each place, and behind a document's
-    end some token of it. behind: (places without a token,) these places.
-    """
-
-    of_token: Tensor
-    token_at: Tensor
-    behind: Tensor
+    of_token: Tensor  # (tokens,) the place of each token
+    token_at: Tensor  # (places,) the token at each place, and behind a document's end some token of it
+    behind: Tensor  # (places without a token,) these places
 
 
 class Group(NamedTuple):
-    """Neighbouring segments attended together as (documents, length); what they hold is `tokens` from `start` on.
-
-    before: what stands before each of them. places: where they do not fill documents · length places; else None.
-    keys: (documents · (tokens before + length),) the token of each key where something stands before; else None.
-    """
+    """Neighbouring segments attended together as (documents, length); what they hold is `tokens` from `start` on."""
 
     start: int
     tokens: int
     documents: int
     length: int
-    before: tuple[Span, ...]
-    places: Places | None
-    keys: Tensor | None
+    before: tuple[Span, ...]  # what stands before each of them
+    places: Places | None  # where they do not fill documents · length places; else None
+    keys: Tensor | None  # (documents · (before + length),) the token of each key where something stands before
 
 
 def groups(runs: tuple[Run, ...], like: Tensor, kernels: bool = True) -> tuple[Group, ...]:

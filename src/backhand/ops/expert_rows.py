@@ -29,15 +29,11 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """Which row is which.
+    """Which row is which."""
 
-    tokens: (tokens · k,) the token of each row, sorted by expert. places: (tokens, k) the row of each choice.
-    counts: rows of each expert.
-    """
-
-    tokens: Tensor
-    places: Tensor
-    counts: tuple[int, ...]
+    tokens: Tensor  # (tokens · k,) the token of each row, sorted by expert
+    places: Tensor  # (tokens, k) the row of each choice
+    counts: tuple[int, ...]  # rows of each expert
 
 
 class DispatchSaved(NamedTuple):

@@ -48,18 +48,14 @@ class _Layer(ctypes.Structure):
 
 
 class Member(NamedTuple):
-    """One adapted layer of those that share an input.
+    """One adapted layer of those that share an input."""
 
-    column: of y, the first of its outputs. lora_A: (rank, in). lora_B: (out, rank). scaling: s. d_lora_A, d_lora_B: of
-    the factors' shapes and wider or of their dtype, to which ∂L/∂A and ∂L/∂B are added.
-    """
-
-    column: int
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    d_lora_A: Tensor
-    d_lora_B: Tensor
+    column: int  # of y, the first of its outputs
+    lora_A: Tensor  # (rank, in)
+    lora_B: Tensor  # (out, rank)
+    scaling: float  # s
+    d_lora_A: Tensor  # (rank, in), wider or of its dtype, to which ∂L/∂A is added
+    d_lora_B: Tensor  # (out, rank), likewise for ∂L/∂B
 
 
 def down_projection(x: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Tensor:

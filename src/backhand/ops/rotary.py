@@ -33,14 +33,11 @@ _ROTARY = Declared("backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; also all that backward needs.
-
-    interleaved: which features are a pair: neighbours, or else those half the rotated features apart.
-    """
+    """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; also all that backward needs."""
 
     cos: Tensor
     sin: Tensor
-    interleaved: bool = False
+    interleaved: bool = False  # whether a pair are neighbours, or else features half the rotated ones apart
 
 
 class RotaryGrads(NamedTuple):
@@ -77,21 +74,14 @@ def times(table: RotaryTable, multiplier: float | Tensor) -> RotaryTable:
 
 
 class Frequencies(NamedTuple):
-    """What the angles of one set are made from, on their device.
+    """What the angles of one set are made from, on their device."""
 
-    Attributes:
-        short: (pairs,) float32.
-        long: the same for documents longer than `longest_short`; None where there is one list for every length.
-        longest_short: tokens, or None likewise.
-        attention_factor: m.
-        interleaved: whether the pairs are neighbours.
-    """
-
-    short: Tensor
+    short: Tensor  # (pairs,) float32
+    # the same for documents longer than `longest_short`; None where there is one list for every length
     long: Tensor | None
-    longest_short: int | None
-    attention_factor: float
-    interleaved: bool
+    longest_short: int | None  # tokens, or None likewise
+    attention_factor: float  # m
+    interleaved: bool  # whether the pairs are neighbours
 
 
 def angles(frequencies: Frequencies, positions: Tensor, dtype: torch.dtype, reach: Tensor) -> RotaryTable:

@@ -22,24 +22,18 @@ from backhand.training.config_file import parse_toml
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its files tell it.
-
-    Attributes:
-        metrics, proofs, answers: lines of the files of these names.
-        facts: facts.json, empty where there is none.
-        summary: summary.json, empty until the run is over.
-        status: status.json, None where there is none.
-    """
+    """One run as its files tell it."""
 
     path: Path
     config: dict[str, Any]
     config_text: str
+    # metrics, proofs, answers: lines of the files of these names
     metrics: Sequence[dict[str, Any]]
     proofs: Sequence[dict[str, Any]]
     answers: Sequence[dict[str, Any]]
-    facts: dict[str, Any]
-    summary: dict[str, Any]
-    status: RunStatus | None
+    facts: dict[str, Any]  # facts.json, empty where there is none
+    summary: dict[str, Any]  # summary.json, empty until the run is over
+    status: RunStatus | None  # status.json, None where there is none
 
     @property
     def adapter(self) -> Path:

@@ -34,15 +34,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose bytes are those its manifest describes.
-
-    Attributes:
-        contents: bytes of every file, by name.
-        facts: what the manifest says besides: digests of base, configuration and data, and the sampler's position.
-    """
+    """A checkpoint whose bytes are those its manifest describes."""
 
     step: int
-    contents: Mapping[str, bytes]
+    contents: Mapping[str, bytes]  # bytes of every file, by name
+    # what the manifest says besides: digests of base, configuration and data, and the sampler's position
     facts: Mapping[str, Any]
 
 

@@ -26,24 +26,18 @@ State = Literal["running", "finished", "interrupted", "failed", "killed"]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        state: `killed` is never written: it is what `read_status` makes of `running` without its process.
-        step: optimizer steps done when the state was written.
-        process, host: number of the process that trains, and the name of its machine.
-        began, changed: times, ISO 8601 in UTC.
-        reason: why it did not finish; empty where it did.
-    """
-
-    state: State
+    state: State  # `killed` is never written: it is what `read_status` makes of `running` without its process
     total_steps: int
-    step: int
+    step: int  # optimizer steps done when the state was written
+    # process, host: number of the process that trains, and the name of its machine
     process: int
     host: str
+    # began, changed: times, ISO 8601 in UTC
     began: str
     changed: str
-    reason: str = ""
+    reason: str = ""  # why it did not finish; empty where it did
 
 
 @contextmanager

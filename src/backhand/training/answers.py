@@ -36,24 +36,17 @@ _LONGEST_PROMPT = 1024
 
 @dataclass(frozen=True)
 class HeldOutAnswer:
-    """One row of answers.jsonl.
+    """One row of answers.jsonl."""
 
-    Attributes:
-        source: where the row stands.
-        prompt: what was asked, as the model sees it, with control tokens.
-        prompt_parts: the same as [text, whether it is control tokens], so that people can be shown less of these.
-        reference: what the row says, cut to as many tokens as answers may have.
-        base, adapted: greedy answers, without control tokens.
-        rejected: of a pair, what it should not say; None elsewhere.
-    """
-
-    source: str
-    prompt: str
+    source: str  # where the row stands
+    prompt: str  # what was asked, as the model sees it, with control tokens
+    # the same as [text, whether it is control tokens], so that people can be shown less of these
     prompt_parts: tuple[tuple[str, bool], ...]
-    reference: str
+    reference: str  # what the row says, cut to as many tokens as answers may have
+    # base, adapted: greedy answers, without control tokens
     base: str
     adapted: str
-    rejected: str | None = None
+    rejected: str | None = None  # of a pair, what it should not say; None elsewhere
 
 
 def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig) -> str:

@@ -173,24 +173,16 @@ def wrapper_notes(source: ModelSource) -> tuple[str, ...]:
 
 
 class Engine(ABC):
-    """A way to compute a model, known before its weights are read.
+    """A way to compute a model, known before its weights are read."""
 
-    Attributes:
-        name: as `--engine` has it.
-        note: why not the decoder engine, what that costs and what would change it; None where it is taken, or
-            transformers was asked for.
-        notes: what a person should know of the model, such as fields of its configuration without effect.
-        shares_prefixes: whether documents of a batch may share what they begin with.
-        layers: blocks of the whole model; 1 where that is not known.
-        bases: how the frozen weights can be held.
-    """
-
-    name: Literal["backhand", "transformers"]
+    name: Literal["backhand", "transformers"]  # as `--engine` has it
+    # why not the decoder engine, what that costs and what would change it; None where it is taken, or transformers was
+    # asked for
     note: str | None = None
-    notes: tuple[str, ...]
-    shares_prefixes: bool = False
-    layers: int = 1
-    bases: tuple[HeldBase, ...] = ("dense",)
+    notes: tuple[str, ...]  # what a person should know of the model, such as fields of its configuration without effect
+    shares_prefixes: bool = False  # whether documents of a batch may share what they begin with
+    layers: int = 1  # blocks of the whole model; 1 where that is not known
+    bases: tuple[HeldBase, ...] = ("dense",)  # how the frozen weights can be held
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
         self._source = source

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from backhand.bounds import check_kind
@@ -26,11 +25,11 @@ from backhand.data.examples import Example, check_vocabulary, documents_of
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
-from backhand.errors import CheckError, DataError
+from backhand.errors import CheckError, DataError, present
 from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
-from backhand.terminal import console_for_tables, working
+from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import LabelScore, label_score, print_labels
 from backhand.training.measuring import HeldOut
@@ -75,21 +74,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get.
-
-    Attributes:
-        rows: how many rows they were made from.
-        prompts: of the rows that end in a reply.
-        notes: what of the rows is not measured, a sentence each.
-        pairs: the rows, where they are pairs.
-        labels: that all prompts are answered with; nothing where these are no labels.
-    """
+    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get."""
 
     held_out: HeldOut
-    rows: int
-    prompts: tuple[Prompt, ...]
-    notes: tuple[str, ...] = ()
-    pairs: tuple[Example, ...] = ()
+    rows: int  # how many rows they were made from
+    prompts: tuple[Prompt, ...]  # of the rows that end in a reply
+    notes: tuple[str, ...] = ()  # what of the rows is not measured, a sentence each
+    pairs: tuple[Example, ...] = ()  # the rows, where they are pairs
+    # that all prompts are answered with; nothing where these are no labels
     labels: Labels = field(default_factory=dict)
 
 
@@ -154,10 +146,10 @@ def compared(
     reference: Tensor | None = None
     for number, one in enumerate(scores):
         loaded.model.use_adapter(bool(number))
-        sums = document_sums(loaded.model, packer, range(len(rows.pairs)), run.micro_batch_rows, Processes())
-        assert sums is not None
+        every = range(len(rows.pairs))
+        sums = present(document_sums(loaded.model, packer, every, run.micro_batch_rows, Processes()))
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
-        measured = means([objective.of_sums(range(len(rows.pairs)), sums).measured])
+        measured = means([objective.of_sums(every, sums).measured])
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
         with_pairs.append(replace(one, pairs=shown))
         reference = sums if reference is None else reference
@@ -313,17 +305,17 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         return result
     with working("evaluating"):
         result = evaluate(options)
-    table = Table(title=f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens")
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
-    for column in ("model", "loss (nats per token)", "perplexity", "exact match", *labelled):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)
+    title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
+    shown = table_of("model", *columns, right=columns, title=title)
     measured = [(name, found) for name, found in (("base", result.base), ("adapted", result.adapted)) if found]
     for name, found in measured:
         match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
         judged = found.labels
         of_labels = (f"{judged.accuracy:.1%}", f"{judged.f1_macro:.3f}", f"{judged.invented:,}") if judged else ()
-        table.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match, *of_labels)
-    console_for_tables().print(table)
+        shown.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match, *of_labels)
+    console_for_tables().print(shown)
     if judged := measured[-1][1].labels:
         print_labels(measured[-1][0], judged)
     for name, found in measured:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from backhand.errors import CheckError
+from backhand.files import finite_or_none
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
@@ -35,33 +36,23 @@ from backhand.words import name_list
 
 @dataclass(eq=False)
 class Judge:
-    """Judges one run, from wherever its state stands.
+    """Judges one run, from wherever its state stands."""
 
-    Attributes:
-        model: with the state's adapter attached.
-        state: adapter, optimizer, counters.
-        plan: the numbers of the steps.
-        held_out: rows that are evaluated and not trained on; None where there are none.
-        meter: of the loss on neutral texts; None where forgetting is not measured.
-        base_guard: checks that the base does not change; None in repetitions of steps that were guarded before.
-        learning_guard: checks that every factor has a gradient and changes; None likewise.
-        check_files: raises ArtifactError once the base's mapped files are no longer what they were.
-        save: makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far.
-        processes: that share each evaluation.
-    """
-
-    model: Trainable
-    state: RunState
-    plan: StepPlan
+    model: Trainable  # with the state's adapter attached
+    state: RunState  # adapter, optimizer, counters
+    plan: StepPlan  # the numbers of the steps
     _: KW_ONLY
-    held_out: HeldOut | None = None
-    meter: ForgettingMeter | None = None
+    held_out: HeldOut | None = None  # rows that are evaluated and not trained on; None where there are none
+    meter: ForgettingMeter | None = None  # of the loss on neutral texts; None where forgetting is not measured
+    # checks that the base does not change; None in repetitions of steps that were guarded before
     base_guard: BaseGuard | None = None
-    learning_guard: LearningGuard | None = None
+    learning_guard: LearningGuard | None = None  # checks that every factor has a gradient and changes; None likewise
+    # raises ArtifactError once the base's mapped files are no longer what they were
     check_files: Callable[[], None] = lambda: None
     observer: Observer = field(default_factory=Observer)
+    # makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far
     save: Callable[[bool], None] = lambda _better: None
-    processes: Processes = field(default_factory=Processes)
+    processes: Processes = field(default_factory=Processes)  # that share each evaluation
 
     def __post_init__(self) -> None:
         self._spike_guard = SpikeGuard()
@@ -253,11 +244,6 @@ class Judge:
             self.base_guard.check()
         progress.finished = True
         return True
-
-
-def finite_or_none(value: float) -> float | None:
-    """The value as strict JSON can hold it."""
-    return value if math.isfinite(value) else None
 
 
 def _is_fresh(state: RunState) -> bool:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -69,32 +69,27 @@ class StatesInMemory:
         self._there[number] = True
 
 
+@dataclass(eq=False)
 class StatesOnDisk:
     """The same in a file without a name, which is gone when the process is, however that ends.
 
     A disk that takes no more ends the keeping and not the run: checkpoints need the room.
 
-    Args:
-        directory: on whose disk it is.
-        noted: told in a sentence where it takes no more.
-
     Raises:
         OSError: there can be no such file.
     """
 
-    def __init__(
-        self,
-        files: FileLayer,
-        directory: Path,
-        lengths: Sequence[int],
-        width: int,
-        dtype: torch.dtype,
-        noted: Callable[[str], None],
-    ) -> None:
-        self._files, self._dtype, self._width, self._noted = files, dtype, width, noted
-        self._starts = [0, *(width * dtype.itemsize * tokens for tokens in accumulate(lengths))]
+    files: FileLayer
+    directory: Path  # on whose disk it is
+    lengths: Sequence[int]  # tokens of each number
+    width: int
+    dtype: torch.dtype
+    noted: Callable[[str], None]  # told in a sentence where it takes no more
+
+    def __post_init__(self) -> None:
+        self._starts = [0, *(self.width * self.dtype.itemsize * tokens for tokens in accumulate(self.lengths))]
         self._there: set[int] = set()
-        self._descriptor: int | None = files.open_unnamed(directory)
+        self._descriptor: int | None = self.files.open_unnamed(self.directory)
 
     def __contains__(self, number: int) -> bool:
         return number in self._there
@@ -106,7 +101,7 @@ class StatesOnDisk:
         data = bytearray(self._starts[number + 1] - self._starts[number])
         with suppress(OSError):
             if read_at(self._descriptor, data, self._starts[number]) == len(data):
-                return torch.frombuffer(data, dtype=self._dtype).view(-1, self._width)
+                return torch.frombuffer(data, dtype=self.dtype).view(-1, self.width)
         return None
 
     def put(self, number: int, states: Tensor) -> None:
@@ -115,10 +110,10 @@ class StatesOnDisk:
             return
         try:
             os.lseek(self._descriptor, self._starts[number], os.SEEK_SET)
-            write_all(self._files, self._descriptor, states.contiguous().view(-1).view(torch.uint8).numpy().data)
+            write_all(self.files, self._descriptor, states.contiguous().view(-1).view(torch.uint8).numpy().data)
             self._there.add(number)
         except OSError as error:
-            self._noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+            self.noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
             self.close()
 
     def close(self) -> None:
@@ -127,7 +122,7 @@ class StatesOnDisk:
         self._there.clear()
         if descriptor is not None:
             with suppress(OSError):
-                self._files.close(descriptor)
+                self.files.close(descriptor)
 
 
 StateStore = StatesInMemory | StatesOnDisk
@@ -139,36 +134,21 @@ def store_lengths(packer: RowPacker) -> list[int]:
     return [max(0, length - packer.common) for length in packer.by_document.lengths] + [packer.common]
 
 
+@dataclass(eq=False)
 class KeptStates:
-    """A set of rows whose hidden states are kept.
+    """A set of rows whose hidden states are kept."""
 
-    Args:
-        layer: c, below which nothing is trained.
-        store: of `store_lengths`.
-        at_once: tokens that a pass through the lower blocks may have where its own batch has fewer.
-        log: told that what is kept was found to be what is computed.
-        noted: told in a sentence where it is not.
-    """
+    model: LowerLayers
+    layer: int  # c, below which nothing is trained
+    rows: RowPacker
+    store: StateStore | None  # of `store_lengths`; None once it is of no use
+    _: KW_ONLY
+    at_once: int = 0  # tokens that a pass through the lower blocks may have where its own batch has fewer
+    log: ProofLog  # told that what is kept was found to be what is computed
+    noted: Callable[[str], None]  # told in a sentence where it is not
 
-    def __init__(
-        self,
-        model: LowerLayers,
-        layer: int,
-        packer: RowPacker,
-        store: StateStore,
-        *,
-        at_once: int = 0,
-        log: ProofLog,
-        noted: Callable[[str], None],
-    ) -> None:
-        self._model = model
-        self._layer = layer
-        self._rows, self._packer = packer, packer.by_document
-        self._store: StateStore | None = store
-        self._at_once = at_once
-        self._beginning = packer.common
-        self._log = log
-        self._noted = noted
+    def __post_init__(self) -> None:
+        self._packer, self._beginning = self.rows.by_document, self.rows.common
         self._put_together, self._next_look = 0, 1
         self._agreeing: dict[int, bool] = {}
         self._told = False
@@ -182,12 +162,12 @@ class KeptStates:
         Raises:
             CheckError: what was kept is not what is computed now, and batches of the run have used it.
         """
-        batch = self._rows.packed(rows, "cpu")
-        if self._store is None or not self._agrees(batch):
+        batch = self.rows.packed(rows, "cpu")
+        if self.store is None or not self._agrees(batch):
             return batch
         # From here on each document is one, as they stand in the batch's `ends`.
-        rows = [row for row in self._rows.documents(rows) if self._packer.lengths[row]]
-        kept = {row: self._store.get(row) for row in rows}
+        rows = [row for row in self.rows.documents(rows) if self._packer.lengths[row]]
+        kept = {row: self.store.get(row) for row in rows}
         missing = [row for row in rows if kept[row] is None]
         beginning = self._kept_beginning()
         if self._beginning and beginning is None:
@@ -195,36 +175,36 @@ class KeptStates:
         if missing:
             part = self._with_coming(missing, coming)
             if part is None and len(missing) == len(rows):
-                return replace(batch, entering=Entering(self._layer, self._compute(rows, batch)))
+                return replace(batch, entering=Entering(self.layer, self._compute(rows, batch)))
             wanted, together = part or (missing, self._packer.packed(missing, "cpu"))
             if part is None and not self._agrees(together):
                 return batch
             self._compute(wanted, together)
-            kept |= {row: self._store.get(row) for row in missing}
+            kept |= {row: self.store.get(row) for row in missing}
             beginning = self._kept_beginning()
         states = self._joined(batch, rows, kept, beginning)
         if states is None:  # the store takes no more: without it, rows would be computed in vain from batch to batch
-            self._store = None
+            self.store = None
             return batch
         self._put_together += 1
         if self._put_together == self._next_look:
             self._next_look *= _LOOK_EVERY
             states = self._compared(batch, states, self._packer.positions(rows))
-        return replace(batch, entering=Entering(self._layer, states))
+        return replace(batch, entering=Entering(self.layer, states))
 
     def _kept_beginning(self) -> Tensor | None:
         """What all rows begin with, if they do and it is there."""
-        assert self._store is not None
-        return self._store.get(len(self._packer.lengths)) if self._beginning else None
+        assert self.store is not None
+        return self.store.get(len(self._packer.lengths)) if self._beginning else None
 
     def _with_coming(
         self, missing: Sequence[int], coming: Iterable[Sequence[int]]
     ) -> tuple[list[int], PackedBatch] | None:
         """These rows and as many of those that come next as one pass takes, in order, and packed; None for no more."""
-        store, wanted = self._store, list(missing)
+        store, wanted = self.store, list(missing)
         assert store is not None
-        room = self._at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
-        for row in chain.from_iterable(map(self._rows.documents, coming)) if room > 0 else ():
+        room = self.at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
+        for row in chain.from_iterable(map(self.rows.documents, coming)) if room > 0 else ():
             own = self._packer.lengths[row] - self._beginning
             if own > 0 and row not in store:
                 room -= own
@@ -241,9 +221,9 @@ class KeptStates:
         agrees = self._keeps(batch)
         if not agrees and not self._told:
             self._told = True
-            self._noted(
+            self.noted(
                 f"products of {batch.input_ids.shape[0]} rows end in other bits than those of others on this machine: "
-                f"batches of such sizes go through the layers below {self._layer} in each epoch"
+                f"batches of such sizes go through the layers below {self.layer} in each epoch"
             )
         return agrees
 
@@ -251,14 +231,14 @@ class KeptStates:
         """The same, without telling anybody."""
         size = batch.input_ids.shape[0]
         if size not in self._agreeing:
-            self._agreeing[size] = self._model.keeps_rows(size, self._layer)
+            self._agreeing[size] = self.model.keeps_rows(size, self.layer)
         return self._agreeing[size]
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
         """The states of the batch, whose documents these rows are, (tokens, hidden); theirs are put into the store."""
-        store, g, starts = self._store, self._beginning, batch.starts
+        store, g, starts = self.store, self._beginning, batch.starts
         assert store is not None
-        states = self._model.entering(batch, self._layer)
+        states = self.model.entering(batch, self.layer)
         beginning = len(self._packer.lengths)
         for row, end in zip(rows, _ends(batch), strict=True):
             own = torch.cat([states[starts[one] : starts[one + 1]] for one in batch.path(end)])
@@ -289,21 +269,21 @@ class KeptStates:
         Raises:
             CheckError: they differ, and it is not the first batch that is put together.
         """
-        computed = self._model.entering(batch, self._layer)
+        computed = self.model.entering(batch, self.layer)
         different = int((_bits(computed[:there]) != _bits(states[:there])).sum())
         if self._put_together == 1 or different:
-            self._log(Proof("kept hidden states are those computed again, bit by bit", not different, different, 0))
+            self.log(Proof("kept hidden states are those computed again, bit by bit", not different, different, 0))
         if different and self._put_together > 1:
             raise CheckError(
                 f"{different:,} of {states.numel():,} kept hidden states are not those that are computed now",
-                where=f"layer {self._layer}",
+                where=f"layer {self.layer}",
                 why="a row's last bits depend on the rows beside it here, or what was kept has been damaged",
                 next_step="continue from the checkpoint before with --resume --cache-frozen off",
             )
         if different:
-            self._store = None
-            self._noted(
-                f"a row's last bits depend on the rows beside it here: the layers below {self._layer} are computed in "
+            self.store = None
+            self.noted(
+                f"a row's last bits depend on the rows beside it here: the layers below {self.layer} are computed in "
                 "each epoch"
             )
         return computed

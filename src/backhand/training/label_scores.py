@@ -12,9 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
-from backhand.terminal import console_for_tables
+from backhand.terminal import console_for_tables, table_of
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,12 @@ def mistaken_for(score: LabelScore, label: str) -> str:
 
 def print_labels(model: str, score: LabelScore) -> None:
     """A table on the terminal, a line a label: how well it is told from the others, and what it is taken for."""
-    table = Table(title=f"labels, {model} model")
-    for column in ("label", "rows", "precision", "recall", "F1"):
-        table.add_column(column, justify="left" if column == "label" else "right")
-    table.add_column("taken for")
+    figures = ("rows", "precision", "recall", "F1")
+    shown = table_of("label", *figures, "taken for", right=figures, title=f"labels, {model} model")
     for label, one in score.per_label.items():
-        figures = (f"{one[what]:.3f}" for what in ("precision", "recall", "f1"))
-        table.add_row(label, f"{one['support']:,}", *figures, mistaken_for(score, label))
-    console_for_tables().print(table)
+        shares = (f"{one[what]:.3f}" for what in ("precision", "recall", "f1"))
+        shown.add_row(label, f"{one['support']:,}", *shares, mistaken_for(score, label))
+    console_for_tables().print(shown)
     if score.inventions:
         said = ", ".join(f"{text!r} {count}" for text, count in score.inventions.items())
         console_for_tables().print(f"free answers that are no label: {score.invented}, such as {said}", soft_wrap=True)

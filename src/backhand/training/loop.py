@@ -30,33 +30,23 @@ from backhand.training.step_plan import StepPlan, derived_seed
 
 @dataclass(eq=False)
 class TrainingLoop:
-    """One run, from wherever its state stands to its end.
+    """One run, from wherever its state stands to its end."""
 
-    Attributes:
-        model: with the state's adapter attached, see `training_step`.
-        state: adapter, optimizer, counters; changed by every step.
-        packer: holds the training rows, and packs those of a micro-batch.
-        judge: of the steps: evaluations, guards, and whether the run is over.
-        memory: holds the process to its plan; None where the allocator is left alone.
-        processes: that share each step.
-        kept: the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed
-            in each step.
-        objective: of the training rows; None for the loss of answers.
-        rewarded: samples, judges and trains on answers to the training rows; None where rows have their own.
-    """
-
-    model: Trainable
-    state: RunState
-    packer: RowPacker
+    model: Trainable  # with the state's adapter attached, see `training_step`
+    state: RunState  # adapter, optimizer, counters; changed by every step
+    packer: RowPacker  # holds the training rows, and packs those of a micro-batch
     sampler: Sampler
     plan: StepPlan
-    judge: Judge
+    judge: Judge  # of the steps: evaluations, guards, and whether the run is over
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)
-    memory: MemoryKeeper | None = None
-    processes: Processes = field(default_factory=Processes)
+    memory: MemoryKeeper | None = None  # holds the process to its plan; None where the allocator is left alone
+    processes: Processes = field(default_factory=Processes)  # that share each step
+    # the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed in each
+    # step
     kept: KeptStates | None = None
-    objective: Objective | None = None
+    objective: Objective | None = None  # of the training rows; None for the loss of answers
+    # samples, judges and trains on answers to the training rows; None where rows have their own
     rewarded: RewardedSteps | None = None
 
     def __post_init__(self) -> None:

@@ -106,12 +106,7 @@ NOT_ADAPTER = (STATE_FILE, PROGRESS_FILE)
 
 @dataclass(eq=False)
 class Saver:
-    """Makes checkpoints of one run.
-
-    Attributes:
-        best_only: whether `adapter/` is the best by held-out loss; else it is the newest.
-        make_room: called before the buffers of a checkpoint are made, and when they are no longer needed.
-    """
+    """Makes checkpoints of one run."""
 
     directory: RunDirectory
     store: CheckpointStore
@@ -120,8 +115,9 @@ class Saver:
     facts: Callable[[int], Mapping[str, Any]]
     _: KW_ONLY
     keep: int
-    best_only: bool
+    best_only: bool  # whether `adapter/` is the best by held-out loss; else it is the newest
     protected: frozenset[int] = frozenset()
+    # called before the buffers of a checkpoint are made, and when they are no longer needed
     make_room: Callable[[], object] = lambda: None
 
     def __post_init__(self) -> None:
@@ -218,39 +214,30 @@ def _same(directory: RunDirectory, name: str, data: bytes) -> bool:
 
 @dataclass
 class Progress:
-    """The counters of a run. They are what a checkpoint holds as progress.json.
+    """The counters of a run. They are what a checkpoint holds as progress.json."""
 
-    Attributes:
-        step: optimizer steps done, skipped ones included.
-        tokens, supervised_tokens: trained on so far.
-        first_loss, last_loss: mean nats per supervised token of the first and of the newest step.
-        smooth_loss: running mean of the loss, which spikes are measured against.
-        base_eval_loss: held-out loss of the base model.
-        first_eval_loss: held-out loss before the first step; the base's unless the run began from an adapter.
-        eval_loss, best_eval_loss, best_step: newest and lowest held-out loss, and the step of the lowest.
-        evaluations_without_improvement: in a row, for early stopping.
-        bad_steps_in_a_row, skipped_steps: with a non-finite loss or gradient.
-        pending_evaluation: the evaluation of this step was due and has not been made.
-        stopped_because: why the run ended before its last step, or None.
-    """
-
-    step: int = 0
+    step: int = 0  # optimizer steps done, skipped ones included
+    # tokens, supervised_tokens: trained on so far
     tokens: int = 0
     supervised_tokens: int = 0
     train_s: float = 0.0
+    # first_loss, last_loss: mean nats per supervised token of the first and of the newest step
     first_loss: float | None = None
     last_loss: float | None = None
-    smooth_loss: float | None = None
-    base_eval_loss: float | None = None
+    smooth_loss: float | None = None  # running mean of the loss, which spikes are measured against
+    base_eval_loss: float | None = None  # held-out loss of the base model
+    # held-out loss before the first step; the base's unless the run began from an adapter
     first_eval_loss: float | None = None
+    # eval_loss, best_eval_loss, best_step: newest and lowest held-out loss, and the step of the lowest
     eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
-    evaluations_without_improvement: int = 0
+    evaluations_without_improvement: int = 0  # in a row, for early stopping
+    # bad_steps_in_a_row, skipped_steps: with a non-finite loss or gradient
     bad_steps_in_a_row: int = 0
     skipped_steps: int = 0
-    pending_evaluation: bool = False
-    stopped_because: str | None = None
+    pending_evaluation: bool = False  # the evaluation of this step was due and has not been made
+    stopped_because: str | None = None  # why the run ended before its last step, or None
     finished: bool = False
 
     def to_json(self) -> bytes:

@@ -52,22 +52,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepWork:
-    """The micro-batches of a step, as every process knows them; each packs its own.
+    """The micro-batches of a step, as every process knows them; each packs its own."""
 
-    Attributes:
-        packed: makes a micro-batch by its number.
-        positions: tokens that each computes.
-        supervised_tokens: of all of them.
-        dropout_seeds: one for each; None for no dropout.
-        mean_over: n, what the loss is a mean over: supervised tokens, or rows.
-        token_loss: of one by its number, see `Trainable.loss_and_gradients`; None for Σ nats.
-    """
-
-    packed: Callable[[int], PackedBatch]
-    positions: Sequence[int]
-    supervised_tokens: int
-    dropout_seeds: Sequence[int | None]
-    mean_over: int
+    packed: Callable[[int], PackedBatch]  # makes a micro-batch by its number
+    positions: Sequence[int]  # tokens that each computes
+    supervised_tokens: int  # of all of them
+    dropout_seeds: Sequence[int | None]  # one for each; None for no dropout
+    mean_over: int  # n, what the loss is a mean over: supervised tokens, or rows
+    # of one by its number, see `Trainable.loss_and_gradients`; None for Σ nats
     token_loss: Callable[[int], TokenLoss] | None = None
 
 
@@ -308,21 +300,14 @@ class Processes:
 
 @dataclass(frozen=True)
 class StepSum:
-    """What all processes together found in a step; its gradient is in the buffer.
+    """What all processes together found in a step; its gradient is in the buffer."""
 
-    Attributes:
-        nats: of every micro-batch, in order.
-        supervised_tokens: of all of them.
-        attends: whether some supervised position of the step has one before it.
-        computed_s: seconds each process computed.
-        waited_s: seconds each process took for the exchange before this one, the others' delay included, by its own
-            clock; 0 in the first. How long this exchange takes is not known before it is over.
-    """
-
-    nats: tuple[float, ...]
-    supervised_tokens: int
-    attends: bool
-    computed_s: tuple[float, ...]
+    nats: tuple[float, ...]  # of every micro-batch, in order
+    supervised_tokens: int  # of all of them
+    attends: bool  # whether some supervised position of the step has one before it
+    computed_s: tuple[float, ...]  # seconds each process computed
+    # seconds each process took for the exchange before this one, the others' delay included, by its own clock; 0 in the
+    # first. How long this exchange takes is not known before it is over
     waited_s: tuple[float, ...]
 
 

@@ -8,16 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import Scratch, document_runs
+from backhand.errors import present
+from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import BlockAdapter, block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, MLPKept
-from backhand.nn.decoder.rotary import frequencies_of
+from backhand.nn.decoder.passes import Passes
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
-from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import ReferenceCarried, reference_block
@@ -58,13 +57,11 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
         # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
         saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
-    carried = inputs.context.carried
-    assert carried is not None
+    carried = present(inputs.context.carried)
     carried.returned(LENDER)
     if carried.inputs is not None:
         carried.d_inputs = torch.zeros_like(carried.inputs)
-    d_x0 = block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context)
-    assert d_x0 is not None
+    d_x0 = present(block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context))
     names = list(inputs.lora.slots)
     lent = carried.held(LENDER)
     return BlockGrads(
@@ -122,8 +119,8 @@ def block_case(
         **random_factors(slots, draw),
     }
     seed = DROPOUT_SEED if dropout else None
-    sized = config.at(config.layers[0])
     if config.layers[0].keys_of is not None:
+        sized = config.at(config.layers[0])
         shape = tokens, sized.num_key_value_heads, sized.head_dim
         tensors |= {"k": draw.normal(*shape), "v": draw.normal(*shape)}
     if config.per_layer is not None:
@@ -131,15 +128,13 @@ def block_case(
 
     def by_hand(t: Tensors, backward: Backward) -> ByHand:
         lora = lora_parameters(slots, t, t["x0"].dtype)
-        weights = engine_weights(config, t).blocks[0]
-        adapter = block_adapter(lora, config, 0, seed)
-        table, queries = _rotary_tables(config, documents, t["x0"])
+        decoder, adapter = Passes(config, engine_weights(config, t)), block_adapter(lora, config, 0, seed)
+        weights, ids = decoder.weights.blocks[0], torch.zeros(tokens, dtype=torch.int64, device=t["x0"].device)
         wanted = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=t["x0"].device)
         carried = Carried((LENDER,), t.get("inputs"))
         if "k" in t:
             carried.lend(LENDER, t["k"], t["v"])
-        context = BlockContext(sized, config.layers[0], table, document_runs(documents), Scratch(), queries, wanted)
-        context = context._replace(carried=carried)
+        (context,) = decoder.contexts(PackedBatch(ids, ids, documents), wanted, carried)
         y, saved = block_forward(t["x0"], weights, adapter, context, recompute)
         grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
         gradients = {"x0": grads.d_x0}
@@ -158,18 +153,3 @@ def block_case(
         return reference_block(t["x0"], 0, t, config, documents, adapter, wanted, carried)[wanted]
 
     return Case(name, tensors, by_hand, reference, pooled=True)
-
-
-def _rotary_tables(
-    config: DecoderConfig, documents: tuple[int, ...], like: Tensor
-) -> tuple[RotaryTable | None, RotaryTable | None]:
-    """The angles of the layer's rotary configuration at every token, and those of queries where they are others."""
-    which = config.layers[0].rotary
-    if which is None:
-        return None, None
-    positions = torch.cat([torch.arange(length) for length in documents]).to(like.device)
-    reach = torch.cat([torch.full((length,), length) for length in documents]).to(like.device)
-    frequencies = frequencies_of(config.rotary[which], config.at(config.layers[0]).head_dim, like.device)
-    table = angles(frequencies, positions, torch.promote_types(like.dtype, torch.float32), reach)
-    scaling = config.query_scaling
-    return table, None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)

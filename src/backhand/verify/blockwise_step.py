@@ -15,20 +15,19 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
-from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
+from backhand.errors import present
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
-from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
-from backhand.ops.rotary import angles, scaled_for_queries
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.training.objectives.objective import token_owners
 from backhand.training.objectives.options import ObjectiveOptions
@@ -36,35 +35,25 @@ from backhand.training.objectives.pairs import PairObjective
 from backhand.verify.case import Tensors
 
 
+@dataclass(eq=False)
 class BlockwiseStep:
     """One training step of a decoder with its attached adapter, in float64.
-
-    Args:
-        decoder: with an adapter of nothing but factors.
-        batch: the packed documents, on the decoder's device.
-        dropout_seed: draws the masks; None for no dropout.
-        pair_loss: the loss where documents are pairs; None for Σ nats.
 
     Attributes:
         lora: the adapter's values as the decoder computes with them, and their gradients.
         carried: what the last pass carried beside the stream.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch: PackedBatch,
-        dropout_seed: int | None,
-        loss_scaling: float,
-        pair_loss: PairLoss | None = None,
-    ) -> None:
+    decoder: Decoder  # with an adapter of nothing but factors
+    batch: PackedBatch  # the packed documents, on the decoder's device
+    dropout_seed: int | None  # draws the masks; None for no dropout
+    loss_scaling: float
+    pair_loss: PairLoss | None = None  # the loss where documents are pairs; None for Σ nats
+
+    def __post_init__(self) -> None:
+        decoder = self.decoder
         if decoder.lora is None:
             raise ValueError("there is no adapter to prove: attach one first")
-        self.decoder = decoder
-        self.batch = batch
-        self.dropout_seed = dropout_seed
-        self.loss_scaling = loss_scaling
-        self.pair_loss = pair_loss
         self.carried = Carried()
         self._begun: BeginKept | None = None
         self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
@@ -153,9 +142,7 @@ class BlockwiseStep:
         weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
         adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
         _, saved = block_forward(x0, weights, adapter, context, "none")
-        d_x0 = block_backward(d_x2.clone(), saved, weights, adapter, context)
-        assert d_x0 is not None
-        return d_x0
+        return present(block_backward(d_x2.clone(), saved, weights, adapter, context))
 
     def block_weights(self, layer: int) -> BlockWeights:
         """A copy of the block's weights in float64."""
@@ -175,27 +162,7 @@ class BlockwiseStep:
 
     def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
         """The block's, of whose last one only these rows are wanted, None for all."""
-        config = self.decoder.config
-        which, table, queries = config.layers[layer].rotary, None, None
-        if which is not None:
-            frequencies = frequencies_of(config.rotary[which], config.rotary_dims[which], self.decoder.device)
-            table = angles(frequencies, self.batch.positions, torch.float64, self.batch.reach)
-            if config.query_scaling is not None:
-                queries = scaled_for_queries(
-                    table, self.batch.positions, config.query_scaling.beta, config.query_scaling.length
-                )
-        wanted = rows if layer == len(config.layers) - 1 else None
-        return BlockContext(
-            config.at(config.layers[layer]),
-            config.layers[layer],
-            table,
-            self.batch.runs,
-            Scratch(),
-            queries,
-            wanted,
-            layer,
-            self.carried,
-        )
+        return self.decoder.contexts(self.batch, rows, self.carried, torch.float64)[layer]
 
 
 def float64_dense(weight: FrozenMatrix) -> Tensor:

@@ -31,25 +31,19 @@ class ByHand(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One input set.
-
-    Attributes:
-        tensors: inputs by name, float64 (other dtypes pass unchanged), `d_y` among them; the loss is Σ d_y ⊙ y.
-        by_hand: the op's forward and the given backward on such tensors in any dtype.
-        reference: y by the op's reference, for autograd to differentiate.
-        usual: y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference.
-        pooled: judge gradients together, as suits what has dozens of them: in low precision all of one kind (every
-            lora_A) as one vector, by finite differences all as one; in float64 each is still compared with autograd on
-            its own.
-        exempt: inputs that finite differences skip, because part of their gradient is zero by definition.
-    """
+    """One input set."""
 
     name: str
-    tensors: Tensors
+    tensors: Tensors  # inputs by name, float64 (other dtypes pass unchanged), `d_y` among them; the loss is Σ d_y ⊙ y
+    # the op's forward and the given backward on such tensors in any dtype
     by_hand: Callable[[Tensors, Backward], ByHand]
-    reference: Callable[[Tensors], Tensor]
+    reference: Callable[[Tensors], Tensor]  # y by the op's reference, for autograd to differentiate
+    # y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference
     usual: Callable[[Tensors], Tensor] | None = None
+    # judge gradients together, as suits what has dozens of them: in low precision all of one kind (every lora_A) as one
+    # vector, by finite differences all as one; in float64 each is still compared with autograd on its own
     pooled: bool = False
+    # inputs that finite differences skip, because part of their gradient is zero by definition
     exempt: tuple[str, ...] = ()
 
 

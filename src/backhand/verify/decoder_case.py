@@ -89,22 +89,15 @@ def per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Ten
 
 @dataclass(frozen=True)
 class Trained:
-    """What a step trains.
+    """What a step trains."""
 
-    Attributes:
-        targets: ends of the adapted modules' names, apart by blanks; None for all but the head.
-        whole: ends of the names of tensors that are trained as they are, likewise.
-        tokens: rows of the embedding that are trained.
-        use_dora, lora_bias: of every adapted module but experts.
-        dropout: as in a run.
-    """
-
-    targets: str | None = None
-    whole: str = ""
-    tokens: tuple[int, ...] = ()
+    targets: str | None = None  # ends of the adapted modules' names, apart by blanks; None for all but the head
+    whole: str = ""  # ends of the names of tensors that are trained as they are, likewise
+    tokens: tuple[int, ...] = ()  # rows of the embedding that are trained
+    # use_dora, lora_bias: of every adapted module but experts
     use_dora: bool = False
     lora_bias: bool = False
-    dropout: float = 0.0
+    dropout: float = 0.0  # as in a run
 
     def slots(self, config: DecoderConfig) -> dict[str, LoRASlot]:
         """Those of modules that are not trained in full."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack
+from backhand.errors import present
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
@@ -92,8 +93,7 @@ def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
 
 def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     """The whole adapter gradient of one step over these micro-batches."""
-    lora = decoder.lora
-    assert lora is not None
+    lora = present(decoder.lora)
     supervised = sum(batch.supervised_tokens for batch in batches)
     lora.gradients.zero_()
     for batch in batches:
@@ -173,8 +173,7 @@ def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
 
 def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
     """The decoder's logits in the compute dtype, before and after merging; of a quantized one by `merged_logits`."""
-    decoder, batch, lora = step.decoder, step.batch, step.decoder.lora
-    assert lora is not None
+    decoder, batch, lora = step.decoder, step.batch, present(step.decoder.lora)
 
     def logits() -> Tensor:
         return decoder.logits(batch.input_ids, batch.lengths).double()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
+from backhand.errors import present
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.carried import KeysAndValues
@@ -122,8 +123,7 @@ class GradientProofs:
     def _rounding_errors(self, truth: Tensor) -> tuple[float, float]:
         """How far the engine's gradient in the compute dtype is from the truth, and how far autograd's is."""
         step = self.step
-        decoder, lora = step.decoder, step.decoder.lora
-        assert lora is not None
+        decoder, lora = step.decoder, present(step.decoder.lora)
         lora.gradients.zero_()
         token_loss = None if step.pair_loss is None else step.pair_loss.token_loss
         decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed, token_loss)
@@ -131,8 +131,7 @@ class GradientProofs:
 
     def _neighbours(self) -> Iterator[tuple[float, float]]:
         """The same two errors for adapters of about the same values and of the same signs."""
-        step, lora = self.step, self.step.decoder.lora
-        assert lora is not None
+        step, lora = self.step, present(self.step.decoder.lora)
         values = lora.values.clone()
         generator = torch.Generator().manual_seed(0)
         try:
@@ -149,8 +148,7 @@ class GradientProofs:
     def _by_autograd(self) -> Tensor:
         """The flat gradient by autograd of the reference in the compute dtype, in the order of the flat buffer."""
         step = self.step
-        decoder, lora = step.decoder, step.decoder.lora
-        assert lora is not None
+        decoder, lora = step.decoder, present(step.decoder.lora)
         leaves = {}
         for name in lora.slots:
             leaves[f"{name}.lora_A"] = lora.compute_A(name).clone().requires_grad_()
@@ -220,8 +218,7 @@ class GradientProofs:
         by_autograd = self._gradients((x2, *lent), (d_x2, *(from_users or ())), leaves)
         self._compare(f"d_x0 of layer {layer}", d_x0, by_autograd["x"])
         if source is not None:
-            after = step.carried.held(source)
-            assert after is not None
+            after = present(step.carried.held(source))
             for name, now, earlier in zip("kv", after, before or (None, None), strict=True):
                 added = now if earlier is None else now - earlier
                 self._compare(f"d_x: d_{name} of layer {source} by layer {layer}", added, by_autograd[name])
@@ -262,8 +259,7 @@ class GradientProofs:
         ids = step.batch.input_ids
         h = step.decoder.embed(ids).double()
         with torch.enable_grad():
-            inputs = reference_inputs(h, reference_weights, config, ids, self._adapter(leaves))
-            assert inputs is not None
+            inputs = present(reference_inputs(h, reference_weights, config, ids, self._adapter(leaves)))
         by_autograd = self._gradients((inputs,), (step.carried.d_inputs,), leaves)
         step.begin()
         self._compare_factors(names, by_autograd)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.errors import present
 from backhand.kernels.builds import load, usable, using
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
@@ -56,26 +57,19 @@ LAST, FIRST = slice(-WATCHED, None), slice(WATCHED)
 
 @dataclass(frozen=True)
 class RealSize:
-    """One op at one real size.
+    """One op at one real size."""
 
-    Attributes:
-        op: as it is declared.
-        case: its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick.
-        naive: a tensor by name, and its value by sums from the left, in float32; None where the op is itself a
-            recurrence, which has no other order.
-        picked: the rows of a tensor that are measured, by its name; all of the others.
-        loops: whether the op has compiled kernels, whose builds are then measured too.
-        dtypes: in which it is measured.
-        exact: the bound of y is half a unit of rounding, whatever torch errs.
-    """
-
-    op: Op
+    op: Op  # as it is declared
+    # its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick
     case: Case
+    # a tensor by name, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
+    # has no other order
     naive: tuple[str, Callable[[Tensors], Tensor]] | None
+    # the rows of a tensor that are measured, by its name; all of the others
     picked: Mapping[str, slice] = field(default_factory=dict)
-    loops: bool = True
-    dtypes: tuple[torch.dtype, ...] = LOW_PRECISIONS
-    exact: bool = False
+    loops: bool = True  # whether the op has compiled kernels, whose builds are then measured too
+    dtypes: tuple[torch.dtype, ...] = LOW_PRECISIONS  # in which it is measured
+    exact: bool = False  # the bound of y is half a unit of rounding, whatever torch errs
 
 
 def builds() -> tuple[str, ...]:
@@ -240,8 +234,7 @@ def _attention(size: float) -> RealSize:
     case = op.case(
         f"{KEYS:,} keys, scores of {size}", (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING
     )
-    assert case.usual is not None
-    case = replace(case, reference=case.usual)  # the reference's whole matrices of scores would be gigabytes
+    case = replace(case, reference=present(case.usual))  # the reference's whole matrices of scores would be gigabytes
     naive = ("y", lambda t: _naive_attention(t["q"], t["k"], t["v"]))
     return RealSize(op, case, naive, {"y": LAST, "q": LAST, "k": FIRST, "v": FIRST})
 

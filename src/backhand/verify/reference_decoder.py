@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.errors import present
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
 from backhand.nn.decoder.adapted_group import EMBEDDING
 from backhand.nn.decoder.family import (
@@ -170,10 +171,10 @@ def reference_block(
     branch = adapter.linear(_activated(gate, config) * up, f"{block}.{config.groups[3][0]}", weights, wanted)
     x = x + normed(branch, config.norms.after_mlp) * config.residual_multiplier
     if config.per_layer is not None:
-        assert carried is not None and carried.inputs is not None
         (entering,), (projection,) = PER_LAYER_GROUPS
         gated = _activated(adapter.linear(x, f"{block}.{entering}", weights, wanted), config)
-        branch = adapter.linear(gated * carried.inputs[:, layer], f"{block}.{projection}", weights, wanted)
+        gated = gated * present(present(carried).inputs)[:, layer]
+        branch = adapter.linear(gated, f"{block}.{projection}", weights, wanted)
         x = x + normed(branch, PER_LAYER_NORM)
     return x * weights[f"{block}.{LAYER_SCALAR}"] if config.layer_scalar else x
 
@@ -184,8 +185,7 @@ def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
 
 def _experts(x: Tensor, name: str, weights: Tensors, config: DecoderConfig, adapter: ReferenceAdapter) -> Tensor:
     """The mixture's branch, (tokens, hidden): every expert on every token, those not chosen times zero."""
-    mixture = config.mixture
-    assert mixture is not None
+    mixture = present(config.mixture)
     router = f"{name.removesuffix('.mlp')}.{mixture.router}"
     logits = functional.linear(x, weights[f"{router}.weight"], weights.get(f"{router}.bias"))
     shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -267,8 +267,7 @@ def _attention(x: Tensor, at: _Layer) -> Tensor:
 def _gated_delta(x: Tensor, at: _Layer) -> Tensor:
     """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
     layer, weights, config, lengths, adapter, wanted, _ = at
-    name, sizes, runs = f"model.layers.{layer}", config.delta, document_runs(tuple(lengths))
-    assert sizes is not None
+    name, sizes, runs = f"model.layers.{layer}", present(config.delta), document_runs(tuple(lengths))
     entering, (leaving,) = config.mixers[GATED_DELTA].groups
     qkv, z, b, a = (adapter.linear(x, f"{name}.{part}", weights) for part in entering)
     inside = f"{name}.linear_attn"

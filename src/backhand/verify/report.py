@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from backhand.files import finite_or_none
 from backhand.runs.directory import Proof
+from backhand.terminal import table_of
 from backhand.verify.model_gradients import ModelProof
 from backhand.verify.runner import AUTOGRAD, DIFFERENCES, TORCH, Rejection, Row
 
@@ -92,9 +94,7 @@ def _proof(statement: str, passed: bool, value: float, bound: float) -> Proof:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+    return {key: finite_or_none(value) for key, value in record.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,10 +132,7 @@ def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) 
 
 
 def _table(title: str, columns: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in columns:
-        table.add_column(heading, justify="right" if heading in numbers else "left")
-    return table
+    return table_of(*columns, right=numbers, title=title, title_justify="left")
 
 
 def _cases(rows: Iterable[Row]) -> Table:

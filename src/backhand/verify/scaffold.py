@@ -65,17 +65,12 @@ PACKED: dict[str, Function] = {
 
 
 class Placed(NamedTuple):
-    """Where packed tokens stand to one another; the matrices are (tokens, tokens).
+    """Where packed tokens stand to one another; the matrices are (tokens, tokens)."""
 
-    position: (tokens,) of each in its documents. held: whether the second is in the first's segment, or before it.
-    beside: whether the two continue the same segment side by side. once: as `held`, but of several segments that
-    continue one by the first alone.
-    """
-
-    position: Tensor
-    held: Tensor
-    beside: Tensor
-    once: Tensor
+    position: Tensor  # (tokens,) of each in its documents
+    held: Tensor  # whether the second is in the first's segment, or before it
+    beside: Tensor  # whether the two continue the same segment side by side
+    once: Tensor  # as `held`, but of several segments that continue one by the first alone
 
 
 def placed(runs: tuple[Run, ...], device: torch.device) -> Placed:
@@ -148,34 +143,28 @@ class Given(dict[str, Any]):
 
 @dataclass(eq=False)
 class Op:
-    """An op to be proved.
-
-    Attributes:
-        inputs: every input and `d_y` by name, in the order in which they are drawn: a text with the axes, as in
-            `"*lead inputs"`, for normal numbers, with their size in front in `"0.5: outputs rank"`; or a function of
-            `draw`, options and the inputs before it, which may also make several, by name. An axis is an option, a
-            number, or what is made of options. None leaves the input out, and so does an option of its own name that
-            is None or False.
-            Not given: every case says it, with shapes in place of axes, and its options need no declaration.
-        options: every option by name with its default, `...` where there is none.
-        usual: y as one writes it for autograd in low precision, None where that is the reference.
-        made: arguments that are made of inputs and options, by their name: `{"taps": Taps}`.
-        ways: how the op is called, where that is not simply forward, then backward, by the option that asks for it.
-        forward, backward, reference: in place of the registry's `<name>_forward` and so on.
-        loops: whether the compiled library has loops under the op, which are then proved like torch's form.
-    """
+    """An op to be proved."""
 
     name: str
+    # every input and `d_y` by name, in the order in which they are drawn: a text with the axes, as in `"*lead inputs"`,
+    # for normal numbers, with their size in front in `"0.5: outputs rank"`; or a function of `draw`, options and the
+    # inputs before it, which may also make several, by name. An axis is an option, a number, or what is made of
+    # options. None leaves the input out, and so does an option of its own name that is None or False. Not given: every
+    # case says it, with shapes in place of axes, and its options need no declaration
     inputs: Mapping[str, Any] | None = None
+    # every option by name with its default, `...` where there is none
     options: Mapping[str, Any] = field(default_factory=dict)
     _: KW_ONLY
-    usual: Function | None = None
+    usual: Function | None = None  # y as one writes it for autograd in low precision, None where that is the reference
+    # arguments that are made of inputs and options, by their name: `{"taps": Taps}`
     made: Mapping[str, Function] = field(default_factory=dict)
+    # how the op is called, where that is not simply forward, then backward, by the option that asks for it
     ways: Mapping[str, Way] = field(default_factory=dict)
+    # forward, backward, reference: in place of the registry's `<name>_forward` and so on
     forward: Function = None  # type: ignore[assignment]
     backward: Function = None  # type: ignore[assignment]
     reference: Function = None  # type: ignore[assignment]
-    loops: bool = False
+    loops: bool = False  # whether the compiled library has loops under the op, which are then proved like torch's form
 
     def __post_init__(self) -> None:
         module = op_module(self.name)

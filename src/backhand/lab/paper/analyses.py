@@ -32,11 +32,7 @@ PATH_FACTORS = ((4.0, 1.0), (1.0, 4.0), (8.0, 0.25), (3.0, 5.0))
 
 @dataclass
 class PaperResult:
-    """What was found; None where an analysis was not asked for.
-
-    Attributes:
-        notes: what a person should know: where an adapter does not belong to the base, and was used by force.
-    """
+    """What was found; None where an analysis was not asked for."""
 
     adapters: tuple[AdapterFactors, ...]
     similarity: list[ModuleSimilarity] | None = None
@@ -46,6 +42,7 @@ class PaperResult:
     updates: list[FirstUpdates] | None = None
     paths: list[PathComparison] | None = None
     sweep: SweepResult | None = None
+    # what a person should know: where an adapter does not belong to the base, and was used by force
     notes: tuple[str, ...] = ()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from backhand.arithmetic.findings import kind_of, print_table
 from backhand.errors import CheckError
-from backhand.files import csv_bytes, json_bytes, make_directory, write_atomically
+from backhand.files import csv_bytes, finite_or_none, make_directory, write_with_summary
 from backhand.lab.paper.amplification import Amplification
 from backhand.lab.paper.analyses import PaperResult, run_paper
 from backhand.lab.paper.memory import MemoryResult, StepMemory
@@ -64,13 +63,7 @@ _NORMS = ("update_norm", "weight_norm", "along_update", "along_weight", "along_r
 
 
 def write_paper(directory: Path, result: PaperResult) -> list[str]:
-    """Write every file, each in one step over an older one of its name; returns the names.
-
-    Raises:
-        UsageError: `directory` is a file.
-        ResourceError: it cannot be written.
-    """
-    make_directory(directory)
+    """Write every file; see `write_with_summary`."""
     files: dict[str, bytes] = {}
     if result.similarity is not None:
         first, second = (adapter.label for adapter in result.adapters)
@@ -104,11 +97,7 @@ def write_paper(directory: Path, result: PaperResult) -> list[str]:
             for row in result.sweep.rows
         )
         files["sweep.csv"] = csv_bytes(header, lines_of)
-    names = [*files, "summary.json"]
-    files["summary.json"] = json_bytes(paper_summary(result) | {"files": names})
-    for name, data in files.items():
-        write_atomically(directory / name, data)
-    return names
+    return write_with_summary(directory, files, paper_summary(result))
 
 
 def paper_summary(result: PaperResult) -> dict[str, Any]:
@@ -174,7 +163,7 @@ def amplification_by_kind(rows: Sequence[Amplification]) -> list[dict[str, Any]]
         found.append(
             {"kind": kind, "modules": len(chosen)}
             | {name: getattr(mean, name) for name in _NORMS}
-            | {"factor": _finite(mean.factor), "random_factor": _finite(mean.random_factor)}
+            | {"factor": finite_or_none(mean.factor), "random_factor": finite_or_none(mean.random_factor)}
         )
     return found
 
@@ -195,10 +184,6 @@ def _updates(result: PaperResult) -> dict[str, Any]:
             for path in result.paths
         ],
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _map_lines(maps: Sequence[SimilarityMap]) -> Iterable[tuple[object, ...]]:

@@ -29,15 +29,11 @@ _MARGIN = 1.15
 
 @dataclass(frozen=True)
 class StepMemory:
-    """One way of training.
-
-    Attributes:
-        computed_bytes: what the tensors hold.
-        measured_bytes: what the process grew by, one value a run; empty where memory does not suffice to try.
-    """
+    """One way of training."""
 
     trained: int
-    computed_bytes: int
+    computed_bytes: int  # what the tensors hold
+    # what the process grew by, one value a run; empty where memory does not suffice to try
     measured_bytes: tuple[int, ...]
 
     @property
@@ -55,18 +51,13 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """Memory of a step and size of what is stored, for the adapter and for every weight.
+    """Memory of a step and size of what is stored, for the adapter and for every weight."""
 
-    Attributes:
-        adapter, full: a step.
-        adapter_stored_bytes: the adapter's file.
-        full_stored_bytes: every weight of the base in float32, as the adapter's factors are stored.
-    """
-
+    # adapter, full: a step
     adapter: StepMemory
     full: StepMemory
-    adapter_stored_bytes: int
-    full_stored_bytes: int
+    adapter_stored_bytes: int  # the adapter's file
+    full_stored_bytes: int  # every weight of the base in float32, as the adapter's factors are stored
 
     @property
     def memory_ratio(self) -> float | None:

@@ -45,17 +45,13 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ForwardTimes:
-    """One size.
+    """One size."""
 
-    Attributes:
-        documents, tokens: of the forward pass, tokens in each document.
-        base_s: median seconds of the base.
-        adapter, merged: over the base.
-    """
-
+    # documents, tokens: of the forward pass, tokens in each document
     documents: int
     tokens: int
-    base_s: float
+    base_s: float  # median seconds of the base
+    # adapter, merged: over the base
     adapter: Ratio
     merged: Ratio
 

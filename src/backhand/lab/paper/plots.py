@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from backhand.arithmetic.findings import draw_layer_map, kind_of, new_figure, png_bytes
+from backhand.arithmetic.findings import draw_layer_map, kind_of, label_axes, new_figure, png_bytes
 from backhand.lab.paper.amplification import Amplification
 from backhand.lab.paper.memory import MemoryResult
 from backhand.lab.paper.merging import MergeResult
@@ -19,6 +19,7 @@ from backhand.lab.paper.optimizer_claims import LARGEST_DIFFERENCE, FirstUpdates
 from backhand.lab.paper.similarity import FloatMap, ModuleSimilarity, SimilarityMap
 from backhand.lab.paper.sweep import SweepResult
 
+_HELD_OUT = "held-out loss (nats per token)"
 _MEBIBYTE = 2**20
 _WHITE: dict[str, Any] = {"color": "#ffffff", "edgecolor": "black"}
 _HATCHED: dict[str, Any] = {"color": "#9a9a9a", "edgecolor": "black", "hatch": "//"}
@@ -93,9 +94,8 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
     low, high = bars.get_ylim()
     bars.set_ylim(low / 1.5, high * 2.5)  # room for the legend above the bars
     bars.set_xticks(places, kinds, rotation=30, ha="right")
-    bars.set_ylabel("‖UᵀWV‖ (Frobenius), mean over layers, logarithmic")
-    bars.set_title("What the weight does along the leading directions", fontsize="medium")
-    bars.legend(fontsize="small", loc="upper center", ncols=3)
+    title, y = "What the weight does along the leading directions", "‖UᵀWV‖ (Frobenius), mean over layers, logarithmic"
+    label_axes(bars, title, y=y, grid=False, loc="upper center", ncols=3)
     return png_bytes(figure)
 
 
@@ -113,10 +113,9 @@ def draw_merging(result: MergeResult) -> bytes:
         axes.bar(at, medians, 0.34, yerr=spread, capsize=4, label=label, **style)
     axes.axhline(1, color="black", linestyle=":", label="base")
     axes.set_xticks(places, [f"{times.documents} × {times.tokens} tokens" for times in result.times])
-    axes.set_ylabel("time over the base's (median, quartiles)")
     axes.set_ylim(0, 1.35 * max(times.adapter.upper for times in result.times))
-    axes.set_title("Latency of a forward pass", fontsize="medium")
-    axes.legend(fontsize="small", loc="upper right", ncols=3)
+    y = "time over the base's (median, quartiles)"
+    label_axes(axes, "Latency of a forward pass", y=y, grid=False, loc="upper right", ncols=3)
     return png_bytes(figure)
 
 
@@ -164,12 +163,11 @@ def draw_sweep(result: SweepResult) -> bytes:
     ranks.set_xscale("log", base=2)
     shown = sorted({row.point.rank for row in result.rows if row.point.ranks})
     ranks.set_xticks(shown, [str(rank) for rank in shown])
-    ranks.set(xlabel="rank", ylabel="held-out loss (nats per token)")
-    ranks.set_title("How small a rank suffices" + ("" if base is None else f" (base: {base:.3f})"), fontsize="medium")
-    ranks.grid(visible=True, linewidth=0.3)
     low, high = ranks.get_ylim()
     ranks.set_ylim(low, high + 0.25 * (high - low))  # room for the legend above the lines
-    ranks.legend(fontsize="small", title="target modules", title_fontsize="small", loc="upper center", ncols=2)
+    title, y = "How small a rank suffices" + ("" if base is None else f" (base: {base:.3f})"), _HELD_OUT
+    legend: dict[str, Any] = {"title": "target modules", "title_fontsize": "small", "loc": "upper center", "ncols": 2}
+    label_axes(ranks, title, "rank", y, **legend)
     at_budget = [row for row in result.rows if row.point.budget]
     at_budget.sort(key=lambda row: targets.index(row.point.targets))
     places = np.arange(len(at_budget))
@@ -179,7 +177,7 @@ def draw_sweep(result: SweepResult) -> bytes:
         budget.text(row.eval_loss, place, f" {row.eval_loss:.3f}{match}", va="center", fontsize="small")
     budget.set_yticks(places, [f"{row.point.targets}\nrank {row.point.rank}" for row in at_budget], fontsize="small")
     budget.set_xlim(0, 1.4 * max((row.eval_loss for row in at_budget), default=1))
-    budget.set_xlabel("held-out loss (nats per token)")
+    budget.set_xlabel(_HELD_OUT)
     budget.set_title(f"Which weights, at {result.budget:,} trained numbers or fewer", fontsize="medium")
     return png_bytes(figure)
 
@@ -222,10 +220,8 @@ def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
         label="mean ± 2 standard errors",
     )
     axes.set_xticks(places, [str(update.rank) for update in updates])
-    axes.set(xlabel="rank (alpha fixed, scaling alpha / rank)", ylabel="⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam")
-    axes.set_title("The expected first update does not depend on the rank", fontsize="medium")
-    axes.legend(fontsize="small")
-    axes.grid(visible=True, linewidth=0.3)
+    x, y = "rank (alpha fixed, scaling alpha / rank)", "⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam"
+    label_axes(axes, "The expected first update does not depend on the rank", x, y)
     return png_bytes(figure)
 
 
@@ -249,10 +245,8 @@ def draw_adam_paths(paths: Sequence[PathComparison]) -> bytes:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1e3)  # room for the legend above the lines
-    axes.set(xlabel="step of Adam", ylabel="‖ΔW′ − ΔW‖ / ‖ΔW‖")
-    axes.set_title("Adam's path under alpha/(pq), p · lora_A, rates p and q times as large", fontsize="medium")
-    axes.grid(visible=True, linewidth=0.3)
-    axes.legend(fontsize="small", loc="upper center", ncols=3)
+    title = "Adam's path under alpha/(pq), p · lora_A, rates p and q times as large"
+    label_axes(axes, title, "step of Adam", "‖ΔW′ − ΔW‖ / ‖ΔW‖", loc="upper center", ncols=3)
     return png_bytes(figure)
 
 

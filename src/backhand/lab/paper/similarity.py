@@ -64,18 +64,13 @@ class ModuleSimilarity:
 
 @dataclass(frozen=True)
 class SimilarityMap:
-    """φ(i, j) of one kind of module and one factor, mean over the layers.
+    """φ(i, j) of one kind of module and one factor, mean over the layers."""
 
-    Attributes:
-        kind: the module's last name, such as `q_proj`.
-        factor: `lora_A` or `lora_B`.
-        similarity, random, expected: (r, r′) measured, of random subspaces, and what those have on average; where ranks
-            differ from layer to layer, over what all of them have.
-    """
-
-    kind: str
-    factor: str
+    kind: str  # the module's last name, such as `q_proj`
+    factor: str  # `lora_A` or `lora_B`
     modules: int
+    # similarity, random, expected: (r, r′) measured, of random subspaces, and what those have on average; where ranks
+    # differ from layer to layer, over what all of them have
     similarity: FloatMap
     random: FloatMap
     expected: FloatMap

@@ -6,7 +6,6 @@ are formed here, link by link (dL, do_seven, dsquared_diff, ddiff), and so is dl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backhand.files import finite_or_none
 from backhand.lab.sine.network import FloatArray, Head, Network, Points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
 from backhand.verify.measure import compare, relative_error
@@ -48,10 +48,7 @@ class CheckRow:
 
     def as_json(self) -> dict[str, object]:
         """The row as JSON takes it: a difference that is not finite is null."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
 
 def base_by_hand(training: BaseTraining, points: Points) -> list[NamedGradient]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from backhand.errors import CheckError
-from backhand.files import csv_bytes, json_bytes, make_directory, write_atomically
+from backhand.files import csv_bytes, json_bytes, make_directory, write_with_summary
 from backhand.lab.sine.check import CheckRow
 from backhand.lab.sine.cost import (
     TABLE_RANKS,
@@ -80,13 +80,7 @@ def _raise_failures(options: SineOptions, result: SineResult) -> None:
 
 
 def write_files(directory: Path, options: SineOptions, result: SineResult) -> list[str]:
-    """Write every file, each in one step over an older one of its name; returns the names.
-
-    Raises:
-        UsageError: `directory` is a file.
-        ResourceError: it cannot be written.
-    """
-    make_directory(directory)
+    """Write every file; see `write_with_summary`."""
     files: dict[str, bytes] = {
         "losses.csv": csv_bytes(("part", "epoch", "loss"), loss_lines(result, options.log_every)),
         "start.npz": _npz(result.start),
@@ -99,11 +93,7 @@ def write_files(directory: Path, options: SineOptions, result: SineResult) -> li
         files["shifted_target.png"] = draw_shifted_target(result.shifted)
     if result.check:
         files["check.json"] = json_bytes([row.as_json() for row in result.check])
-    names = [*files, "summary.json"]
-    files["summary.json"] = json_bytes(summary(options, result) | {"files": names})
-    for name, data in files.items():
-        write_atomically(directory / name, data)
-    return names
+    return write_with_summary(directory, files, summary(options, result))
 
 
 def summary(options: SineOptions, result: SineResult) -> dict[str, Any]:

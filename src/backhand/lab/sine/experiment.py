@@ -34,22 +34,17 @@ class PartResult:
 
 @dataclass(frozen=True)
 class SineResult:
-    """Everything that the experiment found.
-
-    Attributes:
-        digest_before, digest_after: SHA-256 of the frozen base before and after part 2.
-        check: comparisons with autograd, empty unless asked for.
-        shifted: the second experiment, None if left out.
-    """
+    """Everything that the experiment found."""
 
     points: Points
     start: Start
     base: PartResult
     lora: PartResult
+    # digest_before, digest_after: SHA-256 of the frozen base before and after part 2
     digest_before: str
     digest_after: str
-    check: list[CheckRow] = field(default_factory=list)
-    shifted: ShiftedResult | None = None
+    check: list[CheckRow] = field(default_factory=list)  # comparisons with autograd, empty unless asked for
+    shifted: ShiftedResult | None = None  # the second experiment, None if left out
 
     @property
     def frozen_unchanged(self) -> bool:

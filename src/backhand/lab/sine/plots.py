@@ -6,11 +6,11 @@ Lines differ in style and points in marker, so that a picture says the same with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backhand.arithmetic.findings import new_figure, png_bytes
+from backhand.arithmetic.findings import label_axes, new_figure, png_bytes
 from backhand.lab.sine.experiment import PartResult, SineResult
 from backhand.lab.sine.shifted_target import ShiftedResult
 
@@ -30,19 +30,15 @@ def draw_predictions(result: SineResult) -> bytes:
     for axes, part, title in ((base, result.base, "Base"), (lora, result.lora, "Base with adapter")):
         axes.plot(x, y, "o", color=_LIGHT, markersize=5, fillstyle="none", label="True")
         axes.plot(x[order], part.predictions[order, 0], "-", color=_DARK, linewidth=2, label="Predicted")
-        _label(
-            axes,
-            f"{title}: mean squared error {part.final_loss:.4g}",
-            result.points.x_label,
-            f"y = {result.points.name}",
-        )
+        title = f"{title}: mean squared error {part.final_loss:.4g}"
+        label_axes(axes, title, result.points.x_label, f"y = {result.points.name}")
     for part, style, color, label in (
         (result.base, "--", _MIDDLE, "base"),
         (result.lora, "-", _DARK, "with adapter"),
     ):
         rest.plot(x[order], (part.predictions - result.points.y)[order, 0], style, color=color, label=label)
     rest.axhline(0, color=_LIGHT, linewidth=0.8)
-    _label(rest, "What remains", result.points.x_label, "Predicted − True")
+    label_axes(rest, "What remains", result.points.x_label, "Predicted − True")
     return png_bytes(figure)
 
 
@@ -59,7 +55,7 @@ def draw_losses(result: SineResult) -> bytes:
             axes.set_yscale("log")
         else:
             axes.ticklabel_format(axis="y", useOffset=False)
-        _label(axes, title, "epoch (counted from 1)", "mean squared error")
+        label_axes(axes, title, "epoch (counted from 1)", "mean squared error")
     return png_bytes(figure)
 
 
@@ -86,7 +82,7 @@ def draw_shifted_target(result: ShiftedResult) -> bytes:
     errors.set_yscale("log")
     errors.set_xticks(places, [f"{row.label}\n{row.trained_parameters:,}" for row in result.rows])
     title = f"From {result.base_name} to {result.points.name}"
-    _label(errors, title, "what is trained, and how many numbers", "mean squared error")
+    label_axes(errors, title, "what is trained, and how many numbers", "mean squared error")
     x, y = result.points.x[:, 0], result.points.y[:, 0]
     order = np.argsort(x)
     fits.plot(x, y, "o", color=_LIGHT, fillstyle="none", markersize=5, label="True")
@@ -94,8 +90,8 @@ def draw_shifted_target(result: ShiftedResult) -> bytes:
         fits.plot(x[order], result.predictions[label][order, 0], style, color=color, label=label)
     low, high = float(y.min()), float(y.max())
     fits.set_ylim(low - 0.3 * (high - low), high + 0.5 * (high - low))
-    _label(fits, "Fits of the first seed", result.points.x_label, f"y = {result.points.name}")
-    fits.legend(loc="upper center", ncols=3, fontsize="small")
+    shown: dict[str, Any] = {"loc": "upper center", "ncols": 3}
+    label_axes(fits, "Fits of the first seed", result.points.x_label, f"y = {result.points.name}", **shown)
     return png_bytes(figure)
 
 
@@ -118,10 +114,3 @@ def _thinned(part: PartResult, points: int = 2000) -> np.ndarray[tuple[int], np.
 def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
     figure = new_figure(4.6 * count + 0.4, 4.0)
     return figure, list(figure.subplots(1, count))
-
-
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize="medium")
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(visible=True, linewidth=0.3)
-    axes.legend(fontsize="small")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -274,6 +276,7 @@ class GradientDescent:
         np.subtract(self._values, self._change, out=self._values)
 
 
+@dataclass(eq=False)
 class Adam:
     """Adam without weight decay, its learning rate falling linearly to 0 over `epochs` steps [arXiv:1412.6980, alg. 1].
 
@@ -283,22 +286,21 @@ class Adam:
     with lr_t = learning_rate · (1 − (t − 1)/epochs), β₁ = 0.9, β₂ = 0.999 and ε = 10⁻⁸.
     """
 
-    beta1 = 0.9
-    beta2 = 0.999
-    epsilon = 1e-8
+    beta1: ClassVar = 0.9
+    beta2: ClassVar = 0.999
+    epsilon: ClassVar = 1e-8
 
-    def __init__(self, parameters: FlatParameters, learning_rate: float, epochs: int) -> None:
-        self._parameters = parameters
-        self._learning_rate = learning_rate
-        self._epochs = epochs
+    parameters: FlatParameters
+    learning_rate: float
+    epochs: int
+
+    def __post_init__(self) -> None:
         self._steps = 0
-        self._mean = np.zeros_like(parameters.values)
-        self._square = np.zeros_like(parameters.values)
-        self._change = np.empty_like(parameters.values)
+        self._mean, self._square, self._change = (np.zeros_like(self.parameters.values) for _ in range(3))
 
     def step(self) -> None:
         """Update the values once."""
-        gradients, change = self._parameters.gradients, self._change
+        gradients, change = self.parameters.gradients, self._change
         np.multiply(gradients, 1 - self.beta1, out=change)
         self._mean *= self.beta1
         self._mean += change
@@ -306,14 +308,14 @@ class Adam:
         change *= 1 - self.beta2
         self._square *= self.beta2
         self._square += change
-        rate = self._learning_rate * (1 - self._steps / self._epochs)
+        rate = self.learning_rate * (1 - self._steps / self.epochs)
         self._steps += 1
         np.divide(self._square, 1 - self.beta2**self._steps, out=change)
         np.sqrt(change, out=change)
         change += self.epsilon
         np.divide(self._mean, change, out=change)
         change *= rate / (1 - self.beta1**self._steps)
-        self._parameters.values -= change
+        self.parameters.values -= change
 
 
 Optimizer = GradientDescent | Adam

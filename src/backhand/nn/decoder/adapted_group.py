@@ -54,31 +54,25 @@ _GROUP_OF |= {part: index for index, parts in enumerate(PER_LAYER_GROUPS, PER_LA
 
 
 class GroupAdapter(NamedTuple):
-    """The adapters of one group.
+    """The adapters of one group."""
 
-    names: paths of its modules. group: the factors of those that have some, and their dropout. extras: what is trained
-    beside factors, None in most.
-    """
-
-    names: tuple[str, ...]
-    group: LoRAGroup
-    extras: GroupExtras | None = None
+    names: tuple[str, ...]  # paths of its modules
+    group: LoRAGroup  # the factors of those that have some, and their dropout
+    extras: GroupExtras | None = None  # what is trained beside factors, None in most
 
 
 _NO_NORMS: Mapping[str | None, Tensor] = MappingProxyType({})
 
 
 class BlockAdapter(NamedTuple):
-    """The four groups in the order of `GROUPS`, and the gradient views of trained norms by the ends of their names.
-
-    per_layer: the groups behind the MLP, gate and projection of the per-layer input, where there are any.
-    """
+    """The four groups in the order of `GROUPS`, and the gradient views of trained norms by the ends of their names."""
 
     input: GroupAdapter
     output: GroupAdapter
     gate_up: GroupAdapter
     down: GroupAdapter
     norms: Mapping[str | None, Tensor] = _NO_NORMS
+    # gate and projection of the per-layer input, behind the MLP, where there is one
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
 
 

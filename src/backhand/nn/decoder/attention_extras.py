@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import norm_backward
@@ -45,15 +46,15 @@ def normed(
         qkv: what the first group gave, (T, q + 2k) or (T, 2q + 2k).
         known: the factors, where they need not be computed again.
     """
-    assert weights.q_norm is not None and weights.k_norm is not None
+    q_norm, k_norm = present(weights.q_norm), present(weights.k_norm)
     raw_q, raw_k = _under_norm(qkv, parts, config)
     if known is None:
-        q, q_saved = rms_norm_forward(raw_q, weights.q_norm, config.norm_eps, config.norm_offset)
-        k, k_saved = rms_norm_forward(raw_k, weights.k_norm, config.norm_eps, config.norm_offset)
+        q, q_saved = rms_norm_forward(raw_q, q_norm, config.norm_eps, config.norm_offset)
+        k, k_saved = rms_norm_forward(raw_k, k_norm, config.norm_eps, config.norm_offset)
         known = (q_saved.factor, k_saved.factor)
     else:
-        q = rms_norm_apply(raw_q, weights.q_norm, known[0], config.norm_offset)
-        k = rms_norm_apply(raw_k, weights.k_norm, known[1], config.norm_offset)
+        q = rms_norm_apply(raw_q, q_norm, known[0], config.norm_offset)
+        k = rms_norm_apply(raw_k, k_norm, known[1], config.norm_offset)
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     return q.view(-1, heads, config.head_dim), k.view(-1, kv_heads, config.head_dim), known
 
@@ -87,8 +88,7 @@ def normed_backward(
         (config.qk_norms[0], raw_q, factors[0], weights.q_norm, d_normed_q, d_q),
         (config.qk_norms[1], raw_k, factors[1], weights.k_norm, d_normed_k, d_k),
     ):
-        assert weight is not None
-        norm = RMSNormSaved(raw, weight, factor, config.norm_offset)
+        norm = RMSNormSaved(raw, present(weight), factor, config.norm_offset)
         d_raw.copy_(norm_backward(d_normed, norm, adapter.norms.get(name)))
 
 

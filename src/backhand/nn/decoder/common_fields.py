@@ -134,14 +134,24 @@ def window_size(fields: ConfigFields) -> int | None:
 
 def _sliding_layers(fields: ConfigFields, sliding: list[bool]) -> list[bool]:
     """Which layers have a window by `layer_types`; as given where the field is not there."""
+    stated = layers_of_type(fields, SLIDING, len(sliding))
+    return sliding if stated is None else stated
+
+
+def layers_of_type(fields: ConfigFields, kind: str, layers: int) -> list[bool] | None:
+    """Which layers are of this type by `layer_types`, the others having full attention; None where it is not there.
+
+    Raises:
+        ArtifactError: `layer_types` has not one entry for each layer.
+    """
     stated = fields.value("layer_types")
     if stated is None:
-        return sliding
-    if not isinstance(stated, list) or len(stated) != len(sliding):
-        raise ArtifactError(f"layer_types does not name a type for each of {len(sliding)} layers", where="config.json")
-    if any(kind not in (FULL, SLIDING) for kind in stated):
-        fields.problem("layer_types", f"the engine has {FULL} and {SLIDING}")
-    return [kind == SLIDING for kind in stated]
+        return None
+    if not isinstance(stated, list) or len(stated) != layers:
+        raise ArtifactError(f"layer_types does not name a type for each of {layers} layers", where="config.json")
+    if any(one not in (FULL, kind) for one in stated):
+        fields.problem("layer_types", f"the engine has {FULL} and {kind}")
+    return [one == kind for one in stated]
 
 
 def one_layer_type(fields: ConfigFields, expected: str) -> None:

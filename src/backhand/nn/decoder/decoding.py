@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from backhand.errors import present
 from backhand.kernels.builds import loops_are_there
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import Scratch, document_runs
@@ -61,16 +62,13 @@ Head = Callable[[Decoder, Tensor], Tensor]
 
 
 class _Piece(NamedTuple):
-    """New tokens of one row: where they stand among the packed ones, and how much of the row is in the cache before.
-
-    reach: how long the row will be when all that is being appended to it is there.
-    """
+    """New tokens of one row: where they stand among the packed ones, and how much of the row is in the cache before."""
 
     row: int
     start: int
     new: int
     seen: int
-    reach: int
+    reach: int  # how long the row will be when all that is being appended to it is there
 
 
 class IncrementalDecoder:
@@ -300,8 +298,7 @@ class IncrementalDecoder:
         mixer = MIXERS[context.layer.mixer]
         entering, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
         if mixer.continued is None:
-            assert mixer.attending is not None
-            q, k, v = mixer.attending(entering, weights, context)[:3]
+            q, k, v = present(mixer.attending)(entering, weights, context)[:3]
             output = gated_output(entering, attend(index, q, k, v), config)
         else:
             output = mixer.continued(entering, weights, self.cache.states[index], rows, config)

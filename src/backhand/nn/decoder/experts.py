@@ -27,6 +27,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
@@ -113,10 +114,9 @@ def experts_half_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, ExpertsKept]:
     """x₂ from x₁, (T, hidden) both, and what its backward needs."""
-    mixture = mixture_of(config)
+    mixture = present(config.mixture)
     n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
-    assert weights.router is not None
-    logits = frozen_linear(n2, weights.router, weights.router_bias)
+    logits = frozen_linear(n2, present(weights.router), weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
     routing = route(routed.chosen, mixture.experts)
     gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
@@ -146,7 +146,7 @@ def experts_half_backward(
     lowest_group: int,
 ) -> Tensor | None:
     """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
-    mixture, routing = mixture_of(config), kept.routing
+    mixture, routing = present(config.mixture), kept.routing
     d_y = residual_backward(d_x2, kept.projected, adapter.norms.get(config.norms.after_mlp), config)
     norm = pre_norm_saved(x1, weights.mlp_norm, kept.factor, config)
     n2 = formed(norm)
@@ -188,15 +188,8 @@ def experts_half_backward(
     if d_rows is None:
         return None
     d_n2 = dispatch_backward(d_rows, DispatchSaved(routing)).d_x
-    assert weights.router is not None
-    d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, weights.router))
+    d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, present(weights.router)))
     return pre_norm_backward(d_n2, norm, adapter.norms.get(config.norms.before_mlp), d_x2)
-
-
-def mixture_of(config: DecoderConfig) -> Mixture:
-    """The family's mixture, which it has where a layer has experts."""
-    assert config.mixture is not None
-    return config.mixture
 
 
 def _gate_up(
@@ -227,17 +220,17 @@ def _backward(
     input_gradient: bool,
 ) -> Tensor | None:
     """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
-    factors, into = _factors(adapter, mixture), None
-    interleaved = None
+    factors, into, d_lora_B = _factors(adapter, mixture), None, None
     if factors is not None:
         (member,) = adapter.group.members
-        into = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
-        if _is_interleaved(adapter, mixture):
-            interleaved, into = gate_and_up(into[1]), (into[0], torch.zeros_like(factors.lora_B, dtype=into[1].dtype))
+        d_lora_A, d_lora_B = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
+        # Kernels add to rows without gaps, and in the buffer the experts' columns stand between one another.
+        into = d_lora_A, torch.zeros_like(factors.lora_B, dtype=d_lora_B.dtype)
     saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
-    if interleaved is not None and into is not None:
-        interleaved += into[1].view_as(interleaved)
+    if d_lora_B is not None and into is not None:
+        d_lora_B = gate_and_up(d_lora_B) if _is_interleaved(adapter, mixture) else d_lora_B
+        d_lora_B += into[1].view_as(d_lora_B)
     return d_x
 
 

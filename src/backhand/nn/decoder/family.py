@@ -16,22 +16,15 @@ VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS = "value_normed", "keys_as_values", "s
 
 @dataclass(frozen=True)
 class RotaryConfig:
-    """One set of rotary angles.
+    """One set of rotary angles."""
 
-    Attributes:
-        theta: the rotary base.
-        scaling: None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`,
-            `proportional`, `yarn`); the rules are in `nn.decoder.rotary`.
-        attention_factor: by how much rotated queries and keys are longer, each.
-        features: how many of a head's features turn, the first ones; None for all.
-        interleaved: the rotated pairs are neighbours (GLM), not half the rotated features apart.
-    """
-
-    theta: float
+    theta: float  # the rotary base
+    # None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`, `proportional`,
+    # `yarn`); the rules are in `nn.decoder.rotary`
     scaling: tuple[tuple[str, float | int | str | tuple[float, ...]], ...] | None = None
-    attention_factor: float = 1.0
-    features: int | None = None
-    interleaved: bool = False
+    attention_factor: float = 1.0  # by how much rotated queries and keys are longer, each
+    features: int | None = None  # how many of a head's features turn, the first ones; None for all
+    interleaved: bool = False  # the rotated pairs are neighbours (GLM), not half the rotated features apart
 
     @property
     def longest_short(self) -> int | None:
@@ -51,23 +44,17 @@ class LayerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What may differ from layer to layer.
+    """What may differ from layer to layer."""
 
-    Attributes:
-        window: sliding-window size in tokens (a query sees itself and window - 1 tokens before it), None for full
-            attention.
-        experts: whether the layer's MLP is a mixture of experts.
-        rotary: index into `DecoderConfig.rotary`; None where queries and keys stay as they are (SmolLM3, EXAONE 4).
-        mixer: what mixes the tokens of a document, a key of `DecoderConfig.mixers`; window and rotary are attention's.
-        sizes: where they are not those of `DecoderConfig`; see `DecoderConfig.at`.
-        keys_of: number of the layer below whose keys and values this one uses; None where it has its own.
-    """
-
+    # sliding-window size in tokens (a query sees itself and window - 1 tokens before it), None for full attention
     window: int | None = None
+    # index into `DecoderConfig.rotary`; None where queries and keys stay as they are (SmolLM3, EXAONE 4)
     rotary: int | None = 0
-    experts: bool = False
+    experts: bool = False  # whether the layer's MLP is a mixture of experts
+    # what mixes the tokens of a document, a key of `DecoderConfig.mixers`; window and rotary are attention's
     mixer: str = ATTENTION
-    sizes: LayerSizes | None = None
+    sizes: LayerSizes | None = None  # where they are not those of `DecoderConfig`; see `DecoderConfig.at`
+    # number of the layer below whose keys and values this one uses; None where it has its own
     keys_of: int | None = None
 
 
@@ -125,23 +112,16 @@ GATED_DELTA_GROUPS: tuple[tuple[str, ...], ...] = (
 
 
 class MixerShape(NamedTuple):
-    """What the first half of a block consists of: two groups of linear modules, and a mixer between them.
+    """What the first half of a block consists of: two groups of linear modules, and a mixer between them."""
 
-    Attributes:
-        groups: names of the modules of the group that makes the mixer's input, and of the one that takes its output.
-        sizes: outputs of each module of the first group.
-        width: of the mixer's output, which the second group takes.
-        biases: whether the modules of each of the groups have one.
-        norms: norms inside, by field of `BlockWeights`: names of their tensors and shapes.
-        frozen: what else is inside and is never trained, likewise.
-    """
-
+    # names of the modules of the group that makes the mixer's input, and of the one that takes its output
     groups: tuple[tuple[str, ...], ...]
-    sizes: tuple[int, ...]
-    width: int
-    biases: tuple[bool, bool]
+    sizes: tuple[int, ...]  # outputs of each module of the first group
+    width: int  # of the mixer's output, which the second group takes
+    biases: tuple[bool, bool]  # whether the modules of each of the groups have one
+    # norms inside, by field of `BlockWeights`: names of their tensors and shapes
     norms: dict[str, tuple[str, tuple[int, ...]]]
-    frozen: dict[str, tuple[str, tuple[int, ...]]]
+    frozen: dict[str, tuple[str, tuple[int, ...]]]  # what else is inside and is never trained, likewise
 
 
 class ShortConv(NamedTuple):
@@ -177,27 +157,17 @@ GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
 
 
 class Mixture(NamedTuple):
-    """What layers of experts have.
+    """What layers of experts have."""
 
-    Attributes:
-        experts: in a layer.
-        chosen: of them, for each token.
-        width: of an expert: what gate and up make of the hidden size, each.
-        of_all: whether a chosen expert's weight is its share among all experts, else among the chosen.
-        router: what the router is called.
-        bias: whether the router and all of the experts' matrices have one (gpt-oss).
-        clamp: of the experts' gated unit (gpt-oss); None where it is that of an MLP.
-        interleaved: in the parameter that holds them, gate's and up's outputs are interleaved (gpt-oss), and so are
-            the rows of its lora_B. Here gate's rows lie before up's.
-    """
-
-    experts: int
-    chosen: int
-    width: int
-    of_all: bool = False
-    router: str = ROUTER
-    bias: bool = False
-    clamp: Clamp | None = None
+    experts: int  # in a layer
+    chosen: int  # of them, for each token
+    width: int  # of an expert: what gate and up make of the hidden size, each
+    of_all: bool = False  # whether a chosen expert's weight is its share among all experts, else among the chosen
+    router: str = ROUTER  # what the router is called
+    bias: bool = False  # whether the router and all of the experts' matrices have one (gpt-oss)
+    clamp: Clamp | None = None  # of the experts' gated unit (gpt-oss); None where it is that of an MLP
+    # in the parameter that holds them, gate's and up's outputs are interleaved (gpt-oss), and so are the rows of its
+    # lora_B. Here gate's rows lie before up's
     interleaved: bool = False
 
 
@@ -265,36 +235,7 @@ TRAITS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that decides what the decoder computes; no family has a forward of its own.
-
-    Attributes:
-        norm_offset: 1.0 where the norm multiplies by 1 + weight (Gemma), else 0.0.
-        groups: the linear modules of a block with attention, `GROUPS` or with fused ones in their place (Phi-3, GLM).
-        norms: the block's norms, by the names they have in its files.
-        final_norm: the name of the norm before the head.
-        qk_norms: names of the norms of queries and of keys, where there are any.
-        qk_norm: what one RMSNorm of queries and of keys goes over before the rotation: `head`, each head on its own
-            (Qwen3, Gemma 3, EXAONE 4), or `width`, all heads together (OLMo 2); None without.
-        activation: of the gate: `silu` or `gelu_tanh`.
-        attention_scaling: multiplier of query-key products.
-        query_scaling: by how much queries grow with their position (Ministral 3); None where they do not.
-        attention_cap: what no score exceeds, softly (Gemma 2); None where scores are as they come.
-        sinks: whether the softmax of each head has one more term, of no key (gpt-oss).
-        attention_gate: beside each head's query q_proj makes a gate, whose sigmoid attention's output is multiplied by
-            (Qwen3.5); q and k then have norms over each head.
-        delta: of layers whose mixer is the gated delta rule (Qwen3.5); None without any.
-        mixture: of layers of experts (Mixtral, Qwen3-MoE, gpt-oss); None without any.
-        short_conv: of layers with this mixer (LFM2); None without any.
-        value_norm: a norm without weight on values, and layers that may share keys (Gemma 4).
-        per_layer: what each layer is given beside the stream (Gemma 4), see `nn.decoder.per_layer_input`; None without.
-        layer_scalar: whether a block's output is multiplied by a number of its own (Gemma 4).
-        embedding_scaling: multiplier of the embedding's output (Gemma: √hidden), 1.0 else.
-        residual_multiplier: of what attention and MLP add to the stream (Granite), 1.0 else.
-        logits: the logits' multiplier and cap.
-        tied_head: the head's weight is the embedding's.
-        padding_id: the token whose embedding row torch, and so PEFT, never trains; None where there is none.
-        notes: what the config says without effect on what is computed, for people.
-    """
+    """Everything that decides what the decoder computes; no family has a forward of its own."""
 
     family: str
     vocab_size: int
@@ -306,34 +247,44 @@ class DecoderConfig:
     norm_eps: float
     layers: tuple[LayerConfig, ...]
     rotary: tuple[RotaryConfig, ...]
-    attention_scaling: float
-    tied_head: bool
+    attention_scaling: float  # multiplier of query-key products
+    tied_head: bool  # the head's weight is the embedding's
     max_position_embeddings: int
-    norm_offset: float = 0.0
+    norm_offset: float = 0.0  # 1.0 where the norm multiplies by 1 + weight (Gemma), else 0.0
+    # the linear modules of a block with attention, `GROUPS` or with fused ones in their place (Phi-3, GLM)
     groups: tuple[tuple[str, ...], ...] = GROUPS
-    norms: NormNames = NORMS_BEFORE
-    final_norm: str = "model.norm"
+    norms: NormNames = NORMS_BEFORE  # the block's norms, by the names they have in its files
+    final_norm: str = "model.norm"  # the name of the norm before the head
+    # what one RMSNorm of queries and of keys goes over before the rotation: `head`, each head on its own (Qwen3, Gemma
+    # 3, EXAONE 4), or `width`, all heads together (OLMo 2); None without
     qk_norm: str | None = None
+    # names of the norms of queries and of keys, where there are any
     qk_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
-    activation: str = "silu"
+    activation: str = "silu"  # of the gate: `silu` or `gelu_tanh`
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    embedding_scaling: float = 1.0
-    residual_multiplier: float = 1.0
+    embedding_scaling: float = 1.0  # multiplier of the embedding's output (Gemma: √hidden), 1.0 else
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the stream (Granite), 1.0 else
+    # by how much queries grow with their position (Ministral 3); None where they do not
     query_scaling: QueryScaling | None = None
-    attention_cap: float | None = None
-    sinks: bool = False
+    attention_cap: float | None = None  # what no score exceeds, softly (Gemma 2); None where scores are as they come
+    sinks: bool = False  # whether the softmax of each head has one more term, of no key (gpt-oss)
+    # beside each head's query q_proj makes a gate, whose sigmoid attention's output is multiplied by (Qwen3.5); q and k
+    # then have norms over each head
     attention_gate: bool = False
-    delta: DeltaSizes | None = None
-    mixture: Mixture | None = None
-    short_conv: ShortConv | None = None
-    value_norm: bool = False
+    delta: DeltaSizes | None = None  # of layers whose mixer is the gated delta rule (Qwen3.5); None without any
+    mixture: Mixture | None = None  # of layers of experts (Mixtral, Qwen3-MoE, gpt-oss); None without any
+    short_conv: ShortConv | None = None  # of layers with this mixer (LFM2); None without any
+    value_norm: bool = False  # a norm without weight on values, and layers that may share keys (Gemma 4)
+    # what each layer is given beside the stream (Gemma 4), see `nn.decoder.per_layer_input`; None without
     per_layer: PerLayerInput | None = None
-    layer_scalar: bool = False
-    logits: LogitsRule = PLAIN
+    layer_scalar: bool = False  # whether a block's output is multiplied by a number of its own (Gemma 4)
+    logits: LogitsRule = PLAIN  # the logits' multiplier and cap
     eos_token_ids: tuple[int, ...] = ()
+    # the token whose embedding row torch, and so PEFT, never trains; None where there is none
     padding_id: int | None = None
+    # what the config says without effect on what is computed, for people
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property

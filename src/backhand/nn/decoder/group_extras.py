@@ -35,20 +35,14 @@ class Magnitude(NamedTuple):
 
 
 class ModuleExtras(NamedTuple):
-    """What one module of a group trains; None where it does not.
+    """What one module of a group trains; None where it does not."""
 
-    Attributes:
-        size: its outputs.
-        factors: its plain factors.
-        magnitude: DoRA's; c holds as long as the factors do.
-        lora_bias: (out,) bias of lora_B in the compute dtype, and what its gradient is added to.
-        d_weight, d_bias: what the gradients of its own weight and bias are added to.
-    """
-
-    size: int
-    factors: Member | None
-    magnitude: Magnitude | None
+    size: int  # its outputs
+    factors: Member | None  # its plain factors
+    magnitude: Magnitude | None  # DoRA's; c holds as long as the factors do
+    # (out,) bias of lora_B in the compute dtype, and what its gradient is added to
     lora_bias: tuple[Tensor, Tensor] | None
+    # d_weight, d_bias: what the gradients of its own weight and bias are added to
     d_weight: Tensor | None
     d_bias: Tensor | None
 

@@ -28,11 +28,10 @@ Qwen3.5 and 3.6, dense, likewise:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, still_where, with_biases, with_multipliers
+from backhand.nn.decoder.common_fields import common_fields, layers_of_type, still_where, with_biases, with_multipliers
 from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
 from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, LayerConfig, ShortConv
 from backhand.nn.decoder.rotary import FULL, qwen35_rotary
@@ -51,33 +50,27 @@ def lfm2(fields: ConfigFields) -> DecoderConfig:
         if (value := fields.value(older)) is not None:
             fields.put(key, value)
     fields.assume("rope_theta", _LFM2_THETA)
-    attends = _attending_layers(fields, fields.integer("num_hidden_layers"))
+    convolves = _convolving_layers(fields, fields.integer("num_hidden_layers"))
     decoder = common_fields(fields, norm_eps="norm_eps", activation=None)
     return replace(
         decoder,
         intermediate_size=_width(fields, decoder.intermediate_size),
         layers=tuple(
-            layer if attends(index) else LayerConfig(rotary=None, mixer=SHORT_CONV)
-            for index, layer in enumerate(decoder.layers)
+            LayerConfig(rotary=None, mixer=SHORT_CONV) if here else layer
+            for layer, here in zip(decoder.layers, convolves, strict=True)
         ),
         short_conv=ShortConv(fields.integer("conv_L_cache"), fields.flag("conv_bias", False)),
     )
 
 
-def _attending_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
-    """Whether a layer has attention."""
-    types, indices = fields.value("layer_types"), fields.value("full_attn_idxs")
-    if types is not None:
-        if not isinstance(types, list) or len(types) != layers:
-            raise ArtifactError(f"layer_types does not name a type for each of {layers} layers", where="config.json")
-        if any(kind not in (FULL, _CONV) for kind in types):
-            fields.problem("layer_types", f"the engine has {FULL} and {_CONV}")
-        return lambda index: types[index] != _CONV
-    if indices is None:
-        return lambda _: True
+def _convolving_layers(fields: ConfigFields, layers: int) -> list[bool]:
+    """Which layers have a convolution."""
+    convolves, indices = layers_of_type(fields, _CONV, layers), fields.value("full_attn_idxs")
+    if convolves is not None or indices is None:
+        return convolves or [False] * layers
     if not isinstance(indices, list) or any(isinstance(one, bool) or not isinstance(one, int) for one in indices):
         raise ArtifactError("full_attn_idxs is no list of layers", where="config.json")
-    return lambda index: index in indices
+    return [index not in indices for index in range(layers)]
 
 
 def _width(fields: ConfigFields, stated: int) -> int:
@@ -138,18 +131,10 @@ def qwen3_5(fields: ConfigFields) -> DecoderConfig:
 
 
 def _linear_layers(fields: ConfigFields, layers: int) -> list[bool]:
-    """Which layers have the delta rule: by `layer_types`, or all but every so-manieth.
-
-    Raises:
-        ArtifactError: `layer_types` has not one entry for each layer.
-    """
-    stated = fields.value("layer_types")
-    if stated is None:
+    """Which layers have the delta rule: by `layer_types`, or all but every so-manieth."""
+    linear = layers_of_type(fields, _LINEAR, layers)
+    if linear is None:
         interval = fields.integer("full_attention_interval", _FULL_INTERVAL)
         return [(index + 1) % interval != 0 for index in range(layers)]
     fields.value("full_attention_interval")  # the list decides
-    if not isinstance(stated, list) or len(stated) != layers:
-        raise ArtifactError(f"layer_types does not name a type for each of {layers} layers", where="config.json")
-    if any(kind not in (FULL, _LINEAR) for kind in stated):
-        fields.problem("layer_types", f"the engine has {FULL} and {_LINEAR}")
-    return [kind == _LINEAR for kind in stated]
+    return linear

@@ -65,14 +65,11 @@ class MLPKept(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """New tokens of neighbouring rows of a cache: `rows` of them, from `first` on, have `new` each.
-
-    start: where theirs begin among the packed tokens.
-    """
+    """New tokens of neighbouring rows of a cache: `rows` of them, from `first` on, have `new` each."""
 
     first: int
     rows: int
-    start: int
+    start: int  # where theirs begin among the packed tokens
     new: int
 
 
@@ -81,26 +78,23 @@ def _keeps_output(_output: Tensor, _config: DecoderConfig) -> bool:
 
 
 class Mixer(NamedTuple):
-    """A mixer's functions.
+    """A mixer's functions."""
 
-    Attributes:
-        forward: (input (T, Σ sizes), weights, context) to output (T, width) and what backward needs beside both.
-        backward: (∂L/∂output, what the half kept, weights, context, adapter, the output) to ∂L/∂input, (T, Σ sizes).
-            The output is None, or a place that receives it, where it is not kept.
-        states: (config, rows, dtype, device) to what it keeps when text is generated, tensors of (rows, …), all zeros
-            for rows without a token; None for attention, whose keys and values grow with the text.
-        attending: (input (T, Σ sizes), weights, context) to q, k and v (T, heads, head_dim) and perhaps more; None for
-            what is not attention.
-        continued: (input (new tokens, Σ sizes), weights, states, rows, config) to output (new tokens, width); the rows'
-            states are then those behind the new tokens. None for attention.
-        recomputes_output: (output, config) to whether the backward recomputes it, so that it need not be kept.
-        output: (what the half kept, weights, context) to the output, recomputed by itself; None where it is kept.
-    """
-
+    # (input (T, Σ sizes), weights, context) to output (T, width) and what backward needs beside both
     forward: Callable[[Tensor, BlockWeights, BlockContext], tuple[Tensor, Any]]
+    # (∂L/∂output, what the half kept, weights, context, adapter, the output) to ∂L/∂input, (T, Σ sizes). The output is
+    # None, or a place that receives it, where it is not kept
     backward: Callable[[Tensor, MixingKept, BlockWeights, BlockContext, BlockAdapter, Tensor | None], Tensor]
+    # (config, rows, dtype, device) to what it keeps when text is generated, tensors of (rows, …), all zeros for rows
+    # without a token; None for attention, whose keys and values grow with the text
     states: Callable[[DecoderConfig, int, torch.dtype, torch.device | str], tuple[Tensor, ...]] | None = None
+    # (input (new tokens, Σ sizes), weights, states, rows, config) to output (new tokens, width); the rows' states are
+    # then those behind the new tokens. None for attention
     continued: Callable[[Tensor, BlockWeights, tuple[Tensor, ...], Sequence[Rows], DecoderConfig], Tensor] | None = None
+    # (input (T, Σ sizes), weights, context) to q, k and v (T, heads, head_dim) and perhaps more; None for what is not
+    # attention
     attending: Callable[[Tensor, BlockWeights, BlockContext], tuple[Any, ...]] | None = None
+    # (output, config) to whether the backward recomputes it, so that it need not be kept
     recomputes_output: Callable[[Tensor, DecoderConfig], bool] = _keeps_output
+    # (what the half kept, weights, context) to the output, recomputed by itself; None where it is kept
     output: Callable[[MixingKept, BlockWeights, BlockContext], Tensor] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, INPUT, OUTPUT, BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, MLPKept
@@ -65,10 +66,7 @@ def other_mixing_half_backward(
     config, wanted, norms = context.config, context.wanted, context.config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, kept.factor, config)
     d_projected = residual_backward(d_x1, kept.projected, adapter.norms.get(norms.after_attention), config)
-    o = kept.output
-    if o is None:
-        assert mixer.output is not None
-        o = mixer.output(kept, weights, context)
+    o = present(mixer.output)(kept, weights, context) if kept.output is None else kept.output
     d_o = group_backward(
         *(d_projected, select(o, wanted), weights.output, adapter.output, kept.h_output),
         input_gradient=lowest_group < OUTPUT,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
@@ -104,7 +105,9 @@ class Passes:
             return x
         return x * torch.tensor(self.config.embedding_scaling, dtype=x.dtype, device=x.device)
 
-    def rotary_tables(self, positions: Tensor, reach: Tensor) -> list[tuple[RotaryTable | None, RotaryTable | None]]:
+    def rotary_tables(
+        self, positions: Tensor, reach: Tensor, dtype: torch.dtype | None = None
+    ) -> list[tuple[RotaryTable | None, RotaryTable | None]]:
         """The angles of these positions in every layer, and those of queries where they are others; None without any.
 
         One table for each rotary configuration.
@@ -112,8 +115,9 @@ class Passes:
         Args:
             positions: (tokens,) int64.
             reach: (tokens,) int64, how long each token's document is.
+            dtype: what is turned by them, None for the compute dtype; the angles are in float32 or wider.
         """
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(dtype or self.dtype, torch.float32)
         tables = [angles(frequencies, positions, wide, reach) for frequencies in self._frequencies]
         scaling = self.config.query_scaling
         queries = [
@@ -126,7 +130,11 @@ class Passes:
         ]
 
     def contexts(
-        self, batch: PackedBatch, rows: Tensor | None = None, carried: Carried | None = None
+        self,
+        batch: PackedBatch,
+        rows: Tensor | None = None,
+        carried: Carried | None = None,
+        dtype: torch.dtype | None = None,
     ) -> list[BlockContext]:
         """What each block needs to know of the batch; `rows`, (wanted,) int64, are those wanted of the last one.
 
@@ -134,7 +142,7 @@ class Passes:
         """
         if batch.parents and not self.shares_prefixes:
             raise ValueError("what documents share would be rotated by the length of one document alone")
-        tables, scratch = self.rotary_tables(batch.positions, batch.reach), Scratch()
+        tables, scratch = self.rotary_tables(batch.positions, batch.reach, dtype), Scratch()
         carried = carried or self.carried(batch.input_ids)[0]
         contexts = [
             BlockContext(sized, layer, table, batch.runs, scratch, queries, None, number, carried)
@@ -222,7 +230,8 @@ class Passes:
             d_x = block_backward(d_x, saved, self.active.blocks[layer], adapters[layer], contexts[layer], lowest)
         if trained.below_blocks and d_x is not None:
             if begin is not None and carried is not None:
-                d_x = embedded_gradient(d_x, carried, begin, self.active.per_layer, self.config, lora, dropout_seed)
+                weights = present(self.active.per_layer)
+                d_x = embedded_gradient(d_x, carried, begin, weights, self.config, lora, dropout_seed)
             if trained.embedding:
                 d_x = self._embedding_scaled(d_x)
                 embedding_gradients(d_x, batch.input_ids, self.active.embedding, self.config, lora)

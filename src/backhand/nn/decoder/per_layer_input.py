@@ -29,16 +29,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.decoder.adapted_group import (
     PER_LAYER_GATE,
     PER_LAYER_PROJECTION,
     BlockAdapter,
-    GroupAdapter,
     before_blocks_adapter,
     trains_embedding,
 )
 from backhand.nn.decoder.carried import Carried
-from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig, PerLayerInput
+from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.projections import group_backward, group_forward, residual_backward, residual_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights
@@ -64,18 +64,17 @@ def end_forward(
     x2: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
 ) -> tuple[Tensor, EndKept]:
     """x₃, (T, hidden), from x₂ of the wanted rows, and what its backward needs."""
-    config = context.config
-    assert weights.layer_scalar is not None
+    config, scalar = context.config, present(weights.layer_scalar)
     if config.per_layer is None:
-        return x2 * weights.layer_scalar, EndKept(None, None, None, None, None)
-    gate_adapter, projection_adapter = _adapters(adapter)
+        return x2 * scalar, EndKept(None, None, None, None, None)
+    gate_adapter, projection_adapter = present(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
     gate, h_gate = group_forward(x2, weights.per_layer_gate, None, gate_adapter)
     p, _ = glu_forward(gate, _own_input(context), config.activation)
     x3, h_projection, projected = residual_forward(
         x2, p, weights.per_layer_projection, None, projection_adapter, weights.per_layer_norm, config
     )
-    return x3.mul_(weights.layer_scalar), EndKept(x2, gate, h_gate, h_projection, projected)
+    return x3.mul_(scalar), EndKept(x2, gate, h_gate, h_projection, projected)
 
 
 def end_backward(
@@ -88,13 +87,11 @@ def end_backward(
 ) -> Tensor | None:
     """∂L/∂x₂, (T, hidden), or None where nothing below needs it; the input's gradient goes where it is asked for."""
     config = context.config
-    assert weights.layer_scalar is not None
-    d_x3 = d_x3 * weights.layer_scalar
+    d_x3 = d_x3 * present(weights.layer_scalar)
     if kept.x2 is None or kept.gate is None or kept.h_gate is None or kept.h_projection is None:
         return d_x3
+    gate_adapter, projection_adapter = present(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
-    assert config.per_layer is not None and context.carried is not None
-    gate_adapter, projection_adapter = _adapters(adapter)
     d_projected = residual_backward(d_x3, kept.projected, adapter.norms.get(PER_LAYER_NORM), config)
     saved = GLUSaved(kept.gate, _own_input(context), config.activation)
     p, _ = glu_forward(saved.gate, saved.up, saved.activation)
@@ -109,7 +106,7 @@ def end_backward(
     if d_p is None:
         return None
     grads = glu_backward(d_p, saved)
-    if (into := context.carried.d_inputs) is not None:
+    if (into := present(context.carried).d_inputs) is not None:
         if context.wanted is None:
             into[:, context.number] = grads.d_up
         else:
@@ -125,15 +122,9 @@ def end_backward(
     return None if d_x2 is None else d_x2.add_(d_x3)
 
 
-def _adapters(adapter: BlockAdapter) -> tuple[GroupAdapter, GroupAdapter]:
-    assert adapter.per_layer is not None
-    return adapter.per_layer
-
-
 def _own_input(context: BlockContext) -> Tensor:
     """e_l of the wanted rows, (T, p)."""
-    assert context.carried is not None and context.carried.inputs is not None
-    own = context.carried.inputs[:, context.number]
+    own = present(present(context.carried).inputs)[:, context.number]
     return own.contiguous() if context.wanted is None else own.index_select(0, context.wanted)
 
 
@@ -158,7 +149,7 @@ def inputs_forward(
     dropout_seed: int | None = None,
 ) -> tuple[Tensor, BeginKept]:
     """e, (T, L, p), from the embedded tokens, (T, hidden), and their ids, (T,); and what backward needs."""
-    sizes, adapter = _of(config), before_blocks_adapter(lora, dropout_seed, weights.projection)
+    sizes, adapter = present(config.per_layer), before_blocks_adapter(lora, dropout_seed, weights.projection)
     y, h_projection = group_forward(h, weights.projection, None, adapter)
     y = y.mul_(config.hidden_size**-0.5).unflatten(1, (sizes.layers, sizes.width))
     e, norm = rms_norm_forward(y, weights.norm, config.norm_eps)
@@ -195,18 +186,12 @@ def embedded_gradient(
     d_x: Tensor,
     carried: Carried,
     kept: BeginKept,
-    weights: PerLayerWeights | None,
+    weights: PerLayerWeights,
     config: DecoderConfig,
     lora: LoRAParameters,
     dropout_seed: int | None,
 ) -> Tensor:
     """∂L/∂h, (T, hidden): the stream's, d_x, and what the per-layer inputs add where the embedding is trained."""
-    assert weights is not None and carried.d_inputs is not None
-    below = trains_embedding(lora)
-    more = inputs_backward(carried.d_inputs, kept, weights, config, lora, dropout_seed, input_gradient=below)
+    below, d_inputs = trains_embedding(lora), present(carried.d_inputs)
+    more = inputs_backward(d_inputs, kept, weights, config, lora, dropout_seed, input_gradient=below)
     return d_x if more is None else d_x + more
-
-
-def _of(config: DecoderConfig) -> PerLayerInput:
-    assert config.per_layer is not None
-    return config.per_layer

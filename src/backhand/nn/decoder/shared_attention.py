@@ -32,9 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_half import attention_setting
-from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.projections import norm_backward
@@ -45,14 +45,10 @@ from backhand.ops.rotary import rotary_backward, rotary_forward
 
 
 class SharedAttentionKept(NamedTuple):
-    """What is kept beside input and output.
+    """What is kept beside input and output."""
 
-    log_sum_exp: see `ops.attention`. factors: of the norms of q, and of k and v where these are the layer's own,
-    (T, heads, 1) each.
-    """
-
-    log_sum_exp: Tensor
-    factors: tuple[Tensor, ...]
+    log_sum_exp: Tensor  # see `ops.attention`
+    factors: tuple[Tensor, ...]  # (T, heads, 1) of the norms of q, and of k and v where these are the layer's own
 
 
 def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
@@ -82,12 +78,11 @@ def _prepared(
     z: Tensor, weights: BlockWeights, context: BlockContext, factors: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[RMSNormSaved]]:
     """q, k and v as attention takes them, and the norms that made them, whose factors may be known."""
-    eps, carried, keys_of = context.config.norm_eps, _carried(context), context.layer.keys_of
+    eps, carried, keys_of = context.config.norm_eps, present(context.carried), context.layer.keys_of
     normed: list[Tensor] = []
     norms: list[RMSNormSaved] = []
     for place, x in enumerate(_parts(z, context)):
-        gain = (weights.q_norm, weights.k_norm, x.new_ones(x.shape[-1]))[place]
-        assert gain is not None
+        gain = present((weights.q_norm, weights.k_norm, x.new_ones(x.shape[-1]))[place])
         if factors is None:
             y, norm = rms_norm_forward(x, gain, eps)
         else:
@@ -113,10 +108,10 @@ def shared_attention_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
-    config, own, carried, keys_of = context.config, kept.own, _carried(context), context.layer.keys_of
+    config, own, carried, keys_of = context.config, kept.own, present(context.carried), context.layer.keys_of
     q, k, v, norms = _prepared(kept.input, weights, context, own.factors)
-    assert kept.output is not None  # plain attention alone gives it again
-    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (kept.output, d_output))
+    # Plain attention alone gives its output again.
+    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (present(kept.output), d_output))
     saved = AttentionSaved(q, k, v, output, own.log_sum_exp, *attention_setting(weights, context))
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
     d_q, d_k, d_v = attention_backward(d_attended, saved, out=by_head)
@@ -137,11 +132,6 @@ def shared_attention_backward(
         else:
             into[place].copy_(d_x)
     return d_z
-
-
-def _carried(context: BlockContext) -> Carried:
-    assert context.carried is not None
-    return context.carried
 
 
 SHARED_ATTENTION = Mixer(shared_attention_forward, shared_attention_backward, attending=attending)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     HEAD,
@@ -35,25 +36,18 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
 
 class Trained(NamedTuple):
-    """What of a decoder an adapter trains, as far as its passes ask; the same as long as it is attached.
+    """What of a decoder an adapter trains, as far as its passes ask; the same as long as it is attached."""
 
-    lowest: (layer, group) below which no gradient is needed. below_blocks: whether something before the first block is
-    trained, embedding: whether that is the embedding, embedding_factors: by factors. head: whether anything is trained
-    in the head, plain_head: whether nothing but factors, head_rows: name of the trained rows of a table that is the
-    embedding's too. d_final_norm: what that norm's gradient is added to. dora, drops: whether anything has DoRA, or
-    dropout.
-    """
-
-    lowest: tuple[int, int]
-    below_blocks: bool
-    embedding: bool
-    embedding_factors: bool
-    head: bool
-    plain_head: bool
-    head_rows: str | None
-    d_final_norm: Tensor | None
-    dora: bool
-    drops: bool
+    lowest: tuple[int, int]  # (layer, group) below which no gradient is needed
+    below_blocks: bool  # whether something before the first block is trained
+    embedding: bool  # whether that is the embedding
+    embedding_factors: bool  # whether that is by factors
+    head: bool  # whether anything is trained in the head
+    plain_head: bool  # whether nothing but factors
+    head_rows: str | None  # name of the trained rows of a table that is the embedding's too
+    d_final_norm: Tensor | None  # what that norm's gradient is added to
+    dora: bool  # whether anything has DoRA
+    drops: bool  # whether anything has dropout
 
 
 def trained_by(lora: LoRAParameters | None, config: DecoderConfig) -> Trained:
@@ -162,18 +156,13 @@ def _factors_backward(
 
 
 class Head(NamedTuple):
-    """The head in one pass.
+    """The head in one pass."""
 
-    weight: (vocab, hidden), as the adapter has it. adapter_of: a chunk's number → the adapter, with that chunk's
-    dropout. plain: whether nothing but factors is trained, if anything is. rule: of the logits. token_rows: name of
-    trained rows of `weight`, where the head is tied to an embedding that has some.
-    """
-
-    weight: FrozenMatrix
-    adapter_of: Callable[[int], GroupAdapter]
-    plain: bool
-    rule: LogitsRule
-    token_rows: str | None
+    weight: FrozenMatrix  # (vocab, hidden), as the adapter has it
+    adapter_of: Callable[[int], GroupAdapter]  # a chunk's number → the adapter, with that chunk's dropout
+    plain: bool  # whether nothing but factors is trained, if anything is
+    rule: LogitsRule  # of the logits
+    token_rows: str | None  # name of trained rows of `weight`, where the head is tied to an embedding that has some
 
 
 def head_of(
@@ -271,9 +260,7 @@ def head_loss_and_gradients(
         del z, seen
         d_seen = cross_entropy_backward(d_losses[part], saved).d_logits
         d_logits = ruled_backward(d_seen, tanh, head.rule).to(x.dtype)
-        d_x_part = group_backward(d_logits, x[part], head.weight, adapter, h, input_gradient=True)
-        assert d_x_part is not None
-        d_x[part] = d_x_part
+        d_x[part] = present(group_backward(d_logits, x[part], head.weight, adapter, h, input_gradient=True))
         if head.token_rows is not None:
             lora.gradient(head.token_rows).add_(d_logits[:, lora.token_ids(head.token_rows)].T @ x[part])
     return losses, d_x

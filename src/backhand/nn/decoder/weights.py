@@ -363,14 +363,14 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
 # where the embedding is trained in full, and the other way round, as in PEFT.
 
 
+@dataclass(eq=False)
 class TrainedWeights:
     """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are."""
 
-    def __init__(self, base: DecoderWeights, config: DecoderConfig, lora: LoRAParameters) -> None:
-        self._base = base
-        self._config = config
-        self._lora = lora
-        self._table: Tensor | None = None
+    _base: DecoderWeights
+    _config: DecoderConfig
+    _lora: LoRAParameters
+    _table: Tensor | None = None
 
     def current(self) -> DecoderWeights:
         """The weights with the adapter's values as of the last `refresh_compute`."""

@@ -21,10 +21,11 @@ from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.loading.expert_tensors import Piece, experts_within, may_hold_experts
 from backhand.nn.loading.mxfp4_experts import (
     MXFP4,
-    PackedMatrix,
     is_packed_shape,
     packed_matrices,
     packed_parameters,
+    packed_rows,
+    packed_shape,
     unpacked,
 )
 from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, floating, stores_another_head, ties_head
@@ -148,7 +149,7 @@ class HuggingFaceDirectory(ModelSource):
                     where=str(file.path),
                     next_step=_FETCH_AGAIN,
                 )
-            self._packed |= {ours: _Packed(*both, matrix) for ours, matrix in packed_matrices(parameter, shape, kind)}
+            self._packed |= {ours: _Packed(*both, piece) for ours, piece in packed_matrices(parameter, shape, kind)}
         return {
             ours: (file, stored, piece)
             for name, (file, stored) in places.items()
@@ -194,7 +195,9 @@ class HuggingFaceDirectory(ModelSource):
             f"{self.path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}", next_step=f"{_FETCH_AGAIN}, with its weights"
         )
 
-    def _read_generation_config(self) -> dict[str, Any]:
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """Keys of generation_config.json, empty if there is none."""
         file = self.path / "generation_config.json"
         return read_json(file) if file.exists() else {}
 
@@ -304,16 +307,15 @@ class _Packed(NamedTuple):
 
     blocks: tuple[_SafetensorsFile, str]
     scales: tuple[_SafetensorsFile, str]
-    matrix: PackedMatrix
+    piece: Piece
 
     @property
     def shape(self) -> tuple[int, ...]:
         file, name = self.blocks
-        return self.matrix.shape(file.shape(name))
+        return packed_shape(self.piece.shape(file.shape(name)))
 
     def rows(self) -> StoredRows:
-        blocks, scales = (_bytes(file, name) for file, name in (self.blocks, self.scales))
-        return self.matrix.rows(blocks, scales)
+        return packed_rows(*(self.piece.of(_bytes(file, name)) for file, name in (self.blocks, self.scales)))
 
 
 def _bytes(file: _SafetensorsFile, name: str) -> Tensor:

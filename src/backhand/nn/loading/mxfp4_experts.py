@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,30 +46,24 @@ def is_packed_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> bool:
     return len(blocks) == 4 and blocks[3] == _BLOCK_BYTES and scales == blocks[:3]
 
 
-class PackedMatrix(NamedTuple):
-    """One expert's matrix: which piece of the blocks and of the scales it is."""
-
-    piece: Piece
-
-    def shape(self, blocks: tuple[int, ...]) -> tuple[int, ...]:
-        """(out, in), from the shape of all blocks."""
-        rows, groups, _ = self.piece.shape(blocks)
-        return rows, groups * block_shape(MXFP4)[0]
-
-    def rows(self, blocks: Tensor, scales: Tensor) -> StoredRows:
-        """Its blocks in ggml's order, a copy."""
-        own, scale = self.piece.of(blocks), self.piece.of(scales)
-        numbers = torch.stack([own & 15, own >> 4], dim=-1).flatten(-2)
-        first, second = numbers.chunk(2, dim=-1)
-        stored = torch.cat([scale.unsqueeze(-1), first | second << 4], dim=-1)
-        return StoredRows(np.ascontiguousarray(stored.flatten(1).numpy()), MXFP4)
+def packed_shape(blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in) of one expert's matrix, from the shape of its blocks, (out, in / 32, 16)."""
+    rows, groups, _ = blocks
+    return rows, groups * block_shape(MXFP4)[0]
 
 
-def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, PackedMatrix]]:
-    """What a parameter of experts holds: (name inside Backhand, which matrix) each."""
+def packed_rows(blocks: Tensor, scales: Tensor) -> StoredRows:
+    """One expert's blocks, (out, in / 32, 16), and scales, (out, in / 32), in ggml's order; a copy."""
+    first, second = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).chunk(2, dim=-1)
+    stored = torch.cat([scales.unsqueeze(-1), first | second << 4], dim=-1)
+    return StoredRows(np.ascontiguousarray(stored.flatten(1).numpy()), MXFP4)
+
+
+def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, Piece]]:
+    """What a parameter of experts holds: (name inside Backhand, which piece of the blocks and of the scales) each."""
     interleaved = stack_layout(model_type).interleaved
     for module, piece in matrices_of(parameter, blocks[0], blocks[1], interleaved=interleaved):
-        yield f"{module}.weight", PackedMatrix(piece)
+        yield f"{module}.weight", piece
 
 
 def unpacked(rows: StoredRows) -> Tensor:

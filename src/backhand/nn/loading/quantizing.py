@@ -103,5 +103,7 @@ class QuantizingSource(ModelSource):
     def _read_tokenizer(self) -> PreTrainedTokenizerFast:
         return self.unquantized.tokenizer()
 
-    def _read_generation_config(self) -> dict[str, Any]:
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The source's own."""
         return self.unquantized.generation_config

@@ -29,19 +29,13 @@ class ModelSource(ABC):
     """An opened base model.
 
     What reads a tensor or the tokenizer raises ArtifactError where there is none, none of that shape, or none to read.
-
-    Attributes:
-        config: Hugging Face configuration keys, as config.json has them.
-        path: the directory or file it lies in.
-        hub_id: the id under which others can fetch it, None if it is only here.
-        origin: where it came from, in words for people and for backhand.json.
-        wrapper: the image model around it, if its files hold one; `config` and all names are the text model's.
     """
 
-    config: dict[str, Any]
-    path: Path
-    hub_id: str | None
-    origin: str
+    config: dict[str, Any]  # Hugging Face configuration keys, as config.json has them
+    path: Path  # the directory or file it lies in
+    hub_id: str | None  # the id under which others can fetch it, None if it is only here
+    origin: str  # where it came from, in words for people and for backhand.json
+    # the image model around it, if its files hold one; `config` and all names are the text model's
     wrapper: Wrapper | None = None
 
     @abstractmethod
@@ -114,9 +108,6 @@ class ModelSource(ABC):
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """Keys of generation_config.json, empty if there is none."""
-        return self._read_generation_config()
-
-    def _read_generation_config(self) -> dict[str, Any]:
         return {}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:

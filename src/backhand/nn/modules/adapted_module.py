@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from backhand.errors import UsageError
+from backhand.errors import UsageError, present
 from backhand.ops.dora import dora_norm
 from backhand.ops.lora_linear import Dropout
 
@@ -125,13 +125,7 @@ Shape = tuple[int, ...]
 
 
 class LoRAModule(AdaptedModule):
-    """An adapted module; made by `adapt`, never by its constructor.
-
-    Attributes:
-        lora_A, lora_B: the trained factors in PEFT's shapes.
-        lora_bias, lora_magnitude: the bias of lora_B and DoRA's magnitude in PEFT's shapes, or None.
-        rank, scaling, dropout: as in `LoRASlot`.
-    """
+    """An adapted module; made by `adapt`, never by its constructor."""
 
     own_parameters = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
     own_attributes = ("rank", "scaling", "dropout", *AdaptedModule.own_attributes)
@@ -139,10 +133,13 @@ class LoRAModule(AdaptedModule):
     embedding: ClassVar[bool] = False
     takes_lora_bias: ClassVar[bool] = True
 
+    # lora_A, lora_B: the trained factors in PEFT's shapes
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    # lora_bias, lora_magnitude: the bias of lora_B and DoRA's magnitude in PEFT's shapes, or None
     lora_bias: nn.Parameter | None
     lora_magnitude: nn.Parameter | None
+    # rank, scaling, dropout: as in `LoRASlot`
     rank: int
     scaling: float
     dropout: float
@@ -313,6 +310,4 @@ class LoRAModule(AdaptedModule):
 
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a module that has one."""
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
+    return present(module._parameters["weight"])

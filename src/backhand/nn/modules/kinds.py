@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from backhand.errors import present
 from backhand.nn.modules.adapted_module import LoRAModule, Shape, base_weight
 from backhand.nn.modules.functions import dora, dora_linear, lora_bias, lora_conv, lora_embedding, lora_linear
 from backhand.ops.dropout import dropout_multiplier
@@ -213,11 +214,10 @@ class _LoRAConv(LoRAModule):
 
     def _rescaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
         """With DoRA, see `ops.dora_linear`: what dropout takes out of x still passes through the frozen kernel."""
-        assert self.lora_magnitude is not None
         dropout = self._drawn_dropout()
         dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
         z = self._branch(dropped, weight, None, geometry, None)
-        y = dora(z, self.lora_magnitude.flatten(), self.dora_norm(), bias, 1)
+        y = dora(z, present(self.lora_magnitude).flatten(), self.dora_norm(), bias, 1)
         return y if dropout is None else y + convolution(x - dropped, weight, None, geometry)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backhand.errors import ResourceError
+from backhand.errors import ResourceError, present
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
 from backhand.training.memory.plan import HeldBase, MemoryPlan
@@ -23,17 +23,12 @@ ENOUGH_TOKENS = 256
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """The base that a run takes, and what each would take.
+    """The base that a run takes, and what each would take."""
 
-    Attributes:
-        chosen: the plan of the run.
-        plans: of each base that was planned; of one that does not fit the fastest way there is.
-        fitting: those that fit.
-    """
-
-    chosen: MemoryPlan
+    chosen: MemoryPlan  # the plan of the run
+    # of each base that was planned; of one that does not fit the fastest way there is
     plans: Mapping[HeldBase, MemoryPlan]
-    fitting: frozenset[HeldBase]
+    fitting: frozenset[HeldBase]  # those that fit
 
 
 def wanted_bases(
@@ -73,6 +68,5 @@ def choose_base(
     fitting = frozenset(plans)
     chosen = next((plans[base] for base in wanted if base in plans), None)
     if chosen is None:
-        assert failed is not None
-        raise failed
+        raise present(failed)
     return BaseChoice(chosen, plans | {base: plan(base, False) for base in others if base not in plans}, fitting)

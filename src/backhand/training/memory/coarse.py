@@ -64,9 +64,7 @@ def decoder_size(
         cache_bytes=bytes_per_token(config, dtype),
         mixer_state_bytes=state_bytes(config, dtype),
         gaps=_gaps(layout),
-        kernels=sum(slot.experts for slot in layout.slots) // 3
-        if is_taken(dtype)
-        else _kernels(dtype.itemsize, experts=config.mixture is not None),
+        kernels=0 if is_taken(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
     )
 
 

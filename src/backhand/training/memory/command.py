@@ -5,16 +5,14 @@ from __future__ import annotations
 import heapq
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from backhand.data.examples import Example
 from backhand.nn.compute import compute_settings
-from backhand.terminal import console, working
+from backhand.terminal import console, table_of, working
 from backhand.training.machine import Machine, resolve_machine
 from backhand.training.memory.calibration import Speed, calibrate
 from backhand.training.memory.options import PlanOptions
@@ -134,20 +132,21 @@ def _print(console: Console, found: RunPlan) -> None:
     )
     for fact in (*facts, *_processes(machine)):
         console.print(fact, soft_wrap=True)
-    table = Table()
-    table.add_column("memory")
-    table.add_column("size", justify="right")
+    shown = table_of("memory", "size", right=("size",))
     for name, size in memory.parts.items():
-        table.add_row(name, in_words(size))
-    table.add_section()
-    table.add_row("predicted peak", in_words(memory.peak_bytes), style="bold")
+        shown.add_row(name, in_words(size))
+    shown.add_section()
+    shown.add_row("predicted peak", in_words(memory.peak_bytes), style="bold")
     if memory.beside_bytes:
-        table.add_row(f"{LIVE_VIEW}, a second model", in_words(memory.beside_bytes))
+        shown.add_row(f"{LIVE_VIEW}, a second model", in_words(memory.beside_bytes))
     if outline.budget_bytes is not None:
-        table.add_row("may be used", in_words(outline.budget_bytes))
-    console.print(table)
+        shown.add_row("may be used", in_words(outline.budget_bytes))
+    console.print(shown)
     if found.longest:
-        console.print(_longest(found.longest))
+        rows = table_of("longest documents", "tokens", "supervised", right=("tokens", "supervised"))
+        for example in found.longest:
+            rows.add_row(example.source, f"{len(example):,}", f"{int(example.supervised.sum()):,}")
+        console.print(rows)
     if found.speed is not None:
         _print_speed(console, found, found.speed)
 
@@ -169,16 +168,6 @@ def _bases(outline: Outline) -> str:
     taken = outline.memory.base
     others = [f"{base} would take {told(base)}" for base in outline.bases.plans if base != taken]
     return "; ".join([f"{taken} takes {told(taken)}", *others])
-
-
-def _longest(examples: Sequence[Example]) -> Table:
-    table = Table()
-    table.add_column("longest documents", overflow="fold")
-    table.add_column("tokens", justify="right")
-    table.add_column("supervised", justify="right")
-    for example in examples:
-        table.add_row(example.source, f"{len(example):,}", f"{int(example.supervised.sum()):,}")
-    return table
 
 
 def _print_speed(console: Console, found: RunPlan, speed: Speed) -> None:

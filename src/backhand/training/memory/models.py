@@ -30,7 +30,7 @@ from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import StoredModel, models_on_this_machine
-from backhand.terminal import console_for_tables, working
+from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.config import ModelOptions, Recompute
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
 from backhand.training.memory.bases import choose_base, wanted_bases
@@ -47,37 +47,22 @@ _SHOWN_TYPES = 3
 
 @dataclass(frozen=True)
 class ListedModel:
-    """One model on this machine.
+    """One model on this machine."""
 
-    Attributes:
-        name: what `--model` takes.
-        path: where it lies.
-        store: whose it is.
-        family: its architecture, as its file names it; None where it cannot be opened.
-        parameters: numbers in its weights.
-        file_bytes: of its weights as they are stored.
-        types: how they are stored, the most frequent first.
-        engine: `backhand`, `transformers`, or None where it cannot be trained.
-        note: why not the decoder engine, or why it cannot be opened.
-        base: how its weights would be held, `dense` or `quantized`; None where the engine does not train it.
-        memory_bytes: highest memory of a step of 4 × 256 tokens; None where it is not known.
-        fits: whether that is free now.
-        seconds_per_1000_tokens: of training; None where it is not known.
-    """
-
-    name: str
-    path: str
-    store: str
-    family: str | None = None
-    parameters: int | None = None
-    file_bytes: int | None = None
-    types: tuple[str, ...] = ()
-    engine: str | None = None
-    note: str | None = None
+    name: str  # what `--model` takes
+    path: str  # where it lies
+    store: str  # whose it is
+    family: str | None = None  # its architecture, as its file names it; None where it cannot be opened
+    parameters: int | None = None  # numbers in its weights
+    file_bytes: int | None = None  # of its weights as they are stored
+    types: tuple[str, ...] = ()  # how they are stored, the most frequent first
+    engine: str | None = None  # `backhand`, `transformers`, or None where it cannot be trained
+    note: str | None = None  # why not the decoder engine, or why it cannot be opened
+    # how its weights would be held, `dense` or `quantized`; None where the engine does not train it
     base: HeldBase | None = None
-    memory_bytes: int | None = None
-    fits: bool | None = None
-    seconds_per_1000_tokens: float | None = None
+    memory_bytes: int | None = None  # highest memory of a step of 4 × 256 tokens; None where it is not known
+    fits: bool | None = None  # whether that is free now
+    seconds_per_1000_tokens: float | None = None  # of training; None where it is not known
 
 
 def models(options: ModelsOptions) -> list[ListedModel]:
@@ -177,23 +162,18 @@ def models_command(options: ModelsOptions) -> list[ListedModel]:
 
 def _table(found: Sequence[ListedModel]) -> Table:
     threads = available_cores()
-    table = Table(title=f"memory and time: a step of {ROWS} × {ROW_TOKENS} tokens, {threads} threads")
-    table.add_column("--model", overflow="fold")
-    for heading in ("family", "size", "types", "engine"):
-        table.add_column(heading)
-    table.add_column("memory", justify="right")
-    table.add_column("s per 1,000 tokens", justify="right")
+    title = f"memory and time: a step of {ROWS} × {ROW_TOKENS} tokens, {threads} threads"
+    figures = ("memory", "s per 1,000 tokens")
+    shown = table_of("--model", "family", "size", "types", "engine", *figures, right=figures, title=title)
     for one in found:
-        size = (
-            ""
-            if one.parameters is None or one.file_bytes is None
-            else f"{_short(one.parameters)}, {in_words(one.file_bytes)}"
-        )
+        size = ""
+        if one.parameters is not None and one.file_bytes is not None:
+            size = f"{_short(one.parameters)}, {in_words(one.file_bytes)}"
         memory = "" if one.memory_bytes is None else in_words(one.memory_bytes) + ("" if one.fits else ", not free")
         seconds = "" if one.seconds_per_1000_tokens is None else f"{one.seconds_per_1000_tokens:.3g}"
         kinds = ", ".join(one.types[:_SHOWN_TYPES]) + (" …" if len(one.types) > _SHOWN_TYPES else "")
-        table.add_row(one.name, one.family or "?", size, kinds, one.engine or "none", memory, seconds)
-    return table
+        shown.add_row(one.name, one.family or "?", size, kinds, one.engine or "none", memory, seconds)
+    return shown
 
 
 def _short(count: int) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,31 +120,18 @@ def step_bytes(
     return StepBytes(min(kept, most), most - min(kept, most))
 
 
+@dataclass(eq=False)
 class MeasuredMemory:
-    """Parts of a run with one base, each way to cut it measured once.
+    """Parts of a run with one base, each way to cut it measured once."""
 
-    Args:
-        short: makes what is measured, for a recompute mode.
-        process: what the process takes already; measuring adds to it, for every base.
-        forget: gives back what measuring has read of the model's files.
-        budget_bytes: what may be taken in all; None for no limit.
-    """
+    size: ModelSize
+    short: Callable[[Recompute], ShortModel]  # makes what is measured, for a recompute mode
+    vocab_size: int
+    process: ProcessBytes  # what the process takes already; measuring adds to it, for every base
+    forget: Callable[[], None]  # gives back what measuring has read of the model's files
+    budget_bytes: int | None  # what may be taken in all; None for no limit
 
-    def __init__(
-        self,
-        size: ModelSize,
-        short: Callable[[Recompute], ShortModel],
-        vocab_size: int,
-        process: ProcessBytes,
-        forget: Callable[[], None],
-        budget_bytes: int | None,
-    ) -> None:
-        self.size = size
-        self._short = short
-        self._vocab_size = vocab_size
-        self._process = process
-        self._forget = forget
-        self._budget_bytes = budget_bytes
+    def __post_init__(self) -> None:
         self._steps: dict[tuple[StepShape, Recompute], StepBytes] = {}
 
     def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
@@ -152,15 +139,15 @@ class MeasuredMemory:
         key = shape, recompute
         size = self.size if recompute == "none" else replace(self.size, gaps=WIDE_GAPS)
         estimate = estimated_step(size, shape, recompute)
-        least = sum(fixed_parts(size, shape.gradient_copies, self._process.now).values()) + _SURELY * sum(estimate)
-        if not size.measured or (self._budget_bytes is not None and least > MARGIN * self._budget_bytes):
-            return parts_of(size, shape, estimate, self._process.now)
+        least = sum(fixed_parts(size, shape.gradient_copies, self.process.now).values()) + _SURELY * sum(estimate)
+        if not size.measured or (self.budget_bytes is not None and least > MARGIN * self.budget_bytes):
+            return parts_of(size, shape, estimate, self.process.now)
         if key not in self._steps:
-            short = self._short(recompute)
-            self._steps[key] = step_bytes(short, shape, self._vocab_size, size.head_row_bytes)
+            short = self.short(recompute)
+            self._steps[key] = step_bytes(short, shape, self.vocab_size, size.head_row_bytes)
             del short
-            self._forget()
+            self.forget()
             # What a step loads and compiles when it is first taken is there now, and the short model is not.
-            self._process.grown()
+            self.process.grown()
             drop_scratch()  # the run may hold its base otherwise
-        return parts_of(size, shape, self._steps[key], self._process.now)
+        return parts_of(size, shape, self._steps[key], self.process.now)

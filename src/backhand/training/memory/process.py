@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -45,27 +46,15 @@ def crowded_note(mapped_bytes: int, free_bytes: int | None) -> str | None:
 _RAISED_BY = 1.1
 
 
+@dataclass(eq=False)
 class MemoryKeeper:
-    """Asked after every step, and before and after every checkpoint.
+    """Asked after every step, and before and after every checkpoint."""
 
-    Args:
-        planned_bytes: highest resident memory that was planned.
-        measure: the process's resident memory now.
-        release: gives freed memory back to the system.
-    """
-
-    def __init__(
-        self,
-        planned_bytes: int,
-        *,
-        measure: Callable[[], int] = rss_bytes,
-        release: Callable[[], object] = release_freed_memory,
-    ) -> None:
-        self.limit_bytes = planned_bytes
-        self._measure = measure
-        self._release = release
-        self._before = 0
-        self._released = False
+    limit_bytes: int  # highest resident memory that was planned
+    measure: Callable[[], int] = rss_bytes  # the process's resident memory now
+    release: Callable[[], object] = release_freed_memory  # gives freed memory back to the system
+    _before: int = field(default=0, init=False)
+    _released: bool = field(default=False, init=False)
 
     def make_room(self) -> None:
         """Give freed memory back: what comes next needs large buffers.
@@ -73,19 +62,19 @@ class MemoryKeeper:
         Called before the first step as well: all that this one takes is growth, and what it compiles settles among its
         buffers, so that memory is given back after it once.
         """
-        self._release()
-        self._before = self._before or self._measure()
+        self.release()
+        self._before = self._before or self.measure()
 
     def after_step(self) -> None:
         """Give freed memory back if another step that grows like this one would exceed the plan."""
-        now = self._measure()
+        now = self.measure()
         if self._released and now > self.limit_bytes:
             # One step alone fills it again: the plan was too low. Releasing at every step would help nobody.
             self.limit_bytes = int(_RAISED_BY * now)
         growth = 0 if self._released else max(0, now - self._before)
         self._released = self._before > 0 and now + growth > self.limit_bytes
         if self._released:
-            self._release()
+            self.release()
         self._before = now
 
 

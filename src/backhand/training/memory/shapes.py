@@ -13,27 +13,18 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 @dataclass(frozen=True)
 class StepShape:
-    """The micro-batches of a run under some number of rows.
+    """The micro-batches of a run under some number of rows."""
 
-    Attributes:
-        tokens, supervised_tokens: of the largest one, at most.
-        lengths: of the largest one's segments; a filler counts as well.
-        parents: of these segments, as in `PackedBatch`.
-        mean_tokens: of all of them.
-        sizes: how many numbers of tokens, or of supervised tokens where these are more, they come in.
-        gradient_copies: buffers that adding up the micro-batches of a step takes.
-        neutral_tokens: of the longest neutral text; 0 where forgetting is not measured.
-        sampled_rows, sampled_tokens: answers that are sampled at once, and their tokens, those of a prompt once.
-    """
-
+    # tokens, supervised_tokens: of the largest one, at most
     tokens: int
     supervised_tokens: int
-    lengths: tuple[int, ...] = ()
-    parents: tuple[int, ...] = ()
-    mean_tokens: float = 0.0
-    sizes: int = 1
-    gradient_copies: int = 0
-    neutral_tokens: int = 0
+    lengths: tuple[int, ...] = ()  # of the largest one's segments; a filler counts as well
+    parents: tuple[int, ...] = ()  # of these segments, as in `PackedBatch`
+    mean_tokens: float = 0.0  # of all of them
+    sizes: int = 1  # how many numbers of tokens, or of supervised tokens where these are more, they come in
+    gradient_copies: int = 0  # buffers that adding up the micro-batches of a step takes
+    neutral_tokens: int = 0  # of the longest neutral text; 0 where forgetting is not measured
+    # sampled_rows, sampled_tokens: answers that are sampled at once, and their tokens, those of a prompt once
     sampled_rows: int = 0
     sampled_tokens: int = 0
 

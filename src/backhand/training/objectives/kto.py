@@ -18,6 +18,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
+from backhand.errors import present
 from backhand.ops.kto import KTORule, kto_backward, kto_forward
 from backhand.training.engine import Trainable
 from backhand.training.objectives.objective import Documents, Objective, RowLosses, document_sums
@@ -50,17 +51,14 @@ class KTOObjective(Objective):
         """Measure z₀ of the rows that come next, without gradients."""
         if self.others is None:
             return
-        assert self.others_reference is not None
-        sums = document_sums(model, self.others, rows, micro_batch_rows, processes)
-        assert sums is not None
-        self.kl = max(0.0, float((sums - self.others_reference[list(rows)]).mean()))
+        sums = present(document_sums(model, self.others, rows, micro_batch_rows, processes))
+        self.kl = max(0.0, float((sums - present(self.others_reference)[list(rows)]).mean()))
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """See `Objective.losses`."""
-        assert documents.reference is not None
         options, examples = self.options, self.packer.examples
         desirable = torch.tensor([bool(examples[row].desirable) for row in rows], dtype=torch.bool)
-        ratios = documents.sums - documents.reference
+        ratios = documents.sums - present(documents.reference)
         rule = KTORule(options.strength, options.desirable_weight, options.undesirable_weight)
         losses, saved = kto_forward(ratios, desirable, torch.tensor(self.kl, dtype=torch.float64), rule)
         (d_sums,) = kto_backward(torch.ones_like(losses), saved)

@@ -47,14 +47,10 @@ class Documents(NamedTuple):
 
 @dataclass
 class Objective(ABC):
-    """A loss of one set of rows.
+    """A loss of one set of rows."""
 
-    Attributes:
-        packer: of the rows.
-        reference: s of every document of the rows under the model that the run starts from; None without a reference.
-    """
-
-    packer: RowPacker
+    packer: RowPacker  # of the rows
+    # s of every document of the rows under the model that the run starts from; None without a reference
     reference: Tensor | None = None
     _found: dict[int, Measured] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from backhand.errors import present
 from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
 from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
 from backhand.ops.simpo import SimPORule, simpo_backward, simpo_forward
@@ -25,24 +26,19 @@ from backhand.training.step import Processes
 
 @dataclass
 class PairObjective(Objective):
-    """A loss of pairs.
+    """A loss of pairs."""
 
-    Attributes:
-        options: which one, and its numbers.
-        partners: of each row of the step that comes next what it meets where pairs are sorted: the other side's number
-            for its own, and for the other side's number its own side's, (2,).
-    """
-
-    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # which one, and its numbers
+    # of each row of the step that comes next what it meets where pairs are sorted: the other side's number for its own,
+    # and for the other side's number its own side's, (2,)
     partners: dict[int, Tensor] = field(default_factory=dict)
 
     def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
         """Sort the pairs of the rows that come next, if the loss does."""
         if self.options.form not in SORTED:
             return
-        sums, reference = document_sums(model, self.packer, rows, micro_batch_rows, processes), self.reference
-        assert sums is not None and reference is not None
-        one, other = _compared(self.options, sums, reference[self.packer.documents(rows)])
+        sums = present(document_sums(model, self.packer, rows, micro_batch_rows, processes))
+        one, other = _compared(self.options, sums, present(self.reference)[self.packer.documents(rows)])
         of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
         found = torch.empty(len(rows), 2, dtype=torch.float64)
         found[of_one, 0], found[of_other, 1] = other[of_other], one[of_one]
@@ -55,8 +51,7 @@ class PairObjective(Objective):
             seen, divisor = sums / counts, counts
             shown = seen
         else:
-            assert reference is not None
-            ratios = sums - reference
+            ratios = sums - present(reference)
             divisor = counts if options.form in AVERAGED else torch.ones_like(counts)
             seen, shown = ratios / divisor, sums
         if options.form in SORTED and reference is not None:

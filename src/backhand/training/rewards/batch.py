@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.errors import present
 from backhand.generate.sampling import Sampled
 from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
@@ -141,8 +142,7 @@ class AnswerBatch:
 
         The reference is the base model, the adapter off.
         """
-        model, lora = self._model, self._model.lora
-        assert lora is not None
+        model, lora = self._model, present(self._model.lora)
         shares = self._processes.shared_out([self._packer.positions(rows) for rows in self._micro_batches])
         mine: list[list[float]] = []
         model.detach()

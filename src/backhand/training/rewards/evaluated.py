@@ -7,12 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.table import Table
-
 from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
 from backhand.generate.loading import loaded_model
-from backhand.terminal import console_for_tables, working
+from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.evaluate_options import EvaluateOptions
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.planned import check_context
@@ -64,10 +62,8 @@ def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, flo
         return found
     with working("evaluating"):
         rows, found = evaluate_rewards(options)
-    table = Table(title=f"{rows:,} rows, each answered once")
-    for column in ("model", *found[0]):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
     for name, measured in zip(("base", "adapted"), found, strict=False):
-        table.add_row(name, *(f"{value:.4g}" for value in measured.values()))
-    console_for_tables().print(table)
+        shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))
+    console_for_tables().print(shown)
     return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.errors import present
 from backhand.nn.batch import IGNORE_INDEX
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import (
@@ -77,8 +78,8 @@ def _usual(s: _Inputs) -> Tensor:
 
 def _reference_logits(given: _Inputs) -> Tensor:
     """Z under dropout, with a low-rank update of its own for each row: W + s B A diag(m)."""
-    assert given.head is not None
-    delta = given.head.scaling * torch.einsum("vr,rh,nh->nvh", given.head.lora_B, given.head.lora_A, given.mask)
+    head = present(given.head)
+    delta = head.scaling * torch.einsum("vr,rh,nh->nvh", head.lora_B, head.lora_A, given.mask)
     return torch.einsum("nh,nvh->nv", given.x, given.weight + delta)
 
 
@@ -179,8 +180,7 @@ def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool =
 
 
 def _d_h(s: _Inputs, *, slope: bool = True) -> Tensor:
-    assert s.head is not None
-    return s.head.scaling * _d_logits(s, slope=slope) @ s.head.lora_B
+    return present(s.head).scaling * _d_logits(s, slope=slope) @ present(s.head).lora_B
 
 
 def _d_x(s: _Inputs, *, slope: bool = True) -> Tensor:
@@ -195,8 +195,7 @@ def _low_rank_d_x(s: _Inputs) -> Tensor:
 
 def _d_lora_B(s: _Inputs, mask: Tensor) -> Tensor:
     """s Dᵀ h with another mask in h than in the logits."""
-    assert s.head is not None
-    return s.head.scaling * _d_logits(s).T @ ((s.x * mask) @ s.head.lora_A.T)
+    return present(s.head).scaling * _d_logits(s).T @ ((s.x * mask) @ present(s.head).lora_A.T)
 
 
 def _plain_softmax(s: _Inputs) -> Any:
