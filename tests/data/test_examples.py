@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from backhand.data.chat import Document
-from backhand.data.examples import CutRows, DataReport, Example, cut, encode_document, summed
+from backhand.data.examples import CutRows, DataReport, Example, cut, encode_document
 from backhand.data.options import DataOptions
+from backhand.data.stored_examples import summed
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
 from support.tokenizer_kinds import byte_level, sentence_pieces

@@ -82,11 +82,6 @@ class Example:
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
 
 
-def documents_of(examples: Iterable[Example]) -> list[Example]:
-    """All their documents, in order."""
-    return [document for example in examples for document in example.documents]
-
-
 @dataclass(frozen=True)
 class SourceForm:
     """One file or hub data set, the form that its rows have, and how many of them were good."""
@@ -157,28 +152,6 @@ class DataReport:
                 f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
             )
         return lines
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """Examples and what became of the rows they were made from."""
-
-    examples: tuple[Example, ...]
-    report: DataReport = field(default_factory=DataReport)
-    held_out_share: float = 0.0  # of the rows that were there, drawn from the seed and no longer among these
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(documents,) tokens of each."""
-        return np.array([len(document) for document in documents_of(self.examples)], dtype=np.int64)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over every token, its supervision, labels and the order of the examples, in hexadecimal."""
-        whole = hashlib.sha256()
-        for example in self.examples:
-            whole.update(example.key)
-        return whole.hexdigest()
 
 
 @dataclass
@@ -287,21 +260,6 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
                 next_step="take the tokenizer that belongs to the model, or resize the model to it "
                 "(transformers: model.resize_token_embeddings(len(tokenizer))) and save both",
             )
-
-
-def summed(examples: Sequence[Example], report: DataReport) -> PreparedData:
-    """Examples with a report whose sums are theirs; its other counts stay."""
-    documents = documents_of(examples)
-    return PreparedData(
-        tuple(examples),
-        replace(
-            report,
-            documents=len(documents),
-            tokens=sum(map(len, documents)),
-            supervised_tokens=sum(int(document.supervised.sum()) for document in documents),
-            longest=max(map(len, documents), default=0),
-        ),
-    )
 
 
 def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) -> list[int]:

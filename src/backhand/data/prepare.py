@@ -21,12 +21,10 @@ from backhand.data.examples import (
     CutRows,
     DataReport,
     Example,
-    PreparedData,
     SourceForm,
     cut,
     encode_document,
     encode_documents,
-    summed,
 )
 from backhand.data.forms import FormReader
 from backhand.data.messages import Conversation
@@ -35,6 +33,7 @@ from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split, usual_share
+from backhand.data.stored_examples import ExampleWriter, PreparedData, summed
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of, name_list, shorten
@@ -137,7 +136,7 @@ def read_examples(
     """
     asked_of = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
-    examples: list[Example] = []
+    writer = ExampleWriter()
     bad = BadRows(options.skip_bad) if bad is None else bad
     cut_here = CutRows()
 
@@ -179,7 +178,8 @@ def read_examples(
 
         def finish(encoded: list[Example]) -> None:
             asked, made = made_of(row, encoded, firsts)
-            examples.extend(made)
+            for example in made:
+                writer.add(example)
             if prompts is not None and asked_of is not None and made:
                 prompts.append(_prompt(asked_of, asked))
 
@@ -200,6 +200,7 @@ def read_examples(
     )
     if cut_rows is not None:
         cut_rows.add(cut_here)
+    examples = writer.stored()
     if not examples:
         raise _nothing_left(report, names, options)
     return summed(examples, report)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -103,7 +103,8 @@ def plan(options: PlanOptions) -> RunPlan:
         notes += outline.train.report.lines()
     if not outline.size.measured:
         notes.append(_ESTIMATED)
-    longest = heapq.nlargest(options.plan.show, outline.train.examples, key=len)
+    examples = outline.train.examples
+    longest = examples.take(np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show])
     return RunPlan(outline, machine, speed, (*notes, *outline.notes), tuple(longest))
 
 
