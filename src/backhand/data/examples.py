@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,11 +65,6 @@ class Example:
         gaps = np.flatnonzero(~self.supervised[: places[-1]]) if len(places) else places
         begin = int(gaps[-1]) + 1 if len(gaps) else 0
         return (begin, int(places[-1]) + 1) if begin > 1 else (0, 0)
-
-    @property
-    def token_key(self) -> bytes:
-        """The same for two examples exactly if their tokens are equal."""
-        return hashlib.sha256(b"|".join(document.input_ids.tobytes() for document in self.documents)).digest()
 
     @property
     def key(self) -> bytes:
@@ -173,14 +167,6 @@ class CutRows:
         self.truncated += other.truncated
         self.dropped_long += other.dropped_long
         self.dropped_unsupervised += other.dropped_unsupervised
-
-
-def encode_documents(documents: Sequence[Document], encoder: TextEncoder) -> list[Callable[[], Example]]:
-    """As `encode_document`, several at once on all cores; each is made, or its error raised, when it is called."""
-    return [
-        partial(encode_document, document, encoder, encoding)
-        for document, encoding in zip(documents, encoder.encode_plain(documents), strict=True)
-    ]
 
 
 def encode_document(document: Document, encoder: TextEncoder, encoding: Any = None) -> Example:

@@ -67,8 +67,7 @@ def kept(
         _write(place, made)
         _make_room(place.parent)
         size = in_words(place.stat().st_size)
-        kept_there = _read(place) or made  # so that they are there once
-        return _noted(kept_there, f"kept as they are prepared, for the next run, in {place} ({size})")
+        return _noted(_read(place) or made, f"kept as they are prepared, for the next run, in {place} ({size})")
     return made
 
 
@@ -121,54 +120,43 @@ def _versions() -> tuple[str, ...]:
 
 
 _DIGEST_BYTES = 32
-_ALIGNED = 64
-_AT_ONCE = 2**22
 
 
 def _write(place: Path, data: PreparedData) -> None:
-    """A line of JSON, filled up to a multiple of 64 bytes; `tokens` and `records` of the examples; a digest of all."""
-    examples = data.examples
-    header = {
-        "report": asdict(replace(data.report, bad_rows=())),
-        "tokens": len(examples.tokens),
-        "records": len(examples.records),
-    }
-    line = json.dumps(header).encode()
-    line += b" " * (-(len(line) + 1) % _ALIGNED) + b"\n"
-    digest = hashlib.sha256()
+    """A digest of all behind it; a line of JSON, filled up to 64 bytes; `tokens` and `records` of the examples."""
+    tokens, records = data.examples.tokens, data.examples.records
+    report = asdict(replace(data.report, bad_rows=()))
+    line = json.dumps({"report": report, "tokens": len(tokens), "records": len(records)}).encode()
+    line += b" " * (-(_DIGEST_BYTES + len(line) + 1) % 64) + b"\n"
+    digest = hashlib.sha256(line)
+    digest.update(tokens.data)
+    digest.update(records.view(np.uint8).data)
     with staged(place) as path:
         path.touch(mode=0o600)
         with path.open("wb") as file:
-            for part in (line, examples.tokens.view(np.uint8).data, examples.records.view(np.uint8).data):
-                for begin in range(0, len(part), _AT_ONCE):
-                    digest.update(part[begin : begin + _AT_ONCE])
-                    file.write(part[begin : begin + _AT_ONCE])
-            file.write(digest.digest())
+            for part in (digest.digest(), line, tokens.data, records.view(np.uint8).data):
+                file.write(part)
 
 
 def _read(place: Path) -> PreparedData | None:
     """The rows that a file holds, where they lie in it; None where it is not as it was written."""
     try:
         with place.open("rb") as file:
-            line = file.readline(2**20)
-            header = json.loads(line)
-            ends = np.cumsum([len(line), header["tokens"] * 4, header["records"] * RECORD.itemsize]).tolist()
-            digest, left = hashlib.sha256(line), ends[-1] - len(line)
-            while left and (part := file.read(min(left, _AT_ONCE))):  # not through the mapping: its pages would stay
-                digest.update(part)
-                left -= len(part)
-            if file.read() != digest.digest():
+            if file.read(_DIGEST_BYTES) != hashlib.file_digest(file, "sha256").digest():
                 return None
             mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-    except (OSError, ValueError, KeyError, TypeError):
+            file.seek(_DIGEST_BYTES)
+            header = json.loads(file.readline())
+            tokens, records = file.tell(), file.tell() + 4 * header["tokens"]
+    except (OSError, ValueError):
         return None
     with suppress(OSError):
         os.utime(place)  # the last to be let go
-    tokens, records = mapped[ends[0] : ends[1]].view(np.int32), mapped[ends[1] : ends[2]].view(RECORD)
     report = header["report"]
     report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
     report |= {name: tuple(report[name]) for name in ("bad_rows", "notes", "first_cut")}
-    return PreparedData(StoredExamples(tokens, records), DataReport(**report))
+    examples = StoredExamples.all_of(mapped[tokens:records].view(np.int32), mapped[records:].view(RECORD), {})
+    return PreparedData(examples, DataReport(**report))
 
 
 def _make_room(folder: Path) -> None:

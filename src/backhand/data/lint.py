@@ -21,7 +21,7 @@ from backhand.data.row_kinds import Purpose
 from backhand.data.rows import BadRows
 from backhand.data.split import equal_neighbours, overlap
 from backhand.data.stored_examples import PreparedData, StoredExamples
-from backhand.data.text_encoder import TextEncoder
+from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 from backhand.words import count_of, shorten
 
@@ -205,55 +205,49 @@ def _in_rows(examples: StoredExamples) -> list[Finding]:
     ]
 
 
+_OF_DOCUMENTS = {
+    "no_end": (
+        "in which no end token carries loss, so that the model is not taught to stop",
+        "use a chat template that ends replies (--chat-template)",
+    ),
+    "empty_reply": ("with an empty reply", "fill it in or take the rows out"),
+    "doubled_bos": (
+        "with two begin-of-sequence tokens in front",
+        "take the one that is written in the rows or in the chat template out",
+    ),
+    "mojibake": ("with text that looks wrongly decoded, such as {!r}", "decode the original again, as UTF-8"),
+}
+
+
 def _in_documents(documents: Iterable[Example], tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
     ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends.add(tokenizer.eos_token_id)
     bos = tokenizer.bos_token_id
     truncated = set(cut_rows.truncated)
+    places: dict[str, list[str]] = {kind: [] for kind in _OF_DOCUMENTS}
+    garbled = None
 
-    def has_empty_reply(example: Example, places: npt.NDArray[np.int64]) -> bool:
+    def says_nothing(ids: TokenIds) -> bool:
         """Whether a stretch that carries loss says nothing but its end: blanks, if anything, before an end token."""
-        stretches = np.split(example.input_ids[places], np.flatnonzero(np.diff(places) > 1) + 1)
-        return any(
-            0 < len(ids) <= _BLANK_TOKENS and int(ids[-1]) in ends and not tokenizer.decode(ids[:-1].tolist()).strip()
-            for ids in stretches
-        )
+        return len(ids) <= _BLANK_TOKENS and int(ids[-1]) in ends and not tokenizer.decode(ids[:-1].tolist()).strip()
 
-    no_end, empty_reply, doubled_bos, garbled = (list[str]() for _ in range(4))
-    shown = None
     for example in documents:
-        source, ids, places = example.source, example.input_ids, np.flatnonzero(example.supervised)
+        ids, targets = example.input_ids, np.flatnonzero(example.supervised)
+        stretches = np.split(ids[targets], np.flatnonzero(np.diff(targets) > 1) + 1)
         piece = find_mojibake(tokenizer.decode(ids))
-        shown = shown or piece
-        wrong = (
-            (no_end, source not in truncated and int(ids[places[-1]]) not in ends),
-            (empty_reply, has_empty_reply(example, places)),
-            (doubled_bos, bos is not None and ids[:2].tolist() == [bos, bos]),
-            (garbled, bool(piece)),
-        )
-        for found, is_so in wrong:
-            if is_so:
-                found.append(source)
+        garbled = garbled or piece
+        wrong = {
+            "no_end": example.source not in truncated and int(ids[targets[-1]]) not in ends,
+            "empty_reply": any(map(says_nothing, stretches)),
+            "doubled_bos": bos is not None and ids[:2].tolist() == [bos, bos],
+            "mojibake": piece is not None,
+        }
+        for kind in filter(wrong.__getitem__, wrong):
+            places[kind].append(example.source)
     return [
-        *_finding(
-            "no_end",
-            no_end,
-            "in which no end token carries loss, so that the model is not taught to stop",
-            "use a chat template that ends replies (--chat-template)",
-        ),
-        *_finding("empty_reply", empty_reply, "with an empty reply", "fill it in or take the rows out"),
-        *_finding(
-            "doubled_bos",
-            doubled_bos,
-            "with two begin-of-sequence tokens in front",
-            "take the one that is written in the rows or in the chat template out",
-        ),
-        *_finding(
-            "mojibake",
-            garbled,
-            f"with text that looks wrongly decoded, such as {shown!r}",
-            "decode the original again, as UTF-8",
-        ),
+        finding
+        for kind, (what, remedy) in _OF_DOCUMENTS.items()
+        for finding in _finding(kind, places[kind], what.format(garbled), remedy)
     ]
 
 
@@ -262,16 +256,15 @@ _MOST_LABELS, _LONGEST_LABEL, _ROWS_A_LABEL = 128, 60, 3
 
 def label_spellings(tokenizer: Any, *examples: Iterable[Example]) -> list[tuple[str, list[str]]]:
     """Short answers, as they are trained on, that are another's but for case or blanks: a phrase, and their places."""
-    counts: Counter[bytes] = Counter()
+    counts: Counter[tuple[int, ...]] = Counter()
     for example in chain.from_iterable(examples):
         ids = _answer(example)
         if not ids or (ids not in counts and len(counts) == _MOST_LABELS):
             return []
         counts[ids] += 1
-    alike: dict[str, dict[str, set[bytes]]] = {}
+    alike: dict[str, dict[str, set[tuple[int, ...]]]] = {}
     for ids, _ in counts.most_common():
-        said = np.frombuffer(ids, dtype=np.int32).tolist()
-        text = str(tokenizer.decode(said, skip_special_tokens=True)).removesuffix("\n")
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).removesuffix("\n")
         alike.setdefault(" ".join(text.split()).casefold(), {}).setdefault(text, set()).add(ids)
     if _ROWS_A_LABEL * len(alike) > counts.total() or any(len(text) > _LONGEST_LABEL for text in alike):
         return []
@@ -285,10 +278,10 @@ def label_spellings(tokenizer: Any, *examples: Iterable[Example]) -> list[tuple[
     ]
 
 
-def _answer(example: Example) -> bytes:
+def _answer(example: Example) -> tuple[int, ...]:
     """The ids of its last answer."""
     begin, end = example.last_answer
-    return example.input_ids[begin:end].tobytes()
+    return tuple(example.input_ids[begin:end].tolist())
 
 
 def _repeated(examples: StoredExamples) -> list[str]:

@@ -64,12 +64,11 @@ def trained_length(example: Example) -> int:
     return int(places[-1]) if len(places) else 0
 
 
+Lengths = Sequence[int] | npt.NDArray[np.int64]
+
+
 def micro_batches(
-    rows: Iterable[int],
-    lengths: Sequence[int] | npt.NDArray[np.int64],
-    *,
-    max_rows: int | None = None,
-    max_tokens: int | None = None,
+    rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Divide the rows of one optimizer step, longest first.
 
@@ -104,7 +103,7 @@ def micro_batches(
 
 MIN_SAVED_TOKENS = 32
 """Fewer tokens than this are not worth what a segment costs: copies of keys and values, and gradients to add up."""
-_AT_ONCE = 4096
+_AT_ONCE = 2**20
 
 
 class Forest(NamedTuple):
@@ -256,7 +255,7 @@ class RowPacker:
             return 0
         begins, tokens = whole.examples.column("begin"), whole.examples.tokens
         common = int(whole.lengths.min())
-        for some in np.array_split(begins, -(-len(begins) // _AT_ONCE)):
+        for some in np.array_split(begins, -(-len(begins) * (common + 1) // _AT_ONCE)):
             # Tokens as they are stored, so that those whose labels differ are different.
             written = tokens[some[:, None] + np.arange(common + 1)]
             first = tokens[begins[0] : begins[0] + common + 1]
@@ -331,8 +330,7 @@ class Sampler:
         """Row numbers of this step, counted from 0."""
         order = _epoch_order(self.seed, step // self.steps_per_epoch, self.rows)
         start = step % self.steps_per_epoch * self.batch_rows
-        found: list[int] = order[start : start + self.batch_rows].tolist()
-        return found
+        return list(map(int, order[start : start + self.batch_rows]))
 
     def epochs_done(self, steps: int) -> float:
         """Epochs done after this many steps, with the fraction of the current one."""

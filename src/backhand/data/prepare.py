@@ -24,7 +24,6 @@ from backhand.data.examples import (
     SourceForm,
     cut,
     encode_document,
-    encode_documents,
 )
 from backhand.data.forms import FormReader
 from backhand.data.messages import Conversation
@@ -299,11 +298,11 @@ def _in_batches(
                     bad.add(error)
         except DataError as error:
             failure = error  # of a row behind those that wait
-        encoded = iter(encode_documents([document for _, (documents, _) in waiting for document in documents], encoder))
+        encoded = iter(encoder.encode_plain([document for _, (documents, _) in waiting for document in documents]))
         for row, (documents, finish) in waiting:
-            mine = list(islice(encoded, len(documents)))
+            pairs = zip(documents, list(islice(encoded, len(documents))), strict=True)
             try:
-                finish([example() for example in mine])
+                finish([encode_document(document, encoder, encoding) for document, encoding in pairs])
             except DataError as error:
                 bad.add(error)
                 continue

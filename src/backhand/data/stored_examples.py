@@ -1,24 +1,21 @@
 """Examples one behind another in two arrays, of which each is made when it is asked for.
 
-A million short rows are 300 MB of token ids, and as objects of Python many times that. So an example is written as soon
-as it is made, and what is known of it (how long it is, a digest of its tokens) beside it:
-
     tokens    of each document its ids, those that are supervised as ~id, then the bytes of its source
-    records   of each document a `RECORD`
+    records   of each document a `RECORD`: where it begins, how long it is, digests
 
-Both lie in memory where they are short, else in a file, the pages of which the system takes and lets go as it likes.
-What has to look at all rows, to split or to compare them, looks at columns of the records.
+Short arrays lie in memory, others in a file, pages of which the system takes and lets go as it likes: as objects of
+Python a million short rows take a gigabyte. What looks at all rows, to split or compare them, looks at columns.
 """
 
 from __future__ import annotations
 
 import hashlib
 import mmap
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Any, overload
 
 import numpy as np
@@ -27,8 +24,7 @@ import numpy.typing as npt
 from backhand.data.examples import DataReport, Example
 from backhand.data.row_kinds import Asked
 from backhand.data.text_encoder import TokenIds
-from backhand.errors import ResourceError
-from backhand.files import FileLayer, write_all
+from backhand.files import resource_error
 
 _IN_MEMORY_BYTES = 2**23
 _LABELS = (None, False, True)
@@ -38,15 +34,15 @@ RECORD = np.dtype(
     [
         ("begin", np.int64),  # of its ids among the tokens
         ("tokens", np.int32),
-        ("supervised", np.int32),  # how many of them
-        ("trained", np.int32),  # those before the last supervised one
-        ("highest", np.int32),  # of its ids
         ("source_bytes", np.int32),
         ("side", np.int8),  # of a pair, whose rejected side is the record behind
         ("label", np.int8),  # place in `_LABELS`
+        ("supervised", np.int32),  # tokens
+        ("trained", np.int32),  # tokens before the last supervised one
+        ("highest", np.int32),  # of its ids
         ("source_digest", np.uint64),
         ("token_digest", np.uint64),  # of the whole example, a pair's of both its documents
-        ("key", np.void, 32),  # the example's `key`
+        ("key", np.void, 32),  # the example's
     ]
 )
 
@@ -55,109 +51,69 @@ class ExampleWriter:
     """Takes examples as they come; the memory that it holds does not grow with them."""
 
     def __init__(self) -> None:
-        self._tokens, self._records = _Spool(), _Spool()
-        self._place = self._number = 0
+        self._tokens, self._records = (SpooledTemporaryFile(_IN_MEMORY_BYTES) for _ in range(2))  # noqa: SIM115
+        for file in (self._tokens, self._records):
+            weakref.finalize(self, file.close)
+        self._places = 0  # among the tokens that are taken
         self._asked: dict[int, Asked] = {}
 
     def add(self, example: Example) -> None:
         """Write it down. Raises ResourceError: there is no room for more."""
         if example.asked is not None:
-            self._asked[self._number] = example.asked
-        token_digest, key = _digest(example.token_key), example.key
-        sides = (_ALONE,) if example.rejected is None else (_CHOSEN, _REJECTED)
-        for document, side in zip(example.documents, sides, strict=True):
-            source = document.source.encode(errors="surrogateescape")
+            self._asked[self._records.tell() // RECORD.itemsize] = example.asked
+        whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
+        for document in example.documents:
             ids, targets = document.input_ids, np.flatnonzero(document.supervised)
-            record = (
-                *(self._place, len(ids), len(targets), int(targets[-1]) if len(targets) else 0),
-                *(int(ids.max(initial=0)), len(source), side, _LABELS.index(document.desirable)),
-                *(_digest(hashlib.sha256(source).digest()), token_digest, key),
+            source = document.source.encode(errors="surrogateescape")
+            written = (
+                np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
             )
-            self._tokens.add(np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes())
-            self._tokens.add(source + bytes(-len(source) % 4))
-            self._records.add(np.array(record, dtype=RECORD).tobytes())
-            self._place += len(ids) + _source_places(len(source))
-            self._number += 1
+            side = _ALONE if example.rejected is None else _REJECTED if document is example.rejected else _CHOSEN
+            record = (
+                *(self._places, len(ids), len(source), side, _LABELS.index(document.desirable)),
+                *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
+            )
+            try:
+                self._tokens.write(written)
+                self._records.write(np.array(record, dtype=RECORD).tobytes())
+            except OSError as error:
+                raise resource_error("no room for rows as tokens", Path(gettempdir()), error) from None
+            self._places += len(written) // 4
 
     def stored(self) -> StoredExamples:
         """All that were added; no more can be."""
-        return StoredExamples(self._tokens.array(np.int32), self._records.array(RECORD), self._asked)
+        return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._asked)
 
 
-class _Spool:
-    """Bytes behind one another, in memory while they are few, then in a file that is gone when nobody needs it."""
-
-    def __init__(self) -> None:
-        self._held = bytearray()
-        self._descriptor: int | None = None
-
-    def add(self, data: bytes) -> None:
-        """Raises ResourceError: there is no room for more."""
-        self._held += data
-        if len(self._held) > _IN_MEMORY_BYTES:
-            self._write()
-
-    def array(self, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """All of them; no more can be added."""
-        if self._descriptor is None:
-            return np.frombuffer(self._held, dtype=dtype)
-        self._write()
-        return np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), dtype=dtype)
-
-    def _write(self) -> None:
-        folder = Path(tempfile.gettempdir())
-        try:
-            if self._descriptor is None:
-                self._descriptor = _FILES.open_unnamed(folder)
-                weakref.finalize(self, _FILES.close, self._descriptor)
-            write_all(_FILES, self._descriptor, memoryview(self._held))
-        except OSError as error:
-            raise ResourceError(
-                "there is no room for the rows as tokens",
-                where=str(folder),
-                why=error.strerror or str(error),
-                next_step="free space there, or name another folder: TMPDIR=FOLDER",
-            ) from None
-        self._held = bytearray()
+def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    if file.tell() > _IN_MEMORY_BYTES:
+        file.flush()
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
+    file.seek(0)
+    return np.frombuffer(file.read(), dtype=dtype)
 
 
-_FILES = FileLayer()
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-def _digest(whole: bytes) -> int:
-    return int.from_bytes(whole[:8], "little")
-
-
-def _source_places(size: int) -> int:
-    """So many tokens' room do the bytes of a source take."""
-    return -(-size // 4)
-
-
+@dataclass(frozen=True, eq=False)
 class StoredExamples(Sequence[Example]):
-    """Some of the examples that were stored together, in some order.
+    """Some of the examples that were stored together, in some order."""
 
-    Args:
-        tokens, records: as the module says; neither is written to.
-        asked: of prompts, their rows by the number of the record.
-        chosen: numbers of records; all examples if not given.
-        single: whether each document stands by itself, the sides of a pair too.
-    """
+    tokens: TokenIds  # these and the records as the module says; neither is written to
+    records: npt.NDArray[Any]
+    asked: dict[int, Asked]  # of prompts, their rows by the number of the record
+    chosen: npt.NDArray[np.int64]  # numbers of records
+    single: bool = False  # whether each document stands by itself, the sides of a pair too
 
-    def __init__(
-        self,
-        tokens: TokenIds,
-        records: npt.NDArray[Any],
-        asked: dict[int, Asked] | None = None,
-        chosen: npt.NDArray[np.int64] | None = None,
-        *,
-        single: bool = False,
-    ) -> None:
-        self.tokens, self.records, self.asked = tokens, records, asked or {}
-        self._chosen = np.flatnonzero(records["side"] != _REJECTED) if chosen is None else chosen
-        self._single = single
+    @classmethod
+    def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], asked: dict[int, Asked]) -> StoredExamples:
+        """All examples."""
+        return cls(tokens, records, asked, np.flatnonzero(records["side"] != _REJECTED))
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self.chosen)
 
     @overload
     def __getitem__(self, number: int) -> Example: ...
@@ -166,47 +122,40 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, number: int | slice) -> Example | StoredExamples:
         if isinstance(number, slice):
             return self.take(number)
-        place = int(self._chosen[number])
+        place = int(self.chosen[number])
         example = self._document(place)
-        pair = not self._single and self.records["side"][place] == _CHOSEN
+        pair = not self.single and self.records["side"][place] == _CHOSEN
         return replace(example, rejected=self._document(place + 1)) if pair else example
 
     def _document(self, place: int) -> Example:
-        begin, tokens, _, _, _, source_bytes, _, label, *_ = self.records[place].item()
-        end = begin + tokens
-        written = self.tokens[begin:end]
+        begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
+        written, behind = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
         supervised = written < 0
-        source = self.tokens[end : end + _source_places(source_bytes)].tobytes()[:source_bytes]
-        return Example(
-            np.where(supervised, ~written, written),
-            supervised,
-            source.decode(errors="surrogateescape"),
-            desirable=_LABELS[label],
-            asked=self.asked.get(place),
-        )
+        source = behind[: -(-source_bytes // 4)].tobytes()[:source_bytes].decode(errors="surrogateescape")
+        ids, asked = np.where(supervised, ~written, written), self.asked.get(place)
+        return Example(ids, supervised, source, desirable=_LABELS[label], asked=asked)
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Those of these numbers, or those that are marked."""
-        return StoredExamples(self.tokens, self.records, self.asked, self._chosen[which], single=self._single)
+        return replace(self, chosen=self.chosen[which])
 
     @property
     def pairs(self) -> npt.NDArray[np.bool_]:
         """(examples,) which of them are two documents."""
-        pairs: npt.NDArray[np.bool_] = (self.column("side") == _CHOSEN) & (not self._single)
-        return pairs
+        return np.array((self.column("side") == _CHOSEN) & (not self.single))
 
     @property
     def documents(self) -> StoredExamples:
         """What of them enters the model, each by itself, in order: of a pair the chosen and the rejected side."""
-        sides = 1 + self.pairs
-        chosen = np.repeat(self._chosen, sides)
-        chosen[np.cumsum(sides)[self.pairs] - 1] += 1
-        return StoredExamples(self.tokens, self.records, self.asked, chosen, single=True)
+        pairs, chosen = self.pairs, self.chosen
+        if pairs.any():
+            chosen = np.repeat(chosen, 1 + pairs)
+            chosen[np.cumsum(1 + pairs)[pairs] - 1] += 1
+        return replace(self, chosen=chosen, single=True)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """(examples,) a field of their `RECORD`s; of a pair that of the chosen side."""
-        column: npt.NDArray[Any] = self.records[name][self._chosen]
-        return column
+        return np.array(self.records[name][self.chosen], copy=False)
 
     def beyond(self, vocab_size: int) -> Iterator[tuple[TokenIds, str]]:
         """Ids and source of the documents with a token that is not below `vocab_size`."""
@@ -234,20 +183,9 @@ class PreparedData:
     held_out_share: float = 0.0  # of the rows that were there, drawn from the seed and no longer among these
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(documents,) tokens of each."""
-        return self.examples.documents.column("tokens").astype(np.int64)
-
-    @property
     def digest(self) -> str:
         """SHA-256 over every token, its supervision, labels and the order of the examples, in hexadecimal."""
-        whole, examples = hashlib.sha256(), self.examples
-        for begin in range(0, len(examples), _AT_ONCE):
-            whole.update(examples[begin : begin + _AT_ONCE].column("key").tobytes())
-        return whole.hexdigest()
-
-
-_AT_ONCE = 2**15
+        return hashlib.sha256(self.examples.column("key").data).hexdigest()
 
 
 def summed(examples: Iterable[Example], report: DataReport) -> PreparedData:

@@ -122,8 +122,6 @@ def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
 
 def _histogram(counts: npt.NDArray[np.int32]) -> list[dict[str, int]]:
     """How many of the counts lie in each bin of equal width, `from` inclusive and `to` exclusive."""
-    if not len(counts):
-        return []
     low, high = int(counts.min()), int(counts.max())
     width = max(1, math.ceil((high + 1 - low) / _BINS))
     bins = np.bincount((counts - low) // width).tolist()

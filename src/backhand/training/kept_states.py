@@ -137,8 +137,7 @@ StateStore = StatesInMemory | StatesOnDisk
 
 def store_lengths(packer: RowPacker) -> list[int]:
     """Tokens that are kept of each row, and behind them those that all rows begin with."""
-    own: list[int] = np.maximum(packer.by_document.lengths - packer.common, 0).tolist()
-    return [*own, packer.common]
+    return [*map(int, np.maximum(packer.by_document.lengths - packer.common, 0)), packer.common]
 
 
 class KeptStates:

@@ -70,9 +70,7 @@ class Given:
         objective = self.config.objective.objective
         if options.learning_rate != "auto" or objective != "sft":
             return chosen_rate(options, objective, RateFacts(self.total_steps, 0.0, 0.0))
-        examples = self.train.examples
-        supervised = int(examples.documents.column("supervised").sum(dtype=np.int64))
-        tokens = supervised / max(1, len(examples)) * options.batch_rows
+        tokens = self.train.report.supervised_tokens / max(1, len(self.train.examples)) * options.batch_rows
         facts = RateFacts(self.total_steps, tokens, self.gain())
         return chosen_rate(options, objective, facts)
 
@@ -338,7 +336,7 @@ def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
     if options.micro_batch_rows is not None:
         rows_options = {1, options.micro_batch_rows}
     looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
-    shapes = largest_shapes([sampler.rows_of(step) for step in range(looked_at)], packer, rows_options)
+    shapes = largest_shapes((sampler.rows_of(step) for step in range(looked_at)), packer, rows_options)
     ordered = config.run.reduce == "ordered"
     at_once = sampled = 0
     if isinstance(packer, PromptPacker):

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, Sampler
 from backhand.errors import ResourceError, UsageError
@@ -68,7 +66,7 @@ class StatesPlan:
 
 def kept_tokens(packer: RowPacker) -> int:
     """Tokens of all rows, what they begin with once."""
-    return int(np.sum(packer.lengths)) - max(0, len(packer.by_document.lengths) - 1) * packer.common
+    return int(packer.lengths.sum()) - max(0, len(packer.by_document.lengths) - 1) * packer.common
 
 
 def coming_again(
