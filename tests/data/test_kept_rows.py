@@ -54,12 +54,13 @@ def test_other_rows_options_and_tokenizers_have_their_own(tmp_path: Path, cache:
 def test_a_damaged_file_is_made_again_and_room_is_made(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = prepared(tmp_path / "rows.jsonl", ROWS)
+    digest = prepared(tmp_path / "rows.jsonl", ROWS).digest
     (file,) = cache.iterdir()
     whole = file.read_bytes()
     for damaged in (whole[:-3], whole[:40], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.unlink()  # and not written to, where rows are taken from it
         file.write_bytes(damaged)
-        assert prepared(tmp_path / "rows.jsonl", ROWS).digest == first.digest
+        assert prepared(tmp_path / "rows.jsonl", ROWS).digest == digest
         assert file.read_bytes() == whole
     monkeypatch.setattr(kept_rows, "MOST_KEPT_BYTES", len(whole))
     prepared(tmp_path / "rows.jsonl", ROWS[:-1])

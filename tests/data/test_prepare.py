@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from backhand.data.examples import Example, PreparedData
+from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare, prepare_prompts
+from backhand.data.stored_examples import PreparedData
 from backhand.errors import DataError, UsageError
 from support.tokenizer_kinds import RETHINKING, THINKING, WITH_TOOLS, byte_level, normalizing, sentence_pieces
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from backhand.data.examples import DataReport, Example, PreparedData, summed
+from backhand.data.examples import DataReport, Example
 from backhand.data.split import overlap, random_order, split
+from backhand.data.stored_examples import PreparedData, summed
 from backhand.errors import DataError
 
 

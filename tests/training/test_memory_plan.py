@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -125,9 +126,13 @@ class Rows:
 
     def __init__(self, lengths: Sequence[int], supervised: Sequence[int], shared: int = 0) -> None:
         self.lengths, self.supervised, self.shared = lengths, supervised, shared
+        self.common = shared
 
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         return sum(self.supervised[row] for row in rows)
+
+    def tokens(self, rows: Sequence[int]) -> int:
+        return sum(self.lengths[row] for row in rows)
 
     def forest(self, rows: Sequence[int]) -> Forest:
         lengths = sorted(self.lengths[row] for row in rows)
@@ -145,6 +150,21 @@ def test_shapes_of_the_micro_batches_that_steps_make() -> None:
     shapes = shapes_of([[0, 1], [2, 3]], Rows([10, 20, 200, 200], [5, 6, 7, 8]), [1, 2])
     assert shapes[1] == StepShape(208, 8, (200, 8), mean_tokens=116, sizes=8 + 4)
     assert shapes[2] == StepShape(400, 15, (200, 200), mean_tokens=216, sizes=8 + 2)
+
+
+def test_later_steps_are_laid_out_where_they_may_be_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = random.Random(2)
+    lengths = [draw.randint(40, 400) for _ in range(300)]
+    rows = Rows(lengths, [draw.randint(1, length) for length in lengths], shared=35)
+    steps = [list(range(begin, begin + 5)) for begin in range(0, 300, 5)]
+    whole = shapes_of(steps, rows, [1, 2, 5])
+    laid_out, forest = [], rows.forest
+    monkeypatch.setattr(rows, "forest", lambda group: laid_out.append(group) or forest(group))
+    monkeypatch.setattr("backhand.training.memory.shapes._STEPS_LAID_OUT", 3)
+    few = shapes_of(steps, rows, [1, 2, 5])
+    assert len(laid_out) < 100 < 300 + 180 + 60
+    for count, shape in few.items():
+        assert replace(shape, mean_tokens=0, sizes=0) == replace(whole[count], mean_tokens=0, sizes=0)
 
 
 def test_a_shared_prefix_is_counted_once() -> None:

@@ -393,7 +393,7 @@ def test_float64_equals_autograd_of_ktos_paper() -> None:
     examples, _ = labelled(token_rows(5, seed=4))
     adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA)
     decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
-    others = mismatched(examples, 100)
+    others = list(mismatched(examples, 100))
     with without_float32_casts(adapted):
         now = torch.stack([answer_log_p(adapted, one).sum() for one in examples])
         of_others = torch.stack([answer_log_p(adapted, one).sum() for one in others]).detach()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,11 +67,6 @@ class Example:
         return (begin, int(places[-1]) + 1) if begin > 1 else (0, 0)
 
     @property
-    def token_key(self) -> bytes:
-        """The same for two examples exactly if their tokens are equal."""
-        return hashlib.sha256(b"|".join(document.input_ids.tobytes() for document in self.documents)).digest()
-
-    @property
     def key(self) -> bytes:
         """The same for two examples exactly if tokens, supervision and label are equal."""
         parts = [part for document in self.documents for part in (document.input_ids, document.supervised)]
@@ -80,11 +74,6 @@ class Example:
         if self.asked is not None:
             label.append(json.dumps([self.asked.prompt, self.asked.columns], sort_keys=True, default=str).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
-
-
-def documents_of(examples: Iterable[Example]) -> list[Example]:
-    """All their documents, in order."""
-    return [document for example in examples for document in example.documents]
 
 
 @dataclass(frozen=True)
@@ -159,28 +148,6 @@ class DataReport:
         return lines
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """Examples and what became of the rows they were made from."""
-
-    examples: tuple[Example, ...]
-    report: DataReport = field(default_factory=DataReport)
-    held_out_share: float = 0.0  # of the rows that were there, drawn from the seed and no longer among these
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(documents,) tokens of each."""
-        return np.array([len(document) for document in documents_of(self.examples)], dtype=np.int64)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over every token, its supervision, labels and the order of the examples, in hexadecimal."""
-        whole = hashlib.sha256()
-        for example in self.examples:
-            whole.update(example.key)
-        return whole.hexdigest()
-
-
 @dataclass
 class CutRows:
     """Where the rows stand whose documents `cut` truncated or left out, once for each document."""
@@ -200,14 +167,6 @@ class CutRows:
         self.truncated += other.truncated
         self.dropped_long += other.dropped_long
         self.dropped_unsupervised += other.dropped_unsupervised
-
-
-def encode_documents(documents: Sequence[Document], encoder: TextEncoder) -> list[Callable[[], Example]]:
-    """As `encode_document`, several at once on all cores; each is made, or its error raised, when it is called."""
-    return [
-        partial(encode_document, document, encoder, encoding)
-        for document, encoding in zip(documents, encoder.encode_plain(documents), strict=True)
-    ]
 
 
 def encode_document(document: Document, encoder: TextEncoder, encoding: Any = None) -> Example:
@@ -287,21 +246,6 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
                 next_step="take the tokenizer that belongs to the model, or resize the model to it "
                 "(transformers: model.resize_token_embeddings(len(tokenizer))) and save both",
             )
-
-
-def summed(examples: Sequence[Example], report: DataReport) -> PreparedData:
-    """Examples with a report whose sums are theirs; its other counts stay."""
-    documents = documents_of(examples)
-    return PreparedData(
-        tuple(examples),
-        replace(
-            report,
-            documents=len(documents),
-            tokens=sum(map(len, documents)),
-            supervised_tokens=sum(int(document.supervised.sum()) for document in documents),
-            longest=max(map(len, documents), default=0),
-        ),
-    )
 
 
 def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import time
@@ -17,15 +18,15 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from backhand.data.chat import read_template
-from backhand.data.examples import DataReport, Example, PreparedData, SourceForm, documents_of
+from backhand.data.examples import DataReport, SourceForm
 from backhand.data.options import DataOptions
+from backhand.data.stored_examples import RECORD, PreparedData, StoredExamples
 from backhand.errors import BackhandError, UsageError
 from backhand.files import staged
 from backhand.words import in_words
@@ -37,7 +38,6 @@ LEAST_BYTES = 2**22
 MOST_KEPT_BYTES = 2**32
 _STALE_S = 86_400
 """Half a file that was begun so long ago is never finished."""
-_LABELS = (None, False, True)
 
 
 def kept(
@@ -55,19 +55,19 @@ def kept(
     if (found := _read(place)) is not None:
         return _noted(found, f"taken as they were prepared before, from {place}")
     made = make()
-    if made.report.skipped_bad or any(example.asked is not None for example in made.examples):
+    if made.report.skipped_bad or made.examples.asked:
         return made
     if _place(options, names, tokenizer, further) != place:  # written to while they were read
         return made
     with suppress(BackhandError, OSError):  # a full or closed cache takes nothing away from the run
-        if _read(place) is not None:  # another process was first
-            return made
+        if (found := _read(place)) is not None:  # another process was first
+            return found
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows may be private
         place.unlink(missing_ok=True)
         _write(place, made)
         _make_room(place.parent)
         size = in_words(place.stat().st_size)
-        return _noted(made, f"kept as they are prepared, for the next run, in {place} ({size})")
+        return _noted(_read(place) or made, f"kept as they are prepared, for the next run, in {place} ({size})")
     return made
 
 
@@ -120,82 +120,43 @@ def _versions() -> tuple[str, ...]:
 
 
 _DIGEST_BYTES = 32
-_ALIGNED = 64
 
 
 def _write(place: Path, data: PreparedData) -> None:
-    """A line of JSON, filled up to a multiple of 64 bytes; the arrays it counts; a digest of all before it.
-
-    The arrays: token ids and supervision of every document, their lengths; for each example whether a rejected
-    document follows, and its label; the documents' sources, with zero bytes between them. Written document by document.
-    """
-    documents = documents_of(data.examples)
-    sources = "\0".join(document.source for document in documents).encode(errors="surrogateescape")
-    header = {
-        "report": asdict(replace(data.report, bad_rows=())),
-        "tokens": sum(map(len, documents)),
-        "documents": len(documents),
-        "examples": len(data.examples),
-    }
-    line = json.dumps(header).encode()
-    line += b" " * (-(len(line) + 1) % _ALIGNED) + b"\n"
-    digest = hashlib.sha256()
-    parts = chain(
-        [line],
-        (document.input_ids.tobytes() for document in documents),
-        [np.array([len(document) for document in documents], dtype=np.int32).tobytes()],
-        (document.supervised.tobytes() for document in documents),
-        [np.array([example.rejected is not None for example in data.examples]).tobytes()],
-        [np.array([_LABELS.index(example.desirable) for example in data.examples], dtype=np.int8).tobytes()],
-        [sources],
-    )
+    """A digest of all behind it; a line of JSON, filled up to 64 bytes; `tokens` and `records` of the examples."""
+    tokens, records = data.examples.tokens, data.examples.records
+    report = asdict(replace(data.report, bad_rows=()))
+    line = json.dumps({"report": report, "tokens": len(tokens), "records": len(records)}).encode()
+    line += b" " * (-(_DIGEST_BYTES + len(line) + 1) % 64) + b"\n"
+    digest = hashlib.sha256(line)
+    digest.update(tokens.data)
+    digest.update(records.view(np.uint8).data)
     with staged(place) as path:
         path.touch(mode=0o600)
         with path.open("wb") as file:
-            for part in parts:
-                digest.update(part)
+            for part in (digest.digest(), line, tokens.data, records.view(np.uint8).data):
                 file.write(part)
-            file.write(digest.digest())
 
 
 def _read(place: Path) -> PreparedData | None:
-    """The rows that a file holds, their tokens where they lie in it; None where it is not as it was written."""
+    """The rows that a file holds, where they lie in it; None where it is not as it was written."""
     try:
-        mapped = np.memmap(place, dtype=np.uint8, mode="c")
-        if hashlib.sha256(mapped.data[:-_DIGEST_BYTES]).digest() != mapped[-_DIGEST_BYTES:].tobytes():
-            return None
-        line = bytes(mapped[: 2**20]).partition(b"\n")[0]
-        header = json.loads(line)
+        with place.open("rb") as file:
+            if file.read(_DIGEST_BYTES) != hashlib.file_digest(file, "sha256").digest():
+                return None
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+            file.seek(_DIGEST_BYTES)
+            header = json.loads(file.readline())
+            tokens, records = file.tell(), file.tell() + 4 * header["tokens"]
     except (OSError, ValueError):
         return None
     with suppress(OSError):
         os.utime(place)  # the last to be let go
-    position = len(line) + 1
-
-    def array(dtype: Any, count: int) -> Any:
-        nonlocal position
-        position += count * np.dtype(dtype).itemsize
-        return np.asarray(mapped[position - count * np.dtype(dtype).itemsize : position]).view(dtype)
-
-    ids, lengths = array(np.int32, header["tokens"]), array(np.int32, header["documents"])
-    supervised = array(np.bool_, header["tokens"])
-    pairs, labels = (array(np.int8, header["examples"]).tolist() for _ in range(2))
-    sources = mapped[position:-_DIGEST_BYTES].tobytes().decode(errors="surrogateescape").split("\0")
-    ends = np.cumsum(lengths, dtype=np.int64).tolist()
-    documents = (
-        Example(ids[start:end], supervised[start:end], source)
-        for start, end, source in zip([0, *ends], ends, sources, strict=False)
-    )
-    examples = []
-    for pair, label in zip(pairs, labels, strict=True):
-        example = next(documents)
-        if pair or label:
-            example = replace(example, rejected=next(documents) if pair else None, desirable=_LABELS[label])
-        examples.append(example)
     report = header["report"]
     report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
     report |= {name: tuple(report[name]) for name in ("bad_rows", "notes", "first_cut")}
-    return PreparedData(tuple(examples), DataReport(**report))
+    examples = StoredExamples.all_of(mapped[tokens:records].view(np.int32), mapped[records:].view(RECORD), {})
+    return PreparedData(examples, DataReport(**report))
 
 
 def _make_room(folder: Path) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from backhand.data.chat import ChatRenderer, read_template
-from backhand.data.examples import CutRows, DataReport, Example, PreparedData, documents_of
+from backhand.data.examples import CutRows, DataReport, Example
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
 from backhand.data.row_kinds import Purpose
 from backhand.data.rows import BadRows
-from backhand.data.split import overlap
-from backhand.data.text_encoder import TextEncoder
+from backhand.data.split import equal_neighbours, overlap
+from backhand.data.stored_examples import PreparedData, StoredExamples
+from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 from backhand.words import count_of, shorten
 
@@ -108,14 +112,14 @@ def lint(
     train, held_out = prepare(
         replace(options, skip_bad=True), tokenizer, seed=seed, purpose=purpose, bad=bad, cut_rows=cut_rows
     )
-    documents = documents_of(train.examples)
+    documents = train.examples.documents
     findings = [
         *_malformed(bad, "warning" if options.skip_bad else "error"),
         *_cut(cut_rows, options),
         *_in_documents(documents, tokenizer, cut_rows),
         *_in_rows(train.examples),
     ]
-    for what, places in label_spellings((*train.examples, *(held_out.examples if held_out else ())), tokenizer):
+    for what, places in label_spellings(tokenizer, train.examples, held_out.examples if held_out else ()):
         findings += _finding("spelling", places, what, "write each label in one way in all rows")
     not_checked = {}
     if held_out is None:
@@ -126,7 +130,7 @@ def lint(
     if context_length is None:
         not_checked["context"] = "the model does not say"
     else:
-        long = [document.source for document in documents if len(document) > context_length]
+        long = [document.source for document in documents.take(documents.column("tokens") > context_length)]
         findings += _finding(
             "context", long, f"longer than the model's {context_length:,} tokens", f"--max-length {context_length}"
         )
@@ -134,8 +138,8 @@ def lint(
         train=train.report,
         held_out=None if held_out is None else held_out.report,
         lengths={
-            "tokens": _quantiles(documents, len),
-            "supervised tokens": _quantiles(documents, lambda document: int(document.supervised.sum())),
+            "tokens": _quantiles(documents.column("tokens")),
+            "supervised tokens": _quantiles(documents.column("supervised")),
         },
         template=tuple(probe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
@@ -183,11 +187,12 @@ def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
     ]
 
 
-def _in_rows(examples: Sequence[Example]) -> list[Finding]:
+def _in_rows(examples: StoredExamples) -> list[Finding]:
     """What is wrong with pairs, labels, and rows among one another."""
-    pairs = [(example, example.rejected) for example in examples if example.rejected is not None]
-    labels = {example.desirable for example in examples if example.desirable is not None}
-    alike = [one.source for one, other in pairs if np.array_equal(one.input_ids, other.input_ids)]
+    pairs = examples.take(examples.pairs)
+    alike = [one.source for one in pairs if one.rejected and np.array_equal(one.input_ids, one.rejected.input_ids)]
+    labels = {examples[number].desirable for number in np.unique(examples.column("label"), return_index=True)[1]}
+    labels.discard(None)
     return [
         *_finding("equal_pair", alike, "with equal answers, which teach nothing", "take the rows out"),
         *_finding(
@@ -200,90 +205,92 @@ def _in_rows(examples: Sequence[Example]) -> list[Finding]:
     ]
 
 
-def _in_documents(documents: Sequence[Example], tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
+_OF_DOCUMENTS = {
+    "no_end": (
+        "in which no end token carries loss, so that the model is not taught to stop",
+        "use a chat template that ends replies (--chat-template)",
+    ),
+    "empty_reply": ("with an empty reply", "fill it in or take the rows out"),
+    "doubled_bos": (
+        "with two begin-of-sequence tokens in front",
+        "take the one that is written in the rows or in the chat template out",
+    ),
+    "mojibake": ("with text that looks wrongly decoded, such as {!r}", "decode the original again, as UTF-8"),
+}
+
+
+def _in_documents(documents: Iterable[Example], tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
     ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends.add(tokenizer.eos_token_id)
     bos = tokenizer.bos_token_id
     truncated = set(cut_rows.truncated)
+    places: dict[str, list[str]] = {kind: [] for kind in _OF_DOCUMENTS}
+    garbled = None
 
-    def last_target(example: Example) -> int:
-        return int(example.input_ids[np.flatnonzero(example.supervised)[-1]])
-
-    def where(wrong: Callable[[Example], bool]) -> list[str]:
-        return [document.source for document in documents if wrong(document)]
-
-    def has_empty_reply(example: Example) -> bool:
+    def says_nothing(ids: TokenIds) -> bool:
         """Whether a stretch that carries loss says nothing but its end: blanks, if anything, before an end token."""
-        places = np.flatnonzero(example.supervised)
-        stretches = np.split(example.input_ids[places], np.flatnonzero(np.diff(places) > 1) + 1)
-        return any(
-            0 < len(ids) <= _BLANK_TOKENS and int(ids[-1]) in ends and not tokenizer.decode(ids[:-1].tolist()).strip()
-            for ids in stretches
-        )
+        return len(ids) <= _BLANK_TOKENS and int(ids[-1]) in ends and not tokenizer.decode(ids[:-1].tolist()).strip()
 
-    garbled = [(example.source, find_mojibake(tokenizer.decode(example.input_ids))) for example in documents]
-    shown = next((piece for _, piece in garbled if piece), None)
+    for example in documents:
+        ids, targets = example.input_ids, np.flatnonzero(example.supervised)
+        stretches = np.split(ids[targets], np.flatnonzero(np.diff(targets) > 1) + 1)
+        piece = find_mojibake(tokenizer.decode(ids))
+        garbled = garbled or piece
+        wrong = {
+            "no_end": example.source not in truncated and int(ids[targets[-1]]) not in ends,
+            "empty_reply": any(map(says_nothing, stretches)),
+            "doubled_bos": bos is not None and ids[:2].tolist() == [bos, bos],
+            "mojibake": piece is not None,
+        }
+        for kind in filter(wrong.__getitem__, wrong):
+            places[kind].append(example.source)
     return [
-        *_finding(
-            "no_end",
-            where(lambda example: example.source not in truncated and last_target(example) not in ends),
-            "in which no end token carries loss, so that the model is not taught to stop",
-            "use a chat template that ends replies (--chat-template)",
-        ),
-        *_finding(
-            "empty_reply",
-            where(has_empty_reply),
-            "with an empty reply",
-            "fill it in or take the rows out",
-        ),
-        *_finding(
-            "doubled_bos",
-            where(lambda example: bos is not None and example.input_ids[:2].tolist() == [bos, bos]),
-            "with two begin-of-sequence tokens in front",
-            "take the one that is written in the rows or in the chat template out",
-        ),
-        *_finding(
-            "mojibake",
-            [source for source, piece in garbled if piece],
-            f"with text that looks wrongly decoded, such as {shown!r}",
-            "decode the original again, as UTF-8",
-        ),
+        finding
+        for kind, (what, remedy) in _OF_DOCUMENTS.items()
+        for finding in _finding(kind, places[kind], what.format(garbled), remedy)
     ]
 
 
 _MOST_LABELS, _LONGEST_LABEL, _ROWS_A_LABEL = 128, 60, 3
 
 
-def label_spellings(examples: Sequence[Example], tokenizer: Any) -> list[tuple[str, list[str]]]:
+def label_spellings(tokenizer: Any, *examples: Iterable[Example]) -> list[tuple[str, list[str]]]:
     """Short answers, as they are trained on, that are another's but for case or blanks: a phrase, and their places."""
-    places: dict[tuple[int, ...], list[str]] = {}
-    for example in examples:
-        begin, end = example.last_answer
-        ids = tuple(example.input_ids[begin:end].tolist())
-        if not ids or (ids not in places and len(places) == _MOST_LABELS):
+    counts: Counter[tuple[int, ...]] = Counter()
+    for example in chain.from_iterable(examples):
+        ids = _answer(example)
+        if not ids or (ids not in counts and len(counts) == _MOST_LABELS):
             return []
-        places.setdefault(ids, []).append(example.source)
-    alike: dict[str, dict[str, list[str]]] = {}
-    for ids, where in sorted(places.items(), key=lambda one: -len(one[1])):
+        counts[ids] += 1
+    alike: dict[str, dict[str, set[tuple[int, ...]]]] = {}
+    for ids, _ in counts.most_common():
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).removesuffix("\n")
-        alike.setdefault(" ".join(text.split()).casefold(), {}).setdefault(text, []).extend(where)
-    if _ROWS_A_LABEL * len(alike) > len(examples) or any(len(text) > _LONGEST_LABEL for text in alike):
+        alike.setdefault(" ".join(text.split()).casefold(), {}).setdefault(text, set()).add(ids)
+    if _ROWS_A_LABEL * len(alike) > counts.total() or any(len(text) > _LONGEST_LABEL for text in alike):
         return []
     return [
-        (f"with the answer {text!r} beside {next(iter(ways))!r}, which are learnt as two labels", where)
+        (
+            f"with the answer {text!r} beside {next(iter(ways))!r}, which are learnt as two labels",
+            [example.source for example in chain.from_iterable(examples) if _answer(example) in written],
+        )
         for ways in alike.values()
-        for text, where in list(ways.items())[1:]
+        for text, written in list(ways.items())[1:]
     ]
 
 
-def _repeated(examples: Iterable[Example]) -> list[str]:
-    first: dict[bytes, str] = {}
-    places = []
-    for example in examples:
-        before = first.setdefault(example.token_key, example.source)
-        if before is not example.source:
-            places.append(f"{example.source} = {before}")
-    return places
+def _answer(example: Example) -> tuple[int, ...]:
+    """The ids of its last answer."""
+    begin, end = example.last_answer
+    return tuple(example.input_ids[begin:end].tolist())
+
+
+def _repeated(examples: StoredExamples) -> list[str]:
+    """Places of those that are another's again, and of the first such."""
+    before, again = equal_neighbours(examples.column("token_digest"))
+    firsts: dict[int, int] = {}
+    for one, other in zip(before, again, strict=True):
+        firsts[other] = firsts.get(one, one)
+    return [f"{examples[one].source} = {examples[first].source}" for one, first in sorted(firsts.items())]
 
 
 def _finding(kind: str, places: list[str], what: str, remedy: str) -> list[Finding]:
@@ -295,8 +302,8 @@ def _finding(kind: str, places: list[str], what: str, remedy: str) -> list[Findi
     ]
 
 
-def _quantiles(documents: Iterable[Example], measure: Callable[[Example], int]) -> dict[str, int]:
-    values = np.sort([measure(document) for document in documents])
+def _quantiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
+    values = np.sort(values)
     at = {"least": 0.0, "half": 0.5, "9 in 10": 0.9, "most": 1.0}
     return {name: int(values[round(share * (len(values) - 1))]) for name, share in at.items()}
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backhand.data.examples import DataReport, documents_of, token_lines, view_tokens
+from backhand.data.examples import DataReport, token_lines, view_tokens
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
 from backhand.errors import DataError
@@ -38,7 +38,7 @@ def lint_command(options: LintOptions) -> LintReport:
         purpose="prompts" if options.lint.prompts else "labels" if options.lint.labels else None,
         context_length=context if isinstance(context, int) else None,
     )
-    shown = documents_of(train.examples)[: options.lint.show]
+    shown = train.examples.documents[: options.lint.show]
     if options.lint.json:
         found: dict[str, Any] = report.to_json()
         if shown:

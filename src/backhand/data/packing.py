@@ -16,10 +16,12 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from backhand.data.examples import Example, documents_of
+from backhand.data.examples import Example
 from backhand.data.split import random_order
+from backhand.data.stored_examples import stored
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -62,8 +64,11 @@ def trained_length(example: Example) -> int:
     return int(places[-1]) if len(places) else 0
 
 
+Lengths = Sequence[int] | npt.NDArray[np.int64]
+
+
 def micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], *, max_rows: int | None = None, max_tokens: int | None = None
+    rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Divide the rows of one optimizer step, longest first.
 
@@ -80,15 +85,13 @@ def micro_batches(
     """
     groups: list[list[int]] = []
     tokens = 0
-    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        full = (
-            not groups or len(groups[-1]) == max_rows or (max_tokens is not None and tokens + lengths[row] > max_tokens)
-        )
+    for minus, row in sorted((-int(lengths[row]), row) for row in rows):
+        full = not groups or len(groups[-1]) == max_rows or (max_tokens is not None and tokens - minus > max_tokens)
         if full:
             groups.append([])
             tokens = 0
         groups[-1].append(row)
-        tokens += lengths[row]
+        tokens -= minus
     return groups
 
 
@@ -100,6 +103,7 @@ def micro_batches(
 
 MIN_SAVED_TOKENS = 32
 """Fewer tokens than this are not worth what a segment costs: copies of keys and values, and gradients to add up."""
+_AT_ONCE = 2**20
 
 
 class Forest(NamedTuple):
@@ -209,39 +213,38 @@ class RowPacker:
         by_document: the same with a row for each document; itself where no row has two.
     """
 
-    def __init__(self, examples: Sequence[Example], *, share_prefixes: bool) -> None:
-        self.examples = examples
+    def __init__(self, examples: Iterable[Example], *, share_prefixes: bool) -> None:
+        self.examples = examples = stored(examples)
         self._share_prefixes = share_prefixes
-        self._supervised = [example.supervised_tokens for example in examples]
-        self._documents = [example.documents for example in examples]
-        ends = np.cumsum([len(documents) for documents in self._documents], dtype=np.int64).tolist()
-        self._places = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
         self.by_document = self
-        self.lengths: list[int] = []
-        if any(example.rejected is not None for example in examples):
-            documents = [replace(document, rejected=None) for document in documents_of(examples)]
-            self.by_document = RowPacker(documents, share_prefixes=share_prefixes)
-            lengths = self.by_document.lengths
-            self.lengths = [sum(lengths[place] for place in places) for places in self._places]
-        else:
-            self.lengths = [trained_length(example) for example in examples]
+        self.lengths = examples.column("trained").astype(np.int64)
+        self._supervised = examples.column("supervised").astype(np.int64)
+        self._starts: npt.NDArray[np.int64] | None = None  # of each row's documents, where rows have several
+        if (pairs := examples.pairs).any():
+            self.by_document = whole = RowPacker(examples.documents, share_prefixes=share_prefixes)
+            self._starts = np.concatenate(([0], np.cumsum(1 + pairs)))
+            self.lengths = np.add.reduceat(whole.lengths, self._starts[:-1])
+            self._supervised = np.add.reduceat(whole._supervised, self._starts[:-1])
 
     def documents(self, rows: Iterable[int]) -> list[int]:
         """Places in `by_document` of the documents of these rows, in the order of the rows, the chosen side first."""
-        return [place for row in rows for place in self._places[row]]
+        starts = self._starts
+        if starts is None:
+            return list(rows)
+        return [place for row in rows for place in range(int(starts[row]), int(starts[row + 1]))]
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """The documents of these rows, and a filler where their tokens are not a round number (`filled_up`).
 
         The batch's documents are those of `documents`, in their order.
         """
-        documents = [document for row in rows for document in self._documents[row]]
+        documents = [document for row in rows for document in self.examples[row].documents]
         return filled_up(pack(documents, share=self._share_prefixes, device=device))
 
     def forest(self, rows: Sequence[int]) -> Forest:
         """The segments of these rows' micro-batch, without a filler."""
         places, whole = self.documents(rows), self.by_document
-        lengths = [whole.lengths[place] for place in places]
+        lengths = [int(whole.lengths[place]) for place in places]
         return _forest([whole.examples[place] for place in places], lengths, share=self._share_prefixes)
 
     @cached_property
@@ -250,9 +253,15 @@ class RowPacker:
         whole = self.by_document
         if not self._share_prefixes or len(whole.lengths) < 2:
             return 0
-        first, common = whole.examples[0], whole.lengths[0]
-        for document, length in zip(whole.examples, whole.lengths, strict=True):
-            common = _common_positions(first, document, min(common, length))
+        begins, tokens = whole.examples.column("begin"), whole.examples.tokens
+        common = int(whole.lengths.min())
+        for some in np.array_split(begins, -(-len(begins) * (common + 1) // _AT_ONCE)):
+            # Tokens as they are stored, so that those whose labels differ are different.
+            written = tokens[some[:, None] + np.arange(common + 1)]
+            first = tokens[begins[0] : begins[0] + common + 1]
+            ids = np.where(written < 0, ~written, written) != np.where(first < 0, ~first, first)
+            parting = ids[:, :-1] | (written != first)[:, 1:] & ((written < 0) | (first < 0))[:, 1:]
+            common = int(parting.any(0).argmax()) if parting.any() else common
         return common if common * (len(whole.lengths) - 1) >= MIN_SAVED_TOKENS else 0
 
     def positions(self, rows: Sequence[int]) -> int:
@@ -261,11 +270,11 @@ class RowPacker:
 
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         """Supervised tokens of these rows."""
-        return sum(self._supervised[row] for row in rows)
+        return sum(int(self._supervised[row]) for row in rows)
 
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens of these rows, each counted as often as it is trained on."""
-        return sum(self.lengths[row] for row in rows)
+        return sum(int(self.lengths[row]) for row in rows)
 
 
 def _as_bytes(document: Example, positions: int) -> bytes:
@@ -321,7 +330,7 @@ class Sampler:
         """Row numbers of this step, counted from 0."""
         order = _epoch_order(self.seed, step // self.steps_per_epoch, self.rows)
         start = step % self.steps_per_epoch * self.batch_rows
-        return list(order[start : start + self.batch_rows])
+        return list(map(int, order[start : start + self.batch_rows]))
 
     def epochs_done(self, steps: int) -> float:
         """Epochs done after this many steps, with the fraction of the current one."""
@@ -341,5 +350,5 @@ class Sampler:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
-    return tuple(random_order(rows, seed, "epoch order", epoch).tolist())
+def _epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
+    return random_order(rows, seed, "epoch order", epoch)

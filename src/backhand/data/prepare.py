@@ -21,12 +21,9 @@ from backhand.data.examples import (
     CutRows,
     DataReport,
     Example,
-    PreparedData,
     SourceForm,
     cut,
     encode_document,
-    encode_documents,
-    summed,
 )
 from backhand.data.forms import FormReader
 from backhand.data.messages import Conversation
@@ -35,6 +32,7 @@ from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split, usual_share
+from backhand.data.stored_examples import ExampleWriter, PreparedData, summed
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of, name_list, shorten
@@ -137,7 +135,7 @@ def read_examples(
     """
     asked_of = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
-    examples: list[Example] = []
+    writer = ExampleWriter()
     bad = BadRows(options.skip_bad) if bad is None else bad
     cut_here = CutRows()
 
@@ -179,7 +177,8 @@ def read_examples(
 
         def finish(encoded: list[Example]) -> None:
             asked, made = made_of(row, encoded, firsts)
-            examples.extend(made)
+            for example in made:
+                writer.add(example)
             if prompts is not None and asked_of is not None and made:
                 prompts.append(_prompt(asked_of, asked))
 
@@ -200,6 +199,7 @@ def read_examples(
     )
     if cut_rows is not None:
         cut_rows.add(cut_here)
+    examples = writer.stored()
     if not examples:
         raise _nothing_left(report, names, options)
     return summed(examples, report)
@@ -298,11 +298,11 @@ def _in_batches(
                     bad.add(error)
         except DataError as error:
             failure = error  # of a row behind those that wait
-        encoded = iter(encode_documents([document for _, (documents, _) in waiting for document in documents], encoder))
+        encoded = iter(encoder.encode_plain([document for _, (documents, _) in waiting for document in documents]))
         for row, (documents, finish) in waiting:
-            mine = list(islice(encoded, len(documents)))
+            pairs = zip(documents, list(islice(encoded, len(documents))), strict=True)
             try:
-                finish([example() for example in mine])
+                finish([encode_document(document, encoder, encoding) for document, encoding in pairs])
             except DataError as error:
                 bad.add(error)
                 continue

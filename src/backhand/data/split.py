@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.examples import DataReport, Example, PreparedData, summed
+from backhand.data.examples import DataReport, Example
+from backhand.data.stored_examples import PreparedData, StoredExamples, stored, summed
 from backhand.errors import DataError
 from backhand.words import count_of
 
@@ -28,8 +30,8 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
     Raises:
         DataError: there are fewer than two distinct rows.
     """
-    groups = _groups(data.examples)
-    distinct = list(dict.fromkeys(groups))
+    examples, groups = data.examples, _groups(data.examples)
+    distinct = np.unique(groups)
     if len(distinct) < 2:
         raise DataError(
             f"{len(distinct)} distinct row is too few to hold some of them out",
@@ -37,11 +39,9 @@ def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData,
             next_step="give more rows, or --eval-data",
         )
     count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1)
-    held = {distinct[i] for i in random_order(len(distinct), seed, _STREAM)[:count]}
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for example, group in zip(data.examples, groups, strict=True):
-        sides[group in held].append(example)
-    trained_on, held_out = (len({example.source for example in side}) for side in sides)
+    held = np.isin(groups, distinct[random_order(len(distinct), seed, _STREAM)[:count]])
+    sides = [examples.take(side) for side in (~held, held)]
+    trained_on, held_out = (len(np.unique(side.column("source_digest"))) for side in sides)
     # What was left out or cut is told once, of the file it stands in.
     drawn = DataReport(rows=held_out, notes=(f"{held_out:,} of these {count_of(trained_on + held_out, 'row')}",))
     train = replace(summed(sides[0], replace(data.report, rows=trained_on)), held_out_share=fraction)
@@ -58,14 +58,14 @@ def usual_share(data: PreparedData) -> float:
 
     Five rows tell which evaluation of one run is the best. They do not tell well how good it is: see docs/rates.md.
     """
-    distinct = len(set(_groups(data.examples)))
+    distinct = len(np.unique(_groups(data.examples)))
     return 0.0 if distinct < FEWEST_ROWS else min(USUAL_SHARE, MOST_HELD_OUT / distinct)
 
 
-def overlap(train: Iterable[Example], held_out: Sequence[Example]) -> list[Example]:
+def overlap(train: Iterable[Example], held_out: Iterable[Example]) -> StoredExamples:
     """The held-out examples whose tokens also stand in the training data, whatever carries loss in them."""
-    seen = {example.token_key for example in train}
-    return [example for example in held_out if example.token_key in seen]
+    examples = stored(held_out)
+    return examples.take(np.isin(examples.column("token_digest"), stored(train).column("token_digest")))
 
 
 def neutral_texts() -> list[str]:
@@ -74,21 +74,32 @@ def neutral_texts() -> list[str]:
     return text.splitlines()
 
 
-def _groups(examples: Sequence[Example]) -> list[int]:
-    """The index of the first example in each one's group; equal rows and equal tokens join groups (union-find)."""
-    parents = list(range(len(examples)))
+def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:
+    """(examples,) the first example of each one's group; equal rows and equal tokens join groups (union-find)."""
+    parents: dict[int, int] = {}  # of those that are not the first of their group
 
     def root(i: int) -> int:
-        while parents[i] != i:
-            parents[i] = i = parents[parents[i]]
+        while (parent := parents.get(i, i)) != i:
+            parents[i] = i = parents.get(parent, parent)
         return i
 
-    first: dict[str | bytes, int] = {}
-    for i, example in enumerate(examples):
-        for name in (example.source, example.token_key):
-            one, other = sorted((root(first.setdefault(name, i)), root(i)))
-            parents[other] = one
-    return [root(i) for i in range(len(examples))]
+    for name in ("source_digest", "token_digest"):
+        for one, other in zip(*equal_neighbours(examples.column(name)), strict=True):
+            first, second = sorted((root(one), root(other)))
+            if first != second:
+                parents[second] = first
+    groups = np.arange(len(examples))
+    for i in parents:
+        groups[i] = root(i)
+    return groups
+
+
+def equal_neighbours(values: npt.NDArray[Any]) -> tuple[list[int], list[int]]:
+    """Places of equal values, ascending, each but the last of its kind with the next."""
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    again = np.flatnonzero(values[1:] == values[:-1])
+    return order[again].tolist(), order[again + 1].tolist()
 
 
 def random_order(count: int, seed: int, *stream: object) -> npt.NDArray[np.int64]:
@@ -100,4 +111,4 @@ def random_order(count: int, seed: int, *stream: object) -> npt.NDArray[np.int64
     name = repr((seed, *stream)).encode()
     key = np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8").astype(np.uint64)
     draws = np.random.Philox(key=key).random_raw(count)
-    return np.argsort(draws, kind="stable").astype(np.int64)
+    return np.argsort(draws, kind="stable").astype(np.int64, copy=False)

@@ -286,8 +286,7 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
     if library() is None and job.engine.name == "backhand":
         facts.append(describe())
     facts += [labelled(note) for note in (*job.engine.notes, *job.notes)]
-    held_out = () if job.held_out is None else job.held_out.examples
-    for what, places in label_spellings((*job.train.examples, *held_out), job.source.tokenizer()):
+    for what, places in label_spellings(job.source.tokenizer(), job.train.examples, job.held_out_rows):
         facts.append(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )

@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from backhand.bounds import check_kind
 from backhand.data.documents import RowRenderer
-from backhand.data.examples import Example, check_vocabulary, documents_of
+from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
@@ -96,13 +97,13 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
     found: list[Prompt] = []
     examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=found if run.completions else None)
     prompts = tuple(prompt for prompt in found if prompt.reply is not None)
-    found_ids = [(document.input_ids, document.source) for document in documents_of(examples.examples)]
-    found_ids += [(prompt.input_ids, prompt.source) for prompt in prompts]
-    check_vocabulary(found_ids, loaded.model.vocab_size, loaded.tokenizer)
+    vocab_size = loaded.model.vocab_size
+    asked = ((prompt.input_ids, prompt.source) for prompt in prompts)
+    check_vocabulary(chain(examples.examples.beyond(vocab_size), asked), vocab_size, loaded.tokenizer)
     notes = examples.report.left_out()
     if unasked := len(found) - len(prompts):
         notes.append(f"{count_of(unasked, 'row')} without a reply at the end: no exact match, the loss alone")
-    rows = len({example.source for example in examples.examples})
+    rows = len(np.unique(examples.examples.column("source_digest")))
     pairs = tuple(example for example in examples.examples if example.rejected is not None)
     answers = [replace(example, rejected=None) for example in examples.examples]
     held_out = HeldOut(answers, run.micro_batch_rows)

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from backhand.adapters.record import installed_packages
-from backhand.data.examples import Example, PreparedData, documents_of
+from backhand.data.examples import Example
 from backhand.data.options import asking_options, reading_options
+from backhand.data.stored_examples import PreparedData
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
@@ -107,26 +109,22 @@ def _norm(weight: torch.Tensor) -> float:
 
 
 def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
-    documents = documents_of(data.examples)
+    documents = data.examples.documents
     report = {name: value for name, value in vars(data.report).items() if name not in ("bad_rows", "empty_answers")}
     return {
         **report,
         "sources": [asdict(form) for form in data.report.sources],
-        "lengths": _histogram([len(document) for document in documents]),
-        "supervised": _histogram([int(document.supervised.sum()) for document in documents]),
+        "lengths": _histogram(documents.column("tokens")),
+        "supervised": _histogram(documents.column("supervised")),
         "shown": [_token_by_token(example, tokenizer) for example in documents[:shown]],
     }
 
 
-def _histogram(counts: Sequence[int]) -> list[dict[str, int]]:
+def _histogram(counts: npt.NDArray[np.int32]) -> list[dict[str, int]]:
     """How many of the counts lie in each bin of equal width, `from` inclusive and `to` exclusive."""
-    if not counts:
-        return []
-    low, high = min(counts), max(counts)
+    low, high = int(counts.min()), int(counts.max())
     width = max(1, math.ceil((high + 1 - low) / _BINS))
-    bins = [0] * ((high - low) // width + 1)
-    for count in counts:
-        bins[(count - low) // width] += 1
+    bins = np.bincount((counts - low) // width).tolist()
     return [
         {"from": low + number * width, "to": low + (number + 1) * width, "documents": documents}
         for number, documents in enumerate(bins)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
-from backhand.data.examples import documents_of
 from backhand.training.config import Recompute, TrainConfig
 from backhand.training.engine import BoundModel
 from backhand.training.machine import Machine
@@ -72,7 +72,7 @@ def build_job(
     )
     resolved = _resolved(outline, machine)
     set_values(resolved, bound)
-    measured = documents_of((*outline.held_out_rows, *outline.train.examples))
+    measured = chain.from_iterable(rows.examples.documents for rows in (outline.held_out, outline.train) if rows)
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
     return Job(
         **vars(outline)

@@ -32,6 +32,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,7 @@ StateStore = StatesInMemory | StatesOnDisk
 
 def store_lengths(packer: RowPacker) -> list[int]:
     """Tokens that are kept of each row, and behind them those that all rows begin with."""
-    return [max(0, length - packer.common) for length in packer.by_document.lengths] + [packer.common]
+    return [*map(int, np.maximum(packer.by_document.lengths - packer.common, 0)), packer.common]
 
 
 @dataclass(eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -176,7 +176,7 @@ _SUPERVISED_TOKENS = 2000
 
 def quantization_notes(
     source: ModelSource,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     micro_batch_rows: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -205,7 +205,7 @@ def _loss(rows: HeldOut, source: ModelSource, dtype: torch.dtype, device: torch.
     return nats / rows.supervised_tokens
 
 
-def _first(examples: Sequence[Example]) -> list[Example]:
+def _first(examples: Iterable[Example]) -> list[Example]:
     chosen: list[Example] = []
     tokens = 0
     for example in examples:

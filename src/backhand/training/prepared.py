@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from backhand.adapters.targets import in_numbers
-from backhand.data.examples import Example, PreparedData, check_vocabulary, documents_of, summed
+from backhand.data.examples import DataReport, Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
+from backhand.data.stored_examples import PreparedData, summed
 from backhand.errors import UsageError
 from backhand.files import free_bytes
 from backhand.generate.sampling import ROWS_AT_ONCE
@@ -256,8 +257,8 @@ def gain(source: ModelSource, slots: Sequence[LoRASlot]) -> float:
 def _below(given: Given, machine: Machine) -> Below:
     """What lies below the lowest adapted layer, as this run computes it."""
     beside = RowPacker(given.held_out_rows, share_prefixes=given.engine.shares_prefixes)
-    lengths = (*given.packer.by_document.lengths, *beside.by_document.lengths)
-    below = given.engine.below(given.layout, max(lengths, default=0))
+    longest = max(int(np.max(packer.by_document.lengths, initial=0)) for packer in (given.packer, beside))
+    below = given.engine.below(given.layout, longest)
     if machine.device.type == "cpu" or below.dependent is not None:
         return below
     return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
@@ -274,8 +275,8 @@ def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
 def _check_tokens(given: Given, tokenizer: Any) -> None:
     """Raise DataError where the run would meet a token that the model does not have."""
     vocab_size = given.engine.vocab_size
-    examples = documents_of((*given.train.examples, *given.held_out_rows))
-    check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, tokenizer)
+    for data in filter(None, (given.train, given.held_out)):
+        check_vocabulary(data.examples.beyond(vocab_size), vocab_size, tokenizer)
     texts = ((text.numpy(), "neutral_texts.txt") for text in given.neutral.documents)
     check_vocabulary(texts, vocab_size, tokenizer)
 
@@ -317,7 +318,7 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
     if config.objective.purpose == "pairs":
         row = replace(row, rejected=row)
-    return summed([row] * count, PreparedData(()).report)
+    return summed([row] * count, DataReport())
 
 
 def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
@@ -330,7 +331,7 @@ def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
     if options.micro_batch_rows is not None:
         rows_options = {1, options.micro_batch_rows}
     looked_at = min(total_steps, max(sampler.steps_per_epoch, _STEPS_LOOKED_AT))
-    shapes = largest_shapes([sampler.rows_of(step) for step in range(looked_at)], packer, rows_options)
+    shapes = largest_shapes((sampler.rows_of(step) for step in range(looked_at)), packer, rows_options)
     ordered = config.run.reduce == "ordered"
     at_once = sampled = 0
     if isinstance(packer, PromptPacker):

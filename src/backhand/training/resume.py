@@ -18,7 +18,7 @@ from backhand.adapters.checked_base import weight_names
 from backhand.adapters.record import AdapterRecord, base_digest, text_digest, tokenizer_digest
 from backhand.adapters.targets import in_numbers
 from backhand.data.chat import read_template
-from backhand.data.examples import PreparedData
+from backhand.data.stored_examples import PreparedData
 from backhand.errors import CheckError, UsageError
 from backhand.generate.labels import Labels, found_labels
 from backhand.nn.loading import open_model

@@ -14,7 +14,7 @@ from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_slots
 from backhand.data.chat import read_template
-from backhand.data.examples import Example, check_vocabulary, documents_of
+from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
 from backhand.data.split import neutral_texts
@@ -138,7 +138,7 @@ def _documents(
         found = [_text_example(text, tokenizer) for text in neutral_texts()]
         where = "neutral texts of the package"
     paired = any(example.rejected is not None for example in found)
-    documents = [replace(document, rejected=None) for document in documents_of(found)]
+    documents = [replace(document, rejected=None) for one in found for document in one.documents]
     chosen = choose_documents(documents, max_tokens)
     if not chosen:
         raise DataError("no document has a supervised token", where=where)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from backhand.data.examples import Example
@@ -101,7 +101,8 @@ def plan(options: PlanOptions) -> RunPlan:
         notes += outline.train.report.lines()
     if not outline.size.measured:
         notes.append(_ESTIMATED)
-    longest = heapq.nlargest(options.plan.show, outline.train.examples, key=len)
+    examples = outline.train.examples
+    longest = examples.take(np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show])
     return RunPlan(outline, machine, speed, (*notes, *outline.notes), tuple(longest))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from backhand.data.packing import RowPacker, micro_batches, round_size
+from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, micro_batches, round_size
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -70,41 +70,51 @@ def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int
 
 
 def largest_shapes(
-    steps: Sequence[Sequence[int]], packer: RowPacker, rows_options: Iterable[int]
+    steps: Iterable[Sequence[int]], packer: RowPacker, rows_options: Iterable[int]
 ) -> dict[int, StepShape]:
     """For each number of rows per micro-batch, what micro-batches these steps will make.
+
+    Those of the first steps are laid out. A later one has at most the tokens of its rows, with what all rows begin with
+    once: it is laid out where that, or what it supervises, is more than the most so far.
 
     Args:
         steps: row numbers of each step.
         rows_options: numbers of rows to look at.
     """
-    supervised = [packer.supervised_tokens([row]) for row in range(len(packer.lengths))]
-
-    def shape(count: int) -> StepShape:
-        cut = [
-            _micro_batch(group, packer, supervised)
-            for step in steps
-            for group in micro_batches(step, packer.lengths, max_rows=count)
-        ]
-        return replace(
-            max(cut, key=lambda one: one.tokens),
-            supervised_tokens=max(one.supervised_tokens for one in cut),
-            mean_tokens=sum(one.tokens for one in cut) / len(cut),
-            sizes=_OTHER_SIZES + max(len({one.tokens for one in cut}), len({one.supervised_tokens for one in cut})),
+    cut: dict[int, list[StepShape]] = {count: [] for count in rows_options}
+    largest = dict.fromkeys(cut, (0, 0))
+    for number, step in enumerate(steps):
+        for count, shapes in cut.items():
+            for group in micro_batches(step, packer.lengths, max_rows=count):
+                shared = (len(group) - 1) * packer.common
+                most = packer.tokens(group) - (shared if shared >= MIN_SAVED_TOKENS else 0)
+                tokens, supervised = largest[count]
+                more = round_size(most) > tokens or packer.supervised_tokens(group) > supervised
+                if number < _STEPS_LAID_OUT or more:
+                    shapes.append(shape := _micro_batch(group, packer))
+                    largest[count] = max(tokens, shape.tokens), max(supervised, shape.supervised_tokens)
+    return {
+        count: replace(
+            max(shapes, key=lambda one: one.tokens),
+            supervised_tokens=largest[count][1],
+            mean_tokens=sum(one.tokens for one in shapes) / len(shapes),
+            sizes=_OTHER_SIZES
+            + max(len({one.tokens for one in shapes}), len({one.supervised_tokens for one in shapes})),
         )
+        for count, shapes in cut.items()
+    }
 
-    return {count: shape(count) for count in rows_options}
 
-
+_STEPS_LAID_OUT = 1000
 _OTHER_SIZES = 8
 """Of held-out rows and neutral texts."""
 
 
-def _micro_batch(group: Sequence[int], packer: RowPacker, supervised: Sequence[int]) -> StepShape:
+def _micro_batch(group: Sequence[int], packer: RowPacker) -> StepShape:
     """Of these rows; a filler counts as well."""
     lengths, parents, *_ = packer.forest(group)
     tokens = sum(lengths)
     filler = round_size(tokens) - tokens
     if filler:
         lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
-    return StepShape(tokens + filler, min(sum(supervised[row] for row in group), tokens), lengths, parents)
+    return StepShape(tokens + filler, min(packer.supervised_tokens(group), tokens), lengths, parents)

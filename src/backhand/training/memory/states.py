@@ -66,7 +66,7 @@ class StatesPlan:
 
 def kept_tokens(packer: RowPacker) -> int:
     """Tokens of all rows, what they begin with once."""
-    return sum(packer.lengths) - max(0, len(packer.by_document.lengths) - 1) * packer.common
+    return int(packer.lengths.sum()) - max(0, len(packer.by_document.lengths) - 1) * packer.common
 
 
 def coming_again(

@@ -9,7 +9,7 @@ answers within each batch, whose rows stay together in all epochs; of one batch 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -26,16 +26,16 @@ from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.step import Processes
 
 
-def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
+def mismatched(examples: Sequence[Example], max_length: int) -> Iterator[Example]:
     """Each row's prompt with the answer of the row before it, at most so many tokens; never without an answer."""
-    found = []
-    for example, before in zip(examples, [examples[-1], *examples[:-1]], strict=True):
+    before = examples[-1]
+    for example in examples:
         prompt, begin = min(example.prompt_tokens, max_length - 1), before.prompt_tokens
         room = max_length - prompt
         ids = np.concatenate((example.input_ids[:prompt], before.input_ids[begin : begin + room]))
         supervised = np.concatenate((np.zeros(prompt, dtype=np.bool_), before.supervised[begin : begin + room]))
-        found.append(replace(example, input_ids=ids, supervised=supervised))
-    return found
+        yield replace(example, input_ids=ids, supervised=supervised)
+        before = example
 
 
 @dataclass

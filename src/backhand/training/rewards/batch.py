@@ -84,7 +84,7 @@ class AnswerBatch:
         self.trained = sorted(chain.from_iterable(self._micro_batches))
 
     def _cut(self, groups: Sequence[range], most: int) -> list[list[int]]:
-        lengths = [sum(self._packer.lengths[row] for row in group) for group in groups]
+        lengths = [self._packer.tokens(group) for group in groups]
         cut = micro_batches(range(len(groups)), lengths, max_rows=most)
         return [[row for place in sorted(places) for row in groups[place]] for places in cut]
 

@@ -40,7 +40,7 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
         prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
         show_notes(prepared.report.left_out())
         examples = prepared.examples
-        check_vocabulary(((one.input_ids, one.source) for one in examples), loaded.model.vocab_size, loaded.tokenizer)
+        check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
         longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
         check_context(longest, loaded.model.context_tokens)
         rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Processes())

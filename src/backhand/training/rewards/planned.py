@@ -33,8 +33,8 @@ class PromptPacker(RowPacker):
     def __init__(self, examples: Sequence[Example], group: int, new_tokens: int, *, share_prefixes: bool) -> None:
         super().__init__(examples, share_prefixes=share_prefixes)
         self._group, self._new = group, new_tokens
-        self._each = [length + new_tokens - 1 for length in self.lengths]
-        self.lengths = [group * each for each in self._each]
+        self._each = self.lengths + new_tokens - 1
+        self.lengths = group * self._each
 
     def documents(self, rows: Sequence[int]) -> list[int]:  # type: ignore[override]
         """The row of every answer."""
@@ -46,14 +46,15 @@ class PromptPacker(RowPacker):
         parents: list[int] = []
         ends: list[int] = []
         for row in rows:
-            prompt = self._each[row] - self._new
+            each = int(self._each[row])
+            prompt = each - self._new
             shares = self._share_prefixes and prompt * (self._group - 1) >= MIN_SAVED_TOKENS
             parent = len(lengths) if shares else -1
             if shares:
                 lengths.append(prompt)
                 parents.append(-1)
             ends += range(len(lengths), len(lengths) + self._group)
-            lengths += [self._new if shares else self._each[row]] * self._group
+            lengths += [self._new if shares else each] * self._group
             parents += [parent] * self._group
         return Forest(tuple(lengths), tuple(parents) if max(parents, default=-1) >= 0 else (), tuple(ends), [])
 

@@ -1,0 +1,205 @@
+"""Examples one behind another in two arrays, of which each is made when it is asked for.
+
+    tokens    of each document its ids, those that are supervised as ~id, then the bytes of its source
+    records   of each document a `RECORD`: where it begins, how long it is, digests
+
+Short arrays lie in memory, others in a file, pages of which the system takes and lets go as it likes: as objects of
+Python a million short rows take a gigabyte. What looks at all rows, to split or compare them, looks at columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import SpooledTemporaryFile, gettempdir
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from backhand.data.examples import DataReport, Example
+from backhand.data.row_kinds import Asked
+from backhand.data.text_encoder import TokenIds
+from backhand.files import resource_error
+
+_IN_MEMORY_BYTES = 2**23
+_LABELS = (None, False, True)
+_ALONE, _CHOSEN, _REJECTED = range(3)
+
+RECORD = np.dtype(
+    [
+        ("begin", np.int64),  # of its ids among the tokens
+        ("tokens", np.int32),
+        ("source_bytes", np.int32),
+        ("side", np.int8),  # of a pair, whose rejected side is the record behind
+        ("label", np.int8),  # place in `_LABELS`
+        ("supervised", np.int32),  # tokens
+        ("trained", np.int32),  # tokens before the last supervised one
+        ("highest", np.int32),  # of its ids
+        ("source_digest", np.uint64),
+        ("token_digest", np.uint64),  # of the whole example, a pair's of both its documents
+        ("key", np.void, 32),  # the example's
+    ]
+)
+
+
+class ExampleWriter:
+    """Takes examples as they come; the memory that it holds does not grow with them."""
+
+    def __init__(self) -> None:
+        self._tokens, self._records = (SpooledTemporaryFile(_IN_MEMORY_BYTES) for _ in range(2))  # noqa: SIM115
+        for file in (self._tokens, self._records):
+            weakref.finalize(self, file.close)
+        self._places = 0  # among the tokens that are taken
+        self._asked: dict[int, Asked] = {}
+
+    def add(self, example: Example) -> None:
+        """Write it down. Raises ResourceError: there is no room for more."""
+        if example.asked is not None:
+            self._asked[self._records.tell() // RECORD.itemsize] = example.asked
+        whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
+        for document in example.documents:
+            ids, targets = document.input_ids, np.flatnonzero(document.supervised)
+            source = document.source.encode(errors="surrogateescape")
+            written = (
+                np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
+            )
+            side = _ALONE if example.rejected is None else _REJECTED if document is example.rejected else _CHOSEN
+            record = (
+                *(self._places, len(ids), len(source), side, _LABELS.index(document.desirable)),
+                *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
+            )
+            try:
+                self._tokens.write(written)
+                self._records.write(np.array(record, dtype=RECORD).tobytes())
+            except OSError as error:
+                raise resource_error("no room for rows as tokens", Path(gettempdir()), error) from None
+            self._places += len(written) // 4
+
+    def stored(self) -> StoredExamples:
+        """All that were added; no more can be."""
+        return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._asked)
+
+
+def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    if file.tell() > _IN_MEMORY_BYTES:
+        file.flush()
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
+    file.seek(0)
+    return np.frombuffer(file.read(), dtype=dtype)
+
+
+def _digest(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredExamples(Sequence[Example]):
+    """Some of the examples that were stored together, in some order."""
+
+    tokens: TokenIds  # these and the records as the module says; neither is written to
+    records: npt.NDArray[Any]
+    asked: dict[int, Asked]  # of prompts, their rows by the number of the record
+    chosen: npt.NDArray[np.int64]  # numbers of records
+    single: bool = False  # whether each document stands by itself, the sides of a pair too
+
+    @classmethod
+    def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], asked: dict[int, Asked]) -> StoredExamples:
+        """All examples."""
+        return cls(tokens, records, asked, np.flatnonzero(records["side"] != _REJECTED))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+    @overload
+    def __getitem__(self, number: slice) -> StoredExamples: ...
+    def __getitem__(self, number: int | slice) -> Example | StoredExamples:
+        if isinstance(number, slice):
+            return self.take(number)
+        place = int(self.chosen[number])
+        example = self._document(place)
+        pair = not self.single and self.records["side"][place] == _CHOSEN
+        return replace(example, rejected=self._document(place + 1)) if pair else example
+
+    def _document(self, place: int) -> Example:
+        begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
+        written, behind = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
+        supervised = written < 0
+        source = behind[: -(-source_bytes // 4)].tobytes()[:source_bytes].decode(errors="surrogateescape")
+        ids, asked = np.where(supervised, ~written, written), self.asked.get(place)
+        return Example(ids, supervised, source, desirable=_LABELS[label], asked=asked)
+
+    def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
+        """Those of these numbers, or those that are marked."""
+        return replace(self, chosen=self.chosen[which])
+
+    @property
+    def pairs(self) -> npt.NDArray[np.bool_]:
+        """(examples,) which of them are two documents."""
+        return np.array((self.column("side") == _CHOSEN) & (not self.single))
+
+    @property
+    def documents(self) -> StoredExamples:
+        """What of them enters the model, each by itself, in order: of a pair the chosen and the rejected side."""
+        pairs, chosen = self.pairs, self.chosen
+        if pairs.any():
+            chosen = np.repeat(chosen, 1 + pairs)
+            chosen[np.cumsum(1 + pairs)[pairs] - 1] += 1
+        return replace(self, chosen=chosen, single=True)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """(examples,) a field of their `RECORD`s; of a pair that of the chosen side."""
+        return np.array(self.records[name][self.chosen], copy=False)
+
+    def beyond(self, vocab_size: int) -> Iterator[tuple[TokenIds, str]]:
+        """Ids and source of the documents with a token that is not below `vocab_size`."""
+        documents = self.documents
+        for number in np.flatnonzero(documents.column("highest") >= vocab_size).tolist():
+            yield documents[number].input_ids, documents[number].source
+
+
+def stored(examples: Iterable[Example]) -> StoredExamples:
+    """Examples in arrays, as they are if they are in such."""
+    if isinstance(examples, StoredExamples):
+        return examples
+    writer = ExampleWriter()
+    for example in examples:
+        writer.add(example)
+    return writer.stored()
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Examples and what became of the rows they were made from."""
+
+    examples: StoredExamples
+    report: DataReport
+    held_out_share: float = 0.0  # of the rows that were there, drawn from the seed and no longer among these
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over every token, its supervision, labels and the order of the examples, in hexadecimal."""
+        return hashlib.sha256(self.examples.column("key").data).hexdigest()
+
+
+def summed(examples: Iterable[Example], report: DataReport) -> PreparedData:
+    """Examples with a report whose sums are theirs; its other counts stay."""
+    examples = stored(examples)
+    documents = examples.documents
+    tokens = documents.column("tokens")
+    return PreparedData(
+        examples,
+        replace(
+            report,
+            documents=len(documents),
+            tokens=int(tokens.sum(dtype=np.int64)),
+            supervised_tokens=int(documents.column("supervised").sum(dtype=np.int64)),
+            longest=int(tokens.max(initial=0)),
+        ),
+    )

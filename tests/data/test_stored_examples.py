@@ -1,0 +1,109 @@
+"""Examples in arrays: what is asked for is what was added, wherever it lies, and columns say what examples say."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backhand.data import stored_examples
+from backhand.data.examples import DataReport, Example
+from backhand.data.packing import RowPacker, _common_positions, trained_length
+from backhand.data.row_kinds import Asked, Completion
+from backhand.data.split import _groups, overlap
+from backhand.data.stored_examples import stored, summed
+from backhand.errors import ResourceError
+
+
+def one(draw: random.Random, source: str) -> Example:
+    length = draw.randint(1, 9)
+    supervised = np.array([False, *(draw.random() < 0.6 for _ in range(length - 1))])
+    return Example(np.array([draw.randint(0, 3) for _ in range(length)], dtype=np.int32), supervised, source)
+
+
+def mixed(count: int) -> list[Example]:
+    draw = random.Random(4)
+    made = [one(draw, os.fsdecode(b"\xff:%d" % (i // 2))) for i in range(count)]
+    prompt = Asked(Completion("?", None, "", None, "q"), "?", {"answer": 4}, "q")
+    ways: list[Any] = [{}, {"rejected": one(draw, "the other")}, {"desirable": False}, {"desirable": True}]
+    ways += [{"asked": prompt}]
+    return [replace(example, **way) for example, way in zip(made, itertools.cycle(ways), strict=False)]
+
+
+def facts(example: Example | None) -> tuple[Any, ...] | None:
+    if example is None:
+        return None
+    own = example.input_ids.tolist(), example.supervised.tolist(), example.input_ids.dtype, example.supervised.dtype
+    return (*own, example.source, example.desirable, example.asked, facts(example.rejected))
+
+
+@pytest.mark.parametrize("in_memory_bytes", [2**23, 100])
+def test_what_is_asked_for_is_what_was_added(in_memory_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", in_memory_bytes)
+    examples = mixed(40)
+    found = stored(examples)
+    assert list(map(facts, found)) == list(map(facts, examples)) and facts(found[-1]) == facts(examples[-1])
+    assert list(map(facts, found[3:30:7])) == list(map(facts, examples[3:30:7]))
+    single = [replace(part, rejected=None) for example in examples for part in example.documents]
+    assert list(map(facts, found.documents)) == list(map(facts, single))
+    backwards = [replace(part, rejected=None) for example in examples[::-1] for part in example.documents]
+    assert list(map(facts, found[::-1].documents)) == list(map(facts, backwards))
+    assert found.documents.column("tokens").tolist() == [len(part) for part in single]
+    assert found.column("key").tolist() == [example.key for example in examples]
+    lengths = [sum(map(trained_length, example.documents)) for example in examples]
+    assert RowPacker(found, share_prefixes=False).lengths.tolist() == lengths
+
+
+def test_sums_digest_and_tokens_beyond_a_vocabulary() -> None:
+    examples = mixed(20)
+    whole = summed(examples, DataReport())
+    assert whole.report.supervised_tokens == sum(example.supervised_tokens for example in examples)
+    assert whole.digest == summed(iter(examples), DataReport()).digest != summed(examples[::-1], DataReport()).digest
+    beyond = list(whole.examples.beyond(3))
+    expected = [(part.input_ids.tolist(), part.source) for e in examples for part in e.documents if 3 in part.input_ids]
+    assert [(ids.tolist(), source) for ids, source in beyond] == expected and expected
+
+
+def test_groups_and_overlap_are_those_of_comparing_every_two() -> None:
+    examples = mixed(60)
+    tokens = [[part.input_ids.tolist() for part in example.documents] for example in examples]
+    both = [(example.source, ids) for example, ids in zip(examples, tokens, strict=True)]
+    same = [[a[0] == b[0] or a[1] == b[1] for b in both] for a in both]
+    joined = np.array(same)
+    for _ in examples:
+        joined = joined @ joined
+    assert _groups(stored(examples)).tolist() == joined.argmax(1).tolist()
+    wanted = [facts(example) for example, ids in zip(examples[30:], tokens[30:], strict=True) if ids in tokens[:30]]
+    assert list(map(facts, overlap(examples[:30], examples[30:]))) == wanted and wanted
+
+
+def test_what_all_rows_begin_with_is_what_every_two_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.data.packing._AT_ONCE", 100)
+    draw = random.Random(1)
+    for parting in (5, 20, 33):
+        rows = []
+        for number in range(10):
+            ids = np.arange(40, dtype=np.int32)
+            supervised = np.arange(40) % 3 == 2
+            if number == 7:
+                (ids if draw.random() < 0.5 else supervised)[parting] ^= 1
+            rows.append(Example(ids[: 36 + number % 4], supervised[: 36 + number % 4], str(number)))
+        lengths = [trained_length(row) for row in rows]
+        expected = min(_common_positions(rows[0], row, min(lengths)) for row in rows)
+        assert RowPacker(rows, share_prefixes=True).common == expected
+
+
+def test_no_room_for_rows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(ResourceError, match="no room"):
+        stored(mixed(20))
