@@ -11,7 +11,6 @@ import csv
 import errno
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -19,7 +18,6 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from backhand.errors import BackhandError, ResourceError, UsageError
 from backhand.system import PLAIN, open_unnamed, sync_directory
@@ -441,11 +439,6 @@ def write_with_summary(directory: Path, files: Mapping[str, bytes], summary: Map
     for name, data in {**files, "summary.json": json_bytes({**summary, "files": names})}.items():
         write_atomically(directory / name, data)
     return names
-
-
-def finite_or_none(value: Any) -> Any:
-    """A number as strict JSON can hold it: None for one that is not finite; what is no float as it is."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_bytes(value: object) -> bytes:

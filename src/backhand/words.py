@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 from backhand.printing import bounded, say
 
@@ -34,6 +36,11 @@ def duration(seconds: float) -> str:
 def in_words(size: int) -> str:
     """A number of bytes for people: 812 MiB, 3.4 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def finite_or_none(value: Any) -> Any:
+    """A number as strict JSON can hold it: None for one that is not finite; what is no float as it is."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _MAX_COMPARED = 2000

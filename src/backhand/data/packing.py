@@ -238,7 +238,8 @@ class RowPacker:
 
         The batch's documents are those of `documents`, in their order.
         """
-        documents = [document for row in rows for document in self.examples[row].documents]
+        examples = self.by_document.examples
+        documents = [examples[place] for place in self.documents(rows)]
         return filled_up(pack(documents, share=self._share_prefixes, device=device))
 
     def forest(self, rows: Sequence[int]) -> Forest:

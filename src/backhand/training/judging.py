@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from backhand.errors import CheckError
-from backhand.files import finite_or_none
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
@@ -31,7 +30,7 @@ from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult
 from backhand.training.step_plan import StepPlan
-from backhand.words import name_list
+from backhand.words import finite_or_none, name_list
 
 
 @dataclass(eq=False)

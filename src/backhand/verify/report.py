@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backhand.files import finite_or_none
 from backhand.runs.directory import Proof
 from backhand.terminal import table_of
 from backhand.verify.model_gradients import ModelProof
 from backhand.verify.runner import AUTOGRAD, DIFFERENCES, TORCH, Rejection, Row
+from backhand.words import finite_or_none
 
 COMMAND = "verify"
 

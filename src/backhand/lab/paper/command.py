@@ -16,7 +16,7 @@ from rich.text import Text
 
 from backhand.arithmetic.findings import kind_of, print_table
 from backhand.errors import CheckError
-from backhand.files import csv_bytes, finite_or_none, make_directory, write_with_summary
+from backhand.files import csv_bytes, make_directory, write_with_summary
 from backhand.lab.paper.amplification import Amplification
 from backhand.lab.paper.analyses import PaperResult, run_paper
 from backhand.lab.paper.memory import MemoryResult, StepMemory
@@ -43,7 +43,7 @@ from backhand.lab.paper.similarity import ModuleSimilarity, SimilarityMap, simil
 from backhand.lab.paper.sweep import SweepResult
 from backhand.lab.sine.tables import print_files
 from backhand.terminal import console_for_tables, working
-from backhand.words import show_notes
+from backhand.words import finite_or_none, show_notes
 
 _MAP_COLUMNS = ("kind", "factor", "modules", "i", "j", "similarity", "random", "expected_random")
 

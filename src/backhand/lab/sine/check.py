@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.files import finite_or_none
 from backhand.lab.sine.network import FloatArray, Head, Network, Points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
 from backhand.verify.measure import compare, relative_error
+from backhand.words import finite_or_none
 
 BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 """Largest relative error; in float32 also up to 8 times autograd's own error against float64, whichever is larger."""
