@@ -121,6 +121,7 @@ FOREIGN = HF_HUB_OFFLINE=1 $(BIN)/python tools/foreign_kernels.py --against $(wi
 WINE := wine
 QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
 test-foreign: $(VENV)/.test
+	@ls dist/*manylinux*x86_64.whl dist/*win_amd64.whl dist/*aarch64.whl >/dev/null || { echo 'make: first make wheels' >&2; exit 2; }
 	for set in baseline avx2; do $(FOREIGN) --set $$set --emulator $(WINE) $(wildcard dist/*win_amd64.whl) compare || exit 1; done
 	$(FOREIGN) --emulator '$(QEMU)' $(wildcard dist/*aarch64.whl) compare
 	$(FOREIGN) --emulator '$(QEMU)' $(wildcard dist/*aarch64.whl) verify
