@@ -120,11 +120,13 @@ INSTALL_PATHS :=
 test-install: | $(BIN)/python
 	@$(BIN)/python tools/install_paths.py $(INSTALL_PATHS)
 
-# The wheels' kernels for Windows under Wine, and for ARM under qemu-user, against those of Linux on x86-64.
+# The wheels' kernels for Windows under Wine, and for ARM under qemu-user, against those of Linux on x86-64. Of Debian 13
+# it takes the packages wine, qemu-user and libc6-arm64-cross.
 FOREIGN = HF_HUB_OFFLINE=1 $(BIN)/python tools/foreign_kernels.py --against $(wildcard dist/*manylinux*x86_64.whl)
-WINE := wine64
+WINE := wine
 QEMU := qemu-aarch64 -L /usr/aarch64-linux-gnu
 test-foreign: $(VENV)/.test
+	@ls dist/*manylinux*x86_64.whl dist/*win_amd64.whl dist/*aarch64.whl >/dev/null || { echo 'make: first make wheels' >&2; exit 2; }
 	for set in baseline avx2; do $(FOREIGN) --set $$set --emulator $(WINE) $(wildcard dist/*win_amd64.whl) compare || exit 1; done
 	$(FOREIGN) --emulator '$(QEMU)' $(wildcard dist/*aarch64.whl) compare
 	$(FOREIGN) --emulator '$(QEMU)' $(wildcard dist/*aarch64.whl) verify

@@ -1,6 +1,6 @@
 """Run the kernels of a wheel for another system on this one: the proofs and tests by them, and bits against this one's.
 
-    python tools/foreign_kernels.py --set avx2 --emulator wine64 dist/backhand-…-win_amd64.whl verify --op glu
+    python tools/foreign_kernels.py --set avx2 --emulator wine dist/backhand-…-win_amd64.whl verify --op glu
     python tools/foreign_kernels.py --emulator 'qemu-aarch64 -L /usr/aarch64-linux-gnu' dist/…-aarch64.whl compare
     python tools/foreign_kernels.py … pytest tests/kernels/test_loops.py
 

@@ -316,7 +316,9 @@ _Layer = _structure(
 _Model = _structure(
     "_Model",
     layers=POINTER,
-    **_named(INT64, "count hidden heads kv_heads head_dim width over_heads activation capacity most_ranks"),
+    **_named(INT64, "count hidden heads kv_heads head_dim width over_heads activation most_ranks places"),
+    place_of=POINTER,
+    **_named(INT64, "capacity quick_row"),
     **_named(DOUBLE, "eps offset scaling cap multiplier"),
 )
 
@@ -369,9 +371,11 @@ def decode_step(builds: Sequence[Library], draw: Draw) -> None:
             int(draw.random.integers(1, 12)) if draw.chance() else 0,
         )
     cap = 5.0 if draw.chance() else 0.0
+    place_of = draw.random.permutation(rows * capacity)
     model = _Model(
         *(ctypes.addressof(layers), len(layers), hidden, heads, kv_heads, head_dim, width, over_heads),
-        *(int(draw.random.integers(2)), capacity, max(ranks), 1e-5, 0.0, 0.3, cap, 1.0),
+        *(int(draw.random.integers(2)), max(ranks), rows * capacity, place_of.ctypes.data, capacity),
+        *(int(draw.chance()), 1e-5, 0.0, 0.3, cap, 1.0),
     )
     held.append(model)
     for build in builds:

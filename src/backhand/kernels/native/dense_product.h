@@ -123,7 +123,8 @@ inline void store_two(T* to, V low, V high, bool past) {
 inline void store_two(bfloat16* to, Vector<float> low, Vector<float> high, bool past) {
   const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
   if (past) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), values);
+    // Not by its intrinsic: Clang makes one store of both, and that one goes to the caches.
+    __asm__ volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<__m512i*>(to)) : "v"(values));
   } else {
     _mm512_storeu_si512(to, values);
   }
@@ -142,7 +143,7 @@ struct Epilogue {
   int64_t y_row = 0, residual_row = 0, rows = 0, columns = 0, done = 0;
   bool past = false;
 
-  void one_row() {
+  __attribute__((always_inline)) void one_row() {
     typedef Wide<T> C;
     const C* from = sums + done * BLOCK;
     T* to = y + done * y_row;
@@ -195,8 +196,10 @@ struct Prefetch {
 };
 
 // sums (32, 32) = or += left right, then on along the terms' steps; beside it others leave and come. Of the left
-// operand a step's units stand row by row, of the right one place by place.
+// operand a step's units stand row by row, of the right one place by place. Part of its caller, and so is a row that
+// leaves, or what the rows share would go through memory at each step.
 template <class Op, class T>
+__attribute__((always_inline))
 inline void block(int64_t steps, const typename Op::Unit* left, const typename Op::Unit* right, int64_t term_steps,
                   const typename Op::Unit* term_left, const typename Op::Unit* term_right, typename Op::Sum* sums,
                   bool add, Epilogue<T>& epilogue, const Prefetch& prefetch) {

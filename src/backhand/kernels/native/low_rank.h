@@ -113,6 +113,15 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
   for (int64_t i = 0; i < to_row; i += STEP)
     for (int64_t k = 0; k < units; k += STEP) {
       const int64_t there = std::min(LENGTH, columns - k * Op::PACK);
+#if defined(__AVX512BF16__)
+      // A whole square goes by registers alone.
+      if constexpr (Op::PACK == 2)
+        if (i + STEP <= rows && there == LENGTH && x.row % Op::PACK == 0) {
+          transpose_square(reinterpret_cast<const U*>(x.at(i, k * Op::PACK)), x.row / Op::PACK, to + k * to_row + i,
+                           to_row);
+          continue;
+        }
+#endif
       for (int64_t y = 0; y < STEP; ++y) {
         const int64_t n = i + y < rows ? there : 0;
 #if defined(__AVX512BF16__)

@@ -75,10 +75,20 @@ inline void pack_numbers(const RightOperand<T>& w, int64_t k0, int64_t length, i
   }
   // Rows outermost: that is how they lie in memory.
   for (int64_t u = 0; u < units; ++u)
-    for (int64_t i = 0; i < columns; i += BLOCK)
+    for (int64_t i = 0; i < columns; i += BLOCK) {
+#if defined(__AVX512BF16__)
+      // Nearly all of W, and it waits for memory: the masks of the rest would have the processor see fewer rows ahead.
+      if constexpr (Op::PACK == 2)
+        if (length - u * Op::PACK >= Op::PACK && columns - i >= BLOCK) {
+          const T* from = w.numbers.at(k0 + u * Op::PACK, j + i);
+          interleave_two(from, from + w.numbers.row, to + i / BLOCK * block_units + u * BLOCK);
+          continue;
+        }
+#endif
       interleave<Op>(w.numbers.at(k0 + u * Op::PACK, j + i), w.numbers.row,
                      std::min<int64_t>(Op::PACK, length - u * Op::PACK), std::min(BLOCK, columns - i),
                      to + i / BLOCK * block_units + u * BLOCK, BLOCK);
+    }
 }
 
 // Of a stored W.
