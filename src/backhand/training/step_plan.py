@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.step import LearningRate
-from backhand.words import count_of
 
 DEFAULT_WARMUP_SHARE = 0.03
 
@@ -23,18 +22,15 @@ def default_warmup_steps(total_steps: int) -> int:
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
 
 
-def chosen_rate(
-    options: OptimizationOptions, objective: str, steps: int, gain: Callable[[], float]
-) -> tuple[float, str | None]:
+def chosen_rate(options: OptimizationOptions, objective: str, gain: Callable[[], float]) -> tuple[float, str | None]:
     """The learning rate of a run, and why this one; None where it was given as a number.
 
-        rate = c g / √n,   at most `HIGHEST_RATE`
+        rate = c g,   at most `HIGHEST_RATE`
 
-    Steps that are noise sum up to √n of one. What an adapter adds to W x matters by its share of it, so that larger
-    frozen weights bear a higher rate. c was measured (docs/rates.md).
+    What an adapter adds to W x matters by its share of it, so that larger frozen weights bear a higher rate. c was
+    measured, and so was what the rate does not follow: rank, steps, and supervised tokens of a step (docs/rates.md).
 
     Args:
-        steps: n, of the run.
         gain: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in common.
     """
     rate = options.learning_rate
@@ -42,11 +38,11 @@ def chosen_rate(
         return rate, None
     if objective != "sft":
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE * gain() / math.sqrt(steps)):.2g}")
-    return rate, f"{rate:g}, chosen for {count_of(steps, 'step')} (docs/rates.md); another by --learning-rate"
+    rate = float(f"{min(HIGHEST_RATE, RATE * gain()):.2g}")
+    return rate, f"{rate:g}, chosen by the size of the frozen weights (docs/rates.md); another by --learning-rate"
 
 
-RATE, HIGHEST_RATE = 1.5e-3, 5e-3
+RATE, HIGHEST_RATE = 2.4e-4, 5e-3
 COMPARING_RATE = 2e-4
 
 
