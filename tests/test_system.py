@@ -132,6 +132,7 @@ def test_what_is_missing_is_installed_by_what_made_the_environment(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(system, "find_spec", lambda name: object())
     assert system.install("peft") == "pip install peft"
     monkeypatch.setattr(system, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "executable", "/home/a b/bin/python")

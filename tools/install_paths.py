@@ -5,8 +5,8 @@
 `newest` and `oldest` are environments with the newest and with the oldest release of every dependency that
 pyproject.toml allows, PyTorch aside: its old releases come with CUDA's libraries, `--old-torch` takes them. A run is
 started first without its model's package: the error must name a command that installs it there. That command is typed
-as it stands, and the run is made. The wheel is the newest one for this system in dist/, or a pure one, built here.
-Packages come from where pip is told to take them.
+as it stands, and the run is made. The wheel is that of dist/ for this system if it is newer than the sources, else a
+pure one, built here. Packages come from where pip is told to take them.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ class Place:
         self.wheel = self._wheel()
 
     def _wheel(self) -> Path:
+        sources = max(path.stat().st_mtime for path in (ROOT / "src").rglob("*.*"))
         built = sorted((ROOT / "dist").glob("backhand-*manylinux*x86_64.whl"), key=lambda path: path.stat().st_mtime)
-        if built and sys.platform == "linux" and os.uname().machine == "x86_64":
+        here = sys.platform == "linux" and os.uname().machine == "x86_64"
+        if here and built and built[-1].stat().st_mtime > sources:
             return built[-1]
         self.environment["BACKHAND_KERNELS"] = "none"
         self.run(self.python, "-m", "build", "--wheel", "--no-isolation", "--outdir", self.folder / "dist", ROOT)
@@ -143,13 +145,15 @@ def try_path(place: Place, path: str, old_torch: bool) -> str:
 def main() -> None:
     """Try the paths that are named, all of them otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", choices=PATHS, default=PATHS)
+    parser.add_argument("paths", nargs="*", type=str, metavar="|".join(PATHS))
     parser.add_argument("--old-torch", action="store_true")
     arguments = parser.parse_args()
+    if unknown := set(arguments.paths) - set(PATHS):
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(PATHS)}")
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name))
         print(place.wheel.name)
-        for path in arguments.paths:
+        for path in arguments.paths or PATHS:
             began = time.perf_counter()
             told = try_path(place, path, arguments.old_torch)
             took = time.perf_counter() - began

@@ -29,7 +29,8 @@ def install(what: str) -> str:
     if Path(sys.prefix, "pipx_metadata.json").exists():
         return f"pipx runpip backhand install {what}"
     if find_spec("pip") is None:  # as in every environment of uv
-        return f"uv pip install --python {shlex.quote(sys.executable)} {what}"
+        python = f'"{sys.executable}"' if sys.platform == "win32" else shlex.quote(sys.executable)
+        return f"uv pip install --python {python} {what}"
     return f"pip install {what}"
 
 

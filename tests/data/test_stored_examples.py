@@ -99,6 +99,30 @@ def test_what_all_rows_begin_with_is_what_every_two_have_in_common(monkeypatch: 
         assert RowPacker(rows, share_prefixes=True).common == expected
 
 
+def test_a_source_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", 100)
+    names = ["a\0b", "\ud800 of Windows", os.fsdecode(b"\xc3\xff"), "\udcc3\udca9", "ä"]
+    draw = random.Random(0)
+    assert [example.source for example in stored(one(draw, name) for name in names)] == names
+
+
+def test_an_example_without_tokens_shares_nothing() -> None:
+    draw, nothing = random.Random(0), np.zeros(0, dtype=np.int32)
+    rows = [*(one(draw, str(i)) for i in range(40)), Example(nothing, nothing.astype(bool), "none")]
+    assert RowPacker(rows, share_prefixes=True).common == 0
+
+
+def test_the_last_bytes_may_find_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(stored_examples.mmap, "mmap", full)
+    with pytest.raises(ResourceError, match="no room") as raised:
+        stored(mixed(20))
+    assert "TMPDIR" in str(raised.value.next_step)
+
+
 def test_no_room_for_rows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from backhand.data.packing import RowPacker
 from backhand.training import machine
 from backhand.training.config import TrainConfig
 from backhand.training.run import train
@@ -38,7 +39,9 @@ def _there(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_has_the_losses_of_the_processor(kind: str, tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_run_has_the_losses_of_the_processor(
+    kind: str, tiny: TinyRun, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = dict(KINDS[kind])
     if kind in ("dpo", "kto"):
         rows = write_pairs(tmp_path / "pairs.jsonl", 12, labelled=kind == "kto")
@@ -46,12 +49,21 @@ def test_a_run_has_the_losses_of_the_processor(kind: str, tiny: TinyRun, tmp_pat
     if kind == "rewards":
         (tmp_path / "reward.py").write_text(REWARD)
         options["reward"] = (f"{tmp_path / 'reward.py'}:even",)
-    found = []
-    for device in ("cpu", "cuda"):
-        output = tmp_path / device
-        train(tiny.config(output, device=device, **options))
+    found: list[list[float]] = []
+    places: list[str] = []
+    packed = RowPacker.packed
+
+    def noted(self: RowPacker, rows: Any, place: Any) -> Any:
+        places.append(torch.device(place).type)
+        return packed(self, rows, place)
+
+    monkeypatch.setattr(RowPacker, "packed", noted)
+    for where in ("cpu", "cuda"):
+        output = tmp_path / where
+        train(tiny.config(output, device=where, **options))
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         found.append([line.get("reward", line["loss"]) for line in lines if "loss" in line])
+    assert set(places) == {"cpu", device.type} or kind == "rewards", "what is computed on both would prove nothing"
     # A sampled answer may be another one where two tokens are nearly as probable.
     assert found[1] == pytest.approx(found[0], rel=1e-3) or (kind == "dropout" and len(found[1]) == len(found[0]))
 

@@ -31,6 +31,7 @@ from backhand.training.memory.command import plan
 from backhand.training.memory.options import PlanOptions
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.observer import Observer
+from backhand.training.rewards.guards import RewardGuard
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.process import RewardProcess, Written
 from backhand.training.run import train
@@ -224,6 +225,12 @@ def test_what_the_guard_has_seen_is_known_to_a_run_that_goes_on(tiny: TinyRun, f
         train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
     taken = max(line["step"] for line in lines(tmp_path / "run") if "reward" in line)
     assert taken == 9, "the tenth flat step ends it, not the fourteenth"
+
+
+def test_the_guard_takes_a_line_whose_entropy_was_no_number() -> None:
+    guard, line = RewardGuard(lambda text: None), {"no_gradient_groups": 0.0, "entropy": None, "clipped_answers": 0.0}
+    guard.remember(line)
+    guard.judge(2, {**line, "entropy": 0.1, "reward": 1.0})
 
 
 def _without_times(bits: dict[str, bytes]) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def label_axes(axes: Axes, title: str, x: str = "", y: str = "", *, grid: bool =
     """Say what is drawn; `legend` are options of matplotlib's."""
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x, ylabel=y)
-    axes.grid(visible=grid, linewidth=0.3)
+    if grid:
+        axes.grid(visible=True, linewidth=0.3)
     axes.legend(fontsize="small", **legend)
 
 

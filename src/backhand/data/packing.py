@@ -256,6 +256,8 @@ class RowPacker:
             return 0
         begins, tokens = whole.examples.column("begin"), whole.examples.tokens
         common = int(whole.lengths.min())
+        if not common:
+            return 0
         for some in np.array_split(begins, -(-len(begins) * (common + 1) // _AT_ONCE)):
             # Tokens as they are stored, so that those whose labels differ are different.
             written = tokens[some[:, None] + np.arange(common + 1)]

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import SpooledTemporaryFile, gettempdir
+from tempfile import SpooledTemporaryFile
 from typing import Any, overload
 
 import numpy as np
@@ -24,7 +25,8 @@ import numpy.typing as npt
 from backhand.data.examples import DataReport, Example
 from backhand.data.row_kinds import Asked
 from backhand.data.text_encoder import TokenIds
-from backhand.files import resource_error
+from backhand.errors import ResourceError
+from backhand.files import reason
 
 _IN_MEMORY_BYTES = 2**23
 _LABELS = (None, False, True)
@@ -64,7 +66,7 @@ class ExampleWriter:
         whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
         for document in example.documents:
             ids, targets = document.input_ids, np.flatnonzero(document.supervised)
-            source = document.source.encode(errors="surrogateescape")
+            source = document.source.encode(errors="surrogatepass")
             written = (
                 np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
             )
@@ -73,24 +75,37 @@ class ExampleWriter:
                 *(self._places, len(ids), len(source), side, _LABELS.index(document.desirable)),
                 *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
             )
-            try:
+            with _room():
                 self._tokens.write(written)
                 self._records.write(np.array(record, dtype=RECORD).tobytes())
-            except OSError as error:
-                raise resource_error("no room for rows as tokens", Path(gettempdir()), error) from None
             self._places += len(written) // 4
 
     def stored(self) -> StoredExamples:
-        """All that were added; no more can be."""
+        """All that were added; no more can be. Raises ResourceError: there is no room for the last of them."""
         return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._asked)
 
 
 def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     if file.tell() > _IN_MEMORY_BYTES:
-        file.flush()
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
+        with _room():
+            file.flush()
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)
     file.seek(0)
     return np.frombuffer(file.read(), dtype=dtype)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Raise ResourceError where the temporary files cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            "no room for rows as tokens",
+            where=tempfile.tempdir or "a temporary file",
+            why=reason(error),
+            next_step="name a folder with room in the environment variable TMPDIR",
+        ) from None
 
 
 def _digest(data: bytes) -> int:
@@ -99,7 +114,7 @@ def _digest(data: bytes) -> int:
 
 @dataclass(frozen=True, eq=False)
 class StoredExamples(Sequence[Example]):
-    """Some of the examples that were stored together, in some order."""
+    """Some of the examples that were stored together, in some order. Pickled, all of them go along."""
 
     tokens: TokenIds  # these and the records as the module says; neither is written to
     records: npt.NDArray[Any]
@@ -131,7 +146,7 @@ class StoredExamples(Sequence[Example]):
         begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
         written, behind = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
         supervised = written < 0
-        source = behind[: -(-source_bytes // 4)].tobytes()[:source_bytes].decode(errors="surrogateescape")
+        source = behind[: -(-source_bytes // 4)].tobytes()[:source_bytes].decode(errors="surrogatepass")
         ids, asked = np.where(supervised, ~written, written), self.asked.get(place)
         return Example(ids, supervised, source, desirable=_LABELS[label], asked=asked)
 

@@ -343,9 +343,10 @@ class JobRun:
             processes,
         )
         guard = RewardGuard(self.observer.noted)
-        for measured in processes.gather(self.directory.lines(METRICS))[0]:  # of the steps before, if this goes on
-            if "no_gradient_groups" in measured:
-                guard.remember(measured)
+        lines = self.directory.lines(METRICS) if processes.leads else []
+        before = [line for line in lines if "no_gradient_groups" in line]  # steps, if this goes on
+        for measured in json.loads(processes.follow(json.dumps(before).encode())):
+            guard.remember(measured)
         return RewardedSteps(
             rollout,
             job.train.examples,

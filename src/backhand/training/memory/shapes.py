@@ -20,7 +20,7 @@ class StepShape:
     supervised_tokens: int
     lengths: tuple[int, ...] = ()  # of the largest one's segments; a filler counts as well
     parents: tuple[int, ...] = ()  # of these segments, as in `PackedBatch`
-    mean_tokens: float = 0.0  # of all of them
+    mean_tokens: float = 0.0  # of all of them, or of those of the first steps
     sizes: int = 1  # how many numbers of tokens, or of supervised tokens where these are more, they come in
     gradient_copies: int = 0  # buffers that adding up the micro-batches of a step takes
     neutral_tokens: int = 0  # of the longest neutral text; 0 where forgetting is not measured
@@ -74,14 +74,16 @@ def largest_shapes(
 ) -> dict[int, StepShape]:
     """For each number of rows per micro-batch, what micro-batches these steps will make.
 
-    Those of the first steps are laid out. A later one has at most the tokens of its rows, with what all rows begin with
-    once: it is laid out where that, or what it supervises, is more than the most so far.
+    Those of the first steps are laid out, and what is counted of all is counted of them. A later one has at most the
+    tokens of its rows, with what all rows begin with once: it is laid out where that, or what it supervises, is more
+    than the most so far.
 
     Args:
         steps: row numbers of each step.
         rows_options: numbers of rows to look at.
     """
     cut: dict[int, list[StepShape]] = {count: [] for count in rows_options}
+    later: dict[int, list[StepShape]] = {count: [] for count in cut}
     largest = dict.fromkeys(cut, (0, 0))
     for number, step in enumerate(steps):
         for count, shapes in cut.items():
@@ -91,11 +93,12 @@ def largest_shapes(
                 tokens, supervised = largest[count]
                 more = round_size(most) > tokens or packer.supervised_tokens(group) > supervised
                 if number < _STEPS_LAID_OUT or more:
-                    shapes.append(shape := _micro_batch(group, packer))
+                    shape = _micro_batch(group, packer)
+                    (shapes if number < _STEPS_LAID_OUT else later[count]).append(shape)
                     largest[count] = max(tokens, shape.tokens), max(supervised, shape.supervised_tokens)
     return {
         count: replace(
-            max(shapes, key=lambda one: one.tokens),
+            max([*shapes, *later[count]], key=lambda one: one.tokens),
             supervised_tokens=largest[count][1],
             mean_tokens=sum(one.tokens for one in shapes) / len(shapes),
             sizes=_OTHER_SIZES

@@ -33,12 +33,17 @@ class RewardGuard:
         self._varied = False
         self._first: Mapping[str, float] | None = None
 
-    def remember(self, measured: Mapping[str, float]) -> Mapping[str, float]:
-        """Take in what a step has measured, also one before a run was stopped; return that of the first step."""
-        flat = measured["no_gradient_groups"] == 1
+    def remember(self, measured: Mapping[str, float | None]) -> Mapping[str, float]:
+        """Take in what a step has measured, also one before a run was stopped; return that of the first step.
+
+        Args:
+            measured: None, as lines of metrics have it, is no number.
+        """
+        known = {name: math.nan if value is None else value for name, value in measured.items()}
+        flat = known["no_gradient_groups"] == 1
         self._flat = self._flat + 1 if flat else 0
         self._varied |= not flat
-        self._first = self._first or measured
+        self._first = self._first or known
         return self._first
 
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
