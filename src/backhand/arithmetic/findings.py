@@ -66,7 +66,7 @@ def leave_findings(
 _DPI = 110
 
 
-def label_axes(axes: Axes, title: str, x: str = "", y: str = "", *, grid: bool = True, **legend: Any) -> None:
+def label_axes(axes: Axes, title: str, x: str = "", y: str = "", /, *, grid: bool = True, **legend: Any) -> None:
     """Say what is drawn; `legend` are options of matplotlib's."""
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x, ylabel=y)

@@ -95,7 +95,7 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
     bars.set_ylim(low / 1.5, high * 2.5)  # room for the legend above the bars
     bars.set_xticks(places, kinds, rotation=30, ha="right")
     title, y = "What the weight does along the leading directions", "‖UᵀWV‖ (Frobenius), mean over layers, logarithmic"
-    label_axes(bars, title, y=y, grid=False, loc="upper center", ncols=3)
+    label_axes(bars, title, "", y, grid=False, loc="upper center", ncols=3)
     return png_bytes(figure)
 
 
@@ -115,7 +115,7 @@ def draw_merging(result: MergeResult) -> bytes:
     axes.set_xticks(places, [f"{times.documents} × {times.tokens} tokens" for times in result.times])
     axes.set_ylim(0, 1.35 * max(times.adapter.upper for times in result.times))
     y = "time over the base's (median, quartiles)"
-    label_axes(axes, "Latency of a forward pass", y=y, grid=False, loc="upper right", ncols=3)
+    label_axes(axes, "Latency of a forward pass", "", y, grid=False, loc="upper right", ncols=3)
     return png_bytes(figure)
 
 
