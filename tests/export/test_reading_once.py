@@ -140,7 +140,7 @@ def test_a_merge_unpacks_each_expert_of_a_directory_once(
     real = huggingface._Packed.rows
 
     def rows(packed: Any) -> Any:
-        ordered[f"{packed.blocks[1]} {packed.matrix}"] += 1
+        ordered[f"{packed.blocks[1]} {packed.piece}"] += 1
         return real(packed)
 
     monkeypatch.setattr(huggingface._Packed, "rows", rows)

@@ -237,10 +237,10 @@ def test_rounding_above_the_bound_is_judged_on_several_adapters(others, passes, 
 def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
     right = passes_module.Passes.contexts
 
-    def leaking(self, batch, rows=None, carried=None):
+    def leaking(self, batch, *others):
         return [
             context._replace(runs=(Run(0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
-            for context in right(self, batch, rows, carried)
+            for context in right(self, batch, *others)
         ]
 
     monkeypatch.setattr(passes_module.Passes, "contexts", leaking)
@@ -280,12 +280,12 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path)
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):
     """Every document's rotary angles go on a little from where the one before it ended."""
-    right = blockwise_step.angles
+    right = passes_module.angles
 
     def leaking(frequencies, positions, dtype, reach):
         return right(frequencies, positions + 1e-4 * torch.arange(len(positions)), dtype, reach)
 
-    monkeypatch.setattr(blockwise_step, "angles", leaking)
+    monkeypatch.setattr(passes_module, "angles", leaking)
     failed = _failed(verify(options(models("llama"), rows, dtype="bfloat16")))
     assert "packed = unpacked, gradient, float64" in failed
     assert "packed = unpacked, gradient" not in failed
