@@ -8,9 +8,10 @@
 commands, `backhand train trials/NAME/config.toml`. Each must leave the trial's adapter bit for bit before a time is
 believed. With the default pruning beside it. `found`: the default search on the rows and with the options of the grids
 that benchmarks/rates.py has stored, 16 rates from 1e-4 to 1e-2, every run to its end: by how much its best held-out
-loss is above the grid's, and how many runs' steps it had trained when it was there. `replay`: the same question put to
-the stored curves, between whose rates losses are interpolated, for five seeds: the default search proposes, prunes and
-promotes as it does, and no model runs. Results of the first two go to benchmarks/results/search.json.
+loss is above the grid's, and how many runs' steps it trained in all, the comparison with the options as given among
+them. `replay`: the same question put to the stored curves, between whose rates losses are interpolated, for five seeds:
+the default search proposes, prunes and promotes as it does, and no model runs. Results of the first two go to
+benchmarks/results/search.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rates import FINE, REAL, Case, rows_of
 
 from backhand.search.command import ABOVE, BELOW
 from backhand.search.options import SearchOptions
-from backhand.search.schedule import STAGES, Schedule, Stage, best_of
+from backhand.search.schedule import Schedule, Stage, best_of
 from backhand.search.space import Values
 from backhand.search.study import Trial
 
@@ -87,21 +88,14 @@ def measure_found(task: str, threads: int, folder: Path) -> dict[str, Any]:
     result = json.loads((folder / task / "search.json").read_text())
     best = min(run["best"] for run in grid.values())
     total = max(trial["steps"] for trial in result["all"])
-    beside = 0 if result["best"] == 0 else total - _steps_of(result["all"][0], total)
     return {
         "grid_best": best,
         "search_best": result["loss"],
         "above": result["loss"] / best - 1,
-        "runs": (sum(trial["steps"] for trial in result["all"]) - beside) / total,
+        "runs": sum(trial["steps"] for trial in result["all"]) / total,
         "as_given": result["given_loss"],
         "rate": result["values"]["learning_rate"],
     }
-
-
-def _steps_of(trial: dict[str, Any], total: int) -> int:
-    """How far the first trial would have come if it were like the others; then it goes on for the comparison."""
-    stages = STAGES["halving"]
-    return math.ceil(stages[min(len(trial["losses"]), len(stages)) - 1].share * total)
 
 
 def stored_grids() -> dict[str, tuple[dict[str, Any], float]]:
@@ -159,11 +153,8 @@ def replay(found: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
     search = SearchOptions(over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
     schedule = Schedule(search, search.dimensions, {"learning_rate": rate}, seed)
     study: Any = Replayed(found, total, schedule.stages)
-    found_after = 0
     while isinstance(trial := schedule.next(study, may_begin=True), Trial):
         study.run(trial)
-        if best_of(study.all, schedule.last) is None or trial.number:  # the first one goes on for the comparison
-            found_after = sum(one.steps for one in study.all)
     best = min(run["best"] for run in found.values())
     chosen = best_of(study.all, schedule.last)
     assert chosen is not None
@@ -171,7 +162,7 @@ def replay(found: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
         "auto": study.all[0].losses[-1] / best - 1,
         "above": chosen.losses[-1] / best - 1,
         "rate": chosen.values["learning_rate"],
-        "runs": found_after / total,
+        "runs": sum(trial.steps for trial in study.all) / total,
     }
 
 

@@ -23,8 +23,8 @@ class SearchOptions(Options):
     optimization; the names in a list of modules are joined with +. Not given: `learning_rate`, from an eighth to four
     times of what `auto` chooses."""
 
-    trials: Count = 9
-    """Trials in all, the options as they are given among them."""
+    trials: Count = 6
+    """Trials in all, the options as they are given among them. Six do for one option; several want more."""
 
     sampler: SamplerName = "tpe"
     """How a trial's values are chosen: `tpe` begins with values spread evenly and goes on near the best of them;
