@@ -129,6 +129,7 @@ test-foreign: $(VENV)/.test
 	@ls dist/*manylinux*x86_64.whl dist/*win_amd64.whl dist/*aarch64.whl >/dev/null || { echo 'make: first make wheels' >&2; exit 2; }
 	for set in baseline avx2; do $(FOREIGN) --set $$set --emulator $(WINE) $(wildcard dist/*win_amd64.whl) compare || exit 1; done
 	$(FOREIGN) --emulator '$(QEMU)' $(wildcard dist/*aarch64.whl) compare
+	$(FOREIGN) --set neon_bf16 --ours avx512bf16 --emulator '$(QEMU) -cpu max,sve=off,sme=off' $(wildcard dist/*aarch64.whl) compare
 	$(FOREIGN) --emulator '$(QEMU)' $(wildcard dist/*aarch64.whl) verify
 
 # ---- use ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ TARGETS = {
     "macos-arm64": ("aarch64-macos.11.0", "aarch64", "darwin", "macosx_11_0_arm64"),
     "macos-x86_64": ("x86_64-macos.11.0", "x86_64", "darwin", "macosx_11_0_x86_64"),
 }
+# Where its flags are not those of GCC and Clang.
+ZIG_SPELLING = {"-march=armv8.2-a+bf16": "-mcpu=generic+v8_2a+bf16"}
 
 
 def _builder(root: Path) -> Any:
@@ -62,7 +64,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
             zig = (sys.executable, "-m", "ziglang")
             # Linked as C: nothing of a C++ library is called, and zig would compile its own for every instruction set.
             link = (*zig, "cc", "-target", triple, "-s")
-            toolchain = builder.Toolchain((*zig, "c++", "-target", triple), machine, system, link)
+            toolchain = builder.Toolchain((*zig, "c++", "-target", triple), machine, system, link, ZIG_SPELLING)
         system = toolchain.system if toolchain else sys.platform
         try:
             names = builder.build(folder, every=version != "editable", toolchain=toolchain)

@@ -75,17 +75,22 @@ def compiled(folder: Path, wheel: Path) -> tuple[Path, Path]:
 
 def main() -> int:
     """The command line of this file."""
+    from backhand.kernels.build import library_path
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--set", default="baseline", help="the instruction set")
     parser.add_argument("--emulator", default="", help="what runs the other system's programs")
     parser.add_argument("--against", type=Path, help="this system's wheel, to compare with; else what is built here")
+    parser.add_argument("--ours", help="this system's instruction set, to compare with; else that of the same name")
     parser.add_argument("what", nargs=argparse.REMAINDER, help="compare, pytest FILES, or a command of backhand")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, tempfile.NamedTemporaryFile(dir="/dev/shm") as arena_file:
         folder = Path(scratch)
         library = library_of(options.wheel, options.set, folder / "theirs")
         arena, caller = compiled(folder, options.wheel)
+        name = options.ours or options.set
+        ours = library_of(options.against, name, folder) if options.against else library_path(name)
         os.truncate(arena_file.name, ARENA_BYTES)
         served = [*shlex.split(options.emulator), str(caller), str(library), arena_file.name, PLACE]
         added = {
@@ -93,7 +98,7 @@ def main() -> int:
             "BACKHAND_ARENA": arena_file.name,
             "BACKHAND_ARENA_PLACE": PLACE,
             "BACKHAND_FOREIGN": json.dumps({"name": options.set, "command": served}),
-            "BACKHAND_AGAINST": str(library_of(options.against, options.set, folder)) if options.against else "",
+            "BACKHAND_AGAINST": str(ours),
             "PYTHONMALLOC": "malloc",
             "PYTHONPATH": os.pathsep.join((str(ROOT / "tools"), str(ROOT / "tests"), str(ROOT / "tests" / "kernels"))),
         }

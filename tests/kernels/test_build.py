@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 
@@ -62,6 +63,20 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(one, mon
     monkeypatch.setattr(build, "INSTRUCTION_SETS", sets)
     assert build.build(one / "lib", every=True) == ["baseline"]
     assert "left out avx2" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_compiler_with_other_names_for_flags_gets_its_own(one, monkeypatch):
+    sets = {"aarch64": {"baseline": (), "neon_bf16": ("-march=armv8.2-a+bf16",)}}
+    monkeypatch.setattr(build, "INSTRUCTION_SETS", sets)
+    command = (build.find_compiler(),)
+    spelled = {"-march=armv8.2-a+bf16": "-DBACKHAND_SPELLED"}
+    (one / "native" / "more.cpp").write_text(
+        '#include "common.h"\n#if defined(BACKHAND_SPELLED)\nBACKHAND_EXPORT int more() { return 42; }\n#endif\n'
+    )
+    toolchain = build.Toolchain(command, "aarch64", sys.platform, command, spelled)
+    assert build.build(one / "lib", toolchain=toolchain) == ["baseline", "neon_bf16"]
+    assert Library(build.library_path("neon_bf16", one / "lib")).function("more", (), INT)() == 42
 
 
 def test_without_a_compiler_one_line_says_so(one, monkeypatch, capsys):

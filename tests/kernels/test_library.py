@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.kernels import builds
+from backhand.kernels import build, builds
 from backhand.kernels.builds import BUILDS, VARIABLE, describe, load, usable, using
 from backhand.kernels.library import INT64, POINTER, Declared
 
@@ -46,6 +46,12 @@ def test_a_build_says_its_own_name():
 def test_usable_builds_are_in_order():
     places = [BUILDS.index(name) for name in usable()]
     assert places == sorted(places)
+
+
+def test_every_set_of_every_processor_has_a_name_in_order():
+    for family in build.INSTRUCTION_SETS.values():
+        places = [BUILDS.index(name) for name in family]
+        assert places == sorted(places)
 
 
 def test_the_widest_is_chosen_and_said(fresh):

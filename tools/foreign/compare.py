@@ -18,7 +18,6 @@ import sanitized_loops  # type: ignore[import-not-found]
 import torch
 from torch import Tensor
 
-from backhand.kernels.build import library_path
 from backhand.kernels.builds import Library, using
 from backhand.kernels.dequantize import block_shape, dequantize, is_compiled
 from backhand.kernels.library import proving_loops
@@ -161,7 +160,7 @@ def _by_both(both: Sequence[Library], compute: Callable[[], list[Tensor]]) -> li
 
 def main() -> int:
     """Print the table; 1 where numbers differ by more than rounding."""
-    ours = Library(Path(os.environ.get("BACKHAND_AGAINST") or library_path(IN_PLACE.name)))
+    ours = Library(Path(os.environ["BACKHAND_AGAINST"]))
     both = (ours, IN_PLACE)
     print(f"this system's kernels: {ours.name}; the other one's: {IN_PLACE.name}")
     held = True

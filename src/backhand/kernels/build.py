@@ -24,8 +24,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -52,8 +54,8 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512bf16": (*_AVX512, "-mavx512bf16"),
         "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
-    # NEON belongs to every 64-bit ARM processor; nothing here is written for what some have beyond it.
-    "aarch64": {"baseline": ()},
+    # NEON belongs to every 64-bit ARM processor, the products of pairs of bfloat16 to many.
+    "aarch64": {"baseline": (), "neon_bf16": ("-march=armv8.2-a+bf16",)},
 }
 # Windows hands out no AMX registers to who asks as `library.cpp` does; no Mac has them, nor AVX-512's bfloat16.
 _LEFT_OUT = {"win32": ("amx",), "darwin": ("avx512bf16", "amx")}
@@ -67,12 +69,16 @@ def machine() -> str:
 
 
 class Toolchain(NamedTuple):
-    """A C++ compiler's command, the processor's family and system (`sys.platform`) it compiles for, and what links."""
+    """A C++ compiler's command, the processor's family and system (`sys.platform`) it compiles for, and what links.
+
+    `spelling`: the flags of instruction sets that it has by another name.
+    """
 
     command: tuple[str, ...]
     machine: str
     system: str
     link: tuple[str, ...]
+    spelling: Mapping[str, str] = MappingProxyType({})
 
 
 def find_compiler() -> str | None:
@@ -204,6 +210,7 @@ def _build_one(
     toolchain: Toolchain, name: str, flags: tuple[str, ...], folder: Path, sanitize: bool, force: bool
 ) -> str | None:
     """None once the shared object is there, else what the compiler said."""
+    flags = tuple(toolchain.spelling.get(flag, flag) for flag in flags)
     command = [*toolchain.command, *FLAGS, *flags, *(_SANITIZERS if sanitize else ()), f'-DBACKHAND_ISA="{name}"']
     sources = sorted(SOURCES.glob("*.cpp"))
     digest = _digest(toolchain.command, command, [*sources, *SOURCES.glob("*.h")])

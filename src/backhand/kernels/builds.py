@@ -1,6 +1,6 @@
 """Which build of the compiled library is in use: loaded once, for the widest instruction set of this processor.
 
-    BACKHAND_KERNELS=auto|none|baseline|avx2|avx512|avx512bf16|amx      which build
+    BACKHAND_KERNELS=auto|none|baseline|avx2|avx512|avx512bf16|amx|neon_bf16      which build
 
 where auto is the widest, and none is torch alone. What takes a kernel of it is `library`'s.
 
@@ -27,8 +27,8 @@ from backhand.kernels.build import BUILT, fault, library_path, processor_runs
 from backhand.words import show_notes
 
 VARIABLE = "BACKHAND_KERNELS"
-BUILDS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
-"""The plainest first; each needs what those before it need."""
+BUILDS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "neon_bf16")
+"""The plainest first, x86-64's before ARM's; each needs what those before it of its family need."""
 
 
 class Library:

@@ -24,13 +24,17 @@ struct Dot {
   static inline Vector<C> whole(const T* w, const T* x, Vector<C> sum) { return fma(load<C>(w), load<C>(x), sum); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(BACKHAND_PAIRS)
 template <>
 struct Dot<bfloat16> {
   typedef float C;
   static constexpr int64_t STEP = 2 * lanes<float>;
   static inline Vector<float> whole(const bfloat16* w, const bfloat16* x, Vector<float> sum) {
+#if defined(__AVX512BF16__)
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_loadu_si512(x));
+#else
+    return Pairs::multiply_add(vreinterpretq_u32_u16(vld1q_u16(w)), vreinterpretq_u32_u16(vld1q_u16(x)), sum);
+#endif
   }
 };
 #endif

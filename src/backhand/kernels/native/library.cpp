@@ -8,6 +8,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 BackhandParallelFor backhand_parallel_for = nullptr;
 
@@ -32,7 +37,7 @@ static bool may_use_tiles() {
 #endif
 
 // Whether the processor, and the system's saving of registers, allow a build: bit 0 avx2, 1 avx512, 2 avx512bf16,
-// 3 amx.
+// 3 amx; of ARM, bit 0 neon_bf16.
 BACKHAND_EXPORT uint32_t backhand_processor() {
   uint32_t found = 0;
 #if defined(__x86_64__)
@@ -50,6 +55,13 @@ BACKHAND_EXPORT uint32_t backhand_processor() {
   const bool tiles = (d & (1u << 22)) && (d & (1u << 24)) && (low & 0x60000) == 0x60000;
   if ((found & 2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) found |= 4;
   if ((found & 4) && tiles && may_use_tiles()) found |= 8;
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long BF16 = 1ul << 14;  // Linux's HWCAP2_BF16
+  if (getauxval(AT_HWCAP2) & BF16) found |= 1;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int there = 0;
+  size_t bytes = sizeof there;
+  if (sysctlbyname("hw.optional.arm.FEAT_BF16", &there, &bytes, nullptr, 0) == 0 && there) found |= 1;
 #endif
   return found;
 }

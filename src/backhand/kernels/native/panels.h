@@ -76,7 +76,7 @@ inline void pack_numbers(const RightOperand<T>& w, int64_t k0, int64_t length, i
   // Rows outermost: that is how they lie in memory.
   for (int64_t u = 0; u < units; ++u)
     for (int64_t i = 0; i < columns; i += BLOCK) {
-#if defined(__AVX512BF16__)
+#if defined(BACKHAND_PAIRS)
       // Nearly all of W, and it waits for memory: the masks of the rest would have the processor see fewer rows ahead.
       if constexpr (Op::PACK == 2)
         if (length - u * Op::PACK >= Op::PACK && columns - i >= BLOCK) {

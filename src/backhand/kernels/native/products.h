@@ -1,7 +1,7 @@
 // Small matrix products of one thread, C (M, N) = or += A (M, K) B (K, N), on operands that the caller has packed.
 //
 // An operand is stored as elements, `PACK` of which along K are one unit: the numbers themselves, or pairs of bfloat16,
-// which AVX512-BF16 multiplies and adds at once, in float. A holds its rows' units side by side; B (K, N) holds for each
+// which AVX512-BF16 and ARM's BFDOT multiply and add at once, in float. A holds its rows' units side by side; B (K, N) holds for each
 // unit of K the units of all columns. N is a multiple of 16, whatever the instruction set; with AMX, whose tiles multiply
 // 16 rows by 16 columns along 16 pairs at once, M, N and K are multiples of 32 (`SIDE`), and it takes two by two tiles.
 #pragma once
@@ -36,12 +36,13 @@ struct Plain {
   static inline Vector<C> power(Vector<C> x) { return exponential<C>(x); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(BACKHAND_PAIRS)
 struct Pairs {
   typedef float Sum;
   typedef bfloat16 Element;
   typedef uint32_t Unit;
   static constexpr int PACK = 2;
+#if defined(__AVX512BF16__)
   static inline __m512i spread(uint32_t unit) { return _mm512_set1_epi32(static_cast<int>(unit)); }
   static inline __m512i units(const uint32_t* place) { return _mm512_loadu_si512(place); }
   static inline Vector<float> multiply_add(__m512i a, __m512i b, Vector<float> c) {
@@ -52,6 +53,15 @@ struct Pairs {
     const __m256bh halves = _mm512_cvtneps_pbh(value);
     std::memcpy(place, &halves, sizeof halves);
   }
+#else
+  static inline uint32x4_t spread(uint32_t unit) { return vdupq_n_u32(unit); }
+  static inline uint32x4_t units(const uint32_t* place) { return vld1q_u32(place); }
+  // BFDOT takes what is smaller than a normal number as zero, and rounds inexact sums to odd numbers.
+  static inline Vector<float> multiply_add(uint32x4_t a, uint32x4_t b, Vector<float> c) {
+    return vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
+  }
+  static inline void put(bfloat16* place, Vector<float> value) { store(place, value); }
+#endif
   static constexpr double POWER_OF = 1.44269504088896340736;
   static inline Vector<float> power(Vector<float> x) { return rough_power_of_two(x); }
 };
@@ -352,6 +362,18 @@ inline void interleave_some(const bfloat16* even, const bfloat16* odd, int64_t c
   _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), two.low);
   _mm512_mask_storeu_epi32(to + 16, static_cast<__mmask16>(mask >> 16), two.high);
 }
+#elif defined(BACKHAND_PAIRS)
+inline void interleave_two(const bfloat16* even, const bfloat16* odd, uint32_t* to) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 32; j += 8) {
+    const uint16x8_t a = vld1q_u16(even + j), b = vld1q_u16(odd + j);
+    vst1q_u32(to + j, vreinterpretq_u32_u16(vzip1q_u16(a, b)));
+    vst1q_u32(to + j + 4, vreinterpretq_u32_u16(vzip2q_u16(a, b)));
+  }
+}
+inline void interleave_some(const bfloat16* even, const bfloat16* odd, int64_t columns, uint32_t* to) {
+  for (int64_t j = 0; j < columns; ++j) to[j] = even[j] | (odd == nullptr ? 0u : uint32_t{odd[j]} << 16);
+}
 #endif
 
 // Rows as units along the rows' own number: rows 2 i and 2 i + 1 side by side where units are pairs. The result's rows
@@ -379,7 +401,7 @@ inline void interleave(const T* rows, int64_t row, int64_t count, int64_t column
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(BACKHAND_PAIRS)
 template <class T>
 struct OperandsOf {
   typedef Plain<Wide<T>> type;

@@ -13,6 +13,11 @@
 #include <arm_neon.h>
 #endif
 
+// Whether the processor multiplies pairs of bfloat16 and adds them up in float.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define BACKHAND_PAIRS
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -88,11 +93,13 @@ inline void store(C* place, Vector<C> value) {
   std::memcpy(place, &value, sizeof value);
 }
 
-// To the nearest, ties to even; a NaN stays one. Where the processor rounds by itself, what is smaller than a normal
-// number becomes zero.
+// To the nearest, ties to even; a NaN stays one. Where AVX-512 rounds by itself, what is smaller than a normal number
+// becomes zero; ARM keeps it.
 inline void store(bfloat16* place, Vector<float> value) {
 #if defined(__AVX512BF16__)
   const __m256bh halves = _mm512_cvtneps_pbh(value);
+#elif defined(BACKHAND_PAIRS)
+  const bfloat16x4_t halves = vcvt_bf16_f32(value);
 #else
   Words words;
   std::memcpy(&words, &value, sizeof words);
