@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def messages(language: str) -> list[tuple[str, str]]:
         if not file.name.startswith(PROGRAMS):
             continue
         with file.open("rb") as reader:
-            catalog: dict[Any, str] = gettext.GNUTranslations(reader)._catalog  # type: ignore[attr-defined]
+            catalog: dict[Any, str] = gettext.GNUTranslations(reader)._catalog
         plain = {text: other for text, other in catalog.items() if isinstance(text, str) and 20 <= len(text) <= 90}
         found |= {text: other for text, other in plain.items() if text != other and not set("%\n\x04") & set(text)}
     return sorted(found.items())
@@ -334,11 +335,12 @@ def tell(stored: dict[str, Any]) -> None:
         steps = grid[best]["steps"]
         chosen, _ = chosen_rate(OptimizationOptions(), "sft", lambda gain=GAINS[case.model]: gain)
         auto = stored["runs"][case.name].get("auto") or {**_between(grid, chosen), "rate": chosen}
-        kind = "real" if case.task in REAL else "made"
+        kind = "nobody made up" if case.task in ("text", *REAL) else "learnt whole"
+        kind += ", `auto` run" if "evaluations" in auto else ", read off"
         for name, run in (("old", _between(grid, 2e-4)), ("auto", auto)):
             above = run["best"] / grid[best]["best"] - 1
             good = above <= 0.03 or (exact is not None and run["exact_match"] >= exact - 0.03)
-            for which in (kind, "run" if "evaluations" in auto else "read off", "all"):
+            for which in (kind, "all"):
                 counts = held.setdefault((which, name), [0, 0])
                 counts[0] += good
                 counts[1] += 1
@@ -350,6 +352,51 @@ def tell(stored: dict[str, Any]) -> None:
     print("\nwithin 3 % of the best loss or 3 points of the best exact match:")
     for (which, name), (count, whole) in sorted(held.items()):
         print(f"  {which}, {name}: {count} of {whole}")
+
+
+def tell_rule(stored: dict[str, Any]) -> None:
+    """How many grids rate = c g n^-q S^a suits, n steps and S supervised tokens of each; what being off costs."""
+    grids = list(_grids(stored))
+    tokens = {
+        (case.model, case.task): run["tokens"] / case.batch_rows
+        for case, _ in grids
+        for run in stored["runs"][case.name].values()
+        if "tokens" in run
+    }
+
+    def suits(grid: dict[str, dict[str, Any]], rate: float) -> bool:
+        best = min(run["best"] for run in grid.values())
+        exact = [run["exact_match"] for run in grid.values() if "exact_match" in run]
+        good = at(grid, rate) <= 1.03 * best
+        return good or (len(exact) == len(grid) and at(grid, rate, "exact_match") >= max(exact) - 0.03)
+
+    print("\n| exponents of S and n | most grids suited |\n|---|---|")
+    for a, q in product((0.0, 0.1, 0.25, 0.5), (0.0, 0.15, 0.35, 0.5)):
+        most = 0
+        for c in (1.05**step for step in range(-40, 41)):
+            rates = [
+                2.4e-4
+                * c
+                * GAINS[case.model]
+                * (39 / next(iter(grid.values()))["steps"]) ** q
+                * (tokens[case.model, case.task] * case.batch_rows / 100) ** a
+                for case, grid in grids
+            ]
+            most = max(most, sum(suits(grid, rate) for (_, grid), rate in zip(grids, rates, strict=True)))
+        print(f"| {a}, {-q} | {most} of {len(grids)} |")
+    print("\n| times `auto` | rows | loss above the best | exact match below the best |\n|---|---|---|---|")
+    for times, real in product((0.25, 0.5, 1.0, 2.0, 4.0), (True, False)):
+        loss, exact = [], []
+        for case, grid in grids:
+            rate, known = 2.4e-4 * GAINS[case.model] * times, list(map(float, grid))
+            inside = 0.99 * min(known) <= rate <= 1.01 * max(known)
+            if (case.rows, case.rank, case.seed) == (104, 16, 0) and inside and real == (case.task in ("text", *REAL)):
+                loss.append(at(grid, rate) / min(run["best"] for run in grid.values()) - 1)
+                if all("exact_match" in run for run in grid.values()):
+                    exact.append(max(run["exact_match"] for run in grid.values()) - at(grid, rate, "exact_match"))
+        points = f"{min(exact):.0%} to {max(exact):.0%}" if exact else ""
+        rows = "nobody made up" if real else "learnt whole"
+        print(f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} |")
 
 
 def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
@@ -449,6 +496,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "tell":
         tell(_stored())
+        tell_rule(_stored())
         tell_advice(_stored())
         return
     if arguments.what == "draw":

@@ -63,7 +63,7 @@ def test_a_run_has_the_losses_of_the_processor(
         train(tiny.config(output, device=where, **options))
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         found.append([line.get("reward", line["loss"]) for line in lines if "loss" in line])
-    assert set(places) == {"cpu", device.type} or kind == "rewards", "what is computed on both would prove nothing"
+    assert set(places) == {"cpu", device.type}, "what is computed on one alone would prove nothing"
     # A sampled answer may be another one where two tokens are nearly as probable.
     assert found[1] == pytest.approx(found[0], rel=1e-3) or (kind == "dropout" and len(found[1]) == len(found[0]))
 

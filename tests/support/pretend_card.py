@@ -33,7 +33,7 @@ class Held(Tensor):
     @staticmethod
     def __new__(cls, raw: Tensor) -> Held:
         """As long, wide and strided as what it stands for."""
-        held: Held = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        held: Held = Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
             strides=raw.stride(),

@@ -32,7 +32,7 @@ class AdapterRecord:
 
     origin: str | None = None  # where the base weights came from: a path, a hub id or a package
     base_digest: str | None = None  # of the adapted base tensors, see `base_digest`
-    # tokenizer_digest, chat_template_digest: of what turned text into tokens
+    # tokenizer_digest, chat_template_digest: of what makes tokens of text
     tokenizer_digest: str | None = None
     chat_template_digest: str | None = None
     # data_digest, run_digest: of the training rows and the resolved configuration

@@ -115,7 +115,7 @@ class Passes:
         Args:
             positions: (tokens,) int64.
             reach: (tokens,) int64, how long each token's document is.
-            dtype: what is turned by them, None for the compute dtype; the angles are in float32 or wider.
+            dtype: of what is rotated, None for the compute dtype; the angles are in float32 or wider.
         """
         wide = torch.promote_types(dtype or self.dtype, torch.float32)
         tables = [angles(frequencies, positions, wide, reach) for frequencies in self._frequencies]
