@@ -1,11 +1,13 @@
 """Mistakes drawn over the package, and which tests notice them: what a change of the tests may not lose.
 
     python tools/mutants.py --seed 1 --count 100 --modules backhand.files,backhand.words -- tests/test_files.py
+    python tools/mutants.py --count 25 --like ../before --modules backhand.data -- tests/data     # in both checkouts
 
 A mistake is one change of one function's tree: a comparison turned round, a branch taken where it was not, `and` for
 `or`, one more or one less, a sum for a difference, a call left out, None returned. The tests are imported once; for
 each mistake a forked process gives the function its other code and runs them until one fails, so that a mistake costs
-what the tests before that one cost. The same seed draws the same mistakes, of the same sources.
+what the tests before that one cost. The same seed draws the same mistakes, of the same sources; with `--like`, of the
+functions alone that stand word for word in another checkout, so that old tests and new ones can be held side by side.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import random
 import signal
 import sys
@@ -67,7 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=100, help="mistakes to draw")
-    parser.add_argument("--modules", required=True, help="with commas between them")
+    parser.add_argument("--modules", required=True, help="modules and packages, with commas between them")
+    parser.add_argument("--like", type=Path, help="another checkout, which has the same functions")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="after which a mistake counts as endless")
     parser.add_argument("--output", type=Path, help="a JSON file of what became of each")
     parser.add_argument("tests", nargs="+", help="files and arguments of pytest")
@@ -76,7 +80,7 @@ def main() -> None:
     loaded = _Loaded([*options.tests, "-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=no"])
     if loaded.outcome(None, options.timeout_s) != SURVIVED:
         sys.exit("the tests fail without any mistake")
-    drawn = draw(options.modules.split(","), options.seed, options.count)
+    drawn = draw(options.modules.split(","), options.seed, options.count, options.like)
     found = []
     for mistake in drawn:
         outcome = loaded.outcome(mistake, options.timeout_s)
@@ -130,6 +134,7 @@ def _silence() -> None:
 
 def _put_in_force(mistake: Mistake) -> bool:
     """Give every function that has this place in the source the other code; whether there is one."""
+    gc.unfreeze()  # what is frozen (tests/conftest.py) is in no list of objects
     functions = [
         one
         for one in gc.get_objects()
@@ -144,9 +149,10 @@ def _put_in_force(mistake: Mistake) -> bool:
     return bool(fitting)
 
 
-def draw(modules: list[str], seed: int, count: int) -> list[Mistake]:
+def draw(names: list[str], seed: int, count: int, like: Path | None = None) -> list[Mistake]:
     """As many mistakes as asked for, or all there are; equally likely wherever one can be made."""
-    places = [place for name in modules for place in _places(importlib.import_module(name))]
+    modules = [module for name in names for module in _modules(importlib.import_module(name))]
+    places = [place for module in modules for place in _places(module, like)]
     random.Random(seed).shuffle(places)
     found: list[Mistake] = []
     while places and len(found) < count:
@@ -156,11 +162,30 @@ def draw(modules: list[str], seed: int, count: int) -> list[Mistake]:
     return found
 
 
-def _places(module: ModuleType) -> Iterator[tuple[ModuleType, int, int]]:
-    """Number of the node and of the change for each change that can be made."""
-    for number, (_, node) in enumerate(_nodes(_tree(module))):
-        for which in range(len(_changes(node))):
-            yield module, number, which
+def _modules(module: ModuleType) -> Iterator[ModuleType]:
+    """The module, or all that are in a package."""
+    yield module
+    for inner in sorted(pkgutil.iter_modules(getattr(module, "__path__", ())), key=lambda one: one.name):
+        yield from _modules(importlib.import_module(f"{module.__name__}.{inner.name}"))
+
+
+def _places(module: ModuleType, like: Path | None) -> list[tuple[ModuleType, int, int]]:
+    """Number of the node and of the change for each change that can be made, in an order that both checkouts have."""
+    path = Path(str(module.__file__))
+    known = None
+    if like is not None:
+        other = like / path.relative_to(PROJECT)
+        tree = ast.parse(other.read_text(encoding="utf-8") if other.exists() else "")
+        known = {ast.dump(function) for function, _ in _nodes(tree)}
+    dumps: dict[int, str] = {}
+    found = []
+    for number, (function, node) in enumerate(_nodes(_tree(module))):
+        dump = dumps.setdefault(function.lineno, ast.dump(function))
+        if known is None or dump in known:
+            found += [(dump, number, which) for which in range(len(_changes(node)))]
+    if like is not None:
+        found.sort()
+    return [(module, number, which) for _, number, which in found]
 
 
 def _made(module: ModuleType, number: int, which: int) -> Mistake | None:
