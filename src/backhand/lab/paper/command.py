@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -41,7 +42,6 @@ from backhand.lab.paper.plots import (
 )
 from backhand.lab.paper.similarity import ModuleSimilarity, SimilarityMap, similarity_maps
 from backhand.lab.paper.sweep import SweepResult
-from backhand.lab.sine.tables import print_files
 from backhand.terminal import console_for_tables, working
 from backhand.words import finite_or_none, show_notes
 
@@ -234,7 +234,8 @@ def paper_command(options: PaperOptions) -> PaperResult:
         console = console_for_tables()
         print_paper(console, result)
         if options.run.output is not None:
-            print_files(console, options.run.output, names)
+            console.print()
+            console.print(f"Written to {os.fspath(options.run.output)}: {', '.join(names)}", soft_wrap=True)
     _raise_failures(result)
     return result
 

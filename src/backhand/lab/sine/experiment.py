@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from backhand.lab.sine.check import CheckRow, check_adapter, check_base
+from backhand.lab.sine.check import CheckRow, check_gradients
 from backhand.lab.sine.network import FloatArray, Network, Points, Start, draw_start, make_points, read_start
 from backhand.lab.sine.options import SineOptions
 from backhand.lab.sine.shifted_target import ShiftedResult, run_shifted_target
 from backhand.lab.sine.training import AdapterTraining, BaseTraining, GradientDescent, train
-from backhand.lab.sine.walk import WalkLine, walk_adapter, walk_base
+from backhand.lab.sine.walk import Formula, walk
 
 
 @dataclass(frozen=True)
@@ -24,12 +23,14 @@ class PartResult:
     """One part."""
 
     part: str  # `base` or `lora`
+    learning_rate: float
     losses: npt.NDArray[np.float64]  # (epochs,) before each update
     final_loss: float  # after the last update
     predictions: FloatArray  # (points, 1) after the last update
     trained_parameters: int
     train_s: float  # wall seconds of the loop, comparisons with autograd included
-    walk: list[WalkLine]  # the epoch that was walked through, if any
+    walk: list[Formula]  # the epoch that was walked through, if any
+    check: list[CheckRow]  # comparisons with autograd, empty unless asked for
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,12 @@ class SineResult:
     # digest_before, digest_after: SHA-256 of the frozen base before and after part 2
     digest_before: str
     digest_after: str
-    check: list[CheckRow] = field(default_factory=list)  # comparisons with autograd, empty unless asked for
-    shifted: ShiftedResult | None = None  # the second experiment, None if left out
+    shifted: ShiftedResult | None  # the second experiment, None if left out
+
+    @property
+    def check(self) -> list[CheckRow]:
+        """Comparisons with autograd of both parts, empty unless asked for."""
+        return self.base.check + self.lora.check
 
     @property
     def frozen_unchanged(self) -> bool:
@@ -66,31 +71,28 @@ def run_sine(options: SineOptions, progress: Callable[[str], None] = lambda _: N
         CheckError: a loss is not finite any more.
     """
     options.validate()
+    second, sizes = options.second, (options.widths, options.rank)
     points = make_points(options.target, options.points, options.dtype)
-    shifted_points = _shifted_points(options, points)
-    start = (
-        draw_start(options.widths, options.rank, options.seed, options.dtype)
-        if options.start is None
-        else read_start(options.start, options.widths, options.rank, options.dtype)
-    )
-    check: list[CheckRow] = []
-    progress(f"part 1, base: {options.base_epochs:,} epochs")
-    base, network = _run_base(options, points, start, check)
-    progress(f"part 2, LoRA: {options.lora_epochs:,} epochs")
+    shifted_points = None
+    if second.shifted:
+        shifted_points = make_points(second.shifted_target, options.points, options.dtype, points.x)
+    if options.start is None:
+        start = draw_start(*sizes, options.seed, options.dtype)
+    else:
+        start = read_start(options.start, *sizes, options.dtype)
+    training = BaseTraining(start.network, points)
+    base = _run_part(options, points, training, progress)
+    network = training.network
     with read_only(network):
         digest_before = network.digest()
-        lora = _run_lora(options, points, start, network, check)
+        adapter = AdapterTraining(network, 0, points, start.lora_A, start.lora_B, options.scaling)
+        lora = _run_part(options, points, adapter, progress)
         digest_after = network.digest()
     shifted = None
     if shifted_points is not None:
-        shifted = run_shifted_target(
-            points,
-            shifted_points,
-            options.second,
-            options.seed,
-            lambda text: progress(f"second experiment: {text}"),
-        )
-    return SineResult(points, start, base, lora, digest_before, digest_after, check, shifted)
+        said = lambda text: progress(f"second experiment: {text}")  # noqa: E731
+        shifted = run_shifted_target(points, shifted_points, second, options.seed, said)
+    return SineResult(points, start, base, lora, digest_before, digest_after, shifted)
 
 
 @contextmanager
@@ -106,75 +108,28 @@ def read_only(network: Network) -> Iterator[None]:
             array.flags.writeable = True
 
 
-def _shifted_points(options: SineOptions, points: Points) -> Points | None:
-    if not options.second.shifted:
-        return None
-    return make_points(options.second.shifted_target, options.points, options.dtype, points.x)
-
-
-def _run_base(options: SineOptions, points: Points, start: Start, check: list[CheckRow]) -> tuple[PartResult, Network]:
-    training, rate = BaseTraining(start.network, points), options.base_learning_rate
-    result = _run_part(
-        _Part("base", "part 1, base", training, options.base_epochs, rate),
-        options,
-        lambda epoch: check.extend(check_base(training, points, epoch)),
-        lambda: walk_base(training, points, rate),
-        lambda: training.network.predict(points.x),
-    )
-    return result, training.network
-
-
-def _run_lora(
-    options: SineOptions, points: Points, start: Start, network: Network, check: list[CheckRow]
-) -> PartResult:
-    training = AdapterTraining(network, 0, points, start.lora_A, start.lora_B, options.scaling)
-    rate = options.lora_learning_rate
-    return _run_part(
-        _Part("lora", "part 2, LoRA", training, options.lora_epochs, rate),
-        options,
-        lambda epoch: check.extend(check_adapter(training, network, points, epoch)),
-        lambda: walk_adapter(training, network, points, rate),
-        lambda: network.predict(points.x, training.delta_weight),
-    )
-
-
-class _Part(NamedTuple):
-    name: str
-    where: str
-    training: BaseTraining | AdapterTraining
-    epochs: int
-    learning_rate: float
-
-
 def _run_part(
-    part: _Part,
-    options: SineOptions,
-    compare: Callable[[int], None],
-    walked: Callable[[], list[WalkLine]],
-    predicted: Callable[[], FloatArray],
+    options: SineOptions, points: Points, training: BaseTraining | AdapterTraining, progress: Callable[[str], None]
 ) -> PartResult:
-    training = part.training
-    walk: list[WalkLine] = []
-    checked = _epochs_to_check(options, part.epochs)
+    if isinstance(training, BaseTraining):
+        part, where, epochs, rate = "base", "part 1, base", options.base_epochs, options.base_learning_rate
+    else:
+        part, where, epochs, rate = "lora", "part 2, LoRA", options.lora_epochs, options.lora_learning_rate
+    progress(f"{where}: {epochs:,} epochs")
+    walked: list[Formula] = []
+    compared: list[CheckRow] = []
+    checked = {epoch % epochs for epoch in options.check_epochs if options.check and -epochs <= epoch < epochs}
+    stepped = {options.step_epoch} if options.step else set()
 
     def observe(epoch: int) -> None:
         if epoch in checked:
-            compare(epoch)
-        if options.step and epoch == options.step_epoch:
-            walk.extend(walked())
+            compared.extend(check_gradients(training, points, part, epoch))
+        if epoch in stepped:
+            walked.extend(walk(training, points, rate))
 
-    optimizer = GradientDescent(training.parameters, part.learning_rate)
+    optimizer = GradientDescent(training.parameters, rate)
     began = time.perf_counter()
-    observed = checked | ({options.step_epoch} if options.step else frozenset())
-    losses = train(training, optimizer, part.epochs, observe=observe, observe_epochs=observed, where=part.where)
+    losses = train(training, optimizer, epochs, observe=observe, observe_epochs=checked | stepped, where=where)
     train_s = time.perf_counter() - began
     final_loss, count = training.forward(), training.parameters.values.size
-    return PartResult(part.name, losses, final_loss, predicted(), count, train_s, walk)
-
-
-def _epochs_to_check(options: SineOptions, epochs: int) -> frozenset[int]:
-    """Those of check_epochs that a part of so many epochs has; negative ones count from the end."""
-    if not options.check:
-        return frozenset()
-    places = (epoch if epoch >= 0 else epochs + epoch for epoch in options.check_epochs)
-    return frozenset(place for place in places if 0 <= place < epochs)
+    return PartResult(part, rate, losses, final_loss, training.head.outputs, count, train_s, walked, compared)

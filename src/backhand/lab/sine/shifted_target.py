@@ -34,7 +34,7 @@ class ShiftedRow:
     @property
     def label(self) -> str:
         """`rank 4`, or `full`."""
-        return "full" if self.rank is None else f"rank {self.rank}"
+        return _label(self.rank)
 
     @property
     def mean(self) -> float:
@@ -85,34 +85,27 @@ def run_shifted_target(
         CheckError: a loss is not finite.
     """
     ranks: tuple[int | None, ...] = (*sorted(set(options.shifted_ranks)), None)
-    errors: dict[int | None, list[float]] = {rank: [] for rank in ranks}
-    trained_parameters: dict[int | None, int] = {}
     base_errors: list[float] = []
-    unadapted_errors: list[float] = []
-    predictions: dict[str, FloatArray] = {}
+    trained_parameters: dict[int | None, int] = {}
+    predictions: list[dict[str, FloatArray]] = []
     for number in range(options.shifted_seeds):
         progress(f"seed {number + 1} of {options.shifted_seeds}")
         network = _train_base(base_points, options, seed + number)
         base_errors.append(_error(network.predict(base_points.x), base_points))
-        base_prediction = network.predict(shifted_points.x)
-        unadapted_errors.append(_error(base_prediction, shifted_points))
-        if not number:
-            predictions["base"] = base_prediction
+        predictions.append({"base": network.predict(shifted_points.x)})
         for rank in ranks:
             trained = _adapt(network, shifted_points, options, rank, seed + number)
-            prediction = network.predict(shifted_points.x, trained.delta_weight, LAYER)
-            errors[rank].append(_error(prediction, shifted_points))
+            predictions[-1][_label(rank)] = network.predict(shifted_points.x, trained.delta_weight, LAYER)
             trained_parameters[rank] = trained.parameters.values.size
-            if not number:
-                predictions["full" if rank is None else f"rank {rank}"] = prediction
-    return ShiftedResult(
-        base_points.name,
-        shifted_points,
-        tuple(base_errors),
-        tuple(unadapted_errors),
-        tuple(ShiftedRow(rank, trained_parameters[rank], tuple(errors[rank])) for rank in ranks),
-        predictions,
-    )
+    errors = {
+        label: tuple(_error(of_seed[label], shifted_points) for of_seed in predictions) for label in predictions[0]
+    }
+    rows = tuple(ShiftedRow(rank, trained_parameters[rank], errors[_label(rank)]) for rank in ranks)
+    return ShiftedResult(base_points.name, shifted_points, tuple(base_errors), errors["base"], rows, predictions[0])
+
+
+def _label(rank: int | None) -> str:
+    return "full" if rank is None else f"rank {rank}"
 
 
 def _train_base(points: Points, options: ShiftedTargetOptions, seed: int) -> Network:
@@ -130,17 +123,14 @@ def _adapt(
 
     lora_A is normal with variance 1/in and lora_B zero; the same seed draws the same first rows for every rank.
     """
-    trained: AdapterTraining | FullUpdateTraining
-    if rank is None:
-        trained = FullUpdateTraining(network, LAYER, points)
-        learning_rate, label = options.shifted_full_learning_rate, "full update"
-    else:
+    trained: AdapterTraining | FullUpdateTraining = FullUpdateTraining(network, LAYER, points)
+    learning_rate, label = options.shifted_full_learning_rate, "full update"
+    if rank is not None:
         outputs, inputs = network.weights[LAYER].shape
         drawn = np.random.default_rng([seed, 1]).standard_normal((rank, inputs)) / np.sqrt(inputs)
-        lora_A = drawn.astype(points.y.dtype)
-        lora_B = np.zeros((outputs, rank), points.y.dtype)
-        trained = AdapterTraining(network, LAYER, points, lora_A, lora_B, options.shifted_scaling)
-        learning_rate, label = options.shifted_learning_rate, f"rank {rank}"
+        factors = drawn.astype(points.y.dtype), np.zeros((outputs, rank), points.y.dtype)
+        trained = AdapterTraining(network, LAYER, points, *factors, options.shifted_scaling)
+        learning_rate, label = options.shifted_learning_rate, _label(rank)
     optimizer = Adam(trained.parameters, learning_rate, options.shifted_epochs)
     train(trained, optimizer, options.shifted_epochs, where=f"second experiment, {label}")
     return trained
