@@ -164,10 +164,7 @@ def _config(options: DemoOptions, train_file: Path, held_out_file: Path) -> Trai
             epochs=1, learning_rate=LEARNING_RATE, schedule="cosine", batch_rows=BATCH_ROWS
         ),
         run=RunOptions(
-            output=options.output / "run",
-            seed=options.seed,
-            eval_every=EVALUATE_EVERY,
-            overwrite=options.overwrite,
+            output=options.output / "run", seed=options.seed, eval_every=EVALUATE_EVERY, overwrite=options.overwrite
         ),
     )
 
@@ -273,7 +270,6 @@ class PeftParity:
     relative: float  # ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions
     largest: float
     effect: float  # ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all
-    positions: int
 
     @property
     def passed(self) -> bool:
@@ -316,7 +312,6 @@ def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -
         relative=float((ours - theirs).norm() / theirs.norm()),
         largest=float((ours - theirs).abs().max()),
         effect=float((ours - base).norm() / base.norm()),
-        positions=ours.shape[0],
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,37 +27,26 @@ from backhand.words import count_of, duration
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What came of a search. `search.json` holds these fields, and every trial.
+    """What came of a search. `search.json` holds these fields, and every trial."""
 
-    Attributes:
-        output, adapter: the directory of the search, and the best adapter in it.
-        best: number of the best trial.
-        values: its values.
-        loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
-            None where these came to no end.
-        differences: the second minus the first, for each seed.
-        sentence: what to use, and by how much it is better.
-        command: the command that repeats the best trial.
-        importance: of each option, in all 1; empty where that cannot be told.
-        trials, failed: trials of their own, and those of them that could not be finished.
-        runs: what all trials trained together, in runs from beginning to end.
-        spent_s: seconds that they took together.
-    """
-
+    # output, adapter: the directory of the search, and the best adapter in it
     output: str
     adapter: str
-    best: int
-    values: Values
+    best: int  # number of the best trial
+    values: Values  # of the best trial
+    # loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
+    # None where these came to no end
     loss: float
     given_loss: float | None
-    differences: tuple[float, ...]
-    sentence: str
-    command: str
-    importance: dict[str, float]
+    differences: tuple[float, ...]  # the second minus the first, for each seed
+    sentence: str  # what to use, and by how much it is better
+    command: str  # that repeats the best trial
+    importance: dict[str, float]  # of each option, in all 1; empty where that cannot be told
+    # trials, failed: trials of their own, and those of them that could not be finished
     trials: int
     failed: int
-    runs: float
-    spent_s: float
+    runs: float  # what all trials trained together, in runs from beginning to end
+    spent_s: float  # seconds that they took together
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -149,17 +138,16 @@ def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule,
     table: dict[str, Any] = {**asdict(result), "all": [asdict(trial) for trial in trials]}
     write_atomically(output / RESULT, json_bytes(table))
     target = output / REPORT
-    write_page(target, search_page(output, result.sentence, result.importance, schedule, trials))
+    write_page(target, _page(result, schedule, trials))
     return target
 
 
 _MOST_SIDE_BY_SIDE = 4
 
 
-def search_page(
-    output: Path, sentence: str, importance: Mapping[str, float], schedule: Schedule, trials: Sequence[Trial]
-) -> bytes:
+def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> bytes:
     """The page as one HTML file."""
+    output = Path(result.output)
     measured = [trial for trial in trials if trial.losses and trial.failed is None]
     ended = sorted((trial for trial in measured if trial.done == schedule.last), key=lambda trial: trial.losses[-1])
     shown = sorted(ended[:_MOST_SIDE_BY_SIDE], key=lambda trial: trial.number)
@@ -167,12 +155,8 @@ def search_page(
     values = comparison_values(runs, [_name(trial) for trial in shown])
     for dimension in schedule.dimensions:
         rows = [
-            {
-                "x": trial.values[dimension.name],
-                "loss": trial.losses[-1],
-                "reached": _reached(schedule, trial),
-                "trial": _name(trial),
-            }
+            {"x": trial.values[dimension.name], "loss": trial.losses[-1], "reached": _reached(schedule, trial)}
+            | {"trial": _name(trial)}
             for trial in measured
         ]
         kind = "nominal" if dimension.choices else "log" if dimension.log else "linear"
@@ -183,9 +167,9 @@ def search_page(
         {
             **values,
             "title": f"{output.name}: search",
-            "sentence": sentence,
+            "sentence": result.sentence,
             "dimensions": [dimension.name for dimension in schedule.dimensions],
-            "importance": [(name, percent(share)) for name, share in importance.items()],
+            "importance": [(name, percent(share)) for name, share in result.importance.items()],
             "rows": [_row(schedule, trial) for trial in sorted(trials, key=_rank)],
         },
     )

@@ -137,14 +137,9 @@ class Schedule:
         spread = (self.count + 1) // 2 if self.options.sampler == "tpe" else 0
         if number <= spread:
             return evenly(self.dimensions, number - 1)
-        optuna = optuna_installed()
-        seed = derived_seed(self.seed, "search", number) % 2**32
-        samplers = optuna.samplers
-        chosen = (
-            samplers.RandomSampler(seed=seed)
-            if self.options.sampler == "random"
-            else samplers.TPESampler(seed=seed, n_startup_trials=0)
-        )
+        samplers, seed = optuna_installed().samplers, derived_seed(self.seed, "search", number) % 2**32
+        random = self.options.sampler == "random"
+        chosen = samplers.RandomSampler(seed=seed) if random else samplers.TPESampler(seed=seed, n_startup_trials=0)
         study = self.measured(own, 1, chosen)
         values = study.ask(distributions(self.dimensions)).params
         return {one.name: one.rounded(values[one.name]) for one in self.dimensions}

@@ -21,14 +21,12 @@ from rich.text import Text
 from backhand.arithmetic.findings import print_table
 from backhand.errors import CheckError
 from backhand.files import csv_bytes, json_bytes, make_directory, write_with_summary
-from backhand.lab.sine.check import BOUNDS, CheckRow
 from backhand.lab.sine.cost import TABLE_SIDE, break_even_rank, low_rank_first, parameter_counts, product_first
-from backhand.lab.sine.experiment import PartResult, SineResult, run_sine
+from backhand.lab.sine.experiment import PartResult, ShiftedResult, SineResult, run_sine
 from backhand.lab.sine.network import Start
 from backhand.lab.sine.options import SineOptions
 from backhand.lab.sine.plots import draw_losses, draw_predictions, draw_shifted_target
-from backhand.lab.sine.shifted_target import ShiftedResult
-from backhand.lab.sine.walk import Formula
+from backhand.lab.sine.walk import BOUNDS, CheckRow, Formula
 from backhand.terminal import console_for_tables, working
 
 _BAD = "bold red"
@@ -273,7 +271,7 @@ def _print_cost(console: Console, points: int, options: SineOptions, cost: Mappi
         f"rank {options.rank}): (X B) A {low_rank:,}; X (B A), the product formed, {product:,}. "
         f"Here {cheaper} is {ratio:.1f} times cheaper. In the forward pass (X B) A needs fewer below rank "
         f"{cost['break_even_rank']:.2f} on this layer; on a {TABLE_SIDE} × {TABLE_SIDE} one below rank "
-        f"{TABLE_SIDE // 2} for many points, and at any rank for {TABLE_SIDE // 2} points or fewer.",
+        f"{TABLE_SIDE // 2} for many points, and at any rank for {TABLE_SIDE // 2} points or fewer."
     )
     rows = [
         (f"{one['rank']}", f"{one['adapter']:,}", f"{one['full']:,}", f"{100 * one['share']:.2f} %")

@@ -1,4 +1,4 @@
-"""One epoch, formula by formula, with the numbers: what a student can follow on paper, and what `check` compares.
+"""One epoch, formula by formula, with the numbers: what a student can follow on paper; and its gradients by autograd.
 
 Every value is what the loop holds in its arrays, or follows from it as the original script has it: four names that the
 loop folds into d_outputs = 2 diff / n are formed here, link by link (dL, do_seven, dsquared_diff, ddiff), and so is
@@ -9,14 +9,18 @@ all of them where they are few (`--points 3 --widths 2 --rank 1` shows every one
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from backhand.lab.sine.network import FloatArray, Points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
+from backhand.verify.measure import compare, relative_error
+from backhand.words import finite_or_none
 
 SHOWN_TERMS = 4
 
@@ -195,3 +199,89 @@ def _terms(terms: Iterable[str]) -> str:
     if len(terms) <= SHOWN_TERMS:
         return " + ".join(terms)
     return " + ".join(terms[: SHOWN_TERMS - 1]) + f" + … ({len(terms)} terms)"
+
+
+# Every gradient by hand against autograd's.
+
+BOUNDS = {"float32": 1e-4, "float64": 1e-9}
+"""Largest relative error; in float32 also up to 8 times autograd's own error against float64, whichever is larger."""
+
+_WITHOUT_Z = {"dA": "(s X B)ᵀ @ dlora_o1", "dB": "s Xᵀ @ (dlora_o1 @ Aᵀ)"}
+"""Formulas in a table that has no line for z, which the original script does not name."""
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One comparison with autograd."""
+
+    part: str  # `base` or `lora`
+    epoch: int  # counted from 0; before its update
+    name: str
+    formula: str
+    shape: tuple[int, ...]
+    exact: bool  # every element equal
+    approximate: bool  # every element within torch.allclose's tolerances
+    largest_difference: float  # over all elements
+    relative_error: float  # ‖by hand − autograd‖ / ‖autograd‖
+    passed: bool
+
+    def as_json(self) -> dict[str, object]:
+        """The row as JSON takes it: a difference that is not finite is null."""
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
+
+
+def check_gradients(training: BaseTraining | AdapterTraining, points: Points, part: str, epoch: int) -> list[CheckRow]:
+    """Compare a part's gradients with autograd's at the same numbers, after `training.backward()`."""
+    dtype = torch.from_numpy(points.y).dtype
+    theirs = autograd_gradients(training, points, dtype)
+    truth = theirs if dtype == torch.float64 else autograd_gradients(training, points, torch.float64)
+    rows = []
+    for by_hand in backward_by_hand(training, points):
+        name, key = by_hand.name, "loss" if by_hand.name == "dL" else by_hand.name[1:]
+        if key not in theirs:
+            continue
+        found = compare(name, torch.tensor(by_hand.value), theirs[key])
+        measured = found.shape, found.exact, found.approximate, found.largest_difference, found.relative_error
+        bound = max(BOUNDS[points.y.dtype.name], 8 * relative_error(theirs[key], truth[key]))
+        formula = _WITHOUT_Z.get(name, by_hand.formula)
+        rows.append(CheckRow(part, epoch, name, formula, *measured, passed=found.relative_error <= bound))
+    return rows
+
+
+def autograd_gradients(
+    training: BaseTraining | AdapterTraining, points: Points, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """∂L/∂name for every name of a part: l0w, l0bias, l2w, …, o1, o2, …, outputs, diff, squared_diff, o_seven, loss.
+
+    In part 2 lora_w, lora_o1, h and the original's A = lora_Bᵀ and B = lora_Aᵀ in place of the weights. This is the
+    original script's forward pass, line by line, for autograd to differentiate. It shares no code with the loops of
+    `training.py`; the low-rank product is formed here, as in the original.
+    """
+
+    def leaf(array: FloatArray, trained: bool = True) -> Tensor:
+        return torch.tensor(array, dtype=dtype, requires_grad=trained)
+
+    network, adapted = training.network, isinstance(training, AdapterTraining)
+    named = {f"l{2 * number}w": leaf(weight, not adapted) for number, weight in enumerate(network.weights)}
+    named["l0bias"] = leaf(network.bias, not adapted)
+    x = leaf(points.x, adapted)  # so that o1 has a gradient, though its weight is frozen
+    named["o1"] = x @ named["l0w"].T
+    if isinstance(training, AdapterTraining):
+        named["A"], named["B"] = leaf(training.lora_B.T), leaf(training.lora_A.T)
+        named["lora_w"] = training.scaling * named["B"] @ named["A"]
+        named["lora_o1"] = x @ named["lora_w"]
+        named["h"] = named["o1"] + named["lora_o1"]
+    named["o2"] = named["h" if adapted else "o1"] + named["l0bias"]
+    named["o3"] = torch.relu(named["o2"])
+    last = 2 * len(network.weights) - 2
+    for number in range(2, last, 2):
+        named[f"o{number + 2}"] = named[f"o{number + 1}"] @ named[f"l{number}w"].T
+        named[f"o{number + 3}"] = torch.relu(named[f"o{number + 2}"])
+    named["outputs"] = named[f"o{last + 1}"] @ named[f"l{last}w"].T
+    named["diff"] = named["outputs"] - leaf(points.y, trained=False)
+    named["squared_diff"] = named["diff"] ** 2
+    named["o_seven"] = named["squared_diff"].sum(0)
+    named["loss"] = named["o_seven"] / len(points.y)
+    wanted = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+    gradients = torch.autograd.grad(named["loss"].sum(), list(wanted.values()))
+    return dict(zip(wanted, gradients, strict=True))
