@@ -122,12 +122,9 @@ def demo_command(options: DemoOptions) -> DemoResult:
     parity = None
     if options.peft:
         parity = peft_parity(options.model, adapter, [prompt.input_ids.tolist() for prompt in prompts[:PROBES]])
+        same = "logits equal PEFT's with the same files"
         with opened(run_directory, resume=True, overwrite=False) as directory:
-            proof_log(directory)(
-                Proof(
-                    "logits equal PEFT's with the same files", parity.passed, parity.relative, BOUND, "demo", "export"
-                )
-            )
+            proof_log(directory)(Proof(same, parity.passed, parity.relative, BOUND, "demo", "export"))
     console.print(_proved(run_directory))
     save_loss_picture(run_directory / "metrics.jsonl", options.output / "loss.png")
     result = DemoResult(base, shown, adapted, run, parity, time.perf_counter() - start)

@@ -95,9 +95,8 @@ def _both(run: RunRecord, name: str) -> Rows:
 
 def loss_comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
     """One curve for each run: of training rows (`loss`) or held-out rows (`eval_loss`)."""
-    rows: Rows = []
-    for name, run in runs:
-        rows += _series(run.steps if key == "loss" else run.evaluations, key, name)
+    lines = [(name, run.steps if key == "loss" else run.evaluations) for name, run in runs]
+    rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
     return curve(rows, "nats per supervised token", height=260, log="auto", dots="all" if key == "eval_loss" else "")
 
 
@@ -122,7 +121,7 @@ def curve(
     """
     series = list(dict.fromkeys(row["series"] for row in rows))
     several = len(series) > 1
-    logarithmic = bool(log) and _spans(rows)
+    logarithmic = bool(log) and _spans([row["value"] for row in rows])
     axis = {"format": ".6~g", "tickCount": 3} if logarithmic else {"format": numbers, "tickCount": 5}
     y = _measure("value", axis, log=logarithmic, zero=zero)
     scale = {"domain": series, "range": [COLOURS[number % len(COLOURS)] for number in range(len(series))]}
@@ -154,7 +153,12 @@ def curve(
 
 def module_heat_map(changes: Iterable[ModuleInspection], field: str, title: str, numbers: str) -> Spec:
     """Layer × kind of module, coloured by a field of the change; modules outside layers stand at `–`."""
-    rows = [_change_row(change) for change in changes]
+    measures = ("rank", "norm", "relative_norm", "effective_rank")
+    rows: Rows = [
+        {"name": change.module, "layer": layer_of(change.module), "kind": kind_of(change.module)}
+        | {measure: getattr(change, measure) for measure in measures}
+        for change in changes
+    ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     x: Spec = {"type": "ordinal", "sort": [*map(str, layers), "–"], "axis": {"labelAngle": 0, "labelOverlap": True}}
@@ -187,6 +191,7 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
     ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     numbers = range(1, max((len(change.singular_values) for change in changes), default=0) + 1)
+    ticks = {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}  # every number of a few, every so many of more
     x = _whole("index", "number of the singular value, the largest first")
     return {
         **_base(rows, 260),
@@ -198,7 +203,7 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
             "point": {"size": 14, "opacity": 0.55, "stroke": "transparent", "strokeWidth": 8},
         },
         "encoding": {
-            "x": x | {"scale": {"zero": False, "nice": False}, "axis": x["axis"] | _ticks(numbers)},
+            "x": x | {"scale": {"zero": False, "nice": False}, "axis": x["axis"] | ticks},
             "y": _measure("value", {"format": ".6~g", "tickCount": 3}, log=True),
             "detail": {"field": "name"},
             "color": _choice("kind", None, scale={"domain": kinds, "scheme": "tableau10"}, legend={"columns": 4}),
@@ -224,7 +229,7 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
     if kind == "nominal":
         x = _choice("x", None, axis={"labelAngle": 0})
     scale_of: Spec = {"domain": list(reached)}
-    spans = _spans([{"value": row["loss"]} for row in rows])
+    spans = _spans([row["loss"] for row in rows])
     return {
         **_base(rows, 260),
         "mark": {"type": "point", "filled": True, "size": 90, "opacity": 0.85},
@@ -264,11 +269,6 @@ def lengths(bins: Sequence[Mapping[str, Any]], title: str) -> Spec:
     }
 
 
-def _ticks(numbers: range) -> Spec:
-    """Every number of a few at its place, every so many of more."""
-    return {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}
-
-
 def _measure(field: str, axis: Spec, *, log: bool = False, zero: bool = False) -> Spec:
     """An axis of numbers; what they are, with their unit, stands in the caption."""
     scale: Spec = {"type": "log", "nice": False} if log else {"zero": zero}
@@ -306,13 +306,6 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: flo
     ]
 
 
-def _spans(rows: Rows) -> bool:
+def _spans(values: Sequence[float]) -> bool:
     """Whether all values are positive and far apart."""
-    values = [row["value"] for row in rows]
     return bool(values) and min(values) > 0 and max(values) > _LOG_FROM_RATIO * min(values)
-
-
-def _change_row(change: ModuleInspection) -> dict[str, Any]:
-    fields = ("rank", "norm", "relative_norm", "effective_rank")
-    place = {"name": change.module, "layer": layer_of(change.module), "kind": kind_of(change.module)}
-    return place | {field: getattr(change, field) for field in fields}

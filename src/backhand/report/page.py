@@ -48,7 +48,6 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
         "tiles": _tiles(run, tables),
-        "commands": use_commands(run) if run.adapter.is_dir() else [],
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
@@ -274,46 +273,3 @@ def _add(segments: Segments, differs: bool, text: str) -> None:
         segments[-1] = (differs, segments[-1][1] + text)
     elif text:
         segments.append((differs, text))
-
-
-_MAX_VLLM_RANK = 16
-
-
-def use_commands(run: RunRecord) -> list[tuple[str, str]]:
-    """(program, what to type) for everything that can use the adapter."""
-    model = run.facts.get("model", {})
-    named = str(run.config.get("model", {}).get("model") or "smollm2-135m")
-    base = str(model.get("hub_id") or named)
-    adapter = str(run.adapter)
-    typed, hub = shlex.quote(adapter), shlex.quote(base)
-    ranks = [module.get("rank", 0) for module in run.facts.get("modules") or []]
-    rank = max(ranks, default=0)
-    room = f" --max-lora-rank {_vllm_rank(rank)}" if rank > _MAX_VLLM_RANK else ""
-    export = f"backhand export --model {shlex.quote(named)} --adapter {typed}"
-    return [
-        ("Backhand", f"backhand chat --model {shlex.quote(named)} --adapter {typed}"),
-        ("PEFT", _peft(base, adapter)),
-        ("llama.cpp", _llama_cpp(export, str(model.get("file") or named))),
-        ("vLLM", f"vllm serve {hub} --enable-lora --lora-modules mine={typed}{room}"),
-        ("Ollama", f"{export} --to ollama --output ollama\nollama create mine -f ollama/Modelfile"),
-    ]
-
-
-def _llama_cpp(export: str, base: str) -> str:
-    """With the base's own GGUF file where it is one, else with the merged model as one."""
-    if not base.endswith(".gguf"):
-        return f"{export} --merge --to gguf --output merged.gguf\nllama-cli -m merged.gguf"
-    return f"{export} --to gguf --output adapter.gguf\nllama-cli -m {shlex.quote(base)} --lora adapter.gguf"
-
-
-def _peft(base: str, adapter: str) -> str:
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, {adapter!r})"""
-
-
-def _vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM can be told which is large enough."""
-    return next((allowed for allowed in (32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

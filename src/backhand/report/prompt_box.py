@@ -124,7 +124,7 @@ class PromptBox:
         self._loaded = None
         self._refuse_too_large()
         data = self._config.data
-        asked = {"chat_template": data.chat_template, "template_args": data.template_args}
+        asked: dict[str, Any] = {"chat_template": data.chat_template, "template_args": data.template_args}
         # A copy: training removes old checkpoints while they are read.
         with tempfile.TemporaryDirectory(prefix="backhand-watch-", ignore_cleanup_errors=True) as directory:
             for name, content in adapter_part(checkpoint.contents).items():

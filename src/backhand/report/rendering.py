@@ -61,7 +61,7 @@ def environment() -> Environment:
     )
     found.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
     found.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
-    found.filters["shell"] = lambda value: shlex.quote(str(value))
+    found.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
     return found
 
 

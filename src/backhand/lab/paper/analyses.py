@@ -59,7 +59,13 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
     result = PaperResult(tuple(read_factors(path, base, allow_pickle=allow_pickle) for path in options.run.adapter))
     if "similarity" in chosen:
         progress("subspace similarity")
-        result.similarity = _similarity(result.adapters, options.run.seed)
+        result.similarity = compare_adapters(*result.adapters, options.run.seed)
+        if not result.similarity:
+            raise UsageError(
+                "the two adapters have no trained module in common",
+                where="adapter",
+                why="; ".join(f"{of.label}: {', '.join(list(of.modules)[:3])}, …" for of in result.adapters),
+            )
     if chosen == ("similarity",):
         return result
     source = base or open_model(options.model.model)
@@ -89,18 +95,6 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
         assert options.run.output is not None
         result.sweep = run_sweep(options, source, options.run.output / "sweep", progress)
     return result
-
-
-def _similarity(adapters: tuple[AdapterFactors, ...], seed: int) -> list[ModuleSimilarity]:
-    first, second = adapters
-    found = compare_adapters(first, second, seed)
-    if not found:
-        raise UsageError(
-            "the two adapters have no trained module in common",
-            where="adapter",
-            why="; ".join(f"{adapter.label}: {', '.join(list(adapter.modules)[:3])}, …" for adapter in adapters),
-        )
-    return found
 
 
 def _amplification(

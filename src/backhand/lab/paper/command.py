@@ -204,7 +204,7 @@ def _layer_row(row: ModuleSimilarity) -> dict[str, object]:
     numbers = {"first_direction": first, "at_smaller_rank": row.at_smaller_rank, "all_directions": full}
     numbers["expected_random_all_directions"] = chance
     sizes = {"first_rank": first_rank, "second_rank": second_rank, "dimension": row.dimension}
-    place = {"module": row.module, "factor": row.factor}
+    place: dict[str, object] = {"module": row.module, "factor": row.factor}
     return place | sizes | {name: f"{number:.6g}" for name, number in numbers.items()}
 
 

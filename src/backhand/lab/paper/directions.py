@@ -198,7 +198,9 @@ def random_norm_along(weight: Tensor, directions: int, generator: torch.Generato
     """‖Uᵀ W V‖_F for random orthonormal directions: root of the mean square over `draws`."""
 
     def basis(size: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(size, directions, generator=generator, dtype=weight.dtype)).Q
+        drawn = torch.randn(size, directions, generator=generator, dtype=weight.dtype)
+        found: Tensor = torch.linalg.qr(drawn).Q
+        return found
 
     return math.sqrt(sum(norm_along(weight, *map(basis, weight.shape)) ** 2 for _ in range(draws)) / draws)
 

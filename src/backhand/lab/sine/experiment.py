@@ -101,8 +101,9 @@ def run_sine(options: SineOptions, progress: Callable[[str], None] = lambda _: N
         digest_after = network.digest()
     shifted = None
     if shifted_points is not None:
-        said = lambda text: progress(f"second experiment: {text}")  # noqa: E731
-        shifted = run_shifted_target(points, shifted_points, second, options.seed, said)
+        shifted = run_shifted_target(
+            points, shifted_points, second, options.seed, lambda text: progress(f"second experiment: {text}")
+        )
     return SineResult(points, start, base, lora, digest_before, digest_after, shifted)
 
 

@@ -72,7 +72,6 @@ class _Epoch:
         of = partial(_worked, "forward")
         x, y = self.points.x, self.points.y
         weight, bias, o1 = network.weights[0], network.bias, self.points.x @ network.weights[0].T
-
         if isinstance(training, AdapterTraining):
             z, lora_o1 = training.z, training.z @ self.A
             before, value = "h", o1 + lora_o1
@@ -108,7 +107,6 @@ class _Epoch:
         d_loss = np.ones(1, x.dtype)
         d_o_seven = d_loss * 1 / count
         d_squared = d_o_seven * np.ones_like(head.diff)
-
         yield of("dL", "1", d_loss, ())
         yield of("do_seven", "dL / n", d_o_seven, (), f"1 / {count}")
         yield of("dsquared_diff", "do_seven · ones(n, 1)", d_squared, (i,))
