@@ -59,7 +59,8 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
     result = PaperResult(tuple(read_factors(path, base, allow_pickle=allow_pickle) for path in options.run.adapter))
     if "similarity" in chosen:
         progress("subspace similarity")
-        result.similarity = compare_adapters(*result.adapters, options.run.seed)
+        first, second = result.adapters
+        result.similarity = compare_adapters(first, second, options.run.seed)
         if not result.similarity:
             raise UsageError(
                 "the two adapters have no trained module in common",
