@@ -239,15 +239,10 @@ class ProductFirst(AdapterTraining):
     """X (B A) in place of (X B) A: the product is formed, and so is its gradient."""
 
     def forward(self) -> float:
-        h = self.head.pre[0]
-        np.dot(self.x, self.delta_weight.T, out=h)
-        np.add(h, self._frozen_h, out=h)
-        return self.head.forward()
+        return self.head.forward(np.dot(self.x, self.delta_weight.T) + self.frozen_h)
 
     def backward(self) -> None:
-        self.head.backward()
-        d_product = np.dot(self.head.d_pre[0].T, self.x)
-        d_product *= self._scaling
+        d_product = np.dot(self.head.backward().T, self.x) * self.scaling
         np.dot(d_product, self.lora_A.T, out=self.d_lora_B)
         np.dot(self.lora_B.T, d_product, out=self.d_lora_A)
 

@@ -105,11 +105,11 @@ def test_a_failed_comparison_is_printed_before_it_is_raised(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def spoiled(*arguments: object) -> list[object]:
-        rows = sine_run_check_base(*arguments)  # type: ignore[arg-type]
+        rows = check_gradients(*arguments)  # type: ignore[arg-type]
         return [replace(rows[0], relative_error=float("inf"), passed=False), *rows[1:]]
 
-    sine_run_check_base = sine_run.check_base
-    monkeypatch.setattr(sine_run, "check_base", spoiled)
+    check_gradients = sine_run.check_gradients
+    monkeypatch.setattr(sine_run, "check_gradients", spoiled)
     for json_wanted in (False, True):
         with pytest.raises(CheckError, match="most of all dL"):
             sine_command(replace(SHORT, check=True, json=json_wanted, second=ShiftedTargetOptions(shifted=False)))

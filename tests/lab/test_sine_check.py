@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from backhand.errors import CheckError
-from backhand.lab.sine import check as sine_check
-from backhand.lab.sine.check import check_adapter, check_base
+from backhand.lab.sine import walk as sine_walk
 from backhand.lab.sine.command import sine_command
 from backhand.lab.sine.experiment import run_sine
-from backhand.lab.sine.network import Network, Points, draw_start, make_points
+from backhand.lab.sine.network import Points, draw_start, make_points
 from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
+from backhand.lab.sine.walk import Formula, check_gradients
 
 CHAIN = ["dL", "do_seven", "dsquared_diff", "ddiff", "doutputs", "do3", "do2", "do1"]
 BASE_NAMES = [*CHAIN, "dl2w", "dl0bias", "dl0w"]
@@ -33,14 +33,14 @@ def base_training(widths: tuple[int, ...] = (7,)) -> BaseTraining:
     return training
 
 
-def adapter_training(widths: tuple[int, ...] = (7,)) -> tuple[AdapterTraining, Network]:
+def adapter_training(widths: tuple[int, ...] = (7,)) -> AdapterTraining:
     network = draw_start(widths, 3, 1, "float64").network
     rng = np.random.default_rng(5)
     lora_A, lora_B = rng.standard_normal((3, 1)), rng.standard_normal((widths[0], 3))
     training = AdapterTraining(network, 0, points(), lora_A, lora_B, 1.7)
     training.forward()
     training.backward()
-    return training, network
+    return training
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -58,20 +58,18 @@ def test_every_name_of_both_parts_at_the_chosen_epochs(dtype: str) -> None:
 
 
 def test_shapes_are_those_of_the_arithmetic() -> None:
-    shapes = {row.name: row.shape for row in check_base(base_training(), points(), 0)}
+    shapes = {row.name: row.shape for row in check_gradients(base_training(), points(), "base", 0)}
     assert shapes["dl0w"] == (7, 1) and shapes["dl2w"] == (1, 7) and shapes["dl0bias"] == (7,)
     assert shapes["do2"] == (31, 7) and shapes["doutputs"] == (31, 1)
-    training, network = adapter_training()
-    shapes = {row.name: row.shape for row in check_adapter(training, network, points(), 0)}
+    shapes = {row.name: row.shape for row in check_gradients(adapter_training(), points(), "lora", 0)}
     assert shapes["dlora_w"] == (1, 7) and shapes["dA"] == (3, 7) and shapes["dB"] == (1, 3)
 
 
 def test_more_layers_add_their_names() -> None:
-    rows = check_base(base_training((7, 5, 3)), points(), 0)
+    rows = check_gradients(base_training((7, 5, 3)), points(), "base", 0)
     assert {row.name for row in rows} == {*BASE_NAMES, "do4", "do5", "do6", "do7", "dl4w", "dl6w"}
     assert all(row.passed for row in rows)
-    training, network = adapter_training((7, 5))
-    rows = check_adapter(training, network, points(), 0)
+    rows = check_gradients(adapter_training((7, 5)), points(), "lora", 0)
     assert {row.name for row in rows} == {*LORA_NAMES, "do4", "do5"}
     assert all(row.passed for row in rows)
 
@@ -87,25 +85,20 @@ def test_more_layers_add_their_names() -> None:
 )
 def test_a_wrong_gradient_is_found(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part, _, name = name.rpartition(" ")
-    by_hand = "adapter_by_hand" if part else "base_by_hand"
-    original = getattr(sine_check, by_hand)
+    original = sine_walk.backward_by_hand
 
     def spoiled(value: np.ndarray) -> np.ndarray:
         reversed_rows = value[::-1] if value.shape[0] > 1 else value[:, ::-1] if value.ndim > 1 else -value
         return {"factor": value * (1 + 1e-6), "sign": -value, "rows": reversed_rows}[wrong].copy()
 
-    def mutant(*arguments: object) -> list[sine_check.NamedGradient]:
+    def mutant(training: AdapterTraining | BaseTraining, points: Points) -> list[Formula]:
         return [
             dataclasses.replace(gradient, value=spoiled(gradient.value)) if gradient.name == name else gradient
-            for gradient in original(*arguments)
+            for gradient in original(training, points)
         ]
 
-    monkeypatch.setattr(sine_check, by_hand, mutant)
-    if part:
-        training, network = adapter_training()
-        rows = check_adapter(training, network, points(), 0)
-    else:
-        rows = check_base(base_training(), points(), 0)
+    monkeypatch.setattr(sine_walk, "backward_by_hand", mutant)
+    rows = check_gradients(adapter_training() if part else base_training(), points(), part or "base", 0)
     assert [row.name for row in rows if not row.passed] == [name]
 
 

@@ -57,5 +57,5 @@ def test_with_few_points_the_low_rank_order_always_wins() -> None:
 
 def test_the_posts_table() -> None:
     counts = parameter_counts(512, 512, (1, 8, 256))
-    assert [(count.adapter, count.full) for count in counts] == [(1024, 262144), (8192, 262144), (262144, 262144)]
-    assert [count.share for count in counts] == [1 / 256, 1 / 32, 1]
+    assert [(count["adapter"], count["full"]) for count in counts] == [(1024, 262144), (8192, 262144), (262144, 262144)]
+    assert [count["share"] for count in counts] == [1 / 256, 1 / 32, 1]

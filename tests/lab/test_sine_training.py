@@ -116,7 +116,7 @@ def test_frozen_weights_cannot_be_written() -> None:
 @pytest.mark.parametrize("make", [GradientDescent, lambda p, lr: Adam(p, lr, 50)], ids=["descent", "adam"])
 def test_optimizers_take_torchs_steps(make: Callable[[FlatParameters, float], GradientDescent | Adam]) -> None:
     rng = np.random.default_rng(2)
-    parameters = FlatParameters({"a": (3, 2), "b": (5,)}, "float64")
+    parameters = FlatParameters(np.zeros((3, 2)), np.zeros(5))
     parameters.values[:] = rng.standard_normal(11)
     theirs = torch.tensor(parameters.values, requires_grad=True)
     ours = make(parameters, 0.03)
@@ -137,10 +137,12 @@ def test_optimizers_take_torchs_steps(make: Callable[[FlatParameters, float], Gr
 
 
 def test_views_of_the_flat_buffers() -> None:
-    parameters = FlatParameters({"a": (3, 2), "b": (5,)}, "float32")
-    parameters.value("b")[:] = 7
-    parameters.gradient("a")[2, 1] = 3
-    assert parameters.values.tolist() == [0] * 6 + [7] * 5
+    initial = np.arange(6, dtype=np.float32).reshape(3, 2)
+    parameters = FlatParameters(initial, np.zeros(5, np.float32))
+    parameters.arrays[1][:] = 7
+    parameters.arrays[0][0, 1] = 9
+    parameters.array_gradients[0][2, 1] = 3
+    assert parameters.values.tolist() == [0, 9, 2, 3, 4, 5] + [7] * 5 and initial[0, 1] == 1
     assert parameters.gradients.tolist() == [0] * 5 + [3] + [0] * 5
 
 

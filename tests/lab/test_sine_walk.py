@@ -9,12 +9,12 @@ import pytest
 
 from backhand.lab.sine.experiment import run_sine
 from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
-from backhand.lab.sine.walk import WalkLine, number, products, summed
+from backhand.lab.sine.walk import Formula, number, products, summed
 
 ONLY_PARTS = ShiftedTargetOptions(shifted=False)
 
 
-def walk(**options: object) -> dict[str, list[WalkLine]]:
+def walk(**options: object) -> dict[str, list[Formula]]:
     few = SineOptions(points=3, widths=(2,), rank=2, base_epochs=6, lora_epochs=6, seed=4, second=ONLY_PARTS)
     result = run_sine(replace(few, **({"step": True, "step_epoch": 2} | options)))  # type: ignore[arg-type]
     return {"base": result.base.walk, "lora": result.lora.walk}

@@ -6,15 +6,16 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
-from backhand.report.page import SECTIONS, run_page, use_commands
+from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
@@ -230,12 +231,13 @@ def test_many_steps_are_thinned_by_averaging(finished: Path) -> None:
     assert len(values) == 1000 and values[0] == {"step": 5, "value": 3.0, "series": "training rows"}
 
 
-def test_llama_cpp_is_given_the_file_that_there_is() -> None:
+def test_llama_cpp_is_given_the_file_that_there_is(finished: Path, tmp_path: Path) -> None:
+    recorded = read_run(Path(shutil.copytree(finished, tmp_path / "my run")))
+
     def typed(model: dict[str, str]) -> str:
-        run: Any = SimpleNamespace(
-            facts={"model": model}, config={"model": {"model": "hub/name"}}, adapter=Path("my run/adapter")
-        )
-        return dict(use_commands(run))["llama.cpp"]
+        run = replace(recorded, facts={"model": model}, config={"model": {"model": "hub/name"}})
+        commands = [pre.text for pre in Page(run_page(run)).one("section", id="result").all() if pre.tag == "pre"]
+        return next(text for text in commands if "llama-cli" in text)
 
     assert typed({"file": "/some where/b.gguf"}).endswith("llama-cli -m '/some where/b.gguf' --lora adapter.gguf")
-    assert "--adapter 'my run/adapter' --merge --to gguf" in typed({}) and typed({}).endswith("-m merged.gguf")
+    assert f"--adapter '{recorded.adapter}' --merge --to gguf" in typed({}) and typed({}).endswith("-m merged.gguf")

@@ -122,12 +122,9 @@ def demo_command(options: DemoOptions) -> DemoResult:
     parity = None
     if options.peft:
         parity = peft_parity(options.model, adapter, [prompt.input_ids.tolist() for prompt in prompts[:PROBES]])
+        same = "logits equal PEFT's with the same files"
         with opened(run_directory, resume=True, overwrite=False) as directory:
-            proof_log(directory)(
-                Proof(
-                    "logits equal PEFT's with the same files", parity.passed, parity.relative, BOUND, "demo", "export"
-                )
-            )
+            proof_log(directory)(Proof(same, parity.passed, parity.relative, BOUND, "demo", "export"))
     console.print(_proved(run_directory))
     save_loss_picture(run_directory / "metrics.jsonl", options.output / "loss.png")
     result = DemoResult(base, shown, adapted, run, parity, time.perf_counter() - start)
@@ -164,10 +161,7 @@ def _config(options: DemoOptions, train_file: Path, held_out_file: Path) -> Trai
             epochs=1, learning_rate=LEARNING_RATE, schedule="cosine", batch_rows=BATCH_ROWS
         ),
         run=RunOptions(
-            output=options.output / "run",
-            seed=options.seed,
-            eval_every=EVALUATE_EVERY,
-            overwrite=options.overwrite,
+            output=options.output / "run", seed=options.seed, eval_every=EVALUATE_EVERY, overwrite=options.overwrite
         ),
     )
 
@@ -273,7 +267,6 @@ class PeftParity:
     relative: float  # ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions
     largest: float
     effect: float  # ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all
-    positions: int
 
     @property
     def passed(self) -> bool:
@@ -316,7 +309,6 @@ def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -
         relative=float((ours - theirs).norm() / theirs.norm()),
         largest=float((ours - theirs).abs().max()),
         effect=float((ours - base).norm() / base.norm()),
-        positions=ours.shape[0],
     )
 
 

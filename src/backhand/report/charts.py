@@ -95,9 +95,8 @@ def _both(run: RunRecord, name: str) -> Rows:
 
 def loss_comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
     """One curve for each run: of training rows (`loss`) or held-out rows (`eval_loss`)."""
-    rows: Rows = []
-    for name, run in runs:
-        rows += _series(run.steps if key == "loss" else run.evaluations, key, name)
+    lines = [(name, run.steps if key == "loss" else run.evaluations) for name, run in runs]
+    rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
     return curve(rows, "nats per supervised token", height=260, log="auto", dots="all" if key == "eval_loss" else "")
 
 
@@ -122,18 +121,11 @@ def curve(
     """
     series = list(dict.fromkeys(row["series"] for row in rows))
     several = len(series) > 1
-    # What it is, with its unit, stands in the caption; room beside the curve is scarce on a phone.
-    y: Spec = {"field": "value", "type": "quantitative", "title": None, "axis": {"format": numbers, "tickCount": 5}}
-    if log and _spans(rows):
-        y |= {"scale": {"type": "log", "nice": False}, "axis": {"format": ".6~g", "tickCount": 3}}
-    else:
-        y["scale"] = {"zero": zero}
-    colour: Spec = {
-        "field": "series",
-        "type": "nominal",
-        "scale": {"domain": series, "range": [COLOURS[number % len(COLOURS)] for number in range(len(series))]},
-        "legend": {} if several else None,
-    }
+    logarithmic = bool(log) and _spans([row["value"] for row in rows])
+    axis = {"format": ".6~g", "tickCount": 3} if logarithmic else {"format": numbers, "tickCount": 5}
+    y = _measure("value", axis, log=logarithmic, zero=zero)
+    scale = {"domain": series, "range": [COLOURS[number % len(COLOURS)] for number in range(len(series))]}
+    colour = {"field": "series", "type": "nominal", "scale": scale, "legend": {} if several else None}
     x = _whole("step", "optimizer step")
     # Of several series a point is found by a wide disc of its own, not as the nearest: with `nearest` Vega-Lite looks
     # for a text's field in the wrong place, and the name of the series would be `undefined`.
@@ -148,49 +140,36 @@ def curve(
     if dots:
         marked = {} if dots == "all" else {"transform": [{"filter": {"field": "series", "equal": dots}}]}
         layers.append({**marked, "mark": {"type": "point", "filled": True, "size": 36}})
+    under_pointer = {"param": "hover", "empty": False, "value": 0.4 if several else 1}
     layers.append(
         {
             "params": [hover],
             "mark": {"type": "point", "filled": True, "size": 260 if several else 70},
-            "encoding": {
-                "opacity": {
-                    "condition": {"param": "hover", "empty": False, "value": 0.4 if several else 1},
-                    "value": 0,
-                },
-                "tooltip": tooltip,
-            },
+            "encoding": {"opacity": {"condition": under_pointer, "value": 0}, "tooltip": tooltip},
         }
     )
-    return {
-        **_base(rows, height),
-        "encoding": {"x": x, "y": y, "color": colour},
-        "layer": layers,
-    }
+    return {**_base(rows, height), "encoding": {"x": x, "y": y, "color": colour}, "layer": layers}
 
 
 def module_heat_map(changes: Iterable[ModuleInspection], field: str, title: str, numbers: str) -> Spec:
     """Layer × kind of module, coloured by a field of the change; modules outside layers stand at `–`."""
-    rows = [_change_row(change) for change in changes]
+    measures = ("rank", "norm", "relative_norm", "effective_rank")
+    rows: Rows = [
+        {"name": change.module, "layer": layer_of(change.module), "kind": kind_of(change.module)}
+        | {measure: getattr(change, measure) for measure in measures}
+        for change in changes
+    ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    x: Spec = {"type": "ordinal", "sort": [*map(str, layers), "–"], "axis": {"labelAngle": 0, "labelOverlap": True}}
+    legend = {"title": title, "format": numbers, "gradientLength": 160}
     return {
         **_base([row | {"layer": "–" if row["layer"] is None else str(row["layer"])} for row in rows], 22 * len(kinds)),
         "mark": {"type": "rect", "stroke": None},
         "encoding": {
-            "x": _choice(
-                "layer",
-                "layer",
-                type="ordinal",
-                sort=[*map(str, layers), "–"],
-                axis={"labelAngle": 0, "labelOverlap": True},
-            ),
+            "x": _choice("layer", "layer", **x),
             "y": _choice("kind", None, sort=kinds),
-            "color": {
-                "field": field,
-                "type": "quantitative",
-                "scale": {"scheme": "viridis"},
-                "legend": {"title": title, "format": numbers, "gradientLength": 160},
-            },
+            "color": {"field": field, "type": "quantitative", "scale": {"scheme": "viridis"}, "legend": legend},
             "tooltip": [
                 {"field": "name", "type": "nominal", "title": "module"},
                 {"field": "relative_norm", "type": "quantitative", "title": "‖ΔW‖ / ‖W‖", "format": ".3%"},
@@ -212,6 +191,7 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
     ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     numbers = range(1, max((len(change.singular_values) for change in changes), default=0) + 1)
+    ticks = {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}  # every number of a few, every so many of more
     x = _whole("index", "number of the singular value, the largest first")
     return {
         **_base(rows, 260),
@@ -223,14 +203,8 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
             "point": {"size": 14, "opacity": 0.55, "stroke": "transparent", "strokeWidth": 8},
         },
         "encoding": {
-            "x": x | {"scale": {"zero": False, "nice": False}, "axis": x["axis"] | _ticks(numbers)},
-            "y": {
-                "field": "value",
-                "type": "quantitative",
-                "title": None,
-                "scale": {"type": "log", "nice": False},
-                "axis": {"format": ".6~g", "tickCount": 3},
-            },
+            "x": x | {"scale": {"zero": False, "nice": False}, "axis": x["axis"] | ticks},
+            "y": _measure("value", {"format": ".6~g", "tickCount": 3}, log=True),
             "detail": {"field": "name"},
             "color": _choice("kind", None, scale={"domain": kinds, "scheme": "tableau10"}, legend={"columns": 4}),
             "tooltip": [
@@ -251,18 +225,17 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
         kind: of its axis: `nominal`, `linear` or `log`.
         reached: how far trials may have come, in order.
     """
-    scale = {"type": "log", "nice": False} if kind == "log" else {"zero": False}
-    numbers: Spec = {"type": "quantitative", "scale": scale, "axis": {"format": ".2~g", "tickCount": 6}}
-    choices: Spec = {"type": "nominal", "axis": {"labelAngle": 0}}
+    x = _measure("x", {"format": ".2~g", "tickCount": 6}, log=kind == "log")
+    if kind == "nominal":
+        x = _choice("x", None, axis={"labelAngle": 0})
     scale_of: Spec = {"domain": list(reached)}
-    losses: Rows = [{"value": row["loss"]} for row in rows]
-    y_scale: Spec = {"type": "log", "nice": False} if _spans(losses) else {"zero": False}
+    spans = _spans([row["loss"] for row in rows])
     return {
         **_base(rows, 260),
         "mark": {"type": "point", "filled": True, "size": 90, "opacity": 0.85},
         "encoding": {
-            "x": {"field": "x", "title": name, **(choices if kind == "nominal" else numbers)},
-            "y": {"field": "loss", "type": "quantitative", "title": None, "scale": y_scale, "axis": {"format": ".6~g"}},
+            "x": x | {"title": name},
+            "y": _measure("loss", {"format": ".6~g"}, log=spans),
             "color": _choice("reached", None, scale=scale_of | {"range": list(COLOURS[: len(reached)])}, legend={}),
             "shape": _choice("reached", None, scale=scale_of, legend={}),
             "tooltip": [
@@ -296,9 +269,10 @@ def lengths(bins: Sequence[Mapping[str, Any]], title: str) -> Spec:
     }
 
 
-def _ticks(numbers: range) -> Spec:
-    """Every number of a few at its place, every so many of more."""
-    return {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}
+def _measure(field: str, axis: Spec, *, log: bool = False, zero: bool = False) -> Spec:
+    """An axis of numbers; what they are, with their unit, stands in the caption."""
+    scale: Spec = {"type": "log", "nice": False} if log else {"zero": zero}
+    return {"field": field, "type": "quantitative", "title": None, "scale": scale, "axis": axis}
 
 
 def _choice(field: str, title: str | None, **more: Any) -> Spec:
@@ -332,13 +306,6 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: flo
     ]
 
 
-def _spans(rows: Rows) -> bool:
+def _spans(values: Sequence[float]) -> bool:
     """Whether all values are positive and far apart."""
-    values = [row["value"] for row in rows]
     return bool(values) and min(values) > 0 and max(values) > _LOG_FROM_RATIO * min(values)
-
-
-def _change_row(change: ModuleInspection) -> dict[str, Any]:
-    fields = ("rank", "norm", "relative_norm", "effective_rank")
-    place = {"name": change.module, "layer": layer_of(change.module), "kind": kind_of(change.module)}
-    return place | {field: getattr(change, field) for field in fields}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from backhand.report import charts
 from backhand.report.headline import base_and_best, headline
 from backhand.report.page import differences, prompt_parts
 from backhand.report.proof_tables import proof_tables
-from backhand.report.rendering import NOT_KNOWN, figure, render, time_taken
+from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.words import in_words
 
 # Where these differ, the runs do not: where files lie, and what was shown meanwhile.
 _OF_NO_INTEREST = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
@@ -26,13 +24,17 @@ def comparison_page(runs: Sequence[RunRecord]) -> bytes:
     return render("comparison.html.j2", values | {"title": f"{len(runs)} runs compared"})
 
 
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The paths without what all of them begin with."""
+    absolute = [str(path.resolve()) for path in paths]
+    return [os.path.relpath(path, os.path.commonpath(absolute)) for path in absolute]
+
+
 def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any]:
     """What the template shows of these runs under these names, but for the title."""
     named = list(zip(names, runs, strict=True))
-    drawn = {
-        "held-out": charts.loss_comparison(named, "eval_loss"),
-        "training": charts.loss_comparison(named, "loss"),
-    }
+    keys = {"held-out": "eval_loss", "training": "loss"}
+    drawn = {name: charts.loss_comparison(named, key) for name, key in keys.items()}
     return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
@@ -42,13 +44,6 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
         "answers": _answers(named),
         "charts": {name: spec for name, spec in drawn.items() if spec["data"]["values"]},
     }
-
-
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """The paths without what all of them begin with."""
-    absolute = [str(path.resolve()) for path in paths]
-    common = os.path.commonpath(absolute)
-    return [os.path.relpath(path, common) for path in absolute]
 
 
 def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
@@ -75,11 +70,6 @@ def _proofs(run: RunRecord) -> str:
     return f"{lines - failed} of {lines}" + (f"; not run: {', '.join(missing)}" if missing else "")
 
 
-def _bytes(run: RunRecord) -> str:
-    peak = run.summary.get("peak_rss_bytes")
-    return in_words(int(peak)) if is_number(peak) else NOT_KNOWN
-
-
 _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "state": lambda run: run.status.state if run.status else NOT_KNOWN,
     "held-out loss, base → best": _loss,
@@ -89,7 +79,7 @@ _FIGURES: Mapping[str, Callable[[RunRecord], str]] = {
     "trained parameters": lambda run: figure(run.summary.get("trained_parameters")),
     "time in steps": lambda run: time_taken(run.summary.get("train_s")),
     "tokens/s": lambda run: figure(run.summary.get("tokens_per_s")),
-    "peak memory": _bytes,
+    "peak memory": lambda run: size(run.summary.get("peak_rss_bytes")),
     "checks held": _proofs,
 }
 
@@ -108,20 +98,17 @@ def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
     """Rows that every run was asked, each answer marked where it differs from the first run's."""
     by_run = [{(line.get("source"), line.get("prompt")): line for line in run.answers} for _, run in named]
     found = []
-    for key in by_run[0]:
-        lines = [answers.get(key) for answers in by_run]
-        if any(line is None for line in lines):
-            continue
-        texts = [str(line.get("adapted", "")) for line in lines if line is not None]
-        marked = [differences(texts[0], text)[1] for text in texts]
-        first = lines[0] or {}
-        found.append(
-            {
-                "source": key[0],
-                "prompt_parts": prompt_parts(first),
-                "reference": first.get("reference", ""),
-                "base": first.get("base", ""),
-                "by_run": list(zip_longest((name for name, _ in named), marked)),
-            }
-        )
+    for key, first in by_run[0].items():
+        texts = [str(answers[key].get("adapted", "")) for answers in by_run if key in answers]
+        if len(texts) == len(named):
+            marked = [differences(texts[0], text)[1] for text in texts]
+            found.append(
+                {
+                    "source": key[0],
+                    "prompt_parts": prompt_parts(first),
+                    "reference": first.get("reference", ""),
+                    "base": first.get("base", ""),
+                    "by_run": [(name, parts) for (name, _), parts in zip(named, marked, strict=True)],
+                }
+            )
     return found

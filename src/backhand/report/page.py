@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Any, TypeGuard
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
 
-from backhand.arithmetic.inspect import ModuleInspection
+from backhand.adapters.contents import TENSOR_FILE
+from backhand.arithmetic.adapter_factors import read_factors
+from backhand.arithmetic.inspect import ModuleInspection, inspect_modules
+from backhand.errors import BackhandError
 from backhand.report import charts
 from backhand.report.headline import base_and_best, headline, verdict
-from backhand.report.module_changes import changes_of
 from backhand.report.proof_tables import ProofTable, proof_tables
-from backhand.report.rendering import NOT_KNOWN, moment, render, time_taken
+from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.runs.directory import CONFIG
+from backhand.runs.checkpoint import latest_name
+from backhand.runs.directory import CHECKPOINTS
 from backhand.training.answers import MAX_NEW_TOKENS
-from backhand.words import count_of, in_words
+from backhand.words import count_of
 
-SECTIONS = {
-    "result": "result",
-    "answers": "answers",
-    "curves": "curves",
-    "adapter": "adapter",
-    "proofs": "proofs",
-    "data": "data",
-    "repeat": "repeat it",
-}
+SECTIONS = ("result", "answers", "curves", "adapter", "proofs", "data", "repeat")
 
 _MOST_MOVED = 8
 
@@ -38,7 +36,7 @@ def run_page(run: RunRecord) -> bytes:
 
 
 def page_values(run: RunRecord) -> dict[str, Any]:
-    """What the templates of a run show."""
+    """What the templates of a run show, besides what they read in its record."""
     changes, source, beside = changes_of(run)
     tables = proof_tables(run.proofs, run=shlex.quote(str(run.path)), adapter=shlex.quote(str(run.adapter)))
     drawn = charts.run_charts(run)
@@ -47,49 +45,20 @@ def page_values(run: RunRecord) -> dict[str, Any]:
     return {
         "title": f"{run.path.name}: run report",
         "run": run,
-        "sections": list(SECTIONS.items())[1:],
-        "state": _state(run),
+        "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
-        "advice": run.summary.get("advice"),
-        "try_next": run.summary.get("try_next"),
         "tiles": _tiles(run, tables),
-        "commands": use_commands(run) if run.adapter.is_dir() else [],
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
-        "labels": run.summary.get("adapted_labels"),
-        "base_labels": run.summary.get("base_labels"),
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
-        "objective": run.objective,
-        "memory_parts": _memory_parts(run),
         "processes": _processes(run),
         "changes": sorted(changes, key=lambda one: -(one.relative_norm or one.norm))[:_MOST_MOVED],
         "change_source": source,
         "beside": beside,
         "movement": _movement(changes),
         "proofs": tables,
-        "data": _data(run),
-        "data_notes": run.facts.get("data", {}).get("train", {}).get("notes") or [],
-        "shown_rows": run.facts.get("data", {}).get("train", {}).get("shown") or [],
-        "again": f"backhand train {shlex.quote(str(run.path / CONFIG))} --output runs/again",
-        "origin": _origin(run),
-        "digests": _digests(run),
         "charts": drawn,
     }
-
-
-def _state(run: RunRecord) -> dict[str, Any] | None:
-    """A line about a run that did not simply finish."""
-    status = run.status
-    if status is None or status.state == "finished":
-        return None
-    continued = f"backhand train --resume --output {shlex.quote(str(run.path))}"
-    texts = {
-        "running": f"Running: process {status.process} on {status.host}, since {moment(status.began)}.",
-        "interrupted": f"Interrupted: {status.reason}.",
-        "failed": f"Stopped by an error: {status.reason}.",
-        "killed": f"Killed: process {status.process} ended without a word. Continue with: {continued}",
-    }
-    return {"text": texts[status.state], "bad": status.state in ("failed", "killed")}
 
 
 def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str, str]]:
@@ -101,40 +70,31 @@ def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str,
     used = [line["rss_bytes"] for line in steps if is_number(line.get("rss_bytes"))]
     peak = summary.get("peak_rss_bytes", max(used, default=None))
     proved, failed = sum(len(table.lines) for table in tables), sum(table.failed for table in tables)
-    helped = verdict(run)
+    helped, colour = VERDICTS[verdict(run)]
     predicted = run.facts.get("memory", {}).get("predicted_bytes")
-    of_memory = f"peak memory, {in_words(int(predicted))} predicted" if is_number(predicted) else "peak memory"
+    of_memory = f"peak memory, {size(predicted)} predicted" if is_number(predicted) else "peak memory"
+    loss = known(base, _short) if best is None else f"{known(base, _short)} → {_short(best)}"
     tiles = [
-        (_loss(base, best), f"held-out loss: {VERDICTS[helped]}", COLOURS[helped]),
+        (loss, f"held-out loss: {helped}", colour),
         (time_taken(spent), "in training steps", ""),
-        (f"{speed:,.0f}" if is_number(speed) else NOT_KNOWN, "tokens per second", ""),
-        (in_words(int(peak)) if is_number(peak) else NOT_KNOWN, of_memory, ""),
+        (known(speed, "{:,.0f}".format), "tokens per second", ""),
+        (size(peak), of_memory, ""),
         (f"{proved - failed} of {proved}", "checks hold", "bad" if failed else "good" if proved else ""),
     ]
     if is_number(summary.get("adapted_exact_match")):
         before, after = (summary.get(f"{which}_exact_match") for which in ("base", "adapted"))
-        tiles.insert(1, (f"{_share(before)} → {_share(after)}", "answers exactly right", ""))
+        tiles.insert(1, (f"{known(before, _SHARE)} → {known(after, _SHARE)}", "answers exactly right", ""))
     return tiles
 
 
-VERDICTS = {"helped": "it helped", "hurt": "it did not help", "unknown": "not measured"}
-COLOURS = {"helped": "good", "hurt": "bad", "unknown": ""}
+VERDICTS = {"helped": ("it helped", "good"), "hurt": ("it did not help", "bad"), "unknown": ("not measured", "")}
+_SHARE = "{:.0%}".format
 
 
-def _loss(base: float | None, best: float | None) -> str:
-    return _short(base) if best is None else f"{_short(base)} → {_short(best)}"
-
-
-def _short(value: object) -> str:
-    if not is_number(value):
-        return NOT_KNOWN
+def _short(value: float) -> str:
     if 1e-3 <= abs(value) < 1e4:
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:.3g}"
-
-
-def _share(value: object) -> str:
-    return f"{value:.0%}" if is_number(value) else NOT_KNOWN
 
 
 def _over_time(run: RunRecord, line: Mapping[str, Any]) -> list[tuple[int, str]]:
@@ -144,9 +104,8 @@ def _over_time(run: RunRecord, line: Mapping[str, Any]) -> list[tuple[int, str]]
 
 
 def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
-    base, adapted = str(line.get("base", "")), str(line.get("adapted", ""))
+    base, adapted, reference = (str(line.get(name, "")) for name in ("base", "adapted", "reference"))
     left, right = differences(base, adapted)
-    reference = str(line.get("reference", ""))
     return {
         "source": line.get("source", ""),
         "prompt_parts": prompt_parts(line),
@@ -165,6 +124,72 @@ def prompt_parts(line: Mapping[str, Any]) -> list[tuple[str, bool]]:
         return [(str(text), control is True) for text, control in parts or ()] or [(str(line.get("prompt", "")), False)]
     except (TypeError, ValueError):
         return [(str(line.get("prompt", "")), False)]
+
+
+# Part of a tensor's name in PEFT's files, and what it holds.
+_BESIDE = (
+    ("lora_magnitude_vector", "the lengths of the rows of {} weight{} (DoRA)"),
+    (".lora_B.bias", "the bias of lora_B in {} module{}"),
+    ("token_adapter.trainable_tokens", "single rows of {} embedding{}"),
+)
+
+
+class AdapterChanges(NamedTuple):
+    """How far an adapter has moved each module, from its factors alone: see `arithmetic.inspect`.
+
+    What it trains beside its factors (DoRA's magnitudes, biases, whole modules, single rows of an embedding) is no part
+    of ΔW, and is named beside it.
+    """
+
+    modules: list[ModuleInspection]  # in forward order; empty where nothing can be read
+    source: str  # which adapter of the run it is, or why there is none to read
+    beside: tuple[str, ...] = ()  # what else is trained that ΔW leaves out, a phrase each
+
+
+def changes_of(run: RunRecord) -> AdapterChanges:
+    """The changes of a run's adapter: of `adapter/`, or of the newest checkpoint's until that is there."""
+    recorded = run.facts.get("modules") or []
+    measured = ((module["name"], module.get("weight_norm")) for module in recorded)
+    norms = tuple((name, norm if is_number(norm) else None) for name, norm in measured)
+    for directory in (run.adapter, _newest_checkpoint(run.path)):
+        if directory is None or not directory.is_dir():
+            continue
+        try:
+            written_ns = (directory / TENSOR_FILE).stat().st_mtime_ns
+            changes, beside = _read(directory, written_ns, norms)
+        except (BackhandError, OSError) as error:
+            return AdapterChanges([], f"the adapter cannot be read: {error}")
+        return AdapterChanges(list(changes), str(directory.relative_to(run.path)), beside)
+    return AdapterChanges([], "there is no adapter yet")
+
+
+@lru_cache(maxsize=4)
+def _read(
+    directory: Path, _written_ns: int, norms: tuple[tuple[str, float | None], ...]
+) -> tuple[tuple[ModuleInspection, ...], tuple[str, ...]]:
+    """The changes of the adapter in a directory; a page that is watched asks every few seconds for the same files."""
+    adapter, recorded = read_factors(directory), dict(norms)
+    # A file is sorted by name; the run has recorded its modules as they follow one another.
+    order = {name: number for number, name in enumerate(recorded)}
+    changes = inspect_modules(adapter, 0.0, lambda name, _module: recorded.get(name))
+    changes.sort(key=lambda change: order.get(change.module, len(order)))
+    return tuple(changes), trained_beside(adapter.others)
+
+
+def trained_beside(others: Iterable[str]) -> tuple[str, ...]:
+    """What is trained beside factors, a phrase for each kind, from the names of a file's other tensors."""
+    found: Counter[str] = Counter()
+    for name in others:
+        if name.endswith(".base_layer.weight"):
+            continue  # a copy of the frozen weight, which PEFT puts beside the factors of embeddings and heads
+        kind = next((kind for part, kind in _BESIDE if part in name), "{} tensor{} trained in full")
+        found[kind] += 1
+    return tuple(kind.format(count, "" if count == 1 else "s") for kind, count in found.items())
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    name = latest_name(run / CHECKPOINTS)
+    return run / CHECKPOINTS / name if re.fullmatch(r"step-\d{1,18}", name) else None
 
 
 def _adapter_charts(changes: Sequence[ModuleInspection]) -> dict[str, charts.Spec]:
@@ -200,43 +225,14 @@ def _data_charts(run: RunRecord) -> dict[str, charts.Spec]:
     return {name: charts.lengths(part[name], title) for name, title in titles.items() if part.get(name)}
 
 
-def _data(run: RunRecord) -> list[dict[str, Any]]:
-    found = []
-    for name, part in (run.facts.get("data") or {}).items():
-        if not part:
-            continue
-        left_out = sum(part.get(key) or 0 for key in ("dropped_long", "dropped_unsupervised", "skipped_bad"))
-        forms = [f"{one['source']} ({one['form']}, {count_of(one['rows'], 'row')})" for one in part["sources"]]
-        found.append(
-            {
-                "name": {"train": "training", "held_out": "held out"}.get(name, name),
-                "sources": ", ".join(forms),
-                "documents": part["documents"],
-                "tokens": part["tokens"],
-                "supervised_share": part["supervised_tokens"] / part["tokens"] if part["tokens"] else None,
-                "longest": part["longest"],
-                "truncated": part["truncated"],
-                "left_out": left_out,
-            }
-        )
-    return found
-
-
-def _memory_parts(run: RunRecord) -> list[tuple[str, str]]:
-    parts = run.facts.get("memory", {}).get("parts") or {}
-    shown = [(name, in_words(size)) for name, size in sorted(parts.items(), key=lambda part: -part[1])]
-    return [(name, size) for name, size in shown if not size.startswith("0 ")]
-
-
 def _processes(run: RunRecord) -> list[tuple[str, str, str, str]]:
     """(rank, time computed, tokens/s in it, share of the time waited) of each process; none of a run that had one."""
     steps = [line for line in run.steps if _are_numbers(line.get("computed_s")) and _are_numbers(line.get("waited_s"))]
-    size = max((len(line["computed_s"]) for line in steps), default=0)
     rows = []
-    for rank in range(size):
+    for rank in range(max((len(line["computed_s"]) for line in steps), default=0)):
         met = [line for line in steps if rank < min(len(line["computed_s"]), len(line["waited_s"]))]
         computed, waited = (sum(line[name][rank] for line in met) for name in ("computed_s", "waited_s"))
-        share = _share(waited / ((computed + waited) or 1.0))
+        share = _SHARE(waited / ((computed + waited) or 1.0))
         rows.append((f"rank {rank}", time_taken(computed), _speed(met, rank), share))
     return rows
 
@@ -250,36 +246,6 @@ def _speed(steps: Sequence[Mapping[str, Any]], rank: int) -> str:
 
 def _are_numbers(values: object) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(map(is_number, values))
-
-
-def _origin(run: RunRecord) -> list[tuple[str, str]]:
-    """Model, machine, versions and times, a line each."""
-    facts, machine = run.facts, run.facts.get("machine") or {}
-    model = facts.get("model") or {}
-    lines = [
-        ("base model", " · ".join(str(model[key]) for key in ("name", "origin", "architecture") if model.get(key))),
-        ("computed", " · ".join(str(model[key]) for key in ("engine", "dtype", "note") if model.get(key))),
-        ("began", moment(facts["began"]) if facts.get("began") else None),
-        ("duration", time_taken(run.summary.get("train_s"))),
-        ("processes", run.summary.get("world_size")),
-        ("processor", machine.get("processor")),
-        ("accelerator", machine.get("accelerator")),
-        ("cores", machine.get("cores")),
-        ("memory", in_words(machine["memory_bytes"]) if is_number(machine.get("memory_bytes")) else None),
-        ("system", machine.get("system")),
-        ("packages", ", ".join(f"{name} {number}" for name, number in (facts.get("packages") or {}).items())),
-    ]
-    return [(name, str(value)) for name, value in lines if value not in (None, "")]
-
-
-def _digests(run: RunRecord) -> list[tuple[str, str]]:
-    """What a run must have in common with this one to be the same; its settings stand in config.toml."""
-    digests = run.facts.get("digests") or {}
-    return [
-        (name.removesuffix("_digest").replace("_", " "), value)
-        for name, value in digests.items()
-        if isinstance(value, str)
-    ]
 
 
 _PIECES = re.compile(r"\w+|\s+|[^\w\s]")
@@ -307,49 +273,3 @@ def _add(segments: Segments, differs: bool, text: str) -> None:
         segments[-1] = (differs, segments[-1][1] + text)
     elif text:
         segments.append((differs, text))
-
-
-_MAX_VLLM_RANK = 16
-
-
-def use_commands(run: RunRecord) -> list[tuple[str, str]]:
-    """(program, what to type) for everything that can use the adapter."""
-    model = run.facts.get("model", {})
-    named = str(run.config.get("model", {}).get("model") or "smollm2-135m")
-    base = str(model.get("hub_id") or named)
-    adapter = str(run.adapter)
-    typed, hub = shlex.quote(adapter), shlex.quote(base)
-    ranks = [module.get("rank", 0) for module in run.facts.get("modules") or []]
-    rank = max(ranks, default=0)
-    room = f" --max-lora-rank {_vllm_rank(rank)}" if rank > _MAX_VLLM_RANK else ""
-    export = f"backhand export --model {shlex.quote(named)} --adapter {typed}"
-    return [
-        ("Backhand", f"backhand chat --model {shlex.quote(named)} --adapter {typed}"),
-        ("PEFT", _peft(base, adapter)),
-        ("llama.cpp", _llama_cpp(export, str(model.get("file") or named))),
-        ("vLLM", f"vllm serve {hub} --enable-lora --lora-modules mine={typed}{room}"),
-        ("Ollama", f"{export} --to ollama --output ollama\nollama create mine -f ollama/Modelfile"),
-    ]
-
-
-def _llama_cpp(export: str, base: str) -> str:
-    """With the base's own GGUF file where it is one, else with the merged model as one."""
-    if not base.endswith(".gguf"):
-        return f"{export} --merge --to gguf --output merged.gguf\nllama-cli -m merged.gguf"
-    return f"{export} --to gguf --output adapter.gguf\nllama-cli -m {shlex.quote(base)} --lora adapter.gguf"
-
-
-def _peft(base: str, adapter: str) -> str:
-    lines = [
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
-        f"model = PeftModel.from_pretrained(base, {adapter!r})",
-    ]
-    return "\n".join(lines)
-
-
-def _vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM can be told which is large enough."""
-    return next((allowed for allowed in (32, 64, 128, 256, 320, 512) if allowed >= rank), rank)

@@ -6,7 +6,6 @@ All work on the model is done by one thread: it is loaded there, and answers one
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
 import threading
 import time
@@ -69,22 +68,20 @@ class PromptBox:
 
     def state(self) -> dict[str, Any]:
         """What the box says of itself: whether it can be asked, and a sentence."""
+        ready, text = True, "The model is loaded when you first ask."
         if not latest_name(self._run / CHECKPOINTS):
             every = self._config.run.save_every
             due = f": the first is due after step {every}" if every else ""
-            return {"ready": False, "text": f"There is no checkpoint yet, so nothing to compare with the base{due}."}
-        if self._loaded is not None:
-            return {"ready": True, "text": f"The model is loaded, with the adapter of step {self._step}."}
-        if not self._needs.done():
-            return {"ready": True, "text": "The model is loaded when you first ask."}
-        try:
-            needed = in_words(self._needs.result())
-        except BackhandError as error:
-            return {"ready": False, "text": f"The base model cannot be opened: {error}"}
-        return {
-            "ready": True,
-            "text": f"The model is loaded when you first ask: about {needed} of memory, beside the training.",
-        }
+            ready, text = False, f"There is no checkpoint yet, so nothing to compare with the base{due}."
+        elif self._loaded is not None:
+            text = f"The model is loaded, with the adapter of step {self._step}."
+        elif self._needs.done():
+            try:
+                needed = in_words(self._needs.result())
+                text = f"The model is loaded when you first ask: about {needed} of memory, beside the training."
+            except BackhandError as error:
+                ready, text = False, f"The base model cannot be opened: {error}"
+        return {"ready": ready, "text": text}
 
     def answer(self, prompt: str) -> BoxAnswer:
         """Answer by the base and with the newest adapter.
@@ -126,22 +123,14 @@ class PromptBox:
         self._held.close()
         self._loaded = None
         self._refuse_too_large()
+        data = self._config.data
+        asked: dict[str, Any] = {"chat_template": data.chat_template, "template_args": data.template_args}
         # A copy: training removes old checkpoints while they are read.
-        directory = Path(tempfile.mkdtemp(prefix="backhand-watch-"))
-        try:
-            for name, data in adapter_part(checkpoint.contents).items():
-                (directory / name).write_bytes(data)
-            self._loaded = self._held.enter_context(
-                loaded_model(
-                    self._options,
-                    directory,
-                    chat_template=self._config.data.chat_template,
-                    template_args=self._config.data.template_args,
-                    one_at_a_time=True,
-                )
-            )
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="backhand-watch-", ignore_cleanup_errors=True) as directory:
+            for name, content in adapter_part(checkpoint.contents).items():
+                (Path(directory) / name).write_bytes(content)
+            loading = loaded_model(self._options, Path(directory), **asked, one_at_a_time=True)
+            self._loaded = self._held.enter_context(loading)
         self._step = checkpoint.step
         return self._loaded
 

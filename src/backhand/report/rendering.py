@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import PurePath
@@ -22,7 +23,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from backhand.report.run_record import is_number
-from backhand.words import duration
+from backhand.words import count_of, duration, in_words
 
 NOT_KNOWN = "–"
 PAGE_SCRIPTS = ("vega.min.js", "page.js")
@@ -58,7 +59,9 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json}
+    found.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
+    found.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
+    found.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
     return found
 
 
@@ -97,14 +100,14 @@ def figure(value: object) -> str:
     return f"{value:,.4g}"
 
 
-def percent(value: object) -> str:
-    """A share as a percentage."""
-    return f"{value:.1%}" if is_number(value) else NOT_KNOWN
+def known(value: object, words: Callable[[float], str]) -> str:
+    """A number in these words, or a dash where it is none."""
+    return words(value) if is_number(value) else NOT_KNOWN
 
 
-def time_taken(seconds: object) -> str:
-    """A time for people, or a dash where it is not known."""
-    return duration(seconds) if is_number(seconds) else NOT_KNOWN
+percent = partial(known, words="{:.1%}".format)
+time_taken = partial(known, words=duration)
+size = partial(known, words=lambda value: in_words(int(value)))
 
 
 def moment(text: object) -> str:

@@ -7,7 +7,7 @@ import json
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from http import HTTPStatus
@@ -112,6 +112,10 @@ class WatchServer(ThreadingHTTPServer):
         """A browser that went away in the middle of an answer is no news."""
 
 
+class _Refused(Exception):
+    """A request that is not answered: the status, and why."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: WatchServer
     protocol_version = "HTTP/1.1"
@@ -121,54 +125,52 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, or its version and state for a page that is open."""
-        place = self._allowed_place()
-        if place is None:
-            return
-        if place not in ("", "state"):
-            self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
-            return
+        self._respond({"": self._page, "state": self._page})
+
+    def do_POST(self) -> None:
+        """A prompt to answer."""
+        self._respond({"answer": self._answer})
+
+    def _respond(self, places: Mapping[str, Callable[[str], None]]) -> None:
+        try:
+            place = self._allowed_place()
+            if place not in places:
+                raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+            places[place](place)
+        except _Refused as refused:
+            status, text = refused.args
+            self.close_connection = True  # what the client still sends is not read
+            self._send(status, f"{text}\n".encode("utf-8", "replace"), "text/plain; charset=utf-8")
+
+    def _page(self, place: str) -> None:
         box = self.server.box.state()
         try:
             version, page = self.server.run.page(box)
         except BackhandError as error:
-            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
-            return
+            raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
         if place == "":
             self._send(HTTPStatus.OK, page, "text/html; charset=utf-8")
         else:
             self._send_json(HTTPStatus.OK, {"version": version, "box": box})
 
-    def do_POST(self) -> None:
-        """A prompt to answer."""
-        place = self._allowed_place()
-        if place is None:
-            return
-        if place != "answer":
-            self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
-        elif not self._from_our_page():
-            self._refuse(HTTPStatus.FORBIDDEN, "this question comes from another page")
-        else:
-            self._answer()
-
-    def _answer(self) -> None:
+    def _answer(self, _place: str) -> None:
+        if not self._from_our_page():
+            raise _Refused(HTTPStatus.FORBIDDEN, "this question comes from another page")
         lengths = self.headers.get_all("Content-Length", [])
         if len(lengths) != 1 or "Transfer-Encoding" in self.headers:
             # Two lengths, or a length and chunks, are two requests to whoever reads the other one.
-            self._refuse(HTTPStatus.BAD_REQUEST, "a question has one Content-Length")
-            return
+            raise _Refused(HTTPStatus.BAD_REQUEST, "a question has one Content-Length")
         (length,) = lengths
         a_number = length.isascii() and length.isdigit() and len(length) <= _LONGEST_LENGTH
         if not a_number or int(length) > LONGEST_QUESTION_BYTES:
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the question is too long")
-            return
+            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the question is too long")
         try:
             prompt = json.loads(self.rfile.read(int(length)))["prompt"]
             prompt.encode("utf-8")
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
             prompt = None  # half of a surrogate pair is no text either
         if not isinstance(prompt, str):
-            self._refuse(HTTPStatus.BAD_REQUEST, "there is no prompt in the question")
-            return
+            raise _Refused(HTTPStatus.BAD_REQUEST, "there is no prompt in the question")
         try:
             answer = self.server.box.answer(prompt)
         except BackhandError as error:
@@ -176,16 +178,15 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send_json(HTTPStatus.OK, asdict(answer))
 
-    def _allowed_place(self) -> str | None:
-        """What follows the token in the address; None where the request has been refused."""
+    def _allowed_place(self) -> str:
+        """What follows the token in the address."""
         ours = {f"{HOST}:{self.server.server_port}", f"localhost:{self.server.server_port}"}
         if self.headers.get_all("Host", []) not in [[host] for host in ours]:
-            self._refuse(HTTPStatus.FORBIDDEN, "this server answers to its own name only")
-            return None
+            raise _Refused(HTTPStatus.FORBIDDEN, "this server answers to its own name only")
         token, _, place = self.path.partition("?")[0].removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
-            self._refuse(HTTPStatus.FORBIDDEN, "the address lacks its token; `backhand watch` printed the whole of it")
-            return None
+            why = "the address lacks its token; `backhand watch` printed the whole of it"
+            raise _Refused(HTTPStatus.FORBIDDEN, why)
         return place
 
     def _from_our_page(self) -> bool:
@@ -195,11 +196,6 @@ class _Handler(BaseHTTPRequestHandler):
         return (
             origin in (None, f"http://{self.headers['Host']}") and site == "same-origin" and kind == "application/json"
         )
-
-    def _refuse(self, status: HTTPStatus, text: str) -> None:
-        # What the client still sends is not read.
-        self.close_connection = True
-        self._send(status, f"{text}\n".encode("utf-8", "replace"), "text/plain; charset=utf-8")
 
     def _send_json(self, status: HTTPStatus, values: Any) -> None:
         self._send(status, json.dumps(values).encode(), "application/json")

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.files import FileLayer, remove_tree, replace_file, saving, write_file
+from backhand.files import FileLayer, remove_tree, replace_file, saving
 from backhand.reading import MAX_SETTINGS_BYTES, open_plain, read_plain, read_settings
+from backhand.runs.directory import put_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -58,30 +59,11 @@ class CheckpointStore:
         """
         manifest = manifest_bytes(step, contents, facts)
         needed = sum(map(len, contents.values())) + len(manifest)
-        temporary = self.directory / f".tmp-step-{step}-{os.getpid()}"
+        place, process = f"step-{step}", os.getpid()
+        final, temporary, old = (self.directory / name for name in (place, f".tmp-{place}-{process}", f"{place}.old"))
         with saving(f"the checkpoint of step {step}", self.directory, needed):
-            try:
-                remove_tree(self.files, temporary)
-                self.files.make_directory(temporary)
-                for name, data in contents.items():
-                    write_file(self.files, temporary / name, data)
-                write_file(self.files, temporary / MANIFEST, manifest)
-                self.files.sync_directory(temporary)
-                self._put_in_place(temporary, step)
-                replace_file(self.files, self.directory / LATEST, f"step-{step}\n".encode())
-            except BaseException:  # a second Ctrl-C among them
-                with suppress(OSError):
-                    remove_tree(self.files, temporary)
-                raise
-
-    def _put_in_place(self, temporary: Path, step: int) -> None:
-        final, old = self.directory / f"step-{step}", self.directory / f"step-{step}.old"
-        if os.path.lexists(final):
-            remove_tree(self.files, old)
-            self.files.rename(final, old)
-        self.files.rename(temporary, final)
-        self.files.sync_directory(self.directory)
-        remove_tree(self.files, old)
+            put_directory(self.files, final, {**contents, MANIFEST: manifest}, temporary, old)
+            replace_file(self.files, self.directory / LATEST, f"{place}\n".encode())
 
     def prune(self, newest: int, keep: int, protected: set[int]) -> None:
         """Remove all but `keep` checkpoints, counted down from step `newest`, and the protected steps.
@@ -204,21 +186,15 @@ def load_checkpoint(directory: Path, step: int) -> Checkpoint:
     for name, described in manifest["files"].items():
         path = directory / name
         try:
-            data = _file_of_size(path, described["bytes"])
+            with open_plain(path) as file:
+                same_size = os.fstat(file.fileno()).st_size == described["bytes"]
+                data = file.read(described["bytes"]) if same_size else b""
         except OSError as error:
             raise ArtifactError(f"{name} cannot be read: {error.strerror}", where=str(path)) from None
-        if data is None or _sha256(data) != described["sha256"]:
+        if not same_size or _sha256(data) != described["sha256"]:
             raise ArtifactError(f"{name} is not as it was written", where=str(path))
         contents[name] = data
     return Checkpoint(step, contents, manifest["facts"])
-
-
-def _file_of_size(path: Path, expected: int) -> bytes | None:
-    """The bytes of a regular file of this size; None for one of another size. Raises OSError."""
-    with open_plain(path) as file:
-        if os.fstat(file.fileno()).st_size != expected:
-            return None
-        return file.read(expected)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

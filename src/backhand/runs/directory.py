@@ -44,20 +44,7 @@ TEMPORARY = ".tmp-"
 REPLACED = ".replaced"
 _MOVING = ".replacing"
 # config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
-OWNED = (
-    CONFIG,
-    ADAPTER,
-    CHECKPOINTS,
-    METRICS,
-    SUMMARY,
-    PROOFS,
-    FACTS,
-    STATUS,
-    ANSWERS,
-    REPORT,
-    LOGS,
-    REFERENCE,
-)
+OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, REFERENCE)
 
 
 class RunDirectory:
@@ -197,24 +184,7 @@ class RunDirectory:
         """Put these files in place as `adapter/`, all of them at once. Raises ResourceError."""
         temporary, old = self.path / f".tmp-adapter-{os.getpid()}", self.path / f".tmp-old-adapter-{os.getpid()}"
         with saving("the adapter", self.path, sum(map(len, contents.values()))):
-            try:
-                remove_tree(self.files, temporary)
-                remove_tree(self.files, old)
-                self.files.make_directory(temporary)
-                for name, data in contents.items():
-                    write_file(self.files, temporary / name, data)
-                self.files.sync_directory(temporary)
-                if self.adapter.exists():
-                    self.files.rename(self.adapter, old)
-                self.files.rename(temporary, self.adapter)
-                self.files.sync_directory(self.path)
-                remove_tree(self.files, old)
-            except BaseException:  # a second Ctrl-C among them
-                with suppress(OSError):
-                    if old.exists() and not self.adapter.exists():
-                        self.files.rename(old, self.adapter)
-                    remove_tree(self.files, temporary)
-                raise
+            put_directory(self.files, self.adapter, contents, temporary, old)
 
     def make_checkpoints(self) -> None:
         """Create `checkpoints/` unless it is there. Raises ResourceError."""
@@ -222,6 +192,35 @@ class RunDirectory:
             if not self.checkpoints.exists():
                 self.files.make_directory(self.checkpoints)
                 self.files.sync_directory(self.path)
+
+
+def put_directory(files: FileLayer, path: Path, contents: Mapping[str, bytes], temporary: Path, old: Path) -> None:
+    """Put a directory with these files in place of the one at `path`, all of them at once; raises OSError.
+
+    What is there has the name `old` for a moment, and comes back where the new one cannot take its place.
+
+    Args:
+        contents: in the order in which they are written.
+        temporary: where they are written; gone afterwards.
+    """
+    try:
+        remove_tree(files, temporary)
+        files.make_directory(temporary)
+        for name, data in contents.items():
+            write_file(files, temporary / name, data)
+        files.sync_directory(temporary)
+        if os.path.lexists(path):
+            remove_tree(files, old)
+            files.rename(path, old)
+        files.rename(temporary, path)
+        files.sync_directory(path.parent)
+        remove_tree(files, old)
+    except BaseException:  # a second Ctrl-C among them
+        with suppress(OSError):
+            if old.exists() and not path.exists():
+                files.rename(old, path)
+            remove_tree(files, temporary)
+        raise
 
 
 @contextmanager

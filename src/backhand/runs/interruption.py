@@ -6,13 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from backhand.errors import BackhandError
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _NAMES = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+_WORDS = {int(getattr(signal, name)): word for name, word in _NAMES.items() if hasattr(signal, name)}
 
 
 class Interrupted(BackhandError):
@@ -31,18 +31,12 @@ class Interrupted(BackhandError):
 
 def stop_word(number: int) -> str | None:
     """What a process that ends by a signal was; None for numbers that are none of those it is stopped by."""
-    for name, word in _NAMES.items():
-        if number == getattr(signal, name, None):
-            return word
-    return None
+    return _WORDS.get(number)
 
 
 def signal_in(reason: str) -> int | None:
     """The signal that a run was stopped by, from how `Interrupted` begins; None for another reason."""
-    for name, word in _NAMES.items():
-        if hasattr(signal, name) and reason.startswith(f"{word} after"):
-            return int(getattr(signal, name))
-    return None
+    return next((number for number, word in _WORDS.items() if reason.startswith(f"{word} after")), None)
 
 
 class Interruption:
@@ -61,14 +55,12 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in _WORDS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

@@ -60,17 +60,13 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
     except BaseException as error:
         # What went wrong matters more than that it cannot be written down.
         with suppress(BackhandError, OSError):
+            reason = str(error) or type(error).__name__
+            if by_signal(error):
+                reason = "stopped at once by a signal; what came after the last checkpoint is lost"
             stopped = isinstance(error, Interrupted) or by_signal(error)
-            write("interrupted" if stopped else "failed", _reason(error))
+            write("interrupted" if stopped else "failed", reason)
         raise
     write("finished")
-
-
-def _reason(error: BaseException) -> str:
-    """What ended a run, as a sentence for its page."""
-    if by_signal(error):
-        return "stopped at once by a signal; what came after the last checkpoint is lost"
-    return str(error) or type(error).__name__
 
 
 def by_signal(error: BaseException) -> bool:

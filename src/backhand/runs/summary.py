@@ -13,76 +13,57 @@ from backhand.reading import read_settings
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to. `summary.json` holds these fields; the demo adds its own.
+    """What a run came to. `summary.json` holds these fields; the demo adds its own."""
 
-    Attributes:
-        output: the run directory.
-        adapter: the adapter's directory.
-        model: the base model as it was named.
-        engine: `backhand` or `transformers`.
-        engine_note: why not the decoder engine, what that costs and what would change it; None where it was taken, or
-            transformers was asked for.
-        dtype: the compute dtype.
-        base: `dense`, or `quantized` in its file's own blocks.
-        train_s: seconds spent in training steps.
-        steps, skipped_steps: optimizer steps done; those of them skipped for a non-finite loss or gradient.
-        tokens, supervised_tokens: trained on.
-        tokens_per_s: tokens / train_s.
-        peak_rss_bytes, predicted_rss_bytes: highest memory of the process, and what was predicted before the first
-            step.
-        first_loss, last_loss: of the first and last step: mean nats per supervised token, or the objective's mean of a
-            row.
-        base_eval_loss, best_eval_loss, best_step: held-out loss of the base and the lowest; None without held-out rows.
-        trained_parameters, adapted_modules: size of the adapter.
-        rows, held_out_rows: documents trained on and held out.
-        malformed_rows: left out under `skip_bad`.
-        stopped_because: why the run ended before its last step, or None.
-        world_size: processes that ended the run; each has such a peak of memory.
-        objective: what was minimised, as `--objective` has it.
-        base_exact_match, adapted_exact_match: share of so many held-out rows, `exact_match_rows`, that the base model
-            and the adapter answer exactly right; None where answers are long, or nothing was held out.
-        base_labels, adapted_labels: of these rows, as `evaluate --json` has them; None where they have no labels.
-        held_out_pairs: of the best evaluation of pairs, `rewards/accuracies` and `rewards/margins`; None elsewhere.
-        reading, asking: options with which `evaluate` reads rows of the same columns, and `generate` is asked alike.
-        advice, try_next: what the run's curves say of it, and the command to try next; None where there is nothing.
-    """
-
-    output: str
-    adapter: str
-    model: str
-    engine: str
-    dtype: str
-    train_s: float
-    steps: int
-    skipped_steps: int
-    tokens: int
+    output: str  # the run directory
+    adapter: str  # the adapter's directory
+    model: str  # the base model as it was named
+    engine: str  # `backhand` or `transformers`
+    dtype: str  # the compute dtype
+    train_s: float  # seconds spent in training steps
+    steps: int  # optimizer steps done
+    skipped_steps: int  # those of them skipped for a non-finite loss or gradient
+    tokens: int  # trained on
     supervised_tokens: int
-    tokens_per_s: float
+    tokens_per_s: float  # tokens / train_s
+    # peak_rss_bytes, predicted_rss_bytes: highest memory of the process, and what was predicted before the first step
     peak_rss_bytes: int
     predicted_rss_bytes: int | None
+    # first_loss, last_loss: of the first and last step: mean nats per supervised token, or the objective's of a row
     first_loss: float | None
     last_loss: float | None
+    # base_eval_loss, best_eval_loss, best_step: held-out loss of the base and the lowest; None without held-out rows
     base_eval_loss: float | None
     best_eval_loss: float | None
     best_step: int | None
+    # trained_parameters, adapted_modules: size of the adapter
     trained_parameters: int
     adapted_modules: int
+    # rows, held_out_rows: documents trained on and held out
     rows: int
     held_out_rows: int
-    malformed_rows: int
-    stopped_because: str | None
+    malformed_rows: int  # left out under `skip_bad`
+    stopped_because: str | None  # why the run ended before its last step, or None
+    # why not the decoder engine, what that costs and what would change it; None where it was taken, or transformers was
+    # asked for
     engine_note: str | None = None
-    base: str = "dense"
-    world_size: int = 1
-    objective: str = "sft"
+    base: str = "dense"  # or `quantized`, in its file's own blocks
+    world_size: int = 1  # processes that ended the run; each has such a peak of memory
+    objective: str = "sft"  # what was minimised, as `--objective` has it
+    # base_exact_match, adapted_exact_match: share of so many held-out rows, `exact_match_rows`, that the base model and
+    # the adapter answer exactly right; None where answers are long, or nothing was held out
     base_exact_match: float | None = None
     adapted_exact_match: float | None = None
     exact_match_rows: int | None = None
+    # base_labels, adapted_labels: of these rows, as `evaluate --json` has them; None where they have no labels
     base_labels: dict[str, Any] | None = None
     adapted_labels: dict[str, Any] | None = None
+    # of the best evaluation of pairs, `rewards/accuracies` and `rewards/margins`; None elsewhere
     held_out_pairs: dict[str, float] | None = None
+    # reading, asking: options with which `evaluate` reads rows of the same columns, and `generate` is asked alike
     reading: str = ""
     asking: str = " --prompt '…'"
+    # advice, try_next: what the run's curves say of it, and the command to try next; None where there is nothing
     advice: str | None = None
     try_next: str | None = None
 

@@ -11,9 +11,10 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from backhand.data.packing import Sampler
@@ -35,7 +36,6 @@ from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import dump_config, read_table, tables_as
 from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
-from backhand.training.observer import Observer
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.resume import taken_over
 from backhand.training.run import train
@@ -226,14 +226,24 @@ class Search:
 
     def _run(self, trial: Trial) -> None:
         """Bring a trial to its goal, a stage at a time."""
-        config = self.trial_config(trial)
+        config, stage = self.trial_config(trial), trial.goal
         began, failed = time.monotonic(), None
-        stage = trial.goal
         pause_at = None if stage == self.schedule.last else self.step_of(config, stage)
-        observer = _TrialObserver(self, trial)
+        total = self.steps(config)
+
+        def where(step: int) -> str:
+            return f"{self.named(trial)}: step {step} of {total}"
+
         try:
-            with _showing(observer.text(0), quiet=self.config.run.quiet) as observer.show:
-                train(_as_typed(config), callbacks=[observer], shared=self.shared, pause_at=pause_at)
+            with _showing(where(0), quiet=self.config.run.quiet) as show:
+
+                def shown(record: Mapping[str, Any]) -> None:
+                    """On a terminal all the time, else where nothing was said for long."""
+                    show(where(record["step"]))
+                    if silent_for_s() > SILENCE_S / 2:
+                        self._console.print(where(record["step"]))
+
+                train(_as_typed(config), callbacks=[shown], shared=self.shared, pause_at=pause_at)
         except Interrupted as error:
             if error.exit_code != _PAUSED:
                 raise Interrupted(error.exit_code - 128, error.step, f"go on with {self.again}") from None
@@ -242,11 +252,10 @@ class Search:
                 raise  # something is wrong with the run as it was given
             failed = error.one_line
         losses = self._losses(config, stage)
-        spent_s = trial.spent_s + time.monotonic() - began
-        found: dict[str, Any] = {"losses": losses, "done": stage, "spent_s": round(spent_s, 3)}
-        found["steps"] = self.step_of(config, stage)
+        spent = {"spent_s": round(trial.spent_s + time.monotonic() - began, 3)}
+        found: dict[str, Any] = {"losses": losses, "done": stage, **spent, "steps": self.step_of(config, stage)}
         if failed is not None or not losses or not math.isfinite(losses[-1]):
-            found = {"failed": failed or "its held-out loss is not finite", "spent_s": found["spent_s"]}
+            found = {"failed": failed or "its held-out loss is not finite", **spent}
         with self.study.locked():
             self.study.write(trial.number, found, over=stage == self.schedule.last)
             trials = self.study.trials()
@@ -258,20 +267,17 @@ class Search:
     def trial_config(self, trial: Trial) -> TrainConfig:
         """The run of a trial: everything that is not varied is as the search has it."""
         config = applied(self.config.run_config, self.schedule.dimensions, trial.values)
-        output = self.directory / TRIALS / trial.name
-        run = config.run
-        return replace(
-            config,
-            run=replace(
-                run,
-                output=output,
-                resume=(output / CONFIG).exists(),
-                quiet=True,
-                seed=trial.seed,
-                keep=1 if run.keep == 2 else run.keep,
-                eval_every=run.eval_every or max(1, -(-self.steps(config) // EVALUATIONS)),
-            ),
+        output, given = self.directory / TRIALS / trial.name, config.run
+        run = replace(
+            given,
+            output=output,
+            resume=(output / CONFIG).exists(),
+            quiet=True,
+            seed=trial.seed,
+            keep=1 if given.keep == 2 else given.keep,
+            eval_every=given.eval_every or max(1, -(-self.steps(config) // EVALUATIONS)),
         )
+        return replace(config, run=run)
 
     def steps(self, config: TrainConfig) -> int:
         """Steps of a run."""
@@ -288,19 +294,11 @@ class Search:
 
     def _losses(self, config: TrainConfig, stage: int) -> list[float]:
         """The best held-out loss until each stage up to this one; cut short where there is none."""
-        found: list[float] = []
         records = RunDirectory(config.run.output, FileLayer()).lines(METRICS)
-        for number in range(1, stage + 1):
-            until = self.step_of(config, number)
-            there = [
-                float(one["eval_loss"])
-                for one in records
-                if one.get("eval_loss") is not None and 0 < one["step"] <= until
-            ]
-            if not there:
-                break
-            found.append(min(there))
-        return found
+        measured = [(one["step"], float(one["eval_loss"])) for one in records if one.get("eval_loss") is not None]
+        ends = (self.step_of(config, number) for number in range(1, stage + 1))
+        until = ([loss for step, loss in measured if 0 < step <= end] for end in ends)
+        return [min(losses) for losses in takewhile(bool, until)]
 
     def _may_begin(self) -> bool:
         """Whether one more trial leaves time to finish the best ones."""
@@ -343,14 +341,9 @@ class Search:
 _PAUSED = 128
 
 
-@contextmanager
-def _showing(text: str, *, quiet: bool) -> Iterator[Any]:
+def _showing(text: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:
     """`terminal.working`, unless nothing is to be shown."""
-    if quiet:
-        yield lambda _: None
-        return
-    with working(text) as say_now:
-        yield say_now
+    return nullcontext(lambda _: None) if quiet else working(text)
 
 
 def _as_typed(config: TrainConfig) -> TrainConfig:
@@ -363,23 +356,3 @@ def _run_s(trials: list[Trial], steps: int) -> float | None:
     """Seconds of a run from beginning to end, from what trials took so far."""
     known = [trial.spent_s / trial.steps for trial in trials if trial.steps and trial.failed is None]
     return sum(known) / len(known) * steps if known else None
-
-
-class _TrialObserver(Observer):
-    """Shows where a trial is: on a terminal all the time, else where nothing was said for long."""
-
-    def __init__(self, search: Search, trial: Trial) -> None:
-        self._search, self._trial = search, trial
-        self.show: Any = None
-
-    def text(self, step: int) -> str:
-        """Where it is."""
-        total = self._search.steps(self._search.trial_config(self._trial))
-        return f"{self._search.named(self._trial)}: step {step} of {total}"
-
-    def stepped(self, record: Mapping[str, Any]) -> None:
-        """Show it."""
-        text = self.text(record["step"])
-        self.show(text)
-        if silent_for_s() > SILENCE_S / 2:
-            self._search._console.print(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from backhand.files import FileLayer, json_bytes, write_atomically
 from backhand.report import charts
 from backhand.report.command import write_page
 from backhand.report.comparison import comparison_values
-from backhand.report.rendering import figure, percent, render, time_taken
+from backhand.report.rendering import render
 from backhand.report.run_record import read_run
 from backhand.runs.directory import ADAPTER, CONFIG, REPORT, RunDirectory
 from backhand.search.options import SearchConfig
@@ -27,37 +27,26 @@ from backhand.words import count_of, duration
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What came of a search. `search.json` holds these fields, and every trial.
+    """What came of a search. `search.json` holds these fields, and every trial."""
 
-    Attributes:
-        output, adapter: the directory of the search, and the best adapter in it.
-        best: number of the best trial.
-        values: its values.
-        loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
-            None where these came to no end.
-        differences: the second minus the first, for each seed.
-        sentence: what to use, and by how much it is better.
-        command: the command that repeats the best trial.
-        importance: of each option, in all 1; empty where that cannot be told.
-        trials, failed: trials of their own, and those of them that could not be finished.
-        runs: what all trials trained together, in runs from beginning to end.
-        spent_s: seconds that they took together.
-    """
-
+    # output, adapter: the directory of the search, and the best adapter in it
     output: str
     adapter: str
-    best: int
-    values: Values
+    best: int  # number of the best trial
+    values: Values  # of the best trial
+    # loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
+    # None where these came to no end
     loss: float
     given_loss: float | None
-    differences: tuple[float, ...]
-    sentence: str
-    command: str
-    importance: dict[str, float]
+    differences: tuple[float, ...]  # the second minus the first, for each seed
+    sentence: str  # what to use, and by how much it is better
+    command: str  # that repeats the best trial
+    importance: dict[str, float]  # of each option, in all 1; empty where that cannot be told
+    # trials, failed: trials of their own, and those of them that could not be finished
     trials: int
     failed: int
-    runs: float
-    spent_s: float
+    runs: float  # what all trials trained together, in runs from beginning to end
+    spent_s: float  # seconds that they took together
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -149,44 +138,39 @@ def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule,
     table: dict[str, Any] = {**asdict(result), "all": [asdict(trial) for trial in trials]}
     write_atomically(output / RESULT, json_bytes(table))
     target = output / REPORT
-    write_page(target, search_page(output, result.sentence, result.importance, schedule, trials))
+    write_page(target, _page(result, schedule, trials))
     return target
 
 
 _MOST_SIDE_BY_SIDE = 4
 
 
-def search_page(
-    output: Path, sentence: str, importance: Mapping[str, float], schedule: Schedule, trials: Sequence[Trial]
-) -> bytes:
+def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> bytes:
     """The page as one HTML file."""
+    output = Path(result.output)
     measured = [trial for trial in trials if trial.losses and trial.failed is None]
     ended = sorted((trial for trial in measured if trial.done == schedule.last), key=lambda trial: trial.losses[-1])
     shown = sorted(ended[:_MOST_SIDE_BY_SIDE], key=lambda trial: trial.number)
     runs = [read_run(output / TRIALS / trial.name) for trial in shown]
-    values = comparison_values(runs, [_name(trial) for trial in shown])
+    values = comparison_values(runs, [trial.label for trial in shown])
     for dimension in schedule.dimensions:
         rows = [
-            {
-                "x": trial.values[dimension.name],
-                "loss": trial.losses[-1],
-                "reached": _reached(schedule, trial),
-                "trial": _name(trial),
-            }
+            {"x": trial.values[dimension.name], "loss": trial.losses[-1], "reached": schedule.reached(trial)}
+            | {"trial": trial.label}
             for trial in measured
         ]
         kind = "nominal" if dimension.choices else "log" if dimension.log else "linear"
-        stages = [_stage(stage.share) for stage in schedule.stages]
+        stages = [stage.name for stage in schedule.stages]
         values["charts"][f"setting-{dimension.name}"] = charts.settings(rows, dimension.name, kind, stages)
     return render(
         "search.html.j2",
         {
             **values,
             "title": f"{output.name}: search",
-            "sentence": sentence,
+            "result": result,
             "dimensions": [dimension.name for dimension in schedule.dimensions],
-            "importance": [(name, percent(share)) for name, share in importance.items()],
-            "rows": [_row(schedule, trial) for trial in sorted(trials, key=_rank)],
+            "schedule": schedule,
+            "trials": sorted(trials, key=_rank),
         },
     )
 
@@ -194,23 +178,3 @@ def search_page(
 def _rank(trial: Trial) -> tuple[float, ...]:
     """Those that came farthest first, and of these the lowest loss."""
     return (-trial.done, trial.losses[-1] if trial.losses else 0.0, trial.number)
-
-
-def _row(schedule: Schedule, trial: Trial) -> list[str]:
-    values = [figure(trial.values[dimension.name]) for dimension in schedule.dimensions]
-    loss = f"{trial.losses[-1]:.4f}" if trial.losses and trial.failed is None else "–"
-    reached = trial.failed or _reached(schedule, trial)
-    return [_name(trial), *values, str(trial.seed), loss, reached, time_taken(trial.spent_s)]
-
-
-def _name(trial: Trial) -> str:
-    more = "" if trial.repeats is None else f" (as {trial.repeats:03d}, seed {trial.seed})"
-    return f"{trial.name}{' as given' if trial.number == 0 else ''}{more}"
-
-
-def _reached(schedule: Schedule, trial: Trial) -> str:
-    return _stage(schedule.stages[trial.done - 1].share) if trial.done else "nothing yet"
-
-
-def _stage(share: float) -> str:
-    return "to the end" if share == 1 else f"{share:.0%} of its steps"

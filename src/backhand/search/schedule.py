@@ -26,6 +26,11 @@ class Stage(NamedTuple):
     share: float
     goes_on: float
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        return "to the end" if self.share == 1 else f"{self.share:.0%} of its steps"
+
 
 STAGES: Mapping[str, tuple[Stage, ...]] = {
     "halving": (Stage(1 / 8, 1 / 3), Stage(1 / 2, 0.0), Stage(1.0, 1.0)),
@@ -66,6 +71,10 @@ class Schedule:
     def count(self) -> int:
         """Trials of their own, the first one with the options as given."""
         return 1 + len(self.points) if self.options.sampler == "grid" else self.options.trials
+
+    def reached(self, trial: Trial) -> str:
+        """How far a trial has come, in words."""
+        return self.stages[trial.done - 1].name if trial.done else "nothing yet"
 
     def promoted(self, stage: int, count: int) -> int:
         """How many of so many trials go on from this stage."""
@@ -137,14 +146,9 @@ class Schedule:
         spread = (self.count + 1) // 2 if self.options.sampler == "tpe" else 0
         if number <= spread:
             return evenly(self.dimensions, number - 1)
-        optuna = optuna_installed()
-        seed = derived_seed(self.seed, "search", number) % 2**32
-        samplers = optuna.samplers
-        chosen = (
-            samplers.RandomSampler(seed=seed)
-            if self.options.sampler == "random"
-            else samplers.TPESampler(seed=seed, n_startup_trials=0)
-        )
+        samplers, seed = optuna_installed().samplers, derived_seed(self.seed, "search", number) % 2**32
+        random = self.options.sampler == "random"
+        chosen = samplers.RandomSampler(seed=seed) if random else samplers.TPESampler(seed=seed, n_startup_trials=0)
         study = self.measured(own, 1, chosen)
         values = study.ask(distributions(self.dimensions)).params
         return {one.name: one.rounded(values[one.name]) for one in self.dimensions}

@@ -35,24 +35,16 @@ _LARGEST_GRID = 10_000
 
 @dataclass(frozen=True)
 class Dimension:
-    """One option that is varied.
+    """One option that is varied."""
 
-    Attributes:
-        name: of the option.
-        part: the part of the configuration that it stands in.
-        choices: values as they are typed; empty for a range.
-        low, high: of a range.
-        log: whether a range is even on a logarithmic scale.
-        whole: whether its values are whole numbers.
-    """
-
-    name: str
-    part: str
-    choices: tuple[Value, ...] = ()
+    name: str  # of the option
+    part: str  # the part of the configuration that it stands in
+    choices: tuple[Value, ...] = ()  # values as they are typed; empty for a range
+    # low, high: of a range
     low: float = 0.0
     high: float = 0.0
-    log: bool = False
-    whole: bool = False
+    log: bool = False  # whether a range is even on a logarithmic scale
+    whole: bool = False  # whether its values are whole numbers
 
     @property
     def ends(self) -> tuple[Value, ...]:

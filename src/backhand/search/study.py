@@ -52,6 +52,12 @@ class Trial:
         return f"{self.number:03d}"
 
     @property
+    def label(self) -> str:
+        """Its name for people, with what it repeats."""
+        more = "" if self.repeats is None else f" (as {self.repeats:03d}, seed {self.seed})"
+        return f"{self.name}{' as given' if self.number == 0 else ''}{more}"
+
+    @property
     def due(self) -> bool:
         """Whether there is something to do."""
         return self.failed is None and self.done < self.goal
@@ -109,15 +115,9 @@ class Study:
     def begin(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
         """Add a trial, and hold it."""
         optuna, study = self._optuna, self._study()
+        made = {"params": values, "distributions": self._distributions, "state": optuna.trial.TrialState.RUNNING}
         attributes = {"seed": seed, "goal": goal, "repeats": repeats}
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING,
-                params=values,
-                distributions=self._distributions,
-                user_attrs=attributes,
-            )
-        )
+        study.add_trial(optuna.trial.create_trial(**made, user_attrs=attributes))
         trial = _trial(study.get_trials(deepcopy=False)[-1])
         self.hold(trial)
         return trial

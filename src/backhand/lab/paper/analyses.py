@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,11 @@ from backhand.adapters.gguf_adapter import is_gguf_file
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
 from backhand.arithmetic.compatible import refuse_more_than_factors
 from backhand.errors import ArtifactError, UsageError
-from backhand.lab.paper.amplification import Amplification, amplification
+from backhand.lab.paper.directions import Amplification, ModuleSimilarity, amplification, compare_adapters
 from backhand.lab.paper.memory import MemoryResult, measure_memory
 from backhand.lab.paper.merging import MergeResult, measure_merging
-from backhand.lab.paper.optimizer_claims import FirstUpdates, OneLayer, PathComparison, compare_paths, first_updates
+from backhand.lab.paper.optimizer_claims import OneLayer, OptimizerClaims, compare_paths, first_updates
 from backhand.lab.paper.options import PaperOptions
-from backhand.lab.paper.similarity import ModuleSimilarity, compare_adapters
 from backhand.lab.paper.sweep import SweepResult, run_sweep
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.decoder import Decoder
@@ -39,8 +37,7 @@ class PaperResult:
     amplification: list[list[Amplification]] | None = None
     merging: MergeResult | None = None
     memory: MemoryResult | None = None
-    updates: list[FirstUpdates] | None = None
-    paths: list[PathComparison] | None = None
+    claims: OptimizerClaims | None = None
     sweep: SweepResult | None = None
     # what a person should know: where an adapter does not belong to the base, and was used by force
     notes: tuple[str, ...] = ()
@@ -62,7 +59,14 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
     result = PaperResult(tuple(read_factors(path, base, allow_pickle=allow_pickle) for path in options.run.adapter))
     if "similarity" in chosen:
         progress("subspace similarity")
-        result.similarity = _similarity(result.adapters, options.run.seed)
+        first, second = result.adapters
+        result.similarity = compare_adapters(first, second, options.run.seed)
+        if not result.similarity:
+            raise UsageError(
+                "the two adapters have no trained module in common",
+                where="adapter",
+                why="; ".join(f"{of.label}: {', '.join(list(of.modules)[:3])}, …" for of in result.adapters),
+            )
     if chosen == ("similarity",):
         return result
     source = base or open_model(options.model.model)
@@ -79,28 +83,19 @@ def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _:
         result.merging = _merging(options, source)
     if "memory" in chosen:
         progress("memory of a training step")
-        result.memory = _memory(options, result.adapters[0], source)
+        dtype, adapter = resolve_dtype(options.model, resolve_device(options.model)), result.adapters[0]
+        elements = sum(torch.Size(source.shape(name)).numel() for name in source.tensor_names())
+        sizes = elements, adapter.element_count, adapter.stored_bytes
+        result.memory = measure_memory(*sizes, element_bytes=dtype.itemsize)
     if "updates" in chosen:
         progress("first updates and Adam's path")
         layer = OneLayer.on(_some_weight(source, result.adapters), options.run.seed)
-        result.updates = first_updates(layer, UPDATE_RANKS, options.run.update_seeds)
-        result.paths = [compare_paths(layer, PATH_STEPS, p, q) for p, q in PATH_FACTORS]
+        updates = first_updates(layer, UPDATE_RANKS, options.run.update_seeds)
+        result.claims = OptimizerClaims(updates, [compare_paths(layer, PATH_STEPS, p, q) for p, q in PATH_FACTORS])
     if "sweep" in chosen:
         assert options.run.output is not None
         result.sweep = run_sweep(options, source, options.run.output / "sweep", progress)
     return result
-
-
-def _similarity(adapters: tuple[AdapterFactors, ...], seed: int) -> list[ModuleSimilarity]:
-    first, second = adapters
-    found = compare_adapters(first, second, seed)
-    if not found:
-        raise UsageError(
-            "the two adapters have no trained module in common",
-            where="adapter",
-            why="; ".join(f"{adapter.label}: {', '.join(list(adapter.modules)[:3])}, …" for adapter in adapters),
-        )
-    return found
 
 
 def _amplification(
@@ -116,26 +111,17 @@ def _amplification(
 
 
 def _merging(options: PaperOptions, source: ModelSource) -> MergeResult:
-    with _computing(options) as (device, dtype):
+    model, path = options.model, options.run.adapter[0]
+    device = resolve_device(model)
+    dtype = resolve_dtype(model, device)
+    with compute_settings(model, resolve_threads(model), dtype, device):
         base, merged = (Decoder.from_source(source, dtype=dtype, device=device) for _ in range(2))
-        path = options.run.adapter[0]
-        loaded = load_adapter_for(
-            source,
-            path,
-            base.module_shapes(),
-            force_base=options.model.force_base,
-            allow_pickle=options.model.allow_pickle,
-        )
+        shapes, force = base.module_shapes(), model.force_base
+        loaded = load_adapter_for(source, path, shapes, force_base=force, allow_pickle=model.allow_pickle)
         if loaded.beside:
             name, what = next(iter(loaded.beside.items()))
             raise ArtifactError(f"the analysis is of plain LoRA; of {name}: {what}", where=str(path))
         return measure_merging(base, merged, loaded.parameters(device=device), seed=options.run.seed)
-
-
-def _memory(options: PaperOptions, adapter: AdapterFactors, source: ModelSource) -> MemoryResult:
-    dtype = resolve_dtype(options.model, resolve_device(options.model))
-    elements = sum(torch.Size(source.shape(name)).numel() for name in source.tensor_names())
-    return measure_memory(elements, adapter.element_count, adapter.stored_bytes, element_bytes=dtype.itemsize)
 
 
 def _some_weight(source: ModelSource, adapters: tuple[AdapterFactors, ...]) -> torch.Tensor:
@@ -147,12 +133,3 @@ def _some_weight(source: ModelSource, adapters: tuple[AdapterFactors, ...]) -> t
         if len(source.shape(name)) == 2 and "embed" not in name:
             return source.load(name)
     raise ArtifactError("the base model has no linear layer", where=str(source.path))
-
-
-@contextmanager
-def _computing(options: PaperOptions) -> Iterator[tuple[torch.device, torch.dtype]]:
-    """Device and dtype, with the options' threads as long as they are used."""
-    device = resolve_device(options.model)
-    dtype = resolve_dtype(options.model, device)
-    with compute_settings(options.model, resolve_threads(options.model), dtype, device):
-        yield device, dtype

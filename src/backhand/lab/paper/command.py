@@ -3,210 +3,46 @@
 from __future__ import annotations
 
 import json
-import statistics
+import os
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from backhand.arithmetic.findings import kind_of, print_table
+from backhand.arithmetic.findings import print_table
 from backhand.errors import CheckError
 from backhand.files import csv_bytes, make_directory, write_with_summary
-from backhand.lab.paper.amplification import Amplification
+from backhand.lab.paper import plots
 from backhand.lab.paper.analyses import PaperResult, run_paper
+from backhand.lab.paper.directions import (
+    NORMS,
+    ModuleSimilarity,
+    SimilarityMap,
+    amplification_by_kind,
+    similarity_by_kind,
+    similarity_maps,
+)
 from backhand.lab.paper.memory import MemoryResult, StepMemory
 from backhand.lab.paper.merging import MergeResult, Ratio
 from backhand.lab.paper.optimizer_claims import (
     FIRST_UPDATE_ALPHA,
     LARGEST_DIFFERENCE,
     LARGEST_STANDARD_ERRORS,
-    PathComparison,
+    OptimizerClaims,
     largest_disagreement,
 )
 from backhand.lab.paper.options import PaperOptions
-from backhand.lab.paper.plots import (
-    draw_adam_paths,
-    draw_amplification,
-    draw_first_updates,
-    draw_memory,
-    draw_merging,
-    draw_similarity,
-    draw_similarity_by_layer,
-    draw_sweep,
-)
-from backhand.lab.paper.similarity import ModuleSimilarity, SimilarityMap, similarity_maps
-from backhand.lab.paper.sweep import SweepResult
-from backhand.lab.sine.tables import print_files
+from backhand.lab.paper.sweep import MEASURED, SweepResult
 from backhand.terminal import console_for_tables, working
-from backhand.words import finite_or_none, show_notes
+from backhand.words import show_notes
 
-_MAP_COLUMNS = ("kind", "factor", "modules", "i", "j", "similarity", "random", "expected_random")
-
-_LAYER_COLUMNS = (
-    "module",
-    "factor",
-    "first_rank",
-    "second_rank",
-    "dimension",
-    "first_direction",
-    "at_smaller_rank",
-    "all_directions",
-    "expected_random_all_directions",
-)
-
-_NORMS = ("update_norm", "weight_norm", "along_update", "along_weight", "along_random")
-
-
-def write_paper(directory: Path, result: PaperResult) -> list[str]:
-    """Write every file; see `write_with_summary`."""
-    files: dict[str, bytes] = {}
-    if result.similarity is not None:
-        first, second = (adapter.label for adapter in result.adapters)
-        maps = similarity_maps(result.similarity)
-        files["similarity.csv"] = csv_bytes(_MAP_COLUMNS, _map_lines(maps))
-        files["similarity.png"] = draw_similarity(maps, first, second)
-        files["similarity_layers.csv"] = csv_bytes(_LAYER_COLUMNS, _layer_lines(result.similarity))
-        files["similarity_layers.png"] = draw_similarity_by_layer(result.similarity, first, second)
-    for number, (adapter, rows) in enumerate(zip(result.adapters, result.amplification or [], strict=False), 1):
-        suffix = "" if number == 1 else f"_{number}"
-        fields = [*asdict(rows[0]), "factor", "random_factor"]
-        files[f"amplification{suffix}.csv"] = csv_bytes(
-            fields, ([getattr(row, name) for name in fields] for row in rows)
-        )
-        files[f"amplification{suffix}.png"] = draw_amplification(rows, adapter.label)
-    if result.merging is not None:
-        files["merging.png"] = draw_merging(result.merging)
-    if result.memory is not None:
-        files["memory.png"] = draw_memory(result.memory)
-    if result.updates is not None and result.paths is not None:
-        files["first_updates.png"] = draw_first_updates(result.updates)
-        lines = ((u.rank, seed, value) for u in result.updates for seed, value in enumerate(u.along_descent))
-        files["first_updates.csv"] = csv_bytes(("rank", "seed", "along_descent"), lines)
-        files["adam_path.png"] = draw_adam_paths(result.paths)
-        files["adam_path.csv"] = csv_bytes(("p", "q", "step", "difference", "control"), _path_lines(result.paths))
-    if result.sweep is not None:
-        files["sweep.png"] = draw_sweep(result.sweep)
-        header = ("targets", "rank", "trained_parameters", "base_eval_loss", "eval_loss", "exact_match", "train_s")
-        lines_of = (
-            (row.point.targets, row.point.rank, row.point.trained_parameters, *astuple(row)[1:])
-            for row in result.sweep.rows
-        )
-        files["sweep.csv"] = csv_bytes(header, lines_of)
-    return write_with_summary(directory, files, paper_summary(result))
-
-
-def paper_summary(result: PaperResult) -> dict[str, Any]:
-    """The findings in numbers, as summary.json and `--json` give them."""
-    return {
-        "adapters": [
-            {
-                "label": adapter.label,
-                "directory": str(adapter.directory),
-                "modules": len(adapter.modules),
-                "trained_parameters": adapter.element_count,
-                "stored_bytes": adapter.stored_bytes,
-            }
-            for adapter in result.adapters
-        ],
-        "similarity": None if result.similarity is None else similarity_by_kind(result.similarity),
-        "amplification": None
-        if result.amplification is None
-        else [amplification_by_kind(rows) for rows in result.amplification],
-        "merging": None if result.merging is None else asdict(result.merging),
-        "memory": None
-        if result.memory is None
-        else asdict(result.memory)
-        | {"memory_ratio": result.memory.memory_ratio, "stored_ratio": result.memory.stored_ratio},
-        "updates": None if result.updates is None else _updates(result),
-        "sweep": None if result.sweep is None else [asdict(row) for row in result.sweep.rows],
-    }
-
-
-def similarity_by_kind(rows: Sequence[ModuleSimilarity]) -> list[dict[str, Any]]:
-    """For each kind of module and factor, mean over the layers: φ(1, 1), φ at the full ranks, and what chance gives."""
-    found = []
-    for kind, factor in dict.fromkeys((kind_of(row.module), row.factor) for row in rows):
-        chosen = [row for row in rows if (kind_of(row.module), row.factor) == (kind, factor)]
-        expected = [float(max(row.similarity.shape)) / row.dimension for row in chosen]
-        found.append(
-            {
-                "kind": kind,
-                "factor": factor,
-                "modules": len(chosen),
-                "first_direction": statistics.fmean(float(row.similarity[0, 0]) for row in chosen),
-                "all_directions": statistics.fmean(float(row.similarity[-1, -1]) for row in chosen),
-                "random_first_direction": statistics.fmean(1 / row.dimension for row in chosen),
-                "random_all_directions": statistics.fmean(expected),
-            }
-        )
-    return found
-
-
-def amplification_by_kind(rows: Sequence[Amplification]) -> list[dict[str, Any]]:
-    """For each kind of module, mean over the layers; the factors are quotients of these means, as in a table.
-
-    (A mean of quotients would follow the layers whose ‖UᵀWV‖ is next to nothing.)
-    """
-    found = []
-    for kind in dict.fromkeys(kind_of(row.module) for row in rows):
-        chosen = [row for row in rows if kind_of(row.module) == kind]
-        mean = Amplification(
-            kind,
-            max(row.directions for row in chosen),
-            **{name: statistics.fmean(getattr(row, name) for row in chosen) for name in _NORMS},
-        )
-        found.append(
-            {"kind": kind, "modules": len(chosen)}
-            | {name: getattr(mean, name) for name in _NORMS}
-            | {"factor": finite_or_none(mean.factor), "random_factor": finite_or_none(mean.random_factor)}
-        )
-    return found
-
-
-def _updates(result: PaperResult) -> dict[str, Any]:
-    assert result.updates is not None and result.paths is not None
-    apart = largest_disagreement(result.updates)
-    return {
-        "ranks": [
-            {"rank": of.rank, "mean": of.mean, "standard_error": of.standard_error, "standard_deviation": of.deviation}
-            for of in result.updates
-        ],
-        "seeds": len(result.updates[0].along_descent),
-        "largest_disagreement_in_standard_errors": apart,
-        "means_agree": apart <= LARGEST_STANDARD_ERRORS,
-        "paths": [
-            {"p": path.p, "q": path.q, "difference": path.difference, "control": path.control, "passed": path.passed}
-            for path in result.paths
-        ],
-    }
-
-
-def _map_lines(maps: Sequence[SimilarityMap]) -> Iterable[tuple[object, ...]]:
-    """Every cell of similarity.png; those of each layer alone would make a file of megabytes."""
-    for each in maps:
-        for (i, j), value in np.ndenumerate(each.similarity):
-            numbers = (f"{number:.6g}" for number in (value, each.random[i, j], each.expected[i, j]))
-            yield each.kind, each.factor, each.modules, i + 1, j + 1, *numbers
-
-
-def _layer_lines(rows: Sequence[ModuleSimilarity]) -> Iterable[tuple[object, ...]]:
-    """Every cell of similarity_layers.png, with φ of the first directions and of all beside it."""
-    for row in rows:
-        first, second = row.similarity.shape
-        measured = (float(row.similarity[0, 0]), row.at_smaller_rank, float(row.similarity[-1, -1]))
-        numbers = (f"{number:.6g}" for number in (*measured, max(first, second) / row.dimension))
-        yield row.module, row.factor, first, second, row.dimension, *numbers
-
-
-def _path_lines(paths: Sequence[PathComparison]) -> Iterable[tuple[object, ...]]:
-    for path in paths:
-        for step, pair in enumerate(zip(path.differences, path.control_differences, strict=True), 1):
-            yield path.p, path.q, step, *pair
+_BAD = "bold red"
+_MEBIBYTE = 2**20
 
 
 def paper_command(options: PaperOptions) -> PaperResult:
@@ -219,63 +55,190 @@ def paper_command(options: PaperOptions) -> PaperResult:
         CheckError: a claim about the optimizer does not hold. What was found is printed and written first.
     """
     options.validate()
-    if options.run.output is not None:
-        make_directory(options.run.output)
-    if options.run.json:
-        result = run_paper(options)
-    else:
-        with working() as say:
-            result = run_paper(options, say)
+    output = options.run.output
+    if output is not None:
+        make_directory(output)
+    with working() if not options.run.json else nullcontext(lambda _: None) as say:
+        result = run_paper(options, say)
     show_notes(result.notes)
-    names = write_paper(options.run.output, result) if options.run.output is not None else []
+    summary = paper_summary(result)
+    names = write_with_summary(output, _files(result), summary) if output is not None else []
     if options.run.json:
-        sys.stdout.write(json.dumps(paper_summary(result) | {"files": names}, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(summary | {"files": names}, indent=2, allow_nan=False) + "\n")
     else:
         console = console_for_tables()
-        print_paper(console, result)
-        if options.run.output is not None:
-            print_files(console, options.run.output, names)
-    _raise_failures(result)
+        _print_tables(console, result, summary)
+        if output is not None:
+            console.print()
+            console.print(f"Written to {os.fspath(output)}: {', '.join(names)}", soft_wrap=True)
+    if summary["updates"] is not None:
+        _raise_failures(summary["updates"])
     return result
 
 
-def _raise_failures(result: PaperResult) -> None:
-    if result.updates is None or result.paths is None:
-        return
-    apart = largest_disagreement(result.updates)
-    if apart > LARGEST_STANDARD_ERRORS:
+def _raise_failures(found: Mapping[str, Any]) -> None:
+    if not found["means_agree"]:
+        apart = found["largest_disagreement_in_standard_errors"]
         raise CheckError(
             f"the mean first update depends on the rank: two means lie {apart:.1f} standard errors apart",
             where="updates",
             next_step="repeat with another --seed and more --update-seeds: chance does this once in a thousand times",
         )
-    for path in result.paths:
-        if not path.passed:
+    for path in found["paths"]:
+        if not path["passed"]:
             raise CheckError(
-                f"Adam's path changes under p = {path.p:g}, q = {path.q:g}",
+                f"Adam's path changes under p = {path['p']:g}, q = {path['q']:g}",
                 where="updates",
-                why=f"the updates differ by {path.difference:.2g}, the control by {path.control:.2g}",
+                why=f"the updates differ by {path['difference']:.2g}, the control by {path['control']:.2g}",
             )
 
 
-_MEGABYTE = 2**20
+def paper_summary(result: PaperResult) -> dict[str, Any]:
+    """The findings in numbers, as summary.json and `--json` give them; None for an analysis that was not made."""
+
+    def of(found: Any, summary: Callable[[Any], Any]) -> Any:
+        return None if found is None else summary(found)
+
+    adapters = [
+        {
+            "label": adapter.label,
+            "directory": str(adapter.directory),
+            "modules": len(adapter.modules),
+            "trained_parameters": adapter.element_count,
+            "stored_bytes": adapter.stored_bytes,
+        }
+        for adapter in result.adapters
+    ]
+    return {
+        "adapters": adapters,
+        "similarity": of(result.similarity, similarity_by_kind),
+        "amplification": of(result.amplification, lambda found: [amplification_by_kind(rows) for rows in found]),
+        "merging": of(result.merging, asdict),
+        "memory": of(result.memory, MemoryResult.as_json),
+        "updates": of(result.claims, _claims),
+        "sweep": of(result.sweep, lambda found: [asdict(row) for row in found.rows]),
+    }
 
 
-def print_paper(console: Console, result: PaperResult) -> None:
+def _claims(claims: OptimizerClaims) -> dict[str, Any]:
+    apart = largest_disagreement(claims.updates)
+    return {
+        "ranks": [
+            {"rank": of.rank, "mean": of.mean, "standard_error": of.standard_error, "standard_deviation": of.deviation}
+            for of in claims.updates
+        ],
+        "seeds": len(claims.updates[0].along_descent),
+        "largest_disagreement_in_standard_errors": apart,
+        "means_agree": apart <= LARGEST_STANDARD_ERRORS,
+        "paths": [
+            {name: getattr(path, name) for name in ("p", "q", "difference", "control", "passed")}
+            for path in claims.paths
+        ],
+    }
+
+
+def _files(result: PaperResult) -> dict[str, bytes]:
+    """Pictures and tables by name."""
+    files: dict[str, bytes] = {}
+    labels = [adapter.label for adapter in result.adapters]
+    if result.similarity is not None:
+        maps = similarity_maps(result.similarity)
+        files["similarity.csv"] = _csv(_map_rows(maps))
+        files["similarity.png"] = plots.draw_similarity(maps, *labels)
+        files["similarity_layers.csv"] = _csv(map(_layer_row, result.similarity))
+        files["similarity_layers.png"] = plots.draw_similarity_by_layer(result.similarity, *labels)
+    for suffix, label, rows in zip(("", "_2"), labels, result.amplification or (), strict=False):
+        files[f"amplification{suffix}.csv"] = _csv(
+            asdict(row) | {"factor": row.factor, "random_factor": row.random_factor} for row in rows
+        )
+        files[f"amplification{suffix}.png"] = plots.draw_amplification(rows, label)
+    if result.merging is not None:
+        files["merging.png"] = plots.draw_merging(result.merging)
+    if result.memory is not None:
+        files["memory.png"] = plots.draw_memory(result.memory)
+    if result.claims is not None:
+        updates, paths = result.claims
+        files["first_updates.png"] = plots.draw_first_updates(updates)
+        files["first_updates.csv"] = _csv(
+            {"rank": of.rank, "seed": seed, "along_descent": value}
+            for of in updates
+            for seed, value in enumerate(of.along_descent)
+        )
+        files["adam_path.png"] = plots.draw_adam_paths(paths)
+        files["adam_path.csv"] = _csv(
+            {"p": path.p, "q": path.q, "step": step, "difference": difference, "control": control}
+            for path in paths
+            for step, (difference, control) in enumerate(
+                zip(path.differences, path.control_differences, strict=True), 1
+            )
+        )
+    if result.sweep is not None:
+        files["sweep.png"] = plots.draw_sweep(result.sweep)
+        columns = ("targets", "rank", "trained_parameters")
+        files["sweep.csv"] = _csv(
+            {name: getattr(row.point, name) for name in columns} | {name: getattr(row, name) for name in MEASURED}
+            for row in result.sweep.rows
+        )
+    return files
+
+
+def _csv(rows: Iterable[Mapping[str, object]]) -> bytes:
+    """Rows that all have the same columns; one at least."""
+    lines = list(rows)
+    return csv_bytes(list(lines[0]), (list(line.values()) for line in lines))
+
+
+def _map_rows(maps: Sequence[SimilarityMap]) -> Iterable[dict[str, object]]:
+    """Every cell of similarity.png; those of each layer alone would make a file of megabytes."""
+    for each in maps:
+        for (i, j), value in np.ndenumerate(each.similarity):
+            numbers = {"similarity": value, "random": each.random[i, j], "expected_random": each.expected[i, j]}
+            place = {"kind": each.kind, "factor": each.factor, "modules": each.modules, "i": i + 1, "j": j + 1}
+            yield place | {name: f"{number:.6g}" for name, number in numbers.items()}
+
+
+def _layer_row(row: ModuleSimilarity) -> dict[str, object]:
+    """A cell of similarity_layers.png, with φ of the first directions and of all beside it."""
+    first_rank, second_rank = row.similarity.shape
+    first, full, chance = row.ends
+    numbers = {"first_direction": first, "at_smaller_rank": row.at_smaller_rank, "all_directions": full}
+    numbers["expected_random_all_directions"] = chance
+    sizes = {"first_rank": first_rank, "second_rank": second_rank, "dimension": row.dimension}
+    place: dict[str, object] = {"module": row.module, "factor": row.factor}
+    return place | sizes | {name: f"{number:.6g}" for name, number in numbers.items()}
+
+
+def _print_tables(console: Console, result: PaperResult, summary: Mapping[str, Any]) -> None:
     """Every analysis that was made, in the paper's order of claims."""
+    labels = [adapter.label for adapter in result.adapters]
     if result.sweep is not None:
         _print_sweep(console, result.sweep)
     if result.similarity is not None:
-        first, second = (adapter.label for adapter in result.adapters)
-        _print_similarity(console, similarity_by_kind(result.similarity), first, second)
-    for adapter, rows in zip(result.adapters, result.amplification or [], strict=False):
-        _print_amplification(console, amplification_by_kind(rows), adapter.label)
+        rows = [
+            (f"{kind['kind']} {kind['factor']}", str(kind["modules"]), *_numbers(kind, *_SIMILARITY))
+            for kind in summary["similarity"]
+        ]
+        title = f"\nSubspace similarity: {labels[0]} against {labels[1]} (mean over the layers)"
+        print_table(console, title, ("factor", "modules", "φ(1, 1)", "by chance", "φ(r, r′)", "by chance"), rows)
+    for label, kinds in zip(labels, summary["amplification"] or (), strict=False):
+        rows = [(kind["kind"], str(kind["modules"]), *_numbers(kind, *_AMPLIFICATION)) for kind in kinds]
+        columns = ("module", "modules", "‖ΔW‖", "‖W‖", "‖UᵀWV‖: ΔW", "of W", "random", "amplification", "by chance")
+        print_table(console, f"\nAmplification: {label} (mean over the layers)", columns, rows)
     if result.merging is not None:
         _print_merging(console, result.merging)
     if result.memory is not None:
         _print_memory(console, result.memory)
-    if result.updates is not None:
-        _print_updates(console, result)
+    if summary["updates"] is not None:
+        _print_claims(console, summary["updates"])
+
+
+_SIMILARITY = ("first_direction", "random_first_direction", "all_directions", "random_all_directions")
+_AMPLIFICATION = (*NORMS, "factor", "random_factor")
+
+
+def _numbers(row: Mapping[str, Any], *names: str) -> list[str]:
+    """Four digits of each; nothing where there is no number."""
+    return ["" if row[name] is None else f"{row[name]:.4g}" for name in names]
 
 
 def _print_sweep(console: Console, result: SweepResult) -> None:
@@ -284,7 +247,7 @@ def _print_sweep(console: Console, result: SweepResult) -> None:
             row.point.targets,
             str(row.point.rank),
             f"{row.point.trained_parameters:,}",
-            _number(row.base_eval_loss),
+            *_numbers(vars(row), "base_eval_loss"),
             f"{row.eval_loss:.4f}",
             "" if row.exact_match is None else f"{row.exact_match:.1%}",
             f"{row.train_s:.0f} s",
@@ -296,45 +259,13 @@ def _print_sweep(console: Console, result: SweepResult) -> None:
     print_table(console, f"\nWhich weights, and how small a rank (budget: {result.budget:,} numbers)", columns, rows)
 
 
-def _print_similarity(console: Console, kinds: Sequence[dict[str, Any]], first: str, second: str) -> None:
-    rows = [
-        (
-            f"{kind['kind']} {kind['factor']}",
-            str(kind["modules"]),
-            _number(kind["first_direction"]),
-            _number(kind["random_first_direction"]),
-            _number(kind["all_directions"]),
-            _number(kind["random_all_directions"]),
-        )
-        for kind in kinds
-    ]
-    columns = ("factor", "modules", "φ(1, 1)", "by chance", "φ(r, r′)", "by chance")
-    print_table(console, f"\nSubspace similarity: {first} against {second} (mean over the layers)", columns, rows)
-
-
-def _print_amplification(console: Console, kinds: Sequence[dict[str, Any]], label: str) -> None:
-    rows = [
-        (
-            kind["kind"],
-            str(kind["modules"]),
-            *(_number(kind[name]) for name in ("update_norm", "weight_norm", "along_update", "along_weight")),
-            *(_number(kind[name]) for name in ("along_random", "factor", "random_factor")),
-        )
-        for kind in kinds
-    ]
-    columns = ("module", "modules", "‖ΔW‖", "‖W‖", "‖UᵀWV‖: ΔW", "of W", "random", "amplification", "by chance")
-    print_table(console, f"\nAmplification: {label} (mean over the layers)", columns, rows)
-
-
 def _print_merging(console: Console, result: MergeResult) -> None:
+    def ratio(of: Ratio) -> str:
+        return f"{of.median:.3f} [{of.lower:.3f}, {of.upper:.3f}]"
+
     rows = [
-        (
-            f"{times.documents} × {times.tokens} tokens",
-            f"{1000 * times.base_s:.1f} ms",
-            _ratio(times.adapter),
-            _ratio(times.merged),
-        )
-        for times in result.times
+        (f"{of.documents} × {of.tokens} tokens", f"{1000 * of.base_s:.1f} ms", ratio(of.adapter), ratio(of.merged))
+        for of in result.times
     ]
     columns = ("forward pass", "base", "adapter beside it / base", "merged / base")
     print_table(console, "\nLatency before and after merging (median [quartiles])", columns, rows)
@@ -344,63 +275,52 @@ def _print_merging(console: Console, result: MergeResult) -> None:
 
 
 def _print_memory(console: Console, result: MemoryResult) -> None:
-    ratio = result.memory_ratio
+    def cells(trained: str, memory: StepMemory, stored_bytes: int) -> tuple[str, ...]:
+        if memory.bytes is None:
+            measured = "too small to measure"
+        elif not memory.measured_bytes:
+            measured = "does not fit here"
+        else:
+            low, high = (value / _MEBIBYTE for value in (min(memory.measured_bytes), max(memory.measured_bytes)))
+            measured = f"{memory.bytes / _MEBIBYTE:,.1f} MiB [{low:,.1f}, {high:,.1f}]"
+        computed, stored = (f"{size / _MEBIBYTE:,.1f} MiB" for size in (memory.computed_bytes, stored_bytes))
+        return trained, f"{memory.trained:,}", computed, measured, stored
+
     rows = [
-        ("adapter", *_memory_cells(result.adapter), f"{result.adapter_stored_bytes / _MEGABYTE:,.1f} MiB"),
-        ("every weight", *_memory_cells(result.full), f"{result.full_stored_bytes / _MEGABYTE:,.1f} MiB"),
-        ("ratio", "", "", "" if ratio is None else f"{ratio:.1f}", f"{result.stored_ratio:.1f}"),
+        cells("adapter", result.adapter, result.adapter_stored_bytes),
+        cells("every weight", result.full, result.full_stored_bytes),
+        ("ratio", "", "", f"{result.memory_ratio:.1f}" if result.memory_ratio else "", f"{result.stored_ratio:.1f}"),
     ]
     columns = ("trained", "numbers", "computed", "measured [range]", "stored, float32")
     print_table(console, "\nMemory of an optimizer step without activations, and what is stored", columns, rows)
 
 
-def _memory_cells(memory: StepMemory) -> tuple[str, str, str]:
-    if memory.bytes is None:
-        measured = "too small to measure"
-    elif not memory.measured_bytes:
-        measured = "does not fit here"
-    else:
-        low, high = (value / _MEGABYTE for value in (min(memory.measured_bytes), max(memory.measured_bytes)))
-        measured = f"{memory.bytes / _MEGABYTE:,.1f} MiB [{low:,.1f}, {high:,.1f}]"
-    return f"{memory.trained:,}", f"{memory.computed_bytes / _MEGABYTE:,.1f} MiB", measured
-
-
-def _print_updates(console: Console, result: PaperResult) -> None:
-    assert result.updates is not None and result.paths is not None
-    rows = [
-        (str(update.rank), f"{update.mean:.6g}", f"{update.standard_error:.2g}", f"{update.deviation:.2g}")
-        for update in result.updates
-    ]
-    seeds = len(result.updates[0].along_descent)
+def _print_claims(console: Console, found: Mapping[str, Any]) -> None:
+    """What `_claims` gives."""
     title = (
-        f"First update along the descent at alpha {FIRST_UPDATE_ALPHA:g}, scaling alpha / rank: "
-        f"{seeds} fresh adapters each"
+        f"\nFirst update along the descent at alpha {FIRST_UPDATE_ALPHA:g}, scaling alpha / rank: "
+        f"{found['seeds']} fresh adapters each"
     )
-    print_table(console, "\n" + title, ("rank", "mean", "standard error", "standard deviation of one"), rows)
-    apart = largest_disagreement(result.updates)
-    verdict = Text("agree") if apart <= LARGEST_STANDARD_ERRORS else Text("DO NOT AGREE", style="bold red")
+    rows = [
+        (f"{of['rank']}", f"{of['mean']:.6g}", f"{of['standard_error']:.2g}", f"{of['standard_deviation']:.2g}")
+        for of in found["ranks"]
+    ]
+    print_table(console, title, ("rank", "mean", "standard error", "standard deviation of one"), rows)
     how = (
-        f": the two furthest apart differ by {apart:.1f} standard errors of their difference "
-        f"(bound {LARGEST_STANDARD_ERRORS:g})."
+        f": the two furthest apart differ by {found['largest_disagreement_in_standard_errors']:.1f} standard errors "
+        f"of their difference (bound {LARGEST_STANDARD_ERRORS:g})."
     )
+    verdict = Text("agree") if found["means_agree"] else Text("DO NOT AGREE", style=_BAD)
     console.print(Text.assemble("The means ", verdict, how))
     compared: list[tuple[str | Text, ...]] = [
         (
-            f"{path.p:g}, {path.q:g}",
-            f"{path.difference:.2g}",
-            f"{path.control:.2g}" if path.has_control else "",
-            "same path" if path.passed else Text("ANOTHER PATH", style="bold red"),
+            f"{path['p']:g}, {path['q']:g}",
+            f"{path['difference']:.2g}",
+            f"{path['control']:.2g}" if path["q"] != 1 else "",
+            "same path" if path["passed"] else Text("ANOTHER PATH", style=_BAD),
         )
-        for path in result.paths
+        for path in found["paths"]
     ]
+    title = "\nAdam's path under alpha/(pq), p · lora_A, rates p and q times as large"
     columns = ("p, q", "largest difference of ΔW", "lora_B's rate left as it was", f"bound {LARGEST_DIFFERENCE:g}")
-    title = "Adam's path under alpha/(pq), p · lora_A, rates p and q times as large"
-    print_table(console, "\n" + title, columns, compared)
-
-
-def _ratio(ratio: Ratio) -> str:
-    return f"{ratio.median:.3f} [{ratio.lower:.3f}, {ratio.upper:.3f}]"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    print_table(console, title, columns, compared)

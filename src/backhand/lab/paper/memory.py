@@ -13,7 +13,8 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from backhand.errors import ResourceError
 from backhand.nn.available_memory import available_bytes
@@ -37,14 +38,9 @@ class StepMemory:
     measured_bytes: tuple[int, ...]
 
     @property
-    def too_small(self) -> bool:
-        """Whether the growth of a process says nothing about so little."""
-        return self.computed_bytes < SMALLEST_MEASURABLE
-
-    @property
     def bytes(self) -> float | None:
         """Median of what was measured, or what is computed where it was not; None if it is too small to measure."""
-        if self.too_small:
+        if self.computed_bytes < SMALLEST_MEASURABLE:
             return None
         return statistics.median(self.measured_bytes) if self.measured_bytes else float(self.computed_bytes)
 
@@ -71,6 +67,10 @@ class MemoryResult:
         """Full over adapter."""
         return self.full_stored_bytes / self.adapter_stored_bytes
 
+    def as_json(self) -> dict[str, Any]:
+        """Every field, and both ratios."""
+        return asdict(self) | {"memory_ratio": self.memory_ratio, "stored_ratio": self.stored_ratio}
+
 
 def measure_memory(
     base_elements: int, adapter_elements: int, adapter_stored_bytes: int, *, element_bytes: int, runs: int = RUNS
@@ -80,18 +80,16 @@ def measure_memory(
     Args:
         element_bytes: of the frozen weights: 2 in bfloat16, 4 in float32.
     """
-    adapter = _step_memory(base_elements, adapter_elements, element_bytes, runs)
-    full = _step_memory(0, base_elements, element_bytes, runs)
-    return MemoryResult(adapter, full, adapter_stored_bytes, 4 * base_elements)
-
-
-def _step_memory(frozen: int, trained: int, element_bytes: int, runs: int) -> StepMemory:
-    computed = frozen * element_bytes + trained * BYTES_PER_TRAINED
     free = available_bytes()
-    measured: tuple[int, ...] = ()
-    if free is None or free > _MARGIN * computed:
-        measured = tuple(_measure(frozen, trained, element_bytes) for _ in range(runs))
-    return StepMemory(trained, computed, measured)
+
+    def step(frozen: int, trained: int) -> StepMemory:
+        computed = frozen * element_bytes + trained * BYTES_PER_TRAINED
+        fits = free is None or free > _MARGIN * computed
+        measured = tuple(_measure(frozen, trained, element_bytes) for _ in range(runs if fits else 0))
+        return StepMemory(trained, computed, measured)
+
+    adapter, full = step(base_elements, adapter_elements), step(0, base_elements)
+    return MemoryResult(adapter, full, adapter_stored_bytes, 4 * base_elements)
 
 
 def _measure(frozen: int, trained: int, element_bytes: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,39 +92,25 @@ def measure_merging(
     base.attach(lora)
     beside = base.hidden_states(batch).double()
     base.detach()
-    difference = torch.linalg.vector_norm(merged.hidden_states(batch).double() - beside) / torch.linalg.vector_norm(
-        beside
-    )
-    return MergeResult(times, float(difference))
+    apart = merged.hidden_states(batch).double() - beside
+    return MergeResult(times, float(apart.norm() / beside.norm()))
 
 
 def _forward_times(
     base: Decoder, merged: Decoder, lora: LoRAParameters, batch: PackedBatch, rounds: int
 ) -> ForwardTimes:
-    def with_adapter() -> float:
-        base.attach(lora)
-        took = _timed(base, batch)
-        base.detach()
-        return took
-
-    ways: dict[str, Callable[[], float]] = {
-        "base": lambda: _timed(base, batch),
-        "adapter": with_adapter,
-        "merged": lambda: _timed(merged, batch),
-    }
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {"base": [], "adapter": [], "merged": []}
     for number in range(WARM_UP_ROUNDS + rounds):
-        for name, way in ways.items():
-            took = way()
-            if number >= WARM_UP_ROUNDS:
-                found[name].append(took)
-    return ForwardTimes(
-        len(batch.lengths),
-        batch.lengths[0],
-        statistics.median(found["base"]),
-        Ratio.of(found["adapter"], found["base"]),
-        Ratio.of(found["merged"], found["base"]),
-    )
+        took = {"base": _timed(base, batch)}
+        base.attach(lora)
+        took["adapter"] = _timed(base, batch)
+        base.detach()
+        took["merged"] = _timed(merged, batch)
+        if number >= WARM_UP_ROUNDS:
+            for name, seconds in took.items():
+                found[name].append(seconds)
+    adapter, merged_ratio = (Ratio.of(found[name], found["base"]) for name in ("adapter", "merged"))
+    return ForwardTimes(len(batch.lengths), batch.lengths[0], statistics.median(found["base"]), adapter, merged_ratio)
 
 
 def _timed(decoder: Decoder, batch: PackedBatch) -> float:

@@ -22,6 +22,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ LARGEST_DIFFERENCE = 1e-6
 """How far two paths may lie apart, relative to the longer update."""
 
 
-@dataclass(frozen=True)
-class AdamPath:
+class AdamPath(NamedTuple):
     """One run."""
 
     losses: tuple[float, ...]  # before each step, and after the last
@@ -87,29 +87,23 @@ def adam_path(layer: OneLayer, steps: int, p: float = 1.0, q: float = 1.0, q_of_
     scaling = ALPHA / (p * q) / RANK
     lora = layer.parameters(RANK, scaling, seed=0)
     lora.lora_A(NAME).mul_(p)
-    factors = []
-    for values, gradients in ((lora.lora_A, lora.d_lora_A), (lora.lora_B, lora.d_lora_B)):
-        parameter = torch.nn.Parameter(values(NAME))
-        parameter.grad = gradients(NAME)
-        factors.append(parameter)
-    rates = (p * LEARNING_RATE, (q if q_of_rate is None else q_of_rate) * LEARNING_RATE)
-    groups = [{"params": [factor], "lr": rate} for factor, rate in zip(factors, rates, strict=True)]
+    lora_A, lora_B = torch.nn.Parameter(lora.lora_A(NAME)), torch.nn.Parameter(lora.lora_B(NAME))
+    lora_A.grad, lora_B.grad = lora.d_lora_A(NAME), lora.d_lora_B(NAME)
+    rates = ((lora_A, p), (lora_B, q if q_of_rate is None else q_of_rate))
+    groups = [{"params": [factor], "lr": times * LEARNING_RATE} for factor, times in rates]
     optimizer = torch.optim.AdamW(groups, eps=EPSILON, weight_decay=0.0)
-    losses, updates = [], []
+    losses, updates = [layer.add_gradients(lora, scaling)], []
     for _ in range(steps):
-        lora.gradients.zero_()
-        losses.append(layer.add_gradients(lora, scaling))
         optimizer.step()
         updates.append(delta_weight(lora, scaling))
-    lora.gradients.zero_()
-    losses.append(layer.add_gradients(lora, scaling))
+        lora.gradients.zero_()
+        losses.append(layer.add_gradients(lora, scaling))
     return AdamPath(tuple(losses), tuple(updates))
 
 
 def compare_paths(layer: OneLayer, steps: int, p: float, q: float) -> PathComparison:
     """The rescaled run and its control against the plain one."""
-    plain = adam_path(layer, steps)
-    rescaled = adam_path(layer, steps, p, q)
+    plain, rescaled = adam_path(layer, steps), adam_path(layer, steps, p, q)
     control = adam_path(layer, steps, p, q, q_of_rate=1.0)
     return PathComparison(p, q, path_differences(plain, rescaled), path_differences(plain, control))
 
@@ -176,13 +170,13 @@ def first_updates(layer: OneLayer, ranks: Sequence[int], seeds: int) -> list[Fir
     options = OptimizationOptions(learning_rate=LEARNING_RATE, weight_decay=0.0, adam_epsilon=1e-12)
     found = []
     for place, rank in enumerate(ranks):
-        along = []
+        along, scaling = [], FIRST_UPDATE_ALPHA / rank
         for seed in range(seeds):
-            lora = layer.parameters(rank, FIRST_UPDATE_ALPHA / rank, seed=place * seeds + seed)
+            lora = layer.parameters(rank, scaling, seed=place * seeds + seed)
             optimizer = AdapterOptimizer(lora, options)
-            layer.add_gradients(lora, FIRST_UPDATE_ALPHA / rank)
+            layer.add_gradients(lora, scaling)
             optimizer.step(LEARNING_RATE)
-            along.append(float((delta_weight(lora, FIRST_UPDATE_ALPHA / rank) * descent).sum()))
+            along.append(float((delta_weight(lora, scaling) * descent).sum()))
         found.append(FirstUpdates(rank, tuple(along)))
     return found
 
@@ -190,6 +184,13 @@ def first_updates(layer: OneLayer, ranks: Sequence[int], seeds: int) -> list[Fir
 def largest_disagreement(updates: Sequence[FirstUpdates]) -> float:
     """The two means that lie furthest apart, in standard errors of their difference."""
     return max((one.standard_errors_apart(other) for one, other in combinations(updates, 2)), default=0.0)
+
+
+class OptimizerClaims(NamedTuple):
+    """What was found of both claims."""
+
+    updates: list[FirstUpdates]
+    paths: list[PathComparison]
 
 
 NAME = "layer"

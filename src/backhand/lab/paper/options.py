@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from backhand.adapters.config import Alpha, Rank, parse_modules
 from backhand.bounds import Bound, Check, Count, Options, Seed, Several
@@ -13,8 +13,7 @@ from backhand.errors import UsageError
 from backhand.training.config import ModelOptions, OptimizationOptions
 
 Analysis = Literal["similarity", "amplification", "merging", "memory", "updates", "sweep"]
-ANALYSES: tuple[Analysis, ...] = ("similarity", "amplification", "merging", "memory", "updates", "sweep")
-_OF_ADAPTERS: frozenset[str] = frozenset(("similarity", "amplification", "merging", "memory"))
+ANALYSES: tuple[Analysis, ...] = get_args(Analysis)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class PaperRunOptions(Options):
                 where="adapter",
                 next_step="give one or two adapters, or --analyses updates or --analyses sweep",
             )
-        needed = 2 if "similarity" in self.analyses else 1 if _OF_ADAPTERS & set(self.analyses) else 0
+        needed = 2 if "similarity" in self.analyses else 1 if {*self.analyses} & {*ANALYSES[:4]} else 0
         if len(self.adapter) < needed:
             raise UsageError(
                 f"{', '.join(self.analyses)}: {needed} adapter{'s are' if needed > 1 else ' is'} needed, "

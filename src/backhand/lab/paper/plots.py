@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from backhand.arithmetic.findings import draw_layer_map, kind_of, label_axes, new_figure, png_bytes
-from backhand.lab.paper.amplification import Amplification
+from backhand.arithmetic.findings import draw_map, label_axes, new_figure, png_bytes
+from backhand.lab.paper.directions import Amplification, ModuleSimilarity, SimilarityMap, amplification_by_kind
 from backhand.lab.paper.memory import MemoryResult
 from backhand.lab.paper.merging import MergeResult
 from backhand.lab.paper.optimizer_claims import LARGEST_DIFFERENCE, FirstUpdates, PathComparison
-from backhand.lab.paper.similarity import FloatMap, ModuleSimilarity, SimilarityMap
 from backhand.lab.paper.sweep import SweepResult
 
 _HELD_OUT = "held-out loss (nats per token)"
@@ -43,9 +42,8 @@ def draw_similarity(maps: Sequence[SimilarityMap], first: str, second: str) -> b
                 axes.set_axis_off()
                 continue
             grid = found.random if control else found.similarity
-            image = axes.imshow(
-                grid, cmap="gray_r", vmin=0, vmax=1, origin="lower", aspect="auto", extent=_extent(grid)
-            )
+            extent = 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5  # cells centred on i and j, which count from 1
+            image = axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)
             axes.set_title(f"{kind}\n{f'random for {factor}' if control else factor}", fontsize="small")
             axes.tick_params(labelsize="x-small")
             axes.locator_params(integer=True, nbins=5)
@@ -62,11 +60,8 @@ def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, secon
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
         of_factor = [row for row in rows if row.factor == factor]
-        values = {row.module: row.at_smaller_rank for row in of_factor}
-        image = draw_layer_map(axes, values, vmin=0, vmax=1)
-        axes.set_title(f"{factor}: {_chance(of_factor)}", fontsize="small")
-        if image is not None:
-            figure.colorbar(image, ax=axes, label="φ(r, r) at the smaller rank r")
+        values, title = {row.module: row.at_smaller_rank for row in of_factor}, f"{factor}: {_chance(of_factor)}"
+        draw_map(figure, axes, values, title, "φ(r, r) at the smaller rank r", vmin=0, vmax=1)
     figure.suptitle(f"Subspace similarity: {first} against {second}", fontsize="medium")
     return png_bytes(figure)
 
@@ -76,24 +71,22 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
     figure = new_figure(13, 4.8)
     layers, bars = figure.subplots(1, 2)
     values = {row.module: math.log10(row.factor) for row in rows if row.factor > 0}
-    image = draw_layer_map(layers, values, vmin=None, vmax=None)
-    layers.set_title(f"Amplification ‖ΔW‖ / ‖UᵀWV‖: {label}", fontsize="medium")
-    if image is not None:
-        figure.colorbar(image, ax=layers, label="log₁₀ of the amplification factor")
-    kinds = list(dict.fromkeys(kind_of(row.module) for row in rows))
-    places = np.arange(len(kinds))
+    title = f"Amplification ‖ΔW‖ / ‖UᵀWV‖: {label}"
+    draw_map(figure, layers, values, title, "log₁₀ of the amplification factor")
+    kinds = amplification_by_kind(rows)
+    places, names = np.arange(len(kinds)), [kind["kind"] for kind in kinds]
     sets = (
         ("directions of W", "along_weight", _WHITE),
         ("directions of ΔW", "along_update", _HATCHED),
         ("random directions", "along_random", _BLACK),
     )
     for number, (name, attribute, style) in enumerate(sets):
-        means = [np.mean([getattr(row, attribute) for row in rows if kind_of(row.module) == kind]) for kind in kinds]
+        means = [kind[attribute] for kind in kinds]
         bars.bar(places + 0.27 * (number - 1), means, 0.25, label=name, **style)
     bars.set_yscale("log")
     low, high = bars.get_ylim()
     bars.set_ylim(low / 1.5, high * 2.5)  # room for the legend above the bars
-    bars.set_xticks(places, kinds, rotation=30, ha="right")
+    bars.set_xticks(places, names, rotation=30, ha="right")
     title, y = "What the weight does along the leading directions", "‖UᵀWV‖ (Frobenius), mean over layers, logarithmic"
     label_axes(bars, title, "", y, grid=False, loc="upper center", ncols=3)
     return png_bytes(figure)
@@ -191,11 +184,6 @@ def _chance(rows: Sequence[ModuleSimilarity]) -> str:
     return f"chance gives {low}" if low == high else f"chance gives {low} to {high}"
 
 
-def _extent(grid: FloatMap) -> tuple[float, float, float, float]:
-    """Cells centred on i and j, which count from 1."""
-    return 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5
-
-
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _SMALLEST = 1e-16
 """Differences below float64's own rounding are drawn there: a logarithmic axis has no zero."""
@@ -210,15 +198,8 @@ def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
         spread = np.linspace(-0.2, 0.2, len(update.along_descent))
         label = "one fresh adapter" if number == 0 else None
         axes.plot(number + spread, update.along_descent, "x", color="#9a9a9a", markersize=4, label=label)
-    axes.errorbar(
-        places,
-        [update.mean for update in updates],
-        yerr=[2 * update.standard_error for update in updates],
-        fmt="o",
-        color="black",
-        capsize=6,
-        label="mean ± 2 standard errors",
-    )
+    means, errors = [update.mean for update in updates], [2 * update.standard_error for update in updates]
+    axes.errorbar(places, means, errors, fmt="o", color="black", capsize=6, label="mean ± 2 standard errors")
     axes.set_xticks(places, [str(update.rank) for update in updates])
     x, y = "rank (alpha fixed, scaling alpha / rank)", "⟨ΔW, −∇W⟩ / ‖∇W‖ after one step of Adam"
     label_axes(axes, "The expected first update does not depend on the rank", x, y)
@@ -236,9 +217,9 @@ def draw_adam_paths(paths: Sequence[PathComparison]) -> bytes:
         places = (number * every // len(paths), every)
         style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": places, "markersize": 5}
         label = f"p = {path.p:g}, q = {path.q:g}"
-        axes.plot(steps, _above_zero(path.differences), "-", color="black", label=label, **style)
+        axes.plot(steps, np.maximum(path.differences, _SMALLEST), "-", color="black", label=label, **style)
         if path.has_control:
-            axes.plot(steps, _above_zero(path.control_differences), ":", color="#707070", **style)
+            axes.plot(steps, np.maximum(path.control_differences, _SMALLEST), ":", color="#707070", **style)
     axes.plot([], [], ":", color="#707070", label="lora_B's rate left as it was")
     axes.axhline(LARGEST_DIFFERENCE, color="black", linestyle="--", linewidth=0.8)
     axes.text(1, 1.5 * LARGEST_DIFFERENCE, "bound", fontsize="small")
@@ -248,7 +229,3 @@ def draw_adam_paths(paths: Sequence[PathComparison]) -> bytes:
     title = "Adam's path under alpha/(pq), p · lora_A, rates p and q times as large"
     label_axes(axes, title, "step of Adam", "‖ΔW′ − ΔW‖ / ‖ΔW‖", loc="upper center", ncols=3)
     return png_bytes(figure)
-
-
-def _above_zero(differences: Sequence[float]) -> list[float]:
-    return [max(difference, _SMALLEST) for difference in differences]

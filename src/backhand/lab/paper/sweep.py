@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from backhand.training.measuring import HeldOut
 from backhand.training.run import train
 
 RESULT_FILE = "result.json"
-_MEASURED = ("base_eval_loss", "eval_loss", "exact_match", "train_s")
+MEASURED = ("base_eval_loss", "eval_loss", "exact_match", "train_s")
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ def plan_sweep(options: PaperOptions, shapes: Mapping[str, tuple[int, int]]) -> 
     reference = sweep.sweep_targets[min(1, len(sweep.sweep_targets) - 1)]
     budget = sweep.sweep_budget or per_rank[reference] * max(sweep.sweep_ranks)
     points: dict[tuple[str, int], SweepPoint] = {}
-    for targets, count in per_rank.items():
-        for rank in sorted(set(sweep.sweep_ranks)):
-            points[targets, rank] = SweepPoint(targets, rank, rank * count)
+    for targets, rank in product(per_rank, sorted(set(sweep.sweep_ranks))):
+        points[targets, rank] = SweepPoint(targets, rank, rank * per_rank[targets])
     for targets, count in per_rank.items():
         rank = budget // count
         if rank:
@@ -115,10 +115,7 @@ def _per_rank(targets: str, shapes: Mapping[str, tuple[int, int]]) -> int:
 
 
 def run_sweep(
-    options: PaperOptions,
-    source: ModelSource,
-    directory: Path,
-    progress: Callable[[str], None] = lambda _: None,
+    options: PaperOptions, source: ModelSource, directory: Path, progress: Callable[[str], None] = lambda _: None
 ) -> SweepResult:
     """Train and evaluate every point that is not done yet.
 
@@ -179,17 +176,14 @@ def _row(
         done = _train_and_evaluate(options, replace(config, data=data, run=run), held_out)
         text = json.dumps({"settings": settings, "point": asdict(point), **done}, indent=2) + "\n"
         write_atomically(directory / RESULT_FILE, text.encode())
-    return SweepRow(point, **{name: done[name] for name in _MEASURED})
+    return SweepRow(point, **done)
 
 
 def _train_and_evaluate(options: PaperOptions, config: TrainConfig, held_out: EvaluationRows) -> dict[str, Any]:
-    summary = train(config)
-    run = EvaluateRunOptions(max_new_tokens=options.sweep.max_new_tokens)
-    data = config.data
-    with loaded_model(
-        options.model, summary.adapter, chat_template=data.chat_template, template_args=data.template_args
-    ) as loaded:
-        found = score(loaded, held_out, run, adapter=True)
+    summary, data = train(config), config.data
+    asked: dict[str, Any] = {"chat_template": data.chat_template, "template_args": data.template_args}
+    with loaded_model(options.model, summary.adapter, **asked) as loaded:
+        found = score(loaded, held_out, EvaluateRunOptions(max_new_tokens=options.sweep.max_new_tokens), adapter=True)
     return {
         "base_eval_loss": summary.base_eval_loss,
         "eval_loss": found.loss,
@@ -207,18 +201,16 @@ def _read_result(path: Path, settings: str) -> dict[str, Any] | None:
     """
     try:
         found = json.loads(read_settings(path))
-        same = found["settings"] == settings
-        complete = all(name in found for name in _MEASURED)
+        done = {name: found[name] for name in MEASURED}
+        if found["settings"] == settings:
+            return done
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        same, complete = True, False
-    if not complete:
-        raise ArtifactError("is damaged", where=str(path), next_step="remove its directory; the run is done again")
-    if not same:
-        raise UsageError(
-            "a run of this sweep was trained with other settings",
-            where=str(path.parent),
-            next_step="give another --output, or remove this directory",
-        )
-    return dict(found)
+        next_step = "remove its directory; the run is done again"
+        raise ArtifactError("is damaged", where=str(path), next_step=next_step) from None
+    raise UsageError(
+        "a run of this sweep was trained with other settings",
+        where=str(path.parent),
+        next_step="give another --output, or remove this directory",
+    )

@@ -14,14 +14,13 @@ in·out·(n + r); for many points that is r = in·out / (in + out): half the sid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 TABLE_SIDE = 512
 TABLE_RANKS = (1, 2, 4, 8, 16, 64, 256)
 
 
-@dataclass(frozen=True)
-class OrderCost:
+class OrderCost(NamedTuple):
     """Multiply-adds of one forward and backward."""
 
     forward: int
@@ -52,20 +51,10 @@ def break_even_rank(points: int, inputs: int, outputs: int) -> float:
     return points * inputs * outputs / denominator if denominator > 0 else float("inf")
 
 
-@dataclass(frozen=True)
-class ParameterCount:
-    """Trained numbers of an adapter on an (out, in) weight, against the weight itself."""
-
-    rank: int
-    adapter: int
-    full: int
-
-    @property
-    def share(self) -> float:
-        """adapter / full."""
-        return self.adapter / self.full
-
-
-def parameter_counts(inputs: int, outputs: int, ranks: tuple[int, ...]) -> list[ParameterCount]:
-    """rank · (in + out) against in · out, for each rank."""
-    return [ParameterCount(rank, rank * (inputs + outputs), inputs * outputs) for rank in ranks]
+def parameter_counts(inputs: int, outputs: int, ranks: tuple[int, ...] = TABLE_RANKS) -> list[dict[str, float]]:
+    """Trained numbers of an adapter of each rank, rank · (in + out), those of the weight, in · out, and their share."""
+    adapters, full = [rank * (inputs + outputs) for rank in ranks], inputs * outputs
+    return [
+        {"rank": rank, "adapter": adapter, "full": full, "share": adapter / full}
+        for rank, adapter in zip(ranks, adapters, strict=True)
+    ]

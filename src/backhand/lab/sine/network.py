@@ -30,6 +30,9 @@ import torch
 from backhand.errors import DataError, UsageError
 from backhand.reading import MAX_TABLES_BYTES, open_plain, read_plain
 
+FloatArray = npt.NDArray[np.floating[Any]]
+_FUNCTION = re.compile(r"(sin|cos|square)(\d+(?:\.\d+)?)?")
+
 
 @dataclass(frozen=True)
 class Network:
@@ -72,21 +75,18 @@ class Start:
 def draw_start(widths: Sequence[int], rank: int, seed: int, dtype: str) -> Start:
     """The numbers that the original script draws after torch.manual_seed(seed), in its order: the layers, then A.
 
-    Weights and bias as torch.nn.Linear draws them, uniform on ±1/√in; lora_A zero, lora_B standard normal. Drawn in
-    float32, whatever `dtype` they are wanted in.
+    Weights and bias are torch.nn.Linear's, uniform on ±1/√in; lora_A zero, lora_B standard normal. Drawn in float32,
+    whatever `dtype` they are wanted in.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sizes = (1, *widths, 1)
-    weights: list[torch.Tensor] = []
-    bias = torch.empty(widths[0])
-    for number, (inputs, outputs) in enumerate(pairwise(sizes)):
-        weight = torch.empty(outputs, inputs)
-        torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-        if number == 0:
-            bias.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
-        weights.append(weight)
-    post_A = torch.randn(rank, widths[0], generator=generator)
-    network = Network(tuple(weight.numpy().astype(dtype) for weight in weights), bias.numpy().astype(dtype))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers = [
+            torch.nn.Linear(inputs, outputs, bias=number == 0, dtype=torch.float32)
+            for number, (inputs, outputs) in enumerate(pairwise((1, *widths, 1)))
+        ]
+        post_A = torch.randn(rank, widths[0], dtype=torch.float32)
+    weights = tuple(layer.weight.detach().numpy().astype(dtype) for layer in layers)
+    network = Network(weights, layers[0].bias.detach().numpy().astype(dtype))
     return Start(network, np.zeros((rank, 1), dtype), np.ascontiguousarray(post_A.numpy().T.astype(dtype)))
 
 
@@ -109,11 +109,10 @@ def read_start(path: Path, widths: Sequence[int], rank: int, dtype: str) -> Star
         DataError: no such file, not an .npz file, an array missing, of another shape than the options say, not of
             real numbers, or not finite.
     """
-    sizes = (1, *widths, 1)
     shapes: dict[str, tuple[int, ...]] = {"b0": (widths[0],), "B": (1, rank), "A": (rank, widths[0])}
-    weight_names = [f"w{2 * number}" for number in range(len(sizes) - 1)]
-    for name, (inputs, outputs) in zip(weight_names, pairwise(sizes), strict=True):
-        shapes[name] = (outputs, inputs)
+    sides = enumerate(pairwise((1, *widths, 1)))
+    weights = {f"w{2 * number}": (outputs, inputs) for number, (inputs, outputs) in sides}
+    shapes |= weights
     try:
         with open_plain(path) as file, np.load(file, allow_pickle=False) as arrays_in_file:
             found = {name: arrays_in_file[name] for name in shapes if name in arrays_in_file}
@@ -122,7 +121,7 @@ def read_start(path: Path, widths: Sequence[int], rank: int, dtype: str) -> Star
     except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise DataError("cannot be read as an .npz file of arrays", where=str(path), why=str(error)) from None
     arrays = {name: _checked(found, name, shape, path, dtype) for name, shape in shapes.items()}
-    network = Network(tuple(arrays[name] for name in weight_names), arrays["b0"])
+    network = Network(tuple(arrays[name] for name in weights), arrays["b0"])
     return Start(network, np.ascontiguousarray(arrays["B"].T), np.ascontiguousarray(arrays["A"].T))
 
 
@@ -144,92 +143,6 @@ def _checked(found: dict[str, FloatArray], name: str, shape: tuple[int, ...], pa
     if not np.isfinite(values).all():
         raise DataError(f"a value is not finite in {dtype}", where=where)
     return values
-
-
-# All that follows one layer's output before its ReLU: ReLU, the layers above, mean squared error, and the way back.
-#
-#     post₀ = max(pre₀, 0),  pre_k = post_{k−1} W_kᵀ,  post_k = max(pre_k, 0),  outputs = post_last W_lastᵀ
-#     diff = outputs − y,    L = Σ diff² / n                                       (n points)
-#
-# Backward, by the derivations of `ops/mse.py`, `ops/linear.py` and `ops/elementwise.py`:
-#
-#     d_outputs = 2 diff / n                       (n, 1)
-#     d_W_last  = d_outputsᵀ post_last             (1, width)
-#     d_post    = d_outputs W_last                 (n, width)
-#     d_pre_k   = d_post_k where pre_k > 0, else 0
-#     d_W_k     = d_pre_kᵀ post_{k−1}              (out, in)
-#     d_post_{k−1} = d_pre_k W_k
-#
-# Every array is made once and filled again in each epoch: at 100 points and 20 units a call costs more than its
-# arithmetic.
-
-
-class Head:
-    """From `pre[0]`, which the caller fills, to the loss, and back to `d_pre[0]`.
-
-    Args:
-        weights: (out, in) of the layers above, the last one (1, width); read anew in each epoch.
-        y: targets (points, 1).
-        weight_gradients: where to write ∂L/∂weight of each; not given: the weights are frozen.
-
-    Attributes:
-        pre, post, d_pre, d_post: (points, width) of each hidden layer.
-        outputs, diff, d_outputs: (points, 1).
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[FloatArray],
-        y: FloatArray,
-        weight_gradients: Sequence[FloatArray] | None = None,
-    ) -> None:
-        points, dtype = len(y), y.dtype
-        shapes = [(points, weight.shape[1]) for weight in weights]
-        self.y = y
-        self.pre = [np.empty(shape, dtype) for shape in shapes]
-        self.post = [np.empty(shape, dtype) for shape in shapes]
-        self.d_pre = [np.empty(shape, dtype) for shape in shapes]
-        self.d_post = [np.empty(shape, dtype) for shape in shapes]
-        self.outputs = np.empty_like(y)
-        self.diff = np.empty_like(y)
-        self.d_outputs = np.empty_like(y)
-        self._flat_diff = self.diff.reshape(-1)
-        self._masks = [np.empty(shape, np.bool_) for shape in shapes]
-        self._weights = list(weights)
-        self._weight_gradients = None if weight_gradients is None else list(weight_gradients)
-        self._zero = dtype.type(0)
-        self._slope = dtype.type(2 / points)
-
-    def forward(self) -> float:
-        """The loss for the numbers in `pre[0]`."""
-        np.maximum(self.pre[0], self._zero, out=self.post[0])
-        for below in range(len(self.pre) - 1):
-            np.dot(self.post[below], self._weights[below].T, out=self.pre[below + 1])
-            np.maximum(self.pre[below + 1], self._zero, out=self.post[below + 1])
-        np.dot(self.post[-1], self._weights[-1].T, out=self.outputs)
-        np.subtract(self.outputs, self.y, out=self.diff)
-        return float(np.dot(self._flat_diff, self._flat_diff)) / len(self.y)
-
-    def backward(self) -> None:
-        """Fill `d_pre`, `d_post` and, unless frozen, the gradients of the weights, for the last `forward`."""
-        np.multiply(self.diff, self._slope, out=self.d_outputs)
-        if self._weight_gradients is not None:
-            np.dot(self.d_outputs.T, self.post[-1], out=self._weight_gradients[-1])
-        np.multiply(self.d_outputs, self._weights[-1], out=self.d_post[-1])  # (n, 1) @ (1, width) has one term a sum
-        self._through_relu(-1)
-        for below in range(len(self.pre) - 2, -1, -1):
-            if self._weight_gradients is not None:
-                np.dot(self.d_pre[below + 1].T, self.post[below], out=self._weight_gradients[below])
-            np.dot(self.d_pre[below + 1], self._weights[below], out=self.d_post[below])
-            self._through_relu(below)
-
-    def _through_relu(self, number: int) -> None:
-        np.greater(self.pre[number], self._zero, out=self._masks[number])
-        np.multiply(self.d_post[number], self._masks[number], out=self.d_pre[number])
-
-
-FloatArray = npt.NDArray[np.floating[Any]]
-_FUNCTION = re.compile(r"(sin|cos|square)(\d+(?:\.\d+)?)?")
 
 
 @dataclass(frozen=True)
@@ -277,33 +190,28 @@ def _read_points(target: str, dtype: str) -> Points:
             next_step="give sin, cos or square, with a number for the frequency (sin5), or a .csv file of x and y",
         )
     try:
-        with io.StringIO(read_plain(path, MAX_TABLES_BYTES).decode("utf-8-sig"), newline="") as file:
-            lines = csv.reader(file)
-            rows = [(lines.line_num, row) for row in lines if any(cell.strip() for cell in row)]
+        lines = csv.reader(io.StringIO(read_plain(path, MAX_TABLES_BYTES).decode("utf-8-sig"), newline=""))
+        rows = [(lines.line_num, row) for row in lines if any(cell.strip() for cell in row)]
     except FileNotFoundError:
         raise DataError("no such file", where=target) from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError("cannot be read as a .csv file", where=target, why=str(error)) from None
-    if rows and not _is_number(rows[0][1][0]):
-        rows = rows[1:]  # names of the columns
-    values = [_read_row(row, f"{target}:{number}") for number, row in rows]
-    if len(values) < 2:
-        raise DataError(f"{len(values)} points are too few", where=target, next_step="give two lines of x,y or more")
+    if rows and not _are_numbers(rows[0][1][:1]):
+        del rows[0]  # names of the columns
+    for number, row in rows:
+        if len(row) != 2 or not _are_numbers(row):
+            raise DataError(f"{','.join(row)!r} is not two finite numbers x,y", where=f"{target}:{number}")
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} points are too few", where=target, next_step="give two lines of x,y or more")
     with np.errstate(over="ignore"):
-        table = np.array(values, dtype=np.float64).astype(dtype)
+        table = np.array([[float(cell) for cell in row] for _, row in rows]).astype(dtype)
     if not np.isfinite(table).all():
         raise DataError(f"a number is too large for {dtype}", where=target, next_step="scale the columns down")
     return Points(path.name, table[:, :1].copy(), table[:, 1:].copy(), x_label="x")
 
 
-def _read_row(row: list[str], where: str) -> tuple[float, float]:
-    if len(row) != 2 or not all(_is_number(cell) for cell in row):
-        raise DataError(f"{','.join(row)!r} is not two finite numbers x,y", where=where)
-    return float(row[0]), float(row[1])
-
-
-def _is_number(cell: str) -> bool:
+def _are_numbers(cells: Sequence[str]) -> bool:
     try:
-        return math.isfinite(float(cell))
+        return all(math.isfinite(float(cell)) for cell in cells)
     except ValueError:
         return False

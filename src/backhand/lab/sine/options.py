@@ -135,13 +135,8 @@ class SineOptions(Options):
                 where="step_epoch",
                 why=f"part 1 has {self.base_epochs} epochs and part 2 {self.lora_epochs}, counted from 0",
             )
-        if self.check:
-            self._check_check_epochs()
-
-    def _check_check_epochs(self) -> None:
-        """Each part must have one of the epochs to compare at: else nothing would be proved of it."""
-        parts = {"part 1": self.base_epochs, "part 2": self.lora_epochs}
-        for part, epochs in parts.items():
+        parts = {"part 1": self.base_epochs, "part 2": self.lora_epochs} if self.check else {}
+        for part, epochs in parts.items():  # each has one to compare at: else nothing would be proved of it
             if not any(-epochs <= epoch < epochs for epoch in self.check_epochs):
                 raise UsageError(
                     f"none of the epochs to compare at is one of {part}",

@@ -6,13 +6,12 @@ Lines differ in style and points in marker, so that a picture says the same with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from backhand.arithmetic.findings import label_axes, new_figure, png_bytes
-from backhand.lab.sine.experiment import PartResult, SineResult
-from backhand.lab.sine.shifted_target import ShiftedResult
+from backhand.lab.sine.experiment import PartResult, ShiftedResult, SineResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +31,8 @@ def draw_predictions(result: SineResult) -> bytes:
         axes.plot(x[order], part.predictions[order, 0], "-", color=_DARK, linewidth=2, label="Predicted")
         title = f"{title}: mean squared error {part.final_loss:.4g}"
         label_axes(axes, title, result.points.x_label, f"y = {result.points.name}")
-    for part, style, color, label in (
-        (result.base, "--", _MIDDLE, "base"),
-        (result.lora, "-", _DARK, "with adapter"),
-    ):
+    rests = (result.base, "--", _MIDDLE, "base"), (result.lora, "-", _DARK, "with adapter")
+    for part, style, color, label in rests:
         rest.plot(x[order], (part.predictions - result.points.y)[order, 0], style, color=color, label=label)
     rest.axhline(0, color=_LIGHT, linewidth=0.8)
     label_axes(rest, "What remains", result.points.x_label, "Predicted − True")
@@ -45,9 +42,8 @@ def draw_predictions(result: SineResult) -> bytes:
 def draw_losses(result: SineResult) -> bytes:
     """losses.png: the loss in each epoch of both parts."""
     figure, panels = _panels(2)
-    for axes, part, title in zip(
-        panels, (result.base, result.lora), ("Part 1: base", "Part 2: adapter, base frozen"), strict=True
-    ):
+    parts = ((result.base, "Part 1: base"), (result.lora, "Part 2: adapter, base frozen"))
+    for axes, (part, title) in zip(panels, parts, strict=True):
         epochs = _thinned(part)
         axes.plot(epochs + 1, part.losses[epochs], "-", color=_DARK, label=f"{part.losses[-1]:.6g} in the last epoch")
         axes.set_xscale("log")
@@ -68,15 +64,8 @@ def draw_shifted_target(result: ShiftedResult) -> bytes:
         errors.plot(seeds, row.errors, "x", color=_LIGHT, label="one seed" if number == 0 else None)
     means = np.array([row.mean for row in result.rows])
     factors = np.array([10**row.spread for row in result.rows])
-    errors.errorbar(
-        places,
-        means,
-        yerr=[means - means / factors, means * factors - means],
-        fmt="o-",
-        color=_DARK,
-        capsize=4,
-        label="mean ± spread over seeds",
-    )
+    spread = [means - means / factors, means * factors - means]
+    errors.errorbar(places, means, spread, fmt="o-", color=_DARK, capsize=4, label="mean ± spread over seeds")
     unadapted = float(np.exp(np.mean(np.log(result.unadapted_errors))))
     errors.axhline(unadapted, linestyle=":", color=_MIDDLE, label="base, not adapted")
     errors.set_yscale("log")
@@ -86,22 +75,15 @@ def draw_shifted_target(result: ShiftedResult) -> bytes:
     x, y = result.points.x[:, 0], result.points.y[:, 0]
     order = np.argsort(x)
     fits.plot(x, y, "o", color=_LIGHT, fillstyle="none", markersize=5, label="True")
-    for label, style, color in _shown_fits(result):
+    ranks = [row.label for row in result.rows if row.rank is not None]
+    shown = dict.fromkeys(("base", ranks[0], ranks[-1], "full"))  # the smallest and the largest rank
+    for label, style, color in zip(shown, (":", "--", "-.", "-"), (_LIGHT, _MIDDLE, _DARK, "black"), strict=False):
         fits.plot(x[order], result.predictions[label][order, 0], style, color=color, label=label)
     low, high = float(y.min()), float(y.max())
     fits.set_ylim(low - 0.3 * (high - low), high + 0.5 * (high - low))
-    shown: dict[str, Any] = {"loc": "upper center", "ncols": 3}
-    label_axes(fits, "Fits of the first seed", result.points.x_label, f"y = {result.points.name}", **shown)
+    y_label = f"y = {result.points.name}"
+    label_axes(fits, "Fits of the first seed", result.points.x_label, y_label, loc="upper center", ncols=3)
     return png_bytes(figure)
-
-
-def _shown_fits(result: ShiftedResult) -> list[tuple[str, str, str]]:
-    """The base, the smallest and the largest rank, and the full update."""
-    ranks = sorted(row.rank for row in result.rows if row.rank is not None)
-    shown = list(dict.fromkeys(["base", f"rank {ranks[0]}", f"rank {ranks[-1]}", "full"]))
-    styles = (":", "--", "-.", "-")
-    colors = (_LIGHT, _MIDDLE, _DARK, "black")
-    return list(zip(shown, styles, colors, strict=False))
 
 
 def _thinned(part: PartResult, points: int = 2000) -> np.ndarray[tuple[int], np.dtype[np.intp]]:

@@ -1,24 +1,95 @@
 """What is trained: the whole base, an adapter on one layer, or a full update of that layer; and the loop.
 
-No autograd: each class fills arrays that it made once. The gradients are those of `ops/linear.py` and
-`ops/lora_linear.py`, here for one network whose frozen parts are computed once: what an adapted layer multiplies, and
-its output without the adapter, never change.
+No autograd. The gradients are those of `ops/linear.py`, `ops/elementwise.py`, `ops/mse.py` and `ops/lora_linear.py`,
+here for one network whose frozen parts are computed once: what an adapted layer multiplies, and its output without the
+adapter, never change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from backhand.errors import CheckError
-from backhand.lab.sine.network import FloatArray, Head, Network, Points
+from backhand.lab.sine.network import FloatArray, Network, Points
 
-_CHUNK_EPOCHS = 1000
+
+class Head:
+    """All that follows one layer's output before its ReLU: ReLU, the layers above, the mean squared error; and back.
+
+        post₀ = max(pre₀, 0),  pre_k = post_{k−1} W_kᵀ,  post_k = max(pre_k, 0),  outputs = post_last W_lastᵀ
+        diff = outputs − y,    L = Σ diff² / n                                       (n points)
+
+        d_outputs = 2 diff / n                       (n, 1)
+        d_W_last  = d_outputsᵀ post_last             (1, width)
+        d_post    = d_outputs W_last                 (n, width)
+        d_pre_k   = d_post_k where pre_k > 0, else 0
+        d_W_k     = d_pre_kᵀ post_{k−1}              (out, in)
+        d_post_{k−1} = d_pre_k W_k
+
+    Args:
+        weights: (out, in) of the layers above, the last one (1, width); read anew in each epoch.
+        y: targets (points, 1).
+        weight_gradients: where to write ∂L/∂weight of each; not given: the weights are frozen.
+
+    Attributes:
+        pre, post, d_pre, d_post: (points, width) of each hidden layer.
+        outputs, diff, d_outputs: (points, 1).
+    """
+
+    outputs: FloatArray
+    diff: FloatArray
+    d_outputs: FloatArray
+
+    def __init__(
+        self, weights: Sequence[FloatArray], y: FloatArray, weight_gradients: Sequence[FloatArray] | None = None
+    ) -> None:
+        self._weights, self._weight_gradients, self._y = weights, weight_gradients, y
+        self.pre, self.post, self.d_pre, self.d_post = ([y] * len(weights) for _ in range(4))
+
+    def forward(self, pre: FloatArray) -> float:
+        """The loss where the layer below comes to `pre`, (points, width)."""
+        for layer, weight in enumerate(self._weights):
+            self.pre[layer], self.post[layer] = pre, np.maximum(pre, 0)
+            pre = np.dot(self.post[layer], weight.T)
+        self.outputs, self.diff = pre, pre - self._y
+        flat = self.diff.reshape(-1)
+        return float(np.dot(flat, flat)) / len(flat)
+
+    def backward(self) -> FloatArray:
+        """∂L/∂pre₀ of the last `forward`; fills `d_pre`, `d_post` and, unless frozen, the gradients of the weights."""
+        d_above = self.d_outputs = self.diff * (2 / len(self._y))
+        for layer in reversed(range(len(self._weights))):
+            if self._weight_gradients is not None:
+                np.dot(d_above.T, self.post[layer], out=self._weight_gradients[layer])
+            self.d_post[layer] = np.dot(d_above, self._weights[layer])
+            d_above = self.d_pre[layer] = self.d_post[layer] * (self.pre[layer] > 0)
+        return d_above
+
+
+class FlatParameters:
+    """Arrays as views of one flat buffer `values`, their gradients as views of `gradients`, which are zero at first.
+
+    One flat buffer makes an update two calls, however many arrays are trained.
+
+    Args:
+        initial: the arrays, all of one dtype; copied.
+
+    Attributes:
+        arrays, array_gradients: the views, in the order of `initial`.
+    """
+
+    def __init__(self, *initial: FloatArray) -> None:
+        self.values: FloatArray = np.concatenate([array.reshape(-1) for array in initial])
+        self.gradients: FloatArray = np.zeros_like(self.values)
+        ends = np.cumsum([array.size for array in initial])[:-1]
+        self.arrays, self.array_gradients = (
+            [part.reshape(array.shape) for part, array in zip(np.split(flat, ends), initial, strict=True)]
+            for flat in (self.values, self.gradients)
+        )
 
 
 class BaseTraining:
@@ -33,53 +104,49 @@ class BaseTraining:
     """
 
     def __init__(self, network: Network, points: Points) -> None:
-        dtype = points.y.dtype
-        inputs, width = points.x.shape[1], len(network.bias)
-        shapes = {"layer0": (inputs + 1, width)}
-        shapes |= {str(number): weight.shape for number, weight in enumerate(network.weights) if number}
-        self.parameters = FlatParameters(shapes, dtype.name)
-        self._layer0 = self.parameters.value("layer0")
-        self._d_layer0 = self.parameters.gradient("layer0")
-        self._layer0[:inputs] = network.weights[0].T
-        self._layer0[inputs] = network.bias
-        above = range(1, len(network.weights))
-        for number in above:
-            self.parameters.value(str(number))[:] = network.weights[number]
-        self._x_ones = np.concatenate([points.x, np.ones_like(points.x[:, :1])], axis=1)
+        layer0 = np.concatenate([network.weights[0].T, network.bias[None]])
+        self.parameters = FlatParameters(layer0, *network.weights[1:])
+        self._x_ones = np.concatenate([points.x, np.ones_like(points.x)], axis=1)
         self._x_ones_T = np.ascontiguousarray(self._x_ones.T)
-        self.head = Head(
-            [self.parameters.value(str(number)) for number in above],
-            points.y,
-            [self.parameters.gradient(str(number)) for number in above],
-        )
+        arrays, gradients = self.parameters.arrays, self.parameters.array_gradients
+        self._layer0, self._d_layer0 = arrays[0], gradients[0]
+        self.head = Head(arrays[1:], points.y, gradients[1:])
 
     def forward(self) -> float:
         """The loss at the present values."""
-        np.dot(self._x_ones, self._layer0, out=self.head.pre[0])
-        return self.head.forward()
+        return self.head.forward(np.dot(self._x_ones, self._layer0))
 
     def backward(self) -> None:
         """Fill the gradients for the last forward."""
-        self.head.backward()
-        np.dot(self._x_ones_T, self.head.d_pre[0], out=self._d_layer0)
+        np.dot(self._x_ones_T, self.head.backward(), out=self._d_layer0)
 
     @property
     def network(self) -> Network:
         """A copy of the present values."""
-        return self._as_network(self.parameters.value)
+        return _network(*self.parameters.arrays)
 
     @property
     def gradients(self) -> Network:
         """A copy of the gradients, each where its parameter is in a network."""
-        return self._as_network(self.parameters.gradient)
-
-    def _as_network(self, view: Callable[[str], FloatArray]) -> Network:
-        layer0 = view("layer0")
-        above = [view(str(number)).copy() for number in range(1, len(self.head.pre) + 1)]
-        return Network((np.ascontiguousarray(layer0[:-1].T), *above), layer0[-1].copy())
+        return _network(*self.parameters.array_gradients)
 
 
-class AdapterTraining:
+def _network(layer0: FloatArray, *above: FloatArray) -> Network:
+    return Network((np.ascontiguousarray(layer0[:-1].T), *(weight.copy() for weight in above)), layer0[-1].copy())
+
+
+class _OneLayer:
+    """One layer of a frozen network, whose output without any update, `frozen_h` (points, out), is a constant."""
+
+    def __init__(self, network: Network, layer: int, points: Points, *initial: FloatArray) -> None:
+        self.network = network
+        self.parameters = FlatParameters(*initial)
+        self.x = network.layer_input(points.x, layer)
+        self.frozen_h = self.x @ network.weights[layer].T + (network.bias if layer == 0 else 0)
+        self.head = Head(network.weights[layer + 1 :], points.y)
+
+
+class AdapterTraining(_OneLayer):
     """lora_A and lora_B on one layer of a frozen network, the product applied as (x lora_Aᵀ) lora_Bᵀ.
 
         z = s x lora_Aᵀ,   h = x Wᵀ + z lora_Bᵀ (+ b₀ on layer 0)
@@ -94,54 +161,35 @@ class AdapterTraining:
         scaling: s.
     """
 
+    z: FloatArray
+
     def __init__(
-        self,
-        network: Network,
-        layer: int,
-        points: Points,
-        lora_A: FloatArray,
-        lora_B: FloatArray,
-        scaling: float,
+        self, network: Network, layer: int, points: Points, lora_A: FloatArray, lora_B: FloatArray, scaling: float
     ) -> None:
-        dtype = points.y.dtype
-        self.parameters = FlatParameters({"lora_A": lora_A.shape, "lora_B": lora_B.shape}, dtype.name)
-        self.lora_A, self.lora_B = self.parameters.value("lora_A"), self.parameters.value("lora_B")
-        self.d_lora_A, self.d_lora_B = self.parameters.gradient("lora_A"), self.parameters.gradient("lora_B")
-        self.lora_A[:] = lora_A
-        self.lora_B[:] = lora_B
+        super().__init__(network, layer, points, lora_A, lora_B)
+        self.lora_A, self.lora_B = self.parameters.arrays
+        self.d_lora_A, self.d_lora_B = self.parameters.array_gradients
         self.scaling = scaling
-        self.x, self._frozen_h = _frozen_part(network, layer, points)
-        self._scaling = dtype.type(scaling)
-        self._z = np.empty((len(self.x), len(lora_A)), dtype)
-        self._d_z = np.empty_like(self._z)
-        self.head = Head(network.weights[layer + 1 :], points.y)
 
     def forward(self) -> float:
         """The loss at the present values."""
-        h = self.head.pre[0]
-        np.dot(self.x, self.lora_A.T, out=self._z)
-        np.multiply(self._z, self._scaling, out=self._z)
-        np.dot(self._z, self.lora_B.T, out=h)
-        np.add(h, self._frozen_h, out=h)
-        return self.head.forward()
+        self.z = np.dot(self.x, self.lora_A.T) * self.scaling
+        return self.head.forward(np.dot(self.z, self.lora_B.T) + self.frozen_h)
 
     def backward(self) -> None:
         """Fill the gradients for the last forward."""
-        self.head.backward()
-        d_h = self.head.d_pre[0]
-        np.dot(d_h.T, self._z, out=self.d_lora_B)
-        np.dot(d_h, self.lora_B, out=self._d_z)
-        np.dot(self._d_z.T, self.x, out=self.d_lora_A)
-        np.multiply(self.d_lora_A, self._scaling, out=self.d_lora_A)
+        d_h = self.head.backward()
+        np.dot(d_h.T, self.z, out=self.d_lora_B)
+        np.dot(np.dot(d_h, self.lora_B).T, self.x, out=self.d_lora_A)
+        self.d_lora_A *= self.scaling
 
     @property
     def delta_weight(self) -> FloatArray:
         """scaling · lora_B @ lora_A, (out, in)."""
-        product: FloatArray = self._scaling * (self.lora_B @ self.lora_A)
-        return product
+        return self.scaling * (self.lora_B @ self.lora_A)
 
 
-class FullUpdateTraining:
+class FullUpdateTraining(_OneLayer):
     """A full update D, zero at first, of one layer's weight in a frozen network: h = x (W + D)ᵀ, d_D = d_hᵀ x.
 
     Args:
@@ -149,39 +197,64 @@ class FullUpdateTraining:
     """
 
     def __init__(self, network: Network, layer: int, points: Points) -> None:
-        self.parameters = FlatParameters({"delta": network.weights[layer].shape}, points.y.dtype.name)
-        self.delta_weight = self.parameters.value("delta")
-        self._d_delta = self.parameters.gradient("delta")
-        self.x, self._frozen_h = _frozen_part(network, layer, points)
-        self.head = Head(network.weights[layer + 1 :], points.y)
+        super().__init__(network, layer, points, np.zeros_like(network.weights[layer]))
+        (self.delta_weight,), (self._d_delta,) = self.parameters.arrays, self.parameters.array_gradients
 
     def forward(self) -> float:
         """The loss at the present values."""
-        h = self.head.pre[0]
-        np.dot(self.x, self.delta_weight.T, out=h)
-        np.add(h, self._frozen_h, out=h)
-        return self.head.forward()
+        return self.head.forward(np.dot(self.x, self.delta_weight.T) + self.frozen_h)
 
     def backward(self) -> None:
         """Fill the gradients for the last forward."""
-        self.head.backward()
-        np.dot(self.head.d_pre[0].T, self.x, out=self._d_delta)
+        np.dot(self.head.backward().T, self.x, out=self._d_delta)
 
 
 Trained = BaseTraining | AdapterTraining | FullUpdateTraining
 """What the loop sees: `forward` gives the loss, `backward` fills `parameters.gradients`."""
 
 
-def _frozen_part(network: Network, layer: int, points: Points) -> tuple[FloatArray, FloatArray]:
-    """What the layer multiplies, (points, in), and its output without any update, (points, out): constants."""
-    x = network.layer_input(points.x, layer)
-    h: FloatArray = x @ network.weights[layer].T
-    return x, h + network.bias if layer == 0 else h
+class GradientDescent:
+    """values ← values − learning_rate · gradients."""
+
+    def __init__(self, parameters: FlatParameters, learning_rate: float) -> None:
+        self._values, self._gradients = parameters.values, parameters.gradients
+        self._learning_rate = learning_rate
+
+    def step(self) -> None:
+        """Update the values once."""
+        self._values -= self._learning_rate * self._gradients
+
+
+class Adam:
+    """Adam without weight decay, its learning rate falling linearly to 0 over `epochs` steps [arXiv:1412.6980, alg. 1].
+
+        m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²
+        values ← values − lr_t · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
+
+    with lr_t = learning_rate · (1 − (t − 1)/epochs), β₁ = 0.9, β₂ = 0.999 and ε = 10⁻⁸.
+    """
+
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
+
+    def __init__(self, parameters: FlatParameters, learning_rate: float, epochs: int) -> None:
+        self._parameters, self._learning_rate, self._epochs = parameters, learning_rate, epochs
+        self._steps = 0
+        self._mean, self._square = np.zeros_like(parameters.values), np.zeros_like(parameters.values)
+
+    def step(self) -> None:
+        """Update the values once."""
+        gradients = self._parameters.gradients
+        self._mean = self.beta1 * self._mean + (1 - self.beta1) * gradients
+        self._square = self.beta2 * self._square + (1 - self.beta2) * (gradients * gradients)
+        rate = self._learning_rate * (1 - self._steps / self._epochs)
+        self._steps += 1
+        root = np.sqrt(self._square / (1 - self.beta2**self._steps)) + self.epsilon
+        self._parameters.values -= (rate / (1 - self.beta1**self._steps)) * (self._mean / root)
 
 
 def train(
     trained: Trained,
-    optimizer: Optimizer,
+    optimizer: GradientDescent | Adam,
     epochs: int,
     *,
     observe: Callable[[int], None] | None = None,
@@ -200,123 +273,18 @@ def train(
         CheckError: the loss is not finite any more.
     """
     losses = np.empty(epochs)
-    observed = frozenset(observe_epochs)
-    forward, backward, step = trained.forward, trained.backward, optimizer.step
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, epochs, _CHUNK_EPOCHS):
-            end = min(start + _CHUNK_EPOCHS, epochs)
-            for epoch in range(start, end):
-                losses[epoch] = forward()
-                backward()
-                if observe is not None and epoch in observed:
-                    observe(epoch)
-                step()
-            if not math.isfinite(losses[end - 1]):
-                _raise_diverged(losses[:end], where)
+        for epoch in range(epochs):
+            losses[epoch] = loss = trained.forward()
+            if not math.isfinite(loss):
+                raise CheckError(
+                    f"the loss is not finite from epoch {epoch} on",
+                    where=where,
+                    why="the steps overshoot: each makes the loss larger than the one before",
+                    next_step="give a smaller learning rate, or values of x and y that are closer to 1",
+                )
+            trained.backward()
+            if observe is not None and epoch in observe_epochs:
+                observe(epoch)
+            optimizer.step()
     return losses
-
-
-def _raise_diverged(losses: npt.NDArray[np.float64], where: str) -> None:
-    first = int(np.flatnonzero(~np.isfinite(losses))[0])
-    raise CheckError(
-        f"the loss is not finite from epoch {first} on",
-        where=where,
-        why="the steps overshoot: each makes the loss larger than the one before",
-        next_step="give a smaller learning rate, or values of x and y that are closer to 1",
-    )
-
-
-# Trained arrays as views of one flat buffer, their gradients as views of a second, and the two ways to update them.
-#
-# One flat buffer makes an update two calls, however many arrays are trained.
-
-
-class FlatParameters:
-    """Named arrays in one flat buffer `values`, their gradients in `gradients`, both zero at first.
-
-    Args:
-        shapes: name to shape, in buffer order.
-        dtype: `float32` or `float64`.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
-        count = sum(int(np.prod(shape)) for shape in shapes.values())
-        self.values: FloatArray = np.zeros(count, dtype)
-        self.gradients: FloatArray = np.zeros(count, dtype)
-        self._places: dict[str, tuple[slice, tuple[int, ...]]] = {}
-        offset = 0
-        for name, shape in shapes.items():
-            end = offset + int(np.prod(shape))
-            self._places[name] = (slice(offset, end), shape)
-            offset = end
-
-    def value(self, name: str) -> FloatArray:
-        """A view of the array."""
-        place, shape = self._places[name]
-        return self.values[place].reshape(shape)
-
-    def gradient(self, name: str) -> FloatArray:
-        """A view of its gradient."""
-        place, shape = self._places[name]
-        return self.gradients[place].reshape(shape)
-
-
-class GradientDescent:
-    """values ← values − learning_rate · gradients."""
-
-    def __init__(self, parameters: FlatParameters, learning_rate: float) -> None:
-        self._values = parameters.values
-        self._gradients = parameters.gradients
-        self._change = np.empty_like(parameters.values)
-        self._learning_rate = parameters.values.dtype.type(learning_rate)
-
-    def step(self) -> None:
-        """Update the values once."""
-        np.multiply(self._gradients, self._learning_rate, out=self._change)
-        np.subtract(self._values, self._change, out=self._values)
-
-
-@dataclass(eq=False)
-class Adam:
-    """Adam without weight decay, its learning rate falling linearly to 0 over `epochs` steps [arXiv:1412.6980, alg. 1].
-
-        m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²
-        values ← values − lr_t · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
-
-    with lr_t = learning_rate · (1 − (t − 1)/epochs), β₁ = 0.9, β₂ = 0.999 and ε = 10⁻⁸.
-    """
-
-    beta1: ClassVar = 0.9
-    beta2: ClassVar = 0.999
-    epsilon: ClassVar = 1e-8
-
-    parameters: FlatParameters
-    learning_rate: float
-    epochs: int
-
-    def __post_init__(self) -> None:
-        self._steps = 0
-        self._mean, self._square, self._change = (np.zeros_like(self.parameters.values) for _ in range(3))
-
-    def step(self) -> None:
-        """Update the values once."""
-        gradients, change = self.parameters.gradients, self._change
-        np.multiply(gradients, 1 - self.beta1, out=change)
-        self._mean *= self.beta1
-        self._mean += change
-        np.multiply(gradients, gradients, out=change)
-        change *= 1 - self.beta2
-        self._square *= self.beta2
-        self._square += change
-        rate = self.learning_rate * (1 - self._steps / self.epochs)
-        self._steps += 1
-        np.divide(self._square, 1 - self.beta2**self._steps, out=change)
-        np.sqrt(change, out=change)
-        change += self.epsilon
-        np.divide(self._mean, change, out=change)
-        change *= rate / (1 - self.beta1**self._steps)
-        self.parameters.values -= change
-
-
-Optimizer = GradientDescent | Adam
-"""`step` makes one update of the gradients that are in the buffer."""
