@@ -10,10 +10,10 @@ import torch
 from backhand.nn.decoder.block import RECOMPUTE_MODES
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import empty_weights, named_views
-from backhand.verify.block_case import BlockGrads
-from backhand.verify.case import Draw
+from backhand.verify.cases.block import BlockGrads
 from backhand.verify.decoder_case import DecoderGrads
 from backhand.verify.runner import COMPOSITES, load_proofs
+from backhand.verify.scaffold import Draw
 from backhand.verify.tiny_decoders import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 
 PROOFS = [proof for name in COMPOSITES for proof in load_proofs(name)]

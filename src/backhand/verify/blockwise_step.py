@@ -32,7 +32,7 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.training.objectives.objective import token_owners
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.objectives.pairs import PairObjective
-from backhand.verify.case import Tensors
+from backhand.verify.scaffold import Tensors
 
 
 @dataclass(eq=False)

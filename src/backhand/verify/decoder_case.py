@@ -6,7 +6,9 @@ would vary it, leave lora_A and lora_B out in those cases; `dora_linear` tries t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,23 +18,25 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import EMBEDDING
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, module_shapes
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
-from backhand.verify.block_case import DROPOUT_SEED, lora_parameters
-from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import reference_loss
+from backhand.verify.scaffold import Backward, Draw, Given, Op, Tensors
 from backhand.verify.tiny_decoders import (
     adapter_slots,
     engine_weights,
     family_of,
+    lora_parameters,
     random_batch,
     random_factors,
     random_weights,
 )
 
-DOCUMENTS = (9, 5, 5, 1, 11)
 LOSS_SCALING = 0.043
+DROPOUT_SEED = 12345
+BASE = "base "
+"""In front of frozen tensors' names; a tensor that is trained has the name of the base's whose place it takes."""
 
 
 class DecoderInputs(NamedTuple):
@@ -69,17 +73,10 @@ def _names(lora: LoRAParameters, kind: str) -> list[str]:
 def decoder_step(_d_y: Tensor, inputs: DecoderInputs) -> DecoderGrads:
     """The engine's training step; the loss's gradient is the loss scaling."""
     decoder, lora, batch, loss_scaling, dropout_seed = inputs
+    decoder.attach(lora)
     lora.gradients.zero_()
     loss = decoder.loss_and_gradients(batch, loss_scaling, dropout_seed)
     return DecoderGrads(loss, *(tuple(lora.gradient(name).clone() for name in _names(lora, kind)) for kind in KINDS))
-
-
-def step_of(inputs: DecoderInputs, decoder: Decoder, **changes: Any) -> DecoderGrads:
-    """The step of another decoder, or of the same with other parameters."""
-    decoder.attach(changes.get("lora", inputs.lora))
-    grads = decoder_step(torch.empty(0), inputs._replace(decoder=decoder, **changes))
-    inputs.decoder.attach(inputs.lora)
-    return grads
 
 
 def per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Tensor, ...]:
@@ -87,107 +84,119 @@ def per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Ten
     return tuple(gradient / max(inputs.batch.supervised_tokens, 1) for gradient in gradients)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What a step trains."""
-
-    targets: str | None = None  # ends of the adapted modules' names, apart by blanks; None for all but the head
-    whole: str = ""  # ends of the names of tensors that are trained as they are, likewise
-    tokens: tuple[int, ...] = ()  # rows of the embedding that are trained
-    # use_dora, lora_bias: of every adapted module but experts
-    use_dora: bool = False
-    lora_bias: bool = False
-    dropout: float = 0.0  # as in a run
-
-    def slots(self, config: DecoderConfig) -> dict[str, LoRASlot]:
-        """Those of modules that are not trained in full."""
-        slots = {
-            name: slot if slot.experts else replace(slot, use_dora=self.use_dora, lora_bias=self.lora_bias)
-            for name, slot in adapter_slots(config, self.targets, self.dropout).items()
-        }
-        if self.targets is not None and EMBEDDING.endswith(tuple(self.targets.split())):
-            vocab, hidden = config.vocab_size, config.hidden_size
-            slots[EMBEDDING] = LoRASlot(EMBEDDING, vocab, hidden, 3, 1.3, 0.0, self.use_dora, embedding=True)
-        return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(tuple(self.whole.split()))}
-
-    def tensors(self, config: DecoderConfig) -> tuple[TrainedTensor, ...]:
-        """Those trained as they are."""
-        parameters = module_shapes(config).parameters
-        whole = [
-            TrainedTensor(name, shape) for name, shape in parameters.items() if name.endswith(tuple(self.whole.split()))
-        ]
-        rows = TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(self.tokens), config.hidden_size), self.tokens)
-        return (*whole, rows) if self.tokens else tuple(whole)
+@cache
+def _slots(
+    family: str, targets: str | None, whole: str, use_dora: bool, lora_bias: bool, dropout: float
+) -> Mapping[str, LoRASlot]:
+    """Those of modules that are not trained in full."""
+    config = family_of(family)
+    slots = {
+        name: slot if slot.experts else replace(slot, use_dora=use_dora, lora_bias=lora_bias)
+        for name, slot in adapter_slots(config, targets, dropout).items()
+    }
+    if targets is not None and EMBEDDING.endswith(tuple(targets.split())):
+        sizes = config.vocab_size, config.hidden_size
+        slots[EMBEDDING] = LoRASlot(EMBEDDING, *sizes, 3, 1.3, 0.0, use_dora, embedding=True)
+    return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(tuple(whole.split()))}
 
 
-def _random_values(trained: tuple[TrainedTensor, ...], weights: Tensors, draw: Draw) -> Tensors:
+@cache
+def _trained(family: str, whole: str, tokens: tuple[int, ...]) -> tuple[TrainedTensor, ...]:
+    """The tensors trained as they are."""
+    config = family_of(family)
+    shapes, ends = module_shapes(config).parameters, tuple(whole.split())
+    rows = TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(tokens), config.hidden_size), tokens)
+    found = tuple(TrainedTensor(name, shape) for name, shape in shapes.items() if name.endswith(ends))
+    return (*found, rows) if tokens else found
+
+
+def _ids(draw: Draw, config: DecoderConfig, lengths: tuple[int, ...], supervised: bool) -> Tensors:
+    batch = random_batch(config, lengths, draw)
+    labels = batch.labels if supervised else torch.full_like(batch.labels, IGNORE_INDEX)
+    return {"ids": batch.input_ids, "labels": labels}
+
+
+def _batch(ids: Tensor, labels: Tensor, lengths: tuple[int, ...], parents: tuple[int, ...], shared: int) -> PackedBatch:
+    return PackedBatch(ids, labels, lengths, (-1, *(0,) * (len(lengths) - 1)) if shared else parents)
+
+
+def _base(draw: Draw, config: DecoderConfig) -> Tensors:
+    return {f"{BASE}{name}": weight for name, weight in random_weights(config, draw).items()}
+
+
+def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors) -> Tensors:
     """Tensors that are trained as they are, moved away from the base's."""
     values: Tensors = {}
     for tensor in trained:
-        base = weights.get(tensor.base_name, weights[f"{EMBEDDING}.weight"])
-        start = base if tensor.token_ids is None else base[list(tensor.token_ids)]
+        start = base.get(tensor.base_name, base[f"{EMBEDDING}.weight"])
+        start = start if tensor.token_ids is None else start[list(tensor.token_ids)]
         values[tensor.name] = start + draw.normal(*tensor.shape, size=0.2)
     return values
 
 
-def decoder_case(
-    seed: str,
-    name: str,
-    family: str,
-    *,
-    documents: tuple[int, ...] = DOCUMENTS,
-    shared: int = 0,
-    parents: tuple[int, ...] = (),
-    recompute: str = "none",
-    supervised: bool = True,
-    **of: Any,
-) -> Case:
-    """A step of a tiny decoder, all its tensors drawn by `seed` and `name`.
+def _step(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
+    weights = engine_weights(t["config"], t["base"])
+    lora = lora_parameters(t["slots"], t, weights.final_norm, t["trained"])
+    decoder = Decoder(t["config"], weights, recompute=t["recompute"])
+    grads = backward(t["d_y"], DecoderInputs(decoder, lora, t["batch"], float(t["d_y"]), t["dropout_seed"]))
+    several = ((_names(lora, kind), getattr(grads, kind)) for kind in KINDS)
+    return grads.loss, {name: d for names, ds in several for name, d in zip(names, ds, strict=True)}
+
+
+def _reference(given: Given, base: Tensors, config: DecoderConfig, batch: PackedBatch) -> Tensor:
+    trained = {tensor.name: tensor for tensor in given["trained"]}
+    return reference_loss(base, config, batch, ReferenceAdapter(given["slots"], given, given["dropout_seed"], trained))
+
+
+def decoder_op(
+    name: str, documents: tuple[int, ...], targets: str | None = None, gradients: tuple[str, ...] = KINDS
+) -> Op:
+    """A step of a tiny decoder as an op.
+
+    Its options: `family` as in `family_of`; `documents` and `parents`, the segments as in `PackedBatch`; `shared`,
+    tokens of one more segment, which all of them continue; `supervised`, False to mask every label; `recompute` and
+    `dropout` as in a run. What is trained: `targets`, ends of the adapted modules' names, apart by blanks, None for all
+    but the head; `whole`, ends of the names of tensors that are trained as they are, likewise; `tokens`, rows of the
+    embedding that are trained; `use_dora` and `lora_bias` of every adapted module but experts.
 
     Args:
-        family: as in `family_of`.
-        documents, parents: the segments, as in `PackedBatch`.
-        shared: tokens of one more segment, which all of them continue.
-        recompute: as in a run.
-        supervised: False masks every label.
-        of: fields of `Trained`.
+        documents, targets: the usual ones.
     """
-    draw = Draw(f"{seed}: {name}")
-    config, what = family_of(family), Trained(**of)
-    trained, slots = what.tensors(config), what.slots(config)
-    if shared:
-        documents, parents = (shared, *documents), (-1, *(0,) * len(documents))
-    batch = random_batch(config, documents, draw, parents)
-    if not supervised:
-        batch = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
-    weights = random_weights(config, draw)
-    # A trained tensor takes the place of the base's in the decoder, so they are told apart by a prefix.
-    tensors = {
-        **{f"base {key}": value for key, value in weights.items()},
-        **random_factors(slots, draw),
-        **_random_values(trained, weights, draw),
-        "d_y": torch.tensor(LOSS_SCALING, dtype=torch.float64),
-    }
-    dropout_seed = DROPOUT_SEED if what.dropout else None
+    return Op(
+        name,
+        dict(ids=_ids, base=_base, factors=lambda draw, slots: random_factors(slots, draw), values=_values)
+        | dict(d_y=lambda: torch.tensor(LOSS_SCALING, dtype=torch.float64)),
+        dict(family=..., documents=documents, shared=0, parents=(), recompute="none", supervised=True, targets=targets)
+        | dict(whole="", tokens=(), use_dora=False, lora_bias=False, dropout=0.0),
+        made={
+            "config": lambda family: family_of(family),  # noqa: PLW0108 - by this name
+            "lengths": lambda documents, shared: (shared, *documents) if shared else documents,
+            "batch": _batch,
+            "base": lambda given: {key.removeprefix(BASE): given[key] for key in given if key.startswith(BASE)},
+            "slots": _slots,
+            "trained": _trained,
+            "dropout_seed": lambda dropout: DROPOUT_SEED if dropout else None,
+        },
+        way=_step,
+        backward=decoder_step,
+        reference=_reference,
+        pooled=True,
+        gradients=gradients,
+    )
 
-    def base(t: Tensors) -> Tensors:
-        return {key.removeprefix("base "): value for key, value in t.items() if key.startswith("base ")}
 
-    def by_hand(t: Tensors, backward: Backward) -> ByHand:
-        table = t[f"base {EMBEDDING}.weight"]
-        decoder = Decoder(config, engine_weights(config, base(t)), recompute=recompute)
-        lora = lora_parameters(slots, t, table.dtype, trained)
-        decoder.attach(lora)
-        grads = backward(t["d_y"], DecoderInputs(decoder, lora, batch.to(table.device), float(t["d_y"]), dropout_seed))
-        gradients: Tensors = {}
-        for kind in KINDS:
-            gradients |= dict(zip(_names(lora, kind), getattr(grads, kind), strict=True))
-        return ByHand(grads.loss, gradients)
+def another(
+    right: Decoder, kind: type[Decoder] = Decoder, weights: DecoderWeights | None = None, **own: Any
+) -> Decoder:
+    """A decoder of another kind, weights or configuration: of that values, or functions of the right one."""
+    config = right.config
+    made = {key: value(config) if callable(value) else value for key, value in own.items()}
+    return kind(replace(config, **made), weights or right.weights, recompute=right.recompute)
 
-    def reference(t: Tensors) -> Tensor:
-        factors = {key: value for key, value in t.items() if not key.startswith("base ")}
-        adapter = ReferenceAdapter(slots, factors, dropout_seed, {tensor.name: tensor for tensor in trained})
-        return reference_loss(base(t), config, batch.to(t[f"base {EMBEDDING}.weight"].device), adapter)
 
-    constant_norm = tuple(f"{key}.{part}" for key in slots for part in ("lora_A", "lora_B")) if what.use_dora else ()
-    return Case(name, tensors, by_hand, reference, pooled=True, exempt=constant_norm)
+def changed(weights: BlockWeights, changes: Mapping[str, Callable[[Any], Any]]) -> BlockWeights:
+    """Weights of a block with others among them, where all of these are there: what becomes of the right ones."""
+    right = {field: getattr(weights, field) for field in changes}
+    if any(part is None for part in right.values()):
+        return weights
+    return replace(weights, **{field: change(right[field]) for field, change in changes.items()})

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from backhand.verify.case import Tensors
 from backhand.verify.measure import norm
+from backhand.verify.scaffold import Tensors
 
 # Further out, a decoder's course is so bent that nothing is gained there: two wrong estimates once agreed by chance.
 FIRST_STEP = 0.05 / 32  # times the inputs' own size where that is above 1

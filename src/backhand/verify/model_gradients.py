@@ -30,7 +30,6 @@ from backhand.nn.decoder.weights import named_views
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import ProofKind
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, pair_loss
-from backhand.verify.case import Tensors
 from backhand.verify.measure import relative_error, typical
 from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import (
@@ -42,6 +41,7 @@ from backhand.verify.reference_decoder import (
     reference_loss,
 )
 from backhand.verify.runner import NEIGHBOURS, TIMES_AUTOGRAD, UNITS_OF_ROUNDING
+from backhand.verify.scaffold import Tensors
 
 # What every gradient stays below in float64, and the rule for lower precision.
 FLOAT64_BOUND = 1e-9

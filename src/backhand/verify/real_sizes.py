@@ -24,7 +24,6 @@ from backhand.kernels.builds import load, usable, using
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
-from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
 from backhand.verify.cases import (
     adapted_glu,
     attention,
@@ -44,7 +43,7 @@ from backhand.verify.cases import (
 from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
 from backhand.verify.runner import AUTOGRAD, LOW_PRECISIONS, TIMES_AUTOGRAD, TORCH, Rejection, Row, dtype_name
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Backward, ByHand, Case, Draw, Op, Tensors
 
 KEYS, HIDDEN, POSITIONS, RANK = 8_192, 8_192, 32_768, 256
 VOCABULARIES = (151_936, 262_144)

@@ -24,9 +24,9 @@ from torch import Tensor
 from backhand.kernels.builds import loops_are_there, torch_form
 from backhand.kernels.library import proving_loops
 from backhand.ops.registry import OPS
-from backhand.verify.case import Case, Mutant, OpProof, Tensors, kind
 from backhand.verify.differentiate import autograd_gradients, difference_error
 from backhand.verify.measure import norm, relative_error, typical, worst_row
+from backhand.verify.scaffold import Case, Mutant, OpProof, Tensors, kind
 
 # Beside the ops: what is built of them.
 COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
@@ -174,7 +174,7 @@ def _exact_rows(proof: OpProof, case: Case, tensors: Tensors, autograd: _Autogra
         yield row(f"d_{name}", gradient, truth[name])
 
     forward = _forward_of(proof, case, tensors)
-    varied = {name: gradient for name, gradient in gradients.items() if name not in case.exempt}
+    varied = {name: gradient for name, gradient in gradients.items() if kind(name) not in case.exempt}
     groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
     for name, group in groups.items():
         error = difference_error(forward, tensors, group)

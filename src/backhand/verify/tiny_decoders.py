@@ -6,10 +6,12 @@ documents longer than the sliding window and than the original rope length, diff
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.delta_mixer import NORM as DELTA_NORM
@@ -32,10 +34,10 @@ from backhand.nn.decoder.family import (
     ShortConv,
 )
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import LogitsRule
-from backhand.verify.case import Draw, Tensors
+from backhand.verify.scaffold import Draw, Tensors
 
 WINDOW = 4
 
@@ -238,7 +240,7 @@ def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0
     return slots
 
 
-def random_factors(slots: dict[str, LoRASlot], draw: Draw) -> Tensors:
+def random_factors(slots: Mapping[str, LoRASlot], draw: Draw) -> Tensors:
     """What is trained of every slot, nothing of it where it starts, float64."""
     factors: Tensors = {}
     for name, slot in slots.items():
@@ -248,9 +250,19 @@ def random_factors(slots: dict[str, LoRASlot], draw: Draw) -> Tensors:
     return factors
 
 
-def random_batch(
-    config: DecoderConfig, lengths: tuple[int, ...], draw: Draw, parents: tuple[int, ...] = ()
-) -> PackedBatch:
+def lora_parameters(
+    slots: Mapping[str, LoRASlot], tensors: Tensors, like: Tensor, trained: tuple[TrainedTensor, ...] = ()
+) -> LoRAParameters:
+    """The factors of a case in the engine's flat buffer: float32 or wider, used in the dtype of `like`."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    lora = LoRAParameters(slots.values(), trained=trained, device=like.device, dtype=wide)
+    for name, view in lora.named_tensors():
+        view.copy_(tensors[name])
+    lora.refresh_compute(like.dtype)
+    return lora
+
+
+def random_batch(config: DecoderConfig, lengths: tuple[int, ...], draw: Draw) -> PackedBatch:
     """Random segments, about a third of their positions without loss, and always the last one of each."""
     input_ids = draw.integers(config.vocab_size, sum(lengths))
     labels = [input_ids[:0]]
@@ -258,4 +270,4 @@ def random_batch(
         targets = torch.full_like(segment, IGNORE_INDEX)
         targets[:-1] = segment[1:]
         labels.append(targets.masked_fill(draw.integers(3, len(segment)) == 0, IGNORE_INDEX))
-    return PackedBatch(input_ids, torch.cat(labels), lengths, parents)
+    return PackedBatch(input_ids, torch.cat(labels), lengths)

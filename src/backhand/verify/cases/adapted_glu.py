@@ -19,19 +19,21 @@ from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
-from backhand.verify.case import (
+from backhand.verify.cases.glu import usual_unit
+from backhand.verify.cases.lora_linear import dropped
+from backhand.verify.scaffold import (
     Backward,
     Draw,
+    Given,
+    Op,
     Tensors,
     flat_rows,
-    mean_mutants,
+    mean_of_rows,
+    receiver,
     rotated_where_alike,
     rows_reversed,
     wrong,
 )
-from backhand.verify.cases.glu import usual_unit
-from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.scaffold import Given, Op, receiver
 
 Receivers = tuple[list[Tensor], list[Tensor]]
 
@@ -220,5 +222,5 @@ MUTANTS = (
     wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
     wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(glu_forward(*_unit(s))[0]), right)),
     OP.redo("mask ignored", "d_lora_A", behind=lambda s: s.behind._replace(dropout=None)),
-    mean_mutants("d_lora_B", "d_lora_A"),
+    wrong("mean for sum", "d_lora_B d_lora_A", mean_of_rows),
 )

@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved, attention_forward
 from backhand.ops.document_groups import segments, tokens_of
-from backhand.verify.case import Backward, Mutant, wrong
-from backhand.verify.scaffold import PACKED, Given, Op, placed
+from backhand.verify.scaffold import PACKED, Backward, Given, Mutant, Op, placed, wrong
 
 SCALING = 0.37
 

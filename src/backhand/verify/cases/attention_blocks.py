@@ -11,9 +11,8 @@ from torch.nn import functional
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
 from backhand.ops.document_groups import Run
-from backhand.verify.case import Mutant
 from backhand.verify.cases import attention
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Given, Mutant, Op
 
 
 def _usual(given: Given) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved, clamped_glu_forward
-from backhand.verify.case import Backward, Draw, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Backward, Draw, Given, Op, wrong
 
 CLAMP = Clamp(1.702, 1.1)
 MARGIN = 0.02

@@ -10,9 +10,8 @@ from backhand.ops.dora import dora_norm
 from backhand.ops.dora_linear import DoRALinearSaved
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.verify.case import rows_reversed, transposed_if_square, transposed_mutants, wrong
 from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.scaffold import SCALING, Given, Op
+from backhand.verify.scaffold import SCALING, Given, Op, rows_reversed, transposed_if_square, wrong
 
 
 def _usual(given: Given) -> Tensor:
@@ -80,6 +79,6 @@ MUTANTS = (
     OP.redo("low-rank part left out", "d_magnitude", h=lambda s: 0 * s.h),
     wrong("norm forgotten", "d_magnitude", lambda s, d: d * s.norm),
     OP.redo("rows reversed", "d_magnitude d_lora_B", g=lambda g: rows_reversed(g)),
-    transposed_mutants("d_lora_A"),
+    wrong("transposed", "d_lora_A", transposed_if_square),
     OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
 )

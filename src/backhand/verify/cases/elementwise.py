@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from backhand.ops import elementwise
 from backhand.ops.elementwise import SiLUSaved
-from backhand.verify.case import Case, Draw, Mutant, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Case, Draw, Mutant, Op, wrong
 
 USUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: functional.relu(x),

@@ -10,8 +10,7 @@ from torch import Tensor
 from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_forward
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import SCALING, Given, Op, receiver
+from backhand.verify.scaffold import SCALING, Given, Op, receiver, wrong
 
 
 def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_stored: bool) -> ExpertFactors | None:

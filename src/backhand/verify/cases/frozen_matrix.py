@@ -18,8 +18,7 @@ from backhand.kernels.dequantize import Bytes, block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved, frozen_linear_forward
 from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles, tiles_of
-from backhand.verify.case import Backward, Draw, transposed_if_square, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Backward, Draw, Given, Op, transposed_if_square, wrong
 
 _SMALL_TILES = 1
 """Bytes; the edges then lie as near to one another as they may: 64 rows, 256 columns."""

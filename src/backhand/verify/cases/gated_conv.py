@@ -10,9 +10,8 @@ from torch import Tensor
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference
 from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
-from backhand.verify.case import wrong
 from backhand.verify.cases.causal_conv import OTHERS, RIGHT, Sight, conv_matrices
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.scaffold import PACKED, Op, wrong
 
 
 def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:

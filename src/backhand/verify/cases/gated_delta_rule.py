@@ -7,8 +7,7 @@ from torch import Tensor
 
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
 from backhand.ops.document_groups import segments
-from backhand.verify.case import Mutant, wrong
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.scaffold import PACKED, Mutant, Op, wrong
 
 INPUTS = ("q", "k", "v", "decay", "beta")
 STATE_MISTAKES = (

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from backhand.ops.activation import CHUNK_ELEMENTS
 from backhand.ops.glu import GLUGrads, GLUSaved, glu_forward
-from backhand.verify.case import Backward, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Backward, Given, Op, wrong
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.grpo import GRPORule, GRPOSaved
-from backhand.verify.case import Draw, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Draw, Op, wrong
 
 
 def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float, rule: GRPORule) -> dict[str, Tensor]:

@@ -25,9 +25,8 @@ from backhand.ops.linear_cross_entropy import (
 from backhand.ops.logits_rule import PLAIN, LogitsRule
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import Backward, Draw, wrong
 from backhand.verify.cases.lora_linear import next_seed
-from backhand.verify.scaffold import SCALING, Given, Op
+from backhand.verify.scaffold import SCALING, Backward, Draw, Given, Op, wrong
 
 
 class _Inputs(NamedTuple):

@@ -10,9 +10,8 @@ from torch import Tensor
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, convolution
 from backhand.ops.lora_linear import Dropout
-from backhand.verify.case import wrong
 from backhand.verify.cases.lora_linear import next_seed
-from backhand.verify.scaffold import SCALING, Given, Op
+from backhand.verify.scaffold import SCALING, Given, Op, wrong
 
 
 def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:

@@ -20,21 +20,22 @@ from backhand.ops.lora_group import (
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
-from backhand.verify.case import (
+from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
+from backhand.verify.scaffold import (
     Backward,
     Case,
     Draw,
+    Given,
+    Op,
     Tensors,
     flat_rows,
-    mean_mutants,
+    mean_of_rows,
+    receiver,
     rotated_where_alike,
     rows_reversed,
     transposed_if_square,
-    transposed_mutants,
     wrong,
 )
-from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
-from backhand.verify.scaffold import Given, Op, receiver
 
 SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
@@ -227,12 +228,12 @@ MUTANTS = (
     OP.redo(
         "lora_B transposed", "d_x", group=lambda s: _changed(s, lora_B=lambda one: transposed_if_square(one.lora_B))
     ),
-    transposed_mutants("d_lora_A", "d_lora_B"),
+    wrong("transposed", "d_lora_A d_lora_B", transposed_if_square),
     wrong("members swapped", "d_lora_A d_lora_B", lambda whole: rotated_where_alike(whole)),
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
     OP.redo("mask ignored", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=None)),
     OP.redo("mask of another seed", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=next_seed(s.group))),
     wrong("half of h", "d_lora_B", _of_input),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
-    mean_mutants("d_lora_A", "d_lora_B"),
+    wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
 )

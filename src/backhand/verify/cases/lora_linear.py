@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.lora_linear import Dropout, LoRASaved, multiplier
-from backhand.verify.case import (
+from backhand.verify.scaffold import (
+    SCALING,
     Draw,
+    Given,
+    Op,
     flat_rows,
-    mean_mutants,
+    mean_of_rows,
     rows_reversed,
     transposed_if_square,
-    transposed_mutants,
     wrong,
 )
-from backhand.verify.scaffold import SCALING, Given, Op
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -97,9 +98,9 @@ MUTANTS = (
     OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
     OP.redo("lora_A transposed", "d_x", lora_A=lambda s: transposed_if_square(s.lora_A)),
     OP.redo("lora_B transposed", "d_x", lora_B=lambda s: transposed_if_square(s.lora_B)),
-    transposed_mutants("d_lora_A", "d_lora_B"),
+    wrong("transposed", "d_lora_A d_lora_B", transposed_if_square),
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
-    mean_mutants("d_lora_A", "d_lora_B"),
+    wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
     OP.redo("mask of another seed", "d_x", dropout=next_seed),
     wrong("mask not scaled up", "d_lora_A", _unscaled_mask),

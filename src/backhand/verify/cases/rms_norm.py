@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_forward, rms_norm_reference
-from backhand.verify.case import Backward, flat_rows, mean_mutants, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Backward, Given, Op, flat_rows, mean_of_rows, wrong
 
 
 def _with_residual(t: Given, backward: Backward) -> tuple[Tensor, Any]:
@@ -89,7 +88,7 @@ MUTANTS = (
     OP.redo("offset forgotten", "d_x", offset=0.0),
     OP.redo("weight forgotten", "d_x", weight=lambda s: torch.ones_like(s.weight), offset=0.0),
     wrong("x not normalised", "d_weight", lambda g, s: flat_rows(g * s.x).sum(0)),
-    mean_mutants("d_weight"),
+    wrong("mean for sum", "d_weight", mean_of_rows),
     wrong("weight inside", "d_weight", lambda g, s, d: d * gain(s.weight, s.offset, g.dtype)),
     wrong("rows reversed", "d_weight", lambda g, s: (flat_rows(g) * flat_rows(_x_hat(s)).flip(0)).sum(0)),
 )

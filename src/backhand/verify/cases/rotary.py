@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_forward, rotary_table, times
-from backhand.verify.case import Backward, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Backward, Given, Op, wrong
 
 
 def _table(
