@@ -79,37 +79,30 @@ class BlockwiseStep:
     @torch.no_grad()
     def begin(self) -> None:
         """What is adapted before the first block gets its gradients."""
-        weights, d_inputs = self._per_layer_weights(), self.carried.d_inputs
+        weights, d_inputs = self._per_layer(), self.carried.d_inputs
         if weights is None or d_inputs is None or self._begun is None:
             return
         config = self.decoder.config
         inputs_backward(d_inputs, self._begun, weights, config, self.lora, self.dropout_seed, input_gradient=False)
 
-    def _per_layer_weights(self) -> PerLayerWeights | None:
+    def _per_layer(self) -> PerLayerWeights | None:
         """The same in float64 but for the table, of which only rows are read."""
         there = self.decoder.weights.per_layer
         return there and there._replace(projection=float64_dense(there.projection), norm=float64_dense(there.norm))
-
-    def _carry(self, h: Tensor, dropout_seed: int | None) -> None:
-        """Begin a pass from the embedded tokens: nothing is lent yet, and no gradient has come back."""
-        weights, config = self._per_layer_weights(), self.decoder.config
-        self.carried = Carried(config.lenders)
-        if weights is None:
-            return
-        inputs, self._begun = inputs_forward(h, self.batch.input_ids, weights, config, self.lora, dropout_seed)
-        self.carried = Carried(config.lenders, inputs)
-        self.carried.d_inputs = torch.zeros_like(inputs)
 
     @torch.no_grad()
     def forward(self, dropout_seed: int | None, rows: Tensor | None = None) -> list[Tensor]:
         """x₀ of every block and the last block's output, or these rows of it."""
         # Whatever embedding does in the compute dtype is part of the function.
-        inputs = [self.decoder.embed(self.batch.input_ids).double()]
-        self._carry(inputs[0], dropout_seed)
+        x, config, weights = self.decoder.embed(self.batch.input_ids).double(), self.decoder.config, self._per_layer()
+        self.carried, inputs = Carried(config.lenders), [x]
+        if weights is not None:
+            own, self._begun = inputs_forward(x, self.batch.input_ids, weights, config, self.lora, dropout_seed)
+            self.carried = Carried(config.lenders, own)
+            self.carried.d_inputs = torch.zeros_like(own)
         for layer in self.layers:
-            adapter = block_adapter(self.lora, self.decoder.config, layer, dropout_seed)
-            context = self.context(layer, rows)
-            x, _ = block_forward(inputs[-1], self.block_weights(layer), adapter, context, "block")
+            adapter = block_adapter(self.lora, config, layer, dropout_seed)
+            x, _ = block_forward(x, self.block_weights(layer), adapter, self.context(layer, rows), "block")
             inputs.append(x)
         return inputs
 

@@ -20,8 +20,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, module_shapes
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
-from backhand.verify.reference_adapter import ReferenceAdapter
-from backhand.verify.reference_decoder import reference_loss
+from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
 from backhand.verify.scaffold import Backward, Draw, Given, Op, Tensors
 from backhand.verify.tiny_decoders import (
     adapter_slots,

@@ -10,12 +10,12 @@ bounds and the same mutants; in float64 the kernels' own source is what runs.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -35,10 +35,14 @@ FLOAT64_BOUND = 1e-12
 # Far above what rounding could explain, and below the smallest mistake on purpose, a factor of 1 + 1e-6.
 MISTAKE_BOUND = 1e-7
 DIFFERENCES_BOUND = 1e-8
+Prepared = tuple[Case, Tensors, Tensors]
+"""A case with its tensors on the device and the true gradients."""
 LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
 NEIGHBOURS = 7
+Autograd = Callable[[tuple[object, ...], Callable[[Tensors], Tensor], Tensors, Iterable[str]], tuple[Tensor, Tensors]]
+"""`autograd_gradients` that knows what it has worked out, by a key in front."""
 AUTOGRAD, DIFFERENCES = "autograd", "differences"
 TORCH, COMPILED = "torch", "compiled"
 
@@ -110,28 +114,22 @@ def _in_form(form: str) -> AbstractContextManager[None]:
 
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
     """float64 against autograd and finite differences, then float32 and bfloat16 against float64; in each form."""
-    exact, autograd = on_device(case.tensors, device), _Autograd()
+    exact, known = on_device(case.tensors, device), dict[tuple[object, ...], tuple[Tensor, Tensors]]()
+
+    def autograd(
+        key: tuple[object, ...], function: Callable[[Tensors], Tensor], tensors: Tensors, names: Iterable[str]
+    ) -> tuple[Tensor, Tensors]:
+        # Once for all forms: references call no forward or backward of ours. The key says which function on what.
+        if key not in known:
+            known[key] = autograd_gradients(function, tensors, names)
+        return known[key]
+
     for form in forms(proof, device):
         with _in_form(form):
             rows = list(_exact_rows(proof, case, exact, autograd))
             for dtype in LOW_PRECISIONS:
                 rows.extend(_low_precision_rows(proof, case, exact, dtype, autograd))
         yield from (replace(row, form=form) for row in rows)
-
-
-class _Autograd:
-    """What autograd gives for a case, worked out once for all forms: references call no forward or backward of ours."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], tuple[Tensor, Tensors]] = {}
-
-    def __call__(
-        self, key: tuple[object, ...], function: Callable[[Tensors], Tensor], tensors: Tensors, names: Iterable[str]
-    ) -> tuple[Tensor, Tensors]:
-        """`autograd_gradients`; the key says which function on which inputs."""
-        if key not in self._found:
-            self._found[key] = autograd_gradients(function, tensors, names)
-        return self._found[key]
 
 
 @torch.no_grad()
@@ -157,7 +155,7 @@ def _forward_of(proof: OpProof, case: Case, tensors: Tensors) -> Callable[[Tenso
     return alone if torch.equal(alone(away), y) and not torch.equal(here, y) else whole
 
 
-def _exact_rows(proof: OpProof, case: Case, tensors: Tensors, autograd: _Autograd) -> Iterator[Row]:
+def _exact_rows(proof: OpProof, case: Case, tensors: Tensors, autograd: Autograd) -> Iterator[Row]:
     with torch.no_grad():
         y, gradients = case.by_hand(tensors, proof.backward)
     truth_y, truth = autograd(("exact",), case.reference, tensors, gradients)
@@ -182,7 +180,7 @@ def _exact_rows(proof: OpProof, case: Case, tensors: Tensors, autograd: _Autogra
 
 
 def _low_precision_rows(
-    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: _Autograd
+    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: Autograd
 ) -> Iterator[Row]:
     floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
 
@@ -212,7 +210,7 @@ class Errors(NamedTuple):
 
 
 def _rounding_errors(
-    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: _Autograd, number: int
+    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: Autograd, number: int
 ) -> dict[str, Errors]:
     """The errors of y and of each group of gradients, with the inputs rounded to the dtype on both sides.
 
@@ -220,23 +218,25 @@ def _rounding_errors(
         exact: the case's tensors, or near ones.
         number: which of the tensors these are, 0 the case's own.
     """
-    rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
-    widened = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rounded.items()}
+    rounded = cast(exact, dtype)
+    widened = cast(rounded, torch.float64)
     with torch.no_grad():
         y, gradients = case.by_hand(rounded, proof.backward)
     truth_y, truth = autograd(("truth", dtype, number), case.reference, widened, gradients)
     usual_y, usual = autograd(("usual", dtype, number), case.usual or case.reference, rounded, gradients)
     zero_scale = norm(widened["d_y"])
 
-    def errors(measured: Tensors, expected: Tensors, by_autograd: Tensors) -> Errors:
-        right = flat(expected)
-        ours, own = (relative_error(flat(part), right, zero_scale) for part in (measured, by_autograd))
-        return Errors(ours, own, worst_of(measured, expected))
-
-    found = {"y": errors({"y": y}, {"y": truth_y}, {"y": usual_y})}
-    for name, group in grouped(gradients, case).items():
-        expected, by_autograd = ({part: tensors[part] for part in group} for tensors in (truth, usual))
-        found[f"d_{name}"] = errors(group, expected, by_autograd)
+    groups: dict[str, list[str]] = {"y": ["y"]}
+    for name in gradients:  # those of one kind are judged together in a pooled case
+        groups.setdefault(f"d_{kind(name) if case.pooled else name}", []).append(name)
+    found = {}
+    for group, names in groups.items():
+        ours, right, usually = (
+            {"y": one} if group == "y" else {name: several[name] for name in names}
+            for one, several in ((y, gradients), (truth_y, truth), (usual_y, usual))
+        )
+        by_hand, by_autograd = (relative_error(flat(part), flat(right), zero_scale) for part in (ours, usually))
+        found[group] = Errors(by_hand, by_autograd, worst_of(ours, right))
     return found
 
 
@@ -251,14 +251,6 @@ def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
             else tensor
             for name, tensor in tensors.items()
         }
-
-
-def grouped(gradients: Tensors, case: Case) -> dict[str, Tensors]:
-    """The gradients that are judged together: those of one kind in a pooled case, each alone otherwise."""
-    groups: dict[str, Tensors] = {}
-    for name, gradient in gradients.items():
-        groups.setdefault(kind(name) if case.pooled else name, {})[name] = gradient
-    return groups
 
 
 def flat(tensors: Tensors) -> Tensor:
@@ -284,31 +276,22 @@ def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterat
     The case that has rejected a mistake comes first for the same mistake in another gradient or form.
     """
 
-    @functools.cache
+    @cache
     def prepared(place: int) -> Prepared:
-        case = proof.cases[place]
-        tensors = on_device(case.tensors, device)
+        case, tensors = proof.cases[place], on_device(proof.cases[place].tensors, device)
         with torch.no_grad():
             names = list(case.by_hand(tensors, proof.backward).gradients)
-        return Prepared(case, tensors, autograd_gradients(case.reference, tensors, names)[1])
+        return case, tensors, autograd_gradients(case.reference, tensors, names)[1]
 
     rejecting: dict[str, str] = {}
     for form in forms(proof, device):
         for mutant in proof.mutants:
-            others = [place for place, case in enumerate(proof.cases) if case.name != rejecting.get(mutant.name)]
-            first = set(range(len(proof.cases))).difference(others)
-            rejection = reject_mutant(proof, mutant, map(prepared, (*first, *others)), form)
+            first = rejecting.get(mutant.name)
+            places = sorted(range(len(proof.cases)), key=lambda place: proof.cases[place].name != first)
+            rejection = reject_mutant(proof, mutant, map(prepared, places), form)
             if rejection.passed:
                 rejecting[mutant.name] = rejection.case
             yield rejection
-
-
-class Prepared(NamedTuple):
-    """A case with its tensors on the device and the true gradients."""
-
-    case: Case
-    tensors: Tensors
-    truth: Tensors
 
 
 def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[Prepared], form: str = TORCH) -> Rejection:
@@ -331,6 +314,11 @@ def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[Prepared], 
 def on_device(tensors: Tensors, device: torch.device | str) -> Tensors:
     """The same tensors on a device."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Numbers in a dtype; integers and booleans as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

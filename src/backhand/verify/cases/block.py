@@ -24,8 +24,7 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
 from backhand.verify.decoder_case import DROPOUT_SEED, changed
-from backhand.verify.reference_adapter import ReferenceAdapter
-from backhand.verify.reference_decoder import ReferenceCarried, reference_block
+from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCarried, ReferenceLayer, reference_block
 from backhand.verify.scaffold import Backward, Given, Mutant, Op, Tensors, rotated_where_alike, wrong
 from backhand.verify.tiny_decoders import (
     FAMILIES,
@@ -131,7 +130,8 @@ def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | N
     wanted[slice(None) if rows is None else list(rows)] = True
     carried = ReferenceCarried(given.get("inputs"), {LENDER: (given["k"], given["v"])} if "k" in given else {})
     adapter = ReferenceAdapter(given["slots"], given, given["dropout_seed"])
-    return reference_block(x0, 0, given, given["config"], documents, adapter, wanted, carried)[wanted]
+    layer = ReferenceLayer(0, given, given["config"], documents, adapter, wanted, carried)
+    return reference_block(x0, layer)[wanted]
 
 
 # `family` as in `family_of`; `targets`, ends of the adapted modules' names, apart by blanks, None for all of them;
