@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_forward, rms_norm_reference
+from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_reference
 from backhand.verify.scaffold import Backward, Given, Op, flat_rows, mean_of_rows, wrong
 
 
 def _with_residual(t: Given, backward: Backward) -> tuple[Tensor, Any]:
     """The stream goes around the norm as well: y is both, side by side."""
-    y, saved = t.call(rms_norm_forward)
+    y, saved = t.call(OP.forward)
     d_y, around = (part.contiguous() if t["in_place"] else part for part in t["d_y"].chunk(2, dim=-1))
     grads = backward(d_y, saved, weight_gradient=True, residual=around.contiguous(), out=d_y if t["in_place"] else None)
     return _beside(y, t["x"], True), grads
