@@ -32,9 +32,8 @@ from backhand.nn.decoder.per_layer_input import inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND, BlockwiseStep, ModelProof
 from backhand.verify.runner import UNITS_OF_ROUNDING
 
 MICRO_BATCHES = 3

@@ -23,12 +23,13 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
-from backhand.verify.decoder_case import DROPOUT_SEED, changed
 from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCarried, ReferenceLayer, reference_block
 from backhand.verify.scaffold import Backward, Given, Mutant, Op, Tensors, rotated_where_alike, wrong
 from backhand.verify.tiny_decoders import (
+    DROPOUT_SEED,
     FAMILIES,
     adapter_slots,
+    changed,
     engine_weights,
     family_of,
     lora_parameters,

@@ -16,9 +16,8 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import LayerConfig, RotaryConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.logits_rule import PLAIN
-from backhand.verify.decoder_case import DecoderInputs, another, changed, decoder_op, per_token
 from backhand.verify.scaffold import Mutant, rotated_where_alike, wrong
-from backhand.verify.tiny_decoders import FAMILIES, WINDOW
+from backhand.verify.tiny_decoders import FAMILIES, WINDOW, DecoderInputs, another, changed, decoder_op, per_token, rule
 
 ALL_LINEAR_AND_HEAD = "_proj lm_head"
 OP = decoder_op("decoder", (9, 5, 5, 1, 11), gradients=("d_lora_A", "d_lora_B"))
@@ -30,56 +29,53 @@ CASES = (
         OP.case(f"{family}; dropout, recompute {recompute}", family, dropout=0.2, recompute=recompute)
         for family, recompute in zip(FAMILIES, ("mlp", "block") * len(FAMILIES), strict=False)
     ),
-    OP.case("llama; head adapted", "llama", targets=ALL_LINEAR_AND_HEAD),
-    OP.case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
-    OP.case("granite; tied head adapted", "granite, four", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
-    OP.case("head adapted, dropout", "llama", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
-    OP.case("tied head alone, dropout", "gemma3", targets="lm_head", dropout=0.3),
-    OP.case("head alone", "llama 3", targets="lm_head"),
-    OP.case("fused q, k and v alone", "phi3", targets="qkv_proj", dropout=0.2),
-    OP.case("q and v, dropout", "qwen2", targets="q_proj v_proj", dropout=0.2),
-    OP.case("top block's down alone", "gemma3", targets="2.mlp.down_proj"),
-    OP.case("upper block's o and up", "llama", targets="1.self_attn.o_proj 1.mlp.up_proj", recompute="block"),
+    OP.case("llama; head adapted", "llama", ALL_LINEAR_AND_HEAD),
+    OP.case("gemma3; tied head adapted", "gemma3", ALL_LINEAR_AND_HEAD),
+    OP.case("granite; tied head adapted", "granite, four", ALL_LINEAR_AND_HEAD, dropout=0.2),
+    OP.case("head adapted, dropout", "llama", ALL_LINEAR_AND_HEAD, dropout=0.2),
+    OP.case("tied head alone, dropout", "gemma3", "lm_head", dropout=0.3),
+    OP.case("head alone", "llama 3", "lm_head"),
+    OP.case("fused q, k and v alone", "phi3", "qkv_proj", dropout=0.2),
+    OP.case("q and v, dropout", "qwen2", "q_proj v_proj", dropout=0.2),
+    OP.case("top block's down alone", "gemma3", "2.mlp.down_proj"),
+    OP.case("upper block's o and up", "llama", "1.self_attn.o_proj 1.mlp.up_proj", recompute="block"),
     OP.case("one document", "gemma3", documents=(13,)),
     OP.case("one-token documents", "llama", documents=(1, 1)),
     OP.case("shared prefix", "llama", shared=5),
     OP.case("shared prefix, recompute block", "gemma3", shared=7, recompute="block"),
     OP.case("shared prefix, recompute mlp", "mistral", shared=6, recompute="mlp"),
     OP.case("shared prefix, scaled queries", "ministral3", shared=5),
-    OP.case("shared prefix, capped", "gemma2", targets=ALL_LINEAR_AND_HEAD, shared=5),
+    OP.case("shared prefix, capped", "gemma2", ALL_LINEAR_AND_HEAD, shared=5),
     OP.case("shared prefix of one document", "qwen3, q/k norm", documents=(6,), shared=3),
     OP.case("shared prefix, short convolutions", "lfm2, short", shared=5, recompute="block"),
     OP.case("shared prefix shorter than the taps", "lfm2, biases", shared=2),
     OP.case("documents shorter than the taps", "lfm2, biases", documents=(2, 1, 7, 2), shared=4),
     OP.case("trees", "llama", **TREES),
     OP.case("trees, recompute block", "gemma3", recompute="block", **TREES),
-    OP.case("trees, capped", "gemma2", targets=ALL_LINEAR_AND_HEAD, **TREES),
+    OP.case("trees, capped", "gemma2", ALL_LINEAR_AND_HEAD, **TREES),
     OP.case("trees, short convolutions", "lfm2, biases", recompute="mlp", **TREES),
     OP.case("trees, shared keys", "gemma4, shared", **TREES),
     OP.case("trees, sinks and experts", "gpt-oss", **TREES),
     OP.case("trees, delta rule", "qwen3.5", **TREES),
-    OP.case("short convolutions, out of one alone", "lfm2, short", targets="2.conv.out_proj"),
-    OP.case("short convolutions, w2 and in of one", "lfm2, short", targets="1.feed_forward.w2 2.conv.in_proj"),
-    OP.case("shared keys, k of the lender alone", "gemma4, shared", targets="0.self_attn.k_proj"),
+    OP.case("short convolutions, out of one alone", "lfm2, short", "2.conv.out_proj"),
+    OP.case("short convolutions, w2 and in of one", "lfm2, short", "1.feed_forward.w2 2.conv.in_proj"),
+    OP.case("shared keys, k of the lender alone", "gemma4, shared", "0.self_attn.k_proj"),
     OP.case(
-        "shared keys, v of the lender alone, recompute block",
-        "gemma4, shared",
-        targets="1.self_attn.v_proj",
-        recompute="block",
+        "shared keys, v of the lender alone, recompute block", "gemma4, shared", "1.self_attn.v_proj", recompute="block"
     ),
     OP.case("shared prefix, shared keys", "gemma4, shared", shared=5, recompute="block"),
-    OP.case("users of lent keys alone", "gemma4, shared", targets="4.self_attn.q_proj"),
+    OP.case("users of lent keys alone", "gemma4, shared", "4.self_attn.q_proj"),
     OP.case(
         "inputs of layers, their gates and projections alone",
         "gemma4, shared",
-        targets="per_layer_input_gate per_layer_projection",
+        "per_layer_input_gate per_layer_projection",
         dropout=0.2,
     ),
-    OP.case("inputs of layers, last projection alone", "gemma4, shared", targets="5.per_layer_projection"),
+    OP.case("inputs of layers, last projection alone", "gemma4, shared", "5.per_layer_projection"),
     OP.case(
         "inputs of layers, what makes them alone",
         "gemma4, shared",
-        targets="per_layer_model_projection",
+        "per_layer_model_projection",
         dropout=0.2,
         recompute="mlp",
     ),
@@ -88,7 +84,7 @@ CASES = (
     OP.case("shared prefix, delta rule", "qwen3.5", shared=5, recompute="block"),
     OP.case("shared prefix shorter than the delta rule's taps", "qwen3.5", shared=1),
     OP.case("several chunks of the delta rule", "qwen3.5", documents=(70, 5), shared=3),
-    OP.case("delta rule, in_proj_a of the top one alone", "qwen3.5", targets="2.linear_attn.in_proj_a"),
+    OP.case("delta rule, in_proj_a of the top one alone", "qwen3.5", "2.linear_attn.in_proj_a"),
     OP.case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
     OP.case("no tokens", "gemma3", documents=(0,), dropout=0.2),
 )
@@ -146,8 +142,7 @@ def _as_long(rotary: RotaryConfig) -> RotaryConfig:
 def _all_pairs_rotated(rotary: RotaryConfig) -> RotaryConfig:
     """Pairs that stand still by the rule `proportional` are rotated like the others."""
     stands = dict(rotary.scaling or ()).get("rope_type") == "proportional"
-    whole = (("rope_type", "proportional"), ("share", 1.0), ("factor", 1.0))
-    return replace(rotary, scaling=whole) if stands else rotary
+    return replace(rotary, scaling=rule("proportional", share=1.0, factor=1.0)) if stands else rotary
 
 
 def _window_of_the_other_kind(layer: LayerConfig) -> LayerConfig:

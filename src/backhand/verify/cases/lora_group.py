@@ -18,7 +18,7 @@ from backhand.ops.lora_group import (
 )
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
+from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
 from backhand.verify.scaffold import (
     Backward,
@@ -27,7 +27,6 @@ from backhand.verify.scaffold import (
     Given,
     Op,
     Tensors,
-    flat_rows,
     mean_of_rows,
     receiver,
     rotated_where_alike,
@@ -192,16 +191,6 @@ def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     return _backward(g, s._replace(group=s.group._replace(members=first), h=h)).d_x
 
 
-def _of_input(g: Tensor, s: LoRAGroupSaved) -> tuple[Tensor, ...]:
-    """d_lora_B with an undropped x where its h belongs."""
-    x = flat_rows(rms_norm_apply(*s.x) if isinstance(s.x, RMSNormSaved) else s.x)
-    found = []
-    for member in s.group.members:
-        own = flat_rows(g)[:, member.column : member.column + len(member.lora_B)]
-        found.append(0.5 * member.scaling * own.T @ (x @ member.lora_A.T))
-    return tuple(found)
-
-
 def _scaled(s: LoRAGroupSaved, scaling: float) -> LoRAGroup:
     return regrouped(s.group, scaling=lambda _one: scaling)
 
@@ -222,7 +211,7 @@ MUTANTS = (
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
     OP.redo("mask ignored", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=None)),
     OP.redo("mask of another seed", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=next_seed(s.group))),
-    wrong("half of h", "d_lora_B", _of_input),
+    OP.redo("half of h", "d_lora_B", h=lambda s: 0.5 * s.h),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
     wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
 )
