@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -46,25 +47,26 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         examples: documents, each with a supervised token; a single one can be packed with nothing.
         rounding_bound: how far a gradient may be from float64's.
     """
-    bound = 2 * rounding_bound
-    whole = pack(examples, device=decoder.device)
+    bound, device = 2 * rounding_bound, decoder.device
+    whole = pack(examples, device=device)
     together = _gradient(decoder, [whole])
     if len(examples) > 1:
         exact = _exact_gradient(decoder, [whole])
-        one_by_one = [pack([example], device=decoder.device) for example in examples]
-        statement, how = "packed = unpacked, gradient", f"{len(examples)} documents in one batch, and one by one"
-        yield _same(f"{statement}, float64", _exact_gradient(decoder, one_by_one), exact, FLOAT64_BOUND, how)
+
+        def same(statement: str, batches: list[PackedBatch], of_exact: str, detail: str = "") -> Iterator[ModelProof]:
+            gradient = _exact_gradient(decoder, batches)
+            yield _same(f"{statement}, gradient, float64", gradient, exact, FLOAT64_BOUND, of_exact)
+            yield _same(f"{statement}, gradient", _gradient(decoder, batches), together, bound, detail)
+
+        how = f"{len(examples)} documents in one batch, and one by one"
         checked = "a check in the run's dtype, within its rounding; the line above is the proof"
-        yield _same(statement, _gradient(decoder, one_by_one), together, bound, checked)
-        once = pack(examples, share=decoder.shares_prefixes, device=decoder.device)
-        saved = len(whole.input_ids) - len(once.input_ids)
-        if saved:
-            statement = "shared prefix = a prefix in each row, gradient"
+        yield from same("packed = unpacked", [pack([example], device=device) for example in examples], how, checked)
+        once = pack(examples, share=decoder.shares_prefixes, device=device)
+        if saved := len(whole.input_ids) - len(once.input_ids):
             how = f"{saved} of {len(whole.input_ids)} tokens not computed again"
-            yield _same(f"{statement}, float64", _exact_gradient(decoder, [once]), exact, FLOAT64_BOUND, how)
-            yield _same(statement, _gradient(decoder, [once]), together, bound)
-        parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
-        accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
+            yield from same("shared prefix = a prefix in each row", [once], how)
+        parts = [examples[start::MICRO_BATCHES] for start in range(min(MICRO_BATCHES, len(examples)))]
+        accumulated = _gradient(decoder, [pack(part, device=device) for part in parts])
         yield _same("accumulated = one batch, gradient", accumulated, together, bound, f"{len(parts)} micro-batches")
     before = decoder.recompute
     try:
@@ -83,20 +85,16 @@ def _same(statement: str, measured: Tensor, expected: Tensor, bound: float, deta
 
 def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     """The same in float64, where nothing hides behind rounding."""
-    supervised = sum(batch.supervised_tokens for batch in batches)
-    total = BlockwiseStep(decoder, batches[0], None, 1.0 / supervised).gradient()
-    for batch in batches[1:]:
-        total += BlockwiseStep(decoder, batch, None, 1.0 / supervised).gradient()
-    return total
+    scaling = 1.0 / sum(batch.supervised_tokens for batch in batches)
+    return reduce(torch.add, (BlockwiseStep(decoder, batch, None, scaling).gradient() for batch in batches))
 
 
 def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     """The whole adapter gradient of one step over these micro-batches."""
-    lora = present(decoder.lora)
-    supervised = sum(batch.supervised_tokens for batch in batches)
+    lora, scaling = present(decoder.lora), 1.0 / sum(batch.supervised_tokens for batch in batches)
     lora.gradients.zero_()
     for batch in batches:
-        decoder.loss_and_gradients(batch, 1.0 / supervised)
+        decoder.loss_and_gradients(batch, scaling)
     return lora.gradients.clone()
 
 

@@ -197,9 +197,9 @@ class ReferenceLayer(NamedTuple):
         """The documents as ops take them."""
         return document_runs(tuple(self.lengths))
 
-    def by_document(self, x: Tensor, one: Callable[[Tensor], Tensor]) -> Tensor:
-        """A function of each document's part of x (tokens, …)."""
-        return torch.cat([one(part) for part in x.split(list(self.lengths))])
+    def by_document(self, one: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """A function of each document's part of these, (tokens, …)."""
+        return torch.cat([one(*parts) for parts in zip(*(x.split(list(self.lengths)) for x in tensors), strict=True)])
 
 
 def reference_loss(
@@ -348,11 +348,11 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     def turned(part: Tensor, norm: str) -> Tensor:
         part = at.norm(part, norm if config.qk_norm == "width" else None).unflatten(-1, (-1, config.head_dim))
         part = at.norm(part, norm if config.qk_norm == "head" else None)
-        return part if rotary is None else at.by_document(part, lambda one: _turn(one, rotary))
+        return part if rotary is None else at.by_document(lambda one: _turn(one, rotary), part)
 
     q = turned(q, config.qk_norms[0])
     if (scaling := config.query_scaling) is not None:
-        q = at.by_document(q, lambda one: one * _growth(one, scaling))
+        q = at.by_document(lambda one: one * _growth(one, scaling), q)
     if own.keys_of is None:
         v = others[-1].unflatten(-1, (-1, config.head_dim))  # made of keys in some layers, which have nothing else
         v = _norm(v, torch.ones(config.head_dim).to(v), config) if config.value_norm else v
@@ -361,9 +361,14 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
             at.carried.lent[at.number] = lent
     else:
         lent = present(at.carried).lent[own.keys_of]
-    sinks, lengths = at.weights.get(f"{at.name}.{SINKS}"), list(at.lengths)
-    documents = zip(q.split(lengths), lent[0].split(lengths), lent[1].split(lengths), strict=True)
-    output = torch.cat([_attended(*one, config, own.window, sinks) for one in documents])
+    rest = config.attention_scaling, config.attention_cap, at.weights.get(f"{at.name}.{SINKS}")
+
+    def attended(*qkv: Tensor) -> Tensor:
+        q, k, v = (part.transpose(0, 1) for part in qkv)
+        one = softmax_attention(q, k, v, visible(q.shape[1], own.window, q.device), *rest)
+        return one.transpose(0, 1).flatten(1)
+
+    output = at.by_document(attended, q, *lent)
     if gate is not None:
         output = output / (1 + torch.exp(-gate))
     return at.linear(output, config.groups[1][0], wanted_alone=True)
@@ -397,20 +402,19 @@ def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
 _MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {SHORT_CONV: _short_conv, GATED_DELTA: _gated_delta}
 
 
-def _attended(
-    q: Tensor, k: Tensor, v: Tensor, config: DecoderConfig, window: int | None, sinks: Tensor | None = None
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """One document's attention, (length, heads · head_dim), by an explicit softmax."""
-    k_each, v_each = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k_each) * config.attention_scaling
-    if config.attention_cap is not None:
-        scores = config.attention_cap * torch.tanh(scores / config.attention_cap)
-    scores = scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
+    """Attention, (…, heads, queries, head_dim), by an explicit softmax over the keys that are seen."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+    scores = q @ k.mT * scaling
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:  # a key more, that has no value
-        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)[..., : len(k)]
-    return torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1)
+    return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)[..., : k.shape[-2]] @ v
 
 
 def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
@@ -436,7 +440,7 @@ def _growth(q: Tensor, scaling: QueryScaling) -> Tensor:
     return (1 + scaling.beta * steps.to(torch.promote_types(q.dtype, torch.float32)).log1p()).to(q.dtype)[:, None, None]
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys (columns) a query (row) sees: itself and those before it, as many as the window allows."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < (length if window is None else window))

@@ -14,8 +14,8 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +41,6 @@ LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
 NEIGHBOURS = 7
-Autograd = Callable[[tuple[object, ...], Callable[[Tensors], Tensor], Tensors, Iterable[str]], tuple[Tensor, Tensors]]
-"""`autograd_gradients` that knows what it has worked out, by a key in front."""
 AUTOGRAD, DIFFERENCES = "autograd", "differences"
 TORCH, COMPILED = "torch", "compiled"
 
@@ -114,22 +112,101 @@ def _in_form(form: str) -> AbstractContextManager[None]:
 
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
     """float64 against autograd and finite differences, then float32 and bfloat16 against float64; in each form."""
-    exact, known = on_device(case.tensors, device), dict[tuple[object, ...], tuple[Tensor, Tensors]]()
-
-    def autograd(
-        key: tuple[object, ...], function: Callable[[Tensors], Tensor], tensors: Tensors, names: Iterable[str]
-    ) -> tuple[Tensor, Tensors]:
-        # Once for all forms: references call no forward or backward of ours. The key says which function on what.
-        if key not in known:
-            known[key] = autograd_gradients(function, tensors, names)
-        return known[key]
-
+    trial = _Trial(proof, case, on_device(case.tensors, device))
     for form in forms(proof, device):
+        row = partial(Row, proof.op, case.name, form=form)
         with _in_form(form):
-            rows = list(_exact_rows(proof, case, exact, autograd))
+            rows = [*trial.exact_rows(row)]
             for dtype in LOW_PRECISIONS:
-                rows.extend(_low_precision_rows(proof, case, exact, dtype, autograd))
-        yield from (replace(row, form=form) for row in rows)
+                rows.extend(trial.low_precision_rows(row, dtype))
+        yield from rows
+
+
+class Errors(NamedTuple):
+    """Relative errors of one tensor in low precision, both against float64, and the row where ours is worst."""
+
+    by_hand: float
+    by_autograd: float
+    worst: str
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A case on a device. Results are y and, with `d_` in front of the input's name, the gradients."""
+
+    proof: OpProof
+    case: Case
+    exact: Tensors
+    # what autograd has given, once for all forms: references call no forward or backward of ours
+    known: dict[tuple[object, ...], Tensors] = field(default_factory=dict)
+
+    def by_hand(self, tensors: Tensors) -> Tensors:
+        """The results by hand."""
+        with torch.no_grad():
+            y, gradients = self.case.by_hand(tensors, self.proof.backward)
+        return {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
+
+    def by_autograd(
+        self, function: Callable[[Tensors], Tensor], tensors: Tensors, results: Iterable[str], *key: object
+    ) -> Tensors:
+        """The same results of a function on such tensors; the key says which on which."""
+        if key not in self.known:
+            names = [name.removeprefix("d_") for name in results if name != "y"]
+            y, gradients = autograd_gradients(function, tensors, names)
+            self.known[key] = {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
+        return self.known[key]
+
+    def exact_rows(self, row: Callable[..., Row]) -> Iterator[Row]:
+        """float64: against autograd of the reference, then against finite differences of the op's own forward."""
+        tensors, case = self.exact, self.case
+        ours = self.by_hand(tensors)
+        truth, scale = self.by_autograd(case.reference, tensors, ours, "exact"), norm(tensors["d_y"])
+        for name, measured in ours.items():
+            error = relative_error(measured, truth[name], scale)
+            yield row("float64", AUTOGRAD, name, error, FLOAT64_BOUND, worst_of({name: measured}, truth))
+        forward = _forward_of(self.proof, case, tensors)
+        gradients = {name.removeprefix("d_"): gradient for name, gradient in ours.items() if name != "y"}
+        varied = {name: gradient for name, gradient in gradients.items() if kind(name) not in case.exempt}
+        groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
+        for name, group in groups.items():
+            error = difference_error(forward, tensors, group)
+            yield row("float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
+
+    def low_precision_rows(self, row: Callable[..., Row], dtype: torch.dtype) -> Iterator[Row]:
+        """Both ways against float64 on the same rounded inputs."""
+        floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
+
+        def bound(errors: Errors) -> float:
+            return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
+
+        found = self._rounding_errors(self.exact, dtype, 0)
+        if any(errors.by_hand > bound(errors) for errors in found.values()):
+            # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
+            near = enumerate(_neighbours(self.exact), start=1)
+            more = [self._rounding_errors(tensors, dtype, number) for number, tensors in near]
+            for name, errors in found.items():
+                by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
+                found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
+        for name, errors in found.items():
+            yield row(dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
+
+    def _rounding_errors(self, tensors: Tensors, dtype: torch.dtype, number: int) -> dict[str, Errors]:
+        """The errors of y and of each group of gradients; number: which tensors these are, 0 the case's own."""
+        rounded, case = cast(tensors, dtype), self.case
+        widened = cast(rounded, torch.float64)
+        ours = self.by_hand(rounded)
+        truth = self.by_autograd(case.reference, widened, ours, "truth", dtype, number)
+        usual = self.by_autograd(case.usual or case.reference, rounded, ours, "usual", dtype, number)
+        groups: dict[str, list[str]] = {}
+        for name in ours:  # those of one kind are judged together in a pooled case
+            part = f"d_{kind(name.removeprefix('d_'))}" if case.pooled and name != "y" else name
+            groups.setdefault(part, []).append(name)
+        found, scale = {}, norm(widened["d_y"])
+        for group, names in groups.items():
+            mine, right, usually = ({name: several[name] for name in names} for several in (ours, truth, usual))
+            errors = (relative_error(flat(one), flat(right), scale) for one in (mine, usually))
+            found[group] = Errors(*errors, worst_of(mine, right))
+        return found
 
 
 @torch.no_grad()
@@ -155,91 +232,6 @@ def _forward_of(proof: OpProof, case: Case, tensors: Tensors) -> Callable[[Tenso
     return alone if torch.equal(alone(away), y) and not torch.equal(here, y) else whole
 
 
-def _exact_rows(proof: OpProof, case: Case, tensors: Tensors, autograd: Autograd) -> Iterator[Row]:
-    with torch.no_grad():
-        y, gradients = case.by_hand(tensors, proof.backward)
-    truth_y, truth = autograd(("exact",), case.reference, tensors, gradients)
-    zero_scale = norm(tensors["d_y"])
-
-    def row(tensor: str, measured: Tensor, expected: Tensor) -> Row:
-        error, worst = relative_error(measured, expected, zero_scale), worst_row(measured, expected)
-        return Row(
-            proof.op, case.name, "float64", AUTOGRAD, tensor, error, FLOAT64_BOUND, "" if worst is None else str(worst)
-        )
-
-    yield row("y", y, truth_y)
-    for name, gradient in gradients.items():
-        yield row(f"d_{name}", gradient, truth[name])
-
-    forward = _forward_of(proof, case, tensors)
-    varied = {name: gradient for name, gradient in gradients.items() if kind(name) not in case.exempt}
-    groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
-    for name, group in groups.items():
-        error = difference_error(forward, tensors, group)
-        yield Row(proof.op, case.name, "float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
-
-
-def _low_precision_rows(
-    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: Autograd
-) -> Iterator[Row]:
-    floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
-
-    def bound(errors: Errors) -> float:
-        return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
-
-    found = _rounding_errors(proof, case, exact, dtype, autograd, 0)
-    if any(errors.by_hand > bound(errors) for errors in found.values()):
-        # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
-        more = [
-            _rounding_errors(proof, case, near, dtype, autograd, number)
-            for number, near in enumerate(_neighbours(exact), start=1)
-        ]
-        for name, errors in found.items():
-            by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
-            found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
-    for name, errors in found.items():
-        yield Row(proof.op, case.name, dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
-
-
-class Errors(NamedTuple):
-    """Relative errors of one tensor in low precision, both against float64, and the row where ours is worst."""
-
-    by_hand: float
-    by_autograd: float
-    worst: str
-
-
-def _rounding_errors(
-    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: Autograd, number: int
-) -> dict[str, Errors]:
-    """The errors of y and of each group of gradients, with the inputs rounded to the dtype on both sides.
-
-    Args:
-        exact: the case's tensors, or near ones.
-        number: which of the tensors these are, 0 the case's own.
-    """
-    rounded = cast(exact, dtype)
-    widened = cast(rounded, torch.float64)
-    with torch.no_grad():
-        y, gradients = case.by_hand(rounded, proof.backward)
-    truth_y, truth = autograd(("truth", dtype, number), case.reference, widened, gradients)
-    usual_y, usual = autograd(("usual", dtype, number), case.usual or case.reference, rounded, gradients)
-    zero_scale = norm(widened["d_y"])
-
-    groups: dict[str, list[str]] = {"y": ["y"]}
-    for name in gradients:  # those of one kind are judged together in a pooled case
-        groups.setdefault(f"d_{kind(name) if case.pooled else name}", []).append(name)
-    found = {}
-    for group, names in groups.items():
-        ours, right, usually = (
-            {"y": one} if group == "y" else {name: several[name] for name in names}
-            for one, several in ((y, gradients), (truth_y, truth), (usual_y, usual))
-        )
-        by_hand, by_autograd = (relative_error(flat(part), flat(right), zero_scale) for part in (ours, usually))
-        found[group] = Errors(by_hand, by_autograd, worst_of(ours, right))
-    return found
-
-
 def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
     """Inputs of about the same size and of the same signs."""
     generator = torch.Generator().manual_seed(0)
@@ -261,8 +253,8 @@ def flat(tensors: Tensors) -> Tensor:
 
 
 def worst_of(measured: Tensors, expected: Tensors) -> str:
-    """The row that is furthest off, with its tensor's name where there are several."""
-    found = [(worst_row(tensor, expected[name]), name) for name, tensor in measured.items()]
+    """The row that is furthest off, with its input's name where there are several."""
+    found = [(worst_row(tensor, expected[name]), name.removeprefix("d_")) for name, tensor in measured.items()]
     rows = [(worst, name) for worst, name in found if worst is not None]
     if not rows:
         return ""

@@ -134,9 +134,7 @@ FAMILIES: dict[str, DecoderConfig] = {
         "phi3", rotary=(RotaryConfig(100.0, _LONGROPE, attention_factor=1.2, features=4),)
     ),
     "ministral3, scaled queries": _tiny(
-        "ministral3",
-        query_scaling=QueryScaling(0.4, 3),
-        rotary=(RotaryConfig(100.0, _YARN, attention_factor=0.9),),
+        "ministral3", query_scaling=QueryScaling(0.4, 3), rotary=(RotaryConfig(100.0, _YARN, attention_factor=0.9),)
     ),
     "glm4, neighbours turned": _tiny(
         "glm4", qkv_bias=True, rotary=(RotaryConfig(100.0, features=4, interleaved=True),)
@@ -421,13 +419,24 @@ def decoder_op(
     )
 
 
+def configured(right: DecoderConfig, changes: Mapping[str, Any]) -> DecoderConfig:
+    """A configuration with other values; or functions of the right one make them."""
+    return replace(right, **{key: value(right) if callable(value) else value for key, value in changes.items()})
+
+
 def another(
     right: Decoder, kind: type[Decoder] = Decoder, weights: DecoderWeights | None = None, **own: Any
 ) -> Decoder:
-    """A decoder of another kind, weights or configuration: of that values, or functions of the right one."""
-    config = right.config
-    made = {key: value(config) if callable(value) else value for key, value in own.items()}
-    return kind(replace(config, **made), weights or right.weights, recompute=right.recompute)
+    """A decoder of another kind, weights or configuration, see `configured`."""
+    return kind(configured(right.config, own), weights or right.weights, recompute=right.recompute)
+
+
+def with_slots(lora: LoRAParameters, change: Callable[[LoRASlot], LoRASlot]) -> LoRAParameters:
+    """The same factors of other slots."""
+    made = LoRAParameters(map(change, lora.slots.values()), device=lora.values.device, dtype=lora.values.dtype)
+    made.values.copy_(lora.values)
+    made.refresh_compute(lora.compute_values.dtype)
+    return made
 
 
 def changed(weights: BlockWeights, changes: Mapping[str, Callable[[Any], Any]]) -> BlockWeights:

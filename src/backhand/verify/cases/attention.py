@@ -12,6 +12,7 @@ from torch.nn import functional
 from backhand.errors import present
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.document_groups import segments, tokens_of
+from backhand.verify.reference_decoder import softmax_attention, visible
 from backhand.verify.scaffold import PACKED, Backward, Given, Mutant, Op, placed, wrong
 
 SCALING = 0.37
@@ -32,23 +33,9 @@ def usual_attention(
     parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None, scaling: float
 ) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
-    q, k, v = parts
     if cap is None and sinks is None:
-        return functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
-    scores = q @ k.mT * scaling
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]] @ v
-
-
-def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a query sees, (length, length)."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < (length if window is None else window))
+        return functional.scaled_dot_product_attention(*parts, mask, scale=scaling, enable_gqa=True)
+    return softmax_attention(*parts, mask, scaling, cap, sinks)
 
 
 def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]:
@@ -200,8 +187,10 @@ def _worked(
     """
 
     def grouped(per_head: Tensor, s: AttentionSaved) -> Tensor:
-        by_group = per_head.transpose(0, 1).unflatten(1, (s.k.shape[1], -1))
-        return {"sum": by_group.sum(2), "mean": by_group.mean(2), "first": by_group[:, :, 0]}[how]
+        by_group: Tensor = per_head.transpose(0, 1).unflatten(1, (s.k.shape[1], -1))
+        if how == "first":
+            return by_group[:, :, 0]
+        return by_group.mean(2) if how == "mean" else by_group.sum(2)
 
     def value(g: Tensor, s: AttentionSaved, gradient: str) -> Tensor:
         d = spoil(_dense(g, saved(s), **masks), s)

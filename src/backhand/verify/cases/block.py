@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backhand.errors import present
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
+from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.experts import ExpertsKept
@@ -30,11 +30,13 @@ from backhand.verify.tiny_decoders import (
     FAMILIES,
     adapter_slots,
     changed,
+    configured,
     engine_weights,
     family_of,
     lora_parameters,
     random_factors,
     random_weights,
+    with_slots,
 )
 
 LENDER = 7
@@ -46,7 +48,6 @@ class BlockInputs(NamedTuple):
 
     saved: BlockSaved
     weights: BlockWeights
-    adapter: BlockAdapter
     context: BlockContext
     lora: LoRAParameters
     dropout_seed: int | None
@@ -65,22 +66,22 @@ class BlockGrads(NamedTuple):
 
 def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     """`block_backward` with a gradient buffer of its own; what was saved stays as it was."""
-    inputs.lora.gradients.zero_()
-    saved = inputs.saved
+    saved, weights, context, lora, dropout_seed = inputs
+    lora.gradients.zero_()
     if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
         # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
         saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
-    carried = present(inputs.context.carried)
+    carried = present(context.carried)
     carried.returned(LENDER)
     if carried.inputs is not None:
         carried.d_inputs = torch.zeros_like(carried.inputs)
-    d_x0 = present(block_backward(d_y.clone(), saved, inputs.weights, inputs.adapter, inputs.context))
-    names = list(inputs.lora.slots)
+    adapter = block_adapter(lora, context.config, 0, dropout_seed)
+    d_x0 = present(block_backward(d_y.clone(), saved, weights, adapter, context))
     lent = carried.held(LENDER)
     return BlockGrads(
         d_x0,
-        tuple(inputs.lora.d_lora_A(name).clone() for name in names),
-        tuple(inputs.lora.d_lora_B(name).clone() for name in names),
+        tuple(lora.d_lora_A(name).clone() for name in lora.slots),
+        tuple(lora.d_lora_B(name).clone() for name in lora.slots),
         () if lent is None else (lent.k.to(d_x0.dtype),),
         () if lent is None else (lent.v.to(d_x0.dtype),),
         () if carried.d_inputs is None else (carried.d_inputs,),
@@ -119,7 +120,7 @@ def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
         carried.lend(LENDER, t["k"], t["v"])
     (context,) = decoder.contexts(PackedBatch(ids, ids, t["documents"]), t["wanted"], carried)
     y, saved = block_forward(x0, weights, adapter, context, t["recompute"])
-    grads = backward(t["d_y"], BlockInputs(saved, weights, adapter, context, lora, seed))
+    grads = backward(t["d_y"], BlockInputs(saved, weights, context, lora, seed))
     gradients = {"x0": grads.d_x0} | {part: d for part in ("k", "v", "inputs") for d in getattr(grads, f"d_{part}")}
     for key, d_lora_A, d_lora_B in zip(t["slots"], grads.d_lora_A, grads.d_lora_B, strict=True):
         gradients |= {f"{key}.lora_A": d_lora_A, f"{key}.lora_B": d_lora_B}
@@ -225,17 +226,8 @@ def _context(name: str, gradients: str, **changes: Change) -> tuple[Mutant, ...]
 
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The right backward as another family's; a function makes a field of the right configuration."""
-
-    def config(s: BlockInputs) -> Any:
-        right = s.context.config
-        return replace(right, **{key: made(right) if callable(made) else made for key, made in changes.items()})
-
-    return _context(name, gradients, config=config)
-
-
-def _mixture(name: str, gradients: str, change: Callable[[Mixture], Mixture]) -> tuple[Mutant, ...]:
-    return _family(name, gradients, mixture=lambda config: config.mixture and change(config.mixture))
+    """The right backward as another family's, see `configured`."""
+    return _context(name, gradients, config=lambda s: configured(s.context.config, changes))
 
 
 def _weights(name: str, gradients: str, **changes: Callable[[Any], Any]) -> tuple[Mutant, ...]:
@@ -264,24 +256,12 @@ def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
     return g if rows is None else torch.zeros_like(stream).index_copy_(0, rows, g)
 
 
-def _rolled(rows: Tensor | None) -> Tensor | None:
-    return rows if rows is None else rows.roll(1)
+def _rolled(s: BlockInputs) -> Tensor | None:
+    return None if s.context.wanted is None else s.context.wanted.roll(1)
 
 
-def _unscaled(s: BlockInputs) -> BlockAdapter:
-    """The block's adapters with scaling 1."""
-
-    def unscaled(group: GroupAdapter) -> GroupAdapter:
-        members = tuple(member._replace(scaling=1.0) for member in group.group.members)
-        return group._replace(group=group.group._replace(members=members))
-
-    entering, output, gate_up, down, norms, behind = s.adapter
-    last = behind and (unscaled(behind[0]), unscaled(behind[1]))
-    return BlockAdapter(unscaled(entering), unscaled(output), unscaled(gate_up), unscaled(down), norms, last)
-
-
-def _with_seed(s: BlockInputs, seed: int | None) -> BlockAdapter:
-    return block_adapter(s.lora, s.context.config, 0, seed)
+def _unscaled(s: BlockInputs) -> LoRAParameters:
+    return with_slots(s.lora, lambda slot: replace(slot, scaling=1.0))
 
 
 def _not_rotated(s: BlockInputs) -> RotaryTable | None:
@@ -333,6 +313,15 @@ def _without_norms_after(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
     return saved._replace(mixing=saved.mixing._replace(projected=None), mlp=saved.mlp._replace(projected=None))
 
 
+def _side_by_side(config: DecoderConfig) -> Mixture | None:
+    return config.mixture and config.mixture._replace(interleaved=False)
+
+
+def _twice_the_bound(config: DecoderConfig) -> Mixture | None:
+    own = config.mixture
+    return own and own._replace(clamp=own.clamp and own.clamp._replace(limit=2 * own.clamp.limit))
+
+
 MUTANTS = (
     wrong("of the other of keys and values", "d_k", lambda right: right.d_v),
     wrong("of the other of keys and values", "d_v", lambda right: right.d_k),
@@ -340,9 +329,9 @@ MUTANTS = (
     wrong("residual path missing", "d_x0", lambda g, s, d: d - _on_all_rows(g, s)),
     wrong("residual path twice", "d_x0", lambda g, s, d: d + _on_all_rows(g, s)),
     wrong("branches missing", "d_x0", lambda g, s: _on_all_rows(g, s).clone()),
-    OP.redo("scaling forgotten", "d_x0 d_lora_A d_lora_B", adapter=lambda s: _unscaled(s)),
-    OP.redo("mask ignored", "d_x0 d_lora_A", adapter=lambda s: _with_seed(s, None)),
-    OP.redo("mask of another seed", "d_lora_A", adapter=lambda s: _with_seed(s, s.dropout_seed and s.dropout_seed + 1)),
+    OP.redo("scaling forgotten", "d_x0 d_lora_A d_lora_B", lora=_unscaled),
+    OP.redo("mask ignored", "d_x0 d_lora_A", dropout_seed=None),
+    OP.redo("mask of another seed", "d_lora_A", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
     _context("window ignored", "d_x0 d_lora_A", layer=lambda s: replace(s.context.layer, window=None)),
     _context("convolved across documents", "d_x0 d_lora_A", runs=_one_document),
     _weights("taps reversed", "d_x0 d_lora_B", conv=lambda conv: conv.flip(2)),
@@ -350,7 +339,7 @@ MUTANTS = (
     _weights("bias of the decay forgotten", "d_x0", rate_bias=torch.zeros_like),
     _weights("gain of the delta rule's norm ignored", "d_lora_B", delta_norm=torch.ones_like),
     _saved("gates have no gradient", "d_lora_B d_x0", _gates_unmoved),
-    _context("rows mixed up", "d_x0 d_lora_A", wanted=lambda s: _rolled(s.context.wanted)),
+    _context("rows mixed up", "d_x0 d_lora_A", wanted=_rolled),
     _context("queries as keys", "d_x0 d_lora_B", query_rotary=lambda _s: None),
     _context("rotation ignored", "d_x0 d_lora_B", rotary=_not_rotated),
     _family("1 + weight read as weight", "d_x0", norm_offset=0.0),
@@ -358,25 +347,19 @@ MUTANTS = (
     _family("residual multiplier ignored", "d_x0 d_lora_A", residual_multiplier=1.0),
     _family("cap of the scores ignored", "d_x0 d_lora_A", attention_cap=None),
     _family(
-        "the other activation",
-        "d_x0",
-        activation=lambda config: "gelu_tanh" if config.activation == "silu" else "silu",
+        "the other activation", "d_x0", activation=lambda config: "gelu_tanh" if config.activation == "silu" else "silu"
     ),
     _gains_of_one("norm gains ignored", "d_x0 d_lora_A", "attention_norm", "mlp_norm"),
     _gains_of_one("q/k norm gains ignored", "d_lora_B", "q_norm", "k_norm"),
     _saved("norms after the branches ignored", "d_lora_B", _without_norms_after),
     # The shares as if they did not depend on what enters.
     _weights("router's share of the gradient missing", "d_x0", router=torch.zeros_like),
-    OP.redo("another expert's matrix", "d_x0 d_lora_A", weights=lambda s: _next_expert(s)),
+    OP.redo("another expert's matrix", "d_x0 d_lora_A", weights=_next_expert),
     _saved("shares forgotten", "d_x0 d_lora_B", _equal_shares),
     _weights("sinks forgotten", "d_x0 d_lora_A", sinks=lambda _sinks: None),
     _weights("experts' biases forgotten in the shares", "d_x0", down_bias=lambda _bias: None),
-    _mixture("interleaving of gate and up unnoticed", "d_x0 d_lora_B", lambda own: own._replace(interleaved=False)),
-    _mixture(
-        "another bound",
-        "d_x0 d_lora_B",
-        lambda own: own._replace(clamp=own.clamp and own.clamp._replace(limit=2 * own.clamp.limit)),
-    ),
+    _family("interleaving of gate and up unnoticed", "d_x0 d_lora_B", mixture=_side_by_side),
+    _family("another bound", "d_x0 d_lora_B", mixture=_twice_the_bound),
     wrong("experts interleaved", "d_lora_A", _rank_by_rank),
     wrong("gradients of the next module", "d_lora_A d_lora_B", rotated_where_alike),
 )

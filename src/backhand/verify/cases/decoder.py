@@ -14,12 +14,23 @@ from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import LayerConfig, RotaryConfig
-from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.logits_rule import PLAIN
 from backhand.verify.scaffold import Mutant, rotated_where_alike, wrong
-from backhand.verify.tiny_decoders import FAMILIES, WINDOW, DecoderInputs, another, changed, decoder_op, per_token, rule
+from backhand.verify.tiny_decoders import (
+    FAMILIES,
+    WINDOW,
+    DecoderInputs,
+    another,
+    changed,
+    decoder_op,
+    per_token,
+    rule,
+    with_slots,
+)
 
 ALL_LINEAR_AND_HEAD = "_proj lm_head"
+GEMMA4 = "gemma4, shared"
 OP = decoder_op("decoder", (9, 5, 5, 1, 11), gradients=("d_lora_A", "d_lora_B"))
 TREES: dict[str, Any] = {"documents": (3, 4, 2, 5, 5, 1, 2, 6, 3), "parents": (-1, -1, 1, 2, 2, 1, -1, 6, 6)}
 
@@ -54,30 +65,24 @@ CASES = (
     OP.case("trees, recompute block", "gemma3", recompute="block", **TREES),
     OP.case("trees, capped", "gemma2", ALL_LINEAR_AND_HEAD, **TREES),
     OP.case("trees, short convolutions", "lfm2, biases", recompute="mlp", **TREES),
-    OP.case("trees, shared keys", "gemma4, shared", **TREES),
+    OP.case("trees, shared keys", GEMMA4, **TREES),
     OP.case("trees, sinks and experts", "gpt-oss", **TREES),
     OP.case("trees, delta rule", "qwen3.5", **TREES),
     OP.case("short convolutions, out of one alone", "lfm2, short", "2.conv.out_proj"),
     OP.case("short convolutions, w2 and in of one", "lfm2, short", "1.feed_forward.w2 2.conv.in_proj"),
-    OP.case("shared keys, k of the lender alone", "gemma4, shared", "0.self_attn.k_proj"),
-    OP.case(
-        "shared keys, v of the lender alone, recompute block", "gemma4, shared", "1.self_attn.v_proj", recompute="block"
-    ),
-    OP.case("shared prefix, shared keys", "gemma4, shared", shared=5, recompute="block"),
-    OP.case("users of lent keys alone", "gemma4, shared", "4.self_attn.q_proj"),
+    OP.case("shared keys, k of the lender alone", GEMMA4, "0.self_attn.k_proj"),
+    OP.case("shared keys, v of the lender alone, recompute block", GEMMA4, "1.self_attn.v_proj", recompute="block"),
+    OP.case("shared prefix, shared keys", GEMMA4, shared=5, recompute="block"),
+    OP.case("users of lent keys alone", GEMMA4, "4.self_attn.q_proj"),
     OP.case(
         "inputs of layers, their gates and projections alone",
-        "gemma4, shared",
+        GEMMA4,
         "per_layer_input_gate per_layer_projection",
         dropout=0.2,
     ),
-    OP.case("inputs of layers, last projection alone", "gemma4, shared", "5.per_layer_projection"),
+    OP.case("inputs of layers, last projection alone", GEMMA4, "5.per_layer_projection"),
     OP.case(
-        "inputs of layers, what makes them alone",
-        "gemma4, shared",
-        "per_layer_model_projection",
-        dropout=0.2,
-        recompute="mlp",
+        "inputs of layers, what makes them alone", GEMMA4, "per_layer_model_projection", dropout=0.2, recompute="mlp"
     ),
     OP.case("shared prefix, attention with sinks", "gpt-oss", shared=5, recompute="mlp"),
     OP.case("values made of keys, shared prefix", "gemma4, values", shared=3),
@@ -118,12 +123,8 @@ def _batch(name: str, gradients: str, change: Callable[[PackedBatch], dict[str, 
     return OP.redo(name, gradients, batch=lambda s: replace(s.batch, **change(s.batch)))
 
 
-def _head_without_dropout(s: DecoderInputs) -> LoRAParameters:
-    """The adapter with dropout everywhere but on the head."""
-    slots = [replace(slot, dropout=0.0) if name == HEAD else slot for name, slot in s.lora.slots.items()]
-    lora = LoRAParameters(slots, device=s.lora.values.device, dtype=s.lora.values.dtype)
-    lora.values.copy_(s.lora.values)
-    return lora
+def _head_without_dropout(slot: LoRASlot) -> LoRASlot:
+    return replace(slot, dropout=0.0) if slot.name == HEAD else slot
 
 
 def _every_feature(rotary: RotaryConfig) -> RotaryConfig:
@@ -229,7 +230,7 @@ MUTANTS = (
     _as_if("shared tokens counted once", BOTH, weights=lambda _batch: None),
     OP.redo("dropout ignored", "d_lora_A", dropout_seed=None),
     OP.redo("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
-    OP.redo("head's dropout ignored", BOTH, lora=_head_without_dropout),
+    OP.redo("head's dropout ignored", BOTH, lora=lambda s: with_slots(s.lora, _head_without_dropout)),
     _layers("window off by one", "d_lora_A", lambda own: replace(own, window=own.window and own.window + 1)),
     _family("rotary bases swapped", "d_lora_A", rotary=lambda config: config.rotary[::-1]),
     _blocks("taps reversed", "d_lora_A", conv=lambda conv: conv.flip(2)),

@@ -9,12 +9,13 @@ from torch import Tensor
 from backhand.verify.scaffold import Case, rotated_where_alike, wrong
 from backhand.verify.tiny_decoders import FAMILIES, KINDS, DecoderInputs, another, decoder_op, per_token
 
+GEMMA4 = "gemma4, shared"
 OP = decoder_op("decoder_kinds", (9, 5, 1, 11), "_proj")
 TIED = "llama 3"
 
 
-def _dora(name: str, family: str, **options: Any) -> Case:
-    return OP.case(name, family, use_dora=True, exempt=("lora_A", "lora_B"), **options)
+def _dora(name: str, family: str, *trained: str, **options: Any) -> Case:
+    return OP.case(name, family, *trained, use_dora=True, exempt=("lora_A", "lora_B"), **options)
 
 
 CASES = (
@@ -59,21 +60,21 @@ CASES = (
     ),
     OP.case(
         "embedding, from which the inputs of layers come",
-        "gemma4, shared",
+        GEMMA4,
         "embed_tokens 0.self_attn.k_proj per_layer_model_projection",
         dropout=0.2,
     ),
     OP.case(
         "token rows, from which the inputs of layers come",
-        "gemma4, shared",
+        GEMMA4,
         "4.self_attn.q_proj",
         tokens=(7, 2, 11),
         recompute="block",
     ),
-    OP.case("every norm, of lenders and users of keys", "gemma4, shared", "5.mlp.up_proj", "norm.weight", shared=4),
+    OP.case("every norm, of lenders and users of keys", GEMMA4, "5.mlp.up_proj", "norm.weight", shared=4),
     OP.case(
         "keys and gates of the layers' inputs in full",
-        "gemma4, shared",
+        GEMMA4,
         "2.per_layer_projection",
         "0.self_attn.k_proj.weight 1.self_attn.v_proj.weight 3.per_layer_input_gate.weight",
     ),

@@ -66,12 +66,11 @@ def _stored(given: Given) -> list[tuple[str, Bytes, Tensor | None]]:
 
 def _numbers(given: Given) -> Tensor:
     """What the gguf package reads in the blocks."""
-    if "dense" in given:
-        return given["dense"].to(given["x"])
-    parts = []
-    for name, blocks, order in _stored(given):
+    x: Tensor = given["x"]
+    parts = [given["dense"].to(x)] if "dense" in given else []
+    for name, blocks, order in [] if parts else _stored(given):
         rows = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType[name])
-        part = torch.from_numpy(np.array(rows, dtype=np.float32)).to(given["x"])
+        part = torch.from_numpy(np.array(rows, dtype=np.float32)).to(x)
         parts.append(part if order is None else part[order])
     return torch.cat(parts)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.lora_linear import Dropout, LoRASaved, multiplier
+from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.verify.scaffold import (
     SCALING,
     Draw,
@@ -78,12 +78,6 @@ CASES = (
 )
 
 
-def _unscaled_mask(g: Tensor, s: LoRASaved) -> Tensor:
-    """d_lora_A with a mask of zeros and ones: the factor 1 / (1 - p) forgotten."""
-    d_h = s.scaling * flat_rows(g) @ s.lora_B
-    return d_h.T @ flat_rows(s.x * (dropped(s.x, s.dropout) != 0))
-
-
 def next_seed(s: Any) -> Dropout | None:
     """The dropout of what was saved, drawn from another seed."""
     dropout: Dropout | None = s.dropout
@@ -103,7 +97,7 @@ MUTANTS = (
     wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
     OP.redo("mask of another seed", "d_x", dropout=next_seed),
-    wrong("mask not scaled up", "d_lora_A", _unscaled_mask),
+    OP.redo("mask not scaled up", "d_lora_A", x=lambda s: s.x * (1 - s.dropout.probability if s.dropout else 1)),
     wrong("x for h", "d_lora_B", lambda g, s: s.scaling * flat_rows(g).T @ flat_rows(s.x) @ s.lora_A.T),
     wrong("last row missing", "d_lora_B", lambda g, s: s.scaling * flat_rows(g)[:-1].T @ flat_rows(s.h)[:-1]),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
