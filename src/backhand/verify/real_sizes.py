@@ -27,9 +27,8 @@ from backhand.ops.dora import dora_norm
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.verify.cases.adapted_glu import sides
 from backhand.verify.cases.lora_group import SCALINGS
-from backhand.verify.differentiate import autograd_gradients
 from backhand.verify.measure import relative_error
-from backhand.verify.runner import AUTOGRAD, LOW_PRECISIONS, TIMES_AUTOGRAD, TORCH, Rejection, Row, cast, dtype_name
+from backhand.verify.runner import AUTOGRAD, TIMES_AUTOGRAD, TORCH, Rejection, Row, Trial, cast, dtype_name
 from backhand.verify.scaffold import SCALING, Backward, ByHand, Case, Draw, Op, Tensors
 
 KEYS, HIDDEN, POSITIONS, RANK = 8_192, 8_192, 32_768, 256
@@ -49,13 +48,13 @@ class RealSize:
     op: Op  # as it is declared
     # its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick
     case: Case
-    # a tensor by name, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
+    # y or a gradient, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
     # has no other order
     naive: tuple[str, Naive] | None
-    # the rows of a tensor that are measured, by its name; all of the others
+    # the rows of y or a gradient that are measured, by its name; all of the others
     picked: Mapping[str, slice] = field(default_factory=dict)
     loops: bool = True  # whether the op has compiled kernels, whose builds are then measured too
-    dtypes: tuple[torch.dtype, ...] = LOW_PRECISIONS  # in which it is measured
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # in which it is measured
     exact: bool = False  # the bound of y is half a unit of rounding, whatever torch errs
 
 
@@ -71,20 +70,13 @@ def prove_real_size(size: RealSize) -> Iterator[Row | Rejection]:
 
 def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
     """Those of one dtype, in torch's form and each build of the kernels that this processor has."""
-    op, case = size.op, size.case
-    rounded, found = cast(case.tensors, dtype), {}
-    with torch.no_grad():
-        for build in (TORCH, *usable()) if size.loops else (TORCH,):
-            with _in_build(build):
-                y, gradients = case.by_hand(rounded, op.backward)
-                found[build] = {"y": y, **gradients}
-
-    def by_autograd(forward: Callable[[Tensors], Tensor], tensors: Tensors) -> Tensors:
-        y, gradients = autograd_gradients(forward, tensors, [name for name in found[TORCH] if name != "y"])
-        return {"y": y, **gradients}
-
-    truth = by_autograd(case.reference, cast(rounded, torch.float64))
-    usual = by_autograd(case.usual or case.reference, rounded)
+    op, case, rounded = size.op, size.case, cast(size.case.tensors, dtype)
+    trial, found = Trial(op.proof((case,), ()), case, rounded), {}
+    for build in (TORCH, *usable()) if size.loops else (TORCH,):
+        with _in_build(build):
+            found[build] = trial.by_hand(rounded)
+    truth = trial.by_autograd(case.reference, cast(rounded, torch.float64), found[TORCH], "truth")
+    usual = trial.by_autograd(case.usual or case.reference, rounded, found[TORCH], "usual")
 
     def error(name: str, measured: Tensor) -> float:
         part = size.picked.get(name, slice(None))
@@ -95,15 +87,14 @@ def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
         return half if size.exact and name == "y" else max(half, TIMES_AUTOGRAD * error(name, usual[name]))
 
     for build, tensors in found.items():
-        for name, measured in tensors.items():
-            label = name if name == "y" else f"d_{name}"
-            row = partial(Row, op.name, case.name, dtype_name(dtype), AUTOGRAD, label)
-            yield row(error(name, measured), bound(name), form=build)
+        row = partial(Row, op.name, case.name, dtype_name(dtype), AUTOGRAD, form=build)
+        yield from (row(name, error(name, measured), bound(name)) for name, measured in tensors.items())
     if dtype == torch.float32 and size.naive is not None:
         name, naive = size.naive
         spoiled = found[TORCH][name].clone()
         spoiled[size.picked.get(name, slice(None))] = naive(rounded).to(spoiled.dtype)
-        yield Rejection(op.name, "naive sum", name, error(name, spoiled), case.name, bound(name), TORCH)
+        gradient = name.removeprefix("d_")
+        yield Rejection(op.name, "naive sum", gradient, error(name, spoiled), case.name, bound(name))
 
 
 def from_the_left(terms: Tensor) -> Tensor:
@@ -138,7 +129,7 @@ def real_sizes() -> Iterator[RealSize]:
     yield _expert_linear()
     many, op = f"{POSITIONS:,} positions", _op("dora")
     case = op.case(many, (POSITIONS, 24))
-    yield RealSize(op, case, ("magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), loops=False)
+    yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), loops=False)
     yield _dora_norm()
     # Hardly anything is forgotten, so that the state adds up all tokens.
     name, op = "4,096 tokens of one document", _op("gated_delta_rule")
@@ -146,7 +137,7 @@ def real_sizes() -> Iterator[RealSize]:
     yield from _embeddings(many)
     op = _op("lora_bias")
     case = _pushed(op.case(many, (POSITIONS, 24)))
-    yield RealSize(op, case, ("lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), loops=False)
+    yield RealSize(op, case, ("d_lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), loops=False)
 
 
 def _op(file: str) -> Op:
@@ -215,7 +206,7 @@ def _attention(size: float) -> RealSize:
     case = op.case(name, (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING)
     case = replace(case, reference=present(case.usual))  # the reference's whole matrices of scores would be gigabytes
     naive = ("y", lambda t: _naive_attention(t["q"], t["k"], t["v"]))
-    return RealSize(op, case, naive, {"y": LAST, "q": LAST, "k": FIRST, "v": FIRST})
+    return RealSize(op, case, naive, {"y": LAST, "d_q": LAST, "d_k": FIRST, "d_v": FIRST})
 
 
 def _attention_blocks(size: float) -> RealSize:
@@ -230,7 +221,7 @@ def _rms_norm(name: str, rows: int, columns: int) -> RealSize:
     def x_hat(t: Tensors) -> Tensor:
         return t["x"] * torch.rsqrt(from_the_left(t["x"].square().T) / columns + eps)[:, None]
 
-    naive: tuple[str, Naive] = ("weight", lambda t: from_the_left(t["d_y"] * x_hat(t)))
+    naive: tuple[str, Naive] = ("d_weight", lambda t: from_the_left(t["d_y"] * x_hat(t)))
     if columns > rows:
         naive = ("y", lambda t: t["weight"] * x_hat(t))
     return RealSize(op, op.case(f"{name}: {rows:,} of {columns:,}", (rows,), columns, eps), naive)
@@ -256,7 +247,7 @@ def _lora_group(name: str, rows: int, columns: int, outputs: int) -> RealSize:
     def naive_lora_B(t: Tensors) -> Tensor:
         return scaling * _naive_product(t["d_y"], t["x"] @ t["lora_A 0"].T)
 
-    return RealSize(op, case, ("y", naive_y) if columns > rows else ("lora_B 0", naive_lora_B))
+    return RealSize(op, case, ("y", naive_y) if columns > rows else ("d_lora_B 0", naive_lora_B))
 
 
 def _adapted_glu() -> RealSize:
@@ -269,7 +260,7 @@ def _adapted_glu() -> RealSize:
         a = t["gate_up"][:, :n] + gate * h_gate @ t["lora_B 0"].T
         return up * _naive_product(t["d_y"] * functional.silu(a), h_up)
 
-    return RealSize(op, case, ("lora_B 1", naive))
+    return RealSize(op, case, ("d_lora_B 1", naive))
 
 
 def _expert_linear() -> RealSize:
@@ -281,7 +272,7 @@ def _expert_linear() -> RealSize:
         parts = zip(t["x"].split(counts), t["d_y"].split(counts), t["lora_A"], strict=True)
         return torch.stack([SCALING * _naive_product(g, x @ lora_A.T) for x, g, lora_A in parts])
 
-    return RealSize(op, _scaled(case, weights=24**-0.5, lora_A=24**-0.5, lora_B=0.3), ("lora_B", naive))
+    return RealSize(op, _scaled(case, weights=24**-0.5, lora_A=24**-0.5, lora_B=0.3), ("d_lora_B", naive))
 
 
 def _dora_norm() -> RealSize:
@@ -309,7 +300,7 @@ def _embeddings(name: str) -> Iterator[RealSize]:
 
     op = _op("embedding")
     case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16)), usual=None)
-    yield RealSize(op, case, ("weight", lambda t: naive(t["d_y"], t["ids"])), loops=False)
+    yield RealSize(op, case, ("d_weight", lambda t: naive(t["d_y"], t["ids"])), loops=False)
     op = _op("lora_embedding")
     case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16, 8)), usual=None)
-    yield RealSize(op, case, ("lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T), loops=False)
+    yield RealSize(op, case, ("d_lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T), loops=False)

@@ -112,7 +112,7 @@ def _in_form(form: str) -> AbstractContextManager[None]:
 
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
     """float64 against autograd and finite differences, then float32 and bfloat16 against float64; in each form."""
-    trial = _Trial(proof, case, on_device(case.tensors, device))
+    trial = Trial(proof, case, on_device(case.tensors, device))
     for form in forms(proof, device):
         row = partial(Row, proof.op, case.name, form=form)
         with _in_form(form):
@@ -131,7 +131,7 @@ class Errors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """A case on a device. Results are y and, with `d_` in front of the input's name, the gradients."""
 
     proof: OpProof
