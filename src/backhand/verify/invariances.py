@@ -159,13 +159,10 @@ def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
     config, weights, exact = step.decoder.config, step.decoder.weights, step.lora
     normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
     head = frozen_dense(weights.head).double()
-    if HEAD not in exact:
-        return normed @ head.T
-    if merged:
-        return normed @ merged_weight(head, exact, HEAD).T
-    return (normed @ head.T).addmm_(
-        normed @ exact.lora_A(HEAD).T, exact.lora_B(HEAD).T, alpha=exact.slots[HEAD].scaling
-    )
+    logits = normed @ (merged_weight(head, exact, HEAD) if merged else head).T
+    if HEAD in exact and not merged:
+        logits += exact.slots[HEAD].scaling * (normed @ exact.lora_A(HEAD).T) @ exact.lora_B(HEAD).T
+    return logits
 
 
 def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:

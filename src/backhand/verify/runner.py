@@ -24,8 +24,7 @@ from torch import Tensor
 from backhand.kernels.builds import loops_are_there, torch_form
 from backhand.kernels.library import proving_loops
 from backhand.ops.registry import OPS
-from backhand.verify.differentiate import autograd_gradients, difference_error
-from backhand.verify.measure import norm, relative_error, typical, worst_row
+from backhand.verify.measure import autograd_gradients, difference_error, norm, relative_error, typical, worst_row
 from backhand.verify.scaffold import Case, Mutant, OpProof, Tensors, kind
 
 # Beside the ops: what is built of them.
@@ -204,8 +203,8 @@ class Trial:
         found, scale = {}, norm(widened["d_y"])
         for group, names in groups.items():
             mine, right, usually = ({name: several[name] for name in names} for several in (ours, truth, usual))
-            errors = (relative_error(flat(one), flat(right), scale) for one in (mine, usually))
-            found[group] = Errors(*errors, worst_of(mine, right))
+            by_hand, by_autograd = (relative_error(flat(one), flat(right), scale) for one in (mine, usually))
+            found[group] = Errors(by_hand, by_autograd, worst_of(mine, right))
         return found
 
 

@@ -20,7 +20,6 @@ must get one. The standard mutants of every gradient are added.
 from __future__ import annotations
 
 import inspect
-import itertools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import document_runs
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import Run, segments
 from backhand.ops.registry import OPS, op_module
 
 Tensors = dict[str, Tensor]
@@ -153,26 +152,22 @@ class Placed(NamedTuple):
 
 def placed(runs: tuple[Run, ...], device: torch.device) -> Placed:
     """Of the tokens of these segments."""
-    spans = [
-        ((run.start + place * run.length, run.start + (place + 1) * run.length), run.before)
-        for run in runs
-        for place in range(run.number)
-    ]
-    tokens = spans[-1][0][1] if spans else 0
+    tokens = sum(run.number * run.length for run in runs)
     position = torch.zeros(tokens, dtype=torch.int64)
     held, beside, once = (torch.zeros(tokens, tokens, dtype=torch.bool) for _ in range(3))
-    first: dict[tuple[int, int], tuple[int, int]] = {}
-    for own, before in spans:
-        rows = slice(*own)
-        position[rows] = sum(end - begin for begin, end in before) + torch.arange(own[1] - own[0])
-        path = (*before, own)
-        held[rows, rows] = once[rows, rows] = True
-        for above, below in itertools.pairwise(path):
-            held[rows, slice(*above)] = True
-            once[rows, slice(*above)] = first.setdefault(above, below) == below
-        for other, behind in spans:
-            if other != own and before and behind == before:
-                beside[rows, slice(*other)] = True
+    continuing: dict[int, list[slice]] = {}  # the segments that continue the one with this last token
+    for (start, stop), before in segments(runs):
+        own = slice(start, stop)
+        position[own] = len(before) + torch.arange(stop - start)
+        held[own, before] = held[own, own] = once[own, own] = True
+        if before:
+            last = before[-1]
+            others = continuing.setdefault(last, [])
+            # What its parent sees, and the parent's own tokens where it is the first to continue them.
+            once[own] |= once[last] if not others else once[last] & ~(held[last] & held[:, last])
+            for other in others:
+                beside[own, other] = beside[other, own] = True
+            others.append(own)
     return Placed(*(x.to(device) for x in (position, held, beside, once)))
 
 

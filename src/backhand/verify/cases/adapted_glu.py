@@ -17,9 +17,8 @@ from backhand.ops.adapted_glu import (
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import Member
 from backhand.verify.cases.glu import usual_unit
-from backhand.verify.cases.lora_group import regrouped
+from backhand.verify.cases.lora_group import member, regrouped
 from backhand.verify.cases.lora_linear import dropped
 from backhand.verify.scaffold import (
     Backward,
@@ -62,20 +61,14 @@ def _factors(draw: Draw, sides: list[tuple[float, int, int, int]], n: int, ranks
 
 
 def _front(given: Given) -> LoRAGroup:
-    members = []
-    for i, (scaling, column, _, rank) in enumerate(given["sides"]):
-        lora_B = given[f"lora_B {i}"]
-        unread = lora_B.new_zeros(rank, 0)
-        members.append(Member(column, unread, lora_B, scaling, unread, torch.zeros_like(lora_B)))
+    factors = ((side, given[f"lora_B {i}"]) for i, side in enumerate(given["sides"]))
+    members = (member(column, B.new_zeros(rank, 0), B, scaling) for (scaling, column, _, rank), B in factors)
     return LoRAGroup(tuple(members))
 
 
 def _behind(given: Given) -> LoRAGroup:
-    if "lora_A 0" not in given:
-        return LoRAGroup((), given["dropout"])
-    lora_A = given["lora_A 0"]
-    unread = lora_A.new_zeros(0, len(lora_A))
-    return LoRAGroup((Member(0, lora_A, unread, 1.0, torch.zeros_like(lora_A), unread),), given["dropout"])
+    factors = [given["lora_A 0"]] if "lora_A 0" in given else []
+    return LoRAGroup(tuple(member(0, A, A.new_zeros(0, len(A)), 1.0) for A in factors), given["dropout"])
 
 
 def _joined(p: Tensor, t: Tensor | None) -> Tensor:
@@ -97,11 +90,11 @@ def _reference(gate_up: Tensor, n: int, dropout: Dropout | None, given: Given) -
 
 
 def _usual(given: Given) -> Tensor:
-    whole, n, first = given["gate_up"], given["n"], 0
-    for i, (scaling, column, outputs, rank) in enumerate(given["sides"]):
-        added = scaling * functional.linear(given["h"][..., first : first + rank], given[f"lora_B {i}"])
+    whole, n, sides = given["gate_up"], given["n"], given["sides"]
+    parts = given["h"].split([rank for *_, rank in sides], dim=-1)
+    for i, ((scaling, column, outputs, _), part) in enumerate(zip(sides, parts, strict=True)):
+        added = scaling * functional.linear(part, given[f"lora_B {i}"])
         whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
-        first += rank
     p = usual_unit(whole[..., :n], whole[..., n:], given["activation"])
     behind = "lora_A 0" in given
     return _joined(p, functional.linear(dropped(p, given["dropout"]), given["lora_A 0"]) if behind else None)

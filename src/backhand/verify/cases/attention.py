@@ -33,9 +33,10 @@ def usual_attention(
     parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None, scaling: float
 ) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
+    q, k, v = parts
     if cap is None and sinks is None:
-        return functional.scaled_dot_product_attention(*parts, mask, scale=scaling, enable_gqa=True)
-    return softmax_attention(*parts, mask, scaling, cap, sinks)
+        return functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
+    return softmax_attention(q, k, v, mask, scaling, cap, sinks)
 
 
 def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]:

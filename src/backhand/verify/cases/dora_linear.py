@@ -11,7 +11,7 @@ from backhand.ops.dora_linear import DoRALinearSaved
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.differentiate import autograd_gradients
+from backhand.verify.measure import autograd_gradients
 from backhand.verify.scaffold import SCALING, Given, Op, Tensors, rows_reversed, transposed_if_square, wrong
 
 

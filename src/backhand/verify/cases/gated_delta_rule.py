@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
 from backhand.ops.document_groups import segments
-from backhand.verify.differentiate import autograd_gradients
+from backhand.verify.measure import autograd_gradients
 from backhand.verify.scaffold import PACKED, Mutant, Op, wrong
 
 INPUTS = ("q", "k", "v", "decay", "beta")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.errors import present
 from backhand.nn.batch import IGNORE_INDEX
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import (
@@ -158,7 +159,7 @@ CASES = (
 
 
 def _worked(
-    s: _Inputs, mask: Tensor, *, one_hot: bool = True, shift: int = 0, slope: bool = True, flip: bool = False
+    s: _Inputs, mask: Tensor, *, one_hot: bool = True, slope: bool = True, flip: bool = False
 ) -> LinearCrossEntropyGrads:
     """The gradients from full logits, where asked with a mistake behind these; the mask is that of the gradients."""
     logits = s.x @ s.weight.T
@@ -167,7 +168,7 @@ def _worked(
     logits = _ruled(logits, s.rule)
     d = torch.softmax(logits, dim=-1)
     if one_hot:
-        d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
+        d = d - functional.one_hot(s.targets, s.weight.shape[0])
     if slope and s.rule.cap is not None:
         d = d * (1 - (logits / s.rule.cap) ** 2)
     d = d * (s.multiplier if isinstance(s.multiplier, float) else s.multiplier[:, None]) * s.rule.scaling
@@ -195,9 +196,8 @@ def _weighted(name: str, gradients: str, change: Callable[[Tensor], Tensor]) -> 
     )
 
 
-def _plain_softmax(s: _Inputs) -> Tensor | None:
-    right = _backward(s.x, s._replace(rule=s.rule._replace(scaling=1.0))).d_lora_B
-    return None if right is None else s.rule.scaling * right
+def _plain_softmax(s: _Inputs) -> Tensor:
+    return s.rule.scaling * present(_worked(s._replace(rule=s.rule._replace(scaling=1.0)), s.mask).d_lora_B)
 
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
@@ -218,16 +218,16 @@ def _next_seed(s: _Inputs) -> HeadFactors | None:
 
 MUTANTS = (
     _by_hand("target not subtracted", "d_x", one_hot=False),
-    _by_hand("targets shifted by one", "d_x", shift=1),
+    OP.redo("targets shifted by one", "d_x", targets=lambda s: (s.targets + 1) % len(s.weight)),
     _masked("low-rank term missing", "d_x", lambda s: torch.zeros_like(s.x)),
     OP.redo("multiplier forgotten", "d_x d_lora_A d_lora_B", multiplier=1.0),
     _by_hand("cap's slope missing", "d_x d_lora_A", slope=False),
     wrong("logits' multiplier forgotten", "d_x d_lora_A d_lora_B", lambda s, d: d / s.rule.scaling),
-    wrong("logits' multiplier left out of the softmax", "d_lora_B", lambda s: _plain_softmax(s)),
+    wrong("logits' multiplier left out of the softmax", "d_lora_B", _plain_softmax),
     wrong("mean for sum", "d_x", lambda s, d: d / max(s.x.shape[0], 1)),
     wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.head.scaling),
     # The factors' gradients overwritten by each chunk instead of added up.
-    OP.redo("last chunk only", "d_lora_A d_lora_B", s=lambda s: _last_chunk(s)),
+    OP.redo("last chunk only", "d_lora_A d_lora_B", s=_last_chunk),
     _by_hand("rows reversed", "d_lora_A d_lora_B", flip=True),
     _weighted("weights averaged", "d_x", lambda w: w.mean().expand_as(w)),
     _weighted("weights of the first chunk", "d_x d_lora_A", lambda w: w[torch.arange(len(w)) % CHUNK_ROWS]),

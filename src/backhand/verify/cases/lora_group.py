@@ -20,6 +20,7 @@ from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
+from backhand.verify.cases.rms_norm import usual_norm
 from backhand.verify.scaffold import (
     Backward,
     Case,
@@ -66,11 +67,14 @@ def _factors(draw: Draw, adapted: list[tuple[int, int, int, float]], inputs: int
     return drawn
 
 
+def member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Member:
+    """With gradients of its own."""
+    return Member(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
+
+
 def _group(given: Given) -> LoRAGroup:
-    members = []
-    for i, (column, _, _, scaling) in enumerate(given["adapted"]):
-        factors = given[f"lora_A {i}"], given[f"lora_B {i}"]
-        members.append(Member(column, *factors, scaling, *map(torch.zeros_like, factors)))
+    adapted = enumerate(given["adapted"])
+    members = (member(column, given[f"lora_A {i}"], given[f"lora_B {i}"], s) for i, (column, _, _, s) in adapted)
     return LoRAGroup(tuple(members), given["dropout"])
 
 
@@ -89,12 +93,8 @@ def _reference(x: Tensor, norm: Tensor | None, dropout: Dropout | None, given: G
 
 
 def _usual(given: Given) -> Tensor:
-    """The norm in front as transformers has it."""
-    frozen_x, weight = given["x"], given["weight"]
-    if "norm" in given:
-        wide = frozen_x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
-        frozen_x = ((given["norm"].float() + OFFSET) * normed).to(frozen_x.dtype)
+    weight = given["weight"]
+    frozen_x = usual_norm(given["x"], given["norm"], EPS, OFFSET) if "norm" in given else given["x"]
     x = dropped(frozen_x, given["dropout"])
     y = functional.linear(frozen_x, weight, given.get("bias"))
     for i, (column, size, _, scaling) in enumerate(given["adapted"]):

@@ -28,10 +28,15 @@ def _reference(x: Tensor, weight: Tensor, eps: float, offset: float, with_residu
     return _beside(rms_norm_reference(x, weight, eps, offset), x, with_residual)
 
 
-def _usual(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
+def usual_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """The norm as transformers has it."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _beside(((weight.float() + offset) * normed).to(x.dtype), x, with_residual)
+    return ((weight.float() + offset) * normed).to(x.dtype)
+
+
+def _usual(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
+    return _beside(usual_norm(x, weight, eps, offset), x, with_residual)
 
 
 OP = Op(
