@@ -30,7 +30,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
-from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, PerLayerWeights, dense_views, named_views
+from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
@@ -216,15 +216,10 @@ class BlockwiseStep:
         parts = {part.name: getattr(block, part.name) for part in fields(BlockWeights)}
         return replace(block, **{name: float64_dense(part) for name, part in parts.items() if part is not None})
 
-    def named_weights(self, layer: int, block: BlockWeights) -> Tensors:
-        """One block's tensors by their Hugging Face names."""
-        config, weights = self.decoder.config, self.decoder.weights
-        alone = replace(config, layers=(config.layers[layer],))
-        views = dense_views(DecoderWeights(weights.embedding, [block], weights.final_norm, weights.head), alone)
-        first = "model.layers.0."
-        return {
-            f"model.layers.{layer}.{name.removeprefix(first)}": view for name, view in views if name.startswith(first)
-        }
+    def named_weights(self, layer: int) -> Tensors:
+        """The same by their Hugging Face names."""
+        views = named_views(self.decoder.weights, self.decoder.config)
+        return {name: float64_dense(view) for name, view in views if name.startswith(f"model.layers.{layer}.")}
 
     def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
         """The block's, of whose last one only these rows are wanted, None for all."""
@@ -372,7 +367,7 @@ class GradientProofs:
         if carried.inputs is not None:
             beside["inputs"] = carried.inputs[:, layer]
         d_x0 = step.block(layer, x0, d_x2)
-        named = step.named_weights(layer, step.block_weights(layer))
+        named = step.named_weights(layer)
         wanted = step.batch.labels != IGNORE_INDEX if layer == step.layers[-1] else None
 
         def forward(adapter: ReferenceAdapter) -> Graph:

@@ -10,7 +10,7 @@ from backhand.ops.dora import dora_norm
 from backhand.ops.dora_linear import DoRALinearSaved
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.verify.cases.lora_linear import dropped
+from backhand.verify.cases.lora_linear import dropped, layer_cases
 from backhand.verify.measure import autograd_gradients
 from backhand.verify.scaffold import SCALING, Given, Op, Tensors, rows_reversed, transposed_if_square, wrong
 
@@ -40,20 +40,9 @@ OP = Op(
 
 
 CASES = (
-    OP.case("rows", (5,)),
-    OP.case("documents and rows", (2, 5)),
-    OP.case("bias", (5,), bias=True),
+    *layer_cases(OP),
     OP.case("bias and residual", (5,), bias=True, residual=True),
-    OP.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
     OP.case("dropout, bias, residual", (5,), bias=True, residual=True, dropout=Dropout(0.25, 2**40)),
-    OP.case("rank above both sizes", (6,), 4, 3, 5),
-    OP.case("square weight", (5,), 7, 7),
-    OP.case("square factors", (5,), 3, 3),
-    OP.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
-    OP.case("one row", (1,), bias=True),
-    OP.case("no rows", (0,), bias=True),
-    OP.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
-    OP.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
 )
 
 

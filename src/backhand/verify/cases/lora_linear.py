@@ -11,6 +11,7 @@ from torch.nn import functional
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.verify.scaffold import (
     SCALING,
+    Case,
     Draw,
     Given,
     Op,
@@ -56,23 +57,31 @@ OP = Op(
     loops=True,
 )
 
+
+def layer_cases(op: Op) -> tuple[Case, ...]:
+    """Those of any adapted linear layer."""
+    return (
+        op.case("rows", (5,)),
+        op.case("documents and rows", (2, 5)),
+        op.case("bias", (5,), bias=True),
+        op.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
+        op.case("rank above both sizes", (6,), 4, 3, 5),
+        op.case("square weight", (5,), 7, 7),
+        op.case("square factors", (5,), 3, 3),
+        op.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
+        op.case("one row", (1,), bias=True),
+        op.case("no rows", (0,), bias=True),
+        op.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
+        op.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
+    )
+
+
 CASES = (
-    OP.case("rows", (5,)),
-    OP.case("documents and rows", (2, 5)),
-    OP.case("bias", (5,), bias=True),
-    OP.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
+    *layer_cases(OP),
     OP.case("dropout, bias", (5,), bias=True, dropout=Dropout(0.25, 2**40)),
     OP.case("rank 1", (5,), rank=1),
-    OP.case("rank above both sizes", (6,), 4, 3, 5),
-    OP.case("square weight", (5,), 7, 7),
-    OP.case("square factors", (5,), 3, 3),
     OP.case("no input gradient", (5,), input_gradient=False),
-    OP.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
     OP.case("strided x and d_y", (5,), strided=True),
-    OP.case("one row", (1,), bias=True),
-    OP.case("no rows", (0,), bias=True),
-    OP.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
-    OP.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
     OP.case("more rows, odd sizes", (37,), 61, 45, bias=True),
     OP.case("more rows, rank 1", (9,), 33, 150, 1, bias=True),
 )
