@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.builds import torch_form
-from backhand.verify.case import Case, OpProof
 from backhand.verify.runner import PROOF_FILES, load_proofs
 from backhand.verify.runner import on_device as moved
+from backhand.verify.scaffold import Case, OpProof
 
 LARGE = {"block": 2, "decoder": 4, "decoder_kinds": 4}
 """Of what is built of ops, every so many cases."""

@@ -57,8 +57,7 @@ def softcap_reference(x: Tensor, cap: float) -> Tensor:
 
 CASES = '''"""Soft cap: cases and mutants."""
 
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import (Op, wrong)
 
 OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7})
 CASES = (

@@ -12,8 +12,7 @@ import torch
 from backhand.kernels import build
 from backhand.kernels.builds import Library, usable, using
 from backhand.kernels.library import POINTER, proving_loops
-from backhand.verify.differentiate import autograd_gradients
-from backhand.verify.measure import relative_error
+from backhand.verify.measure import autograd_gradients, relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 from support.decode_steps import adapted, stepped
 from support.made_once import made_once

@@ -23,8 +23,7 @@ from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.low_rank import Member, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
-from backhand.verify.differentiate import autograd_gradients
-from backhand.verify.measure import relative_error
+from backhand.verify.measure import autograd_gradients, relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 from support.gapped import gapped, marks_intact
 

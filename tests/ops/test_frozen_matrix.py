@@ -26,8 +26,8 @@ from backhand.ops.weight_tiles import (
     sums_over_rows,
     tiles_of,
 )
-from backhand.verify.case import Draw
 from backhand.verify.cases.frozen_matrix import CASES, random_blocks
+from backhand.verify.scaffold import Draw
 from support.products_by_rows import by_library
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -8,8 +8,8 @@ import pytest
 
 import backhand.ops
 from backhand.ops.registry import OPS, op_module
-from backhand.verify.case import kind
 from backhand.verify.runner import load_proofs
+from backhand.verify.scaffold import kind
 
 # Files of `ops` that hold no op: the list of them, and parts of others.
 NO_OPS = {"__init__", "registry", "activation", "delta_chunks", "delta_steps", "document_groups", "head_factors"}

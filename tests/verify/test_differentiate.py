@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from backhand.verify.differentiate import autograd_gradients, difference_error
+from backhand.verify.measure import autograd_gradients, difference_error
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from backhand.ops.registry import OPS
-from backhand.verify.case import Mutant
 from backhand.verify.cases.lora_linear import CASES
 from backhand.verify.runner import _forward_of, forms, load_proofs, prove_case, reject_mutants
+from backhand.verify.scaffold import Mutant
 
 (LORA_LINEAR,) = load_proofs("lora_linear")
 FIRST = CASES[0]

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backhand.verify.case import again, wrong
 from backhand.verify.runner import prove_case, reject_mutants
-from backhand.verify.scaffold import START, Given, Op, receiver
+from backhand.verify.scaffold import START, Given, Op, again, receiver, wrong
 
 
 class ScaledSaved(NamedTuple):

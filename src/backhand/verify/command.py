@@ -23,7 +23,7 @@ from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from backhand.verify.report import VerifyReport, print_report, severity
-from backhand.verify.runner import PROOF_FILES, Row, load_proofs, prove_case, reject_mutants
+from backhand.verify.runner import PROOF_FILES, Rejection, Row, load_proofs, prove_case, reject_mutants
 from backhand.words import nearest_names
 
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -42,7 +42,7 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
             "every gradient is computed in float64, by hand and by autograd, then checked in the dtype of "
             "training: minutes for 100 million parameters"
         )
-    report, options = _proved(options)
+    report = _proved(options)
     if options.verify.json:
         sys.stdout.write(json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n")
     else:
@@ -76,13 +76,13 @@ def prove_run(run: Path, *, max_tokens: int) -> VerifyReport:
         UsageError, DataError, ArtifactError: run, rows, model or adapter are not there, or not usable.
         CheckError: something does not hold.
     """
-    report, _ = _proved(VerifyOptions(verify=VerifyRunOptions(run=run, max_tokens=max_tokens)))
+    report = _proved(VerifyOptions(verify=VerifyRunOptions(run=run, max_tokens=max_tokens)))
     _raise_failures(report)
     return report
 
 
-def _proved(options: VerifyOptions) -> tuple[VerifyReport, VerifyOptions]:
-    """The report, with a status line on the terminal meanwhile, and the options with what the run filled in."""
+def _proved(options: VerifyOptions) -> VerifyReport:
+    """The report, with a status line on the terminal meanwhile, and each proof in the run's proofs.jsonl."""
     with working() as shown:
 
         def say(what: str) -> None:
@@ -91,7 +91,7 @@ def _proved(options: VerifyOptions) -> tuple[VerifyReport, VerifyOptions]:
         options.validate()
         run = options.verify.run
         if run is None:
-            return verify(options, say), options
+            return verify(options, say)
         if not (run / CONFIG).exists():
             raise UsageError(f"there is no run in {run}", where="run")
         if options.verify.op is None and not options.model.model:
@@ -101,7 +101,7 @@ def _proved(options: VerifyOptions) -> tuple[VerifyReport, VerifyOptions]:
             log = proof_log(directory)
             for proof in report.proofs():
                 log(proof)
-    return report, options
+    return report
 
 
 def _of_run(options: VerifyOptions, run: Path) -> VerifyOptions:
@@ -150,11 +150,9 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
         for size in real_sizes():
             say(f"{size.op.name}: {size.case.name}")
-            for one in prove_real_size(size):
-                if isinstance(one, Row):
-                    report.rows.append(one)
-                else:
-                    report.rejections.append(one)
+            found = list(prove_real_size(size))
+            report.rows += [one for one in found if isinstance(one, Row)]
+            report.rejections += [one for one in found if isinstance(one, Rejection)]
     return report
 
 

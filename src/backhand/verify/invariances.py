@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -32,9 +33,8 @@ from backhand.nn.decoder.per_layer_input import inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND, BlockwiseStep, ModelProof
 from backhand.verify.runner import UNITS_OF_ROUNDING
 
 MICRO_BATCHES = 3
@@ -47,25 +47,26 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         examples: documents, each with a supervised token; a single one can be packed with nothing.
         rounding_bound: how far a gradient may be from float64's.
     """
-    bound = 2 * rounding_bound
-    whole = pack(examples, device=decoder.device)
+    bound, device = 2 * rounding_bound, decoder.device
+    whole = pack(examples, device=device)
     together = _gradient(decoder, [whole])
     if len(examples) > 1:
         exact = _exact_gradient(decoder, [whole])
-        one_by_one = [pack([example], device=decoder.device) for example in examples]
-        statement, how = "packed = unpacked, gradient", f"{len(examples)} documents in one batch, and one by one"
-        yield _same(f"{statement}, float64", _exact_gradient(decoder, one_by_one), exact, FLOAT64_BOUND, how)
+
+        def same(statement: str, batches: list[PackedBatch], of_exact: str, detail: str = "") -> Iterator[ModelProof]:
+            gradient = _exact_gradient(decoder, batches)
+            yield _same(f"{statement}, gradient, float64", gradient, exact, FLOAT64_BOUND, of_exact)
+            yield _same(f"{statement}, gradient", _gradient(decoder, batches), together, bound, detail)
+
+        how = f"{len(examples)} documents in one batch, and one by one"
         checked = "a check in the run's dtype, within its rounding; the line above is the proof"
-        yield _same(statement, _gradient(decoder, one_by_one), together, bound, checked)
-        once = pack(examples, share=decoder.shares_prefixes, device=decoder.device)
-        saved = len(whole.input_ids) - len(once.input_ids)
-        if saved:
-            statement = "shared prefix = a prefix in each row, gradient"
+        yield from same("packed = unpacked", [pack([example], device=device) for example in examples], how, checked)
+        once = pack(examples, share=decoder.shares_prefixes, device=device)
+        if saved := len(whole.input_ids) - len(once.input_ids):
             how = f"{saved} of {len(whole.input_ids)} tokens not computed again"
-            yield _same(f"{statement}, float64", _exact_gradient(decoder, [once]), exact, FLOAT64_BOUND, how)
-            yield _same(statement, _gradient(decoder, [once]), together, bound)
-        parts = [list(examples[start::MICRO_BATCHES]) for start in range(min(MICRO_BATCHES, len(examples)))]
-        accumulated = _gradient(decoder, [pack(part, device=decoder.device) for part in parts])
+            yield from same("shared prefix = a prefix in each row", [once], how)
+        parts = [examples[start::MICRO_BATCHES] for start in range(min(MICRO_BATCHES, len(examples)))]
+        accumulated = _gradient(decoder, [pack(part, device=device) for part in parts])
         yield _same("accumulated = one batch, gradient", accumulated, together, bound, f"{len(parts)} micro-batches")
     before = decoder.recompute
     try:
@@ -84,20 +85,16 @@ def _same(statement: str, measured: Tensor, expected: Tensor, bound: float, deta
 
 def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     """The same in float64, where nothing hides behind rounding."""
-    supervised = sum(batch.supervised_tokens for batch in batches)
-    total = BlockwiseStep(decoder, batches[0], None, 1.0 / supervised).gradient()
-    for batch in batches[1:]:
-        total += BlockwiseStep(decoder, batch, None, 1.0 / supervised).gradient()
-    return total
+    scaling = 1.0 / sum(batch.supervised_tokens for batch in batches)
+    return reduce(torch.add, (BlockwiseStep(decoder, batch, None, scaling).gradient() for batch in batches))
 
 
 def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     """The whole adapter gradient of one step over these micro-batches."""
-    lora = present(decoder.lora)
-    supervised = sum(batch.supervised_tokens for batch in batches)
+    lora, scaling = present(decoder.lora), 1.0 / sum(batch.supervised_tokens for batch in batches)
     lora.gradients.zero_()
     for batch in batches:
-        decoder.loss_and_gradients(batch, 1.0 / supervised)
+        decoder.loss_and_gradients(batch, scaling)
     return lora.gradients.clone()
 
 
@@ -162,13 +159,10 @@ def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
     config, weights, exact = step.decoder.config, step.decoder.weights, step.lora
     normed, _ = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
     head = frozen_dense(weights.head).double()
-    if HEAD not in exact:
-        return normed @ head.T
-    if merged:
-        return normed @ merged_weight(head, exact, HEAD).T
-    return (normed @ head.T).addmm_(
-        normed @ exact.lora_A(HEAD).T, exact.lora_B(HEAD).T, alpha=exact.slots[HEAD].scaling
-    )
+    logits = normed @ (merged_weight(head, exact, HEAD) if merged else head).T
+    if HEAD in exact and not merged:
+        logits += exact.slots[HEAD].scaling * (normed @ exact.lora_A(HEAD).T) @ exact.lora_B(HEAD).T
+    return logits
 
 
 def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:

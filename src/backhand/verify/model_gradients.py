@@ -13,39 +13,55 @@ values decide, as they do for the ops.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
+from backhand.data.packing import RowPacker
 from backhand.errors import present
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder.adapted_group import HEAD
-from backhand.nn.decoder.carried import KeysAndValues
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, TokenLoss
+from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD, block_adapter
+from backhand.nn.decoder.block import block_backward, block_forward
+from backhand.nn.decoder.carried import Carried, KeysAndValues
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
-from backhand.nn.decoder.weights import named_views
-from backhand.ops.weight_tiles import frozen_dense
+from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
+from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.dpo import DPORule, dpo_reference
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
+from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.runs.directory import ProofKind
-from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, pair_loss
-from backhand.verify.case import Tensors
+from backhand.training.objectives.objective import token_owners
+from backhand.training.objectives.options import ObjectiveOptions
+from backhand.training.objectives.pairs import PairObjective
 from backhand.verify.measure import relative_error, typical
-from backhand.verify.reference_adapter import ReferenceAdapter
 from backhand.verify.reference_decoder import (
     OfNats,
+    ReferenceAdapter,
     ReferenceCarried,
+    ReferenceLayer,
     reference_block,
     reference_head,
     reference_inputs,
     reference_loss,
 )
 from backhand.verify.runner import NEIGHBOURS, TIMES_AUTOGRAD, UNITS_OF_ROUNDING
+from backhand.verify.scaffold import Tensors
 
 # What every gradient stays below in float64, and the rule for lower precision.
 FLOAT64_BOUND = 1e-9
 NEIGHBOURHOOD = 0.05
+_BETA = 0.1
+# Outputs, and the gradients that come back to them.
+Graph = tuple[Sequence[Tensor], Sequence[Tensor]]
+# Of an adapter among whose factors are all leaves, also those of no module.
+Forward = Callable[[ReferenceAdapter], Graph]
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,157 @@ class ModelProof:
     def passed(self) -> bool:
         """Whether the measured value is within the bound; NaN is not."""
         return self.measured <= self.bound
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Σ of the losses of pairs, on both sides of the proof."""
+
+    token_loss: TokenLoss  # by hand, see `Decoder.loss_and_gradients`
+    owners: Tensor  # whose document's each supervised token is, (supervised,)
+    reference: Tensor  # what the sums of log-probabilities are measured against, (documents,)
+
+    def formula(self, nats: Tensor) -> Tensor:
+        """The same loss of the tokens' nats, (supervised,), 0-d."""
+        sums = nats.new_zeros(len(self.reference)).index_add(0, self.owners.to(nats.device), -nats)
+        chosen, rejected = (sums - self.reference.to(sums)).view(-1, 2).unbind(1)
+        return dpo_reference(chosen, rejected, DPORule(beta=_BETA)).sum()
+
+
+def pair_loss(pairs: Sequence[Example]) -> PairLoss:
+    """The loss of these pairs, packed together, against a reference that says something else of each side."""
+    packer, rows = RowPacker(pairs, share_prefixes=False), range(len(pairs))
+    of_tokens, counts = token_owners(packer, rows)
+    reference = -counts - torch.arange(2 * len(pairs), dtype=torch.float64) / 3
+    objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
+    return PairLoss(objective.token_loss(0, rows), of_tokens, reference)
+
+
+@dataclass(eq=False)
+class BlockwiseStep:
+    """One training step of a decoder with its attached adapter in float64, by hand, one block's weights at a time.
+
+    A model of any size is differentiated so, block after block, with the engine's own blocks: forward keeps each
+    block's input x₀; at the head the loss gives ∂L/∂x; from the top block down ∂L/∂x₂ becomes ∂L/∂x₀ and the block's
+    adapter gradients.
+
+    Attributes:
+        lora: the adapter's values as the decoder computes with them, and their gradients.
+        carried: what the last pass carried beside the stream.
+    """
+
+    decoder: Decoder  # with an adapter of nothing but factors
+    batch: PackedBatch  # the packed documents, on the decoder's device
+    dropout_seed: int | None  # draws the masks; None for no dropout
+    loss_scaling: float
+    pair_loss: PairLoss | None = None  # the loss where documents are pairs; None for Σ nats
+
+    def __post_init__(self) -> None:
+        decoder = self.decoder
+        if decoder.lora is None:
+            raise ValueError("there is no adapter to prove: attach one first")
+        self.carried = Carried()
+        self._begun: BeginKept | None = None
+        self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
+        for name in self.lora.slots:
+            self.lora.lora_A(name).copy_(decoder.lora.compute_A(name))
+            self.lora.lora_B(name).copy_(decoder.lora.compute_B(name))
+
+    @property
+    def layers(self) -> range:
+        """The numbers of the blocks."""
+        return range(len(self.decoder.config.layers))
+
+    def gradient(self) -> Tensor:
+        """The whole gradient in the order of the flat buffer."""
+        self.lora.gradients.zero_()
+        inputs = self.forward(self.dropout_seed, self.batch.supervised_positions)
+        d_x, _ = self.head(inputs.pop())
+        for layer in reversed(self.layers):
+            d_x = self.block(layer, inputs.pop(), d_x)
+        self.begin()
+        return self.lora.gradients
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """What is adapted before the first block gets its gradients."""
+        weights, d_inputs = self._per_layer(), self.carried.d_inputs
+        if weights is None or d_inputs is None or self._begun is None:
+            return
+        config = self.decoder.config
+        inputs_backward(d_inputs, self._begun, weights, config, self.lora, self.dropout_seed, input_gradient=False)
+
+    def _per_layer(self) -> PerLayerWeights | None:
+        """The same in float64 but for the table, of which only rows are read."""
+        there = self.decoder.weights.per_layer
+        return there and there._replace(projection=float64_dense(there.projection), norm=float64_dense(there.norm))
+
+    @torch.no_grad()
+    def forward(self, dropout_seed: int | None, rows: Tensor | None = None) -> list[Tensor]:
+        """x₀ of every block and the last block's output, or these rows of it."""
+        # Whatever embedding does in the compute dtype is part of the function.
+        x, config, weights = self.decoder.embed(self.batch.input_ids).double(), self.decoder.config, self._per_layer()
+        self.carried, inputs = Carried(config.lenders), [x]
+        if weights is not None:
+            own, self._begun = inputs_forward(x, self.batch.input_ids, weights, config, self.lora, dropout_seed)
+            self.carried = Carried(config.lenders, own)
+            self.carried.d_inputs = torch.zeros_like(own)
+        for layer in self.layers:
+            adapter = block_adapter(self.lora, config, layer, dropout_seed)
+            x, _ = block_forward(x, self.block_weights(layer), adapter, self.context(layer, rows), "block")
+            inputs.append(x)
+        return inputs
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """∂L/∂x of the last block's output x, both at the supervised positions, and the loss."""
+        config, weights = self.decoder.config, self.decoder.weights
+        labels = self.batch.labels[self.batch.supervised_positions]
+        factors = self.decoder.head_factors(self.dropout_seed)
+        if factors is not None:
+            factors = factors._replace(lora_A=self.lora.lora_A(HEAD), lora_B=self.lora.lora_B(HEAD))
+        normed, norm = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+        head, loss = float64_dense(weights.head), None
+        times = self.batch.weights
+        multiplier: float | Tensor = self.loss_scaling if times is None else self.loss_scaling * times
+        if self.pair_loss is not None:
+            nats = linear_cross_entropy_forward(normed, head, labels, factors, config.logits)
+            loss, d_log_p = self.pair_loss.token_loss(-self.batch.of_documents(nats))
+            multiplier = -self.loss_scaling * self.batch.at_positions(d_log_p)
+        losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, multiplier, config.logits)
+        if grads.d_lora_A is not None and grads.d_lora_B is not None:
+            self.lora.d_lora_A(HEAD).copy_(grads.d_lora_A)
+            self.lora.d_lora_B(HEAD).copy_(grads.d_lora_B)
+        loss = self.batch.of_documents(losses).sum() if loss is None else loss
+        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, loss
+
+    @torch.no_grad()
+    def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
+        """∂L/∂x₀ of the block; its adapter gradients are added to the buffer."""
+        weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
+        adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
+        _, saved = block_forward(x0, weights, adapter, context, "none")
+        return present(block_backward(d_x2.clone(), saved, weights, adapter, context))
+
+    def block_weights(self, layer: int) -> BlockWeights:
+        """A copy of the block's weights in float64."""
+        block = self.decoder.weights.blocks[layer]
+        parts = {part.name: getattr(block, part.name) for part in fields(BlockWeights)}
+        return replace(block, **{name: float64_dense(part) for name, part in parts.items() if part is not None})
+
+    def named_weights(self, layer: int) -> Tensors:
+        """The same by their Hugging Face names."""
+        views = named_views(self.decoder.weights, self.decoder.config)
+        return {name: float64_dense(view) for name, view in views if name.startswith(f"model.layers.{layer}.")}
+
+    def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
+        """The block's, of whose last one only these rows are wanted, None for all."""
+        return self.decoder.contexts(self.batch, rows, self.carried, torch.float64)[layer]
+
+
+def float64_dense(weight: FrozenMatrix) -> Tensor:
+    """A copy in float64: of the numbers that the compute dtype has."""
+    return frozen_dense(weight).to(torch.float64, copy=True)
 
 
 class GradientProofs:
@@ -149,40 +316,39 @@ class GradientProofs:
         """The flat gradient by autograd of the reference in the compute dtype, in the order of the flat buffer."""
         step = self.step
         decoder, lora = step.decoder, present(step.decoder.lora)
-        leaves = {}
-        for name in lora.slots:
-            leaves[f"{name}.lora_A"] = lora.compute_A(name).clone().requires_grad_()
-            leaves[f"{name}.lora_B"] = lora.compute_B(name).clone().requires_grad_()
+        factors = {
+            f"{name}.{part}": factor
+            for name in lora.slots
+            for part, factor in (("lora_A", lora.compute_A(name)), ("lora_B", lora.compute_B(name)))
+        }
         views = {name: frozen_dense(view) for name, view in named_views(decoder.weights, decoder.config)}
-        adapter = ReferenceAdapter(lora.slots, leaves, step.dropout_seed)
-        with torch.enable_grad():
-            loss = step.loss_scaling * reference_loss(views, decoder.config, step.batch, adapter, self._of_nats)
-            gradients = torch.autograd.grad(loss, list(leaves.values()))
-        return torch.cat([gradient.double().reshape(-1) for gradient in gradients])
+
+        def forward(adapter: ReferenceAdapter) -> Graph:
+            loss = reference_loss(views, decoder.config, step.batch, adapter, self._of_nats)
+            return (loss,), (torch.full_like(loss, step.loss_scaling),)
+
+        _, gradients = _differentiated(forward, factors, lora, step.dropout_seed)
+        return torch.cat([gradient.double().reshape(-1) for gradient in gradients.values()])
 
     def _prove_head(self, x: Tensor) -> tuple[Tensor, float]:
         """∂L/∂x of the last block's output by hand, both at the supervised positions, and the loss's relative error."""
         step = self.step
         config, weights = step.decoder.config, step.decoder.weights
         d_x, by_hand = step.head(x)
-        names = [HEAD] if HEAD in step.lora else []
-        leaves = self._leaves(names) | {"x": x.clone().requires_grad_()}
         head = float64_dense(weights.head)
-        reference_weights = {
-            f"{config.final_norm}.weight": weights.final_norm.double(),
-            "model.embed_tokens.weight": head,
-            "lm_head.weight": head,
-        }
+        named = {f"{config.final_norm}.weight": weights.final_norm.double()}
+        named |= {f"{EMBEDDING}.weight": head, f"{HEAD}.weight": head}
         labels = step.batch.labels[step.batch.supervised_positions]
 
         def of_nats(nats: Tensor) -> Tensor:
             return self._of_nats(step.batch.of_documents(nats))
 
-        with torch.enable_grad():
-            loss = reference_head(leaves["x"], reference_weights, config, labels, self._adapter(leaves), of_nats)
-        by_autograd = self._gradients((step.loss_scaling * loss,), (torch.ones_like(loss),), leaves)
+        def forward(adapter: ReferenceAdapter) -> Graph:
+            loss = reference_head(adapter.factors["x"], named, config, labels, adapter, of_nats)
+            return (loss,), (torch.full_like(loss, step.loss_scaling),)
+
+        (loss,), by_autograd = self._prove([HEAD], {"x": x}, forward)
         self._compare("d_x of the head", d_x, by_autograd["x"])
-        self._compare_factors(names, by_autograd)
         return d_x, relative_error(by_hand, loss.detach())
 
     @property
@@ -191,102 +357,69 @@ class GradientProofs:
 
     def _prove_block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """∂L/∂x₀ of the block by hand; it and the block's adapter gradients are compared."""
-        step, config = self.step, self.step.decoder.config
-        source, beside = config.layers[layer].keys_of, self._beside(layer)
-        before = None if source is None else step.carried.held(source)
+        step, carried, config = self.step, self.step.carried, self.step.decoder.config
+        source, beside = config.layers[layer].keys_of, {"x": x0}
+        before = None if source is None else carried.held(source)
         before = before and KeysAndValues(before.k.clone(), before.v.clone())
-        from_users = step.carried.held(layer)
+        from_users = carried.held(layer)
+        if source is not None:
+            beside |= carried.lent(source)._asdict()
+        if carried.inputs is not None:
+            beside["inputs"] = carried.inputs[:, layer]
         d_x0 = step.block(layer, x0, d_x2)
-        names = [name for name in step.lora.slots if name.startswith(f"model.layers.{layer}.")]
-        leaves = self._leaves(names) | {"x": x0.clone().requires_grad_()} | beside
-        reference_weights = step.named_weights(layer, step.block_weights(layer))
+        named = step.named_weights(layer)
         wanted = step.batch.labels != IGNORE_INDEX if layer == step.layers[-1] else None
-        with torch.enable_grad():
-            x2 = reference_block(
-                leaves["x"],
-                layer,
-                reference_weights,
-                step.decoder.config,
-                step.batch.lengths,
-                self._adapter(leaves),
-                wanted,
-                carried := self._reference_carried(layer, leaves),
-            )
-            x2 = x2 if wanted is None else x2[wanted]
+
+        def forward(adapter: ReferenceAdapter) -> Graph:
+            leaves = adapter.factors
+            inputs = leaves["inputs"][:, None].expand(-1, layer + 1, -1) if "inputs" in leaves else None
+            given = ReferenceCarried(inputs, {} if source is None else {source: (leaves["k"], leaves["v"])})
+            at = ReferenceLayer(layer, named, config, step.batch.lengths, adapter, wanted, given)
+            x2 = reference_block(leaves["x"], at)
             # Whoever uses this layer's keys and values passes their gradients down beside the stream's.
-            lent = carried.lent[layer] if from_users is not None else ()
-        by_autograd = self._gradients((x2, *lent), (d_x2, *(from_users or ())), leaves)
+            lent = given.lent[layer] if from_users is not None else ()
+            return (x2 if wanted is None else x2[wanted], *lent), (d_x2, *(from_users or ()))
+
+        names = [name for name in step.lora.slots if name.startswith(f"model.layers.{layer}.")]
+        _, by_autograd = self._prove(names, beside, forward)
         self._compare(f"d_x0 of layer {layer}", d_x0, by_autograd["x"])
         if source is not None:
-            after = present(step.carried.held(source))
+            after = present(carried.held(source))
             for name, now, earlier in zip("kv", after, before or (None, None), strict=True):
                 added = now if earlier is None else now - earlier
                 self._compare(f"d_x: d_{name} of layer {source} by layer {layer}", added, by_autograd[name])
-        if "inputs" in leaves and step.carried.d_inputs is not None:
-            d_inputs = step.carried.d_inputs[:, layer]
-            self._compare(f"d_x: d_inputs of layer {layer}", d_inputs, by_autograd["inputs"])
-        self._compare_factors(names, by_autograd)
+        if carried.d_inputs is not None:
+            self._compare(f"d_x: d_inputs of layer {layer}", carried.d_inputs[:, layer], by_autograd["inputs"])
         return d_x0
-
-    def _beside(self, layer: int) -> Tensors:
-        """Leaves of what the block has beside the stream."""
-        carried, source = self.step.carried, self.step.decoder.config.layers[layer].keys_of
-        leaves: Tensors = {}
-        if source is not None:
-            k, v = carried.lent(source)
-            leaves |= {"k": k.clone().requires_grad_(), "v": v.clone().requires_grad_()}
-        if carried.inputs is not None:
-            leaves["inputs"] = carried.inputs[:, layer].clone().requires_grad_()
-        return leaves
-
-    def _reference_carried(self, layer: int, leaves: Tensors) -> ReferenceCarried:
-        source, inputs = self.step.decoder.config.layers[layer].keys_of, None
-        if "inputs" in leaves:
-            inputs = leaves["inputs"].unsqueeze(1).expand(-1, layer + 1, -1)
-        return ReferenceCarried(inputs, {} if source is None else {source: (leaves["k"], leaves["v"])})
 
     def _prove_begin(self) -> None:
         """The gradients of the adapter of what makes the layers' inputs, given theirs."""
-        step, names = self.step, [PER_LAYER_MODEL]
-        config, weights = step.decoder.config, step.decoder.weights.per_layer
-        assert weights is not None and step.carried.d_inputs is not None
-        leaves = self._leaves(names)
-        reference_weights = {
+        step = self.step
+        config, weights, ids = step.decoder.config, present(step.decoder.weights.per_layer), step.batch.input_ids
+        named = {
             f"{PER_LAYER_MODEL}.weight": float64_dense(weights.projection),
             f"{PER_LAYER_MODEL_NORM}.weight": float64_dense(weights.norm),
             f"{PER_LAYER_TABLE}.weight": frozen_dense(weights.embedding),
         }
-        ids = step.batch.input_ids
-        h = step.decoder.embed(ids).double()
-        with torch.enable_grad():
-            inputs = present(reference_inputs(h, reference_weights, config, ids, self._adapter(leaves)))
-        by_autograd = self._gradients((inputs,), (step.carried.d_inputs,), leaves)
+        h, d_inputs = step.decoder.embed(ids).double(), present(step.carried.d_inputs)
         step.begin()
-        self._compare_factors(names, by_autograd)
 
-    def _adapter(self, leaves: Tensors) -> ReferenceAdapter:
-        slots = {name: slot for name, slot in self.step.lora.slots.items() if f"{name}.lora_A" in leaves}
-        return ReferenceAdapter(slots, leaves, self.step.dropout_seed)
+        def forward(adapter: ReferenceAdapter) -> Graph:
+            return (present(reference_inputs(h, named, config, ids, adapter)),), (d_inputs,)
 
-    def _leaves(self, names: list[str]) -> Tensors:
-        leaves: Tensors = {}
-        for name in names:
-            leaves[f"{name}.lora_A"] = self.step.lora.lora_A(name).clone().requires_grad_()
-            leaves[f"{name}.lora_B"] = self.step.lora.lora_B(name).clone().requires_grad_()
-        return leaves
+        self._prove([PER_LAYER_MODEL], {}, forward)
 
-    @staticmethod
-    def _gradients(y: Sequence[Tensor], d_y: Sequence[Tensor], leaves: Tensors) -> Tensors:
-        found = torch.autograd.grad(y, list(leaves.values()), d_y)
-        return dict(zip(leaves, found, strict=True))
+    def _prove(self, names: Collection[str], beside: Tensors, forward: Forward) -> tuple[Sequence[Tensor], Tensors]:
+        """Outputs and gradients by autograd of the reference; those of these modules' factors are compared."""
+        lora = self.step.lora
+        factors = {name: factor for name, factor in lora.named_tensors() if name.rpartition(".")[0] in names}
+        y, found = _differentiated(forward, factors | beside, lora, self.step.dropout_seed)
+        for name in factors:
+            self._compare(name, lora.gradient(name), found[name])
+        return y, found
 
     def _compare(self, name: str, by_hand: Tensor, by_autograd: Tensor) -> None:
         self._errors[name] = relative_error(by_hand, by_autograd)
-
-    def _compare_factors(self, names: list[str], by_autograd: Mapping[str, Tensor]) -> None:
-        for name in names:
-            self._compare(f"{name}.lora_A", self.step.lora.d_lora_A(name), by_autograd[f"{name}.lora_A"])
-            self._compare(f"{name}.lora_B", self.step.lora.d_lora_B(name), by_autograd[f"{name}.lora_B"])
 
     def _summary(self) -> Iterator[ModelProof]:
         """The largest error of each kind of module, adapter gradients first."""
@@ -299,3 +432,14 @@ class GradientProofs:
             worst = max(names, key=lambda name: (math.isnan(self._errors[name]), self._errors[name]))
             what = f"{len(names)} × d_x" if kind == "d_x" else f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
             yield ModelProof(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
+
+
+def _differentiated(
+    forward: Forward, tensors: Tensors, lora: LoRAParameters, dropout_seed: int | None
+) -> tuple[Sequence[Tensor], Tensors]:
+    """Its outputs, and by name the gradients for these tensors by autograd."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    slots = {name: slot for name, slot in lora.slots.items() if f"{name}.lora_A" in leaves}
+    with torch.enable_grad():
+        y, d_y = forward(ReferenceAdapter(slots, leaves, dropout_seed))
+    return y, dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), d_y), strict=True))

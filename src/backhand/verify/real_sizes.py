@@ -9,6 +9,7 @@ the place of the right one: it must be rejected, or the case would not see the d
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -24,27 +25,11 @@ from backhand.kernels.builds import load, usable, using
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
-from backhand.verify.case import Backward, ByHand, Case, Draw, Tensors
-from backhand.verify.cases import (
-    adapted_glu,
-    attention,
-    attention_blocks,
-    cross_entropy,
-    dora,
-    embedding,
-    expert_linear,
-    frozen_matrix,
-    gated_delta_rule,
-    linear_cross_entropy,
-    lora_bias,
-    lora_embedding,
-    lora_group,
-    rms_norm,
-)
-from backhand.verify.differentiate import autograd_gradients
+from backhand.verify.cases.adapted_glu import sides
+from backhand.verify.cases.lora_group import SCALINGS
 from backhand.verify.measure import relative_error
-from backhand.verify.runner import AUTOGRAD, LOW_PRECISIONS, TIMES_AUTOGRAD, TORCH, Rejection, Row, dtype_name
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.runner import AUTOGRAD, TIMES_AUTOGRAD, TORCH, Rejection, Row, Trial, cast, dtype_name
+from backhand.verify.scaffold import SCALING, Backward, ByHand, Case, Draw, Op, Tensors
 
 KEYS, HIDDEN, POSITIONS, RANK = 8_192, 8_192, 32_768, 256
 VOCABULARIES = (151_936, 262_144)
@@ -53,6 +38,7 @@ WATCHED = 64
 """Of attention: the last queries, which see all keys, and the first keys, which all queries see."""
 
 LAST, FIRST = slice(-WATCHED, None), slice(WATCHED)
+Naive = Callable[[Tensors], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,19 +48,14 @@ class RealSize:
     op: Op  # as it is declared
     # its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick
     case: Case
-    # a tensor by name, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
+    # y or a gradient, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
     # has no other order
-    naive: tuple[str, Callable[[Tensors], Tensor]] | None
-    # the rows of a tensor that are measured, by its name; all of the others
+    naive: tuple[str, Naive] | None
+    # the rows of y or a gradient that are measured, by its name; all of the others
     picked: Mapping[str, slice] = field(default_factory=dict)
     loops: bool = True  # whether the op has compiled kernels, whose builds are then measured too
-    dtypes: tuple[torch.dtype, ...] = LOW_PRECISIONS  # in which it is measured
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # in which it is measured
     exact: bool = False  # the bound of y is half a unit of rounding, whatever torch errs
-
-
-def builds() -> tuple[str, ...]:
-    """The forms that this processor has: torch's, and each build of the kernels."""
-    return (TORCH, *usable())
 
 
 def _in_build(name: str) -> AbstractContextManager[None]:
@@ -88,22 +69,14 @@ def prove_real_size(size: RealSize) -> Iterator[Row | Rejection]:
 
 
 def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
-    """Those of one dtype."""
-    op, case = size.op, size.case
-
-    def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-
-    rounded = cast(case.tensors, dtype)
-    found = {}
-    with torch.no_grad():
-        for build in builds() if size.loops else (TORCH,):
-            with _in_build(build):
-                y, gradients = case.by_hand(rounded, op.backward)
-                found[build] = {"y": y, **gradients}
-    names = [name for name in found[TORCH] if name != "y"]
-    truth = _by_autograd(case.reference, cast(rounded, torch.float64), names)
-    usual = _by_autograd(case.usual or case.reference, rounded, names)
+    """Those of one dtype, in torch's form and each build of the kernels that this processor has."""
+    op, case, rounded = size.op, size.case, cast(size.case.tensors, dtype)
+    trial, found = Trial(op.proof((case,), ()), case, rounded), {}
+    for build in (TORCH, *usable()) if size.loops else (TORCH,):
+        with _in_build(build):
+            found[build] = trial.by_hand(rounded)
+    truth = trial.by_autograd(case.reference, cast(rounded, torch.float64), found[TORCH], "truth")
+    usual = trial.by_autograd(case.usual or case.reference, rounded, found[TORCH], "usual")
 
     def error(name: str, measured: Tensor) -> float:
         part = size.picked.get(name, slice(None))
@@ -114,21 +87,14 @@ def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
         return half if size.exact and name == "y" else max(half, TIMES_AUTOGRAD * error(name, usual[name]))
 
     for build, tensors in found.items():
-        for name, measured in tensors.items():
-            label = name if name == "y" else f"d_{name}"
-            row = partial(Row, op.name, case.name, dtype_name(dtype), AUTOGRAD, label)
-            yield row(error(name, measured), bound(name), form=build)
+        row = partial(Row, op.name, case.name, dtype_name(dtype), AUTOGRAD, form=build)
+        yield from (row(name, error(name, measured), bound(name)) for name, measured in tensors.items())
     if dtype == torch.float32 and size.naive is not None:
         name, naive = size.naive
         spoiled = found[TORCH][name].clone()
-        part = size.picked.get(name, slice(None))
-        spoiled[part] = naive(rounded).to(spoiled.dtype)
-        yield Rejection(op.name, "naive sum", name, error(name, spoiled), case.name, bound(name), TORCH)
-
-
-def _by_autograd(forward: Callable[[Tensors], Tensor], tensors: Tensors, names: list[str]) -> Tensors:
-    y, gradients = autograd_gradients(forward, tensors, names)
-    return {"y": y, **gradients}
+        spoiled[size.picked.get(name, slice(None))] = naive(rounded).to(spoiled.dtype)
+        gradient = name.removeprefix("d_")
+        yield Rejection(op.name, "naive sum", gradient, error(name, spoiled), case.name, bound(name))
 
 
 def from_the_left(terms: Tensor) -> Tensor:
@@ -149,8 +115,7 @@ def real_sizes() -> Iterator[RealSize]:
     """Every case."""
     for vocab in VOCABULARIES:
         for peaked in (False, True):
-            yield _cross_entropy(vocab, peaked)
-            yield _linear_cross_entropy(vocab, peaked)
+            yield from _losses(vocab, f"{vocab:,} words, {'peaked' if peaked else 'flat'}", peaked)
     yield _attention(0.3)
     yield _attention_blocks(0.3)
     # In bfloat16 the blocks' scores are rounded before their softmax, and larger ones by more, however many there are.
@@ -162,62 +127,69 @@ def real_sizes() -> Iterator[RealSize]:
     yield _lora_group("many positions", POSITIONS, 24, 40)
     yield _adapted_glu()
     yield _expert_linear()
-    yield _dora()
+    many, op = f"{POSITIONS:,} positions", _op("dora")
+    case = op.case(many, (POSITIONS, 24))
+    yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), loops=False)
     yield _dora_norm()
     # Hardly anything is forgotten, so that the state adds up all tokens.
-    rule, name = gated_delta_rule.OP, "4,096 tokens of one document"
-    yield RealSize(rule, rule.case(name, (4_096,), 1, 1, 32, 32, forgetting=1e-4, chunk=CHUNK_TOKENS), None)
-    yield _embedding()
-    yield _lora_embedding()
-    yield _lora_bias()
+    name, op = "4,096 tokens of one document", _op("gated_delta_rule")
+    yield RealSize(op, op.case(name, (4_096,), 1, 1, 32, 32, forgetting=1e-4, chunk=CHUNK_TOKENS), None)
+    yield from _embeddings(many)
+    op = _op("lora_bias")
+    case = _pushed(op.case(many, (POSITIONS, 24)))
+    yield RealSize(op, case, ("d_lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), loops=False)
+
+
+def _op(file: str) -> Op:
+    """The op of a file of cases."""
+    op: Op = importlib.import_module(f"backhand.verify.cases.{file}").OP
+    return op
+
+
+def _with(case: Case, **tensors: Tensor) -> Case:
+    """The case with others among its inputs."""
+    return replace(case, tensors=case.tensors | tensors)
 
 
 def _scaled(case: Case, **by: float) -> Case:
     """The case with some inputs made smaller, by the first part of their names."""
-    sized = {name: tensor * by.get(name.partition(" ")[0], 1.0) for name, tensor in case.tensors.items()}
-    return replace(case, tensors=sized)
+    return _with(case, **{name: tensor * by.get(name.partition(" ")[0], 1.0) for name, tensor in case.tensors.items()})
 
 
 def _pushed(case: Case) -> Case:
     """The case with a gradient that has a mean."""
-    return replace(case, tensors=case.tensors | {"d_y": case.tensors["d_y"] + 1})
+    return _with(case, d_y=case.tensors["d_y"] + 1)
 
 
-def _logits(draw: Draw, vocab: int, peaked: bool) -> tuple[Tensor, Tensor]:
-    """(8, vocab) and targets: flat about 0, or with a peak, which half of the targets are."""
-    logits, targets = draw.normal(8, vocab, size=1.5), draw.integers(vocab, 8)
-    peaks = torch.where(torch.arange(8) < 4, targets, (targets + 1) % vocab)
-    return (logits.scatter_add(1, peaks[:, None], torch.full((8, 1), 17.0).double()) if peaked else logits), targets
+def _losses(vocab: int, name: str, peaked: bool) -> Iterator[RealSize]:
+    """Both ops of cross-entropy; of the fused one x is the identity, so that the logits are the weight's numbers."""
 
+    def logits(op: Op) -> tuple[Tensor, Tensor]:
+        """(8, vocab) and targets: flat about 0, or with a peak, which half of the targets are."""
+        draw = Draw(f"{op.name}: {name}")
+        logits, targets = draw.normal(8, vocab, size=1.5), draw.integers(vocab, 8)
+        peaks = torch.where(torch.arange(8) < 4, targets, (targets + 1) % vocab)
+        return logits.scatter_add(1, peaks[:, None], torch.full((8, 1), 17.0 * peaked).double()), targets
 
-def _naive_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    z = logits.float()
-    most = z.amax(1)
-    return from_the_left((z - most[:, None]).exp().T).log() + most - z.gather(1, targets[:, None])[:, 0]
+    def naive(logits: Tensor, targets: Tensor) -> Tensor:
+        z = logits.float()
+        most = z.amax(1)
+        return from_the_left((z - most[:, None]).exp().T).log() + most - z.gather(1, targets[:, None])[:, 0]
 
-
-def _cross_entropy(vocab: int, peaked: bool) -> RealSize:
-    op, name = cross_entropy.OP, f"{vocab:,} words, {'peaked' if peaked else 'flat'}"
-    case = op.case(name, 8, vocab)
-    logits, targets = _logits(Draw(f"cross_entropy: {name}"), vocab, peaked)
-    case = replace(case, tensors=case.tensors | {"logits": logits, "targets": targets})
-    naive = ("y", lambda t: _naive_losses(t["logits"], t["targets"]))
-    return RealSize(op, case, naive, loops=False, exact=True)
-
-
-def _linear_cross_entropy(vocab: int, peaked: bool) -> RealSize:
-    """Rows of x are those of the identity, so that the logits are the weight's numbers, and alike for everyone."""
-    op, name = linear_cross_entropy.OP, f"{vocab:,} words, {'peaked' if peaked else 'flat'}"
-    logits, targets = _logits(Draw(f"linear_cross_entropy: {name}"), vocab, peaked)
-    tensors = {"x": torch.eye(8).double(), "weight": logits.T.contiguous(), "labels": targets}
+    op = _op("cross_entropy")
+    z, targets = logits(op)
+    case = _with(op.case(name, 8, vocab), logits=z, targets=targets)
+    yield RealSize(op, case, ("y", lambda t: naive(t["logits"], t["targets"])), loops=False, exact=True)
 
     def by_hand(t: Tensors, _backward: Backward) -> ByHand:
         losses, grads = linear_cross_entropy_backward(t["x"], t["weight"], t["labels"])
         return ByHand(losses, {"x": grads.d_x})
 
+    op = _op("linear_cross_entropy")
+    z, targets = logits(op)
     case = replace(op.case(name, 8, 8, 1, multiplier=1.0), by_hand=by_hand)
-    case = replace(case, tensors=case.tensors | tensors)
-    return RealSize(op, case, ("y", lambda t: _naive_losses(t["weight"].T, t["labels"])), exact=True)
+    case = _with(case, x=torch.eye(8).double(), weight=z.T.contiguous(), labels=targets)
+    yield RealSize(op, case, ("y", lambda t: naive(t["weight"].T, t["labels"])), exact=True)
 
 
 def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -230,40 +202,33 @@ def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attention(size: float) -> RealSize:
-    op = attention.OP
-    case = op.case(
-        f"{KEYS:,} keys, scores of {size}", (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING
-    )
+    op, name = _op("attention"), f"{KEYS:,} keys, scores of {size}"
+    case = op.case(name, (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING)
     case = replace(case, reference=present(case.usual))  # the reference's whole matrices of scores would be gigabytes
     naive = ("y", lambda t: _naive_attention(t["q"], t["k"], t["v"]))
-    return RealSize(op, case, naive, {"y": LAST, "q": LAST, "k": FIRST, "v": FIRST})
+    return RealSize(op, case, naive, {"y": LAST, "d_q": LAST, "d_k": FIRST, "d_v": FIRST})
 
 
 def _attention_blocks(size: float) -> RealSize:
-    op = attention_blocks.OP
-    case = op.case(f"{KEYS:,} keys, scores of {size}", 1, KEYS, 1, 1, 32, WATCHED, size=size, scaling=SCORES_SCALING)
-    naive = ("y", lambda t: _naive_attention(t["q"][0], t["k"][0], t["v"][0])[None])
-    return RealSize(op, case, naive, loops=False)
+    op, name = _op("attention_blocks"), f"{KEYS:,} keys, scores of {size}"
+    case = op.case(name, 1, KEYS, 1, 1, 32, WATCHED, size=size, scaling=SCORES_SCALING)
+    return RealSize(op, case, ("y", lambda t: _naive_attention(t["q"][0], t["k"][0], t["v"][0])[None]), loops=False)
 
 
 def _rms_norm(name: str, rows: int, columns: int) -> RealSize:
-    op, eps = rms_norm.OP, 1e-6
+    op, eps = _op("rms_norm"), 1e-6
 
     def x_hat(t: Tensors) -> Tensor:
         return t["x"] * torch.rsqrt(from_the_left(t["x"].square().T) / columns + eps)[:, None]
 
-    def naive_y(t: Tensors) -> Tensor:
-        return t["weight"] * x_hat(t)
-
-    def naive_weight(t: Tensors) -> Tensor:
-        return from_the_left(t["d_y"] * x_hat(t))
-
-    naive = ("y", naive_y) if columns > rows else ("weight", naive_weight)
+    naive: tuple[str, Naive] = ("d_weight", lambda t: from_the_left(t["d_y"] * x_hat(t)))
+    if columns > rows:
+        naive = ("y", lambda t: t["weight"] * x_hat(t))
     return RealSize(op, op.case(f"{name}: {rows:,} of {columns:,}", (rows,), columns, eps), naive)
 
 
 def _few_rows() -> RealSize:
-    op = frozen_matrix.OP
+    op = _op("frozen_matrix")
     case = op.case(f"one row of {HIDDEN:,}", (1,), HIDDEN, [("dense", WATCHED)], tile_bytes=None)
     # Terms of one sign: what each sum rounds off then grows with it, in every order but a good one.
     case = replace(case, tensors={name: tensor.abs() for name, tensor in case.tensors.items()})
@@ -271,7 +236,7 @@ def _few_rows() -> RealSize:
 
 
 def _lora_group(name: str, rows: int, columns: int, outputs: int) -> RealSize:
-    op, scaling = lora_group.OP, lora_group.SCALINGS[0]
+    op, scaling = _op("lora_group"), SCALINGS[0]
     case = op.case(f"{name}: {rows:,} of {columns:,}, rank {RANK}", (rows,), (outputs,), (RANK,), columns)
     case = _scaled(case, weight=columns**-0.5, lora_A=columns**-0.5, lora_B=0.1)
 
@@ -282,47 +247,37 @@ def _lora_group(name: str, rows: int, columns: int, outputs: int) -> RealSize:
     def naive_lora_B(t: Tensors) -> Tensor:
         return scaling * _naive_product(t["d_y"], t["x"] @ t["lora_A 0"].T)
 
-    return RealSize(op, case, ("y", naive_y) if columns > rows else ("lora_B 0", naive_lora_B))
+    return RealSize(op, case, ("y", naive_y) if columns > rows else ("d_lora_B 0", naive_lora_B))
 
 
 def _adapted_glu() -> RealSize:
-    op, n, rank = adapted_glu.OP, 24, 8
-    case = _scaled(op.case(f"{POSITIONS:,} positions", "silu", (POSITIONS,), n, (rank, rank, 0)), h=0.3)
-    (gate, *_), (up, *_) = adapted_glu.sides(n, (rank, rank, 0), 0)
+    op, n, ranks = _op("adapted_glu"), 24, (8, 8, 0)
+    case = _scaled(op.case(f"{POSITIONS:,} positions", "silu", (POSITIONS,), n, ranks), h=0.3)
+    (gate, *_), (up, *_) = sides(n, ranks, 0)
 
     def naive(t: Tensors) -> Tensor:
         h_gate, h_up = t["h"].chunk(2, 1)
         a = t["gate_up"][:, :n] + gate * h_gate @ t["lora_B 0"].T
         return up * _naive_product(t["d_y"] * functional.silu(a), h_up)
 
-    return RealSize(op, case, ("lora_B 1", naive))
+    return RealSize(op, case, ("d_lora_B 1", naive))
 
 
 def _expert_linear() -> RealSize:
     """One expert has a single position, the other all the rest."""
-    op, counts = expert_linear.OP, (1, POSITIONS - 1)
+    op, counts = _op("expert_linear"), (1, POSITIONS - 1)
     case = op.case(f"{POSITIONS:,} positions", counts, 24, 16, 8)
-    case = _scaled(case, weights=24**-0.5, lora_A=24**-0.5, lora_B=0.3)
 
     def naive(t: Tensors) -> Tensor:
         parts = zip(t["x"].split(counts), t["d_y"].split(counts), t["lora_A"], strict=True)
         return torch.stack([SCALING * _naive_product(g, x @ lora_A.T) for x, g, lora_A in parts])
 
-    return RealSize(op, case, ("lora_B", naive))
-
-
-def _dora() -> RealSize:
-    def naive(t: Tensors) -> Tensor:
-        return from_the_left(t["d_y"] * t["z"]) / t["norm"]
-
-    return RealSize(
-        dora.OP, dora.OP.case(f"{POSITIONS:,} positions", (POSITIONS, 24)), ("magnitude", naive), loops=False
-    )
+    return RealSize(op, _scaled(case, weights=24**-0.5, lora_A=24**-0.5, lora_B=0.3), ("d_lora_B", naive))
 
 
 def _dora_norm() -> RealSize:
     """The lengths of long rows, from their squares and the factors' small products."""
-    draw, name = Draw("dora: wide rows"), f"lengths of rows of {HIDDEN:,}"
+    op, draw, name = _op("dora"), Draw("dora: wide rows"), f"lengths of rows of {HIDDEN:,}"
     tensors = {"weight": draw.normal(WATCHED, HIDDEN), "lora_A": draw.normal(8, HIDDEN, size=HIDDEN**-0.5)}
     tensors |= {"lora_B": draw.normal(WATCHED, 8), "d_y": draw.normal(WATCHED)}
 
@@ -333,36 +288,19 @@ def _dora_norm() -> RealSize:
         wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in t.items()}
         return (wide["weight"] + SCALING * wide["lora_B"] @ wide["lora_A"]).square()
 
-    def reference(t: Tensors) -> Tensor:
-        return squares(t).sum(1).sqrt()
-
-    case = replace(dora.OP.case(name, (1, 1)), tensors=tensors, by_hand=by_hand, reference=reference, usual=None)
-    return RealSize(dora.OP, case, ("y", lambda t: from_the_left(squares(t).T).sqrt()), loops=False)
+    case = Case(name, tensors, by_hand, lambda t: squares(t).sum(1).sqrt())
+    return RealSize(op, case, ("y", lambda t: from_the_left(squares(t).T).sqrt()), loops=False)
 
 
-def _embedding() -> RealSize:
+def _embeddings(name: str) -> Iterator[RealSize]:
     """The yardstick is the reference: embedding's own gradient in torch adds up one position behind the other."""
-    op = embedding.OP
-    case = replace(_pushed(op.case(f"{POSITIONS:,} positions", (POSITIONS,), 5, 16)), usual=None)
 
-    def naive(t: Tensors) -> Tensor:
-        return torch.stack([from_the_left(t["d_y"][t["ids"] == token]) for token in range(5)])
+    def naive(d_rows: Tensor, ids: Tensor) -> Tensor:
+        return torch.stack([from_the_left(d_rows[ids == token]) for token in range(5)])
 
-    return RealSize(op, case, ("weight", naive), loops=False)
-
-
-def _lora_embedding() -> RealSize:
-    op = lora_embedding.OP
-    case = replace(_pushed(op.case(f"{POSITIONS:,} positions", (POSITIONS,), 5, 16, 8)), usual=None)
-
-    def naive(t: Tensors) -> Tensor:
-        d_h = SCALING * t["d_y"] @ t["lora_B"]
-        return torch.stack([from_the_left(d_h[t["ids"] == token]) for token in range(5)]).T
-
-    return RealSize(op, case, ("lora_A", naive), loops=False)
-
-
-def _lora_bias() -> RealSize:
-    op = lora_bias.OP
-    case = _pushed(op.case(f"{POSITIONS:,} positions", (POSITIONS, 24)))
-    return RealSize(op, case, ("lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), loops=False)
+    op = _op("embedding")
+    case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16)), usual=None)
+    yield RealSize(op, case, ("d_weight", lambda t: naive(t["d_y"], t["ids"])), loops=False)
+    op = _op("lora_embedding")
+    case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16, 8)), usual=None)
+    yield RealSize(op, case, ("d_lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T), loops=False)

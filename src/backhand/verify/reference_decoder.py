@@ -1,9 +1,9 @@
 """The decoder in plain torch, for autograd to differentiate: the engine's function by another route.
 
-It calls no forward or backward of ours, of the delta rule's ops the references, and shares only what is constant: the
-frozen weights by their Hugging Face names, the family as data, the rotary frequencies (equal to transformers' bit by
-bit) and the dropout masks. Adapters act as W + s B A where there is no dropout, each document is attended on its own
-with an explicit softmax, and the loss comes from full logits.
+It calls no forward or backward of ours, of convolutions and the delta rule's ops the references, and shares only what
+is constant: the frozen weights by their Hugging Face names, the family as data, the rotary frequencies (equal to
+transformers' bit by bit) and the dropout masks. Adapters act as W + s B A where there is no dropout, each document is
+attended on its own with an explicit softmax, and the loss comes from full logits.
 
 In low precision it computes as transformers does: norms, rotation angles, softmax and loss in float32, the rest in the
 weights' dtype. Its error there is the yardstick for the engine's.
@@ -11,7 +11,7 @@ weights' dtype. Its error there is the yardstick for the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -21,34 +21,142 @@ from torch.nn import functional
 
 from backhand.errors import present
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
-from backhand.nn.decoder.adapted_group import EMBEDDING
+from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, block_seed, group_of, group_seed
 from backhand.nn.decoder.family import (
-    ATTENTION,
     FUSED_QKV,
     GATED_DELTA,
-    KEYS_AS_VALUES,
     LAYER_SCALAR,
     PER_LAYER_GROUPS,
     PER_LAYER_MODEL,
     PER_LAYER_MODEL_NORM,
     PER_LAYER_NORM,
     PER_LAYER_TABLE,
-    SHARED_KEYS,
     SHORT_CONV,
     SINKS,
-    VALUE_NORMED,
     DecoderConfig,
     Mixture,
     QueryScaling,
     RotaryConfig,
 )
 from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
 from backhand.ops.causal_conv import Taps, causal_conv_reference
 from backhand.ops.decay_gate import decay_gate_reference
+from backhand.ops.document_groups import Run
+from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
-from backhand.verify.reference_adapter import HEAD, ReferenceAdapter, Tensors
 
+Tensors = Mapping[str, Tensor]
 OfNats = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ReferenceAdapter:
+    """Low-rank factors, DoRA, dropout, tensors trained whole; W + s B A in float64 and without dropout."""
+
+    slots: Mapping[str, LoRASlot]
+    factors: Tensors  # everything trained by its name in `LoRAParameters`, the tensors that autograd differentiates for
+    dropout_seed: int | None = None  # of the step, or None for no dropout
+    trained: Mapping[str, TrainedTensor] = field(default_factory=dict)  # the tensors trained as they are, by name
+
+    def weights(self, base: Tensors, tied: bool) -> Tensors:
+        """The base's tensors with those trained as they are in their places; a head that is tied no longer by name."""
+        found = dict(base)
+        if tied:
+            found[f"{HEAD}.weight"] = base[f"{EMBEDDING}.weight"]
+        for name, tensor in self.trained.items():
+            value = self.factors[name]
+            if tensor.token_ids is None:
+                found[name] = value
+                continue
+            token_ids = torch.tensor(tensor.token_ids, device=value.device)
+            found[tensor.base_name] = base[tensor.base_name].index_copy(0, token_ids, value)
+            if tied:
+                found[f"{HEAD}.weight"] = found[tensor.base_name]
+        return found
+
+    def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of the table, (tokens, hidden), with the low-rank update and DoRA's magnitude where there are any."""
+        slot = self.slots.get(EMBEDDING)
+        if slot is None:
+            return table[ids]
+        lora_A, lora_B = self._factors(EMBEDDING)
+        rows = table[ids] + slot.scaling * (lora_A.T[ids] @ lora_B.T)
+        return rows * self._gain(slot, table.T) if slot.use_dora else rows
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.factors[f"{name}.lora_A"], self.factors[f"{name}.lora_B"]
+
+    def _gain(self, slot: LoRASlot, weight: Tensor) -> Tensor:
+        """DoRA's m / c, (out,), with c held constant."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        lora_A, lora_B = (factor.to(wide) for factor in self._factors(slot.name))
+        norm = (weight.to(wide) + slot.scaling * (lora_B @ lora_A)).detach().square().sum(1).sqrt()
+        return (self.factors[f"{slot.name}.lora_magnitude"] / norm).to(weight.dtype)
+
+    def linear(
+        self, x: Tensor, name: str, weights: Tensors, wanted: Tensor | None = None, layers: int | None = None
+    ) -> Tensor:
+        """The module `name` on x (tokens, in): frozen weight, bias and low-rank update.
+
+        Args:
+            wanted: (tokens,) bool, the rows that anybody reads, for which alone masks are drawn; None for all.
+            layers: the number of blocks below a head.
+        """
+        weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        slot = self.slots.get(name)
+        if slot is None:
+            return functional.linear(x, weight, bias)
+        mask, factors = self._mask(x, slot, wanted, layers), self._factors(name)
+        dropped = x if mask is None else x * mask
+        if slot.use_dora:
+            gain = self._gain(slot, weight)
+            low_rank = slot.scaling * _low_rank(dropped, *factors)
+            # As PEFT writes it: what dropout takes out of x still passes through the frozen weight.
+            return (
+                functional.linear(x, weight, bias) + (gain - 1) * functional.linear(dropped, weight) + gain * low_rank
+            )
+        if slot.lora_bias:
+            offset = slot.scaling * self.factors[f"{name}.lora_bias"]
+            bias = offset if bias is None else bias + offset
+        if mask is None:
+            return _updated(x, weight, bias, *factors, slot.scaling)
+        return functional.linear(x, weight, bias) + slot.scaling * _low_rank(dropped, *factors)
+
+    def expert(self, x: Tensor, name: str, expert: int, weight: Tensor) -> Tensor:
+        """One expert's matrix of the parameter `name`, (out, in), with its low-rank update, on x (tokens, in)."""
+        slot = self.slots.get(name)
+        if slot is None:
+            return functional.linear(x, weight)
+        lora_A, lora_B = self._factors(name)
+        own = lora_A[expert * slot.rank : (expert + 1) * slot.rank], lora_B[:, expert :: slot.experts]
+        return _updated(x, weight, None, *own, slot.scaling)
+
+    def _mask(self, x: Tensor, slot: LoRASlot, wanted: Tensor | None, layers: int | None) -> Tensor | None:
+        """The dropout multiplier of x's shape, zero in rows not wanted; None without dropout."""
+        if self.dropout_seed is None or not slot.dropout:
+            return None
+        if layers is not None:
+            seed = group_seed(self.dropout_seed, layers, 0)
+        elif slot.name == PER_LAYER_MODEL:
+            seed = block_seed(self.dropout_seed, 0, BEFORE_BLOCKS)
+        else:
+            _, _, layer, part = slot.name.split(".", 3)
+            seed = block_seed(self.dropout_seed, int(layer), group_of(part))
+        rows = x if wanted is None else x[wanted]
+        drawn = dropout_multiplier(rows.shape, slot.dropout, seed, dtype=x.dtype, device=x.device)
+        return drawn if wanted is None else torch.zeros_like(x).masked_scatter(wanted[:, None], drawn)
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return functional.linear(functional.linear(x, lora_A), lora_B)
+
+
+def _updated(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    if x.dtype == torch.float64:
+        return functional.linear(x, weight + scaling * (lora_B @ lora_A), bias)
+    # In low precision the sum W + s B A would be rounded to W's grid, which is not how adapters are trained.
+    return functional.linear(x, weight, bias) + scaling * _low_rank(x, lora_A, lora_B)
 
 
 @dataclass
@@ -59,12 +167,43 @@ class ReferenceCarried:
     lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+class ReferenceLayer(NamedTuple):
+    """A layer with all that it knows."""
+
+    number: int
+    weights: Tensors  # by their Hugging Face names
+    config: DecoderConfig
+    lengths: Sequence[int]  # of the documents
+    adapter: ReferenceAdapter
+    wanted: Tensor | None = None  # as in `ReferenceAdapter.linear`
+    # keys and values of its own are put into it; needed where the block has more than the stream
+    carried: ReferenceCarried | None = None
+
+    @property
+    def name(self) -> str:
+        """In front of its tensors' names."""
+        return f"model.layers.{self.number}"
+
+    def linear(self, x: Tensor, part: str, *, wanted_alone: bool = False) -> Tensor:
+        """A module of the layer on x (tokens, in)."""
+        return self.adapter.linear(x, f"{self.name}.{part}", self.weights, self.wanted if wanted_alone else None)
+
+    def norm(self, x: Tensor, part: str | None) -> Tensor:
+        """A norm of the layer; x itself where there is none of that name."""
+        return x if part is None else _norm(x, self.weights[f"{self.name}.{part}.weight"], self.config)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The documents as ops take them."""
+        return document_runs(tuple(self.lengths))
+
+    def by_document(self, one: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """A function of each document's part of these, (tokens, …)."""
+        return torch.cat([one(*parts) for parts in zip(*(x.split(list(self.lengths)) for x in tensors), strict=True)])
+
+
 def reference_loss(
-    weights: Tensors,
-    config: DecoderConfig,
-    batch: PackedBatch,
-    adapter: ReferenceAdapter,
-    of_nats: OfNats = torch.sum,
+    weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter, of_nats: OfNats = torch.sum
 ) -> Tensor:
     """Σ nats over the supervised positions, 0-d.
 
@@ -82,7 +221,7 @@ def reference_loss(
     for layer in range(layers):
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
-        x = reference_block(x, layer, weights, config, batch.lengths, adapter, wanted, carried)
+        x = reference_block(x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, wanted, carried))
     return reference_head(x, weights, config, batch.labels, adapter, lambda nats: of_nats(batch.of_documents(nats)))
 
 
@@ -116,92 +255,59 @@ def reference_head(
     of_nats: OfNats = torch.sum,
 ) -> Tensor:
     """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
-    name = f"{HEAD}.weight" if f"{HEAD}.weight" in weights else f"{EMBEDDING}.weight"
+    head = weights[f"{HEAD if f'{HEAD}.weight' in weights else EMBEDDING}.weight"]
     normed = _norm(x, weights[f"{config.final_norm}.weight"], config)
-    logits = adapter.head(normed, {"lm_head.weight": weights[name]}, labels, len(config.layers))
+    supervised = labels != IGNORE_INDEX  # masks are drawn for these rows only
+    logits = adapter.linear(normed, HEAD, {f"{HEAD}.weight": head}, supervised, len(config.layers))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * config.logits.scaling
     if config.logits.cap is not None:
         logits = config.logits.cap * torch.tanh(logits / config.logits.cap)
     nats = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return of_nats(nats[labels != IGNORE_INDEX])
+    return of_nats(nats[supervised])
 
 
-class _Layer(NamedTuple):
-    """Where a mixer's branch is taken: the layer with what it knows, and keys and values lent by others."""
-
-    layer: int
-    weights: Tensors
-    config: DecoderConfig
-    lengths: list[int]
-    adapter: ReferenceAdapter
-    wanted: Tensor | None
-    lent: dict[int, tuple[Tensor, Tensor]]
-
-
-def reference_block(
-    x: Tensor,
-    layer: int,
-    weights: Tensors,
-    config: DecoderConfig,
-    document_lengths: Sequence[int],
-    adapter: ReferenceAdapter,
-    wanted: Tensor | None = None,
-    carried: ReferenceCarried | None = None,
-) -> Tensor:
-    """One block on x (tokens, hidden), at all positions; wanted: as in `ReferenceAdapter.linear`.
-
-    carried: needed where the block has more than the stream; keys and values of its own are put into it.
-    """
-    block, config = f"model.layers.{layer}", config.at(config.layers[layer])
-
-    def normed(branch: Tensor, name: str | None) -> Tensor:
-        return branch if name is None else _norm(branch, weights[f"{block}.{name}.weight"], config)
-
-    branch = normed(x, config.norms.before_attention)
-    lent = {} if carried is None else carried.lent
-    at = _Layer(layer, weights, config, list(document_lengths), adapter, wanted, lent)
-    branch = _MIXERS[config.layers[layer].mixer](branch, at)
-    x = x + normed(branch, config.norms.after_attention) * config.residual_multiplier
-    branch = normed(x, config.norms.before_mlp)
-    if config.layers[layer].experts:
-        branch = _experts(branch, f"{block}.mlp", weights, config, adapter)
-        return x + normed(branch, config.norms.after_mlp) * config.residual_multiplier
-    parts = [adapter.linear(branch, f"{block}.{part}", weights, wanted) for part in config.groups[2]]
-    gate, up = torch.cat(parts, dim=-1).chunk(2, dim=-1)
-    branch = adapter.linear(_activated(gate, config) * up, f"{block}.{config.groups[3][0]}", weights, wanted)
-    x = x + normed(branch, config.norms.after_mlp) * config.residual_multiplier
+def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
+    """One block on x (tokens, hidden), at all positions."""
+    own = at.config.layers[at.number]
+    config = at.config.at(own)
+    at, times = at._replace(config=config), config.residual_multiplier
+    branch = _MIXERS.get(own.mixer, _attention)(at.norm(x, config.norms.before_attention), at)
+    x = x + at.norm(branch, config.norms.after_attention) * times
+    branch = at.norm(x, config.norms.before_mlp)
+    if own.experts:
+        return x + at.norm(_experts(branch, at), config.norms.after_mlp) * times
+    gate, up = torch.cat([at.linear(branch, part, wanted_alone=True) for part in config.groups[2]], -1).chunk(2, -1)
+    branch = at.linear(_activated(gate, config) * up, config.groups[3][0], wanted_alone=True)
+    x = x + at.norm(branch, config.norms.after_mlp) * times
     if config.per_layer is not None:
         (entering,), (projection,) = PER_LAYER_GROUPS
-        gated = _activated(adapter.linear(x, f"{block}.{entering}", weights, wanted), config)
-        gated = gated * present(present(carried).inputs)[:, layer]
-        branch = adapter.linear(gated, f"{block}.{projection}", weights, wanted)
-        x = x + normed(branch, PER_LAYER_NORM)
-    return x * weights[f"{block}.{LAYER_SCALAR}"] if config.layer_scalar else x
+        gate, inputs = at.linear(x, entering, wanted_alone=True), present(present(at.carried).inputs)
+        branch = at.linear(_activated(gate, config) * inputs[:, at.number], projection, wanted_alone=True)
+        x = x + at.norm(branch, PER_LAYER_NORM)
+    return x * at.weights[f"{at.name}.{LAYER_SCALAR}"] if config.layer_scalar else x
 
 
 def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
     return functional.silu(gate) if config.activation == "silu" else functional.gelu(gate, approximate="tanh")
 
 
-def _experts(x: Tensor, name: str, weights: Tensors, config: DecoderConfig, adapter: ReferenceAdapter) -> Tensor:
+def _experts(x: Tensor, at: ReferenceLayer) -> Tensor:
     """The mixture's branch, (tokens, hidden): every expert on every token, those not chosen times zero."""
-    mixture = present(config.mixture)
-    router = f"{name.removesuffix('.mlp')}.{mixture.router}"
+    mixture, weights, all_experts = present(at.config.mixture), at.weights, f"{at.name}.mlp.experts"
+    router = f"{at.name}.{mixture.router}"
     logits = functional.linear(x, weights[f"{router}.weight"], weights.get(f"{router}.bias"))
     shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
     kept = torch.zeros_like(shares).scatter(-1, shares.topk(mixture.chosen).indices, 1.0)
     shares = shares * kept if mixture.of_all else shares * kept / (shares * kept).sum(-1, keepdim=True)
     y = torch.zeros_like(x)
     for expert in range(mixture.experts):
-        own = f"{name}.experts.{expert}"
-        gate_up = _gate_up(weights, own, "weight", mixture)
-        both = adapter.expert(x, f"{name}.experts.gate_up_proj", expert, gate_up)
-        down = weights[f"{own}.down_proj.weight"]
+        own = f"{all_experts}.{expert}"
+        both = at.adapter.expert(x, f"{all_experts}.gate_up_proj", expert, _gate_up(weights, own, "weight", mixture))
         if mixture.bias:
             both = both + _gate_up(weights, own, "bias", mixture)
         gate, up = both.unflatten(-1, (-1, 2)).unbind(-1) if mixture.interleaved else both.chunk(2, dim=-1)
-        product = _activated(gate, config) * up if mixture.clamp is None else _clamped(gate, up, *mixture.clamp)
-        output = adapter.expert(product, f"{name}.experts.down_proj", expert, down)
+        product = _activated(gate, at.config) * up if mixture.clamp is None else _clamped(gate, up, *mixture.clamp)
+        output = at.adapter.expert(product, f"{all_experts}.down_proj", expert, weights[f"{own}.down_proj.weight"])
         if mixture.bias:
             output = output + weights[f"{own}.down_proj.bias"]
         y = y + output * shares[:, expert, None].to(x.dtype)
@@ -226,51 +332,53 @@ def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
     return (normed * (config.norm_offset + weight.to(wide.dtype))).to(x.dtype)
 
 
-def _attention(x: Tensor, at: _Layer) -> Tensor:
-    """The attention branch, (tokens, hidden), from the normed x, document by document."""
-    layer, weights, config, lengths, adapter, wanted, _ = at
-    name = f"model.layers.{layer}"
-    if (FUSED_QKV,) in config.groups:
-        fused = adapter.linear(x, f"{name}.{FUSED_QKV}", weights)
+def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
+    """The attention branch, (tokens, hidden), from the normed x; keys and values may be another layer's."""
+    config, own = at.config, at.config.layers[at.number]
+    rotary = None if own.rotary is None else config.rotary[own.rotary]
+    parts = config.mixers[own.mixer].groups[0]
+    q, *others = (at.linear(x, part) for part in parts)
+    if parts == (FUSED_QKV,):
         heads = [config.num_heads, config.num_key_value_heads, config.num_key_value_heads]
-        q, k, v = fused.split([count * config.head_dim for count in heads], dim=-1)
-    else:
-        q, k, v = (adapter.linear(x, f"{name}.{part}", weights) for part in config.groups[0])
+        q, *others = q.split([count * config.head_dim for count in heads], dim=-1)
     gate = None
     if config.attention_gate:
-        q, gate = q.unflatten(-1, (config.num_heads, 2, config.head_dim)).unbind(-2)
-        q = q.flatten(1)
-    if config.qk_norm == "width":
-        q, k = (
-            _norm(x, weights[f"{name}.{norm}.weight"], config) for x, norm in zip((q, k), config.qk_norms, strict=True)
-        )
-    q, k, v = (x.unflatten(-1, (-1, config.head_dim)) for x in (q, k, v))
-    if config.qk_norm == "head":
-        q, k = (
-            _norm(x, weights[f"{name}.{norm}.weight"], config) for x, norm in zip((q, k), config.qk_norms, strict=True)
-        )
-    which = config.layers[layer].rotary
-    rotary = None if which is None else config.rotary[which]
-    outputs = []
-    for q_one, k_one, v_one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        q_turned, k_turned = (part if rotary is None else _turn(part, rotary) for part in (q_one, k_one))
-        if config.query_scaling is not None:
-            q_turned = q_turned * _growth(q_turned, config.query_scaling)
-        sinks = weights.get(f"{name}.{SINKS}")
-        outputs.append(_attended(q_turned, k_turned, v_one, config, config.layers[layer].window, sinks))
-    output = torch.cat(outputs)
+        q, gate = (part.flatten(1) for part in q.unflatten(-1, (config.num_heads, 2, config.head_dim)).unbind(-2))
+
+    def turned(part: Tensor, norm: str) -> Tensor:
+        part = at.norm(part, norm if config.qk_norm == "width" else None).unflatten(-1, (-1, config.head_dim))
+        part = at.norm(part, norm if config.qk_norm == "head" else None)
+        return part if rotary is None else at.by_document(lambda one: _turn(one, rotary), part)
+
+    q = turned(q, config.qk_norms[0])
+    if (scaling := config.query_scaling) is not None:
+        q = at.by_document(lambda one: one * _growth(one, scaling), q)
+    if own.keys_of is None:
+        v = others[-1].unflatten(-1, (-1, config.head_dim))  # made of keys in some layers, which have nothing else
+        v = _norm(v, torch.ones(config.head_dim).to(v), config) if config.value_norm else v
+        lent = turned(others[0], config.qk_norms[1]), v
+        if at.carried is not None:
+            at.carried.lent[at.number] = lent
+    else:
+        lent = present(at.carried).lent[own.keys_of]
+    rest = config.attention_scaling, config.attention_cap, at.weights.get(f"{at.name}.{SINKS}")
+
+    def attended(*qkv: Tensor) -> Tensor:
+        q, k, v = (part.transpose(0, 1) for part in qkv)
+        one = softmax_attention(q, k, v, visible(q.shape[1], own.window, q.device), *rest)
+        return one.transpose(0, 1).flatten(1)
+
+    output = at.by_document(attended, q, *lent)
     if gate is not None:
-        output = output / (1 + torch.exp(-gate.flatten(1)))
-    return adapter.linear(output, f"{name}.{config.groups[1][0]}", weights, wanted)
+        output = output / (1 + torch.exp(-gate))
+    return at.linear(output, config.groups[1][0], wanted_alone=True)
 
 
-def _gated_delta(x: Tensor, at: _Layer) -> Tensor:
+def _gated_delta(x: Tensor, at: ReferenceLayer) -> Tensor:
     """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
-    layer, weights, config, lengths, adapter, wanted, _ = at
-    name, sizes, runs = f"model.layers.{layer}", present(config.delta), document_runs(tuple(lengths))
-    entering, (leaving,) = config.mixers[GATED_DELTA].groups
-    qkv, z, b, a = (adapter.linear(x, f"{name}.{part}", weights) for part in entering)
-    inside = f"{name}.linear_attn"
+    sizes, runs, weights, inside = present(at.config.delta), at.runs, at.weights, f"{at.name}.linear_attn"
+    entering, (leaving,) = at.config.mixers[GATED_DELTA].groups
+    qkv, z, b, a = (at.linear(x, part) for part in entering)
     qkv = causal_conv_reference(qkv, Taps(weights[f"{inside}.conv1d.weight"].squeeze(1)), runs, silu=True)
     keys, wide = sizes.key_heads * sizes.key_width, torch.promote_types(x.dtype, torch.float32)
     q, k, v = qkv.split([keys, keys, sizes.value_heads * sizes.value_width], dim=-1)
@@ -279,74 +387,34 @@ def _gated_delta(x: Tensor, at: _Layer) -> Tensor:
     decay = decay_gate_reference(a, weights[f"{inside}.A_log"], weights[f"{inside}.dt_bias"])
     v = v.unflatten(-1, (sizes.value_heads, sizes.value_width))
     output = gated_delta_rule_reference(q / sizes.key_width**0.5, k, v, decay, torch.sigmoid(b), runs)
-    normed = _norm(output, weights[f"{inside}.norm.weight"], replace(config, norm_offset=0.0))
-    return adapter.linear(normed.flatten(1) * functional.silu(z), f"{name}.{leaving}", weights, wanted)
+    normed = _norm(output, weights[f"{inside}.norm.weight"], replace(at.config, norm_offset=0.0))
+    return at.linear(normed.flatten(1) * functional.silu(z), leaving, wanted_alone=True)
 
 
-def _attended(
-    q: Tensor, k: Tensor, v: Tensor, config: DecoderConfig, window: int | None, sinks: Tensor | None = None
+def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
+    """The branch of the gated short convolution, (tokens, hidden), document by document."""
+    (entering,), (leaving,) = at.config.mixers[SHORT_CONV].groups
+    b, c, x = at.linear(x, entering).chunk(3, dim=-1)
+    taps, bias = at.weights[f"{at.name}.conv.conv.weight"].squeeze(1), at.weights.get(f"{at.name}.conv.conv.bias")
+    return at.linear(c * causal_conv_reference(b * x, Taps(taps, bias), at.runs), leaving, wanted_alone=True)
+
+
+_MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {SHORT_CONV: _short_conv, GATED_DELTA: _gated_delta}
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """One document's attention, (length, heads · head_dim), by an explicit softmax."""
-    k_each, v_each = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k_each) * config.attention_scaling
-    if config.attention_cap is not None:
-        scores = config.attention_cap * torch.tanh(scores / config.attention_cap)
-    scores = scores.masked_fill(~_visible(len(q), window, q.device), float("-inf"))
+    """Attention, (…, heads, queries, head_dim), by an explicit softmax over the keys that are seen."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+    scores = q @ k.mT * scaling
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    scores = scores.masked_fill(~seen, float("-inf"))
     if sinks is not None:  # a key more, that has no value
-        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    probabilities = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)[..., : len(k)]
-    return torch.einsum("hqk,khd->qhd", probabilities, v_each).flatten(1)
-
-
-def _shared_attention(x: Tensor, at: _Layer) -> Tensor:
-    """The branch of attention with normed values, (tokens, hidden), whose keys and values may be another layer's."""
-    layer, weights, config, lengths, adapter, wanted, lent = at
-    name, own = f"model.layers.{layer}", config.layers[layer]
-
-    def projected(part: str) -> Tensor:
-        by_head: Tensor = adapter.linear(x, f"{name}.{part}", weights).unflatten(-1, (-1, config.head_dim))
-        return by_head
-
-    def turned(part: Tensor, norm: str) -> Tensor:
-        normed = _norm(part, weights[f"{name}.{norm}.weight"], config)
-        if own.rotary is None:
-            return normed
-        return torch.cat([_turn(one, config.rotary[own.rotary]) for one in normed.split(lengths)])
-
-    parts = config.mixers[own.mixer].groups[0]
-    q = turned(projected(parts[0]), config.qk_norms[0])
-    if own.keys_of is None:
-        raw_k = projected(parts[1])
-        raw_v = raw_k if own.mixer == KEYS_AS_VALUES else projected(parts[2])
-        lent[layer] = turned(raw_k, config.qk_norms[1]), _norm(raw_v, torch.ones(config.head_dim).to(raw_v), config)
-    k, v = lent[layer if own.keys_of is None else own.keys_of]
-    documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    outputs = [_attended(*one, config, own.window) for one in documents]
-    return adapter.linear(torch.cat(outputs), f"{name}.{config.groups[1][0]}", weights, wanted)
-
-
-def _short_conv(x: Tensor, at: _Layer) -> Tensor:
-    """The branch of the gated short convolution, (tokens, hidden), by torch's convolution, document by document."""
-    layer, weights, config, lengths, adapter, wanted, _ = at
-    name = f"model.layers.{layer}"
-    (entering,), (leaving,) = config.mixers[SHORT_CONV].groups
-    b, c, x = adapter.linear(x, f"{name}.{entering}", weights).chunk(3, dim=-1)
-    taps, bias = weights[f"{name}.conv.conv.weight"], weights.get(f"{name}.conv.conv.bias")
-    channels, _, width = taps.shape
-    outputs = []
-    for own in (b * x).split(lengths):
-        padded = functional.pad(own.T[None], (width - 1, 0))
-        outputs.append(functional.conv1d(padded, taps, bias, groups=channels)[0].T)
-    return adapter.linear(c * torch.cat(outputs), f"{name}.{leaving}", weights, wanted)
-
-
-_MIXERS: dict[str, Callable[[Tensor, _Layer], Tensor]] = {
-    ATTENTION: _attention,
-    SHORT_CONV: _short_conv,
-    GATED_DELTA: _gated_delta,
-    **dict.fromkeys((VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS), _shared_attention),
-}
+    return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)[..., : k.shape[-2]] @ v
 
 
 def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
@@ -372,7 +440,7 @@ def _growth(q: Tensor, scaling: QueryScaling) -> Tensor:
     return (1 + scaling.beta * steps.to(torch.promote_types(q.dtype, torch.float32)).log1p()).to(q.dtype)[:, None, None]
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
     """Which keys (columns) a query (row) sees: itself and those before it, as many as the window allows."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < (length if window is None else window))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,7 @@ from backhand.verify.runner import AUTOGRAD, DIFFERENCES, TORCH, Rejection, Row
 from backhand.words import finite_or_none
 
 COMMAND = "verify"
+One = TypeVar("One", Row, Rejection)
 
 
 @dataclass
@@ -101,16 +102,20 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
 # The report on the terminal.
 
 
-# (heading, dtype, check) of each column of errors.
-_COLUMNS = (
-    ("float64", "float64", AUTOGRAD),
-    ("differences", "float64", DIFFERENCES),
-    ("float32", "float32", AUTOGRAD),
-    ("bfloat16", "bfloat16", AUTOGRAD),
-)
-
+# (dtype, check) of each column of errors.
+_COLUMNS = {
+    "float64": ("float64", AUTOGRAD),
+    "differences": ("float64", DIFFERENCES),
+    "float32": ("float32", AUTOGRAD),
+    "bfloat16": ("bfloat16", AUTOGRAD),
+}
+_NUMBERS = (*_COLUMNS, "rejected", "relative error", "measured", "bound")
 _SHOWN_FAILURES = 20
 _WRONG_VERSIONS = "Deliberately wrong versions, which must be rejected"
+_CAPTION = (
+    "float64: against autograd of the reference. differences: against finite differences of the op's own forward, "
+    "in float64. float32, bfloat16: against float64, at most twice autograd's own error or 4 units of rounding."
+)
 
 
 def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) -> None:
@@ -122,41 +127,27 @@ def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) 
     for note in report.notes:
         console.print(note)
     if report.rows:
-        console.print(_cases(report.rows))
-    if report.rejections:
-        console.print(_every_mutant(report) if every_mutant else _mutants(report))
+        table = _table("Gradients by hand: largest relative error", ("op", "case", *_COLUMNS, "verdict"))
+        _fill_by_op(table, _grouped(report.rows, lambda row: row.case), _case)
+        table.caption, table.caption_justify = _CAPTION, "left"
+        console.print(table)
+    if report.rejections and every_mutant:
+        console.print(_every_mutant(report))
+    elif report.rejections:
+        table = _table(_WRONG_VERSIONS, ("op", "gradient", "rejected", "mistakes"))
+        _fill_by_op(table, _grouped(report.rejections, lambda one: one.gradient), _mistakes)
+        console.print(table)
     if report.model:
-        console.print(_model(report))
+        table = _table("The model on its rows", ("proof", "measured", "bound", "verdict", "detail"))
+        for one in report.model:
+            table.add_row(one.proof, _number(one.measured), _number(one.bound), _verdict(one.passed), one.detail)
+        console.print(table)
     _print_failures(console, report)
     console.print(_summary(report))
 
 
-def _table(title: str, columns: Sequence[str], numbers: Sequence[str]) -> Table:
-    return table_of(*columns, right=numbers, title=title, title_justify="left")
-
-
-def _cases(rows: Iterable[Row]) -> Table:
-    """A line a case: the largest relative error over its output and gradients in each dtype."""
-    numbers = tuple(heading for heading, _, _ in _COLUMNS)
-    table = _table("Gradients by hand: largest relative error", ("op", "case", *numbers, "verdict"), numbers)
-    by_case: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        by_case.setdefault((_named(row), row.case), []).append(row)
-    last = ""
-    for (op, case), found in by_case.items():
-        if last and op != last:
-            table.add_section()
-        cells = [
-            _worst([row for row in found if (row.dtype, row.check) == (dtype, check)]) for _, dtype, check in _COLUMNS
-        ]
-        table.add_row(op if op != last else "", case, *cells, _verdict(all(row.passed for row in found)))
-        last = op
-    table.caption = (
-        "float64: against autograd of the reference. differences: against finite differences of the op's own forward, "
-        "in float64. float32, bfloat16: against float64, at most twice autograd's own error or 4 units of rounding."
-    )
-    table.caption_justify = "left"
-    return table
+def _table(title: str, columns: Sequence[str]) -> Table:
+    return table_of(*columns, right=_NUMBERS, title=title, title_justify="left")
 
 
 def _named(one: Row | Rejection) -> str:
@@ -164,44 +155,47 @@ def _named(one: Row | Rejection) -> str:
     return one.op if one.form == TORCH else f"{one.op}, {one.form}"
 
 
-def _worst(rows: list[Row]) -> Text:
-    if not rows:
-        return Text("–")
-    worst = max(rows, key=lambda row: (not row.passed, math.isnan(row.error), row.error))
-    return Text(_number(worst.error), style="" if worst.passed else "bold red")
+def _grouped(ones: Iterable[One], what: Callable[[One], str]) -> dict[tuple[str, str], list[One]]:
+    """By op and form, and something else."""
+    groups: dict[tuple[str, str], list[One]] = {}
+    for one in ones:
+        groups.setdefault((_named(one), what(one)), []).append(one)
+    return groups
 
 
-def _mutants(report: VerifyReport) -> Table:
-    """A line a gradient: its wrong versions by name, and how many of them were rejected."""
-    table = _table(_WRONG_VERSIONS, ("op", "gradient", "rejected", "mistakes"), ("rejected",))
-    groups: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-    for one in report.rejections:
-        groups.setdefault((_named(one), one.gradient), []).append((one.mutant, one.passed))
+def _fill_by_op(
+    table: Table, groups: dict[tuple[str, str], list[One]], cells: Callable[[list[One]], Iterable[str | Text]]
+) -> None:
+    """A line a group, and a section an op, which the first line names."""
     last = ""
-    for (op, gradient), mutants in groups.items():
+    for (op, what), ones in groups.items():
         if last and op != last:
             table.add_section()
-        rejected = sum(passed for _, passed in mutants)
-        names = ", ".join(name if passed else f"{name} (NOT REJECTED)" for name, passed in mutants)
-        table.add_row(op if op != last else "", gradient, f"{rejected} of {len(mutants)}", names)
+        table.add_row(op if op != last else "", what, *cells(ones))
         last = op
-    return table
+
+
+def _case(rows: list[Row]) -> Iterator[Text]:
+    """The largest relative error over a case's output and gradients in each dtype."""
+    for where in _COLUMNS.values():
+        found = [row for row in rows if (row.dtype, row.check) == where]
+        worst = max(found, key=lambda row: (not row.passed, math.isnan(row.error), row.error), default=None)
+        yield Text(_number(worst.error), style="" if worst.passed else "bold red") if worst else Text("–")
+    yield _verdict(all(row.passed for row in rows))
+
+
+def _mistakes(mutants: list[Rejection]) -> tuple[str, str]:
+    """How many wrong versions of a gradient were rejected, and their names."""
+    names = (one.mutant if one.passed else f"{one.mutant} (NOT REJECTED)" for one in mutants)
+    return f"{sum(one.passed for one in mutants)} of {len(mutants)}", ", ".join(names)
 
 
 def _every_mutant(report: VerifyReport) -> Table:
     columns = ("op", "gradient", "mistake", "relative error", "first case that rejects it", "verdict")
-    table = _table(_WRONG_VERSIONS, columns, ("relative error",))
+    table = _table(_WRONG_VERSIONS, columns)
     for one in report.rejections:
-        verdict = Text("rejected", style="green") if one.passed else Text("NOT REJECTED", style="bold red")
+        verdict = _verdict(one.passed, "rejected", "NOT REJECTED")
         table.add_row(_named(one), one.gradient, one.mutant, _number(one.error), one.case, verdict)
-    return table
-
-
-def _model(report: VerifyReport) -> Table:
-    columns = ("proof", "measured", "bound", "verdict", "detail")
-    table = _table("The model on its rows", columns, ("measured", "bound"))
-    for proof in report.model:
-        table.add_row(proof.proof, _number(proof.measured), _number(proof.bound), _verdict(proof.passed), proof.detail)
     return table
 
 
@@ -209,8 +203,7 @@ def _print_failures(console: Console, report: VerifyReport) -> None:
     """Every failed proof in full, the worst row named."""
     if not report.failed_rows:
         return
-    columns = ("op", "case", "dtype", "tensor", "relative error", "bound", "worst row")
-    table = _table("Failed", columns, ("relative error", "bound"))
+    table = _table("Failed", ("op", "case", "dtype", "tensor", "relative error", "bound", "worst row"))
     table.title_style = "bold red"
     for row in report.failed_rows[:_SHOWN_FAILURES]:
         dtype = row.dtype if row.check == AUTOGRAD else "float64, differences"
@@ -221,20 +214,18 @@ def _print_failures(console: Console, report: VerifyReport) -> None:
 
 
 def _summary(report: VerifyReport) -> Text:
-    parts = []
-    if report.rows:
-        parts.append(f"{len(report.rows) - len(report.failed_rows)} of {len(report.rows)} proofs hold")
-    if report.rejections:
-        rejected = len(report.rejections) - len(report.survivors)
-        parts.append(f"{rejected} of {len(report.rejections)} mutants rejected")
-    if report.model:
-        parts.append(f"{len(report.model) - len(report.failed_model)} of {len(report.model)} statements hold")
+    counted = (
+        ("proofs hold", report.rows, report.failed_rows),
+        ("mutants rejected", report.rejections, report.survivors),
+        ("statements hold", report.model, report.failed_model),
+    )
+    parts = [f"{len(ones) - len(failed)} of {len(ones)} {what}" for what, ones, failed in counted if ones]
     sentence = f"{', '.join(parts)} ({report.time_s:.1f} s)"
     return Text(sentence, style="bold green" if report.passed else "bold red")
 
 
-def _verdict(passed: bool) -> Text:
-    return Text("right", style="green") if passed else Text("WRONG", style="bold red")
+def _verdict(passed: bool, yes: str = "right", no: str = "WRONG") -> Text:
+    return Text(yes, style="green") if passed else Text(no, style="bold red")
 
 
 def _number(value: float) -> str:

@@ -10,12 +10,12 @@ bounds and the same mutants; in float64 the kernels' own source is what runs.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +24,8 @@ from torch import Tensor
 from backhand.kernels.builds import loops_are_there, torch_form
 from backhand.kernels.library import proving_loops
 from backhand.ops.registry import OPS
-from backhand.verify.case import Case, Mutant, OpProof, Tensors, kind
-from backhand.verify.differentiate import autograd_gradients, difference_error
-from backhand.verify.measure import norm, relative_error, typical, worst_row
+from backhand.verify.measure import autograd_gradients, difference_error, norm, relative_error, typical, worst_row
+from backhand.verify.scaffold import Case, Mutant, OpProof, Tensors, kind
 
 # Beside the ops: what is built of them.
 COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
@@ -35,6 +34,8 @@ FLOAT64_BOUND = 1e-12
 # Far above what rounding could explain, and below the smallest mistake on purpose, a factor of 1 + 1e-6.
 MISTAKE_BOUND = 1e-7
 DIFFERENCES_BOUND = 1e-8
+Prepared = tuple[Case, Tensors, Tensors]
+"""A case with its tensors on the device and the true gradients."""
 LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
@@ -110,28 +111,101 @@ def _in_form(form: str) -> AbstractContextManager[None]:
 
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
     """float64 against autograd and finite differences, then float32 and bfloat16 against float64; in each form."""
-    exact, autograd = on_device(case.tensors, device), _Autograd()
+    trial = Trial(proof, case, on_device(case.tensors, device))
     for form in forms(proof, device):
+        row = partial(Row, proof.op, case.name, form=form)
         with _in_form(form):
-            rows = list(_exact_rows(proof, case, exact, autograd))
+            rows = [*trial.exact_rows(row)]
             for dtype in LOW_PRECISIONS:
-                rows.extend(_low_precision_rows(proof, case, exact, dtype, autograd))
-        yield from (replace(row, form=form) for row in rows)
+                rows.extend(trial.low_precision_rows(row, dtype))
+        yield from rows
 
 
-class _Autograd:
-    """What autograd gives for a case, worked out once for all forms: references call no forward or backward of ours."""
+class Errors(NamedTuple):
+    """Relative errors of one tensor in low precision, both against float64, and the row where ours is worst."""
 
-    def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], tuple[Tensor, Tensors]] = {}
+    by_hand: float
+    by_autograd: float
+    worst: str
 
-    def __call__(
-        self, key: tuple[object, ...], function: Callable[[Tensors], Tensor], tensors: Tensors, names: Iterable[str]
-    ) -> tuple[Tensor, Tensors]:
-        """`autograd_gradients`; the key says which function on which inputs."""
-        if key not in self._found:
-            self._found[key] = autograd_gradients(function, tensors, names)
-        return self._found[key]
+
+@dataclass(frozen=True)
+class Trial:
+    """A case on a device. Results are y and, with `d_` in front of the input's name, the gradients."""
+
+    proof: OpProof
+    case: Case
+    exact: Tensors
+    # what autograd has given, once for all forms: references call no forward or backward of ours
+    known: dict[tuple[object, ...], Tensors] = field(default_factory=dict)
+
+    def by_hand(self, tensors: Tensors) -> Tensors:
+        """The results by hand."""
+        with torch.no_grad():
+            y, gradients = self.case.by_hand(tensors, self.proof.backward)
+        return {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
+
+    def by_autograd(
+        self, function: Callable[[Tensors], Tensor], tensors: Tensors, results: Iterable[str], *key: object
+    ) -> Tensors:
+        """The same results of a function on such tensors; the key says which on which."""
+        if key not in self.known:
+            names = [name.removeprefix("d_") for name in results if name != "y"]
+            y, gradients = autograd_gradients(function, tensors, names)
+            self.known[key] = {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
+        return self.known[key]
+
+    def exact_rows(self, row: Callable[..., Row]) -> Iterator[Row]:
+        """float64: against autograd of the reference, then against finite differences of the op's own forward."""
+        tensors, case = self.exact, self.case
+        ours = self.by_hand(tensors)
+        truth, scale = self.by_autograd(case.reference, tensors, ours, "exact"), norm(tensors["d_y"])
+        for name, measured in ours.items():
+            error = relative_error(measured, truth[name], scale)
+            yield row("float64", AUTOGRAD, name, error, FLOAT64_BOUND, worst_of({name: measured}, truth))
+        forward = _forward_of(self.proof, case, tensors)
+        gradients = {name.removeprefix("d_"): gradient for name, gradient in ours.items() if name != "y"}
+        varied = {name: gradient for name, gradient in gradients.items() if kind(name) not in case.exempt}
+        groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
+        for name, group in groups.items():
+            error = difference_error(forward, tensors, group)
+            yield row("float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
+
+    def low_precision_rows(self, row: Callable[..., Row], dtype: torch.dtype) -> Iterator[Row]:
+        """Both ways against float64 on the same rounded inputs."""
+        floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
+
+        def bound(errors: Errors) -> float:
+            return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
+
+        found = self._rounding_errors(self.exact, dtype, 0)
+        if any(errors.by_hand > bound(errors) for errors in found.values()):
+            # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
+            near = enumerate(_neighbours(self.exact), start=1)
+            more = [self._rounding_errors(tensors, dtype, number) for number, tensors in near]
+            for name, errors in found.items():
+                by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
+                found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
+        for name, errors in found.items():
+            yield row(dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
+
+    def _rounding_errors(self, tensors: Tensors, dtype: torch.dtype, number: int) -> dict[str, Errors]:
+        """The errors of y and of each group of gradients; number: which tensors these are, 0 the case's own."""
+        rounded, case = cast(tensors, dtype), self.case
+        widened = cast(rounded, torch.float64)
+        ours = self.by_hand(rounded)
+        truth = self.by_autograd(case.reference, widened, ours, "truth", dtype, number)
+        usual = self.by_autograd(case.usual or case.reference, rounded, ours, "usual", dtype, number)
+        groups: dict[str, list[str]] = {}
+        for name in ours:  # those of one kind are judged together in a pooled case
+            part = f"d_{kind(name.removeprefix('d_'))}" if case.pooled and name != "y" else name
+            groups.setdefault(part, []).append(name)
+        found, scale = {}, norm(widened["d_y"])
+        for group, names in groups.items():
+            mine, right, usually = ({name: several[name] for name in names} for several in (ours, truth, usual))
+            by_hand, by_autograd = (relative_error(flat(one), flat(right), scale) for one in (mine, usually))
+            found[group] = Errors(by_hand, by_autograd, worst_of(mine, right))
+        return found
 
 
 @torch.no_grad()
@@ -157,89 +231,6 @@ def _forward_of(proof: OpProof, case: Case, tensors: Tensors) -> Callable[[Tenso
     return alone if torch.equal(alone(away), y) and not torch.equal(here, y) else whole
 
 
-def _exact_rows(proof: OpProof, case: Case, tensors: Tensors, autograd: _Autograd) -> Iterator[Row]:
-    with torch.no_grad():
-        y, gradients = case.by_hand(tensors, proof.backward)
-    truth_y, truth = autograd(("exact",), case.reference, tensors, gradients)
-    zero_scale = norm(tensors["d_y"])
-
-    def row(tensor: str, measured: Tensor, expected: Tensor) -> Row:
-        error, worst = relative_error(measured, expected, zero_scale), worst_row(measured, expected)
-        return Row(
-            proof.op, case.name, "float64", AUTOGRAD, tensor, error, FLOAT64_BOUND, "" if worst is None else str(worst)
-        )
-
-    yield row("y", y, truth_y)
-    for name, gradient in gradients.items():
-        yield row(f"d_{name}", gradient, truth[name])
-
-    forward = _forward_of(proof, case, tensors)
-    varied = {name: gradient for name, gradient in gradients.items() if name not in case.exempt}
-    groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
-    for name, group in groups.items():
-        error = difference_error(forward, tensors, group)
-        yield Row(proof.op, case.name, "float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
-
-
-def _low_precision_rows(
-    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: _Autograd
-) -> Iterator[Row]:
-    floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
-
-    def bound(errors: Errors) -> float:
-        return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
-
-    found = _rounding_errors(proof, case, exact, dtype, autograd, 0)
-    if any(errors.by_hand > bound(errors) for errors in found.values()):
-        # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
-        more = [
-            _rounding_errors(proof, case, near, dtype, autograd, number)
-            for number, near in enumerate(_neighbours(exact), start=1)
-        ]
-        for name, errors in found.items():
-            by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
-            found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
-    for name, errors in found.items():
-        yield Row(proof.op, case.name, dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
-
-
-class Errors(NamedTuple):
-    """Relative errors of one tensor in low precision, both against float64, and the row where ours is worst."""
-
-    by_hand: float
-    by_autograd: float
-    worst: str
-
-
-def _rounding_errors(
-    proof: OpProof, case: Case, exact: Tensors, dtype: torch.dtype, autograd: _Autograd, number: int
-) -> dict[str, Errors]:
-    """The errors of y and of each group of gradients, with the inputs rounded to the dtype on both sides.
-
-    Args:
-        exact: the case's tensors, or near ones.
-        number: which of the tensors these are, 0 the case's own.
-    """
-    rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in exact.items()}
-    widened = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in rounded.items()}
-    with torch.no_grad():
-        y, gradients = case.by_hand(rounded, proof.backward)
-    truth_y, truth = autograd(("truth", dtype, number), case.reference, widened, gradients)
-    usual_y, usual = autograd(("usual", dtype, number), case.usual or case.reference, rounded, gradients)
-    zero_scale = norm(widened["d_y"])
-
-    def errors(measured: Tensors, expected: Tensors, by_autograd: Tensors) -> Errors:
-        right = flat(expected)
-        ours, own = (relative_error(flat(part), right, zero_scale) for part in (measured, by_autograd))
-        return Errors(ours, own, worst_of(measured, expected))
-
-    found = {"y": errors({"y": y}, {"y": truth_y}, {"y": usual_y})}
-    for name, group in grouped(gradients, case).items():
-        expected, by_autograd = ({part: tensors[part] for part in group} for tensors in (truth, usual))
-        found[f"d_{name}"] = errors(group, expected, by_autograd)
-    return found
-
-
 def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
     """Inputs of about the same size and of the same signs."""
     generator = torch.Generator().manual_seed(0)
@@ -253,14 +244,6 @@ def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
         }
 
 
-def grouped(gradients: Tensors, case: Case) -> dict[str, Tensors]:
-    """The gradients that are judged together: those of one kind in a pooled case, each alone otherwise."""
-    groups: dict[str, Tensors] = {}
-    for name, gradient in gradients.items():
-        groups.setdefault(kind(name) if case.pooled else name, {})[name] = gradient
-    return groups
-
-
 def flat(tensors: Tensors) -> Tensor:
     """All elements as one float64 vector; a lone tensor keeps its shape."""
     if len(tensors) == 1:
@@ -269,8 +252,8 @@ def flat(tensors: Tensors) -> Tensor:
 
 
 def worst_of(measured: Tensors, expected: Tensors) -> str:
-    """The row that is furthest off, with its tensor's name where there are several."""
-    found = [(worst_row(tensor, expected[name]), name) for name, tensor in measured.items()]
+    """The row that is furthest off, with its input's name where there are several."""
+    found = [(worst_row(tensor, expected[name]), name.removeprefix("d_")) for name, tensor in measured.items()]
     rows = [(worst, name) for worst, name in found if worst is not None]
     if not rows:
         return ""
@@ -284,31 +267,22 @@ def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterat
     The case that has rejected a mistake comes first for the same mistake in another gradient or form.
     """
 
-    @functools.cache
+    @cache
     def prepared(place: int) -> Prepared:
-        case = proof.cases[place]
-        tensors = on_device(case.tensors, device)
+        case, tensors = proof.cases[place], on_device(proof.cases[place].tensors, device)
         with torch.no_grad():
             names = list(case.by_hand(tensors, proof.backward).gradients)
-        return Prepared(case, tensors, autograd_gradients(case.reference, tensors, names)[1])
+        return case, tensors, autograd_gradients(case.reference, tensors, names)[1]
 
     rejecting: dict[str, str] = {}
     for form in forms(proof, device):
         for mutant in proof.mutants:
-            others = [place for place, case in enumerate(proof.cases) if case.name != rejecting.get(mutant.name)]
-            first = set(range(len(proof.cases))).difference(others)
-            rejection = reject_mutant(proof, mutant, map(prepared, (*first, *others)), form)
+            first = rejecting.get(mutant.name)
+            places = sorted(range(len(proof.cases)), key=lambda place: proof.cases[place].name != first)
+            rejection = reject_mutant(proof, mutant, map(prepared, places), form)
             if rejection.passed:
                 rejecting[mutant.name] = rejection.case
             yield rejection
-
-
-class Prepared(NamedTuple):
-    """A case with its tensors on the device and the true gradients."""
-
-    case: Case
-    tensors: Tensors
-    truth: Tensors
 
 
 def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[Prepared], form: str = TORCH) -> Rejection:
@@ -331,6 +305,11 @@ def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[Prepared], 
 def on_device(tensors: Tensors, device: torch.device | str) -> Tensors:
     """The same tensors on a device."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Numbers in a dtype; integers and booleans as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

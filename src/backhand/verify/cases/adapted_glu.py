@@ -12,56 +12,40 @@ from backhand.ops.adapted_glu import (
     AdaptedGLUGrads,
     AdaptedGLUSaved,
     adapted_glu_backward,
-    adapted_glu_forward,
     adapted_glu_reference,
 )
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import Member
-from backhand.verify.case import (
+from backhand.verify.cases.glu import usual_unit
+from backhand.verify.cases.lora_group import member, regrouped
+from backhand.verify.cases.lora_linear import dropped
+from backhand.verify.scaffold import (
     Backward,
     Draw,
+    Given,
+    Op,
     Tensors,
     flat_rows,
-    mean_mutants,
+    mean_of_rows,
+    receiver,
     rotated_where_alike,
     rows_reversed,
     wrong,
 )
-from backhand.verify.cases.glu import usual_unit
-from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.scaffold import Given, Op, receiver
-
-Receivers = tuple[list[Tensor], list[Tensor]]
 
 
-def _receiving(saved: AdaptedGLUSaved, into: Receivers) -> AdaptedGLUSaved:
-    front = (member._replace(d_lora_B=d_B) for member, d_B in zip(saved.front.members, into[0], strict=True))
-    behind = (member._replace(d_lora_A=d_A) for member, d_A in zip(saved.behind.members, into[1], strict=True))
-    return saved._replace(
-        front=saved.front._replace(members=tuple(front)), behind=saved.behind._replace(members=tuple(behind))
-    )
-
-
-def _backward(
-    d_y: Tensor, saved: AdaptedGLUSaved, *, into: Receivers | None = None, in_place: bool = False
-) -> AdaptedGLUGrads:
+def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, into: bool | None = None) -> AdaptedGLUGrads:
     """The backward on copies of what it may overwrite, since mutants read that afterwards.
 
-    into: gradients of lora_B and of lora_A to add to; fresh ones if None. in_place: as the decoder block calls it,
-    where a and u make place for their gradients.
+    into: as the decoder block calls it, where a and u make place for their gradients, and those of factors are added.
     """
-    if into is None:
-        into = (
-            [torch.zeros_like(member.lora_B) for member in saved.front.members],
-            [torch.zeros_like(member.lora_A) for member in saved.behind.members],
-        )
-    saved = _receiving(saved, into)
-    if not in_place:
-        return adapted_glu_backward(d_y.clone(), saved)
+    new = receiver if into else torch.zeros_like
+    front = regrouped(saved.front, d_lora_B=lambda one: new(one.lora_B))
+    behind = regrouped(saved.behind, d_lora_A=lambda one: new(one.lora_A))
     place = saved.gate_up.clone()
-    return adapted_glu_backward(d_y.clone(), saved._replace(gate_up=place), out=place)
+    saved = saved._replace(gate_up=place, front=front, behind=behind)
+    return adapted_glu_backward(d_y.clone(), saved, out=place if into else None)
 
 
 def sides(n: int, ranks: tuple[int, int, int], fused: int) -> list[tuple[float, int, int, int]]:
@@ -77,26 +61,14 @@ def _factors(draw: Draw, sides: list[tuple[float, int, int, int]], n: int, ranks
 
 
 def _front(given: Given) -> LoRAGroup:
-    members = []
-    for i, (scaling, column, _, rank) in enumerate(given["sides"]):
-        lora_B = given[f"lora_B {i}"]
-        unread = lora_B.new_zeros(rank, 0)
-        members.append(Member(column, unread, lora_B, scaling, unread, torch.zeros_like(lora_B)))
+    factors = ((side, given[f"lora_B {i}"]) for i, side in enumerate(given["sides"]))
+    members = (member(column, B.new_zeros(rank, 0), B, scaling) for (scaling, column, _, rank), B in factors)
     return LoRAGroup(tuple(members))
 
 
 def _behind(given: Given) -> LoRAGroup:
-    if "lora_A 0" not in given:
-        return LoRAGroup((), given["dropout"])
-    lora_A = given["lora_A 0"]
-    unread = lora_A.new_zeros(0, len(lora_A))
-    return LoRAGroup((Member(0, lora_A, unread, 1.0, torch.zeros_like(lora_A), unread),), given["dropout"])
-
-
-def _into(front: LoRAGroup, behind: LoRAGroup, in_place: bool) -> Receivers | None:
-    if not in_place:
-        return None
-    return [receiver(one.lora_B) for one in front.members], [receiver(one.lora_A) for one in behind.members]
+    factors = [given["lora_A 0"]] if "lora_A 0" in given else []
+    return LoRAGroup(tuple(member(0, A, A.new_zeros(0, len(A)), 1.0) for A in factors), given["dropout"])
 
 
 def _joined(p: Tensor, t: Tensor | None) -> Tensor:
@@ -105,7 +77,7 @@ def _joined(p: Tensor, t: Tensor | None) -> Tensor:
 
 
 def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, AdaptedGLUGrads]:
-    (p, product), saved = t.call(adapted_glu_forward)
+    (p, product), saved = t.call(OP.forward)
     d_p, d_t = t["d_y"].split([t["n"], t["d_y"].shape[-1] - t["n"]], dim=-1)
     if product is not None:
         saved = saved._replace(d_t=d_t)
@@ -118,11 +90,11 @@ def _reference(gate_up: Tensor, n: int, dropout: Dropout | None, given: Given) -
 
 
 def _usual(given: Given) -> Tensor:
-    whole, n, first = given["gate_up"], given["n"], 0
-    for i, (scaling, column, outputs, rank) in enumerate(given["sides"]):
-        added = scaling * functional.linear(given["h"][..., first : first + rank], given[f"lora_B {i}"])
+    whole, n, sides = given["gate_up"], given["n"], given["sides"]
+    parts = given["h"].split([rank for *_, rank in sides], dim=-1)
+    for i, ((scaling, column, outputs, _), part) in enumerate(zip(sides, parts, strict=True)):
+        added = scaling * functional.linear(part, given[f"lora_B {i}"])
         whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
-        first += rank
     p = usual_unit(whole[..., :n], whole[..., n:], given["activation"])
     behind = "lora_A 0" in given
     return _joined(p, functional.linear(dropped(p, given["dropout"]), given["lora_A 0"]) if behind else None)
@@ -131,7 +103,7 @@ def _usual(given: Given) -> Tensor:
 OP = Op(
     "adapted_glu",
     dict(gate_up="*lead both", h="*lead ranks_in_front", d_y="*lead outputs", factors=_factors),
-    dict(activation=..., lead=..., n=7, ranks=(3, 2, 4), in_place=False, fused=0, dropout=None, by_hand=True),
+    dict(activation=..., lead=..., n=7, ranks=(3, 2, 4), in_place=False, fused=0, dropout=None),
     usual=_usual,
     made={
         "both": lambda n: 2 * n,
@@ -140,9 +112,9 @@ OP = Op(
         "sides": sides,
         "front": _front,
         "behind": _behind,
-        "into": _into,
+        "into": lambda in_place: in_place or None,
     },
-    ways={"by_hand": _by_hand},
+    way=_by_hand,
     backward=_backward,
     reference=_reference,
     loops=True,
@@ -180,10 +152,6 @@ def _unit(s: AdaptedGLUSaved) -> GLUSaved:
     return GLUSaved(gate, up, s.activation)
 
 
-def _unscaled(s: AdaptedGLUSaved) -> LoRAGroup:
-    return s.front._replace(members=tuple(member._replace(scaling=1.0) for member in s.front.members))
-
-
 def _without_up(g: Tensor, s: AdaptedGLUSaved) -> Tensor:
     """∂L/∂a as if the unit were the activation alone."""
     unit = _unit(s)
@@ -195,30 +163,29 @@ def _behind_of(s: AdaptedGLUSaved, factor: Tensor, right: Any) -> tuple[Tensor, 
     return tuple(flat_rows(s.d_t).T @ flat_rows(factor) for _ in right.d_lora_A if s.d_t is not None)
 
 
-def _of_product(g: Tensor, s: AdaptedGLUSaved, right: AdaptedGLUGrads) -> AdaptedGLUGrads:
+def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any:
     """The gradients of factors with G beside each of them."""
     h: list[Tensor] = []
-    found: list[Tensor] = []
-    first, twice = 0, torch.cat([g, g], dim=-1)
-    for column, _, lora_B, scaling, *_ in s.front.members:
-        own = twice[..., column : column + len(lora_B)]
-        part = s.h[..., first : first + lora_B.shape[1]]
-        first += lora_B.shape[1]
+    d_lora_B: list[Tensor] = []
+    parts = s.h.split([one.lora_B.shape[1] for one in s.front.members], dim=-1)
+    for (column, _, lora_B, scaling, *_), part in zip(s.front.members, parts, strict=True):
+        own = torch.cat([g, g], dim=-1)[..., column : column + len(lora_B)]
         h.append(scaling * own @ lora_B)
-        found.append(scaling * flat_rows(own).T @ flat_rows(part))
-    return right._replace(d_h=torch.cat(h, dim=-1) if h else right.d_h, d_lora_B=tuple(found))
+        d_lora_B.append(scaling * flat_rows(own).T @ flat_rows(part))
+    if gradient == "d_lora_B":
+        return tuple(d_lora_B)
+    return torch.cat(h, dim=-1) if h else whole
 
 
 MUTANTS = (
     wrong("up forgotten", "d_gate_up", _without_up),
     wrong("gate and up swapped", "d_gate_up", lambda d: torch.cat(d.chunk(2, dim=-1)[::-1], dim=-1)),
-    OP.redo("scaling forgotten", "d_h d_lora_B", front=_unscaled),
-    wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h", lambda g, s, right: _of_product(g, s, right).d_h),
-    wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_lora_B", lambda g, s, right: _of_product(g, s, right).d_lora_B),
-    wrong("gate and up swapped", "d_lora_B", lambda whole: rotated_where_alike(whole)),
+    OP.redo("scaling forgotten", "d_h d_lora_B", front=lambda s: regrouped(s.front, scaling=lambda _one: 1.0)),
+    wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h d_lora_B", _of_product),
+    wrong("gate and up swapped", "d_lora_B", rotated_where_alike),
     wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
     wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
     wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(glu_forward(*_unit(s))[0]), right)),
     OP.redo("mask ignored", "d_lora_A", behind=lambda s: s.behind._replace(dropout=None)),
-    mean_mutants("d_lora_B", "d_lora_A"),
+    wrong("mean for sum", "d_lora_B d_lora_A", mean_of_rows),
 )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.attention import AttentionGrads, AttentionSaved, attention_forward
+from backhand.errors import present
+from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.document_groups import segments, tokens_of
-from backhand.verify.case import Backward, Mutant, wrong
-from backhand.verify.scaffold import PACKED, Given, Op, placed
+from backhand.verify.reference_decoder import softmax_attention, visible
+from backhand.verify.scaffold import PACKED, Backward, Given, Mutant, Op, placed, wrong
 
 SCALING = 0.37
 
@@ -35,20 +36,7 @@ def usual_attention(
     q, k, v = parts
     if cap is None and sinks is None:
         return functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
-    scores = q @ k.mT * scaling
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[-2]] @ v
-
-
-def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a query sees, (length, length)."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < (length if window is None else window))
+    return softmax_attention(q, k, v, mask, scaling, cap, sinks)
 
 
 def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]:
@@ -58,7 +46,7 @@ def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]
     """
     qkv = torch.cat([t["q"], t["k"], t["v"]], dim=1)
     q, k, v = qkv.split([t["q"].shape[1], t["k"].shape[1], t["v"].shape[1]], dim=1)
-    y, saved = t.call(attention_forward, q=q, k=k, v=v)
+    y, saved = t.call(OP.forward, q=q, k=k, v=v)
     again = torch.full_like(y, float("nan"))
     return again, backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
 
@@ -152,9 +140,6 @@ class _Dense(NamedTuple):
     delta: Tensor
     slope: Tensor  # of the scores' cap, 1 without one
 
-    def d_s(self) -> Tensor:
-        return self.slope * self.p * (self.d_p - self.delta)
-
 
 def _dense(
     g: Tensor,
@@ -166,12 +151,9 @@ def _dense(
     causal: bool = True,
 ) -> _Dense:
     """P and the gradients around it, where asked with a mask that leaves something out."""
-    group = s.q.shape[1] // s.k.shape[1]
-    assert s.output is not None
-    q, out, d_y = (x.transpose(0, 1) for x in (s.q, s.output, g))
-    k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (s.k, s.v))
-    tokens = s.q.shape[0]
-    where = placed(s.runs, g.device)
+    q, out, d_y = (x.transpose(0, 1) for x in (s.q, present(s.output), g))
+    k, v = (x.repeat_interleave(s.q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (s.k, s.v))
+    tokens, where = s.q.shape[0], placed(s.runs, g.device)
     # Without documents apart, the order in the pack is all there is.
     place = where.position if documents_apart else torch.arange(tokens, device=g.device)
     distance = place[:, None] - place[None, :]
@@ -192,21 +174,6 @@ def _dense(
     return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True), slope)
 
 
-def _grouped(per_head: Tensor, s: AttentionSaved, how: str) -> Tensor:
-    """(heads, tokens, head_dim) → (tokens, key/value heads, head_dim), over each group of heads."""
-    by_group: Tensor = per_head.transpose(0, 1).unflatten(1, (s.k.shape[1], -1))
-    if how == "first":
-        return by_group[:, :, 0]
-    return by_group.mean(2) if how == "mean" else by_group.sum(2)
-
-
-_LAST: dict[str, Callable[[_Dense, AttentionSaved, str], Tensor]] = {
-    "d_q": lambda d, s, _how: (s.scaling * d.d_s() @ d.k).transpose(0, 1),
-    "d_k": lambda d, s, how: _grouped(s.scaling * d.d_s().mT @ d.q, s, how),
-    "d_v": lambda d, s, how: _grouped(d.p.mT @ d.g, s, how),
-}
-
-
 def _worked(
     name: str,
     gradients: str,
@@ -215,13 +182,25 @@ def _worked(
     how: str = "sum",
     **masks: bool,
 ) -> tuple[Mutant, ...]:
-    """Mutants by the worked form: of something else than was saved, with another mask, or spoiled on the way."""
+    """Mutants by the worked form: of something else than was saved, with another mask, or spoiled on the way.
 
-    def mutant(gradient: str) -> Mutant:
-        last = _LAST[gradient]
-        return Mutant(name, gradient, lambda g, s, _right: last(spoil(_dense(g, saved(s), **masks), s), s, how))
+    how: what is made of the gradients of a group of heads.
+    """
 
-    return tuple(mutant(gradient) for gradient in gradients.split())
+    def grouped(per_head: Tensor, s: AttentionSaved) -> Tensor:
+        by_group: Tensor = per_head.transpose(0, 1).unflatten(1, (s.k.shape[1], -1))
+        if how == "first":
+            return by_group[:, :, 0]
+        return by_group.mean(2) if how == "mean" else by_group.sum(2)
+
+    def value(g: Tensor, s: AttentionSaved, gradient: str) -> Tensor:
+        d = spoil(_dense(g, saved(s), **masks), s)
+        d_s = s.scaling * d.slope * d.p * (d.d_p - d.delta)
+        if gradient == "d_q":
+            return (d_s @ d.k).transpose(0, 1)
+        return grouped(d_s.mT @ d.q if gradient == "d_k" else d.p.mT @ d.g, s)
+
+    return wrong(name, gradients, value)
 
 
 def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
@@ -230,6 +209,11 @@ def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
     if s.runs:
         p[:, p.shape[1] - s.runs[-1].length :, tokens_of(s.runs[-1].before)] = 0
     return d._replace(p=p)
+
+
+def _transposed(d: _Dense) -> _Dense:
+    """What makes ∂L/∂S, so that it is transposed."""
+    return d._replace(slope=d.slope.mT, p=d.p.mT, d_p=d.d_p.mT, delta=d.delta.mT)
 
 
 MUTANTS = (
@@ -251,8 +235,8 @@ MUTANTS = (
     _worked("a segment sees the one beside it", "d_q d_v", siblings_apart=False),
     _worked("window ignored", "d_k d_v", window=False),
     _worked("causal mask ignored", "d_q d_v", causal=False, window=False),
-    wrong("∂L/∂S transposed", "d_q", lambda g, s: (s.scaling * _dense(g, s).d_s().mT @ _dense(g, s).k).transpose(0, 1)),
-    wrong("P transposed", "d_v", lambda g, s: _grouped(_dense(g, s).p @ _dense(g, s).g, s, "sum")),
+    _worked("∂L/∂S transposed", "d_q", lambda d, _s: _transposed(d)),
+    _worked("P transposed", "d_v", lambda d, _s: d._replace(p=d.p.mT)),
     _worked("first head of the group only", "d_k d_v", how="first"),
     _worked("mean over the group", "d_v", how="mean"),
     _worked("prefix's share missing", "d_k d_v", _off_prefix),

@@ -11,14 +11,14 @@ from torch.nn import functional
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
 from backhand.ops.document_groups import Run
-from backhand.verify.case import Mutant
 from backhand.verify.cases import attention
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.reference_decoder import visible
+from backhand.verify.scaffold import Given, Mutant, Op
 
 
 def _usual(given: Given) -> Tensor:
     n, q, rest = given["k"].shape[1], given["q"], (given["cap"], given.get("sinks"), given["scaling"])
-    mask = attention.visible(n, given["window"], q.device)[n - q.shape[1] :]
+    mask = visible(n, given["window"], q.device)[n - q.shape[1] :]
     parts = [given[name].transpose(1, 2) for name in "qkv"]
     return attention.usual_attention(parts, mask, *rest).transpose(1, 2)
 

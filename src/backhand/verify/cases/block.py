@@ -4,131 +4,250 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
-from backhand.nn.decoder.block import BlockSaved
+from backhand.errors import present
+from backhand.nn.batch import PackedBatch
+from backhand.nn.decoder.adapted_group import block_adapter
+from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
+from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.experts import ExpertsKept
-from backhand.nn.decoder.family import ATTENTION, Mixture
+from backhand.nn.decoder.family import ATTENTION, DecoderConfig, Mixture
+from backhand.nn.decoder.mixer import BlockContext, MLPKept
+from backhand.nn.decoder.passes import Passes
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
-from backhand.verify.block_case import BlockInputs, block_case, block_gradients
-from backhand.verify.case import Mutant, OpProof, again, rotated_where_alike, standard_mutants, wrong
-from backhand.verify.tiny_decoders import FAMILIES
+from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCarried, ReferenceLayer, reference_block
+from backhand.verify.scaffold import Backward, Given, Mutant, Op, Tensors, rotated_where_alike, wrong
+from backhand.verify.tiny_decoders import (
+    DROPOUT_SEED,
+    FAMILIES,
+    adapter_slots,
+    changed,
+    configured,
+    engine_weights,
+    family_of,
+    lora_parameters,
+    random_factors,
+    random_weights,
+    with_slots,
+)
+
+LENDER = 7
+"""Number of the layer whose keys and values a block of the cases uses, where it uses another's."""
+
+
+class BlockInputs(NamedTuple):
+    """What the backward is given besides d_y."""
+
+    saved: BlockSaved
+    weights: BlockWeights
+    context: BlockContext
+    lora: LoRAParameters
+    dropout_seed: int | None
+
+
+class BlockGrads(NamedTuple):
+    """d_x0 (tokens, hidden); d_lora_A and d_lora_B of the block's adapted modules in the order of their slots."""
+
+    d_x0: Tensor
+    d_lora_A: tuple[Tensor, ...]
+    d_lora_B: tuple[Tensor, ...]
+    d_k: tuple[Tensor, ...] = ()  # of the keys that another layer has lent, if it has
+    d_v: tuple[Tensor, ...] = ()
+    d_inputs: tuple[Tensor, ...] = ()  # of the per-layer inputs, if there are any
+
+
+def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
+    """`block_backward` with a gradient buffer of its own; what was saved stays as it was."""
+    saved, weights, context, lora, dropout_seed = inputs
+    lora.gradients.zero_()
+    if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
+        # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
+        saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
+    carried = present(context.carried)
+    carried.returned(LENDER)
+    if carried.inputs is not None:
+        carried.d_inputs = torch.zeros_like(carried.inputs)
+    adapter = block_adapter(lora, context.config, 0, dropout_seed)
+    d_x0 = present(block_backward(d_y.clone(), saved, weights, adapter, context))
+    lent = carried.held(LENDER)
+    return BlockGrads(
+        d_x0,
+        tuple(lora.d_lora_A(name).clone() for name in lora.slots),
+        tuple(lora.d_lora_B(name).clone() for name in lora.slots),
+        () if lent is None else (lent.k.to(d_x0.dtype),),
+        () if lent is None else (lent.v.to(d_x0.dtype),),
+        () if carried.d_inputs is None else (carried.d_inputs,),
+    )
+
+
+@cache
+def _config(family: str, layer: int) -> DecoderConfig:
+    """A decoder of this layer alone."""
+    own = family_of(family).layers[layer]
+    return replace(family_of(family), layers=(own if own.keys_of is None else replace(own, keys_of=LENDER),))
+
+
+@cache
+def _slots(family: str, layer: int, targets: str | None, dropout: float) -> dict[str, LoRASlot]:
+    return adapter_slots(_config(family, layer), targets, dropout)
+
+
+def _lent(config: DecoderConfig) -> tuple[int | None, int | None]:
+    """Heads and their width of keys and values that another layer lends, if it does."""
+    sized = config.at(config.layers[0])
+    return (None, None) if config.layers[0].keys_of is None else (sized.num_key_value_heads, sized.head_dim)
+
+
+def _wanted(x0: Tensor, rows: tuple[int, ...] | None) -> Tensor | None:
+    return None if rows is None else torch.tensor(rows, dtype=torch.int64, device=x0.device)
+
+
+def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
+    x0, config, seed = t["x0"], t["config"], t["dropout_seed"]
+    lora = lora_parameters(t["slots"], t, x0)
+    decoder, adapter = Passes(config, engine_weights(config, t)), block_adapter(lora, config, 0, seed)
+    weights, ids = decoder.weights.blocks[0], torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+    carried = Carried((LENDER,), t.get("inputs"))
+    if "k" in t:
+        carried.lend(LENDER, t["k"], t["v"])
+    (context,) = decoder.contexts(PackedBatch(ids, ids, t["documents"]), t["wanted"], carried)
+    y, saved = block_forward(x0, weights, adapter, context, t["recompute"])
+    grads = backward(t["d_y"], BlockInputs(saved, weights, context, lora, seed))
+    gradients = {"x0": grads.d_x0} | {part: d for part in ("k", "v", "inputs") for d in getattr(grads, f"d_{part}")}
+    for key, d_lora_A, d_lora_B in zip(t["slots"], grads.d_lora_A, grads.d_lora_B, strict=True):
+        gradients |= {f"{key}.lora_A": d_lora_A, f"{key}.lora_B": d_lora_B}
+    return y, gradients
+
+
+def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | None, given: Given) -> Tensor:
+    wanted = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+    wanted[slice(None) if rows is None else list(rows)] = True
+    carried = ReferenceCarried(given.get("inputs"), {LENDER: (given["k"], given["v"])} if "k" in given else {})
+    adapter = ReferenceAdapter(given["slots"], given, given["dropout_seed"])
+    layer = ReferenceLayer(0, given, given["config"], documents, adapter, wanted, carried)
+    return reference_block(x0, layer)[wanted]
+
+
+# `family` as in `family_of`; `targets`, ends of the adapted modules' names, apart by blanks, None for all of them;
+# `recompute` as in `block_forward`; `rows`, numbers of those that somebody reads, None for all.
+OP = Op(
+    "block",
+    dict(x0="tokens hidden", d_y="asked hidden", weights=lambda draw, config: random_weights(config, draw))
+    | dict(factors=lambda draw, slots: random_factors(slots, draw))
+    | dict(k="tokens *lent", v="tokens *lent", inputs="tokens *of_layers"),
+    dict(family=..., layer=0, documents=(9, 4, 4, 1), targets=None, dropout=0.0, recompute="none", rows=None),
+    made={
+        "config": _config,
+        "slots": _slots,
+        "tokens": lambda documents: sum(documents),
+        "asked": lambda tokens, rows: tokens if rows is None else len(rows),
+        "hidden": lambda config: config.hidden_size,
+        "lent": _lent,
+        "of_layers": lambda config: config.per_layer[:2][::-1] if config.per_layer else (None, None),
+        "wanted": _wanted,
+        "dropout_seed": lambda dropout: DROPOUT_SEED if dropout else None,
+    },
+    way=_by_hand,
+    backward=block_gradients,
+    reference=_reference,
+    loops=True,
+    pooled=True,
+)
 
 CASES = (
-    *(block_case(family, family) for family in FAMILIES),
-    block_case("gemma3, full attention", "gemma3", layer=1),
-    block_case("olmo3, full attention", "olmo3", layer=1),
-    block_case("llama, dropout, recompute mlp", "llama, biases", dropout=0.3, recompute="mlp"),
-    block_case("llama, dropout, recompute block", "llama", dropout=0.3, recompute="block"),
-    block_case("qwen2, dropout", "qwen2", dropout=0.3),
-    block_case("qwen3, dropout, recompute block", "qwen3, q/k norm", dropout=0.3, recompute="block"),
-    block_case("gemma3, dropout, recompute mlp", "gemma3", dropout=0.3, recompute="mlp"),
-    block_case("gemma3, dropout, recompute block", "gemma3", layer=1, dropout=0.3, recompute="block"),
-    block_case("q and v adapted", "llama", targets="q_proj v_proj", dropout=0.3),
-    block_case("down adapted", "gemma3", targets="down_proj"),
-    block_case("some rows wanted", "llama, biases", rows=(3, 8, 9, 16), dropout=0.3),
-    block_case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
-    block_case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
-    block_case("no row wanted", "llama", rows=(), dropout=0.3),
-    block_case("granite, recompute mlp", "granite, four", recompute="mlp", dropout=0.3, rows=(2, 9, 17)),
-    block_case("olmo2, recompute mlp", "olmo2", recompute="mlp", dropout=0.3, rows=(1, 9)),
-    block_case("olmo2, recompute block", "olmo2", recompute="block"),
-    block_case("exaone4, recompute block", "exaone4", layer=1, recompute="block"),
-    block_case("phi3, dropout, recompute mlp", "phi3", recompute="mlp", dropout=0.3, rows=(2, 11)),
-    block_case("qwen3.5, gated attention", "qwen3.5", layer=1, dropout=0.3),
-    block_case("qwen3.5, gated attention, some rows wanted", "qwen3.5", layer=1, rows=(2, 9, 17), recompute="block"),
-    block_case("qwen3.5, delta rule, some rows wanted", "qwen3.5", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
-    block_case("qwen3.5, delta rule, recompute block", "qwen3.5", recompute="block"),
-    block_case("lfm2, attention", "lfm2, short", layer=1, dropout=0.3),
-    block_case("lfm2, some rows wanted", "lfm2, short", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
-    block_case("lfm2, biases, recompute block", "lfm2, biases", recompute="block", dropout=0.3),
-    block_case("lfm2, documents shorter than the taps", "lfm2, biases", documents=(2, 1, 1, 3)),
-    block_case("mixtral, dropout, recompute mlp", "mixtral", dropout=0.3, recompute="mlp", rows=(1, 4, 12)),
-    block_case("mixtral, recompute block", "mixtral", recompute="block"),
-    block_case("attention adapted, experts frozen", "mixtral", targets="q_proj o_proj"),
-    block_case("experts' down adapted", "qwen3-moe", targets="down_proj"),
-    block_case("experts without rows", "qwen3-moe", documents=(1,), rows=(0,)),
-    block_case("gpt-oss, full attention, dropout, recompute mlp", "gpt-oss", layer=1, dropout=0.3, recompute="mlp"),
-    block_case("gpt-oss, some rows wanted, recompute block", "gpt-oss", rows=(0, 5, 17), recompute="block"),
-    block_case("gpt-oss, experts frozen", "gpt-oss", targets="q_proj v_proj o_proj"),
-    block_case("gpt-oss, gate and up adapted", "gpt-oss", targets="gate_up_proj"),
-    block_case("experts, no token", "mixtral", documents=(0,)),
-    block_case("gemma4, full attention", "gemma4, shared", layer=1, dropout=0.3, recompute="mlp"),
-    block_case("gemma4, keys of another layer", "gemma4, shared", layer=2, dropout=0.3),
-    block_case(
+    *(OP.case(family, family) for family in FAMILIES),
+    OP.case("gemma3, full attention", "gemma3", layer=1),
+    OP.case("olmo3, full attention", "olmo3", layer=1),
+    OP.case("llama, dropout, recompute mlp", "llama, biases", dropout=0.3, recompute="mlp"),
+    OP.case("llama, dropout, recompute block", "llama", dropout=0.3, recompute="block"),
+    OP.case("qwen2, dropout", "qwen2", dropout=0.3),
+    OP.case("qwen3, dropout, recompute block", "qwen3, q/k norm", dropout=0.3, recompute="block"),
+    OP.case("gemma3, dropout, recompute mlp", "gemma3", dropout=0.3, recompute="mlp"),
+    OP.case("gemma3, dropout, recompute block", "gemma3", layer=1, dropout=0.3, recompute="block"),
+    OP.case("q and v adapted", "llama", targets="q_proj v_proj", dropout=0.3),
+    OP.case("down adapted", "gemma3", targets="down_proj"),
+    OP.case("some rows wanted", "llama, biases", rows=(3, 8, 9, 16), dropout=0.3),
+    OP.case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
+    OP.case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
+    OP.case("no row wanted", "llama", rows=(), dropout=0.3),
+    OP.case("granite, recompute mlp", "granite, four", recompute="mlp", dropout=0.3, rows=(2, 9, 17)),
+    OP.case("olmo2, recompute mlp", "olmo2", recompute="mlp", dropout=0.3, rows=(1, 9)),
+    OP.case("olmo2, recompute block", "olmo2", recompute="block"),
+    OP.case("exaone4, recompute block", "exaone4", layer=1, recompute="block"),
+    OP.case("phi3, dropout, recompute mlp", "phi3", recompute="mlp", dropout=0.3, rows=(2, 11)),
+    OP.case("qwen3.5, gated attention", "qwen3.5", layer=1, dropout=0.3),
+    OP.case("qwen3.5, gated attention, some rows wanted", "qwen3.5", layer=1, rows=(2, 9, 17), recompute="block"),
+    OP.case("qwen3.5, delta rule, some rows wanted", "qwen3.5", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    OP.case("qwen3.5, delta rule, recompute block", "qwen3.5", recompute="block"),
+    OP.case("lfm2, attention", "lfm2, short", layer=1, dropout=0.3),
+    OP.case("lfm2, some rows wanted", "lfm2, short", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    OP.case("lfm2, biases, recompute block", "lfm2, biases", recompute="block", dropout=0.3),
+    OP.case("lfm2, documents shorter than the taps", "lfm2, biases", documents=(2, 1, 1, 3)),
+    OP.case("mixtral, dropout, recompute mlp", "mixtral", dropout=0.3, recompute="mlp", rows=(1, 4, 12)),
+    OP.case("mixtral, recompute block", "mixtral", recompute="block"),
+    OP.case("attention adapted, experts frozen", "mixtral", targets="q_proj o_proj"),
+    OP.case("experts' down adapted", "qwen3-moe", targets="down_proj"),
+    OP.case("experts without rows", "qwen3-moe", documents=(1,), rows=(0,)),
+    OP.case("gpt-oss, full attention, dropout, recompute mlp", "gpt-oss", layer=1, dropout=0.3, recompute="mlp"),
+    OP.case("gpt-oss, some rows wanted, recompute block", "gpt-oss", rows=(0, 5, 17), recompute="block"),
+    OP.case("gpt-oss, experts frozen", "gpt-oss", targets="q_proj v_proj o_proj"),
+    OP.case("gpt-oss, gate and up adapted", "gpt-oss", targets="gate_up_proj"),
+    OP.case("experts, no token", "mixtral", documents=(0,)),
+    OP.case("gemma4, full attention", "gemma4, shared", layer=1, dropout=0.3, recompute="mlp"),
+    OP.case("gemma4, keys of another layer", "gemma4, shared", layer=2, dropout=0.3),
+    OP.case(
         "gemma4, keys of another layer, some rows wanted",
         "gemma4, shared",
         layer=5,
         rows=(1, 4, 7, 8, 9, 12, 14, 17),
         recompute="block",
     ),
-    block_case("gemma4, values made of keys, sliding", "gemma4, values", layer=1, recompute="block"),
-    block_case("one token", "qwen3, q/k norm", documents=(1,)),
-    block_case("one-token documents", "mistral", documents=(1, 1, 1)),
-    block_case("no tokens", "llama", documents=(0,), dropout=0.3),
+    OP.case("gemma4, values made of keys, sliding", "gemma4, values", layer=1, recompute="block"),
+    OP.case("one token", "qwen3, q/k norm", documents=(1,)),
+    OP.case("one-token documents", "mistral", documents=(1, 1, 1)),
+    OP.case("no tokens", "llama", documents=(0,), dropout=0.3),
 )
 
 
 Change = Callable[[BlockInputs], Any]
 
 
-def _redo(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The right backward of something else."""
-    return again(name, gradients, block_gradients, **changes)
-
-
 def _context(name: str, gradients: str, **changes: Change) -> tuple[Mutant, ...]:
     """The right backward in another context."""
-    return _redo(name, gradients, context=lambda s: s.context._replace(**{key: changes[key](s) for key in changes}))
+    return OP.redo(name, gradients, context=lambda s: s.context._replace(**{key: changes[key](s) for key in changes}))
 
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The right backward as another family's; a function makes a field of the right configuration."""
-
-    def config(s: BlockInputs) -> Any:
-        right = s.context.config
-        return replace(right, **{key: made(right) if callable(made) else made for key, made in changes.items()})
-
-    return _context(name, gradients, config=config)
-
-
-def _mixture(name: str, gradients: str, change: Callable[[Mixture], Mixture]) -> tuple[Mutant, ...]:
-    return _family(name, gradients, mixture=lambda config: config.mixture and change(config.mixture))
+    """The right backward as another family's, see `configured`."""
+    return _context(name, gradients, config=lambda s: configured(s.context.config, changes))
 
 
 def _weights(name: str, gradients: str, **changes: Callable[[Any], Any]) -> tuple[Mutant, ...]:
-    """The right backward with other weights, where all of these are there: by field, what becomes of the right one."""
-
-    def weights(s: BlockInputs) -> BlockWeights:
-        right = {field: getattr(s.weights, field) for field in changes}
-        if any(part is None for part in right.values()):
-            return s.weights
-        return replace(s.weights, **{field: change(right[field]) for field, change in changes.items()})
-
-    return _redo(name, gradients, weights=weights)
+    """The right backward with other weights, see `changed`."""
+    return OP.redo(name, gradients, weights=lambda s: changed(s.weights, changes))
 
 
 def _gains_of_one(name: str, gradients: str, *norms: str) -> tuple[Mutant, ...]:
     """The right backward with ones for the gains of norms, where they are there."""
 
     def weights(s: BlockInputs) -> BlockWeights:
-        right = {norm: getattr(s.weights, norm) for norm in norms}
-        if any(gain is None for gain in right.values()):
-            return s.weights
-        offset = s.context.config.norm_offset
-        return replace(s.weights, **{norm: torch.ones_like(gain) - offset for norm, gain in right.items()})
+        return changed(
+            s.weights, dict.fromkeys(norms, lambda gain: torch.ones_like(gain) - s.context.config.norm_offset)
+        )
 
-    return _redo(name, gradients, weights=weights)
+    return OP.redo(name, gradients, weights=weights)
 
 
 def _saved(name: str, gradients: str, change: Callable[[BlockSaved, BlockInputs], BlockSaved]) -> tuple[Mutant, ...]:
-    return _redo(name, gradients, saved=lambda s: change(s.saved, s))
+    return OP.redo(name, gradients, saved=lambda s: change(s.saved, s))
 
 
 def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
@@ -137,24 +256,12 @@ def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
     return g if rows is None else torch.zeros_like(stream).index_copy_(0, rows, g)
 
 
-def _rolled(rows: Tensor | None) -> Tensor | None:
-    return rows if rows is None else rows.roll(1)
+def _rolled(s: BlockInputs) -> Tensor | None:
+    return None if s.context.wanted is None else s.context.wanted.roll(1)
 
 
-def _unscaled(s: BlockInputs) -> BlockAdapter:
-    """The block's adapters with scaling 1."""
-
-    def unscaled(group: GroupAdapter) -> GroupAdapter:
-        members = tuple(member._replace(scaling=1.0) for member in group.group.members)
-        return group._replace(group=group.group._replace(members=members))
-
-    entering, output, gate_up, down, norms, behind = s.adapter
-    last = behind and (unscaled(behind[0]), unscaled(behind[1]))
-    return BlockAdapter(unscaled(entering), unscaled(output), unscaled(gate_up), unscaled(down), norms, last)
-
-
-def _with_seed(s: BlockInputs, seed: int | None) -> BlockAdapter:
-    return block_adapter(s.lora, s.context.config, 0, seed)
+def _unscaled(s: BlockInputs) -> LoRAParameters:
+    return with_slots(s.lora, lambda slot: replace(slot, scaling=1.0))
 
 
 def _not_rotated(s: BlockInputs) -> RotaryTable | None:
@@ -206,6 +313,15 @@ def _without_norms_after(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
     return saved._replace(mixing=saved.mixing._replace(projected=None), mlp=saved.mlp._replace(projected=None))
 
 
+def _side_by_side(config: DecoderConfig) -> Mixture | None:
+    return config.mixture and config.mixture._replace(interleaved=False)
+
+
+def _twice_the_bound(config: DecoderConfig) -> Mixture | None:
+    own = config.mixture
+    return own and own._replace(clamp=own.clamp and own.clamp._replace(limit=2 * own.clamp.limit))
+
+
 MUTANTS = (
     wrong("of the other of keys and values", "d_k", lambda right: right.d_v),
     wrong("of the other of keys and values", "d_v", lambda right: right.d_k),
@@ -213,9 +329,9 @@ MUTANTS = (
     wrong("residual path missing", "d_x0", lambda g, s, d: d - _on_all_rows(g, s)),
     wrong("residual path twice", "d_x0", lambda g, s, d: d + _on_all_rows(g, s)),
     wrong("branches missing", "d_x0", lambda g, s: _on_all_rows(g, s).clone()),
-    _redo("scaling forgotten", "d_x0 d_lora_A d_lora_B", adapter=lambda s: _unscaled(s)),
-    _redo("mask ignored", "d_x0 d_lora_A", adapter=lambda s: _with_seed(s, None)),
-    _redo("mask of another seed", "d_lora_A", adapter=lambda s: _with_seed(s, s.dropout_seed and s.dropout_seed + 1)),
+    OP.redo("scaling forgotten", "d_x0 d_lora_A d_lora_B", lora=_unscaled),
+    OP.redo("mask ignored", "d_x0 d_lora_A", dropout_seed=None),
+    OP.redo("mask of another seed", "d_lora_A", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
     _context("window ignored", "d_x0 d_lora_A", layer=lambda s: replace(s.context.layer, window=None)),
     _context("convolved across documents", "d_x0 d_lora_A", runs=_one_document),
     _weights("taps reversed", "d_x0 d_lora_B", conv=lambda conv: conv.flip(2)),
@@ -223,7 +339,7 @@ MUTANTS = (
     _weights("bias of the decay forgotten", "d_x0", rate_bias=torch.zeros_like),
     _weights("gain of the delta rule's norm ignored", "d_lora_B", delta_norm=torch.ones_like),
     _saved("gates have no gradient", "d_lora_B d_x0", _gates_unmoved),
-    _context("rows mixed up", "d_x0 d_lora_A", wanted=lambda s: _rolled(s.context.wanted)),
+    _context("rows mixed up", "d_x0 d_lora_A", wanted=_rolled),
     _context("queries as keys", "d_x0 d_lora_B", query_rotary=lambda _s: None),
     _context("rotation ignored", "d_x0 d_lora_B", rotary=_not_rotated),
     _family("1 + weight read as weight", "d_x0", norm_offset=0.0),
@@ -231,29 +347,19 @@ MUTANTS = (
     _family("residual multiplier ignored", "d_x0 d_lora_A", residual_multiplier=1.0),
     _family("cap of the scores ignored", "d_x0 d_lora_A", attention_cap=None),
     _family(
-        "the other activation",
-        "d_x0",
-        activation=lambda config: "gelu_tanh" if config.activation == "silu" else "silu",
+        "the other activation", "d_x0", activation=lambda config: "gelu_tanh" if config.activation == "silu" else "silu"
     ),
     _gains_of_one("norm gains ignored", "d_x0 d_lora_A", "attention_norm", "mlp_norm"),
     _gains_of_one("q/k norm gains ignored", "d_lora_B", "q_norm", "k_norm"),
     _saved("norms after the branches ignored", "d_lora_B", _without_norms_after),
     # The shares as if they did not depend on what enters.
     _weights("router's share of the gradient missing", "d_x0", router=torch.zeros_like),
-    _redo("another expert's matrix", "d_x0 d_lora_A", weights=lambda s: _next_expert(s)),
+    OP.redo("another expert's matrix", "d_x0 d_lora_A", weights=_next_expert),
     _saved("shares forgotten", "d_x0 d_lora_B", _equal_shares),
     _weights("sinks forgotten", "d_x0 d_lora_A", sinks=lambda _sinks: None),
     _weights("experts' biases forgotten in the shares", "d_x0", down_bias=lambda _bias: None),
-    _mixture("interleaving of gate and up unnoticed", "d_x0 d_lora_B", lambda own: own._replace(interleaved=False)),
-    _mixture(
-        "another bound",
-        "d_x0 d_lora_B",
-        lambda own: own._replace(clamp=own.clamp and own.clamp._replace(limit=2 * own.clamp.limit)),
-    ),
+    _family("interleaving of gate and up unnoticed", "d_x0 d_lora_B", mixture=_side_by_side),
+    _family("another bound", "d_x0 d_lora_B", mixture=_twice_the_bound),
     wrong("experts interleaved", "d_lora_A", _rank_by_rank),
-    wrong("gradients of the next module", "d_lora_A d_lora_B", lambda whole: rotated_where_alike(whole)),
+    wrong("gradients of the next module", "d_lora_A d_lora_B", rotated_where_alike),
 )
-
-_STANDARD = standard_mutants("d_x0", "d_lora_A", "d_lora_B", "d_k", "d_v", "d_inputs")
-_ALL = (*_STANDARD, *(mutant for several in MUTANTS for mutant in several))
-PROOFS = (OpProof("block", block_gradients, CASES, _ALL, loops=True),)

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved
 from backhand.ops.document_groups import Run
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import PACKED, Op, Placed, placed
+from backhand.verify.scaffold import PACKED, Op, Placed, placed, wrong
 
 
 def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tensor:

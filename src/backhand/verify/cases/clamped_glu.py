@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved, clamped_glu_forward
-from backhand.verify.case import Backward, Draw, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved
+from backhand.verify.scaffold import Backward, Draw, Given, Op, wrong
 
 CLAMP = Clamp(1.702, 1.1)
 MARGIN = 0.02
@@ -31,7 +30,7 @@ def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, tuple[Tensor, .
     """As the decoder's experts call it: columns of one buffer, gradients too; y where something else was."""
     gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
     gate, up = gate_up.chunk(2, dim=-1)
-    y, saved = t.call(clamped_glu_forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
+    y, saved = t.call(OP.forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
     return y, backward(t["d_y"], saved, out=torch.empty_like(gate_up))
 
 

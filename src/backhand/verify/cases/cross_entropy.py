@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.cross_entropy import CrossEntropySaved
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 OP = Op(
     "cross_entropy",

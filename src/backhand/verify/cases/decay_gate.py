@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 OP = Op(
     "decay_gate",
@@ -31,9 +30,7 @@ MUTANTS = (
     wrong("logarithm of the rate", "d_a", lambda s, d: d / s.log_rate.exp() * s.log_rate),
     wrong("bias forgotten", "d_a", lambda g, s: -s.log_rate.exp() * g * torch.sigmoid(s.a)),
     wrong(
-        "softplus in place of its slope",
-        "d_a",
-        lambda g, s: -s.log_rate.exp() * g * functional.softplus(s.a + s.bias),
+        "softplus in place of its slope", "d_a", lambda g, s: -s.log_rate.exp() * g * functional.softplus(s.a + s.bias)
     ),
     wrong("heads reversed", "d_a", lambda g, s: -s.log_rate.exp().flip(0) * g * torch.sigmoid(s.a + s.bias)),
 )

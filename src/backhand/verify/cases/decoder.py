@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,143 +13,118 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.carried import Carried
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import DecoderConfig, RotaryConfig
-from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import LoRAParameters
+from backhand.nn.decoder.family import LayerConfig, RotaryConfig
+from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.logits_rule import PLAIN
-from backhand.verify.case import Mutant, OpProof, again, rotated_where_alike, standard_mutants, wrong
-from backhand.verify.decoder_case import DecoderGrads, DecoderInputs, decoder_case, decoder_step, per_token, step_of
-from backhand.verify.tiny_decoders import FAMILIES, WINDOW
+from backhand.verify.scaffold import Mutant, rotated_where_alike, wrong
+from backhand.verify.tiny_decoders import (
+    FAMILIES,
+    WINDOW,
+    DecoderInputs,
+    another,
+    changed,
+    decoder_op,
+    per_token,
+    rule,
+    with_slots,
+)
 
 ALL_LINEAR_AND_HEAD = "_proj lm_head"
-_case = partial(decoder_case, "decoder")
+GEMMA4 = "gemma4, shared"
+OP = decoder_op("decoder", (9, 5, 5, 1, 11), gradients=("d_lora_A", "d_lora_B"))
 TREES: dict[str, Any] = {"documents": (3, 4, 2, 5, 5, 1, 2, 6, 3), "parents": (-1, -1, 1, 2, 2, 1, -1, 6, 6)}
 
 CASES = (
-    *(_case(family, family) for family in FAMILIES),
+    *(OP.case(family, family) for family in FAMILIES),
     *(
-        _case(f"{family}; dropout, recompute {recompute}", family, dropout=0.2, recompute=recompute)
+        OP.case(f"{family}; dropout, recompute {recompute}", family, dropout=0.2, recompute=recompute)
         for family, recompute in zip(FAMILIES, ("mlp", "block") * len(FAMILIES), strict=False)
     ),
-    _case("llama; head adapted", "llama", targets=ALL_LINEAR_AND_HEAD),
-    _case("gemma3; tied head adapted", "gemma3", targets=ALL_LINEAR_AND_HEAD),
-    _case("granite; tied head adapted", "granite, four", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
-    _case("head adapted, dropout", "llama", targets=ALL_LINEAR_AND_HEAD, dropout=0.2),
-    _case("tied head alone, dropout", "gemma3", targets="lm_head", dropout=0.3),
-    _case("head alone", "llama 3", targets="lm_head"),
-    _case("fused q, k and v alone", "phi3", targets="qkv_proj", dropout=0.2),
-    _case("q and v, dropout", "qwen2", targets="q_proj v_proj", dropout=0.2),
-    _case("top block's down alone", "gemma3", targets="2.mlp.down_proj"),
-    _case("upper block's o and up", "llama", targets="1.self_attn.o_proj 1.mlp.up_proj", recompute="block"),
-    _case("one document", "gemma3", documents=(13,)),
-    _case("one-token documents", "llama", documents=(1, 1)),
-    _case("shared prefix", "llama", shared=5),
-    _case("shared prefix, recompute block", "gemma3", shared=7, recompute="block"),
-    _case("shared prefix, recompute mlp", "mistral", shared=6, recompute="mlp"),
-    _case("shared prefix, scaled queries", "ministral3", shared=5),
-    _case("shared prefix, capped", "gemma2", targets=ALL_LINEAR_AND_HEAD, shared=5),
-    _case("shared prefix of one document", "qwen3, q/k norm", documents=(6,), shared=3),
-    _case("shared prefix, short convolutions", "lfm2, short", shared=5, recompute="block"),
-    _case("shared prefix shorter than the taps", "lfm2, biases", shared=2),
-    _case("documents shorter than the taps", "lfm2, biases", documents=(2, 1, 7, 2), shared=4),
-    _case("trees", "llama", **TREES),
-    _case("trees, recompute block", "gemma3", recompute="block", **TREES),
-    _case("trees, capped", "gemma2", targets=ALL_LINEAR_AND_HEAD, **TREES),
-    _case("trees, short convolutions", "lfm2, biases", recompute="mlp", **TREES),
-    _case("trees, shared keys", "gemma4, shared", **TREES),
-    _case("trees, sinks and experts", "gpt-oss", **TREES),
-    _case("trees, delta rule", "qwen3.5", **TREES),
-    _case("short convolutions, out of one alone", "lfm2, short", targets="2.conv.out_proj"),
-    _case("short convolutions, w2 and in of one", "lfm2, short", targets="1.feed_forward.w2 2.conv.in_proj"),
-    _case("shared keys, k of the lender alone", "gemma4, shared", targets="0.self_attn.k_proj"),
-    _case(
-        "shared keys, v of the lender alone, recompute block",
-        "gemma4, shared",
-        targets="1.self_attn.v_proj",
-        recompute="block",
-    ),
-    _case("shared prefix, shared keys", "gemma4, shared", shared=5, recompute="block"),
-    _case("users of lent keys alone", "gemma4, shared", targets="4.self_attn.q_proj"),
-    _case(
+    OP.case("llama; head adapted", "llama", ALL_LINEAR_AND_HEAD),
+    OP.case("gemma3; tied head adapted", "gemma3", ALL_LINEAR_AND_HEAD),
+    OP.case("granite; tied head adapted", "granite, four", ALL_LINEAR_AND_HEAD, dropout=0.2),
+    OP.case("head adapted, dropout", "llama", ALL_LINEAR_AND_HEAD, dropout=0.2),
+    OP.case("tied head alone, dropout", "gemma3", "lm_head", dropout=0.3),
+    OP.case("head alone", "llama 3", "lm_head"),
+    OP.case("fused q, k and v alone", "phi3", "qkv_proj", dropout=0.2),
+    OP.case("q and v, dropout", "qwen2", "q_proj v_proj", dropout=0.2),
+    OP.case("top block's down alone", "gemma3", "2.mlp.down_proj"),
+    OP.case("upper block's o and up", "llama", "1.self_attn.o_proj 1.mlp.up_proj", recompute="block"),
+    OP.case("one document", "gemma3", documents=(13,)),
+    OP.case("one-token documents", "llama", documents=(1, 1)),
+    OP.case("shared prefix", "llama", shared=5),
+    OP.case("shared prefix, recompute block", "gemma3", shared=7, recompute="block"),
+    OP.case("shared prefix, recompute mlp", "mistral", shared=6, recompute="mlp"),
+    OP.case("shared prefix, scaled queries", "ministral3", shared=5),
+    OP.case("shared prefix, capped", "gemma2", ALL_LINEAR_AND_HEAD, shared=5),
+    OP.case("shared prefix of one document", "qwen3, q/k norm", documents=(6,), shared=3),
+    OP.case("shared prefix, short convolutions", "lfm2, short", shared=5, recompute="block"),
+    OP.case("shared prefix shorter than the taps", "lfm2, biases", shared=2),
+    OP.case("documents shorter than the taps", "lfm2, biases", documents=(2, 1, 7, 2), shared=4),
+    OP.case("trees", "llama", **TREES),
+    OP.case("trees, recompute block", "gemma3", recompute="block", **TREES),
+    OP.case("trees, capped", "gemma2", ALL_LINEAR_AND_HEAD, **TREES),
+    OP.case("trees, short convolutions", "lfm2, biases", recompute="mlp", **TREES),
+    OP.case("trees, shared keys", GEMMA4, **TREES),
+    OP.case("trees, sinks and experts", "gpt-oss", **TREES),
+    OP.case("trees, delta rule", "qwen3.5", **TREES),
+    OP.case("short convolutions, out of one alone", "lfm2, short", "2.conv.out_proj"),
+    OP.case("short convolutions, w2 and in of one", "lfm2, short", "1.feed_forward.w2 2.conv.in_proj"),
+    OP.case("shared keys, k of the lender alone", GEMMA4, "0.self_attn.k_proj"),
+    OP.case("shared keys, v of the lender alone, recompute block", GEMMA4, "1.self_attn.v_proj", recompute="block"),
+    OP.case("shared prefix, shared keys", GEMMA4, shared=5, recompute="block"),
+    OP.case("users of lent keys alone", GEMMA4, "4.self_attn.q_proj"),
+    OP.case(
         "inputs of layers, their gates and projections alone",
-        "gemma4, shared",
-        targets="per_layer_input_gate per_layer_projection",
+        GEMMA4,
+        "per_layer_input_gate per_layer_projection",
         dropout=0.2,
     ),
-    _case("inputs of layers, last projection alone", "gemma4, shared", targets="5.per_layer_projection"),
-    _case(
-        "inputs of layers, what makes them alone",
-        "gemma4, shared",
-        targets="per_layer_model_projection",
-        dropout=0.2,
-        recompute="mlp",
+    OP.case("inputs of layers, last projection alone", GEMMA4, "5.per_layer_projection"),
+    OP.case(
+        "inputs of layers, what makes them alone", GEMMA4, "per_layer_model_projection", dropout=0.2, recompute="mlp"
     ),
-    _case("shared prefix, attention with sinks", "gpt-oss", shared=5, recompute="mlp"),
-    _case("values made of keys, shared prefix", "gemma4, values", shared=3),
-    _case("shared prefix, delta rule", "qwen3.5", shared=5, recompute="block"),
-    _case("shared prefix shorter than the delta rule's taps", "qwen3.5", shared=1),
-    _case("several chunks of the delta rule", "qwen3.5", documents=(70, 5), shared=3),
-    _case("delta rule, in_proj_a of the top one alone", "qwen3.5", targets="2.linear_attn.in_proj_a"),
-    _case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
-    _case("no tokens", "gemma3", documents=(0,), dropout=0.2),
+    OP.case("shared prefix, attention with sinks", "gpt-oss", shared=5, recompute="mlp"),
+    OP.case("values made of keys, shared prefix", "gemma4, values", shared=3),
+    OP.case("shared prefix, delta rule", "qwen3.5", shared=5, recompute="block"),
+    OP.case("shared prefix shorter than the delta rule's taps", "qwen3.5", shared=1),
+    OP.case("several chunks of the delta rule", "qwen3.5", documents=(70, 5), shared=3),
+    OP.case("delta rule, in_proj_a of the top one alone", "qwen3.5", "2.linear_attn.in_proj_a"),
+    OP.case("no supervised token", "qwen3, q/k norm", supervised=False, recompute="mlp"),
+    OP.case("no tokens", "gemma3", documents=(0,), dropout=0.2),
 )
 
 
-def _step(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The right step of something else."""
-    return again(name, gradients, decoder_step, **changes)
+def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
+    """The step of a decoder with the same weights that takes itself for something else, see `another`."""
+    return OP.redo(name, gradients, decoder=lambda s: another(s.decoder, **changes))
 
 
-def _step_by(name: str, gradients: str, other: Callable[[Decoder], Decoder]) -> tuple[Mutant, ...]:
-    """The step of another decoder."""
-    return again(name, gradients, lambda _g, s: step_of(s, other(s.decoder)))
-
-
-def _family(name: str, gradients: str, change: Callable[[DecoderConfig], DecoderConfig]) -> tuple[Mutant, ...]:
-    """The step of a decoder with the same weights that takes itself for something else."""
-    return _step_by(
-        name, gradients, lambda right: Decoder(change(right.config), right.weights, recompute=right.recompute)
-    )
+def _layers(name: str, gradients: str, change: Callable[[LayerConfig], LayerConfig]) -> tuple[Mutant, ...]:
+    return _family(name, gradients, layers=lambda config: tuple(map(change, config.layers)))
 
 
 def _rotary(name: str, gradients: str, change: Callable[[RotaryConfig], RotaryConfig]) -> tuple[Mutant, ...]:
-    """The step with other rotary embeddings."""
-    return _family(
-        name, gradients, lambda config: replace(config, rotary=tuple(change(rotary) for rotary in config.rotary))
-    )
+    return _family(name, gradients, rotary=lambda config: tuple(map(change, config.rotary)))
 
 
-def _blocks(name: str, gradients: str, change: Callable[[BlockWeights], BlockWeights]) -> tuple[Mutant, ...]:
-    """The step with other weights in every block."""
+def _blocks(name: str, gradients: str, **changes: Callable[[Tensor], Tensor]) -> tuple[Mutant, ...]:
+    """The step with other weights in every block, see `changed`."""
 
-    def other(right: Decoder) -> Decoder:
-        weights = replace(right.weights, blocks=[change(block) for block in right.weights.blocks])
-        return Decoder(right.config, weights, recompute=right.recompute)
+    def other(s: DecoderInputs) -> Decoder:
+        blocks = [changed(block, changes) for block in s.decoder.weights.blocks]
+        return another(s.decoder, weights=replace(s.decoder.weights, blocks=blocks))
 
-    return _step_by(name, gradients, other)
+    return OP.redo(name, gradients, decoder=other)
 
 
 def _batch(name: str, gradients: str, change: Callable[[PackedBatch], dict[str, Any]]) -> tuple[Mutant, ...]:
     """The step on another batch."""
-    return _step(name, gradients, batch=lambda s: replace(s.batch, **change(s.batch)))
+    return OP.redo(name, gradients, batch=lambda s: replace(s.batch, **change(s.batch)))
 
 
-def _head_without_dropout(_g: Tensor, s: DecoderInputs) -> DecoderGrads:
-    """The step with dropout everywhere but on the head's adapter."""
-    slots = [replace(slot, dropout=0.0) if name == HEAD else slot for name, slot in s.lora.slots.items()]
-    lora = LoRAParameters(slots, device=s.lora.values.device, dtype=s.lora.values.dtype)
-    lora.values.copy_(s.lora.values)
-    return step_of(s, s.decoder, lora=lora)
-
-
-def _wider(config: DecoderConfig) -> DecoderConfig:
-    """Every window one token wider."""
-    layers = tuple(replace(layer, window=layer.window and layer.window + 1) for layer in config.layers)
-    return replace(config, layers=layers)
-
-
-def _rotated_everywhere(config: DecoderConfig) -> DecoderConfig:
-    return replace(config, layers=tuple(replace(layer, rotary=layer.rotary or 0) for layer in config.layers))
+def _head_without_dropout(slot: LoRASlot) -> LoRASlot:
+    return replace(slot, dropout=0.0) if slot.name == HEAD else slot
 
 
 def _every_feature(rotary: RotaryConfig) -> RotaryConfig:
@@ -169,17 +143,12 @@ def _as_long(rotary: RotaryConfig) -> RotaryConfig:
 def _all_pairs_rotated(rotary: RotaryConfig) -> RotaryConfig:
     """Pairs that stand still by the rule `proportional` are rotated like the others."""
     stands = dict(rotary.scaling or ()).get("rope_type") == "proportional"
-    whole = (("rope_type", "proportional"), ("share", 1.0), ("factor", 1.0))
-    return replace(rotary, scaling=whole) if stands else rotary
+    return replace(rotary, scaling=rule("proportional", share=1.0, factor=1.0)) if stands else rotary
 
 
-def _other_lender(config: DecoderConfig) -> DecoderConfig:
-    """Layers that share take the windows of the other kind."""
-    layers = tuple(
-        layer if layer.keys_of is None else replace(layer, window=WINDOW if layer.window is None else None)
-        for layer in config.layers
-    )
-    return replace(config, layers=layers)
+def _window_of_the_other_kind(layer: LayerConfig) -> LayerConfig:
+    """Of layers that share."""
+    return layer if layer.keys_of is None else replace(layer, window=WINDOW if layer.window is None else None)
 
 
 GiveBack = Callable[[Carried, int, Tensor, Tensor], None]
@@ -211,7 +180,7 @@ def _carrying(name: str, gradients: str, give_back: GiveBack) -> tuple[Mutant, .
             right, begin = super().carried(token_ids, dropout_seed)
             return (None if right is None else kind(right.lenders, right.inputs)), begin
 
-    return _step_by(name, gradients, lambda right: Other(right.config, right.weights, recompute=right.recompute))
+    return OP.redo(name, gradients, decoder=lambda s: another(s.decoder, Other))
 
 
 def _beside_seen(batch: PackedBatch) -> dict[str, Any]:
@@ -232,7 +201,7 @@ def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
         made: PackedBatch = other(**{part.name: getattr(s.batch, part.name) for part in fields(PackedBatch)})
         return made
 
-    return _step(name, gradients, batch=batch)
+    return OP.redo(name, gradients, batch=batch)
 
 
 def _restarting(batch: PackedBatch) -> Tensor:
@@ -245,18 +214,10 @@ def _all_supervised(batch: PackedBatch) -> dict[str, Any]:
     return {"labels": torch.where(batch.labels == IGNORE_INDEX, batch.input_ids.roll(-1), batch.labels)}
 
 
-def _with(**changes: Any) -> Callable[[Any], Any]:
-    return lambda config: replace(config, **changes)
-
-
-def _ones(there: Tensor | None) -> Tensor | None:
-    return there if there is None else torch.ones_like(there)
-
-
 BOTH = "d_lora_A d_lora_B"
 
 MUTANTS = (
-    _step("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
+    OP.redo("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
     wrong("mean for sum", "d_lora_B", lambda s, whole: per_token(whole, s)),
     _batch(
         "documents see each other", BOTH, lambda own: {"lengths": (sum(own.lengths),), "parents": (), "documents": None}
@@ -267,34 +228,31 @@ MUTANTS = (
     _batch("a segment sees the one beside it", BOTH, _beside_seen),
     _as_if("positions from 0 in each segment", BOTH, positions=_restarting),
     _as_if("shared tokens counted once", BOTH, weights=lambda _batch: None),
-    _step("dropout ignored", "d_lora_A", dropout_seed=None),
-    _step("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
-    again("head's dropout ignored", BOTH, _head_without_dropout),
-    _family("window off by one", "d_lora_A", _wider),
-    _family("rotary bases swapped", "d_lora_A", lambda config: replace(config, rotary=config.rotary[::-1])),
-    _blocks("taps reversed", "d_lora_A", lambda own: own if own.conv is None else replace(own, conv=own.conv.flip(2))),
+    OP.redo("dropout ignored", "d_lora_A", dropout_seed=None),
+    OP.redo("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
+    OP.redo("head's dropout ignored", BOTH, lora=lambda s: with_slots(s.lora, _head_without_dropout)),
+    _layers("window off by one", "d_lora_A", lambda own: replace(own, window=own.window and own.window + 1)),
+    _family("rotary bases swapped", "d_lora_A", rotary=lambda config: config.rotary[::-1]),
+    _blocks("taps reversed", "d_lora_A", conv=lambda conv: conv.flip(2)),
     _carrying("last user of keys alone", BOTH, _last_user_alone),
     _carrying("first user of keys alone", "d_lora_B", _first_user_alone),
     _carrying("keys without users", "d_lora_A", lambda _own, _layer, _d_k, _d_v: None),
     _carrying("users' values forgotten", "d_lora_B", lambda own, n, d_k, _: Carried.give_back(own, n, d_k, 0 * d_k)),
     _carrying("inputs of some layers", "d_lora_A", _last_layers_input),
-    _family("windows of the other kind", "d_lora_A", _other_lender),
+    _layers("windows of the other kind", "d_lora_A", _window_of_the_other_kind),
     _rotary("standing pairs rotated", "d_lora_B", _all_pairs_rotated),
-    _blocks("layer scalars ignored", "d_lora_A", lambda own: replace(own, layer_scalar=_ones(own.layer_scalar))),
-    _family("rotated without rotary", "d_lora_A", _rotated_everywhere),
-    _rotary("rotary scaling ignored", "d_lora_B", _with(scaling=None)),
-    _rotary("attention factor ignored", "d_lora_A", _with(attention_factor=1.0)),
-    _rotary("halves rotated for neighbours", "d_lora_A", _with(interleaved=False)),
-    _family("queries not scaled", "d_lora_B", _with(query_scaling=None)),
+    _blocks("layer scalars ignored", "d_lora_A", layer_scalar=torch.ones_like),
+    _layers("rotated without rotary", "d_lora_A", lambda own: replace(own, rotary=own.rotary or 0)),
+    _rotary("rotary scaling ignored", "d_lora_B", lambda own: replace(own, scaling=None)),
+    _rotary("attention factor ignored", "d_lora_A", lambda own: replace(own, attention_factor=1.0)),
+    _rotary("halves rotated for neighbours", "d_lora_A", lambda own: replace(own, interleaved=False)),
+    _family("queries not scaled", "d_lora_B", query_scaling=None),
     _rotary("every feature rotated", "d_lora_A", _every_feature),
     _rotary("short documents rotated as long ones", "d_lora_B", _as_long),
-    _family("embedding scaling ignored", "d_lora_A", _with(embedding_scaling=1.0)),
-    _family("rule for logits ignored", "d_lora_A", _with(logits=PLAIN)),
-    _family("residual multiplier ignored", "d_lora_B", _with(residual_multiplier=1.0)),
-    _family("1 + weight read as weight", "d_lora_B", _with(norm_offset=0.0)),
-    _family("eps of the norms forgotten", "d_lora_A", _with(norm_eps=0.0)),
-    wrong("gradients of the next module", BOTH, lambda whole: rotated_where_alike(whole)),
+    _family("embedding scaling ignored", "d_lora_A", embedding_scaling=1.0),
+    _family("rule for logits ignored", "d_lora_A", logits=PLAIN),
+    _family("residual multiplier ignored", "d_lora_B", residual_multiplier=1.0),
+    _family("1 + weight read as weight", "d_lora_B", norm_offset=0.0),
+    _family("eps of the norms forgotten", "d_lora_A", norm_eps=0.0),
+    wrong("gradients of the next module", BOTH, rotated_where_alike),
 )
-
-_ALL = (*standard_mutants("d_lora_A", "d_lora_B"), *(mutant for several in MUTANTS for mutant in several))
-PROOFS = (OpProof("decoder", decoder_step, CASES, _ALL),)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, along, gain
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 
 def _usual(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.dropout import DropoutSaved, dropout_mask
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 OP = Op(
     "dropout",

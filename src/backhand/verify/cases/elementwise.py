@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops import elementwise
-from backhand.ops.elementwise import SiLUSaved
-from backhand.verify.case import Case, Draw, Mutant, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Case, Draw, Mutant, Op, wrong
 
 USUAL: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: functional.relu(x),
@@ -43,16 +41,8 @@ def _cases(op: Op) -> tuple[Case, ...]:
     )
 
 
-def _sigmoid(s: SiLUSaved) -> Tensor:
-    return torch.sigmoid(s.x)
-
-
 def _normal_density(x: Tensor) -> Tensor:
     return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-
-
-def _normal_distribution(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def _gelu_tanh_without_cubic(x: Tensor) -> Tensor:
@@ -80,8 +70,8 @@ OWN_MUTANTS: dict[str, tuple[tuple[Mutant, ...], ...]] = {
         wrong("y taken for x", "d_x", lambda g, s: g * torch.sigmoid(s.y) * (1 - torch.sigmoid(s.y))),
     ),
     "gelu": (
-        wrong("density term missing", "d_x", lambda g, s: g * _normal_distribution(s.x)),
-        wrong("x forgotten", "d_x", lambda g, s: g * (_normal_distribution(s.x) + _normal_density(s.x))),
+        wrong("density term missing", "d_x", lambda g, s: g * torch.special.ndtr(s.x)),
+        wrong("x forgotten", "d_x", lambda g, s: g * (torch.special.ndtr(s.x) + _normal_density(s.x))),
         wrong("the tanh form's slope", "d_x", lambda g, s: elementwise.gelu_tanh_backward(g, s).d_x),
     ),
     "gelu_tanh": (
@@ -89,9 +79,9 @@ OWN_MUTANTS: dict[str, tuple[tuple[Mutant, ...], ...]] = {
         wrong("the exact form's slope", "d_x", lambda g, s: elementwise.gelu_backward(g, s).d_x),
     ),
     "silu": (
-        wrong("second term missing", "d_x", lambda g, s: g * _sigmoid(s)),
-        wrong("x forgotten", "d_x", lambda g, s: g * _sigmoid(s) * (2 - _sigmoid(s))),
-        wrong("sigmoid's slope", "d_x", lambda g, s: g * _sigmoid(s) * (1 - _sigmoid(s))),
+        wrong("second term missing", "d_x", lambda g, s: g * torch.sigmoid(s.x)),
+        wrong("x forgotten", "d_x", lambda g, s: g * torch.sigmoid(s.x) * (2 - torch.sigmoid(s.x))),
+        wrong("sigmoid's slope", "d_x", lambda g, s: g * torch.sigmoid(s.x) * (1 - torch.sigmoid(s.x))),
     ),
 }
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.case import Draw, overwritten, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Draw, Op, overwritten, wrong
 
 
 def token_ids(draw: Draw, vocab: int, lead: tuple[int, ...], only: int | None) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 WIDTH = 5
 OP = Op(

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from backhand.errors import present
 from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_forward
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import SCALING, Given, Op, receiver
+from backhand.verify.scaffold import SCALING, Given, Op, receiver, wrong
 
 
 def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_stored: bool) -> ExpertFactors | None:
     if lora_A is None or lora_B is None:
         return None
     # PEFT keeps lora_B of a tensor of experts as (out, rank, experts).
-    return ExpertFactors(
-        lora_A, lora_B.permute(1, 2, 0).contiguous().permute(2, 0, 1) if as_stored else lora_B, scaling
-    )
+    stored = lora_B.permute(1, 2, 0).contiguous().permute(2, 0, 1) if as_stored else lora_B
+    return ExpertFactors(lora_A, stored, scaling)
 
 
 def _receivers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tensor] | None:
@@ -83,62 +80,20 @@ CASES = (
 )
 
 
-def _by_expert(s: ExpertLinearSaved, one: Callable[[int, slice], Tensor], like: Tensor) -> Tensor:
-    """one(expert, rows) for every expert with rows, stacked; zero for the others."""
-    found, start = torch.zeros_like(like), 0
-    for expert, count in enumerate(s.counts):
-        if count:
-            found[expert] = one(expert, slice(start, start + count))
-        start += count
-    return found
-
-
-def _mask(s: ExpertLinearSaved) -> Tensor:
-    mask = dropout_multiplier(s.x, s.dropout)
-    return torch.ones_like(s.x) if mask is None else mask
-
-
-def _frozen_alone(g: Tensor, s: ExpertLinearSaved) -> Tensor:
-    parts = g.split(s.counts)
-    return torch.cat([part @ weight for part, weight in zip(parts, s.weights, strict=True)])
-
-
-def _unmasked(g: Tensor, s: ExpertLinearSaved, right: Tensor) -> Tensor:
-    """The low-rank branch's share without its mask."""
-    frozen, mask = _frozen_alone(g, s), _mask(s)
-    if s.factors is None:
-        return right
-    low = [
-        s.factors.scaling * part @ lora_B @ lora_A
-        for part, lora_A, lora_B in zip(g.split(s.counts), s.factors.lora_A, s.factors.lora_B, strict=True)
-    ]
-    return frozen + torch.cat(low) if bool((mask != 1).any()) else right
-
-
-def _d_lora_A(g: Tensor, s: ExpertLinearSaved, x: Tensor) -> Tensor:
-    _, lora_B, scaling = _own(s)
-    return _by_expert(s, lambda e, rows: (scaling * g[rows] @ lora_B[e]).T @ x[rows], _own(s).lora_A)
-
-
-def _d_lora_B(g: Tensor, s: ExpertLinearSaved, x: Tensor) -> Tensor:
-    lora_A, lora_B, scaling = _own(s)
-    return _by_expert(s, lambda e, rows: scaling * g[rows].T @ (x[rows] @ lora_A[e].T), lora_B)
-
-
-def _own(s: ExpertLinearSaved) -> ExpertFactors:
-    assert s.factors is not None
-    return s.factors
+def _unmasked(s: ExpertLinearSaved) -> Tensor:
+    """h without dropout."""
+    parts = zip(s.x.split(s.counts), present(s.factors).lora_A, strict=True)
+    return torch.cat([x @ lora_A.T for x, lora_A in parts])
 
 
 MUTANTS = (
-    wrong("low-rank term missing", "d_x", lambda g, s: _frozen_alone(g, s)),
+    OP.redo("low-rank term missing", "d_x", factors=None),
     OP.redo("another expert's weight", "d_x", weights=lambda s: [*s.weights[1:], s.weights[0]]),
-    wrong("mask ignored", "d_x", lambda g, s, d: _unmasked(g, s, d)),
-    wrong("mask ignored", "d_lora_A", lambda g, s: _d_lora_A(g, s, s.x)),
-    wrong("mask ignored", "d_lora_B", lambda g, s: _d_lora_B(g, s, s.x)),
-    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / (1.0 if s.factors is None else s.factors.scaling)),
+    OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
+    OP.redo("mask ignored", "d_lora_B", h=_unmasked),
+    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.factors.scaling),
     wrong("experts exchanged", "d_lora_A d_lora_B", lambda d: d.roll(1, 0)),
-    wrong("rows reversed", "d_lora_A", lambda g, s: _d_lora_A(g, s, (s.x * _mask(s)).flip(0))),
-    wrong("rows reversed", "d_lora_B", lambda g, s: _d_lora_B(g, s, (s.x * _mask(s)).flip(0))),
+    OP.redo("rows reversed", "d_lora_A", x=lambda s: s.x.flip(0)),
+    OP.redo("rows reversed", "d_lora_B", h=lambda s: s.h.flip(0)),
     wrong("summed over experts", "d_lora_A", lambda d: d.sum(0, keepdim=True).expand_as(d)),
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from backhand.ops.expert_rows import route
-from backhand.verify.case import overwritten, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, overwritten, wrong
 
 HIDDEN = 5
 

@@ -16,33 +16,22 @@ from torch.nn import functional
 
 from backhand.kernels.dequantize import Bytes, block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
-from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved, frozen_linear_forward
+from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved
 from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles, tiles_of
-from backhand.verify.case import Backward, Draw, transposed_if_square, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.verify.scaffold import Backward, Draw, Given, Mutant, Op, transposed_if_square, wrong
 
 _SMALL_TILES = 1
 """Bytes; the edges then lie as near to one another as they may: 64 rows, 256 columns."""
 
-# Where the float16 numbers of a block stand: (its scale, its minimum), as far as it has them.
+# Where the float16 numbers of a block stand: its scale, then its minimum, as far as it has them.
 _HALVES: dict[str, tuple[int, ...]] = {
-    "F16": (0,),
+    **dict.fromkeys(("F16", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ2_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "BF16": (),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
     "Q6_K": (208,),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-    "IQ2_XS": (0,),
 }
-_MINIMA = {"Q4_1": 2, "Q5_1": 2, "Q2_K": 82, "Q4_K": 2, "Q5_K": 2}
 
 
 def random_blocks(draw: Draw, name: str, rows: int, columns: int) -> Bytes:
@@ -78,26 +67,24 @@ def _stored(given: Given) -> list[tuple[str, Bytes, Tensor | None]]:
 def _numbers(given: Given) -> Tensor:
     """What the gguf package reads in the blocks."""
     x: Tensor = given["x"]
-    found: list[Tensor] = [given["dense"].to(x)] if "dense" in given else []
-    for name, blocks, order in [] if found else _stored(given):
+    parts = [given["dense"].to(x)] if "dense" in given else []
+    for name, blocks, order in [] if parts else _stored(given):
         rows = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType[name])
         part = torch.from_numpy(np.array(rows, dtype=np.float32)).to(x)
-        found.append(part if order is None else part[order])
-    return torch.cat(found)
+        parts.append(part if order is None else part[order])
+    return torch.cat(parts)
 
 
 def _tiled(given: Given, backward: Backward) -> tuple[Tensor, FrozenLinearGrads]:
-    x, weight = given["x"], given.get("dense")
-    matrix: FrozenMatrix
-    if weight is not None:
-        matrix = weight.to(x)
+    x, matrix = given["x"], given.get("dense")
+    if matrix is not None:
+        matrix = matrix.to(x)
     else:
-        rows = [
-            StoredRows(blocks, int(gguf.GGMLQuantizationType[name]), order) for name, blocks, order in _stored(given)
-        ]
+        types = gguf.GGMLQuantizationType
+        rows = [StoredRows(blocks, int(types[name]), order) for name, blocks, order in _stored(given)]
         matrix = QuantizedMatrix(rows, x.dtype, x.device)
     with tiles_of(given["tile_bytes"] or 1 << 40):
-        y, saved = given.call(frozen_linear_forward, weight=matrix)
+        y, saved = given.call(OP.forward, weight=matrix)
         return y, backward(given["d_y"], saved)
 
 
@@ -109,11 +96,10 @@ def _usual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 OP = Op(
     "frozen_linear",
     dict(drawn=_drawn_weight, x="*lead columns", d_y="*lead outputs", bias="outputs") | dict(residual="*lead outputs"),
-    dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False)
-    | dict(tile_bytes=_SMALL_TILES, tiled=True),
+    dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False) | dict(tile_bytes=_SMALL_TILES),
     usual=_usual,
     made={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
-    ways={"tiled": _tiled},
+    way=_tiled,
     loops=True,
 )
 
@@ -149,23 +135,27 @@ CASES = (
 )
 
 
-def _reread(change: Callable[[QuantizedMatrix], QuantizedMatrix]) -> Callable[..., FrozenLinearSaved]:
-    """What was saved, with a quantized W read wrongly."""
-    return lambda s: FrozenLinearSaved(s.weight if isinstance(s.weight, Tensor) else change(s.weight))
+def _reread(name: str, change: Callable[[StoredRows], StoredRows]) -> tuple[Mutant, ...]:
+    """The right backward with the parts of a quantized W read wrongly."""
+
+    def weight(s: FrozenLinearSaved) -> FrozenMatrix:
+        right = s.weight
+        if isinstance(right, Tensor):
+            return right
+        return QuantizedMatrix([change(part) for part in right.parts], right.dtype, right.device)
+
+    return OP.redo(name, "d_x", weight=weight)
 
 
-def _blocks_changed(change: Callable[[Bytes, str], None]) -> Callable[[QuantizedMatrix], QuantizedMatrix]:
-    """The matrix with every block changed in place, (blocks, bytes) at a time."""
+def _blocks(name: str, change: Callable[[Bytes, str], None]) -> tuple[Mutant, ...]:
+    """With every block changed in place, (blocks, bytes) at a time."""
 
-    def changed(matrix: QuantizedMatrix) -> QuantizedMatrix:
-        parts = []
-        for part in matrix.parts:
-            copy = part.blocks.copy()
-            change(copy.reshape(-1, block_shape(part.type_id)[1]), gguf.GGMLQuantizationType(part.type_id).name)
-            parts.append(StoredRows(copy, part.type_id, part.order))
-        return QuantizedMatrix(parts, matrix.dtype, matrix.device)
+    def changed(part: StoredRows) -> StoredRows:
+        copy = part.blocks.copy()
+        change(copy.reshape(-1, block_shape(part.type_id)[1]), gguf.GGMLQuantizationType(part.type_id).name)
+        return StoredRows(copy, part.type_id, part.order)
 
-    return changed
+    return _reread(name, changed)
 
 
 def _neighbours_scale(blocks: Bytes, name: str) -> None:
@@ -174,29 +164,14 @@ def _neighbours_scale(blocks: Bytes, name: str) -> None:
 
 
 def _no_minimum(blocks: Bytes, name: str) -> None:
-    if name in _MINIMA:
-        blocks[:, _MINIMA[name] : _MINIMA[name] + 2] = 0
+    for place in _HALVES[name][1:]:
+        blocks[:, place : place + 2] = 0
 
 
 def _nibbles_swapped(blocks: Bytes, name: str) -> None:
     if name in ("Q4_0", "Q4_1", "Q4_K"):
         packed = blocks[:, -(128 if name == "Q4_K" else 16) :]
         packed[:] = (packed << 4) | (packed >> 4)
-
-
-def _own_order(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    return QuantizedMatrix(
-        [StoredRows(part.blocks, part.type_id) for part in matrix.parts], matrix.dtype, matrix.device
-    )
-
-
-def _way_back_order(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """The order's inverse in its place."""
-    parts = [
-        StoredRows(part.blocks, part.type_id, None if part.order is None else part.order.argsort())
-        for part in matrix.parts
-    ]
-    return QuantizedMatrix(parts, matrix.dtype, matrix.device)
 
 
 def _columns(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Tensor]:
@@ -221,11 +196,14 @@ def _edges_late(g: Tensor, s: FrozenLinearSaved) -> Tensor:
 
 MUTANTS = (
     wrong("weight transposed", "d_x", lambda g, s: g @ transposed_if_square(frozen_dense(s.weight))),
-    OP.redo("scale of the block before", "d_x", s=_reread(_blocks_changed(_neighbours_scale))),
-    OP.redo("minimum forgotten", "d_x", s=_reread(_blocks_changed(_no_minimum))),
-    OP.redo("halves of bytes swapped", "d_x", s=_reread(_blocks_changed(_nibbles_swapped))),
-    OP.redo("order of rows ignored", "d_x", s=_reread(_own_order)),
-    OP.redo("order of rows the other way", "d_x", s=_reread(_way_back_order)),
+    _blocks("scale of the block before", _neighbours_scale),
+    _blocks("minimum forgotten", _no_minimum),
+    _blocks("halves of bytes swapped", _nibbles_swapped),
+    _reread("order of rows ignored", lambda part: StoredRows(part.blocks, part.type_id)),
+    _reread(
+        "order of rows the other way",
+        lambda part: StoredRows(part.blocks, part.type_id, part.order if part.order is None else part.order.argsort()),
+    ),
     wrong("last column tile missing", "d_x", _columns(lambda tiles: [*tiles[:-1], torch.zeros_like(tiles[-1])])),
     wrong("column tiles in reverse", "d_x", _columns(lambda tiles: tiles[::-1])),
     wrong("block at a tile's edge missing", "d_x", _edges_late),

@@ -10,9 +10,8 @@ from torch import Tensor
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference
 from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
-from backhand.verify.case import wrong
 from backhand.verify.cases.causal_conv import OTHERS, RIGHT, Sight, conv_matrices
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.scaffold import PACKED, Op, wrong
 
 
 def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
@@ -75,13 +74,8 @@ def _gradient(g: Tensor, s: GatedConvSaved, matrices: Tensor, *, gated: bool = T
     return torch.cat([d_z * x, g * convolved, d_z * b], dim=-1)
 
 
-def _exchanged(right: Tensor) -> Tensor:
-    d_b, d_c, d_x = right.chunk(3, dim=-1)
-    return torch.cat([d_x, d_c, d_b], dim=-1)
-
-
-def _input_gate_alone(right: Tensor) -> Tensor:
-    d_b, d_c, d_x = right.chunk(3, dim=-1)
+def _input_gate_alone(d: Tensor) -> Tensor:
+    d_b, d_c, d_x = d.chunk(3, dim=-1)
     return torch.cat([d_b, torch.zeros_like(d_c), d_x], dim=-1)
 
 
@@ -89,6 +83,6 @@ MUTANTS = (
     wrong("output gate not in d_z", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s), gated=False)),
     *(wrong(name, "d_bcx", partial(_seen_by, sight)) for name, sight in OTHERS),
     wrong("taps not reversed", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s).mT)),
-    wrong("gate and input exchanged", "d_bcx", lambda d: _exchanged(d)),
-    wrong("output gate's gradient missing", "d_bcx", lambda d: _input_gate_alone(d)),
+    wrong("gate and input exchanged", "d_bcx", lambda d: torch.cat(d.chunk(3, dim=-1)[::-1], dim=-1)),
+    wrong("output gate's gradient missing", "d_bcx", _input_gate_alone),
 )

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
 from backhand.ops.document_groups import segments
-from backhand.verify.case import Mutant, wrong
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.measure import autograd_gradients
+from backhand.verify.scaffold import PACKED, Mutant, Op, wrong
 
 INPUTS = ("q", "k", "v", "decay", "beta")
 STATE_MISTAKES = (
@@ -90,19 +90,12 @@ def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str)
 def _cut(mistake: str, *names: str) -> tuple[Mutant, ...]:
     """The gradients by the cut recurrence, with the values of the right one."""
 
-    def value(d_y: Tensor, s: GatedDeltaRuleSaved, name: str) -> Tensor:
-        leaves = {part: getattr(s, part).detach().clone().requires_grad_() for part in INPUTS}
-        with torch.enable_grad():
-            y = _recurrence(s, leaves, mistake)
-        if not y.requires_grad:
-            return torch.zeros_like(leaves[name])
-        (found,) = torch.autograd.grad(y, leaves[name], d_y, allow_unused=True)
-        return torch.zeros_like(leaves[name]) if found is None else found
+    def value(g: Tensor, s: GatedDeltaRuleSaved, gradient: str) -> Tensor:
+        tensors = {"d_y": g, **{name: getattr(s, name) for name in INPUTS}}
+        name = gradient.removeprefix("d_")
+        return autograd_gradients(lambda t: _recurrence(s, t, mistake), tensors, (name,))[1][name]
 
-    def mutant(name: str) -> Mutant:
-        return Mutant(mistake, f"d_{name}", lambda d_y, s, _right: value(d_y, s, name))
-
-    return tuple(mutant(name) for name in names)
+    return wrong(mistake, " ".join(f"d_{name}" for name in names), value)
 
 
 MUTANTS = (

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.activation import CHUNK_ELEMENTS
-from backhand.ops.glu import GLUGrads, GLUSaved, glu_forward
-from backhand.verify.case import Backward, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.ops.glu import GLUGrads, GLUSaved
+from backhand.verify.scaffold import Backward, Given, Op, wrong
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:
@@ -34,7 +33,7 @@ def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, GLUGrads]:
     gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
     gate, up = gate_up.chunk(2, dim=-1)
     y = t["d_y"].clone()
-    _, saved = t.call(glu_forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
+    _, saved = t.call(OP.forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
     return y, backward(y, saved, out=torch.empty_like(gate_up), again=y)
 
 

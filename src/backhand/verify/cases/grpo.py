@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.grpo import GRPORule, GRPOSaved
-from backhand.verify.case import Draw, wrong
-from backhand.verify.scaffold import Op
+from backhand.ops.grpo import GRPORule
+from backhand.verify.scaffold import Draw, Op, wrong
 
 
 def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float, rule: GRPORule) -> dict[str, Tensor]:
@@ -42,10 +41,6 @@ CASES = (
     OP.case("no answers", RULE, ()),
     OP.case("training size", RULE, tuple(1 + number * 7 % 23 for number in range(64))),
 )
-
-
-def _reversed(s: GRPOSaved) -> Tensor | None:
-    return None if s.d_divergence is None else -s.d_divergence
 
 
 MUTANTS = (

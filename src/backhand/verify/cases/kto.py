@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from backhand.ops.kto import KTORule
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 RULE = KTORule(0.7, 1.3, 0.6)
 OP = Op(

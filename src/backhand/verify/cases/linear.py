@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from backhand.verify.case import flat_rows, mean_mutants, rows_reversed, transposed_if_square, transposed_mutants, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, flat_rows, mean_of_rows, rows_reversed, transposed_if_square, wrong
 
 OP = Op(
     "linear",
@@ -27,8 +26,8 @@ CASES = (
 
 MUTANTS = (
     OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
-    transposed_mutants("d_weight"),
-    mean_mutants("d_weight", "d_bias"),
+    wrong("transposed", "d_weight", transposed_if_square),
+    wrong("mean for sum", "d_weight d_bias", mean_of_rows),
     OP.redo("rows reversed", "d_weight", g=rows_reversed),
     wrong("last row missing", "d_weight", lambda g, s: flat_rows(g)[:-1].T @ flat_rows(s.x)[:-1]),
     wrong("last row missing", "d_bias", lambda g: flat_rows(g)[:-1].sum(0)),

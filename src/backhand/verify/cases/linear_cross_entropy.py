@@ -19,15 +19,13 @@ from backhand.ops.linear_cross_entropy import (
     LinearCrossEntropyGrads,
     chunk_rows,
     linear_cross_entropy_backward,
-    linear_cross_entropy_forward,
     linear_cross_entropy_reference,
 )
 from backhand.ops.logits_rule import PLAIN, LogitsRule
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.case import Backward, Draw, wrong
 from backhand.verify.cases.lora_linear import next_seed
-from backhand.verify.scaffold import SCALING, Given, Op
+from backhand.verify.scaffold import SCALING, Backward, Draw, Given, Mutant, Op, wrong
 
 
 class _Inputs(NamedTuple):
@@ -63,9 +61,12 @@ def _labels(draw: Draw, vocab: int, rows: int, masked: bool) -> Tensor:
 
 
 def _reference(s: _Inputs) -> Tensor:
+    """Under dropout with a low-rank update of its own for each row: W + s B A diag(m)."""
     if s.head is None or s.head.dropout is None:
         return linear_cross_entropy_reference(*s[:4], s.rule)
-    return functional.cross_entropy(_ruled(_reference_logits(s), s.rule), s.targets, reduction="none")
+    delta = s.head.scaling * torch.einsum("vr,rh,nh->nvh", s.head.lora_B, s.head.lora_A, s.mask)
+    logits = torch.einsum("nh,nvh->nv", s.x, s.weight + delta)
+    return functional.cross_entropy(_ruled(logits, s.rule), s.targets, reduction="none")
 
 
 def _usual(s: _Inputs) -> Tensor:
@@ -76,13 +77,6 @@ def _usual(s: _Inputs) -> Tensor:
     return functional.cross_entropy(_ruled(logits, s.rule).float(), s.targets, reduction="none")
 
 
-def _reference_logits(given: _Inputs) -> Tensor:
-    """Z under dropout, with a low-rank update of its own for each row: W + s B A diag(m)."""
-    head = present(given.head)
-    delta = head.scaling * torch.einsum("vr,rh,nh->nvh", head.lora_B, head.lora_A, given.mask)
-    return torch.einsum("nh,nvh->nv", given.x, given.weight + delta)
-
-
 def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
     logits = logits * rule.scaling
     return logits if rule.cap is None else torch.tanh(logits / rule.cap) * rule.cap
@@ -90,7 +84,7 @@ def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
 
 def _fused(t: Given, backward: Backward) -> tuple[Tensor, LinearCrossEntropyGrads]:
     s: _Inputs = t["s"]
-    losses = linear_cross_entropy_forward(*s[:4], s.rule)
+    losses: Tensor = OP.forward(*s[:4], s.rule)
     grads = backward(t["d_y"], s)
     return losses, grads._replace(d_x=torch.zeros_like(t["x"]).index_copy_(0, _supervised(t["labels"]), grads.d_x))
 
@@ -118,12 +112,12 @@ OP = Op(
     dict(labels=_labels, x="size: rows hidden", weight="vocab hidden")
     | dict(d_y=_d_y, lora_A="rank hidden", lora_B="vocab rank"),
     dict(rows=..., hidden=5, vocab=7, rank=None, multiplier=0.13, size=1.0, masked=False, dropout=None)
-    | dict(rule=PLAIN, weighted=False, fused=True),
+    | dict(rule=PLAIN, weighted=False),
     backward=_backward,
     reference=_reference,
     usual=_usual,
     made={"s": _inputs},
-    ways={"fused": _fused},
+    way=_fused,
     loops=True,
 )
 
@@ -164,52 +158,51 @@ CASES = (
 )
 
 
-def _d_logits(s: _Inputs, *, one_hot: bool = True, shift: int = 0, slope: bool = True) -> Tensor:
-    """D, (rows, vocab), from full logits."""
+def _worked(
+    s: _Inputs, mask: Tensor, *, one_hot: bool = True, slope: bool = True, flip: bool = False
+) -> LinearCrossEntropyGrads:
+    """The gradients from full logits, where asked with a mistake behind these; the mask is that of the gradients."""
     logits = s.x @ s.weight.T
     if s.head is not None:
         logits = logits + s.head.scaling * (s.x * s.mask) @ s.head.lora_A.T @ s.head.lora_B.T
     logits = _ruled(logits, s.rule)
     d = torch.softmax(logits, dim=-1)
     if one_hot:
-        d = d - functional.one_hot((s.targets + shift) % s.weight.shape[0], s.weight.shape[0])
+        d = d - functional.one_hot(s.targets, s.weight.shape[0])
     if slope and s.rule.cap is not None:
         d = d * (1 - (logits / s.rule.cap) ** 2)
-    w = s.multiplier if isinstance(s.multiplier, float) else s.multiplier[:, None]
-    return w * s.rule.scaling * d
+    d = d * (s.multiplier if isinstance(s.multiplier, float) else s.multiplier[:, None]) * s.rule.scaling
+    if s.head is None:
+        return LinearCrossEntropyGrads(d @ s.weight, None, None)
+    x, d_h = s.x * mask, s.head.scaling * d @ s.head.lora_B
+    x = x.flip(0) if flip else x
+    d_x = d @ s.weight + mask * (d_h @ s.head.lora_A)
+    return LinearCrossEntropyGrads(d_x, d_h.T @ x, s.head.scaling * d.T @ (x @ s.head.lora_A.T))
 
 
-def _d_h(s: _Inputs, *, slope: bool = True) -> Tensor:
-    return present(s.head).scaling * _d_logits(s, slope=slope) @ present(s.head).lora_B
+def _by_hand(name: str, gradients: str, **mistake: Any) -> tuple[Mutant, ...]:
+    return wrong(name, gradients, lambda s, gradient: getattr(_worked(s, s.mask, **mistake), gradient))
 
 
-def _d_x(s: _Inputs, *, slope: bool = True) -> Tensor:
-    d_x = _d_logits(s, slope=slope) @ s.weight
-    return d_x if s.head is None else d_x + s.mask * (_d_h(s, slope=slope) @ s.head.lora_A)
+def _masked(name: str, gradients: str, mask: Callable[[_Inputs], Tensor]) -> tuple[Mutant, ...]:
+    """The mask is right in the logits, and forgotten or wrong in one gradient."""
+    return wrong(name, gradients, lambda s, gradient: getattr(_worked(s, mask(s)), gradient))
 
 
-def _low_rank_d_x(s: _Inputs) -> Tensor:
-    """The low-rank branch's share of d_x before its mask; none where the head is not adapted."""
-    return torch.zeros_like(s.x) if s.head is None else _d_h(s) @ s.head.lora_A
+def _weighted(name: str, gradients: str, change: Callable[[Tensor], Tensor]) -> tuple[Mutant, ...]:
+    """With other weights, where each row has its own."""
+    return OP.redo(
+        name, gradients, multiplier=lambda s: s.multiplier if isinstance(s.multiplier, float) else change(s.multiplier)
+    )
 
 
-def _d_lora_B(s: _Inputs, mask: Tensor) -> Tensor:
-    """s Dᵀ h with another mask in h than in the logits."""
-    return present(s.head).scaling * _d_logits(s).T @ ((s.x * mask) @ present(s.head).lora_A.T)
-
-
-def _plain_softmax(s: _Inputs) -> Any:
-    right = _backward(s.x, s._replace(rule=s.rule._replace(scaling=1.0))).d_lora_B
-    return None if right is None else s.rule.scaling * right
+def _plain_softmax(s: _Inputs) -> Tensor:
+    return s.rule.scaling * present(_worked(s._replace(rule=s.rule._replace(scaling=1.0)), s.mask).d_lora_B)
 
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
     """Every chunk masked as the first one."""
     return s.mask[torch.arange(len(s.x)) % chunk_rows(s.x.shape[1], s.x.dtype)]
-
-
-def _next_seed(s: _Inputs) -> _Inputs:
-    return s if s.head is None else s._replace(head=s.head._replace(dropout=next_seed(s.head)))
 
 
 def _last_chunk(s: _Inputs) -> _Inputs:
@@ -219,50 +212,30 @@ def _last_chunk(s: _Inputs) -> _Inputs:
     return s._replace(x=s.x[start:], targets=s.targets[start:], multiplier=multiplier)
 
 
-def _weighted(s: _Inputs, change: Callable[[Tensor], Tensor]) -> _Inputs:
-    """With other weights, where each row has its own."""
-    return s if isinstance(s.multiplier, float) else s._replace(multiplier=change(s.multiplier))
-
-
-def _first_chunks_weights(w: Tensor) -> Tensor:
-    """Every chunk weighted as the first one."""
-    return w[torch.arange(len(w)) % CHUNK_ROWS]
-
-
-def _head_scaling(s: _Inputs) -> float:
-    return 1.0 if s.head is None else s.head.scaling
+def _next_seed(s: _Inputs) -> HeadFactors | None:
+    return s.head and s.head._replace(dropout=next_seed(s.head))
 
 
 MUTANTS = (
-    wrong("target not subtracted", "d_x", lambda s: _d_logits(s, one_hot=False) @ s.weight),
-    wrong("targets shifted by one", "d_x", lambda s: _d_logits(s, shift=1) @ s.weight),
-    wrong("low-rank term missing", "d_x", lambda s: _d_logits(s) @ s.weight),
+    _by_hand("target not subtracted", "d_x", one_hot=False),
+    OP.redo("targets shifted by one", "d_x", targets=lambda s: (s.targets + 1) % len(s.weight)),
+    _masked("low-rank term missing", "d_x", lambda s: torch.zeros_like(s.x)),
     OP.redo("multiplier forgotten", "d_x d_lora_A d_lora_B", multiplier=1.0),
-    wrong("cap's slope missing", "d_x", lambda s: _d_x(s, slope=False)),
-    wrong("cap's slope missing", "d_lora_A", lambda s: _d_h(s, slope=False).T @ (s.x * s.mask)),
+    _by_hand("cap's slope missing", "d_x d_lora_A", slope=False),
     wrong("logits' multiplier forgotten", "d_x d_lora_A d_lora_B", lambda s, d: d / s.rule.scaling),
-    wrong("logits' multiplier left out of the softmax", "d_lora_B", lambda s: _plain_softmax(s)),
+    wrong("logits' multiplier left out of the softmax", "d_lora_B", _plain_softmax),
     wrong("mean for sum", "d_x", lambda s, d: d / max(s.x.shape[0], 1)),
-    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / _head_scaling(s)),
+    wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.head.scaling),
     # The factors' gradients overwritten by each chunk instead of added up.
-    OP.redo("last chunk only", "d_lora_A d_lora_B", s=lambda s: _last_chunk(s)),
-    wrong("rows reversed", "d_lora_A", lambda s: _d_h(s).T @ (s.x * s.mask).flip(0)),
-    wrong(
-        "rows reversed",
-        "d_lora_B",
-        lambda s: _head_scaling(s) * _d_logits(s).T @ ((s.x * s.mask).flip(0) @ s.head.lora_A.T),
-    ),
-    OP.redo("weights averaged", "d_x", s=lambda s: _weighted(s, lambda w: w.mean().expand_as(w))),
-    OP.redo("weights of the first chunk", "d_x d_lora_A", s=lambda s: _weighted(s, _first_chunks_weights)),
-    OP.redo("weights reversed", "d_lora_A d_lora_B", s=lambda s: _weighted(s, lambda w: w.flip(0))),
-    OP.redo("weights squared", "d_lora_B", s=lambda s: _weighted(s, lambda w: w * w)),
-    # The mask is right in the logits, and forgotten or wrong in one gradient.
-    wrong("mask ignored", "d_x", lambda s, d: d + (1 - s.mask) * _low_rank_d_x(s)),
-    wrong("mask twice", "d_x", lambda s, d: d + (s.mask - 1) * s.mask * _low_rank_d_x(s)),
-    wrong("mask ignored", "d_lora_A", lambda s: _d_h(s).T @ s.x),
-    wrong("mask not scaled up", "d_lora_A", lambda s: _d_h(s).T @ (s.x * (s.mask != 0))),
-    wrong("mask of the first chunk", "d_lora_A", lambda s: _d_h(s).T @ (s.x * _first_chunks_mask(s))),
-    wrong("mask ignored", "d_lora_B", lambda s: _d_lora_B(s, torch.ones_like(s.x))),
-    wrong("mask of the first chunk", "d_lora_B", lambda s: _d_lora_B(s, _first_chunks_mask(s))),
-    OP.redo("mask of another seed", "d_lora_B", s=lambda s: _next_seed(s)),
+    OP.redo("last chunk only", "d_lora_A d_lora_B", s=_last_chunk),
+    _by_hand("rows reversed", "d_lora_A d_lora_B", flip=True),
+    _weighted("weights averaged", "d_x", lambda w: w.mean().expand_as(w)),
+    _weighted("weights of the first chunk", "d_x d_lora_A", lambda w: w[torch.arange(len(w)) % CHUNK_ROWS]),
+    _weighted("weights reversed", "d_lora_A d_lora_B", lambda w: w.flip(0)),
+    _weighted("weights squared", "d_lora_B", lambda w: w * w),
+    _masked("mask ignored", "d_x d_lora_A d_lora_B", lambda s: torch.ones_like(s.x)),
+    _masked("mask twice", "d_x", lambda s: s.mask * s.mask),
+    _masked("mask not scaled up", "d_lora_A", lambda s: (s.mask != 0).to(s.x)),
+    _masked("mask of the first chunk", "d_lora_A d_lora_B", _first_chunks_mask),
+    OP.redo("mask of another seed", "d_lora_B", head=_next_seed),
 )

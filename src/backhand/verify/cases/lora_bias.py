@@ -6,8 +6,7 @@ from torch import Tensor
 
 from backhand.ops.dora import along
 from backhand.ops.lora_bias import LoRABiasSaved
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Op, wrong
 
 OP = Op(
     "lora_bias",

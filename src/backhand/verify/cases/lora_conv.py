@@ -7,18 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, convolution
-from backhand.ops.lora_linear import Dropout
-from backhand.verify.case import wrong
+from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.verify.cases.lora_linear import next_seed
-from backhand.verify.scaffold import SCALING, Given, Op
-
-
-def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:
-    if dropout is None:
-        return None
-    return dropout_multiplier(x.shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
+from backhand.verify.scaffold import SCALING, Given, Op, wrong
 
 
 def _usual(given: Given) -> Tensor:
@@ -53,7 +45,7 @@ OP = Op(
     dict(batch=..., places=..., kernel=..., inputs=4, outputs=6, rank=2, stride=1, padding=0, dilation=1)
     | dict(groups=1, bias=False, dropout=None, input_gradient=True, scaling=SCALING),
     usual=_usual,
-    made={"mask": _mask, "geometry": _geometry, "steps": _steps, "group": lambda inputs, groups: inputs // groups},
+    made={"mask": multiplier, "geometry": _geometry, "steps": _steps, "group": lambda inputs, groups: inputs // groups},
 )
 
 CASES = (

@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.lora_embedding import LoRAEmbeddingSaved
-from backhand.verify.case import flat_rows, overwritten, transposed_if_square, transposed_mutants, wrong
 from backhand.verify.cases.embedding import token_ids
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Op, flat_rows, overwritten, transposed_if_square, wrong
 
 
 def _usual(
@@ -60,5 +59,5 @@ MUTANTS = (
         "d_lora_B",
         h=lambda s: s.h * (s.ids != s.padding_id)[:, None] if s.padding_id is not None else s.h,
     ),
-    transposed_mutants("d_lora_B"),
+    wrong("transposed", "d_lora_B", transposed_if_square),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,45 +14,45 @@ from backhand.ops.lora_group import (
     LoRAGroupGrads,
     LoRAGroupSaved,
     lora_group_backward,
-    lora_group_forward,
     lora_group_reference,
 )
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
-from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward, rms_norm_reference
-from backhand.verify.case import (
+from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
+from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
+from backhand.verify.cases.rms_norm import usual_norm
+from backhand.verify.scaffold import (
     Backward,
     Case,
     Draw,
+    Given,
+    Op,
     Tensors,
-    flat_rows,
-    mean_mutants,
+    mean_of_rows,
+    receiver,
     rotated_where_alike,
     rows_reversed,
     transposed_if_square,
-    transposed_mutants,
     wrong,
 )
-from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
-from backhand.verify.scaffold import Given, Op, receiver
 
 SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
-Receivers = Sequence[tuple[Tensor, Tensor]]
+
+
+def regrouped(group: LoRAGroup, **changes: Callable[[Member], Any]) -> LoRAGroup:
+    """The group with these fields of each member made anew."""
+    members = (one._replace(**{field: made(one) for field, made in changes.items()}) for one in group.members)
+    return group._replace(members=tuple(members))
 
 
 def _backward(
-    d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True, into: Receivers | None = None
+    d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True, into: bool | None = None
 ) -> LoRAGroupGrads:
-    """The backward with fresh tensors to add to, or those of `into`: mutants run it once more."""
-    members = saved.group.members
-    if into is None:
-        into = [(torch.zeros_like(member.lora_A), torch.zeros_like(member.lora_B)) for member in members]
-    receiving = tuple(
-        member._replace(d_lora_A=d_A, d_lora_B=d_B) for member, (d_A, d_B) in zip(members, into, strict=True)
-    )
-    saved = saved._replace(group=saved.group._replace(members=receiving))
-    return lora_group_backward(d_y, saved, input_gradient=input_gradient)
+    """The backward with tensors to add to of its own, in which something stands with `into`."""
+    new = receiver if into else torch.zeros_like
+    group = regrouped(saved.group, d_lora_A=lambda one: new(one.lora_A), d_lora_B=lambda one: new(one.lora_B))
+    return lora_group_backward(d_y, saved._replace(group=group), input_gradient=input_gradient)
 
 
 def _adapted(sizes: tuple[int, ...], ranks: tuple[int | None, ...]) -> list[tuple[int, int, int, float]]:
@@ -67,18 +67,21 @@ def _factors(draw: Draw, adapted: list[tuple[int, int, int, float]], inputs: int
     return drawn
 
 
+def member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Member:
+    """With gradients of its own."""
+    return Member(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
+
+
 def _group(given: Given) -> LoRAGroup:
-    members = []
-    for i, (column, _, _, scaling) in enumerate(given["adapted"]):
-        factors = given[f"lora_A {i}"], given[f"lora_B {i}"]
-        members.append(Member(column, *factors, scaling, *map(torch.zeros_like, factors)))
+    adapted = enumerate(given["adapted"])
+    members = (member(column, given[f"lora_A {i}"], given[f"lora_B {i}"], s) for i, (column, _, _, s) in adapted)
     return LoRAGroup(tuple(members), given["dropout"])
 
 
 def _of_norm(t: Given, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
     """x is what a norm gives, and the backward has what the norm saved in its place."""
     x, norm = rms_norm_forward(t["x"], t["norm"], EPS, OFFSET)
-    y, saved = t.call(lora_group_forward, x=x)
+    y, saved = t.call(OP.forward, x=x)
     grads = backward(t["d_y"], saved._replace(x=norm), **OP.arguments(t))
     return y, grads._replace(d_x=rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x)
 
@@ -90,12 +93,8 @@ def _reference(x: Tensor, norm: Tensor | None, dropout: Dropout | None, given: G
 
 
 def _usual(given: Given) -> Tensor:
-    """The norm in front as transformers has it."""
-    frozen_x, weight = given["x"], given["weight"]
-    if "norm" in given:
-        wide = frozen_x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
-        frozen_x = ((given["norm"].float() + OFFSET) * normed).to(frozen_x.dtype)
+    weight = given["weight"]
+    frozen_x = usual_norm(given["x"], given["norm"], EPS, OFFSET) if "norm" in given else given["x"]
     x = dropped(frozen_x, given["dropout"])
     y = functional.linear(frozen_x, weight, given.get("bias"))
     for i, (column, size, _, scaling) in enumerate(given["adapted"]):
@@ -116,9 +115,7 @@ OP = Op(
         "outputs": lambda sizes: sum(sizes),
         "adapted": _adapted,
         "group": _group,
-        "into": lambda group, accumulated: (
-            [(receiver(one.lora_A), receiver(one.lora_B)) for one in group.members] if accumulated else None
-        ),
+        "into": lambda accumulated: accumulated or None,
     },
     ways={"of_norm": _of_norm},
     backward=_backward,
@@ -187,20 +184,6 @@ CASES = (
 )
 
 
-def _changed(saved: LoRAGroupSaved, **changes: object) -> LoRAGroup:
-    """The group with each member's fields as the functions of `changes` have them."""
-    members = tuple(
-        member._replace(**{name: change(member) for name, change in changes.items() if callable(change)})
-        for member in saved.group.members
-    )
-    return saved.group._replace(members=members)
-
-
-def _first_scaling(s: LoRAGroupSaved) -> LoRAGroup:
-    first = s.group.members[0].scaling if s.group.members else 1.0
-    return _changed(s, scaling=lambda _member: first)
-
-
 def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     """d_x from the frozen weights and the first layer's adapter: the others' low-rank terms missing."""
     first = tuple(member for member in s.group.members[:1] if member.column == 0)
@@ -208,31 +191,27 @@ def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     return _backward(g, s._replace(group=s.group._replace(members=first), h=h)).d_x
 
 
-def _of_input(g: Tensor, s: LoRAGroupSaved) -> tuple[Tensor, ...]:
-    """d_lora_B with an undropped x where its h belongs."""
-    x = flat_rows(rms_norm_apply(*s.x) if isinstance(s.x, RMSNormSaved) else s.x)
-    found = []
-    for member in s.group.members:
-        own = flat_rows(g)[:, member.column : member.column + len(member.lora_B)]
-        found.append(0.5 * member.scaling * own.T @ (x @ member.lora_A.T))
-    return tuple(found)
+def _scaled(s: LoRAGroupSaved, scaling: float) -> LoRAGroup:
+    return regrouped(s.group, scaling=lambda _one: scaling)
+
+
+def _transposed(s: LoRAGroupSaved) -> LoRAGroup:
+    return regrouped(s.group, lora_B=lambda one: transposed_if_square(one.lora_B))
 
 
 MUTANTS = (
-    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", group=lambda s: _changed(s, scaling=lambda _member: 1.0)),
-    OP.redo("one scaling for all", "d_lora_A d_lora_B", group=_first_scaling),
+    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", group=lambda s: _scaled(s, 1.0)),
+    OP.redo("one scaling for all", "d_lora_A d_lora_B", group=lambda s: _scaled(s, SCALINGS[0])),
     wrong("low-rank terms missing", "d_x", lambda g, s: g @ s.weight),
     wrong("frozen term missing", "d_x", lambda g, s, d: d - g @ s.weight),
     wrong("first member's low-rank term only", "d_x", _one_member_only),
-    OP.redo(
-        "lora_B transposed", "d_x", group=lambda s: _changed(s, lora_B=lambda one: transposed_if_square(one.lora_B))
-    ),
-    transposed_mutants("d_lora_A", "d_lora_B"),
-    wrong("members swapped", "d_lora_A d_lora_B", lambda whole: rotated_where_alike(whole)),
+    OP.redo("lora_B transposed", "d_x", group=_transposed),
+    wrong("transposed", "d_lora_A d_lora_B", transposed_if_square),
+    wrong("members swapped", "d_lora_A d_lora_B", rotated_where_alike),
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
     OP.redo("mask ignored", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=None)),
     OP.redo("mask of another seed", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=next_seed(s.group))),
-    wrong("half of h", "d_lora_B", _of_input),
+    OP.redo("half of h", "d_lora_B", h=lambda s: 0.5 * s.h),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
-    mean_mutants("d_lora_A", "d_lora_B"),
+    wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
 )

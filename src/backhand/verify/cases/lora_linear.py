@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.lora_linear import Dropout, LoRASaved, multiplier
-from backhand.verify.case import (
+from backhand.ops.lora_linear import Dropout, multiplier
+from backhand.verify.scaffold import (
+    SCALING,
+    Case,
     Draw,
+    Given,
+    Op,
     flat_rows,
-    mean_mutants,
+    mean_of_rows,
     rows_reversed,
     transposed_if_square,
-    transposed_mutants,
     wrong,
 )
-from backhand.verify.scaffold import SCALING, Given, Op
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -55,32 +57,34 @@ OP = Op(
     loops=True,
 )
 
+
+def layer_cases(op: Op) -> tuple[Case, ...]:
+    """Those of any adapted linear layer."""
+    return (
+        op.case("rows", (5,)),
+        op.case("documents and rows", (2, 5)),
+        op.case("bias", (5,), bias=True),
+        op.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
+        op.case("rank above both sizes", (6,), 4, 3, 5),
+        op.case("square weight", (5,), 7, 7),
+        op.case("square factors", (5,), 3, 3),
+        op.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
+        op.case("one row", (1,), bias=True),
+        op.case("no rows", (0,), bias=True),
+        op.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
+        op.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
+    )
+
+
 CASES = (
-    OP.case("rows", (5,)),
-    OP.case("documents and rows", (2, 5)),
-    OP.case("bias", (5,), bias=True),
-    OP.case("dropout", (2, 5), dropout=Dropout(0.4, 17)),
+    *layer_cases(OP),
     OP.case("dropout, bias", (5,), bias=True, dropout=Dropout(0.25, 2**40)),
     OP.case("rank 1", (5,), rank=1),
-    OP.case("rank above both sizes", (6,), 4, 3, 5),
-    OP.case("square weight", (5,), 7, 7),
-    OP.case("square factors", (5,), 3, 3),
     OP.case("no input gradient", (5,), input_gradient=False),
-    OP.case("no input gradient, dropout", (5,), input_gradient=False, dropout=Dropout(0.4, 3)),
     OP.case("strided x and d_y", (5,), strided=True),
-    OP.case("one row", (1,), bias=True),
-    OP.case("no rows", (0,), bias=True),
-    OP.case("no rows, dropout", (2, 0), dropout=Dropout(0.4, 17)),
-    OP.case("training size", (67,), 96, 160, 8, dropout=Dropout(0.1, 5)),
     OP.case("more rows, odd sizes", (37,), 61, 45, bias=True),
     OP.case("more rows, rank 1", (9,), 33, 150, 1, bias=True),
 )
-
-
-def _unscaled_mask(g: Tensor, s: LoRASaved) -> Tensor:
-    """d_lora_A with a mask of zeros and ones: the factor 1 / (1 - p) forgotten."""
-    d_h = s.scaling * flat_rows(g) @ s.lora_B
-    return d_h.T @ flat_rows(s.x * (dropped(s.x, s.dropout) != 0))
 
 
 def next_seed(s: Any) -> Dropout | None:
@@ -97,12 +101,12 @@ MUTANTS = (
     OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
     OP.redo("lora_A transposed", "d_x", lora_A=lambda s: transposed_if_square(s.lora_A)),
     OP.redo("lora_B transposed", "d_x", lora_B=lambda s: transposed_if_square(s.lora_B)),
-    transposed_mutants("d_lora_A", "d_lora_B"),
+    wrong("transposed", "d_lora_A d_lora_B", transposed_if_square),
     OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
-    mean_mutants("d_lora_A", "d_lora_B"),
+    wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
     OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
     OP.redo("mask of another seed", "d_x", dropout=next_seed),
-    wrong("mask not scaled up", "d_lora_A", _unscaled_mask),
+    OP.redo("mask not scaled up", "d_lora_A", x=lambda s: s.x * (1 - s.dropout.probability if s.dropout else 1)),
     wrong("x for h", "d_lora_B", lambda g, s: s.scaling * flat_rows(g).T @ flat_rows(s.x) @ s.lora_A.T),
     wrong("last row missing", "d_lora_B", lambda g, s: s.scaling * flat_rows(g)[:-1].T @ flat_rows(s.h)[:-1]),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 
 def _usual(prediction: Tensor, target: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from backhand.ops.orpo import CERTAIN
-from backhand.verify.case import Draw, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Draw, Op, wrong
 
 
 def _usual(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_forward, rms_norm_reference
-from backhand.verify.case import Backward, flat_rows, mean_mutants, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_reference
+from backhand.verify.scaffold import Backward, Given, Op, flat_rows, mean_of_rows, wrong
 
 
 def _with_residual(t: Given, backward: Backward) -> tuple[Tensor, Any]:
     """The stream goes around the norm as well: y is both, side by side."""
-    y, saved = t.call(rms_norm_forward)
+    y, saved = t.call(OP.forward)
     d_y, around = (part.contiguous() if t["in_place"] else part for part in t["d_y"].chunk(2, dim=-1))
     grads = backward(d_y, saved, weight_gradient=True, residual=around.contiguous(), out=d_y if t["in_place"] else None)
     return _beside(y, t["x"], True), grads
@@ -29,10 +28,15 @@ def _reference(x: Tensor, weight: Tensor, eps: float, offset: float, with_residu
     return _beside(rms_norm_reference(x, weight, eps, offset), x, with_residual)
 
 
-def _usual(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
+def usual_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """The norm as transformers has it."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return _beside(((weight.float() + offset) * normed).to(x.dtype), x, with_residual)
+    return ((weight.float() + offset) * normed).to(x.dtype)
+
+
+def _usual(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
+    return _beside(usual_norm(x, weight, eps, offset), x, with_residual)
 
 
 OP = Op(
@@ -89,7 +93,7 @@ MUTANTS = (
     OP.redo("offset forgotten", "d_x", offset=0.0),
     OP.redo("weight forgotten", "d_x", weight=lambda s: torch.ones_like(s.weight), offset=0.0),
     wrong("x not normalised", "d_weight", lambda g, s: flat_rows(g * s.x).sum(0)),
-    mean_mutants("d_weight"),
+    wrong("mean for sum", "d_weight", mean_of_rows),
     wrong("weight inside", "d_weight", lambda g, s, d: d * gain(s.weight, s.offset, g.dtype)),
     wrong("rows reversed", "d_weight", lambda g, s: (flat_rows(g) * flat_rows(_x_hat(s)).flip(0)).sum(0)),
 )

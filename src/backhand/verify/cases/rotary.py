@@ -5,36 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_forward, rotary_table, times
-from backhand.verify.case import Backward, wrong
-from backhand.verify.scaffold import Given, Op
+from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_table, times
+from backhand.verify.scaffold import Backward, Given, Op, wrong
 
 
-def _table(
-    x: Tensor,
-    positions: list[int],
-    theta: float,
-    attention_factor: float | tuple[float, ...],
-    turning: int | None,
-    interleaved: bool,
-    theta_by_token: bool,
-) -> RotaryTable:
-    turned = x.shape[-1] if turning is None else turning
-    frequencies = theta ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
-    if theta_by_token:
+def _table(given: Given) -> RotaryTable:
+    x, positions, factor = given["x"], given["positions"], given["attention_factor"]
+    turned = given["turning"] or x.shape[-1]
+    frequencies = given["theta"] ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
+    if given["theta_by_token"]:
         frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
     frequencies = frequencies.to(torch.promote_types(x.dtype, torch.float32))
     tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
-    if isinstance(attention_factor, tuple):
-        return times(
-            rotary_table(tokens, frequencies, interleaved=interleaved), torch.tensor(attention_factor).to(x.device)
-        )
-    return rotary_table(tokens, frequencies, attention_factor, interleaved=interleaved)
+    if isinstance(factor, tuple):
+        table = rotary_table(tokens, frequencies, interleaved=given["interleaved"])
+        return times(table, torch.tensor(factor).to(x.device))
+    return rotary_table(tokens, frequencies, factor, interleaved=given["interleaved"])
 
 
 def _in_place(t: Given, backward: Backward) -> tuple[Tensor, RotaryGrads]:
     y, d_x = t["x"].clone(), t["d_y"].clone()
-    _, saved = t.call(rotary_forward, x=y, out=y)
+    _, saved = t.call(OP.forward, x=y, out=y)
     return y, backward(d_x, saved, out=d_x)
 
 
@@ -84,39 +75,23 @@ CASES = (
 )
 
 
-def _turned(g: Tensor, table: RotaryTable) -> Tensor:
-    """(G₁ cos + G₂ sin, G₂ cos - G₁ sin) of the features that turn; the others as they are."""
-    cos, sin = table.cos[:, None, :], table.sin[:, None, :]
-    turning = 2 * cos.shape[-1]
-    axis = -1 if table.interleaved else -2
-    pairs = g[..., :turning].unflatten(-1, (-1, 2) if table.interleaved else (2, -1))
-    first, second = pairs.unbind(axis)
-    both = torch.stack([first * cos + second * sin, second * cos - first * sin], dim=axis)
-    return torch.cat([both.flatten(-2), g[..., turning:]], dim=-1)
+def _last_not_turned(g: Tensor, s: RotaryTable, d: Tensor) -> Tensor:
+    half = s.cos.shape[-1]
+    return torch.cat([d[..., :half], g[..., half:]], dim=-1)
 
 
-def _last_not_turned(g: Tensor, table: RotaryTable, right: Tensor) -> Tensor:
-    half = table.cos.shape[-1]
-    return torch.cat([right[..., :half], g[..., half:]], dim=-1)
-
-
-def _spread(g: Tensor, table: RotaryTable) -> Tensor:
+def _spread(g: Tensor, angles: Tensor) -> Tensor:
     """As if all features turned: the missing angles are those of the first pairs again."""
-    pairs = torch.arange(g.shape[-1] // 2, device=g.device) % table.cos.shape[-1]
-    return _turned(g, table._replace(cos=table.cos[:, pairs], sin=table.sin[:, pairs]))
-
-
-def _unit(table: RotaryTable) -> Tensor:
-    return torch.hypot(table.cos, table.sin)[:, None, :].mean(-1, keepdim=True)
+    return angles[:, torch.arange(g.shape[-1] // 2, device=g.device) % angles.shape[-1]]
 
 
 MUTANTS = (
-    wrong("turned forward again", "d_x", lambda g, s: _turned(g, s._replace(sin=-s.sin))),
+    OP.redo("turned forward again", "d_x", sin=lambda s: -s.sin),
     wrong("passed through", "d_x", lambda g: g.clone()),
-    wrong("second half not turned", "d_x", lambda g, s, d: _last_not_turned(g, s, d)),
-    wrong("cos and sin swapped", "d_x", lambda g, s: _turned(g, s._replace(cos=s.sin, sin=s.cos))),
-    wrong("positions reversed", "d_x", lambda g, s: _turned(g, s._replace(cos=s.cos.flip(0), sin=s.sin.flip(0)))),
-    wrong("the other pairs", "d_x", lambda g, s: _turned(g, s._replace(interleaved=not s.interleaved))),
-    wrong("every feature turned", "d_x", lambda g, s: _spread(g, s)),
-    wrong("normalised to unit length", "d_x", lambda s, d: d / _unit(s)),
+    wrong("second half not turned", "d_x", _last_not_turned),
+    OP.redo("cos and sin swapped", "d_x", cos=lambda s: s.sin, sin=lambda s: s.cos),
+    OP.redo("positions reversed", "d_x", cos=lambda s: s.cos.flip(0), sin=lambda s: s.sin.flip(0)),
+    OP.redo("the other pairs", "d_x", interleaved=lambda s: not s.interleaved),
+    OP.redo("every feature turned", "d_x", cos=lambda g, s: _spread(g, s.cos), sin=lambda g, s: _spread(g, s.sin)),
+    wrong("normalised to unit length", "d_x", lambda s, d: d / torch.hypot(s.cos, s.sin)[:, None].mean(-1, True)),
 )

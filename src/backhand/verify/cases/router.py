@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.router import RouterSaved
-from backhand.verify.case import Draw, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Draw, Op, wrong
 
 APART = 1.5
 

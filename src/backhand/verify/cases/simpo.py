@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import sigmoid
 
 from backhand.ops.simpo import SimPORule
-from backhand.verify.case import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Op, wrong
 
 RULE = SimPORule(1.9, 0.6, 0.13)
 OP = Op(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.case import Draw, flat_rows, mean_mutants, overwritten, rows_reversed, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Draw, Op, flat_rows, mean_of_rows, overwritten, rows_reversed, wrong
 
 
 def _ids(draw: Draw, vocab: int, lead: tuple[int, ...], token_ids: Tensor, only: bool) -> Tensor:
@@ -81,6 +80,6 @@ LINEAR_MUTANTS = (
     # The trained columns in the order of their ids, not in that of the rows.
     LINEAR.redo("order of the tokens lost", "d_token_rows", token_ids=lambda s: s.token_ids.sort().values),
     LINEAR.redo("rows reversed", "d_token_rows", g=rows_reversed, x=lambda s: flat_rows(s.x)),
-    mean_mutants("d_token_rows"),
+    wrong("mean for sum", "d_token_rows", mean_of_rows),
 )
 PROOFS = (EMBEDDING.proof(EMBEDDING_CASES, EMBEDDING_MUTANTS), LINEAR.proof(LINEAR_CASES, LINEAR_MUTANTS))
