@@ -36,7 +36,7 @@ from backhand.training.config import Reduce
 from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
 from backhand.training.meeting import Place, all_joined, connected, torch_distributed
 from backhand.training.pulse import Pulse, StoppedElsewhere
-from backhand.training.step import GradientSum, Processes, StepSum
+from backhand.training.step import GradientSum, Processes
 from backhand.words import shorten
 
 _BIT = 1 << 18
@@ -76,7 +76,6 @@ class Group(Processes):
         self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
         self._ordered = reduce == "ordered"
         self._signal = 0
-        self._waited_s = 0.0  # in the newest exchange of a step
         self._waiting = False
         self._connected_by_others = dist.is_initialized()
         self._group: Any = None  # torch's own, of all processes
@@ -134,14 +133,7 @@ class Group(Processes):
 
     def gradient_sum(self, gradients: Tensor, shares: Sequence[Sequence[int]]) -> GradientSum:
         """The sum of one step."""
-        return (OrderedSum if self._ordered else PlainSum)(gradients, shares, self)
-
-    def total(self, added: GradientSum, computed_s: float) -> StepSum:
-        """The whole step's gradient into the buffer; from here on all processes know of a signal to one."""
-        began = time.perf_counter()
-        found = added.total(computed_s, self._waited_s)
-        self._waited_s = time.perf_counter() - began
-        return found
+        return OrderedSum(gradients, shares, self) if self._ordered else PlainSum(gradients, self)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, as JSON holds it."""

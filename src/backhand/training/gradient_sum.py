@@ -12,7 +12,7 @@ Bytes that a process sends in a step, with mᵣ micro-batches of its own:
     ordered   4 N (W - 1) / W · (mᵣ + 1)        as much as an all-reduce where each process has one micro-batch
     sum       4 N (W - 1) / W · 2
 
-Besides, the processes tell each other (`Exchange.gather`) what each micro-batch had of nats and supervised tokens,
+Besides, the processes tell each other (`step.Processes.total`) what each micro-batch had of nats and supervised tokens,
 whether it attends, and the seconds that each computed and waited.
 
 Bound of `sum`: with u = 2⁻²⁴ and m micro-batches, two orders of the same additions differ in each element by at most
@@ -22,11 +22,11 @@ Bound of `sum`: with u = 2⁻²⁴ and m micro-batches, two orders of the same a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
-from backhand.training.step import StepSum, zero_sum
+from backhand.training.step import zero_sum
 
 
 def shared_out(tokens: Sequence[int], processes: int) -> list[list[int]]:
@@ -66,13 +66,9 @@ class Exchange(Protocol):
         """Add up in place."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, as JSON holds it."""
-        ...
 
-
-class _SharedSum:
-    """What both sums know of their micro-batches.
+class OrderedSum:
+    """`ordered` over several processes.
 
     Args:
         gradients: the buffer, (elements,).
@@ -80,43 +76,19 @@ class _SharedSum:
     """
 
     def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Exchange) -> None:
-        self._gradients = gradients
-        self._shares = shares
-        self._processes = processes
-        self._own: list[tuple[int, float, int, bool]] = []
-
-    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
-        """See `step.GradientSum.add`."""
-        self._own.append((number, nats, supervised_tokens, attends))
-
-    def _found(self, computed_s: float, waited_s: float) -> StepSum:
-        told = self._processes.gather([self._own, computed_s, waited_s])
-        found = sorted((one for own, _, _ in told for one in own), key=lambda one: int(one[0]))
-        return StepSum(
-            nats=tuple(nats for _, nats, _, _ in found),
-            supervised_tokens=sum(supervised for _, _, supervised, _ in found),
-            attends=any(attends for *_, attends in found),
-            computed_s=tuple(computed for _, computed, _ in told),
-            waited_s=tuple(waited for _, _, waited in told),
-        )
-
-
-class OrderedSum(_SharedSum):
-    """`ordered` over several processes."""
-
-    def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Exchange) -> None:
-        super().__init__(gradients, shares, processes)
+        self._gradients, self._shares, self._processes = gradients, shares, processes
         self._slice = -(-gradients.numel() // processes.size)
         self._sent = gradients.new_zeros(processes.size, len(shares[processes.rank]), self._slice)
+        self._added = 0
 
-    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
+    def add(self) -> None:
         """See `step.GradientSum.add`."""
         for process, piece in enumerate(self._gradients.split(self._slice)):
-            self._sent[process, len(self._own), : piece.numel()] = piece
+            self._sent[process, self._added, : piece.numel()] = piece
         self._gradients.zero_()
-        super().add(number, nats, supervised_tokens, attends=attends)
+        self._added += 1
 
-    def total(self, computed_s: float, waited_s: float) -> StepSum:
+    def total(self) -> None:
         """See `step.GradientSum.total`."""
         processes, numbers = self._processes, [number for share in self._shares for number in share]
         lengths = [len(share) * self._slice for share in self._shares]
@@ -129,13 +101,17 @@ class OrderedSum(_SharedSum):
         whole = self._gradients.new_empty(processes.size, self._slice)
         processes.all_gather(list(whole.unbind()), added.to(whole.dtype))
         self._gradients.copy_(whole.view(-1)[: self._gradients.numel()])
-        return self._found(computed_s, waited_s)
 
 
-class PlainSum(_SharedSum):
+class PlainSum:
     """`sum` over several processes: the next gradient is added to this one where it stands, then one all-reduce."""
 
-    def total(self, computed_s: float, waited_s: float) -> StepSum:
+    def __init__(self, gradients: Tensor, processes: Exchange) -> None:
+        self._gradients, self._processes = gradients, processes
+
+    def add(self) -> None:
+        """See `step.GradientSum.add`."""
+
+    def total(self) -> None:
         """See `step.GradientSum.total`."""
         self._processes.all_reduce(self._gradients)
-        return self._found(computed_s, waited_s)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from backhand.errors import CheckError
+from backhand.errors import CheckError, present
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
@@ -134,7 +134,7 @@ class Judge:
                 f"step {progress.step}: the {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite; "
                 "the step is skipped"
             )
-            if progress.bad_steps_in_a_row >= self.plan.max_bad_steps:
+            if progress.bad_steps_in_a_row >= self.plan.run.max_bad_steps:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
@@ -163,7 +163,7 @@ class Judge:
         progress = self.state.progress
         if self.held_out is None and self.meter is None:
             return False
-        if progress.step % self.plan.eval_every and progress.step != self.plan.total_steps:
+        if progress.step % present(self.plan.run.eval_every) and progress.step != self.plan.total_steps:
             return False
         progress.pending_evaluation = True
         return self.evaluate()
@@ -216,7 +216,7 @@ class Judge:
             )
 
     def _refuse_forgetting(self, record: dict[str, Any]) -> None:
-        limit, rise = self.plan.max_forgetting, record.get("forgetting_nats")
+        limit, rise = self.plan.run.max_forgetting, record.get("forgetting_nats")
         if limit is None or (rise is not None and rise <= limit):
             return
         self.save(False)
@@ -229,7 +229,7 @@ class Judge:
 
     def finish_if_done(self) -> bool:
         """Whether the run is over; before it ends, all of the base is checked once more."""
-        progress, patience = self.state.progress, self.plan.early_stopping
+        progress, patience = self.state.progress, self.plan.run.early_stopping
         if progress.finished or progress.pending_evaluation:
             return progress.finished
         if patience is not None and progress.evaluations_without_improvement >= patience:

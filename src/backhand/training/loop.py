@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
-from backhand.errors import CheckError
+from backhand.errors import CheckError, present
 from backhand.nn.batch import PackedBatch
 from backhand.training.engine import Trainable
 from backhand.training.judging import Judge
@@ -69,7 +69,7 @@ class TrainingLoop:
                 return False
             self._step()
             better = judge.evaluate_if_due()
-            if judge.finish_if_done() or better or progress.step % self.plan.save_every == 0:
+            if judge.finish_if_done() or better or progress.step % present(self.plan.run.save_every) == 0:
                 judge.before_checkpoint()
                 judge.save(better)
         return True
@@ -90,7 +90,7 @@ class TrainingLoop:
         self.judge.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
         self.judge.count(result, tokens, seconds)
-        if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
+        if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
             measured = {} if self.objective is None else self.objective.measured(self.processes)
             measured = measured if self.rewarded is None else self.rewarded.measured
@@ -139,6 +139,5 @@ class TrainingLoop:
             yield from (groups[own] for own in shares[self.processes.rank] if own > number)
 
     def _dropout_seeds(self, count: int) -> list[int | None]:
-        if not self._drops:
-            return [None] * count
-        return [derived_seed(self.plan.seed, "dropout", self.state.progress.step, number) for number in range(count)]
+        seed, step = self.plan.run.seed, self.state.progress.step
+        return [derived_seed(seed, "dropout", step, number) if self._drops else None for number in range(count)]

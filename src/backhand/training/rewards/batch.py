@@ -143,22 +143,23 @@ class AnswerBatch:
         The reference is the base model, the adapter off.
         """
         model, lora = self._model, present(self._model.lora)
-        shares = self._processes.shared_out([self._packer.positions(rows) for rows in self._micro_batches])
-        mine: list[list[float]] = []
+
+        def apart(number: int) -> list[float]:
+            rows = self._micro_batches[number]
+            log_p = -model.token_losses(self._packer.packed(rows, model.device)).double().cpu()
+            parts = log_p.split([len(self._answers[row].tokens) for row in rows])
+            self._reference |= dict(zip(rows, parts, strict=True))
+            sampled = (torch.tensor(self._answers[row].log_p, dtype=torch.float64) for row in rows)
+            return [float((one - part).sum()) for one, part in zip(sampled, parts, strict=True)]
+
         model.detach()
         try:
-            for number in shares[self._processes.rank]:
-                rows = self._micro_batches[number]
-                log_p = -model.token_losses(self._packer.packed(rows, model.device)).double().cpu()
-                parts = log_p.split([len(self._answers[row].tokens) for row in rows])
-                self._reference |= dict(zip(rows, parts, strict=True))
-                for row, part in zip(rows, parts, strict=True):
-                    mine.append([row, float((torch.tensor(self._answers[row].log_p, dtype=part.dtype) - part).sum())])
+            found = present(self._processes.each(list(map(self._packer.positions, self._micro_batches)), apart))
         finally:
             model.attach(lora)
         far = torch.zeros(len(self._answers), dtype=torch.float64)
-        for row, value in (one for part in self._processes.gather(mine) for one in part):
-            far[int(row)] = value
+        for rows, values in zip(self._micro_batches, found, strict=True):
+            far[rows] = torch.tensor(values, dtype=torch.float64)
         return far
 
 

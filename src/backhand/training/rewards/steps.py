@@ -126,24 +126,21 @@ class HeldOutRewards(HeldOut):
             range(first, min(first + _AT_ONCE, len(self._examples)))
             for first in range(0, len(self._examples), _AT_ONCE)
         ]
-        mine = []
-        for number in processes.shared_out([len(part) for part in parts])[processes.rank]:
-            if interruptible and processes.asked:
-                break
+
+        def answered(number: int) -> list[list[int]]:
             prompts = [prompt_of(self._examples[row]) for row in parts[number]]
-            found = complete_greedily(
+            return complete_greedily(
                 answering,
                 prompts,
                 max_new_tokens=options.max_new_tokens,
                 stop_ids=rollout.stop_ids,
                 batch_size=_AT_ONCE,
             )
-            mine.append([number, found])
-        there = dict(one for part in processes.gather(mine) for one in part)
-        if len(there) < len(parts):
+
+        found = processes.each([len(part) for part in parts], answered, interruptible=interruptible)
+        if found is None:
             return None
-        tokens = [ids for number in range(len(parts)) for ids in there[number]]
-        answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for ids in tokens]
+        answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for part in found for ids in part]
         judged = rollout.judged(answers, self._examples)
         self.said = {self._examples[row].source: judged.texts[row] for row in self._shown}
         self.measured = {f"eval_{name}": value for name, value in rollout.measured(judged).items()}
