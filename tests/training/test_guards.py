@@ -18,8 +18,8 @@ from backhand.nn.loading import open_model
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.training.config import TrainConfig
 from backhand.training.guards import SpikeGuard, is_finite
+from backhand.training.loggers import Observer
 from backhand.training.measuring import ForgettingMeter
-from backhand.training.observer import Observer
 from backhand.training.run import train
 from backhand.training.state import STATE_FILE
 from backhand.training.step import AdapterOptimizer

@@ -19,8 +19,15 @@ from backhand.nn.decoder.weights import dense_views, empty_weights, module_shape
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel
-from backhand.training.memory.coarse import decoder_size, transformers_size
-from backhand.training.memory.parts import GAPS, WIDE_GAPS, estimated_step, parts_of, second_model_bytes
+from backhand.training.memory.parts import (
+    GAPS,
+    WIDE_GAPS,
+    decoder_size,
+    estimated_step,
+    parts_of,
+    second_model_bytes,
+    transformers_size,
+)
 from backhand.training.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
 from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape

@@ -21,7 +21,7 @@ from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.training.rewards.batch import AnswerBatch
-from backhand.training.rewards.certificate import BOUNDS, Certificate
+from backhand.training.rewards.guards import BOUNDS, Certificate
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.rollout import Judged, Rollout
 from backhand.training.step import Processes

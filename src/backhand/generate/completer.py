@@ -38,22 +38,18 @@ class Completer(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the model lives and where batches must be."""
-        ...
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether documents of a batch may share what they begin with."""
-        ...
 
     @property
     def context_tokens(self) -> int:
         """Tokens that prompt and answer may have together."""
-        ...
 
     @property
     def vocab_size(self) -> int:
         """Tokens that a prompt may hold: ids below this."""
-        ...
 
     def complete(
         self,
@@ -69,12 +65,9 @@ class Completer(Protocol):
         Args:
             prompts: token ids, at least one each.
         """
-        ...
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats, document by document in the batch's order, without gradients."""
-        ...
 
     def use_adapter(self, wanted: bool) -> None:
         """Be the adapted model, as at first, or the base model. Raises ValueError if there is no adapter to use."""
-        ...

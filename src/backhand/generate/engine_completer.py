@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
 import torch
@@ -71,9 +72,7 @@ class EngineCompleter:
             self._state, self._seen = IncrementalDecoder(self.decoder), []
             self._state.cache.add_rows(1)
         state, cache = self._state, self._state.cache
-        computed = zip(self._seen[: cache.lengths[0]], prompt[:-1], strict=False)
-        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], computed))
-        kept = cache.truncate(0, kept)
+        kept = cache.truncate(0, _shared(self._seen[: cache.lengths[0]], prompt[:-1]))
         self._seen = list(prompt)
         logits = state.extend([0], [prompt[kept:]])
         for answered in range(1, max_new_tokens + 1):
@@ -111,24 +110,22 @@ def complete_batch(
             is then computed for each.
     """
     if prompts and max_new_tokens > 0:
-        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows, as_trained=as_trained).run()
+        _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows, as_trained).run()
 
 
+@dataclass(eq=False)
 class _Batch:
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[Sequence[int]],
-        choose: Choose,
-        finished: Finished,
-        max_new_tokens: int,
-        batch_rows: int,
-        *,
-        as_trained: bool,
-    ) -> None:
-        self.prompts, self.choose, self.finished = prompts, choose, finished
-        self.max_new_tokens = max_new_tokens
-        self.shared = None if as_trained else _shared_prefix(decoder, prompts)
+    decoder: Decoder
+    prompts: Sequence[Sequence[int]]
+    choose: Choose
+    finished: Finished
+    max_new_tokens: int
+    batch_rows: int
+    as_trained: bool
+
+    def __post_init__(self) -> None:
+        decoder, prompts = self.decoder, self.prompts
+        self.shared = None if self.as_trained else _shared_prefix(decoder, prompts)
         # Neighbours of like length cost the least: equal ones share kernel calls, unequal ones waste masked keys.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
         self.in_row: list[int] = []
@@ -136,14 +133,13 @@ class _Batch:
         self.answered: list[int] = []
         firsts = self._firsts(list(self.waiting))
         longest = len(prompts[self.waiting[0]])
-        rows = rows_at_once(decoder, longest, max_new_tokens, len(prompts) / len(firsts))
-        rows = min(batch_rows, len(prompts), rows)
+        rows = rows_at_once(decoder, longest, self.max_new_tokens, len(prompts) / len(firsts))
+        rows = min(self.batch_rows, len(prompts), rows)
         # Answers are usually far shorter than they may be: room grows when it is needed.
         capacity = sum(len(prompts[self.waiting[place]]) for place in firsts if place < rows)
-        head = Decoder.head if as_trained else None
-        self.state = IncrementalDecoder(
-            decoder, rows=rows, capacity=capacity + rows * min(max_new_tokens, 64), head=head
-        )
+        capacity += rows * min(self.max_new_tokens, 64)
+        head = Decoder.head if self.as_trained else None
+        self.state = IncrementalDecoder(decoder, rows=rows, capacity=capacity, head=head)
 
     def run(self) -> None:
         rows = self.state.cache.rows
@@ -244,13 +240,13 @@ def _shared_prefix(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> Increm
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving each at least one of its own."""
-    first, last = min(prompts, key=tuple), max(prompts, key=tuple)
-    shared = 0
-    for one, other in zip(first, last, strict=False):
-        if one != other:
-            break
-        shared += 1
+    shared = _shared(min(prompts, key=tuple), max(prompts, key=tuple))
     return min(shared, min(map(len, prompts)) - 1)
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def complete_greedily(

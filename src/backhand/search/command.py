@@ -33,9 +33,9 @@ from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import dump_config, read_table, tables_as
+from backhand.training.loggers import Observer
 from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
-from backhand.training.observer import Observer
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.resume import taken_over
 from backhand.training.run import train

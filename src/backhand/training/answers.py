@@ -24,10 +24,10 @@ from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import Labels
 from backhand.generate.loading import LoadedModel
 from backhand.nn.loading.source import ModelSource
+from backhand.training.command_options import EvaluateRunOptions
 from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
 from backhand.training.evaluate import EvaluationRows, score
-from backhand.training.evaluate_options import EvaluateRunOptions
 from backhand.training.measuring import HeldOut, spread
 
 MAX_NEW_TOKENS = 64

@@ -20,7 +20,7 @@ from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_fo
 from backhand.runs.summary import RunSummary
 from backhand.terminal import console
 from backhand.training.job import Job
-from backhand.training.observer import Observer, RunStart
+from backhand.training.loggers import Observer, RunStart
 from backhand.training.step import Processes
 from backhand.words import count_of, duration, in_words, labelled, name_list
 

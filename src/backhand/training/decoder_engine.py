@@ -28,8 +28,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import ModelOptions
 from backhand.training.engine import BoundModel, Engine, ShortModel
-from backhand.training.memory.coarse import decoder_size
-from backhand.training.memory.parts import ModelSize
+from backhand.training.memory.parts import ModelSize, decoder_size
 from backhand.training.memory.plan import HeldBase
 from backhand.training.memory.states import Below
 from backhand.training.shared import Shared

@@ -36,38 +36,30 @@ class Trainable(Protocol):
     @property
     def lora(self) -> LoRAParameters | None:
         """The attached adapter, or None."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where the model lives and where batches must be."""
-        ...
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether documents of a batch may share what they begin with."""
-        ...
 
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter. Raises ValueError for a slot that does not fit the model."""
-        ...
 
     def detach(self) -> None:
         """Back to the base model."""
-        ...
 
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         """(out, in) of every module an adapter can target, by dotted path."""
-        ...
 
     def frozen_tensors(self) -> Iterator[tuple[str, FrozenMatrix]]:
         """(name, tensor) of everything that must not move."""
-        ...
 
     def loss_and_gradients(
         self,
@@ -80,19 +72,15 @@ class Trainable(Protocol):
 
         The loss is Σ nats, or what `token_loss` makes of the supervised tokens' log-probabilities.
         """
-        ...
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over the supervised positions, 0-d float64, without gradients and without dropout."""
-        ...
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats, document by document in the batch's order, likewise."""
-        ...
 
     def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
         """(tokens, vocab) logits of every position, documents kept apart, without dropout."""
-        ...
 
 
 class MoreBlocks(NamedTuple):

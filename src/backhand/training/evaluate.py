@@ -5,6 +5,8 @@ exact match = share of rows whose greedy completion, stripped, equals the row's 
               that the template writes of the last reply; the losses tell it of most rows that are right
               (`certain_replies`), only the others are decoded
 labels      = the most probable of a few, where these are all that rows answer (`label_scores`)
+
+With `--reward` it is what reward functions say of a model's answers, before training and after it.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ from backhand.generate.engine_completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import LabelScore, label_score, print_labels
 from backhand.training.measuring import HeldOut
 from backhand.training.objectives.objective import document_sums, means
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.objectives.pairs import PairObjective
-from backhand.training.rewards.evaluated import evaluate_rewards_command
+from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.process import RewardProcess
+from backhand.training.rewards.rollout import Rollout, check_context, prompt_of
+from backhand.training.rewards.steps import HeldOutRewards
 from backhand.training.step import Processes
 from backhand.words import count_of, name_list, shorten, show_notes
 
@@ -369,3 +374,51 @@ def certain_replies(
         return float(losses[first : first + end + 1].max()) < CERTAIN_NATS
 
     return [any(certain(prompt, *row) for row in rows.get(prompt.source, ())) for prompt in prompts]
+
+
+def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, float]]]:
+    """Rows, and what is measured of the base model's greedy answers and, with an adapter, of the adapted one's.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
+        CheckError: a reward function failed.
+    """
+    run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
+    rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
+    with (
+        RewardProcess(run.reward, rewards.reward_timeout) as functions,
+        loaded_model(
+            options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
+        ) as loaded,
+    ):
+        show_notes(loaded.notes)
+        prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
+        show_notes(prepared.report.left_out())
+        examples = prepared.examples
+        check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
+        longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
+        check_context(longest, loaded.model.context_tokens)
+        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Processes())
+        held_out = HeldOutRewards(examples, rollout, 0)
+        found = []
+        for adapter in (False, True)[: 1 if run.adapter is None else 2]:
+            loaded.model.use_adapter(adapter)
+            held_out.loss(loaded.model, Processes(), interruptible=False)
+            found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
+    return len(examples), found
+
+
+def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
+    """The same, printed as a table or as one JSON object."""
+    if options.run.json:
+        rows, found = evaluate_rewards(options)
+        base, adapted = (*found, None)[:2]
+        sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
+        return found
+    with working("evaluating"):
+        rows, found = evaluate_rewards(options)
+    shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
+    for name, measured in zip(("base", "adapted"), found, strict=False):
+        shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))
+    console_for_tables().print(shown)
+    return found

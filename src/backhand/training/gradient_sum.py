@@ -56,15 +56,12 @@ class Exchange(Protocol):
 
     def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
         """Send a piece to each process, and receive one of each."""
-        ...
 
     def all_gather(self, received: list[Tensor], sent: Tensor) -> None:
         """Give every process the tensor of each."""
-        ...
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Add up in place."""
-        ...
 
 
 class OrderedSum:

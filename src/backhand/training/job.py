@@ -13,10 +13,9 @@ from backhand.training.engine import BoundModel
 from backhand.training.machine import Machine
 from backhand.training.measuring import quantization_notes
 from backhand.training.memory.plan import HeldBase
-from backhand.training.prepared import Outline, outline_run
+from backhand.training.prepared import Outline, outline_run, set_values
 from backhand.training.resume import Identity
 from backhand.training.shared import Shared
-from backhand.training.starting import set_values
 from backhand.training.step import Processes
 from backhand.training.step_plan import default_warmup_steps, five_times
 

@@ -40,13 +40,13 @@ from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
 from backhand.training.job import Job
 from backhand.training.judging import Judge
 from backhand.training.keeping import Keeping, keeping
-from backhand.training.leading import alike, shared_checkpoint
+from backhand.training.launch import alike, shared_checkpoint
+from backhand.training.loggers import Observers, RunStart
 from backhand.training.loop import TrainingLoop
 from backhand.training.measuring import HeldOut
 from backhand.training.memory.process import MemoryKeeper, crowded_note
 from backhand.training.objectives.objective import HeldOutObjective, Objective
 from backhand.training.objectives.reference import run_objectives
-from backhand.training.observer import Observers, RunStart
 from backhand.training.resume import (
     BaseCheck,
     begun_from,
@@ -56,8 +56,7 @@ from backhand.training.resume import (
     prove_resume,
     state_digests,
 )
-from backhand.training.rewards.certificate import BOUNDS, Certificate
-from backhand.training.rewards.guards import RewardGuard
+from backhand.training.rewards.guards import BOUNDS, Certificate, RewardGuard
 from backhand.training.rewards.process import RewardProcess
 from backhand.training.rewards.rollout import Rollout
 from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps

@@ -25,8 +25,8 @@ from backhand.training.guards import (
     is_finite,
     named_unusable,
 )
+from backhand.training.loggers import Observer
 from backhand.training.measuring import ForgettingMeter, HeldOut
-from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult
 from backhand.training.step_plan import StepPlan

@@ -19,9 +19,9 @@ from backhand.nn.batch import PackedBatch
 from backhand.training.engine import Trainable
 from backhand.training.judging import Judge
 from backhand.training.kept_states import KeptStates
+from backhand.training.loggers import Observer
 from backhand.training.memory.process import MemoryKeeper
 from backhand.training.objectives.objective import Objective
-from backhand.training.observer import Observer
 from backhand.training.rewards.steps import RewardedSteps
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult, StepWork, training_step

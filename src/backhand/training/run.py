@@ -28,11 +28,19 @@ from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.console import TerminalObserver
 from backhand.training.job import build_job
 from backhand.training.job_run import JobRun
-from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
-from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
-from backhand.training.loggers import chosen_loggers
+from backhand.training.launch import (
+    alike,
+    continued_after_restart,
+    followed,
+    in_a_group,
+    launched,
+    restarted,
+    shared_checkpoint,
+    typed_elsewhere,
+    versions,
+)
+from backhand.training.loggers import Callback, Observer, Observers, as_observers, chosen_loggers, metrics_file
 from backhand.training.machine import resolve_machine
-from backhand.training.observer import Callback, Observer, Observers, as_observers, metrics_file
 from backhand.training.resume import (
     begun_from,
     decisive_settings,

@@ -362,11 +362,9 @@ class GradientSum(Protocol):
 
     def add(self) -> None:
         """Take what the buffer holds as the gradient of this process's next micro-batch."""
-        ...
 
     def total(self) -> None:
         """Put the whole step's gradient into the buffer."""
-        ...
 
 
 def zero_sum(gradients: Tensor, elements: int) -> Tensor:

@@ -32,8 +32,7 @@ from backhand.nn.loading.transformers_model import load_transformers_model, tran
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
 from backhand.training.engine import BoundModel, Engine, ShortModel
-from backhand.training.memory.coarse import transformers_size
-from backhand.training.memory.parts import ModelSize
+from backhand.training.memory.parts import ModelSize, transformers_size
 from backhand.training.memory.plan import HeldBase
 from backhand.training.shared import Shared
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from backhand.data.examples import Example
 from backhand.nn.compute import compute_settings
 from backhand.terminal import console, table_of, working
+from backhand.training.command_options import PlanOptions
 from backhand.training.machine import Machine, resolve_machine
 from backhand.training.memory.calibration import Speed, calibrate
-from backhand.training.memory.options import PlanOptions
 from backhand.training.memory.plan import LIVE_VIEW, HeldBase
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.rewards.process import RewardProcess

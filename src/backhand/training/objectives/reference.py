@@ -31,7 +31,7 @@ from backhand.training.guards import tensor_digest
 from backhand.training.job import Job
 from backhand.training.keeping import Keeping
 from backhand.training.kept_states import KeptStates
-from backhand.training.leading import versions
+from backhand.training.launch import versions
 from backhand.training.objectives.kto import KTOObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.pairs import PairObjective

@@ -21,7 +21,7 @@ from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
 from backhand.training.objectives.objective import token_owners
-from backhand.training.rewards.certificate import Certificate
+from backhand.training.rewards.guards import Certificate
 from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
 from backhand.training.step import StepWork
 

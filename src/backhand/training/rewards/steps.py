@@ -3,9 +3,9 @@
     prompts ── Rollout ──► answers, rewards ── AnswerBatch ──► advantages, micro-batches ── training_step ──► adapter
 
 Sampler and trainer are one model on the same weights, so there is no mismatch to correct: each step proves it
-(`certificate`). An answer is a function of its row, its number in the group and the step. Which process samples it, and
-what is computed beside it, changes the last bits of its logits at most. A group whose answers all have the same reward
-has no gradient without β and is not trained on.
+(`guards.Certificate`). An answer is a function of its row, its number in the group and the step. Which process samples
+it, and what is computed beside it, changes the last bits of its logits at most. A group whose answers all have the same
+reward has no gradient without β and is not trained on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.training.engine import Trainable
 from backhand.training.measuring import HeldOut, spread
 from backhand.training.rewards.batch import AnswerBatch
-from backhand.training.rewards.certificate import Certificate
-from backhand.training.rewards.guards import RewardGuard
+from backhand.training.rewards.guards import Certificate, RewardGuard
 from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
 from backhand.training.step import AdapterOptimizer, Processes, StepResult, StepSum, training_step
 
