@@ -32,8 +32,8 @@ def require_finite(logits: Tensor) -> None:
         )
 
 
-class Completer(Protocol):
-    """A language model that continues prompts. The decoder engine and the transformers fallback both are one."""
+class LanguageModel(Protocol):
+    """What tells how probable texts are."""
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +42,13 @@ class Completer(Protocol):
     @property
     def shares_prefixes(self) -> bool:
         """Whether documents of a batch may share what they begin with."""
+
+    def token_losses(self, batch: PackedBatch) -> Tensor:
+        """(supervised tokens,) losses in nats, document by document in the batch's order, without gradients."""
+
+
+class Completer(LanguageModel, Protocol):
+    """A language model that continues prompts. The decoder engine and the transformers fallback both are one."""
 
     @property
     def context_tokens(self) -> int:
@@ -65,9 +72,6 @@ class Completer(Protocol):
         Args:
             prompts: token ids, at least one each.
         """
-
-    def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document in the batch's order, without gradients."""
 
     def use_adapter(self, wanted: bool) -> None:
         """Be the adapted model, as at first, or the base model. Raises ValueError if there is no adapter to use."""

@@ -104,12 +104,10 @@ class DecoderEngine(Engine):
     def load(
         self,
         config: LoRAConfig,
-        *,
-        base_model: str | None,
         device: torch.device,
-        recompute: str = "none",
-        base: HeldBase = "dense",
-        shared: Shared | None = None,
+        recompute: str,
+        base: HeldBase,
+        shared: Shared,
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
         slots, trained = self.layout(config)
@@ -118,13 +116,13 @@ class DecoderEngine(Engine):
             return load_weights(self._source, self.config, self._dtype, device, quantized=base == "quantized")
 
         of_these = (self._source.path, self._dtype, device, base)
-        weights = (shared or Shared()).once("weights", of_these, read, only_newest=True)
+        weights = shared.once("weights", of_these, read, only_newest=True)
         decoder = Decoder(self.config, weights, recompute=recompute)
         lora = LoRAParameters(slots, trained=trained, device=device)
         decoder.attach(lora)
-        return _BoundDecoder(decoder, lora, config, self._source, base_model)
+        return _BoundDecoder(decoder, lora, config, self._source)
 
-    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """A few blocks: dense ones of random numbers, so that no weight is read; quantized ones are the file's."""
 
         def load(first: DecoderConfig) -> DecoderWeights:
@@ -144,40 +142,33 @@ def _expert_notes(decoder: Decoder, lora: LoRAParameters) -> list[str]:
 
 
 class _BoundDecoder(BoundModel):
-    def __init__(
-        self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource, base_model: str | None
-    ) -> None:
+    def __init__(self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource) -> None:
         tied = tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)
-        super().__init__(decoder, lora, config, [*tied, *_expert_notes(decoder, lora)])
+        super().__init__(decoder, lora, config, source, [*tied, *_expert_notes(decoder, lora)])
         self._decoder = decoder
-        self._source = source
-        self._base_model = base_model
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        """The adapter as PEFT reads it."""
         return adapter_files(
-            PEFTConfig(self.config, self._base_model, "CAUSAL_LM"),
+            PEFTConfig(self.config, self.base_name, "CAUSAL_LM"),
             self.lora,
             record=record,
             card=card,
             module_names=list(self._decoder.module_shapes()),
-            wrapper=self._source.wrapper,
+            wrapper=self.source.wrapper,
         )
 
     def completer(self) -> EngineCompleter:
-        """The decoder, answering."""
         return EngineCompleter(self._decoder)
 
     @property
     def lower(self) -> LowerLayers:
-        """The decoder's layers below the lowest adapted one."""
         return LowerLayers(self._decoder)
 
     def _start_beside_factors(self) -> None:
         self._decoder.start_values(self.lora)
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:
-        contents = read_adapter(directory, self._source, allow_pickle=allow_pickle)
+        contents = read_adapter(directory, self.source, allow_pickle=allow_pickle)
         factors = match_linear_adapter(contents, self._decoder.module_shapes()).factors
         for name, view in self.lora.named_tensors():
             view.copy_(factors[name])

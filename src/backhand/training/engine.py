@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
-from backhand.generate.completer import Completer
+from backhand.generate.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.decoder import LowerLayers
 from backhand.nn.loading.source import ModelSource
@@ -30,7 +30,7 @@ from backhand.training.memory.states import Below
 from backhand.training.shared import Shared
 
 
-class Trainable(Protocol):
+class Trainable(LanguageModel, Protocol):
     """A frozen base model with at most one adapter."""
 
     @property
@@ -40,14 +40,6 @@ class Trainable(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives and where batches must be."""
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether documents of a batch may share what they begin with."""
 
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter. Raises ValueError for a slot that does not fit the model."""
@@ -76,11 +68,8 @@ class Trainable(Protocol):
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over the supervised positions, 0-d float64, without gradients and without dropout."""
 
-    def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document in the batch's order, likewise."""
-
-    def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
-        """(tokens, vocab) logits of every position, documents kept apart, without dropout."""
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(tokens, vocab) logits of every position of a document, without dropout."""
 
 
 class MoreBlocks(NamedTuple):
@@ -106,11 +95,12 @@ class BoundModel(ABC):
         notes: what may interest a person, such as weights that training unties.
     """
 
-    def __init__(self, model: Trainable, lora: LoRAParameters, config: LoRAConfig, notes: Sequence[str] = ()) -> None:
-        self.model = model
-        self.lora = lora
-        self.config = config
+    def __init__(
+        self, model: Trainable, lora: LoRAParameters, config: LoRAConfig, source: ModelSource, notes: Sequence[str]
+    ) -> None:
+        self.model, self.lora, self.config, self.source = model, lora, config, source
         self.notes = tuple(notes)
+        self.base_name = source.hub_id or str(source.path.resolve())  # as adapter_config.json has it
 
     @property
     def lower(self) -> LowerLayers | None:
@@ -210,12 +200,10 @@ class Engine(ABC):
     def load(
         self,
         config: LoRAConfig,
-        *,
-        base_model: str | None,
         device: torch.device,
-        recompute: str = "none",
-        base: HeldBase = "dense",
-        shared: Shared | None = None,
+        recompute: str,
+        base: HeldBase,
+        shared: Shared,
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero.
 
@@ -225,5 +213,5 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """A few of the model's blocks, to measure in place of the whole."""

@@ -61,14 +61,7 @@ def build_job(
     source, memory = outline.source, outline.memory
     if processes.leads:
         processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
-    bound = outline.engine.load(
-        outline.config.adapter,
-        base_model=source.hub_id or str(source.path.resolve()),
-        device=machine.device,
-        recompute=memory.recompute,
-        base=memory.base,
-        shared=shared,
-    )
+    bound = outline.engine.load(outline.config.adapter, machine.device, memory.recompute, memory.base, shared)
     resolved = _resolved(outline, machine)
     set_values(resolved, bound)
     measured = chain.from_iterable(rows.examples.documents for rows in (outline.held_out, outline.train) if rows)

@@ -87,12 +87,9 @@ class _RecordFunction(Observer):
         self._function = function
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """Pass on."""
         self._function(record)
 
-    def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Pass on."""
-        self._function(record)
+    evaluated = stepped
 
 
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
@@ -168,16 +165,15 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-EXPERIMENT = "backhand"
+_PROJECT = "backhand"  # or experiment
 # MLflow refuses longer values of parameters.
 _LONGEST_VALUE = 6000
 
 
-class MLflowLogger:
+class _MLflow:
     """A run of the experiment `backhand`, or of MLFLOW_EXPERIMENT_NAME."""
 
     def begin(self, start: RunStart) -> None:
-        """Create the run, and log every option as a parameter."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -185,7 +181,7 @@ class MLflowLogger:
         directory.mkdir(exist_ok=True)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         experiment = self._client.get_experiment_by_name(name)
         identity = (
             self._client.create_experiment(name, artifact_location=(directory / "mlflow-artifacts").as_uri())
@@ -197,7 +193,6 @@ class MLflowLogger:
         self._client.log_batch(self._run, params=parameters)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """All figures of a step at once."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -205,15 +200,13 @@ class MLflowLogger:
         self._client.log_batch(self._run, metrics=metrics)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Say how it ended."""
         self._client.set_terminated(self._run, "FINISHED" if summary else "KILLED")
 
 
-class TensorBoardLogger:
+class _TensorBoard:
     """Writes scalars, and the configuration as a text."""
 
     def begin(self, start: RunStart) -> None:
-        """Open the event file; steps that are about to be done again are purged."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(
@@ -223,30 +216,24 @@ class TensorBoardLogger:
         self._writer.add_text("config", "\n".join(f"    {line}" for line in options.splitlines()))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """A scalar a figure."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Log whether it ended well, and close the file."""
         self._writer.add_text("ended", "finished" if summary else "not finished")
         self._writer.close()
 
 
-PROJECT = "backhand"
-
-
-class TrackioLogger:
+class _Trackio:
     """A run named like the directory; a continued run goes on in the same one."""
 
     def begin(self, start: RunStart) -> None:
-        """Begin, or go on."""
         import trackio
 
         # It prints greetings to standard output, which belongs to the command.
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
                 name=start.directory.name,
                 config={name: str(value) for name, value in start.config.items()},
                 resume="allow" if start.step else "never",
@@ -256,28 +243,25 @@ class TrackioLogger:
             )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """The figures of a step."""
         self._run.log(dict(values), step=step)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Wait until everything is written, the figures of the summary last."""
         if summary:
             self._run.log({f"summary/{name}": value for name, value in figures(summary).items()})
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
 
 
-class WandbLogger:
+class _Wandb:
     """A run of the project `backhand`, or of WANDB_PROJECT; a continued run is another one in the same group."""
 
     def begin(self, start: RunStart) -> None:
-        """Begin a run named like the directory."""
         import wandb
 
         directory = start.directory / LOGS
         directory.mkdir(exist_ok=True)
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=start.directory.name,
             group=str(start.directory),
             dir=str(directory),
@@ -287,21 +271,19 @@ class WandbLogger:
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """A row a step: what an evaluation finds after a step belongs to the same row."""
         self._run.log(dict(values), step=step)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Keep the summary, and finish."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=0 if summary else 1)
 
 
 # An extra's package by the name of its logger.
 _LOGGERS: Mapping[str, Callable[[], Logger]] = {
-    "tensorboard": TensorBoardLogger,
-    "wandb": WandbLogger,
-    "mlflow": MLflowLogger,
-    "trackio": TrackioLogger,
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
 }
 
 

@@ -14,7 +14,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.split import neutral_texts
 from backhand.errors import present
-from backhand.generate.completer import Completer
+from backhand.generate.completer import LanguageModel
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource
@@ -71,7 +71,7 @@ class HeldOut:
         found = processes.each(tokens, nats, interruptible=interruptible)
         return None if found is None else left_sum(found) / self.supervised_tokens
 
-    def token_losses(self, model: Trainable | Completer) -> Iterator[tuple[Example, Tensor]]:
+    def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Every document with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
         for _, examples, batch in self._packed(model.shares_prefixes):
             losses = model.token_losses(batch.to(model.device)).cpu()

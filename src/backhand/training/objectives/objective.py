@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.generate.completer import Completer
+from backhand.generate.completer import LanguageModel
 from backhand.nn.batch import TokenLoss
 from backhand.training.engine import Trainable
 from backhand.training.kept_states import KeptStates
@@ -135,7 +135,7 @@ def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor
 
 
 def document_sums(
-    model: Trainable | Completer,
+    model: LanguageModel,
     packer: RowPacker,
     rows: Sequence[int],
     micro_batch_rows: int,
