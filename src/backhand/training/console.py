@@ -97,18 +97,11 @@ class TerminalObserver(Observer):
         if self._bar is not None:
             if self._step == self._total:  # the bar stands still from here on
                 facts += f"  {self._doing()}"
-            self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
-        elif (
-            record["step"] % self._plain_every == 0
-            or record["step"] in (1, self._total)
-            or silent_for_s() > SILENCE_S / 2
-        ):
-            self._print(f"step {record['step']}/{self._total}  {facts}{self._left(record)}")
-
-    def _left(self, record: Mapping[str, Any]) -> str:
-        """Time for the steps that remain, from the mean of those done; the bar has its own."""
-        steps = self._total - record["step"]
-        return f"  {duration(record['time_s'] / record['step'] * steps)} left" if steps > 0 else ""
+            self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts)
+        elif self._step % self._plain_every == 0 or self._step in (1, self._total) or silent_for_s() > SILENCE_S / 2:
+            steps = self._total - self._step  # that remain, as long as those done were in the mean; the bar has its own
+            left = f"  {duration(record['time_s'] / self._step * steps)} left" if steps > 0 else ""
+            self._print(f"step {self._step}/{self._total}  {facts}{left}")
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Show the held-out loss."""
@@ -190,7 +183,13 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
-    lines += [_improvement(summary), *_pairs(summary), *_right(summary), _memory(summary)]
+    lines.append(_improvement(summary))
+    if (pairs := summary.held_out_pairs) is not None:
+        accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
+        rightly = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
+        lines.append(f"Of the held-out pairs {rightly}.")
+    predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
+    lines += [*_right(summary), f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}."]
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     if summary.malformed_rows:
@@ -231,14 +230,6 @@ def _improvement(summary: RunSummary) -> str:
     )
 
 
-def _pairs(summary: RunSummary) -> list[str]:
-    found = summary.held_out_pairs
-    if found is None:
-        return []
-    accuracy, margin = found["rewards/accuracies"], found["rewards/margins"]
-    return [f"Of the held-out pairs {accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean."]
-
-
 def _right(summary: RunSummary) -> list[str]:
     """How many held-out answers are exactly right, and of labels the accuracy."""
     base, adapted = summary.base_exact_match, summary.adapted_exact_match
@@ -254,13 +245,6 @@ def _right(summary: RunSummary) -> list[str]:
             f"{after['accuracy']:.1%}, macro F1 {before['f1_macro']:.3f} → {after['f1_macro']:.3f}."
         )
     return lines
-
-
-def _memory(summary: RunSummary) -> str:
-    text = f"Peak memory {in_words(summary.peak_rss_bytes)}"
-    if summary.predicted_rss_bytes:
-        text += f", {in_words(summary.predicted_rss_bytes)} predicted"
-    return text + "."
 
 
 def _exp(loss: float) -> str:

@@ -41,7 +41,7 @@ def run_facts(job: Job) -> dict[str, Any]:
     Of the rows it holds the first few, token by token, and no others. Norms are Frobenius norms of the base weights in
     the compute dtype, None where a module has no weight of its own.
     """
-    tokenizer = job.source.tokenizer()
+    tokenizer, names = job.source.tokenizer(), job.source.config.get("architectures")
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "total_steps": job.total_steps,
@@ -50,7 +50,7 @@ def run_facts(job: Job) -> dict[str, Any]:
             "origin": job.source.origin,
             "hub_id": job.source.hub_id,
             "file": str(job.source.path) if isinstance(job.source, GGUFModel) else None,
-            "architecture": _architecture(job.source.config),
+            "architecture": str(names[0]) if isinstance(names, list) and names else None,
             "engine": job.engine.name,
             "note": job.engine.note,
             "dtype": job.config.model.dtype,
@@ -77,11 +77,6 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(terse=True),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _architecture(config: dict[str, Any]) -> str | None:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else None
 
 
 def _modules(job: Job) -> list[dict[str, Any]]:

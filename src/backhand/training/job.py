@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 
-from backhand.training.config import Recompute, TrainConfig
+from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
 from backhand.training.machine import Machine
 from backhand.training.measuring import quantization_notes
-from backhand.training.memory.plan import HeldBase
 from backhand.training.prepared import Outline, outline_run, set_values
 from backhand.training.resume import Identity
 from backhand.training.shared import Shared
@@ -56,13 +54,18 @@ def build_job(
     shared = shared or Shared()
     processes = Processes() if processes is None else processes
     if not processes.leads:
-        config = _cut_as(config, *json.loads(processes.follow(b"")))
+        rows, recompute, base = processes.agreed(None)
+        optimization = replace(config.optimization, micro_batch_rows=rows)
+        model = replace(config.model, recompute=recompute, base=base)
+        config = replace(config, optimization=optimization, model=model)
     outline = outline_run(config, machine, typed=typed, shared=shared)
     source, memory = outline.source, outline.memory
     if processes.leads:
-        processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
+        processes.agreed([memory.micro_batch_rows, memory.recompute, memory.base])
     bound = outline.engine.load(outline.config.adapter, machine.device, memory.recompute, memory.base, shared)
-    resolved = _resolved(outline, machine)
+    rate, reason = outline.rate(outline.config.optimization)
+    rate_note = () if reason is None else (f"learning rate: {reason}",)
+    resolved = _resolved(outline, machine, rate)
     set_values(resolved, bound)
     measured = chain.from_iterable(rows.examples.documents for rows in (outline.held_out, outline.train) if rows)
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
@@ -72,22 +75,12 @@ def build_job(
             "config": resolved,
             "bound": bound,
             "identity": Identity(resolved, source, list(bound.lora.slots), outline.train, outline.held_out),
-            "notes": (*_rate_note(outline), *outline.notes, *quantized, *bound.notes),
+            "notes": (*rate_note, *outline.notes, *quantized, *bound.notes),
         }
     )
 
 
-def _cut_as(config: TrainConfig, micro_batch_rows: int, recompute: Recompute, base: HeldBase) -> TrainConfig:
-    optimization = replace(config.optimization, micro_batch_rows=micro_batch_rows)
-    return replace(config, optimization=optimization, model=replace(config.model, recompute=recompute, base=base))
-
-
-def _rate_note(outline: Outline) -> tuple[str, ...]:
-    _, reason = outline.rate(outline.config.optimization)
-    return () if reason is None else (f"learning rate: {reason}",)
-
-
-def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
+def _resolved(outline: Outline, machine: Machine, learning_rate: float) -> TrainConfig:
     """The configuration with everything written down that was chosen."""
     config, memory, total_steps = outline.config, outline.memory, outline.total_steps
     often = five_times(total_steps)
@@ -106,7 +99,7 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         ),
         optimization=replace(
             config.optimization,
-            learning_rate=outline.rate(config.optimization)[0],
+            learning_rate=learning_rate,
             micro_batch_rows=memory.micro_batch_rows,
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),

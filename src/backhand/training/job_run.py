@@ -48,12 +48,12 @@ from backhand.training.memory.process import MemoryKeeper, crowded_note
 from backhand.training.objectives.objective import HeldOutObjective, Objective
 from backhand.training.objectives.reference import run_objectives
 from backhand.training.resume import (
-    BaseCheck,
     begun_from,
-    check_same_frozen,
-    check_same_run,
+    frozen_differences,
     proof_begin,
     prove_resume,
+    refuse_differences,
+    run_differences,
     state_digests,
 )
 from backhand.training.rewards.guards import BOUNDS, Certificate, RewardGuard
@@ -91,7 +91,10 @@ class JobRun:
         memory = MemoryKeeper(job.memory.peak_bytes) if config.model.tune_allocator else None
         with self.interruption.graceful(), ExitStack() as places:
             store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
-            begin = self._proof_begin(store)
+            begin: int | None = None  # the step that the proof of resuming repeats the run from
+            if self.processes.leads:
+                begin = proof_begin(store, self.checkpoint, config.run.prove_resume, job.total_steps)
+            begin = self.processes.agreed(begin)
             saver = Saver(
                 self.directory,
                 store,
@@ -109,11 +112,13 @@ class JobRun:
             self.begun = True
             finished_before = state.progress.finished
             log = proof_log(self.directory) if self.processes.leads else _unwritten
-            base_guard = self._guard_base(log)
+            base_guard = BaseGuard(job.bound.model, log)
+            digest = self._frozen_digest = base_guard.digest
+            if self.checkpoint is not None and self.processes.leads:
+                self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._check_same(state)
             save = self._saving(saver, state)
-            digest, noted = base_guard.digest, self.observer.noted
-            keeps = keeping(job, self.directory, digest, log=log, noted=noted, shared=self.shared)
+            keeps = keeping(job, self.directory, digest, log=log, noted=self.observer.noted, shared=self.shared)
             kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(kept, log)
             rewarded = self._rewarded(places, log)
@@ -154,14 +159,6 @@ class JobRun:
                 summary = self._answer(summary)
         self.observer.ended(summary)
         return summary
-
-    def _proof_begin(self, store: CheckpointStore) -> int | None:
-        """See `resume.proof_begin`; the first process has the checkpoints."""
-        begin = None
-        if self.processes.leads:
-            begin = proof_begin(store, self.checkpoint, self.job.config.run.prove_resume, self.job.total_steps)
-        found: int | None = json.loads(self.processes.follow(json.dumps(begin).encode()))
-        return found
 
     def _check_same(self, state: RunState) -> None:
         """What the processes have read and are about to change must be equal. Raises ArtifactError."""
@@ -230,7 +227,7 @@ class JobRun:
             self._write_facts()
             return
         if self.checkpoint is not None:
-            check_same_run(self.checkpoint.facts, job.identity, self._base_check())
+            self._refuse(run_differences(self.checkpoint.facts, job.identity))
         self.directory.mend()
         self.directory.make_checkpoints()
         self._write_facts()
@@ -260,14 +257,6 @@ class JobRun:
             save(False)  # unless it is saved
             return loop.state.progress.finished
 
-    def _guard_base(self, log: ProofLog) -> BaseGuard:
-        """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""
-        guard = BaseGuard(self.job.bound.model, log)
-        self._frozen_digest = guard.digest
-        if self.checkpoint is not None and self.processes.leads:
-            check_same_frozen(self.checkpoint.facts, guard.digest, self._base_check())
-        return guard
-
     def _check_files(self) -> Callable[[], None]:
         """Asked at every step: are the base's mapped files as they were? Warns where they do not fit into memory."""
         source = self.job.source
@@ -278,8 +267,8 @@ class JobRun:
             self.observer.noted(note)
         return source.check_unchanged
 
-    def _base_check(self) -> BaseCheck:
-        return BaseCheck(self.directory.path, self.job.config.model.force_base, self.observer.noted)
+    def _refuse(self, differences: list[str]) -> None:
+        refuse_differences(differences, self.directory.path, self.job.config.model.force_base, self.observer.noted)
 
     def _interrupted(self, state: RunState, next_step: str) -> Interrupted:
         return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
@@ -314,7 +303,7 @@ class JobRun:
         started_from = self.job.config.run.from_adapter
         if self.job.config.run.resume and self.processes.leads:
             started_from = begun_from(self.directory.path)
-        started_from = json.loads(self.processes.follow(json.dumps(started_from).encode()))
+        started_from = self.processes.agreed(started_from)
         return run_objectives(
             self.job,
             self.directory,
@@ -344,7 +333,7 @@ class JobRun:
         guard = RewardGuard(self.observer.noted)
         lines = self.directory.lines(METRICS) if processes.leads else []
         before = [line for line in lines if "no_gradient_groups" in line]  # steps, if this goes on
-        for measured in json.loads(processes.follow(json.dumps(before).encode())):
+        for measured in processes.agreed(before):
             guard.remember(measured)
         return RewardedSteps(
             rollout,

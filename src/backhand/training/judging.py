@@ -202,7 +202,11 @@ class Judge:
         progress = self.state.progress
         progress.first_eval_loss = progress.eval_loss = loss
         progress.base_eval_loss = loss
-        if self.held_out is not None and not _is_fresh(self.state):
+        factors = self.state.lora.named_tensors()
+        fresh = self.state.lora.plain and not any(
+            bool(torch.any(tensor)) for name, tensor in factors if name.endswith(".lora_B")
+        )
+        if self.held_out is not None and not fresh:
             self.model.detach()
             try:
                 progress.base_eval_loss = self.held_out.loss(self.model, self.processes, interruptible=False)
@@ -243,10 +247,3 @@ class Judge:
             self.base_guard.check()
         progress.finished = True
         return True
-
-
-def _is_fresh(state: RunState) -> bool:
-    """Whether the adapter is known to change nothing yet: plain factors, every lora_B zero."""
-    return state.lora.plain and not any(
-        bool(torch.any(tensor)) for name, tensor in state.lora.named_tensors() if name.endswith(".lora_B")
-    )

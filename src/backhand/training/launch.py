@@ -12,7 +12,6 @@ they are the same model and rows is compared by their digests.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -209,34 +208,29 @@ def followed(
     """
     if processes.size == 1:
         return config, done
-    told = {"config": config_table(config), "done": None if done is None else dataclasses.asdict(done)}
-    led = json.loads(processes.follow(json.dumps(told).encode()))
+    table, summary = processes.agreed([config_table(config), done and dataclasses.asdict(done)])
     if processes.leads:
         return config, done
-    taken = config_from_table(led["config"], "rank 0")
+    taken = config_from_table(table, "rank 0")
     usual = TrainConfig()
     parts = {}
     for part, names in _OWN.items():
         own, there, normal = (getattr(which, part) for which in (config, taken, usual))
         kept = {name: value for name in names if (value := getattr(own, name)) != getattr(normal, name)}
         parts[part] = replace(there, **kept)
-    return replace(taken, **parts), None if led["done"] is None else RunSummary(**led["done"])
+    return replace(taken, **parts), summary and RunSummary(**summary)
 
 
 def shared_checkpoint(checkpoint: Checkpoint | None, processes: Processes) -> Checkpoint | None:
     """The checkpoint of the first process, byte for byte."""
     if processes.size == 1:
         return checkpoint
-    head: dict[str, Any] = {}
-    if checkpoint is not None:
-        head = {"step": checkpoint.step, "facts": dict(checkpoint.facts), "files": list(checkpoint.contents)}
-    head = json.loads(processes.follow(json.dumps(head).encode()))
-    if not head:
+    head = processes.agreed(checkpoint and [checkpoint.step, dict(checkpoint.facts), list(checkpoint.contents)])
+    if head is None:
         return None
-    contents = {
-        name: processes.follow(b"" if checkpoint is None else checkpoint.contents[name]) for name in head["files"]
-    }
-    return Checkpoint(head["step"], contents, head["facts"])
+    step, facts, names = head
+    mine = {} if checkpoint is None else checkpoint.contents
+    return Checkpoint(step, {name: processes.follow(mine.get(name, b"")) for name in names}, facts)
 
 
 def continued_after_restart(config: TrainConfig) -> TrainConfig:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -128,9 +129,15 @@ def outline_run(
         disk_bytes=free_bytes(config.run.output.absolute()),
         processes_here=machine.here,
     )
-    notes = (*given.notes, *_base_notes(given.source, memory), *([states.note] if states.note else []))
+    notes = list(given.notes)
+    if memory.base == "quantized" and (slow := given.source.unpacked_slowly):
+        notes.append(
+            f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower"
+        )
+    if states.note is not None:
+        notes.append(states.note)
     return Outline(
-        **vars(given) | {"notes": notes},
+        **vars(given) | {"notes": tuple(notes)},
         size=engine.size(given.layout, memory.base),
         budget_bytes=budget_bytes,
         memory=states.beside(memory),
@@ -178,7 +185,9 @@ def _given(
         *(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes)),
         partial(shared.once, "gain", [slot.name for slot in layout.slots], lambda: gain(source, layout.slots)),
     )
-    _check_tokens(given, tokenizer)
+    beyond = (data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None)
+    texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
+    check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)
     return given
 
 
@@ -253,23 +262,6 @@ def _below(given: Given, machine: Machine) -> Below:
     if machine.device.type == "cpu" or below.dependent is not None:
         return below
     return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
-
-
-def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
-    """What a person should know of the base as it is held."""
-    slow = source.unpacked_slowly
-    if memory.base == "dense" or not slow:
-        return ()
-    return (f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower",)
-
-
-def _check_tokens(given: Given, tokenizer: Any) -> None:
-    """Raise DataError where the run would meet a token that the model does not have."""
-    vocab_size = given.engine.vocab_size
-    for data in filter(None, (given.train, given.held_out)):
-        check_vocabulary(data.examples.beyond(vocab_size), vocab_size, tokenizer)
-    texts = ((text.numpy(), "neutral_texts.txt") for text in given.neutral.documents)
-    check_vocabulary(texts, vocab_size, tokenizer)
 
 
 def _packer(

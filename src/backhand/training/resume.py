@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -229,50 +229,33 @@ def begun_from(directory: Path) -> str | None:
     return load_config(directory / CONFIG).run.from_adapter
 
 
-@dataclass(frozen=True)
-class BaseCheck:
-    """What to do about a base model that is not the one the run began with."""
-
-    directory: Path
-    force: bool  # say so and go on
-    warn: Callable[[str], None]  # told, in one sentence
-
-    def judge(self, differences: list[str]) -> None:
-        """Raise UsageError for the differences, unless they are forced and of the base alone."""
-        if self.force and all(difference in (_BASE_CHANGED, _FROZEN_CHANGED) for difference in differences):
-            for difference in differences:
-                self.warn(f"{difference}; continuing all the same, as --force-base says")
-        elif differences:
-            raise _refused(differences, self.directory)
-
-
-def check_same_run(facts: Mapping[str, Any], identity: Identity, base: BaseCheck) -> None:
-    """Compare a checkpoint's digests and settings with those of today.
-
-    Raises:
-        UsageError: lists everything that is not as it was.
-    """
+def run_differences(facts: Mapping[str, Any], identity: Identity) -> list[str]:
+    """What of a checkpoint's digests and settings is not as it is today."""
     today = identity.facts
     differences = [] if facts.get("base_digest") == today["base_digest"] else [_BASE_CHANGED]
     differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
-    differences += _changed_settings(facts.get("settings"), today["settings"])
-    base.judge(differences)
+    # config.toml is what a resumed run goes by: somebody may have written into it. An option that a checkpoint does not
+    # name did not exist when it was written; what it says by default was done then.
+    before, there, now = decisive_settings(_as_it_was(TrainConfig())), facts.get("settings"), today["settings"]
+    before |= there if isinstance(there, dict) else {}
+    changed = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+    return differences + [
+        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in changed
+    ]
 
 
-def check_same_frozen(facts: Mapping[str, Any], frozen_digest: str, base: BaseCheck) -> None:
-    """Compare every frozen tensor, as loaded, with those of the checkpoint. Raises UsageError."""
-    base.judge([] if facts.get("frozen_digest") == frozen_digest else [_FROZEN_CHANGED])
+def frozen_differences(facts: Mapping[str, Any], frozen_digest: str) -> list[str]:
+    """The same of every frozen tensor, as loaded."""
+    return [] if facts.get("frozen_digest") == frozen_digest else [_FROZEN_CHANGED]
 
 
-def _changed_settings(before: object, today: Mapping[str, Any]) -> Iterator[str]:
-    """config.toml is what a resumed run goes by: somebody may have written into it.
-
-    An option that a checkpoint does not name did not exist when it was written; what it says by default was done then.
-    """
-    before = {**decisive_settings(_as_it_was(TrainConfig())), **(before if isinstance(before, dict) else {})}
-    for name in sorted({*before, *today}):
-        if before.get(name) != today.get(name):
-            yield f"{name}: {before.get(name)!r} in the checkpoint, {today.get(name)!r} in {CONFIG}"
+def refuse_differences(differences: list[str], directory: Path, force: bool, warn: Callable[[str], None]) -> None:
+    """Raise UsageError for the differences, unless they are of the base alone and forced: then `warn` of them."""
+    if force and all(difference in (_BASE_CHANGED, _FROZEN_CHANGED) for difference in differences):
+        for difference in differences:
+            warn(f"{difference}; continuing all the same, as --force-base says")
+    elif differences:
+        raise _refused(differences, directory)
 
 
 def _refused(differences: list[str], directory: Path) -> UsageError:
@@ -351,15 +334,8 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     if not completed:
         return False
     different = [name for name, digest in wanted.items() if found[name] != digest]
-    log(
-        Proof(
-            f"the last {steps} steps, repeated from a checkpoint, end in the same bits",
-            not different,
-            len(different),
-            0,
-            kind="resume",
-        )
-    )
+    said = f"the last {steps} steps, repeated from a checkpoint, end in the same bits"
+    log(Proof(said, not different, len(different), 0, kind="resume"))
     if different:
         raise CheckError(
             f"the last {steps} steps, repeated from the checkpoint of step {checkpoint.step}, end in other bits",

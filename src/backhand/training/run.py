@@ -39,7 +39,7 @@ from backhand.training.launch import (
     typed_elsewhere,
     versions,
 )
-from backhand.training.loggers import Callback, Observer, Observers, as_observers, chosen_loggers, metrics_file
+from backhand.training.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
 from backhand.training.machine import resolve_machine
 from backhand.training.resume import (
     begun_from,
@@ -122,7 +122,8 @@ def _train(
                 refuse_inputs_inside(directory.path, _inputs(config), owned=OWNED)
             if run.resume and processes.leads:
                 config = resumed_config(config, directory.path, typed).validate()
-                checkpoint = _newest_checkpoint(directory, terminal)
+                if directory.checkpoints.is_dir():
+                    checkpoint = CheckpointStore(directory.checkpoints, directory.files, terminal.noted).newest_valid()
                 if checkpoint is None:
                     config = replace(config, run=replace(config.run, from_adapter=begun_from(directory.path)))
                 else:
@@ -169,12 +170,6 @@ def _opened(run: RunOptions, files: FileLayer | None, processes: Processes) -> I
         return
     with opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory:
         yield directory
-
-
-def _newest_checkpoint(directory: RunDirectory, observer: Observer) -> Checkpoint | None:
-    if not directory.checkpoints.is_dir():
-        return None
-    return CheckpointStore(directory.checkpoints, directory.files, observer.noted).newest_valid()
 
 
 def _finished(checkpoint: Checkpoint, config: TrainConfig, directory: RunDirectory) -> RunSummary | None:

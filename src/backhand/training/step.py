@@ -21,6 +21,7 @@ is one process alone; `distributed` has several, which give the same bits unless
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -327,6 +328,10 @@ class Processes:
     def follow(self, value: bytes) -> bytes:
         """The value of the first process."""
         return value
+
+    def agreed(self, value: Any) -> Any:
+        """The same of what JSON holds."""
+        return json.loads(self.follow(json.dumps(value).encode()))
 
     def same(self, facts: Mapping[str, Any]) -> None:
         """Compare what processes must have alike. Raises ArtifactError naming what differs, and both sides."""

@@ -131,8 +131,11 @@ def _print(console: Console, found: RunPlan) -> None:
         f"step: {outline.config.optimization.batch_rows} rows, {cut}",
         *(f"kept: {line}" for line in (outline.states.line(),) if line is not None),
     )
-    for fact in (*facts, *_processes(machine)):
+    for fact in facts:
         console.print(fact, soft_wrap=True)
+    if machine.here > 1:
+        each = "each of which takes what follows; a mapped base is there once"
+        console.print(f"processes: {machine.here} on this machine, {each}", soft_wrap=True)
     shown = table_of("memory", "size", right=("size",))
     for name, size in memory.parts.items():
         shown.add_row(name, in_words(size))
@@ -150,12 +153,6 @@ def _print(console: Console, found: RunPlan) -> None:
         console.print(rows)
     if found.speed is not None:
         _print_speed(console, found, found.speed)
-
-
-def _processes(machine: Machine) -> list[str]:
-    if machine.here == 1:
-        return []
-    return [f"processes: {machine.here} on this machine, each of which takes what follows; a mapped base is there once"]
 
 
 def _bases(outline: Outline) -> str:

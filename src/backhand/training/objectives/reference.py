@@ -134,7 +134,7 @@ def _reference(
 ) -> dict[str, Tensor]:
     """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
     mine = _kept(directory, digests, noted) if processes.leads else None
-    there: dict[str, list[float]] | None = json.loads(processes.follow(json.dumps(mine).encode()))
+    there: dict[str, list[float]] | None = processes.agreed(mine)
     rows = job.memory.micro_batch_rows
     if there is not None:
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in there.items()}

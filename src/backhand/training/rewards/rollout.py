@@ -5,7 +5,6 @@ Before any answer is written, memory is planned as if every answer were as long 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -81,7 +80,7 @@ class Rollout:
                 told = {"rewards": self.functions.rewards(written)}
             except CheckError as error:
                 told = {"error": [error.what, error.where, error.why, error.next_step]}
-        told = json.loads(self.processes.follow(json.dumps(told).encode()))
+        told = self.processes.agreed(told)
         if "error" in told:
             what, where, why, next_step = told["error"]
             raise CheckError(what, where=where, why=why, next_step=next_step)
