@@ -12,7 +12,7 @@ from functools import partial
 from backhand.data.messages import Message
 from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generate.command import read_text
-from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generate.loading import loaded_model
 from backhand.generate.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generate.session import GenerationSession
 from backhand.printing import may_be_silent, say, write_answer
@@ -60,9 +60,11 @@ def chat_command(options: ChatOptions) -> None:
                 import readline  # noqa: F401 - gives input() its line editing and history
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
-        conversation = Conversation(
-            session, options.sampling, system=options.template.system, voices=_voices(loaded, options)
-        )
+        voices = [Voice()]
+        if options.chat.compare:
+            use = loaded.model.use_adapter
+            voices = [Voice(label, partial(use, wanted)) for label, wanted in compared_labels(options.chat.adapter)]
+        conversation = Conversation(session, options.sampling, system=options.template.system, voices=voices)
         if options.chat.prompt is not None:
             if interactive:
                 say(f"{ASK}{options.chat.prompt}", file=sys.stdout)
@@ -100,13 +102,6 @@ class Voice:
     label: str | None = None  # printed above its answers; None where it is the only one
     begin: Callable[[], None] = lambda: None  # makes the model compute as this voice does
     messages: list[Message] = field(default_factory=list)  # system, user and assistant turns so far
-
-
-def _voices(loaded: LoadedModel, options: ChatOptions) -> list[Voice]:
-    if not options.chat.compare:
-        return [Voice()]
-    labels = compared_labels(options.chat.adapter)
-    return [Voice(label, partial(loaded.model.use_adapter, wanted)) for label, wanted in labels]
 
 
 class Conversation:
@@ -167,7 +162,8 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Every voice answers this message, whatever it begins with."""
-        sampling = self._next_sampling()
+        sampling = replace(self._sampling, seed=(self._sampling.seed + self._turns) % 2**63)
+        self._turns += 1
         for voice in self.voices:
             if voice.label is not None:
                 self._write(f"{voice.label}:\n")
@@ -201,10 +197,6 @@ class Conversation:
         else:
             # An answer of nothing: two user turns in a row are what some templates refuse.
             messages.pop()
-
-    def _next_sampling(self) -> SamplingOptions:
-        self._turns += 1
-        return replace(self._sampling, seed=(self._sampling.seed + self._turns - 1) % 2**63)
 
 
 def _print_note(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 
 import torch
 
@@ -29,8 +28,7 @@ from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import ModelOptions
 from backhand.training.engine import BoundModel, Engine, ShortModel
 from backhand.training.memory.parts import ModelSize, decoder_size
-from backhand.training.memory.plan import HeldBase
-from backhand.training.memory.states import Below
+from backhand.training.memory.plan import Below, HeldBase
 from backhand.training.shared import Shared
 from backhand.training.short_decoder import short_decoder
 
@@ -93,13 +91,11 @@ class DecoderEngine(Engine):
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
-        quantized = self._quantized_bytes if base == "quantized" else None
+        source, quantized = self._source, None
+        if base == "quantized":
+            names = (name for name in source.tensor_names() if len(source.shape(name)) == 2)
+            quantized = sum(map(source.stored_bytes, names))
         return decoder_size(self.config, layout, self._dtype, quantized)
-
-    @cached_property
-    def _quantized_bytes(self) -> int:
-        source = self._source
-        return sum(source.stored_bytes(name) for name in source.tensor_names() if len(source.shape(name)) == 2)
 
     def load(
         self,
@@ -132,19 +128,13 @@ class DecoderEngine(Engine):
         return short_decoder(self.config, layout, self._dtype, device, recompute, load if base == "quantized" else None)
 
 
-def _expert_notes(decoder: Decoder, lora: LoRAParameters) -> list[str]:
-    """A sentence where there are experts, and none of them is adapted."""
-    if decoder.config.mixture is None or any(slot.experts for slot in lora.slots.values()):
-        return []
-    return [
-        f"the experts stay as they are; {','.join(part for (part,) in EXPERT_GROUPS)} as target_parameters adapts them"
-    ]
-
-
 class _BoundDecoder(BoundModel):
     def __init__(self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource) -> None:
-        tied = tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)
-        super().__init__(decoder, lora, config, source, [*tied, *_expert_notes(decoder, lora)])
+        notes = [*tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)]
+        if decoder.config.mixture is not None and not any(slot.experts for slot in lora.slots.values()):
+            parts = ",".join(part for (part,) in EXPERT_GROUPS)
+            notes.append(f"the experts stay as they are; {parts} as target_parameters adapts them")
+        super().__init__(decoder, lora, config, source, notes)
         self._decoder = decoder
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
@@ -202,17 +192,11 @@ def choose_engine(options: ModelOptions, source: ModelSource, dtype: torch.dtype
                     why="; ".join(error.problems),
                     next_step=f"leave out --{option.replace('_', '-')}",
                 ) from None
-        return _transformers(source, dtype, fallback_note(error))
-
-
-def fallback_note(error: UnsupportedModel) -> str:
-    """Why not the decoder engine, what that costs, and what would change it; one line."""
-    problems = "; ".join(error.problems[:_SHOWN_PROBLEMS])
-    more = f"; and {len(error.problems) - _SHOWN_PROBLEMS} more" if len(error.problems) > _SHOWN_PROBLEMS else ""
-    return (
-        f"transformers and autograd compute this {error.model_type} model, not the decoder engine ({problems}{more}). "
-        f"{COST}. {error.remedy}."
-    )
+        problems = "; ".join(error.problems[:_SHOWN_PROBLEMS])
+        if (more := len(error.problems) - _SHOWN_PROBLEMS) > 0:
+            problems += f"; and {more} more"
+        what = f"transformers and autograd compute this {error.model_type} model, not the decoder engine"
+        return _transformers(source, dtype, f"{what} ({problems}). {COST}. {error.remedy}.")
 
 
 _SHOWN_PROBLEMS = 3

@@ -25,8 +25,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix
 from backhand.training.memory.parts import ModelSize
-from backhand.training.memory.plan import HeldBase
-from backhand.training.memory.states import Below
+from backhand.training.memory.plan import Below, HeldBase
 from backhand.training.shared import Shared
 
 
@@ -142,14 +141,6 @@ class BoundModel(ABC):
         """Copy the values of an adapter into the buffers."""
 
 
-def wrapper_notes(source: ModelSource) -> tuple[str, ...]:
-    """That a text model lies inside an image model."""
-    if source.wrapper is None:
-        return ()
-    what = f"the text model inside a {source.wrapper.model_type} model"
-    return (f"{what}: its other parts are neither loaded nor counted; the adapter is named as {source.wrapper.prefix}",)
-
-
 class Engine(ABC):
     """A way to compute a model, known before its weights are read."""
 
@@ -165,7 +156,11 @@ class Engine(ABC):
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
         self._source = source
         self._dtype = dtype
-        self.notes = wrapper_notes(source)
+        self.notes = ()
+        if (wrapper := source.wrapper) is not None:
+            what = f"the text model inside a {wrapper.model_type} model"
+            note = f"{what}: its other parts are neither loaded nor counted; the adapter is named as {wrapper.prefix}"
+            self.notes = (note,)
 
     @property
     @abstractmethod

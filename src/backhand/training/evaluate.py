@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
@@ -192,7 +194,11 @@ def score(
         else:
             right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered)
             exact_match = right / len(rows.prompts)
-    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels)
+    try:
+        perplexity = math.exp(nats)
+    except OverflowError:
+        perplexity = math.inf  # a float64 cannot hold it
+    return Score(nats, perplexity, exact_match, rows.held_out.supervised_tokens, labels)
 
 
 _BEHIND_LABELS = 8
@@ -224,10 +230,10 @@ def _judged(
 def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> tuple[float, list[bool]]:
     """Mean nats per supervised token, and for each prompt whether its reply surely is what greedy decoding gives."""
     nats = 0.0
-    by_source: dict[str, list[tuple[Example, Tensor]]] = {}
+    by_source = defaultdict[str, list[tuple[Example, Tensor]]](list)
     for example, losses in rows.held_out.token_losses(loaded.model):
         nats += float(losses.sum(dtype=torch.float64))
-        by_source.setdefault(example.source, []).append((example, losses))
+        by_source[example.source].append((example, losses))
     certain = certain_replies(
         by_source,
         rows.prompts,
@@ -236,14 +242,6 @@ def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> t
         max_new_tokens=max_new_tokens,
     )
     return nats / rows.held_out.supervised_tokens, certain
-
-
-def _perplexity(loss: float) -> float:
-    """e^loss; infinite where a float64 cannot hold it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
@@ -279,29 +277,27 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     """
     check_kind("options", options, EvaluateOptions)
     options.validate()
-    run = options.run
-    data = options.data
+    run, data = options.run, options.data
     check_first_rows(data)
     with loaded_model(
         options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
     ) as loaded:
         show_notes(loaded.notes)
-        rows = evaluation_rows(options.data, loaded, run)
+        rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
-        base = score(loaded, rows, run, adapter=False)
-        adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)
-        if rows.pairs:
-            base, *others = compared(loaded, rows, run, [base] if adapted is None else [base, adapted])
-            adapted = others[0] if others else None
-    return Evaluation(rows.rows, base, adapted)
+        models = (False,) if run.adapter is None else (False, True)
+        scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
+        base, *adapted = compared(loaded, rows, run, scores) if rows.pairs else scores
+    return Evaluation(rows.rows, base, adapted[0] if adapted else None)
 
 
 def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]]:
     """`evaluate`, printed as a table, or as one JSON object with `json`; with `reward` what answers are worth."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())
-    if options.run.json:
+    with nullcontext() if options.run.json else working("evaluating"):
         result = evaluate(options)
+    if options.run.json:
         told = asdict(result)
         for found in filter(None, (told["base"], told["adapted"])):
             for name in ("labels", "pairs"):
@@ -309,8 +305,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
                     del found[name]
         sys.stdout.write(json.dumps(told) + "\n")
         return result
-    with working("evaluating"):
-        result = evaluate(options)
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
     columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)
     title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
@@ -410,13 +404,12 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
 
 def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
     """The same, printed as a table or as one JSON object."""
-    if options.run.json:
+    with nullcontext() if options.run.json else working("evaluating"):
         rows, found = evaluate_rewards(options)
+    if options.run.json:
         base, adapted = (*found, None)[:2]
         sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
         return found
-    with working("evaluating"):
-        rows, found = evaluate_rewards(options)
     shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
     for name, measured in zip(("base", "adapted"), found, strict=False):
         shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))

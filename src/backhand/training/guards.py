@@ -35,31 +35,24 @@ class LearningGuard:
     """Watches the first three steps of a run, or of its continuation; skipped ones do not count."""
 
     def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, log: ProofLog) -> None:
-        self._lora = lora
-        self._log = log
+        self._lora, self._log = lora, log
         self._start = lora.values.clone()
         self._reached_later = {
             f"{name}.{'lora_B' if slot.embedding else 'lora_A'}" for name, slot in lora.slots.items()
         }
         self._had_gradient = {name: False for name, _ in lora.named_tensors()}
-        self._steps_with_pairs = 0
-        self._pairs_beside_lora_B = False
-        self._steps = 0
-        self._judged = False
-        self._check_optimizer(optimizer)
-
-    def _check_optimizer(self, optimizer: AdapterOptimizer) -> None:
+        self._steps = self._steps_with_pairs = 0
+        self._pairs_beside_lora_B = self._judged = False
         held = optimizer.values.numel()
         same = (
-            held == optimizer.gradients.numel() == self._lora.element_count
-            and optimizer.values.data_ptr() == self._lora.values.data_ptr()
-            and optimizer.gradients.data_ptr() == self._lora.gradients.data_ptr()
+            held == optimizer.gradients.numel() == lora.element_count
+            and optimizer.values.data_ptr() == lora.values.data_ptr()
+            and optimizer.gradients.data_ptr() == lora.gradients.data_ptr()
         )
-        self._log(Proof("the optimizer holds exactly the adapter's elements", same, held, self._lora.element_count))
+        log(Proof("the optimizer holds exactly the adapter's elements", same, held, lora.element_count))
         if not same:
             raise CheckError(
-                f"the optimizer holds {held:,} elements of its own, which are not the adapter's "
-                f"{self._lora.element_count:,}",
+                f"the optimizer holds {held:,} elements of its own, which are not the adapter's {lora.element_count:,}",
                 why="part of the adapter would never move, or something else would",
                 next_step="report this; it should not happen",
             )
@@ -83,7 +76,11 @@ class LearningGuard:
         if self._judged:
             return []
         if taken:
-            self._count(attends)
+            self._steps += 1
+            reached = [name for name, gradient in named_gradients(self._lora) if bool(gradient.any())]
+            self._had_gradient |= dict.fromkeys(reached, True)
+            self._steps_with_pairs += attends
+            self._pairs_beside_lora_B |= attends and self._steps > 1  # in the first step lora_B may be zero
         if (self._steps < JUDGED_AFTER_STEPS and not last) or self._steps == 0:
             return []
         self._judged = True
@@ -105,10 +102,13 @@ class LearningGuard:
         self._log(Proof("every adapter factor has had a finite, non-zero gradient", not silent, len(silent), 0))
         self._log(Proof("every adapter factor has moved", not still, len(still), 0))
         if silent:
+            why = "no gradient reaches these modules: the forward pass does not use them, or passes them without effect"
+            if all(name.endswith(".lora_A") for name in silent):
+                why = "lora_B is kept at zero, so nothing reaches lora_A"
             raise CheckError(
                 f"{len(silent)} of {total} adapter factors have had no gradient in {self._steps} steps",
                 where=_modules(silent),
-                why=_cause_of_silence(silent),
+                why=why,
                 next_step="leave these modules out with --exclude-modules, or give rows that reach them",
             )
         if still:
@@ -124,13 +124,6 @@ class LearningGuard:
             )
             return [f"{_modules(sorted(natural))}: no gradient so far, since {reason}"]
         return []
-
-    def _count(self, attends: bool) -> None:
-        self._steps += 1
-        reached = [name for name, gradient in named_gradients(self._lora) if bool(gradient.any())]
-        self._had_gradient |= dict.fromkeys(reached, True)
-        self._steps_with_pairs += attends
-        self._pairs_beside_lora_B |= attends and self._steps > 1  # in the first step lora_B may be zero
 
     def _zero_by_nature(self, name: str) -> bool:
         module, _, factor = name.rpartition(".")
@@ -159,23 +152,14 @@ def named_gradients(lora: LoRAParameters) -> list[tuple[str, Tensor]]:
 
 
 def _named_views(lora: LoRAParameters, buffer: Tensor) -> list[tuple[str, Tensor]]:
-    views, offset = [], 0
-    for name, tensor in lora.named_tensors():
-        views.append((name, buffer[offset : offset + tensor.numel()]))
-        offset += tensor.numel()
-    return views
+    names, sizes = zip(*((name, tensor.numel()) for name, tensor in lora.named_tensors()), strict=True)
+    return list(zip(names, buffer.split(sizes), strict=True))
 
 
 def _modules(names: list[str]) -> str:
     modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in names))
     rest = f" and {len(modules) - MOST_SHOWN} more modules" if len(modules) > MOST_SHOWN else ""
     return ", ".join(modules[:MOST_SHOWN]) + rest
-
-
-def _cause_of_silence(silent: list[str]) -> str:
-    if all(name.endswith(".lora_A") for name in silent):
-        return "lora_B is kept at zero, so nothing reaches lora_A"
-    return "no gradient reaches these modules: the forward pass does not use them, or passes them without effect"
 
 
 class BaseGuard:

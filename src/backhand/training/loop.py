@@ -110,13 +110,14 @@ class TrainingLoop:
         return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
     def _work(self, rows: Sequence[int]) -> StepWork:
-        groups, objective = self._groups(rows), self.objective
-        supervised = self.packer.supervised_tokens(rows)
+        objective, seed, step = self.objective, self.plan.run.seed, self.state.progress.step
+        groups, supervised = self._groups(rows), self.packer.supervised_tokens(rows)
+        numbers = range(len(groups))
         return StepWork(
             lambda number: self._packed(groups, number),
             [self.packer.positions(group) for group in groups],
             supervised,
-            self._dropout_seeds(len(groups)),
+            [derived_seed(seed, "dropout", step, number) if self._drops else None for number in numbers],
             supervised if objective is None else len(rows),
             None if objective is None else lambda number: objective.token_loss(number, groups[number]),
         )
@@ -137,7 +138,3 @@ class TrainingLoop:
                 groups, number = self._groups(self.sampler.rows_of(later)), -1
             shares = self.processes.shared_out([self.packer.positions(group) for group in groups])
             yield from (groups[own] for own in shares[self.processes.rank] if own > number)
-
-    def _dropout_seeds(self, count: int) -> list[int | None]:
-        seed, step = self.plan.run.seed, self.state.progress.step
-        return [derived_seed(seed, "dropout", step, number) if self._drops else None for number in range(count)]

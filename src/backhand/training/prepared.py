@@ -37,11 +37,21 @@ from backhand.training.engine import BoundModel, Engine, ShortModel
 from backhand.training.machine import Machine, memory_budget
 from backhand.training.measuring import ForgettingMeter
 from backhand.training.memory.parts import ModelSize
-from backhand.training.memory.plan import BaseChoice, HeldBase, MemoryPlan, choose, choose_base, wanted_bases
+from backhand.training.memory.plan import (
+    BaseChoice,
+    Below,
+    HeldBase,
+    MemoryPlan,
+    StatesPlan,
+    choose,
+    choose_base,
+    coming_again,
+    keep_states,
+    wanted_bases,
+)
 from backhand.training.memory.probe import MeasuredMemory
 from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
-from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
 from backhand.training.rewards.rollout import PromptPacker, check_context, prompt_of
 from backhand.training.shared import Shared
 from backhand.training.step_plan import chosen_rate, derived_seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -108,13 +109,12 @@ def plan(options: PlanOptions) -> RunPlan:
 
 def plan_command(options: PlanOptions) -> RunPlan:
     """`plan`, printed as tables, or as one JSON object with `json`."""
+    with nullcontext() if options.plan.json else working("planning"):
+        found = plan(options)
     if options.plan.json:
-        found = plan(options)
         sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
-        return found
-    with working("planning"):
-        found = plan(options)
-    _print(console(), found)
+    else:
+        _print(console(), found)
     return found
 
 

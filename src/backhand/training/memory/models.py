@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
@@ -74,11 +75,11 @@ _SMALL = {
 _MEASURED_S = 1.0
 
 
+@dataclass
 class TokenSeconds:
     """Measures once, when it is first asked."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    dtype: torch.dtype
 
     def of(self, config: DecoderConfig) -> float:
         """Seconds of a token of training, in a micro-batch of 4 × 256, all of them supervised."""
@@ -87,14 +88,14 @@ class TokenSeconds:
     @cached_property
     def _multiplication_s(self) -> float:
         config, tokens = decoder_config(dict(_SMALL)), ROWS * ROW_TOKENS
-        weights, generator = empty_weights(config, self._dtype), torch.Generator().manual_seed(0)
+        weights, generator = empty_weights(config, self.dtype), torch.Generator().manual_seed(0)
         for _, view in dense_views(weights, config):
             view.normal_(std=0.02, generator=generator)
         decoder = Decoder(config, weights)
         lora = LoRAParameters(resolve_adapter(LoRAConfig(), module_shapes(config)).slots)
         lora.initialise(generator)
         decoder.attach(lora)
-        lora.refresh_compute(self._dtype)
+        lora.refresh_compute(self.dtype)
         ids = torch.randint(config.vocab_size, (tokens,), generator=generator)
         batch = PackedBatch(ids, ids.roll(-1), (ROW_TOKENS,) * ROWS)
         (taken_s,) = fastest([decoder], batch, time.perf_counter() + _MEASURED_S)
@@ -145,26 +146,18 @@ def models(options: ModelsOptions) -> list[ListedModel]:
 
 
 def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds: TokenSeconds) -> ListedModel:
+    one = ListedModel(stored.name, str(stored.path), stored.store)
     try:
         source = open_model(stored.path)
-        known = _known(source)
+        family, parameters, file_bytes, types = _known(source)
         engine = choose_engine(ModelOptions(model=stored.name), source, dtype)
-        plan, fits, taken_s = None, None, None
-        if isinstance(engine, DecoderEngine):
-            plan, fits = _memory(engine, source, process_bytes)
-            taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
-        return ListedModel(
-            stored.name,
-            str(stored.path),
-            stored.store,
-            *known,
-            engine=engine.name,
-            note=engine.note,
-            base=None if plan is None else plan.base,
-            memory_bytes=None if plan is None else plan.peak_bytes,
-            fits=fits,
-            seconds_per_1000_tokens=taken_s,
-        )
+        one = replace(one, family=family, parameters=parameters, file_bytes=file_bytes, types=types)
+        one = replace(one, engine=engine.name, note=engine.note)
+        if not isinstance(engine, DecoderEngine):
+            return one
+        plan, fits = _memory(engine, source, process_bytes)
+        taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
+        return replace(one, base=plan.base, memory_bytes=plan.peak_bytes, fits=fits, seconds_per_1000_tokens=taken_s)
     except BackhandError as error:
         return ListedModel(stored.name, str(stored.path), stored.store, note=error.what)
 
@@ -178,15 +171,11 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
         types: Counter[str] = Counter()
         for tensor in tensors:
             types[type_name(tensor.type_id)] += math.prod(tensor.shape)
-        return (
-            family,
-            parameters,
-            sum(tensor.byte_count for tensor in tensors),
-            tuple(kind for kind, _ in types.most_common()),
-        )
+        kinds = tuple(kind for kind, _ in types.most_common())
+        return family, parameters, sum(tensor.byte_count for tensor in tensors), kinds
     files = sorted(source.path.glob("*.safetensors"))
     stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "")
-    kinds = (*(("MXFP4",) if source.quantized else ()), *((stored.upper(),) if stored else ()))
+    kinds = tuple(filter(None, ("MXFP4" if source.quantized else "", stored.upper())))
     return family, parameters, sum(file.stat().st_size for file in files), kinds
 
 
@@ -214,12 +203,11 @@ def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> t
 
 def models_command(options: ModelsOptions) -> list[ListedModel]:
     """`models`, printed as a table, or as one JSON list with `json`."""
-    if options.json:
+    with nullcontext() if options.json else working("looking for models"):
         found = models(options)
+    if options.json:
         sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
         return found
-    with working("looking for models"):
-        found = models(options)
     console = console_for_tables()
     if not found:
         looked = name_list(map(str, options.places)) or "the stores of Ollama, LM Studio, llama.cpp and Hugging Face"

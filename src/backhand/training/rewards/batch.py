@@ -55,8 +55,7 @@ class AnswerBatch:
         certificate: Certificate,
     ) -> None:
         answers, rewards, options = judged.answers, judged.totals, rollout.options
-        self._answers, self._processes, self._certificate = answers, rollout.processes, certificate
-        self._model = model
+        self._answers, self._processes, self._certificate, self._model = answers, rollout.processes, certificate, model
         assert options.epsilon_high is not None and options.scale_rewards is not None
         self._rule = GRPORule(options.loss, options.epsilon, options.epsilon_high, beta)
         self._packer = RowPacker(
@@ -125,17 +124,14 @@ class AnswerBatch:
             constants = old, reference, self._advantages[rows], self._weights[rows], owners
             y, saved = grpo_forward(found, *constants, self._rule)
             (d_log_p,) = grpo_backward(torch.ones_like(y), saved)
-            self._tell(found, old, reference, self._advantages[rows][owners])
+            gain, ratio = self._advantages[rows][owners], (found - old).exp()
+            apart = torch.zeros_like(found) if reference is None else reference - found
+            high, low = 1 + self._rule.epsilon_high, 1 - self._rule.epsilon
+            clipped = ((ratio > high) & (gain > 0)) | ((ratio < low) & (gain < 0))
+            self._told.append([len(found), float((ratio * (apart.expm1() - apart)).sum()), float(clipped.sum())])
             return y.sum(), d_log_p.to(log_p)
 
         return loss
-
-    def _tell(self, log_p: Tensor, old: Tensor, reference: Tensor | None, gain: Tensor) -> None:
-        apart = torch.zeros_like(log_p) if reference is None else reference - log_p
-        ratio = (log_p - old).exp()
-        high, low = 1 + self._rule.epsilon_high, 1 - self._rule.epsilon
-        clipped = ((ratio > high) & (gain > 0)) | ((ratio < low) & (gain < 0))
-        self._told.append([len(log_p), float((ratio * (apart.expm1() - apart)).sum()), float(clipped.sum())])
 
     def _against_base(self) -> Tensor:
         """Σ (sampled - reference) over the tokens of every answer, (answers,) float64; keeps this process's reference.
