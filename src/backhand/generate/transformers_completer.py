@@ -105,11 +105,32 @@ class TransformersCompleter:
                 for start in range(0, len(numbers), batch_rows):
                     chosen = numbers[start : start + batch_rows]
                     rows = [list(prompts[number]) for number in chosen]
-                    self._complete_equally_long(rows, _Caller(chosen, choose, finished), max_new_tokens)
+                    self._complete_equally_long(chosen, rows, choose, finished, max_new_tokens)
 
     @torch.no_grad()
-    def _complete_equally_long(self, rows: list[list[int]], caller: _Caller, max_new_tokens: int) -> None:
+    def _complete_equally_long(
+        self, numbers: list[int], rows: list[list[int]], choose: Choose, finished: Finished, max_new_tokens: int
+    ) -> None:
         from transformers import GenerationConfig
+
+        done = [False] * len(numbers)
+
+        def leave_chosen(_input_ids: Tensor, scores: Tensor) -> Tensor:
+            """(rows, vocab) scores, -∞ but for the chosen token of each row still going on, 0 for the others."""
+            going_on = [row for row, over in enumerate(done) if not over]
+            tokens = choose([numbers[row] for row in going_on], scores[going_on])
+            result = torch.full_like(scores, float("-inf"))
+            result[:, 0] = 0
+            for row, token in zip(going_on, tokens, strict=True):
+                result[row, 0] = float("-inf")
+                result[row, token] = 0
+            return result
+
+        def complete(input_ids: Tensor, _scores: object, **_: object) -> Tensor:
+            """(rows,) booleans: whose answer is complete with its newest token."""
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                done[row] = done[row] or finished(numbers[row], token)
+            return torch.tensor(done, device=input_ids.device)
 
         input_ids = torch.tensor(rows, device=self.model.device)
         forget_lengths(self.model)
@@ -117,32 +138,6 @@ class TransformersCompleter:
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0),
-            logits_processor=[caller.leave_chosen],
-            stopping_criteria=[caller.complete],
+            logits_processor=[leave_chosen],
+            stopping_criteria=[complete],
         )
-
-
-class _Caller:
-    """The caller's choice and end of answers, as transformers' generate asks for them."""
-
-    def __init__(self, numbers: Sequence[int], choose: Choose, finished: Finished) -> None:
-        self._numbers, self._choose, self._finished = numbers, choose, finished
-        self._done = [False] * len(numbers)
-
-    def leave_chosen(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, vocab) scores that are -∞ but for the chosen token of each row still going on, 0 for the others."""
-        going_on = [row for row, done in enumerate(self._done) if not done]
-        tokens = self._choose([self._numbers[row] for row in going_on], scores[going_on])
-        result = torch.full_like(scores, float("-inf"))
-        result[:, 0] = 0
-        for row, token in zip(going_on, tokens, strict=True):
-            result[row, 0] = float("-inf")
-            result[row, token] = 0
-        return result
-
-    def complete(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
-        """(rows,) booleans: whose answer is complete with its newest token."""
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if not self._done[row]:
-                self._done[row] = self._finished(self._numbers[row], token)
-        return torch.tensor(self._done, device=input_ids.device)

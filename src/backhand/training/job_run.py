@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from backhand.errors import present
 from backhand.nn.available_memory import available_bytes
@@ -100,7 +99,11 @@ class JobRun:
                 store,
                 state,
                 lambda: job.bound.adapter_files(job.identity.record(), self._card(state.progress)),
-                self._facts,
+                lambda step: {
+                    **job.identity.facts,
+                    "frozen_digest": self._frozen_digest,
+                    "sampler": job.sampler.position(step),
+                },
                 keep=config.run.keep,
                 best_only=job.held_out is not None,
                 protected=frozenset(() if begin is None else {begin}),
@@ -353,10 +356,6 @@ class JobRun:
         if objective is not None:
             return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
-
-    def _facts(self, step: int) -> dict[str, Any]:
-        identity = self.job.identity.facts
-        return {**identity, "frozen_digest": self._frozen_digest, "sampler": self.job.sampler.position(step)}
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model = self.job.config.model

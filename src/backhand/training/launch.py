@@ -103,8 +103,11 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
             local_addr="127.0.0.1",
             shutdown_timeout=_SHUTDOWN_S,
         )
-        _quiet_launcher()
-        with _environment(_for_workers(config, typed)), _signals_kept():
+        # What the launcher logs of a worker that ended is said better by the worker, and by us.
+        package = "torch.distributed.elastic"
+        for name in (package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
+        with _for_the_launcher(_for_workers(config, typed)):
             try:
                 program, *words = python_words("backhand", "train", str(toml))
                 with may_be_silent():  # the workers are not
@@ -117,13 +120,6 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
     if summary is None:
         raise ResourceError("the run has left no summary", where=str(config.run.output / SUMMARY))
     return summary
-
-
-def _quiet_launcher() -> None:
-    """What the launcher logs of a worker that ended is said better by the worker, and by us."""
-    package = "torch.distributed.elastic"
-    for name in (package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
 
 
 def _failure(failures: Mapping[int, Any]) -> BackhandError:
@@ -156,27 +152,18 @@ def _for_workers(config: TrainConfig, typed: frozenset[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _for_the_launcher(environment: Mapping[str, str]) -> Iterator[None]:
+    """The workers' environment; then it is as it was, and so are handlers of signals: the launcher has its own."""
+    before = {name: os.environ[name] for name in environment if name in os.environ}
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
+    os.environ.update(environment)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """The launcher installs handlers of its own."""
-    before = {number: signal.getsignal(number) for number in stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+        for name in environment:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

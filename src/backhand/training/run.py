@@ -14,7 +14,7 @@ from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.nn.compute import compute_settings
 from backhand.reading import refuse_inputs_inside
-from backhand.runs.checkpoint import Checkpoint, CheckpointStore
+from backhand.runs.checkpoint import CheckpointStore
 from backhand.runs.directory import (
     OWNED,
     SUMMARY,
@@ -127,7 +127,9 @@ def _train(
                 if checkpoint is None:
                     config = replace(config, run=replace(config.run, from_adapter=begun_from(directory.path)))
                 else:
-                    done = _finished(checkpoint, config, directory)
+                    progress = Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b""))
+                    if progress.finished and config.run.prove_resume is None:
+                        done = read_summary(directory.path / SUMMARY)  # nothing more is needed
             config, done = followed(config, done, processes)
             if done is not None:
                 terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
@@ -170,11 +172,3 @@ def _opened(run: RunOptions, files: FileLayer | None, processes: Processes) -> I
         return
     with opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory:
         yield directory
-
-
-def _finished(checkpoint: Checkpoint, config: TrainConfig, directory: RunDirectory) -> RunSummary | None:
-    """The summary of a run that needs nothing more; None if there is something to do."""
-    progress = checkpoint.contents.get(PROGRESS_FILE, b"")
-    if config.run.prove_resume is not None or not Progress.from_json(progress).finished:
-        return None
-    return read_summary(directory.path / SUMMARY)

@@ -22,7 +22,7 @@ import torch
 from backhand.generate.engine_completer import CACHE_BYTES
 from backhand.kernels.dense_product import is_taken
 from backhand.nn.decoder.adapted_group import lowest_trained_group
-from backhand.nn.decoder.family import DecoderConfig, LayerConfig
+from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.lora_parameters import AdapterLayout
@@ -108,23 +108,20 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between
+    # What oneDNN keeps where the environment names no other limit.
+    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    most_kernels = int(stated) if stated.isdecimal() else 1024
     found = {
         **fixed_parts(size, shape.gradient_copies, process_bytes),
         "kept activations": step.kept,
         fullest: most,
-        "compiled kernels": min(shape.sizes * size.kernels, _kept_kernels()) * _KERNEL_BYTES,
+        "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * _KERNEL_BYTES,
     }
     return {**found, "gaps between buffers": round(size.gaps * (step.kept + most)) + _GAPS_BYTES}
 
 
 _KERNEL_BYTES = 700_000
 """Of a kernel that oneDNN keeps, with what those leave behind that were compiled before in its place."""
-
-
-def _kept_kernels() -> int:
-    """How many compiled kernels oneDNN keeps; 1,024 where the environment names no other limit."""
-    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    return int(stated) if stated.isdecimal() else 1024
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
@@ -155,8 +152,10 @@ def decoder_size(
     beside += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
     adapted = layers[lowest_trained_group(layout, len(layers))[0] :]
     ranks = sum(slot.rank for slot in layout.slots if slot.name.startswith("model.layers."))
-    mixers = [mixer_width(config, layer) for layer in adapted]
-    widths = [mlp_width(config, layer) for layer in adapted]
+    # Elements per token of what enters and leaves a mixer; and of the gate, or of those of the experts that it goes to.
+    mixers = [sum(one.sizes) + one.width for one in (config.at(layer).mixers[layer.mixer] for layer in adapted)]
+    chosen = 0 if config.mixture is None else config.mixture.chosen * config.mixture.width
+    widths = [chosen if layer.experts else config.at(layer).intermediate_size for layer in adapted]
     mlp = sum(2 * d + mixer for mixer in mixers) + ranks
     block = max((4 * d + 2 * mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
     again = max((d + mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
@@ -190,18 +189,6 @@ def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
     if dtype_bytes == FLOAT32_BYTES:
         return 0
     return 1 << 20 if experts else 16
-
-
-def mixer_width(config: DecoderConfig, layer: LayerConfig) -> int:
-    """Elements per token of what enters and what leaves a mixer."""
-    mixer = config.at(layer).mixers[layer.mixer]
-    return sum(mixer.sizes) + mixer.width
-
-
-def mlp_width(config: DecoderConfig, layer: LayerConfig) -> int:
-    """Elements per token of the MLP's gate, or of those of all the experts that a token goes to."""
-    mixture = config.mixture
-    return mixture.chosen * mixture.width if layer.experts and mixture else config.at(layer).intermediate_size
 
 
 def transformers_size(
