@@ -17,7 +17,7 @@ import torch
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import Prompt
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.training import evaluate as evaluation

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.runs.checkpoint import load_checkpoint

@@ -15,8 +15,8 @@ from backhand.adapters.contents import read_adapter_directory
 from backhand.errors import CheckError, DataError, ResourceError, UsageError
 from backhand.training.config_file import load_config
 from backhand.training.loggers import Observer
+from backhand.training.machine import MemoryKeeper
 from backhand.training.measuring import Forgetting, ForgettingMeter
-from backhand.training.memory.process import MemoryKeeper
 from backhand.training.resume import settings_digest
 from backhand.training.run import train
 from backhand.training.state import RunState

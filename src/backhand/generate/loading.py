@@ -11,8 +11,7 @@ from typing import Any
 from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
-from backhand.generate.completer import Completer
-from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.completer import Completer, EngineCompleter
 from backhand.generate.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.config_fields import UnsupportedModel

@@ -27,7 +27,7 @@ from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.errors import CheckError, UsageError
 from backhand.files import make_directory, write_atomically
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.lab.demo_options import DemoOptions
 from backhand.lab.sine.command import sine_command

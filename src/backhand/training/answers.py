@@ -19,7 +19,7 @@ from backhand.data.examples import Example
 from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
 from backhand.errors import CheckError
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import Labels
 from backhand.generate.loading import LoadedModel
 from backhand.nn.loading.source import ModelSource

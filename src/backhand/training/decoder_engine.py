@@ -15,7 +15,7 @@ from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
-from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel

@@ -31,16 +31,16 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
 from backhand.errors import CheckError, DataError, present
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import LabelScore, label_score, print_labels
 from backhand.training.measuring import HeldOut
+from backhand.training.objectives.compared import PairObjective
 from backhand.training.objectives.objective import document_sums, means
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.objectives.pairs import PairObjective
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.process import RewardProcess
 from backhand.training.rewards.rollout import Rollout, check_context, prompt_of

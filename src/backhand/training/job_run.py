@@ -36,14 +36,13 @@ from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
-from backhand.training.job import Job
+from backhand.training.job import Job, Keeping, keeping
 from backhand.training.judging import Judge
-from backhand.training.keeping import Keeping, keeping
 from backhand.training.launch import alike, shared_checkpoint
 from backhand.training.loggers import Observers, RunStart
 from backhand.training.loop import TrainingLoop
+from backhand.training.machine import MemoryKeeper, crowded_note
 from backhand.training.measuring import HeldOut
-from backhand.training.memory.process import MemoryKeeper, crowded_note
 from backhand.training.objectives.objective import HeldOutObjective, Objective
 from backhand.training.objectives.reference import run_objectives
 from backhand.training.resume import (

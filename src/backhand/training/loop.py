@@ -20,7 +20,7 @@ from backhand.training.engine import Trainable
 from backhand.training.judging import Judge
 from backhand.training.kept_states import KeptStates
 from backhand.training.loggers import Observer
-from backhand.training.memory.process import MemoryKeeper
+from backhand.training.machine import MemoryKeeper
 from backhand.training.objectives.objective import Objective
 from backhand.training.rewards.steps import RewardedSteps
 from backhand.training.state import RunState

@@ -29,9 +29,9 @@ from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
+from backhand.training.objectives.compared import PairObjective
 from backhand.training.objectives.objective import token_owners
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.objectives.pairs import PairObjective
 from backhand.verify.case import Tensors
 
 

@@ -49,10 +49,10 @@ from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.command_options import ModelsOptions
 from backhand.training.config import ModelOptions, Recompute
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
+from backhand.training.machine import settled_rss_bytes
 from backhand.training.memory.calibration import fastest
 from backhand.training.memory.parts import estimated_step, parts_of
 from backhand.training.memory.plan import HeldBase, MemoryPlan, choose, choose_base, wanted_bases
-from backhand.training.memory.process import settled_rss_bytes
 from backhand.training.memory.shapes import StepShape
 from backhand.words import in_words, name_list
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from backhand.generate.engine_completer import CACHE_BYTES
+from backhand.generate.completer import CACHE_BYTES
 from backhand.kernels.dense_product import is_taken
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.family import DecoderConfig

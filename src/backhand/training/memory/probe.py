@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel, Trainable
+from backhand.training.machine import ProcessBytes
 from backhand.training.memory.parts import WIDE_GAPS, ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
 from backhand.training.memory.plan import MARGIN
-from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
 
 PROBED_TOKENS = 1024

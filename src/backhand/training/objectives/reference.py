@@ -28,13 +28,11 @@ from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
 from backhand.training.guards import tensor_digest
-from backhand.training.job import Job
-from backhand.training.keeping import Keeping
+from backhand.training.job import Job, Keeping
 from backhand.training.kept_states import KeptStates
 from backhand.training.launch import versions
-from backhand.training.objectives.kto import KTOObjective, mismatched
+from backhand.training.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
-from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import Processes
 
 _Set = tuple[RowPacker, KeptStates | None]
