@@ -474,7 +474,7 @@ SHARED: dict[str, Any] = {}
 
 
 def _shared() -> Any:
-    from backhand.training.shared import Shared
+    from backhand.training.engine import Shared
 
     return Shared()
 

@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,14 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
+from backhand.training.distributed import Group, OrderedSum, PlainSum, shared_out
 from backhand.training.step import GradientSum, MicroBatch, Processes, StepSum, left_sum
 
 Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
 
 
 def plain(gradients: Tensor, _: Sequence[Sequence[int]], processes: Meeting) -> PlainSum:
-    return PlainSum(gradients, processes)
+    return PlainSum(gradients, cast("Group", processes))
+
+
+def ordered(gradients: Tensor, shares: Sequence[Sequence[int]], processes: Meeting) -> OrderedSum:
+    return OrderedSum(gradients, shares, cast("Group", processes))
 
 
 UNIT = 2.0**-24
@@ -112,7 +116,7 @@ def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int,
     gradients, nats = drawn(count, elements, seed)
     wanted, alone_found = alone(gradients, nats)
     shares = shared_out([7 + number % 3 for number in range(count)], size)
-    for buffer, found in step(OrderedSum, gradients, nats, shares):
+    for buffer, found in step(ordered, gradients, nats, shares):
         assert torch.equal(buffer, wanted)
         assert found.nats == tuple(nats) == alone_found.nats
         assert found.supervised_tokens == sum(range(3, 3 + count)) and found.attends == (count > 1)
@@ -128,7 +132,7 @@ def test_another_order_has_other_bits() -> None:
     wanted, _ = alone(gradients, nats)
     assert isinstance(together, Tensor) and not torch.equal(together, wanted)
     assert not torch.equal(step(plain, gradients, nats, shares)[0][0], wanted)
-    assert torch.equal(step(OrderedSum, gradients, nats, shares)[0][0], wanted)
+    assert torch.equal(step(ordered, gradients, nats, shares)[0][0], wanted)
 
 
 @given(size=st.integers(2, 4), count=st.integers(1, 7), seed=st.integers(0, 1 << 20))
@@ -146,7 +150,7 @@ def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
         assert found.waited_s == tuple(0.25 * rank for rank in range(size))
 
 
-@pytest.mark.parametrize("kind", [OrderedSum, plain])
+@pytest.mark.parametrize("kind", [ordered, plain])
 def test_what_is_not_finite_arrives_so(kind: Kind) -> None:
     gradients, nats = drawn(3, 5, seed=2)
     gradients[2, 1] = math.inf
@@ -170,7 +174,7 @@ def test_many_micro_batches_round_no_more_than_one(size: int) -> None:
     nats, shares = [0.0] * count, shared_out([1] * count, size)
     wanted = 1 + 2.0**-13
     assert left_float32(gradients[:, 0]) == 1.0
-    for buffer, _ in [alone(gradients, nats)] if size == 1 else step(OrderedSum, gradients, nats, shares):
+    for buffer, _ in [alone(gradients, nats)] if size == 1 else step(ordered, gradients, nats, shares):
         assert buffer.tolist() == [wanted, wanted]
 
 

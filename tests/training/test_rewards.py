@@ -23,7 +23,7 @@ from backhand.ops.grpo import answer_weights, group_advantages
 from backhand.training.rewards.guards import BOUNDS, Certificate
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.rollout import Judged, Rollout
-from backhand.training.rewards.steps import AnswerBatch
+from backhand.training.rewards.steps import AnswerBatch, RewardedSteps
 from backhand.training.step import Processes
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
@@ -68,7 +68,7 @@ def batch_of(
     judged = Judged(answers, [], rewards[None], rewards)
     rollout = Rollout(options, None, None, (), lambda *_: 0, Processes())
     with at_temperature(decoder, TEMPERATURE):
-        return AnswerBatch(decoder, asked, judged, rollout, beta, micro_batch_rows=2, certificate=certificate)
+        return AnswerBatch(decoder, asked, judged, RewardedSteps(rollout, (), beta, 2, certificate))
 
 
 def gradients_of(decoder: Decoder, batch: AnswerBatch) -> float:

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from itertools import chain
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -251,6 +252,9 @@ def _exp(loss: float) -> str:
     return f"{math.exp(min(loss, 700.0)):,.2f}"
 
 
+_STEPS_COUNTED = 200
+
+
 def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str, ...]:
     """The lines.
 
@@ -288,7 +292,14 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
         f"plan: {count_of(job.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(job.memory.peak_bytes)}"
     )
-    facts += _shared_facts(job)
+    # Of the first steps; where rows share what they begin with, fewer tokens are computed than are trained on.
+    packer = job.packer
+    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
+    tokens = sum(packer.tokens(rows) for rows in steps)
+    groups = [micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows) for rows in steps]
+    if (positions := sum(map(packer.positions, chain.from_iterable(groups)))) != tokens:
+        alike = f"{1 - positions / tokens:.0%} of their tokens are computed once for a whole micro-batch"
+        facts.append(f"rows begin alike: {alike}")
     if (kept := job.states.line()) is not None:
         facts.append(f"kept: {kept}")
     if processes.size > 1:
@@ -300,21 +311,3 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
     if continued:
         facts.append("continuing from a checkpoint")
     return tuple(facts)
-
-
-_STEPS_COUNTED = 200
-
-
-def _shared_facts(job: Job) -> list[str]:
-    """How many tokens of the first steps are computed, where rows share what they begin with."""
-    packer = job.packer
-    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
-    tokens = sum(packer.tokens(rows) for rows in steps)
-    computed = sum(
-        packer.positions(group)
-        for rows in steps
-        for group in micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows)
-    )
-    if computed == tokens:
-        return []
-    return [f"rows begin alike: {1 - computed / tokens:.0%} of their tokens are computed once for a whole micro-batch"]

@@ -26,10 +26,9 @@ from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_sha
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import ModelOptions
-from backhand.training.engine import BoundModel, Engine, ShortModel
+from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
 from backhand.training.memory.parts import ModelSize, decoder_size
 from backhand.training.memory.plan import Below, HeldBase
-from backhand.training.shared import Shared
 from backhand.training.short_decoder import short_decoder
 
 

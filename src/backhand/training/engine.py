@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import Below, HeldBase
-from backhand.training.shared import Shared
 
 
 class Trainable(LanguageModel, Protocol):
@@ -139,6 +138,45 @@ class BoundModel(ABC):
     @abstractmethod
     def _fill(self, directory: str, allow_pickle: bool) -> None:
         """Copy the values of an adapter into the buffers."""
+
+
+T = TypeVar("T")
+
+
+class Shared:
+    """What several runs of one process have in common, made once: file, rows, measured memory, weights, kept states.
+
+    A run alone has one of its own. A search hands the same one to all of its trials, each of which then begins in a
+    fraction of the time and holds no second base. Nothing that a run changes is in it: the frozen weights are, the
+    decoder around them, with its adapter, is made for each run.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, dict[str, Any]] = {}
+
+    def once(
+        self, kind: str, key: object, make: Callable[[], T], *, only_newest: bool = False, renew: bool = False
+    ) -> T:
+        """What was made for an equal key, or what `make` makes now.
+
+        Args:
+            key: everything that decides the result; its `repr` is compared.
+            only_newest: let the others of this kind go first, since they are large.
+            renew: make it again.
+        """
+        made = self._made.setdefault(kind, {})
+        name = repr(key)
+        if renew or name not in made:
+            if only_newest:
+                made.clear()
+            made[name] = make()
+        found: T = made[name]
+        return found
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether a base is in memory, so that what is free and what the process takes are no longer what they were."""
+        return "weights" in self._made
 
 
 class Engine(ABC):

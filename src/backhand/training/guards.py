@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 from backhand.runs.directory import Proof, ProofLog
@@ -220,11 +219,6 @@ class BaseGuard:
                 why="something else than the adapter was written to",
                 next_step="if code of your own runs in this process, keep it from the model; else report it",
             )
-
-
-def reads_its_files(model: Trainable) -> bool:
-    """Whether the base is read anew in every pass, from where it is stored; a dense one stands in memory."""
-    return any(isinstance(tensor, QuantizedMatrix) for _, tensor in model.frozen_tensors())
 
 
 def tensor_digest(tensor: FrozenMatrix) -> bytes:

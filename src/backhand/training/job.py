@@ -14,18 +14,18 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from backhand.data.packing import RowPacker, round_size
 from backhand.runs.directory import ProofLog, RunDirectory
 from backhand.training.config import TrainConfig
-from backhand.training.engine import BoundModel
-from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore, store_lengths
+from backhand.training.engine import BoundModel, Shared
+from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.machine import Machine
 from backhand.training.measuring import quantization_notes
 from backhand.training.prepared import Outline, outline_run, set_values
 from backhand.training.resume import Identity
-from backhand.training.shared import Shared
 from backhand.training.step import Processes
 from backhand.training.step_plan import default_warmup_steps, five_times
 
@@ -150,12 +150,19 @@ def keeping(
         return
     usual = round_size(round(job.memory.shape.mean_tokens))
     lower.compare_with(usual)
+    # Tokens that may go through the lower layers at once, in no more memory than a step takes: a block at work holds
+    # less than two blocks keep of as many tokens for their backward pass, and the layers below keep nothing. Where kept
+    # activations are few, since they are computed again, nothing is taken along.
+    times = (job.engine.layers - below.layer) // 2
+    at_once = min(_AT_ONCE, times * usual) if job.memory.recompute == "none" and times > 1 else 0
     with ExitStack() as opened:
 
         def kept(name: str, packer: RowPacker | None) -> KeptStates | None:
             if packer is None:
                 return None
-            lengths, width, dtype = store_lengths(packer), below.width, job.dtype
+            # Tokens that are kept of each row, and behind them those that all rows begin with.
+            own = np.maximum(packer.by_document.lengths - packer.common, 0)
+            lengths, width, dtype = [*map(int, own), packer.common], below.width, job.dtype
             store: StateStore
             if where == "memory":
                 made_of = (frozen_digest, job.identity.facts[f"{name}_digest"], packer.common, below, usual, dtype)
@@ -168,23 +175,12 @@ def keeping(
                     noted(f"no hidden states are kept, they are computed in each epoch: {error.strerror or error}")
                     return None
                 opened.callback(store.close)
-            at_once = tokens_at_once(job, usual)
             return KeptStates(lower, below.layer, packer, store, at_once=at_once, log=log, noted=noted)
 
         train = job.packer if job.total_steps > job.sampler.steps_per_epoch else None  # else each row comes once
         rows, shares = job.held_out, job.engine.shares_prefixes
         held_out = None if rows is None else RowPacker(rows.examples, share_prefixes=shares)
         yield Keeping(kept("data", train), kept("held_out", held_out))
-
-
-def tokens_at_once(job: Job, usual: int) -> int:
-    """Tokens that may go through the lower layers at once, in no more memory than a step takes; 0 for its own alone.
-
-    A block at work holds less than two blocks keep of as many tokens for their backward pass, and the layers below
-    keep nothing; where kept activations are few, since they are computed again, nothing is taken along.
-    """
-    times = (job.engine.layers - job.states.below.layer) // 2
-    return min(_AT_ONCE, times * usual) if job.memory.recompute == "none" and times > 1 else 0
 
 
 _AT_ONCE = 2048

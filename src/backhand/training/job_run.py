@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backhand.errors import present
+from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import loaded_objects_frozen
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -34,8 +35,9 @@ from backhand.training.advice import Curves, advice
 from backhand.training.answers import answers_file, measured_answers, stop_ids
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
+from backhand.training.engine import Shared
 from backhand.training.facts import run_facts, summarise
-from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
+from backhand.training.guards import BaseGuard, LearningGuard
 from backhand.training.job import Job, Keeping, keeping
 from backhand.training.judging import Judge
 from backhand.training.launch import alike, shared_checkpoint
@@ -58,7 +60,6 @@ from backhand.training.rewards.guards import BOUNDS, Certificate, RewardGuard
 from backhand.training.rewards.process import RewardProcess
 from backhand.training.rewards.rollout import Rollout
 from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps
-from backhand.training.shared import Shared
 from backhand.training.state import Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
 from backhand.training.step_plan import StepPlan, derived_seed
@@ -150,7 +151,12 @@ class JobRun:
                 memory.make_room()  # loading and digests leave gaps behind
             shown = status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step)
             with shown if self.processes.leads else nullcontext():
-                self.observer.started(self._start(state.progress.step))
+                facts = opening_facts(job, self.checkpoint is not None, self.processes)
+                options = {
+                    f"{part}.{name}": value for part, of in config_table(config).items() for name, value in of.items()
+                }
+                start = RunStart(job.total_steps, state.progress.step, facts, self.directory.path, options)
+                self.observer.started(start)
                 if not self._run_loop(loop, save, begin):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
                 if rewarded is not None and not finished_before:
@@ -180,12 +186,6 @@ class JobRun:
                 self.directory.settle()
 
         return save
-
-    def _start(self, step: int) -> RunStart:
-        table = config_table(self.job.config)
-        options = {f"{part}.{name}": value for part, values in table.items() for name, value in values.items()}
-        facts = opening_facts(self.job, continued=self.checkpoint is not None, processes=self.processes)
-        return RunStart(self.job.total_steps, step, facts, self.directory.path, options)
 
     def _answer(self, summary: RunSummary) -> RunSummary:
         """Let base and adapter answer held-out rows; what is attached afterwards is the adapter in `adapter/`.
@@ -225,14 +225,14 @@ class JobRun:
             # Whoever begins anew from this file must not be told to overwrite, or that a run is there.
             kept = replace(config, run=replace(config.run, overwrite=False))
             self.directory.write(CONFIG, dump_config(kept))
-            self.directory.make_checkpoints()
-            self._write_facts()
-            return
-        if self.checkpoint is not None:
-            self._refuse(run_differences(self.checkpoint.facts, job.identity))
-        self.directory.mend()
+        else:
+            if self.checkpoint is not None:
+                self._refuse(run_differences(self.checkpoint.facts, job.identity))
+            self.directory.mend()
         self.directory.make_checkpoints()
-        self._write_facts()
+        self.directory.write(FACTS, json.dumps(run_facts(job), indent=1) + "\n")
+        if not config.run.resume:
+            return
         store.clean()
         if self.checkpoint is None:
             self.observer.noted("there is no checkpoint yet; the run begins at its first step")
@@ -241,9 +241,6 @@ class JobRun:
         state.restore(self.checkpoint, job.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
         self.directory.forget_after(self.checkpoint.step)
-
-    def _write_facts(self) -> None:
-        self.directory.write(FACTS, json.dumps(run_facts(self.job), indent=1) + "\n")
 
     def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""
@@ -262,8 +259,8 @@ class JobRun:
     def _check_files(self) -> Callable[[], None]:
         """Asked at every step: are the base's mapped files as they were? Warns where they do not fit into memory."""
         source = self.job.source
-        if not reads_its_files(self.job.bound.model):
-            return lambda: None
+        if not any(isinstance(tensor, QuantizedMatrix) for _, tensor in self.job.bound.model.frozen_tensors()):
+            return lambda: None  # a dense base stands in memory
         note = crowded_note(source.mapped_bytes, available_bytes())
         if note is not None:
             self.observer.noted(note)

@@ -32,7 +32,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,11 +129,6 @@ StateStore = StatesInMemory | StatesOnDisk
 """Hidden states by a row's number, (tokens, hidden) each; behind the rows comes what all of them begin with."""
 
 
-def store_lengths(packer: RowPacker) -> list[int]:
-    """Tokens that are kept of each row, and behind them those that all rows begin with."""
-    return [*map(int, np.maximum(packer.by_document.lengths - packer.common, 0)), packer.common]
-
-
 @dataclass(eq=False)
 class KeptStates:
     """A set of rows whose hidden states are kept."""
@@ -142,7 +136,7 @@ class KeptStates:
     model: LowerLayers
     layer: int  # c, below which nothing is trained
     rows: RowPacker
-    store: StateStore  # of `store_lengths`
+    store: StateStore  # by the rows' numbers, and behind them what all rows begin with
     _: KW_ONLY
     at_once: int = 0  # tokens that a pass through the lower blocks may have where its own batch has fewer
     log: ProofLog  # told that what is kept was found to be what is computed

@@ -119,10 +119,8 @@ class LoggerObserver(Observer):
     """Tells a logger of a run."""
 
     def __init__(self, name: str, logger: Logger, note: Callable[[str], None]) -> None:
-        self._name = name
+        self._name, self._note, self._begun = name, note, False
         self._logger: Logger | None = logger
-        self._note = note
-        self._begun = False
         self._summary: Mapping[str, Any] = {}
 
     def started(self, start: RunStart) -> None:

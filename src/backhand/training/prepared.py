@@ -33,7 +33,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.training.config import OptimizationOptions, Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
-from backhand.training.engine import BoundModel, Engine, ShortModel
+from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
 from backhand.training.machine import Machine, ProcessBytes, memory_budget
 from backhand.training.measuring import ForgettingMeter
 from backhand.training.memory.parts import ModelSize
@@ -52,7 +52,6 @@ from backhand.training.memory.plan import (
 from backhand.training.memory.probe import MeasuredMemory
 from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.training.rewards.rollout import PromptPacker, check_context, prompt_of
-from backhand.training.shared import Shared
 from backhand.training.step_plan import chosen_rate, derived_seed
 
 _STEPS_LOOKED_AT = 2000

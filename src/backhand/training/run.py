@@ -26,6 +26,7 @@ from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.console import TerminalObserver
+from backhand.training.engine import Shared
 from backhand.training.job import build_job
 from backhand.training.job_run import JobRun
 from backhand.training.launch import (
@@ -46,7 +47,6 @@ from backhand.training.resume import (
     decisive_settings,
     resumed_config,
 )
-from backhand.training.shared import Shared
 from backhand.training.state import PROGRESS_FILE, Progress
 from backhand.training.step import Processes
 

@@ -31,10 +31,9 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
-from backhand.training.engine import BoundModel, Engine, ShortModel
+from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
 from backhand.training.memory.parts import ModelSize, transformers_size
 from backhand.training.memory.plan import HeldBase
-from backhand.training.shared import Shared
 
 
 class TransformersModel:

@@ -20,8 +20,8 @@ from backhand.data.packing import micro_batches, trained_length
 from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import OptimizationOptions
+from backhand.training.distributed import shared_out
 from backhand.training.engine import ShortModel, Trainable
-from backhand.training.gradient_sum import shared_out
 from backhand.training.machine import Machine
 from backhand.training.prepared import Outline
 from backhand.training.step import AdapterOptimizer

@@ -120,7 +120,17 @@ class RewardGuard:
             CheckError: the run would learn nothing, or has left its base altogether.
         """
         first = self.remember(measured)
-        self._never_varying(step, measured)
+        if self._flat >= FLAT_STEPS:
+            found = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
+            if not self._varied:
+                raise CheckError(
+                    f"{found}: nothing can be learnt from them",
+                    where="reward",
+                    why="the model is never rewarded or always: between 5 and 95 % of its answers should be",
+                    next_step="give easier rows, a reward with steps in between, a larger --group, a higher "
+                    "--temperature, or train on a few right answers first (--objective sft, then --from-adapter)",
+                )
+            self._once("flat", f"step {step}: {found}: nothing is left to learn here, stop or give harder rows")
         cut_off, before = measured["clipped_answers"], first["clipped_answers"]
         if cut_off > _MANY_CUT and before < _FEW_CUT:
             self._once(
@@ -148,21 +158,6 @@ class RewardGuard:
                 f"{measured['entropy']:.4f} nats, and most groups have one answer: raise --temperature, lower "
                 "--learning-rate, or stop here (--early-stopping)",
             )
-
-    def _never_varying(self, step: int, measured: Mapping[str, float]) -> None:
-        if self._flat < FLAT_STEPS:
-            return
-        found = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
-        if self._varied:
-            self._once("flat", f"step {step}: {found}: nothing is left to learn here, stop or give harder rows")
-            return
-        raise CheckError(
-            f"{found}: nothing can be learnt from them",
-            where="reward",
-            why="the model is never rewarded or always: between 5 and 95 % of its answers should be",
-            next_step="give easier rows, a reward with steps in between, a larger --group, a higher --temperature, or "
-            "train on a few right answers first (--objective sft, then --from-adapter)",
-        )
 
     def _once(self, name: str, text: str) -> None:
         if name not in self._said:

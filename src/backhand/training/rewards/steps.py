@@ -46,29 +46,17 @@ class AnswerBatch:
         model: at its temperature.
         prompts: of every answer its prompt.
         judged: what was answered and what it is worth.
-        rollout: that it came from.
-        beta: weight of the divergence from the base.
-        micro_batch_rows: groups in one micro-batch, at most.
-        certificate: compares the first update's log-probabilities with the sampled ones.
+        steps: of the run.
 
     Attributes:
         flat: groups that have no gradient.
         trained: answers that are trained on, by number.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        prompts: Sequence[Example],
-        judged: Judged,
-        rollout: Rollout,
-        beta: float,
-        *,
-        micro_batch_rows: int,
-        certificate: Certificate,
-    ) -> None:
-        answers, rewards, options = judged.answers, judged.totals, rollout.options
-        self._answers, self._processes, self._certificate, self._model = answers, rollout.processes, certificate, model
+    def __init__(self, model: Decoder, prompts: Sequence[Example], judged: Judged, steps: RewardedSteps) -> None:
+        answers, rewards, options, beta = judged.answers, judged.totals, steps.rollout.options, steps.beta
+        self._answers, self._model = answers, model
+        self._processes, self._certificate = steps.rollout.processes, steps.certificate
         assert options.epsilon_high is not None and options.scale_rewards is not None
         self._rule = GRPORule(options.loss, options.epsilon, options.epsilon_high, beta)
         self._packer = RowPacker(
@@ -79,7 +67,7 @@ class AnswerBatch:
         self._told: list[list[float]] = []
         size, count = options.group, len(answers) // options.group
         groups = [range(first * size, (first + 1) * size) for first in range(count)]
-        self._micro_batches = self._cut(groups, micro_batch_rows)
+        self._micro_batches = self._cut(groups, steps.micro_batch_rows)
         if beta:
             far = self._against_base()
             if options.loss == "rloo":
@@ -92,7 +80,7 @@ class AnswerBatch:
         self._weights = answer_weights(lengths, options.loss, options.max_new_tokens)
         if not beta or options.loss == "rloo":
             kept = [group for group, differs in zip(groups, varied, strict=True) if differs]
-            self._micro_batches = self._cut(kept, micro_batch_rows)
+            self._micro_batches = self._cut(kept, steps.micro_batch_rows)
         self.trained = sorted(chain.from_iterable(self._micro_batches))
 
     def _cut(self, groups: Sequence[range], most: int) -> list[list[int]]:
@@ -230,15 +218,7 @@ class RewardedSteps:
         assert isinstance(model, Decoder) and self._judged is not None
         options, processes, judged = self.rollout.options, self.rollout.processes, self._judged
         with at_temperature(model, options.temperature):
-            batch = AnswerBatch(
-                model,
-                self._prompts(rows),
-                judged,
-                self.rollout,
-                self.beta,
-                micro_batch_rows=self.micro_batch_rows,
-                certificate=self.certificate,
-            )
+            batch = AnswerBatch(model, self._prompts(rows), judged, self)
             updates = options.num_iterations if batch.trained else 0
             results = [training_step(model, optimizer, batch.work(), processes, rate) for _ in range(updates)]
         self.measured["no_gradient_groups"] = batch.flat / len(rows)
