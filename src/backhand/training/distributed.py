@@ -158,14 +158,9 @@ class Group(Processes):
         """The value of every process, as JSON holds it."""
         asked = 0 if self.interruption is None else self.interruption.requested or 0
         data = json.dumps([asked, value]).encode()
-        lengths = self._gathered(torch.tensor([len(data)]))
-        longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        texts = [
-            bytes(piece[: int(length)].numpy()) for piece, length in zip(self._gathered(padded), lengths, strict=True)
-        ]
-        found = [json.loads(text) for text in texts]
+        longest = max(int(length) for length in self._gathered(torch.tensor([len(data)])))
+        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+        found = [json.loads(bytes(piece.numpy())) for piece in self._gathered(padded)]
         self._signal = max(self._signal, *(signal for signal, _ in found))
         if self._signal and self.interruption is not None:
             self.interruption.heard_elsewhere(self._signal)

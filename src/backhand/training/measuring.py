@@ -188,27 +188,21 @@ def quantization_notes(
     """
     if not isinstance(source, QuantizingSource):
         return ()
-    rows = HeldOut(_first(examples), micro_batch_rows)
-    before, after = (_loss(rows, one, dtype, device) for one in (source.unquantized, source))
+    chosen: list[Example] = []
+    for example in examples:
+        if sum(one.supervised_tokens for one in chosen) >= _SUPERVISED_TOKENS:
+            break
+        chosen.append(example)
+    rows = HeldOut(chosen, micro_batch_rows)
+
+    def loss(one: ModelSource) -> float:
+        decoder = Decoder.from_source(one, dtype=dtype, device=device, quantized=True)
+        nats = sum(float(losses.sum(dtype=torch.float64)) for _, losses in rows.token_losses(decoder))
+        return nats / rows.supervised_tokens
+
+    before, after = loss(source.unquantized), loss(source)
     note = (
         f"quantized to {source.type_name} on reading: the base's loss on {rows.supervised_tokens:,} supervised tokens "
         f"of the rows is {after:.4f} nats, {before:.4f} unquantized ({after - before:+.4f})"
     )
     return (note,)
-
-
-def _loss(rows: HeldOut, source: ModelSource, dtype: torch.dtype, device: torch.device) -> float:
-    decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=True)
-    nats = sum(float(losses.sum(dtype=torch.float64)) for _, losses in rows.token_losses(decoder))
-    return nats / rows.supervised_tokens
-
-
-def _first(examples: Iterable[Example]) -> list[Example]:
-    chosen: list[Example] = []
-    tokens = 0
-    for example in examples:
-        if tokens >= _SUPERVISED_TOKENS:
-            break
-        chosen.append(example)
-        tokens += int(example.supervised.sum())
-    return chosen

@@ -63,8 +63,11 @@ class RunState:
         from safetensors.torch import load
 
         contents = checkpoint.contents
+        for name in (STATE_FILE, PROGRESS_FILE):
+            if name not in contents:
+                raise ArtifactError("the file is missing from the checkpoint", where=name)
         try:
-            tensors: dict[str, Tensor] = load(_file(contents, STATE_FILE))
+            tensors: dict[str, Tensor] = load(contents[STATE_FILE])
         except (SafetensorError, ValueError) as error:
             raise ArtifactError("the state is not a safetensors file", where=STATE_FILE, why=str(error)) from None
         own = {"values": self.lora.values, **self.optimizer.moments()}
@@ -77,7 +80,7 @@ class RunState:
                     where=STATE_FILE,
                     why=f"its {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
                 )
-        progress = Progress.from_json(_file(contents, PROGRESS_FILE))
+        progress = Progress.from_json(contents[PROGRESS_FILE])
         if progress.step != checkpoint.step:
             raise ArtifactError(
                 f"the checkpoint of step {checkpoint.step} says that {progress.step} steps are done",
@@ -88,12 +91,6 @@ class RunState:
             tensor.copy_(tensors[name])
         self.lora.gradients.zero_()
         self.lora.refresh_compute(dtype)
-
-
-def _file(contents: Mapping[str, bytes], name: str) -> bytes:
-    if name not in contents:
-        raise ArtifactError("the file is missing from the checkpoint", where=name)
-    return contents[name]
 
 
 @dataclass(eq=False)
