@@ -45,9 +45,6 @@ class Trainable(LanguageModel, Protocol):
     def detach(self) -> None:
         """Back to the base model."""
 
-    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every module an adapter can target, by dotted path."""
-
     def frozen_tensors(self) -> Iterator[tuple[str, FrozenMatrix]]:
         """(name, tensor) of everything that must not move."""
 

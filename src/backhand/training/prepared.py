@@ -39,14 +39,13 @@ from backhand.training.measuring import ForgettingMeter
 from backhand.training.memory.parts import ModelSize
 from backhand.training.memory.plan import (
     BaseChoice,
-    Below,
     HeldBase,
     MemoryPlan,
     StatesPlan,
     choose,
     choose_base,
-    coming_again,
     keep_states,
+    kept_tokens,
     wanted_bases,
 )
 from backhand.training.memory.probe import MeasuredMemory
@@ -122,16 +121,17 @@ def outline_run(
     engine, config = given.engine, given.config
     bases, budget_bytes = _planned(given, machine, shared, engine.bases if assumed_rows else (), watched=watched)
     memory = bases.chosen
+    beside = RowPacker(given.held_out_rows, share_prefixes=engine.shares_prefixes)
+    longest = max(int(np.max(packer.by_document.lengths, initial=0)) for packer in (given.packer, beside))
+    below = engine.below(given.layout, longest)
+    if machine.device.type != "cpu" and below.dependent is None:
+        below = replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
+    # Rows that are computed more than once: training rows from the second epoch on, and held-out ones.
+    again = kept_tokens(given.packer) if given.total_steps > given.sampler.steps_per_epoch else 0
     states = keep_states(
         "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
-        _below(given, machine),
-        coming_again(
-            given.packer,
-            given.sampler,
-            given.total_steps,
-            given.held_out_rows,
-            share_prefixes=engine.shares_prefixes,
-        ),
+        below,
+        again + kept_tokens(beside),
         memory,
         budget_bytes=budget_bytes,
         disk_bytes=free_bytes(config.run.output.absolute()),
@@ -260,16 +260,6 @@ def gain(source: ModelSource, slots: Sequence[LoRASlot]) -> float:
         squares = sum(float(rows.double().square().sum()) for rows in weight.split(_ROWS_AT_ONCE))
         logs.append(0.5 * math.log(max(squares / weight.numel(), 1e-12) * slot.in_features))
     return math.exp(sum(logs) / max(1, len(logs)))
-
-
-def _below(given: Given, machine: Machine) -> Below:
-    """What lies below the lowest adapted layer, as this run computes it."""
-    beside = RowPacker(given.held_out_rows, share_prefixes=given.engine.shares_prefixes)
-    longest = max(int(np.max(packer.by_document.lengths, initial=0)) for packer in (given.packer, beside))
-    below = given.engine.below(given.layout, longest)
-    if machine.device.type == "cpu" or below.dependent is not None:
-        return below
-    return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
 
 
 def _packer(

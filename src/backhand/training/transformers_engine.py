@@ -71,12 +71,6 @@ class TransformersModel:
         """Where the model lives."""
         return next(parameter.device for _, parameter in self._base_parameters())
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
-        model: Any = self.model
-        return int(model.get_input_embeddings().weight.shape[0])
-
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         adapter = set() if self.injected is None else {id(parameter) for parameter in self.injected.parameters()}
         return ((name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) not in adapter)
@@ -84,14 +78,6 @@ class TransformersModel:
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every base parameter; a tied one appears once."""
         return ((name, parameter.detach()) for name, parameter in self._base_parameters())
-
-    def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear module by dotted path."""
-        return {
-            name: (module.out_features, module.in_features)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
 
     def inject(self, config: LoRAConfig) -> AdapterLayout:
         """Put the adapter's modules into the model; `attach` then ties them to flat buffers of this layout.

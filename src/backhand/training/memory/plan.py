@@ -21,8 +21,7 @@ from typing import Literal
 
 import torch
 
-from backhand.data.examples import Example
-from backhand.data.packing import RowPacker, Sampler, round_size
+from backhand.data.packing import RowPacker, round_size
 from backhand.errors import ResourceError, UsageError, present
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
@@ -277,18 +276,6 @@ class StatesPlan:
 def kept_tokens(packer: RowPacker) -> int:
     """Tokens of all rows, what they begin with once."""
     return int(packer.lengths.sum()) - max(0, len(packer.by_document.lengths) - 1) * packer.common
-
-
-def coming_again(
-    packer: RowPacker, sampler: Sampler, total_steps: int, held_out: Sequence[Example], *, share_prefixes: bool
-) -> int:
-    """Tokens of the rows that a run computes more than once: training rows from the second epoch on, and held-out ones.
-
-    Args:
-        held_out: rows that are measured again and again.
-    """
-    trained = kept_tokens(packer) if total_steps > sampler.steps_per_epoch else 0
-    return trained + kept_tokens(RowPacker(held_out, share_prefixes=share_prefixes))
 
 
 def keep_states(
