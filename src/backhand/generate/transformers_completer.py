@@ -42,29 +42,14 @@ class TransformersCompleter:
     def __init__(self, model: Any, adapter: InjectedAdapter | None = None) -> None:
         from transformers import GenerationConfig
 
-        self.model = model
+        self.model, self.device = model, torch.device(model.device)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_tokens = stated if isinstance(stated, int) and stated > 0 else _UNLIMITED  # no limit is stated
         self.injected = adapter
         self._use_adapter = adapter is not None
         self._pads: bool | None = None
         model.generation_config = GenerationConfig()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that prompt and answer may have together; practically unlimited where the model states no limit."""
-        config = self.model.config.get_text_config()
-        stated = getattr(config, "max_position_embeddings", None)
-        return stated if isinstance(stated, int) and stated > 0 else _UNLIMITED
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that a prompt may hold: ids below this."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def use_adapter(self, wanted: bool) -> None:
         """Be the adapted model or the base model. Raises ValueError if there is no adapter to use."""

@@ -42,16 +42,11 @@ FORGOTTEN_NATS = 1.5
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run measured.
+    """What a run measured."""
 
-    Attributes:
-        held_out: (step, loss) of every finite evaluation, the first one before the first step.
-        training: the loss of every logged step.
-        forgotten_nats: how far the loss on neutral texts had risen at the best evaluation; None where not measured.
-    """
-
-    held_out: Sequence[tuple[int, float]]
-    training: Sequence[float]
+    held_out: Sequence[tuple[int, float]]  # (step, loss) of every finite evaluation, the first one before any step
+    training: Sequence[float]  # the loss of every logged step
+    # how far the loss on neutral texts had risen at the best evaluation; None where not measured
     forgotten_nats: float | None = None
 
     @property

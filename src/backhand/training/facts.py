@@ -81,21 +81,17 @@ def machine() -> dict[str, Any]:
 
 def _modules(job: Job) -> list[dict[str, Any]]:
     weights = dict(job.bound.model.frozen_tensors())
-    modules = []
-    for name, slot in job.bound.lora.slots.items():
-        weight = weights.get(f"{name}.weight")
-        norm = None if weight is None else _norm(frozen_dense(weight))
-        modules.append(
-            {
-                "name": name,
-                "in_features": slot.in_features,
-                "out_features": slot.out_features,
-                "rank": slot.rank,
-                "scaling": slot.scaling,
-                "weight_norm": norm,
-            }
-        )
-    return modules
+    return [
+        {
+            "name": name,
+            "in_features": slot.in_features,
+            "out_features": slot.out_features,
+            "rank": slot.rank,
+            "scaling": slot.scaling,
+            "weight_norm": _norm(frozen_dense(weights[f"{name}.weight"])) if f"{name}.weight" in weights else None,
+        }
+        for name, slot in job.bound.lora.slots.items()
+    ]
 
 
 def _norm(weight: torch.Tensor) -> float:
@@ -147,16 +143,12 @@ def _processor() -> str:
 def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
     """The summary of a run that is over."""
     progress = state.progress
-    counted = {
-        name: value
-        for name, value in vars(progress).items()
-        if name in {field.name for field in fields(RunSummary)} and name != "train_s"
-    }
+    counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
     best = [line for line in directory.lines(METRICS) if line.get("step") == progress.best_step]
     names = ("rewards/accuracies", "rewards/margins")
     pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]
     return RunSummary(
-        **counted,
+        **counted | {"train_s": round(progress.train_s, 3)},
         output=str(directory.path),
         adapter=str(directory.adapter),
         model=job.config.model.model,
@@ -164,7 +156,6 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         engine_note=job.engine.note,
         dtype=job.config.model.dtype,
         base=job.memory.base,
-        train_s=round(progress.train_s, 3),
         steps=progress.step,
         tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
         peak_rss_bytes=peak_rss_bytes(),

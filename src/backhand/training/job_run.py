@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from backhand.errors import present
@@ -120,7 +121,7 @@ class JobRun:
             if self.checkpoint is not None and self.processes.leads:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._check_same(state)
-            save = self._saving(saver, state)
+            save = partial(self._save, saver, state)
             keeps = keeping(job, self.directory, digest, log=log, noted=self.observer.noted, shared=self.shared)
             kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(kept, log)
@@ -176,16 +177,12 @@ class JobRun:
         facts |= alike(identity["settings"])
         self.processes.same({**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]})
 
-    def _saving(self, saver: Saver, state: RunState) -> Callable[[bool], None]:
-        """Checkpoints by the first process, of an adapter that all of them have."""
-
-        def save(better: bool) -> None:
-            self.processes.same_adapter(lambda: state_digests(state)["adapter"], state.progress.step)
-            if self.processes.leads:
-                saver.save(better)
-                self.directory.settle()
-
-        return save
+    def _save(self, saver: Saver, state: RunState, better: bool) -> None:
+        """A checkpoint by the first process, of an adapter that all of them have."""
+        self.processes.same_adapter(lambda: state_digests(state)["adapter"], state.progress.step)
+        if self.processes.leads:
+            saver.save(better)
+            self.directory.settle()
 
     def _answer(self, summary: RunSummary) -> RunSummary:
         """Let base and adapter answer held-out rows; what is attached afterwards is the adapter in `adapter/`.

@@ -5,8 +5,8 @@ run directory locked → configuration → job (rows, model, adapter) → `JobRu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from backhand.runs.directory import (
 from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.config import RunOptions, TrainConfig
+from backhand.training.config import TrainConfig
 from backhand.training.console import TerminalObserver
 from backhand.training.engine import Shared
 from backhand.training.job import build_job
@@ -115,7 +115,13 @@ def _train(
     everyone = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
     run = config.run
     try:
-        with Interruption(terminal.noted) as interruption, _opened(run, files, processes) as directory:
+        # The directory is locked by the process that writes; to the others it is a name, which all of them say alike.
+        place: AbstractContextManager[RunDirectory] = nullcontext(
+            RunDirectory(run.output.resolve(), files or FileLayer())
+        )
+        if processes.leads:
+            place = opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
+        with Interruption(terminal.noted) as interruption, place as directory:
             processes.interruption = interruption
             checkpoint = done = None
             if run.overwrite and processes.leads:
@@ -162,13 +168,3 @@ def _inputs(config: TrainConfig) -> dict[str, Path | str | None]:
     for option in ("data", "eval_data"):
         named |= {f"{option}[{i}]": name for i, name in enumerate(getattr(config.data, option))}
     return {**named, "chat_template": config.data.chat_template}
-
-
-@contextmanager
-def _opened(run: RunOptions, files: FileLayer | None, processes: Processes) -> Iterator[RunDirectory]:
-    """The directory, locked, for the process that writes; for the others its name."""
-    if not processes.leads:
-        yield RunDirectory(run.output.resolve(), files or FileLayer())  # all of them say the same of it
-        return
-    with opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory:
-        yield directory
