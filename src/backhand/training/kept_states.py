@@ -11,7 +11,7 @@ document is divided, x is a function of the row alone, to the bit, and may be pu
 
 Of the rows that share a segment, any will do.
 
-The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
+The engine says where its own kernels promise that (`memory.plan`). A library chooses its kernels by the number of
 rows. So each number of tokens is compared with the usual number before it is first used
 (`LowerLayers`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
 32nd, 1024th … batch that is put together is computed as well, through all layers below c, and compared bit by bit.

@@ -75,23 +75,20 @@ def crowded_note(mapped_bytes: int, free_bytes: int | None) -> str | None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Holds a run to the memory that was planned for it.
-#
-# Freed buffers are kept for the next step (`nn.compute.keep_freed_memory`), and matrix kernels that are compiled in
-# between settle among them. Where rows have many lengths the gaps between such kernels fit the next step's buffers less
-# and less, and the process grows although it holds no more: 1.5 GB in place of 0.7 after sixty steps of a small model.
-# Giving the gaps back costs the page faults of one step, so steps have it done only where the plan would be exceeded,
-# and once after the first. It is also done around each checkpoint, whose buffers are larger than any gap a step leaves,
-# and leave gaps that fit no step: 110 MB for 5 million parameters.
-
-
 _RAISED_BY = 1.1
 
 
 @dataclass(eq=False)
 class MemoryKeeper:
-    """Asked after every step, and before and after every checkpoint."""
+    """Holds a run to the memory that was planned for it: asked after every step, before and after every checkpoint.
+
+    Freed buffers are kept for the next step (`nn.compute.keep_freed_memory`), and matrix kernels that are compiled in
+    between settle among them. Where rows have many lengths the gaps between such kernels fit the next step's buffers
+    less and less, and the process grows although it holds no more: 1.5 GB in place of 0.7 after sixty steps of a small
+    model. Giving the gaps back costs the page faults of one step, so steps have it done only where the plan would be
+    exceeded, and once after the first. It is also done around each checkpoint, whose buffers are larger than any gap a
+    step leaves, and leave gaps that fit no step: 110 MB for 5 million parameters.
+    """
 
     limit_bytes: int  # highest resident memory that was planned
     measure: Callable[[], int] = rss_bytes  # the process's resident memory now
@@ -121,15 +118,13 @@ class MemoryKeeper:
         self._before = now
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the process itself takes: interpreter, libraries, tokenizer and rows, measured where they are all there.
-
-
 _SIZE = 8
 
 
 class ProcessBytes:
-    """What the process itself takes; more once a step has been measured, whose code and compiled kernels stay.
+    """What the process itself takes, interpreter, libraries, tokenizer and rows, measured where they are all there.
+
+    It is more once a step has been measured, whose code and compiled kernels stay.
 
     Args:
         final: whether a run's weights are there, which are counted elsewhere.

@@ -2,7 +2,7 @@
 
 The short model and those with one more block of a kind (`short_decoder`) take turns on a micro-batch of the run's
 size; the time of all blocks follows: of an adapted one; half of it where nothing is trained; and nothing where the
-hidden states behind such blocks are kept (`memory.states`) and the row has come before. A first pass over few tokens
+hidden states behind such blocks are kept (`memory.plan`) and the row has come before. A first pass over few tokens
 says how many fit into the time there is.
 """
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -130,9 +130,7 @@ class MeasuredMemory:
     process: ProcessBytes  # what the process takes already; measuring adds to it, for every base
     forget: Callable[[], None]  # gives back what measuring has read of the model's files
     budget_bytes: int | None  # what may be taken in all; None for no limit
-
-    def __post_init__(self) -> None:
-        self._steps: dict[tuple[StepShape, Recompute], StepBytes] = {}
+    _steps: dict[tuple[StepShape, Recompute], StepBytes] = field(default_factory=dict)
 
     def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
         """Bytes by part."""
