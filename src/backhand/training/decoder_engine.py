@@ -97,12 +97,7 @@ class DecoderEngine(Engine):
         return decoder_size(self.config, layout, self._dtype, quantized)
 
     def load(
-        self,
-        config: LoRAConfig,
-        device: torch.device,
-        recompute: str,
-        base: HeldBase,
-        shared: Shared,
+        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
         slots, trained = self.layout(config)

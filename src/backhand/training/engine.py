@@ -228,12 +228,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load(
-        self,
-        config: LoRAConfig,
-        device: torch.device,
-        recompute: str,
-        base: HeldBase,
-        shared: Shared,
+        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero.
 

@@ -51,23 +51,15 @@ from backhand.words import count_of, name_list, shorten, show_notes
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on the rows.
+    """How well a model does on the rows."""
 
-    Attributes:
-        loss: mean nats per supervised token.
-        perplexity: e^loss.
-        exact_match: share of completions that are exactly right; None for plain text, or when not asked for.
-        supervised_tokens: over which the loss is the mean.
-        labels: of rows that answer with labels; None elsewhere.
-        pairs: of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides'
-            answers, and of an adapted model the rewards against the base, under TRL's names; None elsewhere.
-    """
-
-    loss: float
-    perplexity: float
-    exact_match: float | None
-    supervised_tokens: int
-    labels: LabelScore | None = None
+    loss: float  # mean nats per supervised token
+    perplexity: float  # e^loss
+    exact_match: float | None  # share of completions that are exactly right; None for plain text, or when not asked for
+    supervised_tokens: int  # over which the loss is the mean
+    labels: LabelScore | None = None  # of rows that answer with labels; None elsewhere
+    # of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides' answers, and
+    # of an adapted model the rewards against the base, under TRL's names; None elsewhere
     pairs: dict[str, float] | None = None
 
 

@@ -132,17 +132,17 @@ class LearningGuard:
         return not seen and _QUERY_OR_KEY.fullmatch(module) is not None
 
 
-class SpikeGuard:
-    """Warns when a step's loss is far above the running mean. The mean is part of the run's progress."""
+def smoothed(loss: float, mean: float | None) -> tuple[float, str | None]:
+    """The running mean of the loss, part of the run's progress, with that of a step; a warning if this is far above it.
 
-    def judge(self, loss: float, smooth_loss: float | None) -> tuple[float, str | None]:
-        """The new running mean, and a warning or None."""
-        if smooth_loss is None:
-            return loss, None
-        warning = None
-        if loss > SPIKE_FACTOR * smooth_loss and loss - smooth_loss > 1.0:
-            warning = f"the loss jumped to {loss:.3g} from a running mean of {smooth_loss:.3g}"
-        return _SMOOTHING * smooth_loss + (1 - _SMOOTHING) * loss, warning
+    Args:
+        mean: so far; None before the first step.
+    """
+    if mean is None:
+        return loss, None
+    jumped = loss > SPIKE_FACTOR * mean and loss - mean > 1.0
+    warning = f"the loss jumped to {loss:.3g} from a running mean of {mean:.3g}" if jumped else None
+    return _SMOOTHING * mean + (1 - _SMOOTHING) * loss, warning
 
 
 def named_gradients(lora: LoRAParameters) -> list[tuple[str, Tensor]]:

@@ -18,17 +18,7 @@ from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import loaded_objects_frozen
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
-from backhand.runs.directory import (
-    ANSWERS,
-    CONFIG,
-    FACTS,
-    METRICS,
-    SUMMARY,
-    Proof,
-    ProofLog,
-    RunDirectory,
-    proof_log,
-)
+from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
@@ -193,21 +183,18 @@ class JobRun:
         job = self.job
         if job.held_out is None or not job.config.run.answers or not self.processes.leads:
             return summary
-        if self._asked_to_stop():
+        if self.processes.asked:
             self.observer.noted("asked to stop: no held-out rows are answered for the report")
             return summary
         job.bound.fill(str(self.directory.adapter))
         asked = job.bound, job.source, job.held_out.examples, job.config
         self.directory.write(ANSWERS, answers_file(*asked))
         if summary.adapted_exact_match is None and (
-            measured := measured_answers(*asked, job.identity.labels, summary.tokens, self._asked_to_stop)
+            measured := measured_answers(*asked, job.identity.labels, summary.tokens, lambda: self.processes.asked)
         ):
             summary = replace(summary, **measured)
             self.directory.write(SUMMARY, summary.to_json())
         return summary
-
-    def _asked_to_stop(self) -> bool:
-        return self.interruption.requested is not None
 
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""
@@ -301,14 +288,7 @@ class JobRun:
             started_from = begun_from(self.directory.path)
         started_from = self.processes.agreed(started_from)
         return run_objectives(
-            self.job,
-            self.directory,
-            self.processes,
-            self._frozen_digest,
-            kept,
-            started_from,
-            log,
-            self.observer.noted,
+            self.job, self.directory, self.processes, self._frozen_digest, kept, started_from, log, self.observer.noted
         )
 
     def _rewarded(self, places: ExitStack, log: ProofLog) -> RewardedSteps | None:

@@ -21,9 +21,9 @@ from backhand.training.guards import (
     MOST_SHOWN,
     BaseGuard,
     LearningGuard,
-    SpikeGuard,
     is_finite,
     named_unusable,
+    smoothed,
 )
 from backhand.training.loggers import Observer
 from backhand.training.measuring import ForgettingMeter, HeldOut
@@ -54,7 +54,6 @@ class Judge:
     processes: Processes = field(default_factory=Processes)  # that share each evaluation
 
     def __post_init__(self) -> None:
-        self._spike_guard = SpikeGuard()
         begin = self.state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
@@ -126,7 +125,7 @@ class Judge:
         """Hold a step's result against the guards. Raises CheckError: one of them fired."""
         progress = self.state.progress
         if result.taken:
-            progress.smooth_loss, warning = self._spike_guard.judge(result.loss, progress.smooth_loss)
+            progress.smooth_loss, warning = smoothed(result.loss, progress.smooth_loss)
             if warning:
                 self.observer.noted(f"step {progress.step}: {warning}")
         else:

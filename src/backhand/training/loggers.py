@@ -29,18 +29,13 @@ from backhand.system import install
 
 @dataclass(frozen=True)
 class RunStart:
-    """What is known before the first step.
-
-    Attributes:
-        step: steps done before, in a run that is continued.
-        facts: lines for a reader: model, engine, data, adapter, plan.
-        config: every option by the name of its part and its own, such as `optimization.learning_rate`.
-    """
+    """What is known before the first step."""
 
     total_steps: int
-    step: int
-    facts: tuple[str, ...]
+    step: int  # steps done before, in a run that is continued
+    facts: tuple[str, ...]  # lines for a reader: model, engine, data, adapter, plan
     directory: Path
+    # every option by the name of its part and its own, such as `optimization.learning_rate`
     config: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -173,11 +173,7 @@ _SUPERVISED_TOKENS = 2000
 
 
 def quantization_notes(
-    source: ModelSource,
-    examples: Iterable[Example],
-    micro_batch_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    source: ModelSource, examples: Iterable[Example], micro_batch_rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, ...]:
     """A sentence on the change of the base's loss; nothing where the source is not quantized on reading.
 

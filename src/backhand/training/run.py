@@ -15,12 +15,7 @@ from backhand.files import FileLayer
 from backhand.nn.compute import compute_settings
 from backhand.reading import refuse_inputs_inside
 from backhand.runs.checkpoint import CheckpointStore
-from backhand.runs.directory import (
-    OWNED,
-    SUMMARY,
-    RunDirectory,
-    opened,
-)
+from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
 from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
@@ -42,11 +37,7 @@ from backhand.training.launch import (
 )
 from backhand.training.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
 from backhand.training.machine import resolve_machine
-from backhand.training.resume import (
-    begun_from,
-    decisive_settings,
-    resumed_config,
-)
+from backhand.training.resume import begun_from, decisive_settings, resumed_config
 from backhand.training.state import PROGRESS_FILE, Progress
 from backhand.training.step import Processes
 

@@ -229,8 +229,7 @@ class RewardedSteps:
 
     def repeated(self) -> RewardedSteps:
         """The same for steps that were guarded before: what is found is told to nobody."""
-        unheard = Certificate(self.certificate.bounds, lambda _: None)
-        return replace(self, guard=None, certificate=unheard)
+        return replace(self, guard=None, certificate=Certificate(self.certificate.bounds, lambda _: None))
 
     def _prompts(self, rows: Sequence[int]) -> list[Example]:
         """Of every answer the prompt."""
