@@ -38,7 +38,7 @@ def run_backhand(task: FineTune, output: Path, *, engine: str = "backhand") -> d
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
     from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.training.observer import Observer
+    from backhand.training.loggers import Observer
 
     class Watch(Observer):
         """The clock at the first step's begin and behind the last checkpoint."""

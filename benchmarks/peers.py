@@ -106,7 +106,7 @@ class BackhandPeer:
             from backhand.nn.compute import release_freed_memory
 
             # What the first step compiles settles among its buffers; a run gives the gaps back as well
-            # (`training.memory.process.MemoryKeeper`).
+            # (`training.machine.MemoryKeeper`).
             release_freed_memory()
             self.first = False
         return float(loss) / supervised, norm

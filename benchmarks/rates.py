@@ -245,10 +245,10 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
     from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
     from backhand.runs.interruption import Interrupted
+    from backhand.training.command_options import EvaluateRunOptions
     from backhand.training.config import ModelOptions, TrainConfig
     from backhand.training.config_file import load_config
     from backhand.training.evaluate import evaluation_rows, score
-    from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
 
     rows = rows_of(case.task, case.rows)
@@ -474,7 +474,7 @@ SHARED: dict[str, Any] = {}
 
 
 def _shared() -> Any:
-    from backhand.training.shared import Shared
+    from backhand.training.engine import Shared
 
     return Shared()
 

@@ -44,7 +44,7 @@ _CARRIED_TO = (2, 4, 8, 16, 64)
 
 
 def sent_bytes(elements: int, processes: int, micro_batches: int, *, ordered: bool = True) -> float:
-    """What each process sends in one exchange (`training.gradient_sum`)."""
+    """What each process sends in one exchange (`training.distributed`)."""
     return 4 * elements * (processes - 1) / processes * (micro_batches + 1 if ordered else 2)
 
 

@@ -90,10 +90,10 @@ def exchange(elements: int, reduce: str, micro_batches: int) -> None:
             added = processes.gradient_sum(buffer, shares)
             for number in shares[processes.rank]:
                 buffer.fill_(1.0 + number)
-                added.add(number, 1.0, 1, attends=True)
+                added.add()
             processes.gather(None)  # both are ready
             began = time.perf_counter()
-            processes.total(added, 0.0)
+            processes.total(added, [], 0.0)
             times.append(time.perf_counter() - began)
     print(json.dumps({"exchange_s": times}), flush=True)
 
@@ -105,10 +105,10 @@ def timed_train(words: list[str], times: str) -> None:
 
     total, taken = Group.total, []
 
-    def timed(self: Group, added: Any, computed_s: float) -> Any:
+    def timed(self: Group, added: Any, own: Any, computed_s: float) -> Any:
         self.gather(None)
         began = time.perf_counter()
-        found = total(self, added, computed_s)
+        found = total(self, added, own, computed_s)
         taken.append(time.perf_counter() - began)
         if self.leads:
             Path(times).with_suffix(".json").write_text(json.dumps(taken))

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.report.train import train
+    from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
     from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.training.evaluate import evaluate
-    from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+    from backhand.training.loggers import Observer
     from backhand.training.objectives.options import ObjectiveOptions
-    from backhand.training.observer import Observer
     from backhand.verify.measure import compare
 
     __version__: str
@@ -43,12 +43,12 @@ _HOMES = {
     "AdapterCallback": "backhand.adapters.trainer_callback",
     "BackhandError": "backhand.errors",
     "DataOptions": "backhand.data.options",
-    "EvaluateOptions": "backhand.training.evaluate_options",
-    "EvaluateRunOptions": "backhand.training.evaluate_options",
+    "EvaluateOptions": "backhand.training.command_options",
+    "EvaluateRunOptions": "backhand.training.command_options",
     "LoRAConfig": "backhand.adapters.config",
     "ModelOptions": "backhand.training.config",
     "ObjectiveOptions": "backhand.training.objectives.options",
-    "Observer": "backhand.training.observer",
+    "Observer": "backhand.training.loggers",
     "OptimizationOptions": "backhand.training.config",
     "RunOptions": "backhand.training.config",
     "TrainConfig": "backhand.training.config",

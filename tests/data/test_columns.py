@@ -18,9 +18,9 @@ from backhand.data.options import DataOptions, NamedColumns, as_typed, asking_op
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
 from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError, UsageError
+from backhand.training.command_options import EvaluateOptions
 from backhand.training.config import ModelOptions
 from backhand.training.evaluate import evaluate
-from backhand.training.evaluate_options import EvaluateOptions
 from support.tokenizer_kinds import byte_level
 
 

@@ -20,7 +20,7 @@ from backhand.errors import UsageError
 from backhand.export.command import export_command
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions

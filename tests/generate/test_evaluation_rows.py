@@ -14,9 +14,9 @@ import pytest
 from backhand.data.options import DataOptions
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.config import ModelOptions
 from backhand.training.evaluate import EvaluationRows, evaluate, evaluation_rows
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ import torch
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import Prompt
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.training import evaluate as evaluation
+from backhand.training.command_options import EvaluateRunOptions
 from backhand.training.evaluate import CERTAIN_NATS, certain_replies
-from backhand.training.evaluate_options import EvaluateRunOptions
 from backhand.training.run import train
 from backhand.training.step import Processes
 from support.tiny_models import save_tiny, tiny_model

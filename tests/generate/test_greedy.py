@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.generate import engine_completer as batch
-from backhand.generate.engine_completer import EngineCompleter, complete_greedily, shared_length
+from backhand.generate import completer as batch
+from backhand.generate.completer import EngineCompleter, complete_greedily, shared_length
 from backhand.nn.decoder import decoding
 from backhand.nn.decoder.decoder import Decoder
 from support.in_memory import InMemoryModel

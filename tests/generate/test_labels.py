@@ -25,10 +25,10 @@ from backhand.nn.model_options import BaseModelOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.config import ModelOptions
 from backhand.training.console import closing_lines
 from backhand.training.evaluate import evaluate, evaluate_command
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import label_score, mistaken_for
 from backhand.training.run import train
 from support.page import Page

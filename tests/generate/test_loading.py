@@ -14,7 +14,7 @@ from backhand.adapters.inject import inject
 from backhand.adapters.loading import load_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ArtifactError
-from backhand.generate.engine_completer import EngineCompleter, complete_greedily
+from backhand.generate.completer import EngineCompleter, complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.generate.transformers_completer import TransformersCompleter
 from backhand.nn.decoder.config_fields import UnsupportedModel

@@ -10,7 +10,7 @@ import transformers
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.transformers_completer import TransformersCompleter
 from support.tiny_models import tiny_documents, tiny_model
 

@@ -15,8 +15,8 @@ from backhand.lab.paper.options import PaperOptions, PaperRunOptions, SweepOptio
 from backhand.lab.paper.sweep import plan_sweep, run_sweep
 from backhand.nn.loading import open_model
 from backhand.runs.interruption import Interrupted
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.evaluate import evaluate
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from support.tiny_run import TinyRun
 
 SHAPES = {

@@ -19,7 +19,7 @@ from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
-from backhand.training.observer import Observer
+from backhand.training.loggers import Observer
 from support.page import Page
 from support.tiny_run import TinyRun
 

@@ -20,7 +20,7 @@ from backhand.nn.decoder.weights import DecoderWeights
 from backhand.training import decoder_engine
 from backhand.training.config import TrainConfig
 from backhand.training.kept_states import KeptStates
-from backhand.training.observer import Observer
+from backhand.training.loggers import Observer
 from backhand.training.run import train
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options

@@ -18,7 +18,7 @@ import torch.distributed
 
 from backhand.cli.main import main
 from backhand.nn.decoder.decoder import Decoder
-from backhand.training import leading, meeting, pulse
+from backhand.training import launch, meeting, pulse
 from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
 from backhand.training.distributed import Group
@@ -178,8 +178,8 @@ def _train_as_rank(
     if at == ("adapter", "other"):
         before(AdapterOptimizer, "step", lambda optimizer, *_: optimizer.values[3].add_(1e-3))
     elif at == ("versions", "other"):
-        packages = leading.installed_packages()
-        leading.installed_packages = lambda: {**packages, "torch": "0.0"}
+        packages = launch.installed_packages()
+        launch.installed_packages = lambda: {**packages, "torch": "0.0"}
     elif at == ("clock", "other"):
         took = []
         before(Decoder, "loss_and_gradients", lambda *_: took.append(1.0))

@@ -14,7 +14,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.training.observer import Observer
+from backhand.training.loggers import Observer
 from backhand.training.run import train
 from backhand.training.state import PROGRESS_FILE, STATE_FILE
 from support.tiny_models import save_tiny, tiny_model

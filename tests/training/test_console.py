@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from backhand.training.console import TerminalObserver, sparkline
-from backhand.training.observer import RunStart
+from backhand.training.loggers import RunStart
 from backhand.training.run import train
 from support.tiny_run import TinyRun
 

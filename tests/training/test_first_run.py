@@ -21,7 +21,7 @@ from backhand.runs.interruption import Interrupted
 from backhand.training.advice import Curves, advice, judged
 from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.config_file import config_from_table, load_config
-from backhand.training.observer import Observer, RunStart
+from backhand.training.loggers import Observer, RunStart
 from backhand.training.prepared import gain
 from backhand.training.run import train
 from backhand.training.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate

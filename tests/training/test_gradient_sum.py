@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,17 +14,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
-from backhand.training.step import GradientSum, OneProcessSum, StepSum, left_sum
+from backhand.training.distributed import Group, OrderedSum, PlainSum, shared_out
+from backhand.training.step import GradientSum, MicroBatch, Processes, StepSum, left_sum
 
 Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
+
+
+def plain(gradients: Tensor, _: Sequence[Sequence[int]], processes: Meeting) -> PlainSum:
+    return PlainSum(gradients, cast("Group", processes))
+
+
+def ordered(gradients: Tensor, shares: Sequence[Sequence[int]], processes: Meeting) -> OrderedSum:
+    return OrderedSum(gradients, shares, cast("Group", processes))
+
+
 UNIT = 2.0**-24
 
 
-class Meeting:
+class Meeting(Processes):
     """One thread's end of an exchange."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[object]) -> None:
+        super().__init__()
         self.rank, self.size, self._barrier, self._table = rank, size, barrier, table
 
     def _shown(self, mine: object) -> list[object]:
@@ -59,12 +70,9 @@ def step(
     barrier, table = threading.Barrier(size), [None] * size
 
     def process(rank: int) -> None:
-        buffer = torch.zeros(gradients.shape[1])
-        added = kind(buffer, shares, Meeting(rank, size, barrier, table))  # type: ignore[arg-type]
-        for number in shares[rank]:
-            buffer += gradients[number]
-            added.add(number, nats[number], 3 + number, attends=number == 1)
-        found[rank] = (buffer, added.total(0.5 + rank, 0.25 * rank))
+        buffer, meeting = torch.zeros(gradients.shape[1]), Meeting(rank, size, barrier, table)  # type: ignore[arg-type]
+        meeting.waited_s = 0.25 * rank
+        found[rank] = buffer, summed(meeting, kind(buffer, shares, meeting), buffer, gradients, nats, shares[rank])
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(size)]
     for thread in threads:
@@ -74,13 +82,24 @@ def step(
     return [found[rank] for rank in range(size)]
 
 
+def summed(
+    processes: Processes,
+    added: GradientSum,
+    buffer: Tensor,
+    gradients: Tensor,
+    nats: Sequence[float],
+    share: Sequence[int],
+) -> StepSum:
+    for number in share:
+        buffer += gradients[number]
+        added.add()
+    own = [MicroBatch(number, nats[number], 3 + number, number == 1) for number in share]
+    return processes.total(added, own, 0.5 + processes.rank)
+
+
 def alone(gradients: Tensor, nats: Sequence[float]) -> tuple[Tensor, StepSum]:
-    buffer = torch.zeros(gradients.shape[1])
-    added = OneProcessSum(buffer, len(gradients))
-    for number, gradient in enumerate(gradients):
-        buffer += gradient
-        added.add(number, nats[number], 3 + number, attends=number == 1)
-    return buffer, added.total(0.1, 0.0)
+    buffer, processes, share = torch.zeros(gradients.shape[1]), Processes(), range(len(gradients))
+    return buffer, summed(processes, processes.gradient_sum(buffer, [share]), buffer, gradients, nats, share)
 
 
 def drawn(count: int, elements: int, seed: int) -> tuple[Tensor, list[float]]:
@@ -97,7 +116,7 @@ def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int,
     gradients, nats = drawn(count, elements, seed)
     wanted, alone_found = alone(gradients, nats)
     shares = shared_out([7 + number % 3 for number in range(count)], size)
-    for buffer, found in step(OrderedSum, gradients, nats, shares):
+    for buffer, found in step(ordered, gradients, nats, shares):
         assert torch.equal(buffer, wanted)
         assert found.nats == tuple(nats) == alone_found.nats
         assert found.supervised_tokens == sum(range(3, 3 + count)) and found.attends == (count > 1)
@@ -112,8 +131,8 @@ def test_another_order_has_other_bits() -> None:
     together = sum(gradients[share[0]] + gradients[share[1]] + gradients[share[2]] for share in shares)
     wanted, _ = alone(gradients, nats)
     assert isinstance(together, Tensor) and not torch.equal(together, wanted)
-    assert not torch.equal(step(PlainSum, gradients, nats, shares)[0][0], wanted)
-    assert torch.equal(step(OrderedSum, gradients, nats, shares)[0][0], wanted)
+    assert not torch.equal(step(plain, gradients, nats, shares)[0][0], wanted)
+    assert torch.equal(step(ordered, gradients, nats, shares)[0][0], wanted)
 
 
 @given(size=st.integers(2, 4), count=st.integers(1, 7), seed=st.integers(0, 1 << 20))
@@ -123,7 +142,7 @@ def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
     wanted, _ = alone(gradients, nats)
     share = (count - 1) * UNIT
     bound = 2 * share / (1 - share) * gradients.abs().double().sum(0)
-    for buffer, found in step(PlainSum, gradients, nats, shared_out([5] * count, size)):
+    for buffer, found in step(plain, gradients, nats, shared_out([5] * count, size)):
         assert torch.all((buffer.double() - wanted.double()).abs() <= bound)
         assert found.nats == tuple(nats)
         assert found.supervised_tokens == sum(range(3, 3 + count))
@@ -131,7 +150,7 @@ def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
         assert found.waited_s == tuple(0.25 * rank for rank in range(size))
 
 
-@pytest.mark.parametrize("kind", [OrderedSum, PlainSum])
+@pytest.mark.parametrize("kind", [ordered, plain])
 def test_what_is_not_finite_arrives_so(kind: Kind) -> None:
     gradients, nats = drawn(3, 5, seed=2)
     gradients[2, 1] = math.inf
@@ -155,7 +174,7 @@ def test_many_micro_batches_round_no_more_than_one(size: int) -> None:
     nats, shares = [0.0] * count, shared_out([1] * count, size)
     wanted = 1 + 2.0**-13
     assert left_float32(gradients[:, 0]) == 1.0
-    for buffer, _ in [alone(gradients, nats)] if size == 1 else step(OrderedSum, gradients, nats, shares):
+    for buffer, _ in [alone(gradients, nats)] if size == 1 else step(ordered, gradients, nats, shares):
         assert buffer.tolist() == [wanted, wanted]
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.training.config import TrainConfig
-from backhand.training.guards import SpikeGuard, is_finite
+from backhand.training.guards import is_finite, smoothed
+from backhand.training.loggers import Observer
 from backhand.training.measuring import ForgettingMeter
-from backhand.training.observer import Observer
 from backhand.training.run import train
 from backhand.training.state import STATE_FILE
 from backhand.training.step import AdapterOptimizer
@@ -304,7 +304,7 @@ def test_a_spike_of_the_loss_is_a_warning(tiny: TinyRun, tmp_path: Path, monkeyp
 
 
 def test_a_spike_from_a_loss_of_zero() -> None:
-    smooth, warning = SpikeGuard().judge(2.0, 0.0)
+    smooth, warning = smoothed(2.0, 0.0)
     assert smooth == pytest.approx(0.2) and warning is not None
 
 

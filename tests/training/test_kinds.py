@@ -20,7 +20,7 @@ from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject_from
 from backhand.adapters.loading import load_adapter
 from backhand.errors import UsageError
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config

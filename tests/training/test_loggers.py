@@ -16,8 +16,7 @@ import pytest
 from backhand.errors import UsageError
 from backhand.training import loggers as choice
 from backhand.training.config import Logger
-from backhand.training.loggers import LoggerObserver, figures
-from backhand.training.observer import Observer, RunStart
+from backhand.training.loggers import LoggerObserver, Observer, RunStart, figures
 from backhand.training.run import train
 from support.tiny_run import TinyRun
 

@@ -16,9 +16,9 @@ from backhand.errors import ResourceError
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.training.config import Recompute
+from backhand.training.machine import MemoryKeeper
 from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, parts_of, second_model_bytes
 from backhand.training.memory.plan import MemoryPlan, choose
-from backhand.training.memory.process import MemoryKeeper
 from backhand.training.memory.shapes import StepShape, largest_shapes
 
 MB = 1 << 20

@@ -19,10 +19,17 @@ from backhand.nn.decoder.weights import dense_views, empty_weights, module_shape
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel
-from backhand.training.memory.coarse import decoder_size, transformers_size
-from backhand.training.memory.parts import GAPS, WIDE_GAPS, estimated_step, parts_of, second_model_bytes
+from backhand.training.machine import ProcessBytes
+from backhand.training.memory.parts import (
+    GAPS,
+    WIDE_GAPS,
+    decoder_size,
+    estimated_step,
+    parts_of,
+    second_model_bytes,
+    transformers_size,
+)
 from backhand.training.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
-from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
 from backhand.training.short_decoder import short_decoder
 from support.allocations import held_at_most
@@ -232,10 +239,10 @@ def test_what_one_base_leaves_in_the_process_is_counted_for_the_other(
     measured: Callable[..., tuple[MeasuredMemory, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is measured in the same process: kernels that the second compiles are there when the first is trained."""
-    monkeypatch.setattr("backhand.training.memory.process.settled_rss_bytes", lambda _dtype: 1 << 20)
+    monkeypatch.setattr("backhand.training.machine.settled_rss_bytes", lambda _dtype: 1 << 20)
     process = ProcessBytes(torch.float32)
     first, second = (measured(None, process)[0] for _ in range(2))
     before = first.parts(SHAPES["long-row"], "none")["process"]
-    monkeypatch.setattr("backhand.training.memory.process.settled_rss_bytes", lambda _dtype: 7 << 20)
+    monkeypatch.setattr("backhand.training.machine.settled_rss_bytes", lambda _dtype: 7 << 20)
     second.parts(SHAPES["long-row"], "none")
     assert (before, first.parts(SHAPES["long-row"], "none")["process"]) == (1 << 20, 7 << 20)

@@ -25,9 +25,8 @@ from backhand.training.decoder_engine import DecoderEngine
 from backhand.training.engine import MoreBlocks, ShortModel
 from backhand.training.memory import calibration
 from backhand.training.memory.calibration import mean_block, whole
-from backhand.training.memory.plan import MemoryPlan
+from backhand.training.memory.plan import Below, MemoryPlan, keep_states, kept_tokens
 from backhand.training.memory.shapes import StepShape
-from backhand.training.memory.states import Below, keep_states, kept_tokens
 from support.tiny_models import WINDOW, save_tiny, tiny_model
 from support.tiny_run import TinyRun
 

@@ -22,10 +22,9 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.training.config import OptimizationOptions
-from backhand.training.objectives.kto import KTOObjective, mismatched
+from backhand.training.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import AdapterOptimizer, LearningRate, Processes, StepWork, training_step
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error

@@ -17,10 +17,10 @@ from backhand.errors import CheckError, DataError, UsageError
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.console import closing_lines
 from backhand.training.evaluate import evaluate_command
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.run import train
 from backhand.verify.model_gradients import GradientProofs

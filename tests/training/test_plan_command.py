@@ -125,7 +125,7 @@ def test_every_block_that_is_measured_has_an_adapter_of_its_kind(
     """Also where few are adapted; and how many blocks the short models have, and lack."""
     source = open_model(str(save_tiny(tiny_model(variant, **more), tmp_path / "model")))
     adapter = LoRAConfig(rank=2) if layers is None else LoRAConfig(rank=2, layers=layers)
-    short = DecoderEngine(source, torch.float32).short(adapter, torch.device("cpu"), "none")
+    short = DecoderEngine(source, torch.float32).short(adapter, torch.device("cpu"), "none", "dense")
     models = [short.model, *(one.model for one in short.more)]
     found = []
     for model, missing in zip(models, (0, *(one.missing for one in short.more)), strict=True):

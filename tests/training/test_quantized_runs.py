@@ -22,17 +22,15 @@ from backhand.nn.loading import open_model
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.model_options import BaseModelOptions
 from backhand.runs.directory import Proof
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions, PlanRunOptions
 from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.evaluate import evaluate
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.guards import BaseGuard
 from backhand.training.job import build_job
 from backhand.training.machine import resolve_machine
-from backhand.training.memory import bases
-from backhand.training.memory.bases import choose_base, wanted_bases
+from backhand.training.memory import plan as bases
 from backhand.training.memory.command import plan
-from backhand.training.memory.options import PlanOptions, PlanRunOptions
-from backhand.training.memory.plan import HeldBase, MemoryPlan
+from backhand.training.memory.plan import HeldBase, MemoryPlan, choose_base, wanted_bases
 from backhand.training.memory.shapes import StepShape
 from backhand.training.run import train
 from backhand.training.step import Processes

@@ -24,13 +24,12 @@ from backhand.generate import sampling
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
 from backhand.training import prepared
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions
 from backhand.training.config import TrainConfig
 from backhand.training.evaluate import evaluate_command
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.loggers import Observer
 from backhand.training.memory.command import plan
-from backhand.training.memory.options import PlanOptions
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.observer import Observer
 from backhand.training.rewards.guards import RewardGuard
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.process import RewardProcess, Written

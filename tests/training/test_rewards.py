@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from backhand.data.examples import Example
-from backhand.generate import engine_completer
+from backhand.generate import completer
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.ops.grpo import answer_weights, group_advantages
-from backhand.training.rewards.batch import AnswerBatch
-from backhand.training.rewards.certificate import BOUNDS, Certificate
+from backhand.training.rewards.guards import BOUNDS, Certificate
 from backhand.training.rewards.options import RewardOptions
 from backhand.training.rewards.rollout import Judged, Rollout
+from backhand.training.rewards.steps import AnswerBatch, RewardedSteps
 from backhand.training.step import Processes
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
@@ -68,7 +68,7 @@ def batch_of(
     judged = Judged(answers, [], rewards[None], rewards)
     rollout = Rollout(options, None, None, (), lambda *_: 0, Processes())
     with at_temperature(decoder, TEMPERATURE):
-        return AnswerBatch(decoder, asked, judged, rollout, beta, micro_batch_rows=2, certificate=certificate)
+        return AnswerBatch(decoder, asked, judged, RewardedSteps(rollout, (), beta, 2, certificate))
 
 
 def gradients_of(decoder: Decoder, batch: AnswerBatch) -> float:
@@ -304,7 +304,7 @@ def test_a_prompts_keys_and_values_are_there_once_for_its_answers(monkeypatch: p
         made.append(IncrementalDecoder(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(engine_completer, "IncrementalDecoder", caught)
+    monkeypatch.setattr(completer, "IncrementalDecoder", caught)
     asked = [ids.tolist() for ids in tiny_documents([100, 100], seed=4) for _ in range(8)]
     sample(decoder, asked, range(16), max_new_tokens=9, stop_ids=())
     (state,) = made

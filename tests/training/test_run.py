@@ -14,9 +14,9 @@ import backhand
 from backhand.adapters.contents import read_adapter_directory
 from backhand.errors import CheckError, DataError, ResourceError, UsageError
 from backhand.training.config_file import load_config
+from backhand.training.loggers import Observer
+from backhand.training.machine import MemoryKeeper
 from backhand.training.measuring import Forgetting, ForgettingMeter
-from backhand.training.memory.process import MemoryKeeper
-from backhand.training.observer import Observer
 from backhand.training.resume import settings_digest
 from backhand.training.run import train
 from backhand.training.state import RunState

@@ -10,14 +10,14 @@ import torch
 
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import empty_weights, named_views
-from backhand.training.memory import token_seconds
-from backhand.training.memory.token_seconds import TokenSeconds, multiplications
+from backhand.training.memory import models
+from backhand.training.memory.models import TokenSeconds, multiplications
 from support.tiny_models import tiny_config
 
 
 def test_time_follows_the_multiplications(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
-    monkeypatch.setattr(token_seconds, "fastest", lambda models, *_: measured.append(models[0].config) or [2.0])
+    monkeypatch.setattr(models, "fastest", lambda models, *_: measured.append(models[0].config) or [2.0])
     here = TokenSeconds(torch.float32)
     found = []
     for family in ("llama", "qwen3_moe"):

@@ -80,7 +80,7 @@ def _rows_of_config(path: Path) -> Any:
 
 _TRAIN = "backhand.training.config:TrainConfig"
 _SEARCH = "backhand.search.options:SearchConfig"
-_PLAN = "backhand.training.memory.options:PlanOptions"
+_PLAN = "backhand.training.command_options:PlanOptions"
 
 COMMANDS = (
     Command(
@@ -113,7 +113,7 @@ COMMANDS = (
         "models",
         "List the models on this machine, which of them can be trained, and what that would take in memory and time.",
         "backhand models",
-        "backhand.training.memory.options:ModelsOptions",
+        "backhand.training.command_options:ModelsOptions",
         "backhand.training.memory.models:models_command",
         positional=("places",),
     ),
@@ -129,7 +129,7 @@ COMMANDS = (
         "evaluate",
         "Measure loss, perplexity, exact match and labels on rows, for the base model and with an adapter.",
         "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",
-        "backhand.training.evaluate_options:EvaluateOptions",
+        "backhand.training.command_options:EvaluateOptions",
         "backhand.training.evaluate:evaluate_command",
     ),
     Command(

@@ -6,13 +6,13 @@ import io
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 
 from backhand.data.messages import Message
 from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generate.command import read_text
-from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generate.loading import loaded_model
 from backhand.generate.options import ChatOptions, SamplingOptions, compared_labels
 from backhand.generate.session import GenerationSession
 from backhand.printing import may_be_silent, say, write_answer
@@ -60,9 +60,11 @@ def chat_command(options: ChatOptions) -> None:
                 import readline  # noqa: F401 - gives input() its line editing and history
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
-        conversation = Conversation(
-            session, options.sampling, system=options.template.system, voices=_voices(loaded, options)
-        )
+        voices = [Voice()]
+        if options.chat.compare:
+            use = loaded.model.use_adapter
+            voices = [Voice(label, partial(use, wanted)) for label, wanted in compared_labels(options.chat.adapter)]
+        conversation = Conversation(session, options.sampling, system=options.template.system, voices=voices)
         if options.chat.prompt is not None:
             if interactive:
                 say(f"{ASK}{options.chat.prompt}", file=sys.stdout)
@@ -102,41 +104,24 @@ class Voice:
     messages: list[Message] = field(default_factory=list)  # system, user and assistant turns so far
 
 
-def _voices(loaded: LoadedModel, options: ChatOptions) -> list[Voice]:
-    if not options.chat.compare:
-        return [Voice()]
-    labels = compared_labels(options.chat.adapter)
-    return [Voice(label, partial(loaded.model.use_adapter, wanted)) for label, wanted in labels]
+def _print_note(text: str) -> None:
+    say(*text.split("\n"))
 
 
+@dataclass(eq=False)
 class Conversation:
-    """The messages so far, and what a typed line does to them.
+    """The messages so far, and what a typed line does to them."""
 
-    Args:
-        sampling: how tokens are chosen; every turn goes on with the next seed.
-        system: the system message, None for the template's own.
-        voices: who answers every turn, one after the other; None for the model as it is.
-        write: given the answers' text; standard output if None.
-        tell: given everything else; standard error if None.
-    """
+    session: GenerationSession
+    sampling: SamplingOptions  # how tokens are chosen; every turn goes on with the next seed
+    _: KW_ONLY
+    system: str | None = None  # the system message, None for the template's own
+    voices: Sequence[Voice] = field(default_factory=lambda: [Voice()])  # who answers every turn, one after the other
+    write: Callable[[str], None] = write_answer  # given the answers' text
+    tell: Callable[[str], None] = _print_note  # given everything else
 
-    def __init__(
-        self,
-        session: GenerationSession,
-        sampling: SamplingOptions,
-        *,
-        system: str | None = None,
-        voices: Sequence[Voice] | None = None,
-        write: Callable[[str], None] | None = None,
-        tell: Callable[[str], None] | None = None,
-    ) -> None:
-        self._session = session
-        self._sampling = sampling
-        self._system = system
-        self._write = write or write_answer
-        self._tell = tell or _print_note
+    def __post_init__(self) -> None:
         self._turns = 0
-        self.voices = list(voices) if voices is not None else [Voice()]
         self._reset()
 
     def take(self, line: str) -> bool:
@@ -150,27 +135,28 @@ class Conversation:
             return False
         elif word == "/reset":
             self._reset()
-            self._tell("the conversation is forgotten")
+            self.tell("the conversation is forgotten")
         elif word == "/system" and not rest.strip():
-            self._tell(f"system message: {self._system}" if self._system else "there is no system message of yours")
+            self.tell(f"system message: {self.system}" if self.system else "there is no system message of yours")
         elif word == "/system":
-            self._system = rest.strip()
+            self.system = rest.strip()
             self._reset()
-            self._tell("the system message is set, the conversation is forgotten")
+            self.tell("the system message is set, the conversation is forgotten")
         else:
-            self._tell(HELP if word == "/help" else f"there is no {word}; to say it, type /{line.strip()}\n{HELP}")
+            self.tell(HELP if word == "/help" else f"there is no {word}; to say it, type /{line.strip()}\n{HELP}")
         return True
 
     def _reset(self) -> None:
         for voice in self.voices:
-            voice.messages = [{"role": "system", "content": self._system}] if self._system else []
+            voice.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def say(self, text: str) -> None:
         """Every voice answers this message, whatever it begins with."""
-        sampling = self._next_sampling()
+        sampling = replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
+        self._turns += 1
         for voice in self.voices:
             if voice.label is not None:
-                self._write(f"{voice.label}:\n")
+                self.write(f"{voice.label}:\n")
             voice.begin()
             self._answer(voice.messages, text, sampling)
 
@@ -180,32 +166,24 @@ class Conversation:
 
         def on_text(piece: str) -> None:
             said.append(piece)
-            self._write(piece)
+            self.write(piece)
 
         try:
-            prompt_ids = self._session.conversation_ids(messages)
-            answer = self._session.answer(prompt_ids, sampling, on_text=on_text)
+            prompt_ids = self.session.conversation_ids(messages)
+            answer = self.session.answer(prompt_ids, sampling, on_text=on_text)
         except KeyboardInterrupt:
-            self._write("\n")
-            self._tell("stopped")
+            self.write("\n")
+            self.tell("stopped")
         except BackhandError as error:
             messages.pop()
-            self._tell(f"error: {error}\n  (/reset begins anew)")
+            self.tell(f"error: {error}\n  (/reset begins anew)")
             return
         else:
-            self._write("\n")
+            self.write("\n")
             if answer.finish_reason == "length":
-                self._tell(f"cut off after {answer.tokens} tokens")
+                self.tell(f"cut off after {answer.tokens} tokens")
         if said:
             messages.append({"role": "assistant", "content": "".join(said)})
         else:
             # An answer of nothing: two user turns in a row are what some templates refuse.
             messages.pop()
-
-    def _next_sampling(self) -> SamplingOptions:
-        self._turns += 1
-        return replace(self._sampling, seed=(self._sampling.seed + self._turns - 1) % 2**63)
-
-
-def _print_note(text: str) -> None:
-    say(*text.split("\n"))

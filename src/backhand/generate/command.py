@@ -21,7 +21,7 @@ from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, choose_labels, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import AnswerOptions, GenerateOptions, compared_labels
-from backhand.generate.session import PROMPT, Answer, GenerationSession
+from backhand.generate.session import PROMPT, GenerationSession
 from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import working
@@ -45,7 +45,11 @@ def generate_command(options: GenerateOptions) -> None:
         inputs: dict[str, Path | str | None] = {"adapter": answer.adapter, "model": options.model.model}
         inputs |= {f"data[{i}]": name for i, name in enumerate(options.rows.data)}
         refuse_inputs_inside(answer.output, {**inputs, "chat_template": options.template.chat_template})
-    prompt = None if options.rows.data else _read_prompt(answer.prompt)
+    prompt = None if options.rows.data else answer.prompt
+    if prompt == STDIN:
+        prompt = read_text(sys.stdin.read, "the prompt").removesuffix("\n")
+        if not prompt.strip():
+            raise DataError("the prompt is empty", where="standard input", next_step="pipe a text into the command")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character shows another one; the answer goes on.
         sys.stdout.reconfigure(errors="replace")
@@ -62,15 +66,6 @@ def generate_command(options: GenerateOptions) -> None:
             answer_rows(options, loaded)
         else:
             _answer_prompt(options, loaded, prompt)
-
-
-def _read_prompt(prompt: str | None) -> str | None:
-    if prompt != STDIN:
-        return prompt
-    text = read_text(sys.stdin.read, "the prompt")
-    if not text.strip():
-        raise DataError("the prompt is empty", where="standard input", next_step="pipe a text into the command")
-    return text.removesuffix("\n")
 
 
 def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -> None:
@@ -122,15 +117,10 @@ def _answer_one(
     if not answer.text.endswith("\n"):
         write_answer("\n")
     if answer.finish_reason == "length" and not options.answer.quiet:
-        show_notes([_cut_off(answer, session, options)])
-
-
-def _cut_off(answer: Answer, session: GenerationSession, options: GenerateOptions) -> str:
-    """Why an answer ended before its end."""
-    if answer.tokens < options.sampling.max_new_tokens:
-        room = session.model.context_tokens
-        return f"cut off after {answer.tokens} tokens: with the prompt they are the {room:,} that the model takes"
-    return f"cut off after {answer.tokens} tokens; --max-new-tokens allows for more"
+        why = "; --max-new-tokens allows for more"
+        if answer.tokens < options.sampling.max_new_tokens:
+            why = f": with the prompt they are the {session.model.context_tokens:,} that the model takes"
+        show_notes([f"cut off after {answer.tokens} tokens{why}"])
 
 
 def check_output(options: AnswerOptions) -> None:
@@ -171,7 +161,13 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     labels = _labels(options, loaded, session)
     # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
     bad = BadRows(options.rows.skip_bad)
-    prompts = [prompt for prompt in read if _can_be_answered(prompt, session, bad)]
+    prompts: list[Prompt] = []
+    for prompt in read:
+        try:
+            session.check(prompt.input_ids.tolist(), prompt.source)
+            prompts.append(prompt)
+        except DataError as error:
+            bad.add(error)
     if not prompts and bad.errors:
         raise bad.errors[0]
     if not options.answer.quiet:
@@ -190,15 +186,6 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
         say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
-
-
-def _can_be_answered(prompt: Prompt, session: GenerationSession, bad: BadRows) -> bool:
-    try:
-        session.check(prompt.input_ids.tolist(), prompt.source)
-    except DataError as error:
-        bad.add(error)
-        return False
-    return True
 
 
 def _lines(

@@ -6,22 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
-from backhand.generate.completer import Completer
-from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.completer import Completer, EngineCompleter
 from backhand.generate.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
-from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import BaseModelOptions
 
 
@@ -65,13 +61,43 @@ def loaded_model(
         source = open_model(options.model, quantize=options.quantize)
         tokenizer = source.tokenizer()
         template = read_template(chat_template, tokenizer)
-        asked = _Asked(options, source, adapter, template, template_args, dtype, device, one_at_a_time)
+        pickle = options.allow_pickle
+        checks: dict[str, Any] = {
+            "chat_template": template,
+            "template_args": template_args,
+            "force_base": options.force_base,
+        }
+
+        def by_engine() -> _Loaded:
+            quantized = stays_quantized(options, source, dtype, device, one_at_a_time=one_at_a_time)
+            decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
+            if adapter is None:
+                return EngineCompleter(decoder), (), None
+            shapes = decoder.module_shapes()
+            loaded = load_adapter_for(source, adapter, shapes, **checks, allow_pickle=pickle)
+            decoder.attach(loaded.parameters(device=device))
+            return EngineCompleter(decoder), loaded.notes, loaded.record
+
+        def by_transformers() -> _Loaded:
+            from backhand.adapters.inject import inject_contents
+            from backhand.generate.transformers_completer import TransformersCompleter
+            from backhand.nn.loading.transformers_model import load_transformers_model
+
+            model = load_transformers_model(source, dtype=dtype, device=device)
+            if adapter is None:
+                return TransformersCompleter(model), (), None
+            contents = read_adapter(adapter, source, allow_pickle=pickle)
+            injected = inject_contents(model, contents)
+            names = [target.name for target in injected.targets]
+            forced = check_source(contents.record, str(adapter), source, names, **checks)
+            return TransformersCompleter(model, injected), (*forced, *injected.notes), contents.record
+
         try:
-            model, notes, record = _by_transformers(asked) if options.engine == "transformers" else _by_engine(asked)
+            model, notes, record = by_transformers() if options.engine == "transformers" else by_engine()
         except UnsupportedModel as error:
             if options.engine == "backhand":
                 raise
-            model, notes, record = _by_transformers(asked)
+            model, notes, record = by_transformers()
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
         stop_ids = (
@@ -85,50 +111,3 @@ def loaded_model(
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]
 """The model, its notes, and the adapter's record."""
-
-
-class _Asked(NamedTuple):
-    """What `loaded_model` was asked for, resolved."""
-
-    options: BaseModelOptions
-    source: ModelSource
-    adapter: Path | str | None
-    template: str | None
-    template_args: Mapping[str, Any] | None
-    dtype: torch.dtype
-    device: torch.device
-    one_at_a_time: bool
-
-    @property
-    def record_options(self) -> dict[str, Any]:
-        """What the adapter's record is held against, and whether it decides."""
-        args, force = self.template_args, self.options.force_base
-        return {"chat_template": self.template, "template_args": args, "force_base": force}
-
-
-def _by_engine(asked: _Asked) -> _Loaded:
-    options, source, dtype, device = asked.options, asked.source, asked.dtype, asked.device
-    quantized = stays_quantized(options, source, dtype, device, one_at_a_time=asked.one_at_a_time)
-    decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
-    if asked.adapter is None:
-        return EngineCompleter(decoder), (), None
-    pickle, shapes = options.allow_pickle, decoder.module_shapes()
-    loaded = load_adapter_for(source, asked.adapter, shapes, **asked.record_options, allow_pickle=pickle)
-    decoder.attach(loaded.parameters(device=device))
-    return EngineCompleter(decoder), loaded.notes, loaded.record
-
-
-def _by_transformers(asked: _Asked) -> _Loaded:
-    from backhand.adapters.inject import inject_contents
-    from backhand.generate.transformers_completer import TransformersCompleter
-    from backhand.nn.loading.transformers_model import load_transformers_model
-
-    source, adapter = asked.source, asked.adapter
-    model = load_transformers_model(source, dtype=asked.dtype, device=asked.device)
-    if adapter is None:
-        return TransformersCompleter(model), (), None
-    contents = read_adapter(adapter, source, allow_pickle=asked.options.allow_pickle)
-    injected = inject_contents(model, contents)
-    names = [target.name for target in injected.targets]
-    forced = check_source(contents.record, str(adapter), source, names, **asked.record_options)
-    return TransformersCompleter(model, injected), (*forced, *injected.notes), contents.record

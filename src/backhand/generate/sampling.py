@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.generate.completer import require_finite
-from backhand.generate.engine_completer import complete_batch
+from backhand.generate.completer import complete_batch, require_finite
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import kept_probabilities
 from backhand.nn.decoder.decoder import Decoder

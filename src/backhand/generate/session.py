@@ -74,9 +74,8 @@ class GenerationSession:
         Raises:
             DataError: the prompt leaves no room for an answer.
         """
-        return self.answer_all(
-            [prompt_ids], options, on_text=None if on_text is None else lambda _, text: on_text(text)
-        )[0]
+        told = None if on_text is None else lambda _, text: on_text(text)
+        return self.answer_all([prompt_ids], options, on_text=told)[0]
 
     def answer_all(
         self,

@@ -42,29 +42,14 @@ class TransformersCompleter:
     def __init__(self, model: Any, adapter: InjectedAdapter | None = None) -> None:
         from transformers import GenerationConfig
 
-        self.model = model
+        self.model, self.device = model, torch.device(model.device)
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context_tokens = stated if isinstance(stated, int) and stated > 0 else _UNLIMITED  # no limit is stated
         self.injected = adapter
         self._use_adapter = adapter is not None
         self._pads: bool | None = None
         model.generation_config = GenerationConfig()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that prompt and answer may have together; practically unlimited where the model states no limit."""
-        config = self.model.config.get_text_config()
-        stated = getattr(config, "max_position_embeddings", None)
-        return stated if isinstance(stated, int) and stated > 0 else _UNLIMITED
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that a prompt may hold: ids below this."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def use_adapter(self, wanted: bool) -> None:
         """Be the adapted model or the base model. Raises ValueError if there is no adapter to use."""
@@ -105,11 +90,32 @@ class TransformersCompleter:
                 for start in range(0, len(numbers), batch_rows):
                     chosen = numbers[start : start + batch_rows]
                     rows = [list(prompts[number]) for number in chosen]
-                    self._complete_equally_long(rows, _Caller(chosen, choose, finished), max_new_tokens)
+                    self._complete_equally_long(chosen, rows, choose, finished, max_new_tokens)
 
     @torch.no_grad()
-    def _complete_equally_long(self, rows: list[list[int]], caller: _Caller, max_new_tokens: int) -> None:
+    def _complete_equally_long(
+        self, numbers: list[int], rows: list[list[int]], choose: Choose, finished: Finished, max_new_tokens: int
+    ) -> None:
         from transformers import GenerationConfig
+
+        done = [False] * len(numbers)
+
+        def leave_chosen(_input_ids: Tensor, scores: Tensor) -> Tensor:
+            """(rows, vocab) scores, -∞ but for the chosen token of each row still going on, 0 for the others."""
+            going_on = [row for row, over in enumerate(done) if not over]
+            tokens = choose([numbers[row] for row in going_on], scores[going_on])
+            result = torch.full_like(scores, float("-inf"))
+            result[:, 0] = 0
+            for row, token in zip(going_on, tokens, strict=True):
+                result[row, 0] = float("-inf")
+                result[row, token] = 0
+            return result
+
+        def complete(input_ids: Tensor, _scores: object, **_: object) -> Tensor:
+            """(rows,) booleans: whose answer is complete with its newest token."""
+            for row, token in enumerate(input_ids[:, -1].tolist()):
+                done[row] = done[row] or finished(numbers[row], token)
+            return torch.tensor(done, device=input_ids.device)
 
         input_ids = torch.tensor(rows, device=self.model.device)
         forget_lengths(self.model)
@@ -117,32 +123,6 @@ class TransformersCompleter:
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0),
-            logits_processor=[caller.leave_chosen],
-            stopping_criteria=[caller.complete],
+            logits_processor=[leave_chosen],
+            stopping_criteria=[complete],
         )
-
-
-class _Caller:
-    """The caller's choice and end of answers, as transformers' generate asks for them."""
-
-    def __init__(self, numbers: Sequence[int], choose: Choose, finished: Finished) -> None:
-        self._numbers, self._choose, self._finished = numbers, choose, finished
-        self._done = [False] * len(numbers)
-
-    def leave_chosen(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, vocab) scores that are -∞ but for the chosen token of each row still going on, 0 for the others."""
-        going_on = [row for row, done in enumerate(self._done) if not done]
-        tokens = self._choose([self._numbers[row] for row in going_on], scores[going_on])
-        result = torch.full_like(scores, float("-inf"))
-        result[:, 0] = 0
-        for row, token in zip(going_on, tokens, strict=True):
-            result[row, 0] = float("-inf")
-            result[row, token] = 0
-        return result
-
-    def complete(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
-        """(rows,) booleans: whose answer is complete with its newest token."""
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if not self._done[row]:
-                self._done[row] = self._finished(self._numbers[row], token)
-        return torch.tensor(self._done, device=input_ids.device)

@@ -27,7 +27,7 @@ from backhand.data.options import DataOptions, RowSources, TemplateOptions
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.errors import CheckError, UsageError
 from backhand.files import make_directory, write_atomically
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.lab.demo_options import DemoOptions
 from backhand.lab.sine.command import sine_command
@@ -41,9 +41,9 @@ from backhand.runs.directory import Proof, opened, proof_log
 from backhand.runs.summary import RunSummary, add_to_summary
 from backhand.system import install
 from backhand.terminal import console_for_tables, working
+from backhand.training.command_options import EvaluateRunOptions
 from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.evaluate import evaluation_rows, exact_matches, score
-from backhand.training.evaluate_options import EvaluateRunOptions
 from backhand.verify.command import prove_run
 
 RANK, ALPHA = 16, 32.0

@@ -1,6 +1,6 @@
 """Whether a base is held dense in the memory that is free, or stays in its file's own blocks.
 
-Training plans this with its micro-batches (`training.memory.bases`). What measures or answers many prompts at once
+Training plans this with its micro-batches (`training.memory.plan`). What measures or answers many prompts at once
 takes dense weights where they fit, since a quantized matrix is unpacked for every pass. What answers a prompt at a time
 does not: its products read blocks faster than the dense numbers (`kernels.few_rows`), and there is nothing to load.
 """

@@ -14,7 +14,7 @@ from backhand.printing import say, visible
 from backhand.runs.summary import RunSummary
 from backhand.training.config import TrainConfig
 from backhand.training.launch import in_a_group
-from backhand.training.observer import Callback, Observer, RunStart
+from backhand.training.loggers import Callback, Observer, RunStart
 from backhand.training.run import train as train_without_report
 
 

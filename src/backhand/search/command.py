@@ -1,7 +1,7 @@
 """`backhand search`: a plan, trials until there is nothing left to do, the best adapter, and a page.
 
 Every trial is a run of `training.run.train` in a directory of its own, with what all of them have in common made once
-(`training.shared`). It stops at the end of a stage as after a signal, and is promoted by being resumed.
+(`training.engine.Shared`). It stops at the end of a stage as after a signal, and is promoted by being resumed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import dump_config, read_table, tables_as
+from backhand.training.engine import Shared
+from backhand.training.loggers import Observer
 from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.resume import taken_over
 from backhand.training.run import train
-from backhand.training.shared import Shared
 from backhand.words import count_of, duration, in_words
 
 SEARCH = "search.toml"

@@ -42,16 +42,11 @@ FORGOTTEN_NATS = 1.5
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run measured.
+    """What a run measured."""
 
-    Attributes:
-        held_out: (step, loss) of every finite evaluation, the first one before the first step.
-        training: the loss of every logged step.
-        forgotten_nats: how far the loss on neutral texts had risen at the best evaluation; None where not measured.
-    """
-
-    held_out: Sequence[tuple[int, float]]
-    training: Sequence[float]
+    held_out: Sequence[tuple[int, float]]  # (step, loss) of every finite evaluation, the first one before any step
+    training: Sequence[float]  # the loss of every logged step
+    # how far the loss on neutral texts had risen at the best evaluation; None where not measured
     forgotten_nats: float | None = None
 
     @property
@@ -86,8 +81,10 @@ def judged(curves: Curves, share: float = 1.0) -> Finding | None:
     base, best = losses[0], curves.best[1]
     before = max(step for step, _ in curves.held_out if step <= (1 - LAST) * curves.held_out[-1][0])
     gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
-    if _spikes(curves.training):
-        return "unsteady"
+    few = max(1, len(curves.training) // 10)
+    later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
+    if later and max(later) > SPIKE * statistics.mean(curves.training[:few]):
+        return "unsteady"  # back above where it began
     if gain <= 0:
         return "not better"
     if gain < LITTLE * abs(base):
@@ -99,14 +96,6 @@ def judged(curves: Curves, share: float = 1.0) -> Finding | None:
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
     return "low" if share < LOW else "fine"
-
-
-def _spikes(training: Sequence[float]) -> bool:
-    """Whether the loss has come back above where it began."""
-    few = max(1, len(training) // 10)
-    if len(training) < 4 * few:
-        return False
-    return max(training[2 * few :]) > SPIKE * statistics.mean(training[:few])
 
 
 def advice(
@@ -123,9 +112,12 @@ def advice(
     if found is None:
         return None
     step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
-    higher = f"--learning-rate {usual if rate < LOW * usual else 3 * rate:.2g}"
+    low, options = rate < LOW * usual, config.optimization
+    higher = f"--learning-rate {usual if low else 3 * rate:.2g}"
+    # Where the rate is low a higher one costs no time; else twice the steps.
+    twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
     lower = f"--learning-rate {usual if rate > 2 * usual else rate / 3:.2g}"
-    said, options = {
+    said, more = {
         "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
         "not better": (
             "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
@@ -136,10 +128,7 @@ def advice(
             f"The held-out loss rose after step {step}, whose adapter is kept: fewer steps would do.",
             f"--max-steps {step}",
         ),
-        "still falling": (
-            "The held-out loss was still falling at the end.",
-            _more(config, rate < LOW * usual, higher, total_steps),
-        ),
+        "still falling": ("The held-out loss was still falling at the end.", higher if low else twice),
         "forgot": (
             f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",
@@ -147,15 +136,7 @@ def advice(
         "low": (f"Its learning rate is far below {usual:g}, which suits such runs: that may learn more.", higher),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
     }[found]
-    if not options:
+    if not more:
         return said, None
     again = run.with_name(f"{run.name}-again")
-    return said, f"backhand train {shlex.quote(str(run / CONFIG))} {options} --output {shlex.quote(str(again))}"
-
-
-def _more(config: TrainConfig, low: bool, higher: str, total_steps: int) -> str:
-    """A higher rate where it is low, which costs no time; else twice the steps."""
-    if low:
-        return higher
-    options = config.optimization
-    return f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
+    return said, f"backhand train {shlex.quote(str(run / CONFIG))} {more} --output {shlex.quote(str(again))}"

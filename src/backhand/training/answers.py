@@ -19,15 +19,14 @@ from backhand.data.examples import Example
 from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
 from backhand.errors import CheckError
-from backhand.generate.completer import Completer
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import Labels
 from backhand.generate.loading import LoadedModel
 from backhand.nn.loading.source import ModelSource
+from backhand.training.command_options import EvaluateRunOptions
 from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
 from backhand.training.evaluate import EvaluationRows, score
-from backhand.training.evaluate_options import EvaluateRunOptions
 from backhand.training.measuring import HeldOut, spread
 
 MAX_NEW_TOKENS = 64
@@ -85,21 +84,26 @@ def held_out_answers(
     chosen = [examples[place] for place in spread(len(examples), count)]
     parts = [part for part in ((example, *_parts(example, longest)) for example in chosen) if len(part[1])]
     prompts = [prompt.tolist() for _, prompt, _ in parts]
+    said_by: list[list[list[int]]] = []
     try:
-        adapted, base = (_answers(model, prompts, new_tokens, stop_ids, adapter=adapter) for adapter in (True, False))
+        for adapter in (True, False):
+            model.use_adapter(adapter)
+            said_by.append(complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids))
     finally:
         bound.model.attach(bound.lora)
-    for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=True):
+    special = set(tokenizer.all_special_ids)
+    for (example, _, reference), prompt, of_adapted, of_base in zip(parts, prompts, *said_by, strict=True):
         said = [reference[:new_tokens].tolist(), of_base, of_adapted]
         if example.rejected is not None:
             said.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
         decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
         if example.asked is not None:
             decoded[0] = example.asked.reference or ""
+        runs = itertools.groupby(prompt, key=special.__contains__)  # of control tokens, and of text between them
         yield HeldOutAnswer(
             example.source,
-            str(tokenizer.decode(prompt.tolist())),
-            _prompt_parts(tokenizer, prompt.tolist()),
+            str(tokenizer.decode(prompt)),
+            tuple((str(tokenizer.decode(list(run))), control) for control, run in runs),
             *decoded,
         )
 
@@ -181,17 +185,3 @@ def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.nda
         end = int(np.flatnonzero(example.supervised)[-1]) + 1
         begin = end // 2
     return ids[max(0, begin - longest) : begin], ids[begin:end]
-
-
-def _prompt_parts(tokenizer: Any, ids: Sequence[int]) -> tuple[tuple[str, bool], ...]:
-    """Runs of control tokens, and of text between them."""
-    special = set(tokenizer.all_special_ids)
-    runs = itertools.groupby(ids, key=special.__contains__)
-    return tuple((str(tokenizer.decode(list(run))), control) for control, run in runs)
-
-
-def _answers(
-    model: Completer, prompts: list[list[int]], new_tokens: int, stop_ids: Collection[int], *, adapter: bool
-) -> list[list[int]]:
-    model.use_adapter(adapter)
-    return complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids)

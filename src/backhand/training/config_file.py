@@ -62,18 +62,12 @@ def read_table(path: Path) -> dict[str, Any]:
             why=f"byte 0x{error.object[error.start]:02x} at place {error.start} is none of UTF-8",
             next_step="save it as UTF-8",
         ) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of 6,000 digits is no TOMLDecodeError
-        raise UsageError(
-            f"the configuration is not {'YAML' if yaml else 'TOML'}",
-            where=str(path),
-            why=str(error),
-            next_step="write options as learning_rate: 1.0e-4, a line each"
-            if yaml
-            else "write tables as [optimization] and options as learning_rate = 1e-4, text in quotes",
-        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 6,000 digits is no TOMLDecodeError
+        how = "write options as learning_rate: 1.0e-4, a line each"
+        if not yaml:
+            how = "write tables as [optimization] and options as learning_rate = 1e-4, text in quotes"
+        what = f"the configuration is not {'YAML' if yaml else 'TOML'}"
+        raise UsageError(what, where=str(path), why=str(error), next_step=how) from None
 
 
 _MOST_PARTS = 32
@@ -150,18 +144,16 @@ def _yaml_loader() -> Any:
 
 def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
     """Options that stand outside of their tables, as in the YAML of other tools, inside them."""
-    read, tables = _by_first_names(read), dict[str, Any]()
-    flat: list[tuple[str, str]] = []
-    for key, value in read.items():
-        part = key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
-        if part is None:
-            tables[key] = value
-        else:
-            flat.append((part, key))
-    for part, key in flat:
-        table = tables.setdefault(part, {})
+    read = _by_first_names(read)
+    parts = {
+        key: key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
+        for key, value in read.items()
+    }
+    tables = {key: read[key] for key, part in parts.items() if part is None}
+    for key, part in parts.items():
+        table = None if part is None else tables.setdefault(part, {})
         if not isinstance(table, dict):
-            continue  # refused as what it is, which is no table
+            continue  # it is a table itself; or it stands beside what is none, and is refused as such
         if key in table:
             raise UsageError(
                 f"{key} is given twice",
@@ -247,14 +239,11 @@ def dump_config(config: TrainConfig) -> str:
 def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     if not isinstance(table, Mapping):
         name = prefix.rstrip(".")
-        inner = typing.get_type_hints(cls).get(name)
-        raise UsageError(
-            f"{name} is {_kind(table)}, expected a table",
-            where=origin,
-            next_step=f"write [{name}], and in a line below it {name} = {_example(inner)}"
-            if inner
-            else ours(name, str),
-        )
+        inner, next_step = typing.get_type_hints(cls).get(name), ours(name, str)
+        if inner:
+            listed = tuple in (get_origin(inner), *map(get_origin, get_args(inner)))
+            next_step = f"write [{name}], and in a line below it {name} = " + ('["…"]' if listed else '"…"')
+        raise UsageError(f"{name} is {_kind(table)}, expected a table", where=origin, next_step=next_step)
     hints, table = typing.get_type_hints(cls), _by_first_names(table)
     values: dict[str, Any] = {}
     # `adapter: qlora`, as Axolotl has it, is one of its names among others, and no table of ours.
@@ -269,10 +258,6 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
         else:
             values[key] = _typed(value, hints[key], where)
     return cls(**values)
-
-
-def _example(hint: Any) -> str:
-    return '["…"]' if tuple in (get_origin(hint), *map(get_origin, get_args(hint))) else '"…"'
 
 
 def _unknown_keys(keys: Mapping[str, str], prefix: str, hints: Mapping[str, Any], origin: str) -> UsageError:
@@ -335,7 +320,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if hint in (bool, str) and isinstance(value, hint):
         return value
     raise UsageError(
-        f"{value!r} is {_kind(value)}, expected {_kind_wanted(hint, origin)}",
+        f"{value!r} is {_kind(value)}, expected {_KINDS.get(origin or hint, 'a table')}",
         where=where,
         next_step=f"write it in brackets: [{_toml_value(value)}]"
         if origin is tuple and isinstance(value, str)
@@ -358,14 +343,19 @@ def _json_value(value: Any, where: str) -> Any:
     )
 
 
+_KINDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    Path: "a path",
+}
+
+
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    return kinds.get(type(value), "a table" if isinstance(value, Mapping) else type(value).__name__)
-
-
-def _kind_wanted(hint: Any, origin: Any) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-    return kinds.get(hint, "a list" if origin is tuple else "a table")
+    return _KINDS.get(type(value), "a table" if isinstance(value, Mapping) else type(value).__name__)
 
 
 def _plain(value: Any) -> Any:
@@ -379,13 +369,9 @@ def _plain(value: Any) -> Any:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(value)
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, str):
+    if isinstance(value, bool | str):
         # A JSON string is a TOML basic string, once the one control character that JSON leaves bare is written out.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, Mapping):

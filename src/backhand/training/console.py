@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from itertools import chain
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -20,7 +21,7 @@ from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_fo
 from backhand.runs.summary import RunSummary
 from backhand.terminal import console
 from backhand.training.job import Job
-from backhand.training.observer import Observer, RunStart
+from backhand.training.loggers import Observer, RunStart
 from backhand.training.step import Processes
 from backhand.words import count_of, duration, in_words, labelled, name_list
 
@@ -97,18 +98,11 @@ class TerminalObserver(Observer):
         if self._bar is not None:
             if self._step == self._total:  # the bar stands still from here on
                 facts += f"  {self._doing()}"
-            self._bar.update(self._task, completed=record["step"], spark=sparkline(self._losses), facts=facts)
-        elif (
-            record["step"] % self._plain_every == 0
-            or record["step"] in (1, self._total)
-            or silent_for_s() > SILENCE_S / 2
-        ):
-            self._print(f"step {record['step']}/{self._total}  {facts}{self._left(record)}")
-
-    def _left(self, record: Mapping[str, Any]) -> str:
-        """Time for the steps that remain, from the mean of those done; the bar has its own."""
-        steps = self._total - record["step"]
-        return f"  {duration(record['time_s'] / record['step'] * steps)} left" if steps > 0 else ""
+            self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts)
+        elif self._step % self._plain_every == 0 or self._step in (1, self._total) or silent_for_s() > SILENCE_S / 2:
+            steps = self._total - self._step  # that remain, as long as those done were in the mean; the bar has its own
+            left = f"  {duration(record['time_s'] / self._step * steps)} left" if steps > 0 else ""
+            self._print(f"step {self._step}/{self._total}  {facts}{left}")
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Show the held-out loss."""
@@ -190,7 +184,13 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
-    lines += [_improvement(summary), *_pairs(summary), *_right(summary), _memory(summary)]
+    lines.append(_improvement(summary))
+    if (pairs := summary.held_out_pairs) is not None:
+        accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
+        rightly = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
+        lines.append(f"Of the held-out pairs {rightly}.")
+    predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
+    lines += [*_right(summary), f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}."]
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     if summary.malformed_rows:
@@ -231,14 +231,6 @@ def _improvement(summary: RunSummary) -> str:
     )
 
 
-def _pairs(summary: RunSummary) -> list[str]:
-    found = summary.held_out_pairs
-    if found is None:
-        return []
-    accuracy, margin = found["rewards/accuracies"], found["rewards/margins"]
-    return [f"Of the held-out pairs {accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean."]
-
-
 def _right(summary: RunSummary) -> list[str]:
     """How many held-out answers are exactly right, and of labels the accuracy."""
     base, adapted = summary.base_exact_match, summary.adapted_exact_match
@@ -256,15 +248,11 @@ def _right(summary: RunSummary) -> list[str]:
     return lines
 
 
-def _memory(summary: RunSummary) -> str:
-    text = f"Peak memory {in_words(summary.peak_rss_bytes)}"
-    if summary.predicted_rss_bytes:
-        text += f", {in_words(summary.predicted_rss_bytes)} predicted"
-    return text + "."
-
-
 def _exp(loss: float) -> str:
     return f"{math.exp(min(loss, 700.0)):,.2f}"
+
+
+_STEPS_COUNTED = 200
 
 
 def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str, ...]:
@@ -304,7 +292,14 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
         f"plan: {count_of(job.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(job.memory.peak_bytes)}"
     )
-    facts += _shared_facts(job)
+    # Of the first steps; where rows share what they begin with, fewer tokens are computed than are trained on.
+    packer = job.packer
+    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
+    tokens = sum(packer.tokens(rows) for rows in steps)
+    groups = [micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows) for rows in steps]
+    if (positions := sum(map(packer.positions, chain.from_iterable(groups)))) != tokens:
+        alike = f"{1 - positions / tokens:.0%} of their tokens are computed once for a whole micro-batch"
+        facts.append(f"rows begin alike: {alike}")
     if (kept := job.states.line()) is not None:
         facts.append(f"kept: {kept}")
     if processes.size > 1:
@@ -316,21 +311,3 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
     if continued:
         facts.append("continuing from a checkpoint")
     return tuple(facts)
-
-
-_STEPS_COUNTED = 200
-
-
-def _shared_facts(job: Job) -> list[str]:
-    """How many tokens of the first steps are computed, where rows share what they begin with."""
-    packer = job.packer
-    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
-    tokens = sum(packer.tokens(rows) for rows in steps)
-    computed = sum(
-        packer.positions(group)
-        for rows in steps
-        for group in micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows)
-    )
-    if computed == tokens:
-        return []
-    return [f"rows begin alike: {1 - computed / tokens:.0%} of their tokens are computed once for a whole micro-batch"]

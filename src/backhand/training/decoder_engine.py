@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 
 import torch
 
@@ -16,7 +15,7 @@ from backhand.adapters.record import AdapterRecord
 from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
 from backhand.errors import UsageError
-from backhand.generate.engine_completer import EngineCompleter
+from backhand.generate.completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
@@ -27,12 +26,9 @@ from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_sha
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import ModelOptions
-from backhand.training.engine import BoundModel, Engine, ShortModel
-from backhand.training.memory.coarse import decoder_size
-from backhand.training.memory.parts import ModelSize
-from backhand.training.memory.plan import HeldBase
-from backhand.training.memory.states import Below
-from backhand.training.shared import Shared
+from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.training.memory.parts import ModelSize, decoder_size
+from backhand.training.memory.plan import Below, HeldBase
 from backhand.training.short_decoder import short_decoder
 
 
@@ -94,23 +90,14 @@ class DecoderEngine(Engine):
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
-        quantized = self._quantized_bytes if base == "quantized" else None
+        source, quantized = self._source, None
+        if base == "quantized":
+            names = (name for name in source.tensor_names() if len(source.shape(name)) == 2)
+            quantized = sum(map(source.stored_bytes, names))
         return decoder_size(self.config, layout, self._dtype, quantized)
 
-    @cached_property
-    def _quantized_bytes(self) -> int:
-        source = self._source
-        return sum(source.stored_bytes(name) for name in source.tensor_names() if len(source.shape(name)) == 2)
-
     def load(
-        self,
-        config: LoRAConfig,
-        *,
-        base_model: str | None,
-        device: torch.device,
-        recompute: str = "none",
-        base: HeldBase = "dense",
-        shared: Shared | None = None,
+        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
         slots, trained = self.layout(config)
@@ -119,13 +106,13 @@ class DecoderEngine(Engine):
             return load_weights(self._source, self.config, self._dtype, device, quantized=base == "quantized")
 
         of_these = (self._source.path, self._dtype, device, base)
-        weights = (shared or Shared()).once("weights", of_these, read, only_newest=True)
+        weights = shared.once("weights", of_these, read, only_newest=True)
         decoder = Decoder(self.config, weights, recompute=recompute)
         lora = LoRAParameters(slots, trained=trained, device=device)
         decoder.attach(lora)
-        return _BoundDecoder(decoder, lora, config, self._source, base_model)
+        return _BoundDecoder(decoder, lora, config, self._source)
 
-    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """A few blocks: dense ones of random numbers, so that no weight is read; quantized ones are the file's."""
 
         def load(first: DecoderConfig) -> DecoderWeights:
@@ -135,50 +122,37 @@ class DecoderEngine(Engine):
         return short_decoder(self.config, layout, self._dtype, device, recompute, load if base == "quantized" else None)
 
 
-def _expert_notes(decoder: Decoder, lora: LoRAParameters) -> list[str]:
-    """A sentence where there are experts, and none of them is adapted."""
-    if decoder.config.mixture is None or any(slot.experts for slot in lora.slots.values()):
-        return []
-    return [
-        f"the experts stay as they are; {','.join(part for (part,) in EXPERT_GROUPS)} as target_parameters adapts them"
-    ]
-
-
 class _BoundDecoder(BoundModel):
-    def __init__(
-        self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource, base_model: str | None
-    ) -> None:
-        tied = tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)
-        super().__init__(decoder, lora, config, [*tied, *_expert_notes(decoder, lora)])
+    def __init__(self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource) -> None:
+        notes = [*tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)]
+        if decoder.config.mixture is not None and not any(slot.experts for slot in lora.slots.values()):
+            parts = ",".join(part for (part,) in EXPERT_GROUPS)
+            notes.append(f"the experts stay as they are; {parts} as target_parameters adapts them")
+        super().__init__(decoder, lora, config, source, notes)
         self._decoder = decoder
-        self._source = source
-        self._base_model = base_model
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        """The adapter as PEFT reads it."""
         return adapter_files(
-            PEFTConfig(self.config, self._base_model, "CAUSAL_LM"),
+            PEFTConfig(self.config, self.base_name, "CAUSAL_LM"),
             self.lora,
             record=record,
             card=card,
             module_names=list(self._decoder.module_shapes()),
-            wrapper=self._source.wrapper,
+            wrapper=self.source.wrapper,
         )
 
     def completer(self) -> EngineCompleter:
-        """The decoder, answering."""
         return EngineCompleter(self._decoder)
 
     @property
     def lower(self) -> LowerLayers:
-        """The decoder's layers below the lowest adapted one."""
         return LowerLayers(self._decoder)
 
     def _start_beside_factors(self) -> None:
         self._decoder.start_values(self.lora)
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:
-        contents = read_adapter(directory, self._source, allow_pickle=allow_pickle)
+        contents = read_adapter(directory, self.source, allow_pickle=allow_pickle)
         factors = match_linear_adapter(contents, self._decoder.module_shapes()).factors
         for name, view in self.lora.named_tensors():
             view.copy_(factors[name])
@@ -212,17 +186,11 @@ def choose_engine(options: ModelOptions, source: ModelSource, dtype: torch.dtype
                     why="; ".join(error.problems),
                     next_step=f"leave out --{option.replace('_', '-')}",
                 ) from None
-        return _transformers(source, dtype, fallback_note(error))
-
-
-def fallback_note(error: UnsupportedModel) -> str:
-    """Why not the decoder engine, what that costs, and what would change it; one line."""
-    problems = "; ".join(error.problems[:_SHOWN_PROBLEMS])
-    more = f"; and {len(error.problems) - _SHOWN_PROBLEMS} more" if len(error.problems) > _SHOWN_PROBLEMS else ""
-    return (
-        f"transformers and autograd compute this {error.model_type} model, not the decoder engine ({problems}{more}). "
-        f"{COST}. {error.remedy}."
-    )
+        problems = "; ".join(error.problems[:_SHOWN_PROBLEMS])
+        if (more := len(error.problems) - _SHOWN_PROBLEMS) > 0:
+            problems += f"; and {more} more"
+        what = f"transformers and autograd compute this {error.model_type} model, not the decoder engine"
+        return _transformers(source, dtype, f"{what} ({problems}). {COST}. {error.remedy}.")
 
 
 _SHOWN_PROBLEMS = 3

@@ -3,12 +3,32 @@
     joined     every process meets the others where the environment says; nobody waits for ever
     same       what the processes have must be equal: base, rows, configuration, versions; then every adapter
     follow     the first process chooses, the others take over: configuration, micro-batches, checkpoint
-    total      once a step: the gradient, the loss and the counts (`gradient_sum`)
+    total      once a step: the gradient, the loss and the counts
     gather     what each has found; from here on all know of a signal to one
 
 A process alone is `step.Processes`, and never comes here. Whoever starts the processes sets RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT, as torchrun and Kubeflow do. Ray Train has also connected them with torch: then the meeting
 point is there already, and the run's connections are made beside Ray's.
+
+The gradient of a step whose micro-batches several processes compute (`step.OneProcessSum` is that of one alone):
+
+    g = g₀ + g₁ + … + g_{m-1},   each gᵢ computed from zero, added from the left in float64
+
+Addition of floats is not associative: who adds what to what decides the last bits. `ordered` keeps the equation as it
+stands, for any number of processes: the buffer of N elements is cut into W slices, each process sends slice k of each
+of its micro-batches to process k, which adds them in their order, and the sums go back to everyone. `sum` adds a
+process's own micro-batches first and then the processes in one all-reduce.
+
+Bytes that a process sends in a step, with mᵣ micro-batches of its own:
+
+    ordered   4 N (W - 1) / W · (mᵣ + 1)        as much as an all-reduce where each process has one micro-batch
+    sum       4 N (W - 1) / W · 2
+
+Besides, the processes tell each other (`step.Processes.total`) what each micro-batch had of nats and supervised tokens,
+whether it attends, and the seconds that each computed and waited.
+
+Bound of `sum`: with u = 2⁻²⁴ and m micro-batches, two orders of the same additions differ in each element by at most
+2 (m - 1) u Σᵢ |gᵢ| / (1 - (m - 1) u)      [Higham, Accuracy and Stability of Numerical Algorithms, §4.2]
 """
 
 from __future__ import annotations
@@ -33,10 +53,9 @@ from backhand.printing import going_on
 from backhand.runs.interruption import stop_word
 from backhand.training import meeting
 from backhand.training.config import Reduce
-from backhand.training.gradient_sum import OrderedSum, PlainSum, shared_out
 from backhand.training.meeting import Place, all_joined, connected, torch_distributed
 from backhand.training.pulse import Pulse, StoppedElsewhere
-from backhand.training.step import GradientSum, Processes, StepSum
+from backhand.training.step import GradientSum, Processes, zero_sum
 from backhand.words import shorten
 
 _BIT = 1 << 18
@@ -76,7 +95,6 @@ class Group(Processes):
         self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
         self._ordered = reduce == "ordered"
         self._signal = 0
-        self._waited_s = 0.0  # in the newest exchange of a step
         self._waiting = False
         self._connected_by_others = dist.is_initialized()
         self._group: Any = None  # torch's own, of all processes
@@ -134,27 +152,15 @@ class Group(Processes):
 
     def gradient_sum(self, gradients: Tensor, shares: Sequence[Sequence[int]]) -> GradientSum:
         """The sum of one step."""
-        return (OrderedSum if self._ordered else PlainSum)(gradients, shares, self)
-
-    def total(self, added: GradientSum, computed_s: float) -> StepSum:
-        """The whole step's gradient into the buffer; from here on all processes know of a signal to one."""
-        began = time.perf_counter()
-        found = added.total(computed_s, self._waited_s)
-        self._waited_s = time.perf_counter() - began
-        return found
+        return OrderedSum(gradients, shares, self) if self._ordered else PlainSum(gradients, self)
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, as JSON holds it."""
         asked = 0 if self.interruption is None else self.interruption.requested or 0
         data = json.dumps([asked, value]).encode()
-        lengths = self._gathered(torch.tensor([len(data)]))
-        longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        texts = [
-            bytes(piece[: int(length)].numpy()) for piece, length in zip(self._gathered(padded), lengths, strict=True)
-        ]
-        found = [json.loads(text) for text in texts]
+        longest = max(int(length) for length in self._gathered(torch.tensor([len(data)])))
+        padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
+        found = [json.loads(bytes(piece.numpy())) for piece in self._gathered(padded)]
         self._signal = max(self._signal, *(signal for signal, _ in found))
         if self._signal and self.interruption is not None:
             self.interruption.heard_elsewhere(self._signal)
@@ -176,15 +182,15 @@ class Group(Processes):
         return bytes(data.numpy())
 
     def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
-        """See `gradient_sum.Exchange`."""
+        """Send a piece to each process, and receive one of each."""
         self._swap(list(received.split(received_sizes)), list(sent.split(sent_sizes)))
 
     def all_gather(self, received: list[Tensor], sent: Tensor) -> None:
-        """See `gradient_sum.Exchange`."""
+        """Give every process the tensor of each."""
         self._swap(received, [sent] * self.size)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """See `gradient_sum.Exchange`."""
+        """Add up in place."""
         self._finish(lambda: [self._dist.all_reduce(tensor, group=self._group, async_op=True)])
 
     def _swap(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
@@ -324,3 +330,72 @@ def _end_now(exit_code: int) -> None:
 
 def _short(value: object) -> str:
     return shorten("nothing" if value is None else str(value), 24)
+
+
+def shared_out(tokens: Sequence[int], processes: int) -> list[list[int]]:
+    """Which micro-batches each process computes: each goes to the one that has the fewest tokens so far.
+
+    Args:
+        tokens: of every micro-batch, the longest first.
+        processes: how many there are; some get none where there are fewer micro-batches.
+
+    Returns:
+        for each process the numbers of its micro-batches, rising; each number once.
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for number, count in enumerate(tokens):
+        process = loads.index(min(loads))
+        shares[process].append(number)
+        loads[process] += count
+    return shares
+
+
+class OrderedSum:
+    """`ordered` over several processes.
+
+    Args:
+        gradients: the buffer, (elements,).
+        shares: of every process, see `shared_out`.
+    """
+
+    def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Group) -> None:
+        self._gradients, self._shares, self._processes = gradients, shares, processes
+        self._slice = -(-gradients.numel() // processes.size)
+        self._sent = gradients.new_zeros(processes.size, len(shares[processes.rank]), self._slice)
+        self._added = 0
+
+    def add(self) -> None:
+        """See `step.GradientSum.add`."""
+        for process, piece in enumerate(self._gradients.split(self._slice)):
+            self._sent[process, self._added, : piece.numel()] = piece
+        self._gradients.zero_()
+        self._added += 1
+
+    def total(self) -> None:
+        """See `step.GradientSum.total`."""
+        processes, numbers = self._processes, [number for share in self._shares for number in share]
+        lengths = [len(share) * self._slice for share in self._shares]
+        received = self._gradients.new_empty(len(numbers), self._slice)
+        own = [lengths[processes.rank]] * processes.size
+        processes.all_to_all(received.view(-1), self._sent.view(-1), lengths, own)
+        added = zero_sum(self._gradients, self._slice)
+        for place in sorted(range(len(numbers)), key=numbers.__getitem__):
+            added.add_(received[place])
+        whole = self._gradients.new_empty(processes.size, self._slice)
+        processes.all_gather(list(whole.unbind()), added.to(whole.dtype))
+        self._gradients.copy_(whole.view(-1)[: self._gradients.numel()])
+
+
+class PlainSum:
+    """`sum` over several processes: the next gradient is added to this one where it stands, then one all-reduce."""
+
+    def __init__(self, gradients: Tensor, processes: Group) -> None:
+        self._gradients, self._processes = gradients, processes
+
+    def add(self) -> None:
+        """See `step.GradientSum.add`."""
+
+    def total(self) -> None:
+        """See `step.GradientSum.total`."""
+        self._processes.all_reduce(self._gradients)

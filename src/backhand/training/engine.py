@@ -10,64 +10,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
-from backhand.generate.completer import Completer
+from backhand.generate.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.decoder import LowerLayers
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix
 from backhand.training.memory.parts import ModelSize
-from backhand.training.memory.plan import HeldBase
-from backhand.training.memory.states import Below
-from backhand.training.shared import Shared
+from backhand.training.memory.plan import Below, HeldBase
 
 
-class Trainable(Protocol):
+class Trainable(LanguageModel, Protocol):
     """A frozen base model with at most one adapter."""
 
     @property
     def lora(self) -> LoRAParameters | None:
         """The attached adapter, or None."""
-        ...
 
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives and where batches must be."""
-        ...
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether documents of a batch may share what they begin with."""
-        ...
 
     def attach(self, lora: LoRAParameters) -> None:
         """Use and train this adapter. Raises ValueError for a slot that does not fit the model."""
-        ...
 
     def detach(self) -> None:
         """Back to the base model."""
-        ...
-
-    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every module an adapter can target, by dotted path."""
-        ...
 
     def frozen_tensors(self) -> Iterator[tuple[str, FrozenMatrix]]:
         """(name, tensor) of everything that must not move."""
-        ...
 
     def loss_and_gradients(
         self,
@@ -80,19 +59,12 @@ class Trainable(Protocol):
 
         The loss is Σ nats, or what `token_loss` makes of the supervised tokens' log-probabilities.
         """
-        ...
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over the supervised positions, 0-d float64, without gradients and without dropout."""
-        ...
 
-    def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document in the batch's order, likewise."""
-        ...
-
-    def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
-        """(tokens, vocab) logits of every position, documents kept apart, without dropout."""
-        ...
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(tokens, vocab) logits of every position of a document, without dropout."""
 
 
 class MoreBlocks(NamedTuple):
@@ -118,11 +90,12 @@ class BoundModel(ABC):
         notes: what may interest a person, such as weights that training unties.
     """
 
-    def __init__(self, model: Trainable, lora: LoRAParameters, config: LoRAConfig, notes: Sequence[str] = ()) -> None:
-        self.model = model
-        self.lora = lora
-        self.config = config
+    def __init__(
+        self, model: Trainable, lora: LoRAParameters, config: LoRAConfig, source: ModelSource, notes: Sequence[str]
+    ) -> None:
+        self.model, self.lora, self.config, self.source = model, lora, config, source
         self.notes = tuple(notes)
+        self.base_name = source.hub_id or str(source.path.resolve())  # as adapter_config.json has it
 
     @property
     def lower(self) -> LowerLayers | None:
@@ -164,12 +137,43 @@ class BoundModel(ABC):
         """Copy the values of an adapter into the buffers."""
 
 
-def wrapper_notes(source: ModelSource) -> tuple[str, ...]:
-    """That a text model lies inside an image model."""
-    if source.wrapper is None:
-        return ()
-    what = f"the text model inside a {source.wrapper.model_type} model"
-    return (f"{what}: its other parts are neither loaded nor counted; the adapter is named as {source.wrapper.prefix}",)
+T = TypeVar("T")
+
+
+class Shared:
+    """What several runs of one process have in common, made once: file, rows, measured memory, weights, kept states.
+
+    A run alone has one of its own. A search hands the same one to all of its trials, each of which then begins in a
+    fraction of the time and holds no second base. Nothing that a run changes is in it: the frozen weights are, the
+    decoder around them, with its adapter, is made for each run.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, dict[str, Any]] = {}
+
+    def once(
+        self, kind: str, key: object, make: Callable[[], T], *, only_newest: bool = False, renew: bool = False
+    ) -> T:
+        """What was made for an equal key, or what `make` makes now.
+
+        Args:
+            key: everything that decides the result; its `repr` is compared.
+            only_newest: let the others of this kind go first, since they are large.
+            renew: make it again.
+        """
+        made = self._made.setdefault(kind, {})
+        name = repr(key)
+        if renew or name not in made:
+            if only_newest:
+                made.clear()
+            made[name] = make()
+        found: T = made[name]
+        return found
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether a base is in memory, so that what is free and what the process takes are no longer what they were."""
+        return "weights" in self._made
 
 
 class Engine(ABC):
@@ -187,7 +191,11 @@ class Engine(ABC):
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
         self._source = source
         self._dtype = dtype
-        self.notes = wrapper_notes(source)
+        self.notes = ()
+        if (wrapper := source.wrapper) is not None:
+            what = f"the text model inside a {wrapper.model_type} model"
+            note = f"{what}: its other parts are neither loaded nor counted; the adapter is named as {wrapper.prefix}"
+            self.notes = (note,)
 
     @property
     @abstractmethod
@@ -220,14 +228,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load(
-        self,
-        config: LoRAConfig,
-        *,
-        base_model: str | None,
-        device: torch.device,
-        recompute: str = "none",
-        base: HeldBase = "dense",
-        shared: Shared | None = None,
+        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero.
 
@@ -237,5 +238,5 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase = "dense") -> ShortModel:
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """A few of the model's blocks, to measure in place of the whole."""

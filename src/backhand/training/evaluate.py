@@ -5,6 +5,8 @@ exact match = share of rows whose greedy completion, stripped, equals the row's 
               that the template writes of the last reply; the losses tell it of most rows that are right
               (`certain_replies`), only the others are decoded
 labels      = the most probable of a few, where these are all that rows answer (`label_scores`)
+
+With `--reward` it is what reward functions say of a model's answers, before training and after it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
@@ -27,40 +31,35 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
 from backhand.errors import CheckError, DataError, present
-from backhand.generate.engine_completer import complete_greedily
+from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.training.evaluate_options import EvaluateOptions, EvaluateRunOptions
+from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import LabelScore, label_score, print_labels
 from backhand.training.measuring import HeldOut
+from backhand.training.objectives.compared import PairObjective
 from backhand.training.objectives.objective import document_sums, means
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.objectives.pairs import PairObjective
-from backhand.training.rewards.evaluated import evaluate_rewards_command
+from backhand.training.rewards.options import RewardOptions
+from backhand.training.rewards.process import RewardProcess
+from backhand.training.rewards.rollout import Rollout, check_context, prompt_of
+from backhand.training.rewards.steps import HeldOutRewards
 from backhand.training.step import Processes
 from backhand.words import count_of, name_list, shorten, show_notes
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on the rows.
+    """How well a model does on the rows."""
 
-    Attributes:
-        loss: mean nats per supervised token.
-        perplexity: e^loss.
-        exact_match: share of completions that are exactly right; None for plain text, or when not asked for.
-        supervised_tokens: over which the loss is the mean.
-        labels: of rows that answer with labels; None elsewhere.
-        pairs: of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides'
-            answers, and of an adapted model the rewards against the base, under TRL's names; None elsewhere.
-    """
-
-    loss: float
-    perplexity: float
-    exact_match: float | None
-    supervised_tokens: int
-    labels: LabelScore | None = None
+    loss: float  # mean nats per supervised token
+    perplexity: float  # e^loss
+    exact_match: float | None  # share of completions that are exactly right; None for plain text, or when not asked for
+    supervised_tokens: int  # over which the loss is the mean
+    labels: LabelScore | None = None  # of rows that answer with labels; None elsewhere
+    # of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides' answers, and
+    # of an adapted model the rewards against the base, under TRL's names; None elsewhere
     pairs: dict[str, float] | None = None
 
 
@@ -187,7 +186,11 @@ def score(
         else:
             right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered)
             exact_match = right / len(rows.prompts)
-    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels)
+    try:
+        perplexity = math.exp(nats)
+    except OverflowError:
+        perplexity = math.inf  # a float64 cannot hold it
+    return Score(nats, perplexity, exact_match, rows.held_out.supervised_tokens, labels)
 
 
 _BEHIND_LABELS = 8
@@ -219,10 +222,10 @@ def _judged(
 def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> tuple[float, list[bool]]:
     """Mean nats per supervised token, and for each prompt whether its reply surely is what greedy decoding gives."""
     nats = 0.0
-    by_source: dict[str, list[tuple[Example, Tensor]]] = {}
+    by_source = defaultdict[str, list[tuple[Example, Tensor]]](list)
     for example, losses in rows.held_out.token_losses(loaded.model):
         nats += float(losses.sum(dtype=torch.float64))
-        by_source.setdefault(example.source, []).append((example, losses))
+        by_source[example.source].append((example, losses))
     certain = certain_replies(
         by_source,
         rows.prompts,
@@ -231,14 +234,6 @@ def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> t
         max_new_tokens=max_new_tokens,
     )
     return nats / rows.held_out.supervised_tokens, certain
-
-
-def _perplexity(loss: float) -> float:
-    """e^loss; infinite where a float64 cannot hold it."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
@@ -274,29 +269,27 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     """
     check_kind("options", options, EvaluateOptions)
     options.validate()
-    run = options.run
-    data = options.data
+    run, data = options.run, options.data
     check_first_rows(data)
     with loaded_model(
         options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
     ) as loaded:
         show_notes(loaded.notes)
-        rows = evaluation_rows(options.data, loaded, run)
+        rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
-        base = score(loaded, rows, run, adapter=False)
-        adapted = None if run.adapter is None else score(loaded, rows, run, adapter=True)
-        if rows.pairs:
-            base, *others = compared(loaded, rows, run, [base] if adapted is None else [base, adapted])
-            adapted = others[0] if others else None
-    return Evaluation(rows.rows, base, adapted)
+        models = (False,) if run.adapter is None else (False, True)
+        scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
+        base, *adapted = compared(loaded, rows, run, scores) if rows.pairs else scores
+    return Evaluation(rows.rows, base, adapted[0] if adapted else None)
 
 
 def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]]:
     """`evaluate`, printed as a table, or as one JSON object with `json`; with `reward` what answers are worth."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())
-    if options.run.json:
+    with nullcontext() if options.run.json else working("evaluating"):
         result = evaluate(options)
+    if options.run.json:
         told = asdict(result)
         for found in filter(None, (told["base"], told["adapted"])):
             for name in ("labels", "pairs"):
@@ -304,8 +297,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
                     del found[name]
         sys.stdout.write(json.dumps(told) + "\n")
         return result
-    with working("evaluating"):
-        result = evaluate(options)
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
     columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)
     title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
@@ -369,3 +360,50 @@ def certain_replies(
         return float(losses[first : first + end + 1].max()) < CERTAIN_NATS
 
     return [any(certain(prompt, *row) for row in rows.get(prompt.source, ())) for prompt in prompts]
+
+
+def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, float]]]:
+    """Rows, and what is measured of the base model's greedy answers and, with an adapter, of the adapted one's.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
+        CheckError: a reward function failed.
+    """
+    run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
+    rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
+    with (
+        RewardProcess(run.reward, rewards.reward_timeout) as functions,
+        loaded_model(
+            options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
+        ) as loaded,
+    ):
+        show_notes(loaded.notes)
+        prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
+        show_notes(prepared.report.left_out())
+        examples = prepared.examples
+        check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
+        longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
+        check_context(longest, loaded.model.context_tokens)
+        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Processes())
+        held_out = HeldOutRewards(examples, rollout, 0)
+        found = []
+        for adapter in (False, True)[: 1 if run.adapter is None else 2]:
+            loaded.model.use_adapter(adapter)
+            held_out.loss(loaded.model, Processes(), interruptible=False)
+            found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
+    return len(examples), found
+
+
+def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
+    """The same, printed as a table or as one JSON object."""
+    with nullcontext() if options.run.json else working("evaluating"):
+        rows, found = evaluate_rewards(options)
+    if options.run.json:
+        base, adapted = (*found, None)[:2]
+        sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
+        return found
+    shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
+    for name, measured in zip(("base", "adapted"), found, strict=False):
+        shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))
+    console_for_tables().print(shown)
+    return found

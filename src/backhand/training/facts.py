@@ -41,7 +41,7 @@ def run_facts(job: Job) -> dict[str, Any]:
     Of the rows it holds the first few, token by token, and no others. Norms are Frobenius norms of the base weights in
     the compute dtype, None where a module has no weight of its own.
     """
-    tokenizer = job.source.tokenizer()
+    tokenizer, names = job.source.tokenizer(), job.source.config.get("architectures")
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "total_steps": job.total_steps,
@@ -50,7 +50,7 @@ def run_facts(job: Job) -> dict[str, Any]:
             "origin": job.source.origin,
             "hub_id": job.source.hub_id,
             "file": str(job.source.path) if isinstance(job.source, GGUFModel) else None,
-            "architecture": _architecture(job.source.config),
+            "architecture": str(names[0]) if isinstance(names, list) and names else None,
             "engine": job.engine.name,
             "note": job.engine.note,
             "dtype": job.config.model.dtype,
@@ -79,28 +79,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _architecture(config: dict[str, Any]) -> str | None:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else None
-
-
 def _modules(job: Job) -> list[dict[str, Any]]:
     weights = dict(job.bound.model.frozen_tensors())
-    modules = []
-    for name, slot in job.bound.lora.slots.items():
-        weight = weights.get(f"{name}.weight")
-        norm = None if weight is None else _norm(frozen_dense(weight))
-        modules.append(
-            {
-                "name": name,
-                "in_features": slot.in_features,
-                "out_features": slot.out_features,
-                "rank": slot.rank,
-                "scaling": slot.scaling,
-                "weight_norm": norm,
-            }
-        )
-    return modules
+    return [
+        {
+            "name": name,
+            "in_features": slot.in_features,
+            "out_features": slot.out_features,
+            "rank": slot.rank,
+            "scaling": slot.scaling,
+            "weight_norm": _norm(frozen_dense(weights[f"{name}.weight"])) if f"{name}.weight" in weights else None,
+        }
+        for name, slot in job.bound.lora.slots.items()
+    ]
 
 
 def _norm(weight: torch.Tensor) -> float:
@@ -152,16 +143,12 @@ def _processor() -> str:
 def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
     """The summary of a run that is over."""
     progress = state.progress
-    counted = {
-        name: value
-        for name, value in vars(progress).items()
-        if name in {field.name for field in fields(RunSummary)} and name != "train_s"
-    }
+    counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
     best = [line for line in directory.lines(METRICS) if line.get("step") == progress.best_step]
     names = ("rewards/accuracies", "rewards/margins")
     pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]
     return RunSummary(
-        **counted,
+        **counted | {"train_s": round(progress.train_s, 3)},
         output=str(directory.path),
         adapter=str(directory.adapter),
         model=job.config.model.model,
@@ -169,7 +156,6 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         engine_note=job.engine.note,
         dtype=job.config.model.dtype,
         base=job.memory.base,
-        train_s=round(progress.train_s, 3),
         steps=progress.step,
         tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
         peak_rss_bytes=peak_rss_bytes(),

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 from backhand.runs.directory import Proof, ProofLog
@@ -35,31 +34,24 @@ class LearningGuard:
     """Watches the first three steps of a run, or of its continuation; skipped ones do not count."""
 
     def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, log: ProofLog) -> None:
-        self._lora = lora
-        self._log = log
+        self._lora, self._log = lora, log
         self._start = lora.values.clone()
         self._reached_later = {
             f"{name}.{'lora_B' if slot.embedding else 'lora_A'}" for name, slot in lora.slots.items()
         }
         self._had_gradient = {name: False for name, _ in lora.named_tensors()}
-        self._steps_with_pairs = 0
-        self._pairs_beside_lora_B = False
-        self._steps = 0
-        self._judged = False
-        self._check_optimizer(optimizer)
-
-    def _check_optimizer(self, optimizer: AdapterOptimizer) -> None:
+        self._steps = self._steps_with_pairs = 0
+        self._pairs_beside_lora_B = self._judged = False
         held = optimizer.values.numel()
         same = (
-            held == optimizer.gradients.numel() == self._lora.element_count
-            and optimizer.values.data_ptr() == self._lora.values.data_ptr()
-            and optimizer.gradients.data_ptr() == self._lora.gradients.data_ptr()
+            held == optimizer.gradients.numel() == lora.element_count
+            and optimizer.values.data_ptr() == lora.values.data_ptr()
+            and optimizer.gradients.data_ptr() == lora.gradients.data_ptr()
         )
-        self._log(Proof("the optimizer holds exactly the adapter's elements", same, held, self._lora.element_count))
+        log(Proof("the optimizer holds exactly the adapter's elements", same, held, lora.element_count))
         if not same:
             raise CheckError(
-                f"the optimizer holds {held:,} elements of its own, which are not the adapter's "
-                f"{self._lora.element_count:,}",
+                f"the optimizer holds {held:,} elements of its own, which are not the adapter's {lora.element_count:,}",
                 why="part of the adapter would never move, or something else would",
                 next_step="report this; it should not happen",
             )
@@ -83,7 +75,11 @@ class LearningGuard:
         if self._judged:
             return []
         if taken:
-            self._count(attends)
+            self._steps += 1
+            reached = [name for name, gradient in named_gradients(self._lora) if bool(gradient.any())]
+            self._had_gradient |= dict.fromkeys(reached, True)
+            self._steps_with_pairs += attends
+            self._pairs_beside_lora_B |= attends and self._steps > 1  # in the first step lora_B may be zero
         if (self._steps < JUDGED_AFTER_STEPS and not last) or self._steps == 0:
             return []
         self._judged = True
@@ -105,10 +101,13 @@ class LearningGuard:
         self._log(Proof("every adapter factor has had a finite, non-zero gradient", not silent, len(silent), 0))
         self._log(Proof("every adapter factor has moved", not still, len(still), 0))
         if silent:
+            why = "no gradient reaches these modules: the forward pass does not use them, or passes them without effect"
+            if all(name.endswith(".lora_A") for name in silent):
+                why = "lora_B is kept at zero, so nothing reaches lora_A"
             raise CheckError(
                 f"{len(silent)} of {total} adapter factors have had no gradient in {self._steps} steps",
                 where=_modules(silent),
-                why=_cause_of_silence(silent),
+                why=why,
                 next_step="leave these modules out with --exclude-modules, or give rows that reach them",
             )
         if still:
@@ -125,13 +124,6 @@ class LearningGuard:
             return [f"{_modules(sorted(natural))}: no gradient so far, since {reason}"]
         return []
 
-    def _count(self, attends: bool) -> None:
-        self._steps += 1
-        reached = [name for name, gradient in named_gradients(self._lora) if bool(gradient.any())]
-        self._had_gradient |= dict.fromkeys(reached, True)
-        self._steps_with_pairs += attends
-        self._pairs_beside_lora_B |= attends and self._steps > 1  # in the first step lora_B may be zero
-
     def _zero_by_nature(self, name: str) -> bool:
         module, _, factor = name.rpartition(".")
         if self._steps == 1 and factor == "lora_A":
@@ -140,17 +132,17 @@ class LearningGuard:
         return not seen and _QUERY_OR_KEY.fullmatch(module) is not None
 
 
-class SpikeGuard:
-    """Warns when a step's loss is far above the running mean. The mean is part of the run's progress."""
+def smoothed(loss: float, mean: float | None) -> tuple[float, str | None]:
+    """The running mean of the loss, part of the run's progress, with that of a step; a warning if this is far above it.
 
-    def judge(self, loss: float, smooth_loss: float | None) -> tuple[float, str | None]:
-        """The new running mean, and a warning or None."""
-        if smooth_loss is None:
-            return loss, None
-        warning = None
-        if loss > SPIKE_FACTOR * smooth_loss and loss - smooth_loss > 1.0:
-            warning = f"the loss jumped to {loss:.3g} from a running mean of {smooth_loss:.3g}"
-        return _SMOOTHING * smooth_loss + (1 - _SMOOTHING) * loss, warning
+    Args:
+        mean: so far; None before the first step.
+    """
+    if mean is None:
+        return loss, None
+    jumped = loss > SPIKE_FACTOR * mean and loss - mean > 1.0
+    warning = f"the loss jumped to {loss:.3g} from a running mean of {mean:.3g}" if jumped else None
+    return _SMOOTHING * mean + (1 - _SMOOTHING) * loss, warning
 
 
 def named_gradients(lora: LoRAParameters) -> list[tuple[str, Tensor]]:
@@ -159,23 +151,14 @@ def named_gradients(lora: LoRAParameters) -> list[tuple[str, Tensor]]:
 
 
 def _named_views(lora: LoRAParameters, buffer: Tensor) -> list[tuple[str, Tensor]]:
-    views, offset = [], 0
-    for name, tensor in lora.named_tensors():
-        views.append((name, buffer[offset : offset + tensor.numel()]))
-        offset += tensor.numel()
-    return views
+    names, sizes = zip(*((name, tensor.numel()) for name, tensor in lora.named_tensors()), strict=True)
+    return list(zip(names, buffer.split(sizes), strict=True))
 
 
 def _modules(names: list[str]) -> str:
     modules = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in names))
     rest = f" and {len(modules) - MOST_SHOWN} more modules" if len(modules) > MOST_SHOWN else ""
     return ", ".join(modules[:MOST_SHOWN]) + rest
-
-
-def _cause_of_silence(silent: list[str]) -> str:
-    if all(name.endswith(".lora_A") for name in silent):
-        return "lora_B is kept at zero, so nothing reaches lora_A"
-    return "no gradient reaches these modules: the forward pass does not use them, or passes them without effect"
 
 
 class BaseGuard:
@@ -236,11 +219,6 @@ class BaseGuard:
                 why="something else than the adapter was written to",
                 next_step="if code of your own runs in this process, keep it from the model; else report it",
             )
-
-
-def reads_its_files(model: Trainable) -> bool:
-    """Whether the base is read anew in every pass, from where it is stored; a dense one stands in memory."""
-    return any(isinstance(tensor, QuantizedMatrix) for _, tensor in model.frozen_tensors())
 
 
 def tensor_digest(tensor: FrozenMatrix) -> bytes:

@@ -1,22 +1,31 @@
-"""A run before its first step, with its weights: nothing of its configuration is left to choose."""
+"""A run before its first step, with its weights: nothing of its configuration is left to choose.
+
+Which of its rows keep their hidden states below the lowest adapted layer, and in what store (`kept_states`), is each
+process's own. What is kept in memory is there for the next run of a search; a run that goes on after it was stopped
+makes it anew, in its first epoch.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from backhand.training.config import Recompute, TrainConfig
-from backhand.training.engine import BoundModel
+from backhand.data.packing import RowPacker, round_size
+from backhand.runs.directory import ProofLog, RunDirectory
+from backhand.training.config import TrainConfig
+from backhand.training.engine import BoundModel, Shared
+from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.machine import Machine
 from backhand.training.measuring import quantization_notes
-from backhand.training.memory.plan import HeldBase
-from backhand.training.prepared import Outline, outline_run
+from backhand.training.prepared import Outline, outline_run, set_values
 from backhand.training.resume import Identity
-from backhand.training.shared import Shared
-from backhand.training.starting import set_values
 from backhand.training.step import Processes
 from backhand.training.step_plan import default_warmup_steps, five_times
 
@@ -57,20 +66,18 @@ def build_job(
     shared = shared or Shared()
     processes = Processes() if processes is None else processes
     if not processes.leads:
-        config = _cut_as(config, *json.loads(processes.follow(b"")))
+        rows, recompute, base = processes.agreed(None)
+        optimization = replace(config.optimization, micro_batch_rows=rows)
+        model = replace(config.model, recompute=recompute, base=base)
+        config = replace(config, optimization=optimization, model=model)
     outline = outline_run(config, machine, typed=typed, shared=shared)
     source, memory = outline.source, outline.memory
     if processes.leads:
-        processes.follow(json.dumps([memory.micro_batch_rows, memory.recompute, memory.base]).encode())
-    bound = outline.engine.load(
-        outline.config.adapter,
-        base_model=source.hub_id or str(source.path.resolve()),
-        device=machine.device,
-        recompute=memory.recompute,
-        base=memory.base,
-        shared=shared,
-    )
-    resolved = _resolved(outline, machine)
+        processes.agreed([memory.micro_batch_rows, memory.recompute, memory.base])
+    bound = outline.engine.load(outline.config.adapter, machine.device, memory.recompute, memory.base, shared)
+    rate, reason = outline.rate(outline.config.optimization)
+    rate_note = () if reason is None else (f"learning rate: {reason}",)
+    resolved = _resolved(outline, machine, rate)
     set_values(resolved, bound)
     measured = chain.from_iterable(rows.examples.documents for rows in (outline.held_out, outline.train) if rows)
     quantized = quantization_notes(source, measured, memory.micro_batch_rows, machine.dtype, machine.device)
@@ -80,22 +87,12 @@ def build_job(
             "config": resolved,
             "bound": bound,
             "identity": Identity(resolved, source, list(bound.lora.slots), outline.train, outline.held_out),
-            "notes": (*_rate_note(outline), *outline.notes, *quantized, *bound.notes),
+            "notes": (*rate_note, *outline.notes, *quantized, *bound.notes),
         }
     )
 
 
-def _cut_as(config: TrainConfig, micro_batch_rows: int, recompute: Recompute, base: HeldBase) -> TrainConfig:
-    optimization = replace(config.optimization, micro_batch_rows=micro_batch_rows)
-    return replace(config, optimization=optimization, model=replace(config.model, recompute=recompute, base=base))
-
-
-def _rate_note(outline: Outline) -> tuple[str, ...]:
-    _, reason = outline.rate(outline.config.optimization)
-    return () if reason is None else (f"learning rate: {reason}",)
-
-
-def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
+def _resolved(outline: Outline, machine: Machine, learning_rate: float) -> TrainConfig:
     """The configuration with everything written down that was chosen."""
     config, memory, total_steps = outline.config, outline.memory, outline.total_steps
     often = five_times(total_steps)
@@ -114,7 +111,7 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         ),
         optimization=replace(
             config.optimization,
-            learning_rate=outline.rate(config.optimization)[0],
+            learning_rate=learning_rate,
             micro_batch_rows=memory.micro_batch_rows,
             warmup_steps=default_warmup_steps(total_steps) if warmup is None else warmup,
         ),
@@ -122,3 +119,69 @@ def _resolved(outline: Outline, machine: Machine) -> TrainConfig:
         objective=config.objective.resolved(),
         rewards=config.rewards.resolved() if config.rewards.reward else config.rewards,
     )
+
+
+class Keeping(NamedTuple):
+    """The rows of a run that keep theirs; None of those that do not."""
+
+    train: KeptStates | None = None
+    held_out: KeptStates | None = None
+
+
+@contextmanager
+def keeping(
+    job: Job,
+    directory: RunDirectory,
+    frozen_digest: str,
+    *,
+    log: ProofLog,
+    noted: Callable[[str], None],
+    shared: Shared,
+) -> Iterator[Keeping]:
+    """What the job's plan keeps; what is on the disk is let go at the end.
+
+    Args:
+        log: told that what is kept was found to be what is computed.
+        shared: has what is kept in memory, for the next run on the same rows and layers.
+    """
+    lower, below, where = job.bound.lower, job.states.below, job.states.where
+    if lower is None or where == "off" or below.dependent is not None:
+        yield Keeping()
+        return
+    usual = round_size(round(job.memory.shape.mean_tokens))
+    lower.compare_with(usual)
+    # Tokens that may go through the lower layers at once, in no more memory than a step takes: a block at work holds
+    # less than two blocks keep of as many tokens for their backward pass, and the layers below keep nothing. Where kept
+    # activations are few, since they are computed again, nothing is taken along.
+    times = (job.engine.layers - below.layer) // 2
+    at_once = min(_AT_ONCE, times * usual) if job.memory.recompute == "none" and times > 1 else 0
+    with ExitStack() as opened:
+
+        def kept(name: str, packer: RowPacker | None) -> KeptStates | None:
+            if packer is None:
+                return None
+            # Tokens that are kept of each row, and behind them those that all rows begin with.
+            own = np.maximum(packer.by_document.lengths - packer.common, 0)
+            lengths, width, dtype = [*map(int, own), packer.common], below.width, job.dtype
+            store: StateStore
+            if where == "memory":
+                made_of = (frozen_digest, job.identity.facts[f"{name}_digest"], packer.common, below, usual, dtype)
+                in_memory = partial(StatesInMemory, lengths, width, dtype)
+                store = shared.once(f"{name} states", made_of, in_memory, only_newest=True)
+            else:
+                try:
+                    store = StatesOnDisk(directory.files, directory.path, lengths, width, dtype, noted)
+                except OSError as error:
+                    noted(f"no hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+                    return None
+                opened.callback(store.close)
+            return KeptStates(lower, below.layer, packer, store, at_once=at_once, log=log, noted=noted)
+
+        train = job.packer if job.total_steps > job.sampler.steps_per_epoch else None  # else each row comes once
+        rows, shares = job.held_out, job.engine.shares_prefixes
+        held_out = None if rows is None else RowPacker(rows.examples, share_prefixes=shares)
+        yield Keeping(kept("data", train), kept("held_out", held_out))
+
+
+_AT_ONCE = 2048
+"""Where reading, unpacking and packing the weights has become a small part of a pass."""

@@ -10,24 +10,15 @@ import shlex
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from backhand.errors import present
+from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import loaded_objects_frozen
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
-from backhand.runs.directory import (
-    ANSWERS,
-    CONFIG,
-    FACTS,
-    METRICS,
-    SUMMARY,
-    Proof,
-    ProofLog,
-    RunDirectory,
-    proof_log,
-)
+from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
@@ -35,33 +26,31 @@ from backhand.training.advice import Curves, advice
 from backhand.training.answers import answers_file, measured_answers, stop_ids
 from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
+from backhand.training.engine import Shared
 from backhand.training.facts import run_facts, summarise
-from backhand.training.guards import BaseGuard, LearningGuard, reads_its_files
-from backhand.training.job import Job
+from backhand.training.guards import BaseGuard, LearningGuard
+from backhand.training.job import Job, Keeping, keeping
 from backhand.training.judging import Judge
-from backhand.training.keeping import Keeping, keeping
-from backhand.training.leading import alike, shared_checkpoint
+from backhand.training.launch import alike, shared_checkpoint
+from backhand.training.loggers import Observers, RunStart
 from backhand.training.loop import TrainingLoop
+from backhand.training.machine import MemoryKeeper, crowded_note
 from backhand.training.measuring import HeldOut
-from backhand.training.memory.process import MemoryKeeper, crowded_note
 from backhand.training.objectives.objective import HeldOutObjective, Objective
 from backhand.training.objectives.reference import run_objectives
-from backhand.training.observer import Observers, RunStart
 from backhand.training.resume import (
-    BaseCheck,
     begun_from,
-    check_same_frozen,
-    check_same_run,
+    frozen_differences,
     proof_begin,
     prove_resume,
+    refuse_differences,
+    run_differences,
     state_digests,
 )
-from backhand.training.rewards.certificate import BOUNDS, Certificate
-from backhand.training.rewards.guards import RewardGuard
+from backhand.training.rewards.guards import BOUNDS, Certificate, RewardGuard
 from backhand.training.rewards.process import RewardProcess
 from backhand.training.rewards.rollout import Rollout
 from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps
-from backhand.training.shared import Shared
 from backhand.training.state import Progress, RunState, Saver
 from backhand.training.step import AdapterOptimizer, Processes
 from backhand.training.step_plan import StepPlan, derived_seed
@@ -92,13 +81,20 @@ class JobRun:
         memory = MemoryKeeper(job.memory.peak_bytes) if config.model.tune_allocator else None
         with self.interruption.graceful(), ExitStack() as places:
             store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
-            begin = self._proof_begin(store)
+            begin: int | None = None  # the step that the proof of resuming repeats the run from
+            if self.processes.leads:
+                begin = proof_begin(store, self.checkpoint, config.run.prove_resume, job.total_steps)
+            begin = self.processes.agreed(begin)
             saver = Saver(
                 self.directory,
                 store,
                 state,
                 lambda: job.bound.adapter_files(job.identity.record(), self._card(state.progress)),
-                self._facts,
+                lambda step: {
+                    **job.identity.facts,
+                    "frozen_digest": self._frozen_digest,
+                    "sampler": job.sampler.position(step),
+                },
                 keep=config.run.keep,
                 best_only=job.held_out is not None,
                 protected=frozenset(() if begin is None else {begin}),
@@ -110,11 +106,13 @@ class JobRun:
             self.begun = True
             finished_before = state.progress.finished
             log = proof_log(self.directory) if self.processes.leads else _unwritten
-            base_guard = self._guard_base(log)
+            base_guard = BaseGuard(job.bound.model, log)
+            digest = self._frozen_digest = base_guard.digest
+            if self.checkpoint is not None and self.processes.leads:
+                self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._check_same(state)
-            save = self._saving(saver, state)
-            digest, noted = base_guard.digest, self.observer.noted
-            keeps = keeping(job, self.directory, digest, log=log, noted=noted, shared=self.shared)
+            save = partial(self._save, saver, state)
+            keeps = keeping(job, self.directory, digest, log=log, noted=self.observer.noted, shared=self.shared)
             kept = places.enter_context(keeps)
             objective, of_held_out = self._objectives(kept, log)
             rewarded = self._rewarded(places, log)
@@ -144,7 +142,12 @@ class JobRun:
                 memory.make_room()  # loading and digests leave gaps behind
             shown = status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step)
             with shown if self.processes.leads else nullcontext():
-                self.observer.started(self._start(state.progress.step))
+                facts = opening_facts(job, self.checkpoint is not None, self.processes)
+                options = {
+                    f"{part}.{name}": value for part, of in config_table(config).items() for name, value in of.items()
+                }
+                start = RunStart(job.total_steps, state.progress.step, facts, self.directory.path, options)
+                self.observer.started(start)
                 if not self._run_loop(loop, save, begin):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
                 if rewarded is not None and not finished_before:
@@ -156,14 +159,6 @@ class JobRun:
         self.observer.ended(summary)
         return summary
 
-    def _proof_begin(self, store: CheckpointStore) -> int | None:
-        """See `resume.proof_begin`; the first process has the checkpoints."""
-        begin = None
-        if self.processes.leads:
-            begin = proof_begin(store, self.checkpoint, self.job.config.run.prove_resume, self.job.total_steps)
-        found: int | None = json.loads(self.processes.follow(json.dumps(begin).encode()))
-        return found
-
     def _check_same(self, state: RunState) -> None:
         """What the processes have read and are about to change must be equal. Raises ArtifactError."""
         identity = self.job.identity.facts
@@ -172,22 +167,12 @@ class JobRun:
         facts |= alike(identity["settings"])
         self.processes.same({**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]})
 
-    def _saving(self, saver: Saver, state: RunState) -> Callable[[bool], None]:
-        """Checkpoints by the first process, of an adapter that all of them have."""
-
-        def save(better: bool) -> None:
-            self.processes.same_adapter(lambda: state_digests(state)["adapter"], state.progress.step)
-            if self.processes.leads:
-                saver.save(better)
-                self.directory.settle()
-
-        return save
-
-    def _start(self, step: int) -> RunStart:
-        table = config_table(self.job.config)
-        options = {f"{part}.{name}": value for part, values in table.items() for name, value in values.items()}
-        facts = opening_facts(self.job, continued=self.checkpoint is not None, processes=self.processes)
-        return RunStart(self.job.total_steps, step, facts, self.directory.path, options)
+    def _save(self, saver: Saver, state: RunState, better: bool) -> None:
+        """A checkpoint by the first process, of an adapter that all of them have."""
+        self.processes.same_adapter(lambda: state_digests(state)["adapter"], state.progress.step)
+        if self.processes.leads:
+            saver.save(better)
+            self.directory.settle()
 
     def _answer(self, summary: RunSummary) -> RunSummary:
         """Let base and adapter answer held-out rows; what is attached afterwards is the adapter in `adapter/`.
@@ -198,21 +183,18 @@ class JobRun:
         job = self.job
         if job.held_out is None or not job.config.run.answers or not self.processes.leads:
             return summary
-        if self._asked_to_stop():
+        if self.processes.asked:
             self.observer.noted("asked to stop: no held-out rows are answered for the report")
             return summary
         job.bound.fill(str(self.directory.adapter))
         asked = job.bound, job.source, job.held_out.examples, job.config
         self.directory.write(ANSWERS, answers_file(*asked))
         if summary.adapted_exact_match is None and (
-            measured := measured_answers(*asked, job.identity.labels, summary.tokens, self._asked_to_stop)
+            measured := measured_answers(*asked, job.identity.labels, summary.tokens, lambda: self.processes.asked)
         ):
             summary = replace(summary, **measured)
             self.directory.write(SUMMARY, summary.to_json())
         return summary
-
-    def _asked_to_stop(self) -> bool:
-        return self.interruption.requested is not None
 
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""
@@ -227,14 +209,14 @@ class JobRun:
             # Whoever begins anew from this file must not be told to overwrite, or that a run is there.
             kept = replace(config, run=replace(config.run, overwrite=False))
             self.directory.write(CONFIG, dump_config(kept))
-            self.directory.make_checkpoints()
-            self._write_facts()
-            return
-        if self.checkpoint is not None:
-            check_same_run(self.checkpoint.facts, job.identity, self._base_check())
-        self.directory.mend()
+        else:
+            if self.checkpoint is not None:
+                self._refuse(run_differences(self.checkpoint.facts, job.identity))
+            self.directory.mend()
         self.directory.make_checkpoints()
-        self._write_facts()
+        self.directory.write(FACTS, json.dumps(run_facts(job), indent=1) + "\n")
+        if not config.run.resume:
+            return
         store.clean()
         if self.checkpoint is None:
             self.observer.noted("there is no checkpoint yet; the run begins at its first step")
@@ -243,9 +225,6 @@ class JobRun:
         state.restore(self.checkpoint, job.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
         self.directory.forget_after(self.checkpoint.step)
-
-    def _write_facts(self) -> None:
-        self.directory.write(FACTS, json.dumps(run_facts(self.job), indent=1) + "\n")
 
     def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""
@@ -261,26 +240,18 @@ class JobRun:
             save(False)  # unless it is saved
             return loop.state.progress.finished
 
-    def _guard_base(self, log: ProofLog) -> BaseGuard:
-        """The guard of the base, which must be the one that the checkpoint was made with, in every tensor."""
-        guard = BaseGuard(self.job.bound.model, log)
-        self._frozen_digest = guard.digest
-        if self.checkpoint is not None and self.processes.leads:
-            check_same_frozen(self.checkpoint.facts, guard.digest, self._base_check())
-        return guard
-
     def _check_files(self) -> Callable[[], None]:
         """Asked at every step: are the base's mapped files as they were? Warns where they do not fit into memory."""
         source = self.job.source
-        if not reads_its_files(self.job.bound.model):
-            return lambda: None
+        if not any(isinstance(tensor, QuantizedMatrix) for _, tensor in self.job.bound.model.frozen_tensors()):
+            return lambda: None  # a dense base stands in memory
         note = crowded_note(source.mapped_bytes, available_bytes())
         if note is not None:
             self.observer.noted(note)
         return source.check_unchanged
 
-    def _base_check(self) -> BaseCheck:
-        return BaseCheck(self.directory.path, self.job.config.model.force_base, self.observer.noted)
+    def _refuse(self, differences: list[str]) -> None:
+        refuse_differences(differences, self.directory.path, self.job.config.model.force_base, self.observer.noted)
 
     def _interrupted(self, state: RunState, next_step: str) -> Interrupted:
         return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
@@ -315,16 +286,9 @@ class JobRun:
         started_from = self.job.config.run.from_adapter
         if self.job.config.run.resume and self.processes.leads:
             started_from = begun_from(self.directory.path)
-        started_from = json.loads(self.processes.follow(json.dumps(started_from).encode()))
+        started_from = self.processes.agreed(started_from)
         return run_objectives(
-            self.job,
-            self.directory,
-            self.processes,
-            self._frozen_digest,
-            kept,
-            started_from,
-            log,
-            self.observer.noted,
+            self.job, self.directory, self.processes, self._frozen_digest, kept, started_from, log, self.observer.noted
         )
 
     def _rewarded(self, places: ExitStack, log: ProofLog) -> RewardedSteps | None:
@@ -345,7 +309,7 @@ class JobRun:
         guard = RewardGuard(self.observer.noted)
         lines = self.directory.lines(METRICS) if processes.leads else []
         before = [line for line in lines if "no_gradient_groups" in line]  # steps, if this goes on
-        for measured in json.loads(processes.follow(json.dumps(before).encode())):
+        for measured in processes.agreed(before):
             guard.remember(measured)
         return RewardedSteps(
             rollout,
@@ -365,10 +329,6 @@ class JobRun:
         if objective is not None:
             return HeldOutObjective(objective, job.memory.micro_batch_rows, kept.held_out)
         return HeldOut(job.held_out.examples, job.memory.micro_batch_rows, kept.held_out)
-
-    def _facts(self, step: int) -> dict[str, Any]:
-        identity = self.job.identity.facts
-        return {**identity, "frozen_digest": self._frozen_digest, "sampler": self.job.sampler.position(step)}
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model = self.job.config.model

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from backhand.errors import CheckError
+from backhand.errors import CheckError, present
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
@@ -21,12 +21,12 @@ from backhand.training.guards import (
     MOST_SHOWN,
     BaseGuard,
     LearningGuard,
-    SpikeGuard,
     is_finite,
     named_unusable,
+    smoothed,
 )
+from backhand.training.loggers import Observer
 from backhand.training.measuring import ForgettingMeter, HeldOut
-from backhand.training.observer import Observer
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult
 from backhand.training.step_plan import StepPlan
@@ -54,7 +54,6 @@ class Judge:
     processes: Processes = field(default_factory=Processes)  # that share each evaluation
 
     def __post_init__(self) -> None:
-        self._spike_guard = SpikeGuard()
         begin = self.state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
@@ -126,7 +125,7 @@ class Judge:
         """Hold a step's result against the guards. Raises CheckError: one of them fired."""
         progress = self.state.progress
         if result.taken:
-            progress.smooth_loss, warning = self._spike_guard.judge(result.loss, progress.smooth_loss)
+            progress.smooth_loss, warning = smoothed(result.loss, progress.smooth_loss)
             if warning:
                 self.observer.noted(f"step {progress.step}: {warning}")
         else:
@@ -134,7 +133,7 @@ class Judge:
                 f"step {progress.step}: the {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite; "
                 "the step is skipped"
             )
-            if progress.bad_steps_in_a_row >= self.plan.max_bad_steps:
+            if progress.bad_steps_in_a_row >= self.plan.run.max_bad_steps:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
@@ -163,7 +162,7 @@ class Judge:
         progress = self.state.progress
         if self.held_out is None and self.meter is None:
             return False
-        if progress.step % self.plan.eval_every and progress.step != self.plan.total_steps:
+        if progress.step % present(self.plan.run.eval_every) and progress.step != self.plan.total_steps:
             return False
         progress.pending_evaluation = True
         return self.evaluate()
@@ -202,7 +201,11 @@ class Judge:
         progress = self.state.progress
         progress.first_eval_loss = progress.eval_loss = loss
         progress.base_eval_loss = loss
-        if self.held_out is not None and not _is_fresh(self.state):
+        factors = self.state.lora.named_tensors()
+        fresh = self.state.lora.plain and not any(
+            bool(torch.any(tensor)) for name, tensor in factors if name.endswith(".lora_B")
+        )
+        if self.held_out is not None and not fresh:
             self.model.detach()
             try:
                 progress.base_eval_loss = self.held_out.loss(self.model, self.processes, interruptible=False)
@@ -216,7 +219,7 @@ class Judge:
             )
 
     def _refuse_forgetting(self, record: dict[str, Any]) -> None:
-        limit, rise = self.plan.max_forgetting, record.get("forgetting_nats")
+        limit, rise = self.plan.run.max_forgetting, record.get("forgetting_nats")
         if limit is None or (rise is not None and rise <= limit):
             return
         self.save(False)
@@ -229,7 +232,7 @@ class Judge:
 
     def finish_if_done(self) -> bool:
         """Whether the run is over; before it ends, all of the base is checked once more."""
-        progress, patience = self.state.progress, self.plan.early_stopping
+        progress, patience = self.state.progress, self.plan.run.early_stopping
         if progress.finished or progress.pending_evaluation:
             return progress.finished
         if patience is not None and progress.evaluations_without_improvement >= patience:
@@ -243,10 +246,3 @@ class Judge:
             self.base_guard.check()
         progress.finished = True
         return True
-
-
-def _is_fresh(state: RunState) -> bool:
-    """Whether the adapter is known to change nothing yet: plain factors, every lora_B zero."""
-    return state.lora.plain and not any(
-        bool(torch.any(tensor)) for name, tensor in state.lora.named_tensors() if name.endswith(".lora_B")
-    )

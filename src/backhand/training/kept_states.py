@@ -11,7 +11,7 @@ document is divided, x is a function of the row alone, to the bit, and may be pu
 
 Of the rows that share a segment, any will do.
 
-The engine says where its own kernels promise that (`memory.states`). A library chooses its kernels by the number of
+The engine says where its own kernels promise that (`memory.plan`). A library chooses its kernels by the number of
 rows. So each number of tokens is compared with the usual number before it is first used
 (`LowerLayers`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
 32nd, 1024th … batch that is put together is computed as well, through all layers below c, and compared bit by bit.
@@ -32,11 +32,10 @@ from dataclasses import KW_ONLY, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker
+from backhand.data.packing import RowPacker, round_size
 from backhand.errors import CheckError
 from backhand.files import FileLayer, write_all
 from backhand.nn.batch import Entering, PackedBatch
@@ -130,11 +129,6 @@ StateStore = StatesInMemory | StatesOnDisk
 """Hidden states by a row's number, (tokens, hidden) each; behind the rows comes what all of them begin with."""
 
 
-def store_lengths(packer: RowPacker) -> list[int]:
-    """Tokens that are kept of each row, and behind them those that all rows begin with."""
-    return [*map(int, np.maximum(packer.by_document.lengths - packer.common, 0)), packer.common]
-
-
 @dataclass(eq=False)
 class KeptStates:
     """A set of rows whose hidden states are kept."""
@@ -142,17 +136,18 @@ class KeptStates:
     model: LowerLayers
     layer: int  # c, below which nothing is trained
     rows: RowPacker
-    store: StateStore | None  # of `store_lengths`; None once it is of no use
+    store: StateStore  # by the rows' numbers, and behind them what all rows begin with
     _: KW_ONLY
     at_once: int = 0  # tokens that a pass through the lower blocks may have where its own batch has fewer
     log: ProofLog  # told that what is kept was found to be what is computed
     noted: Callable[[str], None]  # told in a sentence where it is not
 
     def __post_init__(self) -> None:
-        self._packer, self._beginning = self.rows.by_document, self.rows.common
+        self._packer, self._common = self.rows.by_document, self.rows.common
         self._put_together, self._next_look = 0, 1
         self._agreeing: dict[int, bool] = {}
         self._told = False
+        self._useful = True  # whether the store takes what it is given, and has it as it is computed
 
     def packed(self, rows: Sequence[int], coming: Iterable[Sequence[int]] = ()) -> PackedBatch:
         """These rows as `RowPacker.packed` packs them, with the hidden states that enter layer c.
@@ -164,28 +159,23 @@ class KeptStates:
             CheckError: what was kept is not what is computed now, and batches of the run have used it.
         """
         batch = self.rows.packed(rows, "cpu")
-        if self.store is None or not self._agrees(batch):
+        if not self._useful or not self._agrees(batch.input_ids.shape[0]):
             return batch
         # From here on each document is one, as they stand in the batch's `ends`.
         rows = [row for row in self.rows.documents(rows) if self._packer.lengths[row]]
-        kept = {row: self.store.get(row) for row in rows}
-        missing = [row for row in rows if kept[row] is None]
-        beginning = self._kept_beginning()
-        if self._beginning and beginning is None:
-            missing = rows
-        if missing:
-            part = self._with_coming(missing, coming)
-            if part is None and len(missing) == len(rows):
+        kept = {row: self._kept(row) for row in rows}
+        if missing := [row for row in rows if kept[row] is None]:
+            wanted = self._with_coming(missing, coming)
+            if wanted == rows:
                 return replace(batch, entering=Entering(self.layer, self._compute(rows, batch)))
-            wanted, together = part or (missing, self._packer.packed(missing, "cpu"))
-            if part is None and not self._agrees(together):
+            together = self._packer.packed(wanted, "cpu")
+            if not self._agrees(together.input_ids.shape[0]):
                 return batch
             self._compute(wanted, together)
-            kept |= {row: self.store.get(row) for row in missing}
-            beginning = self._kept_beginning()
-        states = self._joined(batch, rows, kept, beginning)
+            kept |= {row: self._kept(row) for row in missing}
+        states = _joined(batch, [kept[row] for row in rows])
         if states is None:  # the store takes no more: without it, rows would be computed in vain from batch to batch
-            self.store = None
+            self._useful = False
             return batch
         self._put_together += 1
         if self._put_together == self._next_look:
@@ -193,52 +183,47 @@ class KeptStates:
             states = self._compared(batch, states, self._packer.positions(rows))
         return replace(batch, entering=Entering(self.layer, states))
 
-    def _kept_beginning(self) -> Tensor | None:
-        """What all rows begin with, if they do and it is there."""
-        assert self.store is not None
-        return self.store.get(len(self._packer.lengths)) if self._beginning else None
+    def _kept(self, row: int) -> Tensor | None:
+        """The states of a document, (tokens, hidden), what all of them begin with among them; None where not there."""
+        own = self.store.get(row)
+        if own is None or not self._common:
+            return own
+        beginning = self.store.get(len(self._packer.lengths))
+        return None if beginning is None else torch.cat([beginning, own])
 
-    def _with_coming(
-        self, missing: Sequence[int], coming: Iterable[Sequence[int]]
-    ) -> tuple[list[int], PackedBatch] | None:
-        """These rows and as many of those that come next as one pass takes, in order, and packed; None for no more."""
-        store, wanted = self.store, list(missing)
-        assert store is not None
-        room = self.at_once - self._beginning - sum(self._packer.lengths[row] - self._beginning for row in missing)
-        for row in chain.from_iterable(map(self.rows.documents, coming)) if room > 0 else ():
-            own = self._packer.lengths[row] - self._beginning
-            if own > 0 and row not in store:
-                room -= own
-                if room < 0:
+    def _with_coming(self, missing: list[int], coming: Iterable[Sequence[int]]) -> list[int]:
+        """These rows, and as many of those that come next as one pass takes, in order."""
+        wanted, tokens = list(missing), self._common + sum(self._packer.lengths[row] - self._common for row in missing)
+        later = chain.from_iterable(map(self.rows.documents, coming)) if tokens < self.at_once else ()
+        for row in later:
+            own = self._packer.lengths[row] - self._common
+            if own > 0 and row not in self.store:
+                tokens += own
+                if tokens > self.at_once:
                     break
                 wanted.append(row)
-        if len(wanted) == len(missing):
-            return None
-        together = self._packer.packed(wanted, "cpu")
-        return (wanted, together) if self._keeps(together) else None
+        together = len(wanted) > len(missing) and self._keeps(round_size(self._packer.positions(wanted)))
+        return wanted if together else missing
 
-    def _agrees(self, batch: PackedBatch) -> bool:
-        """Whether products of the batch's size give a row the bits that it has in other batches."""
-        agrees = self._keeps(batch)
-        if not agrees and not self._told:
+    def _agrees(self, size: int) -> bool:
+        """`_keeps`, and where it does not, that is said once."""
+        if not self._keeps(size) and not self._told:
             self._told = True
             self.noted(
-                f"products of {batch.input_ids.shape[0]} rows end in other bits than those of others on this machine: "
+                f"products of {size} rows end in other bits than those of others on this machine: "
                 f"batches of such sizes go through the layers below {self.layer} in each epoch"
             )
-        return agrees
+        return self._keeps(size)
 
-    def _keeps(self, batch: PackedBatch) -> bool:
-        """The same, without telling anybody."""
-        size = batch.input_ids.shape[0]
+    def _keeps(self, size: int) -> bool:
+        """Whether products of so many rows give a row the bits that it has in other batches."""
         if size not in self._agreeing:
             self._agreeing[size] = self.model.keeps_rows(size, self.layer)
         return self._agreeing[size]
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
         """The states of the batch, whose documents these rows are, (tokens, hidden); theirs are put into the store."""
-        store, g, starts = self.store, self._beginning, batch.starts
-        assert store is not None
+        store, g, starts = self.store, self._common, batch.starts
         states = self.model.entering(batch, self.layer)
         beginning = len(self._packer.lengths)
         for row, end in zip(rows, _ends(batch), strict=True):
@@ -247,22 +232,6 @@ class KeptStates:
                 store.put(beginning, own[:g])
             store.put(row, own[g:])
         return states
-
-    def _joined(
-        self, batch: PackedBatch, rows: Sequence[int], kept: dict[int, Tensor | None], beginning: Tensor | None
-    ) -> Tensor | None:
-        """The states of the batch, (tokens, hidden), from those of its rows; None where some are not there."""
-        g, parts = self._beginning, dict[int, list[Tensor]]()
-        for row, end in zip(rows, _ends(batch), strict=True):
-            own = kept[row]
-            if own is None:
-                return None
-            for one in batch.path(end):
-                first, last = batch.begins[one], batch.begins[one] + batch.lengths[one]
-                before = [] if beginning is None else [beginning[first:last]]
-                parts.setdefault(one, [*before, own[max(0, first - g) : max(0, last - g)]])
-        states = torch.cat([part for one in sorted(parts) for part in parts[one]])
-        return torch.cat([states, states.new_zeros(batch.input_ids.shape[0] - states.shape[0], states.shape[1])])
 
     def _compared(self, batch: PackedBatch, states: Tensor, there: int) -> Tensor:
         """The states that the batch comes to now; those of its first `there` positions are held against the kept ones.
@@ -282,7 +251,7 @@ class KeptStates:
                 next_step="continue from the checkpoint before with --resume --cache-frozen off",
             )
         if different:
-            self.store = None
+            self._useful = False
             self.noted(
                 f"a row's last bits depend on the rows beside it here: the layers below {self.layer} are computed in "
                 "each epoch"
@@ -292,6 +261,18 @@ class KeptStates:
 
 _LOOK_EVERY = 32
 """Of the batches that are put together the 1st, 32nd, 1024th … is computed as well."""
+
+
+def _joined(batch: PackedBatch, kept: Sequence[Tensor | None]) -> Tensor | None:
+    """The states of the batch, (tokens, hidden), from those of its documents; None where some are not there."""
+    parts: dict[int, Tensor] = {}
+    for own, end in zip(kept, _ends(batch), strict=True):
+        if own is None:
+            return None
+        for one in batch.path(end):
+            parts[one] = own[batch.begins[one] : batch.begins[one] + batch.lengths[one]]
+    states = torch.cat([parts[one] for one in sorted(parts)])
+    return torch.cat([states, states.new_zeros(batch.input_ids.shape[0] - states.shape[0], states.shape[1])])
 
 
 def _ends(batch: PackedBatch) -> list[int]:

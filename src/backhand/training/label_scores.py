@@ -17,21 +17,15 @@ from backhand.terminal import console_for_tables, table_of
 
 @dataclass(frozen=True)
 class LabelScore:
-    """What a model makes of rows whose answers are labels.
-
-    Attributes:
-        per_label: precision, recall, f1 and support (rows that have it) of each label, also of those without rows.
-        confusion: of each label that rows have, how many of them were given which label.
-        invented: rows whose free, greedy answer is none of the labels.
-        inventions: the most frequent of these answers, cut, and how often each was given.
-    """
+    """What a model makes of rows whose answers are labels."""
 
     accuracy: float
     f1_macro: float
+    # precision, recall, f1 and support (rows that have it) of each label, also of those without rows
     per_label: dict[str, dict[str, float]]
-    confusion: dict[str, dict[str, int]]
-    invented: int
-    inventions: dict[str, int]
+    confusion: dict[str, dict[str, int]]  # of each label that rows have, how many of them were given which label
+    invented: int  # rows whose free, greedy answer is none of the labels
+    inventions: dict[str, int]  # the most frequent of these answers, cut, and how often each was given
 
 
 _INVENTIONS = 5

@@ -3,30 +3,44 @@
 The launcher runs the same command once more in N processes of this machine. Its rendezvous is this process's own, on a
 port that is free. When one worker ends with an error the others are ended; Ctrl-C and SIGTERM are passed on, and the
 workers have time for a checkpoint.
+
+What the first process knows the others take over: configuration, checkpoint, an end. The run directory may lie on a
+disk of its own. Where model and rows lie, and on which device a process computes, is each process's own business; that
+they are the same model and rows is compared by their digests.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from backhand.adapters.record import installed_packages
 from backhand.errors import BackhandError, ResourceError
 from backhand.nn.compute import available_cores
 from backhand.printing import may_be_silent
-from backhand.runs.directory import SUMMARY
+from backhand.runs.checkpoint import Checkpoint
+from backhand.runs.directory import CONFIG, SUMMARY
+from backhand.runs.interruption import Interrupted, signal_in
+from backhand.runs.status import read_status
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.safe_path import python_words, safe_environment
-from backhand.system import stop_signals
+from backhand.system import begun_s, stop_signals
 from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config
+from backhand.training.config_file import config_from_table, config_table, dump_config
+from backhand.training.step import Processes
 
 _TYPED = "BACKHAND_TYPED_OPTIONS"
 _SHUTDOWN_S = 600
@@ -89,8 +103,11 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
             local_addr="127.0.0.1",
             shutdown_timeout=_SHUTDOWN_S,
         )
-        _quiet_launcher()
-        with _environment(_for_workers(config, typed)), _signals_kept():
+        # What the launcher logs of a worker that ended is said better by the worker, and by us.
+        package = "torch.distributed.elastic"
+        for name in (package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
+        with _for_the_launcher(_for_workers(config, typed)):
             try:
                 program, *words = python_words("backhand", "train", str(toml))
                 with may_be_silent():  # the workers are not
@@ -103,13 +120,6 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
     if summary is None:
         raise ResourceError("the run has left no summary", where=str(config.run.output / SUMMARY))
     return summary
-
-
-def _quiet_launcher() -> None:
-    """What the launcher logs of a worker that ended is said better by the worker, and by us."""
-    package = "torch.distributed.elastic"
-    for name in (package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
 
 
 def _failure(failures: Mapping[int, Any]) -> BackhandError:
@@ -142,25 +152,90 @@ def _for_workers(config: TrainConfig, typed: frozenset[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+def _for_the_launcher(environment: Mapping[str, str]) -> Iterator[None]:
+    """The workers' environment; then it is as it was, and so are handlers of signals: the launcher has its own."""
+    before = {name: os.environ[name] for name in environment if name in os.environ}
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
+    os.environ.update(environment)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """The launcher installs handlers of its own."""
-    before = {number: signal.getsignal(number) for number in stop_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+        for name in environment:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+_OWN = {
+    "model": ("model", "device", "memory", "threads", "tune_allocator"),
+    "data": ("data", "eval_data"),
+    "run": ("output", "quiet", "debug"),
+}
+_MAY_DIFFER = ("model.device", "model.threads")
+
+
+def alike(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that all processes must have alike, of `resume.decisive_settings`."""
+    return {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
+
+
+def versions() -> dict[str, Any]:
+    """What decides the last bits of a sum: packages, and the instructions that the processor has."""
+    return {**installed_packages(), "processor": torch.backends.cpu.get_cpu_capability()}
+
+
+def followed(
+    config: TrainConfig, done: RunSummary | None, processes: Processes
+) -> tuple[TrainConfig, RunSummary | None]:
+    """Configuration and, of a run that is finished already, summary of the first process.
+
+    Args:
+        config: this process's own; it keeps its places in it.
+    """
+    if processes.size == 1:
+        return config, done
+    table, summary = processes.agreed([config_table(config), done and dataclasses.asdict(done)])
+    if processes.leads:
+        return config, done
+    taken = config_from_table(table, "rank 0")
+    usual = TrainConfig()
+    parts = {}
+    for part, names in _OWN.items():
+        own, there, normal = (getattr(which, part) for which in (config, taken, usual))
+        kept = {name: value for name in names if (value := getattr(own, name)) != getattr(normal, name)}
+        parts[part] = replace(there, **kept)
+    return replace(taken, **parts), summary and RunSummary(**summary)
+
+
+def shared_checkpoint(checkpoint: Checkpoint | None, processes: Processes) -> Checkpoint | None:
+    """The checkpoint of the first process, byte for byte."""
+    if processes.size == 1:
+        return checkpoint
+    head = processes.agreed(checkpoint and [checkpoint.step, dict(checkpoint.facts), list(checkpoint.contents)])
+    if head is None:
+        return None
+    step, facts, names = head
+    mine = {} if checkpoint is None else checkpoint.contents
+    return Checkpoint(step, {name: processes.follow(mine.get(name, b"")) for name in names}, facts)
+
+
+def continued_after_restart(config: TrainConfig) -> TrainConfig:
+    """Of a process that torchrun has started again: the run goes on where it was, if it had begun.
+
+    Raises:
+        Interrupted: it was stopped on purpose; torchrun takes that for a failure.
+    """
+    run = config.run
+    written = run.output / CONFIG
+    if not written.exists():
+        return config
+    if run.overwrite:
+        launcher_s = begun_s(os.getppid())
+        if launcher_s is None or written.stat().st_mtime < launcher_s - 1.0:
+            return config  # a run of before, which this one is to replace
+    status = read_status(run.output)
+    if status is not None and status.state == "interrupted" and (number := signal_in(status.reason)) is not None:
+        again = f"backhand train --resume --output {shlex.quote(str(run.output))}"
+        raise Interrupted(number, status.step, f"continue with {again}")
+    return replace(config, run=replace(run, resume=True, overwrite=False, from_adapter=None))

@@ -1,4 +1,6 @@
-"""MLflow, TensorBoard, trackio and Weights & Biases: what a logger is, and how one takes part in a run.
+"""Who wants to know how a run goes: the terminal, the metrics file, a callback of one's own, or a logger.
+
+Loggers are MLflow, TensorBoard, trackio and Weights & Biases.
 
 The names it is given are those of metrics.jsonl. A logger that fails is put aside with a note: it must not take a run
 with it that has nothing else wrong.
@@ -13,15 +15,86 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from backhand.errors import UsageError
-from backhand.runs.directory import LOGS
+from backhand.runs.directory import LOGS, METRICS, RunDirectory
 from backhand.runs.summary import RunSummary
 from backhand.system import install
-from backhand.training.observer import Observer, RunStart
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What is known before the first step."""
+
+    total_steps: int
+    step: int  # steps done before, in a run that is continued
+    facts: tuple[str, ...]  # lines for a reader: model, engine, data, adapter, plan
+    directory: Path
+    # every option by the name of its part and its own, such as `optimization.learning_rate`
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Observer:
+    """Base of all observers; each method does nothing. Records have the keys of metrics.jsonl."""
+
+    def started(self, start: RunStart) -> None:
+        """The run is about to make its first step."""
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """A step is done: step, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, tokens_per_s, …."""
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """A held-out evaluation is done: step, eval_loss."""
+
+    def noted(self, text: str) -> None:
+        """Something worth a line: a warning, a checkpoint that is skipped."""
+
+    def ended(self, summary: RunSummary) -> None:
+        """The run is over."""
+
+    def closed(self) -> None:
+        """Nothing will come after this, whatever happened."""
+
+
+class Observers(Observer):
+    """Several observers as one, told in the order given."""
+
+    def __init__(self, observers: Iterable[Observer]) -> None:
+        self.observers = tuple(observers)
+        for method in ("started", "stepped", "evaluated", "noted", "ended", "closed"):
+            setattr(self, method, partial(self._tell, method))
+
+    def _tell(self, method: str, *told: object) -> None:
+        for observer in self.observers:
+            getattr(observer, method)(*told)
+
+
+Callback = Observer | Callable[[Mapping[str, Any]], object]
+
+
+class _RecordFunction(Observer):
+    def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
+        self._function = function
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self._function(record)
+
+    evaluated = stepped
+
+
+def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
+    """Functions wrapped, observers as they are."""
+    return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
+
+
+def metrics_file(directory: RunDirectory) -> Observer:
+    """Appends a line to the run's metrics.jsonl for each logged step and each evaluation."""
+    return _RecordFunction(partial(directory.append, METRICS))
 
 
 class Logger(Protocol):
@@ -29,25 +102,20 @@ class Logger(Protocol):
 
     def begin(self, start: RunStart) -> None:
         """A run begins, or is continued from `start.step`."""
-        ...
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Keep these finite figures of a step."""
-        ...
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """The run is over; `summary` is as in summary.json, empty where the run did not reach its end."""
-        ...
 
 
 class LoggerObserver(Observer):
     """Tells a logger of a run."""
 
     def __init__(self, name: str, logger: Logger, note: Callable[[str], None]) -> None:
-        self._name = name
+        self._name, self._note, self._begun = name, note, False
         self._logger: Logger | None = logger
-        self._note = note
-        self._begun = False
         self._summary: Mapping[str, Any] = {}
 
     def started(self, start: RunStart) -> None:
@@ -90,16 +158,15 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-EXPERIMENT = "backhand"
+_PROJECT = "backhand"  # or experiment
 # MLflow refuses longer values of parameters.
 _LONGEST_VALUE = 6000
 
 
-class MLflowLogger:
+class _MLflow:
     """A run of the experiment `backhand`, or of MLFLOW_EXPERIMENT_NAME."""
 
     def begin(self, start: RunStart) -> None:
-        """Create the run, and log every option as a parameter."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -107,7 +174,7 @@ class MLflowLogger:
         directory.mkdir(exist_ok=True)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory / 'mlflow.db'}"
         self._client = MlflowClient(tracking_uri=uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
         experiment = self._client.get_experiment_by_name(name)
         identity = (
             self._client.create_experiment(name, artifact_location=(directory / "mlflow-artifacts").as_uri())
@@ -119,7 +186,6 @@ class MLflowLogger:
         self._client.log_batch(self._run, params=parameters)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """All figures of a step at once."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -127,15 +193,13 @@ class MLflowLogger:
         self._client.log_batch(self._run, metrics=metrics)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Say how it ended."""
         self._client.set_terminated(self._run, "FINISHED" if summary else "KILLED")
 
 
-class TensorBoardLogger:
+class _TensorBoard:
     """Writes scalars, and the configuration as a text."""
 
     def begin(self, start: RunStart) -> None:
-        """Open the event file; steps that are about to be done again are purged."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(
@@ -145,30 +209,24 @@ class TensorBoardLogger:
         self._writer.add_text("config", "\n".join(f"    {line}" for line in options.splitlines()))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """A scalar a figure."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Log whether it ended well, and close the file."""
         self._writer.add_text("ended", "finished" if summary else "not finished")
         self._writer.close()
 
 
-PROJECT = "backhand"
-
-
-class TrackioLogger:
+class _Trackio:
     """A run named like the directory; a continued run goes on in the same one."""
 
     def begin(self, start: RunStart) -> None:
-        """Begin, or go on."""
         import trackio
 
         # It prints greetings to standard output, which belongs to the command.
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+                project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
                 name=start.directory.name,
                 config={name: str(value) for name, value in start.config.items()},
                 resume="allow" if start.step else "never",
@@ -178,28 +236,25 @@ class TrackioLogger:
             )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """The figures of a step."""
         self._run.log(dict(values), step=step)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Wait until everything is written, the figures of the summary last."""
         if summary:
             self._run.log({f"summary/{name}": value for name, value in figures(summary).items()})
         with contextlib.redirect_stdout(io.StringIO()):
             self._run.finish()
 
 
-class WandbLogger:
+class _Wandb:
     """A run of the project `backhand`, or of WANDB_PROJECT; a continued run is another one in the same group."""
 
     def begin(self, start: RunStart) -> None:
-        """Begin a run named like the directory."""
         import wandb
 
         directory = start.directory / LOGS
         directory.mkdir(exist_ok=True)
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=start.directory.name,
             group=str(start.directory),
             dir=str(directory),
@@ -209,21 +264,19 @@ class WandbLogger:
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """A row a step: what an evaluation finds after a step belongs to the same row."""
         self._run.log(dict(values), step=step)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Keep the summary, and finish."""
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=0 if summary else 1)
 
 
 # An extra's package by the name of its logger.
 _LOGGERS: Mapping[str, Callable[[], Logger]] = {
-    "tensorboard": TensorBoardLogger,
-    "wandb": WandbLogger,
-    "mlflow": MLflowLogger,
-    "trackio": TrackioLogger,
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+    "mlflow": _MLflow,
+    "trackio": _Trackio,
 }
 
 

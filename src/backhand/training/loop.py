@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
-from backhand.errors import CheckError
+from backhand.errors import CheckError, present
 from backhand.nn.batch import PackedBatch
 from backhand.training.engine import Trainable
 from backhand.training.judging import Judge
 from backhand.training.kept_states import KeptStates
-from backhand.training.memory.process import MemoryKeeper
+from backhand.training.loggers import Observer
+from backhand.training.machine import MemoryKeeper
 from backhand.training.objectives.objective import Objective
-from backhand.training.observer import Observer
 from backhand.training.rewards.steps import RewardedSteps
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult, StepWork, training_step
@@ -69,7 +69,7 @@ class TrainingLoop:
                 return False
             self._step()
             better = judge.evaluate_if_due()
-            if judge.finish_if_done() or better or progress.step % self.plan.save_every == 0:
+            if judge.finish_if_done() or better or progress.step % present(self.plan.run.save_every) == 0:
                 judge.before_checkpoint()
                 judge.save(better)
         return True
@@ -90,7 +90,7 @@ class TrainingLoop:
         self.judge.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
         self.judge.count(result, tokens, seconds)
-        if progress.step % self.plan.log_every == 0 or progress.step == self.plan.total_steps:
+        if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
             measured = {} if self.objective is None else self.objective.measured(self.processes)
             measured = measured if self.rewarded is None else self.rewarded.measured
@@ -110,13 +110,14 @@ class TrainingLoop:
         return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
     def _work(self, rows: Sequence[int]) -> StepWork:
-        groups, objective = self._groups(rows), self.objective
-        supervised = self.packer.supervised_tokens(rows)
+        objective, seed, step = self.objective, self.plan.run.seed, self.state.progress.step
+        groups, supervised = self._groups(rows), self.packer.supervised_tokens(rows)
+        numbers = range(len(groups))
         return StepWork(
             lambda number: self._packed(groups, number),
             [self.packer.positions(group) for group in groups],
             supervised,
-            self._dropout_seeds(len(groups)),
+            [derived_seed(seed, "dropout", step, number) if self._drops else None for number in numbers],
             supervised if objective is None else len(rows),
             None if objective is None else lambda number: objective.token_loss(number, groups[number]),
         )
@@ -137,8 +138,3 @@ class TrainingLoop:
                 groups, number = self._groups(self.sampler.rows_of(later)), -1
             shares = self.processes.shared_out([self.packer.positions(group) for group in groups])
             yield from (groups[own] for own in shares[self.processes.rank] if own > number)
-
-    def _dropout_seeds(self, count: int) -> list[int | None]:
-        if not self._drops:
-            return [None] * count
-        return [derived_seed(self.plan.seed, "dropout", self.state.progress.step, number) for number in range(count)]

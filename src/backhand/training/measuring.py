@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.split import neutral_texts
-from backhand.generate.completer import Completer
+from backhand.errors import present
+from backhand.generate.completer import LanguageModel
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource
@@ -60,19 +62,16 @@ class HeldOut:
             interruptible: whether to come back with None where a process has been asked to stop.
         """
         batches = self._packed(model.shares_prefixes)
-        nats: dict[int, float] = {}
-        share = processes.shared_out([packed.batch.input_ids.shape[0] for packed in batches])[processes.rank]
-        for number in share:
-            if interruptible and processes.asked:
-                break
-            rows, _, batch = batches[number]
-            nats[number] = float(model.loss(batch.to(model.device) if self._kept is None else self._kept.packed(rows)))
-        found = {int(number): value for part in processes.gather(nats) for number, value in part.items()}
-        if len(found) < len(batches):
-            return None
-        return left_sum(found[number] for number in range(len(batches))) / self.supervised_tokens
 
-    def token_losses(self, model: Trainable | Completer) -> Iterator[tuple[Example, Tensor]]:
+        def nats(number: int) -> float:
+            rows, _, batch = batches[number]
+            return float(model.loss(batch.to(model.device) if self._kept is None else self._kept.packed(rows)))
+
+        tokens = [packed.batch.input_ids.shape[0] for packed in batches]
+        found = processes.each(tokens, nats, interruptible=interruptible)
+        return None if found is None else left_sum(found) / self.supervised_tokens
+
+    def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Every document with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
         for _, examples, batch in self._packed(model.shares_prefixes):
             losses = model.token_losses(batch.to(model.device)).cpu()
@@ -132,8 +131,8 @@ class ForgettingMeter:
 
         Each process takes a share of the documents; what they find adds up in the order of the documents.
         """
-        measured: dict[int, list[tuple[float, float]]] = {}
-        for number in processes.shared_out(self.lengths)[processes.rank]:
+
+        def measured(number: int) -> list[tuple[float, float]]:
             input_ids = self.documents[number].to(model.device)
             adapted = model.logits(input_ids)
             model.detach()
@@ -141,16 +140,15 @@ class ForgettingMeter:
                 base = model.logits(input_ids)
             finally:
                 model.attach(lora)
-            measured[number] = [
+            return [
                 _compared(adapted[rows], base[rows], input_ids[rows + 1])
                 for rows in torch.arange(input_ids.shape[0] - 1).split(_ROWS)
             ]
-        found = {int(number): values for part in processes.gather(measured) for number, values in part.items()}
-        rise, divergence, tokens = 0.0, 0.0, sum(length - 1 for length in self.lengths)
-        for number in range(len(self.documents)):
-            for risen, diverged in found[number]:
-                rise, divergence = rise + risen, divergence + diverged
-        return Forgetting(rise / tokens, divergence / tokens)
+
+        found = present(processes.each(self.lengths, measured))
+        risen, diverged = zip(*chain.from_iterable(found), strict=True)
+        tokens = sum(length - 1 for length in self.lengths)
+        return Forgetting(left_sum(risen) / tokens, left_sum(diverged) / tokens)
 
 
 _ROWS = 8
@@ -175,11 +173,7 @@ _SUPERVISED_TOKENS = 2000
 
 
 def quantization_notes(
-    source: ModelSource,
-    examples: Iterable[Example],
-    micro_batch_rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    source: ModelSource, examples: Iterable[Example], micro_batch_rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, ...]:
     """A sentence on the change of the base's loss; nothing where the source is not quantized on reading.
 
@@ -190,27 +184,21 @@ def quantization_notes(
     """
     if not isinstance(source, QuantizingSource):
         return ()
-    rows = HeldOut(_first(examples), micro_batch_rows)
-    before, after = (_loss(rows, one, dtype, device) for one in (source.unquantized, source))
+    chosen: list[Example] = []
+    for example in examples:
+        if sum(one.supervised_tokens for one in chosen) >= _SUPERVISED_TOKENS:
+            break
+        chosen.append(example)
+    rows = HeldOut(chosen, micro_batch_rows)
+
+    def loss(one: ModelSource) -> float:
+        decoder = Decoder.from_source(one, dtype=dtype, device=device, quantized=True)
+        nats = sum(float(losses.sum(dtype=torch.float64)) for _, losses in rows.token_losses(decoder))
+        return nats / rows.supervised_tokens
+
+    before, after = loss(source.unquantized), loss(source)
     note = (
         f"quantized to {source.type_name} on reading: the base's loss on {rows.supervised_tokens:,} supervised tokens "
         f"of the rows is {after:.4f} nats, {before:.4f} unquantized ({after - before:+.4f})"
     )
     return (note,)
-
-
-def _loss(rows: HeldOut, source: ModelSource, dtype: torch.dtype, device: torch.device) -> float:
-    decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=True)
-    nats = sum(float(losses.sum(dtype=torch.float64)) for _, losses in rows.token_losses(decoder))
-    return nats / rows.supervised_tokens
-
-
-def _first(examples: Iterable[Example]) -> list[Example]:
-    chosen: list[Example] = []
-    tokens = 0
-    for example in examples:
-        if tokens >= _SUPERVISED_TOKENS:
-            break
-        chosen.append(example)
-        tokens += int(example.supervised.sum())
-    return chosen

@@ -1,16 +1,26 @@
-"""A run before a weight is read: all that can be decided by then, memory too."""
+"""A run before a weight is read: all that can be decided by then, memory too.
+
+The adapter that it starts with is a fresh one, or another, whose options it takes over and whose values go on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 
+from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.targets import in_numbers
+from backhand.data.chat import read_template
 from backhand.data.examples import DataReport, Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
@@ -23,21 +33,25 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.training.config import OptimizationOptions, Recompute, TrainConfig
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
-from backhand.training.engine import Engine, ShortModel
-from backhand.training.machine import Machine, memory_budget
+from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.training.machine import Machine, ProcessBytes, memory_budget
 from backhand.training.measuring import ForgettingMeter
-from backhand.training.memory.bases import BaseChoice, choose_base, wanted_bases
 from backhand.training.memory.parts import ModelSize
-from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
+from backhand.training.memory.plan import (
+    BaseChoice,
+    HeldBase,
+    MemoryPlan,
+    StatesPlan,
+    choose,
+    choose_base,
+    keep_states,
+    kept_tokens,
+    wanted_bases,
+)
 from backhand.training.memory.probe import MeasuredMemory
-from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
-from backhand.training.memory.states import Below, StatesPlan, coming_again, keep_states
-from backhand.training.rewards.planned import PromptPacker, check_context
-from backhand.training.rewards.rollout import prompt_of
-from backhand.training.shared import Shared
-from backhand.training.starting import adapter_config, start_notes
-from backhand.training.step_plan import chosen_rate
+from backhand.training.rewards.rollout import PromptPacker, check_context, prompt_of
+from backhand.training.step_plan import chosen_rate, derived_seed
 
 _STEPS_LOOKED_AT = 2000
 _GAINS_LOOKED_AT, _ROWS_AT_ONCE = 8, 256
@@ -104,28 +118,34 @@ def outline_run(
     """
     shared = shared or Shared()
     given = _given(config, machine, typed, shared, assumed_rows=assumed_rows)
-    planner = _Planner(given, machine, _shapes(given, machine), shared, watched=watched)
     engine, config = given.engine, given.config
-    bases = planner.chosen(others=engine.bases if assumed_rows else ())
-    memory, budget_bytes = bases.chosen, planner.budget(bases.chosen.base)
+    bases, budget_bytes = _planned(given, machine, shared, engine.bases if assumed_rows else (), watched=watched)
+    memory = bases.chosen
+    beside = RowPacker(given.held_out_rows, share_prefixes=engine.shares_prefixes)
+    longest = max(int(np.max(packer.by_document.lengths, initial=0)) for packer in (given.packer, beside))
+    below = engine.below(given.layout, longest)
+    if machine.device.type != "cpu" and below.dependent is None:
+        below = replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
+    # Rows that are computed more than once: training rows from the second epoch on, and held-out ones.
+    again = kept_tokens(given.packer) if given.total_steps > given.sampler.steps_per_epoch else 0
     states = keep_states(
         "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
-        _below(given, machine),
-        coming_again(
-            given.packer,
-            given.sampler,
-            given.total_steps,
-            given.held_out_rows,
-            share_prefixes=engine.shares_prefixes,
-        ),
+        below,
+        again + kept_tokens(beside),
         memory,
         budget_bytes=budget_bytes,
         disk_bytes=free_bytes(config.run.output.absolute()),
         processes_here=machine.here,
     )
-    notes = (*given.notes, *_base_notes(given.source, memory), *([states.note] if states.note else []))
+    notes = list(given.notes)
+    if memory.base == "quantized" and (slow := given.source.unpacked_slowly):
+        notes.append(
+            f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower"
+        )
+    if states.note is not None:
+        notes.append(states.note)
     return Outline(
-        **vars(given) | {"notes": notes},
+        **vars(given) | {"notes": tuple(notes)},
         size=engine.size(given.layout, memory.base),
         budget_bytes=budget_bytes,
         memory=states.beside(memory),
@@ -173,69 +193,57 @@ def _given(
         *(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes)),
         partial(shared.once, "gain", [slot.name for slot in layout.slots], lambda: gain(source, layout.slots)),
     )
-    _check_tokens(given, tokenizer)
+    beyond = (data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None)
+    texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
+    check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)
     return given
 
 
-class _Planner:
-    """The memory of a run: how it is cut, and how its base is held.
+def _planned(
+    given: Given, machine: Machine, shared: Shared, others: Sequence[HeldBase], *, watched: bool
+) -> tuple[BaseChoice, int | None]:
+    """How the run is cut and its base is held, the fastest way that fits; and what the process may take in all.
 
     Args:
-        shapes: the largest micro-batch for each number of rows in one.
+        others: bases to be told of as well.
         watched: whether a second model answers beside it.
     """
+    config, source, engine, shapes = given.config, given.source, given.engine, _shapes(given, machine)
+    dtype = machine.dtype
+    process = shared.once("process", dtype, lambda: ProcessBytes(dtype, lambda: shared.holds_weights))
+    answering_bytes = process.now if watched else None  # it takes no step
 
-    def __init__(
-        self, given: Given, machine: Machine, shapes: Mapping[int, StepShape], shared: Shared, *, watched: bool
-    ) -> None:
-        dtype = machine.dtype
-        process = shared.once("process", dtype, lambda: ProcessBytes(dtype, lambda: shared.holds_weights))
-        self._config, self._source, self._engine, self._layout = given.config, given.source, given.engine, given.layout
-        self._machine, self._shapes, self._shared, self._process = machine, shapes, shared, process
-        self._answering_bytes = process.now if watched else None  # it takes no step
+    def budget(base: HeldBase) -> int | None:
+        size = engine.size(given.layout, base)
+        mapped = min(source.mapped_bytes, size.weight_bytes) if base == "quantized" else 0
+        found = partial(memory_budget, config, machine, process.now, mapped)
+        return shared.once("budget", (base, config.model.memory), found, renew=not shared.holds_weights)
 
-    def chosen(self, others: Sequence[HeldBase]) -> BaseChoice:
-        """The fastest way that fits; `others` are bases to be told of as well."""
-        model = self._config.model
-        asked = "quantized" if model.quantize else model.base
-        wanted = wanted_bases(asked, self._source, self._machine.device, self._shapes)
-        wanted = [base for base in wanted if base in self._engine.bases]
-        choose_base(wanted, self._plan, others)  # measures; only then is it known what this leaves in the process
-        return choose_base(wanted, self._plan, others)
-
-    def budget(self, base: HeldBase) -> int | None:
-        """What the process may take in all; None for no limit."""
-        size = self._engine.size(self._layout, base)
-        mapped = min(self._source.mapped_bytes, size.weight_bytes) if base == "quantized" else 0
-        return self._shared.once(
-            "budget",
-            (base, self._config.model.memory),
-            lambda: memory_budget(self._config, self._machine, self._process.now, mapped),
-            renew=not self._shared.holds_weights,
-        )
-
-    def _measured(self, base: HeldBase) -> MeasuredMemory:
+    def measured(base: HeldBase) -> MeasuredMemory:
         def short(recompute: Recompute) -> ShortModel:
-            return self._engine.short(self._config.adapter, self._machine.device, recompute, base)
+            return engine.short(config.adapter, machine.device, recompute, base)
 
-        def made() -> MeasuredMemory:
-            size, vocab_size = self._engine.size(self._layout, base), self._engine.vocab_size
-            return MeasuredMemory(size, short, vocab_size, self._process, self._source.forget_mapped, self.budget(base))
+        size = engine.size(given.layout, base)
+        return MeasuredMemory(size, short, engine.vocab_size, process, source.forget_mapped, budget(base))
 
-        return self._shared.once("measured", (base, self._config.adapter, self._config.objective), made)
-
-    def _plan(self, base: HeldBase, limited: bool) -> MemoryPlan:
-        measured = self._measured(base)
+    def plan(base: HeldBase, limited: bool) -> MemoryPlan:
+        memory = shared.once("measured", (base, config.adapter, config.objective), partial(measured, base))
         found = choose(
-            measured.size,
-            measured.parts,
-            self._shapes,
-            budget_bytes=self.budget(base) if limited else None,
-            micro_batch_rows=self._config.optimization.micro_batch_rows,
-            recompute=self._config.model.recompute,
-            answering_bytes=self._answering_bytes,
+            memory.size,
+            memory.parts,
+            shapes,
+            budget_bytes=budget(base) if limited else None,
+            micro_batch_rows=config.optimization.micro_batch_rows,
+            recompute=config.model.recompute,
+            answering_bytes=answering_bytes,
         )
         return replace(found, base=base)
+
+    asked = "quantized" if config.model.quantize else config.model.base
+    wanted = [base for base in wanted_bases(asked, source, machine.device, shapes) if base in engine.bases]
+    choose_base(wanted, plan, others)  # measures; only then is it known what this leaves in the process
+    bases = choose_base(wanted, plan, others)
+    return bases, budget(bases.chosen.base)
 
 
 def gain(source: ModelSource, slots: Sequence[LoRASlot]) -> float:
@@ -252,33 +260,6 @@ def gain(source: ModelSource, slots: Sequence[LoRASlot]) -> float:
         squares = sum(float(rows.double().square().sum()) for rows in weight.split(_ROWS_AT_ONCE))
         logs.append(0.5 * math.log(max(squares / weight.numel(), 1e-12) * slot.in_features))
     return math.exp(sum(logs) / max(1, len(logs)))
-
-
-def _below(given: Given, machine: Machine) -> Below:
-    """What lies below the lowest adapted layer, as this run computes it."""
-    beside = RowPacker(given.held_out_rows, share_prefixes=given.engine.shares_prefixes)
-    longest = max(int(np.max(packer.by_document.lengths, initial=0)) for packer in (given.packer, beside))
-    below = given.engine.below(given.layout, longest)
-    if machine.device.type == "cpu" or below.dependent is not None:
-        return below
-    return replace(below, dependent=f"on {machine.device.type} a row's last bits depend on the rows beside it")
-
-
-def _base_notes(source: ModelSource, memory: MemoryPlan) -> tuple[str, ...]:
-    """What a person should know of the base as it is held."""
-    slow = source.unpacked_slowly
-    if memory.base == "dense" or not slow:
-        return ()
-    return (f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower",)
-
-
-def _check_tokens(given: Given, tokenizer: Any) -> None:
-    """Raise DataError where the run would meet a token that the model does not have."""
-    vocab_size = given.engine.vocab_size
-    for data in filter(None, (given.train, given.held_out)):
-        check_vocabulary(data.examples.beyond(vocab_size), vocab_size, tokenizer)
-    texts = ((text.numpy(), "neutral_texts.txt") for text in given.neutral.documents)
-    check_vocabulary(texts, vocab_size, tokenizer)
 
 
 def _packer(
@@ -349,3 +330,77 @@ def _shapes(given: Given, machine: Machine) -> Mapping[int, StepShape]:
         )
         for rows, shape in shapes.items()
     }
+
+
+_FREE = frozenset({"dropout"})  # a run's own: no value of the adapter depends on it
+
+
+def adapter_config(config: TrainConfig, source: ModelSource, engine: Engine, typed: frozenset[str]) -> LoRAConfig:
+    """The adapter as asked for, or as the one it starts from has it; dropout is this run's own."""
+    if config.run.from_adapter is None:
+        return config.adapter
+    contents = read_adapter(config.run.from_adapter, source, allow_pickle=config.model.allow_pickle)
+    if not contents.config_usable:
+        raise UnusableAdapterError(contents.directory, contents.problems)
+    taken = replace(contents.described.config, dropout=config.adapter.dropout)
+    _check_options(config.adapter, taken, engine, config.run.from_adapter, typed)
+    return taken
+
+
+def _check_options(given: LoRAConfig, taken: LoRAConfig, engine: Engine, origin: str, typed: frozenset[str]) -> None:
+    """Refuse an option that asks for another adapter than the one to start from.
+
+    What has its default value counts as not given, unless it is among those that were typed. Options that come to the
+    same modules, ranks and scalings are the same, however they are written.
+
+    Raises:
+        UsageError: lists every such option; or a given target matches nothing.
+    """
+    usual, differences = LoRAConfig(), []
+    for option in dataclasses.fields(LoRAConfig):
+        name = option.name
+        value, there = getattr(given, name), getattr(taken, name)
+        if name in _FREE or (value == getattr(usual, name) and name not in typed):
+            continue
+        asked = replace(taken, **{name: value})
+        if _in_any_order(value) != _in_any_order(there) and engine.layout(taken) != engine.layout(asked):
+            differences.append(f"{name}: {there!r} in the adapter, {value!r} given")
+    if differences:
+        raise UsageError(
+            f"{origin} is another adapter than the one asked for: " + "; ".join(differences),
+            where="from_adapter",
+            why="training goes on with the adapter's own rank, alpha and modules",
+            next_step="leave these options out; or leave out from_adapter, for a fresh adapter",
+        )
+
+
+def _in_any_order(value: object) -> object:
+    return frozenset(value) if isinstance(value, tuple | list) else value
+
+
+def start_notes(config: TrainConfig, source: ModelSource, engine: Engine, layout: AdapterLayout) -> tuple[str, ...]:
+    """Hold the adapter to start from, if there is one, against the base model; what a person should know of it.
+
+    Raises:
+        ArtifactError: it cannot be read, or was trained with another base model, tokenizer or chat template.
+    """
+    if config.run.from_adapter is None:
+        return ()
+    checks: dict[str, Any] = {
+        "chat_template": read_template(config.data.chat_template, source.tokenizer()),
+        "template_args": config.data.template_args,
+        "force_base": config.model.force_base,
+    }
+    directory, pickle, shapes = config.run.from_adapter, config.model.allow_pickle, engine.module_shapes()
+    if shapes is not None:
+        return load_adapter_for(source, directory, shapes, **checks, allow_pickle=pickle).notes
+    record = read_adapter(directory, source, allow_pickle=pickle).record
+    return check_source(record, directory, source, [slot.name for slot in layout.slots], **checks)
+
+
+def set_values(config: TrainConfig, bound: BoundModel) -> None:
+    """Draw fresh values from the seed, or take those of the adapter to start from."""
+    if config.run.from_adapter is None:
+        bound.initialise(torch.Generator().manual_seed(derived_seed(config.run.seed, "adapter")))
+    else:
+        bound.fill(config.run.from_adapter, config.model.allow_pickle)

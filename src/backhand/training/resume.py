@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,26 +143,15 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
         UsageError: options are given that differ from the run's and decide its result; lists them all.
     """
     stored = _as_it_was(load_config(directory / CONFIG))
-    config, differences = taken_over(
-        _with_numbers(given, stored, typed), stored, typed, lambda part, name: f"{part}.{name}" in FREE_OPTIONS
-    )
+    given_now, free = _with_numbers(given, stored, typed), lambda part, name: f"{part}.{name}" in FREE_OPTIONS
+    config, differences = taken_over(given_now, stored, typed, free)
     if differences:
-        raise _refused(
-            [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences], directory
-        )
+        told = [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences]
+        raise _refused(told, directory)
     # What this command is about is its own: the run's file says how the run began.
-    run = dataclasses.replace(
-        config.run,
-        output=given.run.output,
-        resume=True,
-        overwrite=False,
-        from_adapter=None,  # its values are in the checkpoint, if there is one: see `begun_from`
-        workers=given.run.workers,
-        quiet=given.run.quiet,
-        debug=given.run.debug,
-        prove_resume=given.run.prove_resume,
-    )
-    return dataclasses.replace(config, run=run)
+    own = {name: getattr(given.run, name) for name in ("output", "workers", "quiet", "debug", "prove_resume")}
+    # The values of an adapter to start from are in the checkpoint, if there is one: see `begun_from`.
+    return replace(config, run=replace(config.run, resume=True, overwrite=False, from_adapter=None, **own))
 
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -192,8 +180,8 @@ def taken_over(
                 changed[name] = value
             else:
                 differences.append((name, before, value))
-        parts[part] = dataclasses.replace(there, **changed)
-    return dataclasses.replace(stored, **parts), differences
+        parts[part] = replace(there, **changed)
+    return replace(stored, **parts), differences
 
 
 def _with_numbers(given: TrainConfig, stored: TrainConfig, typed: frozenset[str]) -> TrainConfig:
@@ -206,22 +194,18 @@ def _with_numbers(given: TrainConfig, stored: TrainConfig, typed: frozenset[str]
     source = open_model(model, quantize=stored.model.quantize)
     engine = choose_engine(stored.model, source, torch.float32)  # layers are the same in any dtype
     parameters = adapter.target_parameters or stored.adapter.target_parameters
-    asked = dataclasses.replace(
-        stored.adapter, layers=adapter.layers, layers_to_transform=None, target_parameters=parameters
-    )
+    asked = replace(stored.adapter, layers=adapter.layers, layers_to_transform=None, target_parameters=parameters)
     found = in_numbers(asked, [slot.name for slot in engine.layout(asked).slots])
-    named = found.target_parameters if adapter.target_parameters else ()
-    numbered = dataclasses.replace(
-        adapter, layers="", layers_to_transform=found.layers_to_transform, target_parameters=named
-    )
-    return dataclasses.replace(given, adapter=numbered)
+    numbers, named = found.layers_to_transform, found.target_parameters if adapter.target_parameters else ()
+    numbered = replace(adapter, layers="", layers_to_transform=numbers, target_parameters=named)
+    return replace(given, adapter=numbered)
 
 
 def _as_it_was(stored: TrainConfig) -> TrainConfig:
     """Of a run from before there were bases of two forms, what is left open in no other run: its base was dense."""
     if stored.model.base != "auto":
         return stored
-    return dataclasses.replace(stored, model=dataclasses.replace(stored.model, base="dense"))
+    return replace(stored, model=replace(stored.model, base="dense"))
 
 
 def begun_from(directory: Path) -> str | None:
@@ -229,50 +213,33 @@ def begun_from(directory: Path) -> str | None:
     return load_config(directory / CONFIG).run.from_adapter
 
 
-@dataclass(frozen=True)
-class BaseCheck:
-    """What to do about a base model that is not the one the run began with."""
-
-    directory: Path
-    force: bool  # say so and go on
-    warn: Callable[[str], None]  # told, in one sentence
-
-    def judge(self, differences: list[str]) -> None:
-        """Raise UsageError for the differences, unless they are forced and of the base alone."""
-        if self.force and all(difference in (_BASE_CHANGED, _FROZEN_CHANGED) for difference in differences):
-            for difference in differences:
-                self.warn(f"{difference}; continuing all the same, as --force-base says")
-        elif differences:
-            raise _refused(differences, self.directory)
-
-
-def check_same_run(facts: Mapping[str, Any], identity: Identity, base: BaseCheck) -> None:
-    """Compare a checkpoint's digests and settings with those of today.
-
-    Raises:
-        UsageError: lists everything that is not as it was.
-    """
+def run_differences(facts: Mapping[str, Any], identity: Identity) -> list[str]:
+    """What of a checkpoint's digests and settings is not as it is today."""
     today = identity.facts
     differences = [] if facts.get("base_digest") == today["base_digest"] else [_BASE_CHANGED]
     differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
-    differences += _changed_settings(facts.get("settings"), today["settings"])
-    base.judge(differences)
+    # config.toml is what a resumed run goes by: somebody may have written into it. An option that a checkpoint does not
+    # name did not exist when it was written; what it says by default was done then.
+    before, there, now = decisive_settings(_as_it_was(TrainConfig())), facts.get("settings"), today["settings"]
+    before |= there if isinstance(there, dict) else {}
+    changed = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+    return differences + [
+        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in changed
+    ]
 
 
-def check_same_frozen(facts: Mapping[str, Any], frozen_digest: str, base: BaseCheck) -> None:
-    """Compare every frozen tensor, as loaded, with those of the checkpoint. Raises UsageError."""
-    base.judge([] if facts.get("frozen_digest") == frozen_digest else [_FROZEN_CHANGED])
+def frozen_differences(facts: Mapping[str, Any], frozen_digest: str) -> list[str]:
+    """The same of every frozen tensor, as loaded."""
+    return [] if facts.get("frozen_digest") == frozen_digest else [_FROZEN_CHANGED]
 
 
-def _changed_settings(before: object, today: Mapping[str, Any]) -> Iterator[str]:
-    """config.toml is what a resumed run goes by: somebody may have written into it.
-
-    An option that a checkpoint does not name did not exist when it was written; what it says by default was done then.
-    """
-    before = {**decisive_settings(_as_it_was(TrainConfig())), **(before if isinstance(before, dict) else {})}
-    for name in sorted({*before, *today}):
-        if before.get(name) != today.get(name):
-            yield f"{name}: {before.get(name)!r} in the checkpoint, {today.get(name)!r} in {CONFIG}"
+def refuse_differences(differences: list[str], directory: Path, force: bool, warn: Callable[[str], None]) -> None:
+    """Raise UsageError for the differences, unless they are of the base alone and forced: then `warn` of them."""
+    if force and all(difference in (_BASE_CHANGED, _FROZEN_CHANGED) for difference in differences):
+        for difference in differences:
+            warn(f"{difference}; continuing all the same, as --force-base says")
+    elif differences:
+        raise _refused(differences, directory)
 
 
 def _refused(differences: list[str], directory: Path) -> UsageError:
@@ -351,15 +318,8 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     if not completed:
         return False
     different = [name for name, digest in wanted.items() if found[name] != digest]
-    log(
-        Proof(
-            f"the last {steps} steps, repeated from a checkpoint, end in the same bits",
-            not different,
-            len(different),
-            0,
-            kind="resume",
-        )
-    )
+    said = f"the last {steps} steps, repeated from a checkpoint, end in the same bits"
+    log(Proof(said, not different, len(different), 0, kind="resume"))
     if different:
         raise CheckError(
             f"the last {steps} steps, repeated from the checkpoint of step {checkpoint.step}, end in other bits",
@@ -377,5 +337,5 @@ def state_digests(state: RunState) -> dict[str, str]:
         name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).numpy().data).hexdigest()
         for name, tensor in tensors.items()
     }
-    digests["progress"] = hashlib.sha256(dataclasses.replace(state.progress, train_s=0.0).to_json()).hexdigest()
+    digests["progress"] = hashlib.sha256(replace(state.progress, train_s=0.0).to_json()).hexdigest()
     return digests

@@ -5,8 +5,8 @@ run directory locked → configuration → job (rows, model, adapter) → `JobRu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,31 +14,30 @@ from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.nn.compute import compute_settings
 from backhand.reading import refuse_inputs_inside
-from backhand.runs.checkpoint import Checkpoint, CheckpointStore
-from backhand.runs.directory import (
-    OWNED,
-    SUMMARY,
-    RunDirectory,
-    opened,
-)
+from backhand.runs.checkpoint import CheckpointStore
+from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
 from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.config import RunOptions, TrainConfig
+from backhand.training.config import TrainConfig
 from backhand.training.console import TerminalObserver
+from backhand.training.engine import Shared
 from backhand.training.job import build_job
 from backhand.training.job_run import JobRun
-from backhand.training.launch import in_a_group, launched, restarted, typed_elsewhere
-from backhand.training.leading import alike, continued_after_restart, followed, shared_checkpoint, versions
-from backhand.training.loggers import chosen_loggers
-from backhand.training.machine import resolve_machine
-from backhand.training.observer import Callback, Observer, Observers, as_observers, metrics_file
-from backhand.training.resume import (
-    begun_from,
-    decisive_settings,
-    resumed_config,
+from backhand.training.launch import (
+    alike,
+    continued_after_restart,
+    followed,
+    in_a_group,
+    launched,
+    restarted,
+    shared_checkpoint,
+    typed_elsewhere,
+    versions,
 )
-from backhand.training.shared import Shared
+from backhand.training.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
+from backhand.training.machine import resolve_machine
+from backhand.training.resume import begun_from, decisive_settings, resumed_config
 from backhand.training.state import PROGRESS_FILE, Progress
 from backhand.training.step import Processes
 
@@ -107,18 +106,27 @@ def _train(
     everyone = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
     run = config.run
     try:
-        with Interruption(terminal.noted) as interruption, _opened(run, files, processes) as directory:
+        # The directory is locked by the process that writes; to the others it is a name, which all of them say alike.
+        place: AbstractContextManager[RunDirectory] = nullcontext(
+            RunDirectory(run.output.resolve(), files or FileLayer())
+        )
+        if processes.leads:
+            place = opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
+        with Interruption(terminal.noted) as interruption, place as directory:
             processes.interruption = interruption
             checkpoint = done = None
             if run.overwrite and processes.leads:
                 refuse_inputs_inside(directory.path, _inputs(config), owned=OWNED)
             if run.resume and processes.leads:
                 config = resumed_config(config, directory.path, typed).validate()
-                checkpoint = _newest_checkpoint(directory, terminal)
+                if directory.checkpoints.is_dir():
+                    checkpoint = CheckpointStore(directory.checkpoints, directory.files, terminal.noted).newest_valid()
                 if checkpoint is None:
                     config = replace(config, run=replace(config.run, from_adapter=begun_from(directory.path)))
                 else:
-                    done = _finished(checkpoint, config, directory)
+                    progress = Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b""))
+                    if progress.finished and config.run.prove_resume is None:
+                        done = read_summary(directory.path / SUMMARY)  # nothing more is needed
             config, done = followed(config, done, processes)
             if done is not None:
                 terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
@@ -151,27 +159,3 @@ def _inputs(config: TrainConfig) -> dict[str, Path | str | None]:
     for option in ("data", "eval_data"):
         named |= {f"{option}[{i}]": name for i, name in enumerate(getattr(config.data, option))}
     return {**named, "chat_template": config.data.chat_template}
-
-
-@contextmanager
-def _opened(run: RunOptions, files: FileLayer | None, processes: Processes) -> Iterator[RunDirectory]:
-    """The directory, locked, for the process that writes; for the others its name."""
-    if not processes.leads:
-        yield RunDirectory(run.output.resolve(), files or FileLayer())  # all of them say the same of it
-        return
-    with opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files) as directory:
-        yield directory
-
-
-def _newest_checkpoint(directory: RunDirectory, observer: Observer) -> Checkpoint | None:
-    if not directory.checkpoints.is_dir():
-        return None
-    return CheckpointStore(directory.checkpoints, directory.files, observer.noted).newest_valid()
-
-
-def _finished(checkpoint: Checkpoint, config: TrainConfig, directory: RunDirectory) -> RunSummary | None:
-    """The summary of a run that needs nothing more; None if there is something to do."""
-    progress = checkpoint.contents.get(PROGRESS_FILE, b"")
-    if config.run.prove_resume is not None or not Progress.from_json(progress).finished:
-        return None
-    return read_summary(directory.path / SUMMARY)

@@ -11,9 +11,10 @@ head is the whole model's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -26,13 +27,6 @@ from backhand.training.engine import MoreBlocks, ShortModel
 
 _BLOCKS = "model.layers."
 _DRAWN = 1 << 20
-
-
-class _Picked(NamedTuple):
-    """Layers of the whole model by their numbers, each perhaps several times; and the layer whose adapter each has."""
-
-    layers: tuple[int, ...]
-    adapters: tuple[int, ...]
 
 
 def short_decoder(
@@ -54,42 +48,53 @@ def short_decoder(
     kinds = [_kind(config, layer) for layer in range(count)]
     region = range(lowest, count)
     weight_of = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
-    trained = {kind: max((n for n in region if kinds[n] == kind), key=_adapted(layout)) for kind in kinds[lowest:]}
+    adapted = Counter[int]()  # how much is trained in a layer
+    for slot in layout.slots:
+        if slot.name.startswith(_BLOCKS):
+            adapted[int(slot.name.split(".")[2])] += slot.element_count
+    trained = {kind: max((n for n in region if kinds[n] == kind), key=adapted.__getitem__) for kind in kinds[lowest:]}
     between = {kinds[layer]: layer for layer in region[1:-1]}  # each kind at its last place
     chosen = sorted({lowest, count - 1, *between.values()})
-    lenders = {config.layers[layer].keys_of for layer in chosen} - {None}
-    chosen = sorted({*chosen, *(layer for layer in lenders if layer is not None)})
-    first = {kind: next(place for place, layer in enumerate(chosen) if kinds[layer] == kind) for kind in trained}
-
-    def picked(more: tuple[object, ...] | None = None) -> _Picked:
-        layers = list(chosen) if more is None else [*chosen[: first[more]], chosen[first[more]], *chosen[first[more] :]]
-        return _Picked(
-            tuple(weight_of[kinds[layer]] for layer in layers),
-            tuple(trained.get(kinds[layer], layer) for layer in layers),
-        )
-
-    needed = max(weight_of[kinds[layer]] for layer in chosen) + 1
-    prefix = replace(config, layers=config.layers[:needed])
+    lenders = {lender for layer in chosen if (lender := config.layers[layer].keys_of) is not None}
+    chosen = sorted({*chosen, *lenders})
+    own = sorted({weight_of[kinds[layer]] for layer in chosen})
+    needed = own[-1] + 1
     if load is not None:
-        weights = load(prefix)
+        weights = load(replace(config, layers=config.layers[:needed]))
     else:
-        own = sorted({weight_of[kinds[layer]] for layer in chosen})
         few = replace(config, layers=tuple(config.layers[layer] for layer in own))
         weights = empty_weights(few, dtype, device)
         _fill(weights, few)
         blocks = dict(zip(own, weights.blocks, strict=True))
         weights = replace(weights, blocks=[blocks.get(layer, weights.blocks[0]) for layer in range(needed)])
 
-    def made(cut: _Picked) -> Decoder:
-        return _decoder(config, weights, cut, layout, recompute)
+    def made(layers: Sequence[int]) -> Decoder:
+        """Of these layers of the whole model, one of them perhaps twice."""
+        stored = [weight_of[kinds[layer]] for layer in layers]
+        adapters = [trained.get(kinds[layer], layer) for layer in layers]
+        short = tuple(
+            layer if layer.keys_of is None else replace(layer, keys_of=stored.index(layer.keys_of))
+            for layer in map(config.layers.__getitem__, stored)
+        )
+        blocks = replace(weights, blocks=[weights.blocks[number] for number in stored])
+        decoder = Decoder(replace(config, layers=short), blocks, recompute=recompute)
+        slots, tensors = _renamed(layout.slots, adapters), _renamed(layout.trained, adapters)
+        lora = LoRAParameters(slots, trained=tensors, device=decoder.device)
+        lora.initialise(torch.Generator(device=decoder.device).manual_seed(0))
+        decoder.attach(lora)
+        decoder.start_values(lora)
+        lora.refresh_compute(decoder.dtype)
+        return decoder
 
     more = []
     for kind in trained:
+        first = next(place for place, layer in enumerate(chosen) if kinds[layer] == kind)
         blocks_of_kind = sum(kinds[layer] == kind for layer in region)
         there = sum(kinds[layer] == kind for layer in chosen)
-        more.append(MoreBlocks(made(picked(kind)), blocks_of_kind, blocks_of_kind - there))
+        with_one = made([*chosen[: first + 1], *chosen[first:]])
+        more.append(MoreBlocks(with_one, blocks_of_kind, blocks_of_kind - there))
     below = sum(layer < lowest for layer in range(count) if layer not in lenders)
-    return ShortModel(made(picked()), more, below)
+    return ShortModel(made(chosen), more, below)
 
 
 def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:
@@ -97,36 +102,6 @@ def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:
     layer = config.layers[number]
     lender = number if number in config.lenders else None
     return layer.mixer, layer.sizes, layer.experts, layer.window, layer.keys_of, lender
-
-
-def _adapted(layout: AdapterLayout) -> Callable[[int], int]:
-    """How much is trained in a layer."""
-    found: dict[int, int] = {}
-    for slot in layout.slots:
-        if slot.name.startswith(_BLOCKS):
-            layer = int(slot.name.split(".")[2])
-            found[layer] = found.get(layer, 0) + slot.element_count
-    return lambda layer: found.get(layer, 0)
-
-
-def _decoder(
-    config: DecoderConfig, weights: DecoderWeights, cut: _Picked, layout: AdapterLayout, recompute: str
-) -> Decoder:
-    layers = []
-    for number in cut.layers:
-        layer = config.layers[number]
-        layers.append(layer if layer.keys_of is None else replace(layer, keys_of=cut.layers.index(layer.keys_of)))
-    short = replace(config, layers=tuple(layers))
-    decoder = Decoder(
-        short, replace(weights, blocks=[weights.blocks[number] for number in cut.layers]), recompute=recompute
-    )
-    slots = _renamed(layout.slots, cut.adapters)
-    lora = LoRAParameters(slots, trained=_renamed(layout.trained, cut.adapters), device=decoder.device)
-    lora.initialise(torch.Generator(device=decoder.device).manual_seed(0))
-    decoder.attach(lora)
-    decoder.start_values(lora)
-    lora.refresh_compute(decoder.dtype)
-    return decoder
 
 
 Named = TypeVar("Named", LoRASlot, TrainedTensor)

@@ -59,8 +59,17 @@ class RunState:
         Raises:
             ArtifactError: a file is missing, or is not of this adapter and optimizer.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         contents = checkpoint.contents
-        tensors = _tensors(contents)
+        for name in (STATE_FILE, PROGRESS_FILE):
+            if name not in contents:
+                raise ArtifactError("the file is missing from the checkpoint", where=name)
+        try:
+            tensors: dict[str, Tensor] = load(contents[STATE_FILE])
+        except (SafetensorError, ValueError) as error:
+            raise ArtifactError("the state is not a safetensors file", where=STATE_FILE, why=str(error)) from None
         own = {"values": self.lora.values, **self.optimizer.moments()}
         for name, tensor in own.items():
             given = tensors.get(name)
@@ -71,7 +80,7 @@ class RunState:
                     where=STATE_FILE,
                     why=f"its {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
                 )
-        progress = Progress.from_json(_file(contents, PROGRESS_FILE))
+        progress = Progress.from_json(contents[PROGRESS_FILE])
         if progress.step != checkpoint.step:
             raise ArtifactError(
                 f"the checkpoint of step {checkpoint.step} says that {progress.step} steps are done",
@@ -82,26 +91,6 @@ class RunState:
             tensor.copy_(tensors[name])
         self.lora.gradients.zero_()
         self.lora.refresh_compute(dtype)
-
-
-def _file(contents: Mapping[str, bytes], name: str) -> bytes:
-    if name not in contents:
-        raise ArtifactError("the file is missing from the checkpoint", where=name)
-    return contents[name]
-
-
-def _tensors(contents: Mapping[str, bytes]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors: dict[str, Tensor] = load(_file(contents, STATE_FILE))
-    except (SafetensorError, ValueError) as error:
-        raise ArtifactError("the state is not a safetensors file", where=STATE_FILE, why=str(error)) from None
-    return tensors
-
-
-NOT_ADAPTER = (STATE_FILE, PROGRESS_FILE)
 
 
 @dataclass(eq=False)
@@ -196,20 +185,17 @@ class Saver:
                 self.store.warn(f"adapter/ is left as it is: {error.what}")
                 return
         files = adapter_part(wanted)
-        if any(not _same(self.directory, name, data) for name, data in files.items()):
+        try:
+            same = all((self.directory.adapter / name).read_bytes() == data for name, data in files.items())
+        except OSError:
+            same = False
+        if not same:
             self.directory.publish_adapter(files)
 
 
 def adapter_part(contents: Mapping[str, bytes]) -> dict[str, bytes]:
     """Those files of a checkpoint that are the adapter."""
-    return {name: data for name, data in contents.items() if name not in NOT_ADAPTER}
-
-
-def _same(directory: RunDirectory, name: str, data: bytes) -> bool:
-    try:
-        return (directory.adapter / name).read_bytes() == data
-    except OSError:
-        return False
+    return {name: data for name, data in contents.items() if name not in (STATE_FILE, PROGRESS_FILE)}
 
 
 @dataclass

@@ -21,11 +21,12 @@ is one process alone; `distributed` has several, which give the same bits unless
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.interruption import Interruption
 from backhand.training.config import OptimizationOptions, Schedule
 from backhand.training.engine import Trainable
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,15 @@ def training_step(
     optimizer.clear()
     shares = processes.shared_out(work.positions)
     added = processes.gradient_sum(optimizer.gradients, shares)
+    own: list[MicroBatch] = []
     began = time.perf_counter()
     for number in shares[processes.rank]:
         batch = work.packed(number)
         token_loss = None if work.token_loss is None else work.token_loss(number)
         nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
-        added.add(number, nats, batch.supervised_tokens, attends=batch.attends)
-    found = processes.total(added, time.perf_counter() - began)
+        own.append(MicroBatch(number, nats, batch.supervised_tokens, batch.attends))
+        added.add()
+    found = processes.total(added, own, time.perf_counter() - began)
     if found.supervised_tokens != work.supervised_tokens:
         raise CheckError(
             f"the micro-batches of a step hold {found.supervised_tokens:,} supervised tokens, "
@@ -246,6 +251,7 @@ class Processes:
         here: processes of the run on this machine.
         local_rank: number of this process on its machine.
         interruption: of this process, once it is entered.
+        waited_s: seconds that the newest exchange of a step took, the others' delay included.
     """
 
     rank = 0
@@ -255,6 +261,7 @@ class Processes:
 
     def __init__(self) -> None:
         self.interruption: Interruption | None = None
+        self.waited_s = 0.0
 
     @property
     def leads(self) -> bool:
@@ -279,9 +286,40 @@ class Processes:
         """The sum of one step."""
         return OneProcessSum(gradients, len(shares[0]))
 
-    def total(self, added: GradientSum, computed_s: float) -> StepSum:
-        """Put the whole step's gradient into the buffer; from here on all processes know of a signal to one of them."""
-        return added.total(computed_s, 0.0)
+    def total(self, added: GradientSum, own: Sequence[MicroBatch], computed_s: float) -> StepSum:
+        """Put the whole step's gradient into the buffer; from here on all processes know of a signal to one of them.
+
+        Args:
+            own: what this process found of its micro-batches, in so many seconds.
+        """
+        began = time.perf_counter()
+        added.total()
+        told = self.gather([own, computed_s, self.waited_s])
+        self.waited_s = time.perf_counter() - began
+        found = sorted(MicroBatch(*one) for part, _, _ in told for one in part)
+        return StepSum(
+            nats=tuple(one.nats for one in found),
+            supervised_tokens=sum(one.supervised_tokens for one in found),
+            attends=any(one.attends for one in found),
+            computed_s=tuple(computed for _, computed, _ in told),
+            waited_s=tuple(waited for _, _, waited in told),
+        )
+
+    def each(self, tokens: Sequence[int], made: Callable[[int], T], *, interruptible: bool = False) -> list[T] | None:
+        """What `made` gives of every piece, each of them computed by one process; as JSON holds it.
+
+        Args:
+            tokens: of every piece, the longest first.
+            made: from the number of a piece.
+            interruptible: whether to come back with None where a process has been asked to stop.
+        """
+        mine: dict[int, T] = {}
+        for number in self.shared_out(tokens)[self.rank]:
+            if interruptible and self.asked:
+                break
+            mine[number] = made(number)
+        found = {int(number): value for part in self.gather(mine) for number, value in part.items()}
+        return [found[number] for number in range(len(tokens))] if len(found) == len(tokens) else None
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, as JSON holds it."""
@@ -291,11 +329,24 @@ class Processes:
         """The value of the first process."""
         return value
 
+    def agreed(self, value: Any) -> Any:
+        """The same of what JSON holds."""
+        return json.loads(self.follow(json.dumps(value).encode()))
+
     def same(self, facts: Mapping[str, Any]) -> None:
         """Compare what processes must have alike. Raises ArtifactError naming what differs, and both sides."""
 
     def same_adapter(self, digest: Callable[[], str], step: int) -> None:
         """Compare the adapters. Raises CheckError naming the processes whose adapter is another one."""
+
+
+class MicroBatch(NamedTuple):
+    """What a process found of a micro-batch."""
+
+    number: int
+    nats: float
+    supervised_tokens: int
+    attends: bool  # whether some supervised position has one before it
 
 
 @dataclass(frozen=True)
@@ -312,15 +363,13 @@ class StepSum:
 
 
 class GradientSum(Protocol):
-    """The sum of one step. The gradient buffer is zero at first."""
+    """The sum of one step's gradients. The buffer is zero at first."""
 
-    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
-        """Take what the buffer holds as the gradient of micro-batch `number`; in the order of the numbers."""
-        ...
+    def add(self) -> None:
+        """Take what the buffer holds as the gradient of this process's next micro-batch."""
 
-    def total(self, computed_s: float, waited_s: float) -> StepSum:
-        """Put the whole step's gradient into the buffer; the others learn what this process gives of itself."""
-        ...
+    def total(self) -> None:
+        """Put the whole step's gradient into the buffer."""
 
 
 def zero_sum(gradients: Tensor, elements: int) -> Tensor:
@@ -343,22 +392,14 @@ class OneProcessSum:
     def __init__(self, gradients: Tensor, count: int) -> None:
         self._gradients = gradients
         self._sum = zero_sum(gradients, gradients.numel()) if count > 1 else None
-        self._nats: list[float] = []
-        self._supervised = 0
-        self._attends = False
 
-    def add(self, number: int, nats: float, supervised_tokens: int, *, attends: bool) -> None:
+    def add(self) -> None:
         """See `GradientSum.add`."""
-        assert number == len(self._nats)
-        self._nats.append(nats)
-        self._supervised += supervised_tokens
-        self._attends |= attends
         if self._sum is not None:
             self._sum.add_(self._gradients)
             self._gradients.zero_()
 
-    def total(self, computed_s: float, waited_s: float) -> StepSum:
+    def total(self) -> None:
         """See `GradientSum.total`."""
         if self._sum is not None:
             self._gradients.copy_(self._sum)
-        return StepSum(tuple(self._nats), self._supervised, self._attends, (computed_s,), (waited_s,))

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from backhand.training.config import OptimizationOptions, TrainConfig
+from backhand.errors import present
+from backhand.training.config import OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.step import LearningRate
 
 DEFAULT_WARMUP_SHARE = 0.03
@@ -62,47 +63,23 @@ def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The resolved numbers that the loop uses.
+    """The resolved numbers that the loop uses."""
 
-    Attributes:
-        eval_every, save_every: in steps.
-        micro_batch_rows: rows per forward and backward pass.
-        rate: the learning rate of every step.
-        seed: of dropout.
-        early_stopping: evaluations in a row without improvement; None to go on.
-        max_bad_steps: skipped steps in a row.
-        max_forgetting: nats per token; None for no limit.
-        log_every: steps between two records.
-    """
-
-    total_steps: int
-    eval_every: int
-    save_every: int
-    micro_batch_rows: int
-    rate: LearningRate
-    seed: int
-    early_stopping: int | None
-    max_bad_steps: int
-    max_forgetting: float | None
-    log_every: int
+    run: RunOptions  # intervals and limits
+    micro_batch_rows: int  # rows per forward and backward pass
+    rate: LearningRate  # of every step
 
     @classmethod
     def of(cls, config: TrainConfig, total_steps: int) -> StepPlan:
         """From a resolved configuration, in which nothing is left to choose."""
         options, run = config.optimization, config.run
         chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
-        if any(value is None for value in chosen) or options.learning_rate == "auto":
+        if None in chosen or options.learning_rate == "auto":
             raise ValueError(f"the configuration is not resolved: {chosen}, {options.learning_rate}")
-        eval_every, save_every, micro_batch_rows, warmup_steps = (int(value or 0) for value in chosen)
-        return cls(
-            total_steps=total_steps,
-            eval_every=eval_every,
-            save_every=save_every,
-            micro_batch_rows=micro_batch_rows,
-            rate=LearningRate(options.learning_rate, options.schedule, warmup_steps, total_steps),
-            seed=run.seed,
-            early_stopping=run.early_stopping,
-            max_bad_steps=run.max_bad_steps,
-            max_forgetting=run.max_forgetting,
-            log_every=run.log_every,
-        )
+        rate = LearningRate(options.learning_rate, options.schedule, present(options.warmup_steps), total_steps)
+        return cls(run, present(options.micro_batch_rows), rate)
+
+    @property
+    def total_steps(self) -> int:
+        """Of the run."""
+        return self.rate.total_steps

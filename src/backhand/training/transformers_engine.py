@@ -11,7 +11,7 @@ supervised positions alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -24,18 +24,16 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.adapters.injection_plan import plan_injection
 from backhand.adapters.record import AdapterRecord
-from backhand.errors import UsageError
+from backhand.errors import UsageError, present
 from backhand.generate.transformers_completer import TransformersCompleter
-from backhand.nn.batch import PackedBatch, TokenLoss, document_runs
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
-from backhand.training.engine import BoundModel, Engine, ShortModel
-from backhand.training.memory.coarse import transformers_size
-from backhand.training.memory.parts import ModelSize
+from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.training.memory.parts import ModelSize, transformers_size
 from backhand.training.memory.plan import HeldBase
-from backhand.training.shared import Shared
 
 
 class TransformersModel:
@@ -73,12 +71,6 @@ class TransformersModel:
         """Where the model lives."""
         return next(parameter.device for _, parameter in self._base_parameters())
 
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
-        model: Any = self.model
-        return int(model.get_input_embeddings().weight.shape[0])
-
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         adapter = set() if self.injected is None else {id(parameter) for parameter in self.injected.parameters()}
         return ((name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) not in adapter)
@@ -86,14 +78,6 @@ class TransformersModel:
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every base parameter; a tied one appears once."""
         return ((name, parameter.detach()) for name, parameter in self._base_parameters())
-
-    def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear module by dotted path."""
-        return {
-            name: (module.out_features, module.in_features)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-        }
 
     def inject(self, config: LoRAConfig) -> AdapterLayout:
         """Put the adapter's modules into the model; `attach` then ties them to flat buffers of this layout.
@@ -176,21 +160,12 @@ class TransformersModel:
     def _losses(self, batch: PackedBatch) -> Iterator[Tensor]:
         return supervised_losses(self.model, batch, lambda: self.why_equal_lengths is None)
 
-    def _logits(self, input_ids: Tensor) -> Tensor:
-        forget_lengths(self.model)
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
-
     @torch.no_grad()
-    def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
-        """(tokens, vocab) logits of every position, documents kept apart."""
-        lengths = (input_ids.shape[0],) if document_lengths is None else tuple(document_lengths)
-        return torch.cat(
-            [
-                self._logits(input_ids[start : start + count * length].view(count, length)).flatten(0, 1)
-                for start, count, length, _ in document_runs(lengths)
-            ]
-        )
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """(tokens, vocab) logits of every position of a document."""
+        forget_lengths(self.model)
+        logits: Tensor = self.model(input_ids=input_ids[None], use_cache=False).logits
+        return logits[0]
 
 
 def _check_saved_modules(config: LoRAConfig, dtype: torch.dtype) -> None:
@@ -261,29 +236,21 @@ class TransformersEngine(Engine):
     def load(
         self,
         config: LoRAConfig,
-        *,
-        base_model: str | None,
         device: torch.device,
-        recompute: str = "none",  # noqa: ARG002 - autograd keeps everything
-        base: HeldBase = "dense",  # noqa: ARG002 - there is no other
-        shared: Shared | None = None,  # noqa: ARG002 - the adapter's modules are put into the model
+        recompute: str,  # noqa: ARG002 - autograd keeps everything
+        base: HeldBase,  # noqa: ARG002 - there is no other
+        shared: Shared,  # noqa: ARG002 - the adapter's modules are put into the model
     ) -> BoundModel:
         """Read the weights, and attach an adapter whose values are still zero; nothing is ever recomputed."""
         model = TransformersModel(load_transformers_model(self._source, dtype=self._dtype, device=device))
         slots, trained = model.inject(config)
         lora = LoRAParameters(slots, trained=trained, device=device)
         model.attach(lora)
-        return _BoundTransformers(model, lora, config, self._source, base_model)
+        return _BoundTransformers(model, present(model.injected), lora, config, self._source)
 
-    def short(
-        self,
-        config: LoRAConfig,
-        device: torch.device,
-        recompute: str,  # noqa: ARG002 - autograd keeps everything
-        base: HeldBase = "dense",  # noqa: ARG002 - there is no other
-    ) -> ShortModel:
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """The model itself: what a block is, only its own code knows."""
-        bound = self.load(config, base_model=None, device=device)
+        bound = self.load(config, device, recompute, base, Shared())
         bound.lora.refresh_compute(self._dtype)
         return ShortModel(bound.model)
 
@@ -292,31 +259,25 @@ class _BoundTransformers(BoundModel):
     def __init__(
         self,
         model: TransformersModel,
+        injected: InjectedAdapter,
         lora: LoRAParameters,
         config: LoRAConfig,
         source: ModelSource,
-        base_model: str | None,
     ) -> None:
-        assert model.injected is not None
         why = model.why_equal_lengths
         notes = [] if why is None else [f"rows of equal length alone are computed together: {why}"]
-        super().__init__(model, lora, config, (*model.injected.notes, *notes))
-        self._model = model
-        self._injected = model.injected
-        self._source = source
-        self._base_model = base_model
+        super().__init__(model, lora, config, source, (*injected.notes, *notes))
+        self._model, self._injected = model, injected
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        """The adapter as PEFT reads it."""
-        wrapper = self._source.wrapper
-        return self._injected.files(base_model=self._base_model, record=record, card=card, wrapper=wrapper)
+        wrapper = self.source.wrapper
+        return self._injected.files(base_model=self.base_name, record=record, card=card, wrapper=wrapper)
 
     def completer(self) -> TransformersCompleter:
-        """transformers' own generation."""
         return TransformersCompleter(self._model.model, self._injected)
 
     def _start_beside_factors(self) -> None:
         self._injected.reset_beside()
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:
-        self._injected.load_contents(read_adapter(directory, self._source, allow_pickle=allow_pickle))
+        self._injected.load_contents(read_adapter(directory, self.source, allow_pickle=allow_pickle))

@@ -39,7 +39,7 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.runs.directory import ProofKind
 from backhand.training.objectives.objective import token_owners
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.objectives.pairs import PairObjective
+from backhand.training.objectives.compared import PairObjective
 from backhand.verify.measure import relative_error, typical
 from backhand.verify.reference_decoder import (
     OfNats,

@@ -19,9 +19,8 @@ from backhand.kernels.builds import library, torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.stores import models_on_this_machine, stored_path
-from backhand.training.memory.models import ListedModel, models
-from backhand.training.memory.options import ModelsOptions
-from backhand.training.memory.token_seconds import TokenSeconds
+from backhand.training.command_options import ModelsOptions
+from backhand.training.memory.models import ListedModel, TokenSeconds, models
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import tiny_tokenizer

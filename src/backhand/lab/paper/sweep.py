@@ -30,10 +30,10 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading.source import ModelSource
 from backhand.reading import read_settings
 from backhand.runs.directory import CONFIG
+from backhand.training.command_options import EvaluateRunOptions
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import dump_config
 from backhand.training.evaluate import EvaluationRows, score
-from backhand.training.evaluate_options import EvaluateRunOptions
 from backhand.training.measuring import HeldOut
 from backhand.training.run import train
 

@@ -2,7 +2,7 @@
 
 The short model and those with one more block of a kind (`short_decoder`) take turns on a micro-batch of the run's
 size; the time of all blocks follows: of an adapted one; half of it where nothing is trained; and nothing where the
-hidden states behind such blocks are kept (`memory.states`) and the row has come before. A first pass over few tokens
+hidden states behind such blocks are kept (`memory.plan`) and the row has come before. A first pass over few tokens
 says how many fit into the time there is.
 """
 
@@ -20,8 +20,8 @@ from backhand.data.packing import micro_batches, trained_length
 from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.training.config import OptimizationOptions
+from backhand.training.distributed import shared_out
 from backhand.training.engine import ShortModel, Trainable
-from backhand.training.gradient_sum import shared_out
 from backhand.training.machine import Machine
 from backhand.training.prepared import Outline
 from backhand.training.step import AdapterOptimizer
@@ -58,8 +58,15 @@ def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S)
     positions, largest = (
         sum(of_steps) / len(steps) for of_steps in zip(*_positions(outline, machine, steps), strict=True)
     )
-    computed, measured = positions * outline.total_steps, _held_out_tokens(outline) * _evaluations(outline)
-    spared = _spared(outline, positions)
+    held_out = sum(trained_length(example) for example in outline.held_out_rows)
+    # Before the first step, at every interval, and at the end.
+    evaluations = 1 + -(-outline.total_steps // (outline.config.run.eval_every or five_times(outline.total_steps)))
+    computed, measured = positions * outline.total_steps, held_out * evaluations
+    # Positions of training and of evaluations whose hidden states are there already when their rows come.
+    spared = (0.0, 0.0)
+    if outline.states.where != "off":
+        again = max(0, outline.total_steps - outline.sampler.steps_per_epoch)
+        spared = positions * again, held_out * (evaluations - 1.0)
     computed_s = computed * token.trained_s + (computed - spared[0]) * token.below_s
     train_s = largest / positions * computed_s + optimizer_s * outline.total_steps
     evaluate_s = measured * _FORWARD_SHARE * token.trained_s + (measured - spared[1]) * token.below_s
@@ -70,14 +77,6 @@ def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S)
         measured_s=time.perf_counter() - began,
         kept_s=sum(spared) * token.below_s,
     )
-
-
-def _spared(outline: Outline, positions: float) -> tuple[float, float]:
-    """Positions of training and of evaluations whose hidden states are there already when their rows come."""
-    if outline.states.where == "off":
-        return 0.0, 0.0
-    again = max(0, outline.total_steps - outline.sampler.steps_per_epoch)
-    return positions * again, _held_out_tokens(outline) * (_evaluations(outline) - 1.0)
 
 
 _STEPS_COUNTED = 200
@@ -134,16 +133,6 @@ def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
         wait_for(machine.device)
         times.append(time.perf_counter() - began)
     return min(times)
-
-
-def _held_out_tokens(outline: Outline) -> int:
-    return sum(trained_length(example) for example in outline.held_out_rows)
-
-
-def _evaluations(outline: Outline) -> int:
-    """Before the first step, at every interval, and at the end."""
-    every = outline.config.run.eval_every or five_times(outline.total_steps)
-    return 1 + -(-outline.total_steps // every)
 
 
 _ENOUGH_PASSES, _ENOUGH_S = 10, 1.0

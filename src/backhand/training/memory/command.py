@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from rich.console import Console
 from backhand.data.examples import Example
 from backhand.nn.compute import compute_settings
 from backhand.terminal import console, table_of, working
+from backhand.training.command_options import PlanOptions
 from backhand.training.machine import Machine, resolve_machine
 from backhand.training.memory.calibration import Speed, calibrate
-from backhand.training.memory.options import PlanOptions
 from backhand.training.memory.plan import LIVE_VIEW, HeldBase
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.rewards.process import RewardProcess
@@ -108,13 +109,12 @@ def plan(options: PlanOptions) -> RunPlan:
 
 def plan_command(options: PlanOptions) -> RunPlan:
     """`plan`, printed as tables, or as one JSON object with `json`."""
+    with nullcontext() if options.plan.json else working("planning"):
+        found = plan(options)
     if options.plan.json:
-        found = plan(options)
         sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
-        return found
-    with working("planning"):
-        found = plan(options)
-    _print(console(), found)
+    else:
+        _print(console(), found)
     return found
 
 
@@ -131,8 +131,11 @@ def _print(console: Console, found: RunPlan) -> None:
         f"step: {outline.config.optimization.batch_rows} rows, {cut}",
         *(f"kept: {line}" for line in (outline.states.line(),) if line is not None),
     )
-    for fact in (*facts, *_processes(machine)):
+    for fact in facts:
         console.print(fact, soft_wrap=True)
+    if machine.here > 1:
+        each = "each of which takes what follows; a mapped base is there once"
+        console.print(f"processes: {machine.here} on this machine, {each}", soft_wrap=True)
     shown = table_of("memory", "size", right=("size",))
     for name, size in memory.parts.items():
         shown.add_row(name, in_words(size))
@@ -150,12 +153,6 @@ def _print(console: Console, found: RunPlan) -> None:
         console.print(rows)
     if found.speed is not None:
         _print_speed(console, found, found.speed)
-
-
-def _processes(machine: Machine) -> list[str]:
-    if machine.here == 1:
-        return []
-    return [f"processes: {machine.here} on this machine, each of which takes what follows; a mapped base is there once"]
 
 
 def _bases(outline: Outline) -> str:

@@ -3,10 +3,14 @@
 Nothing but headers and configurations is read. Memory and time are those of one step of 4 × 256 tokens, all of them
 supervised, with the adapter that `train` makes if nothing else is said:
 
-    memory   estimated (`memory.coarse`), with the recomputation that fits into what is free; a file in blocks stays in
+    memory   estimated (`memory.parts`), with the recomputation that fits into what is free; a file in blocks stays in
              them, unless the kernels do not unpack its types
-    time     estimated (`token_seconds`), from a small model timed here, and what the recomputation adds; unpacking
-             blocks takes a few percent more
+    time     multiplications · s, and what the recomputation adds; unpacking blocks takes a few percent more,
+             multiplications = vocabulary · d + Σ_blocks out · in of every matrix
+
+s is the time of a multiplication in a step of a small model with random weights, in whose matrices a token is
+multiplied as often as in those of a block of a real one. How fast a processor is depends on the shapes as well, and the
+longer attention of longer rows is left out: within a factor of 1.5 or so. `backhand plan` measures the model itself.
 """
 
 from __future__ import annotations
@@ -14,33 +18,102 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_adapter
 from backhand.errors import BackhandError, ResourceError
 from backhand.kernels.dequantize import type_name
 from backhand.nn.available_memory import available_bytes
+from backhand.nn.batch import PackedBatch
 from backhand.nn.compute import available_cores, default_dtype
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import StoredModel, models_on_this_machine
+from backhand.nn.lora_parameters import LoRAParameters
 from backhand.terminal import console_for_tables, table_of, working
+from backhand.training.command_options import ModelsOptions
 from backhand.training.config import ModelOptions, Recompute
 from backhand.training.decoder_engine import DecoderEngine, choose_engine
-from backhand.training.memory.bases import choose_base, wanted_bases
-from backhand.training.memory.options import ModelsOptions
+from backhand.training.machine import settled_rss_bytes
+from backhand.training.memory.calibration import fastest
 from backhand.training.memory.parts import estimated_step, parts_of
-from backhand.training.memory.plan import HeldBase, MemoryPlan, choose
-from backhand.training.memory.process import settled_rss_bytes
+from backhand.training.memory.plan import HeldBase, MemoryPlan, choose, choose_base, wanted_bases
 from backhand.training.memory.shapes import StepShape
-from backhand.training.memory.token_seconds import ROW_TOKENS, ROWS, TokenSeconds
 from backhand.words import in_words, name_list
+
+ROWS, ROW_TOKENS = 4, 256
+_SMALL = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": ROW_TOKENS,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+_MEASURED_S = 1.0
+
+
+@dataclass
+class TokenSeconds:
+    """Measures once, when it is first asked."""
+
+    dtype: torch.dtype
+
+    def of(self, config: DecoderConfig) -> float:
+        """Seconds of a token of training, in a micro-batch of 4 × 256, all of them supervised."""
+        return multiplications(config) * self._multiplication_s
+
+    @cached_property
+    def _multiplication_s(self) -> float:
+        config, tokens = decoder_config(dict(_SMALL)), ROWS * ROW_TOKENS
+        weights, generator = empty_weights(config, self.dtype), torch.Generator().manual_seed(0)
+        for _, view in dense_views(weights, config):
+            view.normal_(std=0.02, generator=generator)
+        decoder = Decoder(config, weights)
+        lora = LoRAParameters(resolve_adapter(LoRAConfig(), module_shapes(config)).slots)
+        lora.initialise(generator)
+        decoder.attach(lora)
+        lora.refresh_compute(self.dtype)
+        ids = torch.randint(config.vocab_size, (tokens,), generator=generator)
+        batch = PackedBatch(ids, ids.roll(-1), (ROW_TOKENS,) * ROWS)
+        (taken_s,) = fastest([decoder], batch, time.perf_counter() + _MEASURED_S)
+        return taken_s / tokens / multiplications(config)
+
+
+def multiplications(config: DecoderConfig) -> int:
+    """Of a token with all matrices, the head among them; of a layer's experts those that it goes to."""
+    found = config.vocab_size * config.hidden_size
+    for layer, block in zip(config.layers, empty_weights(config, torch.float32, "meta").blocks, strict=True):
+        for field in fields(block):
+            matrix = getattr(block, field.name)
+            if isinstance(matrix, Tensor) and matrix.dim() == 2:
+                of_experts = layer.experts and field.name in ("gate_up", "down") and config.mixture is not None
+                share = config.mixture.chosen / config.mixture.experts if of_experts and config.mixture else 1
+                found += round(matrix.numel() * share)
+    return found
+
 
 _SHOWN_TYPES = 3
 
@@ -73,26 +146,18 @@ def models(options: ModelsOptions) -> list[ListedModel]:
 
 
 def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds: TokenSeconds) -> ListedModel:
+    one = ListedModel(stored.name, str(stored.path), stored.store)
     try:
         source = open_model(stored.path)
-        known = _known(source)
+        family, parameters, file_bytes, types = _known(source)
         engine = choose_engine(ModelOptions(model=stored.name), source, dtype)
-        plan, fits, taken_s = None, None, None
-        if isinstance(engine, DecoderEngine):
-            plan, fits = _memory(engine, source, process_bytes)
-            taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
-        return ListedModel(
-            stored.name,
-            str(stored.path),
-            stored.store,
-            *known,
-            engine=engine.name,
-            note=engine.note,
-            base=None if plan is None else plan.base,
-            memory_bytes=None if plan is None else plan.peak_bytes,
-            fits=fits,
-            seconds_per_1000_tokens=taken_s,
-        )
+        one = replace(one, family=family, parameters=parameters, file_bytes=file_bytes, types=types)
+        one = replace(one, engine=engine.name, note=engine.note)
+        if not isinstance(engine, DecoderEngine):
+            return one
+        plan, fits = _memory(engine, source, process_bytes)
+        taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
+        return replace(one, base=plan.base, memory_bytes=plan.peak_bytes, fits=fits, seconds_per_1000_tokens=taken_s)
     except BackhandError as error:
         return ListedModel(stored.name, str(stored.path), stored.store, note=error.what)
 
@@ -106,15 +171,11 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
         types: Counter[str] = Counter()
         for tensor in tensors:
             types[type_name(tensor.type_id)] += math.prod(tensor.shape)
-        return (
-            family,
-            parameters,
-            sum(tensor.byte_count for tensor in tensors),
-            tuple(kind for kind, _ in types.most_common()),
-        )
+        kinds = tuple(kind for kind, _ in types.most_common())
+        return family, parameters, sum(tensor.byte_count for tensor in tensors), kinds
     files = sorted(source.path.glob("*.safetensors"))
     stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "")
-    kinds = (*(("MXFP4",) if source.quantized else ()), *((stored.upper(),) if stored else ()))
+    kinds = tuple(filter(None, ("MXFP4" if source.quantized else "", stored.upper())))
     return family, parameters, sum(file.stat().st_size for file in files), kinds
 
 
@@ -142,12 +203,11 @@ def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> t
 
 def models_command(options: ModelsOptions) -> list[ListedModel]:
     """`models`, printed as a table, or as one JSON list with `json`."""
-    if options.json:
+    with nullcontext() if options.json else working("looking for models"):
         found = models(options)
+    if options.json:
         sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
         return found
-    with working("looking for models"):
-        found = models(options)
     console = console_for_tables()
     if not found:
         looked = name_list(map(str, options.places)) or "the stores of Ollama, LM Studio, llama.cpp and Hugging Face"

@@ -1,14 +1,32 @@
-"""Memory of a training run by part: what is known from headers, and what a step takes, measured or estimated."""
+"""Memory of a training run by part: what is known from headers, and what a step takes, measured or estimated.
+
+From headers alone weights and adapter are exact, and the rest is coarse: for lists of models, and for the bounds of
+what `memory.probe` measures. Of a token each block keeps, in elements of the compute dtype (d hidden, m the widths of
+its mixer's input and output, f the feed-forward width of what a token passes),
+
+    none    2d + m + 2f + ranks        mlp     2d + m + ranks        block   d
+
+and while a block's backward runs 4d + 2m + 2f are alive, with recomputation what was not kept as well.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from backhand.generate.engine_completer import CACHE_BYTES
-from backhand.nn.decoder.kv_cache import PAGE
+import torch
+
+from backhand.generate.completer import CACHE_BYTES
+from backhand.kernels.dense_product import is_taken
+from backhand.nn.decoder.adapted_group import lowest_trained_group
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
+from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.lora_parameters import AdapterLayout
+from backhand.ops.linear_cross_entropy import chunk_rows
 from backhand.training.config import Recompute
 from backhand.training.memory.shapes import StepShape
 
@@ -90,23 +108,20 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between
+    # What oneDNN keeps where the environment names no other limit.
+    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    most_kernels = int(stated) if stated.isdecimal() else 1024
     found = {
         **fixed_parts(size, shape.gradient_copies, process_bytes),
         "kept activations": step.kept,
         fullest: most,
-        "compiled kernels": min(shape.sizes * size.kernels, _kept_kernels()) * _KERNEL_BYTES,
+        "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * _KERNEL_BYTES,
     }
     return {**found, "gaps between buffers": round(size.gaps * (step.kept + most)) + _GAPS_BYTES}
 
 
 _KERNEL_BYTES = 700_000
 """Of a kernel that oneDNN keeps, with what those leave behind that were compiled before in its place."""
-
-
-def _kept_kernels() -> int:
-    """How many compiled kernels oneDNN keeps; 1,024 where the environment names no other limit."""
-    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    return int(stated) if stated.isdecimal() else 1024
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
@@ -119,3 +134,91 @@ def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
     adapter = size.adapter_elements * (FLOAT32_BYTES + size.dtype_bytes)
     conversation = tokens * size.cache_bytes + size.mixer_state_bytes
     return process_bytes + size.weight_bytes + adapter + conversation
+
+
+def decoder_size(
+    config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype, quantized_bytes: int | None = None
+) -> ModelSize:
+    """The decoder engine's.
+
+    Args:
+        quantized_bytes: of the matrices in their blocks, where they stay in them.
+    """
+    d, b, layers = config.hidden_size, dtype.itemsize, config.layers
+    views = named_views(empty_weights(config, dtype, "meta"), config)
+    matrices = sum(math.prod(view.shape) for _, view in views if len(view.shape) == 2)
+    # A table with trained rows is a copy of its own; a tensor trained in full has its gradient once beside the buffer.
+    beside = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
+    beside += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
+    adapted = layers[lowest_trained_group(layout, len(layers))[0] :]
+    ranks = sum(slot.rank for slot in layout.slots if slot.name.startswith("model.layers."))
+    # Elements per token of what enters and leaves a mixer; and of the gate, or of those of the experts that it goes to.
+    mixers = [sum(one.sizes) + one.width for one in (config.at(layer).mixers[layer.mixer] for layer in adapted)]
+    chosen = 0 if config.mixture is None else config.mixture.chosen * config.mixture.width
+    widths = [chosen if layer.experts else config.at(layer).intermediate_size for layer in adapted]
+    mlp = sum(2 * d + mixer for mixer in mixers) + ranks
+    block = max((4 * d + 2 * mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
+    again = max((d + mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
+    return ModelSize(
+        dtype_bytes=b,
+        weight_bytes=beside * b + (matrices * b if quantized_bytes is None else quantized_bytes),
+        adapter_elements=layout.element_count,
+        kept_bytes={"none": (mlp + 2 * sum(widths)) * b, "mlp": mlp * b, "block": len(adapted) * d * b},
+        block_bytes={
+            "none": block * b,
+            "mlp": (block + 2 * max(widths, default=0)) * b,
+            "block": (block + again) * b,
+        },
+        stream_bytes=d * b + 32,
+        head_row_bytes=3 * d * b,
+        chunk_rows=chunk_rows(d, dtype),
+        logits_bytes=config.vocab_size * b,
+        cache_bytes=bytes_per_token(config, dtype),
+        mixer_state_bytes=state_bytes(config, dtype),
+        gaps=_gaps(layout),
+        kernels=0 if is_taken(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
+    )
+
+
+def _gaps(layout: AdapterLayout) -> float:
+    return WIDE_GAPS if any(slot.dropout or slot.use_dora for slot in layout.slots) else GAPS
+
+
+def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
+    """Products of a pass that oneDNN compiles for its size; those of experts have another size in every pass."""
+    if dtype_bytes == FLOAT32_BYTES:
+        return 0
+    return 1 << 20 if experts else 16
+
+
+def transformers_size(
+    config: Mapping[str, object], weight_elements: int, layout: AdapterLayout, dtype_bytes: int
+) -> ModelSize:
+    """Under autograd: per token and block about 18 hidden widths, and whole rows of logits three times.
+
+    Rows of unequal length stand in one pass, padded to the longest by a quarter of their tokens at most
+    (`nn.right_padding`); padding has no label, and so no logits.
+    """
+
+    def number(*names: str, default: int) -> int:
+        found = (config.get(name) for name in names)
+        return next((value for value in found if isinstance(value, int)), default)
+
+    d = number("hidden_size", "n_embd", "d_model", default=1024)
+    layers = number("num_hidden_layers", "n_layer", "num_layers", default=24)
+    vocabulary = number("vocab_size", default=50_000)
+    return ModelSize(
+        dtype_bytes=dtype_bytes,
+        weight_bytes=weight_elements * dtype_bytes,
+        adapter_elements=layout.element_count,
+        kept_bytes={"none": layers * 18 * d * dtype_bytes * 5 // 4},
+        block_bytes={"none": 15 * d * dtype_bytes},
+        stream_bytes=2 * d * dtype_bytes,
+        head_row_bytes=vocabulary * (dtype_bytes + 3 * FLOAT32_BYTES),
+        chunk_rows=0,
+        logits_bytes=vocabulary * dtype_bytes,
+        cache_bytes=layers * 2 * d * dtype_bytes,
+        gaps=_gaps(layout),
+        kernels=_kernels(dtype_bytes),
+        measured=False,
+    )

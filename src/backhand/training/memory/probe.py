@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute
 from backhand.training.engine import ShortModel, Trainable
+from backhand.training.machine import ProcessBytes
 from backhand.training.memory.parts import WIDE_GAPS, ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
 from backhand.training.memory.plan import MARGIN
-from backhand.training.memory.process import ProcessBytes
 from backhand.training.memory.shapes import StepShape
 
 PROBED_TOKENS = 1024
@@ -130,9 +130,7 @@ class MeasuredMemory:
     process: ProcessBytes  # what the process takes already; measuring adds to it, for every base
     forget: Callable[[], None]  # gives back what measuring has read of the model's files
     budget_bytes: int | None  # what may be taken in all; None for no limit
-
-    def __post_init__(self) -> None:
-        self._steps: dict[tuple[StepShape, Recompute], StepBytes] = {}
+    _steps: dict[tuple[StepShape, Recompute], StepBytes] = field(default_factory=dict)
 
     def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
         """Bytes by part."""

@@ -61,7 +61,7 @@ class StepShape:
 def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
     """How many buffers as large as the gradient a process holds beside it to add it up, at most.
 
-    See `step.OneProcessSum`, and `gradient_sum` for several processes. What is added up in float64 counts twice.
+    See `step.OneProcessSum`, and `distributed` for several processes. What is added up in float64 counts twice.
     """
     if processes == 1:
         return 2 * int(micro_batches > 1)
@@ -93,7 +93,11 @@ def largest_shapes(
                 tokens, supervised = largest[count]
                 more = round_size(most) > tokens or packer.supervised_tokens(group) > supervised
                 if number < _STEPS_LAID_OUT or more:
-                    shape = _micro_batch(group, packer)
+                    lengths, parents, *_ = packer.forest(group)
+                    if filler := round_size(sum(lengths)) - sum(lengths):
+                        lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
+                    targets = min(packer.supervised_tokens(group), sum(lengths) - filler)
+                    shape = StepShape(sum(lengths), targets, lengths, parents)
                     (shapes if number < _STEPS_LAID_OUT else later[count]).append(shape)
                     largest[count] = max(tokens, shape.tokens), max(supervised, shape.supervised_tokens)
     return {
@@ -111,13 +115,3 @@ def largest_shapes(
 _STEPS_LAID_OUT = 1000
 _OTHER_SIZES = 8
 """Of held-out rows and neutral texts."""
-
-
-def _micro_batch(group: Sequence[int], packer: RowPacker) -> StepShape:
-    """Of these rows; a filler counts as well."""
-    lengths, parents, *_ = packer.forest(group)
-    tokens = sum(lengths)
-    filler = round_size(tokens) - tokens
-    if filler:
-        lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
-    return StepShape(tokens + filler, min(packer.supervised_tokens(group), tokens), lengths, parents)

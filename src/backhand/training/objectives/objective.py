@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.generate.completer import Completer
+from backhand.generate.completer import LanguageModel
 from backhand.nn.batch import TokenLoss
 from backhand.training.engine import Trainable
 from backhand.training.kept_states import KeptStates
@@ -135,7 +135,7 @@ def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor
 
 
 def document_sums(
-    model: Trainable | Completer,
+    model: LanguageModel,
     packer: RowPacker,
     rows: Sequence[int],
     micro_batch_rows: int,
@@ -152,23 +152,24 @@ def document_sums(
         interruptible: whether to come back with None where a process has been asked to stop.
     """
     groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
-    shares = processes.shared_out([packer.positions(group) for group in groups])
-    mine: dict[int, list[float]] = {}
-    for number in shares[processes.rank]:
-        if interruptible and processes.asked:
-            break
+    tokens = [packer.positions(group) for group in groups]
+    mine = processes.shared_out(tokens)[processes.rank]
+
+    def sums(number: int) -> list[float]:
         group = groups[number]
-        later = (groups[own] for own in shares[processes.rank] if own > number)
+        later = (groups[own] for own in mine if own > number)
         batch = packer.packed(group, "cpu") if kept is None else kept.packed(group, later)
         losses = model.token_losses(batch.to(model.device)).double().cpu()
         owner, counts = token_owners(packer, group)
-        mine[number] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
-    found = {int(number): sums for part in processes.gather(mine) for number, sums in part.items()}
-    if len(found) < len(groups):
+        found: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
+        return found
+
+    found = processes.each(tokens, sums, interruptible=interruptible)
+    if found is None:
         return None
     place_of = {
         place: value
-        for n, group in enumerate(groups)
-        for place, value in zip(packer.documents(group), found[n], strict=True)
+        for group, values in zip(groups, found, strict=True)
+        for place, value in zip(packer.documents(group), values, strict=True)
     }
     return torch.tensor([place_of[place] for place in packer.documents(rows)], dtype=torch.float64)

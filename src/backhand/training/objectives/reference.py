@@ -28,13 +28,11 @@ from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.engine import BoundModel
 from backhand.training.guards import tensor_digest
-from backhand.training.job import Job
-from backhand.training.keeping import Keeping
+from backhand.training.job import Job, Keeping
 from backhand.training.kept_states import KeptStates
-from backhand.training.leading import versions
-from backhand.training.objectives.kto import KTOObjective, mismatched
+from backhand.training.launch import versions
+from backhand.training.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.training.objectives.objective import Objective, document_sums
-from backhand.training.objectives.pairs import PairObjective
 from backhand.training.step import Processes
 
 _Set = tuple[RowPacker, KeptStates | None]
@@ -134,7 +132,7 @@ def _reference(
 ) -> dict[str, Tensor]:
     """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
     mine = _kept(directory, digests, noted) if processes.leads else None
-    there: dict[str, list[float]] | None = json.loads(processes.follow(json.dumps(mine).encode()))
+    there: dict[str, list[float]] | None = processes.agreed(mine)
     rows = job.memory.micro_batch_rows
     if there is not None:
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in there.items()}

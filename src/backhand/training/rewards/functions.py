@@ -25,7 +25,7 @@ import regex
 
 from backhand.errors import first_line
 from backhand.system import end_with_parent
-from backhand.training.rewards.names import GYM, RewardName, parse_name
+from backhand.training.rewards.options import GYM, RewardName, parse_name
 
 Batch = Mapping[str, Any]
 """prompts, completions, completion_ids and references of answers, and columns: each a list, one element an answer."""

@@ -3,9 +3,12 @@
     prompts ── Rollout ──► answers, rewards ── AnswerBatch ──► advantages, micro-batches ── training_step ──► adapter
 
 Sampler and trainer are one model on the same weights, so there is no mismatch to correct: each step proves it
-(`certificate`). An answer is a function of its row, its number in the group and the step. Which process samples it, and
-what is computed beside it, changes the last bits of its logits at most. A group whose answers all have the same reward
-has no gradient without β and is not trained on.
+(`guards.Certificate`). An answer is a function of its row, its number in the group and the step. Which process samples
+it, and what is computed beside it, changes the last bits of its logits at most. A group whose answers all have the same
+reward has no gradient without β and is not trained on.
+
+A group's answers stand in one micro-batch, their prompt once. The first update's own log-probabilities are the old ones
+of the updates after it, as in TRL; with one update every ratio is 1.
 """
 
 from __future__ import annotations
@@ -13,20 +16,156 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import cast
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from backhand.data.examples import Example
-from backhand.generate.completer import Completer
-from backhand.generate.engine_completer import complete_greedily
+from backhand.data.packing import RowPacker, micro_batches
+from backhand.errors import present
+from backhand.generate.completer import Completer, complete_greedily
 from backhand.generate.sampling import Sampled, at_temperature
+from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
+from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
 from backhand.training.engine import Trainable
 from backhand.training.measuring import HeldOut, spread
-from backhand.training.rewards.batch import AnswerBatch
-from backhand.training.rewards.certificate import Certificate
-from backhand.training.rewards.guards import RewardGuard
+from backhand.training.objectives.objective import token_owners
+from backhand.training.rewards.guards import Certificate, RewardGuard
 from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
-from backhand.training.step import AdapterOptimizer, Processes, StepResult, StepSum, training_step
+from backhand.training.step import AdapterOptimizer, Processes, StepResult, StepSum, StepWork, training_step
+
+
+class AnswerBatch:
+    """The answers of a step.
+
+    Args:
+        model: at its temperature.
+        prompts: of every answer its prompt.
+        judged: what was answered and what it is worth.
+        steps: of the run.
+
+    Attributes:
+        flat: groups that have no gradient.
+        trained: answers that are trained on, by number.
+    """
+
+    def __init__(self, model: Decoder, prompts: Sequence[Example], judged: Judged, steps: RewardedSteps) -> None:
+        answers, rewards, options, beta = judged.answers, judged.totals, steps.rollout.options, steps.beta
+        self._answers, self._model = answers, model
+        self._processes, self._certificate = steps.rollout.processes, steps.certificate
+        assert options.epsilon_high is not None and options.scale_rewards is not None
+        self._rule = GRPORule(options.loss, options.epsilon, options.epsilon_high, beta)
+        self._packer = RowPacker(
+            [_row(*one) for one in zip(prompts, answers, strict=True)], share_prefixes=model.shares_prefixes
+        )
+        self._old: dict[int, Tensor] = {}
+        self._reference: dict[int, Tensor] = {}
+        self._told: list[list[float]] = []
+        size, count = options.group, len(answers) // options.group
+        groups = [range(first * size, (first + 1) * size) for first in range(count)]
+        self._micro_batches = self._cut(groups, steps.micro_batch_rows)
+        if beta:
+            far = self._against_base()
+            if options.loss == "rloo":
+                rewards = rewards - beta * far
+        rewards = rewards.view(count, size)
+        varied = (rewards.amax(1) > rewards.amin(1)).tolist()
+        self.flat = varied.count(False)
+        self._advantages = group_advantages(rewards, options.loss, options.scale_rewards).flatten()
+        lengths = torch.tensor([len(one.tokens) for one in answers])
+        self._weights = answer_weights(lengths, options.loss, options.max_new_tokens)
+        if not beta or options.loss == "rloo":
+            kept = [group for group, differs in zip(groups, varied, strict=True) if differs]
+            self._micro_batches = self._cut(kept, steps.micro_batch_rows)
+        self.trained = sorted(chain.from_iterable(self._micro_batches))
+
+    def _cut(self, groups: Sequence[range], most: int) -> list[list[int]]:
+        lengths = [self._packer.tokens(group) for group in groups]
+        cut = micro_batches(range(len(groups)), lengths, max_rows=most)
+        return [[row for place in sorted(places) for row in groups[place]] for places in cut]
+
+    def work(self) -> StepWork:
+        """One update; each further one is against the first one's log-probabilities."""
+        return StepWork(
+            lambda number: self._packer.packed(self._micro_batches[number], self._model.device),
+            [self._packer.positions(rows) for rows in self._micro_batches],
+            self._packer.supervised_tokens(self.trained),
+            [None] * len(self._micro_batches),
+            1,
+            self._token_loss,
+        )
+
+    def measured(self) -> dict[str, float]:
+        """Divergence and clipped tokens of the updates so far, of all processes; told once."""
+        mine, self._told = self._told, []
+        found = [one for part in self._processes.gather(mine) for one in part]
+        tokens = sum(one[0] for one in found)
+        if not tokens:
+            return {}
+        shown = {"kl": sum(one[1] for one in found) / tokens} if self._rule.beta else {}
+        return shown | {"clip_ratio": sum(one[2] for one in found) / tokens}
+
+    def _token_loss(self, number: int) -> TokenLoss:
+        rows = self._micro_batches[number]
+        owners, _ = token_owners(self._packer, rows)
+        reference = torch.cat([self._reference[row] for row in rows]) if self._reference else None
+
+        def loss(log_p: Tensor) -> tuple[Tensor, Tensor]:
+            found = log_p.double().cpu()
+            if number not in self._old:
+                sampled = torch.tensor([p for row in rows for p in self._answers[row].log_p], dtype=torch.float64)
+                if not self._certificate.compare(sampled, found):
+                    return torch.tensor(torch.nan, dtype=torch.float64), torch.zeros_like(log_p)  # no update is made
+                self._old[number] = found
+            old = self._old[number]
+            constants = old, reference, self._advantages[rows], self._weights[rows], owners
+            y, saved = grpo_forward(found, *constants, self._rule)
+            (d_log_p,) = grpo_backward(torch.ones_like(y), saved)
+            gain, ratio = self._advantages[rows][owners], (found - old).exp()
+            apart = torch.zeros_like(found) if reference is None else reference - found
+            high, low = 1 + self._rule.epsilon_high, 1 - self._rule.epsilon
+            clipped = ((ratio > high) & (gain > 0)) | ((ratio < low) & (gain < 0))
+            self._told.append([len(found), float((ratio * (apart.expm1() - apart)).sum()), float(clipped.sum())])
+            return y.sum(), d_log_p.to(log_p)
+
+        return loss
+
+    def _against_base(self) -> Tensor:
+        """Σ (sampled - reference) over the tokens of every answer, (answers,) float64; keeps this process's reference.
+
+        The reference is the base model, the adapter off.
+        """
+        model, lora = self._model, present(self._model.lora)
+
+        def apart(number: int) -> list[float]:
+            rows = self._micro_batches[number]
+            log_p = -model.token_losses(self._packer.packed(rows, model.device)).double().cpu()
+            parts = log_p.split([len(self._answers[row].tokens) for row in rows])
+            self._reference |= dict(zip(rows, parts, strict=True))
+            sampled = (torch.tensor(self._answers[row].log_p, dtype=torch.float64) for row in rows)
+            return [float((one - part).sum()) for one, part in zip(sampled, parts, strict=True)]
+
+        model.detach()
+        try:
+            found = present(self._processes.each(list(map(self._packer.positions, self._micro_batches)), apart))
+        finally:
+            model.attach(lora)
+        far = torch.zeros(len(self._answers), dtype=torch.float64)
+        for rows, values in zip(self._micro_batches, found, strict=True):
+            far[rows] = torch.tensor(values, dtype=torch.float64)
+        return far
+
+
+def _row(prompt: Example, answer: Sampled) -> Example:
+    asked = prompt_of(prompt)
+    ids = np.array(asked + answer.tokens, dtype=np.int32)
+    supervised = np.arange(len(ids)) >= len(asked)
+    return Example(ids, supervised, prompt.source)
+
 
 _AT_ONCE = 64
 _NOT_TRAINED = StepResult(0.0, 0.0, taken=True, found=StepSum((), 0, False, (), ()), computed_tokens=())
@@ -79,15 +218,7 @@ class RewardedSteps:
         assert isinstance(model, Decoder) and self._judged is not None
         options, processes, judged = self.rollout.options, self.rollout.processes, self._judged
         with at_temperature(model, options.temperature):
-            batch = AnswerBatch(
-                model,
-                self._prompts(rows),
-                judged,
-                self.rollout,
-                self.beta,
-                micro_batch_rows=self.micro_batch_rows,
-                certificate=self.certificate,
-            )
+            batch = AnswerBatch(model, self._prompts(rows), judged, self)
             updates = options.num_iterations if batch.trained else 0
             results = [training_step(model, optimizer, batch.work(), processes, rate) for _ in range(updates)]
         self.measured["no_gradient_groups"] = batch.flat / len(rows)
@@ -98,8 +229,7 @@ class RewardedSteps:
 
     def repeated(self) -> RewardedSteps:
         """The same for steps that were guarded before: what is found is told to nobody."""
-        unheard = Certificate(self.certificate.bounds, lambda _: None)
-        return replace(self, guard=None, certificate=unheard)
+        return replace(self, guard=None, certificate=Certificate(self.certificate.bounds, lambda _: None))
 
     def _prompts(self, rows: Sequence[int]) -> list[Example]:
         """Of every answer the prompt."""
@@ -126,24 +256,21 @@ class HeldOutRewards(HeldOut):
             range(first, min(first + _AT_ONCE, len(self._examples)))
             for first in range(0, len(self._examples), _AT_ONCE)
         ]
-        mine = []
-        for number in processes.shared_out([len(part) for part in parts])[processes.rank]:
-            if interruptible and processes.asked:
-                break
+
+        def answered(number: int) -> list[list[int]]:
             prompts = [prompt_of(self._examples[row]) for row in parts[number]]
-            found = complete_greedily(
+            return complete_greedily(
                 answering,
                 prompts,
                 max_new_tokens=options.max_new_tokens,
                 stop_ids=rollout.stop_ids,
                 batch_size=_AT_ONCE,
             )
-            mine.append([number, found])
-        there = dict(one for part in processes.gather(mine) for one in part)
-        if len(there) < len(parts):
+
+        found = processes.each([len(part) for part in parts], answered, interruptible=interruptible)
+        if found is None:
             return None
-        tokens = [ids for number in range(len(parts)) for ids in there[number]]
-        answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for ids in tokens]
+        answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for part in found for ids in part]
         judged = rollout.judged(answers, self._examples)
         self.said = {self._examples[row].source: judged.texts[row] for row in self._shown}
         self.measured = {f"eval_{name}": value for name, value in rollout.measured(judged).items()}
