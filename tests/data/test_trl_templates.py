@@ -165,7 +165,7 @@ def test_conversations_that_stay_one_document(name: str, ends: list[str]) -> Non
     said = [document.text[start:end] for start, end in document.spans]
     for text, content, end in zip(said, ("a one", "a two", "a three"), ends, strict=True):
         assert text.endswith(content + end)
-    assert chat.split_conversations == 0
+    assert chat.seen["split"] == 0
 
 
 def test_a_call_at_the_end_learns_the_token_of_the_tool_that_answers() -> None:
@@ -194,11 +194,11 @@ def test_thoughts_carry_loss_wherever_the_template_writes_them(name: str) -> Non
     }
     spoken, chat = {}, _renderer(name)
     for form, messages in forms.items():
-        chat.unseen_thoughts = 0
+        chat.seen["thoughts"] = 0
         (learnt,) = _learnt(chat.documents(_read(messages)))
         assert "A plant." in learnt.said
         assert "It grows." not in learnt.before
-        assert ("It grows." in learnt.said) != (chat.unseen_thoughts == 1)
+        assert ("It grows." in learnt.said) != (chat.seen["thoughts"] == 1)
         assert ("It grows." in learnt.said) or not _written(name, messages, "It grows.")
         spoken[form] = learnt.said
     assert spoken["thinking"] == spoken["reasoning"] == spoken["reasoning_content"]

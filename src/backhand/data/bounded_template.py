@@ -222,7 +222,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name, plain in self.filters.items():
             self.filters[name] = self._bounded_filter(name, plain)
         for name in _COMPARING_TESTS:
-            self.tests[name] = self._bounded_test(self.tests[name])
+            plain_test: Any = self.tests[name]
+            self.tests[name] = self._bounded_test(plain_test)
         # What the rewritten template calls.
         self.filters |= {_STEP: self._step, _COUNTED: self._counted_operand, _JOINED: self._joined}
 
@@ -356,7 +357,8 @@ class _Rewriter(NodeTransformer):
 
     def visit_Concat(self, node: Any) -> Any:
         """`~` makes a text."""
-        return _called(_JOINED, nodes.Tuple(self.generic_visit(node).nodes, "load"))
+        self.generic_visit(node)
+        return _called(_JOINED, nodes.Tuple(node.nodes, "load"))
 
     def visit_List(self, node: Any) -> Any:
         """A literal makes a list."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.data.messages import Conversation, Message
+from backhand.data.options import TemplateOptions
 from backhand.data.reply_start import ReplyStart, find_start, switches
 from backhand.data.template_habits import TemplateHabits
 from backhand.data.text_encoder import TextEncoder
@@ -106,10 +107,9 @@ class ChatRenderer:
         system: put before conversations without a system message.
 
     Attributes:
-        leading_replies: replies that carry no loss because nothing stands before them, so far.
-        split_conversations: conversations that became several documents, so far.
-        unseen_tools: conversations whose tools the template does not write down, so far.
-        unseen_thoughts: replies whose thoughts it does not write down, so far.
+        seen: how often something was found so far that the user should know: replies that carry no loss because nothing
+            stands before them (`leading`), conversations that became several documents (`split`), whose tools the
+            template does not write down (`tools`), replies whose thoughts it does not write down (`thoughts`).
         starts: how many replies begin in which way, by `ReplyStart.how` and `ReplyStart.detail`; only those where the
             template does not render what it asks for.
     """
@@ -132,12 +132,16 @@ class ChatRenderer:
         self._system = system
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._compiled_templates: dict[str, BoundedTemplate] = {}
-        self.leading_replies = 0
-        self.split_conversations = 0
-        self.unseen_tools = 0
-        self.unseen_thoughts = 0
+        self.seen: Counter[str] = Counter()
         self.starts: Counter[tuple[str, str]] = Counter()
         self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special)
+
+    @classmethod
+    def by_options(cls, tokenizer: Any, encoder: TextEncoder, template: str, options: TemplateOptions) -> ChatRenderer:
+        """As the options want it."""
+        from_option = options.chat_template is not None
+        args, system = options.template_args, options.system
+        return cls(tokenizer, encoder, template, from_option=from_option, template_args=args, system=system)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
         """The documents of a conversation: one, or one for each turn that the template rewrites later.
@@ -175,7 +179,7 @@ class ChatRenderer:
             documents.append(self._document(whole, spans, mark, conversation.source))
         if turns:
             self._look_for_tools(conversation, turns[-1][0])
-        self.split_conversations += len(documents) > 1
+        self.seen["split"] += len(documents) > 1
         return documents[::-1]
 
     def prompt(self, conversation: Conversation) -> Document:
@@ -234,14 +238,14 @@ class ChatRenderer:
         """(text up to and with the reply, where the reply starts, where it ends); None if nothing stands before it."""
         messages = conversation.messages
         if index == 0:
-            self.leading_replies += 1
+            self.seen["leading"] += 1
             return None
         begun = self._start(conversation, index)
         text, start = begun.text, begun.start
         _check_calls(messages[: index + 1], text, conversation.source)
         if "tool_calls" in messages[index]:
             _check_calls(messages[index : index + 1], text[start:], conversation.source)
-        self.unseen_thoughts += _is_unseen(messages[index], text[start:])
+        self.seen["thoughts"] += _is_unseen(messages[index], text[start:])
         end = self._end_of_turn(text, start)
         if end is None:
             text += self._missing_end(conversation, index)
@@ -290,7 +294,7 @@ class ChatRenderer:
     def _look_for_tools(self, conversation: Conversation, text: str) -> None:
         functions = [tool.get("function", tool) for tool in conversation.tools or ()]
         names = [function["name"] for function in functions if isinstance(function, Mapping) and "name" in function]
-        self.unseen_tools += bool(names) and not any(str(name) in text for name in names)
+        self.seen["tools"] += bool(names) and not any(str(name) in text for name in names)
 
     def _end_of_turn(self, text: str, start: int = 0) -> int | None:
         """Behind the last control token from `start` on, if only white space follows that; else None."""

@@ -53,7 +53,7 @@ def kept(
     if place is None:
         return make()
     if (found := _read(place)) is not None:
-        return _noted(found, f"taken as they were prepared before, from {place}")
+        return found.noted(f"taken as they were prepared before, from {place}")
     made = make()
     if made.report.skipped_bad or made.examples.asked:
         return made
@@ -67,12 +67,8 @@ def kept(
         _write(place, made)
         _make_room(place.parent)
         size = in_words(place.stat().st_size)
-        return _noted(_read(place) or made, f"kept as they are prepared, for the next run, in {place} ({size})")
+        return (_read(place) or made).noted(f"kept as they are prepared, for the next run, in {place} ({size})")
     return made
-
-
-def _noted(data: PreparedData, note: str) -> PreparedData:
-    return replace(data, report=replace(data.report, notes=(*data.report.notes, note)))
 
 
 def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: Sequence[object]) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,11 @@ class Conversation:
     # descriptions of functions the model may call, as the chat template reads them
     tools: tuple[Mapping[str, Any], ...] | None
     source: str
+
+    @classmethod
+    def of(cls, messages: Sequence[Message], source: str) -> Conversation:
+        """Without tools, every assistant turn of which carries loss."""
+        return cls(tuple(messages), tuple(message["role"] == "assistant" for message in messages), None, source)
 
 
 def read_conversation(column: str, value: object, values: Mapping[str, Any], source: str) -> Conversation:

@@ -72,20 +72,27 @@ Purpose = Literal["answers", "pairs", "labels", "prompts"]
 """What rows are read for: answers to learn, pairs of answers, answers with a label, or prompts to answer."""
 
 
+def texts_of(row: Row) -> tuple[OneText, ...]:
+    """What of a row is rendered, each by itself; the first is what it asks, where one answers it."""
+    if isinstance(row, Pair):
+        return row.chosen, row.rejected
+    return (row.answer if isinstance(row, Labelled) else row.question if isinstance(row, Asked) else row,)
+
+
 def has_empty_answer(row: Row) -> bool:
     """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss.
 
     Of a pair, whether one side is so.
     """
-    if isinstance(row, PlainText | Asked):
+    return not isinstance(row, Asked) and any(map(_says_nothing, texts_of(row)))
+
+
+def _says_nothing(text: OneText) -> bool:
+    if isinstance(text, PlainText):
         return False
-    if isinstance(row, Pair):
-        return has_empty_answer(row.chosen) or has_empty_answer(row.rejected)
-    if isinstance(row, Labelled):
-        return has_empty_answer(row.answer)
-    if isinstance(row, Completion):
-        return row.completion is not None and not row.completion.strip()
-    replies = [message for message, carries in zip(row.messages, row.supervised, strict=True) if carries]
+    if isinstance(text, Completion):
+        return text.completion is not None and not text.completion.strip()
+    replies = [message for message, carries in zip(text.messages, text.supervised, strict=True) if carries]
     return bool(replies) and not any(
         message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content", "").strip()
         for message in replies

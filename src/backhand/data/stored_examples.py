@@ -202,6 +202,10 @@ class PreparedData:
         """SHA-256 over every token, its supervision, labels and the order of the examples, in hexadecimal."""
         return hashlib.sha256(self.examples.column("key").data).hexdigest()
 
+    def noted(self, note: str) -> PreparedData:
+        """The same with a further note in its report."""
+        return replace(self, report=replace(self.report, notes=(*self.report.notes, note)))
+
 
 def summed(examples: Iterable[Example], report: DataReport) -> PreparedData:
     """Examples with a report whose sums are theirs; its other counts stay."""

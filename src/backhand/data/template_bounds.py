@@ -102,7 +102,7 @@ def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str
         TemplateLimitError: too much.
     """
     reach = sum(map(_reach, (*args, *values.values())))
-    first = args[0] if args else None
+    first: Any = args[0] if args else None
     more = 0
     match name.removeprefix("."):
         case "center" | "ljust" | "rjust" | "zfill":
