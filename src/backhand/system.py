@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def install(what: str) -> str:
         python = f'"{sys.executable}"' if sys.platform == "win32" else shlex.quote(sys.executable)
         return f"uv pip install --python {python} {what}"
     return f"pip install {what}"
+
+
+@cache
+def version_of(package: str) -> str | None:
+    """The version of an installed package, None where it is not there; read once."""
+    from importlib import metadata  # a tenth of the time of --help
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def stop_signals() -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from backhand.adapters.targets import resolve_slots
 from backhand.adapters.tensor_file import read_tensors
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.combine import combine
-from backhand.arithmetic.combine_options import CombineOptions
+from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
 from backhand.export.gguf_adapter_writer import write_gguf_adapter

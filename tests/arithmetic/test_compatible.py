@@ -13,7 +13,7 @@ from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_slots
 from backhand.arithmetic.combine import combine
-from backhand.arithmetic.combine_options import CombineOptions
+from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.family_parsing import decoder_config

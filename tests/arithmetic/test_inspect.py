@@ -18,7 +18,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.inspect import effective_rank, inspect_adapter
-from backhand.arithmetic.look_options import InspectOptions
+from backhand.arithmetic.options import InspectOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading import open_model

@@ -7,13 +7,11 @@ template is an error that names the difference.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
+from backhand.system import version_of
 
 RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
@@ -55,17 +54,8 @@ class AdapterRecord:
 
 def installed_packages() -> dict[str, str]:
     """Versions of Python and of the packages that decide what an adapter is."""
-    versions = {package: _version(package) for package in _PACKAGES}
+    versions = {package: version_of(package) for package in _PACKAGES}
     return {"python": platform.python_version()} | {name: one for name, one in versions.items() if one is not None}
-
-
-@cache
-def _version(package: str) -> str | None:
-    """Read once: every save of a run asks for it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def record_bytes(record: AdapterRecord) -> bytes:

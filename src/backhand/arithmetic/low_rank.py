@@ -38,8 +38,8 @@ class UpdateDirections(NamedTuple):
 
     @property
     def norm(self) -> float:
-        """‖ΔW‖_F."""
-        return float(torch.linalg.vector_norm(self.values))
+        """‖ΔW‖_F; 0 where it is zero as far as rounding lets one say."""
+        return self.lost_beyond(0) if self.rank else 0.0
 
     def lost_beyond(self, rank: int) -> float:
         """‖ΔW − its best approximation of this rank‖_F."""
@@ -101,7 +101,7 @@ def writable_factors(directions: UpdateDirections, rank: int) -> tuple[Tensor, T
 
 def difference_norm(first: ModuleFactors, second: ModuleFactors) -> float:
     """‖ΔW − ΔW′‖_F, from the decomposition of the difference: no large squares are subtracted."""
-    return product_directions(*terms([(1.0, first), (-1.0, second)])).norm
+    return product_directions(*terms([(1.0, first), (-1.0, second)])).lost_beyond(0)
 
 
 def inner_product(first: ModuleFactors, second: ModuleFactors) -> float:

@@ -13,17 +13,17 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import MISSING
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from cyclopts import Group, Parameter
 
 from backhand.bounds import Parse, union_members
 from backhand.cli import fields
+from backhand.cli.commands import Command
 from backhand.cli.fields import OptionField
 from backhand.errors import UsageError
 from backhand.words import shorten
 
-Options = TypeVar("Options")
 CONFIG_FILE = "config_file"
 _CONFIG_FILE_HELP = "TOML or .yaml file of options, in tables as in a run's config.toml; the command line wins over it."
 _DEBUG_HELP = "Show a traceback with an error."
@@ -41,24 +41,13 @@ class Prepared(NamedTuple):
     name_origin: Callable[[UsageError], None]  # makes an error about an option say where the user wrote it
 
 
-def command(
-    options: type[Options],
-    call: Callable[..., object] | str,
-    *,
-    positional: Sequence[str] = (),
-    load: Callable[[Path], Options] | None = None,
-    tell_typed: bool = False,
-    report_of: Callable[[Options], Path | None] | None = None,
-) -> Callable[..., Prepared]:
+def command(entry: Command) -> Callable[..., Prepared]:
     """Make the function that cyclopts parses the command line for; it runs nothing, and returns what is to run.
 
-    Args:
-        options: dataclass whose fields, each with a docstring under it, are the options.
-        call: gets the dataclass; a number that it returns is the exit code. As `module:function` it is imported,
-            with all that it needs, when the command runs.
-        load: reads a TOML file that may be named first; the command line wins over what it says.
-        tell_typed: give `call` also the set of field names that were typed, as `typed`.
+    Raises:
+        TypeError: the options are not what `option_fields` takes.
     """
+    options, load, positional = imported(entry.options), entry.file, entry.positional
     by_name = {field.name: field for field in fields.option_fields(options)}
 
     def prepare(*args: Any, **given: Any) -> Prepared:
@@ -76,9 +65,9 @@ def command(
                 values |= {name: by_name[name].default for name in yielding}
             built = fields.build(options, _words_in_file(base, by_name) | values, base)
             _check_paths(built, by_name)
-            function: Callable[..., object] = imported(call) if isinstance(call, str) else call
-            more = {"typed": frozenset(typed)} if tell_typed else {}
-            return Prepared(partial(function, built, **more), report_of and report_of(built), name_origin)
+            more = {"typed": frozenset(typed)} if entry.tell_typed else {}
+            run = entry.report_of and entry.report_of(built)
+            return Prepared(partial(imported(entry.function), built, **more), run, name_origin)
         except UsageError as error:
             name_origin(error)
             raise
@@ -95,8 +84,10 @@ def command(
     return prepare
 
 
-def imported(place: str) -> Any:
-    """What `module:name` names."""
+def imported(place: Any) -> Any:
+    """What `module:name` names; anything but a text as it is."""
+    if not isinstance(place, str):
+        return place
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.printing import bounded
+from backhand.system import version_of
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
@@ -27,77 +28,48 @@ TERMINATED = 143
 
 # What the system says of a path that was given; whatever else it says is of the machine.
 _USAGE_ERRNOS = {
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-    errno.EINVAL,
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.EINVAL)
 }
 _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory")
 _UNLOADABLE_TEXTS = ("failed to map segment", "cannot allocate memory", "cannot create shared object descriptor")
 
 
-def exit_code(error: BaseException) -> int:
-    """The exit code of the contract for an exception that ended a command."""
+def ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
+    """The exit code of the contract for an exception that ended a command, and what to print for it.
+
+    That is what happened, where, why, what to do next; "" where there is nothing to say.
+    """
     match error:
-        case BackhandError():
-            return error.exit_code
-        case KeyboardInterrupt():
-            return INTERRUPTED
-        case BrokenPipeError():
-            return BROKEN_PIPE
-        case SystemExit():
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
-        case _ if _of_the_parser(error) is not None:
-            return USAGE
-        case _ if _is_out_of_memory(error):
-            return RESOURCES
-        case OSError() if error.errno in _USAGE_ERRNOS:
-            return USAGE
-        case OSError() if error.errno:
-            return RESOURCES
-        case _ if _is_panic(error):
-            return ArtifactError.exit_code
-    return BUG
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust gave up, tokenizers on what a tokenizer.json says as a rule."""
-    return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
-
-
-def explanation(error: BaseException, arguments: Sequence[str]) -> str:
-    """What to print for an exception: what happened, where, why, what to do next; "" where there is nothing to say."""
-    match error:
-        case BackhandError() if error.said_elsewhere:
-            return ""
         case BackhandError():
             # Stopping when asked to is no error, although the shell gets a code for it.
-            return str(error) if error.exit_code > SIGNAL else f"error: {error}{_general_advice(error, arguments)}"
+            asked = error.exit_code > SIGNAL
+            text = str(error) if asked else f"error: {error}{_general_advice(error, arguments)}"
+            return error.exit_code, "" if error.said_elsewhere else text
         case KeyboardInterrupt():
-            return "" if is_a_follower() else "interrupted"
-        case BrokenPipeError() | SystemExit():
-            return ""
+            return INTERRUPTED, "" if is_a_follower() else "interrupted"
+        case BrokenPipeError():
+            return BROKEN_PIPE, ""
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None), ""
         case _ if (wrong := _of_the_parser(error)) is not None:
             command = " ".join(("backhand", *(wrong.command_chain or ()), "--help"))
-            return f"error: {bounded(_usage(wrong))}\n  next: {command}"
+            return USAGE, f"error: {bounded(_usage(wrong))}\n  next: {command}"
         case _ if _is_out_of_memory(error):
-            return (
+            return RESOURCES, (
                 "error: not enough memory\n"
                 f"  why: {bounded(str(error).splitlines()[0]) if str(error) else 'the system refused an allocation'}\n"
                 "  next: give --memory what may be used, or a smaller --micro-batch-rows or --max-length"
             )
         case OSError() if error.errno:
-            return _explain_os_error(error)
-        case _ if _is_panic(error):
-            return (
+            return USAGE if error.errno in _USAGE_ERRNOS else RESOURCES, _explain_os_error(error)
+        # A library written in Rust gave up, tokenizers on what a tokenizer.json says as a rule.
+        case _ if type(error).__name__ == "PanicException" and not isinstance(error, Exception):
+            return ArtifactError.exit_code, (
                 f"error: a library gave up on what it read: {bounded(str(error))}\n"
                 "  why: a file of the model contradicts itself, tokenizer.json as a rule\n"
                 "  next: take the model's files from where they come from, once more"
             )
-    return _explain_bug(error, arguments)
+    return BUG, _explain_bug(error, arguments)
 
 
 def _of_the_parser(error: BaseException) -> CycloptsError | None:
@@ -197,12 +169,5 @@ def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def _versions() -> str:
-    from importlib import metadata  # a tenth of the time of --help
-
-    versions = [f"Python {platform.python_version()} on {sys.platform}"]
-    for package in ("backhand", "torch", "transformers"):
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
-    return ", ".join(versions)
+    packages = (f"{name} {version_of(name) or 'not installed'}" for name in ("backhand", "torch", "transformers"))
+    return ", ".join((f"Python {platform.python_version()} on {sys.platform}", *packages))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from backhand.errors import UsageError
 from backhand.nn.waiting import briefly_beside_others, set_waiting
 from backhand.printing import may_be_silent, never_silent, show_what_libraries_say, visible
+from backhand.system import version_of
 
 if TYPE_CHECKING:
     import cyclopts
@@ -47,7 +48,7 @@ def make_app() -> cyclopts.App:
         help=_SUMMARY,
         help_epilogue=_EPILOGUE,
         help_format="markdown",
-        version=_version,
+        version=lambda: str(version_of("backhand")),
         exit_on_error=False,
         print_error=False,
         suppress_keyboard_interrupt=False,
@@ -174,22 +175,23 @@ def _values_joined(words: Sequence[str]) -> list[str]:
 def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted: Sequence[float]) -> int:
     import traceback
 
-    from backhand.cli.exit_codes import BUG, exit_code, explanation
+    from backhand.cli.exit_codes import BUG, ending
 
     just_now = bool(interrupted) and time.monotonic() - interrupted[-1] < _JUST_NOW_S
-    if just_now and isinstance(error, Exception) and exit_code(error) == BUG and _may_be_of_ctrl_c(error):
+    if just_now and isinstance(error, Exception) and ending(error, words)[0] == BUG and _may_be_of_ctrl_c(error):
         error = KeyboardInterrupt().with_traceback(error.__traceback__)
     if isinstance(error, BrokenPipeError):
         # The reader has left; what is still buffered must not raise again when Python closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif debug and not isinstance(error, SystemExit):
         sys.stderr.write(visible("".join(traceback.format_exception(error)), "\n"))
-    if text := explanation(error, words):
+    code, text = ending(error, words)
+    if text:
         with suppress(OSError):  # a closed terminal
             print(
                 text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr
             )
-    return exit_code(error)
+    return code
 
 
 def _may_be_of_ctrl_c(error: BaseException) -> bool:
@@ -240,26 +242,18 @@ def _signals_unwind(interrupted: list[float]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("backhand")
-
-
 def _verbose_version() -> str:
     """`--version --verbose`: the versions, the processor and which kernels run here; what a report of a bug needs."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     from backhand.kernels.builds import describe
     from backhand.nn.compute import available_cores, default_dtype
 
-    lines = [f"backhand {version('backhand')}", f"python {platform.python_version()}, {platform.platform()}"]
-    for package in ("torch", "transformers", "tokenizers", "safetensors", "gguf", "peft"):
-        with suppress(PackageNotFoundError):
-            lines.append(f"{package} {version(package)}")
+    lines = [f"backhand {version_of('backhand')}", f"python {platform.python_version()}, {platform.platform()}"]
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "peft")
+    lines += [f"{package} {version}" for package in packages if (version := version_of(package))]
     dtype = str(default_dtype(torch.device("cpu"))).removeprefix("torch.")
     lines.append(f"{available_cores()} cores, {torch.backends.cpu.get_cpu_capability()}; --dtype auto is {dtype}")
     return "\n".join([*lines, describe()])
