@@ -81,47 +81,34 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Several:
-    """A list that may not be too short."""
-
-    at_least: int = 1
-
-    def check(self, where: str, value: Any) -> None:
-        """Raise UsageError for a list that is too short."""
-        if isinstance(value, tuple | list) and len(value) >= self.at_least:
-            return
-        if self.at_least == 1 and value in ((), []):
-            raise UsageError(f"{where} is empty", where=where)
-        raise UsageError(f"{value!r} is not a list of {self.at_least} or more", where=where)
-
-    @property
-    def sentence(self) -> str:
-        """How many, if it is not evident."""
-        return f"{self.at_least} or more." if self.at_least > 1 else ""
-
-
-@dataclass(frozen=True)
-class Given:
-    """A text that may not be empty."""
-
-    what: str
-    next_step: str
-
-    sentence = ""
-
-    def check(self, where: str, value: Any) -> None:
-        """Raise UsageError for an empty text."""
-        if not value:
-            raise UsageError(self.what, where=where, next_step=self.next_step)
-
-
-@dataclass(frozen=True)
 class Check:
     """A rule in words of its own."""
 
     check: Callable[[str, Any], None]  # gets the field's name and value, and raises UsageError
+    sentence: str = ""  # what the help says of it
 
-    sentence = ""
+
+def several(at_least: int = 1) -> Check:
+    """A list that may not be too short."""
+
+    def check(where: str, value: Any) -> None:
+        if isinstance(value, tuple | list) and len(value) >= at_least:
+            return
+        if at_least == 1 and value in ((), []):
+            raise UsageError(f"{where} is empty", where=where)
+        raise UsageError(f"{value!r} is not a list of {at_least} or more", where=where)
+
+    return Check(check, f"{at_least} or more." if at_least > 1 else "")
+
+
+def given(what: str, next_step: str) -> Check:
+    """A text that may not be empty; what an error says of one that is."""
+
+    def check(where: str, value: Any) -> None:
+        if not value:
+            raise UsageError(what, where=where, next_step=next_step)
+
+    return Check(check)
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ Share = Annotated[float, Bound(at_least=0, below=1)]
 Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(at_least=0)]
 Text = Annotated[str, Check(check_text)]
-BaseModel = Annotated[str, Given("no base model is given", "give a directory, a file or a hub id")]
+BaseModel = Annotated[str, given("no base model is given", "give a directory, a file or a hub id")]
 
 
 class Options:
@@ -231,7 +218,7 @@ def check_value(where: str, value: Any, hint: Any) -> None:
         check_value(where, value, others[0])
         return
     for rule in rules:
-        if not isinstance(rule, Bound | Words | Also):
+        if isinstance(rule, Check):
             rule.check(where, value)
     bound = next((rule for rule in rules if isinstance(rule, Bound)), None)
     origin = get_origin(plain)

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from backhand.adapters import tensor_file
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.loading import load_adapter
 from backhand.adapters.peft_config import read_peft_config
-from backhand.adapters.targets import resolve_slots
 from backhand.adapters.tensor_file import parse_json_object, read_tensors
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import save_adapter
+from support.saved_adapters import load_adapter, resolve_slots, save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

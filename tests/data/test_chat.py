@@ -7,6 +7,7 @@ import pytest
 
 from backhand.data.chat import ChatRenderer, Document, read_template
 from backhand.data.messages import Conversation, read_conversation
+from backhand.data.options import TemplateOptions
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -33,7 +34,7 @@ def talk(*turns: str, **columns: Any) -> Conversation:
 
 def renderer(template: str = CHAT_TEMPLATE, tokenizer: Any = None, **options: Any) -> ChatRenderer:
     tokenizer = tokenizer or byte_level()
-    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, **options)
+    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions(**options))
 
 
 def spans(document: Document) -> list[str]:
@@ -166,7 +167,7 @@ def test_whatever_a_template_raises_is_a_data_error(template: str) -> None:
 def test_a_template_with_a_syntax_error_is_laid_at_the_right_door() -> None:
     for from_option, kind in ((True, UsageError), (False, ArtifactError)):
         with pytest.raises(kind, match="not valid Jinja") as raised:
-            renderer("{% for %}", from_option=from_option).documents(talk("u:q", "a:x"))
+            renderer("{% for %}", chat_template="given" if from_option else None).documents(talk("u:q", "a:x"))
         assert "line 1" in str(raised.value.why)
 
 

@@ -73,7 +73,7 @@ class Learnt:
 
 def _renderer(name: str, **args: Any) -> ChatRenderer:
     tokenizer, template = tokenizer_for(name), template_source(name)
-    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, template_args=args)
+    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions(template_args=args))
 
 
 def _read(messages: list[dict[str, Any]]) -> Conversation:
@@ -255,6 +255,6 @@ def test_a_developer_is_the_system(name: str) -> None:
 def test_a_template_that_knows_developers_alone_is_given_one() -> None:
     tokenizer = tokenizer_for("qwen2_5")
     template = template_source("qwen2_5").replace('"system"', '"developer"').replace("'system'", "'developer'")
-    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template)
+    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions())
     (document,) = chat.documents(_read(PLAIN["system, two turns"]))
     assert "Be brief." in document.text

@@ -117,8 +117,7 @@ def check_source(
     different = []
     if record is not None:
         compared = module_names if record.base_digest is not None else ()
-        digests = source_digests(source, compared, chat_template=chat_template)
-        different += base_differences(record, **digests)
+        different += base_differences(record, source_digests(source, compared, chat_template=chat_template))
     different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
     if different and not force_base:
         raise wrong_base(different, where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -245,15 +245,7 @@ class InjectedAdapter:
 
     def load_contents(self, contents: AdapterContents) -> LoadedAdapter:
         """The same with an adapter that has been read, whatever file it stood in; errors as `load`."""
-        loaded = match_adapter(
-            contents,
-            self._plan.module_names,
-            lambda _: list(self._plan.shapes),
-            linear=self._plan.linear,
-            heads=self._plan.heads,
-            differences=lambda targets: _differences(targets, self.targets),
-            trained=lambda _: self._plan.trained,
-        )
+        loaded = _matched(contents, self._plan, lambda targets: _differences(targets, self.targets))
         check_base_copies(loaded, lambda name: self.modules[name].weight)
         self.fill(loaded.factors)
         return loaded
@@ -267,6 +259,20 @@ def _train_rows(plan: Injection) -> dict[str, TokenModule]:
     (name, module), *heads = plan.token_modules.items()
     embedding = TokenEmbedding.adapt(module, token_ids)
     return {name: embedding} | {head: TokenLinear.adapt(module, embedding) for head, module in heads}
+
+
+def _matched(
+    contents: AdapterContents, plan: Injection, differences: Callable[[Sequence[Target]], list[str]] | None = None
+) -> LoadedAdapter:
+    return match_adapter(
+        contents,
+        plan.module_names,
+        lambda _: list(plan.shapes),
+        linear=plan.linear,
+        heads=plan.heads,
+        differences=differences,
+        trained=lambda _: plan.trained,
+    )
 
 
 def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
@@ -356,14 +362,7 @@ def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAda
         plan = plan_injection(module, contents.described.config, None, strict=False)
     except UsageError as error:
         raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
-    loaded = match_adapter(
-        contents,
-        plan.module_names,
-        lambda _: list(plan.shapes),
-        linear=plan.linear,
-        heads=plan.heads,
-        trained=lambda _: plan.trained,
-    )
+    loaded = _matched(contents, plan)
     check_base_copies(loaded, lambda name: base_weight(plan.modules[name]))
     adapter = InjectedAdapter(module, plan)
     adapter.fill(loaded.factors)

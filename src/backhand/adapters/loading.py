@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
+from backhand.adapters.contents import AdapterContents, UnusableAdapterError
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import FactorShapes, match_tensors, slot_shapes
 from backhand.adapters.record import AdapterRecord
@@ -23,33 +23,19 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import embeddings_of, experts_of
 
 
-def load_adapter(
-    directory: Path | str,
-    module_shapes: Mapping[str, tuple[int, int]],
-    *,
-    heads: Collection[str] = OUTPUT_HEADS,
-    allow_pickle: bool = False,
+def match_linear_adapter(
+    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
 ) -> LoadedAdapter:
-    """Read an adapter of linear modules and embeddings, and check it completely.
+    """Hold an adapter of linear modules, embeddings and experts that has been read against a model.
 
     Args:
-        directory: of the adapter, or one that holds a single adapter in a sub-folder.
         module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also knows
             embeddings and what else can be trained.
         heads: what `all-linear` leaves out, should the file say that.
-        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
-    contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
-    return match_linear_adapter(contents, module_shapes, heads=heads)
-
-
-def match_linear_adapter(
-    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
-) -> LoadedAdapter:
-    """Hold an adapter of linear modules that has been read against a model; arguments and errors as `load_adapter`."""
     config = contents.described.config
 
     def slots(targets: Sequence[Target]) -> list[LoRASlot]:
@@ -96,13 +82,9 @@ def match_adapter(
     if contents.config_usable:
         try:
             # What matches nothing is no problem in itself here: the tensors say what was adapted.
+            config = contents.described.config
             targets = resolve_targets(
-                contents.described.config,
-                module_names,
-                linear=linear,
-                heads=heads,
-                parameters=parameters,
-                strict=False,
+                config, module_names, linear=linear, heads=heads, parameters=parameters, strict=False
             )
             further = differences(targets) if differences is not None else []
             if not further:

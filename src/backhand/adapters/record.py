@@ -113,27 +113,24 @@ def changed_files(record: AdapterRecord, contents: Mapping[str, bytes]) -> list[
     ]
 
 
-def base_differences(
-    record: AdapterRecord,
-    *,
-    base_digest: str | None = None,
-    tokenizer_digest: str | None = None,
-    chat_template_digest: str | None = None,
-) -> list[str]:
+_COMPARED = {
+    "base_digest": "base model: its adapted weights are",
+    "tokenizer_digest": "tokenizer: its tokens or merges are",
+    "chat_template_digest": "chat template: it is",
+}
+
+
+def base_differences(record: AdapterRecord, digests: Mapping[str, str | None]) -> list[str]:
     """A sentence for each thing that is not what the adapter was trained with.
 
-    The digests are those of the model at hand; what either side does not know is skipped.
+    Args:
+        digests: of the model at hand, by their names in the record; what either side does not know is skipped.
     """
-    compared = (
-        ("base model: its adapted weights are", record.base_digest, base_digest),
-        ("tokenizer: its tokens or merges are", record.tokenizer_digest, tokenizer_digest),
-        ("chat template: it is", record.chat_template_digest, chat_template_digest),
-    )
     origin = f" (trained on {record.origin})" if record.origin else ""
     return [
         f"{what} not what the adapter was trained with{origin}"
-        for what, recorded, present in compared
-        if recorded is not None and present is not None and recorded != present
+        for name, what in _COMPARED.items()
+        if None not in (both := (getattr(record, name), digests.get(name))) and both[0] != both[1]
     ]
 
 

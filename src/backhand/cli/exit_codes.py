@@ -116,7 +116,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _usage(error: CycloptsError) -> str:
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-    from backhand.cli.fields import as_option
+    from backhand.cli.command import as_option
     from backhand.training.other_names import COMMANDS, HERE, NOT_NEEDED, ours
 
     words = list(error.unused_tokens or ())

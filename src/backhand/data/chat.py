@@ -7,7 +7,7 @@ has stopped by then.
 
 A template that ends no turn (GLM-4) leaves it to the next role's token to stop generation; then that token belongs to
 the reply. What a template asks for and what it renders may differ where thoughts are concerned:
-`backhand.data.reply_start`.
+`backhand.data.template_habits`.
 
 Where the template renders a turn differently once others follow (Qwen3 takes the thoughts out of earlier turns), what
 is rendered up to that turn is no beginning of the whole, and the turn becomes a document of its own, with its own past.
@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
-from backhand.data.reply_start import ReplyStart, find_start, switches
-from backhand.data.template_habits import TemplateHabits
+from backhand.data.template_habits import ReplyStart, TemplateHabits, find_start, switches
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
-from backhand.words import shorten
+from backhand.words import begin_alike, shorten
 
 if TYPE_CHECKING:
     from backhand.data.bounded_template import BoundedTemplate
@@ -77,24 +76,17 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
         ) from None
 
 
-def stopping_role_ids(
-    tokenizer: Any, template: str | None, *, from_option: bool, template_args: Mapping[str, Any] | None = None
-) -> tuple[int, ...]:
+def stopping_role_ids(tokenizer: Any, options: TemplateOptions) -> tuple[int, ...]:
     """Ids of the tokens at which replies end because the next role begins with them; none where turns have an end.
-
-    Args:
-        template: the chat template in use; None for none.
-        from_option: it comes from `--chat-template`, so its errors are the user's.
 
     Raises:
         ArtifactError: the tokenizer does not stand on the `tokenizers` library.
-        UsageError, ArtifactError: the template is not valid Jinja, or asks for more than it may have.
+        UsageError, ArtifactError: the template cannot be read, is not valid Jinja, or asks for more than it may have.
     """
+    template = read_template(options.chat_template, tokenizer)
     if template is None:
         return ()
-    chat = ChatRenderer(
-        tokenizer, TextEncoder(tokenizer, template), template, from_option=from_option, template_args=template_args
-    )
+    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, options)
     return tuple(tokenizer.convert_tokens_to_ids(chat.stopping_role_tokens()))
 
 
@@ -102,9 +94,8 @@ class ChatRenderer:
     """The chat template of one model, with its arguments.
 
     Args:
-        template: source of the template; the tokenizer's own if the option did not say otherwise.
-        from_option: the template comes from `--chat-template`, so its errors are the user's.
-        system: put before conversations without a system message.
+        template: source of the template; the tokenizer's own if the options did not say otherwise. Where they did, its
+            errors are the user's.
 
     Attributes:
         seen: how often something was found so far that the user should know: replies that carry no loss because nothing
@@ -114,34 +105,18 @@ class ChatRenderer:
             template does not render what it asks for.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        encoder: TextEncoder,
-        template: str,
-        *,
-        from_option: bool = False,
-        template_args: Mapping[str, Any] | None = None,
-        system: str | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, encoder: TextEncoder, template: str, options: TemplateOptions) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._template = template
-        self._from_option = from_option
-        self.template_args = dict(template_args or {})
-        self._system = system
+        self._from_option = options.chat_template is not None
+        self.template_args = dict(options.template_args)
+        self._system = options.system
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._compiled_templates: dict[str, BoundedTemplate] = {}
         self.seen: Counter[str] = Counter()
         self.starts: Counter[tuple[str, str]] = Counter()
         self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special)
-
-    @classmethod
-    def by_options(cls, tokenizer: Any, encoder: TextEncoder, template: str, options: TemplateOptions) -> ChatRenderer:
-        """As the options want it."""
-        from_option = options.chat_template is not None
-        args, system = options.template_args, options.system
-        return cls(tokenizer, encoder, template, from_option=from_option, template_args=args, system=system)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
         """The documents of a conversation: one, or one for each turn that the template rewrites later.
@@ -279,7 +254,7 @@ class ChatRenderer:
         if begun is not None:
             self.starts[begun.how, begun.detail] += 1
             return begun
-        alike = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
+        alike = begin_alike(asked, text)
         raise DataError(
             "the chat template does not render this reply as it asks for one, so where it starts is not known",
             where=conversation.source,

@@ -8,9 +8,8 @@ from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
 from backhand.data.examples import encode_document
-from backhand.data.messages import Conversation, Message
+from backhand.data.messages import Completion, Conversation, Message, OneText, PlainText
 from backhand.data.options import TemplateOptions
-from backhand.data.row_kinds import Completion, OneText, PlainText
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of
@@ -73,7 +72,7 @@ class RowRenderer:
         self._chat: ChatRenderer | None = None
         self._seen: Counter[str] = Counter()
         if template is not None:
-            self._chat = ChatRenderer.by_options(tokenizer, self.encoder, template, options)
+            self._chat = ChatRenderer(tokenizer, self.encoder, template, options)
             self._seen = self._chat.seen
         elif options.template_args or options.system is not None:
             field = "template_args" if options.template_args else "system"

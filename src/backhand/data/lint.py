@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from backhand.data.chat import ChatRenderer, read_template
 from backhand.data.examples import CutRows, DataReport, Example
-from backhand.data.messages import Conversation
+from backhand.data.messages import Conversation, Purpose
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
-from backhand.data.row_kinds import Purpose
 from backhand.data.rows import BadRows
 from backhand.data.split import equal_neighbours, overlap
 from backhand.data.stored_examples import PreparedData, StoredExamples
@@ -169,13 +168,11 @@ def lint(
         found.append(("context", [document.source for document in long], context_length))
     malformed = _malformed(bad, "warning" if options.skip_bad else "error")
     findings = [*malformed, *(_finding(*one) for one in found if one[1])]
+    columns = {"tokens": "tokens", "supervised tokens": "supervised"}
     report = LintReport(
         train=train.report,
         held_out=None if held_out is None else held_out.report,
-        lengths={
-            "tokens": _quantiles(documents.column("tokens")),
-            "supervised tokens": _quantiles(documents.column("supervised")),
-        },
+        lengths={name: _quantiles(documents.column(column)) for name, column in columns.items()},
         template=tuple(probe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         not_checked=not_checked,
@@ -184,23 +181,14 @@ def lint(
 
 
 def _malformed(bad: BadRows, severity: Severity) -> list[Finding]:
-    findings = [
-        Finding(
-            "malformed",
-            severity,
-            1,
-            error.what + (f": {error.why}" if error.why else ""),
-            (str(error.where),),
-            error.next_step or "correct the row, or leave bad rows out with --skip-bad",
-        )
-        for error in bad.errors
-    ]
-    unseen = bad.count - len(findings)
-    if unseen:
-        where = findings[-1].where
-        findings.append(
-            Finding("malformed", severity, unseen, f"{unseen:,} more malformed rows after this one", where, "as above")
-        )
+    findings = []
+    for error in bad.errors:
+        what = error.what + (f": {error.why}" if error.why else "")
+        remedy = error.next_step or "correct the row, or leave bad rows out with --skip-bad"
+        findings.append(Finding("malformed", severity, 1, what, (str(error.where),), remedy))
+    if unseen := bad.count - len(findings):
+        what = f"{unseen:,} more malformed rows after this one"
+        findings.append(Finding("malformed", severity, unseen, what, findings[-1].where, "as above"))
     return findings
 
 
@@ -343,7 +331,7 @@ def probe_template(tokenizer: Any, options: TemplateOptions) -> list[str]:
     if template is None:
         return ["there is no chat template: prompts and completions are joined as they stand"]
     encoder = TextEncoder(tokenizer, template)
-    chat = ChatRenderer.by_options(tokenizer, encoder, template, options)
+    chat = ChatRenderer(tokenizer, encoder, template, options)
     asked = _prompt(chat, ("user", _QUESTION))
     if asked is None:
         return ["the chat template refuses a single question"]

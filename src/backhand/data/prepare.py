@@ -26,9 +26,8 @@ from backhand.data.examples import (
     encode_document,
 )
 from backhand.data.forms import FormReader
-from backhand.data.messages import Conversation
+from backhand.data.messages import Asked, Conversation, Labelled, Pair, Purpose, Row, has_empty_answer, texts_of
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
-from backhand.data.row_kinds import Asked, Labelled, Pair, Purpose, Row, has_empty_answer, texts_of
 from backhand.data.rows import BadRows
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.split import overlap, split, usual_share
@@ -160,7 +159,9 @@ def read_examples(
         first, *others = (_only(kept(part, row.source), row) for part in parts)
         if first is None or None in others:
             return []
-        return [replace(first, rejected=others[0]) if others else replace(first, desirable=row.desirable)]
+        if isinstance(row, Labelled):
+            return [replace(first, desirable=row.desirable)]
+        return [replace(first, rejected=others[0])]
 
     def begin(row: Row) -> Begun:
         texts = texts_of(row)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.examples import DataReport, Example
-from backhand.data.row_kinds import Asked
+from backhand.data.messages import Asked
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason

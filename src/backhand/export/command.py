@@ -12,16 +12,18 @@ from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ResourceError, UsageError, short_reason
 from backhand.export.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
-from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
 from backhand.export.merging import merge_adapter
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.export.options import ExportOptions, given
 from backhand.export.other_formats import (
     ADAPTER_FILE,
     MODEL_FILE,
+    factors_without_model,
+    kohya_bytes,
     mlx_files,
     ollama_base,
     peft_directory_files,
+    read_kohya_file,
     read_mlx_files,
     write_modelfile,
 )
