@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from backhand.adapters.checked_base import check_source, load_adapter_for, source_digests, weight_names
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.loading import check_source, load_adapter_for, source_digests, weight_names
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.family_parsing import decoder_config

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from backhand.adapters.checked_base import load_adapter_for, source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import read_adapter_directory
+from backhand.adapters.loading import load_adapter_for, source_digests
 from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.combine import combine
 from backhand.arithmetic.options import CombineOptions

@@ -13,9 +13,9 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
+from backhand.adapters.loading import source_digests
 from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.inspect import effective_rank, inspect_adapter
 from backhand.arithmetic.options import InspectOptions

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from backhand.data.chat import ChatRenderer, Document, read_template
-from backhand.data.messages import Conversation, read_conversation
 from backhand.data.options import TemplateOptions
+from backhand.data.rows import Conversation, read_conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer

@@ -8,9 +8,9 @@ import pytest
 
 from backhand.data.chat import ChatRenderer
 from backhand.data.lint import lint
-from backhand.data.messages import Conversation, read_conversation
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare, prepare_prompts
+from backhand.data.rows import Conversation, read_conversation
 from backhand.data.template_habits import switches
 from backhand.data.text_encoder import TextEncoder
 from support.tokenizer_kinds import byte_level

@@ -9,8 +9,8 @@ import pytest
 
 from backhand.data.chat import ChatRenderer, Document
 from backhand.data.documents import RowRenderer
-from backhand.data.messages import Conversation, read_conversation
 from backhand.data.options import TemplateOptions
+from backhand.data.rows import Conversation, read_conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
 from support.trl_templates import marked_spans, pair_names, template_names, template_source, tokenizer_for

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
+from backhand.adapters.loading import source_digests
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ArtifactError
 from backhand.generate.engine_completer import EngineCompleter, complete_greedily

@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.loading import load_adapter_for
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.targets import Target
 from backhand.adapters.wrapped_names import in_wrapper, of_the_text_model

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from backhand.adapters.targets import Target, module_values
 from backhand.adapters.tensor_file import tensor_bytes
 from backhand.adapters.wrapped_names import in_wrapper
 from backhand.errors import CheckError
-from backhand.files import write_together
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
 
@@ -37,37 +35,18 @@ class AdapterParts(NamedTuple):
     factors: Mapping[str, Tensor]  # everything that is trained, by its name in `LoRAParameters`
     trained: Sequence[TrainedTensor] = ()  # the tensors trained as they are
 
+    @classmethod
+    def of(cls, described: PEFTConfig, parameters: LoRAParameters) -> AdapterParts:
+        """An adapter of linear modules, embeddings and experts; its numbers are written in fp32."""
+        targets = module_values(described.config, list(parameters.slots), strict=False)
+        for target, slot in zip(targets, parameters.slots.values(), strict=True):
+            if (target.rank, target.scaling) != (slot.rank, slot.scaling):
+                raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
+        shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.trained.values())
+        return cls(described, targets, shapes, dict(parameters.named_tensors()), trained)
+
 
 def adapter_files(
-    described: PEFTConfig,
-    parameters: LoRAParameters,
-    *,
-    record: AdapterRecord | None = None,
-    card: Mapping[str, object] | None = None,
-    module_names: Collection[str] | None = None,
-    wrapper: Wrapper | None = None,
-) -> dict[str, bytes]:
-    """The files of an adapter of linear modules, by name, in the order to write them.
-
-    Args:
-        parameters: the trained factors; written in fp32.
-        record: origin and digests for backhand.json; package versions and file digests are added here.
-        module_names: all linear modules of the model, see `peft_config.written_targets`.
-        wrapper: the image model whose text model this is; the files then have the names of the whole.
-
-    Raises:
-        CheckError: a value is not finite.
-    """
-    targets = module_values(described.config, list(parameters.slots), strict=False)
-    for target, slot in zip(targets, parameters.slots.values(), strict=True):
-        if (target.rank, target.scaling) != (slot.rank, slot.scaling):
-            raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
-    shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.trained.values())
-    parts = AdapterParts(described, targets, shapes, dict(parameters.named_tensors()), trained)
-    return module_adapter_files(parts, record=record, card=card, module_names=module_names, wrapper=wrapper)
-
-
-def module_adapter_files(
     parts: AdapterParts,
     *,
     record: AdapterRecord | None = None,
@@ -75,7 +54,16 @@ def module_adapter_files(
     module_names: Collection[str] | None = None,
     wrapper: Wrapper | None = None,
 ) -> dict[str, bytes]:
-    """The files of an adapter of any modules, see `adapter_files`."""
+    """The files of an adapter, by name, in the order to write them.
+
+    Args:
+        record: origin and digests for backhand.json; package versions and file digests are added here.
+        module_names: all linear modules of the model, see `peft_config.written_targets`.
+        wrapper: the image model whose text model this is; the files then have the names of the whole.
+
+    Raises:
+        CheckError: a value is not finite.
+    """
     described, targets, shapes, factors, trained = parts
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
         raise CheckError(
@@ -101,12 +89,6 @@ def module_adapter_files(
     # Last, since it vouches for the others: after a crash in between, loading says that they do not fit.
     contents[RECORD_FILE] = record_bytes(record)
     return contents
-
-
-def write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
-    """Write an adapter's files, all of them before any takes its place; see `files.write_together`."""
-    write_together(directory, contents)
-    return directory
 
 
 _AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM"}

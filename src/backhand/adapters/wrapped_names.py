@@ -25,6 +25,7 @@ from backhand.nn.loading.wrappers import Wrapper, text_name
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 _IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<end>.+)")
 _IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:\\?\.)(?:model(?:\\?\.))?")
+_NO_OTHER_CHOICE: dict[str, Any] = {"exclude_modules": (), "layers_to_transform": None, "layers_pattern": ()}
 
 
 def in_wrapper(
@@ -37,13 +38,8 @@ def in_wrapper(
         module_names: all linear modules of the text model, None if they are not known.
     """
     renamed = tuple(replace(target, name=wrapper.outside(target.name)) for target in targets)
-    config = replace(
-        described.config,
-        target_modules=_expression([target.name for target in targets], wrapper, module_names or ()),
-        exclude_modules=(),
-        layers_to_transform=None,
-        layers_pattern=(),
-    )
+    wanted = _expression([target.name for target in targets], wrapper, module_names or ())
+    config = replace(described.config, target_modules=wanted, **_NO_OTHER_CHOICE)
     return replace(described, config=config), renamed
 
 
@@ -79,9 +75,7 @@ def of_the_text_model(contents: AdapterContents) -> AdapterContents:
     config = replace(
         config,
         target_modules=tuple(sorted(modules)),
-        exclude_modules=(),
-        layers_to_transform=None,
-        layers_pattern=(),
+        **_NO_OTHER_CHOICE,
         rank_pattern=_patterns(config.rank_pattern),
         alpha_pattern=_patterns(config.alpha_pattern),
         modules_to_save=tuple(text_name(name) or name for name in config.modules_to_save),

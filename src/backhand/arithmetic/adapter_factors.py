@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.adapters.checked_base import base_weight_name, check_source, read_adapter, source_digests
 from backhand.adapters.contents import PICKLE_FILE, TENSOR_FILE, AdapterContents, UnusableAdapterError
+from backhand.adapters.loading import base_weight_name, check_source, read_adapter, source_digests
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX

@@ -18,7 +18,7 @@ from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import FactorShapes
-from backhand.adapters.peft_saving import AdapterParts, module_adapter_files, write_files
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target
 from backhand.arithmetic.adapter_factors import (
@@ -33,6 +33,7 @@ from backhand.arithmetic.low_rank import product_directions, terms, writable_fac
 from backhand.arithmetic.options import CombineOptions
 from backhand.arithmetic.sparse_merging import best_factors, dare, formed, formed_difference, ties
 from backhand.errors import UsageError
+from backhand.files import write_together
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.reading import refuse_inputs_inside
@@ -82,7 +83,7 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
         modules[name] = combined_module(options, name, weighted)
     adapter = ComputedAdapter(modules)
     facts = {"made by": _description(options, sources), "relative error": f"{adapter.error:.2g}"}
-    write_files(options.output, computed_files(adapter, sources, record, facts, model))
+    write_together(options.output, computed_files(adapter, sources, record, facts, model))
     return Combination(adapter, sources, options.output, notes)
 
 
@@ -261,7 +262,7 @@ def computed_files(
         lora_A, lora_B = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = module.factors.in_file()
         weight, embedding = module.factors.weight_shape, module.factors.embedding
         shapes.append(FactorShapes(name, tuple(lora_A.shape), tuple(lora_B.shape), weight, embedding))
-    return module_adapter_files(AdapterParts(described, targets, shapes, tensors), record=record, card=facts)
+    return adapter_files(AdapterParts(described, targets, shapes, tensors), record=record, card=facts)
 
 
 def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> dict[str, Any]:

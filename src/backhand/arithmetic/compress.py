@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from backhand.adapters.contents import TENSOR_FILE
-from backhand.adapters.peft_saving import write_files
 from backhand.arithmetic.adapter_factors import AdapterFactors, common_record, read_factors, refuse_more_than_factors
 from backhand.arithmetic.combine import (
     ComputedAdapter,
@@ -32,6 +31,7 @@ from backhand.arithmetic.findings import (
 )
 from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors
 from backhand.arithmetic.options import CompressOptions
+from backhand.files import write_together
 from backhand.nn.loading.opening import open_model
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables
@@ -87,7 +87,7 @@ def compress_adapter(options: CompressOptions) -> Compression:
     facts["relative error"] = f"{adapter.error:.2g}"
     files = computed_files(adapter, [source], record, facts, model)
     if options.output is not None:
-        write_files(options.output, files)
+        write_together(options.output, files)
     return Compression(source, adapter, options.error, len(files[TENSOR_FILE]))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.adapters.checked_base import weight_names
+from backhand.adapters.loading import weight_names
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.record import base_digest, wrong_base
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, part_of, read_factors

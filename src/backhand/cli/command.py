@@ -165,13 +165,22 @@ def command(entry: Command) -> Callable[..., Prepared]:
         file = given.pop(CONFIG_FILE, None)
         base = load(file) if load is not None and file is not None else None
         typed = {name: value for name, value in given.items() if name in by_name}
-        name_origin = partial(_name_origin, by_name=by_name, typed=typed, base=base, file=file, positional=positional)
+
+        def name_origin(error: UsageError) -> None:
+            """Say where the user wrote a value that was refused: the option, its place, or file and key."""
+            name, bracket, rest = (error.where or "").partition("[")
+            if (field := by_name.get(name)) is None:
+                return
+            if base is not None and name not in typed and value_of(base, field) != field.default:
+                error.where = f"{file}: {'.'.join((*field.section, name))}{bracket}{rest}"
+            else:  # as the help names it
+                error.where = name.upper() if name in positional else f"{field.option}{bracket}{rest}"
+
         try:
             values = {name: _parsed(value, by_name[name].parse) for name, value in typed.items()}
             if base is not None:
-                yielding = [
-                    name for name, other in _YIELDS.items() if other in typed and name in by_name.keys() - typed
-                ]
+                untyped = by_name.keys() - typed
+                yielding = [name for name, other in _YIELDS.items() if other in typed and name in untyped]
                 values |= {name: by_name[name].default for name in yielding}
             built = build(options, _words_in_file(base, by_name) | values, base)
             _check_paths(built, by_name)
@@ -182,14 +191,19 @@ def command(entry: Command) -> Callable[..., Prepared]:
             name_origin(error)
             raise
 
-    leading = [_config_file()] if load is not None else []
+    leading = []
+    if load is not None:
+        file_help = Parameter(name="RUN.TOML", help=_CONFIG_FILE_HELP, show_default=False)
+        leading.append(_parameter(CONFIG_FILE, Path | None, file_help, None, inspect.Parameter.POSITIONAL_ONLY))
     leading += [_positional(by_name[name]) for name in positional]
     rest = [field for name, field in by_name.items() if name not in positional]
-    groups = _groups(rest)
-    names = by_name.keys()
-    parameters = leading + [_option(field, groups[field.section], names) for field in rest]
+    titles = {field.section: field.title for field in rest}
+    groups = {section: Group(title, sort_key=number) for number, (section, title) in enumerate(titles.items())}
+    parameters = leading + [_option(field, groups[field.section], by_name.keys()) for field in rest]
     if "debug" not in by_name:
-        parameters.append(_flag("debug", _DEBUG_HELP))
+        group = Group("Errors", sort_key=1000)
+        flag = Parameter(help=_DEBUG_HELP, group=group, negative=(), show_default=False)
+        parameters.append(_parameter("debug", bool, flag, False))
     prepare.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return prepare
 
@@ -249,29 +263,26 @@ def _words_in_file(base: Any, by_name: Mapping[str, OptionField]) -> dict[str, A
     return {name: _parsed(value, by_name[name].parse) for name, value in values.items() if isinstance(value, str)}
 
 
-def _groups(options: Sequence[OptionField]) -> dict[tuple[str, ...], Group]:
-    titles = {field.section: field.title for field in options}
-    return {section: Group(title, sort_key=number) for number, (section, title) in enumerate(titles.items())}
+def _parameter(
+    name: str, hint: Any, said: Parameter, default: Any, kind: Any = inspect.Parameter.KEYWORD_ONLY
+) -> inspect.Parameter:
+    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, said])
 
 
 def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
-    silent = field.default in (None, (), {}, "") or field.default is MISSING or field.default is False
-    parameter = Parameter(
+    default = field.default  # shown as one would type it, the words of a tuple side by side
+    silent = default in (None, (), {}, "") or default is MISSING or default is False
+    said = Parameter(
         name=(field.option, *field.also) if field.also else None,
         help=_help(field, names),
         group=group,
         # A flag that is off by default is turned off again, over a TOML file, with --flag=false.
-        negative=None if field.default is True else (),
+        negative=None if default is True else (),
         consume_multiple=takes_several(field.hint) or None,
-        show_default=False if silent else _as_typed(field.default),
+        show_default=False if silent else " ".join(map(str, default)) if isinstance(default, tuple) else str(default),
         metavar=_metavar(field),
     )
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=_default_on_command_line(field),
-        annotation=Annotated[_typed_on_command_line(field), parameter],
-    )
+    return _parameter(field.name, _typed_on_command_line(field), said, _default_on_command_line(field))
 
 
 def _metavar(field: OptionField) -> str | None:
@@ -282,11 +293,6 @@ def _metavar(field: OptionField) -> str | None:
     if float in get_args(field.hint) and words:
         return "|".join(("NUMBER", *words))
     return "NUMBER..." if float in get_args(field.hint) and takes_several(field.hint) else None
-
-
-def _as_typed(default: Any) -> str:
-    """A default as one would type it: the words of a tuple side by side."""
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _help(field: OptionField, names: Set[str]) -> str:
@@ -323,37 +329,4 @@ def _positional(field: OptionField) -> inspect.Parameter:
     kind = inspect.Parameter.VAR_POSITIONAL if several else inspect.Parameter.POSITIONAL_ONLY
     hint: Any = get_args(field.hint)[0] if several else field.hint
     default = inspect.Parameter.empty if several or field.default is MISSING else field.default
-    annotation = Annotated[hint, Parameter(help=field.help, negative=())]
-    return inspect.Parameter(field.name, kind, default=default, annotation=annotation)
-
-
-def _config_file() -> inspect.Parameter:
-    annotation = Annotated[Path | None, Parameter(name="RUN.TOML", help=_CONFIG_FILE_HELP, show_default=False)]
-    return inspect.Parameter(CONFIG_FILE, inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=annotation)
-
-
-def _flag(name: str, text: str) -> inspect.Parameter:
-    group = Group("Errors", sort_key=1000)
-    annotation = Annotated[bool, Parameter(help=text, group=group, negative=(), show_default=False)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-
-
-def _name_origin(
-    error: UsageError,
-    by_name: Mapping[str, OptionField],
-    typed: Mapping[str, Any],
-    base: Any,
-    file: Path | None,
-    positional: Sequence[str],
-) -> None:
-    """Say where the user wrote the value of a field that was refused: the option, its place, or file and key."""
-    name, bracket, rest = (error.where or "").partition("[")
-    if name not in by_name:
-        return
-    field = by_name[name]
-    if base is not None and name not in typed and value_of(base, field) != field.default:
-        error.where = f"{file}: {'.'.join((*field.section, name))}{bracket}{rest}"
-    elif name in positional:
-        error.where = name.upper()  # as the help names it
-    else:
-        error.where = f"{field.option}{bracket}{rest}"
+    return _parameter(field.name, hint, Parameter(help=field.help, negative=()), default, kind)

@@ -23,8 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
+from backhand.data.rows import Conversation, Message
 from backhand.data.template_habits import ReplyStart, TemplateHabits, find_start, switches
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError

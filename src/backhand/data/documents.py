@@ -8,8 +8,8 @@ from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
 from backhand.data.examples import encode_document
-from backhand.data.messages import Completion, Conversation, Message, OneText, PlainText
 from backhand.data.options import TemplateOptions
+from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.chat import Document
-from backhand.data.messages import Asked
 from backhand.data.options import DataOptions
+from backhand.data.rows import Asked
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 from backhand.words import count_of

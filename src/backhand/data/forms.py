@@ -8,19 +8,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from backhand.data.messages import (
+from backhand.data.rows import (
     Asked,
+    BadRows,
     Completion,
     Conversation,
     Labelled,
     Pair,
     PlainText,
     Purpose,
+    RawRow,
     Row,
+    describe,
     read_conversation,
     read_turns,
 )
-from backhand.data.rows import BadRows, RawRow, describe
 from backhand.errors import DataError
 from backhand.words import begin_alike, name_list
 

@@ -14,12 +14,10 @@ import numpy.typing as npt
 
 from backhand.data.chat import ChatRenderer, read_template
 from backhand.data.examples import CutRows, DataReport, Example
-from backhand.data.messages import Conversation, Purpose
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
-from backhand.data.rows import BadRows
-from backhand.data.split import equal_neighbours, overlap
-from backhand.data.stored_examples import PreparedData, StoredExamples
+from backhand.data.rows import BadRows, Conversation, Purpose
+from backhand.data.stored_examples import PreparedData, StoredExamples, equal_neighbours, overlap
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 from backhand.words import count_of, shorten

@@ -26,12 +26,10 @@ from backhand.data.examples import (
     encode_document,
 )
 from backhand.data.forms import FormReader
-from backhand.data.messages import Asked, Conversation, Labelled, Pair, Purpose, Row, has_empty_answer, texts_of
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
-from backhand.data.rows import BadRows
+from backhand.data.rows import Asked, BadRows, Conversation, Labelled, Pair, Purpose, Row, has_empty_answer, texts_of
 from backhand.data.sources import expand, held_out_beside, read_rows
-from backhand.data.split import overlap, split, usual_share
-from backhand.data.stored_examples import ExampleWriter, PreparedData, summed
+from backhand.data.stored_examples import ExampleWriter, PreparedData, overlap, split, summed, usual_share
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of, name_list, shorten

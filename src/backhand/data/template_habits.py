@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from backhand.data.messages import Message
+from backhand.data.rows import Message
 from backhand.words import begin_alike
 
 THOUGHT, ANSWER = "THOUGHT", "ANSWER"

@@ -8,6 +8,7 @@ of the type's blocks is float16, as llama.cpp's converter has it.
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,11 +111,10 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
         left_out = add_model_metadata(writer, source)
     if _DESCRIPTION not in writer.kv_data[0]:
         writer.add_description(description)
-    elements: dict[StorageType, int] = {}
+    elements: Counter[StorageType] = Counter()
     for one in planned:
-        size = int(np.prod(one.shape(weights)))
-        elements[one.storage] = elements.get(one.storage, 0) + size
-    most = max(elements, key=lambda kind: elements[kind])
+        elements[one.storage] += int(np.prod(one.shape(weights)))
+    ((most, _),) = elements.most_common(1)
     if most in _FILE_TYPES:
         writer.add_file_type(_FILE_TYPES[most])
     extra = _untouched(source)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
-from backhand.export.probes import BlockWalk, layer_of
+from backhand.export.proving import BlockWalk, layer_of
 from backhand.nn.loading.source import EMBEDDING_WEIGHT, HEAD_WEIGHT, ModelSource
 from backhand.ops.weight_tiles import FrozenMatrix
 

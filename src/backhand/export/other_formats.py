@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from backhand.adapters.contents import AdapterContents
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX, slot_shapes
-from backhand.adapters.peft_saving import AdapterParts, module_adapter_files
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.targets import Target, module_values
 from backhand.adapters.tensor_file import read_json_object, read_tensors, tensor_bytes
 from backhand.errors import ArtifactError, UsageError
@@ -43,19 +42,14 @@ TENSOR_FILE = "adapters.safetensors"
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def mlx_files(
-    factors: Factors, module_shapes: Mapping[str, tuple[int, int]], *, tied_head: bool, base_model: str | None
-) -> dict[str, bytes]:
+def mlx_files(opened: OpenedAdapter) -> dict[str, bytes]:
     """The two files, by name.
-
-    Args:
-        module_shapes: (out, in) of every linear module of the base, by dotted path.
-        tied_head: whether the base's head is its embedding, so that MLX has no module for it.
 
     Raises:
         ArtifactError: modules that MLX cannot adapt, by name.
     """
-    if tied_head and "lm_head" in factors:
+    factors, module_shapes = opened.factors, opened.shapes
+    if opened.config.tied_head and "lm_head" in factors:
         refuse("mlx", {"lm_head": "the head is the embedding's matrix, and MLX has no module of its own for it"})
     scale = Counter(one.scaling for one in factors.values()).most_common(1)[0][0]
     rank = max(one.rank for one in factors.values())
@@ -78,8 +72,8 @@ def mlx_files(
         "num_layers": layers,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
     }
-    if base_model:
-        config["model"] = base_model
+    if opened.base_name:
+        config["model"] = opened.base_name
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return {TENSOR_FILE: tensor_bytes(tensors), CONFIG_FILE: text.encode("utf-8")}
 
@@ -153,7 +147,7 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     wrapper = None if text_model else opened.source.wrapper
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
-        return module_adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+        return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
     rank = max(one.rank for one in opened.factors.values())
     scaling = Counter(one.scaling for one in opened.factors.values()).most_common(1)[0][0]
     alpha = round(scaling * rank, 9)
@@ -165,7 +159,7 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     tensors |= {f"{name}.lora_B": one.lora_B for name, one in factors.items()}
     described = PEFTConfig(config, described.base_model, described.task_type, described.revision)
     parts = AdapterParts(described, targets, slot_shapes(slots), tensors)
-    return module_adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+    return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
 
 
 # An adapter of a diffusion model in kohya's format, which A1111, ComfyUI and diffusers load.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
+from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
 from backhand.data.options import TemplateOptions

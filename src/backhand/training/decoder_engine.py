@@ -7,14 +7,13 @@ from functools import cached_property
 
 import torch
 
-from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.loading import match_linear_adapter
+from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import adapter_files
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
+from backhand.adapters.trained_tensors import tied_notes
 from backhand.errors import UsageError
 from backhand.generate.engine_completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
@@ -156,14 +155,9 @@ class _BoundDecoder(BoundModel):
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
         """The adapter as PEFT reads it."""
-        return adapter_files(
-            PEFTConfig(self.config, self._base_model, "CAUSAL_LM"),
-            self.lora,
-            record=record,
-            card=card,
-            module_names=list(self._decoder.module_shapes()),
-            wrapper=self._source.wrapper,
-        )
+        parts = AdapterParts.of(PEFTConfig(self.config, self._base_model, "CAUSAL_LM"), self.lora)
+        names, wrapper = list(self._decoder.module_shapes()), self._source.wrapper
+        return adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
 
     def completer(self) -> EngineCompleter:
         """The decoder, answering."""

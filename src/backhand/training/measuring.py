@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.data.split import neutral_texts
+from backhand.data.stored_examples import neutral_texts
 from backhand.generate.completer import Completer
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
+from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
 from backhand.data.chat import read_template
 from backhand.errors import UsageError
 from backhand.nn.loading.source import ModelSource
