@@ -225,7 +225,11 @@ def check_value(where: str, value: Any, hint: Any) -> None:
     if plain is bool and not isinstance(value, bool):
         raise UsageError(f"{where} {value!r} is neither true nor false", where=where)
     if plain in (int, float):
-        _check_number(where, value, bound, whole=plain is int)
+        if bound is not None:
+            bound.check_number(where, value, whole=plain is int)
+        elif not _is_number(value, whole=plain is int):
+            kind = "an integer" if plain is int else "a finite number"
+            raise UsageError(f"{where} {value!r} is not {kind}", where=where)
     elif origin is Literal and value not in (choices := get_args(plain)):
         raise UsageError(f"{where} {value!r} is not one of {', '.join(map(str, choices))}", where=where)
     elif origin is tuple and _is_checked(element := get_args(plain)[0]):
@@ -234,7 +238,10 @@ def check_value(where: str, value: Any, hint: Any) -> None:
         for one in value:
             check_value(where, one, element)
     elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        _check_mapping(where, value, get_args(plain)[1])
+        if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
+            raise UsageError(f"{value!r} is not a table of names and values", where=where)
+        for key, one in first_of_each(value).items():
+            check_value(f"{where}[{key!r}]", one, get_args(plain)[1])
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
@@ -284,20 +291,6 @@ def union_members(hint: Any) -> tuple[Any, ...]:
     if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
         return tuple(member for member in get_args(hint) if member is not type(None))
     return (hint,)
-
-
-def _check_number(where: str, value: Any, bound: Bound | None, *, whole: bool) -> None:
-    if bound is not None:
-        bound.check_number(where, value, whole=whole)
-    elif not _is_number(value, whole=whole):
-        raise UsageError(f"{where} {value!r} is not {'an integer' if whole else 'a finite number'}", where=where)
-
-
-def _check_mapping(where: str, value: Any, hint: Any) -> None:
-    if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
-        raise UsageError(f"{value!r} is not a table of names and values", where=where)
-    for key, one in first_of_each(value).items():
-        check_value(f"{where}[{key!r}]", one, hint)
 
 
 def first_of_each(table: Mapping[str, Any]) -> dict[str, Any]:

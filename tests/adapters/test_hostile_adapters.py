@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import read_adapter_directory
+from backhand.adapters.contents import read_adapter_directory, read_tensors
 from backhand.adapters.gguf_adapter import read_gguf_adapter
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.tensor_file import read_tensors
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.combine import combine
 from backhand.arithmetic.options import CombineOptions

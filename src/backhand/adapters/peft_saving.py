@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE
+from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
 from backhand.adapters.targets import Target, module_values
-from backhand.adapters.tensor_file import tensor_bytes
 from backhand.adapters.wrapped_names import in_wrapper
 from backhand.errors import CheckError
 from backhand.nn.loading.wrappers import Wrapper

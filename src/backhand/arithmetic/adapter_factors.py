@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -111,6 +111,7 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
     if problems:
         raise UnusableAdapterError(contents.directory, problems)
     ranks = sorted({module.rank for module in modules.values()})
+    dtypes = {tensor.dtype for factors in found.values() for tensor in factors.values()}
     return AdapterFactors(
         _label(_name(contents.directory), "/".join(map(str, ranks))),
         contents.directory,
@@ -121,7 +122,7 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
         others,
         {key: tensor.nbytes for key, tensor in contents.tensors.items()} | dict(contents.stored_bytes),
         contents.record,
-        _common_dtype(tensor for factors in found.values() for tensor in factors.values()),
+        dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
 
 
@@ -166,11 +167,6 @@ def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target],
         return [], [error.one_line]
     problems = [f"{name}: the configuration does not adapt this module" for name in names if name not in chosen]
     return module_values(config, [name for name in names if name in chosen], strict=False), problems
-
-
-def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _stored_bytes(path: Path) -> int:

@@ -160,14 +160,11 @@ def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}backhand{os.sep}" in frame.filename] or frames
     place = f" ({ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name})" if ours else ""
+    packages = (f"{name} {version_of(name) or 'not installed'}" for name in ("backhand", "torch", "transformers"))
+    versions = ", ".join((f"Python {platform.python_version()} on {sys.platform}", *packages))
     return (
         f"error: unexpected {type(error).__name__}: {bounded(str(error))}{place}\n"
         "  why: this is a bug in Backhand, not in what you typed\n"
         "  next: run the command again with --debug and report what it prints, with this line:\n"
-        f"        {_versions()}; backhand {bounded(' '.join(arguments))}"
+        f"        {versions}; backhand {bounded(' '.join(arguments))}"
     )
-
-
-def _versions() -> str:
-    packages = (f"{name} {version_of(name) or 'not installed'}" for name in ("backhand", "torch", "transformers"))
-    return ", ".join((f"Python {platform.python_version()} on {sys.platform}", *packages))

@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.data.options import TemplateOptions
 from backhand.data.rows import Conversation, Message
-from backhand.data.template_habits import ReplyStart, TemplateHabits, find_start, switches
+from backhand.data.template_habits import ReplyStart, TemplateHabits, find_start
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
@@ -116,7 +115,7 @@ class ChatRenderer:
         self._compiled_templates: dict[str, BoundedTemplate] = {}
         self.seen: Counter[str] = Counter()
         self.starts: Counter[tuple[str, str]] = Counter()
-        self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special)
+        self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special, self.template_args)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
         """The documents of a conversation: one, or one for each turn that the template rewrites later.
@@ -243,14 +242,10 @@ class ChatRenderer:
                     return True
             return False
 
-        begun = find_start(
-            asked,
-            text,
-            can_have=can_have,
-            ask=lambda args: self._tried(conversation, messages[:index], generation_prompt=True, **args),
-            settings=self._switches,
-            written_thought=lambda: self._habits.written_thought,
-        )
+        def ask(args: Mapping[str, Any]) -> str | None:
+            return self._tried(conversation, messages[:index], generation_prompt=True, **args)
+
+        begun = find_start(self._habits, asked, text, can_have=can_have, ask=ask)
         if begun is not None:
             self.starts[begun.how, begun.detail] += 1
             return begun
@@ -261,10 +256,6 @@ class ChatRenderer:
             why=f"it asks with {_around(asked, alike)!r} and renders {_around(text, alike)!r} (reply {index})",
             next_step="use a template that renders them alike (--chat-template, --template-args)",
         )
-
-    @cached_property
-    def _switches(self) -> list[dict[str, bool]]:
-        return switches(self._template, self.template_args)
 
     def _look_for_tools(self, conversation: Conversation, text: str) -> None:
         functions = [tool.get("function", tool) for tool in conversation.tools or ()]

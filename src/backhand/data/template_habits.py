@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -36,6 +36,7 @@ class TemplateHabits:
     template: str
     render: Callable[[Sequence[Message]], str | None]
     special: re.Pattern[str]
+    args: Mapping[str, Any] = field(default_factory=dict)  # its variables
     _next_tokens: dict[str, str] = field(default_factory=dict, init=False)
 
     def shaped(self, messages: Sequence[Message]) -> list[Message]:
@@ -63,6 +64,11 @@ class TemplateHabits:
         with_thought = self._rendered(_QUESTION, {**_REPLY, "reasoning_content": THOUGHT})
         without = self._rendered(_QUESTION, _REPLY)
         return None if with_thought is None or without is None else thought_around(with_thought, without)
+
+    @cached_property
+    def settings(self) -> list[dict[str, bool]]:
+        """Of the switches of its own, in the order in which they are tried."""
+        return switches(self.template, self.args)
 
     @cached_property
     def ends_turns(self) -> bool:
@@ -167,13 +173,12 @@ def switches(template: str, args: Mapping[str, Any]) -> list[dict[str, bool]]:
 
 
 def find_start(
+    habits: TemplateHabits,
     asked: str,
     text: str,
     *,
     can_have: Callable[[str, str], bool],
     ask: Callable[[Mapping[str, Any]], str | None],
-    settings: Iterable[Mapping[str, Any]],
-    written_thought: Callable[[], tuple[str, str] | None],
 ) -> ReplyStart | None:
     """Where the reply begins in `text`, which does not begin with `asked`.
 
@@ -182,22 +187,20 @@ def find_start(
         can_have: given an empty thought and the text with it, whether the template renders that text if the thought
             stands before the reply's content.
         ask: renders `asked` with further variables.
-        settings: such variables, in the order in which they are tried.
-        written_thought: what the template writes before and behind a thought of reasoning_content, if it writes it.
 
     Returns:
         None if the two differ before the prompt could begin a thought: in the role's header, or further up.
     """
     place = _header_end(asked, text)
     rest = asked[place:]
-    around = written_thought()
+    around = habits.written_thought
     empty_thoughts = [rest] if _ENDS_CLOSED.search(rest) else []
     empty_thoughts += ["".join(around)] if around is not None else []
     for empty in empty_thoughts:
         with_empty = text[:place] + empty + text[place:]
         if with_empty.startswith(asked) and can_have(empty, with_empty):
             return ReplyStart(with_empty, len(asked), "emptied", empty)
-    for setting in settings:
+    for setting in habits.settings:
         other = ask(setting)
         if other is not None and text.startswith(other):
             words = ", ".join(f"{name}={json.dumps(value)}" for name, value in setting.items())

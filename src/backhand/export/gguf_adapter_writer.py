@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,44 +77,26 @@ def write_gguf_adapter(
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
         raise CheckError(f"{len(bad)} factors hold values that are not finite in float32", where=bad[0])
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
-        _write(writer, tensors, alpha, record, name)
-
-
-def _write(
-    writer: gguf.GGUFWriter,
-    tensors: dict[str, np.ndarray[Any, Any]],
-    alpha: float,
-    record: AdapterRecord | None,
-    name: str | None,
-) -> None:
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(ALPHA_KEY, alpha)
-    if name:
-        writer.add_name(name)
-    if record is not None:
-        digest = factors_digest(alpha, {key: values.tobytes() for key, values in tensors.items()})
-        described = AdapterRecord(**{**vars(record), "files": {FACTORS: digest}})
-        writer.add_string(RECORD_KEY, record_bytes(described).decode("utf-8"))
-    for key, values in tensors.items():
-        writer.add_tensor(key, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(ALPHA_KEY, alpha)
+        if name:
+            writer.add_name(name)
+        if record is not None:
+            digest = factors_digest(alpha, {key: values.tobytes() for key, values in tensors.items()})
+            writer.add_string(RECORD_KEY, record_bytes(replace(record, files={FACTORS: digest})).decode("utf-8"))
+        for key, values in tensors.items():
+            writer.add_tensor(key, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def file_alpha(factors: Factors) -> float:
     """The one alpha of the file: every module's own where that is one whole number, else the largest rank."""
-    alphas = {_alpha(one) for one in factors.values()}
-    (only,) = alphas if len(alphas) == 1 else (None,)
-    if only is not None and only.is_integer():
-        return only
-    return float(max(one.rank for one in factors.values()))
-
-
-def _alpha(one: ModuleFactors) -> float:
-    """alpha as plain LoRA has it, without the last bit that dividing by the rank and multiplying again may cost."""
-    return round(one.scaling * one.rank, 9)
+    # alpha as plain LoRA has it, without the last bit that dividing by the rank and multiplying again may cost
+    first, *others = {round(one.scaling * one.rank, 9) for one in factors.values()}
+    return first if not others and first.is_integer() else float(max(one.rank for one in factors.values()))
 
 
 def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: bool) -> str | None:

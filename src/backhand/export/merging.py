@@ -18,9 +18,8 @@ from backhand.data.stored_examples import neutral_texts
 from backhand.errors import ArtifactError
 from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model
-from backhand.export.granite4_parts import in_parts
 from backhand.export.huggingface_writer import write_huggingface
-from backhand.export.merged_weights import MergedWeights, ModuleLoss
+from backhand.export.merged_weights import MergedWeights, ModuleLoss, in_parts
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.export.options import (
     FLOAT32_TOLERANCE,

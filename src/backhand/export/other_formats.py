@@ -23,13 +23,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import AdapterContents
+from backhand.adapters.contents import AdapterContents, read_json_object, read_tensors, tensor_bytes
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX, slot_shapes
 from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.targets import Target, module_values
-from backhand.adapters.tensor_file import read_json_object, read_tensors, tensor_bytes
 from backhand.errors import ArtifactError, UsageError
 from backhand.export.opened_adapter import OpenedAdapter, refuse
 from backhand.files import write_atomically
