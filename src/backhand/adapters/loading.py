@@ -5,6 +5,7 @@ The error lists all that is wrong; there is no loading in part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_keys import FactorShapes, match_tensors, slot_shapes
+from backhand.adapters.peft_keys import PREFIX, FactorShapes, match_tensors, slot_shapes
+from backhand.adapters.peft_saving import NO_OTHER_CHOICE
 from backhand.adapters.record import (
     AdapterRecord,
     base_differences,
@@ -28,10 +30,10 @@ from backhand.adapters.record import (
     wrong_base,
 )
 from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot, trained_beside
-from backhand.adapters.wrapped_names import of_the_text_model
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.expert_tensors import matrices_within, may_hold_experts
 from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.wrappers import text_name
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import embeddings_of, experts_of
 
@@ -379,3 +381,52 @@ def _named(name: str, there: Collection[str]) -> str | None:
             return None
         name = name.partition(".")[2]
     return name
+
+
+# An adapter of an image model's text part, in the text model's names.
+#
+# It is one of the text model as soon as the names in its file lie in there, whichever of the two ways of writing the
+# prefix they have: the tensors say what was adapted. What it has of other parts stays as it is, and does not fit.
+
+_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
+_IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:\\?\.)(?:model(?:\\?\.))?")
+
+
+def of_the_text_model(contents: AdapterContents) -> AdapterContents:
+    """What was read, in the text model's names where it is an adapter of a whole image model's text part."""
+    names = {key: _inside(key) for key in (*contents.tensors, *(contents.unusable or ()))}
+    if all(name is None or name == key for key, name in names.items()):
+        return contents
+
+    def renamed(key: str) -> str:
+        return names[key] or key
+
+    config = contents.described.config
+    modules = {match["module"] for key in names if (match := _FACTOR.fullmatch(renamed(key).removeprefix(PREFIX)))}
+    config = replace(
+        config,
+        target_modules=tuple(sorted(modules)),
+        **NO_OTHER_CHOICE,
+        rank_pattern=_patterns(config.rank_pattern),
+        alpha_pattern=_patterns(config.alpha_pattern),
+        modules_to_save=tuple(text_name(name) or name for name in config.modules_to_save),
+    )
+    return replace(
+        contents,
+        described=replace(contents.described, config=config),
+        tensors={renamed(key): tensor for key, tensor in contents.tensors.items()},
+        stored_bytes={renamed(key): size for key, size in contents.stored_bytes.items() if key in names},
+        unusable=None if contents.unusable is None else [renamed(key) for key in contents.unusable],
+    )
+
+
+def _inside(key: str) -> str | None:
+    if not key.startswith(PREFIX):
+        return None
+    name = text_name(key.removeprefix(PREFIX))
+    return None if name is None else PREFIX + name
+
+
+def _patterns(pattern: Any) -> dict[str, Any]:
+    """Keys of rank_pattern or alpha_pattern, perhaps regular expressions, without the prefix."""
+    return {_IN_A_PATTERN.sub(r"model\\.", key): value for key, value in pattern.items()}

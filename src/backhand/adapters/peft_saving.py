@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
 from backhand.adapters.targets import Target, module_values
-from backhand.adapters.wrapped_names import in_wrapper
 from backhand.errors import CheckError
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
@@ -150,3 +149,47 @@ def _code(name: str) -> str:
 def _text(value: object) -> str:
     """A value as text that stays in its table cell: nothing in it is HTML, a link or code."""
     return re.sub(r"[\\`*_<>\[\]|&!]", r"\\\g<0>", " ".join(str(value).split()))
+
+
+# An adapter of a text model in the names of the image model around it.
+#
+# PEFT matches the names of target_modules against the ends of module paths, and an image model's vision part has a
+# q_proj as well. So what is written for the whole model is a regular expression over the text model's paths where it
+# picks exactly the adapted modules, and whole paths otherwise.
+
+_IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<end>.+)")
+NO_OTHER_CHOICE: dict[str, Any] = {"exclude_modules": (), "layers_to_transform": None, "layers_pattern": ()}
+"""Fields of a configuration whose target_modules alone say which."""
+
+
+def in_wrapper(
+    described: PEFTConfig, targets: Sequence[Target], wrapper: Wrapper, module_names: Collection[str] | None
+) -> tuple[PEFTConfig, tuple[Target, ...]]:
+    """Configuration and targets with the names that the whole model has for them.
+
+    Args:
+        described: configuration and names as the text model has them.
+        module_names: all linear modules of the text model, None if they are not known.
+    """
+    renamed = tuple(replace(target, name=wrapper.outside(target.name)) for target in targets)
+    wanted = _expression([target.name for target in targets], wrapper, module_names or ())
+    config = replace(described.config, target_modules=wanted, **NO_OTHER_CHOICE)
+    return replace(described, config=config), renamed
+
+
+def _expression(names: Sequence[str], wrapper: Wrapper, module_names: Collection[str]) -> str | tuple[str, ...]:
+    """What picks these modules of the text model and no others of the whole."""
+    whole = tuple(sorted(wrapper.outside(name) for name in names))
+    parts = [_IN_LAYER.fullmatch(name) for name in names]
+    ends: dict[str, set[str]] = {}
+    for match in parts:
+        if match is None:
+            return whole
+        ends.setdefault(match["end"], set()).add(match["layer"])
+    layers = set().union(*ends.values())
+    if not layers or any(numbers != layers for numbers in ends.values()):
+        return whole
+    everywhere = {match["layer"] for name in module_names if (match := _IN_LAYER.fullmatch(name))}
+    numbers = r"\d+" if layers == everywhere else f"(?:{'|'.join(sorted(layers, key=int))})"
+    inside = "|".join(re.escape(end) for end in sorted(ends))
+    return rf"{re.escape(wrapper.prefix)}\.layers\.{numbers}\.(?:{inside})"

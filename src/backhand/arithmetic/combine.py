@@ -29,9 +29,17 @@ from backhand.arithmetic.adapter_factors import (
     refuse_more_than_factors,
 )
 from backhand.arithmetic.findings import Figures, print_kinds
-from backhand.arithmetic.low_rank import product_directions, terms, writable_factors
+from backhand.arithmetic.low_rank import (
+    best_factors,
+    dare,
+    formed,
+    formed_difference,
+    product_directions,
+    terms,
+    ties,
+    writable_factors,
+)
 from backhand.arithmetic.options import CombineOptions
-from backhand.arithmetic.sparse_merging import best_factors, dare, formed, formed_difference, ties
 from backhand.errors import UsageError
 from backhand.files import write_together
 from backhand.nn.loading.opening import open_model
@@ -90,14 +98,11 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
 @torch.no_grad()
 def combined_module(options: CombineOptions, name: str, weighted: Weighted) -> ComputedModule:
     """One module of the new adapter; `weighted` are the adapters that have it, each with its coefficient."""
-    match options.operation:
-        case "concatenate":
-            return side_by_side(weighted)
-        case "scale" if options.rank is None:  # its one factor lora_A stays as it is
-            return side_by_side(weighted)
-        case "ties" | "dare":
-            return _by_entries(options, name, weighted)
-    return reduced(weighted, options.rank)
+    if options.operation in ("ties", "dare"):
+        return _by_entries(options, name, weighted)
+    # Of `scale` the one factor lora_A stays as it is.
+    as_they_are = options.operation == "concatenate" or (options.operation == "scale" and options.rank is None)
+    return side_by_side(weighted) if as_they_are else reduced(weighted, options.rank)
 
 
 def _by_entries(options: CombineOptions, name: str, weighted: Weighted) -> ComputedModule:

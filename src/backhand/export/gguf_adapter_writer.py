@@ -85,8 +85,8 @@ def write_gguf_adapter(
         if record is not None:
             digest = factors_digest(alpha, {key: values.tobytes() for key, values in tensors.items()})
             writer.add_string(RECORD_KEY, record_bytes(replace(record, files={FACTORS: digest})).decode("utf-8"))
-        for key, values in tensors.items():
-            writer.add_tensor(key, values)
+        for key, tensor in tensors.items():
+            writer.add_tensor(key, tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
