@@ -13,7 +13,7 @@ import pytest
 
 from backhand.cli import commands
 from backhand.cli import main as cli
-from backhand.cli.exit_codes import ending
+from backhand.cli.main import ending
 from backhand.errors import UsageError
 from support.cli_commands import END
 

@@ -17,7 +17,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from backhand.cli.exit_codes import ending
+from backhand.cli.main import ending
 from backhand.errors import DataError
 from backhand.printing import show_what_libraries_say, visible, write_answer
 from backhand.terminal import console

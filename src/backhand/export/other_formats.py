@@ -84,15 +84,19 @@ def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
         ArtifactError: not what `mlx_files` writes.
     """
     parameters = read_json_object(directory / CONFIG_FILE)["lora_parameters"]
-    tensors, problems = read_tensors(directory / TENSOR_FILE)
-    if problems:
-        name, what = next(iter(problems.items()))
-        raise ArtifactError(f"{name}: {what}", where=str(directory / TENSOR_FILE))
+    tensors = _tensors_of(directory / TENSOR_FILE)
     modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return {
         name: ModuleFactors(tensors[f"{name}.lora_a"].T, tensors[f"{name}.lora_b"].T, parameters["scale"])
         for name in modules
     }
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    tensors, problems = read_tensors(path)
+    for name, what in problems.items():
+        raise ArtifactError(f"{name}: {what}", where=str(path))
+    return tensors
 
 
 # What Ollama needs beside a GGUF file: a Modelfile that names the base and the adapter.
@@ -231,10 +235,7 @@ def kohya_bytes(factors: Factors) -> bytes:
 
 def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
     """What the file holds of these modules. Raises ArtifactError: not what `kohya_bytes` writes."""
-    tensors, problems = read_tensors(path)
-    if problems:
-        name, what = next(iter(problems.items()))
-        raise ArtifactError(f"{name}: {what}", where=str(path))
+    tensors = _tensors_of(path)
     found = {}
     for module in modules:
         key = kohya_name(module)
