@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
-from backhand.adapters.loading import LoadedAdapter, check_base_copies, match_adapter
+from backhand.adapters.loading import Expected, LoadedAdapter, check_base_copies, match_adapter
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.targets import Target
+from backhand.adapters.targets import Target, resolve_targets
 from backhand.adapters.trained_tensors import SavedModules
 from backhand.errors import UsageError
 from backhand.files import write_together
@@ -244,7 +244,14 @@ class InjectedAdapter:
 
     def load_contents(self, contents: AdapterContents) -> LoadedAdapter:
         """The same with an adapter that has been read, whatever file it stood in; errors as `load`."""
-        loaded = _matched(contents, self._plan, lambda targets: _differences(targets, self.targets))
+        plan = self._plan
+
+        def expected(config: LoRAConfig) -> Expected:
+            targets = resolve_targets(config, plan.module_names, linear=plan.linear, heads=plan.heads, strict=False)
+            problems = _differences(targets, self.targets)
+            return Expected(targets, () if problems else plan.shapes, plan.trained, problems=problems)
+
+        loaded = match_adapter(contents, plan.module_names, expected)
         check_base_copies(loaded, lambda name: self.modules[name].weight)
         self.fill(loaded.factors)
         return loaded
@@ -258,20 +265,6 @@ def _train_rows(plan: Injection) -> dict[str, TokenModule]:
     (name, module), *heads = plan.token_modules.items()
     embedding = TokenEmbedding.adapt(module, token_ids)
     return {name: embedding} | {head: TokenLinear.adapt(module, embedding) for head, module in heads}
-
-
-def _matched(
-    contents: AdapterContents, plan: Injection, differences: Callable[[Sequence[Target]], list[str]] | None = None
-) -> LoadedAdapter:
-    return match_adapter(
-        contents,
-        plan.module_names,
-        lambda _: list(plan.shapes),
-        linear=plan.linear,
-        heads=plan.heads,
-        differences=differences,
-        trained=lambda _: plan.trained,
-    )
 
 
 def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
@@ -361,7 +354,8 @@ def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAda
         plan = plan_injection(module, contents.described.config, None, strict=False)
     except UsageError as error:
         raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
-    loaded = _matched(contents, plan)
+    expected = Expected(plan.targets, plan.shapes, plan.trained)
+    loaded = match_adapter(contents, plan.module_names, lambda _: expected)
     check_base_copies(loaded, lambda name: base_weight(plan.modules[name]))
     adapter = InjectedAdapter(module, plan)
     adapter.fill(loaded.factors)

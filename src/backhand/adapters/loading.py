@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,90 +38,72 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import embeddings_of, experts_of
 
 
-def match_linear_adapter(
-    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
-) -> LoadedAdapter:
+class Expected(NamedTuple):
+    """What a configuration asks for on a model."""
+
+    targets: Sequence[Target]
+    shapes: Sequence[FactorShapes]
+    trained: Sequence[TrainedTensor] = ()  # tensors trained as they are, beside these targets
+    slots: Sequence[LoRASlot] = ()
+    problems: Sequence[str] = ()  # what is wrong with the targets; without shapes the tensors are not looked at
+
+
+def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]]) -> LoadedAdapter:
     """Hold an adapter of linear modules, embeddings and experts that has been read against a model.
 
     Args:
         module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also knows
             embeddings and what else can be trained.
-        heads: what `all-linear` leaves out, should the file say that.
 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
-    config = contents.described.config
+    names, experts = [*module_shapes, *embeddings_of(module_shapes)], list(experts_of(module_shapes))
 
-    def slots(targets: Sequence[Target]) -> list[LoRASlot]:
-        return [target_slot(target, module_shapes, config) for target in targets]
+    def expected(config: LoRAConfig) -> Expected:
+        # What matches nothing is no problem in itself here: the tensors say what was adapted.
+        targets = resolve_targets(config, names, linear=module_shapes.keys(), parameters=experts, strict=False)
+        slots = [target_slot(target, module_shapes, config) for target in targets]
+        beside = trained_beside(config, module_shapes, [target.name for target in targets], strict=False)
+        return Expected(targets, slot_shapes(slots), beside, slots)
 
-    loaded = match_adapter(
-        contents,
-        [*module_shapes, *embeddings_of(module_shapes)],
-        lambda targets: slot_shapes(slots(targets)),
-        linear=module_shapes.keys(),
-        heads=heads,
-        parameters=list(experts_of(module_shapes)),
-        trained=lambda targets: trained_beside(config, module_shapes, [t.name for t in targets], strict=False),
-    )
-    return replace(loaded, slots=tuple(slots(loaded.targets)))
+    return match_adapter(contents, names, expected)
 
 
 def match_adapter(
-    contents: AdapterContents,
-    module_names: Sequence[str],
-    shapes: Callable[[Sequence[Target]], list[FactorShapes]],
-    *,
-    linear: Collection[str] | None = None,
-    heads: Collection[str] = (),
-    parameters: Sequence[str] = (),
-    differences: Callable[[Sequence[Target]], list[str]] | None = None,
-    trained: Callable[[Sequence[Target]], Sequence[TrainedTensor]] = lambda _: (),
+    contents: AdapterContents, module_names: Sequence[str], expected_by: Callable[[LoRAConfig], Expected]
 ) -> LoadedAdapter:
     """Hold what was read against a model.
 
     Args:
-        linear, heads: for `all-linear`, see `targets.resolve_targets`.
-        differences: what more is wrong with the targets, one sentence each; the tensors are then not looked at.
-        trained: the tensors trained as they are, beside these targets.
+        expected_by: what a configuration asks for; it may raise UsageError.
 
     Raises:
-        UnusableAdapterError: lists these problems and those found here.
+        UnusableAdapterError: lists its problems and those found here.
     """
     problems = list(contents.problems)
-    targets: list[Target] = []
-    further: list[str] = []
-    expected: list[FactorShapes] = []
-    beside: Sequence[TrainedTensor] = ()
+    expected = Expected((), ())
     if contents.config_usable:
         try:
-            # What matches nothing is no problem in itself here: the tensors say what was adapted.
-            config = contents.described.config
-            targets = resolve_targets(
-                config, module_names, linear=linear, heads=heads, parameters=parameters, strict=False
-            )
-            further = differences(targets) if differences is not None else []
-            if not further:
-                expected, beside = shapes(targets), trained(targets)
+            expected = expected_by(contents.described.config)
         except UsageError as error:
             problems.append(error.one_line)
-    matched = match_tensors(expected, contents.tensors, module_names, beside, contents.unusable or ())
-    if expected and contents.unusable is not None:  # nothing is missing in a file that could not be read
-        problems.extend(matched.problems)
-    else:
-        problems.extend(further)
+    there = contents.unusable or ()
+    matched = match_tensors(expected.shapes, contents.tensors, module_names, expected.trained, there)
+    # Nothing is missing in a file that could not be read.
+    problems += matched.problems if expected.shapes and contents.unusable is not None else expected.problems
     if problems:
         raise UnusableAdapterError(contents.directory, problems, contents.described.base_model)
     return LoadedAdapter(
         contents.directory,
         contents.described,
-        tuple(targets),
-        tuple(expected),
+        tuple(expected.targets),
+        tuple(expected.shapes),
         matched.factors,
         matched.base_copies,
         contents.record,
-        trained=tuple(beside),
+        tuple(expected.slots),
+        trained=tuple(expected.trained),
     )
 
 
