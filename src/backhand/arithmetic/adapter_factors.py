@@ -24,12 +24,15 @@ from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list
 
 
+_WHOLE_MODULE = "a whole module trained beside the factors, which has no update to add"
+
+
 class Part(NamedTuple):
     """A kind of tensor in an adapter's file."""
 
     name: str
     factor: str | None = None  # of a module, where it is one
-    not_added: str | None = None  # why nothing can be added that has it
+    not_added: str | None = _WHOLE_MODULE  # why nothing can be added that has it beside its factors
 
 
 PARTS = {
@@ -37,7 +40,7 @@ PARTS = {
     ".lora_B.weight": Part("lora_B", "lora_B"),
     ".lora_embedding_A": Part("lora_A", "lora_A"),
     ".lora_embedding_B": Part("lora_B", "lora_B"),
-    ".base_layer.weight": Part("copies of base weights"),
+    ".base_layer.weight": Part("copies of base weights", not_added=None),
     ".lora_magnitude_vector": Part(
         "magnitudes (DoRA)",
         not_added="DoRA scales the sum of base weight and update, which is no update that could be added",
@@ -46,7 +49,7 @@ PARTS = {
     ".trainable_tokens_delta": Part("trained token rows", not_added="trained rows of an embedding"),
 }
 """By the end of a tensor's name."""
-_WHOLE = Part("whole modules", not_added="a whole module trained beside the factors, which has no update to add")
+_WHOLE = Part("whole modules")
 
 
 def part_of(key: str) -> Part:
