@@ -23,7 +23,6 @@ from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list
 
-
 _WHOLE_MODULE = "a whole module trained beside the factors, which has no update to add"
 
 
