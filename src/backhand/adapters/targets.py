@@ -138,7 +138,10 @@ def resolve_targets(
         UsageError: a value out of range, or something unmatched.
     """
     config.validate()
-    chosen = _targeted(config, names, names if linear is None else linear, heads, strict)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        chosen = [name for name in names if (linear is None or name in linear) and name not in heads]
+    else:
+        chosen = _named(config.target_modules, names, "target_modules", strict)
     beside = targeted_parameters(config, parameters, strict=strict)
     if config.layers:
         numbers = {name: number for name in [*chosen, *beside] if (number := _layer_number(name, ())) is not None}
@@ -187,15 +190,6 @@ def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) ->
 def within(name: str, modules: Collection[str]) -> bool:
     """Whether the path `name` is, or lies inside, a module whose path ends in one of `modules`, on whole parts."""
     return any(f".{module}." in f".{name}." for module in modules)
-
-
-def _targeted(
-    config: LoRAConfig, names: Sequence[str], linear: Collection[str], heads: Collection[str], strict: bool
-) -> list[str]:
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        left_out = set(heads)
-        return [name for name in names if name in linear and name not in left_out]
-    return _named(config.target_modules, names, "target_modules", strict)
 
 
 def _named(wanted: str | Collection[str], names: Sequence[str], where: str, strict: bool) -> list[str]:

@@ -331,14 +331,12 @@ def _general_advice(error: BackhandError, arguments: Sequence[str]) -> str:
     if error.next_step:
         return ""
     command = bounded(" ".join(["backhand", *(word for word in arguments[:1] if not word.startswith("-"))]))
-    for kind, advice in (
-        (UsageError, f"{command} --help explains every option"),
-        (DataError, "correct the file, or give another one"),
-        (ArtifactError, "fetch or make it again, or give another one"),
-    ):
-        if isinstance(error, kind):
-            return f"\n  next: {advice}"
-    return ""
+    advice = {
+        UsageError.exit_code: f"{command} --help explains every option",
+        DataError.exit_code: "correct the file, or give another one",
+        ArtifactError.exit_code: "fetch or make it again, or give another one",
+    }.get(error.exit_code)
+    return f"\n  next: {advice}" if advice else ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -208,8 +208,7 @@ class Work:
         """A new render."""
         self.left = MOST_STEPS
         self.next_look = MOST_STEPS - _STEPS_BETWEEN_LOOKS
-        self._began: float | None = None
-        self._bytes = 0
+        self._began, self._bytes = time.thread_time(), highest_rss_bytes()
 
     def step(self, count: int) -> None:
         """Count steps. Raises TemplateLimitError: they are too many, or took too long or too much memory."""
@@ -221,9 +220,6 @@ class Work:
         if self.left < 0:
             raise TemplateLimitError(f"it takes more than {MOST_STEPS:,} steps for one conversation")
         self.next_look = self.left - _STEPS_BETWEEN_LOOKS
-        if self._began is None:
-            self._began, self._bytes = time.thread_time(), highest_rss_bytes()
-            return
         if time.thread_time() - self._began > MOST_SECONDS:
             raise TemplateLimitError(f"it takes more than {MOST_SECONDS} s for one conversation")
         if highest_rss_bytes() - self._bytes > MOST_BYTES:
