@@ -68,7 +68,9 @@ def rss_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
-        return int(psutil.Process().memory_info().rss) if sys.platform == "win32" else highest_rss_bytes()
+        if sys.platform == "win32":
+            return int(psutil.Process().memory_info().rss)
+        return highest_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
@@ -178,7 +180,9 @@ def highest_rss_bytes() -> int:
 
 def free_bytes() -> int | None:
     """Memory that may be allocated, where it does not stand in /proc; None where the system does not tell."""
-    return int(psutil.virtual_memory().available) if sys.platform == "win32" else None
+    if sys.platform == "win32":
+        return int(psutil.virtual_memory().available)
+    return None
 
 
 def memory_bytes() -> int | None:
