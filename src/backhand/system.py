@@ -160,22 +160,23 @@ def wait_for_pipe(descriptor: int, seconds: float) -> bool:
             if time.monotonic() > until:
                 return False
             time.sleep(0.002)
-        return True  # also where there is no pipe any more
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLHUP)
-    while (left := until - time.monotonic()) > 0:
-        if poll.poll(left * 1000):
-            os.set_blocking(descriptor, True)
-            return True
-    return False
+    else:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN | select.POLLHUP)
+        while not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            if time.monotonic() > until:
+                return False
+        os.set_blocking(descriptor, True)
+    return True  # also where there is no pipe any more
 
 
 def highest_rss_bytes() -> int:
     """Highest resident memory, by one quick call; in a program that was started, perhaps that of its starter."""
     if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        peak = int(psutil.Process().memory_info().peak_wset)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak
 
 
 def free_bytes() -> int | None:
@@ -196,11 +197,11 @@ def memory_bytes() -> int | None:
 
 def memory_limits() -> tuple[int | None, int | None]:
     """Bytes of addresses and of data that this process may have; None for as many as there are."""
-    if sys.platform == "win32":
-        return None, None
-    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    addresses, data = (None if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    return addresses, data
+    if sys.platform != "win32":
+        limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+        addresses, data = (None if limit == resource.RLIM_INFINITY else limit for limit in limits)
+        return addresses, data
+    return None, None
 
 
 def exists(process: int) -> bool:
@@ -252,17 +253,17 @@ def end_with_parent() -> None:
         nowhere, hidden = subprocess.DEVNULL, subprocess.CREATE_NO_WINDOW
         words = [sys.executable, "-c", watch, *numbers]
         subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, creationflags=hidden)
-        return
-    ours, held = os.pipe()  # ends with this process
-    served = os.getpid()
-    if os.fork():
-        os.close(ours)
-        return
-    os.close(held)
-    os.close(1)
-    ends = select.poll()
-    for descriptor in (0, ours):
-        ends.register(descriptor, 0)  # nothing but that the other end is closed
-    if ours not in dict(ends.poll()):
-        os.kill(served, signal.SIGKILL)
-    os._exit(0)
+    else:
+        ours, held = os.pipe()  # ends with this process
+        served = os.getpid()
+        if os.fork():
+            os.close(ours)
+            return
+        os.close(held)
+        os.close(1)
+        ends = select.poll()
+        for descriptor in (0, ours):
+            ends.register(descriptor, 0)  # nothing but that the other end is closed
+        if ours not in dict(ends.poll()):
+            os.kill(served, signal.SIGKILL)
+        os._exit(0)
