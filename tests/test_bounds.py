@@ -19,12 +19,12 @@ from backhand.bounds import (
     Options,
     Positive,
     Seed,
-    Several,
     Share,
     Text,
     check_fields,
     check_value,
     sentence_of,
+    several,
 )
 from backhand.errors import UsageError
 
@@ -57,8 +57,8 @@ Port = Annotated[int, Bound(at_least=0, at_most=65535, why="ports end there", ne
         ),
         (tuple[Count, ...], (), (5, "12"), "is not a list", "Each at least 1."),
         (tuple[Literal["a"], ...], (("a",),), (("a", "b"),), "is not one of a", ""),
-        (Annotated[tuple[int, ...], Several()], ((1,),), ((), []), "is empty", ""),
-        (Annotated[tuple[int, ...], Several(2)], ((1, 2),), ((1,), 5), "is not a list of 2 or more", "2 or more."),
+        (Annotated[tuple[int, ...], several()], ((1,),), ((), []), "is empty", ""),
+        (Annotated[tuple[int, ...], several(2)], ((1, 2),), ((1,), 5), "is not a list of 2 or more", "2 or more."),
         (Text, ("",), (5, "\ud800"), "", ""),
         (BaseModel, ("m",), ("",), "no base model is given", ""),
         (Mapping[str, Any], ({"a": object()},), ({1: 2}, [], None), "is not a table of names and values", ""),

@@ -81,47 +81,34 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Several:
-    """A list that may not be too short."""
-
-    at_least: int = 1
-
-    def check(self, where: str, value: Any) -> None:
-        """Raise UsageError for a list that is too short."""
-        if isinstance(value, tuple | list) and len(value) >= self.at_least:
-            return
-        if self.at_least == 1 and value in ((), []):
-            raise UsageError(f"{where} is empty", where=where)
-        raise UsageError(f"{value!r} is not a list of {self.at_least} or more", where=where)
-
-    @property
-    def sentence(self) -> str:
-        """How many, if it is not evident."""
-        return f"{self.at_least} or more." if self.at_least > 1 else ""
-
-
-@dataclass(frozen=True)
-class Given:
-    """A text that may not be empty."""
-
-    what: str
-    next_step: str
-
-    sentence = ""
-
-    def check(self, where: str, value: Any) -> None:
-        """Raise UsageError for an empty text."""
-        if not value:
-            raise UsageError(self.what, where=where, next_step=self.next_step)
-
-
-@dataclass(frozen=True)
 class Check:
     """A rule in words of its own."""
 
     check: Callable[[str, Any], None]  # gets the field's name and value, and raises UsageError
+    sentence: str = ""  # what the help says of it
 
-    sentence = ""
+
+def several(at_least: int = 1) -> Check:
+    """A list that may not be too short."""
+
+    def check(where: str, value: Any) -> None:
+        if isinstance(value, tuple | list) and len(value) >= at_least:
+            return
+        if at_least == 1 and value in ((), []):
+            raise UsageError(f"{where} is empty", where=where)
+        raise UsageError(f"{value!r} is not a list of {at_least} or more", where=where)
+
+    return Check(check, f"{at_least} or more." if at_least > 1 else "")
+
+
+def given(what: str, next_step: str) -> Check:
+    """A text that may not be empty; what an error says of one that is."""
+
+    def check(where: str, value: Any) -> None:
+        if not value:
+            raise UsageError(what, where=where, next_step=next_step)
+
+    return Check(check)
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ Share = Annotated[float, Bound(at_least=0, below=1)]
 Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(at_least=0)]
 Text = Annotated[str, Check(check_text)]
-BaseModel = Annotated[str, Given("no base model is given", "give a directory, a file or a hub id")]
+BaseModel = Annotated[str, given("no base model is given", "give a directory, a file or a hub id")]
 
 
 class Options:
@@ -231,14 +218,18 @@ def check_value(where: str, value: Any, hint: Any) -> None:
         check_value(where, value, others[0])
         return
     for rule in rules:
-        if not isinstance(rule, Bound | Words | Also):
+        if isinstance(rule, Check):
             rule.check(where, value)
     bound = next((rule for rule in rules if isinstance(rule, Bound)), None)
     origin = get_origin(plain)
     if plain is bool and not isinstance(value, bool):
         raise UsageError(f"{where} {value!r} is neither true nor false", where=where)
     if plain in (int, float):
-        _check_number(where, value, bound, whole=plain is int)
+        if bound is not None:
+            bound.check_number(where, value, whole=plain is int)
+        elif not _is_number(value, whole=plain is int):
+            kind = "an integer" if plain is int else "a finite number"
+            raise UsageError(f"{where} {value!r} is not {kind}", where=where)
     elif origin is Literal and value not in (choices := get_args(plain)):
         raise UsageError(f"{where} {value!r} is not one of {', '.join(map(str, choices))}", where=where)
     elif origin is tuple and _is_checked(element := get_args(plain)[0]):
@@ -247,7 +238,10 @@ def check_value(where: str, value: Any, hint: Any) -> None:
         for one in value:
             check_value(where, one, element)
     elif origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
-        _check_mapping(where, value, get_args(plain)[1])
+        if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
+            raise UsageError(f"{value!r} is not a table of names and values", where=where)
+        for key, one in first_of_each(value).items():
+            check_value(f"{where}[{key!r}]", one, get_args(plain)[1])
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
@@ -297,20 +291,6 @@ def union_members(hint: Any) -> tuple[Any, ...]:
     if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
         return tuple(member for member in get_args(hint) if member is not type(None))
     return (hint,)
-
-
-def _check_number(where: str, value: Any, bound: Bound | None, *, whole: bool) -> None:
-    if bound is not None:
-        bound.check_number(where, value, whole=whole)
-    elif not _is_number(value, whole=whole):
-        raise UsageError(f"{where} {value!r} is not {'an integer' if whole else 'a finite number'}", where=where)
-
-
-def _check_mapping(where: str, value: Any, hint: Any) -> None:
-    if not isinstance(value, Mapping) or any(not isinstance(key, str) for key in value):
-        raise UsageError(f"{value!r} is not a table of names and values", where=where)
-    for key, one in first_of_each(value).items():
-        check_value(f"{where}[{key!r}]", one, hint)
 
 
 def first_of_each(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,18 +179,13 @@ def taking_directory(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{path} cannot hold a run"
+        kind: type[BackhandError] = UsageError if error.errno in _IN_THE_WAY else ResourceError
         if error.errno in _IN_THE_WAY:
-            raise UsageError(
-                what,
-                where="output",
-                why=f"{error.strerror}: {error.filename or path}",
-                next_step="move away what is in its place, or give another --output",
-            ) from error
-        remedy = _remedy(error, otherwise="look after the disk")
-        raise ResourceError(
-            what, where="output", why=reason(error), next_step=f"{remedy}, or give another --output"
-        ) from error
+            why, remedy = f"{error.strerror}: {error.filename or path}", "move away what is in its place"
+        else:
+            why, remedy = reason(error), _remedy(error, otherwise="look after the disk")
+        step = f"{remedy}, or give another --output"
+        raise kind(f"{path} cannot hold a run", where="output", why=why, next_step=step) from error
 
 
 _IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)

@@ -73,15 +73,9 @@ def read_settings(path: Path | str) -> str:
 
 
 def _kind_of_node(mode: int) -> str:
-    for is_kind, kind in (
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    ):
-        if is_kind(mode):
-            return kind
-    return "something else"
+    devices = (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device")
+    kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), *devices)
+    return next((kind for is_kind, kind in kinds if is_kind(mode)), "something else")
 
 
 _MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -109,9 +103,8 @@ def kind_of(head: bytes) -> str | None:
     if head[4:9] == b"\0\0\0\0{":
         # The length of a safetensors header and its first brace; the length may look like anything, 640 like a pickle.
         return None
-    for magic, kind in _MAGIC:
-        if head.startswith(magic):
-            return kind
+    if kind := next((kind for magic, kind in _MAGIC if head.startswith(magic)), None):
+        return kind
     if len(head) > 1 and head[0] == 0x80 and head[1] in range(2, 6):
         return "a Python pickle, which could run code when opened"
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):

@@ -15,8 +15,20 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+if sys.platform == "win32":
+    import ctypes
+    import msvcrt
+
+    import psutil  # type: ignore[import-untyped]
+else:
+    import errno
+    import fcntl
+    import resource
+    import select
 
 PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 """With every `os.open`: not for programs that are started, and bytes as they are."""
@@ -34,6 +46,17 @@ def install(what: str) -> str:
     return f"pip install {what}"
 
 
+@cache
+def version_of(package: str) -> str | None:
+    """The version of an installed package, None where it is not there; read once."""
+    from importlib import metadata  # a tenth of the time of --help
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def stop_signals() -> tuple[int, ...]:
     """Those by which a process is asked to end, as far as the system has them."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
@@ -45,7 +68,9 @@ def rss_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
-        return _rss_bytes()
+        if sys.platform == "win32":
+            return int(psutil.Process().memory_info().rss)
+        return highest_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
@@ -57,21 +82,17 @@ def peak_rss_bytes() -> int:
     return highest_rss_bytes()
 
 
-if sys.platform == "win32":
-    import ctypes
-    import msvcrt
+_LOCKED_BYTE = 2**30
+"""On Windows, where a file is locked: far behind what is written, so that who reads it is not kept from it."""
 
-    import psutil  # type: ignore[import-untyped]
 
-    _LOCKED_BYTE = 2**30
-    """Far behind what is written: who reads the file is not kept from it."""
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process ends, however it ends; False where another one has it.
 
-    def lock(descriptor: int, *, wait: bool = False) -> bool:
-        """Lock an open file until it is closed or the process ends, however it ends; False where another one has it.
-
-        Args:
-            wait: until it is free.
-        """
+    Args:
+        wait: until it is free.
+    """
+    if sys.platform == "win32":
         while True:
             try:
                 os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
@@ -83,96 +104,7 @@ if sys.platform == "win32":
                 time.sleep(0.05)
             finally:
                 os.lseek(descriptor, 0, os.SEEK_SET)
-
-    def open_unnamed(directory: Path) -> int:
-        """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
-        descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
-        os.close(descriptor)
-        return os.open(name, os.O_RDWR | os.O_TEMPORARY | PLAIN)
-
-    def sync_directory(directory: Path) -> None:
-        """Nothing: names are the system's to keep here."""
-
-    def read_at(descriptor: int, data: bytearray, place: int) -> int:
-        """Fill `data` with a file's bytes from a place on; return how many there were. For one thread at a time."""
-        os.lseek(descriptor, place, os.SEEK_SET)
-        done = 0
-        while found := os.read(descriptor, len(data) - done):
-            data[done : done + len(found)] = found
-            done += len(found)
-        return done
-
-    def wait_for_pipe(descriptor: int, seconds: float) -> bool:
-        """Whether a pipe has something to read, or its writers have left, in time."""
-        until, there = time.monotonic() + seconds, ctypes.c_ulong(0)
-        handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
-        peek = ctypes.windll.kernel32.PeekNamedPipe
-        while peek(handle, None, 0, None, ctypes.byref(there), None) and not there.value:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.002)
-        return True  # also where there is no pipe any more
-
-    def highest_rss_bytes() -> int:
-        """Highest resident memory, by one quick call."""
-        return int(psutil.Process().memory_info().peak_wset)
-
-    def _rss_bytes() -> int:
-        return int(psutil.Process().memory_info().rss)
-
-    def free_bytes() -> int | None:
-        """Memory that may be allocated, where it does not stand in /proc; None where the system does not tell."""
-        return int(psutil.virtual_memory().available)
-
-    def memory_bytes() -> int | None:
-        """Memory of this machine; None where the system does not tell."""
-        return int(psutil.virtual_memory().total)
-
-    def memory_limits() -> tuple[int | None, int | None]:
-        """Bytes of addresses and of data that this process may have; None for as many as there are."""
-        return None, None
-
-    def exists(process: int) -> bool:
-        """Whether there is a process of this number."""
-        with suppress(TypeError, ValueError, OverflowError):
-            return bool(psutil.pid_exists(process))
-        return False
-
-    def begun_s(process: int) -> float | None:
-        """When a process began, in seconds since the epoch; None where the system does not tell."""
-        with suppress(psutil.Error, OSError, TypeError, ValueError):
-            return float(psutil.Process(process).create_time())
-        return None
-
-    def end_with_parent() -> None:
-        """Have this process killed when the one that started it ends, however it ends, and whatever this one does."""
-        watch = (
-            "import psutil, sys, time\n"
-            "parent, this = (psutil.Process(int(word)) for word in sys.argv[1:])\n"
-            "while parent.is_running() and this.is_running(): time.sleep(0.5)\n"
-            "this.is_running() and this.kill()"
-        )
-        numbers = str(os.getppid()), str(os.getpid())
-        subprocess.Popen(
-            [sys.executable, "-c", watch, *numbers],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            creationflags=subprocess.CREATE_NO_WINDOW,
-        )
-
-else:
-    import errno
-    import fcntl
-    import resource
-    import select
-
-    def lock(descriptor: int, *, wait: bool = False) -> bool:
-        """Lock an open file until it is closed or the process ends, however it ends; False where another one has it.
-
-        Args:
-            wait: until it is free.
-        """
+    else:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -181,14 +113,20 @@ else:
             return False
         return True
 
-    def open_unnamed(directory: Path) -> int:
-        """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
-        descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
-        os.unlink(name)  # noqa: PTH108 - a name, not a path
-        return descriptor
 
-    def sync_directory(directory: Path) -> None:
-        """Wait until the names in a directory are on the disk. Raises OSError."""
+def open_unnamed(directory: Path) -> int:
+    """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
+    descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
+    if sys.platform == "win32":
+        os.close(descriptor)
+        return os.open(name, os.O_RDWR | os.O_TEMPORARY | PLAIN)
+    os.unlink(name)  # noqa: PTH108 - a name, not a path
+    return descriptor
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in a directory are on the disk, where that is not the system's to see to. Raises OSError."""
+    if sys.platform != "win32":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -198,73 +136,124 @@ else:
         finally:
             os.close(descriptor)
 
-    def read_at(descriptor: int, data: bytearray, place: int) -> int:
-        """Fill `data` with a file's bytes from a place on; return how many there were."""
-        return os.preadv(descriptor, [data], place)
 
-    def wait_for_pipe(descriptor: int, seconds: float) -> bool:
-        """Whether a pipe has something to read, or its writers have left, in time; not one never opened to write."""
-        until = time.monotonic() + seconds
+def read_at(descriptor: int, data: bytearray, place: int) -> int:
+    """Fill `data` with a file's bytes from a place on; return how many. On Windows for one thread at a time."""
+    if sys.platform == "win32":
+        os.lseek(descriptor, place, os.SEEK_SET)
+        done = 0
+        while found := os.read(descriptor, len(data) - done):
+            data[done : done + len(found)] = found
+            done += len(found)
+        return done
+    return os.preadv(descriptor, [data], place)
+
+
+def wait_for_pipe(descriptor: int, seconds: float) -> bool:
+    """Whether a pipe has something to read, or its writers have left, in time; not one never opened to write."""
+    until = time.monotonic() + seconds
+    if sys.platform == "win32":
+        there = ctypes.c_ulong(0)
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(descriptor))
+        peek = ctypes.windll.kernel32.PeekNamedPipe
+        while peek(handle, None, 0, None, ctypes.byref(there), None) and not there.value:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.002)
+    else:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN | select.POLLHUP)
-        while (left := until - time.monotonic()) > 0:
-            if poll.poll(left * 1000):
-                os.set_blocking(descriptor, True)
-                return True
-        return False
+        while not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            if time.monotonic() > until:
+                return False
+        os.set_blocking(descriptor, True)
+    return True  # also where there is no pipe any more
 
-    def highest_rss_bytes() -> int:
-        """Highest resident memory, by one quick call; in a program that was started, perhaps that of its starter."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
-    _rss_bytes = highest_rss_bytes
+def highest_rss_bytes() -> int:
+    """Highest resident memory, by one quick call; in a program that was started, perhaps that of its starter."""
+    if sys.platform == "win32":
+        peak = int(psutil.Process().memory_info().peak_wset)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak
 
-    def free_bytes() -> int | None:
-        """Memory that may be allocated, where it does not stand in /proc; None where the system does not tell."""
-        return None
 
-    def memory_bytes() -> int | None:
-        """Memory of this machine; None where the system does not tell."""
-        with suppress(OSError, ValueError):
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return None
+def free_bytes() -> int | None:
+    """Memory that may be allocated, where it does not stand in /proc; None where the system does not tell."""
+    if sys.platform == "win32":
+        return int(psutil.virtual_memory().available)
+    return None
 
-    def memory_limits() -> tuple[int | None, int | None]:
-        """Bytes of addresses and of data that this process may have; None for as many as there are."""
+
+def memory_bytes() -> int | None:
+    """Memory of this machine; None where the system does not tell."""
+    if sys.platform == "win32":
+        return int(psutil.virtual_memory().total)
+    with suppress(OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def memory_limits() -> tuple[int | None, int | None]:
+    """Bytes of addresses and of data that this process may have; None for as many as there are."""
+    if sys.platform != "win32":
         limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
         addresses, data = (None if limit == resource.RLIM_INFINITY else limit for limit in limits)
         return addresses, data
+    return None, None
 
-    def exists(process: int) -> bool:
-        """Whether there is a process of this number."""
-        try:
-            os.kill(process, 0)
-        except (ProcessLookupError, OverflowError, TypeError):
-            return False
-        except PermissionError:
-            pass  # it exists, and is somebody else's
-        return True
 
-    def begun_s(process: int) -> float | None:
-        """When a process began, in seconds since the epoch; None where the system does not tell."""
-        with suppress(OSError, ValueError, IndexError, StopIteration):
-            # The second field is the program's name in parentheses, and may hold spaces itself.
-            stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-            words = stat.rpartition(")")[2].split()
-            if words[0] == "Z":
-                return float("inf")  # it is dead, and only waits to be collected
-            ticks = int(words[19])
-            lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-            booted_s = int(next(line for line in lines if line.startswith("btime")).split()[1])
-            return booted_s + ticks / os.sysconf("SC_CLK_TCK")
+def exists(process: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        if sys.platform == "win32":
+            return bool(psutil.pid_exists(process))
+        os.kill(process, 0)
+    except PermissionError:
+        return True  # it exists, and is somebody else's
+    except (ProcessLookupError, OverflowError, TypeError, ValueError):
+        return False
+    return True
+
+
+def begun_s(process: int) -> float | None:
+    """When a process began, in seconds since the epoch; None where the system does not tell."""
+    if sys.platform == "win32":
+        with suppress(psutil.Error, OSError, TypeError, ValueError):
+            return float(psutil.Process(process).create_time())
         return None
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        # The second field is the program's name in parentheses, and may hold spaces itself.
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        words = stat.rpartition(")")[2].split()
+        if words[0] == "Z":
+            return float("inf")  # it is dead, and only waits to be collected
+        ticks = int(words[19])
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        booted_s = int(next(line for line in lines if line.startswith("btime")).split()[1])
+        return booted_s + ticks / os.sysconf("SC_CLK_TCK")
+    return None
 
-    def end_with_parent() -> None:
-        """Have this process killed when standard input ends, whatever ended the one that holds its other end.
 
-        A thread would not do: what hangs in a function may hold the interpreter's lock, as a search by `re` does.
-        """
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it ends, however it ends, and whatever this one does.
+
+    A thread would not do: what hangs in a function may hold the interpreter's lock, as a search by `re` does. Where
+    there is fork, it is the end of standard input that tells: whatever ended the one that holds its other end.
+    """
+    if sys.platform == "win32":
+        watch = (
+            "import psutil, sys, time\n"
+            "parent, this = (psutil.Process(int(word)) for word in sys.argv[1:])\n"
+            "while parent.is_running() and this.is_running(): time.sleep(0.5)\n"
+            "this.is_running() and this.kill()"
+        )
+        numbers = str(os.getppid()), str(os.getpid())
+        nowhere, hidden = subprocess.DEVNULL, subprocess.CREATE_NO_WINDOW
+        words = [sys.executable, "-c", watch, *numbers]
+        subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, creationflags=hidden)
+    else:
         ours, held = os.pipe()  # ends with this process
         served = os.getpid()
         if os.fork():

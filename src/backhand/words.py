@@ -43,6 +43,12 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def begin_alike(one: str, other: str) -> int:
+    """With how many characters both texts begin."""
+    both = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
+
+
 _MAX_COMPARED = 2000
 
 

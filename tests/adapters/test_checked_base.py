@@ -12,17 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from backhand.adapters.checked_base import check_source, load_adapter_for, source_digests, weight_names
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.loading import check_source, load_adapter_for, source_digests, weight_names
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.targets import resolve_slots
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import save_adapter
+from support.saved_adapters import resolve_slots, save_adapter
 from support.tiny_models import save_tiny, tiny_model
 
 

@@ -18,15 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from backhand.adapters import tensor_file
+from backhand.adapters import contents
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.loading import load_adapter
+from backhand.adapters.contents import parse_json_object, read_tensors
 from backhand.adapters.peft_config import read_peft_config
-from backhand.adapters.targets import resolve_slots
-from backhand.adapters.tensor_file import parse_json_object, read_tensors
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import save_adapter
+from support.saved_adapters import load_adapter, resolve_slots, save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 QUICK = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -141,8 +139,8 @@ def test_a_header_length_that_spells_another_kind_of_file_is_a_length(tmp_path: 
 
 def test_a_header_that_would_fill_the_memory_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`[[[[…` takes sixty times its length once it is a list of lists."""
-    monkeypatch.setattr(tensor_file, "MAX_HEADER_BYTES", 1000)
-    monkeypatch.setattr(tensor_file, "parse_json_object", lambda *_: pytest.fail("the header was parsed"))
+    monkeypatch.setattr(contents, "MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(contents, "parse_json_object", lambda *_: pytest.fail("the header was parsed"))
     (tmp_path / "x.safetensors").write_bytes(header_file(b'{"a": ' + b"[" * 2000))
     with pytest.raises(ArtifactError, match="too long"):
         read_tensors(tmp_path / "x.safetensors")
@@ -363,7 +361,7 @@ def test_reading_takes_no_more_memory_than_the_file_is_large(saved: Path) -> Non
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from backhand.adapters.tensor_file import read_tensors
+from backhand.adapters.contents import read_tensors
 from backhand.errors import ArtifactError
 used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))

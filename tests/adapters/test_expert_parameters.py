@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
-from backhand.adapters.loading import load_adapter
 from backhand.adapters.peft_keys import slot_shapes
-from backhand.adapters.targets import in_numbers, resolve_adapter, resolve_slots
+from backhand.adapters.targets import in_numbers, resolve_adapter
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.decoder.decoder import Decoder
@@ -25,7 +24,7 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.lora_parameters import LoRAParameters, expert_factors
 from support.in_memory import InMemoryModel
 from support.parity import relative_error
-from support.saved_adapters import save_adapter
+from support.saved_adapters import load_adapter, resolve_slots, save_adapter
 from support.tiny_models import EXPERT_PARAMETERS, attach_lora, full_logits, tiny_config, tiny_documents, tiny_model
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

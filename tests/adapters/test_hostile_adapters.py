@@ -20,22 +20,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import read_adapter_directory
+from backhand.adapters.contents import read_adapter_directory, read_tensors
 from backhand.adapters.gguf_adapter import read_gguf_adapter
-from backhand.adapters.loading import load_adapter
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_keys import PREFIX
-from backhand.adapters.targets import resolve_slots
-from backhand.adapters.tensor_file import read_tensors
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.combine import combine
-from backhand.arithmetic.combine_options import CombineOptions
+from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
 from backhand.export.gguf_adapter_writer import write_gguf_adapter
 from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import save_adapter
+from support.saved_adapters import load_adapter, resolve_slots, save_adapter
 
 SHAPES = {"layers.0.q_proj": (5, 7), "layers.0.k_proj": (3, 7), "layers.1.q_proj": (5, 7)}
 LLAMA = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2}

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
-from backhand.adapters.loading import load_adapter
 from backhand.adapters.record import AdapterRecord, base_differences, read_record, record_bytes, wrong_base
-from backhand.adapters.targets import resolve_slots
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.nn.lora_parameters import LoRAParameters
 from support.parity import decoder_like, relative_error
-from support.saved_adapters import save_adapter
+from support.saved_adapters import load_adapter, resolve_slots, save_adapter
 from support.tiny_models import attach_lora, full_logits, tiny_documents, tiny_model
 
 PREFIX = "base_model.model."
@@ -436,9 +434,9 @@ def test_a_record_without_options_is_one_of_the_first() -> None:
 
 def test_the_record_knows_its_base() -> None:
     record = AdapterRecord(origin="x.gguf", base_digest="a", tokenizer_digest="b", chat_template_digest="c")
-    assert not base_differences(record, base_digest="a", tokenizer_digest="b", chat_template_digest="c")
-    assert not base_differences(record)
-    different = base_differences(record, base_digest="z", tokenizer_digest="b", chat_template_digest="z")
+    assert not base_differences(record, {"base_digest": "a", "tokenizer_digest": "b", "chat_template_digest": "c"})
+    assert not base_differences(record, {})
+    different = base_differences(record, {"base_digest": "z", "tokenizer_digest": "b", "chat_template_digest": "z"})
     assert [sentence.split(":")[0] for sentence in different] == ["base model", "chat template"]
     assert all("trained on x.gguf" in sentence for sentence in different)
     text = str(wrong_base(different, "here"))

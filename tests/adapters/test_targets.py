@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.targets import resolve_slots
 from backhand.errors import UsageError
+from support.saved_adapters import resolve_slots
 from support.tiny_models import tiny_model
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic import combine as combine_module
 from backhand.arithmetic.combine import Combination, combine, reduced, side_by_side
-from backhand.arithmetic.combine_options import CombineOptions
+from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, UsageError
 from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from backhand.adapters.checked_base import load_adapter_for, source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import read_adapter_directory
+from backhand.adapters.loading import load_adapter_for, source_digests
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.targets import resolve_slots
 from backhand.arithmetic.combine import combine
-from backhand.arithmetic.combine_options import CombineOptions
+from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -21,7 +20,7 @@ from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import save_adapter
+from support.saved_adapters import resolve_slots, save_adapter
 from support.tiny_models import save_tiny, tiny_model
 
 BOTH = ("q_proj", "v_proj")

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from backhand.arithmetic.combine import combine
-from backhand.arithmetic.combine_options import CombineOptions
 from backhand.arithmetic.compress import compress_adapter
-from backhand.arithmetic.look_options import CompressOptions
+from backhand.arithmetic.options import CombineOptions, CompressOptions
 from backhand.cli.main import main
 from backhand.errors import UsageError
 from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft

@@ -12,9 +12,8 @@ from matplotlib.image import imread
 from torch import nn
 
 from backhand.arithmetic.combine import combine
-from backhand.arithmetic.combine_options import CombineOptions
 from backhand.arithmetic.diff import diff_adapters, diff_command
-from backhand.arithmetic.look_options import DiffOptions
+from backhand.arithmetic.options import CombineOptions, DiffOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError
 from support.peft_adapters import FloatArray, save_with_peft, updates_by_peft
@@ -41,7 +40,7 @@ def angles(first: FloatArray, second: FloatArray, ranks: tuple[int, int]) -> Flo
 
 
 def test_every_number(model: nn.Module, pair: tuple[Path, Path]) -> None:
-    found = diff_adapters(DiffOptions(*pair)).found
+    found = diff_adapters(DiffOptions(*pair))
     one, two = (updates_by_peft(model, path) for path in pair)
     assert [module.module for module in found.modules] == [name for name in one if "q_proj" in name]
     for module in found.modules:
@@ -59,7 +58,7 @@ def test_every_number(model: nn.Module, pair: tuple[Path, Path]) -> None:
 
 def test_an_adapter_and_a_multiple_of_it_point_the_same_way(pair: tuple[Path, Path], tmp_path: Path) -> None:
     combine(CombineOptions("scale", pair[:1], tmp_path / "scaled", weights=(-0.5,)))
-    found = diff_adapters(DiffOptions(pair[0], tmp_path / "scaled")).found
+    found = diff_adapters(DiffOptions(pair[0], tmp_path / "scaled"))
     assert len(found.modules) == 6 and not found.only_first and not found.only_second
     for module in found.modules:
         assert module.cosine == pytest.approx(-1, abs=1e-6)

@@ -13,12 +13,12 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
+from backhand.adapters.loading import source_digests
 from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.inspect import effective_rank, inspect_adapter
-from backhand.arithmetic.look_options import InspectOptions
+from backhand.arithmetic.options import InspectOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading import open_model

@@ -10,6 +10,7 @@ import cyclopts
 import pytest
 
 from backhand.cli.command import Prepared, command
+from backhand.cli.commands import Command
 from backhand.cli.main import main, run_prepared
 from backhand.errors import UsageError
 from backhand.training.config import TrainConfig
@@ -60,7 +61,12 @@ def test_typed_held_out_rows_win_over_a_share_in_the_file(tmp_path: Path) -> Non
     file = tmp_path / "config.toml"
     file.write_text("[data]\neval_fraction = 0.1\n")
     seen: list[TrainConfig] = []
-    run(command(TrainConfig, seen.append, load=load_config), str(file), "--eval-data", "held.jsonl")
+    run(
+        command(Command("train", "", "", TrainConfig, seen.append, file=load_config)),
+        str(file),
+        "--eval-data",
+        "held.jsonl",
+    )
     assert (seen[0].data.eval_data, seen[0].data.eval_fraction) == (("held.jsonl",), None)
 
 
@@ -119,7 +125,7 @@ def test_a_field_without_docstring_and_a_doubled_name_are_refused() -> None:
         size: int = 1
 
     with pytest.raises(TypeError, match="size has no docstring"):
-        command(Silent, lambda _: None)
+        command(Command("silent", "", "", Silent, print))
 
     @dataclass(frozen=True)
     class Twice:
@@ -128,7 +134,7 @@ def test_a_field_without_docstring_and_a_doubled_name_are_refused() -> None:
         inner: Inner = field(default_factory=Inner)
 
     with pytest.raises(TypeError, match="two fields named size"):
-        command(Twice, lambda _: None)
+        command(Command("twice", "", "", Twice, print))
 
 
 def test_defaults_pass_where_pydantic_is_loaded_as_loggers_load_it(capsys: pytest.CaptureFixture[str]) -> None:

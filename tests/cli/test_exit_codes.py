@@ -13,7 +13,7 @@ import pytest
 
 from backhand.cli import commands
 from backhand.cli import main as cli
-from backhand.cli.exit_codes import exit_code, explanation
+from backhand.cli.main import ending
 from backhand.errors import UsageError
 from support.cli_commands import END
 
@@ -64,7 +64,7 @@ def test_each_kind_of_end(end, how: str, code: int, text: str) -> None:
 
 
 def test_an_error_of_usage_without_advice_names_the_help() -> None:
-    text = explanation(UsageError("rank 0 is not an integer of at least 1", where="--rank"), ["train", "--rank", "0"])
+    text = ending(UsageError("rank 0 is not an integer of at least 1", where="--rank"), ["train", "--rank", "0"])[1]
     assert text.endswith("\n  next: backhand train --help explains every option")
 
 
@@ -169,13 +169,14 @@ def test_a_device_out_of_memory_is_known_by_name() -> None:
         """As torch names it."""
 
     error = OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    assert exit_code(error) == 5
-    assert "Tried to allocate" in explanation(error, [])
+    code, text = ending(error, [])
+    assert code == 5
+    assert "Tried to allocate" in text
 
 
 def test_what_the_system_says_is_no_bug() -> None:
-    assert exit_code(OSError(errno.EIO, "Input/output error")) == 5
-    assert exit_code(FileNotFoundError(errno.ENOENT, "No such file")) == 2
-    assert exit_code(OSError(errno.ENAMETOOLONG, "File name too long")) == 2
-    assert exit_code(ImportError("libtorch.so: failed to map segment from shared object")) == 5
-    assert exit_code(OSError("of a library, without a number")) == 1
+    assert ending(OSError(errno.EIO, "Input/output error"), [])[0] == 5
+    assert ending(FileNotFoundError(errno.ENOENT, "No such file"), [])[0] == 2
+    assert ending(OSError(errno.ENAMETOOLONG, "File name too long"), [])[0] == 2
+    assert ending(ImportError("libtorch.so: failed to map segment from shared object"), [])[0] == 5
+    assert ending(OSError("of a library, without a number"), [])[0] == 1

@@ -32,7 +32,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def option_class(command: Command) -> type:
-    module, _, name = command.options.partition(":")
+    module, _, name = str(command.options).partition(":")
     found: type = getattr(importlib.import_module(module), name)
     return found
 
@@ -90,7 +90,7 @@ def test_help_of_a_command_ends_with_its_example(command: Command, capsys: pytes
 @names
 def test_the_function_of_a_command_takes_its_options(command: Command) -> None:
     """An entry names both as text, which no type checker follows."""
-    module, _, name = command.function.partition(":")
+    module, _, name = str(command.function).partition(":")
     called = getattr(importlib.import_module(module), name)
     first, *others = inspect.signature(called).parameters.values()
     assert first.annotation == option_class(command).__name__

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from backhand.data.chat import ChatRenderer, Document, read_template
-from backhand.data.messages import Conversation, read_conversation
+from backhand.data.options import TemplateOptions
+from backhand.data.rows import Conversation, read_conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -33,7 +34,7 @@ def talk(*turns: str, **columns: Any) -> Conversation:
 
 def renderer(template: str = CHAT_TEMPLATE, tokenizer: Any = None, **options: Any) -> ChatRenderer:
     tokenizer = tokenizer or byte_level()
-    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, **options)
+    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions(**options))
 
 
 def spans(document: Document) -> list[str]:
@@ -69,7 +70,7 @@ def test_a_reply_at_the_very_beginning_is_counted_and_carries_no_loss() -> None:
     chat = renderer()
     (document,) = chat.documents(talk("a:hello", "u:q", "a:yes"))
     assert spans(document) == ["yes<|im_end|>"]
-    assert chat.leading_replies == 1
+    assert chat.seen["leading"] == 1
 
 
 def test_everything_carries_loss_if_asked() -> None:
@@ -93,7 +94,7 @@ def test_earlier_turns_that_the_template_rewrites_become_documents_of_their_own(
     assert first.text.endswith("<think>hm</think>one<|im_end|>")
     assert spans(second) == ["<think>ah</think>two<|im_end|>"]
     assert "hm" not in second.text and "one<|im_end|>" in second.text
-    assert chat.split_conversations == 1
+    assert chat.seen["split"] == 1
 
 
 def test_turns_that_are_not_rewritten_stay_together_in_a_rewriting_template() -> None:
@@ -101,7 +102,7 @@ def test_turns_that_are_not_rewritten_stay_together_in_a_rewriting_template() ->
     (document,) = chat.documents(talk("u:q1", "a:one", "u:q2", "a:two"))
     assert spans(document) == ["one<|im_end|>", "two<|im_end|>"]
     assert len(chat.documents(talk("u:q1", "a:one", "u:q2", "a:<think>x</think>two", "u:q3", "a:three"))) == 2
-    assert chat.split_conversations == 1
+    assert chat.seen["split"] == 1
 
 
 def test_white_space_that_only_the_last_reply_has_splits_no_conversation() -> None:
@@ -166,7 +167,7 @@ def test_whatever_a_template_raises_is_a_data_error(template: str) -> None:
 def test_a_template_with_a_syntax_error_is_laid_at_the_right_door() -> None:
     for from_option, kind in ((True, UsageError), (False, ArtifactError)):
         with pytest.raises(kind, match="not valid Jinja") as raised:
-            renderer("{% for %}", from_option=from_option).documents(talk("u:q", "a:x"))
+            renderer("{% for %}", chat_template="given" if from_option else None).documents(talk("u:q", "a:x"))
         assert "line 1" in str(raised.value.why)
 
 
@@ -211,11 +212,11 @@ def test_tools_and_thoughts_that_the_template_leaves_out_are_counted() -> None:
     without, thoughtful = renderer(), renderer(WITH_TOOLS.replace("{{ m.content }}", "{{ m.content }}hm"))
     for chat in (without, thoughtful):
         chat.documents(conversation)
-    assert (without.unseen_tools, without.unseen_thoughts) == (1, 2)
-    assert (thoughtful.unseen_tools, thoughtful.unseen_thoughts) == (0, 1)
+    assert (without.seen["tools"], without.seen["thoughts"]) == (1, 2)
+    assert (thoughtful.seen["tools"], thoughtful.seen["thoughts"]) == (0, 1)
     plain = renderer()
     plain.documents(talk("u:q", "a:x"))
-    assert (plain.unseen_tools, plain.unseen_thoughts) == (0, 0)
+    assert (plain.seen["tools"], plain.seen["thoughts"]) == (0, 0)
 
 
 def test_a_second_template_for_tools_is_used_where_there_are_tools() -> None:

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from backhand.data.forms import FormReader
-from backhand.data.messages import Conversation
-from backhand.data.row_kinds import Completion, PlainText, Row
-from backhand.data.rows import BadRows, RawRow
+from backhand.data.rows import BadRows, Completion, Conversation, PlainText, RawRow, Row
 from backhand.errors import DataError
 
 USER = {"role": "user", "content": "q"}

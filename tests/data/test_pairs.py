@@ -12,12 +12,10 @@ import pytest
 from backhand.data.examples import CutRows, Example
 from backhand.data.forms import FormReader
 from backhand.data.lint import Finding, lint
-from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker, pack
 from backhand.data.prepare import prepare
-from backhand.data.row_kinds import Completion, Labelled, Pair
-from backhand.data.rows import RawRow
+from backhand.data.rows import Completion, Conversation, Labelled, Pair, RawRow
 from backhand.errors import DataError
 from support.tiny_tokenizer import tiny_tokenizer
 

@@ -8,10 +8,10 @@ import pytest
 
 from backhand.data.chat import ChatRenderer
 from backhand.data.lint import lint
-from backhand.data.messages import Conversation, read_conversation
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare, prepare_prompts
-from backhand.data.reply_start import switches
+from backhand.data.rows import Conversation, read_conversation
+from backhand.data.template_habits import switches
 from backhand.data.text_encoder import TextEncoder
 from support.tokenizer_kinds import byte_level
 
@@ -39,7 +39,7 @@ CLOSING = (
 
 def renderer(template: str, **args: Any) -> ChatRenderer:
     tokenizer = byte_level()
-    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, template_args=args)
+    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions(template_args=args))
 
 
 def talk(*contents: str, **more: str) -> Conversation:

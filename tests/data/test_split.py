@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from backhand.data.examples import DataReport, Example
-from backhand.data.split import overlap, random_order, split
-from backhand.data.stored_examples import PreparedData, summed
+from backhand.data.stored_examples import PreparedData, overlap, random_order, split, summed
 from backhand.errors import DataError
 
 

@@ -15,9 +15,8 @@ import pytest
 from backhand.data import stored_examples
 from backhand.data.examples import DataReport, Example
 from backhand.data.packing import RowPacker, _common_positions, trained_length
-from backhand.data.row_kinds import Asked, Completion
-from backhand.data.split import _groups, overlap
-from backhand.data.stored_examples import stored, summed
+from backhand.data.rows import Asked, Completion
+from backhand.data.stored_examples import _groups, overlap, stored, summed
 from backhand.errors import ResourceError
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from backhand.data.chat import ChatRenderer, Document
 from backhand.data.documents import RowRenderer
-from backhand.data.messages import Conversation, read_conversation
 from backhand.data.options import TemplateOptions
+from backhand.data.rows import Conversation, read_conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
 from support.trl_templates import marked_spans, pair_names, template_names, template_source, tokenizer_for
@@ -73,7 +73,7 @@ class Learnt:
 
 def _renderer(name: str, **args: Any) -> ChatRenderer:
     tokenizer, template = tokenizer_for(name), template_source(name)
-    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, template_args=args)
+    return ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions(template_args=args))
 
 
 def _read(messages: list[dict[str, Any]]) -> Conversation:
@@ -165,7 +165,7 @@ def test_conversations_that_stay_one_document(name: str, ends: list[str]) -> Non
     said = [document.text[start:end] for start, end in document.spans]
     for text, content, end in zip(said, ("a one", "a two", "a three"), ends, strict=True):
         assert text.endswith(content + end)
-    assert chat.split_conversations == 0
+    assert chat.seen["split"] == 0
 
 
 def test_a_call_at_the_end_learns_the_token_of_the_tool_that_answers() -> None:
@@ -194,11 +194,11 @@ def test_thoughts_carry_loss_wherever_the_template_writes_them(name: str) -> Non
     }
     spoken, chat = {}, _renderer(name)
     for form, messages in forms.items():
-        chat.unseen_thoughts = 0
+        chat.seen["thoughts"] = 0
         (learnt,) = _learnt(chat.documents(_read(messages)))
         assert "A plant." in learnt.said
         assert "It grows." not in learnt.before
-        assert ("It grows." in learnt.said) != (chat.unseen_thoughts == 1)
+        assert ("It grows." in learnt.said) != (chat.seen["thoughts"] == 1)
         assert ("It grows." in learnt.said) or not _written(name, messages, "It grows.")
         spoken[form] = learnt.said
     assert spoken["thinking"] == spoken["reasoning"] == spoken["reasoning_content"]
@@ -255,6 +255,6 @@ def test_a_developer_is_the_system(name: str) -> None:
 def test_a_template_that_knows_developers_alone_is_given_one() -> None:
     tokenizer = tokenizer_for("qwen2_5")
     template = template_source("qwen2_5").replace('"system"', '"developer"').replace("'system'", "'developer'")
-    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template)
+    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, TemplateOptions())
     (document,) = chat.documents(_read(PLAIN["system, two turns"]))
     assert "Be brief." in document.text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from backhand.adapters.checked_base import source_digests
+from backhand.adapters.loading import source_digests
 from backhand.adapters.record import AdapterRecord
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.diff import compare_updates

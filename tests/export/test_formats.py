@@ -18,9 +18,9 @@ from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError
 from backhand.export import command as exporting
 from backhand.export.command import export_command
-from backhand.export.kohya_file import kohya_name
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, Format
+from backhand.export.other_formats import kohya_name
 from backhand.export.proving import factor_error
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
 from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model

@@ -18,7 +18,7 @@ from backhand.adapters import record
 from backhand.export.command import export_command
 from backhand.export.merging import merge_command
 from backhand.export.options import ExportOptions, MergeOptions
-from backhand.export.probes import BlockWalk, Difference, difference, probe_documents
+from backhand.export.proving import BlockWalk, Difference, difference, probe_documents
 from backhand.kernels import dequantize as unpacking
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import gguf_file, huggingface, open_model

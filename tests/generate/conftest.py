@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.targets import resolve_slots
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
-from support.saved_adapters import save_adapter
+from support.saved_adapters import resolve_slots, save_adapter
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 import transformers
 
-from backhand.adapters.checked_base import source_digests
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
-from backhand.adapters.loading import load_adapter
+from backhand.adapters.loading import source_digests
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ArtifactError
 from backhand.generate.completer import EngineCompleter, complete_greedily
@@ -22,7 +21,7 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
-from support.saved_adapters import save_adapter
+from support.saved_adapters import load_adapter, save_adapter
 from support.tiny_tokenizer import tiny_tokenizer
 
 PROMPTS = [[5, 9, 40], [7, 100, 22, 60, 8]]

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.targets import resolve_slots
 from backhand.lab.paper import merging as paper_merging
 from backhand.lab.paper.merging import Ratio, measure_merging
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRAParameters
+from support.saved_adapters import resolve_slots
 from support.tiny_run import TinyRun
 
 

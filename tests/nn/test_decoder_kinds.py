@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.adapters.loading import load_adapter
 from backhand.nn.decoder import group_extras
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
@@ -19,6 +18,7 @@ from support.any_models import their_factors
 from support.in_memory import InMemoryModel
 from support.no_autograd import autograd_raises
 from support.parity import peft_loss, relative_error, supervise
+from support.saved_adapters import load_adapter
 from support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 LENGTHS = (23, 9, 9, 1, 18)

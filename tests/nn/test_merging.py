@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.targets import resolve_slots
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.merging import merge_into, merged_logits
 from backhand.nn.lora_parameters import LoRAParameters
 from support.in_memory import InMemoryModel
+from support.saved_adapters import resolve_slots
 from support.tiny_models import tiny_model
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -128,9 +128,6 @@ def _load(path: Path) -> Outer:
     return Outer(**{**table, "inner": Inner(**table.get("inner", {}))})
 
 
-end = command(Outer, run_end, load=_load)
-
-
 END = Command(
     "end",
     "End in some way.",
@@ -139,6 +136,7 @@ END = Command(
     "support.cli_commands:run_end",
     file=_load,
 )
+end = command(END)
 
 
 @dataclass(frozen=True)
@@ -162,4 +160,4 @@ def _files(options: Files) -> None:
 
 
 last_files: list[Files] = []
-files = command(Files, _files, positional=("verb", "files"))
+files = command(Command("files", "", "", Files, _files, positional=("verb", "files")))

@@ -6,10 +6,28 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import read_adapter_directory
+from backhand.adapters.loading import LoadedAdapter, match_linear_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import adapter_files, write_files
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
-from backhand.nn.lora_parameters import LoRAParameters
+from backhand.adapters.targets import OUTPUT_HEADS, resolve_adapter
+from backhand.files import write_together
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+
+
+def resolve_slots(
+    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
+) -> list[LoRASlot]:
+    """What `config` adapts on a model, without what is trained beside it."""
+    return list(resolve_adapter(config, module_shapes, heads=heads).slots)
+
+
+def load_adapter(
+    directory: Path | str, module_shapes: Mapping[str, tuple[int, int]], *, allow_pickle: bool = False
+) -> LoadedAdapter:
+    """The adapter in a directory, checked completely against the modules of a model."""
+    return match_linear_adapter(read_adapter_directory(directory, allow_pickle=allow_pickle), module_shapes)
 
 
 def save_adapter(
@@ -38,11 +56,6 @@ def save_adapter(
         ResourceError: disk full or not writable; no file is left half written.
         CheckError: a value is not finite.
     """
-    contents = adapter_files(
-        PEFTConfig(config, base_model, task_type, revision),
-        parameters,
-        record=record,
-        card=card,
-        module_names=module_names,
-    )
-    return write_files(Path(directory), contents)
+    parts = AdapterParts.of(PEFTConfig(config, base_model, task_type, revision), parameters)
+    write_together(Path(directory), adapter_files(parts, record=record, card=card, module_names=module_names))
+    return Path(directory)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject_from
-from backhand.adapters.loading import load_adapter
 from backhand.errors import UsageError
 from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import loaded_model
@@ -29,6 +28,7 @@ from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.training.run import train
 from support.parity import relative_error
+from support.saved_adapters import load_adapter
 from support.tiny_models import full_logits, tiny_documents
 from support.tiny_run import TinyRun, final_bits, with_options
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from backhand.cli.fields import option_fields
+from backhand.cli.command import option_fields
 from backhand.cli.main import main
 from backhand.training.config import TrainConfig
 from backhand.training.other_names import _NAMES, ours

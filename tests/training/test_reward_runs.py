@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backhand.data.lint_command import lint_command
 from backhand.data.options import DataOptions, LintOptions, LintRunOptions
-from backhand.data.row_kinds import Asked, Completion
+from backhand.data.rows import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.generate import sampling
 from backhand.report.page import page_values, run_page
@@ -389,7 +389,7 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
         f"    {hangs}\n"
     )
     script = (
-        "from backhand.data.row_kinds import Asked, Completion\n"
+        "from backhand.data.rows import Asked, Completion\n"
         "from backhand.training.rewards.process import RewardProcess, Written\n"
         "asked = Asked(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
         f"with RewardProcess([{str(tmp_path / 'hanging.py') + ':hangs'!r}], 600.0) as process:\n"

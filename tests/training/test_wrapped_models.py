@@ -14,12 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.loading import load_adapter_for, of_the_text_model
 from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_saving import in_wrapper
 from backhand.adapters.targets import Target
-from backhand.adapters.wrapped_names import in_wrapper, of_the_text_model
 from backhand.export.command import export_command
 from backhand.export.options import ExportOptions
 from backhand.nn.decoder.decoder import Decoder

@@ -9,8 +9,8 @@ from typing import Any, get_args, get_origin
 from cyclopts import Group, Parameter
 
 from backhand.bounds import union_members
+from backhand.cli.command import command, option_fields
 from backhand.cli.commands import COMMANDS, Command
-from backhand.cli.fields import option_fields
 from backhand.training.config import TrainConfig
 
 
@@ -41,13 +41,13 @@ def toml_page() -> str:
     return "\n\n".join([*parts, ""])
 
 
-def _page(command: Command) -> str:
+def _page(entry: Command) -> str:
     groups: dict[str, list[str]] = {}
-    for parameter in inspect.signature(command.parsed()).parameters.values():
+    for parameter in inspect.signature(command(entry)).parameters.values():
         hint, said = _annotated(parameter)
         title = next((group.name for group in _several(said.group) if isinstance(group, Group)), "Arguments")
         groups.setdefault(title, []).append(_row(parameter, hint, said))
-    parts = [f"# `backhand {command.name}`", command.summary, f"```sh\n{command.example}\n```"]
+    parts = [f"# `backhand {entry.name}`", entry.summary, f"```sh\n{entry.example}\n```"]
     for title, rows in groups.items():
         parts += [f"## {title}", "\n".join(["| | default | |", "|---|---|---|", *rows])]
     return "\n\n".join([*parts, ""])

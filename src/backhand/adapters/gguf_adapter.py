@@ -22,11 +22,10 @@ import torch
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.contents import AdapterContents
+from backhand.adapters.contents import AdapterContents, parse_json_object
 from backhand.adapters.peft_config import PEFTConfig, written_pattern
 from backhand.adapters.peft_keys import PREFIX, factor_problems
 from backhand.adapters.record import AdapterRecord, read_record
-from backhand.adapters.tensor_file import parse_json_object
 from backhand.errors import ArtifactError
 from backhand.nn.loading.expert_tensors import parameter_of, parts_of, stack_layout
 from backhand.nn.loading.gguf_file import GGUFFile, dequantized

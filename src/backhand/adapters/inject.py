@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.injection_plan import Injection, close_fast_paths, plan_injection
-from backhand.adapters.loading import LoadedAdapter, check_base_copies, match_adapter
+from backhand.adapters.loading import Expected, LoadedAdapter, check_base_copies, match_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import AdapterParts, module_adapter_files, write_files
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.saved_modules import SavedModules
-from backhand.adapters.targets import Target
+from backhand.adapters.targets import Target, resolve_targets
+from backhand.adapters.trained_tensors import SavedModules
 from backhand.errors import UsageError
+from backhand.files import write_together
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import TOKENS
 from backhand.nn.modules.adapted_module import LoRAModule, base_weight
@@ -151,18 +152,15 @@ class InjectedAdapter:
                 why="the model is to compute what its base does, and merged it would not",
                 next_step="call enable() first",
             )
-        if self.config.lora_bias and (without := [n for n, adapted in self.modules.items() if adapted.bias is None]):
-            raise UsageError(
-                f"{name_list(without)} cannot be merged",
-                why="the adapter has a bias there, and the base model has none that could hold it",
-                next_step="leave the adapter unmerged",
-            )
-        if grouped := [name for name, adapted in self.modules.items() if getattr(adapted, "groups", 1) > 1]:
-            raise UsageError(
-                f"{', '.join(grouped)} cannot be merged",
-                why="the update of a grouped convolution reads channels that its weight does not",
-                next_step="leave the adapter unmerged",
-            )
+        modules, biased = self.modules.items(), self.config.lora_bias
+        without = name_list(name for name, adapted in modules if biased and adapted.bias is None)
+        grouped = ", ".join(name for name, adapted in modules if getattr(adapted, "groups", 1) > 1)
+        for names, why in (
+            (without, "the adapter has a bias there, and the base model has none that could hold it"),
+            (grouped, "the update of a grouped convolution reads channels that its weight does not"),
+        ):
+            if names:
+                raise UsageError(f"{names} cannot be merged", why=why, next_step="leave the adapter unmerged")
         for adapted in self._all_modules():
             adapted.merge()
 
@@ -215,7 +213,8 @@ class InjectedAdapter:
             record: origin and digests for backhand.json.
             card: further rows for the table in README.md.
         """
-        return write_files(Path(directory), self.files(base_model=base_model, record=record, card=card))
+        write_together(Path(directory), self.files(base_model=base_model, record=record, card=card))
+        return Path(directory)
 
     def files(
         self,
@@ -233,7 +232,7 @@ class InjectedAdapter:
         described = PEFTConfig(self.config, base_model, "CAUSAL_LM" if is_causal else None, fan_in_fan_out=conv1d)
         factors = {name: parameter.detach() for name, parameter in self.named_parameters()}
         parts = AdapterParts(described, self.targets, plan.shapes, factors, plan.trained)
-        return module_adapter_files(parts, record=record, card=card, module_names=plan.module_names, wrapper=wrapper)
+        return adapter_files(parts, record=record, card=card, module_names=plan.module_names, wrapper=wrapper)
 
     def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:
         """Replace the factors by those of an adapter of the same modules, ranks and scaling.
@@ -245,15 +244,14 @@ class InjectedAdapter:
 
     def load_contents(self, contents: AdapterContents) -> LoadedAdapter:
         """The same with an adapter that has been read, whatever file it stood in; errors as `load`."""
-        loaded = match_adapter(
-            contents,
-            self._plan.module_names,
-            lambda _: list(self._plan.shapes),
-            linear=self._plan.linear,
-            heads=self._plan.heads,
-            differences=lambda targets: _differences(targets, self.targets),
-            trained=lambda _: self._plan.trained,
-        )
+        plan = self._plan
+
+        def expected(config: LoRAConfig) -> Expected:
+            targets = resolve_targets(config, plan.module_names, linear=plan.linear, heads=plan.heads, strict=False)
+            problems = _differences(targets, self.targets)
+            return Expected(targets, () if problems else plan.shapes, plan.trained, problems=problems)
+
+        loaded = match_adapter(contents, plan.module_names, expected)
         check_base_copies(loaded, lambda name: self.modules[name].weight)
         self.fill(loaded.factors)
         return loaded
@@ -356,14 +354,8 @@ def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAda
         plan = plan_injection(module, contents.described.config, None, strict=False)
     except UsageError as error:
         raise UnusableAdapterError(contents.directory, [*contents.problems, str(error)]) from None
-    loaded = match_adapter(
-        contents,
-        plan.module_names,
-        lambda _: list(plan.shapes),
-        linear=plan.linear,
-        heads=plan.heads,
-        trained=lambda _: plan.trained,
-    )
+    expected = Expected(plan.targets, plan.shapes, plan.trained)
+    loaded = match_adapter(contents, plan.module_names, lambda _: expected)
     check_base_copies(loaded, lambda name: base_weight(plan.modules[name]))
     adapter = InjectedAdapter(module, plan)
     adapter.fill(loaded.factors)

@@ -11,9 +11,8 @@ from torch import nn
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.peft_keys import FactorShapes
-from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import Target, in_numbers, no_embedding_bias, resolve_targets
-from backhand.adapters.trained_tensors import resolve_trained, saved_modules
+from backhand.adapters.trained_tensors import resolve_trained, saved_modules, tied_notes
 from backhand.errors import UsageError
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import module_paths

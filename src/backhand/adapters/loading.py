@@ -1,130 +1,109 @@
-"""Loading an adapter from PEFT's files, strictly: exactly what was saved, or one error that lists all that is wrong.
+"""Loading an adapter from files, strictly: exactly what was saved, on the base that it was trained with, or one error.
 
-There is no loading in part.
+The error lists all that is wrong; there is no loading in part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
+from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_keys import FactorShapes, match_tensors, slot_shapes
-from backhand.adapters.record import AdapterRecord
+from backhand.adapters.peft_keys import PREFIX, FactorShapes, match_tensors, slot_shapes
+from backhand.adapters.peft_saving import NO_OTHER_CHOICE
+from backhand.adapters.record import (
+    AdapterRecord,
+    base_differences,
+    base_digest,
+    other_template_args,
+    text_digest,
+    tokenizer_digest,
+    wrong_base,
+)
 from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot, trained_beside
-from backhand.errors import UsageError
+from backhand.errors import ArtifactError, UsageError
+from backhand.nn.loading.expert_tensors import matrices_within, may_hold_experts
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.wrappers import text_name
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import embeddings_of, experts_of
 
 
-def load_adapter(
-    directory: Path | str,
-    module_shapes: Mapping[str, tuple[int, int]],
-    *,
-    heads: Collection[str] = OUTPUT_HEADS,
-    allow_pickle: bool = False,
-) -> LoadedAdapter:
-    """Read an adapter of linear modules and embeddings, and check it completely.
+class Expected(NamedTuple):
+    """What a configuration asks for on a model."""
+
+    targets: Sequence[Target]
+    shapes: Sequence[FactorShapes]
+    trained: Sequence[TrainedTensor] = ()  # tensors trained as they are, beside these targets
+    slots: Sequence[LoRASlot] = ()
+    problems: Sequence[str] = ()  # what is wrong with the targets; without shapes the tensors are not looked at
+
+
+def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]]) -> LoadedAdapter:
+    """Hold an adapter of linear modules, embeddings and experts that has been read against a model.
 
     Args:
-        directory: of the adapter, or one that holds a single adapter in a sub-folder.
         module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also knows
             embeddings and what else can be trained.
-        heads: what `all-linear` leaves out, should the file say that.
-        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
-    contents = read_adapter_directory(directory, allow_pickle=allow_pickle)
-    return match_linear_adapter(contents, module_shapes, heads=heads)
+    names, experts = [*module_shapes, *embeddings_of(module_shapes)], list(experts_of(module_shapes))
 
+    def expected(config: LoRAConfig) -> Expected:
+        # What matches nothing is no problem in itself here: the tensors say what was adapted.
+        targets = resolve_targets(config, names, linear=module_shapes.keys(), parameters=experts, strict=False)
+        slots = [target_slot(target, module_shapes, config) for target in targets]
+        beside = trained_beside(config, module_shapes, [target.name for target in targets], strict=False)
+        return Expected(targets, slot_shapes(slots), beside, slots)
 
-def match_linear_adapter(
-    contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
-) -> LoadedAdapter:
-    """Hold an adapter of linear modules that has been read against a model; arguments and errors as `load_adapter`."""
-    config = contents.described.config
-
-    def slots(targets: Sequence[Target]) -> list[LoRASlot]:
-        return [target_slot(target, module_shapes, config) for target in targets]
-
-    loaded = match_adapter(
-        contents,
-        [*module_shapes, *embeddings_of(module_shapes)],
-        lambda targets: slot_shapes(slots(targets)),
-        linear=module_shapes.keys(),
-        heads=heads,
-        parameters=list(experts_of(module_shapes)),
-        trained=lambda targets: trained_beside(config, module_shapes, [t.name for t in targets], strict=False),
-    )
-    return replace(loaded, slots=tuple(slots(loaded.targets)))
+    return match_adapter(contents, names, expected)
 
 
 def match_adapter(
-    contents: AdapterContents,
-    module_names: Sequence[str],
-    shapes: Callable[[Sequence[Target]], list[FactorShapes]],
-    *,
-    linear: Collection[str] | None = None,
-    heads: Collection[str] = (),
-    parameters: Sequence[str] = (),
-    differences: Callable[[Sequence[Target]], list[str]] | None = None,
-    trained: Callable[[Sequence[Target]], Sequence[TrainedTensor]] = lambda _: (),
+    contents: AdapterContents, module_names: Sequence[str], expected_by: Callable[[LoRAConfig], Expected]
 ) -> LoadedAdapter:
     """Hold what was read against a model.
 
     Args:
-        linear, heads: for `all-linear`, see `targets.resolve_targets`.
-        differences: what more is wrong with the targets, one sentence each; the tensors are then not looked at.
-        trained: the tensors trained as they are, beside these targets.
+        expected_by: what a configuration asks for; it may raise UsageError.
 
     Raises:
-        UnusableAdapterError: lists these problems and those found here.
+        UnusableAdapterError: lists its problems and those found here.
     """
     problems = list(contents.problems)
-    targets: list[Target] = []
-    further: list[str] = []
-    expected: list[FactorShapes] = []
-    beside: Sequence[TrainedTensor] = ()
+    expected = Expected((), ())
     if contents.config_usable:
         try:
-            # What matches nothing is no problem in itself here: the tensors say what was adapted.
-            targets = resolve_targets(
-                contents.described.config,
-                module_names,
-                linear=linear,
-                heads=heads,
-                parameters=parameters,
-                strict=False,
-            )
-            further = differences(targets) if differences is not None else []
-            if not further:
-                expected, beside = shapes(targets), trained(targets)
+            expected = expected_by(contents.described.config)
         except UsageError as error:
             problems.append(error.one_line)
-    matched = match_tensors(expected, contents.tensors, module_names, beside, contents.unusable or ())
-    if expected and contents.unusable is not None:  # nothing is missing in a file that could not be read
-        problems.extend(matched.problems)
-    else:
-        problems.extend(further)
+    there = contents.unusable or ()
+    matched = match_tensors(expected.shapes, contents.tensors, module_names, expected.trained, there)
+    # Nothing is missing in a file that could not be read.
+    problems += matched.problems if expected.shapes and contents.unusable is not None else expected.problems
     if problems:
         raise UnusableAdapterError(contents.directory, problems, contents.described.base_model)
     return LoadedAdapter(
         contents.directory,
         contents.described,
-        tuple(targets),
-        tuple(expected),
+        tuple(expected.targets),
+        tuple(expected.shapes),
         matched.factors,
         matched.base_copies,
         contents.record,
-        trained=tuple(beside),
+        tuple(expected.slots),
+        trained=tuple(expected.trained),
     )
 
 
@@ -236,3 +215,200 @@ class LoadedAdapter:
         parameters = LoRAParameters(self.slots, trained=self.trained, device=device, dtype=dtype)
         self.fill(parameters)
         return parameters
+
+
+# On the base model, tokenizer and chat template that it was trained with.
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
+
+
+def load_adapter_for(
+    source: ModelSource,
+    directory: Path | str,
+    module_shapes: Mapping[str, tuple[int, int]],
+    *,
+    chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    force_base: bool = False,
+    allow_pickle: bool = False,
+) -> LoadedAdapter:
+    """Read an adapter of linear modules, check it completely, and hold the model at hand against its record.
+
+    Args:
+        module_shapes: (out, in) of every linear module of the model, by dotted path.
+        chat_template: the template in use; None where there is none, or it does not matter.
+        template_args: variables it is given; None where they do not matter.
+        force_base: use the adapter whatever its files say of its base; what differs stands in its notes.
+        allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
+
+    Raises:
+        UnusableAdapterError: an ArtifactError that lists every problem of the files.
+        ArtifactError: the adapter was trained with another base model, tokenizer or chat template.
+    """
+    loaded = match_linear_adapter(read_adapter(directory, source, allow_pickle=allow_pickle), module_shapes)
+    forced = check_source(
+        loaded.record,
+        str(loaded.directory),
+        source,
+        [target.name for target in loaded.targets],
+        chat_template=chat_template,
+        template_args=template_args,
+        base_copies=loaded.base_copies,
+        force_base=force_base,
+    )
+    return replace(loaded, forced=forced)
+
+
+def read_adapter(path: Path | str, source: ModelSource | None, *, allow_pickle: bool = False) -> AdapterContents:
+    """Read an adapter, in PEFT's format or in a GGUF file, as far as that goes without the model's modules.
+
+    Args:
+        source: the base model; PEFT's files are read without it.
+
+    Raises:
+        UsageError: a GGUF file, and no base model.
+        ArtifactError: there is no adapter, or its configuration cannot be read.
+    """
+    if is_gguf_file(path):
+        if source is None:
+            raise UsageError(
+                "an adapter in a GGUF file is read beside its base model, and none is given",
+                where=str(path),
+                why="the names of its modules and the order of their rows are the base model's",
+                next_step="give --model",
+            )
+        return read_gguf_adapter(path, source.config)
+    return of_the_text_model(read_adapter_directory(path, allow_pickle=allow_pickle))
+
+
+def check_source(
+    record: AdapterRecord | None,
+    where: str,
+    source: ModelSource,
+    module_names: Iterable[str],
+    *,
+    chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    base_copies: Mapping[str, Tensor] | None = None,
+    force_base: bool = False,
+) -> tuple[str, ...]:
+    """Refuse a base model, tokenizer or chat template other than those an adapter was trained with.
+
+    Args:
+        record: from backhand.json; None, as PEFT's own adapters have it, says nothing.
+        chat_template: the template in use; None is not compared.
+        template_args: variables it is given, for a note; None is not compared.
+        base_copies: whole base weights that the adapter's file holds, by module.
+
+    Returns:
+        a sentence for each thing that differs, for people to see: other variables, and with `force_base` all else.
+
+    Raises:
+        ArtifactError: names everything that differs.
+    """
+    different = []
+    if record is not None:
+        compared = module_names if record.base_digest is not None else ()
+        different += base_differences(record, source_digests(source, compared, chat_template=chat_template))
+    different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
+    if different and not force_base:
+        raise wrong_base(different, where)
+    notes = other_template_args(record, template_args) if record is not None else ()
+    return (*(f"used by force: {sentence}" for sentence in different), *notes)
+
+
+def source_digests(
+    source: ModelSource, module_names: Iterable[str], *, chat_template: str | None = None
+) -> dict[str, str | None]:
+    """base_digest, tokenizer_digest and chat_template_digest, as an adapter's record has them."""
+    weights = list(weight_names(module_names, source.tensor_names()))
+    return {
+        "base_digest": base_digest(weights, source.load_in_pieces) if weights else None,
+        "tokenizer_digest": tokenizer_digest(source.tokenizer()),
+        "chat_template_digest": text_digest(chat_template),
+    }
+
+
+def base_weight_name(source: ModelSource, module: str) -> str:
+    """The name in a model's files of a module's weight. Raises ArtifactError: there is none."""
+    for name in weight_names([module], source.tensor_names()):
+        return name
+    raise ArtifactError(f"the base model has no weight of {module}", where=str(source.path))
+
+
+def weight_names(module_names: Iterable[str], tensor_names: Iterable[str]) -> Iterator[str]:
+    """Names of the modules' weights in a model's files; what is not found there is left out.
+
+    Files may leave out the beginning of a path, as GPT-2's do, and of a tied output head they hold only the embedding.
+    A parameter of experts is the matrices of all of them.
+    """
+    names = list(tensor_names)
+    there = set(names)
+    for module in module_names:
+        if may_hold_experts(module):
+            yield from sorted(matrices_within(module, names))
+            continue
+        name = _named(f"{module}.weight", there)
+        if name is None and module in OUTPUT_HEADS:
+            name = next((name for name in sorted(there) if name.endswith(_EMBEDDINGS)), None)
+        if name is not None:
+            yield name
+
+
+def _named(name: str, there: Collection[str]) -> str | None:
+    """The longest end of a dotted name that is there; its last two parts at least."""
+    while name not in there:
+        if name.count(".") < 2:
+            return None
+        name = name.partition(".")[2]
+    return name
+
+
+# An adapter of an image model's text part, in the text model's names.
+#
+# It is one of the text model as soon as the names in its file lie in there, whichever of the two ways of writing the
+# prefix they have: the tensors say what was adapted. What it has of other parts stays as it is, and does not fit.
+
+_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
+_IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:\\?\.)(?:model(?:\\?\.))?")
+
+
+def of_the_text_model(contents: AdapterContents) -> AdapterContents:
+    """What was read, in the text model's names where it is an adapter of a whole image model's text part."""
+    names = {key: _inside(key) for key in (*contents.tensors, *(contents.unusable or ()))}
+    if all(name is None or name == key for key, name in names.items()):
+        return contents
+
+    def renamed(key: str) -> str:
+        return names[key] or key
+
+    config = contents.described.config
+    modules = {match["module"] for key in names if (match := _FACTOR.fullmatch(renamed(key).removeprefix(PREFIX)))}
+    config = replace(
+        config,
+        target_modules=tuple(sorted(modules)),
+        **NO_OTHER_CHOICE,
+        rank_pattern=_patterns(config.rank_pattern),
+        alpha_pattern=_patterns(config.alpha_pattern),
+        modules_to_save=tuple(text_name(name) or name for name in config.modules_to_save),
+    )
+    return replace(
+        contents,
+        described=replace(contents.described, config=config),
+        tensors={renamed(key): tensor for key, tensor in contents.tensors.items()},
+        stored_bytes={renamed(key): size for key, size in contents.stored_bytes.items() if key in names},
+        unusable=None if contents.unusable is None else [renamed(key) for key in contents.unusable],
+    )
+
+
+def _inside(key: str) -> str | None:
+    if not key.startswith(PREFIX):
+        return None
+    name = text_name(key.removeprefix(PREFIX))
+    return None if name is None else PREFIX + name
+
+
+def _patterns(pattern: Any) -> dict[str, Any]:
+    """Keys of rank_pattern or alpha_pattern, perhaps regular expressions, without the prefix."""
+    return {_IN_A_PATTERN.sub(r"model\\.", key): value for key, value in pattern.items()}

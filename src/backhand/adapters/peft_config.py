@@ -149,26 +149,25 @@ class _Reader:
             return None
         return value
 
+    def several(self, name: str, value: Any, hint: Any) -> tuple[Any, ...]:
+        return tuple(value) if value and self._holds(name, value, hint) else ()
+
     def names(self, name: str) -> tuple[str, ...]:
         value = self.raw.get(name)
-        if not value:
-            return ()
-        if isinstance(value, str):
+        if value and isinstance(value, str):
             self.problems.append(f"{name}: {_short(value)} is not a list of names")
             return ()
-        return tuple(value) if self._holds(name, value, Modules) else ()
+        return self.several(name, value, Modules)
 
     def tokens(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
         if isinstance(value, dict) and len(value) == 1:
             # By the name of the embedding; that it is the input one, the tensors' names show.
             (value,) = value.values()
-        if not value:
-            return ()
-        if isinstance(value, dict):
+        if value and isinstance(value, dict):
             self.problems.append(f"{name}: rows of {len(value)} modules are trained, only the input embedding's can be")
             return ()
-        return tuple(value) if self._holds(name, value, TokenIds) else ()
+        return self.several(name, value, TokenIds)
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.raw.get("layers_to_transform")
@@ -182,12 +181,9 @@ class _Reader:
 
     def layers_pattern(self) -> tuple[str, ...]:
         value = self.raw.get("layers_pattern")
-        if not value or self.raw.get("layers_to_transform") in (None, []):
+        if self.raw.get("layers_to_transform") in (None, []):
             return ()
-        names = [value] if isinstance(value, str) else value
-        if not self._holds("layers_pattern", names, Modules):
-            return ()
-        return tuple(names)
+        return self.several("layers_pattern", [value] if value and isinstance(value, str) else value, Modules)
 
 
 def _short(value: Any) -> str:

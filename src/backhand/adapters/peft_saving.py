@@ -9,21 +9,17 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE
+from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, tensor_bytes
 from backhand.adapters.peft_config import PEFTConfig, peft_config_bytes
 from backhand.adapters.peft_keys import PREFIX, FactorShapes, slot_shapes, trained_key
 from backhand.adapters.record import AdapterRecord, bytes_digest, installed_packages, record_bytes
 from backhand.adapters.targets import Target, module_values
-from backhand.adapters.tensor_file import tensor_bytes
-from backhand.adapters.wrapped_names import in_wrapper
 from backhand.errors import CheckError
-from backhand.files import write_together
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
 
@@ -37,37 +33,18 @@ class AdapterParts(NamedTuple):
     factors: Mapping[str, Tensor]  # everything that is trained, by its name in `LoRAParameters`
     trained: Sequence[TrainedTensor] = ()  # the tensors trained as they are
 
+    @classmethod
+    def of(cls, described: PEFTConfig, parameters: LoRAParameters) -> AdapterParts:
+        """An adapter of linear modules, embeddings and experts; its numbers are written in fp32."""
+        targets = module_values(described.config, list(parameters.slots), strict=False)
+        for target, slot in zip(targets, parameters.slots.values(), strict=True):
+            if (target.rank, target.scaling) != (slot.rank, slot.scaling):
+                raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
+        shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.trained.values())
+        return cls(described, targets, shapes, dict(parameters.named_tensors()), trained)
+
 
 def adapter_files(
-    described: PEFTConfig,
-    parameters: LoRAParameters,
-    *,
-    record: AdapterRecord | None = None,
-    card: Mapping[str, object] | None = None,
-    module_names: Collection[str] | None = None,
-    wrapper: Wrapper | None = None,
-) -> dict[str, bytes]:
-    """The files of an adapter of linear modules, by name, in the order to write them.
-
-    Args:
-        parameters: the trained factors; written in fp32.
-        record: origin and digests for backhand.json; package versions and file digests are added here.
-        module_names: all linear modules of the model, see `peft_config.written_targets`.
-        wrapper: the image model whose text model this is; the files then have the names of the whole.
-
-    Raises:
-        CheckError: a value is not finite.
-    """
-    targets = module_values(described.config, list(parameters.slots), strict=False)
-    for target, slot in zip(targets, parameters.slots.values(), strict=True):
-        if (target.rank, target.scaling) != (slot.rank, slot.scaling):
-            raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
-    shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.trained.values())
-    parts = AdapterParts(described, targets, shapes, dict(parameters.named_tensors()), trained)
-    return module_adapter_files(parts, record=record, card=card, module_names=module_names, wrapper=wrapper)
-
-
-def module_adapter_files(
     parts: AdapterParts,
     *,
     record: AdapterRecord | None = None,
@@ -75,7 +52,16 @@ def module_adapter_files(
     module_names: Collection[str] | None = None,
     wrapper: Wrapper | None = None,
 ) -> dict[str, bytes]:
-    """The files of an adapter of any modules, see `adapter_files`."""
+    """The files of an adapter, by name, in the order to write them.
+
+    Args:
+        record: origin and digests for backhand.json; package versions and file digests are added here.
+        module_names: all linear modules of the model, see `peft_config.written_targets`.
+        wrapper: the image model whose text model this is; the files then have the names of the whole.
+
+    Raises:
+        CheckError: a value is not finite.
+    """
     described, targets, shapes, factors, trained = parts
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
         raise CheckError(
@@ -101,12 +87,6 @@ def module_adapter_files(
     # Last, since it vouches for the others: after a crash in between, loading says that they do not fit.
     contents[RECORD_FILE] = record_bytes(record)
     return contents
-
-
-def write_files(directory: Path, contents: Mapping[str, bytes]) -> Path:
-    """Write an adapter's files, all of them before any takes its place; see `files.write_together`."""
-    write_together(directory, contents)
-    return directory
 
 
 _AUTO_CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM"}
@@ -169,3 +149,47 @@ def _code(name: str) -> str:
 def _text(value: object) -> str:
     """A value as text that stays in its table cell: nothing in it is HTML, a link or code."""
     return re.sub(r"[\\`*_<>\[\]|&!]", r"\\\g<0>", " ".join(str(value).split()))
+
+
+# An adapter of a text model in the names of the image model around it.
+#
+# PEFT matches the names of target_modules against the ends of module paths, and an image model's vision part has a
+# q_proj as well. So what is written for the whole model is a regular expression over the text model's paths where it
+# picks exactly the adapted modules, and whole paths otherwise.
+
+_IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<end>.+)")
+NO_OTHER_CHOICE: dict[str, Any] = {"exclude_modules": (), "layers_to_transform": None, "layers_pattern": ()}
+"""Fields of a configuration whose target_modules alone say which."""
+
+
+def in_wrapper(
+    described: PEFTConfig, targets: Sequence[Target], wrapper: Wrapper, module_names: Collection[str] | None
+) -> tuple[PEFTConfig, tuple[Target, ...]]:
+    """Configuration and targets with the names that the whole model has for them.
+
+    Args:
+        described: configuration and names as the text model has them.
+        module_names: all linear modules of the text model, None if they are not known.
+    """
+    renamed = tuple(replace(target, name=wrapper.outside(target.name)) for target in targets)
+    wanted = _expression([target.name for target in targets], wrapper, module_names or ())
+    config = replace(described.config, target_modules=wanted, **NO_OTHER_CHOICE)
+    return replace(described, config=config), renamed
+
+
+def _expression(names: Sequence[str], wrapper: Wrapper, module_names: Collection[str]) -> str | tuple[str, ...]:
+    """What picks these modules of the text model and no others of the whole."""
+    whole = tuple(sorted(wrapper.outside(name) for name in names))
+    parts = [_IN_LAYER.fullmatch(name) for name in names]
+    ends: dict[str, set[str]] = {}
+    for match in parts:
+        if match is None:
+            return whole
+        ends.setdefault(match["end"], set()).add(match["layer"])
+    layers = set().union(*ends.values())
+    if not layers or any(numbers != layers for numbers in ends.values()):
+        return whole
+    everywhere = {match["layer"] for name in module_names if (match := _IN_LAYER.fullmatch(name))}
+    numbers = r"\d+" if layers == everywhere else f"(?:{'|'.join(sorted(layers, key=int))})"
+    inside = "|".join(re.escape(end) for end in sorted(ends))
+    return rf"{re.escape(wrapper.prefix)}\.layers\.{numbers}\.(?:{inside})"

@@ -7,13 +7,11 @@ template is an error that names the difference.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
+from backhand.system import version_of
 
 RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
@@ -55,17 +54,8 @@ class AdapterRecord:
 
 def installed_packages() -> dict[str, str]:
     """Versions of Python and of the packages that decide what an adapter is."""
-    versions = {package: _version(package) for package in _PACKAGES}
+    versions = {package: version_of(package) for package in _PACKAGES}
     return {"python": platform.python_version()} | {name: one for name, one in versions.items() if one is not None}
-
-
-@cache
-def _version(package: str) -> str | None:
-    """Read once: every save of a run asks for it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def record_bytes(record: AdapterRecord) -> bytes:
@@ -123,27 +113,24 @@ def changed_files(record: AdapterRecord, contents: Mapping[str, bytes]) -> list[
     ]
 
 
-def base_differences(
-    record: AdapterRecord,
-    *,
-    base_digest: str | None = None,
-    tokenizer_digest: str | None = None,
-    chat_template_digest: str | None = None,
-) -> list[str]:
+_COMPARED = {
+    "base_digest": "base model: its adapted weights are",
+    "tokenizer_digest": "tokenizer: its tokens or merges are",
+    "chat_template_digest": "chat template: it is",
+}
+
+
+def base_differences(record: AdapterRecord, digests: Mapping[str, str | None]) -> list[str]:
     """A sentence for each thing that is not what the adapter was trained with.
 
-    The digests are those of the model at hand; what either side does not know is skipped.
+    Args:
+        digests: of the model at hand, by their names in the record; what either side does not know is skipped.
     """
-    compared = (
-        ("base model: its adapted weights are", record.base_digest, base_digest),
-        ("tokenizer: its tokens or merges are", record.tokenizer_digest, tokenizer_digest),
-        ("chat template: it is", record.chat_template_digest, chat_template_digest),
-    )
     origin = f" (trained on {record.origin})" if record.origin else ""
     return [
         f"{what} not what the adapter was trained with{origin}"
-        for what, recorded, present in compared
-        if recorded is not None and present is not None and recorded != present
+        for name, what in _COMPARED.items()
+        if None not in (both := (getattr(record, name), digests.get(name))) and both[0] != both[1]
     ]
 
 

@@ -42,41 +42,28 @@ class Target:
     scaling: float
 
 
-def resolve_slots(
-    config: LoRAConfig,
-    module_shapes: Mapping[str, tuple[int, int]],
-    *,
-    heads: Collection[str] = OUTPUT_HEADS,
-) -> list[LoRASlot]:
-    """The slots of `LoRAParameters` that `config` describes on a model.
+def resolve_adapter(
+    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
+) -> AdapterLayout:
+    """Everything that `config` trains on a model.
 
     Args:
         module_shapes: (out, in) of every linear module, by dotted path; a `ModuleShapes` also has embeddings.
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
 
     Returns:
-        one slot a module, in the order of `module_shapes`, then embeddings, then parameters of experts.
+        one slot a module, in the order of `module_shapes`, then embeddings, then parameters of experts; and the tensors
+        that are trained as they are.
 
     Raises:
-        UsageError: a value out of range, or a name or pattern that matches nothing; shows the nearest names.
+        UsageError: a value out of range, or a name or pattern that matches nothing, with the nearest names; what
+            `trained_tensors.resolve_trained` raises.
     """
     names = [*module_shapes, *embeddings_of(module_shapes)]
     experts = list(experts_of(module_shapes))
     targets = resolve_targets(config, names, linear=module_shapes.keys(), heads=heads, parameters=experts)
-    return [target_slot(target, module_shapes, config) for target in targets]
-
-
-def resolve_adapter(
-    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
-) -> AdapterLayout:
-    """Everything that `config` trains on a model.
-
-    Raises:
-        UsageError: as `resolve_slots` and `trained_tensors.resolve_trained`.
-    """
-    slots = resolve_slots(config, module_shapes, heads=heads)
-    trained = trained_beside(config, module_shapes, [slot.name for slot in slots])
-    return AdapterLayout(tuple(slots), tuple(trained))
+    slots = [target_slot(target, module_shapes, config) for target in targets]
+    return AdapterLayout(tuple(slots), tuple(trained_beside(config, module_shapes, [slot.name for slot in slots])))
 
 
 def trained_beside(
@@ -151,7 +138,10 @@ def resolve_targets(
         UsageError: a value out of range, or something unmatched.
     """
     config.validate()
-    chosen = _targeted(config, names, names if linear is None else linear, heads, strict)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        chosen = [name for name in names if (linear is None or name in linear) and name not in heads]
+    else:
+        chosen = _named(config.target_modules, names, "target_modules", strict)
     beside = targeted_parameters(config, parameters, strict=strict)
     if config.layers:
         numbers = {name: number for name in [*chosen, *beside] if (number := _layer_number(name, ())) is not None}
@@ -200,15 +190,6 @@ def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) ->
 def within(name: str, modules: Collection[str]) -> bool:
     """Whether the path `name` is, or lies inside, a module whose path ends in one of `modules`, on whole parts."""
     return any(f".{module}." in f".{name}." for module in modules)
-
-
-def _targeted(
-    config: LoRAConfig, names: Sequence[str], linear: Collection[str], heads: Collection[str], strict: bool
-) -> list[str]:
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        left_out = set(heads)
-        return [name for name in names if name in linear and name not in left_out]
-    return _named(config.target_modules, names, "target_modules", strict)
 
 
 def _named(wanted: str | Collection[str], names: Sequence[str], where: str, strict: bool) -> list[str]:

@@ -1,18 +1,19 @@
-"""The factors of an adapter from PEFT's files, module by module; no model is needed to read them."""
+"""The factors of an adapter from PEFT's files, module by module, without a model; and whether those of several fit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.checked_base import base_weight_name, read_adapter
 from backhand.adapters.contents import PICKLE_FILE, TENSOR_FILE, AdapterContents, UnusableAdapterError
+from backhand.adapters.loading import base_weight_name, check_source, read_adapter, source_digests
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
@@ -20,13 +21,39 @@ from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.source import ModelSource
+from backhand.words import name_list
 
-_SUFFIXES = {
-    ".lora_A.weight": "lora_A",
-    ".lora_B.weight": "lora_B",
-    ".lora_embedding_A": "lora_A",
-    ".lora_embedding_B": "lora_B",
+_WHOLE_MODULE = "a whole module trained beside the factors, which has no update to add"
+
+
+class Part(NamedTuple):
+    """A kind of tensor in an adapter's file."""
+
+    name: str
+    factor: str | None = None  # of a module, where it is one
+    not_added: str | None = _WHOLE_MODULE  # why nothing can be added that has it beside its factors
+
+
+PARTS = {
+    ".lora_A.weight": Part("lora_A", "lora_A"),
+    ".lora_B.weight": Part("lora_B", "lora_B"),
+    ".lora_embedding_A": Part("lora_A", "lora_A"),
+    ".lora_embedding_B": Part("lora_B", "lora_B"),
+    ".base_layer.weight": Part("copies of base weights", not_added=None),
+    ".lora_magnitude_vector": Part(
+        "magnitudes (DoRA)",
+        not_added="DoRA scales the sum of base weight and update, which is no update that could be added",
+    ),
+    ".lora_B.bias": Part("biases of lora_B", not_added="a trained bias beside the factors"),
+    ".trainable_tokens_delta": Part("trained token rows", not_added="trained rows of an embedding"),
 }
+"""By the end of a tensor's name."""
+_WHOLE = Part("whole modules")
+
+
+def part_of(key: str) -> Part:
+    """What a tensor of this name is."""
+    return next((part for end, part in PARTS.items() if key.endswith(end)), _WHOLE)
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,7 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
     if problems:
         raise UnusableAdapterError(contents.directory, problems)
     ranks = sorted({module.rank for module in modules.values()})
+    dtypes = {tensor.dtype for factors in found.values() for tensor in factors.values()}
     return AdapterFactors(
         _label(_name(contents.directory), "/".join(map(str, ranks))),
         contents.directory,
@@ -96,7 +124,7 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
         others,
         {key: tensor.nbytes for key, tensor in contents.tensors.items()} | dict(contents.stored_bytes),
         contents.record,
-        _common_dtype(tensor for factors in found.values() for tensor in factors.values()),
+        dtypes.pop() if len(dtypes) == 1 else torch.float32,
     )
 
 
@@ -120,15 +148,15 @@ def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tens
     found: dict[str, dict[str, Tensor]] = {}
     embeddings, others = set(), {}
     for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
+        suffix = next((suffix for suffix, part in PARTS.items() if part.factor and key.endswith(suffix)), "")
         name = key.removesuffix(suffix).removeprefix(PREFIX)
-        factors = found.get(name, {})
-        if not suffix or not key.startswith(PREFIX) or _SUFFIXES[suffix] in factors:
+        factor, factors = PARTS[suffix].factor if suffix else None, found.get(name, {})
+        if factor is None or not key.startswith(PREFIX) or factor in factors:
             others[key] = tensor
             continue
         if "embedding" in suffix:
             embeddings.add(name)
-        found[name] = factors | {_SUFFIXES[suffix]: tensor}
+        found[name] = factors | {factor: tensor}
     return found, embeddings, others
 
 
@@ -141,11 +169,6 @@ def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target],
         return [], [error.one_line]
     problems = [f"{name}: the configuration does not adapt this module" for name in names if name not in chosen]
     return module_values(config, [name for name in names if name in chosen], strict=False), problems
-
-
-def _common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    dtypes = {tensor.dtype for tensor in tensors}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _stored_bytes(path: Path) -> int:
@@ -178,3 +201,120 @@ def _name(path: Path) -> str:
     path = path.resolve()
     name = path.stem if path.is_file() else path.name
     return (path.parent.name or name) if name == "adapter" else name
+
+
+# Whether the updates of adapters can be added at all: what their files hold, which base they belong to.
+
+_DIGESTS = {
+    "base_digest": "base model: their adapted weights are not the same",
+    "tokenizer_digest": "tokenizer: their tokens or merges are not the same",
+    "chat_template_digest": "chat template: it is not the same",
+}
+
+
+def refuse_more_than_factors(adapter: AdapterFactors) -> None:
+    """Refuse an adapter that is more than a ΔW for each of its modules.
+
+    A copy of a base weight beside the factors of an embedding or head is no part of the update, and passes.
+
+    Raises:
+        UnusableAdapterError: an ArtifactError that names every part.
+    """
+    reasons = {key.removeprefix(PREFIX): part_of(key).not_added for key in adapter.others}
+    if problems := [f"{key}: {reason}" for key, reason in reasons.items() if reason]:
+        step = "merge it into its base instead: backhand merge"
+        raise UnusableAdapterError(adapter.directory, problems, next_step=step)
+
+
+def check_shapes(adapters: Sequence[AdapterFactors]) -> None:
+    """Refuse adapters whose updates of one module are of different sizes or kinds.
+
+    Raises:
+        ArtifactError: lists every module, with both shapes.
+    """
+    first_of: dict[str, AdapterFactors] = {}
+    problems = []
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            other = first_of.setdefault(name, adapter).modules[name]
+            if (module.weight_shape, module.embedding) != (other.weight_shape, other.embedding):
+                problems.append(
+                    f"{name}: a weight of {other.weight_shape} in {first_of[name].label}, "
+                    f"of {module.weight_shape} in {adapter.label}"
+                )
+    if problems:
+        raise ArtifactError(
+            f"the adapters do not fit each other in {len(problems)} modules",
+            why=name_list(problems, limit=12),
+            next_step="combine adapters of one base model",
+        )
+
+
+def common_record(
+    adapters: Sequence[AdapterFactors], source: ModelSource | None, *, force_base: bool
+) -> tuple[AdapterRecord, tuple[str, ...]]:
+    """What backhand.json of a combination says of its base, and what a person should know.
+
+    Args:
+        adapters: of one base model, as far as their files tell; that is checked here.
+        source: the base model, if it is at hand: then the adapters are held against it.
+        force_base: go on where they belong to different ones, and say what differs.
+
+    Raises:
+        ArtifactError: they belong to different base models, tokenizers or chat templates; names what differs.
+    """
+    notes: list[str] = []
+    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
+    different = _differences(adapters)
+    if different and not force_base:
+        raise ArtifactError(
+            "the adapters do not belong to the same model",
+            why="; ".join(different),
+            next_step="combine adapters of one base model, or --force-base to do it all the same",
+        )
+    notes += [f"combined by force: {sentence}" for sentence in different]
+    records = [adapter.record or AdapterRecord() for adapter in adapters]
+    agreed: dict[str, Any] = {field: _common([getattr(record, field) for record in records]) for field in _DIGESTS}
+    if any(set(adapter.modules) != set(names) for adapter in adapters):
+        agreed["base_digest"] = None
+    origin = _common([record.origin for record in records])
+    if source is not None:
+        for adapter in adapters:
+            notes += check_source(
+                adapter.record, str(adapter.directory), source, adapter.modules, force_base=force_base
+            )
+        digests = source_digests(source, names)
+        agreed |= {"base_digest": digests["base_digest"], "tokenizer_digest": digests["tokenizer_digest"]}
+        origin = source.origin
+    elif agreed["base_digest"] is None and any(record.base_digest for record in records):
+        notes.append("the new adapter does not know its base model's digest: give --model to record it")
+    return AdapterRecord(origin=origin, **agreed), tuple(notes)
+
+
+def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
+    """A sentence for each thing in which the adapters' own files contradict each other."""
+    found = []
+    for name, sentence in _DIGESTS.items():
+        by_digest: dict[str, str] = {}
+        for adapter in adapters:
+            digest = getattr(adapter.record, name, None)
+            # Digests of different sets of weights say nothing about each other.
+            comparable = name != "base_digest" or set(adapter.modules) == set(adapters[0].modules)
+            if digest is not None and comparable:
+                by_digest.setdefault(digest, adapter.label)
+        if len(by_digest) > 1:
+            each = ", ".join(f"{label}: {digest[7:15]}…" for digest, label in by_digest.items())
+            found.append(f"{sentence} ({each})")
+    proven = _common([getattr(adapter.record, "base_digest", None) for adapter in adapters]) is not None
+    by_name: dict[str, str] = {}
+    for adapter in adapters:
+        if adapter.described.base_model is not None:
+            by_name.setdefault(adapter.described.base_model, adapter.label)
+    if len(by_name) > 1 and not proven and not any(sentence.startswith("base model") for sentence in found):
+        found.append(f"base model: {'; '.join(f'{name} of {label}' for name, label in by_name.items())}")
+    return found
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    """The value that all have, None if they have not."""
+    return values[0] if len(set(values)) == 1 else None

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.module_factors import ModuleFactors
-from backhand.adapters.peft_saving import write_files
-from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
-from backhand.arithmetic.combine_options import CombineOptions
-from backhand.arithmetic.compatible import check_shapes, common_record, refuse_more_than_factors
-from backhand.arithmetic.computed_adapter import (
-    ComputedAdapter,
-    ComputedModule,
-    check_new_directory,
-    computed_files,
-    rounded_factors,
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_keys import FactorShapes
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
+from backhand.adapters.record import AdapterRecord
+from backhand.adapters.targets import Target
+from backhand.arithmetic.adapter_factors import (
+    AdapterFactors,
+    check_shapes,
+    common_record,
+    read_factors,
+    refuse_more_than_factors,
 )
 from backhand.arithmetic.findings import Figures, print_kinds
-from backhand.arithmetic.low_rank import product_directions, terms, writable_factors
-from backhand.arithmetic.sparse_merging import best_factors, dare, formed, formed_difference, ties
+from backhand.arithmetic.low_rank import (
+    best_factors,
+    dare,
+    formed,
+    formed_difference,
+    product_directions,
+    terms,
+    ties,
+    writable_factors,
+)
+from backhand.arithmetic.options import CombineOptions
+from backhand.errors import UsageError
+from backhand.files import write_together
 from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables, working
 from backhand.words import show_notes
@@ -73,30 +91,24 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
         modules[name] = combined_module(options, name, weighted)
     adapter = ComputedAdapter(modules)
     facts = {"made by": _description(options, sources), "relative error": f"{adapter.error:.2g}"}
-    write_files(options.output, computed_files(adapter, sources, record, facts, model))
+    write_together(options.output, computed_files(adapter, sources, record, facts, model))
     return Combination(adapter, sources, options.output, notes)
 
 
 @torch.no_grad()
 def combined_module(options: CombineOptions, name: str, weighted: Weighted) -> ComputedModule:
     """One module of the new adapter; `weighted` are the adapters that have it, each with its coefficient."""
-    match options.operation:
-        case "concatenate":
-            return side_by_side(weighted)
-        case "scale" if options.rank is None:  # its one factor lora_A stays as it is
-            return side_by_side(weighted)
-        case "ties" | "dare":
-            return _by_entries(options, name, weighted)
-    return reduced(weighted, options.rank)
+    if options.operation in ("ties", "dare"):
+        return _by_entries(options, name, weighted)
+    # Of `scale` the one factor lora_A stays as it is.
+    as_they_are = options.operation == "concatenate" or (options.operation == "scale" and options.rank is None)
+    return side_by_side(weighted) if as_they_are else reduced(weighted, options.rank)
 
 
 def _by_entries(options: CombineOptions, name: str, weighted: Weighted) -> ComputedModule:
     updates = [formed(weight * module.scaling, module.lora_A, module.lora_B) for weight, module in weighted]
     density = options.kept_density()
-    if options.operation == "ties":
-        merged = ties(updates, density)
-    else:
-        merged = dare(updates, density, options.seed, name)
+    merged = ties(updates, density) if options.operation == "ties" else dare(updates, density, options.seed, name)
     del updates
     rank = options.rank or max(module.rank for _, module in weighted)
     lora_A, lora_B = best_factors(merged, rank)
@@ -174,9 +186,115 @@ def reduced(weighted: Weighted, rank: int | None) -> ComputedModule:
 
 def measured(weighted: Weighted, written: ModuleFactors) -> ComputedModule:
     """What is written in place of Σ w ΔW, and how far off it is: from the decomposition of the difference."""
-    left, right = terms(weighted)
-    directions = product_directions(left, right)
-    norm = directions.norm if directions.rank else 0.0
-    off_left, off_right = terms([(-1.0, written)])
-    lost = product_directions(torch.cat([left, off_left], dim=1), torch.cat([right, off_right])).norm
-    return ComputedModule(written, norm, lost)
+    lost = product_directions(*terms([*weighted, (-1.0, written)])).lost_beyond(0)
+    return ComputedModule(written, product_directions(*terms(weighted)).norm, lost)
+
+
+# An adapter that was computed and not trained: its factors, what they lose, and its files.
+#
+# Its scaling is 1 everywhere, alpha = rank: a reader that knows neither patterns nor rank-stabilised scaling computes
+# the right thing all the same.
+
+
+@dataclass(frozen=True)
+class ComputedModule:
+    """One module."""
+
+    factors: ModuleFactors  # float32, or the narrower dtype they are written in; scaling 1
+    norm: float  # ‖ΔW‖_F of what was to be written
+    lost: float  # ‖ΔW − what is written‖_F, rounding included
+
+    @property
+    def error(self) -> float:
+        """`lost` / `norm`; 0 for an update that is zero."""
+        return self.lost / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class ComputedAdapter:
+    """A computed adapter: its modules by dotted path."""
+
+    modules: Mapping[str, ComputedModule]
+
+    @property
+    def error(self) -> float:
+        """What is lost of all updates together, relative to their norm."""
+        norm = math.hypot(*(module.norm for module in self.modules.values()))
+        return math.hypot(*(module.lost for module in self.modules.values())) / norm if norm else 0.0
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that occur, ascending."""
+        return sorted({module.factors.rank for module in self.modules.values()})
+
+
+def rounded_factors(
+    lora_A: Tensor, lora_B: Tensor, like: ModuleFactors, dtype: torch.dtype = torch.float32
+) -> ModuleFactors:
+    """Factors at scaling 1 in the dtype of a file, for a module of the same kind as `like`."""
+    return replace(like, lora_A=lora_A.to(dtype).contiguous(), lora_B=lora_B.to(dtype).contiguous(), scaling=1.0)
+
+
+def computed_files(
+    computed: ComputedAdapter,
+    sources: Sequence[AdapterFactors],
+    record: AdapterRecord,
+    facts: Mapping[str, object],
+    source: ModelSource | None = None,
+) -> dict[str, bytes]:
+    """The adapter's files by name, in the order to write them.
+
+    Args:
+        sources: the adapters that it was made of: base model, task and the names of modules are theirs.
+        source: the base model, if it is at hand: it is named where no adapter names one.
+
+    Raises:
+        CheckError: a value is not finite.
+    """
+    modules = computed.modules
+    targets = [Target(name, module.factors.rank, float(module.factors.rank), 1.0) for name, module in modules.items()]
+    counts = Counter(target.rank for target in targets)
+    rank = max(counts, key=lambda rank: (counts[rank], rank))
+    first = sources[0].described
+    base_model = next((one.described.base_model for one in sources if one.described.base_model), None)
+    if base_model is None and source is not None:
+        base_model = source.hub_id or str(source.path.resolve())
+    config = replace(LoRAConfig(rank=rank, alpha=float(rank)), **_target_fields(sources, list(modules)))
+    conv1d = any(source.described.fan_in_fan_out for source in sources)
+    described = PEFTConfig(config, base_model, first.task_type, first.revision, conv1d)
+    tensors, shapes = {}, []
+    for name, module in modules.items():
+        lora_A, lora_B = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"] = module.factors.in_file()
+        weight, embedding = module.factors.weight_shape, module.factors.embedding
+        shapes.append(FactorShapes(name, tuple(lora_A.shape), tuple(lora_B.shape), weight, embedding))
+    return adapter_files(AdapterParts(described, targets, shapes, tensors), record=record, card=facts)
+
+
+def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> dict[str, Any]:
+    """Fields of `LoRAConfig` that adapt exactly `names` on the sources' base model.
+
+    Where all sources say the same, that; where they differ by plain lists of names, the names of all; else whole paths.
+    """
+    configs = [source.described.config for source in sources]
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    said = [tuple(getattr(config, field) for field in fields) for config in configs]
+    plain = all(isinstance(targets, tuple) and not exclude and layers is None for targets, exclude, layers, _ in said)
+    if all(one == said[0] for one in said) and str(said[0][0]).lower() != ALL_LINEAR:
+        return dict(zip(fields, said[0], strict=True))
+    if plain:
+        return {"target_modules": tuple(sorted({name for targets, *_ in said for name in targets}))}
+    return {"target_modules": tuple(names)}
+
+
+def check_new_directory(directory: Path, *, overwrite: bool) -> None:
+    """Refuse, before anything is computed, to write where something else is.
+
+    Raises:
+        UsageError: it is a file, or holds something and is not to be overwritten.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError("this is a file, not a directory", where=str(directory))
+    if not overwrite and directory.is_dir() and any(directory.iterdir()):
+        raise UsageError(
+            "holds something already", where=str(directory), next_step="name another directory, or give --overwrite"
+        )

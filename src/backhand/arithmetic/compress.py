@@ -11,20 +11,27 @@ import numpy as np
 import torch
 
 from backhand.adapters.contents import TENSOR_FILE
-from backhand.adapters.peft_saving import write_files
-from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
-from backhand.arithmetic.combine import measured
-from backhand.arithmetic.compatible import common_record, refuse_more_than_factors
-from backhand.arithmetic.computed_adapter import (
+from backhand.arithmetic.adapter_factors import AdapterFactors, common_record, read_factors, refuse_more_than_factors
+from backhand.arithmetic.combine import (
     ComputedAdapter,
     ComputedModule,
     check_new_directory,
     computed_files,
+    measured,
     rounded_factors,
 )
-from backhand.arithmetic.findings import Figures, draw_map, leave_findings, new_figure, png_bytes, print_kinds
-from backhand.arithmetic.look_options import CompressOptions
+from backhand.arithmetic.findings import (
+    Figures,
+    draw_map,
+    label_axes,
+    leave_findings,
+    new_figure,
+    png_bytes,
+    print_kinds,
+)
 from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors
+from backhand.arithmetic.options import CompressOptions
+from backhand.files import write_together
 from backhand.nn.loading.opening import open_model
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables
@@ -43,11 +50,9 @@ def draw_compression(source: AdapterFactors, adapter: ComputedAdapter, error: fl
     now = sum(m.factors.lora_A.numel() + m.factors.lora_B.numel() for m in adapter.modules.values())
     sizes.plot([max(error, _CURVE_ERRORS[0])], [now / source.element_count], "ko", markersize=8, label=f"{error:g}")
     sizes.axhline(1, color="black", linestyle=":", label="as it was")
-    sizes.set(xscale="log", xlabel="error allowed in every module, relative to ‖ΔW‖")
-    sizes.set(ylabel="numbers, relative to the adapter as it was", ylim=(0, 1.1))
-    sizes.set_title("What an error buys", fontsize="medium")
-    sizes.grid(visible=True, linewidth=0.3)
-    sizes.legend(fontsize="small", loc="lower left")
+    sizes.set(xscale="log", ylim=(0, 1.1))
+    x, y = "error allowed in every module, relative to ‖ΔW‖", "numbers, relative to the adapter as it was"
+    label_axes(sizes, "What an error buys", x, y, loc="lower left")
     return png_bytes(figure)
 
 
@@ -82,7 +87,7 @@ def compress_adapter(options: CompressOptions) -> Compression:
     facts["relative error"] = f"{adapter.error:.2g}"
     files = computed_files(adapter, [source], record, facts, model)
     if options.output is not None:
-        write_files(options.output, files)
+        write_together(options.output, files)
     return Compression(source, adapter, options.error, len(files[TENSOR_FILE]))
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from backhand.adapters.module_factors import ModuleFactors
-from backhand.arithmetic.adapter_factors import AdapterFactors, read_factors
-from backhand.arithmetic.compatible import check_shapes, refuse_more_than_factors
+from backhand.arithmetic.adapter_factors import AdapterFactors, check_shapes, read_factors, refuse_more_than_factors
 from backhand.arithmetic.findings import (
     Figures,
     by_kind,
@@ -22,54 +21,32 @@ from backhand.arithmetic.findings import (
     print_kinds,
     spread,
 )
-from backhand.arithmetic.look_options import DiffOptions
-from backhand.arithmetic.low_rank import (
-    UpdateDirections,
-    difference_norm,
-    inner_product,
-    principal_angles,
-    update_directions,
-)
+from backhand.arithmetic.low_rank import difference_norm, inner_product, principal_angles, update_directions
+from backhand.arithmetic.options import DiffOptions
 from backhand.errors import CheckError
 from backhand.nn.loading.opening import open_model
 from backhand.terminal import console_for_tables
 
 
-def draw_difference(found: AdapterDifference, first: str, second: str) -> bytes:
+def draw_difference(found: AdapterDifference) -> bytes:
     """diff.png: difference, cosine and largest angles of every module that both adapters have."""
     figure = new_figure(12.5, 8.4)
     (relative, cosine), (output, inputs) = figure.subplots(2, 2)
-    figure.suptitle(f"{first} against {second}", fontsize="medium")
+    figure.suptitle(f"{found.first.label} against {found.second.label}", fontsize="medium")
     modules = {module.module: module for module in found.modules}
-    draw_map(
-        figure,
-        relative,
-        {name: module.relative for name, module in modules.items()},
-        "Difference of the updates",
-        "‖ΔW − ΔW′‖ / the larger norm",
-        vmin=0,
-    )
+    differences = {name: module.relative for name, module in modules.items()}
+    draw_map(figure, relative, differences, "Difference of the updates", "‖ΔW − ΔW′‖ / the larger norm", vmin=0)
     cosines = {name: module.cosine for name, module in modules.items() if module.cosine is not None}
     draw_map(figure, cosine, cosines, "Cosine between the updates", "⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖)", vmin=-1, vmax=1)
     for axes, side in ((output, "output"), (inputs, "input")):
         angles = {name: getattr(module, f"{side}_angles") for name, module in modules.items()}
         means = {name: float(np.mean(values)) for name, values in angles.items() if values}
-        draw_map(
-            figure, axes, means, f"Angle between the {side} subspaces", "mean principal angle (°)", vmin=0, vmax=90
-        )
+        title = f"Angle between the {side} subspaces"
+        draw_map(figure, axes, means, title, "mean principal angle (°)", vmin=0, vmax=90)
     return png_bytes(figure)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What was found between two adapters."""
-
-    first: AdapterFactors
-    second: AdapterFactors
-    found: AdapterDifference
-
-
-def diff_adapters(options: DiffOptions) -> Comparison:
+def diff_adapters(options: DiffOptions) -> AdapterDifference:
     """Compare two adapters.
 
     Raises:
@@ -84,24 +61,18 @@ def diff_adapters(options: DiffOptions) -> Comparison:
     for adapter in (first, second):
         refuse_more_than_factors(adapter)
     check_shapes((first, second))
-    return Comparison(first, second, compare_updates(first, second))
+    return compare_updates(first, second)
 
 
-def diff_command(options: DiffOptions) -> Comparison:
+def diff_command(options: DiffOptions) -> AdapterDifference:
     """`diff_adapters`, printed as a table, or as one JSON object with `json`; files as asked for.
 
     Raises:
         CheckError: a module differs by more than `error` allows. What was found is printed and written first.
     """
     result = diff_adapters(options)
-    leave_findings(
-        "diff",
-        options,
-        _summary(result),
-        lambda: _print(result),
-        lambda: draw_difference(result.found, result.first.label, result.second.label),
-    )
-    largest = result.found.largest
+    leave_findings("diff", options, _summary(result), lambda: _print(result), lambda: draw_difference(result))
+    largest = result.largest
     if options.error is not None and largest is not None and largest[1] > options.error:
         raise CheckError(
             f"the updates differ by {largest[1]:.3g} of their norm, and {options.error:g} is allowed",
@@ -110,12 +81,11 @@ def diff_command(options: DiffOptions) -> Comparison:
     return result
 
 
-def _summary(result: Comparison) -> dict[str, Any]:
-    found = result.found
+def _summary(found: AdapterDifference) -> dict[str, Any]:
     largest = found.largest
     return {
-        "first": {"label": result.first.label, "directory": str(result.first.directory)},
-        "second": {"label": result.second.label, "directory": str(result.second.directory)},
+        "first": {"label": found.first.label, "directory": str(found.first.directory)},
+        "second": {"label": found.second.label, "directory": str(found.second.directory)},
         "largest_relative_difference": None if largest is None else {"module": largest[0], "value": largest[1]},
         "modules": [asdict(module) | {"relative_difference": module.relative} for module in found.modules],
         "only_first": found.only_first,
@@ -123,7 +93,7 @@ def _summary(result: Comparison) -> dict[str, Any]:
     }
 
 
-def _print(result: Comparison) -> None:
+def _print(found: AdapterDifference) -> None:
     console = console_for_tables()
     figures: dict[str, Figures[ModuleDifference]] = {
         "‖ΔW‖": lambda module: module.norms[0],
@@ -133,18 +103,14 @@ def _print(result: Comparison) -> None:
         "output angles": lambda module: module.output_angles,
         "input angles": lambda module: module.input_angles,
     }
-    title = (
-        f"ΔW of {result.first.label}, ΔW′ of {result.second.label}, ‖ΔW − ΔW′‖ over the larger norm: least … greatest"
-    )
-    print_kinds(console, title, {module.module: module for module in result.found.modules}, figures, angles="{:.1f}°")
-    for label, alone in (
-        (result.first.label, result.found.only_first),
-        (result.second.label, result.found.only_second),
-    ):
+    first, second = found.first.label, found.second.label
+    title = f"ΔW of {first}, ΔW′ of {second}, ‖ΔW − ΔW′‖ over the larger norm: least … greatest"
+    print_kinds(console, title, {module.module: module for module in found.modules}, figures, angles="{:.1f}°")
+    for label, alone in ((first, found.only_first), (second, found.only_second)):
         for kind, names in by_kind(alone).items():
             norms = spread(alone[name] for name in names)
             console.print(f"only in {label}: {len(names)} of {kind}, ‖ΔW‖ {norms}", soft_wrap=True)
-    if (largest := result.found.largest) is not None:
+    if (largest := found.largest) is not None:
         console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
 
 
@@ -180,8 +146,10 @@ class ModuleDifference:
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """Two adapters."""
+    """What was found between two adapters."""
 
+    first: AdapterFactors
+    second: AdapterFactors
     modules: tuple[ModuleDifference, ...]
     # only_first, only_second: ‖ΔW‖_F of the modules that one alone has
     only_first: dict[str, float]
@@ -198,17 +166,14 @@ class AdapterDifference:
 def compare_updates(first: AdapterFactors, second: AdapterFactors) -> AdapterDifference:
     """Compare adapters whose modules are of the same shapes, see `compatible.check_shapes`."""
     common = [name for name in first.modules if name in second.modules]
-    return AdapterDifference(
-        tuple(compare_module(name, first.modules[name], second.modules[name]) for name in common),
-        _norms(first, common),
-        _norms(second, common),
-    )
+    modules = tuple(compare_module(name, first.modules[name], second.modules[name]) for name in common)
+    return AdapterDifference(first, second, modules, _norms(first, common), _norms(second, common))
 
 
 def compare_module(name: str, first: ModuleFactors, second: ModuleFactors) -> ModuleDifference:
     """Compare one module."""
     one, other = update_directions(first), update_directions(second)
-    ranks, norms = (one.rank, other.rank), (_norm(one), _norm(other))
+    ranks, norms = (one.rank, other.rank), (one.norm, other.norm)
     both = all(ranks)
     return ModuleDifference(
         name,
@@ -221,12 +186,8 @@ def compare_module(name: str, first: ModuleFactors, second: ModuleFactors) -> Mo
     )
 
 
-def _norm(directions: UpdateDirections) -> float:
-    return directions.norm if directions.rank else 0.0
-
-
 def _norms(adapter: AdapterFactors, common: Sequence[str]) -> dict[str, float]:
-    return {name: _norm(update_directions(m)) for name, m in adapter.modules.items() if name not in common}
+    return {name: update_directions(m).norm for name, m in adapter.modules.items() if name not in common}
 
 
 def _angles(first: Tensor, second: Tensor) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backhand.arithmetic.look_options import CompressOptions, DiffOptions, InspectOptions
+from backhand.arithmetic.options import CompressOptions, DiffOptions, InspectOptions
 from backhand.files import make_directory, write_atomically
 from backhand.printing import say
 from backhand.words import show_notes
@@ -72,7 +72,8 @@ def label_axes(axes: Axes, title: str, x: str = "", y: str = "", /, *, grid: boo
     axes.set(xlabel=x, ylabel=y)
     if grid:
         axes.grid(visible=True, linewidth=0.3)
-    axes.legend(fontsize="small", **legend)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", **legend)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -10,23 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.adapters.checked_base import weight_names
+from backhand.adapters.loading import weight_names
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.record import base_digest, wrong_base
-from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
-from backhand.arithmetic.compatible import BASE_COPY
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, part_of, read_factors
 from backhand.arithmetic.findings import (
     Figures,
     by_kind,
     draw_map,
+    label_axes,
     leave_findings,
     new_figure,
     png_bytes,
     print_kinds,
     print_table,
 )
-from backhand.arithmetic.look_options import InspectOptions
 from backhand.arithmetic.low_rank import update_directions
+from backhand.arithmetic.options import InspectOptions
 from backhand.errors import ArtifactError
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
@@ -62,11 +62,8 @@ def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: floa
             )
     spectrum.set_yscale("log")
     spectrum.xaxis.get_major_locator().set_params(integer=True)
-    spectrum.set(xlabel="i, counted from the largest", ylabel="singular value S_i / S_1, median over layers")
-    spectrum.set_title("Singular values of ΔW", fontsize="medium")
-    spectrum.grid(visible=True, linewidth=0.3)
-    if kinds and spectrum.lines:
-        spectrum.legend(fontsize="small")
+    x, y = "i, counted from the largest", "singular value S_i / S_1, median over layers"
+    label_axes(spectrum, "Singular values of ΔW", x, y)
     means = [np.mean([of[name].needed_rank for name in names]) for names in kinds.values()]
     ranks = [np.mean([of[name].rank for name in names]) for names in kinds.values()]
     places = np.arange(len(kinds))
@@ -74,11 +71,10 @@ def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: floa
     wasted = np.array(ranks) - means
     needed.bar(places, wasted, 0.6, bottom=means, color="#ffffff", edgecolor="black", hatch="//", label="wasted")
     needed.set_xticks(places, list(kinds), rotation=30, ha="right", fontsize="small")
-    needed.set_ylabel("rank, mean over layers")
     needed.yaxis.get_major_locator().set_params(integer=True)
     needed.set_ylim(0, 1.25 * max(ranks))
-    needed.set_title("How much of the rank is used", fontsize="medium")
-    needed.legend(fontsize="small", loc="upper right", ncols=2)
+    title = "How much of the rank is used"
+    label_axes(needed, title, "", "rank, mean over layers", grid=False, loc="upper right", ncols=2)
     return png_bytes(figure)
 
 
@@ -88,7 +84,7 @@ class Inspection:
 
     adapter: AdapterFactors
     modules: tuple[ModuleInspection, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[PartSize, ...]
     error: float
     notes: tuple[str, ...]
 
@@ -104,18 +100,16 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
     base = None if options.model is None else open_model(options.model)
     adapter = read_factors(options.adapter, base, allow_pickle=options.reading.allow_pickle)
     notes = list(adapter.described.notes)
-    if base is not None:
-        notes += _hold_against(base, adapter, force=options.force_base)
-        modules = inspect_modules(adapter, options.error, _norms_in(base))
-    else:
-        try:
-            base = _named_base(adapter)
-            if base is not None:
-                _hold_against(base, adapter, force=options.force_base)
-            modules = inspect_modules(adapter, options.error, _norms_in(base))
-        except ArtifactError as error:
-            notes.append(f"no norms of base weights: {error.what}{f' ({error.why})' if error.why else ''}")
-            modules = inspect_modules(adapter, options.error, _norms_in(None))
+    try:
+        known = base or _named_base(adapter)
+        by_force = [] if known is None else _hold_against(known, adapter, force=options.force_base)
+        notes += by_force if base is not None else []
+        modules = inspect_modules(adapter, options.error, _norms_in(known))
+    except ArtifactError as error:
+        if base is not None:
+            raise
+        notes.append(f"no norms of base weights: {error.what}{f' ({error.why})' if error.why else ''}")
+        modules = inspect_modules(adapter, options.error, _norms_in(None))
     return Inspection(adapter, tuple(modules), tuple(file_parts(adapter)), options.error, tuple(notes))
 
 
@@ -147,7 +141,6 @@ def _hold_against(base: ModelSource, adapter: AdapterFactors, *, force: bool) ->
 def inspect_command(options: InspectOptions) -> Inspection:
     """`inspect_adapter`, printed as tables, or as one JSON object with `json`; files as asked for."""
     result = inspect_adapter(options)
-
     leave_findings(
         "inspect",
         options,
@@ -209,20 +202,6 @@ def _print(result: Inspection) -> None:
 # rank if all are equal, 1 if one is everything. The needed rank is the smallest whose best approximation is off by at
 # most a given share of ‖ΔW‖_F; what the adapter has beyond it is wasted.
 
-_PARTS = (
-    (".lora_A.weight", "lora_A"),
-    (".lora_B.weight", "lora_B"),
-    (".lora_embedding_A", "lora_A"),
-    (".lora_embedding_B", "lora_B"),
-    (BASE_COPY, "copies of base weights"),
-    (".lora_magnitude_vector", "magnitudes (DoRA)"),
-    (".lora_B.bias", "biases of lora_B"),
-    (".trainable_tokens_delta", "trained token rows"),
-)
-
-_WHOLE = "whole modules"
-_HEADER = "header"
-
 
 @dataclass(frozen=True)
 class ModuleInspection:
@@ -251,7 +230,7 @@ class ModuleInspection:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartSize:
     """One kind of content of an adapter's file: how many tensors, how many bytes."""
 
     name: str
@@ -312,15 +291,14 @@ def _norms_in(base: ModelSource | None) -> WeightNorm:
     return norm
 
 
-def file_parts(adapter: AdapterFactors) -> list[Part]:
+def file_parts(adapter: AdapterFactors) -> list[PartSize]:
     """What the file of tensors consists of; the sizes add up to that of the file."""
     parts: dict[str, list[int]] = {}
     for key, size in adapter.part_bytes.items():
-        part = next((name for suffix, name in _PARTS if key.endswith(suffix)), _WHOLE)
-        parts.setdefault(part, []).append(size)
-    found = [Part(name, len(sizes), sum(sizes)) for name, sizes in parts.items()]
+        parts.setdefault(part_of(key).name, []).append(size)
+    found = [PartSize(name, len(sizes), sum(sizes)) for name, sizes in parts.items()]
     rest = adapter.stored_bytes - sum(part.stored_bytes for part in found)
-    return [*found, Part(_HEADER, 0, rest)]
+    return [*found, PartSize("header", 0, rest)]
 
 
 def inspection_facts(adapter: AdapterFactors) -> Mapping[str, object]:

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from backhand.cli.command import Prepared
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,33 +19,24 @@ class Command:
     name: str
     summary: str
     example: str  # a complete command line that works as it stands (with the user's own rows in rows.jsonl)
-    options: str  # `module:dataclass`, whose fields are the options
-    function: str  # `module:function` that gets the dataclass
+    # a dataclass whose fields, each with a docstring under it, are the options, and what gets it; a number that that
+    # returns is the exit code; as `module:name` they are imported when the command is named, and when it runs
+    options: str | type
+    function: str | Callable[..., object]
     positional: tuple[str, ...] = ()
     file: Callable[[Path], Any] | None = None  # reads a TOML file that may be named first
     tell_typed: bool = False  # whether the function also gets the names of the fields that were typed, as `typed`
     # the run, if any, about which the command proves something: its report is written again
     report_of: Callable[[Any], Path | None] | None = None
 
-    def parsed(self) -> Callable[..., Prepared]:
-        """The function that cyclopts parses the command line for; imports the options."""
-        from backhand.cli.command import command, imported
-
-        return command(
-            imported(self.options),
-            self.function,
-            positional=self.positional,
-            load=self.file,
-            tell_typed=self.tell_typed,
-            report_of=self.report_of,
-        )
-
 
 def __getattr__(name: str) -> Any:
     """The function of a command, which cyclopts asks this module for when the command is named."""
     for entry in COMMANDS:
         if entry.name == name:
-            return entry.parsed()
+            from backhand.cli.command import command
+
+            return command(entry)
     raise AttributeError(name)
 
 
@@ -188,7 +176,7 @@ COMMANDS = (
         "combine",
         "Add, average, subtract, concatenate, merge or reduce adapters, exactly, or saying what is lost.",
         "backhand combine add runs/one/adapter runs/two/adapter --output runs/both",
-        "backhand.arithmetic.combine_options:CombineOptions",
+        "backhand.arithmetic.options:CombineOptions",
         "backhand.arithmetic.combine:combine_command",
         positional=("operation", "adapters"),
     ),
@@ -196,7 +184,7 @@ COMMANDS = (
         "inspect",
         "Show what is in an adapter: ranks, sizes, singular values, and how much of the rank is used.",
         "backhand inspect runs/mine/adapter",
-        "backhand.arithmetic.look_options:InspectOptions",
+        "backhand.arithmetic.options:InspectOptions",
         "backhand.arithmetic.inspect:inspect_command",
         positional=("adapter",),
     ),
@@ -204,7 +192,7 @@ COMMANDS = (
         "diff",
         "Compare two adapters module by module: the norm of the difference, and the angles between their subspaces.",
         "backhand diff runs/one/adapter runs/two/adapter",
-        "backhand.arithmetic.look_options:DiffOptions",
+        "backhand.arithmetic.options:DiffOptions",
         "backhand.arithmetic.diff:diff_command",
         positional=("first", "second"),
     ),
@@ -212,7 +200,7 @@ COMMANDS = (
         "compress",
         "Give every module of an adapter the smallest rank that keeps to an error.",
         "backhand compress runs/mine/adapter --error 0.05 --output runs/small",
-        "backhand.arithmetic.look_options:CompressOptions",
+        "backhand.arithmetic.options:CompressOptions",
         "backhand.arithmetic.compress:compress_command",
         positional=("adapter",),
     ),

@@ -31,28 +31,26 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
+from jinja2.visitor import NodeTransformer
 
 from backhand.data import template_bounds
 from backhand.data.template_bounds import (
     ALL_AT_ONCE,
-    FILTERS,
+    GROWING,
     ITEM,
-    LARGEST_VALUE,
+    LONGEST_NUMBER,
     TEXT_METHODS,
     VIEWS,
-    WIDE_BRACES,
-    WIDE_PERCENT,
     TemplateLimitError,
     Work,
+    check_call,
     check_form,
     check_power,
     check_product,
     check_size,
     refuse_method,
-    too_large,
     weight,
 )
-from backhand.data.template_rewriting import CHARGED, COMPARED, JOINED, MADE, STEP, TemplateRewriter
 
 LONGEST_SOURCE = 2**18
 """Characters of a template. The longest ones in use have about 30,000."""
@@ -122,10 +120,9 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, dict | Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     for base in (str, int, float):
         if isinstance(value, base):
             return base(value)
@@ -149,13 +146,11 @@ class _Generation(Extension):
 class _Namespace(Namespace):
     """A namespace whose names are the template's own."""
 
-    def __init__(*arguments: Any, **values: Any) -> None:
-        # A template may name an attribute `self`.
-        itself, *rest = arguments
-        attributes = dict(*rest, **values)
+    def __init__(self, /, *arguments: Any, **values: Any) -> None:  # a template may name an attribute `self`
+        attributes = dict(*arguments, **values)
         for name in attributes:
             _check_attribute(name)
-        Namespace.__init__(itself, attributes)
+        Namespace.__init__(self, attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_attribute(name)
@@ -198,6 +193,11 @@ def _tojson(
 
 _LEFT_OUT = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 """Filters and functions for web pages whose cost has no simple bound; no chat template needs them."""
+_COMPARING_TESTS = (
+    *("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<=", "le"),
+    *("lower", "upper"),
+)
+_HOLDING: tuple[Any, ...] = (list, tuple, dict, set, frozenset, *VIEWS)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -224,200 +224,207 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name in _COMPARING_TESTS:
             plain_test: Any = self.tests[name]
             self.tests[name] = self._bounded_test(plain_test)
-        for name in (STEP, MADE, CHARGED, JOINED, COMPARED):
-            self.filters[name] = getattr(self, f"_{name.split()[0]}")
+        # What the rewritten template calls.
+        self.filters |= {_STEP: self._step, _COUNTED: self._counted_operand, _JOINED: self._joined}
 
-    # What the rewritten template calls; see `data.template_rewriting`.
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_Rewriter().visit(source), *args, **kwargs)
+
+    # With a context, so that Jinja does not call them while it compiles.
 
     @pass_context
     def _step(self, _context: Any, count: int) -> None:
         self.work.step(count)
 
     @pass_context
-    def _made(self, _context: Any, value: Any) -> Any:
-        return self._checked(value)
-
-    @pass_context
-    def _charged(self, _context: Any, value: Any) -> Any:
-        self._charge(value)
-        return value
+    def _counted_operand(self, _context: Any, value: Any, by_key: bool = False) -> Any:
+        return value if by_key and isinstance(value, Mapping) else self._counted(value)
 
     @pass_context
     def _joined(self, _context: Any, values: tuple[Any, ...]) -> str:
-        texts = [value if isinstance(value, str) else str(value) for value in values]
-        return self._concat(texts)
-
-    @pass_context
-    def _compared(self, _context: Any, values: tuple[Any, ...], operators: tuple[str, ...]) -> bool:
-        for operator, left, right in zip(operators, values, values[1:], strict=False):
-            if operator in ("in", "notin") and not isinstance(right, Mapping):
-                self._charge(right)
-            elif not isinstance(left, int) and not isinstance(right, int):
-                self._charge(left)
-            if not _COMPARISONS[operator](left, right):
-                return False
-        return True
+        return self._concat(value if isinstance(value, str) else str(value) for value in values)
 
     def _concat(self, parts: Iterable[str]) -> str:
         kept, size = [], 0
         for part in parts:
             size += len(part)
             kept.append(part)
-            if size > LARGEST_VALUE:
-                raise too_large()
+            check_size(size)
         self.work.step(1 + (size >> 8))
         return "".join(kept)
 
-    def _checked(self, value: Any) -> Any:
-        """A value that was just made: counted, and refused where it is too large."""
-        if isinstance(value, str | bytes):
+    def _counted(self, value: Any) -> Any:
+        """A value that was made, or that is looked at as a whole: counted, and refused where it is too large."""
+        cost = 0
+        if isinstance(value, str):
             check_size(len(value))
-            self.work.step(1 + (len(value) >> 8))
-        elif isinstance(value, list | tuple | dict | set | frozenset):
-            self.work.step(1 + weight(value) // ITEM)
+            cost = len(value) >> 8
+        elif isinstance(value, _HOLDING):
+            cost = weight(value) // ITEM
+        elif isinstance(value, range):
+            cost = len(value)
         elif isinstance(value, types.GeneratorType):
-            return self._counted(value)
-        else:
-            self.work.step(1)
+            value = self._counted_items(value)
+        self.work.step(1 + cost)
         return value
 
-    def _charge(self, value: Any) -> None:
-        """Count what looking at all of a value costs."""
-        if isinstance(value, str | bytes):
-            self.work.step(1 + (len(value) >> 8))
-        elif isinstance(value, (list, tuple, dict, set, frozenset, range, *VIEWS)):
-            self.work.step(1 + (len(value) if isinstance(value, range) else weight(value) // ITEM))
-        else:
-            self.work.step(1)
-
-    def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
+    def _counted_items(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
             self.work.step(4)
-            yield self._checked(item)
-
-    # Operators
+            yield self._counted(item)
 
     def call_binop(self, _context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator that may make more of what it is given."""
-        if operator == "+":
-            if isinstance(left, str) and isinstance(right, str):
-                size = len(left) + len(right)
-                if size > LARGEST_VALUE:
-                    raise too_large()
-                self.work.step(1 + (size >> 8))
-                return left + right
-            return self._checked(left + right)
-        if operator == "%" and isinstance(left, str | bytes):
-            self._check_percent(left, right)
-            return self._checked(left % right)
-        if operator == "*":
+        if operator == "%" and isinstance(left, str):
+            check_form(left, "%", right)
+        elif operator == "*":
             check_product(left, right)
-        if operator == "**":
+        elif operator == "**":
             check_power(left, right)
-        return self._checked(self.binop_table[operator](left, right))
-
-    def _check_percent(self, form: str | bytes, values: Any) -> None:
-        if isinstance(form, bytes):
-            raise jinja2.exceptions.SecurityError("bytes are not for templates")
-        check_form(form, "%", weight(values), WIDE_PERCENT)
-
-    # Calls
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`format` and `format_map` of a text, with bounds."""
-        if not isinstance(value, types.BuiltinMethodType):
-            return None
-        wrapped: Any = super().wrap_str_format(value)
-        if wrapped is None:
-            return None
-        form = str(value.__self__)
-
-        def bounded(*arguments: Any, **values: Any) -> str:
-            check_form(form, "{", weight(arguments) + weight(values), WIDE_BRACES)
-            self.work.step(1 + len(form))
-            return str(self._checked(wrapped(*arguments, **values)))
-
-        return bounded
+        return self._counted(self.binop_table[operator](left, right))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Anything that the template calls."""
         self.work.step(2)
-        if isinstance(obj, types.BuiltinMethodType):
-            self._check_method(obj, args, kwargs)
-        return self._checked_result(super().call(context, obj, *args, **kwargs))
+        method = getattr(obj, "__wrapped__", obj)  # Jinja wraps `format`
+        if isinstance(method, types.BuiltinMethodType):
+            self._check_method(method.__self__, method.__name__, args, kwargs)
+        return self._counted(super().call(context, obj, *args, **kwargs))
 
-    def _checked_result(self, value: Any) -> Any:
-        if value is None or isinstance(value, bool | int):
-            return value
-        if isinstance(value, VIEWS):
-            self.work.step(1 + len(value))
-            return value
-        return self._checked(value)
-
-    def _check_method(self, method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        owner, name = method.__self__, method.__name__
-        if isinstance(owner, str):
-            check = TEXT_METHODS.get(name, refuse_method)
-            if check is not None:
-                # Jinja passes what a loop or block has set beside the arguments, and takes it out again itself.
-                checked: Any = check
-                checked(owner, *args, **{key: kwargs[key] for key in kwargs if not key.startswith("_")})
-            self.work.step(len(owner) >> 8)
+    def _check_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if isinstance(owner, str) and name in TEXT_METHODS:
+            # Jinja passes what a loop or block has set beside the arguments, and takes it out again itself.
+            check_call(f".{name}", owner, args, {key: kwargs[key] for key in kwargs if not key.startswith("_")})
+            self.work.step(len(owner) if name.startswith("format") else len(owner) >> 8)
         elif isinstance(owner, list | tuple) or (isinstance(owner, Mapping) and name != "get"):
-            self._charge(owner)
-        elif isinstance(owner, bytes | int | float | types.GeneratorType):
-            refuse_method(owner, name)
-
-    # Filters and tests
+            self._counted(owner)
+        elif isinstance(owner, str | bytes | int | float | types.GeneratorType):
+            refuse_method(owner)
 
     def _bounded_filter(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         kind = getattr(plain, "jinja_pass_arg", None)
         first = 0 if kind is None else 1
-        check = FILTERS.get(name)
-        whole = name in ALL_AT_ONCE
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
             value = args[first] if len(args) > first else None
-            if whole and isinstance(value, types.GeneratorType):
-                value = self._checked(list(value))
-                args = (*args[:first], value, *args[first + 1 :])
-            if whole:
-                self._charge(value)
-            elif isinstance(value, str | list | tuple | dict):
-                self.work.step(1 + (len(value) >> 4))
+            if name in ALL_AT_ONCE:
+                if isinstance(value, types.GeneratorType):
+                    value = list(value)
+                    args = (*args[:first], value, *args[first + 1 :])
+                self._counted(value)
             else:
-                self.work.step(1)
-            if check is not None:
-                check(*args[first:], **kwargs)
-            return self._checked_result(plain(*args, **kwargs))
+                self.work.step(1 + (len(value) >> 4 if isinstance(value, str | list | tuple | dict) else 0))
+            if name in GROWING:
+                check_call(name, value, args[first + 1 :], kwargs)
+            return self._counted(plain(*args, **kwargs))
 
         if kind is not None:
             bounded.jinja_pass_arg = kind  # type: ignore[attr-defined]
         return bounded
 
-    def _bounded_test(self, plain: Callable[..., bool]) -> Callable[..., bool]:
-        def bounded(value: Any, *others: Any) -> bool:
-            for item in (value, *others):
-                self._charge(item)
-            return plain(value, *others)
+    def _bounded_test(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def bounded(*values: Any) -> Any:
+            for value in values:
+                self._counted(value)
+            return plain(*values)
 
         return bounded
 
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        return super()._generate(TemplateRewriter().visit(source), *args, **kwargs)
+
+_STEP, _COUNTED, _JOINED = "step of", "counted value", "joined texts"
+"""Filters of the environment. Their names hold a space, so that no template can mean them."""
 
 
-_COMPARING_TESTS = (
-    *("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<=", "le"),
-    *("lower", "upper"),
-)
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "gt": lambda a, b: a > b,
-    "gteq": lambda a, b: a >= b,
-    "lt": lambda a, b: a < b,
-    "lteq": lambda a, b: a <= b,
-    "in": lambda a, b: a in b,
-    "notin": lambda a, b: a not in b,
-}
+class _Rewriter(NodeTransformer):
+    """Puts counting into a parsed template, where an operation of Python's own would go uncounted."""
+
+    def visit_For(self, node: Any) -> Any:
+        """Count at each turn, and at each that is left out."""
+        test_steps = 1 + _size([node.test]) if node.test is not None else 0
+        node = self._with_steps(node)
+        if node.test is not None:
+            node.test = nodes.And(nodes.Not(_called(_STEP, nodes.Const(test_steps))), node.test)
+        return node
+
+    def _with_steps(self, node: Any) -> Any:
+        """Count whenever the body is entered."""
+        steps = _called(_STEP, nodes.Const(1 + _size(node.body)))
+        node = self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(steps))
+        return node
+
+    visit_Macro = visit_CallBlock = visit_Block = _with_steps
+
+    def visit_Concat(self, node: Any) -> Any:
+        """`~` makes a text."""
+        self.generic_visit(node)
+        return _called(_JOINED, nodes.Tuple(node.nodes, "load"))
+
+    def visit_List(self, node: Any) -> Any:
+        """A literal makes a list."""
+        constant = _is_literal(node)
+        node = self.generic_visit(node)
+        return node if constant else _called(_COUNTED, node)
+
+    def visit_Tuple(self, node: Any) -> Any:
+        """A literal makes a tuple; a target of an assignment does not."""
+        return self.visit_List(node) if node.ctx == "load" else node
+
+    def visit_Dict(self, node: Any) -> Any:
+        """A literal makes a table; its keys are hashed."""
+        node = self.generic_visit(node)
+        for pair in node.items:
+            if not isinstance(pair.key, nodes.Const):
+                pair.key = _called(_COUNTED, pair.key)
+        constant = all(isinstance(pair.value, nodes.Const) for pair in node.items)
+        return node if constant else _called(_COUNTED, node)
+
+    def visit_Getitem(self, node: Any) -> Any:
+        """A slice makes a copy; a key is hashed."""
+        node = self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            return _called(_COUNTED, node)
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _called(_COUNTED, node.arg)
+        return node
+
+    def visit_Compare(self, node: Any) -> Any:
+        """Comparing with a literal is short; with anything else it counts by the length, in a table by its key."""
+        operands = [node.expr, *(operand.expr for operand in node.ops)]
+        plain = all(
+            _is_literal(right) or (isinstance(left, nodes.Const) and operand.op not in ("in", "notin"))
+            for operand, left, right in zip(node.ops, operands, operands[1:], strict=False)
+        )
+        node = self.generic_visit(node)
+        if not plain:
+            node.expr = _called(_COUNTED, node.expr)
+            for operand in node.ops:
+                operand.expr = _called(_COUNTED, operand.expr, nodes.Const(operand.op in ("in", "notin")))
+        return node
+
+    def visit_Const(self, node: Any) -> Any:
+        """Numbers of any length can be written."""
+        if isinstance(node.value, int) and node.value.bit_length() > LONGEST_NUMBER:
+            raise TemplateLimitError("it writes a number of hundreds of digits")
+        return node
+
+    def visit_Include(self, _node: Any) -> Any:
+        """There are no other templates."""
+        raise jinja2.exceptions.SecurityError("it asks for another template, and chat templates stand alone")
+
+    visit_Import = visit_FromImport = visit_Extends = visit_Include
+
+
+def _is_literal(node: nodes.Node) -> bool:
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return all(isinstance(item, nodes.Const) for item in node.items)
+    return isinstance(node, nodes.Const)
+
+
+def _size(parts: Iterable[nodes.Node]) -> int:
+    """Steps that the parts of a template count for, each time they are run."""
+    return sum(1 + sum(1 for _ in part.find_all(nodes.Node)) for part in parts) // 4
+
+
+def _called(name: str, value: nodes.Expr, *more: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(value, name, list(more), [], None, None)

@@ -7,7 +7,7 @@ has stopped by then.
 
 A template that ends no turn (GLM-4) leaves it to the next role's token to stop generation; then that token belongs to
 the reply. What a template asks for and what it renders may differ where thoughts are concerned:
-`backhand.data.reply_start`.
+`backhand.data.template_habits`.
 
 Where the template renders a turn differently once others follow (Qwen3 takes the thoughts out of earlier turns), what
 is rendered up to that turn is no beginning of the whole, and the turn becomes a document of its own, with its own past.
@@ -19,17 +19,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backhand.data.messages import Conversation, Message
-from backhand.data.reply_start import ReplyStart, find_start, switches
-from backhand.data.template_habits import TemplateHabits
+from backhand.data.options import TemplateOptions
+from backhand.data.rows import Conversation, Message
+from backhand.data.template_habits import ReplyStart, TemplateHabits, find_start
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
-from backhand.words import shorten
+from backhand.words import begin_alike, shorten
 
 if TYPE_CHECKING:
     from backhand.data.bounded_template import BoundedTemplate
@@ -76,24 +75,17 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
         ) from None
 
 
-def stopping_role_ids(
-    tokenizer: Any, template: str | None, *, from_option: bool, template_args: Mapping[str, Any] | None = None
-) -> tuple[int, ...]:
+def stopping_role_ids(tokenizer: Any, options: TemplateOptions) -> tuple[int, ...]:
     """Ids of the tokens at which replies end because the next role begins with them; none where turns have an end.
-
-    Args:
-        template: the chat template in use; None for none.
-        from_option: it comes from `--chat-template`, so its errors are the user's.
 
     Raises:
         ArtifactError: the tokenizer does not stand on the `tokenizers` library.
-        UsageError, ArtifactError: the template is not valid Jinja, or asks for more than it may have.
+        UsageError, ArtifactError: the template cannot be read, is not valid Jinja, or asks for more than it may have.
     """
+    template = read_template(options.chat_template, tokenizer)
     if template is None:
         return ()
-    chat = ChatRenderer(
-        tokenizer, TextEncoder(tokenizer, template), template, from_option=from_option, template_args=template_args
-    )
+    chat = ChatRenderer(tokenizer, TextEncoder(tokenizer, template), template, options)
     return tuple(tokenizer.convert_tokens_to_ids(chat.stopping_role_tokens()))
 
 
@@ -101,43 +93,29 @@ class ChatRenderer:
     """The chat template of one model, with its arguments.
 
     Args:
-        template: source of the template; the tokenizer's own if the option did not say otherwise.
-        from_option: the template comes from `--chat-template`, so its errors are the user's.
-        system: put before conversations without a system message.
+        template: source of the template; the tokenizer's own if the options did not say otherwise. Where they did, its
+            errors are the user's.
 
     Attributes:
-        leading_replies: replies that carry no loss because nothing stands before them, so far.
-        split_conversations: conversations that became several documents, so far.
-        unseen_tools: conversations whose tools the template does not write down, so far.
-        unseen_thoughts: replies whose thoughts it does not write down, so far.
+        seen: how often something was found so far that the user should know: replies that carry no loss because nothing
+            stands before them (`leading`), conversations that became several documents (`split`), whose tools the
+            template does not write down (`tools`), replies whose thoughts it does not write down (`thoughts`).
         starts: how many replies begin in which way, by `ReplyStart.how` and `ReplyStart.detail`; only those where the
             template does not render what it asks for.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        encoder: TextEncoder,
-        template: str,
-        *,
-        from_option: bool = False,
-        template_args: Mapping[str, Any] | None = None,
-        system: str | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, encoder: TextEncoder, template: str, options: TemplateOptions) -> None:
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._template = template
-        self._from_option = from_option
-        self.template_args = dict(template_args or {})
-        self._system = system
+        self._from_option = options.chat_template is not None
+        self.template_args = dict(options.template_args)
+        self._system = options.system
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._compiled_templates: dict[str, BoundedTemplate] = {}
-        self.leading_replies = 0
-        self.split_conversations = 0
-        self.unseen_tools = 0
-        self.unseen_thoughts = 0
+        self.seen: Counter[str] = Counter()
         self.starts: Counter[tuple[str, str]] = Counter()
-        self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special)
+        self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special, self.template_args)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
         """The documents of a conversation: one, or one for each turn that the template rewrites later.
@@ -175,7 +153,7 @@ class ChatRenderer:
             documents.append(self._document(whole, spans, mark, conversation.source))
         if turns:
             self._look_for_tools(conversation, turns[-1][0])
-        self.split_conversations += len(documents) > 1
+        self.seen["split"] += len(documents) > 1
         return documents[::-1]
 
     def prompt(self, conversation: Conversation) -> Document:
@@ -234,14 +212,14 @@ class ChatRenderer:
         """(text up to and with the reply, where the reply starts, where it ends); None if nothing stands before it."""
         messages = conversation.messages
         if index == 0:
-            self.leading_replies += 1
+            self.seen["leading"] += 1
             return None
         begun = self._start(conversation, index)
         text, start = begun.text, begun.start
         _check_calls(messages[: index + 1], text, conversation.source)
         if "tool_calls" in messages[index]:
             _check_calls(messages[index : index + 1], text[start:], conversation.source)
-        self.unseen_thoughts += _is_unseen(messages[index], text[start:])
+        self.seen["thoughts"] += _is_unseen(messages[index], text[start:])
         end = self._end_of_turn(text, start)
         if end is None:
             text += self._missing_end(conversation, index)
@@ -264,18 +242,14 @@ class ChatRenderer:
                     return True
             return False
 
-        begun = find_start(
-            asked,
-            text,
-            can_have=can_have,
-            ask=lambda args: self._tried(conversation, messages[:index], generation_prompt=True, **args),
-            settings=self._switches,
-            written_thought=lambda: self._habits.written_thought,
-        )
+        def ask(args: Mapping[str, Any]) -> str | None:
+            return self._tried(conversation, messages[:index], generation_prompt=True, **args)
+
+        begun = find_start(self._habits, asked, text, can_have=can_have, ask=ask)
         if begun is not None:
             self.starts[begun.how, begun.detail] += 1
             return begun
-        alike = next((i for i, (a, b) in enumerate(zip(asked, text, strict=False)) if a != b), len(text))
+        alike = begin_alike(asked, text)
         raise DataError(
             "the chat template does not render this reply as it asks for one, so where it starts is not known",
             where=conversation.source,
@@ -283,14 +257,10 @@ class ChatRenderer:
             next_step="use a template that renders them alike (--chat-template, --template-args)",
         )
 
-    @cached_property
-    def _switches(self) -> list[dict[str, bool]]:
-        return switches(self._template, self.template_args)
-
     def _look_for_tools(self, conversation: Conversation, text: str) -> None:
         functions = [tool.get("function", tool) for tool in conversation.tools or ()]
         names = [function["name"] for function in functions if isinstance(function, Mapping) and "name" in function]
-        self.unseen_tools += bool(names) and not any(str(name) in text for name in names)
+        self.seen["tools"] += bool(names) and not any(str(name) in text for name in names)
 
     def _end_of_turn(self, text: str, start: int = 0) -> int | None:
         """Behind the last control token from `start` on, if only white space follows that; else None."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
 from backhand.data.examples import encode_document
-from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
-from backhand.data.row_kinds import Completion, OneText, PlainText
+from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of
@@ -28,15 +27,18 @@ _STARTS = {
 """Of the ways in which a reply may begin, by `ReplyStart.how`, those of which the user should know, and why."""
 
 
-@dataclass
-class RenderCounts:
-    """What was seen while rendering, for the notes of the report."""
-
-    protected: int = 0
-    control_in_text: int = 0
-    joined: int = 0
-    eos_added_to_chat: int = 0
-    system_unused: int = 0
+_SEEN = {
+    "joined": "joined as they stand, {why_joined}",
+    "protected": "with control tokens of the model in their text, read as plain text",
+    "control": "of plain text with control tokens of the model in it, which count as such",
+    "eos": "whose last reply has no end-of-turn token: the end-of-sequence token is added",
+    "system": "of plain text, which do not take the system message",
+    "split": "made into several documents, because the chat template rewrites earlier turns",
+    "leading": "beginning with a reply, which carries no loss",
+    "tools": "with tools that the chat template does not write down for the model",
+    "thoughts": "with thoughts in a reply that the chat template does not write down",
+}
+"""What is counted while rendering, and said of so many rows."""
 
 
 class RowRenderer:
@@ -66,18 +68,12 @@ class RowRenderer:
         self._rendered_already = (options.chat_template or "").strip().lower() == NO_TEMPLATE
         self._train_on_all = train_on_all
         self._system = options.system
-        self.counts = RenderCounts()
         self.encoder = TextEncoder(tokenizer, template)
         self._chat: ChatRenderer | None = None
+        self._seen: Counter[str] = Counter()
         if template is not None:
-            self._chat = ChatRenderer(
-                tokenizer,
-                self.encoder,
-                template,
-                from_option=options.chat_template is not None,
-                template_args=options.template_args,
-                system=options.system,
-            )
+            self._chat = ChatRenderer(tokenizer, self.encoder, template, options)
+            self._seen = self._chat.seen
         elif options.template_args or options.system is not None:
             field = "template_args" if options.template_args else "system"
             raise UsageError(
@@ -97,10 +93,8 @@ class RowRenderer:
         if isinstance(row, Completion) and self._chat is None:
             return [self._joined(row)]
         documents = self._renderer(row).documents(_as_conversation(row), train_on_all=self._train_on_all)
-        self.counts.protected += any(
-            document.mark is not None and document.mark in document.text for document in documents
-        )
-        self.counts.eos_added_to_chat += any(document.append_eos for document in documents)
+        self._seen["protected"] += any(one.mark is not None and one.mark in one.text for one in documents)
+        self._seen["eos"] += any(document.append_eos for document in documents)
         return documents
 
     def prompt(self, row: OneText) -> tuple[Document, str | None]:
@@ -140,26 +134,13 @@ class RowRenderer:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the rendering, a sentence each."""
-        counts, chat = self.counts, self._chat
+        chat = self._chat
         why_joined = "control tokens included" if self._rendered_already else "for want of a chat template"
-        facts = (
-            (counts.joined, f"joined as they stand, {why_joined}"),
-            (counts.protected, "with control tokens of the model in their text, read as plain text"),
-            (counts.control_in_text, "of plain text with control tokens of the model in it, which count as such"),
-            (counts.eos_added_to_chat, "whose last reply has no end-of-turn token: the end-of-sequence token is added"),
-            (counts.system_unused, "of plain text, which do not take the system message"),
-            (
-                chat.split_conversations if chat else 0,
-                "made into several documents, because the chat template rewrites earlier turns",
-            ),
-            (chat.leading_replies if chat else 0, "beginning with a reply, which carries no loss"),
-            (chat.unseen_tools if chat else 0, "with tools that the chat template does not write down for the model"),
-            (
-                chat.unseen_thoughts if chat else 0,
-                "with thoughts in a reply that the chat template does not write down",
-            ),
-        )
-        notes = [f"{count_of(count, 'row')} {what}" for count, what in facts if count]
+        notes = [
+            f"{count_of(count, 'row')} {what.format(why_joined=why_joined)}"
+            for kind, what in _SEEN.items()
+            if (count := self._seen[kind])
+        ]
         notes += _about_starts(chat.starts) if chat else []
         if chat and "strftime_now" in (self._template or "") and "date_string" not in chat.template_args:
             notes.append("the chat template writes today's date; fix it with --template-args 'date_string=…'")
@@ -177,16 +158,16 @@ class RowRenderer:
         )
 
     def _plain(self, row: PlainText) -> Document:
-        self.counts.control_in_text += self.encoder.special.search(row.text) is not None
-        self.counts.system_unused += self._system is not None
+        self._seen["control"] += self.encoder.special.search(row.text) is not None
+        self._seen["system"] += self._system is not None
         return Document(
             row.text, ((0, len(row.text)),), None, not self._ended(row.text), not self._begun(row.text), row.source
         )
 
     def _joined(self, row: Completion) -> Document:
-        self.counts.joined += 1
+        self._seen["joined"] += 1
         prompt, completion, mark = self._parts(row)
-        self.counts.protected += mark is not None
+        self._seen["protected"] += mark is not None
         text = prompt + completion
         span = (0 if self._train_on_all else len(prompt), len(text))
         return Document(text, (span,), mark, not self._ended(text), not self._begun(text), row.source)
@@ -228,5 +209,4 @@ def _as_conversation(row: Conversation | Completion) -> Conversation:
         messages.insert(0, {"role": "system", "content": row.system})
     if row.completion is not None:
         messages.append({"role": "assistant", "content": row.completion})
-    supervised = tuple(message["role"] == "assistant" for message in messages)
-    return Conversation(tuple(messages), supervised, None, row.source)
+    return Conversation.of(messages, row.source)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from backhand.data.chat import Document
 from backhand.data.options import DataOptions
-from backhand.data.row_kinds import Asked
+from backhand.data.rows import Asked
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 from backhand.words import count_of

@@ -8,11 +8,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from backhand.data.messages import Conversation, read_conversation, read_turns
-from backhand.data.row_kinds import Asked, Completion, Labelled, Pair, PlainText, Purpose, Row
-from backhand.data.rows import BadRows, RawRow, describe
+from backhand.data.rows import (
+    Asked,
+    BadRows,
+    Completion,
+    Conversation,
+    Labelled,
+    Pair,
+    PlainText,
+    Purpose,
+    RawRow,
+    Row,
+    describe,
+    read_conversation,
+    read_turns,
+)
 from backhand.errors import DataError
-from backhand.words import name_list
+from backhand.words import begin_alike, name_list
 
 
 @dataclass(frozen=True)
@@ -262,10 +274,7 @@ class FormReader:
                 next_step="keep one form in a file; several files may each have their own",
             )
         found = "null" if missing[0] in raw.values else "not there"
-        raise DataError(
-            f"{missing[0]} is {found}, in a file of the form {self.form.name}",
-            where=raw.source,
-        )
+        raise DataError(f"{missing[0]} is {found}, in a file of the form {self.form.name}", where=raw.source)
 
 
 def _read(form: Form, raw: RawRow) -> Row:
@@ -333,12 +342,11 @@ def _read_message_lists(
 ) -> Conversation:
     """Prompt and completion as lists of messages, as TRL has them: the loss is on the completion alone."""
     conversation = read_conversation(prompt_column, values[prompt_column], values, source)
-    messages, supervised = list(conversation.messages), [False] * len(conversation.messages)
+    turns = [(message, False) for message in conversation.messages]
     if completion_column:
-        for message, carries_loss in read_turns(completion_column[0], values[completion_column[0]], source):
-            messages.append(message)
-            supervised.append(carries_loss)
-    return Conversation(tuple(messages), tuple(supervised), conversation.tools, source)
+        turns += read_turns(completion_column[0], values[completion_column[0]], source)
+    messages, supervised = zip(*turns, strict=True)
+    return Conversation(messages, supervised, conversation.tools, source)
 
 
 def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
@@ -375,8 +383,7 @@ def _answers_at_once(messages: list[Any]) -> bool:
 
 def _common_text(chosen: str, rejected: str, source: str) -> int:
     """Characters with which both sides begin; a blank before the answers is theirs, as TRL has it."""
-    both = zip(chosen, rejected, strict=False)
-    common = next((i for i, (one, other) in enumerate(both) if one != other), min(len(chosen), len(rejected)))
+    common = begin_alike(chosen, rejected)
     if common and chosen[common - 1] == " ":
         common -= 1
     if not common or common in (len(chosen), len(rejected)):
@@ -386,10 +393,8 @@ def _common_text(chosen: str, rejected: str, source: str) -> int:
 
 def _common_messages(chosen: Conversation, rejected: Conversation, source: str) -> int:
     """Messages with which both sides begin, without the last one of either."""
-    both = zip(chosen.messages[:-1], rejected.messages[:-1], strict=False)
-    common = next((i for i, (one, other) in enumerate(both) if one != other), None)
-    shortest = min(len(chosen.messages), len(rejected.messages)) - 1
-    common = shortest if common is None else common
+    both = list(zip(chosen.messages[:-1], rejected.messages[:-1], strict=False))
+    common = next((i for i, (one, other) in enumerate(both) if one != other), len(both))
     if not any(message["role"] not in ("system", "assistant") for message in chosen.messages[:common]):
         raise _no_prompt("no question", source)
     return common

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from backhand.data.options import DataOptions
 from backhand.data.stored_examples import RECORD, PreparedData, StoredExamples
 from backhand.errors import BackhandError, UsageError
 from backhand.files import staged
+from backhand.system import version_of
 from backhand.words import in_words
 
 VARIABLE = "BACKHAND_ROWS_CACHE"
@@ -53,7 +53,7 @@ def kept(
     if place is None:
         return make()
     if (found := _read(place)) is not None:
-        return _noted(found, f"taken as they were prepared before, from {place}")
+        return found.noted(f"taken as they were prepared before, from {place}")
     made = make()
     if made.report.skipped_bad or made.examples.asked:
         return made
@@ -67,12 +67,8 @@ def kept(
         _write(place, made)
         _make_room(place.parent)
         size = in_words(place.stat().st_size)
-        return _noted(_read(place) or made, f"kept as they are prepared, for the next run, in {place} ({size})")
+        return (_read(place) or made).noted(f"kept as they are prepared, for the next run, in {place} ({size})")
     return made
-
-
-def _noted(data: PreparedData, note: str) -> PreparedData:
-    return replace(data, report=replace(data.report, notes=(*data.report.notes, note)))
 
 
 def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: Sequence[object]) -> Path | None:
@@ -89,7 +85,8 @@ def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: 
         if "strftime_now" in (template or ""):
             return None
         digest = hashlib.sha256(_code())
-        for part in (options, names, further, template, tokenizer.special_tokens_map, _versions()):
+        versions = [(name, version_of(name)) for name in ("tokenizers", "transformers", "jinja2", "pyarrow")]
+        for part in (options, names, further, template, tokenizer.special_tokens_map, versions):
             digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         for file in files:
@@ -107,16 +104,6 @@ def _code() -> bytes:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.digest()
-
-
-@cache
-def _versions() -> tuple[str, ...]:
-    """Of the packages that read files and make tokens."""
-    found = []
-    for name in ("tokenizers", "transformers", "jinja2", "pyarrow"):
-        with suppress(PackageNotFoundError):
-            found.append(f"{name} {version(name)}")
-    return tuple(found)
 
 
 _DIGEST_BYTES = 32

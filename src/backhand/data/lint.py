@@ -7,20 +7,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from backhand.data.chat import ChatRenderer, read_template
 from backhand.data.examples import CutRows, DataReport, Example
-from backhand.data.messages import Conversation, Message
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare
-from backhand.data.row_kinds import Purpose
-from backhand.data.rows import BadRows
-from backhand.data.split import equal_neighbours, overlap
-from backhand.data.stored_examples import PreparedData, StoredExamples
+from backhand.data.rows import BadRows, Conversation, Purpose
+from backhand.data.stored_examples import PreparedData, StoredExamples, equal_neighbours, overlap
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 from backhand.words import count_of, shorten
@@ -30,23 +27,58 @@ SHOWN_PLACES = 5
 _BLANK_TOKENS = 8
 SHOWN_BAD_ROWS = 20
 
+
+class Check(NamedTuple):
+    """A kind of finding."""
+
+    words: str  # in a table
+    what: str = ""  # is wrong with so many documents
+    remedy: str = ""
+
+
 CHECKS = {
-    "malformed": "malformed rows",
-    "truncated": "truncated to max_length",
-    "too_long": "left out as longer than max_length",
-    "unsupervised": "left out without a supervised token",
-    "context": "longer than the model was made for",
-    "no_end": "no end token carries loss",
-    "empty_reply": "empty replies",
-    "equal_pair": "pairs of equal answers",
-    "one_label": "labels of one kind only",
-    "spelling": "labels that differ in case or blanks",
-    "doubled_bos": "begin of sequence doubled",
-    "duplicate": "exact repetitions",
-    "overlap": "held-out documents that are trained on",
-    "mojibake": "text that looks wrongly decoded",
+    "malformed": Check("malformed rows"),
+    "truncated": Check(
+        "truncated to max_length",
+        "truncated to {:,} tokens",
+        "raise --max-length, shorten the rows, or leave them out with --long-rows drop",
+    ),
+    "too_long": Check(
+        "left out as longer than max_length", "left out as too long", "raise --max-length or shorten the rows"
+    ),
+    "unsupervised": Check(
+        "left out without a supervised token",
+        "left out for want of a token that carries loss",
+        "give them a reply with a weight other than 0",
+    ),
+    "context": Check("longer than the model was made for", "longer than the model's {:,} tokens", "--max-length {}"),
+    "no_end": Check(
+        "no end token carries loss",
+        "in which no end token carries loss, so that the model is not taught to stop",
+        "use a chat template that ends replies (--chat-template)",
+    ),
+    "empty_reply": Check("empty replies", "with an empty reply", "fill it in or take the rows out"),
+    "equal_pair": Check("pairs of equal answers", "with equal answers, which teach nothing", "take the rows out"),
+    "one_label": Check(
+        "labels of one kind only",
+        "of {:,}, each {}desirable: there is nothing to tell apart",
+        "give answers of both kinds",
+    ),
+    "spelling": Check("labels that differ in case or blanks", "{}", "write each label in one way in all rows"),
+    "doubled_bos": Check(
+        "begin of sequence doubled",
+        "with two begin-of-sequence tokens in front",
+        "take the one that is written in the rows or in the chat template out",
+    ),
+    "duplicate": Check("exact repetitions", "equal to an earlier one", "remove the repetitions"),
+    "overlap": Check("held-out documents that are trained on", "also trained on", "take them out of one of the two"),
+    "mojibake": Check(
+        "text that looks wrongly decoded",
+        "with text that looks wrongly decoded, such as {!r}",
+        "decode the original again, as UTF-8",
+    ),
 }
-"""Every kind of finding, in the words of a table."""
+"""Every kind of finding; where something stands in braces is what `_finding` is given for it."""
 
 Severity = Literal["error", "warning"]
 
@@ -113,34 +145,32 @@ def lint(
         replace(options, skip_bad=True), tokenizer, seed=seed, purpose=purpose, bad=bad, cut_rows=cut_rows
     )
     documents = train.examples.documents
-    findings = [
-        *_malformed(bad, "warning" if options.skip_bad else "error"),
-        *_cut(cut_rows, options),
+    found: list[tuple[Any, ...]] = [
+        ("truncated", cut_rows.truncated, options.max_length),
+        ("too_long", cut_rows.dropped_long),
+        ("unsupervised", cut_rows.dropped_unsupervised),
         *_in_documents(documents, tokenizer, cut_rows),
         *_in_rows(train.examples),
     ]
-    for what, places in label_spellings(tokenizer, train.examples, held_out.examples if held_out else ()):
-        findings += _finding("spelling", places, what, "write each label in one way in all rows")
+    spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())
+    found += [("spelling", places, what) for what, places in spellings]
     not_checked = {}
     if held_out is None:
         not_checked["overlap"] = "no held-out rows"
     else:
-        shared = [example.source for example in overlap(train.examples, held_out.examples)]
-        findings += _finding("overlap", shared, "also trained on", "take them out of one of the two")
+        found.append(("overlap", [example.source for example in overlap(train.examples, held_out.examples)]))
     if context_length is None:
         not_checked["context"] = "the model does not say"
     else:
-        long = [document.source for document in documents.take(documents.column("tokens") > context_length)]
-        findings += _finding(
-            "context", long, f"longer than the model's {context_length:,} tokens", f"--max-length {context_length}"
-        )
+        long = documents.take(documents.column("tokens") > context_length)
+        found.append(("context", [document.source for document in long], context_length))
+    malformed = _malformed(bad, "warning" if options.skip_bad else "error")
+    findings = [*malformed, *(_finding(*one) for one in found if one[1])]
+    columns = {"tokens": "tokens", "supervised tokens": "supervised"}
     report = LintReport(
         train=train.report,
         held_out=None if held_out is None else held_out.report,
-        lengths={
-            "tokens": _quantiles(documents.column("tokens")),
-            "supervised tokens": _quantiles(documents.column("supervised")),
-        },
+        lengths={name: _quantiles(documents.column(column)) for name, column in columns.items()},
         template=tuple(probe_template(tokenizer, options)),
         findings=tuple(sorted(findings, key=lambda finding: finding.severity)),
         not_checked=not_checked,
@@ -149,82 +179,43 @@ def lint(
 
 
 def _malformed(bad: BadRows, severity: Severity) -> list[Finding]:
-    findings = [
-        Finding(
-            "malformed",
-            severity,
-            1,
-            error.what + (f": {error.why}" if error.why else ""),
-            (str(error.where),),
-            error.next_step or "correct the row, or leave bad rows out with --skip-bad",
-        )
-        for error in bad.errors
-    ]
-    unseen = bad.count - len(findings)
-    if unseen:
-        where = findings[-1].where
-        findings.append(
-            Finding("malformed", severity, unseen, f"{unseen:,} more malformed rows after this one", where, "as above")
-        )
+    findings = []
+    for error in bad.errors:
+        what = error.what + (f": {error.why}" if error.why else "")
+        remedy = error.next_step or "correct the row, or leave bad rows out with --skip-bad"
+        findings.append(Finding("malformed", severity, 1, what, (str(error.where),), remedy))
+    if unseen := bad.count - len(findings):
+        what = f"{unseen:,} more malformed rows after this one"
+        findings.append(Finding("malformed", severity, unseen, what, findings[-1].where, "as above"))
     return findings
 
 
-def _cut(cut_rows: CutRows, options: DataOptions) -> list[Finding]:
-    return [
-        *_finding(
-            "truncated",
-            cut_rows.truncated,
-            f"truncated to {options.max_length:,} tokens",
-            "raise --max-length, shorten the rows, or leave them out with --long-rows drop",
-        ),
-        *_finding("too_long", cut_rows.dropped_long, "left out as too long", "raise --max-length or shorten the rows"),
-        *_finding(
-            "unsupervised",
-            cut_rows.dropped_unsupervised,
-            "left out for want of a token that carries loss",
-            "give them a reply with a weight other than 0",
-        ),
-    ]
+def _finding(kind: str, places: list[str], *said: object) -> Finding:
+    check, count = CHECKS[kind], len(places)
+    what = f"{count_of(count, 'document')} {check.what.format(*said)}"
+    return Finding(kind, "warning", count, what, tuple(places[:SHOWN_PLACES]), check.remedy.format(*said))
 
 
-def _in_rows(examples: StoredExamples) -> list[Finding]:
+def _in_rows(examples: StoredExamples) -> list[tuple[Any, ...]]:
     """What is wrong with pairs, labels, and rows among one another."""
     pairs = examples.take(examples.pairs)
     alike = [one.source for one in pairs if one.rejected and np.array_equal(one.input_ids, one.rejected.input_ids)]
     labels = {examples[number].desirable for number in np.unique(examples.column("label"), return_index=True)[1]}
     labels.discard(None)
+    only = [examples[0].source] if len(labels) == 1 else []
     return [
-        *_finding("equal_pair", alike, "with equal answers, which teach nothing", "take the rows out"),
-        *_finding(
-            "one_label",
-            [examples[0].source] if len(labels) == 1 else [],
-            f"of {len(examples):,}, each {'' if labels == {True} else 'not '}desirable: there is nothing to tell apart",
-            "give answers of both kinds",
-        ),
-        *_finding("duplicate", _repeated(examples), "equal to an earlier one", "remove the repetitions"),
+        ("equal_pair", alike),
+        ("one_label", only, len(examples), "" if labels == {True} else "not "),
+        ("duplicate", _repeated(examples)),
     ]
 
 
-_OF_DOCUMENTS = {
-    "no_end": (
-        "in which no end token carries loss, so that the model is not taught to stop",
-        "use a chat template that ends replies (--chat-template)",
-    ),
-    "empty_reply": ("with an empty reply", "fill it in or take the rows out"),
-    "doubled_bos": (
-        "with two begin-of-sequence tokens in front",
-        "take the one that is written in the rows or in the chat template out",
-    ),
-    "mojibake": ("with text that looks wrongly decoded, such as {!r}", "decode the original again, as UTF-8"),
-}
-
-
-def _in_documents(documents: Iterable[Example], tokenizer: Any, cut_rows: CutRows) -> list[Finding]:
+def _in_documents(documents: Iterable[Example], tokenizer: Any, cut_rows: CutRows) -> list[tuple[Any, ...]]:
     ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends.add(tokenizer.eos_token_id)
     bos = tokenizer.bos_token_id
     truncated = set(cut_rows.truncated)
-    places: dict[str, list[str]] = {kind: [] for kind in _OF_DOCUMENTS}
+    places: dict[str, list[str]] = {kind: [] for kind in ("no_end", "empty_reply", "doubled_bos", "mojibake")}
     garbled = None
 
     def says_nothing(ids: TokenIds) -> bool:
@@ -244,11 +235,7 @@ def _in_documents(documents: Iterable[Example], tokenizer: Any, cut_rows: CutRow
         }
         for kind in filter(wrong.__getitem__, wrong):
             places[kind].append(example.source)
-    return [
-        finding
-        for kind, (what, remedy) in _OF_DOCUMENTS.items()
-        for finding in _finding(kind, places[kind], what.format(garbled), remedy)
-    ]
+    return [(kind, where, garbled) for kind, where in places.items()]
 
 
 _MOST_LABELS, _LONGEST_LABEL, _ROWS_A_LABEL = 128, 60, 3
@@ -291,15 +278,6 @@ def _repeated(examples: StoredExamples) -> list[str]:
     for one, other in zip(before, again, strict=True):
         firsts[other] = firsts.get(one, one)
     return [f"{examples[one].source} = {examples[first].source}" for one, first in sorted(firsts.items())]
-
-
-def _finding(kind: str, places: list[str], what: str, remedy: str) -> list[Finding]:
-    if not places:
-        return []
-    count = len(places)
-    return [
-        Finding(kind, "warning", count, f"{count_of(count, 'document')} {what}", tuple(places[:SHOWN_PLACES]), remedy)
-    ]
 
 
 def _quantiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
@@ -351,14 +329,7 @@ def probe_template(tokenizer: Any, options: TemplateOptions) -> list[str]:
     if template is None:
         return ["there is no chat template: prompts and completions are joined as they stand"]
     encoder = TextEncoder(tokenizer, template)
-    chat = ChatRenderer(
-        tokenizer,
-        encoder,
-        template,
-        from_option=options.chat_template is not None,
-        template_args=options.template_args,
-        system=options.system,
-    )
+    chat = ChatRenderer(tokenizer, encoder, template, options)
     asked = _prompt(chat, ("user", _QUESTION))
     if asked is None:
         return ["the chat template refuses a single question"]
@@ -405,6 +376,4 @@ def _prompt(chat: ChatRenderer, *turns: tuple[str, str]) -> str | None:
 
 
 def _conversation(*turns: tuple[str, str]) -> Conversation:
-    messages: list[Message] = [{"role": role, "content": content} for role, content in turns]
-    supervised = tuple(message["role"] == "assistant" for message in messages)
-    return Conversation(tuple(messages), supervised, None, "template")
+    return Conversation.of([{"role": role, "content": content} for role, content in turns], "template")

@@ -110,14 +110,14 @@ def _lengths(report: LintReport) -> Table:
 
 def _checks(report: LintReport) -> Table:
     table = table_of("looked for", "found", right=("found",))
-    for kind, words in CHECKS.items():
+    for kind, check in CHECKS.items():
         found = [finding for finding in report.findings if finding.kind == kind]
         count = sum(finding.count for finding in found)
         if kind in report.not_checked:
             cell = Text(report.not_checked[kind])
         else:
             cell = Text(f"{count:,}", style=_STYLES[found[0].severity]) if count else Text("none", style="green")
-        table.add_row(words, cell)
+        table.add_row(check.words, cell)
     return table
 
 

@@ -17,21 +17,9 @@ from backhand.errors import UsageError
 
 RESERVED_TEMPLATE_ARGS = frozenset(
     (
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "sanitize_control_tokens",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages"),
+        *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens"),
+        *("tokenize", "tokenizer_kwargs", "tools", "truncation"),
     )
 )
 """Names that the renderer itself fills in."""

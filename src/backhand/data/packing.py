@@ -20,8 +20,7 @@ import numpy.typing as npt
 import torch
 
 from backhand.data.examples import Example
-from backhand.data.split import random_order
-from backhand.data.stored_examples import stored
+from backhand.data.stored_examples import random_order, stored
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 
 
@@ -67,9 +66,7 @@ def trained_length(example: Example) -> int:
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 
 
-def micro_batches(
-    rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None, max_tokens: int | None = None
-) -> list[list[int]]:
+def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None) -> list[list[int]]:
     """Divide the rows of one optimizer step, longest first.
 
     So the largest micro-batch, the one that may not fit in memory, comes first, and documents of similar length meet.
@@ -78,21 +75,13 @@ def micro_batches(
         rows: indices into `lengths`.
         lengths: tokens of every example.
         max_rows: no more rows in one than this.
-        max_tokens: no more tokens in one than this, unless a single row has more.
 
     Returns:
         Indices, each of `rows` once, in groups.
     """
-    groups: list[list[int]] = []
-    tokens = 0
-    for minus, row in sorted((-int(lengths[row]), row) for row in rows):
-        full = not groups or len(groups[-1]) == max_rows or (max_tokens is not None and tokens - minus > max_tokens)
-        if full:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(row)
-        tokens -= minus
-    return groups
+    order = sorted(rows, key=lambda row: (-int(lengths[row]), row))
+    most = max_rows or max(1, len(order))
+    return [order[first : first + most] for first in range(0, len(order), most)]
 
 
 # What documents begin with in common: a system prompt, a prompt, the first words of two answers to it.

@@ -26,13 +26,10 @@ from backhand.data.examples import (
     encode_document,
 )
 from backhand.data.forms import FormReader
-from backhand.data.messages import Conversation
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
-from backhand.data.row_kinds import Asked, Labelled, OneText, Pair, Purpose, Row, has_empty_answer
-from backhand.data.rows import BadRows
+from backhand.data.rows import Asked, BadRows, Conversation, Labelled, Pair, Purpose, Row, has_empty_answer, texts_of
 from backhand.data.sources import expand, held_out_beside, read_rows
-from backhand.data.split import overlap, split, usual_share
-from backhand.data.stored_examples import ExampleWriter, PreparedData, summed
+from backhand.data.stored_examples import ExampleWriter, PreparedData, overlap, split, summed, usual_share
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of, name_list, shorten
@@ -102,15 +99,14 @@ def prepare(
     elif options.eval_fraction is None and purpose != "prompts" and (share := usual_share(train)):
         train, held_out = split(train, share, seed)
         said = "drawn from the seed; --eval-fraction 0 trains on these as well"
-        held_out = replace(held_out, report=replace(held_out.report, notes=(*held_out.report.notes, said)))
+        held_out = held_out.noted(said)
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:
-            note = (
+            held_out = held_out.noted(
                 f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also stand in the training "
                 f"data, for example {shared[0].source}; the held-out loss will look too good"
             )
-            held_out = replace(held_out, report=replace(held_out.report, notes=(*held_out.report.notes, note)))
     return train, held_out
 
 
@@ -153,49 +149,52 @@ def read_examples(
         stands_for_answers = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
         return [Example(*stands_for_answers, row.source, asked=row)]
 
-    def made_of(row: Row, encoded: list[Example], firsts: int) -> tuple[OneText, list[Example]]:
-        if isinstance(row, Pair):
-            chosen, rejected = (_only(kept(side, row.source), row) for side in (encoded[:firsts], encoded[firsts:]))
-            both = chosen is not None and rejected is not None
-            return row.chosen, [replace(chosen, rejected=rejected)] if chosen is not None and both else []
-        if isinstance(row, Labelled):
-            answer = _only(kept(encoded, row.source), row)
-            return row.answer, [] if answer is None else [replace(answer, desirable=row.desirable)]
+    def made_of(row: Row, parts: list[list[Example]]) -> list[Example]:
         if isinstance(row, Asked):
-            return row.question, asking_for(row, encoded[0].input_ids)
-        return row, kept(encoded, row.source)
+            return asking_for(row, parts[0][0].input_ids)
+        if not isinstance(row, Pair | Labelled):
+            return kept(parts[0], row.source)
+        first, *others = (_only(kept(part, row.source), row) for part in parts)
+        if first is None or None in others:
+            return []
+        if isinstance(row, Labelled):
+            return [replace(first, desirable=row.desirable)]
+        return [replace(first, rejected=others[0])]
 
     def begin(row: Row) -> Begun:
+        texts = texts_of(row)
         if isinstance(row, Asked):
-            documents = [renderer.prompt(row.question)[0]]
+            each = [[renderer.prompt(row.question)[0]]]
         else:
-            first = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
-            documents = renderer.documents(first)
-        firsts = len(documents)
-        if isinstance(row, Pair):
-            documents = documents + renderer.documents(row.rejected)
+            each = [renderer.documents(text) for text in texts]
 
         def finish(encoded: list[Example]) -> None:
-            asked, made = made_of(row, encoded, firsts)
+            left = iter(encoded)
+            made = made_of(row, [list(islice(left, len(documents))) for documents in each])
             for example in made:
                 writer.add(example)
             if prompts is not None and asked_of is not None and made:
-                prompts.append(_prompt(asked_of, asked))
+                document, reply = asked_of.prompt(texts[0])
+                ids = encode_document(document, asked_of.encoder).input_ids
+                prompts.append(_as_prompt(document, ids, reply))
 
-        return documents, finish
+        return [document for documents in each for document in documents], finish
 
     teaches = options.train_on == "completions" and purpose != "prompts"
-    columns = partial(ColumnReader, options, options.system, guess=purpose in ("answers", None))
-    report = _read_into(
-        begin, renderer.encoder, names, options, bad, columns, held_out=held_out, teaches=teaches, purpose=purpose
-    )
+    reading = _Reading(options, options, options.system, bad, purpose, held_out=held_out, teaches=teaches)
+    report = reading.read_into(begin, renderer.encoder, names)
+    notes = list(renderer.notes())
+    if report.empty_answers:
+        count = f"{count_of(report.empty_answers, 'row')} of {report.rows:,}"
+        said = "with an empty answer, which teaches the model to say nothing: fill it in, or take the row out"
+        notes.append(f"{count} {said}")
     report = replace(
         report,
         truncated=len(cut_here.truncated),
         dropped_long=len(cut_here.dropped_long),
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
         first_cut=cut_here.firsts,
-        notes=(*renderer.notes(), *_about_empty(report), *report.notes),
+        notes=(*notes, *report.notes),
     )
     if cut_rows is not None:
         cut_rows.add(cut_here)
@@ -219,11 +218,9 @@ def _only(made: list[Example], row: Pair | Labelled) -> Example | None:
 
 def check_first_rows(options: DataOptions) -> None:
     """Raise DataError where the first row of a file has no form that is known: before a model is read for it."""
+    reading = _Reading(options, options, options.system, BadRows(options.skip_bad), None)
     for name in filter(os.path.isfile, expand(options.data)):  # a pipe can be read once
-        bad = BadRows(options.skip_bad)
-        named = ColumnReader(options, options.system, guess=True)
-        reader = FormReader(purpose=None, named=named.given)
-        next(reader.read_all(named.rows(read_rows(name, bad), bad), bad), None)
+        next(reading.of_file(name)[2], None)
 
 
 def prepare_prompts(
@@ -247,14 +244,10 @@ def prepare_prompts(
         document, reply = renderer.prompt(row)
         return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply))
 
-    columns = partial(ColumnReader, named or NamedColumns(), template.system, guess=True)
-    report = _read_into(begin, renderer.encoder, rows.data, rows, BadRows(rows.skip_bad), columns, may_ask=True)
+    bad = BadRows(rows.skip_bad)
+    reading = _Reading(rows, named or NamedColumns(), template.system, bad, may_ask=True)
+    report = reading.read_into(begin, renderer.encoder, rows.data)
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
-
-
-def _prompt(renderer: RowRenderer, row: OneText) -> Prompt:
-    document, reply = renderer.prompt(row)
-    return _as_prompt(document, encode_document(document, renderer.encoder).input_ids, reply)
 
 
 def _as_prompt(document: Document, input_ids: TokenIds, reply: str | None) -> Prompt:
@@ -312,82 +305,76 @@ def _in_batches(
         raise failure
 
 
-def _read_into(
-    begin: Callable[[Row], Begun],
-    encoder: TextEncoder,
-    names: Sequence[str],
-    options: RowSources,
-    bad: BadRows,
-    columns: Callable[[], ColumnReader],
-    *,
-    held_out: bool = False,
-    may_ask: bool = False,
-    teaches: bool = False,
-    purpose: Purpose | None = "answers",
-) -> DataReport:
-    """Give every good row's documents to what takes them; a DataError counts as a bad row. What was found on the way.
+@dataclass(frozen=True)
+class _Reading:
+    """How rows are read, whatever is made of them."""
 
-    Args:
-        columns: makes the reader of a file's columns.
-        teaches: only answers are learnt, so a file without any is an error.
-    """
-    forms: list[SourceForm] = []
-    total = empty = 0
-    unread: dict[str, None] = {}
-    notes: list[str] = []
-    skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
+    sources: RowSources
+    named: NamedColumns
+    system: str | None
+    bad: BadRows
+    purpose: Purpose | None = "answers"
+    held_out: bool = False
+    may_ask: bool = False
+    teaches: bool = False  # only answers are learnt, so a file without any is an error
 
-    for name in expand(names):
-        left = None if options.max_rows is None else options.max_rows - total
-        if left == 0:
-            break
-        named, rows, answered = columns(), 0, 0
-        reader = FormReader(may_ask=may_ask, purpose=purpose, named=named.given)
-        bad_before, bad.first_of_file = bad.count, None
-        conversation = rewarded = False
-        read = reader.read_all(named.rows(read_rows(name, bad, held_out=held_out), bad), bad)
-        for row in _in_batches(read, left, begin, encoder, bad):
-            rows += 1
-            answered += not has_empty_answer(row)
-            one = row.chosen if isinstance(row, Pair) else row.answer if isinstance(row, Labelled) else row
-            rewarded |= isinstance(row, Asked)
-            conversation |= isinstance(one, Conversation)
-        if reader.form is None:
-            raise _no_rows(name, bad, bad.count - bad_before)
-        if teaches and rows and not answered:
-            raise _no_answers(name, reader, rows)
-        empty += rows - answered
-        if not rewarded:  # reward functions are given every column
-            others = [column for column in reader.columns if column not in named.used]
-            unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
-        if named.note is not None:
-            notes.append(named.note)
-        forms.append(SourceForm(name, reader.form.name, rows))
-        total += rows
-    if unread:
-        names = list(unread)
-        taught = ""
-        if {form.form for form in forms} == {"text"} and len(names) == 1 and names[0].lower() in _CLASSES:
-            taught = f"; to learn it as the answer: --prompt text --completion {shlex.quote(names[0])}"
-        notes.append(f"not read: the column{'s' if len(names) > 1 else ''} {name_list(map(shorten, names))}{taught}")
-    empty_lines = bad.empty_lines - empty_lines_before
-    if empty_lines > max(_FEW_EMPTY_LINES, total):
-        notes.append(f"{empty_lines:,} empty lines were passed over")
-    return DataReport(
-        tuple(forms),
-        rows=total,
-        empty_answers=empty,
-        skipped_bad=bad.count - skipped_before,
-        bad_rows=tuple(bad.errors[kept_before:]),
-        notes=tuple(notes),
-    )
+    def of_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
+        """What reads the columns of a file, what reads its form, and its good rows."""
+        named = ColumnReader(self.named, self.system, guess=self.purpose in ("answers", None))
+        reader = FormReader(may_ask=self.may_ask, purpose=self.purpose, named=named.given)
+        raws = read_rows(name, self.bad, held_out=self.held_out)
+        return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
 
-
-def _about_empty(report: DataReport) -> list[str]:
-    if not report.empty_answers:
-        return []
-    count = f"{count_of(report.empty_answers, 'row')} of {report.rows:,}"
-    return [f"{count} with an empty answer, which teaches the model to say nothing: fill it in, or take the row out"]
+    def read_into(self, begin: Callable[[Row], Begun], encoder: TextEncoder, names: Sequence[str]) -> DataReport:
+        """Give every good row's documents to what takes them; a DataError counts as a bad row. What was found."""
+        bad, most = self.bad, self.sources.max_rows
+        forms: list[SourceForm] = []
+        total = empty = 0
+        unread: dict[str, None] = {}
+        notes: list[str] = []
+        skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
+        for name in expand(names):
+            if total == most:
+                break
+            rows = answered = 0
+            bad_before, bad.first_of_file = bad.count, None
+            conversation = rewarded = False
+            named, reader, read = self.of_file(name)
+            for row in _in_batches(read, None if most is None else most - total, begin, encoder, bad):
+                rows += 1
+                answered += not has_empty_answer(row)
+                rewarded |= isinstance(row, Asked)
+                conversation |= isinstance(texts_of(row)[0], Conversation)
+            if reader.form is None:
+                raise _no_rows(name, bad, bad.count - bad_before)
+            if self.teaches and rows and not answered:
+                raise _no_answers(name, reader, rows)
+            empty += rows - answered
+            if not rewarded:  # reward functions are given every column
+                others = [column for column in reader.columns if column not in named.used]
+                unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
+            if named.note is not None:
+                notes.append(named.note)
+            forms.append(SourceForm(name, reader.form.name, rows))
+            total += rows
+        if unread:
+            columns = list(unread)
+            taught = ""
+            if {form.form for form in forms} == {"text"} and len(columns) == 1 and columns[0].lower() in _CLASSES:
+                taught = f"; to learn it as the answer: --prompt text --completion {shlex.quote(columns[0])}"
+            several = "s" if len(columns) > 1 else ""
+            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{taught}")
+        empty_lines = bad.empty_lines - empty_lines_before
+        if empty_lines > max(_FEW_EMPTY_LINES, total):
+            notes.append(f"{empty_lines:,} empty lines were passed over")
+        return DataReport(
+            tuple(forms),
+            rows=total,
+            empty_answers=empty,
+            skipped_bad=bad.count - skipped_before,
+            bad_rows=tuple(bad.errors[kept_before:]),
+            notes=tuple(notes),
+        )
 
 
 def _no_answers(name: str, reader: FormReader, rows: int) -> DataError:

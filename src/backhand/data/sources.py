@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,6 +135,15 @@ def _with_stem(files: Sequence[Path], stems: Sequence[str]) -> list[Path]:
     return [file for file in files if file.name.lower().split(".")[0] in stems]
 
 
+def _needed(package: str, what: str, extra: str, where: str) -> Any:
+    """An optional package. Raises UsageError: it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        step = install(f"'backhand[{extra}]'")
+        raise UsageError(f"{what} {package}, which is not installed", where=where, next_step=step) from None
+
+
 GYM = "reasoning_gym:"
 
 
@@ -147,14 +157,7 @@ def read_gym(name: str) -> Iterator[RawRow]:
         UsageError: the package is missing.
         DataError: there is no such task, or it has no such setting.
     """
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise UsageError(
-            "these rows need the package reasoning_gym, which is not installed",
-            where=name,
-            next_step=install("'backhand[rewards]'"),
-        ) from None
+    reasoning_gym = _needed("reasoning_gym", "these rows need the package", "rewards", name)
     task, _, given = name.removeprefix(GYM).partition(":")
     settings: dict[str, Any] = {}
     for part in filter(None, given.split(",")):
@@ -226,14 +229,7 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
     match = _HUB_NAME.fullmatch(name)
     if match is None:
         raise UsageError(f"{name!r} is not of the form owner/name[@config][:split]", where="data")
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "data sets of the hub need the package datasets, which is not installed",
-            where=name,
-            next_step=install("'backhand[datasets]'"),
-        ) from None
+    datasets = _needed("datasets", "data sets of the hub need the package", "datasets", name)
     split = match["split"]
     try:
         loaded: Any = datasets.load_dataset(match["name"], match["config"], split=split)

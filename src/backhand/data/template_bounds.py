@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -17,7 +17,6 @@ LARGEST_VALUE = 2**26
 ITEM = 64
 LONGEST_NUMBER = 1024
 """Bits of a whole number that a template writes or multiplies."""
-_MOST_ITEMS = LARGEST_VALUE // ITEM
 _DEEPEST = 100
 _WIDEST = 10_000
 
@@ -43,202 +42,145 @@ def _weight_and_depth(value: Any) -> tuple[int, int]:
     waiting = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
-        if isinstance(item, str | bytes):
-            total += ITEM + len(item)
-        else:
-            total += ITEM
-            inner: Any = ()
-            if isinstance(item, Mapping):
-                inner = [*item.keys(), *item.values()]
-            elif isinstance(item, (list, tuple, set, frozenset, *VIEWS)):
-                inner = item
-            if inner:
-                deepest = max(deepest, depth + 1)
-                if deepest > _DEEPEST:
-                    raise TemplateLimitError(f"it nests lists or tables more than {_DEEPEST} deep")
-                if len(waiting) + len(inner) > _MOST_ITEMS:
-                    raise too_large()
-                waiting.extend((part, depth + 1) for part in inner)
-        if total > LARGEST_VALUE:
-            raise too_large()
+        total += ITEM
+        inner: Any = ()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            inner = [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset, *VIEWS)):
+            inner = item
+        if inner:
+            deepest = max(deepest, depth + 1)
+            if deepest > _DEEPEST:
+                raise TemplateLimitError(f"it nests lists or tables more than {_DEEPEST} deep")
+            check_size(ITEM * (len(waiting) + len(inner)))
+            waiting.extend((part, depth + 1) for part in inner)
+        check_size(total)
     return total, deepest
-
-
-def too_large() -> TemplateLimitError:
-    """The error for a value over `LARGEST_VALUE`."""
-    return TemplateLimitError(f"it makes a value of more than {LARGEST_VALUE:,} characters")
 
 
 def check_size(size: int) -> None:
     """Raise TemplateLimitError for a result that would be too large."""
     if size > LARGEST_VALUE:
-        raise too_large()
-
-
-WIDE_PERCENT = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|\d{5}|\d*\.(?:\*|\d{5}))")
-WIDE_BRACES = re.compile(r":[^{}]*\d{5}|\{[^{}]*\{[^{]")
-
-
-def check_form(form: str, place: str, size: int, wide: re.Pattern[str]) -> None:
-    """A text with places for values, each of which takes no more than `size` and the widest padding."""
-    check_size(len(form) + form.count(place) * (size + _WIDEST))
-    if len(form) > _MOST_ITEMS or wide.search(form):
-        raise TemplateLimitError("it pads a value without a bound")
+        raise TemplateLimitError(f"it makes a value of more than {LARGEST_VALUE:,} characters")
 
 
 def check_product(left: Any, right: Any) -> None:
     """Raise TemplateLimitError for a product too large: a number of thousands of digits, a text many times over."""
     if isinstance(left, int) and isinstance(right, int):
-        if left.bit_length() + right.bit_length() > 4 * LONGEST_NUMBER:
-            raise TemplateLimitError("it computes a number of thousands of digits")
+        _check_bits(left.bit_length() + right.bit_length())
         return
     for items, times in ((left, right), (right, left)):
-        if isinstance(times, int) and isinstance(items, str | bytes | list | tuple):
-            size = len(items) if isinstance(items, str | bytes) else weight(items)
-            check_size(size * max(0, times))
+        if isinstance(times, int) and isinstance(items, str | list | tuple):
+            check_size((len(items) if isinstance(items, str) else weight(items)) * max(0, times))
 
 
 def check_power(base: Any, exponent: Any) -> None:
     """Raise TemplateLimitError for a power of thousands of digits."""
-    whole = isinstance(base, int) and isinstance(exponent, int)
-    if whole and base.bit_length() * abs(exponent) > 4 * LONGEST_NUMBER:
+    if isinstance(base, int) and isinstance(exponent, int):
+        _check_bits(base.bit_length() * abs(exponent))
+
+
+def _check_bits(bits: int) -> None:
+    if bits > 4 * LONGEST_NUMBER:
         raise TemplateLimitError("it computes a number of thousands of digits")
 
 
-def refuse_method(owner: Any, *_arguments: Any, **_values: Any) -> None:
+def refuse_method(owner: Any) -> None:
     """Raise SecurityError for a method that templates have no use for, or whose cost has no bound."""
     raise jinja2.exceptions.SecurityError(f"this method of a {type(owner).__name__} is not for templates")
 
 
-def _check_padded(text: str, width: Any = 0, *_more: Any, **_values: Any) -> None:
-    if isinstance(width, int):
-        check_size(max(len(text), width))
+def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str, Any]) -> None:
+    """What a call could make of a value, before it is made.
+
+    Args:
+        name: of a filter, or of a text's method, with a dot before it.
+
+    Raises:
+        TemplateLimitError: too much.
+    """
+    reach = sum(map(_reach, (*args, *values.values())))
+    first: Any = args[0] if args else None
+    more = 0
+    match name.removeprefix("."):
+        case "center" | "ljust" | "rjust" | "zfill":
+            more = reach
+        case "expandtabs":
+            more = value.count("\t") * (reach or 8)
+        case "indent":
+            more = (str(value).count("\n") + 1) * (reach or 4)
+        case "replace":
+            text = str(value)
+            more = (text.count(first) if isinstance(first, str) and first else len(text) + 1) * reach
+        case "split" | "rsplit" | "splitlines":
+            more = ITEM * (value.count(first) if isinstance(first, str) and first else len(value) // 2)
+        case "strip" | "lstrip" | "rstrip" | "trim":
+            more = reach * _WIDEST  # every character is held against these
+        case "batch" | "slice":
+            more = ITEM * reach
+        case "list" if isinstance(value, str):
+            more = ITEM * len(value)
+        case "urlencode":
+            more = ITEM * weight(value)
+        case "join" if name == ".join":
+            if isinstance(first, types.GeneratorType):
+                raise TemplateLimitError("it joins what has no length; the filter `join` does that")
+            more = reach + (len(first) if hasattr(first, "__len__") else 0) * len(value)
+        case "join":
+            more = (len(value) if hasattr(value, "__len__") else 0) * reach
+        case "tojson":
+            size, depth = _weight_and_depth(value)
+            more = size // ITEM * (depth * reach + 2)
+        case "format" | "format_map":
+            check_form(str(value), "{" if name.startswith(".") else "%", args, values)
+        case "round" if reach > 300:
+            raise TemplateLimitError("it rounds to hundreds of digits")
+        case "int" | "float" if isinstance(value, str) and len(value) > LONGEST_NUMBER:
+            raise TemplateLimitError("it reads a number of hundreds of digits")
+        case "sum" if not isinstance(values.get("start", (*args, 0, 0)[1]), int | float):
+            raise TemplateLimitError("it adds up what are no numbers")
+    check_size((len(value) if isinstance(value, str) else weight(value)) + more)
 
 
-def _check_tabs(text: str, tabsize: Any = 8) -> None:
-    if isinstance(tabsize, int):
-        check_size(len(text) + text.count("\t") * max(0, tabsize))
+def _reach(value: Any) -> int:
+    """What an argument may put at one place: a number so many characters, anything else itself."""
+    if isinstance(value, int):
+        return abs(value)
+    return 0 if value is None else len(value) if isinstance(value, str) else weight(value)
 
 
-def _check_replaced(text: Any, old: Any = "", new: Any = "", *_more: Any, **_values: Any) -> None:
-    text = text if isinstance(text, str) else str(text)
-    if isinstance(old, str) and isinstance(new, str):
-        check_size(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
-
-
-def _check_split(text: str, sep: Any = None, *_more: Any, **_values: Any) -> None:
-    parts = text.count(sep) if isinstance(sep, str) and sep else len(text) // 2
-    if parts > _MOST_ITEMS:
-        raise too_large()
-
-
-def _check_joined(separator: str, items: Any) -> None:
-    if hasattr(items, "__len__"):
-        check_size(len(items) * len(separator) + weight(items))
-    elif isinstance(items, types.GeneratorType):
-        raise TemplateLimitError("it joins what has no length; the filter `join` does that")
-
-
-def _check_stripped(_text: Any, characters: Any = None) -> None:
-    if isinstance(characters, str) and len(characters) > _WIDEST:
-        raise too_large()
-
-
-def _check_text_to_items(value: Any) -> None:
-    if isinstance(value, str) and len(value) > _MOST_ITEMS:
-        raise too_large()
-
-
-TEXT_METHODS: dict[str, Callable[..., None] | None] = {
-    **dict.fromkeys(
-        (
-            *("capitalize", "casefold", "count", "endswith", "find", "index", "lower", "partition", "removeprefix"),
-            *("removesuffix", "rfind", "rindex", "rpartition", "startswith", "swapcase", "title", "upper"),
-            *("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric"),
-            *("isprintable", "isspace", "istitle", "isupper"),
-            *("format", "format_map"),  # never reached as methods: `wrap_str_format` gives others for them
-        )
-    ),
-    **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _check_padded),
-    **dict.fromkeys(("split", "rsplit"), _check_split),
-    **dict.fromkeys(("strip", "lstrip", "rstrip"), _check_stripped),
-    "expandtabs": _check_tabs,
-    "join": _check_joined,
-    "replace": _check_replaced,
-    "splitlines": lambda text, *_more, **_values: _check_split(text),
+_TOO_WIDE = {
+    "%": re.compile(r"%(?:\([^)]*\))?[-#0 +]*(?:\*|\d{5}|\d*\.(?:\*|\d{5}))"),
+    "{": re.compile(r":[^{}]*\d{5}|\{[^{}]*\{[^{]"),
 }
-"""By the name of a text's method, what is checked before it is called; None where its result is no larger than it."""
 
 
-def _check_indent(text: Any, width: Any = 4, *_more: Any, **_values: Any) -> None:
-    size = len(width) if isinstance(width, str) else width if isinstance(width, int) else 0
-    check_size(weight(text) + (str(text).count("\n") + 1) * max(0, size))
+def check_form(form: str, place: str, *values: Any) -> None:
+    """A text with places for values, each of which takes no more than all of them and the widest padding."""
+    check_size(len(form) + form.count(place) * (weight(values) + _WIDEST))
+    if len(form) > LARGEST_VALUE // ITEM or _TOO_WIDE[place].search(form):
+        raise TemplateLimitError("it pads a value without a bound")
 
 
-def _check_json(value: Any, _ascii: bool = False, indent: Any = None, separators: Any = None, **_v: Any) -> None:
-    size, depth = _weight_and_depth(value)
-    gap = len(indent) if isinstance(indent, str) else indent if isinstance(indent, int) else 0
-    gap = max(0, gap) * depth + (weight(separators) if separators is not None else 2)
-    check_size(size + size // ITEM * gap)
-
-
-def _check_filter_join(items: Any, d: Any = "", *_more: Any, **_values: Any) -> None:
-    if hasattr(items, "__len__"):
-        check_size(len(items) * len(str(d)) + weight(items))
-
-
-def _check_count(_items: Any, count: Any = 0, *_more: Any, **_values: Any) -> None:
-    if isinstance(count, int) and count > _MOST_ITEMS:
-        raise too_large()
-
-
-def _check_batch(items: Any, count: Any = 0, fill_with: Any = None) -> None:
-    _check_count(items, count)
-    if fill_with is not None and isinstance(count, int):
-        check_size(max(0, count) * weight(fill_with))
-
-
-def _check_precision(_value: Any, precision: Any = 0, *_more: Any, **_values: Any) -> None:
-    if isinstance(precision, int) and abs(precision) > 300:
-        raise TemplateLimitError("it rounds to hundreds of digits")
-
-
-def _check_digits(value: Any, *_more: Any, **_values: Any) -> None:
-    if isinstance(value, str) and len(value) > LONGEST_NUMBER:
-        raise TemplateLimitError("it reads a number of hundreds of digits")
-
-
-def _check_sum(_items: Any, _attribute: Any = None, start: Any = 0, **_values: Any) -> None:
-    if not isinstance(start, int | float):
-        raise TemplateLimitError("it adds up what are no numbers")
-
-
-def _check_format(form: Any, *args: Any, **kwargs: Any) -> None:
-    check_form(str(form), "%", weight(args) + weight(kwargs), WIDE_PERCENT)
-
-
-def _check_quoted(value: Any, *_more: Any, **_values: Any) -> None:
-    if weight(value) > _MOST_ITEMS:
-        raise too_large()
-
-
-FILTERS: dict[str, Callable[..., None]] = {
-    "batch": _check_batch,
-    "center": _check_padded,
-    "float": _check_digits,
-    "format": _check_format,
-    "indent": _check_indent,
-    "int": _check_digits,
-    "join": _check_filter_join,
-    "list": _check_text_to_items,
-    "replace": _check_replaced,
-    "round": _check_precision,
-    "slice": _check_count,
-    "sum": _check_sum,
-    "tojson": _check_json,
-    "trim": _check_stripped,
-    "urlencode": _check_quoted,
-}
+TEXT_METHODS = frozenset(
+    (
+        *("capitalize", "casefold", "center", "count", "endswith", "expandtabs", "find", "format", "format_map"),
+        *("index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric"),
+        *("isprintable", "isspace", "istitle", "isupper", "join", "ljust", "lower", "lstrip", "partition"),
+        *("removeprefix", "removesuffix", "replace", "rfind", "rindex", "rjust", "rpartition", "rsplit", "rstrip"),
+        *("split", "splitlines", "startswith", "strip", "swapcase", "title", "upper", "zfill"),
+    )
+)
+"""All that templates may call."""
+GROWING = frozenset(
+    (
+        *("batch", "center", "float", "format", "indent", "int", "join", "list", "replace", "round", "slice", "sum"),
+        *("tojson", "trim", "urlencode"),
+    )
+)
+"""Filters that may make more of a value than it is."""
 ALL_AT_ONCE = frozenset(
     ("dictsort", "groupby", "join", "list", "max", "min", "replace", "sort", "string", "sum", "tojson", "unique")
 )
@@ -266,8 +208,7 @@ class Work:
         """A new render."""
         self.left = MOST_STEPS
         self.next_look = MOST_STEPS - _STEPS_BETWEEN_LOOKS
-        self._began: float | None = None
-        self._bytes = 0
+        self._began, self._bytes = time.thread_time(), highest_rss_bytes()
 
     def step(self, count: int) -> None:
         """Count steps. Raises TemplateLimitError: they are too many, or took too long or too much memory."""
@@ -279,9 +220,6 @@ class Work:
         if self.left < 0:
             raise TemplateLimitError(f"it takes more than {MOST_STEPS:,} steps for one conversation")
         self.next_look = self.left - _STEPS_BETWEEN_LOOKS
-        if self._began is None:
-            self._began, self._bytes = time.thread_time(), highest_rss_bytes()
-            return
         if time.thread_time() - self._began > MOST_SECONDS:
             raise TemplateLimitError(f"it takes more than {MOST_SECONDS} s for one conversation")
         if highest_rss_bytes() - self._bytes > MOST_BYTES:

@@ -1,4 +1,4 @@
-"""How a chat template reads messages, and what it writes around them, found by rendering small conversations."""
+"""How a chat template reads messages, what it writes around them, and where a reply begins, found by rendering."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from backhand.data.messages import Message
-from backhand.data.reply_start import ANSWER, THOUGHT, thought_around
+from backhand.data.rows import Message
+from backhand.words import begin_alike
 
+THOUGHT, ANSWER = "THOUGHT", "ANSWER"
 _QUESTION: Message = {"role": "user", "content": "QUESTION"}
 _REPLY: Message = {"role": "assistant", "content": ANSWER}
 _CALL: Message = {
@@ -35,6 +36,7 @@ class TemplateHabits:
     template: str
     render: Callable[[Sequence[Message]], str | None]
     special: re.Pattern[str]
+    args: Mapping[str, Any] = field(default_factory=dict)  # its variables
     _next_tokens: dict[str, str] = field(default_factory=dict, init=False)
 
     def shaped(self, messages: Sequence[Message]) -> list[Message]:
@@ -62,6 +64,11 @@ class TemplateHabits:
         with_thought = self._rendered(_QUESTION, {**_REPLY, "reasoning_content": THOUGHT})
         without = self._rendered(_QUESTION, _REPLY)
         return None if with_thought is None or without is None else thought_around(with_thought, without)
+
+    @cached_property
+    def settings(self) -> list[dict[str, bool]]:
+        """Of the switches of its own, in the order in which they are tried."""
+        return switches(self.template, self.args)
 
     @cached_property
     def ends_turns(self) -> bool:
@@ -122,3 +129,103 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+# Where a reply begins, when the chat template does not render it as it asks for one.
+#
+# A template asks for a reply with its generation prompt, and what it renders of the reply usually goes on from there.
+# Templates of models that think break this: the prompt opens a thought (or closes an empty one), and the reply of the
+# row has none (or has one). Three ways out, in this order, each found by rendering:
+#
+# 1. an empty thought is written before the reply, if the rendering then goes on from the prompt and is otherwise the
+#    same: the one that the prompt itself has closed, or the one that the template writes around reasoning_content;
+# 2. the prompt that the template writes under a switch of its own (enable_thinking), if the reply goes on from that;
+# 3. the reply begins behind the role's header, and the rest of the prompt is not in the document.
+#
+# Only in the first does generation with the template as it stands ask as the rows were trained on.
+
+
+SWITCHES = ("enable_thinking", "thinking", "think", "reasoning", "enable_reasoning")
+"""Variables by which templates in circulation switch thoughts on and off."""
+
+_LONGEST_TAG = 100
+_BRACKETS = (("<", ">"), ("[", "]"), ("◁", "▷"))
+_BEGINS_TAG = re.compile(r"\s*[<\[◁]")
+_ENDS_CLOSED = re.compile(r"(?:</[^<>]*>|<[^<>|]*\|>|\[/[^\[\]]*\]|◁/[^◁▷]*▷)\s*$")
+_OPENING = re.compile(r"(<|\[|◁)([^<>/|\[\]◁▷]+)(?:>|\]|▷)\s*$")
+
+
+@dataclass(frozen=True)
+class ReplyStart:
+    """Where a reply begins."""
+
+    text: str  # rendered up to and with the reply
+    start: int  # where in it the reply begins
+    # `asked` where it goes on from the generation prompt as it stands, else one of the ways above
+    how: Literal["asked", "emptied", "switched", "headed"] = "asked"
+    detail: str = ""  # the empty thought that was written, the switch as `NAME=VALUE`, or what else the prompt writes
+
+
+def switches(template: str, args: Mapping[str, Any]) -> list[dict[str, bool]]:
+    """The settings of the switches in a template that differ from `args`, off before on."""
+    names = [name for name in SWITCHES if re.search(rf"\b{name}\b", template)]
+    return [{name: value} for name in names for value in (False, True) if args.get(name) is not value]
+
+
+def find_start(
+    habits: TemplateHabits,
+    asked: str,
+    text: str,
+    *,
+    can_have: Callable[[str, str], bool],
+    ask: Callable[[Mapping[str, Any]], str | None],
+) -> ReplyStart | None:
+    """Where the reply begins in `text`, which does not begin with `asked`.
+
+    Args:
+        asked: the messages before the reply, with the generation prompt.
+        can_have: given an empty thought and the text with it, whether the template renders that text if the thought
+            stands before the reply's content.
+        ask: renders `asked` with further variables.
+
+    Returns:
+        None if the two differ before the prompt could begin a thought: in the role's header, or further up.
+    """
+    place = _header_end(asked, text)
+    rest = asked[place:]
+    around = habits.written_thought
+    empty_thoughts = [rest] if _ENDS_CLOSED.search(rest) else []
+    empty_thoughts += ["".join(around)] if around is not None else []
+    for empty in empty_thoughts:
+        with_empty = text[:place] + empty + text[place:]
+        if with_empty.startswith(asked) and can_have(empty, with_empty):
+            return ReplyStart(with_empty, len(asked), "emptied", empty)
+    for setting in habits.settings:
+        other = ask(setting)
+        if other is not None and text.startswith(other):
+            words = ", ".join(f"{name}={json.dumps(value)}" for name, value in setting.items())
+            return ReplyStart(text, len(other), "switched", words)
+    if _BEGINS_TAG.match(rest):
+        return ReplyStart(text, place, "headed", rest)
+    return None
+
+
+def thought_around(rendered: str, without: str) -> tuple[str, str] | None:
+    """What a template writes before and behind a thought, from the same reply rendered with THOUGHT and without one."""
+    if THOUGHT not in rendered or ANSWER not in rendered[rendered.index(THOUGHT) :]:
+        return None
+    before, _, behind = rendered.partition(THOUGHT)
+    return before[_header_end(before, without) :], behind.partition(ANSWER)[0]
+
+
+def _header_end(asked: str, text: str) -> int:
+    """How far both are alike, before a tag that only begins alike or that is closed at once in `text`."""
+    place = begin_alike(asked, text)
+    for left, right in _BRACKETS:
+        opened = asked.rfind(left, 0, place)
+        if opened > asked.rfind(right, 0, place) and right in asked[place:]:
+            return opened
+    tag = _OPENING.search(asked, max(0, place - _LONGEST_TAG), place)
+    if tag is not None and text[place:].lstrip().startswith(f"{tag[1]}/{tag[2]}"):
+        return tag.start()
+    return place

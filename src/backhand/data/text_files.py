@@ -132,60 +132,66 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
         DataError: with the line.
     """
     text = _read_whole(reader, path)
-    position, line, counted = 0, 1, 0
-    number, line_before = 0, 0
-    position = _skip_space(text, position)
+    lines = _Lines(text)
+    position = _skip_space(text, 0)
     in_list = text[position : position + 1] == "["
     position += in_list
-    first = True
+    line_before = number = 0
     while True:
         position = _skip_space(text, position)
-        line += text.count("\n", counted, position)
-        counted = position
         number += 1
+        line = lines.at(position)
         source = f"{path}:{line} row {number}" if line == line_before else f"{path}:{line}"
         line_before = line
         if position >= len(text):
             if in_list:
                 raise _not_closed(source)
             return
-        if in_list and text[position] == "]" and first:
+        if in_list and text[position] == "]" and number == 1:
             break
         try:
             value, position = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            row_line = line + text.count("\n", counted, error.pos)
-            raise _json_error(error, text, f"{path}:{row_line}") from None
+            raise _json_error(error, text, f"{path}:{lines.at(error.pos)}") from None
         except (ValueError, RecursionError) as error:
             raise _unreadable(error, source) from None
-        first = False
         try:
             yield checked_row(value, source)
         except DataError as error:
             bad.add(error)
         if in_list:
             position = _skip_space(text, position)
-            end_line = line + text.count("\n", counted, position)
             if text[position : position + 1] == "]":
                 break
             if text[position : position + 1] != ",":
-                around = text[position : position + 20]
+                where, around = f"{path}:{lines.at(position)}", text[position : position + 20]
                 if not around:
-                    raise _not_closed(f"{path}:{end_line}")
+                    raise _not_closed(where)
                 raise DataError(
                     f"a comma or a closing bracket is missing before {around!r}",
-                    where=f"{path}:{end_line}",
+                    where=where,
                     next_step="add it, or write one object a line into a .jsonl file",
                 )
             position += 1
     rest = _skip_space(text, position + 1)
     if rest < len(text):
-        end_line = 1 + text.count("\n", 0, rest)
         raise DataError(
             f"something follows the end of the JSON list: {shorten(text[rest:], 20)!r}",
-            where=f"{path}:{end_line}",
+            where=f"{path}:{lines.at(rest)}",
             next_step="remove it, or write one object a line into a .jsonl file",
         )
+
+
+class _Lines:
+    """In which line places of a text stand, each of them behind the one before."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._line, self._counted = text, 1, 0
+
+    def at(self, position: int) -> int:
+        self._line += self._text.count("\n", self._counted, position)
+        self._counted = max(self._counted, position)
+        return self._line
 
 
 def _not_closed(where: str) -> DataError:
@@ -340,24 +346,17 @@ def start_text(reader: io.BufferedReader, path: str | Path) -> bytes:
     if not head:
         raise DataError("the file is empty", where=str(path), next_step=_EMPTY)
     wide = next((name for mark, name in _WIDE_BOMS if head.startswith(mark)), None) or _wide_without_mark(head)
-    if wide:
-        raise DataError(
-            f"the file is {wide}, not UTF-8",
-            where=where,
-            next_step=f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW",
-        )
-    if head.startswith(b"PK\x03\x04"):
-        if Path(path).suffix.lower() in (".xlsx", ".ods"):
-            raise DataError("the file is a spreadsheet", where=where, next_step="save it as CSV, in UTF-8")
-        raise DataError("the file is a zip archive", where=where, next_step="unpack it first")
-    if head.startswith(b"version https://git-lfs"):
-        raise DataError(
-            "the file is a Git LFS pointer, not the data itself", where=where, next_step="fetch it: git lfs pull"
-        )
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise DataError(
-            "the file is a web page, not data", where=where, next_step="download the raw file instead of its page"
-        )
+    zipped, git_lfs = head.startswith(b"PK\x03\x04"), head.startswith(b"version https://git-lfs")
+    page = head.lstrip().lower().startswith((b"<!doctype", b"<html"))
+    for holds, kind, remedy in (
+        (wide, f"{wide}, not UTF-8", f"convert it: iconv -f {wide} -t UTF-8 OLD > NEW"),
+        (zipped and Path(path).suffix.lower() in (".xlsx", ".ods"), "a spreadsheet", "save it as CSV, in UTF-8"),
+        (zipped, "a zip archive", "unpack it first"),
+        (git_lfs, "a Git LFS pointer, not the data itself", "fetch it: git lfs pull"),
+        (page, "a web page, not data", "download the raw file instead of its page"),
+    ):
+        if holds:
+            raise DataError(f"the file is {kind}", where=where, next_step=remedy)
     if b"\0" in head:
         raise DataError(
             "the file is binary, not text",

@@ -5,23 +5,24 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.contents import UnusableAdapterError, read_adapter_directory
-from backhand.adapters.loading import match_linear_adapter
+from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ResourceError, UsageError, short_reason
 from backhand.export.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
-from backhand.export.kohya_file import factors_without_model, kohya_bytes, read_kohya_file
 from backhand.export.merging import merge_adapter
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.export.options import ExportOptions, given
 from backhand.export.other_formats import (
     ADAPTER_FILE,
     MODEL_FILE,
+    factors_without_model,
+    kohya_bytes,
     mlx_files,
     ollama_base,
     peft_directory_files,
+    read_kohya_file,
     read_mlx_files,
     write_modelfile,
 )
@@ -135,9 +136,8 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
         _write_gguf(opened, path / ADAPTER_FILE)
         write_modelfile(path, ollama_base(opened.source), adapter=ADAPTER_FILE)
         return _read(opened, path / ADAPTER_FILE)
-    tied = opened.config.tied_head
     if options.to == "mlx":
-        files = mlx_files(opened.factors, opened.shapes, tied_head=tied, base_model=opened.base_name)
+        files = mlx_files(opened)
     else:
         files = peft_directory_files(opened, uniform=options.uniform, text_model=options.text_model)
     for name, data in files.items():

@@ -7,7 +7,9 @@ modules) is folded: lora_B · scaling · rank / alpha. Folded files state a whol
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,44 +77,26 @@ def write_gguf_adapter(
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
         raise CheckError(f"{len(bad)} factors hold values that are not finite in float32", where=bad[0])
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
-        _write(writer, tensors, alpha, record, name)
-
-
-def _write(
-    writer: gguf.GGUFWriter,
-    tensors: dict[str, np.ndarray[Any, Any]],
-    alpha: float,
-    record: AdapterRecord | None,
-    name: str | None,
-) -> None:
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(ALPHA_KEY, alpha)
-    if name:
-        writer.add_name(name)
-    if record is not None:
-        digest = factors_digest(alpha, {key: values.tobytes() for key, values in tensors.items()})
-        described = AdapterRecord(**{**vars(record), "files": {FACTORS: digest}})
-        writer.add_string(RECORD_KEY, record_bytes(described).decode("utf-8"))
-    for key, values in tensors.items():
-        writer.add_tensor(key, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(ALPHA_KEY, alpha)
+        if name:
+            writer.add_name(name)
+        if record is not None:
+            digest = factors_digest(alpha, {key: values.tobytes() for key, values in tensors.items()})
+            writer.add_string(RECORD_KEY, record_bytes(replace(record, files={FACTORS: digest})).decode("utf-8"))
+        for key, tensor in tensors.items():
+            writer.add_tensor(key, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def file_alpha(factors: Factors) -> float:
     """The one alpha of the file: every module's own where that is one whole number, else the largest rank."""
-    alphas = {_alpha(one) for one in factors.values()}
-    (only,) = alphas if len(alphas) == 1 else (None,)
-    if only is not None and only.is_integer():
-        return only
-    return float(max(one.rank for one in factors.values()))
-
-
-def _alpha(one: ModuleFactors) -> float:
-    """alpha as plain LoRA has it, without the last bit that dividing by the rank and multiplying again may cost."""
-    return round(one.scaling * one.rank, 9)
+    # alpha as plain LoRA has it, without the last bit that dividing by the rank and multiplying again may cost
+    first, *others = {round(one.scaling * one.rank, 9) for one in factors.values()}
+    return first if not others and first.is_integer() else float(max(one.rank for one in factors.values()))
 
 
 def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: bool) -> str | None:
@@ -145,57 +129,7 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
     Raises:
         ArtifactError: lists what stands in the way.
     """
-    obstacles = []
-    scalings = [dict(rotary.scaling or ()) for rotary in config.rotary]
-    if architecture not in ("llama", "exaone4", "phi3"):
-        rules = [scaling.get("rope_type") for scaling in scalings]
-        obstacles += [f"{rule} rope scaling" for rule in rules if rule in _LISTS_OF_FACTORS]
-    if architecture != "phi3" and any(
-        scaling.get("rope_type") == "longrope" and (rotary.longest_short is not None or rotary.attention_factor != 1.0)
-        for scaling, rotary in zip(scalings, config.rotary, strict=True)
-    ):
-        obstacles.append("longrope rope scaling with two lists or an attention factor")
-    if architecture not in ("llama", "gpt-oss") and config.output_bias:
-        obstacles.append("a bias on the attention's output (attention_bias)")
-    yarn = [scaling for scaling in scalings if scaling.get("rope_type") == "yarn"]
-    if any(scaling["truncate"] is False for scaling in yarn):
-        obstacles.append("yarn rope scaling without truncate")
-    if architecture.startswith("gemma") and yarn:
-        obstacles.append("yarn rope scaling")
-    elif any((scaling["beta_fast"], scaling["beta_slow"]) != (BETA_FAST, BETA_SLOW) for scaling in yarn):
-        obstacles.append(f"yarn rope scaling with betas other than {BETA_FAST:g} and {BETA_SLOW:g}")
-    width = config.num_heads * config.head_dim
-    if architecture in ("qwen2", "olmo2", "exaone4", "phi3", "chatglm", "lfm2") and width != config.hidden_size:
-        obstacles.append(f"heads that are {width} wide together where the model is {config.hidden_size}")
-    if architecture == "smollm3" and any(
-        (layer.rotary is None) != ((index + 1) % NO_ROPE_INTERVAL == 0) for index, layer in enumerate(config.layers)
-    ):
-        obstacles.append("layers without rotary embedding other than every fourth")
-    slides = [layer.window is not None for layer in config.layers]
-    if architecture in ("olmo2", "exaone4") and any(slides):
-        if slides != [bool((index + 1) % FULL_INTERVAL) for index in range(len(slides))]:
-            obstacles.append("full attention other than in every fourth layer")
-        if architecture == "exaone4" and len(slides) != EXAONE4_32B_LAYERS:
-            obstacles.append(f"a sliding window in models of other than {EXAONE4_32B_LAYERS} layers")
-    if config.delta is not None:
-        if config.delta.key_width != config.delta.value_width:
-            obstacles.append("value heads of another width than key heads")
-        if config.norm_eps != L2_EPS:
-            obstacles.append(f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys")
-    if architecture == "olmo2":
-        obstacles += _olmo_obstacles(config)
-    if architecture == "gemma4":
-        obstacles += _gemma4_obstacles(config)
-    if architecture == "gpt-oss":
-        obstacles += _gpt_oss_obstacles(config, slides)
-    if config.mixture is not None and config.mixture.of_all:
-        obstacles.append("experts weighed by their share among all (norm_topk_prob false)")
-    if architecture == "qwen3moe" and not all(layer.experts for layer in config.layers):
-        obstacles.append("layers without experts")
-    if architecture in ("qwen2", "qwen3", "qwen3moe", "smollm3") and any(
-        layer.window is not None for layer in config.layers
-    ):
-        obstacles.append("a sliding window")
+    obstacles = [what for stands_in_the_way, what in _obstacles(config, architecture) if stands_in_the_way]
     if obstacles:
         raise ArtifactError(
             "llama.cpp cannot compute this model from a GGUF file",
@@ -205,36 +139,70 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
         )
 
 
-def _olmo_obstacles(config: DecoderConfig) -> list[str]:
-    obstacles = ["a head that is the embedding"] if config.tied_head else []
-    full, *sliding = config.rotary
-    if any(one.scaling is not None or one.theta != full.theta for one in sliding):
-        obstacles.append("a rotary base or scaling of the sliding layers' own")
-    return obstacles
-
-
-def _gemma4_obstacles(config: DecoderConfig) -> list[str]:
-    """Layers that share take keys and values of the last two layers before them there: full ones of the last."""
-    obstacles = []
-    sharing = [layer for layer in config.layers if layer.keys_of is not None]
-    own = len(config.layers) - len(sharing)
-    if any(layer.keys_of != own - (1 if layer.window is None else 2) for layer in sharing):
-        obstacles.append("keys and values shared by other layers than the last two that have their own")
-    if config.per_layer is not None and config.per_layer.vocab_size != config.vocab_size:
-        obstacles.append("inputs of layers for another number of tokens than there are")
-    return obstacles
-
-
-def _gpt_oss_obstacles(config: DecoderConfig, slides: list[bool]) -> list[str]:
-    obstacles = ["a head that is the embedding"] if config.tied_head else []
-    if not config.output_bias:
-        obstacles.append("attention without biases (attention_bias false)")
-    if slides != [index % GPT_OSS_INTERVAL == 0 for index in range(len(slides))]:
-        obstacles.append("a sliding window other than in every second layer")
-    if config.mixture is not None and config.mixture.clamp != GPT_OSS_CLAMP:
+def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool, str]]:
+    """Whether each thing that some architecture does not have stands in the way, and what it is."""
+    scalings = [dict(rotary.scaling or ()) for rotary in config.rotary]
+    rules = [scaling.get("rope_type") for scaling in scalings]
+    for rule in rules if architecture not in ("llama", "exaone4", "phi3") else ():
+        yield rule in _LISTS_OF_FACTORS, f"{rule} rope scaling"
+    two_lists = any(
+        rule == "longrope" and (rotary.longest_short is not None or rotary.attention_factor != 1.0)
+        for rule, rotary in zip(rules, config.rotary, strict=True)
+    )
+    yield two_lists and architecture != "phi3", "longrope rope scaling with two lists or an attention factor"
+    biased = config.output_bias and architecture not in ("llama", "gpt-oss")
+    yield biased, "a bias on the attention's output (attention_bias)"
+    yarn = [scaling for scaling, rule in zip(scalings, rules, strict=True) if rule == "yarn"]
+    yield any(scaling["truncate"] is False for scaling in yarn), "yarn rope scaling without truncate"
+    if architecture.startswith("gemma"):
+        yield bool(yarn), "yarn rope scaling"
+    else:
+        others = any((scaling["beta_fast"], scaling["beta_slow"]) != (BETA_FAST, BETA_SLOW) for scaling in yarn)
+        yield others, f"yarn rope scaling with betas other than {BETA_FAST:g} and {BETA_SLOW:g}"
+    width = config.num_heads * config.head_dim
+    if architecture in ("qwen2", "olmo2", "exaone4", "phi3", "chatglm", "lfm2"):
+        heads = f"heads that are {width} wide together where the model is {config.hidden_size}"
+        yield width != config.hidden_size, heads
+    if architecture == "smollm3":
+        turning = [layer.rotary is not None for layer in config.layers]
+        every_fourth = turning == [bool((index + 1) % NO_ROPE_INTERVAL) for index in range(len(turning))]
+        yield not every_fourth, "layers without rotary embedding other than every fourth"
+    slides = [layer.window is not None for layer in config.layers]
+    if architecture in ("olmo2", "exaone4") and any(slides):
+        three_of_four = [bool((index + 1) % FULL_INTERVAL) for index in range(len(slides))]
+        yield slides != three_of_four, "full attention other than in every fourth layer"
+        too_many = architecture == "exaone4" and len(slides) != EXAONE4_32B_LAYERS
+        yield too_many, f"a sliding window in models of other than {EXAONE4_32B_LAYERS} layers"
+    if config.delta is not None:
+        yield config.delta.key_width != config.delta.value_width, "value heads of another width than key heads"
+        own_eps = f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys"
+        yield config.norm_eps != L2_EPS, own_eps
+    if architecture in ("olmo2", "gpt-oss"):
+        yield config.tied_head, "a head that is the embedding"
+    if architecture == "olmo2":
+        full, *sliding = config.rotary
+        own = any(one.scaling is not None or one.theta != full.theta for one in sliding)
+        yield own, "a rotary base or scaling of the sliding layers' own"
+    if architecture == "gemma4":
+        # Layers that share take keys and values of the last two layers before them there: full ones of the last.
+        sharing = [layer for layer in config.layers if layer.keys_of is not None]
+        last = len(config.layers) - len(sharing)
+        elsewhere = any(layer.keys_of != last - (1 if layer.window is None else 2) for layer in sharing)
+        yield elsewhere, "keys and values shared by other layers than the last two that have their own"
+        fewer = config.per_layer is not None and config.per_layer.vocab_size != config.vocab_size
+        yield fewer, "inputs of layers for another number of tokens than there are"
+    if architecture == "gpt-oss":
+        yield not config.output_bias, "attention without biases (attention_bias false)"
+        every_second = [index % GPT_OSS_INTERVAL == 0 for index in range(len(slides))]
+        yield slides != every_second, "a sliding window other than in every second layer"
         gain, limit = GPT_OSS_CLAMP
-        obstacles.append(f"swiglu_alpha other than {gain:g} and swiglu_limit other than {limit:g}")
-    return obstacles
+        other = config.mixture is not None and config.mixture.clamp != GPT_OSS_CLAMP
+        yield other, f"swiglu_alpha other than {gain:g} and swiglu_limit other than {limit:g}"
+    of_all = config.mixture is not None and config.mixture.of_all
+    yield of_all, "experts weighed by their share among all (norm_topk_prob false)"
+    if architecture == "qwen3moe":
+        yield not all(layer.experts for layer in config.layers), "layers without experts"
+    yield any(slides) and architecture in ("qwen2", "qwen3", "qwen3moe", "smollm3"), "a sliding window"
 
 
 def context_length(config: DecoderConfig, architecture: str) -> int:
@@ -245,13 +213,9 @@ def context_length(config: DecoderConfig, architecture: str) -> int:
 def unknown_window(config: DecoderConfig, architecture: str) -> int | None:
     """A sliding window, shorter than the context, that files of this architecture are computed without; or None."""
     windows = [layer.window for layer in config.layers if layer.window is not None]
-    if (
-        architecture not in ("llama", "phi3", "mistral3")
-        or not windows
-        or min(windows) >= config.max_position_embeddings
-    ):
-        return None
-    return min(windows)
+    window = min(windows, default=config.max_position_embeddings)
+    there = architecture in ("llama", "phi3", "mistral3") and window < config.max_position_embeddings
+    return window if there else None
 
 
 def llama_cpp_notes(config: DecoderConfig, architecture: str, *, context_ends: bool) -> list[str]:

@@ -8,6 +8,8 @@ of the type's blocks is float16, as llama.cpp's converter has it.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ _DESCRIPTION = "general.description"
 _BLOCK_ROWS = 2048
 _SHOWN = 5
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_BYTE = np.dtype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -110,18 +113,19 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
         left_out = add_model_metadata(writer, source)
     if _DESCRIPTION not in writer.kv_data[0]:
         writer.add_description(description)
-    elements: dict[StorageType, int] = {}
+    elements: Counter[StorageType] = Counter()
     for one in planned:
-        size = int(np.prod(one.shape(weights)))
-        elements[one.storage] = elements.get(one.storage, 0) + size
-    most = max(elements, key=lambda kind: elements[kind])
+        elements[one.storage] += math.prod(one.shape(weights))
+    ((most, _),) = elements.most_common(1)
     if most in _FILE_TYPES:
         writer.add_file_type(_FILE_TYPES[most])
     extra = _untouched(source)
     for name, tensor in extra.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
     for one in planned:
-        _add_info(writer, one, one.shape(weights))
+        shape, (block_size, block_bytes) = one.shape(weights), gguf.GGML_QUANT_SIZES[one.storage]
+        byte_shape = (*shape[:-1], shape[-1] // block_size * block_bytes)
+        writer.add_tensor_info(one.name, byte_shape, _BYTE, math.prod(byte_shape), raw_dtype=one.storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -185,13 +189,6 @@ def _fitting(kind: StorageType, shape: tuple[int, ...]) -> StorageType:
         return StorageType.F32
     block_size, _ = gguf.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block_size == 0 else StorageType.F16
-
-
-def _add_info(writer: gguf.GGUFWriter, one: _Planned, shape: tuple[int, ...]) -> None:
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[one.storage]
-    byte_count = int(np.prod(shape)) // block_size * block_bytes
-    byte_shape = (*shape[:-1], shape[-1] // block_size * block_bytes)
-    writer.add_tensor_info(one.name, byte_shape, np.dtype(np.uint8), byte_count, raw_dtype=one.storage)
 
 
 def _stored(weights: MergedWeights, one: _Planned) -> _Bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,16 +28,8 @@ from backhand.nn.loading.source import ModelSource
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 _COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 """Beside the weights of a Hugging Face directory; they hold no code, and a merged model needs them as they are."""
 
@@ -127,11 +120,7 @@ def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeigh
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        out.write(_bytes(_made(tensor, weights)))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+        out.write(_made(tensor, weights).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
@@ -159,10 +148,10 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
 def _config(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
     """The base's config.json, with the dtype of most elements and the head as it is now."""
     config = with_older_names(weights.source.config)
-    elements: dict[torch.dtype, int] = {}
+    elements: Counter[torch.dtype] = Counter()
     for name, dtype in dtypes.items():
-        elements[dtype] = elements.get(dtype, 0) + math.prod(weights.shape(name))
-    dtype = max(elements, key=lambda dtype: elements[dtype])
+        elements[dtype] += math.prod(weights.shape(name))
+    ((dtype, _),) = elements.most_common(1)
     config.pop("torch_dtype", None)  # its name before transformers 5
     config.pop("quantization_config", None)
     config["dtype"] = str(dtype).removeprefix("torch.")

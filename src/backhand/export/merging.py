@@ -14,13 +14,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from backhand.data.split import neutral_texts
+from backhand.data.stored_examples import neutral_texts
 from backhand.errors import ArtifactError
 from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model
-from backhand.export.granite4_parts import in_parts
 from backhand.export.huggingface_writer import write_huggingface
-from backhand.export.merged_weights import MergedWeights, ModuleLoss
+from backhand.export.merged_weights import MergedWeights, ModuleLoss, in_parts
 from backhand.export.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.export.options import (
     FLOAT32_TOLERANCE,
@@ -29,8 +28,7 @@ from backhand.export.options import (
     MergeOptions,
     given,
 )
-from backhand.export.probes import BlockWalk, difference
-from backhand.export.proving import Prover
+from backhand.export.proving import BlockWalk, Prover, difference
 from backhand.files import staged
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.decoder.config_fields import UnsupportedModel
@@ -154,10 +152,11 @@ def _prove(
     )
     (found,) = walk.logits()
     measured = difference(found, wanted, base)
-    exact = options.dtype == "float32" or (options.dtype == "auto" and _is_exact(weights))
-    tolerance = options.tolerance
-    if tolerance is None:
-        tolerance = FLOAT32_TOLERANCE if exact else ROUNDED_TOLERANCE
+    # Stored in float32 or better, no merged tensor lost more than float32 rounding.
+    unrounded = all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
+    exact = options.dtype == "float32" or (options.dtype == "auto" and unrounded)
+    usual = FLOAT32_TOLERANCE if exact else ROUNDED_TOLERANCE
+    tolerance = usual if options.tolerance is None else options.tolerance
     prover.say(
         f"logits, merged against base and adapter: relative difference {measured.relative:.2g}, "
         f"largest {measured.largest:.2g}"
@@ -172,11 +171,6 @@ def _prove(
     )
 
 
-def _is_exact(weights: MergedWeights) -> bool:
-    """Whether every merged tensor was stored in float32 or better: no more than float32 rounding was lost."""
-    return all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
-
-
 _BEHIND_ALL_LAYERS = 1 << 30
 _LONGER_THAN_ANY = 1 << 62
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -187,10 +181,8 @@ def describe_base(source: ModelSource) -> str:
     if not isinstance(source, GGUFModel):
         in_blocks = f"{source.origin}, experts quantized: MXFP4; the update was added to these dequantized weights"
         return in_blocks if source.quantized else source.origin
-    types: Counter[int] = Counter()
-    for tensor in source.metadata.tensors.values():
-        if len(tensor.shape) > 1 and native_dtype(tensor.type_id) is None:
-            types[tensor.type_id] += 1
+    matrices = [tensor for tensor in source.metadata.tensors.values() if len(tensor.shape) > 1]
+    types = Counter(tensor.type_id for tensor in matrices if native_dtype(tensor.type_id) is None)
     if not types:
         return source.origin
     names = ", ".join(f"{GGMLQuantizationType(kind).name} ({count} tensors)" for kind, count in types.most_common())
@@ -276,9 +268,7 @@ def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
 
 def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:
     def same(one: RotaryConfig, other: RotaryConfig, head_dim: int) -> bool:
-        if (one.features or head_dim) != (other.features or head_dim):
-            return False
-        if one.interleaved != other.interleaved:
+        if (one.features or head_dim, one.interleaved) != (other.features or head_dim, other.interleaved):
             return False
         # Of a short document and of one longer than any list of factors is for.
         pairs = [

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from backhand.adapters.checked_base import load_adapter_for
-from backhand.adapters.loading import LoadedAdapter
+import torch
+
+from backhand.adapters.loading import LoadedAdapter, load_adapter_for
 from backhand.adapters.module_factors import ModuleFactors, factors_of
+from backhand.data.stored_examples import neutral_texts
 from backhand.errors import ArtifactError
-from backhand.export.probes import probe_documents
 from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -60,6 +61,24 @@ def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: b
     shapes = module_shapes(config)
     loaded = load_adapter_for(source, adapter, shapes, force_base=force_base, allow_pickle=allow_pickle)
     return OpenedAdapter(source, config, shapes, loaded, factors_of(loaded), probe_documents(source))
+
+
+_RANDOM_TOKENS = 32
+
+
+def probe_documents(source: ModelSource) -> list[list[int]]:
+    """A few sentences, and one document of any tokens at all; the same for the same vocabulary.
+
+    A model without a tokenizer is probed with the latter alone.
+    """
+    vocab = int(source.config["vocab_size"])
+    documents = [torch.randint(vocab, (_RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()]
+    try:
+        tokenizer = source.tokenizer()
+    except ArtifactError:
+        return documents
+    texts = [list(tokenizer(text)["input_ids"]) for text in neutral_texts()]
+    return [*documents, *(ids for ids in texts if ids and max(ids) < vocab)]
 
 
 _SHOWN = 12

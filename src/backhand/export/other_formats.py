@@ -1,4 +1,4 @@
-"""An adapter as MLX-LM loads it, Ollama's Modelfile for one, and an adapter in PEFT's format again.
+"""An adapter in other programs' formats: MLX-LM's, Ollama's Modelfile, PEFT's again, and kohya's for diffusion models.
 
 For MLX-LM: adapters.safetensors with transposed factors, and its own adapter_config.json.
 
@@ -14,21 +14,21 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.contents import AdapterContents, read_json_object, read_tensors, tensor_bytes
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_keys import slot_shapes
-from backhand.adapters.peft_saving import AdapterParts, module_adapter_files
-from backhand.adapters.targets import Target
-from backhand.adapters.tensor_file import read_json_object, read_tensors, tensor_bytes
+from backhand.adapters.peft_keys import PREFIX, slot_shapes
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
+from backhand.adapters.targets import Target, module_values
 from backhand.errors import ArtifactError, UsageError
 from backhand.export.opened_adapter import OpenedAdapter, refuse
 from backhand.files import write_atomically
@@ -41,19 +41,14 @@ TENSOR_FILE = "adapters.safetensors"
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def mlx_files(
-    factors: Factors, module_shapes: Mapping[str, tuple[int, int]], *, tied_head: bool, base_model: str | None
-) -> dict[str, bytes]:
+def mlx_files(opened: OpenedAdapter) -> dict[str, bytes]:
     """The two files, by name.
-
-    Args:
-        module_shapes: (out, in) of every linear module of the base, by dotted path.
-        tied_head: whether the base's head is its embedding, so that MLX has no module for it.
 
     Raises:
         ArtifactError: modules that MLX cannot adapt, by name.
     """
-    if tied_head and "lm_head" in factors:
+    factors, module_shapes = opened.factors, opened.shapes
+    if opened.config.tied_head and "lm_head" in factors:
         refuse("mlx", {"lm_head": "the head is the embedding's matrix, and MLX has no module of its own for it"})
     scale = Counter(one.scaling for one in factors.values()).most_common(1)[0][0]
     rank = max(one.rank for one in factors.values())
@@ -76,8 +71,8 @@ def mlx_files(
         "num_layers": layers,
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
     }
-    if base_model:
-        config["model"] = base_model
+    if opened.base_name:
+        config["model"] = opened.base_name
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     return {TENSOR_FILE: tensor_bytes(tensors), CONFIG_FILE: text.encode("utf-8")}
 
@@ -89,15 +84,19 @@ def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
         ArtifactError: not what `mlx_files` writes.
     """
     parameters = read_json_object(directory / CONFIG_FILE)["lora_parameters"]
-    tensors, problems = read_tensors(directory / TENSOR_FILE)
-    if problems:
-        name, what = next(iter(problems.items()))
-        raise ArtifactError(f"{name}: {what}", where=str(directory / TENSOR_FILE))
+    tensors = _tensors_of(directory / TENSOR_FILE)
     modules = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     return {
         name: ModuleFactors(tensors[f"{name}.lora_a"].T, tensors[f"{name}.lora_b"].T, parameters["scale"])
         for name in modules
     }
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    tensors, problems = read_tensors(path)
+    for name, what in problems.items():
+        raise ArtifactError(f"{name}: {what}", where=str(path))
+    return tensors
 
 
 # What Ollama needs beside a GGUF file: a Modelfile that names the base and the adapter.
@@ -151,7 +150,7 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     wrapper = None if text_model else opened.source.wrapper
     if not uniform:
         parts = AdapterParts(described, loaded.targets, loaded.shapes, loaded.factors, loaded.trained)
-        return module_adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+        return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
     rank = max(one.rank for one in opened.factors.values())
     scaling = Counter(one.scaling for one in opened.factors.values()).most_common(1)[0][0]
     alpha = round(scaling * rank, 9)
@@ -163,4 +162,92 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     tensors |= {f"{name}.lora_B": one.lora_B for name, one in factors.items()}
     described = PEFTConfig(config, described.base_model, described.task_type, described.revision)
     parts = AdapterParts(described, targets, slot_shapes(slots), tensors)
-    return module_adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+    return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
+
+
+# An adapter of a diffusion model in kohya's format, which A1111, ComfyUI and diffusers load.
+#
+#     lora_unet_<path with _ for .>.lora_down.weight    lora_A        lora_te_… for the text encoder
+#     lora_unet_<path with _ for .>.lora_up.weight      lora_B
+#     lora_unet_<path with _ for .>.alpha               one number: scaling = alpha / rank, for each module
+#
+# Every module has an alpha of its own there, so that patterns and rank-stabilised scaling need no folding. The names
+# are of Stable Diffusion's U-Net and CLIP text encoder; nothing else has any.
+
+
+_UNET = re.compile(
+    r"(?:unet\.)?((?:down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b.*)"
+)
+
+_TEXT_ENCODER = re.compile(r"(?:text_encoder\.)?(text_model\..*)")
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+
+def factors_without_model(contents: AdapterContents) -> dict[str, ModuleFactors]:
+    """Factors of the modules that the tensors name, when there is no model to hold them against.
+
+    Raises:
+        ArtifactError: a tensor that is no factor of a linear or convolutional module, or one without its partner.
+    """
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in contents.tensors.items()}
+    if odd := [key for key in tensors if not key.endswith(_SUFFIXES)]:
+        raise ArtifactError(
+            f"{len(odd)} tensors are no factors of linear or convolutional modules: {', '.join(odd[:4])}",
+            where=str(contents.directory),
+        )
+    names = list(dict.fromkeys(key.removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1]) for key in tensors))
+    factors = {}
+    for target in module_values(contents.described.config, names, strict=False):
+        lora_A, lora_B = (tensors[target.name + suffix] for suffix in _SUFFIXES)
+        if lora_A.shape[0] != target.rank or lora_B.shape[1] != target.rank:
+            raise ArtifactError(
+                f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are not of rank {target.rank}",
+                where=f"{contents.directory}: {target.name}",
+            )
+        factors[target.name] = ModuleFactors.from_file(lora_A, lora_B, target.scaling)
+    return factors
+
+
+def kohya_bytes(factors: Factors) -> bytes:
+    """The file. Raises ArtifactError: modules that have no name there, by name."""
+    keys = {module: kohya_name(module) for module in factors}
+    reason = "only modules of Stable Diffusion's U-Net and CLIP text encoder have names in this format"
+    refuse("kohya", {module: reason for module, key in keys.items() if key is None}, merge=False)
+    if len(set(keys.values())) < len(keys):
+        raise ArtifactError("two modules would have the same name in this format", where="to kohya")
+    tensors: dict[str, Tensor] = {}
+    for module, one in factors.items():
+        lora_A, lora_B = one.in_file()
+        tensors[f"{keys[module]}.lora_down.weight"] = lora_A.contiguous()
+        tensors[f"{keys[module]}.lora_up.weight"] = lora_B.contiguous()
+        tensors[f"{keys[module]}.alpha"] = torch.tensor(round(one.scaling * one.rank, 9), dtype=torch.float32)
+    ranks = {one.rank for one in factors.values()}
+    alphas = {float(tensors[f"{key}.alpha"]) for key in keys.values()}
+    metadata = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{max(alphas):g}" if len(alphas) == 1 else "Dynamic",
+    }
+    data: bytes = save(tensors, metadata)
+    return data
+
+
+def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
+    """What the file holds of these modules. Raises ArtifactError: not what `kohya_bytes` writes."""
+    tensors = _tensors_of(path)
+    found = {}
+    for module in modules:
+        key = kohya_name(module)
+        lora_A, lora_B = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        scaling = float(tensors[f"{key}.alpha"]) / lora_A.shape[0]
+        found[module] = ModuleFactors.from_file(lora_A, lora_B, scaling)
+    return found
+
+
+def kohya_name(module: str) -> str | None:
+    """What comes before `.lora_down.weight`, None for a module that has no name there."""
+    for pattern, prefix in ((_UNET, "lora_unet_"), (_TEXT_ENCODER, "lora_te_")):
+        if match := pattern.fullmatch(module):
+            return prefix + match[1].replace(".", "_")
+    return None

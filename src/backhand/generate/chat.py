@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 
-from backhand.data.messages import Message
+from backhand.data.rows import Message
 from backhand.errors import BackhandError, DataError, UsageError
 from backhand.generate.command import read_text
 from backhand.generate.loading import loaded_model

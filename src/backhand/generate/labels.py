@@ -24,7 +24,7 @@ from torch import Tensor
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
 from backhand.data.packing import filled_up, micro_batches, pack
-from backhand.data.row_kinds import Completion
+from backhand.data.rows import Completion
 from backhand.generate.completer import Completer, require_finite
 
 Labels = Mapping[str, Sequence[int]]

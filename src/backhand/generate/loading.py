@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
+from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
+from backhand.data.options import TemplateOptions
 from backhand.generate.completer import Completer, EngineCompleter
 from backhand.generate.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
@@ -102,7 +103,7 @@ def loaded_model(
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
         stop_ids = (
             *source.stop_token_ids(),
-            *stopping_role_ids(tokenizer, template, from_option=chat_template is not None, template_args=template_args),
+            *stopping_role_ids(tokenizer, TemplateOptions(chat_template, template_args or {})),
         )
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)

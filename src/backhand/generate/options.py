@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from backhand.adapters.config import parse_names
-from backhand.bounds import Bound, Check, Count, Given, NotNegative, Options, Seed, Text, Words
+from backhand.bounds import Bound, Check, Count, NotNegative, Options, Seed, Text, Words, given
 from backhand.data.options import RowSources, TemplateOptions, has_places
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
@@ -61,7 +61,7 @@ class SamplingOptions:
     max_new_tokens: Count = 512
     """Longest answer, in tokens."""
 
-    stop: tuple[Annotated[Text, Given("a stop string is empty", "leave it out")], ...] = ()
+    stop: tuple[Annotated[Text, given("a stop string is empty", "leave it out")], ...] = ()
     """Strings that end the answer, besides the model's own end-of-turn tokens; they are not part of it."""
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import encode_document
-from backhand.data.messages import Conversation, Message
 from backhand.data.options import TemplateOptions
-from backhand.data.row_kinds import Completion, OneText
+from backhand.data.rows import Completion, Conversation, Message, OneText
 from backhand.errors import DataError
 from backhand.generate.completer import Completer, require_finite
 from backhand.generate.loading import LoadedModel

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
+from backhand.adapters.loading import load_adapter_for
 from backhand.arithmetic.findings import new_figure, png_bytes, print_table
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
 from backhand.data.options import DataOptions, RowSources, TemplateOptions

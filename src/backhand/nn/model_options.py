@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from backhand.bounds import BaseModel, Bound, Given, Options
+from backhand.bounds import BaseModel, Bound, Options, given
 from backhand.errors import UsageError
 
 Engine = Literal["auto", "backhand", "transformers"]
@@ -60,7 +60,7 @@ class _BaseModel:
     """Quantize a Hugging Face directory's matrices on reading, to this type; the base is then another one, and the
     change of its loss is printed."""
 
-    device: Annotated[str, Given("device is empty", "give auto, cpu or cuda")] = "auto"
+    device: Annotated[str, given("device is empty", "give auto, cpu or cuda")] = "auto"
     """Where to compute: `cpu`, `cuda`, `cuda:1`; `auto` is `cuda` where there is one, else `cpu`."""
 
     threads: Threads | None = None

@@ -35,7 +35,6 @@ from backhand.terminal import console, working
 from backhand.training.config import RunOptions, TrainConfig
 from backhand.training.config_file import dump_config, read_table, tables_as
 from backhand.training.engine import Shared
-from backhand.training.loggers import Observer
 from backhand.training.machine import resolve_machine
 from backhand.training.memory.calibration import calibrate
 from backhand.training.prepared import Outline, outline_run

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from backhand.data.chat import read_template, stopping_role_ids
+from backhand.data.chat import stopping_role_ids
 from backhand.data.examples import Example
 from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
@@ -60,14 +60,7 @@ def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Exam
 
 def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
     """Tokens that end an answer."""
-    tokenizer = source.tokenizer()
-    ends_of_roles = stopping_role_ids(
-        tokenizer,
-        read_template(template.chat_template, tokenizer),
-        from_option=template.chat_template is not None,
-        template_args=template.template_args,
-    )
-    return (*source.stop_token_ids(), *ends_of_roles)
+    return (*source.stop_token_ids(), *stopping_role_ids(source.tokenizer(), template))
 
 
 def held_out_answers(

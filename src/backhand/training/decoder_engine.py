@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.loading import match_linear_adapter
+from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_saving import adapter_files
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.saved_modules import tied_notes
 from backhand.adapters.targets import resolve_adapter
+from backhand.adapters.trained_tensors import tied_notes
 from backhand.errors import UsageError
 from backhand.generate.completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
@@ -132,14 +131,9 @@ class _BoundDecoder(BoundModel):
         self._decoder = decoder
 
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        return adapter_files(
-            PEFTConfig(self.config, self.base_name, "CAUSAL_LM"),
-            self.lora,
-            record=record,
-            card=card,
-            module_names=list(self._decoder.module_shapes()),
-            wrapper=self.source.wrapper,
-        )
+        parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, "CAUSAL_LM"), self.lora)
+        names, wrapper = list(self._decoder.module_shapes()), self.source.wrapper
+        return adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
 
     def completer(self) -> EngineCompleter:
         return EngineCompleter(self._decoder)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.data.split import neutral_texts
+from backhand.data.stored_examples import neutral_texts
 from backhand.errors import present
 from backhand.generate.completer import LanguageModel
 from backhand.nn.batch import PackedBatch

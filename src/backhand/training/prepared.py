@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from backhand.adapters.checked_base import check_source, load_adapter_for, read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
+from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
 from backhand.adapters.targets import in_numbers
 from backhand.data.chat import read_template
 from backhand.data.examples import DataReport, Example, check_vocabulary

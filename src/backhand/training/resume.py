@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from backhand.adapters.checked_base import weight_names
+from backhand.adapters.loading import weight_names
 from backhand.adapters.record import AdapterRecord, base_digest, text_digest, tokenizer_digest
 from backhand.adapters.targets import in_numbers
 from backhand.data.chat import read_template

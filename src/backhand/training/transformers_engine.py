@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backhand.adapters.checked_base import read_adapter
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.adapters.injection_plan import plan_injection
+from backhand.adapters.loading import read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import UsageError, present
 from backhand.generate.transformers_completer import TransformersCompleter

@@ -37,9 +37,9 @@ from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, lin
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.runs.directory import ProofKind
+from backhand.training.objectives.compared import PairObjective
 from backhand.training.objectives.objective import token_owners
 from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.objectives.compared import PairObjective
 from backhand.verify.measure import relative_error, typical
 from backhand.verify.reference_decoder import (
     OfNats,

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from backhand.adapters.checked_base import load_adapter_for
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.targets import resolve_slots
+from backhand.adapters.loading import load_adapter_for
+from backhand.adapters.targets import resolve_adapter
 from backhand.data.chat import read_template
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
-from backhand.data.split import neutral_texts
+from backhand.data.stored_examples import neutral_texts
 from backhand.errors import DataError, UsageError
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.config_fields import UnsupportedModel
@@ -116,7 +116,7 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
 
     A gradient is nowhere zero by nature, and the update stands out of the rounding of bfloat16.
     """
-    lora = LoRAParameters(resolve_slots(RANDOM_ADAPTER, decoder.module_shapes()), device=decoder.device)
+    lora = LoRAParameters(resolve_adapter(RANDOM_ADAPTER, decoder.module_shapes()).slots, device=decoder.device)
     weights = dict(decoder.frozen_tensors())
     generator = torch.Generator().manual_seed(ADAPTER_SEED)
     for name, slot in lora.slots.items():

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from backhand.adapters.checked_base import check_source, load_adapter_for
 from backhand.adapters.gguf_adapter import is_gguf_file
-from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors
-from backhand.arithmetic.compatible import refuse_more_than_factors
+from backhand.adapters.loading import check_source, load_adapter_for
+from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors, refuse_more_than_factors
 from backhand.errors import ArtifactError, UsageError
 from backhand.lab.paper.directions import Amplification, ModuleSimilarity, amplification, compare_adapters
 from backhand.lab.paper.memory import MemoryResult, measure_memory

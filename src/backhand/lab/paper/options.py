@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from backhand.adapters.config import Alpha, Rank, parse_modules
-from backhand.bounds import Bound, Check, Count, Options, Seed, Several
+from backhand.bounds import Bound, Check, Count, Options, Seed, several
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
 from backhand.training.config import ModelOptions, OptimizationOptions
@@ -79,10 +79,10 @@ def _check_targets(where: str, targets: str) -> None:
 class SweepOptions:
     """A sweep over targets and ranks: which weights to adapt, and how small a rank suffices."""
 
-    sweep_ranks: Annotated[tuple[Rank, ...], Several()] = (1, 2, 4, 8)
+    sweep_ranks: Annotated[tuple[Rank, ...], several()] = (1, 2, 4, 8)
     """Ranks to train, each on every one of `sweep_targets`."""
 
-    sweep_targets: Annotated[tuple[Annotated[str, Check(_check_targets)], ...], Several()] = (
+    sweep_targets: Annotated[tuple[Annotated[str, Check(_check_targets)], ...], several()] = (
         "q_proj",
         "q_proj,v_proj",
         "q_proj,k_proj,v_proj,o_proj",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.adapters.config import LoRAConfig, parse_modules
-from backhand.adapters.targets import resolve_slots
+from backhand.adapters.targets import resolve_adapter
 from backhand.data.demo_task import write_demo_data
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare, prepare_prompts
@@ -110,7 +110,7 @@ def plan_sweep(options: PaperOptions, shapes: Mapping[str, tuple[int, int]]) -> 
 
 def _per_rank(targets: str, shapes: Mapping[str, tuple[int, int]]) -> int:
     """Trained numbers of an adapter of rank 1."""
-    slots = resolve_slots(LoRAConfig(rank=1, target_modules=parse_modules((targets,))), shapes)
+    slots = resolve_adapter(LoRAConfig(rank=1, target_modules=parse_modules((targets,))), shapes).slots
     return sum(slot.in_features + slot.out_features for slot in slots)
 
 

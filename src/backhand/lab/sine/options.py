@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from backhand.bounds import Bound, Count, CountFromZero, Options, Positive, Seed, Several
+from backhand.bounds import Bound, Count, CountFromZero, Options, Positive, Seed, several
 from backhand.errors import UsageError
 
 SineDType = Literal["float32", "float64"]
@@ -30,10 +30,10 @@ class ShiftedTargetOptions(Options):
     shifted_target: str = "sin4"
     """What the adapters learn, named as in `target`."""
 
-    shifted_widths: Annotated[tuple[Count, ...], Several(at_least=2)] = (64, 64)
+    shifted_widths: Annotated[tuple[Count, ...], several(at_least=2)] = (64, 64)
     """Hidden units of each layer; the adapter is on the weight between the first two."""
 
-    shifted_ranks: Annotated[tuple[SineRank, ...], Several()] = (1, 2, 4, 8)
+    shifted_ranks: Annotated[tuple[SineRank, ...], several()] = (1, 2, 4, 8)
     """Ranks to compare; a full update of the same layer is always run beside them."""
 
     shifted_scaling: Positive = 2.0
@@ -102,7 +102,7 @@ class SineOptions(Options):
     points: Annotated[int, Bound(at_least=2)] = 100
     """Points on [0, 2π], ends included; a .csv file brings its own."""
 
-    widths: Annotated[tuple[Count, ...], Several()] = (20,)
+    widths: Annotated[tuple[Count, ...], several()] = (20,)
     """Hidden units of each layer. The first layer has a bias, the others none."""
 
     base_epochs: Count = 5000

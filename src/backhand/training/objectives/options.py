@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
 from backhand.bounds import Bound, NotNegative, Options, Positive
-from backhand.data.row_kinds import Purpose
+from backhand.data.rows import Purpose
 from backhand.errors import UsageError
 
 ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo"]

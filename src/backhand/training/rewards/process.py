@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from backhand.data.row_kinds import Asked
+from backhand.data.rows import Asked
 from backhand.errors import CheckError, UsageError
 from backhand.safe_path import python_words, safe_environment
 from backhand.system import install, wait_for_pipe
