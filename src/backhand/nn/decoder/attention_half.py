@@ -22,10 +22,11 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
+from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import Run
 from backhand.ops.glu import glu_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
@@ -61,12 +62,14 @@ def output_by_itself(kept: MixingKept, weights: BlockWeights, context: BlockCont
     return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
 
 
-def attention_setting(
-    weights: BlockWeights, context: BlockContext
-) -> tuple[tuple[Run, ...], float, int | None, float | None, Tensor | None]:
+def attention_setting(weights: BlockWeights, context: BlockContext) -> tuple[tuple[Run, ...], Scores]:
     """What attention takes behind q, k and v."""
-    config, layer = context.config, context.layer
-    return context.runs, config.attention_scaling, layer.window, config.attention_cap, weights.sinks
+    return context.runs, layer_scores(context.config, context.layer, weights)
+
+
+def layer_scores(config: DecoderConfig, layer: LayerConfig, weights: BlockWeights) -> Scores:
+    """What decides a layer's scores beside queries and keys."""
+    return Scores(config.attention_scaling, layer.window, config.attention_cap, weights.sinks)
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
