@@ -175,6 +175,13 @@ class PackedBatch:
         weights = self.at_positions(torch.ones(self.supervised_tokens, dtype=torch.float64, device=self.labels.device))
         return None if bool((weights == 1).all()) else weights
 
+    def loss_multiplier(self, loss_scaling: float, dtype: torch.dtype) -> float | Tensor:
+        """What multiplies the nats of supervised positions: of all, or (supervised positions,) in float32 or wider."""
+        weights = self.weights
+        return (
+            loss_scaling if weights is None else (loss_scaling * weights).to(torch.promote_types(dtype, torch.float32))
+        )
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
         entering = None if self.entering is None else self.entering._replace(states=self.entering.states.to(device))

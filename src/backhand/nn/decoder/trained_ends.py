@@ -1,4 +1,4 @@
-"""A decoder's embedding and head with what an adapter may train in them.
+"""A decoder's embedding and head with what an adapter may train in them, and losses that are no sum of nats.
 
 A plain step never comes here: its embedding and its head are frozen, and the latter is `ops.linear_cross_entropy`.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import present
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     HEAD,
@@ -264,3 +265,41 @@ def head_loss_and_gradients(
         if head.token_rows is not None:
             lora.gradient(head.token_rows).add_(d_logits[:, lora.token_ids(head.token_rows)].T @ x[part])
     return losses, d_x
+
+
+def other_head_gradient(
+    x: Tensor,
+    batch: PackedBatch,
+    head: Head,
+    lora: LoRAParameters | None,
+    loss_scaling: float,
+    token_loss: TokenLoss | None,
+    logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """∂(loss_scaling · loss)/∂x, (supervised, hidden), and the loss, where it is no sum of nats or the head is trained.
+
+    Args:
+        x: (supervised, hidden), normed; it may be overwritten.
+        lora: whose gradient buffer receives what the head's are; None where nothing is trained in it.
+        token_loss: see `Passes.loss_and_gradients`.
+        logits: as in `head_losses`.
+    """
+    targets, multiplier = batch.labels[batch.supervised_positions], batch.loss_multiplier(loss_scaling, x.dtype)
+    loss, rows = None, None
+    if token_loss is not None:
+        loss, d_log_p = token_loss(batch.of_documents(-head_losses(x, targets, head, logits)))
+        multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
+        rows = multiplier.nonzero().squeeze(1)
+    if lora is not None:
+        losses, d_x = head_loss_and_gradients(x, targets, head, lora, multiplier, logits)
+    elif isinstance(multiplier, Tensor) and rows is not None and len(rows) < len(x):
+        # What both answers of a pair begin with cancels in their margin: no more of the head for such positions.
+        losses, (d_rows, *_) = linear_cross_entropy_backward(
+            *(x[rows], head.weight, targets[rows], None, multiplier[rows], head.rule), logits=logits
+        )
+        d_x = x.zero_().index_copy_(0, rows, d_rows)
+    else:
+        losses, (d_x, *_) = linear_cross_entropy_backward(
+            *(x, head.weight, targets, None, multiplier, head.rule), out=x, logits=logits
+        )
+    return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss

@@ -129,7 +129,7 @@ dora_linear = _InGraph(
     {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"},
     cast_as=0,
 )
-"""(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout) → y (..., out); the norm is a constant."""
+"""(x, weight, bias, lora_A, lora_B, magnitude, constants) → y (..., out); the norm is one of the constants."""
 dora = _InGraph(dora_forward, dora_backward, {0: "d_z", 1: "d_magnitude"})
 """(z, magnitude, norm, bias, axis) → y of z's shape."""
 lora_bias = _InGraph(lora_bias_forward, lora_bias_backward, {0: "d_z", 1: "d_lora_bias"})
