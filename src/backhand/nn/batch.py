@@ -121,11 +121,8 @@ class PackedBatch:
         for number in reversed(range(len(self.parents))):
             if self.parents[number] >= 0:
                 reach[self.parents[number]] = max(reach[self.parents[number]], reach[number])
-        return (
-            torch.tensor(reach, dtype=torch.int64)
-            .repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
-            .to(self.input_ids.device)
-        )
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.tensor(reach, dtype=torch.int64).repeat_interleave(lengths).to(self.input_ids.device)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:

@@ -174,9 +174,8 @@ def _compiled_backward(
     """The gradients by the kernels, or None where they do not apply."""
     x, weight, factor, offset = saved
     run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
-    if run is None or d_y_rows is None or x_rows is None:
-        return None
-    if not all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None):
+    dense = all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None)
+    if run is None or d_y_rows is None or x_rows is None or not dense:
         return None
     n = x.shape[-1]
     rows = x.numel() // max(n, 1)

@@ -152,18 +152,16 @@ def attention_input_gradient(
     `output`, (T, q), receives o where it is not kept, if there is a place for it.
     """
     config, own = context.config, kept.own
-    d_qkv = torch.empty_like(kept.input)
-    d_attended, d_by_head = _by_head(d_output, config), d_qkv
-    attended, place = (None, output) if kept.output is None else (_by_head(kept.output, config), None)
+    d_qkv, d_attended = torch.empty_like(kept.input), _by_head(d_output, config)
     if own.attended is None:
-        d_by_head = _by_head(d_qkv, config)
+        attended, d_by_head = None if kept.output is None else _by_head(kept.output, config), _by_head(d_qkv, config)
     else:
-        parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
-        attended = own.attended
+        parts, d_parts, attended = _parts(kept.input, config), _parts(d_qkv, config), own.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    q, k, v = attended_qkv(kept, weights, context)
-    saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *attention_setting(weights, context))
-    again = None if place is None else _by_head(place, config)
+    saved = AttentionSaved(
+        *attended_qkv(kept, weights, context), attended, own.log_sum_exp, *attention_setting(weights, context)
+    )
+    again = None if output is None or kept.output is not None else _by_head(output, config)
     attention_backward(d_attended, saved, out=d_by_head, again=again)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)

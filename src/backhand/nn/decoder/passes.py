@@ -116,17 +116,13 @@ class Passes:
             reach: (tokens,) int64, how long each token's document is.
             dtype: of what is rotated, None for the compute dtype; the angles are in float32 or wider.
         """
-        wide = torch.promote_types(dtype or self.dtype, torch.float32)
-        tables = [angles(frequencies, positions, wide, reach) for frequencies in self._frequencies]
-        scaling = self.config.query_scaling
-        queries = [
-            None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
-            for table in tables
-        ]
-        return [
-            (None, None) if layer.rotary is None else (tables[layer.rotary], queries[layer.rotary])
-            for layer in self.config.layers
-        ]
+        wide, scaling = torch.promote_types(dtype or self.dtype, torch.float32), self.config.query_scaling
+        tables: dict[int | None, tuple[RotaryTable | None, RotaryTable | None]] = {None: (None, None)}
+        for number, frequencies in enumerate(self._frequencies):
+            table = angles(frequencies, positions, wide, reach)
+            queries = None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
+            tables[number] = table, queries
+        return [tables[layer.rotary] for layer in self.config.layers]
 
     def contexts(
         self,
