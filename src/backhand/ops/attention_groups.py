@@ -25,16 +25,7 @@ from backhand.ops.attention_blocks import (
     attention_blocks_backward,
     attention_blocks_forward,
 )
-from backhand.ops.document_groups import (
-    Run,
-    continued_end,
-    groups,
-    keys_of,
-    set_keys,
-    set_part,
-    takes_blocks,
-    together,
-)
+from backhand.ops.document_groups import Run, continued_end, groups, keys_of, set_keys, set_part, takes_blocks, together
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -141,10 +141,7 @@ def _for_loops(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
 def _places(tensors: list[Tensor]) -> tuple[Any, Any]:
     """Addresses, and distances of tokens and heads, of (tokens, heads, …) each."""
     distances = [distance for x in tensors for distance in x.stride()[:2]]
-    return (
-        (POINTER * len(tensors))(*(x.data_ptr() for x in tensors)),
-        (INT64 * len(distances))(*distances),
-    )
+    return ((POINTER * len(tensors))(*(x.data_ptr() for x in tensors)), (INT64 * len(distances))(*distances))
 
 
 class _Problem(NamedTuple):

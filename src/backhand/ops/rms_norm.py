@@ -183,7 +183,7 @@ def _compiled_backward(
     if weight_gradient:  # first: d_x may take d_y's place
         d_weight = torch.empty(weight.shape, dtype=weight.dtype)
         present(loop(_WEIGHT_GRADIENT, d_y, x))(
-            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
+            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     run(

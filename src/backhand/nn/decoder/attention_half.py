@@ -96,10 +96,7 @@ def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
 
 
 def prepare_qkv(
-    qkv: Tensor,
-    weights: BlockWeights,
-    context: BlockContext,
-    kept_factors: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, weights: BlockWeights, context: BlockContext, kept_factors: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
 

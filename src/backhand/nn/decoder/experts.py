@@ -44,12 +44,7 @@ from backhand.nn.lora_parameters import expert_factors, gate_and_up
 from backhand.ops.activation import Activated
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
 from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
-from backhand.ops.expert_linear import (
-    ExpertFactors,
-    ExpertLinearSaved,
-    expert_linear_backward,
-    expert_linear_forward,
-)
+from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_backward, expert_linear_forward
 from backhand.ops.expert_rows import (
     CombineSaved,
     DispatchSaved,

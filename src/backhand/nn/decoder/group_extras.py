@@ -150,10 +150,7 @@ class GroupExtras(NamedTuple):
 
 
 def group_extras(
-    lora: LoRAParameters,
-    sizes: dict[str, int],
-    group: LoRAGroup,
-    weights: Sequence[FrozenMatrix] | None,
+    lora: LoRAParameters, sizes: dict[str, int], group: LoRAGroup, weights: Sequence[FrozenMatrix] | None
 ) -> GroupExtras | None:
     """The extras of a group, or None where it trains plain factors alone.
 

@@ -48,13 +48,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        rows: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        self, config: DecoderConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         pages = 1 + _pages(capacity)
         shapes = []

@@ -233,11 +233,7 @@ class Passes:
         return loss
 
     def _forward(
-        self,
-        batch: PackedBatch,
-        adapters: Sequence[BlockAdapter],
-        contexts: Sequence[BlockContext],
-        lowest_layer: int,
+        self, batch: PackedBatch, adapters: Sequence[BlockAdapter], contexts: Sequence[BlockContext], lowest_layer: int
     ) -> tuple[Tensor, list[BlockSaved | None]]:
         """The output of the last block that has a context, and what each keeps: None below `lowest_layer`."""
         first, x = (0, self.embed(batch.input_ids)) if batch.entering is None else batch.entering

@@ -78,12 +78,7 @@ def end_forward(
 
 
 def end_backward(
-    d_x3: Tensor,
-    kept: EndKept,
-    weights: BlockWeights,
-    adapter: BlockAdapter,
-    context: BlockContext,
-    lowest_group: int,
+    d_x3: Tensor, kept: EndKept, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, lowest_group: int
 ) -> Tensor | None:
     """∂L/∂x₂, (T, hidden), or None where nothing below needs it; the input's gradient goes where it is asked for."""
     config = context.config
@@ -173,12 +168,7 @@ def inputs_backward(
     adapter = before_blocks_adapter(lora, dropout_seed, weights.projection)
     d_y = rms_norm_backward(d_e * _HALF_ROOT, kept.norm, weight_gradient=False).d_x.mul_(config.hidden_size**-0.5)
     return group_backward(
-        d_y.flatten(1),
-        kept.h,
-        weights.projection,
-        adapter,
-        kept.h_projection,
-        input_gradient=input_gradient,
+        d_y.flatten(1), kept.h, weights.projection, adapter, kept.h_projection, input_gradient=input_gradient
     )
 
 

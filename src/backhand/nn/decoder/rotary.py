@@ -96,8 +96,7 @@ qwen35_rotary = partial(rotary, share=0.25, read_elsewhere=("mrope_section", "mr
 """Qwen3.5's: a quarter of the features turn where a config is silent; how images share them is read over."""
 
 ministral3_rotary = partial(
-    rotary,
-    read_elsewhere=("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings"),
+    rotary, read_elsewhere=("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings")
 )
 """Ministral 3's: one set, beside whose parameters `query_scaling` finds its own."""
 

@@ -167,11 +167,7 @@ class Head(NamedTuple):
 
 
 def head_of(
-    weight: FrozenMatrix,
-    config: DecoderConfig,
-    lora: LoRAParameters | None,
-    trained: Trained,
-    dropout_seed: int | None,
+    weight: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters | None, trained: Trained, dropout_seed: int | None
 ) -> Head:
     """The head of a pass; no dropout without a seed."""
     fixed = None if dropout_seed is not None else head_adapter(weight, config, lora)  # DoRA's norm is taken once
@@ -222,12 +218,7 @@ def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = 
 
 
 def head_loss_and_gradients(
-    x: Tensor,
-    targets: Tensor,
-    head: Head,
-    lora: LoRAParameters,
-    multiplier: float | Tensor,
-    logits: Tensor | None,
+    x: Tensor, targets: Tensor, head: Head, lora: LoRAParameters, multiplier: float | Tensor, logits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Losses, and the gradients of Σ multiplier · loss, which are added to `lora.gradients`.
 

@@ -124,10 +124,7 @@ lora_embedding = _InGraph(lora_embedding_forward, lora_embedding_backward, {2: "
 lora_conv = _InGraph(lora_conv_forward, lora_conv_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
 """(x, weight, bias, lora_A, lora_B, scaling, geometry, dropout) → y (batch, out, *L'), as `lora_linear`."""
 dora_linear = _InGraph(
-    dora_linear_forward,
-    dora_linear_backward,
-    {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"},
-    cast_as=0,
+    dora_linear_forward, dora_linear_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"}, cast_as=0
 )
 """(x, weight, bias, lora_A, lora_B, magnitude, constants) → y (..., out); the norm is one of the constants."""
 dora = _InGraph(dora_forward, dora_backward, {0: "d_z", 1: "d_magnitude"})

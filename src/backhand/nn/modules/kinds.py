@@ -243,14 +243,7 @@ class LoRAConv3d(_LoRAConv):
     dimensions = 3
 
 
-LORA_MODULES: tuple[type[LoRAModule], ...] = (
-    LoRALinear,
-    LoRAConv1D,
-    LoRAEmbedding,
-    LoRAConv1d,
-    LoRAConv2d,
-    LoRAConv3d,
-)
+LORA_MODULES: tuple[type[LoRAModule], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
 """Every kind there is."""
 
 
