@@ -94,8 +94,7 @@ def micro_batches(
     groups: list[list[int]] = []
     tokens = 0
     for minus, row in sorted((-int(lengths[row]), row) for row in rows):
-        full = not groups or len(groups[-1]) == max_rows or (max_tokens is not None and tokens - minus > max_tokens)
-        if full:
+        if not groups or len(groups[-1]) == max_rows or (max_tokens is not None and tokens - minus > max_tokens):
             groups.append([])
             tokens = 0
         groups[-1].append(row)

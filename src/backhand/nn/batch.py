@@ -153,17 +153,6 @@ class PackedBatch:
         total = values.new_zeros(self.supervised_positions.shape, dtype=torch.float64)
         return total.index_add_(0, self._of_documents[0], values.double()).to(values.dtype)
 
-    def whole(self) -> PackedBatch:
-        """The same documents, each by itself."""
-        if not self.parents and self.ends == tuple(range(len(self.lengths))):
-            return self
-        paths = [self.path(end) for end in self.ends]
-        starts = self.starts
-        places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
-        chosen = torch.tensor(places, dtype=torch.int64, device=self.input_ids.device)
-        lengths = tuple(sum(self.lengths[one] for one in path) for path in paths)
-        return PackedBatch(self.input_ids[chosen], self.labels[chosen], lengths)
-
     @cached_property
     def weights(self) -> Tensor | None:
         """(supervised positions,) float64: in how many documents each counts; None where each counts once."""

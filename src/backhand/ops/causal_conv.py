@@ -26,7 +26,7 @@ from torch import Tensor
 
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, segment_table
 from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
-from backhand.ops.elementwise import SiLUSaved, silu_backward
+from backhand.ops.elementwise import InputSaved, silu_backward
 
 _MATRIX = (POINTER, INT64)
 _PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
@@ -102,7 +102,7 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
         d_c = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device)
         for tile in _tiles(x, runs):
             c = _convolve(x, taps, tile, torch.empty_like(tile.of(x)))
-            tile.of(d_c).copy_(silu_backward(tile.of(d_y), SiLUSaved(c)).d_x)
+            tile.of(d_c).copy_(silu_backward(tile.of(d_y), InputSaved(c)).d_x)
     return CausalConvGrads(_convolve_back(d_c, taps, runs, out))
 
 

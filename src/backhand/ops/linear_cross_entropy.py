@@ -107,10 +107,9 @@ def chunk_shape(rows: int, weight: FrozenMatrix, dtype: torch.dtype) -> tuple[in
 
 def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One chunk's logits, in a buffer that may be given, and the losses of all rows in float32 or wider."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if logits is None:
         logits = torch.empty(chunk_shape(x.shape[0], weight, x.dtype), dtype=x.dtype, device=x.device)
-    return logits, torch.empty(x.shape[0], dtype=wide, device=x.device)
+    return logits, torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def linear_cross_entropy_forward(

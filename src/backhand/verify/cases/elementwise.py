@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops import elementwise
-from backhand.ops.elementwise import SiLUSaved
+from backhand.ops.elementwise import InputSaved
 from backhand.verify.case import Case, Draw, Mutant, wrong
 from backhand.verify.scaffold import Op
 
@@ -43,7 +43,7 @@ def _cases(op: Op) -> tuple[Case, ...]:
     )
 
 
-def _sigmoid(s: SiLUSaved) -> Tensor:
+def _sigmoid(s: InputSaved) -> Tensor:
     return torch.sigmoid(s.x)
 
 
