@@ -36,7 +36,6 @@ Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch'
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -108,16 +107,10 @@ def attention_forward(
     if run is None:
         log_sum_exp = grouped_forward((q, k, v), runs, scores, output)
         return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scores)
-    saved = AttentionSaved(q, k, v, output, _none(torch.promote_types(q.dtype, torch.float32)), runs, scores)
+    saved = AttentionSaved(q, k, v, output, torch.empty(0, dtype=torch.float32), runs, scores)
     problem, _held = _problem(saved)
     _check(run(*_heads(q, k, v, output), *problem))
     return output, saved
-
-
-@cache
-def _none(dtype: torch.dtype) -> Tensor:
-    """The log-sum-exp of nothing."""
-    return torch.empty(0, dtype=dtype)
 
 
 def attention_backward(
