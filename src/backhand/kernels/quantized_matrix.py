@@ -64,10 +64,7 @@ class QuantizedMatrix:
         device: where products run; the blocks stay in the processor's memory.
 
     Attributes:
-        parts: as given.
         shape: (out, in).
-        dtype: as given.
-        device: as given.
 
     Raises:
         ValueError: rows of different lengths.

@@ -91,11 +91,7 @@ def end_backward(
     saved = GLUSaved(kept.gate, _own_input(context), config.activation)
     p, _ = glu_forward(saved.gate, saved.up, saved.activation)
     d_p = group_backward(
-        d_projected,
-        p,
-        weights.per_layer_projection,
-        projection_adapter,
-        kept.h_projection,
+        *(d_projected, p, weights.per_layer_projection, projection_adapter, kept.h_projection),
         input_gradient=lowest_group < PER_LAYER_PROJECTION,
     )
     if d_p is None:
@@ -107,11 +103,7 @@ def end_backward(
         else:
             into[:, context.number].zero_().index_copy_(0, context.wanted, grads.d_up)
     d_x2 = group_backward(
-        grads.d_gate.contiguous(),
-        kept.x2,
-        weights.per_layer_gate,
-        gate_adapter,
-        kept.h_gate,
+        *(grads.d_gate.contiguous(), kept.x2, weights.per_layer_gate, gate_adapter, kept.h_gate),
         input_gradient=lowest_group < PER_LAYER_GATE,
     )
     return None if d_x2 is None else d_x2.add_(d_x3)

@@ -26,12 +26,12 @@ from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
-from backhand.ops.dora import dora_backward, dora_forward, dora_norm
+from backhand.ops.dora import DoRASaved, dora_backward, dora_forward, dora_norm
 from backhand.ops.embedding import EmbeddingSaved, embedding_backward
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.logits_rule import LogitsRule, ruled, ruled_backward
-from backhand.ops.lora_embedding import lora_embedding_backward, lora_embedding_forward
+from backhand.ops.lora_embedding import LoRAEmbeddingSaved, lora_embedding_backward, lora_embedding_forward
 from backhand.ops.token_rows import TokenEmbeddingSaved, token_embedding_backward, token_places, without_padding
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
@@ -91,12 +91,20 @@ def adapted_rows(ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: 
         table: (vocab, hidden).
         lora: the adapter, with factors for the embedding.
     """
+    return _embedded(ids, table, config, lora)[0]
+
+
+def _embedded(
+    ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters
+) -> tuple[Tensor, LoRAEmbeddingSaved, DoRASaved | None]:
+    """The same, and what the backward of its factors needs, and of DoRA where there is any."""
     slot = lora.slots[EMBEDDING]
     factors = lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING)
-    x, _ = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
-    if slot.use_dora:
-        x, _ = dora_forward(x, *_magnitude(table, lora, slot))
-    return x
+    z, saved = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
+    if not slot.use_dora:
+        return z, saved, None
+    x, rescaled = dora_forward(z, *_magnitude(table, lora, slot))
+    return x, saved, rescaled
 
 
 def _magnitude(table: FrozenMatrix, lora: LoRAParameters, slot: LoRASlot) -> tuple[Tensor, Tensor]:
@@ -115,7 +123,14 @@ def embedding_gradients(
         ids: as in `adapted_rows`, and so are those that follow.
     """
     if EMBEDDING in lora:
-        _factors_backward(d_x, ids, table, config, lora)
+        _, saved_factors, rescaled = _embedded(ids, table, config, lora)
+        d_z = d_x
+        if rescaled is not None:
+            d_z, d_magnitude = dora_backward(d_x, rescaled)
+            lora.gradient(f"{EMBEDDING}.lora_magnitude").add_(d_magnitude)
+        of_factors = lora_embedding_backward(d_z, saved_factors)
+        lora.d_lora_A(EMBEDDING).add_(of_factors.d_lora_A)
+        lora.d_lora_B(EMBEDDING).add_(of_factors.d_lora_B)
     if f"{EMBEDDING}.weight" in lora.trained:
         if config.padding_id is not None:
             d_x = d_x.masked_fill((ids == config.padding_id)[:, None], 0.0)
@@ -127,22 +142,6 @@ def embedding_gradients(
         saved = TokenEmbeddingSaved(token_places(ids, token_ids), len(token_ids))
         saved = without_padding(saved, ids, config.padding_id)
         lora.gradient(rows).add_(token_embedding_backward(d_x, saved).d_token_rows)
-
-
-def _factors_backward(
-    d_x: Tensor, ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters
-) -> None:
-    slot = lora.slots[EMBEDDING]
-    factors = lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING)
-    z, saved = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
-    if slot.use_dora:
-        _, rescaled = dora_forward(z, *_magnitude(table, lora, slot))
-        dora = dora_backward(d_x, rescaled)
-        lora.gradient(f"{EMBEDDING}.lora_magnitude").add_(dora.d_magnitude)
-        d_x = dora.d_z
-    grads = lora_embedding_backward(d_x, saved)
-    lora.d_lora_A(EMBEDDING).add_(grads.d_lora_A)
-    lora.d_lora_B(EMBEDDING).add_(grads.d_lora_B)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

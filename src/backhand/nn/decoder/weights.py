@@ -8,7 +8,7 @@ quantized (`ops.frozen_matrix`); norms and biases are always tensors in the comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -362,16 +362,10 @@ class TrainedWeights:
 
     def block(self, layer: int, block: BlockWeights) -> BlockWeights:
         """One block's weights with the adapter's own in their place; `block` itself where it trains none of them."""
-        prefix = f"model.layers.{layer}."
-        own = [name for name in self._lora.trained if name.startswith(prefix)]
-        if not own:
-            return block
-        trained = {name.removeprefix(prefix): self._lora.compute(name) for name in own}
-        return self._block(self._config.layers[layer], block, trained)
-
-    def _block(self, layer: LayerConfig, block: BlockWeights, trained: Mapping[str, Tensor]) -> BlockWeights:
+        lora, prefix = self._lora, f"model.layers.{layer}."
+        trained = {name.removeprefix(prefix): lora.compute(name) for name in lora.trained if name.startswith(prefix)}
         changes: dict[str, Tensor] = {}
-        for part in _parts(self._config, layer):
+        for part in _parts(self._config, self._config.layers[layer]) if trained else ():
             if len(part.names) == 1 and part.names[0] in trained:
                 changes[part.field] = trained[part.names[0]]
             elif any(name in trained for name in part.names):
@@ -379,7 +373,7 @@ class TrainedWeights:
                 changes[part.field] = torch.cat(
                     [trained[name] if name in trained else frozen_dense(view) for name, view in members]
                 )
-        return replace(block, **changes)
+        return replace(block, **changes) if trained else block
 
     def _with_rows(self) -> Tensor:
         """The embedding table with the trained rows in it; one copy, kept."""
