@@ -115,7 +115,6 @@ def _own_input(context: BlockContext) -> Tensor:
     return own.contiguous() if context.wanted is None else own.index_select(0, context.wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Before the first block.
 
 

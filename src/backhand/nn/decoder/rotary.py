@@ -263,7 +263,6 @@ def _longrope_attention_factor(parameters: ConfigFields, length: int, max_positi
     return parameters.number("attention_factor", implied)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Inverse frequencies of the rotary embedding, with the scaling rules of long-context models.
 #
 #     f_j = theta^(-2j / head_dim),   j = 0 … head_dim/2 - 1        [arXiv:2104.09864, §3.2.2]

@@ -76,7 +76,6 @@ def trained_by(lora: LoRAParameters | None, config: DecoderConfig) -> Trained:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The embedding: with low-rank factors (`ops.lora_embedding`, perhaps with DoRA's magnitude, `ops.dora`), or trained
 # itself, in full (`ops.embedding`) or in single rows (`ops.token_rows`). The row of the padding token is read but not
 # trained, as torch and so PEFT have it. Nothing is kept for backward but the ids: what it needs is as large as one
@@ -144,7 +143,6 @@ def embedding_gradients(
         lora.gradient(rows).add_(token_embedding_backward(d_x, saved).d_token_rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The head where more is trained in it than plain LoRA factors: loss and gradients, chunk of rows by chunk.
 #
 #     Z = head(X),   L = Σ_i cross-entropy(rule(Z)_i, t_i)

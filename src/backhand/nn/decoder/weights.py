@@ -324,7 +324,6 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The decoder's weights as an adapter has them: whole tensors it trains, and trained rows of the embedding, in place.
 #
 # A tensor that stands alone (a norm, the head, the embedding) is the adapter's own in the compute dtype, without a

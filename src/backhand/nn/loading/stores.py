@@ -92,9 +92,6 @@ def models_on_this_machine(places: tuple[Path, ...] = (), note: Callable[[str], 
             note(f"the models of {store} cannot all be listed: {short_reason(error)}")
 
 
-# ---- Ollama --------------------------------------------------------------------------------------------------------
-
-
 def _in_ollama() -> Iterator[StoredModel]:
     for manifest, name in _ollama_manifests():
         try:
@@ -204,9 +201,6 @@ def _layers(manifest: Path) -> list[dict[str, Any]]:
     return layers
 
 
-# ---- LM Studio and llama.cpp ---------------------------------------------------------------------------------------
-
-
 def _lm_studio_home(note: Callable[[str], None]) -> Path:
     """Its folder of models: where the pointer leads, or where it usually is; `note` is told of a wrong pointer."""
     pointer = Path("~/.lmstudio-home-pointer").expanduser()
@@ -255,9 +249,6 @@ def _in_llama_cache() -> Iterator[StoredModel]:
     stated, caches = os.environ.get("LLAMA_CACHE"), os.environ.get("XDG_CACHE_HOME", "~/.cache")
     for file in _gguf_files(Path(stated) if stated else Path(caches).expanduser() / "llama.cpp"):
         yield StoredModel(str(file), file, "llama.cpp")
-
-
-# ---- folders -------------------------------------------------------------------------------------------------------
 
 
 def _in_hugging_face_cache() -> Iterator[StoredModel]:
