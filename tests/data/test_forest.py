@@ -14,6 +14,7 @@ from backhand.data import packing
 from backhand.data.examples import Example
 from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, filled_up, pack, trained_length
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.verify.reference_decoder import apart
 
 
 def example(ids: list[int], supervised: list[int]) -> Example:
@@ -146,7 +147,7 @@ def test_packing_a_forest_leaves_every_document_as_it_is(rows: list[Example], le
     assert found == documents_of(each)
     assert all(length >= 1 for length in once.lengths)
     assert once.supervised_tokens == each.supervised_tokens == sum(row.supervised_tokens for row in rows)
-    whole = once.whole()
+    whole = apart(once)
     assert documents_of(whole)[: len(rows)] == found
 
 

@@ -13,6 +13,7 @@ from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.attention import attention_backward, attention_forward
+from backhand.ops.attention_blocks import Scores
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.frozen_matrix import frozen_linear
 from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
@@ -354,7 +355,7 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
 
     def compute(cast):
         q, k, v = cast(qkv).split([heads, kv_heads, kv_heads], dim=1)
-        y, saved = attention_forward(q, k, v, runs, 0.2, window)
+        y, saved = attention_forward(q, k, v, runs, Scores(0.2, window))
         return y, *attention_backward(cast(d_y), saved)
 
     return compute
@@ -391,7 +392,7 @@ def test_attention_writes_nothing_but_its_results(build):
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, d_y = (gapped((35, heads, 24), dtype, seed) for seed, heads in enumerate((4, 2, 2, 4)))
         out = gapped((35, 8, 24), dtype, 5)
-        _, saved = attention_forward(q, k, v, document_runs((30, 5)), 0.2)
+        _, saved = attention_forward(q, k, v, document_runs((30, 5)), Scores(0.2))
         attention_backward(d_y, saved, out=out)
         assert marks_intact(out)
 

@@ -19,6 +19,7 @@ from backhand.nn.decoder.weights import dense_views, empty_weights, module_shape
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops import lora_group
 from backhand.ops.attention import attention_backward, attention_forward, gives_output_again
+from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import Run
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_gradients, group_input_gradient
 from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, multiplier
@@ -120,7 +121,7 @@ def attended(dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """What attention saved, its output, and a gradient of it."""
     generator = torch.Generator().manual_seed(4)
     q, k, v, d_y = (torch.randn(23, heads, 8, generator=generator).to(dtype) for heads in (4, 2, 2, 4))
-    y, saved = attention_forward(q, k, v, RUNS, 0.3)
+    y, saved = attention_forward(q, k, v, RUNS, Scores(0.3))
     return saved, y, d_y
 
 

@@ -48,10 +48,11 @@ def test_sinks_copy_no_scores(passes: str, window: int | None) -> None:
     q, k = torch.randn(1, 320, 8, 16), torch.randn(1, 1300, 4, 16)
 
     def held(sinks: torch.Tensor | None) -> int:
-        _, saved = attention_blocks.attention_blocks_forward(q, k, k, 0.25, window, None, sinks)
+        scores = attention_blocks.Scores(0.25, window, sinks=sinks)
+        _, saved = attention_blocks.attention_blocks_forward(q, k, k, scores)
         if passes == "backward":
             return held_at_most(lambda: attention_blocks.attention_blocks_backward(q, saved))
-        return held_at_most(lambda: attention_blocks.attention_blocks_forward(q, k, k, 0.25, window, None, sinks))
+        return held_at_most(lambda: attention_blocks.attention_blocks_forward(q, k, k, scores))
 
     assert held(torch.randn(8)) <= 1.1 * held(None)
 
@@ -63,11 +64,12 @@ def test_a_long_prompt_forms_few_scores_at_once() -> None:
     kept = [tensor.numel() * 4 for tensor in (q, k, v)]
 
     def attend() -> None:
-        found[:] = [attention_blocks.attention_blocks_forward(q, k, v, 0.3, sinks=sinks)[0]]
+        found[:] = [attention_blocks.attention_blocks_forward(q, k, v, attention_blocks.Scores(0.3, sinks=sinks))[0]]
 
     held = held_at_most(attend)
     of_one_head = 160 * 2 * 20_001 * 4
     assert attention_blocks.SCORES_BYTES // of_one_head == 2
     assert held < 2 * 2 * of_one_head + 3 * sum(kept)
-    wanted = attention_blocks.attention_blocks_reference(q.double(), k.double(), v.double(), 0.3, sinks=sinks.double())
+    scores = attention_blocks.Scores(0.3, sinks=sinks.double())
+    wanted = attention_blocks.attention_blocks_reference(q.double(), k.double(), v.double(), scores)
     assert float((found[0].double() - wanted).norm() / wanted.norm()) < 1e-6

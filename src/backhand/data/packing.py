@@ -4,7 +4,8 @@
 
 A row is a number here, the index of an `Example` in a list. An `Example` is one document as token ids, each supervised
 or not; a pair is two documents, which always stand in one micro-batch. (`data.examples` makes them before the first
-step; a conversation may become several.)
+step; a conversation may become several.) A step reads a document as it is stored, the ids that are supervised as ~id
+(`data.stored_examples`).
 """
 
 from __future__ import annotations
@@ -40,21 +41,26 @@ def pack(examples: Iterable[Example], *, share: bool = False, device: torch.devi
         input_ids and labels (tokens,) int64, and the segments that the documents consist of.
     """
     documents = list(examples)
-    forest = _forest(documents, [trained_length(document) for document in documents], share=share)
-    ids = [np.zeros(0, dtype=np.int64)]
-    labels = [np.zeros(0, dtype=np.int64)]
-    for number, begin, end in forest.sources:
-        example = documents[number]
-        ids.append(example.input_ids[begin:end].astype(np.int64))
-        targets = example.input_ids[begin + 1 : end + 1].astype(np.int64)
-        labels.append(np.where(example.supervised[begin + 1 : end + 1], targets, IGNORE_INDEX))
-    return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(ids)).to(device),
-        labels=torch.from_numpy(np.concatenate(labels)).to(device),
-        lengths=forest.lengths,
-        parents=forest.parents,
-        documents=forest.ends,
+    written = [np.where(one.supervised, ~one.input_ids, one.input_ids) for one in documents]
+    return _joined(written, _forest(written, [trained_length(one) for one in documents], share=share), device)
+
+
+def _joined(documents: Sequence[Written], forest: Forest, device: torch.device | str) -> PackedBatch:
+    parts = [_inputs_and_labels(documents[number][begin : end + 1]) for number, begin, end in forest.sources]
+    ids, labels = (
+        torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *each])).to(device)
+        for each in (zip(*parts, strict=True) if parts else ((), ()))
     )
+    return PackedBatch(ids, labels, forest.lengths, forest.parents, forest.ends)
+
+
+def _inputs_and_labels(written: Written) -> tuple[Written, Written]:
+    """(positions,) each, of one token more: the label of a position is the next token, where that is supervised."""
+    return _ids(written[:-1]), np.where(written[1:] < 0, ~written[1:], IGNORE_INDEX)
+
+
+def _ids(written: Written) -> Written:
+    return np.where(written < 0, ~written, written)
 
 
 def trained_length(example: Example) -> int:
@@ -64,6 +70,8 @@ def trained_length(example: Example) -> int:
 
 
 Lengths = Sequence[int] | npt.NDArray[np.int64]
+Written = npt.NDArray[np.int32]
+"""Tokens as `StoredExamples` has them."""
 
 
 def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None) -> list[list[int]]:
@@ -109,7 +117,7 @@ class Forest(NamedTuple):
     sources: list[tuple[int, int, int]]
 
 
-def _forest(documents: Sequence[Example], lengths: Sequence[int], *, share: bool) -> Forest:
+def _forest(documents: Sequence[Written], lengths: Sequence[int], *, share: bool) -> Forest:
     """Documents of so many positions each: sorted, so that those that begin alike are neighbours, then divided.
 
     A beginning of some neighbours is a segment where it saves `MIN_SAVED_TOKENS`: its own tokens, behind those of the
@@ -122,7 +130,7 @@ def _forest(documents: Sequence[Example], lengths: Sequence[int], *, share: bool
     parents = [-1] * len(found)
     end_of = {number: place for place, number in enumerate(alone)}
     for group in together:
-        order = sorted(group, key=lambda number: _as_bytes(documents[number], lengths[number]))
+        order = sorted(group, key=lambda number: _as_bytes(documents[number][: lengths[number] + 1]))
         pairs = itertools.pairwise(order)
         common = [0, *(_common_positions(documents[a], documents[b], min(lengths[a], lengths[b])) for a, b in pairs)]
         waiting = [(0, len(order), 0, -1)]  # of `order` from … to, who have so many positions in segments up to one
@@ -142,24 +150,33 @@ def _forest(documents: Sequence[Example], lengths: Sequence[int], *, share: bool
     return _in_order(found, parents, [end_of.get(number, -1) for number in range(len(documents))])
 
 
-def _alike(documents: Sequence[Example], there: Sequence[int]) -> list[list[int]]:
+def _alike(documents: Sequence[Written], there: Sequence[int]) -> list[list[int]]:
     """Those of several that begin with the same tokens, so many as they need to have in common to share any."""
     if len(there) < 2:
         return []
     needed = -(-MIN_SAVED_TOKENS // (len(there) - 1))
     groups: dict[bytes, list[int]] = {}
     for number in there:
-        groups.setdefault(documents[number].input_ids[:needed].tobytes(), []).append(number)
+        groups.setdefault(_ids(documents[number][:needed]).tobytes(), []).append(number)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _common_positions(one: Example, other: Example, most: int) -> int:
+def _as_bytes(written: Written) -> bytes:
+    """Token and label of each position: documents that begin alike do so here, and sort together."""
+    return np.stack(_inputs_and_labels(written), axis=1).tobytes()
+
+
+def _common_positions(one: Written, other: Written, most: int) -> int:
     """How many positions of two documents, at most so many, have the same tokens and labels."""
-    ids, others = one.input_ids[: most + 1], other.input_ids[: most + 1]
-    supervised, too = one.supervised[1 : most + 1], other.supervised[1 : most + 1]
-    different = ids != others
-    parting = different[:-1] | (supervised != too) | (different[1:] & supervised)
+    parting = _parting(one[: most + 1], other[: most + 1])
     return int(parting.argmax()) if parting.any() else most
+
+
+def _parting(one: Written, other: Written) -> npt.NDArray[np.bool_]:
+    """(…, positions) of (…, positions + 1): where tokens differ, or labels, of which one is there at least."""
+    labelled = (one != other) & ((one < 0) | (other < 0))
+    parting: npt.NDArray[np.bool_] = (_ids(one) != _ids(other))[..., :-1] | labelled[..., 1:]
+    return parting
 
 
 def _in_order(found: list[tuple[int, int, int]], parents: list[int], ends: list[int]) -> Forest:
@@ -208,6 +225,7 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("trained").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
+        self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
         self._starts: npt.NDArray[np.int64] | None = None  # of each row's documents, where rows have several
         if (pairs := examples.pairs).any():
             self.by_document = whole = RowPacker(examples.documents, share_prefixes=share_prefixes)
@@ -227,15 +245,18 @@ class RowPacker:
 
         The batch's documents are those of `documents`, in their order.
         """
-        examples = self.by_document.examples
-        documents = [examples[place] for place in self.documents(rows)]
-        return filled_up(pack(documents, share=self._share_prefixes, device=device))
+        return filled_up(_joined(self._written(rows), self.forest(rows), device))
 
     def forest(self, rows: Sequence[int]) -> Forest:
         """The segments of these rows' micro-batch, without a filler."""
-        places, whole = self.documents(rows), self.by_document
-        lengths = [int(whole.lengths[place]) for place in places]
-        return _forest([whole.examples[place] for place in places], lengths, share=self._share_prefixes)
+        lengths = [int(self.by_document.lengths[place]) for place in self.documents(rows)]
+        return _forest(self._written(rows), lengths, share=self._share_prefixes)
+
+    def _written(self, rows: Iterable[int]) -> list[Written]:
+        """The tokens of these rows' documents."""
+        whole = self.by_document
+        spans = [(int(whole._begins[place]), int(whole._sizes[place])) for place in self.documents(rows)]
+        return [whole.examples.tokens[begin : begin + size] for begin, size in spans]
 
     @cached_property
     def common(self) -> int:
@@ -243,16 +264,13 @@ class RowPacker:
         whole = self.by_document
         if not self._share_prefixes or len(whole.lengths) < 2:
             return 0
-        begins, tokens = whole.examples.column("begin"), whole.examples.tokens
+        begins, tokens = whole._begins, whole.examples.tokens
         common = int(whole.lengths.min())
         if not common:
             return 0
         for some in np.array_split(begins, -(-len(begins) * (common + 1) // _AT_ONCE)):
-            # Tokens as they are stored, so that those whose labels differ are different.
-            written = tokens[some[:, None] + np.arange(common + 1)]
-            first = tokens[begins[0] : begins[0] + common + 1]
-            ids = np.where(written < 0, ~written, written) != np.where(first < 0, ~first, first)
-            parting = ids[:, :-1] | (written != first)[:, 1:] & ((written < 0) | (first < 0))[:, 1:]
+            reach = np.arange(common + 1)
+            parting = _parting(tokens[some[:, None] + reach], tokens[begins[0] + reach])
             common = int(parting.any(0).argmax()) if parting.any() else common
         return common if common * (len(whole.lengths) - 1) >= MIN_SAVED_TOKENS else 0
 
@@ -267,12 +285,6 @@ class RowPacker:
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens of these rows, each counted as often as it is trained on."""
         return sum(int(self.lengths[row]) for row in rows)
-
-
-def _as_bytes(document: Example, positions: int) -> bytes:
-    """Token and label of each of its first positions: documents that begin alike do so here, and sort together."""
-    ids, supervised = document.input_ids[: positions + 1], document.supervised[1 : positions + 1]
-    return np.stack((ids[:-1], np.where(supervised, ids[1:], IGNORE_INDEX)), axis=1).tobytes()
 
 
 def filled_up(batch: PackedBatch) -> PackedBatch:

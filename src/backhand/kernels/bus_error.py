@@ -73,7 +73,6 @@ def _text(path: str, why: str) -> bytes:
     return f"\nerror: {error}\n".encode(errors="replace")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Without the compiled library.
 
 

@@ -23,9 +23,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _TYPES = Declared("backhand_dequantize_types", POINTER, INT, result=INT)
 _DEQUANTIZE = Declared(
-    "backhand_dequantize",
-    *(INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT),
-    result=INT,
+    "backhand_dequantize", *(INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT), result=INT
 )
 
 # Values that the gguf package is given at a time: its intermediate results stay in the processor's cache.

@@ -64,10 +64,7 @@ class QuantizedMatrix:
         device: where products run; the blocks stay in the processor's memory.
 
     Attributes:
-        parts: as given.
         shape: (out, in).
-        dtype: as given.
-        device: as given.
 
     Raises:
         ValueError: rows of different lengths.
@@ -87,11 +84,6 @@ class QuantizedMatrix:
     def stored_bytes(self) -> int:
         """Bytes of its blocks."""
         return sum(part.row_count * int(part.blocks.shape[1]) for part in self.parts)
-
-    @property
-    def block_columns(self) -> int:
-        """The smallest number of columns that is whole blocks in every part."""
-        return max(block_shape(part.type_id)[0] for part in self.parts)
 
     def rows_into(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Write rows start to stop into `out`, (stop - start, in), and return it."""
@@ -145,10 +137,9 @@ class QuantizedMatrix:
         ]
         return QuantizedMatrix(parts or [self.parts[0].part(0, 0)], self.dtype, self.device)
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All of it, (out, in), in another dtype if one is given: the stored numbers rounded once."""
-        out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
-        return self.rows_into(0, self.shape[0], out)
+    def dense(self) -> Tensor:
+        """All of it, (out, in)."""
+        return self.rows_into(0, self.shape[0], torch.empty(self.shape, dtype=self.dtype, device=self.device))
 
     @cached_property
     def table(self) -> list[int] | None:

@@ -121,11 +121,8 @@ class PackedBatch:
         for number in reversed(range(len(self.parents))):
             if self.parents[number] >= 0:
                 reach[self.parents[number]] = max(reach[self.parents[number]], reach[number])
-        return (
-            torch.tensor(reach, dtype=torch.int64)
-            .repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
-            .to(self.input_ids.device)
-        )
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.tensor(reach, dtype=torch.int64).repeat_interleave(lengths).to(self.input_ids.device)
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
@@ -156,17 +153,6 @@ class PackedBatch:
         total = values.new_zeros(self.supervised_positions.shape, dtype=torch.float64)
         return total.index_add_(0, self._of_documents[0], values.double()).to(values.dtype)
 
-    def whole(self) -> PackedBatch:
-        """The same documents, each by itself."""
-        if not self.parents and self.ends == tuple(range(len(self.lengths))):
-            return self
-        paths = [self.path(end) for end in self.ends]
-        starts = self.starts
-        places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
-        chosen = torch.tensor(places, dtype=torch.int64, device=self.input_ids.device)
-        lengths = tuple(sum(self.lengths[one] for one in path) for path in paths)
-        return PackedBatch(self.input_ids[chosen], self.labels[chosen], lengths)
-
     @cached_property
     def weights(self) -> Tensor | None:
         """(supervised positions,) float64: in how many documents each counts; None where each counts once."""
@@ -174,6 +160,13 @@ class PackedBatch:
             return None
         weights = self.at_positions(torch.ones(self.supervised_tokens, dtype=torch.float64, device=self.labels.device))
         return None if bool((weights == 1).all()) else weights
+
+    def loss_multiplier(self, loss_scaling: float, dtype: torch.dtype) -> float | Tensor:
+        """What multiplies the nats of supervised positions: of all, or (supervised positions,) in float32 or wider."""
+        weights = self.weights
+        return (
+            loss_scaling if weights is None else (loss_scaling * weights).to(torch.promote_types(dtype, torch.float32))
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""

@@ -26,57 +26,31 @@ softmax's sum, of a key that has no value. Then
 as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS); so every formula above holds with this P, whose rows add up to
 1 - e^(σ - ℓ'), and δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Alone, a query's own key has a gradient through it.
 
-Two ways to carry this out, for one group of documents after another (`document_groups`):
-- by blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ;
-- by torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with
-  nothing before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
-  float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32
-  products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
-  take the short ones too.
-
-Where the compiled library has its kernel (native/attention.cpp), that takes all documents at once instead, keeps no ℓ,
-and multiplies bfloat16 by the processor's own pairwise products where it has them. It has no use for O in the backward
-either, δ being a sum over P and ∂L/∂P: whoever wants O there for something else gets it once more from P V, for one
-product in six, and need not keep it (`gives_output_again`).
+The kernel (native/attention.cpp) takes all documents at once, keeps no ℓ, and multiplies bfloat16 by the processor's
+own pairwise products where it has them. It has no use for O in the backward either, δ being a sum over P and ∂L/∂P:
+whoever wants O there for something else gets it once more from P V, for one product in six, and need not keep it
+(`gives_output_again`). In torch's form (`attention_groups`) documents of about one length are attended together.
 
 Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch's kernels attended.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, segment_table
-from backhand.ops.attention_blocks import (
-    AttentionBlocksGrads,
-    AttentionBlocksSaved,
-    attention_blocks_backward,
-    attention_blocks_forward,
-)
-from backhand.ops.document_groups import (
-    Run,
-    continued_end,
-    groups,
-    keys_of,
-    segments,
-    set_keys,
-    set_part,
-    takes_blocks,
-    together,
-)
+from backhand.ops.attention_blocks import Scores
+from backhand.ops.attention_groups import grouped_backward, grouped_forward
+from backhand.ops.document_groups import Run, segments
 
 _HEADS = (POINTER, INT64, INT64)
 _PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
 _FORWARD = Declared("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
 _BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
 _NOWHERE = (0, 0, 0)
-
-_forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class AttentionSaved(NamedTuple):
@@ -92,15 +66,7 @@ class AttentionSaved(NamedTuple):
     output: Tensor | None
     log_sum_exp: Tensor
     runs: tuple[Run, ...]
-    scaling: float
-    window: int | None
-    cap: float | None = None
-    sinks: Tensor | None = None
-
-    @property
-    def known_to_kernels(self) -> bool:
-        """Whether torch's kernels can attend: they know neither a cap nor sinks."""
-        return self.cap is None and self.sinks is None
+    scores: Scores
 
 
 class AttentionGrads(NamedTuple):
@@ -121,16 +87,7 @@ def gives_output_again(q: Tensor, cap: float | None = None) -> bool:
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    runs: tuple[Run, ...],
-    scaling: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scores: Scores, *, out: Tensor | None = None
 ) -> tuple[Tensor, AttentionSaved]:
     """Attend within each document.
 
@@ -139,50 +96,21 @@ def attention_forward(
         k: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
         v: of k's shape.
         runs: the segments of all documents, covering all tokens, each behind those it continues.
-        scaling: c, the multiplier of query-key products.
-        window: a query sees itself and window - 1 tokens before it; None for all before it.
-        cap: κ, which no score exceeds, or None.
-        sinks: σ, (heads,), frozen, or None.
+        scores: c, the window, κ and σ.
         out: of q's shape and dtype, to receive the output, or None.
 
     Returns:
         output (tokens, heads, head_dim) in q's dtype, and what backward needs.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    saved = AttentionSaved(q, k, v, output, _none(wide, q.device), runs, scaling, window, cap, sinks)
-    run = loop(_FORWARD, q, k, v) if cap is None else None
-    if run is not None:
-        problem, _held = _problem(saved)
-        _check(run(*_heads(q, k, v, output), *problem))
-        return output, saved
-    kernels = saved.known_to_kernels
-    attended_together = groups(runs, q, kernels)
-    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, kernels))
-    log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
-    filled = 0
-    for group in attended_together:
-        q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
-        if takes_blocks(q, group, kernels):
-            in_place = together(output, group) if group.places is None else None
-            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scaling, window, cap, sinks, out=in_place)
-            if in_place is None:
-                set_part(attended, group, output)
-            continue
-        mask = _window_mask(group.length, window, wide, q.device)
-        attended, lse = _forward_kernel(
-            *_for_kernel(q_group, k_group, v_group), 0.0, mask is None, attn_mask=mask, scale=scaling
-        )
-        set_part(attended.transpose(1, 2), group, output)
-        log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
-        filled += lse.numel()
-    return output, saved._replace(log_sum_exp=log_sum_exp)
-
-
-@cache
-def _none(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The log-sum-exp of nothing."""
-    return torch.empty(0, dtype=dtype, device=device)
+    run = loop(_FORWARD, q, k, v) if scores.cap is None else None
+    if run is None:
+        log_sum_exp = grouped_forward((q, k, v), runs, scores, output)
+        return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scores)
+    saved = AttentionSaved(q, k, v, output, torch.empty(0, dtype=torch.float32), runs, scores)
+    problem, _held = _problem(saved)
+    _check(run(*_heads(q, k, v, output), *problem))
+    return output, saved
 
 
 def attention_backward(
@@ -195,12 +123,12 @@ def attention_backward(
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
         again: (tokens, heads, head_dim) to receive O, or None.
     """
-    q, k, v, output, log_sum_exp, runs, scaling, window, cap, sinks = saved
+    q, k, v, output, log_sum_exp, runs, scores = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
-    run = loop(_BACKWARD, q, k, v, d_y, out, again) if cap is None else None
+    run = loop(_BACKWARD, q, k, v, d_y, out, again) if scores.cap is None else None
     if run is not None:
         once_more = _NOWHERE if again is None else _heads(again)
         problem, _held = _problem(saved)
@@ -208,39 +136,9 @@ def attention_backward(
         return grads
     if again is not None:
         if output is None:
-            output, _ = attention_forward(q, k, v, runs, scaling, window, cap, sinks)
+            output, _ = attention_forward(q, k, v, runs, scores)
         again.copy_(output)
-    # What segments add to the gradients of those before them; rounded once.
-    wide, continued = torch.promote_types(q.dtype, torch.float32), continued_end(runs)
-    shares_k, shares_v = (torch.zeros(continued, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
-    filled = 0
-    # Attended by the kernel, which keeps none: blocks need none either.
-    no_log_sum_exp = log_sum_exp.numel() == 0
-    kernels = saved.known_to_kernels
-    for group in groups(runs, q, kernels):
-        q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
-        g_group = together(d_y, group, zero_behind=True)
-        if no_log_sum_exp or takes_blocks(q, group, kernels):
-            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scaling, window, cap, sinks)
-            in_place = None
-            if group.places is None and group.keys is None:
-                in_place = AttentionBlocksGrads(*(together(gradient, group) for gradient in grads))
-            results = attention_blocks_backward(g_group, in_blocks, out=in_place)
-            if in_place is None:
-                set_part(results.d_q, group, grads.d_q)
-                set_keys(results.d_k, group, grads.d_k, shares_k)
-                set_keys(results.d_v, group, grads.d_v, shares_v)
-            continue
-        lse = log_sum_exp[filled : filled + group.tokens * heads].view(group.documents, heads, group.length)
-        filled += lse.numel()
-        mask = _window_mask(group.length, window, lse.dtype, q.device)
-        assert output is not None  # where these kernels have attended, it is kept
-        operands = _for_kernel(g_group, q_group, k_group, v_group, together(output, group))
-        from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scaling)
-        for gradient, result in zip(grads, from_kernel, strict=True):
-            set_part(result.transpose(1, 2), group, gradient)
-    grads.d_k[:continued] += shares_k
-    grads.d_v[:continued] += shares_v
+    grouped_backward(d_y, (q, k, v), (output, log_sum_exp), runs, scores, grads)
     return grads
 
 
@@ -254,10 +152,10 @@ def _problem(saved: AttentionSaved) -> tuple[tuple[float | None, ...], Tensor | 
 
     Without a window, one that reaches further than any document.
     """
-    q, k, table = saved.q, saved.k, segment_table(saved.runs)
-    reach = q.shape[0] + 1 if saved.window is None else saved.window
-    sinks = None if saved.sinks is None else saved.sinks.to(torch.float64).contiguous()
-    sizes = (table.shape[1], q.shape[1], k.shape[1], q.shape[2], reach, saved.scaling)
+    q, k, table, (scaling, window, _, sinks) = saved.q, saved.k, segment_table(saved.runs), saved.scores
+    reach = q.shape[0] + 1 if window is None else window
+    sinks = None if sinks is None else sinks.to(torch.float64).contiguous()
+    sizes = (table.shape[1], q.shape[1], k.shape[1], q.shape[2], reach, scaling)
     return (table.data_ptr(), *sizes, None if sinks is None else sinks.data_ptr()), sinks
 
 
@@ -266,34 +164,9 @@ def _check(outcome: int) -> None:
         raise MemoryError("no memory for one document's attention")
 
 
-def _for_kernel(*documents: Tensor) -> list[Tensor]:
-    """As torch's kernels take them: float32 or wider, (documents, heads, length, head_dim)."""
-    wide = torch.float64 if documents[0].dtype == torch.float64 else torch.float32
-    # Cast before the axes are swapped: the copy then runs along memory.
-    return [x.to(wide).transpose(1, 2) for x in documents]
-
-
-def _window_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """M of one document, (length, length), where the window cuts something off; None where causality is all."""
-    if window is None or length <= window:
-        return None
-    positions = torch.arange(length, device=device)
-    distance = positions[:, None] - positions[None, :]
-    mask = torch.zeros(length, length, dtype=dtype, device=device)
-    return mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
-
-
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    runs: tuple[Run, ...],
-    scaling: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scores: Scores) -> Tensor:
     """The same output, segment by segment and head by head, with an explicit softmax over visible keys only."""
+    scaling, window, cap, sinks = scores
     documents = []
     group = q.shape[1] // k.shape[1]
     for (start, stop), before in segments(runs):
@@ -304,13 +177,13 @@ def attention_reference(
         visible = visible[len(before) :]
         heads = []
         for head in range(q.shape[1]):
-            scores = scaling * q[start:stop, head] @ k[seen, head // group].T
+            s = scaling * q[start:stop, head] @ k[seen, head // group].T
             if cap is not None:
-                scores = cap * (1 - 2 / (torch.exp(2 * scores / cap) + 1))
-            scores = scores.masked_fill(~visible, float("-inf"))
-            weights = torch.softmax(scores, dim=-1)
+                s = cap * (1 - 2 / (torch.exp(2 * s / cap) + 1))
+            s = s.masked_fill(~visible, float("-inf"))
+            weights = torch.softmax(s, dim=-1)
             if sinks is not None:
-                weights = weights / (1 + torch.exp(sinks[head] - torch.logsumexp(scores, dim=-1, keepdim=True)))
+                weights = weights / (1 + torch.exp(sinks[head] - torch.logsumexp(s, dim=-1, keepdim=True)))
             heads.append(weights @ v[seen, head // group])
         documents.append(torch.stack(heads, dim=1))
     return torch.cat(documents) if documents else q * 0

@@ -45,16 +45,27 @@ SCORES_BYTES = 64 << 20
 KEYS_A_SUM = 4096
 
 
+class Scores(NamedTuple):
+    """What decides how much a query sees of a key, beside both."""
+
+    scaling: float  # c, the multiplier of query-key products
+    window: int | None = None  # a query sees itself and window - 1 tokens before it; None for all before it
+    cap: float | None = None  # κ, which no score exceeds, or None
+    sinks: Tensor | None = None  # σ, (heads,), frozen, or None
+
+    @property
+    def known_to_kernels(self) -> bool:
+        """Whether torch's kernels can attend: they know neither a cap nor sinks."""
+        return self.cap is None and self.sinks is None
+
+
 class AttentionBlocksSaved(NamedTuple):
     """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); c, the window, κ and σ."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    scaling: float
-    window: int | None
-    cap: float | None = None
-    sinks: Tensor | None = None
+    scores: Scores
 
 
 class AttentionBlocksGrads(NamedTuple):
@@ -182,15 +193,7 @@ def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 
 
 def attention_blocks_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scaling: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, out: Tensor | None = None
 ) -> tuple[Tensor, AttentionBlocksSaved]:
     """Attend within each document.
 
@@ -198,16 +201,13 @@ def attention_blocks_forward(
         q: (documents, m, heads, head_dim), of the last m positions of documents of equal length.
         k: (documents, n, key/value heads, head_dim), n ≥ m.
         v: of k's shape.
-        scaling: c.
-        window: as in `attention_forward`.
-        cap: κ, or None where scores are not capped.
-        sinks: σ, (heads,), or None.
+        scores: c, the window, κ and σ.
         out: the shape of q, to receive O; a view is fine; or None.
 
     Returns:
         O in the shape of q, and what backward needs.
     """
-    kv_heads = k.shape[2]
+    kv_heads, (scaling, window, cap, sinks) = k.shape[2], scores
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
@@ -224,7 +224,7 @@ def attention_blocks_forward(
             del p  # before the next ones are there
         target = _by_group(out[:, part], kv_heads)
         target.copy_(output.view(target.shape))
-    return out, AttentionBlocksSaved(q, k, v, scaling, window, cap, sinks)
+    return out, AttentionBlocksSaved(q, k, v, scores)
 
 
 def attention_blocks_backward(
@@ -236,7 +236,7 @@ def attention_blocks_backward(
         d_y: ∂L/∂O.
         out: tensors (views are fine) to receive the gradients, or None.
     """
-    q, k, v, scaling, window, cap, sinks = saved
+    q, k, v, (scaling, window, cap, sinks) = saved
     kv_heads = k.shape[2]
     if out is None:
         out = AttentionBlocksGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
@@ -268,16 +268,9 @@ def attention_blocks_backward(
     return out
 
 
-def attention_blocks_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scaling: float,
-    window: int | None = None,
-    cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def attention_blocks_reference(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     """The same O, head by head, from the whole matrix of scores of all documents."""
+    scaling, window, cap, sinks = scores
     group, n = q.shape[2] // k.shape[2], k.shape[1]
     visible = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
     if window is not None:
@@ -285,12 +278,13 @@ def attention_blocks_reference(
     visible = visible[n - q.shape[1] :]
     heads = []
     for head in range(q.shape[2]):
-        scores = scaling * torch.einsum("dqc,dkc->dqk", q[:, :, head], k[:, :, head // group])
+        seen = scaling * torch.einsum("dqc,dkc->dqk", q[:, :, head], k[:, :, head // group])
         if cap is not None:
-            scores = cap * (1 - 2 / (torch.exp(2 * scores / cap) + 1))
-        weights = torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
+            seen = cap * (1 - 2 / (torch.exp(2 * seen / cap) + 1))
+        seen = seen.masked_fill(~visible, float("-inf"))
+        weights = torch.softmax(seen, dim=-1)
         if sinks is not None:
-            total = torch.logsumexp(scores.masked_fill(~visible, float("-inf")), dim=-1, keepdim=True)
+            total = torch.logsumexp(seen, dim=-1, keepdim=True)
             weights = weights / (1 + torch.exp(sinks[head] - total))
         heads.append(torch.einsum("dqk,dkc->dqc", weights, v[:, :, head // group]))
     return torch.stack(heads, dim=2)

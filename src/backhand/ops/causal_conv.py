@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, segment_table
+from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, matrix, segment_table
 from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
-from backhand.ops.elementwise import SiLUSaved, silu_backward
+from backhand.ops.elementwise import InputSaved, silu_backward
 
 _MATRIX = (POINTER, INT64)
 _PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
@@ -102,7 +102,7 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
         d_c = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device)
         for tile in _tiles(x, runs):
             c = _convolve(x, taps, tile, torch.empty_like(tile.of(x)))
-            tile.of(d_c).copy_(silu_backward(tile.of(d_y), SiLUSaved(c)).d_x)
+            tile.of(d_c).copy_(silu_backward(tile.of(d_y), InputSaved(c)).d_x)
     return CausalConvGrads(_convolve_back(d_c, taps, runs, out))
 
 
@@ -114,20 +114,19 @@ def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], y: Te
         taps: weight and bias.
         y: to receive the result.
     """
-    run = loop(_FORWARD, x, *taps, y)
-    if run is None or taps.weight.shape[1] > MOST_TAPS:
-        return False
-    run(mode, *_problem(x, taps, runs), y.data_ptr(), y.stride(0))
-    return True
+    return _applies(_FORWARD, mode, x, taps, runs, y)
 
 
 def compiled_conv_back(mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> bool:
     """Whether the kernel applied; d_x, of x's shape, is then filled. See `compiled_conv`."""
-    run = loop(_BACKWARD, d_y, x, *taps, d_x)
+    return _applies(_BACKWARD, mode, x, taps, runs, d_y, d_x)
+
+
+def _applies(declared: Declared, mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], *others: Tensor) -> bool:
+    run = loop(declared, x, *taps, *others)
     if run is None or taps.weight.shape[1] > MOST_TAPS:
         return False
-    places = (d_y.data_ptr(), d_y.stride(0), d_x.data_ptr(), d_x.stride(0))
-    run(mode, *_problem(x, taps, runs), *places)
+    run(mode, *_problem(x, taps, runs), *(number for other in others for number in matrix(other)))
     return True
 
 
@@ -135,7 +134,7 @@ def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[int | None, 
     """Input, taps and documents as the kernels take them."""
     (weight, bias), table = taps, segment_table(runs)
     return (
-        *(x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), None if bias is None else bias.data_ptr()),
+        *(*matrix(x), *matrix(weight), None if bias is None else bias.data_ptr()),
         *(table.data_ptr(), table.shape[1], *weight.shape),
     )
 

@@ -7,7 +7,8 @@ Backward. dℓ_i = ⟨softmax(Z_i) - onehot(t_i), dZ_i⟩, so with G = ∂L/∂�
 
 Softmax and losses are computed in float32 at least, whatever the dtype of the logits. Saved: softmax(Z) and the
 targets; the logits are not needed again. `linear_cross_entropy` computes the same without ever holding all logits, for
-a head that is frozen or has a plain adapter; this op is for chunks of any other head.
+a head that is frozen or has a plain adapter; this op is for chunks of any other head, and has its softmax in torch's
+form (`losses_in_place`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.embedding import sums_dtype
+from backhand.ops.logits_rule import capped
+
+# Elements of float32 softmax at a time: 6 MB, which the last-level cache holds beside the logits it is made from.
+SOFTMAX_ELEMENTS = 3 << 19
 
 
 class CrossEntropySaved(NamedTuple):
@@ -66,6 +71,25 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Cros
     log_sum = softmax_and_log_sum(logits, probabilities)
     losses = (log_sum - logits.gather(1, targets[:, None])).to(wide).squeeze(1)
     return losses, CrossEntropySaved(probabilities, targets, logits.dtype)
+
+
+def losses_in_place(logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None, *, gradient: bool) -> None:
+    """Write ℓ of a chunk of rows, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place.
+
+    Args:
+        cap: κ, by which the logits are capped first (`logits_rule`), or None.
+    """
+    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    wide = losses.dtype
+    probabilities = torch.empty(min(step, logits.shape[0]), logits.shape[1], dtype=wide, device=logits.device)
+    minus_one = torch.full((1, 1), -1.0, dtype=wide, device=logits.device)
+    for z, target, loss in zip(logits.split(step), targets[:, None].split(step), losses.split(step), strict=True):
+        p = probabilities[: z.shape[0]]
+        seen, tanh = (z, None) if cap is None else capped(z, cap)
+        loss.copy_((softmax_and_log_sum(seen, p) - seen.gather(1, target)).squeeze(1))
+        if gradient:
+            p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1))
+            z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
 
 
 def cross_entropy_backward(d_y: Tensor, saved: CrossEntropySaved) -> CrossEntropyGrads:

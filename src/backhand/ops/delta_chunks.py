@@ -294,11 +294,7 @@ def _scan_back(
 
 
 def _chunk_back(
-    g: Tensor,
-    chunk: _Chunk,
-    solved: _Solved,
-    state: Tensor | None,
-    d_following: Tensor | None,
+    g: Tensor, chunk: _Chunk, solved: _Solved, state: Tensor | None, d_following: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """[dQ; dK] (b, h, 2n, key width), dV, dg (b, h, r, n), dβ, and dS or None, by the module docstring.
 

@@ -12,7 +12,7 @@ g = m / c and G = ∂L/∂y, and c and b fixed, dy = g ⊙ dz + dm ⊙ z / c, he
 
 c is not read off V, which is never formed (`dora_norm`): with M = W Aᵀ (out, rank) and K = A Aᵀ (rank, rank),
     ‖W_o + s B_o A‖² = ‖W_o‖² + 2 s ⟨B_o, M_o⟩ + s² B_o K B_oᵀ
-in float32 at least. ‖W_o‖² does not change in training and may be given.
+in float32 at least.
 
 The sum over G ⊙ z runs in float32 at least. Saved: z, m and c; a caller that can compute z again may put it back.
 """
@@ -43,9 +43,7 @@ class DoRAGrads(NamedTuple):
     d_magnitude: Tensor
 
 
-def dora_norm(
-    weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float, weight_squares: Tensor | None = None
-) -> Tensor:
+def dora_norm(weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """c, (out,): the lengths of the rows of W + s B A, in float32 at least.
 
     Args:
@@ -53,15 +51,12 @@ def dora_norm(
         lora_A: (rank, in).
         lora_B: (out, rank).
         scaling: s.
-        weight_squares: (out,) from `row_squares`, if known.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    squares = row_squares(weight) if weight_squares is None else weight_squares.to(wide)
     crossed = torch.cat([tile.to(wide) @ lora_A.T for _, tile in frozen_tiles(weight)])
     crossed = 2 * scaling * crossed + scaling**2 * (lora_B @ (lora_A @ lora_A.T))
-    squares = squares + (lora_B * crossed).sum(1)
-    return squares.clamp_(min=0).sqrt_()
+    return (row_squares(weight) + (lora_B * crossed).sum(1)).clamp_(min=0).sqrt_()
 
 
 def row_squares(weight: FrozenMatrix) -> Tensor:

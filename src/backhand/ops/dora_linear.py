@@ -54,6 +54,14 @@ class DoRALinearGrads(NamedTuple):
     d_magnitude: Tensor
 
 
+class DoRAConstants(NamedTuple):
+    """What is neither trained nor an input: c (out,), from `dora.dora_norm`, s, and the dropout of what V sees."""
+
+    norm: Tensor
+    scaling: float
+    dropout: Dropout | None = None
+
+
 def dora_linear_forward(
     x: Tensor,
     weight: FrozenMatrix,
@@ -61,12 +69,9 @@ def dora_linear_forward(
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
-    norm: Tensor,
-    scaling: float,
-    dropout: Dropout | None = None,
-    residual: Tensor | None = None,
+    constants: DoRAConstants,
 ) -> tuple[Tensor, DoRALinearSaved]:
-    """y = residual + (m / c) ⊙ (x̃ Vᵀ) + b + (x - x̃) Wᵀ.
+    """y = (m / c) ⊙ (x̃ Vᵀ) + b + (x - x̃) Wᵀ.
 
     Args:
         x: (..., in).
@@ -75,14 +80,12 @@ def dora_linear_forward(
         lora_A: (rank, in).
         lora_B: (out, rank).
         magnitude: m, (out,).
-        norm: c, (out,), from `dora.dora_norm`; a constant here.
-        scaling: s.
-        dropout: None, or probability and seed of the mask.
-        residual: (..., out) added to the result, or None; its gradient is d_y itself.
+        constants: c, s, and dropout.
 
     Returns:
         y (..., out) in x's dtype, and what backward needs.
     """
+    norm, scaling, dropout = constants
     x_rows = rows(x)
     mask = multiplier(x_rows, dropout)
     dropped = x_rows if mask is None else x_rows * mask
@@ -92,8 +95,6 @@ def dora_linear_forward(
         y.add_(bias)
     if mask is not None:
         frozen_linear(x_rows - dropped, weight, residual=y, out=y)
-    if residual is not None:
-        y.add_(rows(residual))
     lead = x.shape[:-1]
     saved = DoRALinearSaved(x, weight, lora_A, lora_B, magnitude, norm, h.view(*lead, h.shape[1]), scaling, dropout)
     return y.view(*lead, weight.shape[0]), saved
@@ -131,19 +132,15 @@ def dora_linear_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    factors: tuple[Tensor, Tensor],
     magnitude: Tensor,
-    norm: Tensor,
-    scaling: float,
+    constants: DoRAConstants,
     mask: Tensor | None = None,
-    residual: Tensor | None = None,
 ) -> Tensor:
     """The same y from the whole rescaled weight m V / c, with the dropout multiplier given explicitly."""
+    (lora_A, lora_B), (norm, scaling, _) = factors, constants
     adapted = (magnitude / norm).to(weight.dtype)[:, None] * (weight + scaling * (lora_B @ lora_A))
     if mask is None:
-        y = torch.nn.functional.linear(x, adapted, bias)
-    else:
-        dropped = x * mask.view(x.shape)
-        y = torch.nn.functional.linear(x, weight, bias) + torch.nn.functional.linear(dropped, adapted - weight)
-    return y if residual is None else y + residual
+        return torch.nn.functional.linear(x, adapted, bias)
+    dropped = x * mask.view(x.shape)
+    return torch.nn.functional.linear(x, weight, bias) + torch.nn.functional.linear(dropped, adapted - weight)

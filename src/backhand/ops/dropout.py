@@ -60,12 +60,7 @@ def dropout_mask(shape: Sequence[int], probability: float, seed: int, device: to
 
 
 def dropout_multiplier(
-    shape: Sequence[int],
-    probability: float,
-    seed: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    shape: Sequence[int], probability: float, seed: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
     """m: 0 where dropped, 1 / (1 - probability) where kept, in the given dtype; see `dropout_mask`."""
     return dropout_mask(shape, probability, seed, device).to(dtype).mul_(1.0 / (1.0 - probability))

@@ -46,31 +46,13 @@ class ReLUSaved(NamedTuple):
     mask: Tensor
 
 
-class TanhSaved(NamedTuple):
+class OutputSaved(NamedTuple):
     """y: the output."""
 
     y: Tensor
 
 
-class SigmoidSaved(NamedTuple):
-    """y: the output."""
-
-    y: Tensor
-
-
-class GELUSaved(NamedTuple):
-    """x: the input."""
-
-    x: Tensor
-
-
-class GELUTanhSaved(NamedTuple):
-    """x: the input."""
-
-    x: Tensor
-
-
-class SiLUSaved(NamedTuple):
+class InputSaved(NamedTuple):
     """x: the input."""
 
     x: Tensor
@@ -92,13 +74,13 @@ def relu_reference(x: Tensor) -> Tensor:
     return functional.relu(x)
 
 
-def tanh_forward(x: Tensor) -> tuple[Tensor, TanhSaved]:
+def tanh_forward(x: Tensor) -> tuple[Tensor, OutputSaved]:
     """tanh x, of any shape."""
     y = torch.tanh(x)
-    return y, TanhSaved(y)
+    return y, OutputSaved(y)
 
 
-def tanh_backward(d_y: Tensor, saved: TanhSaved) -> ElementwiseGrads:
+def tanh_backward(d_y: Tensor, saved: OutputSaved) -> ElementwiseGrads:
     """d_y (1 − y²)."""
     y = _at_least_float32(saved.y)
     return ElementwiseGrads((_at_least_float32(d_y) * (1 - y * y)).to(d_y.dtype))
@@ -109,13 +91,13 @@ def tanh_reference(x: Tensor) -> Tensor:
     return (2 * torch.sigmoid(2 * _at_least_float32(x)) - 1).to(x.dtype)
 
 
-def sigmoid_forward(x: Tensor) -> tuple[Tensor, SigmoidSaved]:
+def sigmoid_forward(x: Tensor) -> tuple[Tensor, OutputSaved]:
     """σ(x), of any shape."""
     y = torch.sigmoid(x)
-    return y, SigmoidSaved(y)
+    return y, OutputSaved(y)
 
 
-def sigmoid_backward(d_y: Tensor, saved: SigmoidSaved) -> ElementwiseGrads:
+def sigmoid_backward(d_y: Tensor, saved: OutputSaved) -> ElementwiseGrads:
     """d_y y (1 − y)."""
     y = _at_least_float32(saved.y)
     return ElementwiseGrads((_at_least_float32(d_y) * y * (1 - y)).to(d_y.dtype))
@@ -126,13 +108,13 @@ def sigmoid_reference(x: Tensor) -> Tensor:
     return (0.5 + 0.5 * torch.tanh(0.5 * _at_least_float32(x))).to(x.dtype)
 
 
-def gelu_forward(x: Tensor) -> tuple[Tensor, GELUSaved]:
+def gelu_forward(x: Tensor) -> tuple[Tensor, InputSaved]:
     """x Φ(x), of any shape."""
     wide = _at_least_float32(x)
-    return (wide * _normal_distribution(wide)).to(x.dtype), GELUSaved(x)
+    return (wide * _normal_distribution(wide)).to(x.dtype), InputSaved(x)
 
 
-def gelu_backward(d_y: Tensor, saved: GELUSaved) -> ElementwiseGrads:
+def gelu_backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
     """d_y (Φ(x) + x φ(x))."""
     x = _at_least_float32(saved.x)
     density = DENSITY_AT_ZERO * torch.exp(-0.5 * x * x)
@@ -144,13 +126,13 @@ def gelu_reference(x: Tensor) -> Tensor:
     return functional.gelu(x)
 
 
-def gelu_tanh_forward(x: Tensor) -> tuple[Tensor, GELUTanhSaved]:
+def gelu_tanh_forward(x: Tensor) -> tuple[Tensor, InputSaved]:
     """x (1 + tanh(√(2/π) (x + c x³)))/2, of any shape."""
     wide = _at_least_float32(x)
-    return (0.5 * wide * (1 + _gelu_tanh(wide))).to(x.dtype), GELUTanhSaved(x)
+    return (0.5 * wide * (1 + _gelu_tanh(wide))).to(x.dtype), InputSaved(x)
 
 
-def gelu_tanh_backward(d_y: Tensor, saved: GELUTanhSaved) -> ElementwiseGrads:
+def gelu_tanh_backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
     """d_y ((1 + t)/2 + x (1 − t²) u′/2)."""
     x = _at_least_float32(saved.x)
     t = _gelu_tanh(x)
@@ -164,13 +146,13 @@ def gelu_tanh_reference(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def silu_forward(x: Tensor) -> tuple[Tensor, SiLUSaved]:
+def silu_forward(x: Tensor) -> tuple[Tensor, InputSaved]:
     """x σ(x), of any shape."""
     wide = _at_least_float32(x)
-    return (wide * torch.sigmoid(wide)).to(x.dtype), SiLUSaved(x)
+    return (wide * torch.sigmoid(wide)).to(x.dtype), InputSaved(x)
 
 
-def silu_backward(d_y: Tensor, saved: SiLUSaved) -> ElementwiseGrads:
+def silu_backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
     """d_y σ (1 + x (1 − σ))."""
     x = _at_least_float32(saved.x)
     sigmoid = torch.sigmoid(x)

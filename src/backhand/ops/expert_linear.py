@@ -98,11 +98,7 @@ def expert_linear_forward(
 
 
 def expert_linear_backward(
-    d_y: Tensor,
-    saved: ExpertLinearSaved,
-    *,
-    input_gradient: bool = True,
-    into: tuple[Tensor, Tensor] | None = None,
+    d_y: Tensor, saved: ExpertLinearSaved, *, input_gradient: bool = True, into: tuple[Tensor, Tensor] | None = None
 ) -> ExpertLinearGrads:
     """Map d_y, (rows, out), to the gradients derived in the module docstring.
 

@@ -65,21 +65,16 @@ def frozen_linear_forward(
         y (..., out) in x's dtype, and what backward needs.
     """
     lead, (outputs, inputs) = x.shape[:-1], weight.shape
-    y = frozen_linear(
-        x.reshape(lead.numel(), inputs),
-        weight,
-        bias,
-        None if residual is None else residual.reshape(lead.numel(), outputs),
-    )
+    around = None if residual is None else residual.reshape(lead.numel(), outputs)
+    y = frozen_linear(x.reshape(lead.numel(), inputs), weight, bias, around)
     return y.view(*lead, outputs), FrozenLinearSaved(weight)
 
 
 def frozen_linear_backward(d_y: Tensor, saved: FrozenLinearSaved) -> FrozenLinearGrads:
     """Map d_y, (..., out), to the gradient derived in the module docstring."""
     lead, (outputs, inputs) = d_y.shape[:-1], saved.weight.shape
-    return FrozenLinearGrads(
-        frozen_input_gradient(d_y.reshape(lead.numel(), outputs), saved.weight).view(*lead, inputs)
-    )
+    d_x = frozen_input_gradient(d_y.reshape(lead.numel(), outputs), saved.weight)
+    return FrozenLinearGrads(d_x.view(*lead, inputs))
 
 
 def frozen_linear_reference(

@@ -141,10 +141,7 @@ def _for_loops(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
 def _places(tensors: list[Tensor]) -> tuple[Any, Any]:
     """Addresses, and distances of tokens and heads, of (tokens, heads, …) each."""
     distances = [distance for x in tensors for distance in x.stride()[:2]]
-    return (
-        (POINTER * len(tensors))(*(x.data_ptr() for x in tensors)),
-        (INT64 * len(distances))(*distances),
-    )
+    return ((POINTER * len(tensors))(*(x.data_ptr() for x in tensors)), (INT64 * len(distances))(*distances))
 
 
 class _Problem(NamedTuple):
@@ -162,14 +159,10 @@ def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -
     group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, longest))
     sizes = (INT64 * 5)(k.shape[1], group, k.shape[2], v.shape[2], chunk)
     memory_of = present(loop(_MEMORY, v))
-    workers = _workers(k.shape[1] * int((table[2] < 0).sum()))
+    workers = max(1, min(torch.get_num_threads(), k.shape[1] * int((table[2] < 0).sum())))
     memory = torch.empty(workers * memory_of(backward, sizes, table.data_ptr(), table.shape[1]), dtype=wide)
     where = (table.data_ptr(), table.shape[1], memory.data_ptr(), workers)
     return _Problem(sizes, where, memory)
-
-
-def _workers(tasks: int) -> int:
-    return max(1, min(torch.get_num_threads(), tasks))
 
 
 def gated_delta_rule_reference(

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from backhand.kernels.dense_product import is_taken
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
-from backhand.ops.cross_entropy import softmax_and_log_sum
+from backhand.ops.cross_entropy import losses_in_place
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.head_factors import AdaptedHead, HeadFactors
-from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
+from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled_reference
 from backhand.ops.weight_tiles import FrozenMatrix
 
 _SOFTMAX_LOSSES = Declared(
@@ -49,8 +49,6 @@ _OUTCOMES: dict[int, type[Exception]] = {1: MemoryError, 2: IndexError}
 
 CHUNK_ROWS, LONG_CHUNK_ROWS = 256, 512
 LONG_CHUNK_WIDTH = 3 * LONG_CHUNK_ROWS
-# Elements of float32 softmax at a time: 6 MB, which the last-level cache holds beside the logits it is made from.
-SOFTMAX_ELEMENTS = 3 << 19
 
 
 class LinearCrossEntropyGrads(NamedTuple):
@@ -78,18 +76,8 @@ def _softmax_losses(
         outcome = run(*where, rows, vocab, gradient)
         if outcome:
             raise _OUTCOMES[outcome](f"a row of {vocab} logits: no memory for it, or a target that is none of them")
-        return
-    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
-    wide = losses.dtype
-    probabilities = torch.empty(min(step, logits.shape[0]), logits.shape[1], dtype=wide, device=logits.device)
-    minus_one = torch.full((1, 1), -1.0, dtype=wide, device=logits.device)
-    for z, target, loss in zip(logits.split(step), targets[:, None].split(step), losses.split(step), strict=True):
-        p = probabilities[: z.shape[0]]
-        seen, tanh = (z, None) if cap is None else capped(z, cap)
-        loss.copy_((softmax_and_log_sum(seen, p) - seen.gather(1, target)).squeeze(1))
-        if gradient:
-            p.scatter_add_(1, target, minus_one.expand(p.shape[0], 1))
-            z.copy_(p if tanh is None else torch.ops.aten.tanh_backward(p, tanh))
+    else:
+        losses_in_place(logits, targets, losses, cap, gradient=gradient)
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -119,10 +107,9 @@ def chunk_shape(rows: int, weight: FrozenMatrix, dtype: torch.dtype) -> tuple[in
 
 def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """One chunk's logits, in a buffer that may be given, and the losses of all rows in float32 or wider."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if logits is None:
         logits = torch.empty(chunk_shape(x.shape[0], weight, x.dtype), dtype=x.dtype, device=x.device)
-    return logits, torch.empty(x.shape[0], dtype=wide, device=x.device)
+    return logits, torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def linear_cross_entropy_forward(

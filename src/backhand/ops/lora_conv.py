@@ -33,8 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.dropout import dropout_multiplier
-from backhand.ops.lora_linear import Dropout
+from backhand.ops.lora_linear import Dropout, multiplier
 
 
 class ConvGeometry(NamedTuple):
@@ -93,7 +92,7 @@ def lora_conv_forward(
         y (batch, out, *L') in x's dtype, and what backward needs.
     """
     y = convolution(x, weight, bias, geometry)
-    mask = _mask(x, dropout)
+    mask = multiplier(x, dropout)
     h = convolution(x if mask is None else x * mask, lora_A, None, geometry._replace(groups=1))
     delta = _grouped_B(lora_B, geometry.groups) @ _grouped(h, geometry.groups)
     y.add_(delta.view(y.shape), alpha=scaling)
@@ -110,7 +109,7 @@ def lora_conv_backward(d_y: Tensor, saved: LoRAConvSaved, *, input_gradient: boo
     g = _grouped(d_y, groups)
     d_h = (_grouped_B(saved.lora_B, groups).mT @ g).mul_(saved.scaling).view(saved.h.shape)
     d_lora_B = torch.einsum("ngol,ngrl->gor", g, _grouped(saved.h, groups)).mul_(saved.scaling)
-    mask = _mask(saved.x, saved.dropout)
+    mask = multiplier(saved.x, saved.dropout)
     d_lora_A = _kernel_gradient(saved.x if mask is None else saved.x * mask, d_h, saved.lora_A, geometry)
     d_x = None
     if input_gradient:
@@ -184,12 +183,6 @@ def _kernel_gradient(x: Tensor, d_h: Tensor, lora_A: Tensor, geometry: ConvGeome
         here: tuple[Any, ...] = (..., *place)
         d_lora_A[here] = torch.einsum("nrl,nil->ri", rows, padded[met].flatten(2))
     return d_lora_A
-
-
-def _mask(x: Tensor, dropout: Dropout | None) -> Tensor | None:
-    if dropout is None or dropout.probability == 0.0:
-        return None
-    return dropout_multiplier(x.shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
 
 
 def _grouped(channels: Tensor, groups: int) -> Tensor:

@@ -48,12 +48,7 @@ class LoRAEmbeddingGrads(NamedTuple):
 
 
 def lora_embedding_forward(
-    ids: Tensor,
-    weight: FrozenMatrix,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    padding_id: int | None = None,
+    ids: Tensor, weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_id: int | None = None
 ) -> tuple[Tensor, LoRAEmbeddingSaved]:
     """y = W[ids] + s A[:, ids]ᵀ Bᵀ.
 
@@ -87,12 +82,7 @@ def lora_embedding_backward(d_y: Tensor, saved: LoRAEmbeddingSaved) -> LoRAEmbed
 
 
 def lora_embedding_reference(
-    ids: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    padding_id: int | None = None,
+    ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_id: int | None = None
 ) -> Tensor:
     """The same y from the adapted table, by products with one-hot rows; a padding column of A is held constant."""
     if padding_id is not None:

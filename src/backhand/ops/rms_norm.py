@@ -174,9 +174,8 @@ def _compiled_backward(
     """The gradients by the kernels, or None where they do not apply."""
     x, weight, factor, offset = saved
     run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
-    if run is None or d_y_rows is None or x_rows is None:
-        return None
-    if not all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None):
+    dense = all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None)
+    if run is None or d_y_rows is None or x_rows is None or not dense:
         return None
     n = x.shape[-1]
     rows = x.numel() // max(n, 1)
@@ -184,7 +183,7 @@ def _compiled_backward(
     if weight_gradient:  # first: d_x may take d_y's place
         d_weight = torch.empty(weight.shape, dtype=weight.dtype)
         present(loop(_WEIGHT_GRADIENT, d_y, x))(
-            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n),
+            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     run(

@@ -20,8 +20,7 @@ Saved: the table of cosines and sines, shared by all layers; neither x nor y. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,15 +139,17 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
             out.copy_(x)
         _rotate(x[..., :turning], table, out[..., :turning], back=back)
         return out
-    run = _loop(x, table, out)
+    cos, sin = table.cos, table.sin
+    laid_out = cos.is_contiguous() and sin.is_contiguous() and cos.dtype == statistics_dtype(x.dtype)
+    run = loop(_ROTARY, x, out) if laid_out and not table.interleaved else None
     if run is not None:
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         run(
             *(x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), y.stride(1)),
-            *(table.cos.data_ptr(), table.sin.data_ptr(), x.shape[0], x.shape[1], x.shape[2] // 2, back),
+            *(cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1], x.shape[2] // 2, back),
         )
         return y
-    cos, sin = table.cos[:, None, :], (-table.sin if back else table.sin)[:, None, :]
+    cos, sin = cos[:, None, :], (-sin if back else sin)[:, None, :]
     # (tokens, heads, 2, pairs), or (tokens, heads, pairs, 2): a view of each side either way.
     sizes, axis = ((cos.shape[-1], 2), -1) if table.interleaved else ((2, cos.shape[-1]), -2)
     wide = x.to(cos.dtype).unflatten(-1, sizes)
@@ -158,14 +159,6 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
     # Complete before anything is written, so that `out` may be x.
     y = rotated.flatten(-2)
     return y.to(x.dtype) if out is None else out.copy_(y)
-
-
-def _loop(x: Tensor, table: RotaryTable, out: Tensor | None) -> Callable[..., Any] | None:
-    """The kernel, where the pairs are halves and the table lies as it takes it."""
-    cos, sin = table.cos, table.sin
-    if table.interleaved or cos.dtype != statistics_dtype(x.dtype):
-        return None
-    return loop(_ROTARY, x, out) if cos.is_contiguous() and sin.is_contiguous() else None
 
 
 def rotary_reference(x: Tensor, table: RotaryTable) -> Tensor:

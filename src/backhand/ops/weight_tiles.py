@@ -57,11 +57,9 @@ def frozen_part(weight: FrozenMatrix, start: int, stop: int) -> FrozenMatrix:
     return weight[start:stop] if isinstance(weight, Tensor) else weight.part(start, stop)
 
 
-def frozen_dense(weight: FrozenMatrix, dtype: torch.dtype | None = None) -> Tensor:
-    """All of it as a tensor: itself where it is one of that dtype."""
-    if isinstance(weight, Tensor):
-        return weight if dtype is None else weight.to(dtype)
-    return weight.dense(dtype)
+def frozen_dense(weight: FrozenMatrix) -> Tensor:
+    """All of it as a tensor: itself where it is one."""
+    return weight if isinstance(weight, Tensor) else weight.dense()
 
 
 def frozen_tiles(weight: FrozenMatrix) -> Iterator[tuple[slice, Tensor]]:

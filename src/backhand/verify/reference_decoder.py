@@ -213,7 +213,7 @@ def reference_loss(
         adapter: its factors in the dtype of the weights.
         of_nats: another loss of the nats of the documents' supervised tokens, (supervised,).
     """
-    batch = batch.whole() if batch.parents else batch  # else in its own order, in which dropout's masks are drawn
+    batch = apart(batch) if batch.parents else batch  # else in its own order, in which dropout's masks are drawn
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)
@@ -223,6 +223,16 @@ def reference_loss(
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
         x = reference_block(x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, wanted, carried))
     return reference_head(x, weights, config, batch.labels, adapter, lambda nats: of_nats(batch.of_documents(nats)))
+
+
+def apart(batch: PackedBatch) -> PackedBatch:
+    """The same documents, each by itself."""
+    paths = [batch.path(end) for end in batch.ends]
+    starts = batch.starts
+    places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
+    chosen = torch.tensor(places, dtype=torch.int64, device=batch.input_ids.device)
+    lengths = tuple(sum(batch.lengths[one] for one in path) for path in paths)
+    return PackedBatch(batch.input_ids[chosen], batch.labels[chosen], lengths)
 
 
 def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:

@@ -18,20 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from backhand.nn.decoder.family import (
-    EXPERT_GROUPS,
-    FUSED_GATE_UP,
-    FUSED_QKV,
-    GATED_DELTA_GROUPS,
-    GRANITE4_GROUPS,
-    GROUPS,
-    LFM2_GROUPS,
-    PER_LAYER_GROUPS,
-    PER_LAYER_MODEL,
-    PER_LAYER_NORM,
-    SHORT_CONV_GROUPS,
-    DecoderConfig,
-)
+from backhand.nn.decoder.family import GROUP_OF, GROUPS, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig
 from backhand.nn.decoder.group_extras import GroupExtras, group_extras
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.lora_group import LoRAGroup
@@ -41,16 +28,6 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 INPUT, OUTPUT, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, BEFORE_BLOCKS = range(7)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-
-_GROUP_OF = {
-    part: index
-    for groups in (GROUPS, LFM2_GROUPS, SHORT_CONV_GROUPS, GRANITE4_GROUPS, GATED_DELTA_GROUPS)
-    for index, parts in enumerate(groups)
-    for part in parts
-}
-_GROUP_OF |= {part: index for index, parts in enumerate(EXPERT_GROUPS, GATE_UP) for part in parts}
-_GROUP_OF |= {FUSED_QKV: INPUT, FUSED_GATE_UP: GATE_UP}
-_GROUP_OF |= {part: index for index, parts in enumerate(PER_LAYER_GROUPS, PER_LAYER_GATE) for part in parts}
 
 
 class GroupAdapter(NamedTuple):
@@ -201,12 +178,12 @@ def trains_embedding(lora: LoRAParameters) -> bool:
 def _place(name: str) -> tuple[int, int]:
     """(layer, group) of a module in a block."""
     _, _, layer, part = name.split(".", 3)
-    return int(layer), _GROUP_OF[part] if part in _GROUP_OF else _NORM_PLACES[part]
+    return int(layer), GROUP_OF[part] if part in GROUP_OF else _NORM_PLACES[part]
 
 
 def group_of(part: str) -> int:
     """`INPUT`, `OUTPUT`, `GATE_UP` or `DOWN`: the group of a linear module, by the end of its name."""
-    return _GROUP_OF[part]
+    return GROUP_OF[part]
 
 
 def _norm_gradients(lora: LoRAParameters, layer: int) -> dict[str | None, Tensor]:

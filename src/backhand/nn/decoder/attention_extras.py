@@ -34,11 +34,7 @@ class Parts(NamedTuple):
 
 
 def normed(
-    qkv: Tensor,
-    parts: Parts,
-    weights: BlockWeights,
-    config: DecoderConfig,
-    known: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, parts: Parts, weights: BlockWeights, config: DecoderConfig, known: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """q and k normed, (T, heads, head_dim), in memory of their own, and the norms' factors, (T, heads, 1) or (T, 1).
 

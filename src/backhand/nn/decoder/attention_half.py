@@ -22,10 +22,11 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
+from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import Run
 from backhand.ops.glu import glu_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
@@ -61,12 +62,14 @@ def output_by_itself(kept: MixingKept, weights: BlockWeights, context: BlockCont
     return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
 
 
-def attention_setting(
-    weights: BlockWeights, context: BlockContext
-) -> tuple[tuple[Run, ...], float, int | None, float | None, Tensor | None]:
+def attention_setting(weights: BlockWeights, context: BlockContext) -> tuple[tuple[Run, ...], Scores]:
     """What attention takes behind q, k and v."""
-    config, layer = context.config, context.layer
-    return context.runs, config.attention_scaling, layer.window, config.attention_cap, weights.sinks
+    return context.runs, layer_scores(context.config, context.layer, weights)
+
+
+def layer_scores(config: DecoderConfig, layer: LayerConfig, weights: BlockWeights) -> Scores:
+    """What decides a layer's scores beside queries and keys."""
+    return Scores(config.attention_scaling, layer.window, config.attention_cap, weights.sinks)
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
@@ -93,10 +96,7 @@ def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
 
 
 def prepare_qkv(
-    qkv: Tensor,
-    weights: BlockWeights,
-    context: BlockContext,
-    kept_factors: tuple[Tensor, Tensor] | None = None,
+    qkv: Tensor, weights: BlockWeights, context: BlockContext, kept_factors: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
 
@@ -149,18 +149,16 @@ def attention_input_gradient(
     `output`, (T, q), receives o where it is not kept, if there is a place for it.
     """
     config, own = context.config, kept.own
-    d_qkv = torch.empty_like(kept.input)
-    d_attended, d_by_head = _by_head(d_output, config), d_qkv
-    attended, place = (None, output) if kept.output is None else (_by_head(kept.output, config), None)
+    d_qkv, d_attended = torch.empty_like(kept.input), _by_head(d_output, config)
     if own.attended is None:
-        d_by_head = _by_head(d_qkv, config)
+        attended, d_by_head = None if kept.output is None else _by_head(kept.output, config), _by_head(d_qkv, config)
     else:
-        parts, d_parts = _parts(kept.input, config), _parts(d_qkv, config)
-        attended = own.attended
+        parts, d_parts, attended = _parts(kept.input, config), _parts(d_qkv, config), own.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    q, k, v = attended_qkv(kept, weights, context)
-    saved = AttentionSaved(q, k, v, attended, own.log_sum_exp, *attention_setting(weights, context))
-    again = None if place is None else _by_head(place, config)
+    saved = AttentionSaved(
+        *attended_qkv(kept, weights, context), attended, own.log_sum_exp, *attention_setting(weights, context)
+    )
+    again = None if output is None or kept.output is not None else _by_head(output, config)
     attention_backward(d_attended, saved, out=d_by_head, again=again)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)

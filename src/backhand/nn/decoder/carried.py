@@ -29,8 +29,6 @@ class Carried:
         inputs: (T, layers, width), what each layer is given of its own, or None.
 
     Attributes:
-        lenders: as given.
-        inputs: as given.
         d_inputs: receives ∂L/∂inputs layer by layer, of the shape of `inputs`; None where it is not needed.
     """
 

@@ -64,7 +64,8 @@ def common_fields(
             f"{heads} heads of {head_dim}, {max_positions} positions",
             next_step="fetch the model again",
         )
-    sliding = [False] * layers if slides is None else _sliding_layers(fields, [slides(n) for n in range(layers)])
+    stated = None if slides is None else layers_of_type(fields, SLIDING, layers)
+    sliding = stated or [slides is not None and slides(number) for number in range(layers)]
     if any(sliding) and window is None:
         fields.problem("sliding_window", "there are sliding layers, but no window is in use")
     found = rotary_sets(fields, head_dim, max_positions)
@@ -130,12 +131,6 @@ def window_size(fields: ConfigFields) -> int | None:
     if fields.stated("sliding_window") and fields.value("sliding_window") is None:
         return None
     return fields.integer("sliding_window")
-
-
-def _sliding_layers(fields: ConfigFields, sliding: list[bool]) -> list[bool]:
-    """Which layers have a window by `layer_types`; as given where the field is not there."""
-    stated = layers_of_type(fields, SLIDING, len(sliding))
-    return sliding if stated is None else stated
 
 
 def layers_of_type(fields: ConfigFields, kind: str, layers: int) -> list[bool] | None:

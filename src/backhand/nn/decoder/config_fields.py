@@ -43,8 +43,9 @@ class UnsupportedModel(ArtifactError):
 class ConfigFields:
     """The fields of a config, read by name and type.
 
-    A field that is absent has the default of transformers' configuration class. An unread field is a problem if
-    transformers might read it, and foreign if not.
+    A field that is absent has the default of transformers' configuration class. A value of another kind than is asked
+    for, or none without a default, raises ArtifactError. An unread field is a problem if transformers might read it,
+    and foreign if not.
 
     Args:
         model_type: whose configuration class decides, None for a mapping that belongs to no class.
@@ -88,11 +89,7 @@ class ConfigFields:
         return None if known is None else known.fields.get(key)
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """An integer; where it is absent the class's default, or `default` if it has none or the field is null.
-
-        Raises:
-            ArtifactError: if it is another kind of value or below the minimum, or missing without a default.
-        """
+        """An integer; where it is absent the class's default, or `default` if it has none or the field is null."""
         value = self._or_default(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -101,58 +98,39 @@ class ConfigFields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number; where it is absent or null, as for `integer`.
-
-        Raises:
-            ArtifactError: if it is another kind of value, or missing without a default.
-        """
+        """A positive finite number; where it is absent or null, as for `integer`."""
         value = self._or_default(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of so many positive numbers.
-
-        Raises:
-            ArtifactError: if it is anything else.
-        """
+        """A list of so many positive numbers."""
         value = self.value(key)
-        expected = f"a list of {count} positive numbers"
-        if not isinstance(value, list | tuple) or len(value) != count:
-            raise self._wrong(key, value, expected)
-        if any(isinstance(item, bool) or not isinstance(item, int | float) or not item > 0 for item in value):
-            raise self._wrong(key, value, expected)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != count
+            or any(isinstance(item, bool) or not isinstance(item, int | float) or not item > 0 for item in value)
+        ):
+            raise self._wrong(key, value, f"a list of {count} positive numbers")
         return tuple(float(item) for item in value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false.
-
-        Raises:
-            ArtifactError: if it is anything else.
-        """
+        """True or false."""
         value = self._or_default(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
-        """A string.
-
-        Raises:
-            ArtifactError: if it is anything else.
-        """
+        """A string."""
         value = self._or_default(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a string")
         return value
 
     def mapping(self, key: str) -> ConfigFields | None:
-        """A mapping inside this one, None if absent or null; its problems are collected here.
-
-        Raises:
-            ArtifactError: if it is neither.
-        """
+        """A mapping inside this one, None if absent or null; its problems are collected here."""
         value = self.value(key)
         if value is None:
             return None
@@ -230,13 +208,8 @@ def delta_sizes(fields: ConfigFields) -> DeltaSizes:
     Raises:
         ArtifactError: a value is no positive integer, or key heads cannot serve equally many value heads.
     """
-    sizes = DeltaSizes(
-        key_heads=fields.integer("linear_num_key_heads"),
-        value_heads=fields.integer("linear_num_value_heads"),
-        key_width=fields.integer("linear_key_head_dim"),
-        value_width=fields.integer("linear_value_head_dim"),
-        taps=fields.integer("linear_conv_kernel_dim"),
-    )
+    names = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
+    sizes = DeltaSizes(*(fields.integer(f"linear_{name}") for name in names))
     if sizes.value_heads % sizes.key_heads:
         raise ArtifactError(
             f"{sizes.value_heads} value heads cannot share {sizes.key_heads} key heads",

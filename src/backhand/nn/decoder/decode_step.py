@@ -44,10 +44,7 @@ Tables = Sequence[tuple[RotaryTable | None, RotaryTable | None]]
 
 
 class _StoredRows(ctypes.Structure):
-    _fields_ = (
-        *(("type", INT64), ("weight", POINTER), ("row_bytes", INT64), ("row_ids", POINTER)),
-        ("outputs", INT64),
-    )
+    _fields_ = (*(("type", INT64), ("weight", POINTER), ("row_bytes", INT64), ("row_ids", POINTER)), ("outputs", INT64))
 
 
 class _LowRank(ctypes.Structure):

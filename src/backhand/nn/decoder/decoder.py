@@ -95,9 +95,9 @@ class Decoder(Passes):
         """The factors of a head with nothing else, if it has any; no dropout without a seed."""
         return head_factors(head_adapter(self.active.head, self.config, self.lora, dropout_seed))
 
-    def hidden_states(self, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
-        """The last block's output before the final norm, (tokens, hidden) or these rows of it, keeping nothing."""
-        return self._passed(batch, len(self.config.layers), rows)
+    def hidden_states(self, batch: PackedBatch) -> Tensor:
+        """The last block's output before the final norm, (tokens, hidden), keeping nothing."""
+        return self._passed(batch, len(self.config.layers))
 
     @torch.no_grad()
     def entering(self, batch: PackedBatch, layer: int) -> Tensor:

@@ -36,7 +36,7 @@ from backhand.errors import present
 from backhand.kernels.builds import loops_are_there
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import Scratch, document_runs
-from backhand.nn.decoder.attention_half import gated_output
+from backhand.nn.decoder.attention_half import gated_output, layer_scores
 from backhand.nn.decoder.block import MIXERS, mlp_half_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
@@ -46,7 +46,7 @@ from backhand.nn.decoder.per_layer_input import end_forward
 from backhand.nn.decoder.projections import group_forward, pre_norm_forward, residual_forward
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.ops.attention import attention_forward
-from backhand.ops.attention_blocks import attention_blocks_forward
+from backhand.ops.attention_blocks import Scores, attention_blocks_forward
 from backhand.ops.frozen_matrix import frozen_rows
 from backhand.ops.logits_rule import capped, ruled
 from backhand.ops.rms_norm import rms_norm_forward
@@ -188,21 +188,25 @@ class IncrementalDecoder:
             seen[window] = self.cache.where(places[:, first : max(lengths) + 1]), mask
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            source = self.decoder.config.layers[layer].keys_of
-            if source is None:
-                self.cache.write(layer, new, k, v)
-            held = layer if source is None else source
-            where, mask = seen[self.decoder.config.layers[layer].window]
+            held, scores = self._cached(layer, new, k, v)
+            where, mask = seen[scores.window]
             grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
             keys, values = self.cache.read(held, where)
-            scaling, cap = self.decoder.config.attention_scaling, self.decoder.config.attention_cap
-            sinks = self.decoder.active.blocks[layer].sinks
-            if cap is not None or sinks is not None:
-                return _written_out_step(grouped, keys, values, mask, scaling, cap, sinks).flatten(1, 2)
-            output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+            if scores.known_to_kernels:
+                output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scaling)
+            else:
+                output = _written_out_step(grouped, keys, values, mask, scores)
             return output.flatten(1, 2)
 
         return attend
+
+    def _cached(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[int, Scores]:
+        """Put keys and values of new tokens into the cache; the layer whose keys this one uses, and its scores."""
+        config, source = self.decoder.config, self.decoder.config.layers[layer].keys_of
+        if source is None:
+            self.cache.write(layer, places, k, v)
+        scores = layer_scores(config, config.layers[layer], self.decoder.active.blocks[layer])
+        return layer if source is None else source, scores
 
     def _whole(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
         """The last block's output, (rows, hidden), for a new token each by one call, or None where they need more.
@@ -223,7 +227,7 @@ class IncrementalDecoder:
 
     def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
         """The last block's output for the packed new tokens, (tokens, hidden); keys and values are then cached."""
-        config, device = self.decoder.config, self.decoder.device
+        device = self.decoder.device
         positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
         reach = torch.cat([torch.full((p.new,), p.reach, device=device) for p in pieces])
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
@@ -236,39 +240,29 @@ class IncrementalDecoder:
             read = [self.cache.where(places[p.row : p.row + count, : p.seen + p.new]) for p, count in firsts]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            source = config.layers[layer].keys_of
-            if source is None:
-                self.cache.write(layer, written, k, v)
-            held = layer if source is None else source
-            window, scaling, cap = config.layers[layer].window, config.attention_scaling, config.attention_cap
-            sinks = self.decoder.active.blocks[layer].sinks
+            held, scores = self._cached(layer, written, k, v)
             if not read:
                 documents = document_runs(tuple(piece.new for piece in pieces))
-                return attention_forward(q, k, v, documents, scaling, window, cap=cap, sinks=sinks)[0]
+                return attention_forward(q, k, v, documents, scores)[0]
             output = torch.empty_like(q)
             for run, where in zip(runs, read, strict=True):
                 (_, piece), count = run[0], len(run)
                 span = slice(piece.start, piece.start + count * piece.new)
                 keys, values = self.cache.read(held, where)
-                if cap is not None or sinks is not None:
-                    by_row = q[span].unflatten(0, (count, piece.new))
-                    attended, _ = attention_blocks_forward(
-                        by_row, keys.transpose(1, 2), values.transpose(1, 2), scaling, window, cap, sinks
-                    )
-                    output[span] = attended.flatten(0, 1)
-                    continue
-                key = (piece.seen, piece.new, window)
-                if key not in masks:
-                    masks[key] = _extend_mask(*key, device)
-                attended = scaled_dot_product_attention(
-                    q[span].reshape(count, piece.new, *q.shape[1:]).transpose(1, 2),
-                    keys,
-                    values,
-                    attn_mask=masks[key],
-                    scale=scaling,
-                    enable_gqa=True,
-                )
-                output[span] = attended.transpose(1, 2).flatten(0, 1)
+                by_row = q[span].unflatten(0, (count, piece.new))
+                if scores.known_to_kernels:
+                    key = (piece.seen, piece.new, scores.window)
+                    if key not in masks:
+                        masks[key] = _extend_mask(*key, device)
+                    attended = scaled_dot_product_attention(
+                        *(by_row.transpose(1, 2), keys, values),
+                        attn_mask=masks[key],
+                        scale=scores.scaling,
+                        enable_gqa=True,
+                    ).transpose(1, 2)
+                else:
+                    attended, _ = attention_blocks_forward(by_row, keys.transpose(1, 2), values.transpose(1, 2), scores)
+                output[span] = attended.flatten(0, 1)
             return output
 
         neighbours = [list(group) for _, group in groupby(enumerate(pieces), key=_beside)]
@@ -308,26 +302,18 @@ class IncrementalDecoder:
         return x2 if weights.layer_scalar is None else end_forward(x2, weights, adapter, context)[0]
 
 
-def _written_out_step(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    cap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _written_out_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, of: Scores) -> Tensor:
     """Attention with capped scores or with sinks, which torch's kernel does not have: one query a head.
 
     Args:
         q: (rows, key/value heads, group, head_dim).
         keys, values: (rows, key/value heads, n, head_dim).
         mask: as `_step_mask` makes it.
-        scaling, cap, sinks: c, κ and σ of `ops.attention`.
+        of: the layer's c, κ and σ.
     """
-    scores = (q @ keys.mT) * scaling
-    if cap is not None:
-        scores, _ = capped(scores, cap)
+    scores, sinks = (q @ keys.mT) * of.scaling, of.sinks
+    if of.cap is not None:
+        scores, _ = capped(scores, of.cap)
     if mask is not None:
         scores.masked_fill_(~mask, float("-inf"))
     if sinks is not None:

@@ -33,7 +33,7 @@ from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_con
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
 from backhand.ops.delta_steps import GatedDeltaRuleSaved
 from backhand.ops.document_groups import Run
-from backhand.ops.elementwise import SigmoidSaved, sigmoid_backward, sigmoid_forward
+from backhand.ops.elementwise import OutputSaved, sigmoid_backward, sigmoid_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
@@ -60,7 +60,7 @@ class _RuleInputs(NamedTuple):
     q_norm: RMSNormSaved
     k_norm: RMSNormSaved
     decay_gate: DecayGateSaved
-    rate: SigmoidSaved
+    rate: OutputSaved
 
 
 def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaKept]:

@@ -44,12 +44,7 @@ from backhand.nn.lora_parameters import expert_factors, gate_and_up
 from backhand.ops.activation import Activated
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
 from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
-from backhand.ops.expert_linear import (
-    ExpertFactors,
-    ExpertLinearSaved,
-    expert_linear_backward,
-    expert_linear_forward,
-)
+from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_backward, expert_linear_forward
 from backhand.ops.expert_rows import (
     CombineSaved,
     DispatchSaved,
@@ -163,9 +158,10 @@ def experts_half_backward(
         p, ready = glu_recompute(GLUSaved(gate, up, config.activation))
     weighed, weighing = weigh_forward(p, kept.shares, routing)
     d_z = combine_backward(d_y, CombineSaved(routing)).d_z
-    needed = lowest_group < DOWN
-    d_weighed = _backward(d_z, weighed, weights.down, kept.h_down, adapter.down, kept, mixture, needed)
-    del d_z, weighed
+    matrices, factors = ExpertMatrices(weights.down, mixture.experts), _factors(adapter.down, mixture)
+    saved = ExpertLinearSaved(weighed, matrices, routing.counts, factors, kept.h_down, None)
+    d_weighed = _projection_backward(d_z, saved, adapter.down, mixture, lowest_group < DOWN)
+    del d_z, weighed, saved
     if d_weighed is None:
         return None
     d_p, d_shares = weigh_backward(d_weighed, weighing)
@@ -182,9 +178,10 @@ def experts_half_backward(
     del d_p, ready
 
     rows, _ = dispatch_forward(n2, routing)
-    needed = lowest_group < GATE_UP
-    d_rows = _backward(d_gate_up, rows, weights.gate_up, h_gate_up, adapter.gate_up, kept, mixture, needed)
-    del rows, d_gate_up
+    matrices, factors = ExpertMatrices(weights.gate_up, mixture.experts), _factors(adapter.gate_up, mixture)
+    saved = ExpertLinearSaved(rows, matrices, routing.counts, factors, h_gate_up, None)
+    d_rows = _projection_backward(d_gate_up, saved, adapter.gate_up, mixture, lowest_group < GATE_UP)
+    del rows, d_gate_up, saved
     if d_rows is None:
         return None
     d_n2 = dispatch_backward(d_rows, DispatchSaved(routing)).d_x
@@ -209,24 +206,16 @@ def _by_expert(bias: Tensor, mixture: Mixture) -> Tensor:
     return bias.view(mixture.experts, -1)
 
 
-def _backward(
-    d_y: Tensor,
-    x: Tensor,
-    stack: FrozenMatrix,
-    h: Tensor,
-    adapter: GroupAdapter,
-    kept: ExpertsKept,
-    mixture: Mixture,
-    input_gradient: bool,
+def _projection_backward(
+    d_y: Tensor, saved: ExpertLinearSaved, adapter: GroupAdapter, mixture: Mixture, input_gradient: bool
 ) -> Tensor | None:
     """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
-    factors, into, d_lora_B = _factors(adapter, mixture), None, None
-    if factors is not None:
+    into, d_lora_B = None, None
+    if saved.factors is not None:
         (member,) = adapter.group.members
         d_lora_A, d_lora_B = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
         # Kernels add to rows without gaps, and in the buffer the experts' columns stand between one another.
-        into = d_lora_A, torch.zeros_like(factors.lora_B, dtype=d_lora_B.dtype)
-    saved = ExpertLinearSaved(x, ExpertMatrices(stack, mixture.experts), kept.routing.counts, factors, h, None)
+        into = d_lora_A, torch.zeros_like(saved.factors.lora_B, dtype=d_lora_B.dtype)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
     if d_lora_B is not None and into is not None:
         d_lora_B = gate_and_up(d_lora_B) if _is_interleaved(adapter, mixture) else d_lora_B

@@ -176,6 +176,17 @@ SINKS = "self_attn.sinks"
 EXPERT_GROUPS: tuple[tuple[str, ...], ...] = (("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",))
 """The third and the fourth group of a layer of experts: parameters that hold the matrices of all of them."""
 
+GROUP_OF = {
+    part: index
+    for first, groups in (
+        *((0, each) for each in (GROUPS, LFM2_GROUPS, SHORT_CONV_GROUPS, GRANITE4_GROUPS, GATED_DELTA_GROUPS)),
+        *((0, ((FUSED_QKV,), (), (FUSED_GATE_UP,))), (2, EXPERT_GROUPS), (4, PER_LAYER_GROUPS)),
+    )
+    for index, parts in enumerate(groups, first)
+    for part in parts
+}
+"""The number of the group that a linear module belongs to, by the end of its name."""
+
 
 class NormNames(NamedTuple):
     """What a block's norms are called; None where the family has none in that place.

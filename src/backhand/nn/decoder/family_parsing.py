@@ -301,7 +301,6 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 """The values of `model_type` that the engine knows."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Config fields, of any family, that do not change what a model computes, or do so only beside one value.
 
 

@@ -23,7 +23,6 @@ from backhand.nn.decoder.common_fields import (
     all_but_every,
     common_fields,
     nearest_float32,
-    number_or_none,
     with_biases,
 )
 from backhand.nn.decoder.config_fields import ConfigFields
@@ -41,6 +40,8 @@ from backhand.ops.logits_rule import LogitsRule
 
 _PATTERN = 6
 _GLOBAL_HEAD_DIM = 512
+_CAP = "final_logit_softcapping"
+"""There is none where it is absent or null: the class has no number either."""
 
 
 def gemma4_text(fields: ConfigFields) -> DecoderConfig:
@@ -87,14 +88,9 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
         with_biases(fields, decoder),
         layers=tuple(layers),
         embedding_scaling=nearest_float32(decoder.hidden_size**0.5),
-        logits=LogitsRule(cap=number_or_none_if_absent(fields, "final_logit_softcapping")),
+        logits=LogitsRule(cap=None if fields.value(_CAP) is None else fields.number(_CAP)),
         per_layer=_per_layer(fields, decoder, count),
     )
-
-
-def number_or_none_if_absent(fields: ConfigFields, key: str) -> float | None:
-    """None where the field is absent or null: the class has no number either."""
-    return None if fields.value(key) is None else number_or_none(fields, key)
 
 
 def _sources(sliding: list[bool], first_sharing: int) -> list[int | None]:

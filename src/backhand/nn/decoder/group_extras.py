@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dora import dora_norm
-from backhand.ops.dora_linear import DoRALinearSaved, dora_linear_backward, dora_linear_forward
+from backhand.ops.dora_linear import DoRAConstants, DoRALinearSaved, dora_linear_backward, dora_linear_forward
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.linear import LinearSaved, linear_backward
 from backhand.ops.lora_bias import LoRABiasSaved, lora_bias_backward, lora_bias_forward
@@ -113,8 +113,9 @@ class GroupExtras(NamedTuple):
             if factors is None or magnitude is None:
                 outputs.append(frozen_linear(x, weight_i, bias_i))
                 continue
-            of_module = factors.lora_A, factors.lora_B, magnitude.magnitude, magnitude.norm, factors.scaling
-            y_i, saved = dora_linear_forward(x, weight_i, bias_i, *of_module, self.group.dropout)
+            trained = factors.lora_A, factors.lora_B, magnitude.magnitude
+            constants = DoRAConstants(magnitude.norm, factors.scaling, self.group.dropout)
+            y_i, saved = dora_linear_forward(x, weight_i, bias_i, *trained, constants)
             outputs.append(y_i)
             low_rank.append(saved.h)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
@@ -149,10 +150,7 @@ class GroupExtras(NamedTuple):
 
 
 def group_extras(
-    lora: LoRAParameters,
-    sizes: dict[str, int],
-    group: LoRAGroup,
-    weights: Sequence[FrozenMatrix] | None,
+    lora: LoRAParameters, sizes: dict[str, int], group: LoRAGroup, weights: Sequence[FrozenMatrix] | None
 ) -> GroupExtras | None:
     """The extras of a group, or None where it trains plain factors alone.
 

@@ -15,6 +15,7 @@ use (`remove`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,7 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        rows: int,
-        capacity: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        self, config: DecoderConfig, rows: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         pages = 1 + _pages(capacity)
         shapes = []
@@ -110,14 +105,15 @@ class KVCache:
         """Drop a row; the last row in use takes its number. Returns the number that one had, None if it was this."""
         last = self.rows_in_use - 1
         self._let_go(row, 0)
-        length, tokens, side, at = self.lengths.pop(), self.tokens.pop(), self.sides.pop(), self._states_at.pop()
-        pages = self._pages.pop()
+        of_rows: tuple[list[Any], ...] = self.lengths, self.tokens, self.sides, self._states_at, self._pages
+        of_last = [each.pop() for each in of_rows]
         if row == last:
             return None
         for state in self._all_states():
             state[row] = state[last]
-        self.lengths[row], self.tokens[row], self.sides[row], self._states_at[row] = length, tokens, side, at
-        self._pages[row], self.places[row] = pages, self.places[last]
+        for each, value in zip(of_rows, of_last, strict=True):
+            each[row] = value
+        self.places[row] = self.places[last]
         self.places[last] = 0
         return last
 

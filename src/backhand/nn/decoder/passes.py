@@ -31,9 +31,8 @@ from backhand.nn.decoder.trained_ends import (
     Trained,
     adapted_rows,
     embedding_gradients,
-    head_loss_and_gradients,
-    head_losses,
     head_of,
+    other_head_gradient,
     trained_by,
 )
 from backhand.nn.decoder.weights import DecoderWeights, TrainedWeights, linear_parts
@@ -117,17 +116,13 @@ class Passes:
             reach: (tokens,) int64, how long each token's document is.
             dtype: of what is rotated, None for the compute dtype; the angles are in float32 or wider.
         """
-        wide = torch.promote_types(dtype or self.dtype, torch.float32)
-        tables = [angles(frequencies, positions, wide, reach) for frequencies in self._frequencies]
-        scaling = self.config.query_scaling
-        queries = [
-            None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
-            for table in tables
-        ]
-        return [
-            (None, None) if layer.rotary is None else (tables[layer.rotary], queries[layer.rotary])
-            for layer in self.config.layers
-        ]
+        wide, scaling = torch.promote_types(dtype or self.dtype, torch.float32), self.config.query_scaling
+        tables: dict[int | None, tuple[RotaryTable | None, RotaryTable | None]] = {None: (None, None)}
+        for number, frequencies in enumerate(self._frequencies):
+            table = angles(frequencies, positions, wide, reach)
+            queries = None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
+            tables[number] = table, queries
+        return [tables[layer.rotary] for layer in self.config.layers]
 
     def contexts(
         self,
@@ -238,11 +233,7 @@ class Passes:
         return loss
 
     def _forward(
-        self,
-        batch: PackedBatch,
-        adapters: Sequence[BlockAdapter],
-        contexts: Sequence[BlockContext],
-        lowest_layer: int,
+        self, batch: PackedBatch, adapters: Sequence[BlockAdapter], contexts: Sequence[BlockContext], lowest_layer: int
     ) -> tuple[Tensor, list[BlockSaved | None]]:
         """The output of the last block that has a context, and what each keeps: None below `lowest_layer`."""
         first, x = (0, self.embed(batch.input_ids)) if batch.entering is None else batch.entering
@@ -268,38 +259,24 @@ class Passes:
         token_loss: TokenLoss | None,
     ) -> tuple[Tensor, Tensor]:
         """∂L/∂x and the loss, from the last block's output at the supervised positions, (supervised, hidden) both."""
-        lora, trained, config = self.lora, self._trained, self.config
-        assert lora is not None
+        trained, rule = self._trained, self.config.logits
         scratch.let_go()  # most is held while the head is at work
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
-        logits = (
-            scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x) if trained.plain_head else None
-        )
-        times, wide = batch.weights, torch.promote_types(normed.dtype, torch.float32)
-        multiplier: float | Tensor = loss_scaling if times is None else (loss_scaling * times).to(wide)
-        loss: Tensor | None = None
-        if token_loss is not None:
-            nats = head_losses(normed, targets, self._head_of(dropout_seed), logits)
-            loss, d_log_p = token_loss(batch.of_documents(-nats))
-            multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
-            rows = multiplier.nonzero().squeeze(1)
-        # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
-        if trained.head:
-            head = self._head_of(dropout_seed)
-            losses, d_normed = head_loss_and_gradients(normed, targets, head, lora, multiplier, logits)
-        elif isinstance(multiplier, Tensor) and loss is not None and len(rows) < len(normed):
-            # What both answers of a pair begin with cancels in their margin: no more of the head for such positions.
-            _, (d_rows, *_) = linear_cross_entropy_backward(
-                *(normed[rows], self.active.head, targets[rows], None, multiplier[rows], config.logits), logits=logits
-            )
-            d_normed = normed.zero_().index_copy_(0, rows, d_rows)
+        logits = None
+        if trained.plain_head:
+            logits = scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x)
+        if trained.head or token_loss is not None:
+            head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
+            d_normed, loss = other_head_gradient(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
+            # Forward and backward at once: the loss comes last in the model, so its gradient can follow immediately.
+            multiplier = batch.loss_multiplier(loss_scaling, normed.dtype)
             losses, (d_normed, *_) = linear_cross_entropy_backward(
-                *(normed, self.active.head, targets, None, multiplier, config.logits), out=normed, logits=logits
+                *(normed, self.active.head, targets, None, multiplier, rule), out=normed, logits=logits
             )
+            loss = batch.of_documents(losses).sum(dtype=torch.float64)
         scratch.let_go(reserved=True)
-        d_x = norm_backward(d_normed, norm, trained.d_final_norm)
-        return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss
+        return norm_backward(d_normed, norm, trained.d_final_norm), loss
 
     def _head_of(self, dropout_seed: int | None) -> Head:
         return head_of(self.active.head, self.config, self.lora, self._trained, dropout_seed)

@@ -78,12 +78,7 @@ def end_forward(
 
 
 def end_backward(
-    d_x3: Tensor,
-    kept: EndKept,
-    weights: BlockWeights,
-    adapter: BlockAdapter,
-    context: BlockContext,
-    lowest_group: int,
+    d_x3: Tensor, kept: EndKept, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, lowest_group: int
 ) -> Tensor | None:
     """∂L/∂x₂, (T, hidden), or None where nothing below needs it; the input's gradient goes where it is asked for."""
     config = context.config
@@ -96,11 +91,7 @@ def end_backward(
     saved = GLUSaved(kept.gate, _own_input(context), config.activation)
     p, _ = glu_forward(saved.gate, saved.up, saved.activation)
     d_p = group_backward(
-        d_projected,
-        p,
-        weights.per_layer_projection,
-        projection_adapter,
-        kept.h_projection,
+        *(d_projected, p, weights.per_layer_projection, projection_adapter, kept.h_projection),
         input_gradient=lowest_group < PER_LAYER_PROJECTION,
     )
     if d_p is None:
@@ -112,11 +103,7 @@ def end_backward(
         else:
             into[:, context.number].zero_().index_copy_(0, context.wanted, grads.d_up)
     d_x2 = group_backward(
-        grads.d_gate.contiguous(),
-        kept.x2,
-        weights.per_layer_gate,
-        gate_adapter,
-        kept.h_gate,
+        *(grads.d_gate.contiguous(), kept.x2, weights.per_layer_gate, gate_adapter, kept.h_gate),
         input_gradient=lowest_group < PER_LAYER_GATE,
     )
     return None if d_x2 is None else d_x2.add_(d_x3)
@@ -128,7 +115,6 @@ def _own_input(context: BlockContext) -> Tensor:
     return own.contiguous() if context.wanted is None else own.index_select(0, context.wanted)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Before the first block.
 
 
@@ -173,12 +159,7 @@ def inputs_backward(
     adapter = before_blocks_adapter(lora, dropout_seed, weights.projection)
     d_y = rms_norm_backward(d_e * _HALF_ROOT, kept.norm, weight_gradient=False).d_x.mul_(config.hidden_size**-0.5)
     return group_backward(
-        d_y.flatten(1),
-        kept.h,
-        weights.projection,
-        adapter,
-        kept.h_projection,
-        input_gradient=input_gradient,
+        d_y.flatten(1), kept.h, weights.projection, adapter, kept.h_projection, input_gradient=input_gradient
     )
 
 

@@ -161,11 +161,7 @@ def residual_backward(
 
 
 def norm_backward(
-    d_y: Tensor,
-    saved: RMSNormSaved,
-    d_weight: Tensor | None,
-    around: Tensor | None = None,
-    out: Tensor | None = None,
+    d_y: Tensor, saved: RMSNormSaved, d_weight: Tensor | None, around: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """d_x of a norm, of d_y's shape, with `around` added; ∂L/∂w is added to `d_weight` where the norm is trained."""
     grads = rms_norm_backward(d_y, saved, weight_gradient=d_weight is not None, residual=around, out=out)

@@ -96,8 +96,7 @@ qwen35_rotary = partial(rotary, share=0.25, read_elsewhere=("mrope_section", "mr
 """Qwen3.5's: a quarter of the features turn where a config is silent; how images share them is read over."""
 
 ministral3_rotary = partial(
-    rotary,
-    read_elsewhere=("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings"),
+    rotary, read_elsewhere=("llama_4_scaling_beta", "original_max_position_embeddings", "max_position_embeddings")
 )
 """Ministral 3's: one set, beside whose parameters `query_scaling` finds its own."""
 
@@ -264,7 +263,6 @@ def _longrope_attention_factor(parameters: ConfigFields, length: int, max_positi
     return parameters.number("attention_factor", implied)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Inverse frequencies of the rotary embedding, with the scaling rules of long-context models.
 #
 #     f_j = theta^(-2j / head_dim),   j = 0 … head_dim/2 - 1        [arXiv:2104.09864, §3.2.2]

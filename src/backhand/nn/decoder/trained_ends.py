@@ -1,4 +1,4 @@
-"""A decoder's embedding and head with what an adapter may train in them.
+"""A decoder's embedding and head with what an adapter may train in them, and losses that are no sum of nats.
 
 A plain step never comes here: its embedding and its head are frozen, and the latter is `ops.linear_cross_entropy`.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import present
+from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
     HEAD,
@@ -25,12 +26,12 @@ from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
-from backhand.ops.dora import dora_backward, dora_forward, dora_norm
+from backhand.ops.dora import DoRASaved, dora_backward, dora_forward, dora_norm
 from backhand.ops.embedding import EmbeddingSaved, embedding_backward
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.logits_rule import LogitsRule, ruled, ruled_backward
-from backhand.ops.lora_embedding import lora_embedding_backward, lora_embedding_forward
+from backhand.ops.lora_embedding import LoRAEmbeddingSaved, lora_embedding_backward, lora_embedding_forward
 from backhand.ops.token_rows import TokenEmbeddingSaved, token_embedding_backward, token_places, without_padding
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
@@ -75,7 +76,6 @@ def trained_by(lora: LoRAParameters | None, config: DecoderConfig) -> Trained:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The embedding: with low-rank factors (`ops.lora_embedding`, perhaps with DoRA's magnitude, `ops.dora`), or trained
 # itself, in full (`ops.embedding`) or in single rows (`ops.token_rows`). The row of the padding token is read but not
 # trained, as torch and so PEFT have it. Nothing is kept for backward but the ids: what it needs is as large as one
@@ -90,12 +90,20 @@ def adapted_rows(ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: 
         table: (vocab, hidden).
         lora: the adapter, with factors for the embedding.
     """
+    return _embedded(ids, table, config, lora)[0]
+
+
+def _embedded(
+    ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters
+) -> tuple[Tensor, LoRAEmbeddingSaved, DoRASaved | None]:
+    """The same, and what the backward of its factors needs, and of DoRA where there is any."""
     slot = lora.slots[EMBEDDING]
     factors = lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING)
-    x, _ = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
-    if slot.use_dora:
-        x, _ = dora_forward(x, *_magnitude(table, lora, slot))
-    return x
+    z, saved = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
+    if not slot.use_dora:
+        return z, saved, None
+    x, rescaled = dora_forward(z, *_magnitude(table, lora, slot))
+    return x, saved, rescaled
 
 
 def _magnitude(table: FrozenMatrix, lora: LoRAParameters, slot: LoRASlot) -> tuple[Tensor, Tensor]:
@@ -114,7 +122,14 @@ def embedding_gradients(
         ids: as in `adapted_rows`, and so are those that follow.
     """
     if EMBEDDING in lora:
-        _factors_backward(d_x, ids, table, config, lora)
+        _, saved_factors, rescaled = _embedded(ids, table, config, lora)
+        d_z = d_x
+        if rescaled is not None:
+            d_z, d_magnitude = dora_backward(d_x, rescaled)
+            lora.gradient(f"{EMBEDDING}.lora_magnitude").add_(d_magnitude)
+        of_factors = lora_embedding_backward(d_z, saved_factors)
+        lora.d_lora_A(EMBEDDING).add_(of_factors.d_lora_A)
+        lora.d_lora_B(EMBEDDING).add_(of_factors.d_lora_B)
     if f"{EMBEDDING}.weight" in lora.trained:
         if config.padding_id is not None:
             d_x = d_x.masked_fill((ids == config.padding_id)[:, None], 0.0)
@@ -128,23 +143,6 @@ def embedding_gradients(
         lora.gradient(rows).add_(token_embedding_backward(d_x, saved).d_token_rows)
 
 
-def _factors_backward(
-    d_x: Tensor, ids: Tensor, table: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters
-) -> None:
-    slot = lora.slots[EMBEDDING]
-    factors = lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING)
-    z, saved = lora_embedding_forward(ids, table, *factors, slot.scaling, config.padding_id)
-    if slot.use_dora:
-        _, rescaled = dora_forward(z, *_magnitude(table, lora, slot))
-        dora = dora_backward(d_x, rescaled)
-        lora.gradient(f"{EMBEDDING}.lora_magnitude").add_(dora.d_magnitude)
-        d_x = dora.d_z
-    grads = lora_embedding_backward(d_x, saved)
-    lora.d_lora_A(EMBEDDING).add_(grads.d_lora_A)
-    lora.d_lora_B(EMBEDDING).add_(grads.d_lora_B)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The head where more is trained in it than plain LoRA factors: loss and gradients, chunk of rows by chunk.
 #
 #     Z = head(X),   L = Σ_i cross-entropy(rule(Z)_i, t_i)
@@ -166,11 +164,7 @@ class Head(NamedTuple):
 
 
 def head_of(
-    weight: FrozenMatrix,
-    config: DecoderConfig,
-    lora: LoRAParameters | None,
-    trained: Trained,
-    dropout_seed: int | None,
+    weight: FrozenMatrix, config: DecoderConfig, lora: LoRAParameters | None, trained: Trained, dropout_seed: int | None
 ) -> Head:
     """The head of a pass; no dropout without a seed."""
     fixed = None if dropout_seed is not None else head_adapter(weight, config, lora)  # DoRA's norm is taken once
@@ -221,12 +215,7 @@ def head_losses(x: Tensor, targets: Tensor, head: Head, logits: Tensor | None = 
 
 
 def head_loss_and_gradients(
-    x: Tensor,
-    targets: Tensor,
-    head: Head,
-    lora: LoRAParameters,
-    multiplier: float | Tensor,
-    logits: Tensor | None,
+    x: Tensor, targets: Tensor, head: Head, lora: LoRAParameters, multiplier: float | Tensor, logits: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Losses, and the gradients of Σ multiplier · loss, which are added to `lora.gradients`.
 
@@ -264,3 +253,41 @@ def head_loss_and_gradients(
         if head.token_rows is not None:
             lora.gradient(head.token_rows).add_(d_logits[:, lora.token_ids(head.token_rows)].T @ x[part])
     return losses, d_x
+
+
+def other_head_gradient(
+    x: Tensor,
+    batch: PackedBatch,
+    head: Head,
+    lora: LoRAParameters | None,
+    loss_scaling: float,
+    token_loss: TokenLoss | None,
+    logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """∂(loss_scaling · loss)/∂x, (supervised, hidden), and the loss, where it is no sum of nats or the head is trained.
+
+    Args:
+        x: (supervised, hidden), normed; it may be overwritten.
+        lora: whose gradient buffer receives what the head's are; None where nothing is trained in it.
+        token_loss: see `Passes.loss_and_gradients`.
+        logits: as in `head_losses`.
+    """
+    targets, multiplier = batch.labels[batch.supervised_positions], batch.loss_multiplier(loss_scaling, x.dtype)
+    loss, rows = None, None
+    if token_loss is not None:
+        loss, d_log_p = token_loss(batch.of_documents(-head_losses(x, targets, head, logits)))
+        multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
+        rows = multiplier.nonzero().squeeze(1)
+    if lora is not None:
+        losses, d_x = head_loss_and_gradients(x, targets, head, lora, multiplier, logits)
+    elif isinstance(multiplier, Tensor) and rows is not None and len(rows) < len(x):
+        # What both answers of a pair begin with cancels in their margin: no more of the head for such positions.
+        losses, (d_rows, *_) = linear_cross_entropy_backward(
+            *(x[rows], head.weight, targets[rows], None, multiplier[rows], head.rule), logits=logits
+        )
+        d_x = x.zero_().index_copy_(0, rows, d_rows)
+    else:
+        losses, (d_x, *_) = linear_cross_entropy_backward(
+            *(x, head.weight, targets, None, multiplier, head.rule), out=x, logits=logits
+        )
+    return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss

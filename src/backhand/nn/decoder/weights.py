@@ -8,8 +8,8 @@ quantized (`ops.frozen_matrix`); norms and biases are always tensors in the comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from backhand.nn.decoder.family import (
     DecoderConfig,
     LayerConfig,
 )
-from backhand.nn.loading.expert_tensors import expert_of, matrices_of
+from backhand.nn.loading.expert_tensors import matrices_of
 from backhand.nn.loading.source import ModelSource, check_shapes, fill
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes
@@ -100,40 +100,80 @@ class DecoderWeights:
     per_layer: PerLayerWeights | None = None
 
 
+class _Part(NamedTuple):
+    """A field of `BlockWeights`, and the tensors that lie in it one below another."""
+
+    field: str
+    names: tuple[str, ...]  # by the ends of their Hugging Face names
+    rows: Sequence[int]  # of each
+    columns: tuple[int, ...]  # their other axes
+    multiplies: bool = False  # whether it is the weight of linear modules, which may be quantized
+    trainable: bool = True  # whether an adapter can train what is in it as it is
+
+
+def _parts(config: DecoderConfig, layer: LayerConfig) -> list[_Part]:
+    """What a block consists of."""
+    sized, own, hidden = config.at(layer), config.per_layer, config.hidden_size
+    mixer, mixture = sized.mixers[layer.mixer], config.mixture if layer.experts else None
+    parts: list[_Part] = []
+
+    def group(field: str, modules: Sequence[str], outputs: Sequence[int], inputs: int, bias: bool = False) -> None:
+        trainable = field not in ("gate_up", "down") or mixture is None
+        parts.append(_Part(field, tuple(f"{one}.weight" for one in modules), outputs, (inputs,), True, trainable))
+        if bias:
+            names = tuple(f"{one}.bias" for one in modules)
+            parts.append(_Part(f"{field}_bias", names, outputs, (), trainable=trainable))
+
+    def alone(field: str, name: str, *shape: int, trainable: bool = True) -> None:
+        parts.append(_Part(field, (name,), shape[:1], shape[1:], trainable=trainable))
+
+    group("input", mixer.groups[0], mixer.sizes, hidden, mixer.biases[0])
+    group("output", mixer.groups[1], [hidden], mixer.width, mixer.biases[1])
+    if mixture is None:
+        group("gate_up", config.groups[2], sized.gate_up_sizes, hidden, config.mlp_bias)
+        group("down", config.groups[3], [hidden], sized.intermediate_size, config.mlp_bias)
+    else:
+        (gate_up,), (down,) = EXPERT_GROUPS
+        for field, parameter, rows, inputs in (
+            ("gate_up", gate_up, 2 * mixture.width, hidden),
+            ("down", down, hidden, mixture.width),
+        ):
+            modules = dict(matrices_of(parameter, mixture.experts, rows))
+            outputs = [piece.rows.stop - piece.rows.start for piece in modules.values()]
+            group(field, tuple(modules), outputs, inputs, mixture.bias)
+    if own is not None:
+        gate, projection = PER_LAYER_GROUPS
+        group("per_layer_gate", gate, [own.width], hidden)
+        group("per_layer_projection", projection, [hidden], own.width)
+    for field, (name, shape) in mixer.norms.items():
+        alone(field, name, *shape)
+    for field, (name, shape) in mixer.frozen.items():
+        alone(field, name, *shape, trainable=False)
+    places = "attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm"
+    for field, norm in zip(places, config.norms, strict=True):
+        if norm is not None:
+            alone(field, f"{norm}.weight", hidden)
+    if mixture is not None:
+        alone("router", f"{mixture.router}.weight", mixture.experts, hidden, trainable=False)
+        if mixture.bias:
+            alone("router_bias", f"{mixture.router}.bias", mixture.experts, trainable=False)
+    if own is not None:
+        alone("per_layer_norm", f"{PER_LAYER_NORM}.weight", hidden)
+    if config.layer_scalar:
+        alone("layer_scalar", LAYER_SCALAR, 1, trainable=False)
+    return parts
+
+
 def empty_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> DecoderWeights:
     """Unfilled buffers of the right shapes."""
-    hidden, norms, own = config.hidden_size, config.norms, config.per_layer
+    hidden, own = config.hidden_size, config.per_layer
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def block(layer: LayerConfig) -> BlockWeights:
-        mixer = config.at(layer).mixers[layer.mixer]
-        inputs, (input_bias, output_bias) = sum(mixer.sizes), mixer.biases
-        (_, _, gate_up), (_, _, down) = _mlp_stacks(config, layer)
-        mixture = config.mixture if layer.experts else None
-        mlp_bias = config.mlp_bias if mixture is None else mixture.bias
-        return BlockWeights(
-            input=new(inputs, hidden),
-            output=new(hidden, mixer.width),
-            gate_up=new(sum(gate_up), hidden),
-            down=new(sum(down), _mlp_width(config, layer)),
-            attention_norm=new(hidden) if norms.before_attention else None,
-            mlp_norm=new(hidden) if norms.before_mlp else None,
-            input_bias=new(inputs) if input_bias else None,
-            output_bias=new(hidden) if output_bias else None,
-            gate_up_bias=new(sum(gate_up)) if mlp_bias else None,
-            down_bias=new(sum(down)) if mlp_bias else None,
-            after_attention_norm=new(hidden) if norms.after_attention else None,
-            after_mlp_norm=new(hidden) if norms.after_mlp else None,
-            router=new(mixture.experts, hidden) if mixture else None,
-            router_bias=new(mixture.experts) if mixture and mixture.bias else None,
-            per_layer_gate=new(own.width, hidden) if own else None,
-            per_layer_projection=new(hidden, own.width) if own else None,
-            per_layer_norm=new(hidden) if own else None,
-            layer_scalar=new(1) if config.layer_scalar else None,
-            **{field: new(*shape) for field, (_, shape) in (mixer.norms | mixer.frozen).items()},
-        )
+        tensors: dict[str, Any] = {one.field: new(sum(one.rows), *one.columns) for one in _parts(config, layer)}
+        return BlockWeights(**tensors)
 
     embedding = new(config.vocab_size, hidden)
     head = embedding if config.tied_head else new(config.vocab_size, hidden)
@@ -148,16 +188,9 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
     """(Hugging Face name, view or quantized matrix) of all weights; a tied head appears once, as the embedding."""
     yield "model.embed_tokens.weight", weights.embedding
     for index, block in enumerate(weights.blocks):
-        prefix = f"model.layers.{index}."
-        layer = config.layers[index]
-        for field, parts, sizes in _stacks(config, layer):
-            for kind, suffix in _KINDS:
-                stack = getattr(block, f"{field}{suffix}", None)
-                if stack is not None:
-                    for part, view in zip(parts, _members(stack, sizes), strict=True):
-                        yield f"{prefix}{part}.{kind}", view
-        for name, place in _singles(config, layer).items():
-            yield prefix + name, getattr(block, place)
+        for part in _parts(config, config.layers[index]):
+            for name, view in _members(block, part):
+                yield f"model.layers.{index}.{name}", view
     yield f"{config.final_norm}.weight", weights.final_norm
     if weights.per_layer is not None:
         for name, view in zip(_PER_LAYER_NAMES, weights.per_layer, strict=True):
@@ -166,62 +199,14 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
         yield "lm_head.weight", weights.head
 
 
-def _members(stack: FrozenMatrix, sizes: Sequence[int]) -> tuple[FrozenMatrix, ...]:
-    """The parts of a stack; of one, itself."""
-    return (stack,) if len(sizes) == 1 else frozen_split(stack, sizes)
+def _members(block: BlockWeights, part: _Part) -> Iterator[tuple[str, FrozenMatrix]]:
+    """What lies in a part, each by its name; what is alone is the whole."""
+    stack: FrozenMatrix = getattr(block, part.field)
+    views = (stack,) if len(part.names) == 1 else frozen_split(stack, part.rows)
+    return zip(part.names, views, strict=True)
 
 
-_KINDS = (("weight", ""), ("bias", "_bias"))
 _PER_LAYER_NAMES = (PER_LAYER_TABLE, PER_LAYER_MODEL, PER_LAYER_MODEL_NORM)
-
-
-def _stacks(config: DecoderConfig, layer: LayerConfig) -> list[tuple[str, tuple[str, ...], list[int]]]:
-    """Of each group: the field of `BlockWeights` that holds its matrices stacked, its modules, and their outputs."""
-    mixer, hidden, own = config.at(layer).mixers[layer.mixer], [config.hidden_size], config.per_layer
-    first, last = mixer.groups
-    stacks = [("input", first, list(mixer.sizes)), ("output", last, hidden), *_mlp_stacks(config, layer)]
-    if own is not None:
-        gate, projection = PER_LAYER_GROUPS
-        stacks += [("per_layer_gate", gate, [own.width]), ("per_layer_projection", projection, hidden)]
-    return stacks
-
-
-def _mlp_stacks(config: DecoderConfig, layer: LayerConfig) -> list[tuple[str, tuple[str, ...], list[int]]]:
-    """The same of the MLP's groups, or of the experts: the linear modules of each, one expert's behind another's."""
-    hidden, mixture = config.hidden_size, config.mixture
-    if not layer.experts or mixture is None:
-        sizes = list(config.at(layer).gate_up_sizes)
-        return [("gate_up", config.groups[2], sizes), ("down", config.groups[3], [hidden])]
-    (gate_up,), (down,) = EXPERT_GROUPS
-    stacks = []
-    for field, parameter, rows in (("gate_up", gate_up, 2 * mixture.width), ("down", down, hidden)):
-        modules = dict(matrices_of(parameter, mixture.experts, rows))
-        sizes = [piece.rows.stop - piece.rows.start for piece in modules.values()]
-        stacks.append((field, tuple(modules), sizes))
-    return stacks
-
-
-def _mlp_width(config: DecoderConfig, layer: LayerConfig) -> int:
-    """What gate and up make of the hidden size, each."""
-    return config.mixture.width if layer.experts and config.mixture else config.at(layer).intermediate_size
-
-
-def _singles(config: DecoderConfig, layer: LayerConfig, *, trained: bool = False) -> dict[str, str]:
-    """The field of `BlockWeights` of each tensor that is in no stack, by its name; or of those that can be trained."""
-    mixer = config.at(layer).mixers[layer.mixer]
-    fields = ("attention_norm", "after_attention_norm", "mlp_norm", "after_mlp_norm")
-    inside = mixer.norms if trained else mixer.norms | mixer.frozen
-    behind: dict[str, str] = {}
-    if layer.experts and config.mixture is not None and not trained:
-        router = config.mixture.router
-        behind = {f"{router}.weight": "router"} | ({f"{router}.bias": "router_bias"} if config.mixture.bias else {})
-    behind |= {f"{PER_LAYER_NORM}.weight": "per_layer_norm"} if config.per_layer is not None else {}
-    behind |= {LAYER_SCALAR: "layer_scalar"} if config.layer_scalar and not trained else {}
-    return (
-        {name: field for field, (name, _) in inside.items()}
-        | {f"{name}.weight": field for name, field in zip(config.norms, fields, strict=True) if name is not None}
-        | behind
-    )
 
 
 def dense_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
@@ -258,8 +243,8 @@ def _stored_weights(
 ) -> DecoderWeights:
     """The matrices as they are stored, and unfilled norms and biases."""
 
-    def matrix(prefix: str, *parts: str) -> QuantizedMatrix:
-        return QuantizedMatrix([source.stored_rows(f"{prefix}{part}.weight") for part in parts], dtype, device)
+    def matrix(*names: str) -> QuantizedMatrix:
+        return QuantizedMatrix([source.stored_rows(name) for name in names], dtype, device)
 
     def vector(tensor: Tensor) -> Tensor:
         # empty_like of a meta tensor imports torch's Python references first: two seconds.
@@ -268,19 +253,18 @@ def _stored_weights(
     empty = empty_weights(config, dtype, "meta")
     blocks = []
     for index, block in enumerate(empty.blocks):
-        prefix = f"model.layers.{index}."
-        there = {field.name: getattr(block, field.name) for field in fields(block)}
-        stacks = _stacks(config, config.layers[index])
-        matrices: dict[str, Any] = {field: matrix(prefix, *parts) for field, parts, _ in stacks}
-        vectors: dict[str, Any] = {
-            name: vector(tensor) for name, tensor in there.items() if tensor is not None and name not in matrices
+        tensors: dict[str, Any] = {
+            part.field: matrix(*(f"model.layers.{index}.{name}" for name in part.names))
+            if part.multiplies
+            else vector(getattr(block, part.field))
+            for part in _parts(config, config.layers[index])
         }
-        blocks.append(replace(block, **vectors, **matrices))
-    embedding = matrix("", EMBEDDING)
-    head = embedding if config.tied_head else matrix("", "lm_head")
+        blocks.append(BlockWeights(**tensors))
+    embedding = matrix(f"{EMBEDDING}.weight")
+    head = embedding if config.tied_head else matrix("lm_head.weight")
     per_layer = None
     if empty.per_layer is not None:
-        table, projection = (matrix("", name) for name in (PER_LAYER_TABLE, PER_LAYER_MODEL))
+        table, projection = (matrix(f"{name}.weight") for name in (PER_LAYER_TABLE, PER_LAYER_MODEL))
         per_layer = PerLayerWeights(table, projection, vector(empty.per_layer.norm))
     return DecoderWeights(embedding, blocks, vector(empty.final_norm), head, per_layer)
 
@@ -291,9 +275,10 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
     A parameter of experts, `mlp.experts.down_proj`, is the stack of their matrices, (experts · out, in).
     """
     parts = {
-        part: view
-        for field, parts, sizes in _stacks(config, config.layers[layer])
-        for part, view in zip(parts, _members(getattr(block, field), sizes), strict=True)
+        name.removesuffix(".weight"): view
+        for part in _parts(config, config.layers[layer])
+        if part.multiplies
+        for name, view in _members(block, part)
     }
     if config.layers[layer].experts:
         (gate_up,), (down,) = EXPERT_GROUPS
@@ -307,41 +292,26 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
     Where some layers have experts, the MLPs of the others are left out: PEFT takes the names of an MLP's modules for
     the experts' there, so that it could not read an adapter of both. Routers stay frozen.
     """
-    hidden, mixture = config.hidden_size, config.mixture
+    hidden, mixture, own = config.hidden_size, config.mixture, config.per_layer
     shapes: dict[str, tuple[int, int]] = {}
     experts: dict[str, tuple[int, int, int]] = {}
-    own = config.per_layer
+    fixed = [] if own is None else [f"{name}.weight" for name in _PER_LAYER_NAMES]
     if own is not None:
         shapes[PER_LAYER_MODEL] = (own.layers * own.width, hidden)
     for index, layer in enumerate(config.layers):
-        sized = config.at(layer)
-        inputs = {"output": sized.mixers[layer.mixer].width, "down": sized.intermediate_size}
-        inputs |= {} if own is None else {"per_layer_projection": own.width}
-        for field, parts, sizes in _stacks(config, layer):
-            if mixture is not None and field in ("gate_up", "down"):
-                continue
-            for part, size in zip(parts, sizes, strict=True):
-                shapes[f"model.layers.{index}.{part}"] = (size, inputs.get(field, hidden))
+        prefix = f"model.layers.{index}."
+        for part in _parts(config, layer):
+            if part.multiplies and (mixture is None or part.field not in ("gate_up", "down")):
+                for name, size in zip(part.names, part.rows, strict=True):
+                    shapes[prefix + name.removesuffix(".weight")] = (size, part.columns[0])
+            fixed += [] if part.trainable else [prefix + name for name in part.names]
         if mixture is not None and layer.experts:
             (gate_up,), (down,) = EXPERT_GROUPS
-            experts[f"model.layers.{index}.{gate_up}"] = (mixture.experts, 2 * mixture.width, hidden)
-            experts[f"model.layers.{index}.{down}"] = (mixture.experts, hidden, mixture.width)
+            experts[prefix + gate_up] = (mixture.experts, 2 * mixture.width, hidden)
+            experts[prefix + down] = (mixture.experts, hidden, mixture.width)
     shapes["lm_head"] = (config.vocab_size, hidden)
-    views = named_views(empty_weights(config, torch.float32, "meta"), config)
-    fixed = [
-        f"model.layers.{index}.{name}"
-        for index, layer in enumerate(config.layers)
-        for name in (
-            *(name for name, _ in config.mixers[layer.mixer].frozen.values()),
-            *((LAYER_SCALAR,) if config.layer_scalar else ()),
-        )
-    ]
-    fixed += [f"{name}.weight" for name in _PER_LAYER_NAMES] if own is not None else []
-    parameters = {name: tuple(view.shape) for name, view in views}
-    routers = () if mixture is None else tuple(f".{mixture.router}.{kind}" for kind in ("weight", "bias"))
-    fixed += [name for name in parameters if expert_of(name) is not None or name.endswith(routers)]
-    held = set(fixed)
-    parameters = {name: shape for name, shape in parameters.items() if name not in held}
+    views, held = named_views(empty_weights(config, torch.float32, "meta"), config), set(fixed)
+    parameters = {name: tuple(view.shape) for name, view in views if name not in held}
     parameters.setdefault("lm_head.weight", shapes["lm_head"])
     return ModuleShapes(
         shapes,
@@ -354,7 +324,6 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The decoder's weights as an adapter has them: whole tensors it trains, and trained rows of the embedding, in place.
 #
 # A tensor that stands alone (a norm, the head, the embedding) is the adapter's own in the compute dtype, without a
@@ -392,29 +361,18 @@ class TrainedWeights:
 
     def block(self, layer: int, block: BlockWeights) -> BlockWeights:
         """One block's weights with the adapter's own in their place; `block` itself where it trains none of them."""
-        prefix = f"model.layers.{layer}."
-        own = [name for name in self._lora.trained if name.startswith(prefix)]
-        if not own:
-            return block
-        trained = {name.removeprefix(prefix): self._lora.compute(name) for name in own}
-        return self._block(self._config.layers[layer], block, trained)
-
-    def _block(self, layer: LayerConfig, block: BlockWeights, trained: Mapping[str, Tensor]) -> BlockWeights:
-        alone = _singles(self._config, layer, trained=True)
-        changes = {alone[part]: tensor for part, tensor in trained.items() if part in alone}
-        for field, parts, sizes in _stacks(self._config, layer):
-            for kind, suffix in _KINDS:
-                stack, names = getattr(block, f"{field}{suffix}", None), [f"{part}.{kind}" for part in parts]
-                if stack is None or not any(name in trained for name in names):
-                    continue
-                if len(names) == 1:
-                    changes[f"{field}{suffix}"] = trained[names[0]]
-                    continue
-                views = zip(names, _members(stack, sizes), strict=True)
-                changes[f"{field}{suffix}"] = torch.cat(
-                    [trained[name] if name in trained else frozen_dense(view) for name, view in views]
+        lora, prefix = self._lora, f"model.layers.{layer}."
+        trained = {name.removeprefix(prefix): lora.compute(name) for name in lora.trained if name.startswith(prefix)}
+        changes: dict[str, Tensor] = {}
+        for part in _parts(self._config, self._config.layers[layer]) if trained else ():
+            if len(part.names) == 1 and part.names[0] in trained:
+                changes[part.field] = trained[part.names[0]]
+            elif any(name in trained for name in part.names):
+                members = _members(block, part)
+                changes[part.field] = torch.cat(
+                    [trained[name] if name in trained else frozen_dense(view) for name, view in members]
                 )
-        return replace(block, **changes)
+        return replace(block, **changes) if trained else block
 
     def _with_rows(self) -> Tensor:
         """The embedding table with the trained rows in it; one copy, kept."""

@@ -225,11 +225,7 @@ def _gemma(config: dict[str, Any], *, largest: int) -> None:
     is_largest = config["num_hidden_layers"] == largest
     scalar = config["hidden_size"] // config["num_attention_heads"] if is_largest else config["head_dim"]
     del config["hidden_act"]
-    config |= {
-        "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "query_pre_attn_scalar": int(scalar),
-    }
+    config |= {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "query_pre_attn_scalar": int(scalar)}
 
 
 def _gemma2(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:

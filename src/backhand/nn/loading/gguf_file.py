@@ -246,11 +246,9 @@ _CONVERT = "convert the model anew with llama.cpp's convert_hf_to_gguf.py, or gi
 
 def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:
     """Bytes of a tensor, None if the type is unknown or the rows are no whole number of its blocks."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
     try:
-        block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
-    except (ValueError, KeyError):
+        block_size, block_bytes = block_shape(type_id)
+    except ArtifactError:
         return None
     return None if shape[-1] % block_size else prod(shape) // block_size * block_bytes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from backhand.nn.decoder.family import (
@@ -19,11 +20,7 @@ from backhand.nn.decoder.family import (
 )
 from backhand.nn.loading.expert_tensors import expert_of
 
-_WHOLE = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 _WHOLE_OF = {
     "lfm2": {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm", "output": "lm_head"},
@@ -142,7 +139,18 @@ _ARCHITECTURE_OF = {name: name for name in _OF_ONE_NAME} | {
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 _SKIPPED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|rope_factors_(long|short)\.weight")
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+(?:\.\w+)?)\.(?P<kind>weight|bias)")
+
+
+@cache
+def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Hugging Face's name of each tensor by the file's: outside of blocks, and inside of each."""
+    whole, block = _WHOLE_OF.get(architecture, _WHOLE), _BLOCK_OF[architecture]
+    inside = {f"{stored}.weight": f"{ours}.weight" for stored, ours in block.items()}
+    if architecture != "lfm2":
+        with_bias = {stored: ours for stored, ours in block.items() if ours.endswith(("_proj", ".router"))}
+        inside |= {f"{stored}.bias": f"{ours}.bias" for stored, ours in with_bias.items()}
+    outside = {f"{stored}.weight": f"{ours}.weight" for stored, ours in whole.items()}
+    return outside, inside | _WHOLE_NAMES.get(architecture, {})
 
 
 def gguf_architecture(config: Mapping[str, Any]) -> str | None:
@@ -163,17 +171,10 @@ def gguf_name(architecture: str, name: str) -> str | None:
         there = architecture in (_WITH_EXPERTS if kind == "weight" else _WITH_EXPERT_BIASES)
         return f"blk.{block.rpartition('.')[2]}.{stack}.{kind}" if there else None
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    block, inside, names = "", name, _WHOLE_OF.get(architecture, _WHOLE)
-    if match is not None:
-        layer, inside = match.groups()
-        block, names = f"blk.{layer}.", _BLOCK_OF[architecture]
-        whole = next((stored for stored, ours in _WHOLE_NAMES.get(architecture, {}).items() if ours == inside), None)
-        if whole is not None:
-            return f"{block}{whole}"
-    module, _, kind = inside.rpartition(".")
-    stored = next((stored for stored, ours in names.items() if ours == module), None)
-    found = f"{block}{stored}.{kind}"
-    return found if stored is not None and huggingface_name(architecture, found) == name else None
+    outside, inside = _names_of(architecture)
+    layer, part, names = (None, name, outside) if match is None else (match[1], match[2], inside)
+    stored = next((stored for stored, ours in names.items() if ours == part), None)
+    return stored if layer is None or stored is None else f"blk.{layer}.{stored}"
 
 
 _GRANITE4_PARTS = {
@@ -212,20 +213,11 @@ def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> lis
 def huggingface_name(architecture: str, name: str) -> str | None:
     """The Hugging Face name of a tensor that is one here too, None if the architecture has no such tensor."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if match is not None and (whole_name := _WHOLE_NAMES.get(architecture, {}).get(match[2])) is not None:
-        return f"model.layers.{match[1]}.{whole_name}"
-    match = _NAME.fullmatch(name)
+    outside, inside = _names_of(architecture)
     if match is None:
-        return None
-    layer, module, kind = match["layer"], match["module"], match["kind"]
-    if layer is None:
-        whole = _WHOLE_OF.get(architecture, _WHOLE)
-        return f"{whole[module]}.weight" if module in whole and kind == "weight" else None
-    in_block = _BLOCK_OF[architecture].get(module)
-    has_bias = in_block is not None and in_block.endswith(("_proj", ".router")) and architecture != "lfm2"
-    if in_block is None or (kind == "bias" and not has_bias):
-        return None
-    return f"model.layers.{layer}.{in_block}.{kind}"
+        return outside.get(name)
+    ours = inside.get(match[2])
+    return None if ours is None else f"model.layers.{match[1]}.{ours}"
 
 
 def is_skipped(name: str) -> bool:

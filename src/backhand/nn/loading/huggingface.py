@@ -208,10 +208,11 @@ class HuggingFaceDirectory(ModelSource):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception, transformers a dozen kinds
+            has_tokenizer = any(self.path.glob("tokenizer*")) or any(self.path.glob("vocab*"))
             raise ArtifactError(
                 "the tokenizer cannot be read",
                 where=str(self.path),
-                why=short_reason(error) if self._has_tokenizer() else "there is no tokenizer.json",
+                why=short_reason(error) if has_tokenizer else "there is no tokenizer.json",
                 next_step="tokenizer.json and tokenizer_config.json must be there, as save_pretrained writes them",
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -236,9 +237,6 @@ class HuggingFaceDirectory(ModelSource):
                     raise ArtifactError(f"{file} cannot be read: {error.strerror}", next_step=_FETCH_AGAIN) from None
                 if size > MAX_TABLES_BYTES:
                     raise ArtifactError(f"{file} is too large: {size:,} bytes", next_step=_FETCH_AGAIN)
-
-    def _has_tokenizer(self) -> bool:
-        return any(self.path.glob("tokenizer*")) or any(self.path.glob("vocab*"))
 
 
 class _SafetensorsFile:

@@ -50,7 +50,9 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
     if name and stat.S_ISDIR(mode):
         return _open_directory(path)
     if stat.S_ISREG(mode):
-        return _open_file(path)
+        if path.suffix in (".safetensors", ".json"):
+            raise ArtifactError(f"{path} is one file of a model", next_step=f"give its directory, {path.parent}")
+        return GGUFModel(path)
     if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
         return open_hub_model(name, revision, fetch=fetch)
     raise ArtifactError(
@@ -61,12 +63,6 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
             f"or {SMOLLM2}; `backhand models` lists what is on this machine"
         ),
     )
-
-
-def _open_file(path: Path) -> ModelSource:
-    if path.suffix in (".safetensors", ".json"):
-        raise ArtifactError(f"{path} is one file of a model", next_step=f"give its directory, {path.parent}")
-    return GGUFModel(path)
 
 
 def _open_directory(path: Path) -> ModelSource:

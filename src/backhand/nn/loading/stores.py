@@ -34,7 +34,9 @@ _OLLAMA_HOST, _OLLAMA_NAMESPACE = "registry.ollama.ai", "library"
 _OLLAMA_HOMES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models", "/var/lib/ollama/.ollama/models")
 _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 _LARGEST_MANIFEST = 1 << 20
-_DEEPEST = 6
+_DEEPEST, _MOST_FILES = 6, 200_000
+_LONGEST_NAME, _LONGEST_POINTER = 255, 1 << 16
+_OLLAMA_PARTS = 4
 # Files beside a language model's that are none themselves.
 _BESIDE = ("mmproj", "imatrix", "ggml-vocab")
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf")
@@ -90,9 +92,6 @@ def models_on_this_machine(places: tuple[Path, ...] = (), note: Callable[[str], 
             note(f"the models of {store} cannot all be listed: {short_reason(error)}")
 
 
-# ---- Ollama --------------------------------------------------------------------------------------------------------
-
-
 def _in_ollama() -> Iterator[StoredModel]:
     for manifest, name in _ollama_manifests():
         try:
@@ -112,9 +111,6 @@ def _of_one_part(name: str) -> bool:
     return bool(name) and name not in (".", "..") and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
-_LONGEST_NAME = 255
-
-
 def _ollama_manifests() -> list[tuple[Path, str]]:
     """(manifest, `ollama:NAME:TAG`) of every model, the parts that Ollama's own names leave out left out here, too."""
     root = _ollama_home() / "manifests"
@@ -129,9 +125,6 @@ def _ollama_manifests() -> list[tuple[Path, str]]:
             shown = place
         found.append((path, f"{OLLAMA}{'/'.join([*shown, model])}:{tag}"))
     return found
-
-
-_OLLAMA_PARTS = 4
 
 
 def _ollama_file(name: str) -> Path:
@@ -208,12 +201,6 @@ def _layers(manifest: Path) -> list[dict[str, Any]]:
     return layers
 
 
-# ---- LM Studio and llama.cpp ---------------------------------------------------------------------------------------
-
-
-_LONGEST_POINTER = 1 << 16
-
-
 def _lm_studio_home(note: Callable[[str], None]) -> Path:
     """Its folder of models: where the pointer leads, or where it usually is; `note` is told of a wrong pointer."""
     pointer = Path("~/.lmstudio-home-pointer").expanduser()
@@ -258,17 +245,10 @@ def _lm_studio_file(name: str) -> Path:
     )
 
 
-def _llama_cache() -> Path:
-    stated = os.environ.get("LLAMA_CACHE")
-    return Path(stated) if stated else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "llama.cpp"
-
-
 def _in_llama_cache() -> Iterator[StoredModel]:
-    for file in _gguf_files(_llama_cache()):
+    stated, caches = os.environ.get("LLAMA_CACHE"), os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    for file in _gguf_files(Path(stated) if stated else Path(caches).expanduser() / "llama.cpp"):
         yield StoredModel(str(file), file, "llama.cpp")
-
-
-# ---- folders -------------------------------------------------------------------------------------------------------
 
 
 def _in_hugging_face_cache() -> Iterator[StoredModel]:
@@ -329,9 +309,6 @@ def _files_below(folder: Path) -> Iterator[Path]:
         if seen > _MOST_FILES:
             raise ResourceError(f"more than {_MOST_FILES:,} files and folders lie in it; name one of its folders")
         yield from (file for name in names if _is_file(file := Path(path) / name))
-
-
-_MOST_FILES = 200_000
 
 
 def _is_file(path: Path) -> bool:

@@ -9,13 +9,18 @@ choice. Tokenizers in use repeat classes of characters (`\p{L}+`, `[^\s\p{L}]+`)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from backhand.errors import ArtifactError
 
 LONGEST_PATTERN = 20_000
-_MANY = 100
+_MANY, _DEEPEST = 100, 100
+_ESCAPE = re.compile(r"\\(?:[pPx]\{[^}]*\}|.)", re.DOTALL)
+_CLASS = re.compile(r"\[\^?\]?[^\[\]]*\]")
+_REPEAT = re.compile(r"[*+]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>\d*)\}")
+_GROUP = re.compile(rf"\((?P<inside>[^()]*)\)(?P<behind>{_REPEAT.pattern})?")
 
 
 def check_patterns(backend: Any, where: str) -> None:
@@ -51,69 +56,31 @@ def _patterns(value: Any) -> Iterator[str]:
 
 def may_explode(pattern: str) -> bool:
     """Whether a group that holds a repeat without end, or a choice, is itself repeated without end."""
-    at, end = 0, len(pattern)
-    opened: list[bool] = []  # for each group that is open: whether it holds a repeat or a choice
-    ambiguous = False
-    while at < end:
-        character = pattern[at]
-        closed, inner = False, False
-        if character == "\\":
-            at += 1  # and the character behind it, below
-            if pattern[at + 1 : at + 2] == "{" and "}" in pattern[at:]:
-                at = pattern.index("}", at)  # \p{L}
-        elif character == "[":
-            at = _behind_class(pattern, at) - 1
-        elif character == "(":
-            opened.append(ambiguous)
-            ambiguous = False
-            at += 1
-            if pattern[at : at + 1] == "?":
-                at += 1
-            continue
-        elif character == ")":
-            closed, inner = True, ambiguous
-            ambiguous = (opened.pop() if opened else False) or inner
-        elif character == "|":
-            ambiguous = True
-        at += 1
-        endless, behind = _repeat(pattern, at)
-        if endless:
-            if closed and inner:
-                return True
-            ambiguous = True
-            at = behind
-    return False
+    left = _ESCAPE.sub("a", pattern)  # a stands for whatever is one character, or a group
+    for _ in range(_DEEPEST):
+        if (outer := _CLASS.sub("a", left)) == left:  # classes may hold classes
+            break
+        left = outer
+    for _ in range(_DEEPEST):
+        if any(_is_ambiguous(group["inside"]) and _is_endless(group["behind"]) for group in _GROUP.finditer(left)):
+            return True
+        outer = _GROUP.sub(
+            lambda group: ("a+" if _is_ambiguous(group["inside"]) else "a") + (group["behind"] or ""), left
+        )
+        if outer == left:
+            return False
+        left = outer
+    return True
 
 
-def _behind_class(pattern: str, at: int) -> int:
-    """The place behind the class of characters that opens here; classes may hold classes."""
-    depth, at = 1, at + 1
-    at += pattern[at : at + 1] == "^"
-    at += pattern[at : at + 1] == "]"
-    while at < len(pattern) and depth:
-        if pattern[at] == "\\":
-            at += 1
-        elif pattern[at] == "[":
-            depth += 1
-        elif pattern[at] == "]":
-            depth -= 1
-        at += 1
-    return at
+def _is_ambiguous(inside: str) -> bool:
+    return "|" in inside or any(map(_is_endless, (repeat[0] for repeat in _REPEAT.finditer(inside))))
 
 
-def _repeat(pattern: str, at: int) -> tuple[bool, int]:
-    """Whether a repeat of many times stands here, and the place behind it."""
-    character = pattern[at : at + 1]
-    if character in ("*", "+"):
-        behind = at + 1
-    elif character == "{" and "}" in pattern[at:]:
-        behind = pattern.index("}", at) + 1
-        low, comma, high = pattern[at + 1 : behind - 1].partition(",")
-        most = high if comma else low
-        if most.strip().isdigit() and int(most[:9]) < _MANY:
-            return False, behind
-        if not (low + high).strip().isdigit():
-            return False, at + 1  # a brace that stands for itself
-    else:
-        return False, at
-    return True, behind + (pattern[behind : behind + 1] in ("?", "+"))
+def _is_endless(repeat: str | None) -> bool:
+    """Whether this repeats many times, or without end."""
+    found = None if repeat is None else _REPEAT.fullmatch(repeat)
+    if found is None or found["comma"] is None:
+        return found is not None
+    most = found["most"] if found["comma"] else found["least"]
+    return (not most or int(most[:9]) >= _MANY) and bool(found["least"] or found["most"])

@@ -39,31 +39,13 @@ WRAPPERS: tuple[str, ...] = tuple(_TEXT_PREFIXES)
 """Values of `model_type` of image models whose text model is opened alone. Without images each computes what its text
 model computes, which the tests show for every one whose text model the decoder engine knows."""
 
-_CAUSAL_CLASSES = {
-    "exaone4": "Exaone4ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma4_text": "Gemma4ForCausalLM",
-    "glm": "GlmForCausalLM",
-    "glm4": "Glm4ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
-    "lfm2": "Lfm2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-}
-"""What transformers calls a language model, by its `model_type`; its own table takes a second to import."""
+_TEXT_MODELS = (
+    "exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "gpt_oss", "granite", "granitemoehybrid", "lfm2",
+    "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_5_text",
+    "qwen3_moe", "smollm3",
+)  # fmt: skip
+_CLASS_NAMES = {"granitemoehybrid": "GraniteMoeHybrid", "qwen3_5_text": "Qwen3_5", "smollm3": "SmolLM3"}
+"""Where transformers' name of the class is not made of `model_type`; its own table takes a second to import."""
 
 _INSIDE = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?P<rest>.+)")
 _OLDER_TIE = "tie_embedding"
@@ -127,8 +109,10 @@ def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None
 
 def causal_class(model_type: object) -> list[str]:
     """What transformers calls a language model of this type, as a config lists it; empty where it has none."""
-    found = _CAUSAL_CLASSES.get(str(model_type))
-    return [] if found is None else [found]
+    if model_type not in _TEXT_MODELS:
+        return []
+    words = str(model_type).removesuffix("_text").split("_")
+    return [_CLASS_NAMES.get(str(model_type), "".join(map(str.capitalize, words))) + "ForCausalLM"]
 
 
 def _ties(config: Mapping[str, Any]) -> bool:

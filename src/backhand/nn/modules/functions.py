@@ -124,12 +124,9 @@ lora_embedding = _InGraph(lora_embedding_forward, lora_embedding_backward, {2: "
 lora_conv = _InGraph(lora_conv_forward, lora_conv_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
 """(x, weight, bias, lora_A, lora_B, scaling, geometry, dropout) → y (batch, out, *L'), as `lora_linear`."""
 dora_linear = _InGraph(
-    dora_linear_forward,
-    dora_linear_backward,
-    {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"},
-    cast_as=0,
+    dora_linear_forward, dora_linear_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"}, cast_as=0
 )
-"""(x, weight, bias, lora_A, lora_B, magnitude, norm, scaling, dropout) → y (..., out); the norm is a constant."""
+"""(x, weight, bias, lora_A, lora_B, magnitude, constants) → y (..., out); the norm is one of the constants."""
 dora = _InGraph(dora_forward, dora_backward, {0: "d_z", 1: "d_magnitude"})
 """(z, magnitude, norm, bias, axis) → y of z's shape."""
 lora_bias = _InGraph(lora_bias_forward, lora_bias_backward, {0: "d_z", 1: "d_lora_bias"})

@@ -11,6 +11,7 @@ from torch.nn import functional
 from backhand.errors import present
 from backhand.nn.modules.adapted_module import LoRAModule, Shape, base_weight
 from backhand.nn.modules.functions import dora, dora_linear, lora_bias, lora_conv, lora_embedding, lora_linear
+from backhand.ops.dora_linear import DoRAConstants
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, convolution
 from backhand.ops.lora_linear import Dropout
@@ -82,8 +83,8 @@ def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) 
     """The adapted linear layer, (..., in) → (..., out), with weight (out, in), and with what is trained beside A, B."""
     factors, dropout = (module.lora_A, module.lora_B), module._drawn_dropout()
     if module.lora_magnitude is not None:
-        magnitude, norm = module.lora_magnitude, module.dora_norm()
-        return dora_linear(x, weight, bias, *factors, magnitude, norm, module.scaling, dropout)
+        constants = DoRAConstants(module.dora_norm(), module.scaling, dropout)
+        return dora_linear(x, weight, bias, *factors, module.lora_magnitude, constants)
     y = lora_linear(x, weight, bias, *factors, module.scaling, dropout)
     if module.lora_bias is not None:
         y = lora_bias(y, module.lora_bias, module.scaling, -1)
@@ -242,14 +243,7 @@ class LoRAConv3d(_LoRAConv):
     dimensions = 3
 
 
-LORA_MODULES: tuple[type[LoRAModule], ...] = (
-    LoRALinear,
-    LoRAConv1D,
-    LoRAEmbedding,
-    LoRAConv1d,
-    LoRAConv2d,
-    LoRAConv3d,
-)
+LORA_MODULES: tuple[type[LoRAModule], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
 """Every kind there is."""
 
 

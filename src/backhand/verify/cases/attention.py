@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from backhand.errors import present
 from backhand.ops.attention import AttentionGrads, AttentionSaved
+from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import segments, tokens_of
 from backhand.verify.reference_decoder import softmax_attention, visible
 from backhand.verify.scaffold import PACKED, Backward, Given, Mutant, Op, placed, wrong
@@ -62,13 +63,14 @@ def attention_inputs(queries: str, keys: str) -> dict[str, Any]:
     }
 
 
+MADE = {"scores": lambda scaling, window, cap, sinks: Scores(scaling, window, cap, sinks)}
 OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": SCALING}
 OP = Op(
     "attention",
     attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
     {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "parents": (), "side_by_side": False, **OPTIONS},
     usual=_usual,
-    made=PACKED,
+    made=PACKED | MADE,
     ways={"side_by_side": _side_by_side},
     loops=True,
 )
@@ -159,17 +161,17 @@ def _dense(
     distance = place[:, None] - place[None, :]
     seen = torch.ones_like(distance, dtype=torch.bool)
     if causal:
-        seen = (distance >= 0) & (distance < (s.window if window and s.window is not None else tokens))
+        seen = (distance >= 0) & (distance < (s.scores.window if window and s.scores.window is not None else tokens))
     if documents_apart:
         seen = seen & (where.held if siblings_apart else where.held | where.beside)
-    scores = s.scaling * q @ k.mT
+    scores = s.scores.scaling * q @ k.mT
     slope = torch.ones_like(scores)
-    if s.cap is not None:
-        capped = torch.tanh(scores / s.cap)
-        scores, slope = s.cap * capped, 1 - capped * capped
+    if s.scores.cap is not None:
+        capped = torch.tanh(scores / s.scores.cap)
+        scores, slope = s.scores.cap * capped, 1 - capped * capped
     scores = scores.masked_fill(~seen, float("-inf"))
-    if s.sinks is not None:
-        scores = torch.cat([scores, s.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
+    if s.scores.sinks is not None:
+        scores = torch.cat([scores, s.scores.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     p = torch.softmax(scores, dim=-1)[..., :tokens]
     return _Dense(q, k, v, d_y, p, d_y @ v.mT, (d_y * out).sum(-1, keepdim=True), slope)
 
@@ -195,7 +197,7 @@ def _worked(
 
     def value(g: Tensor, s: AttentionSaved, gradient: str) -> Tensor:
         d = spoil(_dense(g, saved(s), **masks), s)
-        d_s = s.scaling * d.slope * d.p * (d.d_p - d.delta)
+        d_s = s.scores.scaling * d.slope * d.p * (d.d_p - d.delta)
         if gradient == "d_q":
             return (d_s @ d.k).transpose(0, 1)
         return grouped(d_s.mT @ d.q if gradient == "d_k" else d.p.mT @ d.g, s)
@@ -217,16 +219,18 @@ def _transposed(d: _Dense) -> _Dense:
 
 
 MUTANTS = (
-    wrong("scaling forgotten", "d_q d_k", lambda s, d: d / s.scaling),
-    wrong("scaling too much", "d_v", lambda s, d: d * s.scaling),
+    wrong("scaling forgotten", "d_q d_k", lambda s, d: d / s.scores.scaling),
+    wrong("scaling too much", "d_v", lambda s, d: d * s.scores.scaling),
     _worked("δ missing", "d_q d_k", lambda d, _s: d._replace(delta=torch.zeros_like(d.delta))),
     _worked("cap's slope missing", "d_q d_k", lambda d, _s: d._replace(slope=torch.ones_like(d.slope))),
-    _worked("scores not capped", "d_v d_k", saved=lambda s: s._replace(cap=None)),
-    _worked("sinks forgotten", "d_q d_k d_v", saved=lambda s: s._replace(sinks=None)),
+    _worked("scores not capped", "d_v d_k", saved=lambda s: s._replace(scores=s.scores._replace(cap=None))),
+    _worked("sinks forgotten", "d_q d_k d_v", saved=lambda s: s._replace(scores=s.scores._replace(sinks=None))),
     _worked(
         "sinks of other heads",
         "d_q d_v",
-        saved=lambda s: s._replace(sinks=None if s.sinks is None else s.sinks.roll(1)),
+        saved=lambda s: s._replace(
+            scores=s.scores._replace(sinks=None if s.scores.sinks is None else s.scores.sinks.roll(1))
+        ),
     ),
     # As if P were normalised over the visible keys alone when δ is taken.
     _worked("a sink's P in δ", "d_q d_k", lambda d, _s: d._replace(delta=d.delta / d.p.sum(-1, keepdim=True))),

@@ -28,7 +28,7 @@ OP = Op(
     attention.attention_inputs("documents asked heads head_dim", "documents n kv_heads head_dim"),
     dict(documents=..., n=..., heads=6, kv_heads=3, head_dim=5, queries=None) | attention.OPTIONS,
     usual=_usual,
-    made={"asked": lambda n, queries: n if queries is None else queries},
+    made={"asked": lambda n, queries: n if queries is None else queries} | attention.MADE,
 )
 
 CASES = (
@@ -74,10 +74,10 @@ def _packed(
     def spoiled(d_y: Tensor, s: AttentionBlocksSaved, right: Any) -> Tensor:
         documents, m, n = s.q.shape[0], s.q.shape[1], s.k.shape[1]
         q, g, d_q = (functional.pad(x, (0, 0, 0, 0, n - m, 0)) for x in (s.q, d_y, right.d_q))
-        output = attention_blocks_reference(q, s.k, s.v, s.scaling, s.window, s.cap, s.sinks)
+        output = attention_blocks_reference(q, s.k, s.v, s.scores)
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
         runs = (Run(0, documents, n),)
-        packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scaling, s.window, cap=s.cap, sinks=s.sinks)
+        packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scores)
         given = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
         apart: Tensor = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
         return apart[:, n - m :] if gradient == "d_q" else apart

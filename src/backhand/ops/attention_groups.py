@@ -1,0 +1,119 @@
+"""Attention in torch's form: one group of documents after another (`document_groups`), each in one of two ways.
+
+- By blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ.
+- By torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with
+  nothing before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
+  float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32
+  products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
+  take the short ones too.
+
+The formulas are those of `attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from backhand.errors import present
+from backhand.ops.attention_blocks import (
+    AttentionBlocksGrads,
+    AttentionBlocksSaved,
+    Scores,
+    attention_blocks_backward,
+    attention_blocks_forward,
+)
+from backhand.ops.document_groups import Run, continued_end, groups, keys_of, set_keys, set_part, takes_blocks, together
+
+_forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def grouped_forward(qkv: QKV, runs: tuple[Run, ...], scores: Scores, output: Tensor) -> Tensor:
+    """Fill `output`, (tokens, heads, head_dim), with O; returns ℓ of what torch's kernels attended, see `attention`."""
+    q, k, v = qkv
+    wide, plain = torch.promote_types(q.dtype, torch.float32), scores.known_to_kernels
+    attended_together = groups(runs, q, plain)
+    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, plain))
+    log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
+    filled = 0
+    for group in attended_together:
+        q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
+        if takes_blocks(q, group, plain):
+            in_place = together(output, group) if group.places is None else None
+            attended, _ = attention_blocks_forward(q_group, k_group, v_group, scores, out=in_place)
+            if in_place is None:
+                set_part(attended, group, output)
+            continue
+        mask = _window_mask(group.length, scores.window, wide, q.device)
+        attended, lse = _forward_kernel(
+            *_for_kernel(q_group, k_group, v_group), 0.0, mask is None, attn_mask=mask, scale=scores.scaling
+        )
+        set_part(attended.transpose(1, 2), group, output)
+        log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
+        filled += lse.numel()
+    return log_sum_exp
+
+
+def grouped_backward(
+    d_y: Tensor,
+    qkv: QKV,
+    attended: tuple[Tensor | None, Tensor],
+    runs: tuple[Run, ...],
+    scores: Scores,
+    grads: Sequence[Tensor],
+) -> None:
+    """Fill `grads`, ∂L/∂Q, ∂L/∂K and ∂L/∂V in the shapes of q, k and v.
+
+    Args:
+        d_y: ∂L/∂O, (tokens, heads, head_dim).
+        attended: O, where it was kept, and ℓ, from `grouped_forward`; no ℓ where a kernel attended, which keeps none.
+    """
+    (q, k, v), (output, log_sum_exp), (d_q, d_k, d_v) = qkv, attended, grads
+    # What segments add to the gradients of those before them; rounded once.
+    wide, continued = torch.promote_types(q.dtype, torch.float32), continued_end(runs)
+    shares_k, shares_v = (torch.zeros(continued, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
+    filled, plain = 0, scores.known_to_kernels
+    for group in groups(runs, q, plain):
+        q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
+        g_group = together(d_y, group, zero_behind=True)
+        if log_sum_exp.numel() == 0 or takes_blocks(q, group, plain):  # blocks need no ℓ
+            in_place = None
+            if group.places is None and group.keys is None:
+                in_place = AttentionBlocksGrads(*(together(gradient, group) for gradient in grads))
+            in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scores)
+            results = attention_blocks_backward(g_group, in_blocks, out=in_place)
+            if in_place is None:
+                set_part(results.d_q, group, d_q)
+                set_keys(results.d_k, group, d_k, shares_k)
+                set_keys(results.d_v, group, d_v, shares_v)
+            continue
+        lse = log_sum_exp[filled : filled + group.tokens * q.shape[1]].view(group.documents, q.shape[1], group.length)
+        filled += lse.numel()
+        mask = _window_mask(group.length, scores.window, lse.dtype, q.device)
+        operands = _for_kernel(g_group, q_group, k_group, v_group, together(present(output), group))
+        from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scores.scaling)
+        for gradient, result in zip(grads, from_kernel, strict=True):
+            set_part(result.transpose(1, 2), group, gradient)
+    d_k[:continued] += shares_k
+    d_v[:continued] += shares_v
+
+
+def _for_kernel(*documents: Tensor) -> list[Tensor]:
+    """As torch's kernels take them: float32 or wider, (documents, heads, length, head_dim)."""
+    wide = torch.promote_types(documents[0].dtype, torch.float32)
+    # Cast before the axes are swapped: the copy then runs along memory.
+    return [x.to(wide).transpose(1, 2) for x in documents]
+
+
+def _window_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """M of one document, (length, length), where the window cuts something off; None where causality is all."""
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
+    mask = torch.zeros(length, length, dtype=dtype, device=device)
+    return mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
