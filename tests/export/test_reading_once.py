@@ -17,8 +17,9 @@ from gguf import GGMLQuantizationType as StorageType
 from backhand.adapters import record
 from backhand.export.command import export_command
 from backhand.export.merging import merge_command
+from backhand.export.opened_adapter import probe_documents
 from backhand.export.options import ExportOptions, MergeOptions
-from backhand.export.proving import BlockWalk, Difference, difference, probe_documents
+from backhand.export.proving import BlockWalk, Difference, difference
 from backhand.kernels import dequantize as unpacking
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import gguf_file, huggingface, open_model

@@ -120,7 +120,11 @@ def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeigh
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
-        out.write(_made(tensor, weights).reshape(-1).view(torch.uint8).numpy().data)
+        out.write(_bytes(_made(tensor, weights)))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
