@@ -37,7 +37,7 @@ from typing import Any
 from machine import describe_machine
 
 from backhand.training.config import OptimizationOptions
-from backhand.training.step_plan import chosen_rate
+from backhand.training.step_plan import RATE, chosen_rate
 
 TARGET = Path(__file__).parent / "results" / "rates.json"
 LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
@@ -90,7 +90,9 @@ STUDIES: dict[str, list[Case]] = {
     "grid": [Case(task, 104, FINE[4::3], batch_rows=8) for task in TASKS],
     "gemma": [Case(task, 104, FINE[4::3], GEMMA, batch_rows=8) for task in TASKS],
     "default": [
-        Case(task, 104, ("auto",), model, batch_rows=8) for model in (SMOL, GEMMA) for task in ("text", *REAL, *TASKS[:4])
+        Case(task, 104, ("auto",), model, batch_rows=8)
+        for model in (SMOL, GEMMA)
+        for task in ("text", *REAL, *TASKS[:4])
     ],
     "few more": [Case(task, 60, COARSE) for task in TASKS],
     "grid more": [Case(task, 104, FINE, batch_rows=8) for task in TASKS],
@@ -106,9 +108,7 @@ STUDIES: dict[str, list[Case]] = {
         for task in ("labels", "sums", "define", "write")
     ],
     "gemma real": [Case(task, 104, FINE[1:11:3], GEMMA, batch_rows=8) for task in REAL],
-    "coder": [
-        Case(task, 104, (FINE[1], FINE[4], FINE[7], "auto"), CODER, batch_rows=8) for task in ("text", *REAL)
-    ],
+    "coder": [Case(task, 104, (FINE[1], FINE[4], FINE[7], "auto"), CODER, batch_rows=8) for task in ("text", *REAL)],
     "epochs": [
         Case(task, 104, ("auto",), batch_rows=8, epochs=epochs)
         for epochs in (6, 2, 4)
@@ -265,10 +265,10 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
     from backhand.generate.loading import loaded_model
     from backhand.nn.model_options import BaseModelOptions
     from backhand.runs.interruption import Interrupted
+    from backhand.training.command_options import EvaluateRunOptions
     from backhand.training.config import ModelOptions, TrainConfig
     from backhand.training.config_file import load_config
     from backhand.training.evaluate import evaluation_rows, score
-    from backhand.training.evaluate_options import EvaluateRunOptions
     from backhand.training.run import train
 
     rows = rows_of(case.task, case.rows)
@@ -353,7 +353,7 @@ def tell(stored: dict[str, Any]) -> None:
         exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=None)
         cells = [f"{grid[best]['best']:.4g} at {best}" + ("" if exact is None else f", {exact:.0%} exact")]
         steps = grid[best]["steps"]
-        chosen, _ = chosen_rate(OptimizationOptions(), "sft", lambda gain=GAINS[case.model]: gain)
+        chosen = auto_rate(case)
         auto = stored["runs"][case.name].get("auto") or {**_between(grid, chosen), "rate": chosen}
         kind = "nobody made up" if case.task in ("text", *REAL) else "learnt whole"
         kind += ", `auto` run" if "evaluations" in auto else ", read off"
@@ -375,14 +375,8 @@ def tell(stored: dict[str, Any]) -> None:
 
 
 def tell_rule(stored: dict[str, Any]) -> None:
-    """How many grids rate = c g n^-q S^a suits, n steps and S supervised tokens of each; what being off costs."""
+    """How many grids rate = c g^p n^-q suits, n steps; and what being off costs."""
     grids = list(_grids(stored))
-    tokens = {
-        (case.model, case.task): run["tokens"] / case.batch_rows
-        for case, _ in grids
-        for run in stored["runs"][case.name].values()
-        if "tokens" in run
-    }
 
     def suits(grid: dict[str, dict[str, Any]], rate: float) -> bool:
         best = min(run["best"] for run in grid.values())
@@ -390,25 +384,23 @@ def tell_rule(stored: dict[str, Any]) -> None:
         good = at(grid, rate) <= 1.03 * best
         return good or (len(exact) == len(grid) and at(grid, rate, "exact_match") >= max(exact) - 0.03)
 
-    print("\n| exponents of S and n | most grids suited |\n|---|---|")
-    for a, q in product((0.0, 0.1, 0.25, 0.5), (0.0, 0.15, 0.35, 0.5)):
-        most = 0
-        for c in (1.05**step for step in range(-40, 41)):
-            rates = [
-                2.4e-4
-                * c
-                * GAINS[case.model]
-                * (39 / next(iter(grid.values()))["steps"]) ** q
-                * (tokens[case.model, case.task] * case.batch_rows / 100) ** a
+    print("\n| exponents of g and n | c | grids suited | of rows that nobody made up |\n|---|---|---|---|")
+    for p, q in product((0.0, 0.5, 1.0), (0.0, 0.25, 0.5)):
+        found = []
+        for c in (RATE * 1.05**step for step in range(-40, 41)):
+            suited = [
+                (suits(grid, c * GAINS[case.model] ** p * (39 / next(iter(grid.values()))["steps"]) ** q), case)
                 for case, grid in grids
             ]
-            most = max(most, sum(suits(grid, rate) for (_, grid), rate in zip(grids, rates, strict=True)))
-        print(f"| {a}, {-q} | {most} of {len(grids)} |")
+            real = sum(good and case.task in ("text", *REAL) for good, case in suited)
+            found.append((sum(good for good, _ in suited), real, c))
+        most, real, c = max(found)
+        print(f"| {p}, {-q} | {c:.2g} | {most} of {len(grids)} | {real} |")
     print("\n| times `auto` | rows | loss above the best | exact match below the best |\n|---|---|---|---|")
     for times, real in product((0.25, 0.5, 1.0, 2.0, 4.0), (True, False)):
         loss, exact = [], []
         for case, grid in grids:
-            rate, known = 2.4e-4 * GAINS[case.model] * times, list(map(float, grid))
+            rate, known = auto_rate(case) * times, list(map(float, grid))
             inside = 0.99 * min(known) <= rate <= 1.01 * max(known)
             if (case.rows, case.rank, case.seed) == (104, 16, 0) and inside and real == (case.task in ("text", *REAL)):
                 loss.append(at(grid, rate) / min(run["best"] for run in grid.values()) - 1)
@@ -417,6 +409,19 @@ def tell_rule(stored: dict[str, Any]) -> None:
         points = f"{min(exact):.0%} to {max(exact):.0%}" if exact else ""
         rows = "nobody made up" if real else "learnt whole"
         print(f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} |")
+    print("\n| epochs of 104 rows at `auto` | loss, over that of three |\n|---|---|")
+    for epochs in (2, 4, 6):
+        shares = []
+        for case in (case for case in STUDIES["epochs"] if case.epochs == epochs):
+            runs = [stored["runs"].get(one.name, {}).get("auto") for one in (case, replace(case, epochs=3))]
+            if all(runs):
+                shares.append(f"{case.task} {runs[0]['best'] / runs[1]['best'] - 1:+.1%}")
+        print(f"| {epochs} | {', '.join(shares)} |")
+
+
+def auto_rate(case: Case) -> float:
+    """What `auto` stands for."""
+    return chosen_rate(OptimizationOptions(), "sft", lambda: GAINS[case.model])[0]
 
 
 def _grids(stored: dict[str, Any]) -> Iterator[tuple[Case, dict[str, dict[str, Any]]]]:
@@ -438,13 +443,13 @@ def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
 
 def tell_advice(stored: dict[str, Any]) -> None:
     """How often what a run is told is right: by its own case's other rates."""
-    from backhand.training.advice import Curves, judged
+    from backhand.training.advice import HIGH, Curves, judged
 
     counts: dict[tuple[str, str], list[int]] = {}
     for case, grid in _grids(stored):
         best = min(grid, key=lambda rate: grid[rate]["best"])
         exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=2.0)
-        usual = float(stored["runs"][case.name].get("auto", {}).get("rate", best))
+        usual = auto_rate(case)
         for rate, run in grid.items():
             curves = Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], run["forgot"])
             said = judged(curves, float(rate) / usual)
@@ -453,7 +458,8 @@ def tell_advice(stored: dict[str, Any]) -> None:
             place = "right" if good else "too low" if float(rate) < float(best) else "too high"
             fits = {
                 "too low": said in ("hardly moved", "still falling", "low"),
-                "too high": said in ("unsteady", "not better", "rose", "forgot"),
+                "too high": said in ("unsteady", "not better", "forgot")
+                or (said == "rose" and float(rate) > HIGH * usual),
                 "right": said in ("fine", "still falling", "rose", "forgot"),
             }[place]
             row = counts.setdefault((place, str(said)), [0, 0])
@@ -472,11 +478,10 @@ def draw(stored: dict[str, Any], picture: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
     shown = [one for one in _grids(stored) if "auto" in stored["runs"][one[0].name]]
-    for axes, model in zip(
-        figure.subplots(1, 2, sharey=True), dict.fromkeys(case.model for case, _ in shown), strict=True
-    ):
+    models = list(dict.fromkeys(case.model for case, _ in shown))
+    figure = Figure(figsize=(9, 3.4 * -(-len(models) // 2)), layout="constrained")
+    for axes, model in zip(figure.subplots(-(-len(models) // 2), 2, sharey=True).flat, models, strict=False):
         for number, (case, grid) in enumerate(one for one in shown if one[0].model == model):
             best = min(run["best"] for run in grid.values())
             points = sorted((float(rate), run["best"] / best) for rate, run in grid.items())
@@ -486,7 +491,7 @@ def draw(stored: dict[str, Any], picture: Path) -> None:
         axes.set(title=model, xscale="log", yscale="log", xlabel="learning rate")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("held-out loss over the best of the grid")
+    figure.supylabel("held-out loss over the best of the grid")
     figure.savefig(picture, format="png", dpi=110)
 
 
@@ -494,7 +499,7 @@ SHARED: dict[str, Any] = {}
 
 
 def _shared() -> Any:
-    from backhand.training.shared import Shared
+    from backhand.training.engine import Shared
 
     return Shared()
 
