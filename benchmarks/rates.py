@@ -37,7 +37,7 @@ from typing import Any
 from machine import describe_machine
 
 from backhand.training.config import OptimizationOptions
-from backhand.training.step_plan import RATE, chosen_rate
+from backhand.training.step_plan import RATE, chosen_rate, default_warmup_steps
 
 TARGET = Path(__file__).parent / "results" / "rates.json"
 LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
@@ -443,7 +443,7 @@ def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
 
 def tell_advice(stored: dict[str, Any]) -> None:
     """How often what a run is told is right: by its own case's other rates."""
-    from backhand.training.advice import HIGH, Curves, judged
+    from backhand.training.advice import HIGH, Curves, judged, rates_until
 
     counts: dict[tuple[str, str], list[int]] = {}
     for case, grid in _grids(stored):
@@ -451,8 +451,10 @@ def tell_advice(stored: dict[str, Any]) -> None:
         exact = max((run["exact_match"] for run in grid.values() if "exact_match" in run), default=2.0)
         usual = auto_rate(case)
         for rate, run in grid.items():
+            options = OptimizationOptions(warmup_steps=default_warmup_steps(run["steps"]))
+            until = rates_until(options, run["steps"])
             curves = Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], run["forgot"])
-            said = judged(curves, float(rate) / usual)
+            said = judged(curves, until, float(rate) / usual)
             above = run["best"] / grid[best]["best"] - 1
             good = above <= 0.03 or run.get("exact_match", -1.0) >= exact - 0.03
             place = "right" if good else "too low" if float(rate) < float(best) else "too high"

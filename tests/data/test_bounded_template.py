@@ -167,6 +167,14 @@ HUGE = {
     "format map": "{{ '{a:>9999999999}'.format_map({'a': 'x'}) }}",
     "format of copies": "{% set s = '%(a)s' * 9999999 %}{{ s % {'a': 'x' * 9999999} }}",
     "braces of copies": "{% set s = '{a}' * 9999999 %}{{ s.format(a='x' * 9999999) }}",
+    "braces of copies, with a name as loops have them": (
+        "{% set s = '{_a}' * 9999999 %}{{ s.format(_a='x' * 9999999) }}"
+    ),
+    "braces of a namespace's": ("{% set ns = namespace(a='x' * 9999999) %}{{ ('{0.a}' * 99999).format(ns) }}"),
+    "markup": "{{ ('a'|safe).ljust(20000000000) }}",
+    "markup's braces": "{{ ('{:>9999999999}'|safe).format('a') }}",
+    "reversed": "{{ ('x' * 99999).join(range(99999)|map('string')|list|reverse) }}",
+    "reversed, by the filter": "{{ range(99999)|map('string')|list|reverse|join('x' * 99999) }}",
     "indent": "{{ 'a\nb'|indent(9999999999) }}",
     "tojson": "{{ [1, [2]]|tojson(indent=9999999999) }}",
     "tojson separators": "{{ range(99999)|list|tojson(separators=('x' * 99999, 'y')) }}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +103,14 @@ def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch:
     lines = [json.loads(line) for line in tiny.rows.read_text().splitlines()]
     tiny.rows.write_text("".join(json.dumps({**row, "prompt": instruction + row["prompt"]}) + "\n" for row in lines))
     shared: list[bool] = []
-    pack = batches.pack
+    joined = batches._joined
 
-    def watched(examples: Iterable[Example], **options: Any) -> PackedBatch:
-        batch = pack(examples, **options)
+    def watched(*args: Any) -> PackedBatch:
+        batch = joined(*args)
         shared.append(bool(batch.parents))
         return batch
 
-    monkeypatch.setattr(batches, "pack", watched)
+    monkeypatch.setattr(batches, "_joined", watched)
     opening: list[str] = []
     watch = Observer()
     watch.started = lambda start: opening.extend(start.facts)

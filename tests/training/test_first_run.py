@@ -18,7 +18,7 @@ from backhand.nn.lora_parameters import LoRASlot
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
-from backhand.training.advice import Curves, advice, judged
+from backhand.training.advice import Curves, Until, advice, judged, rates_until
 from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.config_file import config_from_table, load_config
 from backhand.training.loggers import Observer, RunStart
@@ -110,6 +110,10 @@ def test_the_gain_is_that_of_the_adapted_matrices_in_the_file() -> None:
     assert gain(source, [replace(slots[0], name="none")]) == 1.0
 
 
+def even(steps: int) -> Until:
+    return rates_until(OptimizationOptions(schedule="linear", warmup_steps=0), steps)
+
+
 FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
 
 
@@ -128,22 +132,22 @@ FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
 )
 def test_what_the_curves_say(finding: str | None, losses: Sequence[float], more: dict[str, Any]) -> None:
     curves = Curves([(10 * number, loss) for number, loss in enumerate(losses)], **{"training": [], **more})
-    assert judged(curves) == finding
+    assert judged(curves, even(50)) == finding
 
 
 def test_a_low_rate_without_another_finding_is_told() -> None:
     curves = Curves([(10 * number, loss) for number, loss in enumerate(FALLING)], [])
-    assert [judged(curves, share) for share in (0.33, 0.34, 3.0)] == ["low", "fine", "fine"]
+    assert [judged(curves, even(50), share) for share in (0.33, 0.34, 3.0)] == ["low", "fine", "fine"]
 
 
 def test_a_step_or_two_at_the_end_do_not_hide_that_the_loss_was_falling() -> None:
     losses = [11.64, 8.0, 5.5, 3.7, 3.15, 3.11]
-    assert judged(Curves(list(zip((0, 4, 8, 12, 16, 17), losses, strict=True)), [])) == "still falling"
+    assert judged(Curves(list(zip((0, 4, 8, 12, 16, 17), losses, strict=True)), []), even(17)) == "still falling"
 
 
 def test_a_loss_that_has_come_to_rest_is_not_falling() -> None:
     losses = [3.002, 2.1, 1.9, 1.77, 1.702, 1.699]
-    assert judged(Curves(list(zip((0, 8, 16, 24, 32, 36), losses, strict=True)), [])) == "fine"
+    assert judged(Curves(list(zip((0, 8, 16, 24, 32, 36), losses, strict=True)), []), even(36)) == "fine"
 
 
 def test_what_rose_is_tried_with_as_much_learning_as_it_was_best_with(tmp_path: Path) -> None:
@@ -156,14 +160,18 @@ def test_what_rose_is_tried_with_as_much_learning_as_it_was_best_with(tmp_path: 
         return found[1] and found[1].split(" ", 3)[3]
 
     rose = [2.0, 1.0, 0.6, 0.7, 0.8, 0.9]
-    assert tried(rose, 100) == f"--max-steps 64 --output {tmp_path / 'one-again'}"
+    assert tried(rose, 100) == f"--max-steps 64 --eval-every 13 --output {tmp_path / 'one-again'}"
     assert (
-        tried(rose, 100, schedule="constant", run="one-again") == f"--max-steps 40 --output {tmp_path / 'one-again-2'}"
+        tried(rose, 100, schedule="constant", run="one-again")
+        == f"--max-steps 40 --eval-every 8 --output {tmp_path / 'one-again-2'}"
     )
     assert tried(rose, 100, learning_rate=2e-3, run="one-again-2") == (
         f"--learning-rate 0.001 --output {tmp_path / 'one-again-3'}"
     )
     assert tried([2.0, 1.5, 1.0, 0.8, 0.6, 0.63], 100) is None
+    assert "--max-steps 91 --eval-every" in str(tried(rose, 200, warmup_steps=90))
+    for name in ("play-against-x", "r-again-again", "a-again-2b", "two\nlines"):
+        assert "-again" in str(tried(rose, 100, run=name))
 
 
 def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:

@@ -164,7 +164,7 @@ class AdapterDifference:
 
 
 def compare_updates(first: AdapterFactors, second: AdapterFactors) -> AdapterDifference:
-    """Compare adapters whose modules are of the same shapes, see `compatible.check_shapes`."""
+    """Compare adapters whose modules are of the same shapes, see `adapter_factors.check_shapes`."""
     common = [name for name in first.modules if name in second.modules]
     modules = tuple(compare_module(name, first.modules[name], second.modules[name]) for name in common)
     return AdapterDifference(first, second, modules, _norms(first, common), _norms(second, common))

@@ -24,9 +24,11 @@ from cyclopts import Group, Parameter
 from docstring_parser import parse_from_object
 
 from backhand.bounds import Also, Parse, hints_of, parse_of, sentence_of, split_hint, union_members
-from backhand.cli.commands import Command
 from backhand.errors import UsageError
 from backhand.words import shorten
+
+if typing.TYPE_CHECKING:
+    from backhand.cli.commands import Command
 
 T = TypeVar("T")
 

@@ -175,7 +175,7 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
     import traceback
 
     just_now = bool(interrupted) and time.monotonic() - interrupted[-1] < _JUST_NOW_S
-    if just_now and isinstance(error, Exception) and ending(error, words)[0] == BUG and _may_be_of_ctrl_c(error):
+    if just_now and isinstance(error, Exception) and _may_be_of_ctrl_c(error) and ending(error, words)[0] == BUG:
         error = KeyboardInterrupt().with_traceback(error.__traceback__)
     if isinstance(error, BrokenPipeError):
         # The reader has left; what is still buffered must not raise again when Python closes standard output.

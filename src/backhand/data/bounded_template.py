@@ -39,6 +39,7 @@ from backhand.data.template_bounds import (
     GROWING,
     ITEM,
     LONGEST_NUMBER,
+    ONCE,
     TEXT_METHODS,
     VIEWS,
     TemplateLimitError,
@@ -263,7 +264,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             cost = weight(value) // ITEM
         elif isinstance(value, range):
             cost = len(value)
-        elif isinstance(value, types.GeneratorType):
+        elif isinstance(value, ONCE):
             value = self._counted_items(value)
         self.work.step(1 + cost)
         return value
@@ -281,20 +282,24 @@ class _Environment(ImmutableSandboxedEnvironment):
             check_product(left, right)
         elif operator == "**":
             check_power(left, right)
+        elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+            check_size(len(left) + len(right))
         return self._counted(self.binop_table[operator](left, right))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Anything that the template calls."""
         self.work.step(2)
         method = getattr(obj, "__wrapped__", obj)  # Jinja wraps `format`
-        if isinstance(method, types.BuiltinMethodType):
+        if isinstance(method, types.BuiltinMethodType | types.MethodType):  # those of Markup are Python's
             self._check_method(method.__self__, method.__name__, args, kwargs)
         return self._counted(super().call(context, obj, *args, **kwargs))
 
     def _check_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if isinstance(owner, str) and name in TEXT_METHODS:
-            # Jinja passes what a loop or block has set beside the arguments, and takes it out again itself.
-            check_call(f".{name}", owner, args, {key: kwargs[key] for key in kwargs if not key.startswith("_")})
+            # Jinja passes what a loop or block has set beside the arguments, and takes it out again itself; of `format`
+            # all names are the template's own.
+            given = kwargs if name == "format" else {key: kwargs[key] for key in kwargs if not key.startswith("_")}
+            check_call(f".{name}", owner, args, given)
             self.work.step(len(owner) if name.startswith("format") else len(owner) >> 8)
         elif isinstance(owner, list | tuple) or (isinstance(owner, Mapping) and name != "get"):
             self._counted(owner)
@@ -308,7 +313,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         def bounded(*args: Any, **kwargs: Any) -> Any:
             value = args[first] if len(args) > first else None
             if name in ALL_AT_ONCE:
-                if isinstance(value, types.GeneratorType):
+                if isinstance(value, ONCE):
                     value = list(value)
                     args = (*args[:first], value, *args[first + 1 :])
                 self._counted(value)

@@ -25,7 +25,10 @@ class TemplateLimitError(Exception):
     """The template asks for more than it may; its text is the reason."""
 
 
-VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS_OF_NONE: Any = ({}.keys(), {}.values(), {}.items())
+VIEWS: tuple[Any, ...] = tuple(map(type, _VIEWS_OF_NONE))
+ONCE: tuple[Any, ...] = (types.GeneratorType, *(type(reversed(one)) for one in ([], (), {}, range(0), *_VIEWS_OF_NONE)))
+"""What can be gone through once, and has no length: also what the filter `reverse` gives."""
 
 
 def weight(value: Any) -> int:
@@ -50,6 +53,8 @@ def _weight_and_depth(value: Any) -> tuple[int, int]:
             inner = [*item.keys(), *item.values()]
         elif isinstance(item, (list, tuple, set, frozenset, *VIEWS)):
             inner = item
+        elif isinstance(item, jinja2.utils.Namespace):
+            inner = list(item._Namespace__attrs.values())
         if inner:
             deepest = max(deepest, depth + 1)
             if deepest > _DEEPEST:
@@ -108,9 +113,9 @@ def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str
         case "center" | "ljust" | "rjust" | "zfill":
             more = reach
         case "expandtabs":
-            more = value.count("\t") * (reach or 8)
+            more = value.count("\t") * (reach + 8)
         case "indent":
-            more = (str(value).count("\n") + 1) * (reach or 4)
+            more = (str(value).count("\n") + 1) * (reach + 4)
         case "replace":
             text = str(value)
             more = (text.count(first) if isinstance(first, str) and first else len(text) + 1) * reach
@@ -125,7 +130,7 @@ def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str
         case "urlencode":
             more = ITEM * weight(value)
         case "join" if name == ".join":
-            if isinstance(first, types.GeneratorType):
+            if isinstance(first, ONCE):
                 raise TemplateLimitError("it joins what has no length; the filter `join` does that")
             more = reach + (len(first) if hasattr(first, "__len__") else 0) * len(value)
         case "join":

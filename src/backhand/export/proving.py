@@ -179,13 +179,6 @@ def _scaled(one: ModuleFactors) -> Tensor:
     return one.scaling * one.lora_B.double()
 
 
-# Logits of a model that is never in memory as a whole: block after block is read, used and dropped.
-#
-# It takes one block in float32; of embedding and head, which stay as they are stored, rows and tiles.
-# Several adapters are computed side by side, and whoever writes the model meanwhile takes the block's tensors from
-# here, so that each is read and unpacked once for all of them.
-
-
 @dataclass(frozen=True)
 class Difference:
     """How far logits are from those they should be."""

@@ -104,7 +104,7 @@ class EngineCompleter:
         self._seen: list[int] = []
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats; see `completer.Completer`."""
+        """(supervised tokens,) losses in nats; see `LanguageModel`."""
         return self.decoder.token_losses(batch)
 
     def use_adapter(self, wanted: bool) -> None:
@@ -126,7 +126,7 @@ class EngineCompleter:
         max_new_tokens: int,
         batch_rows: int = 64,
     ) -> None:
-        """Continue every prompt; see `completer.Completer`."""
+        """Continue every prompt; see `Completer`."""
         if len(prompts) == 1:
             self._complete_one(prompts[0], choose, finished, max_new_tokens)
         else:
@@ -166,7 +166,7 @@ def complete_batch(
     batch_rows: int = 64,
     as_trained: bool = False,
 ) -> None:
-    """Continue every prompt; see `completer.Completer.complete`.
+    """Continue every prompt; see `Completer.complete`.
 
     A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows. Equal prompts that
     stand side by side are computed once, and their keys and values are there once, as long as one of their rows is in

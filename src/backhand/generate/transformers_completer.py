@@ -62,7 +62,7 @@ class TransformersCompleter:
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats; see `completer.Completer`."""
+        """(supervised tokens,) losses in nats; see `completer.LanguageModel`."""
         with self._as_wanted():
             return batch.of_documents(joined(supervised_losses(self.model, batch, self._may_pad), self.device))
 

@@ -239,6 +239,8 @@ class Search:
 
                 def shown(record: Mapping[str, Any]) -> None:
                     """On a terminal all the time, else where nothing was said for long."""
+                    if "loss" not in record:  # of an evaluation
+                        return
                     show(where(record["step"]))
                     if silent_for_s() > SILENCE_S / 2:
                         self._console.print(where(record["step"]))

@@ -7,8 +7,9 @@ Of the held-out losses e_0 (before the first step), e_1 … e_n let e_b be the l
     last = e_m - e_n        what the end brought, from the last evaluation in the first four fifths of the steps
 
 How far a run has come is told by the sum of its steps' rates, not by their number: at the end of a schedule steps are
-small. So a loss is still falling where the last of it brought as much for the sum as what came before, at least half;
-and of a run of n steps that was best at step k, one has learnt as much after fewer, which end with small steps too:
+small. So a loss is still falling where the last piece of that stretch brought, for the sum of its rates, at least half
+of what the whole of it did; and where a run of n steps was best at step k, one of fewer has learnt as much, which ends
+with small steps too:
 
     n · (rates of the first k steps) / (rates of all n)
 
@@ -17,7 +18,9 @@ The first that holds of what `judged` asks, in its order, is said; docs/rates.md
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import shlex
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +29,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backhand.runs.directory import CONFIG
-from backhand.training.config import TrainConfig
+from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.step import LearningRate
+from backhand.training.step_plan import five_times
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
@@ -40,13 +44,15 @@ FALLING = 0.05
 LAST = 0.2
 """Of the steps: the last stretch. A shorter one, at the end of a schedule, would bring nothing at any rate."""
 SLOWER = 0.5
-"""Of the speed before: a last evaluation that brought less, for the sum of its rates, is where falling ends."""
+"""Of the mean speed of the last stretch: a last piece that brought less, for the sum of its rates, is at rest."""
 LOW = 1 / 3
 """Of the rate that `auto` stands for: a rate so low may well have learnt less than there is to learn."""
 HIGH = 1.5
-"""Times that rate: where the loss rose, it comes first."""
+"""Times that rate: above it, that rate is tried first."""
 MOST = 0.9
 """Of the steps: so many are nearly all, and nothing to try."""
+PIECE = 0.01
+"""Of the sum of all rates: a shorter last piece tells of noise."""
 SPIKE = 1.3
 """Times the loss of the first steps."""
 FORGOTTEN_NATS = 1.5
@@ -71,7 +77,7 @@ class Curves:
     def of(cls, records: Sequence[Mapping[str, Any]]) -> Curves:
         """Of the lines of metrics.jsonl."""
         evaluations = [one for one in records if _is_finite(one.get("eval_loss"))]
-        held_out = [(one["step"], one["eval_loss"]) for one in evaluations]
+        held_out = list({one["step"]: one["eval_loss"] for one in evaluations}.items())  # the later of two counts
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
         return cls(held_out, losses, best.get("forgetting_nats"))
@@ -81,18 +87,24 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def rates_until(step: float, steps: int) -> float:
-    """The sum of the rates up to a step, of those of the whole run, where they fall evenly to zero."""
-    return 1.0 - (1.0 - step / steps) ** 2
+Until = Callable[[int, int], float]
+"""The sum of the rates up to a step, of those of all steps, whose number is given as well."""
 
 
-def judged(curves: Curves, share: float = 1.0, until: Callable[[int, int], float] = rates_until) -> Finding | None:
+def rates_until(options: OptimizationOptions, total_steps: int) -> Until:
+    """That sum under a schedule of so many steps, of which a run may have made fewer."""
+    plan = LearningRate(1.0, options.schedule, options.warmup_steps or 0, total_steps)
+    sums = list(itertools.accumulate(map(plan.at, range(total_steps)), initial=0.0))
+    return lambda step, steps: sums[step] / sums[steps]
+
+
+def judged(curves: Curves, until: Until, share: float = 1.0) -> Finding | None:
     """What is to be said first; None where nothing was held out, or not evaluated twice.
 
     Args:
         curves: of the run.
+        until: of its schedule.
         share: its rate, over the one that `auto` stands for.
-        until: the sum of the rates up to a step, of those of all steps, whose number is given as well.
     """
     if len(curves.held_out) < 3:
         return None
@@ -101,9 +113,11 @@ def judged(curves: Curves, share: float = 1.0, until: Callable[[int, int], float
     steps = curves.held_out[-1][0]
     before = max(step for step, _ in curves.held_out if step <= (1 - LAST) * steps)
     gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
-    (between, middle), spent = curves.held_out[-2], [until(step, steps) for step, _ in curves.held_out[-2:]]
-    at_the_end = (middle - losses[-1]) / (spent[1] - spent[0])
-    faster = between == before or at_the_end > SLOWER * last / (spent[1] - until(before, steps))
+    pieces = [one for one in curves.held_out if before < one[0] and until(one[0], steps) <= 1 - PIECE]
+    # Where no evaluation divides the stretch, the whole of it is the last piece.
+    between, middle = pieces[-1] if pieces else (before, losses[-1] + last)
+    share_of_stretch = (1 - until(between, steps)) / (1 - until(before, steps))
+    falling = last > FALLING * gain and middle - losses[-1] >= SLOWER * last * share_of_stretch
     few = max(1, len(curves.training) // 10)
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
     if later and max(later) > SPIKE * statistics.mean(curves.training[:few]):
@@ -116,7 +130,7 @@ def judged(curves: Curves, share: float = 1.0, until: Callable[[int, int], float
         return "rose"
     if share < LOW:
         return "low"
-    if last > FALLING * gain and faster:
+    if falling:
         return "still falling"
     if curves.forgotten_nats is not None and curves.forgotten_nats > FORGOTTEN_NATS:
         return "forgot"
@@ -133,19 +147,20 @@ def advice(
         usual: the rate that `auto` stands for.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
-    plan = LearningRate(1.0, config.optimization.schedule, config.optimization.warmup_steps or 0, total_steps)
-
-    def until(step: int, steps: int) -> float:
-        return sum(map(plan.at, range(step))) / sum(map(plan.at, range(steps)))
-
-    found = None if objective == "grpo" else judged(curves, rate / usual if objective == "sft" else 1.0, until)
+    until = rates_until(config.optimization, total_steps)
+    found = None if objective == "grpo" else judged(curves, until, rate / usual if objective == "sft" else 1.0)
     if found is None:
         return None
     step, forgotten, options = curves.best[0], curves.forgotten_nats or 0.0, config.optimization
     higher = f"--learning-rate {usual if rate < LOW * usual else 3 * rate:.2g}"
     twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
-    fewer = max(1, round(until(step, total_steps) * total_steps))
+    fewer = max((options.warmup_steps or 0) + 1, round(until(step, total_steps) * total_steps))
     lower = f"--learning-rate {usual if rate > HIGH * usual else rate / 3:.2g}"
+    why, instead = "fewer steps would do", f"--max-steps {fewer} --eval-every {five_times(fewer)}"
+    if rate > HIGH * usual:
+        why, instead = "the learning rate is high", lower
+    elif fewer > MOST * total_steps:
+        why, instead = "nearly all of its steps were needed", ""
     said, more = {
         "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
         "not better": (
@@ -153,11 +168,7 @@ def advice(
             lower,
         ),
         "hardly moved": ("It hardly moved: the learning rate is too low, or the steps are too few.", higher),
-        "rose": (
-            f"The held-out loss rose after step {step}, whose adapter is kept: "
-            + ("the learning rate is high." if rate > HIGH * usual else "fewer steps would do."),
-            lower if rate > HIGH * usual else f"--max-steps {fewer}" if fewer < MOST * total_steps else "",
-        ),
+        "rose": (f"The held-out loss rose after step {step}, whose adapter is kept: {why}.", instead),
         "still falling": ("The held-out loss was still falling at the end.", twice),
         "forgot": (
             f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
@@ -168,6 +179,7 @@ def advice(
     }[found]
     if not more:
         return said, None
-    name, _, number = run.name.partition("-again")
-    again = run.with_name(f"{name}-again" + (f"-{int(number[1:] or 1) + 1}" if "-again" in run.name else ""))
+    name, number = re.fullmatch(r"(.*?)(?:-again(?:-(\d+))?)?", run.name, re.DOTALL).groups()  # type: ignore[union-attr]
+    last_one = int(number or 1) if name != run.name else 0
+    again = run.with_name(f"{name}-again" + (f"-{last_one + 1}" if last_one else ""))
     return said, f"backhand train {shlex.quote(str(run / CONFIG))} {more} --output {shlex.quote(str(again))}"

@@ -163,7 +163,7 @@ class KeptStates:
             return batch
         # From here on each document is one, as they stand in the batch's `ends`.
         rows = [row for row in self.rows.documents(rows) if self._packer.lengths[row]]
-        kept = {row: self._kept(row) for row in rows}
+        kept = self._kept(rows)
         if missing := [row for row in rows if kept[row] is None]:
             wanted = self._with_coming(missing, coming)
             if wanted == rows:
@@ -172,7 +172,7 @@ class KeptStates:
             if not self._agrees(together.input_ids.shape[0]):
                 return batch
             self._compute(wanted, together)
-            kept |= {row: self._kept(row) for row in missing}
+            kept |= self._kept(missing)
         states = _joined(batch, [kept[row] for row in rows])
         if states is None:  # the store takes no more: without it, rows would be computed in vain from batch to batch
             self._useful = False
@@ -183,13 +183,13 @@ class KeptStates:
             states = self._compared(batch, states, self._packer.positions(rows))
         return replace(batch, entering=Entering(self.layer, states))
 
-    def _kept(self, row: int) -> Tensor | None:
-        """The states of a document, (tokens, hidden), what all of them begin with among them; None where not there."""
-        own = self.store.get(row)
-        if own is None or not self._common:
-            return own
-        beginning = self.store.get(len(self._packer.lengths))
-        return None if beginning is None else torch.cat([beginning, own])
+    def _kept(self, rows: Sequence[int]) -> dict[int, tuple[Tensor, Tensor] | None]:
+        """What all documents begin with and the rest of each, (tokens, hidden) each; None where one is not there."""
+        beginning = self.store.get(len(self._packer.lengths)) if self._common else None
+        if self._common and beginning is None:
+            return dict.fromkeys(rows)
+        found = ((row, self.store.get(row)) for row in rows)
+        return {row: None if own is None else (own[:0] if beginning is None else beginning, own) for row, own in found}
 
     def _with_coming(self, missing: list[int], coming: Iterable[Sequence[int]]) -> list[int]:
         """These rows, and as many of those that come next as one pass takes, in order."""
@@ -263,15 +263,18 @@ _LOOK_EVERY = 32
 """Of the batches that are put together the 1st, 32nd, 1024th … is computed as well."""
 
 
-def _joined(batch: PackedBatch, kept: Sequence[Tensor | None]) -> Tensor | None:
+def _joined(batch: PackedBatch, kept: Sequence[tuple[Tensor, Tensor] | None]) -> Tensor | None:
     """The states of the batch, (tokens, hidden), from those of its documents; None where some are not there."""
-    parts: dict[int, Tensor] = {}
-    for own, end in zip(kept, _ends(batch), strict=True):
-        if own is None:
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+    for found, end in zip(kept, _ends(batch), strict=True):
+        if found is None:
             return None
+        beginning, own = found
         for one in batch.path(end):
-            parts[one] = own[batch.begins[one] : batch.begins[one] + batch.lengths[one]]
-    states = torch.cat([parts[one] for one in sorted(parts)])
+            first, last = batch.begins[one], batch.begins[one] + batch.lengths[one]
+            behind = (max(0, place - len(beginning)) for place in (first, last))
+            parts[one] = beginning[first:last], own[slice(*behind)]
+    states = torch.cat([part for one in sorted(parts) for part in parts[one]])
     return torch.cat([states, states.new_zeros(batch.input_ids.shape[0] - states.shape[0], states.shape[1])])
 
 

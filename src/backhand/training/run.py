@@ -107,11 +107,11 @@ def _train(
     run = config.run
     try:
         # The directory is locked by the process that writes; to the others it is a name, which all of them say alike.
-        place: AbstractContextManager[RunDirectory] = nullcontext(
-            RunDirectory(run.output.resolve(), files or FileLayer())
+        place: AbstractContextManager[RunDirectory] = (
+            opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
+            if processes.leads
+            else nullcontext(RunDirectory(run.output.resolve(), files or FileLayer()))
         )
-        if processes.leads:
-            place = opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
         with Interruption(terminal.noted) as interruption, place as directory:
             processes.interruption = interruption
             checkpoint = done = None

@@ -19,7 +19,7 @@ LONGEST_PATTERN = 20_000
 _MANY, _DEEPEST = 100, 100
 _ESCAPE = re.compile(r"\\(?:[pPx]\{[^}]*\}|.)", re.DOTALL)
 _CLASS = re.compile(r"\[\^?\]?[^\[\]]*\]")
-_REPEAT = re.compile(r"[*+]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>\d*)\}")
+_REPEAT = re.compile(r"[*+]|\{(?P<least>\d*)(?P<comma>,|(?=\}))(?P<most>\d*)\}")
 _GROUP = re.compile(rf"\((?P<inside>[^()]*)\)(?P<behind>{_REPEAT.pattern})?")
 
 
