@@ -228,7 +228,7 @@ def test_only_our_error_escapes(data: bytes) -> None:
 
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
-        with pytest.raises(UsageError, match="cannot be read|no configuration"):
+        with pytest.raises(UsageError, match=r"cannot be read|no configuration"):
             load_config(path)
 
 
