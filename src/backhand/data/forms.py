@@ -84,6 +84,7 @@ ASKING_FORMS = (
 """Rows without an answer: there is something to generate from them, and nothing to train on."""
 
 _PREFERENCE = ("chosen", "rejected")
+_BOTH = (("prompt", "completion"), ("completion", "prompt"))
 
 PAIR_FORMS = (
     Form(("prompt", *_PREFERENCE), "pair"),
@@ -147,6 +148,9 @@ def detect(
             next_step="train on them with --objective dpo; to train on the chosen answers alone, "
             + ("keep chosen, and call it messages" if alone else "keep prompt and chosen, and call it completion"),
         )
+    half = next(
+        (f"--{one} is given, and no --{other}" for one, other in _BOTH if one in given and other not in given), ""
+    )
     asking = next((form for form in ASKING_FORMS if present.issuperset(form.columns)), None)
     if asking is not None:
         answer = next(form.columns[1] for form in FORMS if form.columns[0] == asking.columns[0])
@@ -154,9 +158,7 @@ def detect(
         others = [name for name in raw.values if name in present and name not in (*asking.columns, *given)]
         by_name = suggestion(asking.columns, others, given)
         raise DataError(
-            "--completion is given, and no --prompt"
-            if "completion" in given
-            else f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
+            half or f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
             where=raw.source,
             why=f"its other columns: {name_list(others)}" if others else None,
             next_step=f"call the column {meant_so[0]} {answer}" if meant_so and not given else by_name,
@@ -165,7 +167,7 @@ def detect(
         empty = [name for name in form.columns if name in raw.values and name not in present]
         if empty and present.union(empty).issuperset(form.columns):
             raise DataError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} null", where=raw.source)
-    columns = ", ".join(sorted(raw.values)) or "none"
+    columns = ", ".join(sorted(raw.values.keys() - given.keys())) or "none"
     small = {name.strip().lower() for name in present}
     meant = next((form for form in FORMS if small.issuperset(form.columns)), None)
     near = [form.name for form in FORMS if present.intersection(form.columns)] or _USUAL_FORMS
@@ -177,7 +179,8 @@ def detect(
     else:
         by_name = suggestion((), raw.values, given)
         how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
-    raise DataError(f"the columns fit no form of row: {columns}", where=raw.source, next_step=how)
+    what = f"{half}; its columns: {columns}" if half else f"the columns fit no form of row: {columns}"
+    raise DataError(what, where=raw.source, next_step=how)
 
 
 def _check_named(named: frozenset[str], forms: Iterable[Form], present: frozenset[str], source: str) -> None:
@@ -186,7 +189,7 @@ def _check_named(named: frozenset[str], forms: Iterable[Form], present: frozense
     if not named or form is None:
         return
     unused = sorted(named.difference(form.columns)) or sorted(named)
-    other = {"prompt": "completion", "completion": "prompt"}.get(unused[0])
+    other = dict(_BOTH).get(unused[0])
     raise DataError(
         f"--{unused[0]} would not be used",
         where=source,
