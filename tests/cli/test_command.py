@@ -141,3 +141,27 @@ def test_defaults_pass_where_pydantic_is_loaded_as_loggers_load_it(capsys: pytes
     importlib.import_module("pydantic")  # cyclopts looks whether somebody has imported it
     assert main(["train", "--data", "absent.jsonl", "--output", "run"]) == 3
     assert "absent.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--epochs", "1.9"],
+            "--epochs: 1.9 is not a whole number\n  next: give a whole number; --max-steps ends a run",
+        ),
+        (
+            ["--warmup-steps=0.1"],
+            "--warmup-steps: 0.1 is not a whole number\n  next: give a whole number: it counts steps",
+        ),
+        (["--seed", "1.5"], "--seed: 1.5 is"),
+        (["--layers-to-transform", "1", "3.5"], "--layers-to-transform: 3.5 is"),
+    ],
+)
+def test_a_fraction_is_not_rounded(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_whole_number_may_have_a_point() -> None:
+    assert options("--size", "8.0").inner.size == 8

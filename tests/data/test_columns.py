@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import shlex
 import subprocess
 from decimal import Decimal
 from pathlib import Path
@@ -97,6 +98,39 @@ def test_a_refused_row_says_which_forms_fit_and_how_to_name_columns() -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "given", "advice"),
+    [
+        ("package,summary,section", {"prompt": "summary"}, "--prompt summary --completion section"),
+        ("package,summary,section", {"prompt": "{summary}!"}, "--prompt '{summary}!' --completion section"),
+        (
+            "package,summary,section",
+            {"completion": "section"},
+            r"--prompt '{package}\n{summary}' --completion section",
+        ),
+        ("question,accepted,refused", {}, "--prompt '{question}' --completion accepted"),
+        ("question,accepted,refused", {"prompt": "question"}, "--prompt question --completion accepted"),
+        ("question,accepted,refused", {"completion": "accepted"}, "--prompt '{question}' --completion accepted"),
+        ("question,refused", {}, None),
+        ("Text,Category", {}, "--prompt '{Text}' --completion Category"),
+        ("Category,Text", {}, "--prompt '{Text}' --completion Category"),
+    ],
+)
+def test_a_suggestion_reads_the_rows_when_it_is_pasted(
+    columns: str, given: dict[str, str], advice: str | None, tmp_path: Path
+) -> None:
+    names = columns.split(",")
+    path = written(tmp_path / "t.csv", f"{columns}\n{','.join(name[0] for name in names)}\n")
+    with pytest.raises(DataError) as raised:
+        asked(path, **given)
+    said = raised.value.next_step or ""
+    assert said.endswith(advice) if advice else "--prompt" not in said
+    if advice:
+        _, _, prompt, _, completion = shlex.split("x " + advice)
+        prompts, _ = asked(path, prompt=prompt, completion=completion)
+        assert prompts[0].reply == completion[0]
+
+
+@pytest.mark.parametrize(
     ("header", "understood"),
     [
         ("Question,Reply", True),
@@ -123,6 +157,14 @@ def test_text_beside_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
     assert notes[-1].endswith("not read: the column label; to learn it as the answer: --prompt text --completion label")
 
 
+def test_few_different_short_values_beside_a_text_may_be_learnt(tmp_path: Path) -> None:
+    rows = "".join(f"{i},text {i},{'ab'[i % 2]}\n" for i in range(8))
+    _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"))
+    assert notes[-1].endswith("columns id, Section; to learn Section as the answer: --prompt text --completion Section")
+    _, notes = asked(written(tmp_path / "t.csv", "text,author\n" + "".join(f"t,{i}\n" for i in range(8))))
+    assert notes[-1].endswith("not read: the column author")
+
+
 @pytest.mark.parametrize(
     ("row", "given", "missing"),
     [
@@ -141,9 +183,9 @@ def test_an_option_that_the_form_would_leave_unread_is_refused(
 
 def test_a_completion_is_not_passed_over_among_pairs() -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "completion": "x"}
-    assert detect(RawRow(pair, "f:1"), purpose=None, named=frozenset({"completion"})).name == "prompt/completion"
+    assert detect(RawRow(pair, "f:1"), purpose=None, named={"completion": "completion"}).name == "prompt/completion"
     with pytest.raises(DataError, match="--completion would not be used"):
-        detect(RawRow(pair, "f:1"), purpose="pairs", named=frozenset({"completion"}))
+        detect(RawRow(pair, "f:1"), purpose="pairs", named={"completion": "completion"})
 
 
 def test_one_option_is_used_where_the_row_fits_other_forms_too(tmp_path: Path) -> None:

@@ -116,6 +116,45 @@ def test_yaml_is_read_and_other_tools_keys_are_answered_at_once(tmp_path: Path) 
     assert "learning_rate" not in said and "wandb" not in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("load_in_4bit: false", "next: nothing is to be given: the base is quantized only where quantize"),
+        ("gradient_checkpointing: true", "here it is recompute in [model], as block"),
+        ("gradient_checkpointing: false", "here it is recompute in [model], as none"),
+        ("fine_tune_type: full", "next: only adapters are trained here"),
+        ("init_lora_weights: pissa", "no PiSSA"),
+        ("lora_parameters: {keys: [q_proj]}", "its keys are target_modules"),
+        ("lr_schedule: {warmup: 3}", "warmup_steps in [optimization] for the warmup in it"),
+        ("report_to: none", "next: leave report_to out"),
+        ("report_to: ['none']", "next: leave report_to out"),
+        ("data: [{path: x/y, type: alpaca}]", 'next: write data = ["x/y"]'),
+    ],
+)
+def test_values_of_other_tools_are_answered_once(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert said in str(caught.value)
+
+
+def test_rows_and_runs_are_no_configurations(tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    run.mkdir()
+    for path, said in (
+        (run, f"rows are given by --data '{run}'"),
+        (tmp_path / "r.jsonl", f"--data {tmp_path}/r.jsonl"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            load_config(path)
+        assert said in str(caught.value)
+    (run / "config.toml").touch()
+    with pytest.raises(UsageError) as caught:
+        load_config(run)
+    assert f"--resume --output '{run}' goes on with it" in str(caught.value)
+
+
 def test_other_names_of_options_stand_in_files_too_and_an_adapter_by_name_is_one_of_many(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("num_generations: 4\nrewards:\n  max_completion_length: 32\n  clip: 0.1\n")
@@ -189,7 +228,7 @@ def test_only_our_error_escapes(data: bytes) -> None:
 
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
-        with pytest.raises(UsageError, match="cannot be read"):
+        with pytest.raises(UsageError, match=r"cannot be read|no configuration"):
             load_config(path)
 
 

@@ -120,6 +120,22 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["train", "--config", "x.yaml"], "`backhand train run.yaml`"),
         (["train", "--dpo"], "Here it is --objective, as dpo."),
         (["train", "--bias", "all"], "Biases of the base stay frozen"),
+        (["train", "--save-gguf"], "`backhand export` writes it for others"),
+        (["train", "--push-model"], "uploads the adapter"),
+        (["train", "--seq-len", "512"], "Did you mean --max-length?"),
+        (["train", "--full-finetuning"], "Only adapters are trained here, never all weights of the base."),
+        (["train", "--fine-tune-type", "full"], "Only adapters are trained here, never all weights of the base."),
+        (
+            ["train", "--load-in-4bit=false"],
+            "nothing is to be given: the base is quantized only where --quantize says so",
+        ),
+        (["train", "--batch-size", "4"], "mlx-lm's are those of a micro-batch"),
+        (["train", "--report-to", "none"], "leave --report-to out."),
+        (["resume", "runs/pk"], "Here that is: backhand train --resume --output runs/mine."),
+        (
+            ["train", "--lora-r", "8", "--seed=3", "--learning_rate", "1", "--foo", "--iters=5"],
+            "Unknown options:\n    - --lora-r. Did you mean --rank?\n    - --foo.\n    - --iters. Here it is",
+        ),
         (["evaluate", "--load-in-16bit"], "Here it is --dtype, as bfloat16."),
     ],
 )

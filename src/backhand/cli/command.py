@@ -15,12 +15,13 @@ import os
 import re
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import MISSING
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token, convert
 from docstring_parser import parse_from_object
 
 from backhand.bounds import Also, Parse, hints_of, parse_of, sentence_of, split_hint, union_members
@@ -280,11 +281,40 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
         group=group,
         # A flag that is off by default is turned off again, over a TOML file, with --flag=false.
         negative=None if default is True else (),
+        converter=_whole_numbers(field) if int in _types_in(field.hint) else None,
         consume_multiple=takes_several(field.hint) or None,
         show_default=False if silent else " ".join(map(str, default)) if isinstance(default, tuple) else str(default),
         metavar=_metavar(field),
     )
     return _parameter(field.name, _typed_on_command_line(field), said, _default_on_command_line(field))
+
+
+_FOR_A_FRACTION = {
+    "epochs": "; --max-steps ends a run within an epoch",
+    "warmup_steps": ": it counts steps, and is no share of them; left out, it is 3 % of them",
+}
+
+
+def _whole_numbers(field: OptionField) -> Callable[[Any, Sequence[Token]], Any]:
+    """What cyclopts converts whole numbers by: left to itself, it rounds a fraction."""
+
+    def converted(hint: Any, tokens: Sequence[Token]) -> Any:
+        for token in tokens:
+            with suppress(ValueError):
+                if not float(token.value).is_integer():
+                    raise UsageError(
+                        f"{token.value} is not a whole number",
+                        where=field.option,
+                        next_step=f"give a whole number{_FOR_A_FRACTION.get(field.name, '')}",
+                    )
+        return convert(hint, tokens)
+
+    return converted
+
+
+def _types_in(hint: Any) -> set[Any]:
+    """A type, and all that it is made of."""
+    return {hint}.union(*map(_types_in, get_args(hint)))
 
 
 def _metavar(field: OptionField) -> str | None:

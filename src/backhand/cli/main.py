@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -293,7 +293,7 @@ def ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
             return error.code if isinstance(error.code, int) else int(error.code is not None), ""
         case _ if (wrong := _of_the_parser(error)) is not None:
             command = " ".join(("backhand", *(wrong.command_chain or ()), "--help"))
-            return USAGE, f"error: {bounded(_usage(wrong))}\n  next: {command}"
+            return USAGE, f"error: {bounded(_usage(wrong, arguments))}\n  next: {command}"
         case _ if _is_out_of_memory(error):
             return RESOURCES, (
                 "error: not enough memory\n"
@@ -351,13 +351,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _usage(error: cyclopts.CycloptsError) -> str:
+def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     import difflib
 
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-    from backhand.cli.command import as_option
-    from backhand.training.other_names import COMMANDS, HERE, NOT_NEEDED, ours
+    from backhand.training.other_names import COMMANDS
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
@@ -370,14 +369,37 @@ def _usage(error: cyclopts.CycloptsError) -> str:
         if same := COMMANDS.get(name) or (f"backhand {name} --help" if name != words[0].lower() else None):
             return f"Unknown command: {words[0]}. Here that is: {same}."
     if isinstance(error, UnknownOptionError):
-        written = (error.token.keyword or error.token.value or "").partition("=")[0]
+        first = (error.token.keyword or error.token.value or "").partition("=")[0]
+        values = {first: ""}
+        for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+            name, equals, value = word.partition("=")
+            if (name.startswith("--") and len(name) > 2 and not any(map(str.isspace, name))) or name == first:
+                values[name] = value if equals or after.startswith("-") else after
         options = {name for argument in error.argument_collection if argument.parse for name in argument.names}
-        if meant := ours(written, as_option, {name[2:].replace("-", "_") for name in options}):
-            near = meant.removeprefix(HERE)
-            said = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
-            return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {said}")
-        if meant := ours(written, as_option):
-            return f"Unknown option: {written}. `backhand train` has it: {meant.removeprefix(HERE)}."
+        known = {*options, "--debug", "--help", "--version"}
+        unknown = [name for name in values if name == first or name.replace("_", "-") not in known]
+        said = [_unknown_option(error, name, values[name], options) for name in unknown]
+        several = (text.removeprefix("Unknown option: ") for text in said)
+        return said[0] if len(said) == 1 else "\n    - ".join(["Unknown options:", *several])
+    said_of_it = str(error).strip()
+    none = said_of_it.startswith('Invalid value "none" for --report-to.')
+    return f"{said_of_it} No tracker is the default: leave --report-to out." if none else said_of_it
+
+
+def _unknown_option(error: cyclopts.UnknownOptionError, written: str, value: str, options: Set[str]) -> str:
+    """What an option is here that the command does not have; the parser's own guess where it is no other tool's."""
+    from cyclopts import Token
+
+    from backhand.cli.command import as_option
+    from backhand.training.other_names import HERE, NOT_NEEDED, ours
+
+    if meant := ours(written, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
+        near = meant.removeprefix(HERE)
+        said = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
+        return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {said}")
+    if meant := ours(written, as_option, value=value):
+        return f"Unknown option: {written}. `backhand train` has it: {meant.removeprefix(HERE)}."
+    error.token = Token(keyword=written, source="cli")
     return str(error).strip()
 
 

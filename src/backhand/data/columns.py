@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
-from backhand.data.forms import COUNTING, fits
-from backhand.data.options import PIECES, WRITTEN, NamedColumns, has_places
+from backhand.data.column_hints import COUNTING
+from backhand.data.forms import fits
+from backhand.data.options import PIECES, WRITTEN, NamedColumns, columns_named, has_places
 from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names
@@ -34,18 +35,17 @@ class ColumnReader:
         guess: whether names of a spreadsheet may be understood.
 
     Attributes:
-        given: the options that name something.
+        given: what options name, by option.
         used: columns that something was made of.
         note: what was guessed, in words; None if nothing was.
     """
 
     def __init__(self, named: NamedColumns, system: str | None = None, *, guess: bool = False) -> None:
-        self._given: dict[str, str] = {
+        self.given: dict[str, str] = {
             name: text for name in ("prompt", "completion", "messages") if (text := getattr(named, name)) is not None
         }
-        self._system = system if self._given and system is not None and has_places(system) else None
-        self._guess = guess and not self._given
-        self.given = frozenset(self._given)
+        self._system = system if self.given and system is not None and has_places(system) else None
+        self._guess = guess and not self.given
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
 
@@ -60,27 +60,29 @@ class ColumnReader:
             return
         if self._guess:
             self._guess_from(first)
-        for option, text in self._given.items():
+        for option, text in self.given.items():
             self._check(option, text, first)
-        self.used = frozenset(name for text in (*self._given.values(), self._system or "") for name in _names(text))
+        self.used = frozenset(
+            name for text in (*self.given.values(), self._system or "") for name in columns_named(text)
+        )
         for raw in chain([first], raws):
             try:
-                yield self._renamed(raw) if self._given else raw
+                yield self._renamed(raw) if self.given else raw
             except DataError as error:
                 bad.add(error)
 
     def _renamed(self, raw: RawRow) -> RawRow:
         values = {name: value for name, value in raw.values.items() if name not in _DECIDING}
-        for option, text in self._given.items():
+        for option, text in self.given.items():
             values[option] = _filled(option, text, raw)
         if isinstance(values.get("prompt"), list) and isinstance(answer := values.get("completion"), str):
             values["completion"] = [{"role": "assistant", "content": answer}]
-        if self._system is not None and (not values.get("system") or "system" in _names(self._system)):
+        if self._system is not None and (not values.get("system") or "system" in columns_named(self._system)):
             values["system"] = PIECES.sub(lambda match: _piece(match, raw, keep=True), self._system)
         return RawRow(values, raw.source)
 
     def _check(self, option: str, text: str, row: RawRow) -> None:
-        for name in _names(text):
+        for name in columns_named(text):
             if name not in row.values:
                 near = nearest_names(name, row.values)
                 raise UsageError(
@@ -98,20 +100,15 @@ class ColumnReader:
         if doubtful or len(prompts) != 1 or len(answers) != 1 or fits(row):
             return
         prompt, answer = (small[name] for name in (*prompts, *answers))
-        self._given = {"prompt": prompt, "completion": answer}
+        self.given = {"prompt": prompt, "completion": answer}
         self.note = (
             f"the column {prompt} is read as the prompt and {answer} as its completion; "
             "--prompt and --completion name others"
         )
 
 
-def _names(text: str) -> list[str]:
-    """The columns that a text names: those in braces; without any the text is a column's name."""
-    return [match[1] for match in PIECES.finditer(text) if match[1] is not None] or [text] * bool(text)
-
-
 def _filled(option: str, text: str, raw: RawRow) -> Any:
-    names = _names(text)
+    names = columns_named(text)
     if missing := [name for name in names if name not in raw.values]:
         raise DataError(f"there is no {missing[0]} in this row", where=raw.source)
     if all(_is_empty(raw.values[name]) for name in names):

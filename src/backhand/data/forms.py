@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from backhand.data.column_hints import ClassColumns, suggestion
 from backhand.data.rows import (
     Asked,
     BadRows,
@@ -84,6 +84,7 @@ ASKING_FORMS = (
 """Rows without an answer: there is something to generate from them, and nothing to train on."""
 
 _PREFERENCE = ("chosen", "rejected")
+_BOTH = (("prompt", "completion"), ("completion", "prompt"))
 
 PAIR_FORMS = (
     Form(("prompt", *_PREFERENCE), "pair"),
@@ -105,26 +106,28 @@ def detect(
     *,
     may_ask: bool = False,
     purpose: Purpose | None = "answers",
-    named: frozenset[str] = frozenset(),
+    named: Mapping[str, str] | None = None,
 ) -> Form:
     """The form of a row, by the names of its columns that are not null.
 
     Args:
         purpose: what the rows are for; None for pairs where the columns are those of pairs, else answers.
-        named: columns that options have named, which the form must read.
+        named: what options say of the columns of their names, which the form must read.
 
     Raises:
         DataError: its columns fit no form.
     """
+    given = named or {}
+    asked = frozenset(given)
     present = frozenset(name for name, value in raw.values.items() if value is not None)
     if purpose is None:
-        purpose = "pairs" if present.issuperset(_PREFERENCE) and named <= {"prompt"} else "answers"
+        purpose = "pairs" if present.issuperset(_PREFERENCE) and asked <= {"prompt"} else "answers"
     if purpose in _SPECIAL:
         forms, what = _SPECIAL[purpose]
-        found = next((form for form in forms if named <= {*form.columns} <= present), None)
+        found = next((form for form in forms if asked <= {*form.columns} <= present), None)
         if found is not None:
             return found
-        _check_named(named, forms, present, raw.source)
+        _check_named(asked, forms, present, raw.source)
         raise DataError(
             f"the columns are not those of {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
@@ -132,11 +135,11 @@ def detect(
             next_step="name the columns so, or train on answers with --objective sft",
         )
     for form in FORMS + ASKING_FORMS if may_ask else FORMS:
-        if named <= {*form.columns} <= present:
-            if len(form.columns) == 1 and not named and present.issuperset(_PREFERENCE):
+        if asked <= {*form.columns} <= present:
+            if len(form.columns) == 1 and not asked and present.issuperset(_PREFERENCE):
                 break
             return form
-    _check_named(named, FORMS, present, raw.source)
+    _check_named(asked, FORMS, present, raw.source)
     if present.issuperset(_PREFERENCE):
         alone = "prompt" not in present and isinstance(raw.values["chosen"], list)
         raise DataError(
@@ -145,34 +148,39 @@ def detect(
             next_step="train on them with --objective dpo; to train on the chosen answers alone, "
             + ("keep chosen, and call it messages" if alone else "keep prompt and chosen, and call it completion"),
         )
+    half = next(
+        (f"--{one} is given, and no --{other}" for one, other in _BOTH if one in given and other not in given), ""
+    )
     asking = next((form for form in ASKING_FORMS if present.issuperset(form.columns)), None)
     if asking is not None:
         answer = next(form.columns[1] for form in FORMS if form.columns[0] == asking.columns[0])
         meant_so = sorted(present & ({form.answers for form in FORMS if len(form.columns) > 1} - {answer}))
-        others = [name for name in raw.values if name in present and name not in asking.columns]
+        others = [name for name in raw.values if name in present and name not in (*asking.columns, *given)]
+        by_name = suggestion(asking.columns, others, given)
         raise DataError(
-            f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
+            half or f"the row has {asking.columns[0]}, but {'an empty' if answer in raw.values else 'no'} {answer}",
             where=raw.source,
             why=f"its other columns: {name_list(others)}" if others else None,
-            next_step=f"call the column {meant_so[0]} {answer}" if meant_so else _by_name(asking.columns, others),
+            next_step=f"call the column {meant_so[0]} {answer}" if meant_so and not given else by_name,
         )
     for form in FORMS:
         empty = [name for name in form.columns if name in raw.values and name not in present]
         if empty and present.union(empty).issuperset(form.columns):
             raise DataError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} null", where=raw.source)
-    columns = ", ".join(sorted(raw.values)) or "none"
+    columns = ", ".join(sorted(raw.values.keys() - given.keys())) or "none"
     small = {name.strip().lower() for name in present}
     meant = next((form for form in FORMS if small.issuperset(form.columns)), None)
     near = [form.name for form in FORMS if present.intersection(form.columns)] or _USUAL_FORMS
-    names = [name for name in raw.values if name.strip().lower() not in COUNTING]
-    by_name = _by_name(names[:-1], names[-1:])
-    raise DataError(
-        f"the columns fit no form of row: {columns}",
-        where=raw.source,
-        next_step=f"write {' and '.join(meant.columns)} in small letters"
-        if meant is not None
-        else f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else ""),
-    )
+    if meant is not None and not given:
+        how = f"write {' and '.join(meant.columns)} in small letters"
+        texts = [name for name in raw.values if meant.kind == "text" and name.strip().lower() == "text"]
+        label = suggestion(texts, raw.values, given) if texts else None
+        how += f" to learn whole texts; to learn another column as the answer to them: {label}" if label else ""
+    else:
+        by_name = suggestion((), raw.values, given)
+        how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
+    what = f"{half}; its columns: {columns}" if half else f"the columns fit no form of row: {columns}"
+    raise DataError(what, where=raw.source, next_step=how)
 
 
 def _check_named(named: frozenset[str], forms: Iterable[Form], present: frozenset[str], source: str) -> None:
@@ -181,7 +189,7 @@ def _check_named(named: frozenset[str], forms: Iterable[Form], present: frozense
     if not named or form is None:
         return
     unused = sorted(named.difference(form.columns)) or sorted(named)
-    other = {"prompt": "completion", "completion": "prompt"}.get(unused[0])
+    other = dict(_BOTH).get(unused[0])
     raise DataError(
         f"--{unused[0]} would not be used",
         where=source,
@@ -199,18 +207,6 @@ def fits(raw: RawRow) -> bool:
 
 _USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
 
-COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
-"""Names, in small letters, of columns that tell rows apart and say nothing."""
-
-
-def _by_name(prompts: Sequence[str], answers: Sequence[str]) -> str | None:
-    """Options that would read these columns, to be pasted; None where there are none."""
-    answers = [name for name in answers if name.strip().lower() not in COUNTING]
-    if not prompts or not answers:
-        return None
-    template = "\\n".join(f"{{{name}}}" for name in prompts[:4])
-    return f"--prompt {shlex.quote(template)} --completion {shlex.quote(answers[-1])}"
-
 
 class FormReader:
     """Reads the rows of one file, which must all have the form of its first good row.
@@ -221,16 +217,18 @@ class FormReader:
     Attributes:
         form: that form, or None before the first good row.
         columns: the names of all columns so far, in their order.
+        beside_text: which of them may be classes, where rows are plain text.
     """
 
     def __init__(
-        self, *, may_ask: bool = False, purpose: Purpose | None = "answers", named: frozenset[str] = frozenset()
+        self, *, may_ask: bool = False, purpose: Purpose | None = "answers", named: Mapping[str, str] | None = None
     ) -> None:
         self._purpose: Purpose | None = purpose
         self._detect = partial(detect, may_ask=may_ask, purpose=purpose, named=named)
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
+        self.beside_text = ClassColumns()
 
     def read(self, raw: RawRow) -> Row:
         """One row.
@@ -244,6 +242,8 @@ class FormReader:
         row = _asked(form, raw) if self._purpose == "prompts" else _read(form, raw)
         if self.form is None:
             self.form, self._first_source = form, raw.source
+        if form.kind == "text":
+            self.beside_text.add(raw.values)
         if not self.columns.keys() >= raw.values.keys():
             self.columns |= dict.fromkeys(raw.values)
         return row

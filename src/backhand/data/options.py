@@ -83,6 +83,11 @@ def has_places(text: str) -> bool:
     return any(match[1] is not None for match in PIECES.finditer(text))
 
 
+def columns_named(text: str) -> list[str]:
+    """The columns that a text names: those in braces; without any the text is a column's name."""
+    return [match[1] for match in PIECES.finditer(text) if match[1] is not None] or [text] * bool(text)
+
+
 def as_typed(text: str) -> str:
     """A text for a shell, on one line whatever line breaks it has."""
     if "\n" not in text:

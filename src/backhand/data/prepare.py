@@ -256,8 +256,6 @@ def _as_prompt(document: Document, input_ids: TokenIds, reply: str | None) -> Pr
 
 
 _FEW_EMPTY_LINES = 1000
-_CLASSES = ("label", "labels", "class", "category", "intent", "sentiment", "target")
-"""Columns that, beside a text, are mostly there to be learnt."""
 
 
 Begun = tuple[list[Document], Callable[[list[Example]], None]]
@@ -331,6 +329,7 @@ class _Reading:
         forms: list[SourceForm] = []
         total = empty = 0
         unread: dict[str, None] = {}
+        classes: set[str] = set()
         notes: list[str] = []
         skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
         for name in expand(names):
@@ -353,6 +352,7 @@ class _Reading:
             if not rewarded:  # reward functions are given every column
                 others = [column for column in reader.columns if column not in named.used]
                 unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
+                classes.update(reader.beside_text.names(rows))
             if named.note is not None:
                 notes.append(named.note)
             forms.append(SourceForm(name, reader.form.name, rows))
@@ -360,8 +360,10 @@ class _Reading:
         if unread:
             columns = list(unread)
             taught = ""
-            if {form.form for form in forms} == {"text"} and len(columns) == 1 and columns[0].lower() in _CLASSES:
-                taught = f"; to learn it as the answer: --prompt text --completion {shlex.quote(columns[0])}"
+            labels = [column for column in columns if column in classes]
+            if {form.form for form in forms} == {"text"} and len(labels) == 1:
+                it = "it" if len(columns) == 1 else labels[0]
+                taught = f"; to learn {it} as the answer: --prompt text --completion {shlex.quote(labels[0])}"
             several = "s" if len(columns) > 1 else ""
             notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{taught}")
         empty_lines = bad.empty_lines - empty_lines_before

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -45,6 +46,7 @@ def load_config(path: Path) -> TrainConfig:
 def read_table(path: Path) -> dict[str, Any]:
     """The file as nested tables, TOML or, by its ending, YAML. Raises UsageError: not readable, or neither."""
     yaml = path.suffix.lower() in (".yaml", ".yml")
+    _check_is_no_other(path)
     try:
         text = read_plain(path, MAX_YAML_BYTES if yaml else MAX_SETTINGS_BYTES).decode("utf-8-sig")
         return _in_tables(parse_yaml(text), str(path)) if yaml else parse_toml(text)
@@ -68,6 +70,18 @@ def read_table(path: Path) -> dict[str, Any]:
             how = "write tables as [optimization] and options as learning_rate = 1e-4, text in quotes"
         what = f"the configuration is not {'YAML' if yaml else 'TOML'}"
         raise UsageError(what, where=str(path), why=str(error), next_step=how) from None
+
+
+def _check_is_no_other(path: Path) -> None:
+    """Raise UsageError for a run or for rows, which have options of their own."""
+    quoted = shlex.quote(str(path))
+    if (path / "config.toml").is_file():
+        what, how = "a run", f"its options stand in its config.toml; --resume --output {quoted} goes on with it"
+    elif path.is_dir() or re.search(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?\Z", path.name.lower()):
+        what, how = "a folder" if path.is_dir() else "a file of rows", f"rows are given by --data {quoted}"
+    else:
+        return
+    raise UsageError(f"this is {what}, and no configuration", where=str(path), next_step=how)
 
 
 _MOST_PARTS = 32
@@ -250,7 +264,7 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     theirs = {key: value for key, value in table.items() if isinstance(value, str) and not prefix and ours(key, str)}
     if unknown := [key for key in table if key not in hints or key in theirs]:
         asked = {key: theirs[key] for key in theirs if ours(theirs[key], str)}
-        raise _unknown_keys({key: asked.get(key, key) for key in unknown}, prefix, hints, origin)
+        raise _unknown_keys({key: (asked.get(key, key), table[key]) for key in unknown}, prefix, hints, origin)
     for key, value in table.items():
         where = f"{origin}: {prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
@@ -260,9 +274,11 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     return cls(**values)
 
 
-def _unknown_keys(keys: Mapping[str, str], prefix: str, hints: Mapping[str, Any], origin: str) -> UsageError:
-    """One error for all of a table, with what each is here; a key may be asked for by another name."""
-    lines = [f"{key}: {_suggestion(asked, prefix, hints)}" for key, asked in keys.items()]
+def _unknown_keys(
+    keys: Mapping[str, tuple[str, Any]], prefix: str, hints: Mapping[str, Any], origin: str
+) -> UsageError:
+    """One error for all of a table, with what each is here. With each key: the name to ask for, and its value."""
+    lines = [f"{key}: {_suggestion(asked, value, prefix, hints)}" for key, (asked, value) in keys.items()]
     if len(keys) == 1:
         (key,) = keys
         return UsageError(f"unknown key {prefix + key!r}", where=origin, next_step=lines[0].removeprefix(f"{key}: "))
@@ -273,7 +289,7 @@ def _unknown_keys(keys: Mapping[str, str], prefix: str, hints: Mapping[str, Any]
     )
 
 
-def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
+def _suggestion(key: str, value: Any, prefix: str, hints: Mapping[str, Any]) -> str:
     """Where a key belongs that stands elsewhere; what another tool's is here; else the nearest, this table's first."""
     name, places = key.replace("-", "_"), _places()
     if name in places and name not in hints:
@@ -282,7 +298,7 @@ def _suggestion(key: str, prefix: str, hints: Mapping[str, Any]) -> str:
     def with_place(option: str) -> str:
         return option if option in hints or option not in places else f"{option} in [{places[option]}]"
 
-    if (meant := ours(key, with_place)) is not None:
+    if (meant := ours(key, with_place, value=value)) is not None:
         return meant
     for near in nearest_names(name, [*hints, *places], count=1):
         where = "" if near in hints else f", in the table [{places[near]}]"
@@ -304,7 +320,11 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value in get_args(hint) and isinstance(value, str):
             return value
-        raise UsageError(f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}", where=where)
+        raise UsageError(
+            f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}",
+            where=where,
+            next_step=_NO_TRACKER if where.endswith("report_to") and value == "none" else None,
+        )
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(element, get_args(hint)[0], where) for element in value)
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
@@ -322,10 +342,17 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     raise UsageError(
         f"{value!r} is {_kind(value)}, expected {_KINDS.get(origin or hint, 'a table')}",
         where=where,
-        next_step=f"write it in brackets: [{_toml_value(value)}]"
+        next_step=_NO_TRACKER
+        if where.endswith("report_to") and value in (False, "none")
+        else f"write it in brackets: [{_toml_value(value)}]"
         if origin is tuple and isinstance(value, str)
+        else f"write {where.rpartition('.')[2]} = {_toml_value([str(value.get('path', 'PATH'))])}"
+        if hint is str and isinstance(value, Mapping) and where.endswith("data")
         else None,
     )
+
+
+_NO_TRACKER = "leave report_to out: no tracker is the default"
 
 
 def _json_value(value: Any, where: str) -> Any:
