@@ -483,7 +483,9 @@ def draw(stored: dict[str, Any], picture: Path) -> None:
     shown = [one for one in _grids(stored) if "auto" in stored["runs"][one[0].name]]
     models = list(dict.fromkeys(case.model for case, _ in shown))
     figure = Figure(figsize=(9, 3.4 * -(-len(models) // 2)), layout="constrained")
-    for axes, model in zip(figure.subplots(-(-len(models) // 2), 2, sharey=True).flat, models, strict=False):
+    for axes, model in zip(
+        figure.subplots(-(-len(models) // 2), 2, sharex=True, sharey="row").flat, models, strict=False
+    ):
         for number, (case, grid) in enumerate(one for one in shown if one[0].model == model):
             best = min(run["best"] for run in grid.values())
             points = sorted((float(rate), run["best"] / best) for rate, run in grid.items())
