@@ -12,12 +12,13 @@ from contextlib import ExitStack, suppress
 from itertools import chain
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from backhand.data.lint import label_spellings
 from backhand.data.packing import micro_batches
 from backhand.kernels.builds import describe, library
-from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_for_s
+from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
 from backhand.runs.summary import RunSummary
 from backhand.terminal import console
 from backhand.training.job import Job
@@ -28,6 +29,13 @@ from backhand.words import count_of, duration, in_words, labelled, name_list
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
 _PLAIN_LINES = 20
+
+
+class _AfterTheLast(TextColumn):
+    """What goes on while the bar stands still, all steps done."""
+
+    def render(self, task: Task) -> Text:
+        return Text(visible(now()) if task.finished else "")
 
 
 class TerminalObserver(Observer):
@@ -62,6 +70,7 @@ class TerminalObserver(Observer):
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[spark]} {task.fields[facts]}", markup=False),
+                _AfterTheLast(""),
                 TimeRemainingColumn(compact=True),
                 console=self._console,
                 expand=True,
@@ -96,8 +105,6 @@ class TerminalObserver(Observer):
             self._losses.append(shown)
         facts = _facts(record) + self._evaluated
         if self._bar is not None:
-            if self._step == self._total:  # the bar stands still from here on
-                facts += f"  {self._doing()}"
             self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts)
         elif self._step % self._plain_every == 0 or self._step in (1, self._total) or silent_for_s() > SILENCE_S / 2:
             steps = self._total - self._step  # that remain, as long as those done were in the mean; the bar has its own
