@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,14 @@ def test_a_gguf_base_in_other_programs(tiny: TinyRun, tmp_path: Path) -> None:
     file = write_tiny_gguf(tiny_model("llama-tied", num_hidden_layers=2), tmp_path / "it's a.gguf")
     summary = train(tiny.config(tmp_path / "run", model=str(file), max_steps=1))
     arguments = pretrained_arguments(str(file))
-    assert f"from_pretrained({arguments})" in (Path(summary.adapter) / "README.md").read_text()
+    card = (Path(summary.adapter) / "README.md").read_text()
+    assert f"from_pretrained({pretrained_arguments(str(file), json.dumps)})" in card
     uses = Page(run_page(read_run(tmp_path / "run"))).one("section", id="result").text
     assert f"AutoModelForCausalLM.from_pretrained({arguments})" in uses
     assert "vllm serve merged" in uses and "--enable-lora" not in uses
     loaded = eval(f"load({arguments})", {"load": transformers.AutoModelForCausalLM.from_pretrained})
     assert isinstance(loaded, torch.nn.Module)
-    assert pretrained_arguments("owner/model") == '"owner/model"'
+    assert pretrained_arguments("owner/model") == "'owner/model'"
 
 
 def test_compared_probabilities_say_whose_they_are(

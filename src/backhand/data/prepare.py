@@ -17,14 +17,7 @@ from backhand.data import kept_rows
 from backhand.data.chat import Document
 from backhand.data.columns import ColumnReader
 from backhand.data.documents import RowRenderer
-from backhand.data.examples import (
-    CutRows,
-    DataReport,
-    Example,
-    SourceForm,
-    cut,
-    encode_document,
-)
+from backhand.data.examples import CutRows, DataReport, Example, SourceForm, cut, encode_document
 from backhand.data.forms import FormReader
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
 from backhand.data.rows import (
