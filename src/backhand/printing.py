@@ -132,6 +132,28 @@ def going_on(what: str | Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
+def counting(what: str, total: int, many: str = "rows") -> Iterator[Callable[..., None]]:
+    """Within, `what` takes its time; yields what is called for each of so many that is done."""
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+
+    with going_on(lambda: f"{what}, {done:,} of {total:,} {many}"):
+        yield count
+
+
+def now() -> str:
+    """What takes its time, the innermost; nothing where it cannot be told."""
+    try:
+        innermost = _going_on[-1]
+        return innermost if isinstance(innermost, str) else innermost()
+    except Exception:  # noqa: BLE001 - what it looks at may be changed meanwhile
+        return ""
+
+
+@contextmanager
 def may_be_silent() -> Iterator[None]:
     """Within, nothing is said by itself: a person is waited for, a bar moves, or others speak."""
     global _may_be_silent  # noqa: PLW0603 - as above
@@ -153,13 +175,8 @@ def never_silent(command: str) -> Iterator[None]:
         while not ended.wait(_LOOK_S):
             if _may_be_silent or silent_for_s() < SILENCE_S - 2 * _LOOK_S:
                 continue
-            try:
-                innermost = _going_on[-1]
-                what = innermost if isinstance(innermost, str) else innermost()
-            except Exception:  # noqa: BLE001 - what it looks at may be changed meanwhile
-                what = command
             with suppress(OSError, ValueError):  # nobody is left to read it
-                say(f"still at work after {time.monotonic() - began:.0f} s: {what or command}")
+                say(f"still at work after {time.monotonic() - began:.0f} s: {now() or command}")
             said()
 
     said()

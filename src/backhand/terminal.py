@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from backhand.printing import going_on, may_be_silent, said, visible
+from backhand.printing import going_on, may_be_silent, now, said, visible
 
 WIDTH_WITHOUT_TERMINAL = 120
 
@@ -63,6 +63,13 @@ def table_of(*columns: str, right: Collection[str] = (), **options: Any) -> Tabl
     return made
 
 
+class _Now:
+    """What takes its time, as it is whenever it is shown."""
+
+    def __rich__(self) -> Text:
+        return Text(visible(now()))
+
+
 @contextmanager
 def working(text: str = "") -> Iterator[Callable[[str], None]]:
     """Say on standard error what takes its time: at once on a terminal, else when it takes long.
@@ -72,11 +79,10 @@ def working(text: str = "") -> Iterator[Callable[[str], None]]:
     """
     shown = console(stderr=True)
     current = [text]
-    with shown.status(Text(visible(text))) as status, going_on(lambda: current[0]):
+    with going_on(lambda: current[0]), shown.status(_Now()):
 
-        def change(now: str) -> None:
-            current[0] = now
-            status.update(Text(visible(now)))
+        def change(what: str) -> None:
+            current[0] = what
 
         if shown.is_terminal:
             with may_be_silent():

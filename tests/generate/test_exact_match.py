@@ -140,7 +140,7 @@ def test_certain_rows_are_not_decoded_and_no_count_changes(tmp_path: Path, monke
     decoded: list[int] = []
     count_by_decoding = evaluation.exact_matches
 
-    def counted(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, _at_once: int) -> int:
+    def counted(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, *_: Any) -> int:
         decoded.append(len(prompts))
         return count_by_decoding(loaded, prompts, max_new_tokens)
 

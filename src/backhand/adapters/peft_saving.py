@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -131,9 +132,17 @@ def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
     imported = base = ""
     if auto_class is not None and described.base_model:
         imported = f"from transformers import {auto_class}\n"
-        base = f"base = {auto_class}.from_pretrained({json.dumps(described.base_model)})\n"
+        base = f"base = {auto_class}.from_pretrained({pretrained_arguments(described.base_model, json.dumps)})\n"
     model = 'model = PeftModel.from_pretrained(base, "path/to/this/directory")'
     return f"```python\nfrom peft import PeftModel\n{imported}\n{base}{model}\n```\n"
+
+
+def pretrained_arguments(base: str, quoted: Callable[[str], str] = repr) -> str:
+    """What transformers' `from_pretrained` takes for a base model: a name, or the directory of a GGUF file and it."""
+    path = PurePath(base)
+    if not re.fullmatch(r".+\.gguf|sha256-\w+", path.name):  # the second in Ollama's store
+        return quoted(base)
+    return f"{quoted(str(path.parent))}, gguf_file={quoted(path.name)}"
 
 
 def _range(values: Iterable[float]) -> str:

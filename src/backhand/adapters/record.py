@@ -25,6 +25,10 @@ RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
+_LATER: Mapping[str, Any] = {"labels": {}, "system": None}
+"""What the first files of this format did not have, and what is left out where there is nothing to tell."""
+
+
 @dataclass(frozen=True)
 class AdapterRecord:
     """The contents of backhand.json."""
@@ -43,6 +47,7 @@ class AdapterRecord:
     files: Mapping[str, str] = field(default_factory=dict)  # digest of each file beside the record
     # of rows whose answers are labels, each label's token ids, the one that ends it among them
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    system: str | None = None  # the system message that all training rows have
 
     @property
     def template_args(self) -> Mapping[str, Any] | None:
@@ -61,8 +66,9 @@ def installed_packages() -> dict[str, str]:
 def record_bytes(record: AdapterRecord) -> bytes:
     """backhand.json; the same record gives the same bytes."""
     contents = {"format_version": RECORD_VERSION, **asdict(record)}
-    if not record.labels:
-        del contents["labels"]
+    for name in _LATER:
+        if not contents[name]:
+            del contents[name]
     return (json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
 
 
@@ -79,7 +85,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
             where=where,
             next_step="upgrade Backhand",
         )
-    raw = {"config": {}, "labels": {}, **raw}  # the first files of this format had neither
+    raw = {"config": {}, **_LATER, **raw}
     known = {one.name for one in fields(AdapterRecord)}
     wrong = sorted((set(raw) ^ (known | {"format_version"})) | {name for name in known if not _well_typed(name, raw)})
     if version != RECORD_VERSION or wrong:

@@ -100,6 +100,7 @@ class DataReport:
         first_cut: where the first document of each of these three kinds stands.
         empty_answers: rows that teach an answer of nothing but white space.
         skipped_bad: malformed rows left out under `skip_bad`.
+        system: the system message that all rows have; None where they have none, or not all the same.
         notes: whatever else the user should know, a sentence each.
     """
 
@@ -116,6 +117,7 @@ class DataReport:
     empty_answers: int = 0
     skipped_bad: int = 0
     bad_rows: tuple[DataError, ...] = ()
+    system: str | None = None
     notes: tuple[str, ...] = ()
 
     def lines(self, *, prompts: bool = False) -> list[str]:

@@ -103,11 +103,25 @@ def reading_options(data: DataOptions) -> str:
     return "".join(f" --{name.replace('_', '-')} {as_typed(text)}" for name, text in given.items() if text is not None)
 
 
-def asking_options(data: DataOptions) -> str:
-    """The same for one prompt that is typed, and what the prompts of the rows look like."""
+LONGEST_TYPED = 500
+"""Characters of a system message that is part of a command to type."""
+
+
+def system_option(system: str | None) -> str:
+    """The option, after a blank, that asks with this system message; nothing where there is none to type."""
+    return "" if system is None or len(system) > LONGEST_TYPED else f" --system {as_typed(system)}"
+
+
+def asking_options(data: DataOptions, system: str | None = None) -> str:
+    """The same for one prompt that is typed, and what the prompts of the rows look like.
+
+    Args:
+        system: the system message that all rows have.
+    """
     template = data.prompt if data.prompt is not None and has_places(data.prompt) else "…"
     prompt = PIECES.sub(lambda piece: f"{piece[1]} …" if piece[1] is not None else WRITTEN[piece[0]], template)
-    system = None if data.system is None or has_places(data.system) else data.system
+    if not system_option(system):
+        system = None if data.system is None or has_places(data.system) else data.system
     alone = replace(data, prompt=prompt, completion=None, messages=None, system=system)
     return reading_options(alone)
 

@@ -17,17 +17,21 @@ from backhand.data import kept_rows
 from backhand.data.chat import Document
 from backhand.data.columns import ColumnReader
 from backhand.data.documents import RowRenderer
-from backhand.data.examples import (
-    CutRows,
-    DataReport,
-    Example,
-    SourceForm,
-    cut,
-    encode_document,
-)
+from backhand.data.examples import CutRows, DataReport, Example, SourceForm, cut, encode_document
 from backhand.data.forms import FormReader
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
-from backhand.data.rows import Asked, BadRows, Conversation, Labelled, Pair, Purpose, Row, has_empty_answer, texts_of
+from backhand.data.rows import (
+    Asked,
+    BadRows,
+    Conversation,
+    Labelled,
+    Pair,
+    Purpose,
+    Row,
+    has_empty_answer,
+    system_of,
+    texts_of,
+)
 from backhand.data.sources import expand, held_out_beside, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, overlap, split, summed, usual_share
 from backhand.data.text_encoder import TextEncoder, TokenIds
@@ -194,6 +198,7 @@ def read_examples(
         dropped_long=len(cut_here.dropped_long),
         dropped_unsupervised=len(cut_here.dropped_unsupervised),
         first_cut=cut_here.firsts,
+        system=report.system if renderer.has_template else None,
         notes=(*notes, *report.notes),
     )
     if cut_rows is not None:
@@ -329,7 +334,11 @@ class _Reading:
         forms: list[SourceForm] = []
         total = empty = 0
         unread: dict[str, None] = {}
+<<<<<<< HEAD
         classes: set[str] = set()
+=======
+        systems: set[str | None] = set()
+>>>>>>> mend-report
         notes: list[str] = []
         skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
         for name in expand(names):
@@ -342,6 +351,8 @@ class _Reading:
             for row in _in_batches(read, None if most is None else most - total, begin, encoder, bad):
                 rows += 1
                 answered += not has_empty_answer(row)
+                if len(systems) < 2:
+                    systems.add(system_of(row, self.system))
                 rewarded |= isinstance(row, Asked)
                 conversation |= isinstance(texts_of(row)[0], Conversation)
             if reader.form is None:
@@ -375,6 +386,7 @@ class _Reading:
             empty_answers=empty,
             skipped_bad=bad.count - skipped_before,
             bad_rows=tuple(bad.errors[kept_before:]),
+            system=systems.pop() if len(systems) == 1 else None,
             notes=tuple(notes),
         )
 

@@ -378,6 +378,21 @@ def texts_of(row: Row) -> tuple[OneText, ...]:
     return (row.answer if isinstance(row, Labelled) else row.question if isinstance(row, Asked) else row,)
 
 
+def system_of(row: Row, given: str | None) -> str | None:
+    """The system message that a row is rendered with; None where it is rendered without.
+
+    Args:
+        given: what rows have that bring none of their own.
+    """
+    text = texts_of(row)[0]
+    if isinstance(text, PlainText):
+        return None
+    if isinstance(text, Completion):
+        return text.system or given
+    own = [message["content"] for message in text.messages[:1] if message["role"] == "system"]
+    return next((content for content in own if isinstance(content, str)), None) if own else given
+
+
 def has_empty_answer(row: Row) -> bool:
     """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss.
 

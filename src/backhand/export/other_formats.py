@@ -114,11 +114,12 @@ def ollama_base(source: ModelSource) -> str:
     return source.origin.removeprefix(OLLAMA) if source.origin.startswith(OLLAMA) else str(source.path.resolve())
 
 
-def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -> None:
+def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, system: str | None = None) -> None:
     """Write `Modelfile` into a directory.
 
     Args:
         base: what follows FROM.
+        system: the system message; one with three quotes in a row, which would end it, is left out.
 
     Raises:
         UsageError: the base's name has several lines, of which the second would be an instruction of its own.
@@ -128,6 +129,8 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None) -
     lines = [f"FROM {base}"]
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
+    if system is not None and '"""' not in system:
+        lines.append(f'SYSTEM """{system}"""')
     write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))
 
 

@@ -53,6 +53,7 @@ def chat_command(options: ChatOptions) -> None:
                 where="chat_template",
                 next_step="take the Instruct variant of the model, give --chat-template FILE, or use backhand generate",
             )
+        show_notes(loaded.missing_system(options.template.system))
         interactive = sys.stdin.isatty()
         if interactive:
             say(f"{options.model.model}; /help lists what can be typed, Ctrl-D leaves")

@@ -70,6 +70,8 @@ def generate_command(options: GenerateOptions) -> None:
 
 def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -> None:
     session = GenerationSession(loaded, options.template)
+    if session.has_template and not options.answer.quiet:
+        show_notes(loaded.missing_system(options.template.system))
     prompt_ids = session.prompt_ids(prompt)
     labels = _labels(options, loaded, session)
     if not options.answer.compare:
@@ -78,7 +80,7 @@ def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -
     for label, with_adapter in compared_labels(options.answer.adapter):
         write_answer(f"{label}:\n")
         loaded.model.use_adapter(with_adapter)
-        _answer_one(session, prompt_ids, options, labels)
+        _answer_one(session, prompt_ids, options, labels, f"{label}: ")
         if not with_adapter:
             write_answer("\n")
 
@@ -103,15 +105,19 @@ def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSe
 
 
 def _answer_one(
-    session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions, labels: Labels
+    session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions, labels: Labels, who: str = ""
 ) -> None:
-    """An answer as it comes; or the most probable label, and on standard error how probable each of them is."""
+    """An answer as it comes; or the most probable label, and on standard error how probable each of them is.
+
+    Args:
+        who: stands before the probabilities, of which there are two lines where models are compared.
+    """
     if labels:
         session.check(prompt_ids, PROMPT)
         (chosen,) = choose_labels(session.model, [prompt_ids], labels)
         write_answer(f"{next(iter(chosen))}\n")
         if not options.answer.quiet:
-            say(name_list(f"{visible(label)} {probability:.3f}" for label, probability in chosen.items()))
+            say(who + name_list(f"{visible(label)} {probability:.3f}" for label, probability in chosen.items()))
         return
     answer = session.answer(prompt_ids, options.sampling, on_text=write_answer)
     if not answer.text.endswith("\n"):
@@ -172,6 +178,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
         raise bad.errors[0]
     if not options.answer.quiet:
         notes = list(report.notes)
+        notes += loaded.missing_system(report.system) if session.has_template else []
         if left_out := report.skipped_bad + bad.count:
             first = (*report.bad_rows, *bad.errors)[0]
             notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first.one_line}")

@@ -11,7 +11,7 @@ from typing import Any
 from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
 from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
-from backhand.data.options import TemplateOptions
+from backhand.data.options import TemplateOptions, system_option
 from backhand.generate.completer import Completer, EngineCompleter
 from backhand.generate.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
@@ -33,6 +33,14 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     # that the adapter's record names, see `labels`; none where they are no tokens of this model
     labels: Labels = field(default_factory=dict)
+    system: str | None = None  # that all rows had which the adapter was trained on, as its record has it
+
+    def missing_system(self, given: str | None) -> list[str]:
+        """A sentence where the adapter was trained with a system message and none is given."""
+        if self.system is None or given is not None:
+            return []
+        how = system_option(self.system) or f" --system TEXT, its {len(self.system):,} characters are in backhand.json"
+        return [f"all rows that the adapter was trained on had the same system message, which is not given here:{how}"]
 
 
 @contextmanager
@@ -107,7 +115,8 @@ def loaded_model(
         )
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
-        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {})
+        system = None if record is None else record.system
+        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system)
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]

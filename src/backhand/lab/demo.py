@@ -23,7 +23,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import load_adapter_for
 from backhand.arithmetic.findings import new_figure, png_bytes, print_table
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
-from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.data.options import DataOptions, RowSources, TemplateOptions, system_option
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.errors import CheckError, UsageError
 from backhand.files import make_directory, write_atomically
@@ -235,7 +235,8 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
     console.print(f"Picture of the loss: {shlex.quote(str(options.output / 'loss.png'))}")
     console.print(f"Everything about the run on one page: {shlex.quote(str(Path(result.run.output) / 'report.html'))}")
     console.print(f"The demo took {result.demo_s / 60:.1f} minutes. Try the adapter yourself:")
-    console.print(f"  backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy", soft_wrap=True)
+    chat = f"backhand chat --adapter {shlex.quote(str(result.run.adapter))} --greedy{system_option(result.run.system)}"
+    console.print(f"  {chat}", soft_wrap=True)
 
 
 def save_loss_picture(metrics: Path, picture: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.summary import forgetting, forgotten_nats
 from backhand.words import count_of
 
 
@@ -29,7 +30,15 @@ def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
 def headline(run: RunRecord) -> str:
     """One sentence."""
     state = run.status.state if run.status else "finished" if run.summary else "killed"
-    return f"{model_name(run)} {_verb(run, state)} {_rows(run)}{_outcome(run)}{_where(run)}{_slower(run)}."
+    said = f"{_rows(run)}{_outcome(run)}{_forgot(run)}{_where(run)}{_slower(run)}"
+    return f"{model_name(run)} {_verb(run, state)} {said}."
+
+
+def _forgot(run: RunRecord) -> str:
+    """Where the adapter that is kept has cost the base much of what it knew."""
+    best = min(((loss, step) for step, loss in run.held_out_losses() if step > 0), default=(0.0, None))[1]
+    nats = forgotten_nats(run.evaluations, best)
+    return f"; {forgetting(nats)}" if is_number(nats) and forgetting(nats) else ""
 
 
 def _slower(run: RunRecord) -> str:
@@ -62,7 +71,8 @@ def _verb(run: RunRecord, state: str) -> str:
 def _rows(run: RunRecord) -> str:
     sources = run.config.get("data", {}).get("data") or ()
     names = ", ".join(Path(str(source)).name for source in sources)
-    rows = run.facts.get("data", {}).get("train", {}).get("documents")
+    trained = run.facts.get("data", {}).get("train", {})
+    rows = run.summary.get("rows", trained.get("examples", trained.get("documents")))  # a pair is two documents
     counted = count_of(rows, "row") if is_number(rows) else "rows"
     return f"on {counted} of {names}" if names else f"on {counted}"
 

@@ -101,7 +101,9 @@ class PromptBox:
         began = time.perf_counter()
         loaded = self._with_newest_adapter()
         self._go_on()
-        session = GenerationSession(loaded, self._config.data)
+        data = self._config.data
+        asked = data if data.system is not None else replace(data, system=loaded.system)
+        session = GenerationSession(loaded, asked)
         ids = session.prompt_ids(prompt)
         loaded.model.use_adapter(False)
         base = session.answer(ids, self._sampling, on_text=self._go_on).text

@@ -22,6 +22,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from backhand.adapters.peft_saving import pretrained_arguments
+from backhand.data.options import system_option
 from backhand.report.run_record import is_number
 from backhand.words import count_of, duration, in_words
 
@@ -61,6 +63,7 @@ def environment() -> Environment:
     )
     found.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
     found.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
+    found.filters |= {"pretrained": pretrained_arguments, "system_option": system_option}
     found.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
     return found
 

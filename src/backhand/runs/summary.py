@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,12 @@ class RunSummary:
     adapted_labels: dict[str, Any] | None = None
     # of the best evaluation of pairs, `rewards/accuracies` and `rewards/margins`; None elsewhere
     held_out_pairs: dict[str, float] | None = None
+    # rise of the loss on neutral texts with the adapter that is kept; None where it was not measured
+    forgotten_nats: float | None = None
     # reading, asking: options with which `evaluate` reads rows of the same columns, and `generate` is asked alike
     reading: str = ""
     asking: str = " --prompt '…'"
+    system: str | None = None  # the system message that all rows trained on have
     # advice, try_next: what the run's curves say of it, and the command to try next; None where there is nothing
     advice: str | None = None
     try_next: str | None = None
@@ -70,6 +74,28 @@ class RunSummary:
     def to_json(self) -> str:
         """The text of summary.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+FORGOTTEN_NATS = 0.5
+"""A token of neutral texts: a rise of the loss that is said in words."""
+
+
+def forgotten_nats(records: Iterable[Mapping[str, Any]], best_step: int | None) -> float | None:
+    """How far the loss on neutral texts had risen, in nats a token, with the adapter that a run keeps.
+
+    Args:
+        records: lines of metrics.jsonl.
+        best_step: whose adapter is kept; None where it is the newest.
+    """
+    measured = (one.get("forgetting_nats") for one in records if best_step in (None, one["step"]))
+    return next(reversed([nats for nats in measured if nats is not None]), None)
+
+
+def forgetting(nats: float | None) -> str:
+    """A clause about such a rise; nothing where it is small or not known."""
+    if nats is None or nats <= FORGOTTEN_NATS:
+        return ""
+    return f"it forgot: the loss on neutral texts, which the base is to know as before, rose by {nats:.2f} nats a token"
 
 
 def read_summary(path: Path) -> RunSummary | None:

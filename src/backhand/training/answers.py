@@ -23,6 +23,7 @@ from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import Labels
 from backhand.generate.loading import LoadedModel
 from backhand.nn.loading.source import ModelSource
+from backhand.printing import counting
 from backhand.training.command_options import EvaluateRunOptions
 from backhand.training.config import TrainConfig
 from backhand.training.engine import BoundModel
@@ -81,7 +82,9 @@ def held_out_answers(
     try:
         for adapter in (True, False):
             model.use_adapter(adapter)
-            said_by.append(complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids))
+            with counting("answers for the report", len(prompts)) as done:
+                said = complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids, on_done=done)
+            said_by.append(said)
     finally:
         bound.model.attach(bound.lora)
     special = set(tokenizer.all_special_ids)

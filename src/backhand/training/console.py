@@ -12,13 +12,14 @@ from contextlib import ExitStack, suppress
 from itertools import chain
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from backhand.data.lint import label_spellings
 from backhand.data.packing import micro_batches
 from backhand.kernels.builds import describe, library
-from backhand.printing import SILENCE_S, going_on, may_be_silent, say, silent_for_s
-from backhand.runs.summary import RunSummary
+from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
+from backhand.runs.summary import RunSummary, forgetting
 from backhand.terminal import console
 from backhand.training.job import Job
 from backhand.training.loggers import Observer, RunStart
@@ -28,6 +29,13 @@ from backhand.words import count_of, duration, in_words, labelled, name_list
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
 _PLAIN_LINES = 20
+
+
+class _AfterTheLast(TextColumn):
+    """What goes on while the bar stands still, all steps done."""
+
+    def render(self, task: Task) -> Text:
+        return Text(visible(now()) if task.finished else "")
 
 
 class TerminalObserver(Observer):
@@ -62,6 +70,7 @@ class TerminalObserver(Observer):
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[spark]} {task.fields[facts]}", markup=False),
+                _AfterTheLast(""),
                 TimeRemainingColumn(compact=True),
                 console=self._console,
                 expand=True,
@@ -96,8 +105,6 @@ class TerminalObserver(Observer):
             self._losses.append(shown)
         facts = _facts(record) + self._evaluated
         if self._bar is not None:
-            if self._step == self._total:  # the bar stands still from here on
-                facts += f"  {self._doing()}"
             self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts)
         elif self._step % self._plain_every == 0 or self._step in (1, self._total) or silent_for_s() > SILENCE_S / 2:
             steps = self._total - self._step  # that remain, as long as those done were in the mean; the bar has its own
@@ -189,6 +196,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
         rightly = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
         lines.append(f"Of the held-out pairs {rightly}.")
+    if forgot := forgetting(summary.forgotten_nats):
+        lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
     predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
     lines += [*_right(summary), f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}."]
     if summary.skipped_steps:
@@ -201,6 +210,9 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
     labels = " --labels auto" if summary.adapted_labels else ""
+    if summary.system and " --system " not in summary.asking:
+        how = f"give its {len(summary.system):,} characters, which backhand.json beside the adapter has, with --system"
+        lines.append(f"All rows had the same system message: {how}.")
     return [
         *lines,
         f"Adapter: {adapter}",
@@ -214,20 +226,21 @@ def _improvement(summary: RunSummary) -> str:
     if base is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
             return "No step could be taken."
+        worth = "margins and accuracy" if summary.objective not in ("sft", "kto", "grpo") else "what it is worth"
         return (
             f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; nothing was held out "
-            "(--eval-data FILE would tell what it is worth on other rows)."
+            f"(--eval-fraction 0.1, or --eval-data FILE, would tell {worth} on rows that were not trained on)."
         )
     change = f"{1 - best / base:.0%} lower" if best < base and base > 0 else "better" if best < base else "not better"
+    when = f"best after step {summary.best_step}"
+    if best >= base:
+        when = f"no evaluation was better than the base model; the adapter kept is that of step {summary.best_step}"
     if summary.objective == "grpo":
-        return (
-            f"Held-out reward {-base:.4f} → {-best:.4f} ({change}) on {summary.held_out_rows:,} rows, best after step "
-            f"{summary.best_step}."
-        )
+        return f"Held-out reward {-base:.4f} → {-best:.4f} ({change}) on {summary.held_out_rows:,} rows, {when}."
     nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
     return (
         f"Held-out loss {base:.4f} → {best:.4f} {nats if summary.objective == 'sft' else f'({change})'} "
-        f"on {summary.held_out_rows:,} rows, best after step {summary.best_step}."
+        f"on {summary.held_out_rows:,} rows, {when}."
     )
 
 

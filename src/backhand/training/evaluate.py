@@ -16,7 +16,6 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
@@ -34,6 +33,7 @@ from backhand.errors import CheckError, DataError, present
 from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.printing import counting, going_on
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.training.label_scores import LabelScore, label_score, print_labels
@@ -169,10 +169,11 @@ def score(
         CheckError: the loss is not finite.
     """
     loaded.model.use_adapter(adapter)
-    nats, certain = _losses(loaded, rows, run.max_new_tokens)
+    who = "adapted model" if adapter else "base model"
+    nats, certain = _losses(loaded, rows, run.max_new_tokens, who)
     if not math.isfinite(nats):
         raise CheckError(
-            f"the loss of the {'adapted' if adapter else 'base'} model on these rows is {nats}",
+            f"the loss of the {who} on these rows is {nats}",
             why="the model computes NaN or infinity",
             next_step="try --dtype float32, or train the adapter again with a lower --learning-rate"
             if adapter
@@ -182,9 +183,9 @@ def score(
     if rows.prompts:
         open_prompts = [prompt for prompt, sure in zip(rows.prompts, certain, strict=True) if not sure]
         if rows.labels:
-            exact_match, labels = _judged(loaded, rows, run, open_prompts, answered)
+            exact_match, labels = _judged(loaded, rows, run, open_prompts, answered, who)
         else:
-            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered)
+            right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered, who)
             exact_match = right / len(rows.prompts)
     try:
         perplexity = math.exp(nats)
@@ -198,34 +199,45 @@ _BEHIND_LABELS = 8
 
 
 def _judged(
-    loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, open_prompts: Sequence[Prompt], answered: int
+    loaded: LoadedModel,
+    rows: EvaluationRows,
+    run: EvaluateRunOptions,
+    open_prompts: Sequence[Prompt],
+    answered: int,
+    who: str,
 ) -> tuple[float, LabelScore]:
     """Exact match of free answers, of which those to `open_prompts` have to be decoded, and what labels are given."""
     longest = max(map(len, rows.labels.values())) + _BEHIND_LABELS
-    said = complete_greedily(
-        loaded.model,
-        [prompt.input_ids.tolist() for prompt in open_prompts],
-        max_new_tokens=min(longest, run.max_new_tokens),
-        stop_ids=loaded.stop_ids,
-        batch_size=answered,
-    )
+    with counting(f"{who}: answers", len(open_prompts)) as done:
+        said = complete_greedily(
+            loaded.model,
+            [prompt.input_ids.tolist() for prompt in open_prompts],
+            max_new_tokens=min(longest, run.max_new_tokens),
+            stop_ids=loaded.stop_ids,
+            batch_size=answered,
+            on_done=done,
+        )
     right = [(prompt.reply or "").strip() for prompt in rows.prompts]
     decoded = {id(one): _text(loaded, ids).strip() for one, ids in zip(open_prompts, said, strict=True)}
     free = [decoded.get(id(one), reply) for one, reply in zip(rows.prompts, right, strict=True)]
     prompts = [prompt.input_ids.tolist() for prompt in rows.prompts]
-    found = label_log_probabilities(loaded.model, prompts, rows.labels, batch_rows=run.micro_batch_rows)
+    with going_on(f"{who}: labels of {count_of(len(prompts), 'row')}"):
+        found = label_log_probabilities(loaded.model, prompts, rows.labels, batch_rows=run.micro_batch_rows)
     names = list(rows.labels)
     score = label_score(right, [names[place] for place in found.argmax(1).tolist()], names, free)
     return sum(one == reply for one, reply in zip(free, right, strict=True)) / len(right), score
 
 
-def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int) -> tuple[float, list[bool]]:
+def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int, who: str) -> tuple[float, list[bool]]:
     """Mean nats per supervised token, and for each prompt whether its reply surely is what greedy decoding gives."""
     nats = 0.0
     by_source = defaultdict[str, list[tuple[Example, Tensor]]](list)
-    for example, losses in rows.held_out.token_losses(loaded.model):
-        nats += float(losses.sum(dtype=torch.float64))
-        by_source[example.source].append((example, losses))
+    with counting(f"{who}: losses", rows.rows) as done:
+        for example, losses in rows.held_out.token_losses(loaded.model):
+            nats += float(losses.sum(dtype=torch.float64))
+            if example.source not in by_source:
+                done()
+            by_source[example.source].append((example, losses))
     certain = certain_replies(
         by_source,
         rows.prompts,
@@ -240,7 +252,9 @@ def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, at_once: int = 64) -> int:
+def exact_matches(
+    loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, at_once: int = 64, who: str = "model"
+) -> int:
     """How many of the prompts, so many of them at once, the model completes greedily with exactly the reply."""
     replies = [(prompt.reply or "").strip() for prompt in prompts]
 
@@ -250,14 +264,16 @@ def exact_matches(loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens
 
     # A tokenizer that tidies spaces may change what it has decoded when more follows.
     tidies = getattr(loaded.tokenizer, "clean_up_tokenization_spaces", False)
-    completions = complete_greedily(
-        loaded.model,
-        [prompt.input_ids.tolist() for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        stop_ids=loaded.stop_ids,
-        batch_size=at_once,
-        give_up=None if tidies else already_wrong,
-    )
+    with counting(f"{who}: answers", len(prompts)) as done:
+        completions = complete_greedily(
+            loaded.model,
+            [prompt.input_ids.tolist() for prompt in prompts],
+            max_new_tokens=max_new_tokens,
+            stop_ids=loaded.stop_ids,
+            batch_size=at_once,
+            on_done=done,
+            give_up=None if tidies else already_wrong,
+        )
     return sum(_text(loaded, ids).strip() == reply for ids, reply in zip(completions, replies, strict=True))
 
 
@@ -287,7 +303,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
     """`evaluate`, printed as a table, or as one JSON object with `json`; with `reward` what answers are worth."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())
-    with nullcontext() if options.run.json else working("evaluating"):
+    with working("evaluating"):
         result = evaluate(options)
     if options.run.json:
         told = asdict(result)
@@ -396,7 +412,7 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
 
 def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
     """The same, printed as a table or as one JSON object."""
-    with nullcontext() if options.run.json else working("evaluating"):
+    with working("evaluating"):
         rows, found = evaluate_rewards(options)
     if options.run.json:
         base, adapted = (*found, None)[:2]

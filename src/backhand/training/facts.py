@@ -25,7 +25,7 @@ from backhand.data.stored_examples import PreparedData
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
-from backhand.runs.summary import RunSummary
+from backhand.runs.summary import RunSummary, forgotten_nats
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.job import Job
 from backhand.training.state import RunState
@@ -104,6 +104,7 @@ def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
     report = {name: value for name, value in vars(data.report).items() if name not in ("bad_rows", "empty_answers")}
     return {
         **report,
+        "examples": len(data.examples),
         "sources": [asdict(form) for form in data.report.sources],
         "lengths": _histogram(documents.column("tokens")),
         "supervised": _histogram(documents.column("supervised")),
@@ -144,7 +145,8 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
     """The summary of a run that is over."""
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
-    best = [line for line in directory.lines(METRICS) if line.get("step") == progress.best_step]
+    lines = [line for line in directory.lines(METRICS) if "step" in line]
+    best = [line for line in lines if line["step"] == progress.best_step]
     names = ("rewards/accuracies", "rewards/margins")
     pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]
     return RunSummary(
@@ -168,6 +170,8 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         world_size=world_size,
         objective=job.config.objective.objective,
         held_out_pairs=next((one for one in pairs if None not in one.values()), None),
+        forgotten_nats=forgotten_nats(lines, progress.best_step),
         reading=reading_options(job.config.data),
-        asking=asking_options(job.config.data),
+        asking=asking_options(job.config.data, job.train.report.system),
+        system=job.train.report.system,
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from backhand.data.options import system_option
 from backhand.errors import present
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.available_memory import available_bytes
@@ -341,6 +342,9 @@ class JobRun:
             "training rows": f"{len(self.job.train.examples):,}",
             "steps": f"{progress.step:,}",
         }
+        if system := self.job.train.report.system:
+            long = f"{len(system):,} characters, which backhand.json has"
+            card["system message of every row"] = system if system_option(system) else long
         if progress.eval_loss is not None and progress.base_eval_loss is not None:
             name = self.job.config.objective.objective
             unit = "nats per token" if name == "sft" else f"({name})"

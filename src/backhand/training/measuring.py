@@ -20,6 +20,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.printing import counting
 from backhand.training.engine import Trainable
 from backhand.training.kept_states import KeptStates
 from backhand.training.step import Processes, left_sum
@@ -65,10 +66,13 @@ class HeldOut:
 
         def nats(number: int) -> float:
             rows, _, batch = batches[number]
-            return float(model.loss(batch.to(model.device) if self._kept is None else self._kept.packed(rows)))
+            found = float(model.loss(batch.to(model.device) if self._kept is None else self._kept.packed(rows)))
+            done()
+            return found
 
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
-        found = processes.each(tokens, nats, interruptible=interruptible)
+        with counting("held-out loss", len(batches), "batches") as done:
+            found = processes.each(tokens, nats, interruptible=interruptible)
         return None if found is None else left_sum(found) / self.supervised_tokens
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:

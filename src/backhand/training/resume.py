@@ -91,6 +91,7 @@ class Identity:
             run_digest=facts["settings_digest"],
             config=facts["settings"],
             labels=self.labels,
+            system=self.train.report.system,
         )
 
     @cached_property

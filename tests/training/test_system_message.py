@@ -1,0 +1,104 @@
+"""A system message that all training rows have: kept with the adapter, and part of the commands that are suggested."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from backhand.adapters.contents import read_adapter_directory
+from backhand.data.options import LONGEST_TYPED, DataOptions, as_typed
+from backhand.data.prepare import prepare
+from backhand.export.other_formats import MODELFILE, write_modelfile
+from backhand.generate.chat import chat_command
+from backhand.generate.command import generate_command
+from backhand.generate.options import AnswerOptions, ChatOptions, GenerateOptions, SamplingOptions, TalkOptions
+from backhand.nn.model_options import BaseModelOptions
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
+from backhand.training.console import closing_lines
+from backhand.training.run import train
+from support.page import Page
+from support.tiny_run import TinyRun
+from support.tiny_tokenizer import tiny_tokenizer
+
+SYSTEM = "answer in the user's list\nof names"
+
+
+def rows_with(path: Path, *systems: str | None) -> Path:
+    lines = []
+    for number in range(9):
+        system = systems[number % len(systems)]
+        messages = [{"role": "user", "content": f"name {number}"}, {"role": "assistant", "content": "a list"}]
+        own = [] if system is None else [{"role": "system", "content": system}]
+        lines.append(json.dumps({"messages": [*own, *messages]}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("systems", "given", "common"),
+    [
+        ((SYSTEM,), None, SYSTEM),
+        ((SYSTEM, "another"), None, None),
+        ((SYSTEM, None), None, None),
+        ((SYSTEM, None), SYSTEM, SYSTEM),
+        ((None,), "given", "given"),
+        ((None,), None, None),
+    ],
+)
+def test_what_all_rows_have(
+    systems: tuple[str | None, ...], given: str | None, common: str | None, tmp_path: Path
+) -> None:
+    rows = rows_with(tmp_path / "rows.jsonl", *systems)
+    train_rows, _ = prepare(DataOptions(data=(str(rows),), system=given, eval_fraction=0.3), tiny_tokenizer())
+    assert train_rows.report.system == common
+
+
+def test_it_is_told_wherever_the_adapter_is_asked(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_with(tmp_path / "rows.jsonl", SYSTEM)
+    made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1)
+    summary = train(made)
+    adapter, option = Path(summary.adapter), f" --system {as_typed(SYSTEM)}"
+    assert any(line.startswith("Next: ") and option in line for line in closing_lines(summary))
+    record = read_adapter_directory(adapter).record
+    assert record is not None and record.system == SYSTEM
+    chat = Page(run_page(read_run(tmp_path / "run"))).root.text
+    assert f"backhand chat --model {shlex.quote(str(tiny.model))} --adapter {shlex.quote(str(adapter))}{option}" in chat
+    card = (adapter / "README.md").read_text()
+    assert "system message of every row" in card and SYSTEM.replace("\n", " ") in card
+
+    model, few = BaseModelOptions(model=str(tiny.model), dtype="float32"), SamplingOptions(max_new_tokens=2)
+    asked = GenerateOptions(answer=AnswerOptions(adapter=adapter, prompt="name 1"), model=model, sampling=few)
+    generate_command(asked)
+    assert f"had the same system message, which is not given here:{option}" in capsys.readouterr().err
+    chatted = ChatOptions(chat=TalkOptions(adapter=adapter, prompt="name 1"), model=model, sampling=few)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    chat_command(chatted)
+    assert option in capsys.readouterr().err
+    for options in (asked, chatted):
+        object.__setattr__(options.template, "system", SYSTEM)
+    generate_command(asked)
+    chat_command(chatted)
+    assert "system message" not in capsys.readouterr().err
+
+
+def test_one_too_long_to_type_is_told_of(tiny: TinyRun, tmp_path: Path) -> None:
+    long = "a list " * LONGEST_TYPED
+    rows = rows_with(tmp_path / "rows.jsonl", long)
+    summary = train(tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1, max_length=9000))
+    lines = closing_lines(summary)
+    assert not any("a list a list" in line for line in lines)
+    assert any("--system" in line and f"{len(long):,} characters" in line for line in lines)
+
+
+def test_a_modelfile_has_it(tmp_path: Path) -> None:
+    write_modelfile(tmp_path, "base", adapter="adapter.gguf", system=SYSTEM)
+    assert (tmp_path / MODELFILE).read_text() == f'FROM base\nADAPTER ./adapter.gguf\nSYSTEM """{SYSTEM}"""\n'
+    write_modelfile(tmp_path, "base", system='a """ b')
+    assert "SYSTEM" not in (tmp_path / MODELFILE).read_text()
