@@ -334,6 +334,7 @@ class _Reading:
         forms: list[SourceForm] = []
         total = empty = 0
         unread: dict[str, None] = {}
+        classes: set[str] = set()
         systems: set[str | None] = set()
         notes: list[str] = []
         skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
