@@ -14,7 +14,7 @@ from backhand.data import packing
 from backhand.data.examples import Example
 from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, filled_up, pack, trained_length
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.verify.reference_decoder import apart
+from backhand.verify.scaffold import apart
 
 
 def example(ids: list[int], supervised: list[int]) -> Example:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.verify.reference_decoder import apart
+from backhand.verify.scaffold import apart
 from support.parity import decoder_like, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
 

@@ -110,6 +110,7 @@ def test_evaluating_counts_its_rows(
 ) -> None:
     """Through a pipe that is what is said every ten seconds, on a terminal what stands beside the spinner."""
     heard: list[str] = []
+    before = printing.now()
     real = evaluation.complete_greedily
 
     def listening(*arguments: Any, on_done: Any, **options: Any) -> Any:
@@ -134,7 +135,7 @@ def test_evaluating_counts_its_rows(
     assert found.rows == 11
     for who in ("base model", "adapted model"):
         assert f"{who}: losses, 11 of 11 rows" in heard and f"{who}: answers, 11 of 11 rows" in heard
-    assert printing.now() == ""
+    assert printing.now() == before
     with working("outer"), printing.counting("answers", 3) as done:
         done()
         shown = console(force_terminal=True, width=80)

@@ -45,6 +45,7 @@ from backhand.ops.decay_gate import decay_gate_reference
 from backhand.ops.document_groups import Run
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
+from backhand.verify.scaffold import apart
 
 Tensors = Mapping[str, Tensor]
 OfNats = Callable[[Tensor], Tensor]
@@ -223,16 +224,6 @@ def reference_loss(
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
         x = reference_block(x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, wanted, carried))
     return reference_head(x, weights, config, batch.labels, adapter, lambda nats: of_nats(batch.of_documents(nats)))
-
-
-def apart(batch: PackedBatch) -> PackedBatch:
-    """The same documents, each by itself."""
-    paths = [batch.path(end) for end in batch.ends]
-    starts = batch.starts
-    places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
-    chosen = torch.tensor(places, dtype=torch.int64, device=batch.input_ids.device)
-    lengths = tuple(sum(batch.lengths[one] for one in path) for path in paths)
-    return PackedBatch(batch.input_ids[chosen], batch.labels[chosen], lengths)
 
 
 def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from backhand.nn.batch import document_runs
+from backhand.nn.batch import PackedBatch, document_runs
 from backhand.ops.document_groups import Run, segments
 from backhand.ops.registry import OPS, op_module
 
@@ -404,3 +404,13 @@ def overwritten(rows: int, places: Tensor, values: Tensor) -> Tensor:
         if place >= 0:
             table[place] = value
     return table
+
+
+def apart(batch: PackedBatch) -> PackedBatch:
+    """The same documents, each by itself."""
+    paths = [batch.path(end) for end in batch.ends]
+    starts = batch.starts
+    places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
+    chosen = torch.tensor(places, dtype=torch.int64, device=batch.input_ids.device)
+    lengths = tuple(sum(batch.lengths[one] for one in path) for path in paths)
+    return PackedBatch(batch.input_ids[chosen], batch.labels[chosen], lengths)
