@@ -21,8 +21,10 @@ is one process alone; `distributed` has several, which give the same bits unless
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,10 +116,7 @@ def training_step(
 
 def left_sum(values: Iterable[float]) -> float:
     """The sum from the left, in float64. Python's own `sum` compensates from 3.12 on, so its bits differ by version."""
-    total = 0.0
-    for value in values:
-        total += value
-    return total
+    return functools.reduce(operator.add, values, 0.0)
 
 
 # Long enough for vector instructions, short enough to add up in float32.
