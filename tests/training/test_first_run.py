@@ -170,8 +170,14 @@ def test_what_rose_is_tried_with_as_much_learning_as_it_was_best_with(tmp_path: 
     )
     assert tried([2.0, 1.5, 1.0, 0.8, 0.6, 0.63], 100) is None
     assert "--max-steps 91 --eval-every" in str(tried(rose, 200, warmup_steps=90))
-    for name in ("play-against-x", "r-again-again", "a-again-2b", "two\nlines"):
-        assert "-again" in str(tried(rose, 100, run=name))
+    others = {
+        "play-against-x": "play-against-x-again",
+        "r-again-again": "r-again-again-2",
+        "a-again-2b": "a-again-2b-again",
+    }
+    for name, again in others.items():
+        assert str(tried(rose, 100, run=name)).endswith(f" --output {tmp_path / again}")
+    assert "-again" in str(tried(rose, 100, run="two\nlines"))
 
 
 def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:

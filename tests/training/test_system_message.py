@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from backhand.adapters.contents import read_adapter_directory
-from backhand.data.options import LONGEST_TYPED, DataOptions, as_typed
+from backhand.data.options import LONGEST_TYPED, DataOptions, as_typed, asking_options
 from backhand.data.prepare import prepare
 from backhand.export.other_formats import MODELFILE, write_modelfile
 from backhand.generate.chat import chat_command
 from backhand.generate.command import generate_command
 from backhand.generate.options import AnswerOptions, ChatOptions, GenerateOptions, SamplingOptions, TalkOptions
 from backhand.nn.model_options import BaseModelOptions
+from backhand.printing import visible
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.training.console import closing_lines
@@ -71,12 +73,15 @@ def test_it_is_told_wherever_the_adapter_is_asked(
     chat = Page(run_page(read_run(tmp_path / "run"))).root.text
     assert f"backhand chat --model {shlex.quote(str(tiny.model))} --adapter {shlex.quote(str(adapter))}{option}" in chat
     card = (adapter / "README.md").read_text()
-    assert "system message of every row" in card and SYSTEM.replace("\n", " ") in card
+    assert f"| system message of every row | {len(SYSTEM)} characters" in card and "user's list" not in card
 
     model, few = BaseModelOptions(model=str(tiny.model), dtype="float32"), SamplingOptions(max_new_tokens=2)
     asked = GenerateOptions(answer=AnswerOptions(adapter=adapter, prompt="name 1"), model=model, sampling=few)
+    capsys.readouterr()
     generate_command(asked)
-    assert f"had the same system message, which is not given here:{option}" in capsys.readouterr().err
+    found = capsys.readouterr()
+    assert found.err.count(f"had the same system message, which is not given here:{option}") == 1
+    assert "system" not in found.out
     chatted = ChatOptions(chat=TalkOptions(adapter=adapter, prompt="name 1"), model=model, sampling=few)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     chat_command(chatted)
@@ -100,5 +105,34 @@ def test_one_too_long_to_type_is_told_of(tiny: TinyRun, tmp_path: Path) -> None:
 def test_a_modelfile_has_it(tmp_path: Path) -> None:
     write_modelfile(tmp_path, "base", adapter="adapter.gguf", system=SYSTEM)
     assert (tmp_path / MODELFILE).read_text() == f'FROM base\nADAPTER ./adapter.gguf\nSYSTEM """{SYSTEM}"""\n'
-    write_modelfile(tmp_path, "base", system='a """ b')
-    assert "SYSTEM" not in (tmp_path / MODELFILE).read_text()
+    for ends_it in ('a """ b', 'say "a"', 'say ""'):
+        write_modelfile(tmp_path, "base", system=ends_it)
+        assert "SYSTEM" not in (tmp_path / MODELFILE).read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Be kind.\nDon't; echo INJECTED #",
+        "a\ttab",
+        "\U0001f469\u200d\U0001f4bb and \u202e",
+        "\\ back\nslash \\n",
+        "plain 'quotes'",
+        "é\u2028x",
+    ],
+)
+def test_a_message_from_rows_comes_through_a_shell_as_it_is(text: str) -> None:
+    typed = as_typed(text)
+    assert typed.isprintable() and visible(typed) == typed
+    bash = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, check=True)
+    assert bash.stdout.decode() == text
+    plain = subprocess.run(["sh", "-c", f"printf %s {typed}"], capture_output=True, check=True)
+    assert not plain.stdout.startswith(b"INJECTED") and b"\nINJECTED" not in plain.stdout
+
+
+def test_the_rows_own_message_goes_before_the_option() -> None:
+    assert asking_options(DataOptions(system="given"), "rows'").endswith(
+        f" --system {as_typed(chr(114) + 'ows' + chr(39))}"
+    )
+    assert "--system" not in asking_options(DataOptions(system="given"), "long" * LONGEST_TYPED)
+    assert asking_options(DataOptions(system="given")).endswith(" --system given")

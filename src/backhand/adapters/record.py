@@ -67,7 +67,7 @@ def record_bytes(record: AdapterRecord) -> bytes:
     """backhand.json; the same record gives the same bytes."""
     contents = {"format_version": RECORD_VERSION, **asdict(record)}
     for name in _LATER:
-        if not contents[name]:
+        if not contents[name] and contents[name] != "":
             del contents[name]
     return (json.dumps(contents, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8")
 

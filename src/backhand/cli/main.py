@@ -382,7 +382,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
         several = (text.removeprefix("Unknown option: ") for text in said)
         return said[0] if len(said) == 1 else "\n    - ".join(["Unknown options:", *several])
     said_of_it = str(error).strip()
-    none = said_of_it.startswith('Invalid value "none" for --report-to.')
+    none = said_of_it.lower().startswith('invalid value "none" for --report-to.')
     return f"{said_of_it} No tracker is the default: leave --report-to out." if none else said_of_it
 
 

@@ -25,14 +25,20 @@ def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str
     """
     read = {column for text in given.values() for column in columns_named(text)}
     small = {name: name.strip().lower() for name in others if name not in (*read, *given, *prompts)}
-    free = [name for name, low in small.items() if low not in COUNTING and low not in _UNWANTED]
+    free = [name for name, low in small.items() if _can_be_typed(name) and low not in COUNTING | _UNWANTED]
     answer, template = given.get("completion"), given.get("prompt")
     if answer is None and free:
         answer = next((name for name in free if small[name] in _WANTED | CLASSES), free[-1])
     if template is None:
-        asking = [name for name in prompts if name not in given] or [name for name in free if name != answer]
+        asking = [name for name in prompts if name not in given and _can_be_typed(name)] or [
+            name for name in free if name != answer
+        ]
         template = "\\n".join(f"{{{name}}}" for name in asking[:4])
     return f"--prompt {shlex.quote(template)} --completion {shlex.quote(answer)}" if template and answer else None
+
+
+def _can_be_typed(column: str) -> bool:
+    return column.isprintable() and not column.startswith("-") and not set(column) & set("{}")
 
 
 _MOST, _LONGEST = 20, 40

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from backhand.bounds import BaseModel, Bound, Check, Count, CountFromZero, Options, Seed, Share, Text, Words
 from backhand.errors import UsageError
+from backhand.printing import visible
 
 RESERVED_TEMPLATE_ARGS = frozenset(
     (
@@ -89,12 +90,15 @@ def columns_named(text: str) -> list[str]:
 
 
 def as_typed(text: str) -> str:
-    """A text for a shell, on one line whatever line breaks it has."""
-    if "\n" not in text:
+    """A text for a shell, on one line and with nothing in it that a terminal would not show as it is.
+
+    It may come from rows. No sign in it ends the quotes, also where a shell does not know $'…' and takes it as it is.
+    """
+    if visible(text) == text:
         return shlex.quote(text)
-    for plain, written in (("\\", r"\\"), ("'", r"\'"), ("\n", r"\n")):
-        text = text.replace(plain, written)
-    return f"$'{text}'"
+    written = {"\\": r"\\", "'": r"\047", "\n": r"\n", "\t": r"\t"}
+    octal = {sign: "".join(f"\\{byte:03o}" for byte in sign.encode()) for sign in text if visible(sign) != sign}
+    return "$'" + "".join((octal | written).get(sign, sign) for sign in text) + "'"
 
 
 def reading_options(data: DataOptions) -> str:
@@ -109,7 +113,8 @@ LONGEST_TYPED = 500
 
 def system_option(system: str | None) -> str:
     """The option, after a blank, that asks with this system message; nothing where there is none to type."""
-    return "" if system is None or len(system) > LONGEST_TYPED else f" --system {as_typed(system)}"
+    typed = None if system is None else as_typed(system)
+    return "" if typed is None or len(typed) > LONGEST_TYPED else f" --system {typed}"
 
 
 def asking_options(data: DataOptions, system: str | None = None) -> str:
@@ -120,8 +125,10 @@ def asking_options(data: DataOptions, system: str | None = None) -> str:
     """
     template = data.prompt if data.prompt is not None and has_places(data.prompt) else "…"
     prompt = PIECES.sub(lambda piece: f"{piece[1]} …" if piece[1] is not None else WRITTEN[piece[0]], template)
-    if not system_option(system):
+    if system is None:
         system = None if data.system is None or has_places(data.system) else data.system
+    elif not system_option(system):
+        system = None
     alone = replace(data, prompt=prompt, completion=None, messages=None, system=system)
     return reading_options(alone)
 

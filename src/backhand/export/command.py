@@ -184,6 +184,7 @@ def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None
         if options.to == "ollama":
             path.mkdir()
             merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
-            write_modelfile(path, f"./{MODEL_FILE}")
+            record = None if options.adapter is None else read_adapter_directory(options.adapter).record
+            write_modelfile(path, f"./{MODEL_FILE}", system=record.system if record else None)
         else:
             merge_adapter(options, path, prover, gguf=options.to == "gguf")

@@ -119,7 +119,7 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, s
 
     Args:
         base: what follows FROM.
-        system: the system message; one with three quotes in a row, which would end it, is left out.
+        system: the system message; one with quotes that would end it is left out.
 
     Raises:
         UsageError: the base's name has several lines, of which the second would be an instruction of its own.
@@ -129,7 +129,7 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, s
     lines = [f"FROM {base}"]
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
-    if system is not None and '"""' not in system:
+    if system is not None and '"""' not in system and not system.endswith('"'):
         lines.append(f'SYSTEM """{system}"""')
     write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))
 

@@ -102,7 +102,7 @@ class PromptBox:
         loaded = self._with_newest_adapter()
         self._go_on()
         data = self._config.data
-        asked = data if data.system is not None else replace(data, system=loaded.system)
+        asked = data if loaded.system is None else replace(data, system=loaded.system)
         session = GenerationSession(loaded, asked)
         ids = session.prompt_ids(prompt)
         loaded.model.use_adapter(False)

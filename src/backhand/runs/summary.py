@@ -95,7 +95,7 @@ def forgetting(nats: float | None) -> str:
     """A clause about such a rise; nothing where it is small or not known."""
     if nats is None or nats <= FORGOTTEN_NATS:
         return ""
-    return f"it forgot: the loss on neutral texts, which the base is to know as before, rose by {nats:.2f} nats a token"
+    return f"it forgot: on neutral texts the loss rose by {nats:.2f} nats a token"
 
 
 def read_summary(path: Path) -> RunSummary | None:

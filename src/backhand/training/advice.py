@@ -111,7 +111,9 @@ def judged(curves: Curves, until: Until, share: float = 1.0) -> Finding | None:
     losses = [loss for _, loss in curves.held_out]
     base, best = losses[0], curves.best[1]
     steps = curves.held_out[-1][0]
-    before = max(step for step, _ in curves.held_out if step <= (1 - LAST) * steps)
+    before = max((step for step, _ in curves.held_out if step <= (1 - LAST) * steps), default=None)
+    if before is None:  # the first of them is missing
+        return None
     gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
     pieces = [one for one in curves.held_out if before < one[0] and until(one[0], steps) <= 1 - PIECE]
     # Where no evaluation divides the stretch, the whole of it is the last piece.

@@ -46,8 +46,8 @@ def load_config(path: Path) -> TrainConfig:
 def read_table(path: Path) -> dict[str, Any]:
     """The file as nested tables, TOML or, by its ending, YAML. Raises UsageError: not readable, or neither."""
     yaml = path.suffix.lower() in (".yaml", ".yml")
-    _check_is_no_other(path)
     try:
+        _check_is_no_other(path)
         text = read_plain(path, MAX_YAML_BYTES if yaml else MAX_SETTINGS_BYTES).decode("utf-8-sig")
         return _in_tables(parse_yaml(text), str(path)) if yaml else parse_toml(text)
     except OSError as error:
@@ -323,7 +323,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         raise UsageError(
             f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}",
             where=where,
-            next_step=_NO_TRACKER if where.endswith("report_to") and value == "none" else None,
+            next_step=_NO_TRACKER if where.endswith("report_to") and str(value).lower() == "none" else None,
         )
     if origin is tuple and isinstance(value, list):
         return tuple(_typed(element, get_args(hint)[0], where) for element in value)
@@ -343,7 +343,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         f"{value!r} is {_kind(value)}, expected {_KINDS.get(origin or hint, 'a table')}",
         where=where,
         next_step=_NO_TRACKER
-        if where.endswith("report_to") and value in (False, "none")
+        if where.endswith("report_to") and str(value).lower() in ("false", "none")
         else f"write it in brackets: [{_toml_value(value)}]"
         if origin is tuple and isinstance(value, str)
         else f"write {where.rpartition('.')[2]} = {_toml_value([str(value.get('path', 'PATH'))])}"

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID,
 from rich.text import Text
 
 from backhand.data.lint import label_spellings
+from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
 from backhand.kernels.builds import describe, library
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
@@ -196,7 +197,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
         rightly = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
         lines.append(f"Of the held-out pairs {rightly}.")
-    if forgot := forgetting(summary.forgotten_nats):
+    if (forgot := forgetting(summary.forgotten_nats)) and not (summary.advice or "").startswith("It forgot"):
         lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
     predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
     lines += [*_right(summary), f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}."]
@@ -210,7 +211,7 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
     labels = " --labels auto" if summary.adapted_labels else ""
-    if summary.system and " --system " not in summary.asking:
+    if summary.system and not system_option(summary.system):
         how = f"give its {len(summary.system):,} characters, which backhand.json beside the adapter has, with --system"
         lines.append(f"All rows had the same system message: {how}.")
     return [

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from backhand.data.options import system_option
 from backhand.errors import present
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.available_memory import available_bytes
@@ -343,8 +342,7 @@ class JobRun:
             "steps": f"{progress.step:,}",
         }
         if system := self.job.train.report.system:
-            long = f"{len(system):,} characters, which backhand.json has"
-            card["system message of every row"] = system if system_option(system) else long
+            card["system message of every row"] = f"{len(system):,} characters, which backhand.json has"
         if progress.eval_loss is not None and progress.base_eval_loss is not None:
             name = self.job.config.objective.objective
             unit = "nats per token" if name == "sft" else f"({name})"

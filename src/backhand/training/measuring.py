@@ -71,7 +71,8 @@ class HeldOut:
             return found
 
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
-        with counting("held-out loss", len(batches), "batches") as done:
+        own = len(processes.shared_out(tokens)[processes.rank])
+        with counting("held-out loss", own, "batches") as done:
             found = processes.each(tokens, nats, interruptible=interruptible)
         return None if found is None else left_sum(found) / self.supervised_tokens
 
