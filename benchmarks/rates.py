@@ -396,19 +396,24 @@ def tell_rule(stored: dict[str, Any]) -> None:
             found.append((sum(good for good, _ in suited), real, c))
         most, real, c = max(found)
         print(f"| {p}, {-q} | {c:.2g} | {most} of {len(grids)} | {real} |")
-    print("\n| times `auto` | rows | loss above the best | exact match below the best |\n|---|---|---|---|")
+    print(
+        "\n| times `auto` | rows | loss above the best | exact match below the best | neutral texts lost |\n|---|---|---|---|---|"
+    )
     for times, real in product((0.25, 0.5, 1.0, 2.0, 4.0), (True, False)):
-        loss, exact = [], []
+        loss, exact, forgot = [], [], []
         for case, grid in grids:
             rate, known = auto_rate(case) * times, list(map(float, grid))
             inside = 0.99 * min(known) <= rate <= 1.01 * max(known)
             if (case.rows, case.rank, case.seed) == (104, 16, 0) and inside and real == (case.task in ("text", *REAL)):
                 loss.append(at(grid, rate) / min(run["best"] for run in grid.values()) - 1)
+                forgot.append(at(grid, rate, "forgot"))
                 if all("exact_match" in run for run in grid.values()):
                     exact.append(max(run["exact_match"] for run in grid.values()) - at(grid, rate, "exact_match"))
         points = f"{min(exact):.0%} to {max(exact):.0%}" if exact else ""
         rows = "nobody made up" if real else "learnt whole"
-        print(f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} |")
+        print(
+            f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} | {min(forgot):+.2f} to {max(forgot):+.2f} nats |"
+        )
     print("\n| epochs of 104 rows at `auto` | loss, over that of three |\n|---|---|")
     for epochs in (2, 4, 6):
         shares = []
