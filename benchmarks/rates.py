@@ -396,9 +396,8 @@ def tell_rule(stored: dict[str, Any]) -> None:
             found.append((sum(good for good, _ in suited), real, c))
         most, real, c = max(found)
         print(f"| {p}, {-q} | {c:.2g} | {most} of {len(grids)} | {real} |")
-    print(
-        "\n| times `auto` | rows | loss above the best | exact match below the best | neutral texts lost |\n|---|---|---|---|---|"
-    )
+    print("\n| times `auto` | rows | loss above the best | exact match below the best | neutral texts lost |")
+    print("|---|---|---|---|---|")
     for times, real in product((0.25, 0.5, 1.0, 2.0, 4.0), (True, False)):
         loss, exact, forgot = [], [], []
         for case, grid in grids:
@@ -411,9 +410,8 @@ def tell_rule(stored: dict[str, Any]) -> None:
                     exact.append(max(run["exact_match"] for run in grid.values()) - at(grid, rate, "exact_match"))
         points = f"{min(exact):.0%} to {max(exact):.0%}" if exact else ""
         rows = "nobody made up" if real else "learnt whole"
-        print(
-            f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} | {min(forgot):+.2f} to {max(forgot):+.2f} nats |"
-        )
+        lost = f"{min(forgot):+.2f} to {max(forgot):+.2f} nats"
+        print(f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} | {lost} |")
     print("\n| epochs of 104 rows at `auto` | loss, over that of three |\n|---|---|")
     for epochs in (2, 4, 6):
         shares = []
