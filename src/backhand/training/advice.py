@@ -181,7 +181,7 @@ def advice(
     }[found]
     if not more:
         return said, None
-    name, number = re.fullmatch(r"(.*?)(?:-again(?:-(\d+))?)?", run.name, re.DOTALL).groups()  # type: ignore[union-attr]
-    last_one = int(number or 1) if name != run.name else 0
-    again = run.with_name(f"{name}-again" + (f"-{last_one + 1}" if last_one else ""))
+    before = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
+    name = f"{before[1]}-again-{int(before[2] or 1) + 1}" if before else f"{run.name}-again"
+    again = run.with_name(name)
     return said, f"backhand train {shlex.quote(str(run / CONFIG))} {more} --output {shlex.quote(str(again))}"

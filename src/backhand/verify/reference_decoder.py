@@ -346,18 +346,18 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     if config.attention_gate:
         q, gate = (part.flatten(1) for part in q.unflatten(-1, (config.num_heads, 2, config.head_dim)).unbind(-2))
 
-    def turned(part: Tensor, norm: str) -> Tensor:
+    def rotated(part: Tensor, norm: str) -> Tensor:
         part = at.norm(part, norm if config.qk_norm == "width" else None).unflatten(-1, (-1, config.head_dim))
         part = at.norm(part, norm if config.qk_norm == "head" else None)
         return part if rotary is None else at.by_document(lambda one: _turn(one, rotary), part)
 
-    q = turned(q, config.qk_norms[0])
+    q = rotated(q, config.qk_norms[0])
     if (scaling := config.query_scaling) is not None:
         q = at.by_document(lambda one: one * _growth(one, scaling), q)
     if own.keys_of is None:
         v = others[-1].unflatten(-1, (-1, config.head_dim))  # made of keys in some layers, which have nothing else
         v = _norm(v, torch.ones(config.head_dim).to(v), config) if config.value_norm else v
-        lent = turned(others[0], config.qk_norms[1]), v
+        lent = rotated(others[0], config.qk_norms[1]), v
         if at.carried is not None:
             at.carried.lent[at.number] = lent
     else:
@@ -419,7 +419,7 @@ def softmax_attention(
 
 
 def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
-    """One document's x (length, heads, head_dim), the first features turned by position · frequency and lengthened.
+    """One document's x (length, heads, head_dim), the first features rotated by position · frequency and lengthened.
 
     Features that do not turn stay as they are; the pairs are neighbours, or lie across the halves of those that do.
     """
@@ -431,8 +431,8 @@ def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
     turning, still = x.split([2 * len(frequencies), x.shape[-1] - 2 * len(frequencies)], dim=-1)
     first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if rotary.interleaved else turning.chunk(2, dim=-1)
     pair = first * cos - second * sin, second * cos + first * sin
-    turned = torch.stack(pair, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(pair, dim=-1)
-    return torch.cat([turned * rotary.attention_factor, still], dim=-1)
+    rotated = torch.stack(pair, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([rotated * rotary.attention_factor, still], dim=-1)
 
 
 def _growth(q: Tensor, scaling: QueryScaling) -> Tensor:

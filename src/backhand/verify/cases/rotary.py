@@ -11,8 +11,8 @@ from backhand.verify.scaffold import Backward, Given, Op, wrong
 
 def _table(given: Given) -> RotaryTable:
     x, positions, factor = given["x"], given["positions"], given["attention_factor"]
-    turned = given["turning"] or x.shape[-1]
-    frequencies = given["theta"] ** (-torch.arange(0, turned, 2, dtype=torch.float64, device=x.device) / turned)
+    rotated = given["turning"] or x.shape[-1]
+    frequencies = given["theta"] ** (-torch.arange(0, rotated, 2, dtype=torch.float64, device=x.device) / rotated)
     if given["theta_by_token"]:
         frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
     frequencies = frequencies.to(torch.promote_types(x.dtype, torch.float32))
@@ -75,23 +75,23 @@ CASES = (
 )
 
 
-def _last_not_turned(g: Tensor, s: RotaryTable, d: Tensor) -> Tensor:
+def _last_not_rotated(g: Tensor, s: RotaryTable, d: Tensor) -> Tensor:
     half = s.cos.shape[-1]
     return torch.cat([d[..., :half], g[..., half:]], dim=-1)
 
 
 def _spread(g: Tensor, angles: Tensor) -> Tensor:
-    """As if all features turned: the missing angles are those of the first pairs again."""
+    """As if all features were rotated: the missing angles are those of the first pairs again."""
     return angles[:, torch.arange(g.shape[-1] // 2, device=g.device) % angles.shape[-1]]
 
 
 MUTANTS = (
-    OP.redo("turned forward again", "d_x", sin=lambda s: -s.sin),
+    OP.redo("rotated forward again", "d_x", sin=lambda s: -s.sin),
     wrong("passed through", "d_x", lambda g: g.clone()),
-    wrong("second half not turned", "d_x", _last_not_turned),
+    wrong("second half not rotated", "d_x", _last_not_rotated),
     OP.redo("cos and sin swapped", "d_x", cos=lambda s: s.sin, sin=lambda s: s.cos),
     OP.redo("positions reversed", "d_x", cos=lambda s: s.cos.flip(0), sin=lambda s: s.sin.flip(0)),
     OP.redo("the other pairs", "d_x", interleaved=lambda s: not s.interleaved),
-    OP.redo("every feature turned", "d_x", cos=lambda g, s: _spread(g, s.cos), sin=lambda g, s: _spread(g, s.sin)),
+    OP.redo("every feature rotated", "d_x", cos=lambda g, s: _spread(g, s.cos), sin=lambda g, s: _spread(g, s.sin)),
     wrong("normalised to unit length", "d_x", lambda s, d: d / torch.hypot(s.cos, s.sin)[:, None].mean(-1, True)),
 )
