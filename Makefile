@@ -19,8 +19,9 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,
 PYTEST_ARGS ?=
 FUZZ_ARGS ?= --seconds 60
 CONSTRAINTS ?=
-# Two test processes at least, four at most; each computes with one thread, so that they do not fight for cores.
-PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
+# One test process more than there are cores, since many tests wait for what they have started, and four at most; each
+# computes with one thread, so that they do not fight for cores.
+PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 3 ? 4 : n + 1)))
 
 # A module is compiled once, not by each of the hundreds of processes that import it, also where the environment says
 # otherwise.

@@ -60,7 +60,7 @@ def test_a_run_has_the_losses_of_the_processor(
     monkeypatch.setattr(RowPacker, "packed", noted)
     for where in ("cpu", "cuda"):
         output = tmp_path / where
-        train(tiny.config(output, device=where, **options))
+        train(tiny.config(output, device=where, max_steps=3, eval_every=3, **options))
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         found.append([line.get("reward", line["loss"]) for line in lines if "loss" in line])
     assert set(places) == {"cpu", device.type}, "what is computed on one alone would prove nothing"
@@ -69,10 +69,13 @@ def test_a_run_has_the_losses_of_the_processor(
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tiny: TinyRun, tmp_path: Path) -> None:
-    straight, stopped = (tiny.config(tmp_path / name, device="cuda") for name in ("straight", "stopped"))
+    straight, stopped = (
+        tiny.config(tmp_path / name, device="cuda", max_steps=4, eval_every=4, save_every=2)
+        for name in ("straight", "stopped")
+    )
     train(straight)
     with pytest.raises(StopAfter.Stopped):
-        train(stopped, callbacks=[StopAfter(4)])
+        train(stopped, callbacks=[StopAfter(3)])
     train(with_options(TrainConfig(), output=tmp_path / "stopped", resume=True, quiet=True))
     ours, theirs = (final_bits(config.run.output)["adapter_model.safetensors"] for config in (stopped, straight))
     assert ours == theirs

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
 from backhand.kernels import large_pages
+from support.processes import run
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.skipif(
@@ -23,6 +24,7 @@ import resource, threading
 from pathlib import Path
 import torch
 from backhand.kernels import large_pages
+from support.processes import run
 from backhand.nn.compute import keep_freed_memory, release_freed_memory
 
 def total(field):
@@ -34,15 +36,23 @@ def size():
 """
 
 
-def printed(script: str) -> list[int]:
-    """The numbers that a process prints, MiB where they are sizes."""
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + script], check=True, capture_output=True, text=True, timeout=300
-    )
-    return [int(word) for word in done.stdout.split()]
+def _printing(script: str, path: str) -> None:
+    with Path(path).open("w") as file, redirect_stdout(file):
+        exec(BEGIN + script, {})
 
 
-def test_large_buffers_lie_in_large_pages_also_after_memory_was_given_back() -> None:
+@pytest.fixture
+def printed(tmp_path: Path) -> Callable[[str], list[int]]:
+    """The numbers that a script prints in a process of its own, MiB where they are sizes."""
+
+    def printed(script: str) -> list[int]:
+        assert run(_printing, script, str(tmp_path / "printed")) == 0
+        return [int(word) for word in (tmp_path / "printed").read_text().split()]
+
+    return printed
+
+
+def test_large_buffers_lie_in_large_pages_also_after_memory_was_given_back(printed: Callable[[str], list[int]]) -> None:
     before, first, freed, again = printed("""
 assert keep_freed_memory()
 print(total("AnonHugePages"))
@@ -60,7 +70,7 @@ print(total("AnonHugePages"))
     assert 196 <= again < 216, "in what was the heap's end before it was given back"
 
 
-def test_only_addresses_are_taken() -> None:
+def test_only_addresses_are_taken(printed: Callable[[str], list[int]]) -> None:
     before, after, grown = printed("""
 torch.ones(1)
 print(total("Rss"))
@@ -73,7 +83,7 @@ print(total("Rss"), size() - grown)
 
 
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
-def test_under_a_limit_of_addresses_none_are_taken(kind: str) -> None:
+def test_under_a_limit_of_addresses_none_are_taken(printed: Callable[[str], list[int]], kind: str) -> None:
     grown, large = printed(f"""
 soft, hard = resource.getrlimit(resource.{kind})
 most = 1 << 36 if hard == resource.RLIM_INFINITY else min(hard, 1 << 36)
@@ -89,7 +99,9 @@ print(total("AnonHugePages"))
 
 
 @pytest.mark.parametrize(("says", "possible"), [("0", 1), ("1", 1), ("2", 0), ("", 0)])
-def test_not_where_the_system_promises_no_more_than_it_has(says: str, possible: int, tmp_path: Path) -> None:
+def test_not_where_the_system_promises_no_more_than_it_has(
+    printed: Callable[[str], list[int]], says: str, possible: int, tmp_path: Path
+) -> None:
     (tmp_path / "overcommit").write_text(f"{says}\n")
     assert printed(f"""
 large_pages._OVERCOMMIT = Path({str(tmp_path / "overcommit")!r})
@@ -99,7 +111,7 @@ print(int(size() - before > 1024))
 """) == [possible]
 
 
-def test_a_limit_that_is_set_later_keeps_what_is_given_back() -> None:
+def test_a_limit_that_is_set_later_keeps_what_is_given_back(printed: Callable[[str], list[int]]) -> None:
     grown, again = printed("""
 before = size()
 keep_freed_memory()
@@ -111,7 +123,7 @@ print(size() - before)
     assert grown > 1024 and again < 256
 
 
-def test_another_thread_has_another_heap_and_gives_the_end_back_alone() -> None:
+def test_another_thread_has_another_heap_and_gives_the_end_back_alone(printed: Callable[[str], list[int]]) -> None:
     grown, left, again = printed("""
 before = size()
 keep_freed_memory()

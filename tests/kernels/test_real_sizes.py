@@ -14,16 +14,17 @@ from backhand.verify.runner import Row
 from kernels.test_loop_mutants import NAIVE, compiled
 from support.decode_steps import adapted
 
-# The op, a word of the case's name, and the tensor in which it shows.
+# By op and a word of the case's name: each naive sum, and the tensor in which it shows.
 SHOWN_IN = {
-    "softmax_losses: naive sum": ("linear_cross_entropy", "151,936 words, peaked", "y"),
-    "rms_norm: naive sum": ("rms_norm", "wide", "y"),
-    "rms_norm: naive sum of rows": ("rms_norm", "many positions", "d_weight"),
-    "attention: naive sum": ("attention", "keys", "y"),
-    "attention: naive sums of columns": ("attention", "keys", "d_q"),
-    "few rows: naive sum": ("frozen_linear", "one row", "y"),
-    "low_rank: naive sum": ("lora_group", "many positions", "d_lora_A 0"),
+    ("linear_cross_entropy", "151,936 words, peaked"): {"softmax_losses: naive sum": "y"},
+    ("rms_norm", "wide"): {"rms_norm: naive sum": "y"},
+    ("rms_norm", "many positions"): {"rms_norm: naive sum of rows": "d_weight"},
+    ("attention", "keys"): {"attention: naive sum": "y", "attention: naive sums of columns": "d_q"},
+    ("frozen_linear", "one row"): {"few rows: naive sum": "y"},
+    ("lora_group", "many positions"): {"low_rank: naive sum": "d_lora_A 0"},
 }
+WITH_NAIVE_SUMS = "attention", "decode_step", "few_rows", "low_rank", "rms_norm", "softmax_losses"
+CALLED = "dequantize", "library", "low_rank_backward", "mutants"
 
 pytestmark = pytest.mark.skipif(
     build.find_compiler() is None or not usable(), reason="no C++ compiler, or no build of the library"
@@ -32,34 +33,37 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def spoilable(tmp_path_factory):
-    return compiled(tmp_path_factory, sorted(build.SOURCES.glob("*.cpp")), build_name="baseline")
-
-
-def row_of(library, case, tensor, monkeypatch):
-    monkeypatch.setattr(real_sizes, "usable", lambda: ("spoilable",))
-    monkeypatch.setattr(real_sizes, "load", lambda _name: library)
-    found = real_sizes.rows_in(case, torch.float32)
-    (row,) = [one for one in found if isinstance(one, Row) and one.form == "spoilable" and one.tensor == tensor]
-    return row
+    """The files that hold a naive sum, and what they call."""
+    sources = [build.SOURCES / f"{name}.cpp" for name in (*WITH_NAIVE_SUMS, *CALLED)]
+    return compiled(tmp_path_factory, sources, build_name="baseline")
 
 
 def test_every_naive_sum_of_a_loop_is_shown():
-    assert set(SHOWN_IN) == {name for name in NAIVE if not name.startswith("decode step:")}
+    assert {name for shown in SHOWN_IN.values() for name in shown} == {
+        name for name in NAIVE if not name.startswith("decode step:")
+    }
 
 
-@pytest.mark.parametrize("mutant", sorted(SHOWN_IN))
-def test_a_naive_sum_is_noticed(spoilable, mutant, monkeypatch):
+@pytest.mark.parametrize(("op", "word"), SHOWN_IN)
+def test_a_naive_sum_is_noticed(spoilable, op, word, monkeypatch):
     library, choose = spoilable
-    op, word, tensor = SHOWN_IN[mutant]
+    shown = SHOWN_IN[op, word]
     (case,) = [one for one in real_sizes.real_sizes() if one.op.name == op and word in one.case.name]
-    choose("")
-    assert row_of(library, case, tensor, monkeypatch).passed
-    choose(mutant)
+
+    def load(name):
+        choose("" if name == "right" else name)
+        return library
+
+    monkeypatch.setattr(real_sizes, "usable", lambda: ("right", *shown))
+    monkeypatch.setattr(real_sizes, "load", load)
     try:
-        row = row_of(library, case, tensor, monkeypatch)
+        found = [row for row in real_sizes.rows_in(case, torch.float32) if isinstance(row, Row)]
     finally:
         choose("")
-    assert not row.passed, f"{row.error:.1e} within {row.bound:.1e}"
+    for mutant, tensor in shown.items():
+        right, spoiled = (next(r for r in found if (r.form, r.tensor) == (form, tensor)) for form in ("right", mutant))
+        assert right.passed
+        assert not spoiled.passed, f"{spoiled.error:.1e} within {spoiled.bound:.1e}"
 
 
 def step_over_many_keys(dtype):

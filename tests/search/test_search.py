@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.files import FileLayer
 from backhand.nn.decoder import weights
@@ -30,6 +31,7 @@ from backhand.training.config_file import dump_config, load_config, read_table
 from backhand.training.kept_states import StatesInMemory
 from backhand.training.run import train
 from backhand.training.state import STATE_FILE
+from support.processes import start
 from support.tiny_run import TinyRun
 
 OVER = ("learning_rate=1e-3:1e-1:log", "rank=2,4")
@@ -188,15 +190,17 @@ def test_a_trial_whose_run_fails_is_told_and_the_others_go_on(tiny: TinyRun, tmp
     assert found.values in ({"learning_rate": 0.01}, {"learning_rate": 0.003})
 
 
-def _started(config: SearchConfig) -> subprocess.Popen[bytes]:
+def _searching(words: list[str], said: str) -> None:
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    sys.exit(main(["search", *words]))
+
+
+def _started(config: SearchConfig, said: str = os.devnull) -> BaseProcess:
     """`backhand search` in a process of its own."""
     file = config.run.output.parent / f"{config.run.output.name}.toml"
     shown = replace(config, run=replace(config.run, quiet=False, resume=False))
     file.write_text(dump_config(shown))
-    words = ["--resume"] if config.run.resume else []
-    return subprocess.Popen(
-        [sys.executable, "-m", "backhand", "search", str(file), *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    return start(_searching, [str(file), *(["--resume"] if config.run.resume else [])], said)
 
 
 def _wait_for_trials(output: Path, count: int) -> None:
@@ -211,8 +215,8 @@ def test_killed_at_any_time_it_goes_on_without_a_lost_trial(tiny: TinyRun, tmp_p
     for trials in (1, 3):
         process = _started(replace(config, run=replace(config.run, resume=trials > 1)))
         _wait_for_trials(config.run.output, trials)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
     ended = search_command(replace(config, run=replace(config.run, resume=True)))
     assert (ended.values, ended.loss, ended.given_loss) == (found.values, found.loss, found.given_loss)
     for number in range(found.trials):
@@ -222,11 +226,14 @@ def test_killed_at_any_time_it_goes_on_without_a_lost_trial(tiny: TinyRun, tmp_p
 
 def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: Path, found: SearchResult) -> None:
     config = search_config(tiny, tmp_path / "search", {"trials": 6, "sampler": "random"})
-    first = _started(config)
+    files = [tmp_path / "first", tmp_path / "second"]
+    first = _started(config, str(files[0]))
     _wait_for_trials(config.run.output, 1)
-    second = _started(replace(config, run=replace(config.run, resume=True)))
-    said = [process.communicate(timeout=240)[1].decode() for process in (first, second)]
-    assert (first.returncode, second.returncode) == (0, 0), said
+    second = _started(replace(config, run=replace(config.run, resume=True)), str(files[1]))
+    for process in (first, second):
+        process.join(240)
+    said = [file.read_text() for file in files]
+    assert (first.exitcode, second.exitcode) == (0, 0), said
     told = [{line.split(" ")[1] for line in text.splitlines() if line.startswith("trial ")} for text in said]
     assert len(told[0] | told[1]) == 6
     config_ = replace(config, run=replace(config.run, resume=True))

@@ -42,7 +42,8 @@ class ProductsByRows:
         cut = x.shape[1] // (2 + self.kind(x.shape[0]))
         wide = torch.float32
         # Input by input, so that torch's own library has no say in it; along an axis of its own numpy adds in order.
-        terms = (x.to(wide).T[:, :, None] * weight.to(wide).T[:, None, :]).contiguous().numpy()
+        columns, outputs = x.to(wide).T.contiguous(), weight.to(wide).T.contiguous()
+        terms = (columns[:, :, None] * outputs[:, None, :]).numpy()
         y = torch.from_numpy(np.add.reduce(terms[:cut]) + np.add.reduce(terms[cut:]))
         for more in (residual, bias):
             y = y if more is None else y + more.to(wide)

@@ -103,10 +103,10 @@ def test_a_quantized_base_ends_in_the_same_bits(
     assert len(adapters) == 1
 
 
-def test_micro_batches_of_one_row_and_of_all(four: TinyRun, tmp_path: Path) -> None:
+def test_micro_batches_of_one_row_and_of_more(four: TinyRun, tmp_path: Path) -> None:
     """One row alone has no shared prefix although the others do."""
     rows = begin_alike(four.rows, tmp_path / "rows.jsonl")
-    for count in (1, 3, 4):
+    for count in (1, 3):  # of four: one alone, three and one
         for where in ("off", "memory"):
             options = {"micro_batch_rows": count, "cache_frozen": where, "data": (str(rows),)}
             train(config_of(four, tmp_path / f"{where}-{count}", **options))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from backhand.cli.main import main
 from support.peak_memory import WITHIN, peak_of, planned
 from support.tiny_models import EXPERT_PARAMETERS, save_tiny, tiny_model
 from support.tiny_run import write_rows
@@ -84,7 +85,8 @@ def test_the_second_model_of_the_live_view_is_counted(folder: Path, tmp_path: Pa
     model, rows = folder / "large-vocabulary", folder / "short.jsonl"
     options = "--dtype float32 --batch-rows 4 --max-steps 1"
     predicted = planned(model, rows, f"{options} --watch")["live_view_bytes"]
-    peak_of(model, rows, options, tmp_path / "run")
+    words = ["train", "--model", model, "--data", rows, "--output", tmp_path / "run", "--quiet", *options.split()]
+    assert main([str(word) for word in words]) == 0
     command = [sys.executable, "-c", ANSWERING, str(tmp_path / "run")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1500)
     assert predicted == pytest.approx(int(done.stdout), rel=WITHIN), done.stdout

@@ -225,7 +225,7 @@ RESOLVED = {
     "machine": "--dtype float32 --device cpu --engine backhand --base auto --recompute auto --cache-frozen auto",
     "micro-batch": "--micro-batch-rows 16",
     "held-out": "--eval-fraction 0.3 --eval-every 2 --save-every 2",
-    "memory": "--memory 2GB",
+    "memory": "--memory 16GB",
     "objective": "--objective sft --schedule linear",
 }
 

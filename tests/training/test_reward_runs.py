@@ -265,8 +265,9 @@ def test_two_processes_write_the_answers_of_one(loss: str, tiny: TinyRun, functi
 def test_a_function_that_fails_ends_the_run_and_nothing_is_lost(
     function: str, says: str, tiny: TinyRun, functions: Path, tmp_path: Path
 ) -> None:
+    patience_s = 3.0 if function == "hangs" else 9.0
     with pytest.raises(CheckError, match=says) as raised:
-        train(config(tiny, functions, tmp_path / "run", function, eval_every=6))
+        train(config(tiny, functions, tmp_path / "run", function, eval_every=6, reward_timeout=patience_s))
     assert function in raised.value.what and raised.value.exit_code == 6
     if function == "few":  # before the first step: held-out rows are judged first
         assert not (tmp_path / "run" / "summary.json").exists()
