@@ -212,15 +212,13 @@ def engine_weights(config: DecoderConfig, tensors: Tensors) -> DecoderWeights:
 def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0.0) -> dict[str, LoRASlot]:
     """A slot for every module that ends in one of the targets (None: all but the head), of mixed ranks and scalings.
 
-    Targets are apart by blanks.
-    Parameters of experts are among them, without dropout.
+    Targets are apart by blanks. Parameters of experts are among them, without dropout.
     """
     shapes = module_shapes(config)
     modules = {name: (0, *sides) for name, sides in shapes.items()} | shapes.experts
     slots: dict[str, LoRASlot] = {}
     for index, (name, (experts, out_features, in_features)) in enumerate(modules.items()):
-        wanted = name != "lm_head" if targets is None else name.endswith(tuple(targets.split()))
-        if wanted:
+        if name != "lm_head" if targets is None else name.endswith(tuple(targets.split())):
             rank, scaling = 2 + index % 3, (1.7, 0.6, 2.3)[index % 3]
             slot = LoRASlot(name, in_features, out_features, rank, scaling, 0.0 if experts else dropout)
             slots[name] = replace(slot, experts=experts, interleaved=name in shapes.interleaved)
@@ -354,10 +352,6 @@ def _batch(ids: Tensor, labels: Tensor, lengths: tuple[int, ...], parents: tuple
     return PackedBatch(ids, labels, lengths, (-1, *(0,) * (len(lengths) - 1)) if shared else parents)
 
 
-def _base(draw: Draw, config: DecoderConfig) -> Tensors:
-    return {f"{BASE}{name}": weight for name, weight in random_weights(config, draw).items()}
-
-
 def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors) -> Tensors:
     """Tensors that are trained as they are, moved away from the base's."""
     values: Tensors = {}
@@ -373,8 +367,11 @@ def _step(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
     lora = lora_parameters(t["slots"], t, weights.final_norm, t["trained"])
     decoder = Decoder(t["config"], weights, recompute=t["recompute"])
     grads = backward(t["d_y"], DecoderInputs(decoder, lora, t["batch"], float(t["d_y"]), t["dropout_seed"]))
-    several = ((_names(lora, kind), getattr(grads, kind)) for kind in KINDS)
-    return grads.loss, {name: d for names, ds in several for name, d in zip(names, ds, strict=True)}
+    several, loss = ((_names(lora, kind), getattr(grads, kind)) for kind in KINDS), grads.loss
+    if decoder.lora is None:  # the backward was left out, for the forward alone
+        decoder.attach(lora)
+        loss = decoder.token_losses(t["batch"]).sum(dtype=torch.float64)
+    return loss, {name: d for names, ds in several for name, d in zip(names, ds, strict=True)}
 
 
 def _reference(given: Given, base: Tensors, config: DecoderConfig, batch: PackedBatch) -> Tensor:
@@ -398,7 +395,8 @@ def decoder_op(
     """
     return Op(
         name,
-        dict(ids=_ids, base=_base, factors=lambda draw, slots: random_factors(slots, draw), values=_values)
+        dict(ids=_ids, base=lambda draw, config: {f"{BASE}{n}": w for n, w in random_weights(config, draw).items()})
+        | dict(factors=lambda draw, slots: random_factors(slots, draw), values=_values)
         | dict(d_y=lambda: torch.tensor(LOSS_SCALING, dtype=torch.float64)),
         dict(family=..., targets=targets, whole="", tokens=(), use_dora=False, lora_bias=False, dropout=0.0)
         | dict(documents=documents, shared=0, parents=(), recompute="none", supervised=True),
