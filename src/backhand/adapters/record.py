@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -188,8 +189,10 @@ def base_digest(names: Iterable[str], load: Callable[[str], FrozenMatrix]) -> st
             described.update(piece.detach().to("cpu", torch.float32).contiguous().view(-1).numpy().data)
         return described.digest()
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return bytes_digest(b"".join(threads.map(tensor_hash, ordered)))
+    count = min(torch.get_num_threads(), len(ordered))
+    with ThreadPoolExecutor(count) if count > 1 else nullcontext() as threads:
+        hashes = map(tensor_hash, ordered) if threads is None else threads.map(tensor_hash, ordered)
+        return bytes_digest(b"".join(hashes))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -47,6 +47,10 @@ _FETCH_AGAIN = "fetch the model again"
 _MODEL_DIRECTORY = "give a directory with config.json, tokenizer.json and the weights, or a .gguf file"
 
 
+def _wrong(what: str, file: Path) -> ArtifactError:
+    return ArtifactError(what, where=str(file), next_step=_FETCH_AGAIN)
+
+
 class HuggingFaceDirectory(ModelSource):
     """An opened directory; the tensors stay mapped until they are read.
 
@@ -111,7 +115,7 @@ class HuggingFaceDirectory(ModelSource):
 
     def _place(self, name: str) -> _Place:
         if name not in self._places:
-            raise ArtifactError(f"there is no tensor {name}", where=str(self.path), next_step=_FETCH_AGAIN)
+            raise _wrong(f"there is no tensor {name}", self.path)
         return self._places[name]
 
     def _tensor_places(self) -> dict[str, _Place]:
@@ -144,11 +148,7 @@ class HuggingFaceDirectory(ModelSource):
             (file, stored), (scale_file, stored_scales) = both
             shape = file.shape(stored)
             if not is_packed_shape(shape, scale_file.shape(stored_scales)):
-                raise ArtifactError(
-                    f"{blocks} of shape {shape} are no blocks with a scale each",
-                    where=str(file.path),
-                    next_step=_FETCH_AGAIN,
-                )
+                raise _wrong(f"{blocks} of shape {shape} are no blocks with a scale each", file.path)
             self._packed |= {ours: _Packed(*both, piece) for ours, piece in packed_matrices(parameter, shape, kind)}
         return {
             ours: (file, stored, piece)
@@ -159,24 +159,15 @@ class HuggingFaceDirectory(ModelSource):
     def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
-            raise ArtifactError(
-                "it has no weight_map of tensor names to file names", where=str(index), next_step=_FETCH_AGAIN
-            )
+            raise _wrong("it has no weight_map of tensor names to file names", index)
         absent = sorted(file for file in set(weight_map.values()) if not (self.path / file).exists())
         if absent:
-            raise ArtifactError(
-                f"{len(absent)} of {len(set(weight_map.values()))} weight files are missing: {', '.join(absent)}",
-                where=str(self.path),
-                next_step=_FETCH_AGAIN,
-            )
+            of = len(set(weight_map.values()))
+            raise _wrong(f"{len(absent)} of {of} weight files are missing: {', '.join(absent)}", self.path)
         stored = {name: self._file(file) for name, file in weight_map.items()}
         for name, file in stored.items():
             if name not in file.names:
-                raise ArtifactError(
-                    f"{INDEX_FILE} says that {name} is here, and it is not",
-                    where=str(file.path),
-                    next_step=_FETCH_AGAIN,
-                )
+                raise _wrong(f"{INDEX_FILE} says that {name} is here, and it is not", file.path)
         return stored
 
     def _file(self, name: str) -> _SafetensorsFile:
@@ -239,8 +230,11 @@ class HuggingFaceDirectory(ModelSource):
                     raise ArtifactError(f"{file} is too large: {size:,} bytes", next_step=_FETCH_AGAIN)
 
 
+_READ_OF_A_MAPPING = 1 << 20
+
+
 class _SafetensorsFile:
-    """One safetensors file: its header stays open, its data is mapped anew for each tensor.
+    """One safetensors file: its header stays open, its data is mapped anew behind each mebibyte that was read.
 
     What was read of a mapping counts as memory of the process until the mapping ends; that of the header's handle
     would keep the whole file in it beside the weights.
@@ -248,6 +242,8 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._mapped: Any = None
+        self._left = 0  # what tensors are read from, and how much more may be
 
     @cached_property
     def _header(self) -> Any:
@@ -276,9 +272,12 @@ class _SafetensorsFile:
         from safetensors import SafetensorError
 
         try:
-            tensor: Tensor = self._opened().get_tensor(name)
+            if self._left <= 0:
+                self._mapped, self._left = self._opened(), _READ_OF_A_MAPPING
+            tensor: Tensor = self._mapped.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
+        self._left -= tensor.nbytes
         return tensor
 
     def _damaged(self, error: Exception) -> ArtifactError:
@@ -319,7 +318,7 @@ class _Packed(NamedTuple):
 def _bytes(file: _SafetensorsFile, name: str) -> Tensor:
     tensor = file.raw(name)
     if tensor.dtype != torch.uint8:
-        raise ArtifactError(f"{name} is no tensor of bytes", where=str(file.path), next_step=_FETCH_AGAIN)
+        raise _wrong(f"{name} is no tensor of bytes", file.path)
     return tensor
 
 

@@ -18,14 +18,13 @@ which is no less than it is, since the head is fullest while less is at work tha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.config import Recompute
@@ -53,32 +52,37 @@ class TensorBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.most = 0
-        self._alive: set[int] = set()
+        self._alive: dict[int, object] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call it, and count the storages of its results that are new."""
         given = func(*args, **(kwargs or {}))
-        before = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(given):
-            if storage._cdata not in before:
-                self._count(storage)
+            place = storage._cdata
+            if place not in self._alive:
+                before = _storages((args, tuple((kwargs or {}).values())))
+                if all(place != storage._cdata for storage in before):
+                    self._count(place, storage)
         return given
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place not in self._alive:
-            self._alive.add(place)
-            self.held += size
-            self.most = max(self.most, self.held)
-            weakref.finalize(storage, self._let_go, place, size)
+    def _count(self, place: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
 
-    def _let_go(self, place: int, size: int) -> None:
-        self._alive.discard(place)
-        self.held -= size
+        def let_go(_: object) -> None:
+            del self._alive[place]
+            self.held -= size
+
+        self._alive[place] = weakref.ref(storage, let_go)
+        self.held += size
+        self.most = max(self.most, self.held)
 
 
-def _storages(given: object) -> list[torch.UntypedStorage]:
-    return [one.untyped_storage() for one in tree_leaves(given) if isinstance(one, Tensor)]
+def _storages(given: object) -> Iterator[torch.UntypedStorage]:
+    if isinstance(given, Tensor):
+        yield given.untyped_storage()
+    elif isinstance(given, (tuple, list)):
+        for one in given:
+            yield from _storages(one)
 
 
 def peak_of(model: Trainable, shapes: Sequence[StepShape], vocab_size: int) -> int:
