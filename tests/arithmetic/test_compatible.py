@@ -65,6 +65,16 @@ def test_what_all_agree_on_is_recorded(source: ModelSource, tmp_path: Path) -> N
         load_adapter_for(source, tmp_path / "new", shapes_of(source), chat_template="{{ b }}")
 
 
+def test_labels_and_system_message_stay_where_all_have_the_same(source: ModelSource, tmp_path: Path) -> None:
+    trained = {"labels": {"yes": [3, 2], "no": [4, 2]}, "system": "Say yes or no."}
+    pair = adapter(source, tmp_path / "a", **trained), adapter(source, tmp_path / "b", **trained)
+    record, _ = add(pair, tmp_path / "same")
+    assert (record.labels, record.system) == (trained["labels"], trained["system"])
+    other = adapter(source, tmp_path / "c", labels={"yes": [3, 2]}, system="Say.")
+    record, _ = add((pair[0], other), tmp_path / "different")
+    assert (record.labels, record.system) == ({}, None)
+
+
 @pytest.mark.parametrize(
     ("record", "shown"),
     [

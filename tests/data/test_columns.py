@@ -161,6 +161,8 @@ def test_few_different_short_values_beside_a_text_may_be_learnt(tmp_path: Path) 
     rows = "".join(f"{i},text {i},{'ab'[i % 2]}\n" for i in range(8))
     _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"))
     assert notes[-1].endswith("columns id, Section; to learn Section as the answer: --prompt text --completion Section")
+    _, notes = asked(written(tmp_path / "t.csv", f"id,text,Split\n{rows}"))
+    assert notes[-1].endswith("not read: the columns id, Split")  # which says where a row belongs, not what it is
     _, notes = asked(written(tmp_path / "t.csv", "text,author\n" + "".join(f"t,{i}\n" for i in range(8))))
     assert notes[-1].endswith("not read: the column author")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,8 +15,9 @@ from backhand import printing
 from backhand.cli.main import main
 from backhand.data.rows import BadRows
 from backhand.data.sources import read_rows
-from backhand.errors import UsageError
+from backhand.errors import ResourceError, UsageError
 from backhand.nn.loading.stores import models_on_this_machine
+from backhand.training import meeting
 from backhand.training.config_file import parse_toml, read_table
 from fuzz.child import Attempt, run_attempts
 from hostile.conftest import World
@@ -150,8 +152,8 @@ def test_toml_that_is_not_deep(text: str) -> None:
 # ---- a master that has no address --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 70 + ".invalid", "\x1b[31mx.invalid", "x y"])
-def test_a_master_without_an_address(host: str, world: World, tmp_path: Path) -> None:
+def test_a_master_without_an_address(world: World, tmp_path: Path) -> None:
+    host = "\x1b[31mx.invalid"
     place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": host, "MASTER_PORT": "29511"}
     began = time.monotonic()
     ended = limited(world.train("run"), tmp_path, environment=place)
@@ -159,6 +161,23 @@ def test_a_master_without_an_address(host: str, world: World, tmp_path: Path) ->
     assert printing.visible(host) in ended.what or repr(host)[1:-1] in ended.what
     assert "socket" not in ended.errors.lower()
     assert time.monotonic() - began < 60  # a few seconds, on a machine that has nothing else to do
+
+
+@pytest.mark.parametrize(
+    ("host", "asked"), [("no-such-host.invalid", 2), ("x y", 2), ("a" * 70 + ".invalid", 1)], ids=["", "blank", "long"]
+)
+def test_other_names_without_an_address(host: str, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that no name can be is not asked for again."""
+    found: list[str] = []
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: (found.append(name), look_up(name, port))[1])
+    monkeypatch.setattr(meeting, "RESOLVE_S", 0.3)
+    monkeypatch.setattr(meeting.time, "sleep", lambda _s: threading.Event().wait(0.4))
+    place = meeting.Place(rank=1, size=2, host=host, port=29511, local_rank=0, agent_store=False, attempt="/0")
+    with pytest.raises(ResourceError, match="has no address") as raised:
+        meeting.connected(place, f"{host}:29511", server=False)
+    assert repr(host) in raised.value.what and raised.value.why
+    assert found == [host] * asked
 
 
 # ---- stores ------------------------------------------------------------------------------------------------------

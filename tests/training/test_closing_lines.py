@@ -93,6 +93,7 @@ def test_a_gguf_base_in_other_programs(tiny: TinyRun, tmp_path: Path) -> None:
     loaded = eval(f"load({arguments})", {"load": transformers.AutoModelForCausalLM.from_pretrained})
     assert isinstance(loaded, torch.nn.Module)
     assert pretrained_arguments("owner/model") == "'owner/model'"
+    assert pretrained_arguments("models/A.GGUF") == "'models', gguf_file='A.GGUF'"
 
 
 def test_compared_probabilities_say_whose_they_are(

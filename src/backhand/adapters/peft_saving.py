@@ -140,7 +140,7 @@ def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
 def pretrained_arguments(base: str, quoted: Callable[[str], str] = repr) -> str:
     """What transformers' `from_pretrained` takes for a base model: a name, or the directory of a GGUF file and it."""
     path = PurePath(base)
-    if not re.fullmatch(r".+\.gguf|sha256-\w+", path.name):  # the second in Ollama's store
+    if not re.fullmatch(r".+\.(?i:gguf)|sha256-\w+", path.name):  # the second in Ollama's store
         return quoted(base)
     return f"{quoted(str(path.parent))}, gguf_file={quoted(path.name)}"
 

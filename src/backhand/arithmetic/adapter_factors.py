@@ -19,7 +19,9 @@ from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_keys import PREFIX
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target, module_values, resolve_targets
+from backhand.arithmetic.options import CombineOptions, CompressOptions, DiffOptions
 from backhand.errors import ArtifactError, UsageError
+from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list
 
@@ -128,6 +130,22 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
     )
 
 
+def read_updates(
+    paths: Sequence[Path], options: CombineOptions | DiffOptions | CompressOptions
+) -> tuple[tuple[AdapterFactors, ...], ModelSource | None]:
+    """Adapters that are a ΔW for each of their modules and fit one another, and the base model if one is named.
+
+    Raises:
+        UsageError, ArtifactError: as `read_factors`, `refuse_more_than_factors` and `check_shapes`.
+    """
+    model = None if options.model is None else open_model(options.model)
+    adapters = tuple(read_factors(path, model, allow_pickle=options.reading.allow_pickle) for path in paths)
+    for adapter in adapters:
+        refuse_more_than_factors(adapter)
+    check_shapes(adapters)
+    return adapters, model
+
+
 def _label(name: str, rank: str) -> str:
     """`runs/mine, rank 8`, but not `rank8, rank 8`."""
     return name if re.search(rf"rank[-_]?{re.escape(rank)}$", name) else f"{name}, rank {rank}"
@@ -210,6 +228,8 @@ _DIGESTS = {
     "tokenizer_digest": "tokenizer: their tokens or merges are not the same",
     "chat_template_digest": "chat template: it is not the same",
 }
+_KEPT = (*_DIGESTS, "labels", "system")
+"""What of the records goes into the new one where all have the same."""
 
 
 def refuse_more_than_factors(adapter: AdapterFactors) -> None:
@@ -274,7 +294,7 @@ def common_record(
         )
     notes += [f"combined by force: {sentence}" for sentence in different]
     records = [adapter.record or AdapterRecord() for adapter in adapters]
-    agreed: dict[str, Any] = {field: _common([getattr(record, field) for record in records]) for field in _DIGESTS}
+    agreed: dict[str, Any] = {field: _common([getattr(record, field) for record in records]) for field in _KEPT}
     if any(set(adapter.modules) != set(names) for adapter in adapters):
         agreed["base_digest"] = None
     origin = _common([record.origin for record in records])
@@ -288,7 +308,7 @@ def common_record(
         origin = source.origin
     elif agreed["base_digest"] is None and any(record.base_digest for record in records):
         notes.append("the new adapter does not know its base model's digest: give --model to record it")
-    return AdapterRecord(origin=origin, **agreed), tuple(notes)
+    return AdapterRecord(origin=origin, **agreed | {"labels": agreed["labels"] or {}}), tuple(notes)
 
 
 def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
@@ -315,6 +335,6 @@ def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
     return found
 
 
-def _common(values: Sequence[str | None]) -> str | None:
+def _common(values: Sequence[Any]) -> Any:
     """The value that all have, None if they have not."""
-    return values[0] if len(set(values)) == 1 else None
+    return values[0] if all(value == values[0] for value in values) else None

@@ -11,9 +11,11 @@ from backhand.data.options import columns_named
 COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
 """Names, in small letters, of columns that tell rows apart and say nothing."""
 _WANTED = frozenset(("completion", "answer", "response", "output", "reply", "accepted", "chosen", "preferred"))
+_ABOUT_ROWS = frozenset(("split", "subset", "fold", "lang", "language", "locale", "source", "dataset", "file"))
 CLASSES = frozenset(("label", "labels", "class", "category", "intent", "sentiment", "target"))
 _UNWANTED = frozenset(("rejected", "refused", "dispreferred", "negative"))
-"""Columns, in small letters, that hold what a model should say; the class of a text; and what it should not say."""
+"""Columns, in small letters, that hold what a model should say; where a row belongs; the class of a text; and what the
+model should not say."""
 
 
 def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str, str]) -> str | None:
@@ -58,9 +60,9 @@ class ClassColumns:
 
     def names(self, rows: int) -> list[str]:
         """Those of so many rows that may be classes; each value must be there twice, on average."""
-        few = {name for name, seen in self._seen.items() if 1 < len(seen) <= min(_MOST, rows // 2)}
         return [
             name
             for name, seen in self._seen.items()
-            if name.lower() in CLASSES or (name in few and max(map(len, seen)) <= _LONGEST)
+            if (small := name.lower()) in CLASSES
+            or (small not in _ABOUT_ROWS and 1 < len(seen) <= min(_MOST, rows // 2) and max(map(len, seen)) <= _LONGEST)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +36,11 @@ class LoadedModel:
     system: str | None = None  # that all rows had which the adapter was trained on, as its record has it
 
     def missing_system(self, given: str | None) -> list[str]:
-        """A sentence where the adapter was trained with a system message and none is given."""
+        """A sentence where the adapter was trained with a system message and none is given, or rows bring others."""
         if self.system is None or given is not None:
             return []
         how = system_option(self.system) or f" --system TEXT, its {len(self.system):,} characters are in backhand.json"
-        return [f"all rows that the adapter was trained on had the same system message, which is not given here:{how}"]
+        return [f"all rows that the adapter was trained on had the same system message; where none is given:{how}"]
 
 
 @contextmanager
@@ -48,16 +48,14 @@ def loaded_model(
     options: BaseModelOptions,
     adapter: Path | str | None = None,
     *,
-    chat_template: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    template: TemplateOptions | None = None,
     one_at_a_time: bool = False,
 ) -> Iterator[LoadedModel]:
     """Load a model, and compute with the options' threads as long as it is used.
 
     Args:
         adapter: directory of an adapter to put on it, or a GGUF file.
-        chat_template: the option of that name; the adapter's record is held against the template in use.
-        template_args: likewise; None where the template is not asked.
+        template: how the model is asked; the adapter's record is held against it. None where the template is not asked.
         one_at_a_time: whether prompts come one after the other; a quantized base then stays so.
 
     Raises:
@@ -69,13 +67,9 @@ def loaded_model(
     with compute_settings(options, resolve_threads(options), dtype, device):
         source = open_model(options.model, quantize=options.quantize)
         tokenizer = source.tokenizer()
-        template = read_template(chat_template, tokenizer)
-        pickle = options.allow_pickle
-        checks: dict[str, Any] = {
-            "chat_template": template,
-            "template_args": template_args,
-            "force_base": options.force_base,
-        }
+        asked, pickle = template or TemplateOptions(), options.allow_pickle
+        checks: dict[str, Any] = {"chat_template": read_template(asked.chat_template, tokenizer)}
+        checks |= {"template_args": template and template.template_args, "force_base": options.force_base}
 
         def by_engine() -> _Loaded:
             quantized = stays_quantized(options, source, dtype, device, one_at_a_time=one_at_a_time)
@@ -109,10 +103,7 @@ def loaded_model(
             model, notes, record = by_transformers()
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
-        stop_ids = (
-            *source.stop_token_ids(),
-            *stopping_role_ids(tokenizer, TemplateOptions(chat_template, template_args or {})),
-        )
+        stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, asked))
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system

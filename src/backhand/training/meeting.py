@@ -78,7 +78,7 @@ def _check_name(host: str) -> None:
                 found.set()
             except (OSError, UnicodeError) as error:
                 failed.append(error)
-                if time.monotonic() > until:
+                if time.monotonic() > until or isinstance(error, UnicodeError):  # a name that none can be
                     return
                 time.sleep(0.5)
 
