@@ -71,12 +71,15 @@ class _Now:
 
 
 @contextmanager
-def working(text: str = "") -> Iterator[Callable[[str], None]]:
-    """Say on standard error what takes its time: at once on a terminal, else when it takes long.
+def working(text: str = "", *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Say on standard error what takes its time: at once on a terminal, else when it takes long; nothing if `quiet`.
 
     Yields:
         what changes the text.
     """
+    if quiet:
+        yield lambda _: None
+        return
     shown = console(stderr=True)
     current = [text]
     with going_on(lambda: current[0]), shown.status(_Now()):

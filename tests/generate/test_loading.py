@@ -12,6 +12,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.inject import inject
 from backhand.adapters.loading import source_digests
 from backhand.adapters.record import AdapterRecord
+from backhand.data.options import TemplateOptions
 from backhand.errors import ArtifactError
 from backhand.generate.completer import EngineCompleter, complete_greedily
 from backhand.generate.loading import loaded_model
@@ -120,11 +121,11 @@ def test_the_adapter_must_belong_to_model_tokenizer_and_template(
 ) -> None:
     with loaded_model(options(model_directory), recorded_adapter):
         pass
-    with loaded_model(options(model_directory), recorded_adapter, chat_template="none"):
+    with loaded_model(options(model_directory), recorded_adapter, template=TemplateOptions("none")):
         pass
     with (
         pytest.raises(ArtifactError, match="does not belong") as caught,
-        loaded_model(options(model_directory), recorded_adapter, chat_template="{{ messages }}"),
+        loaded_model(options(model_directory), recorded_adapter, template=TemplateOptions("{{ messages }}")),
     ):
         pass
     assert "chat template" in (caught.value.why or "")
@@ -160,7 +161,8 @@ def test_other_variables_of_the_template_are_said(
     ):
         directory = shutil.copytree(recorded_adapter, tmp_path / "other", dirs_exist_ok=True)
         (directory / "backhand.json").write_text(json.dumps(record | {"config": config}))
-        with loaded_model(options(model_directory, engine=engine), directory, template_args=given) as loaded:
+        asked = None if given is None else TemplateOptions(template_args=given)
+        with loaded_model(options(model_directory, engine=engine), directory, template=asked) as loaded:
             notes = [note for note in loaded.notes if note.startswith("template_args: ")]
         assert bool(notes) == said
 

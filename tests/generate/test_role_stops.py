@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from backhand.cli.main import main
+from backhand.data.options import TemplateOptions
 from backhand.generate.loading import loaded_model
 from backhand.nn.model_options import BaseModelOptions
 from support.tiny_tokenizer import CHAT_TEMPLATE, TURN_START, tiny_tokenizer
@@ -17,10 +18,10 @@ _ENDLESS = CHAT_TEMPLATE.replace("+ '<|im_end|>' + '\n'", "")
 def test_the_next_roles_token_ends_an_answer(model_directory: Path) -> None:
     options = BaseModelOptions(model=str(model_directory), dtype="float32")
     next_role = tiny_tokenizer().convert_tokens_to_ids(TURN_START)
-    with loaded_model(options, chat_template=_ENDLESS) as loaded:
+    with loaded_model(options, template=TemplateOptions(chat_template=_ENDLESS)) as loaded:
         assert next_role in loaded.stop_ids
     for template in (None, CHAT_TEMPLATE, "none"):
-        with loaded_model(options, chat_template=template) as loaded:
+        with loaded_model(options, template=TemplateOptions(chat_template=template)) as loaded:
             assert next_role not in loaded.stop_ids
 
 

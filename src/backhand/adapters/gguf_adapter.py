@@ -207,12 +207,9 @@ def _take_experts(
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The rank of every module by its path."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        for suffix in (_LINEAR_SUFFIXES["a"], _EMBEDDING_SUFFIXES["a"]):
-            if key.endswith(suffix):
-                ranks[key.removeprefix(PREFIX).removesuffix(suffix)] = tensor.shape[0]
-    return ranks
+    ends = _LINEAR_SUFFIXES["a"], _EMBEDDING_SUFFIXES["a"]
+    found = ((key.removeprefix(PREFIX), end, tensor) for key, tensor in tensors.items() for end in ends)
+    return {key.removesuffix(end): len(tensor) for key, end, tensor in found if key.endswith(end)}
 
 
 def _described(alpha: float | None, modules: Mapping[str, int], parameters: Mapping[str, int]) -> PEFTConfig:

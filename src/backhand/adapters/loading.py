@@ -29,13 +29,13 @@ from backhand.adapters.record import (
     tokenizer_digest,
     wrong_base,
 )
-from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_targets, target_slot, trained_beside
+from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_adapter
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.expert_tensors import matrices_within, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.wrappers import text_name
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
-from backhand.nn.module_shapes import embeddings_of, experts_of
+from backhand.nn.module_shapes import ModuleShapes
 
 
 class Expected(NamedTuple):
@@ -58,16 +58,14 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
-    names, experts = [*module_shapes, *embeddings_of(module_shapes)], list(experts_of(module_shapes))
 
     def expected(config: LoRAConfig) -> Expected:
         # What matches nothing is no problem in itself here: the tensors say what was adapted.
-        targets = resolve_targets(config, names, linear=module_shapes.keys(), parameters=experts, strict=False)
-        slots = [target_slot(target, module_shapes, config) for target in targets]
-        beside = trained_beside(config, module_shapes, [target.name for target in targets], strict=False)
-        return Expected(targets, slot_shapes(slots), beside, slots)
+        slots, trained = resolve_adapter(config, module_shapes, strict=False)
+        targets = module_values(config, [slot.name for slot in slots], strict=False)
+        return Expected(targets, slot_shapes(slots), trained, slots)
 
-    return match_adapter(contents, names, expected)
+    return match_adapter(contents, [*module_shapes, *ModuleShapes.of(module_shapes).embeddings], expected)
 
 
 def match_adapter(

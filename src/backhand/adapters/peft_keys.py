@@ -120,36 +120,27 @@ def match_tensors(
     """
     matched = Matched({}, {}, [])
     left = dict(tensors)
+
+    def take(name: str, key: str, shape: tuple[int, ...]) -> None:
+        tensor = left.pop(key, None)
+        if tensor is None:
+            matched.problems.extend([] if key in unusable else [f"missing: {key}, {shape}"])
+        elif (found := tuple(tensor.shape)) != shape:
+            matched.problems.append(f"{key}: shape {found} in the file, {shape} by configuration and model")
+        else:
+            matched.factors[name] = tensor
+
     for module in expected:
-        for name, key, shape in module.tensors():
-            _take_factor(matched, left, name, key, shape, unusable)
+        for of_module in module.tensors():
+            take(*of_module)
         copy_key = PREFIX + module.name + _BASE_COPY
         if copy_key in left and tuple(left[copy_key].shape) == module.weight:
             matched.base_copies[module.name] = left.pop(copy_key)
     for tensor in trained:
-        _take_factor(matched, left, tensor.name, trained_key(tensor), tensor.shape, unusable)
+        take(tensor.name, trained_key(tensor), tensor.shape)
     adapted = {module.name for module in expected}
     matched.problems.extend(_unexpected(key, left[key], adapted, module_names) for key in left)
     return matched
-
-
-def _take_factor(
-    matched: Matched,
-    left: dict[str, Tensor],
-    factor: str,
-    key: str,
-    shape: tuple[int, ...],
-    unusable: Collection[str],
-) -> None:
-    tensor = left.pop(key, None)
-    if tensor is None:
-        if key in unusable:
-            return
-        matched.problems.append(f"missing: {key}, {shape}")
-    elif tuple(tensor.shape) != shape:
-        matched.problems.append(f"{key}: shape {tuple(tensor.shape)} in the file, {shape} by configuration and model")
-    else:
-        matched.factors[factor] = tensor
 
 
 def _unexpected(key: str, tensor: Tensor, adapted: set[str], module_names: Sequence[str]) -> str:
@@ -185,14 +176,7 @@ def factor_problems(tensors: Mapping[str, Tensor], unusable: Collection[str] = (
         if not bool(finite.all()):
             problems.append(f"{key}: {int((~finite).sum())} of {tensor.numel()} values are not finite")
     for ours, partner in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
-        problems.extend(_unpaired(tensors, there, ours, partner))
-        problems.extend(_unpaired(tensors, there, partner, ours))
+        for end, other in ((ours, partner), (partner, ours)):
+            keys = [key for key in tensors if key.endswith(f".{end}") and key.removesuffix(end) + other not in there]
+            problems += [f"{key}: there is no {other} beside it" for key in keys]
     return problems
-
-
-def _unpaired(tensors: Iterable[str], there: Collection[str], suffix: str, partner: str) -> list[str]:
-    return [
-        f"{key}: there is no {partner} beside it"
-        for key in tensors
-        if key.endswith(f".{suffix}") and key.removesuffix(suffix) + partner not in there
-    ]

@@ -24,8 +24,8 @@ from typing import Any
 from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.trained_tensors import resolve_trained
 from backhand.errors import UsageError
-from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
-from backhand.nn.module_shapes import ModuleShapes, embeddings_of, experts_of, is_interleaved, parameters_of
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
+from backhand.nn.module_shapes import ModuleShapes
 from backhand.words import name_list, nearest_names, shorten
 
 OUTPUT_HEADS = ("lm_head",)
@@ -43,67 +43,56 @@ class Target:
 
 
 def resolve_adapter(
-    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
+    config: LoRAConfig,
+    module_shapes: Mapping[str, tuple[int, int]],
+    *,
+    heads: Collection[str] = OUTPUT_HEADS,
+    strict: bool = True,
 ) -> AdapterLayout:
     """Everything that `config` trains on a model.
 
     Args:
         module_shapes: (out, in) of every linear module, by dotted path; a `ModuleShapes` also has embeddings.
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
+        strict: as in `resolve_targets`.
 
     Returns:
         one slot a module, in the order of `module_shapes`, then embeddings, then parameters of experts; and the tensors
         that are trained as they are.
 
     Raises:
-        UsageError: a value out of range, or a name or pattern that matches nothing, with the nearest names; what
-            `trained_tensors.resolve_trained` raises.
+        UsageError: a value out of range, a name or pattern that matches nothing, with the nearest names, or an
+            embedding with `lora_bias`; what `trained_tensors.resolve_trained` raises.
     """
-    names = [*module_shapes, *embeddings_of(module_shapes)]
-    experts = list(experts_of(module_shapes))
-    targets = resolve_targets(config, names, linear=module_shapes.keys(), heads=heads, parameters=experts)
-    slots = [target_slot(target, module_shapes, config) for target in targets]
-    return AdapterLayout(tuple(slots), tuple(trained_beside(config, module_shapes, [slot.name for slot in slots])))
-
-
-def trained_beside(
-    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], targets: Collection[str], *, strict: bool = True
-) -> list[TrainedTensor]:
-    """The tensors trained as they are, see `trained_tensors.resolve_trained`."""
-    return resolve_trained(
+    shapes = ModuleShapes.of(module_shapes)
+    modules, parameters = [*shapes, *shapes.embeddings], list(shapes.experts)
+    targets = resolve_targets(config, modules, linear=shapes, heads=heads, parameters=parameters, strict=strict)
+    slots = tuple(_slot(target, shapes, config) for target in targets)
+    trained = resolve_trained(
         config,
-        parameters_of(module_shapes),
-        next(iter(embeddings_of(module_shapes)), None),
-        tied=module_shapes.tied if isinstance(module_shapes, ModuleShapes) else None,
-        frozen=module_shapes.frozen if isinstance(module_shapes, ModuleShapes) else (),
-        targets=targets,
+        shapes.parameters,
+        next(iter(shapes.embeddings), None),
+        tied=shapes.tied,
+        frozen=shapes.frozen,
+        targets=[slot.name for slot in slots],
         strict=strict,
     )
+    return AdapterLayout(slots, tuple(trained))
 
 
-def target_slot(target: Target, module_shapes: Mapping[str, tuple[int, int]], config: LoRAConfig) -> LoRASlot:
-    """The slot of a module: linear, or an embedding or a parameter of experts where the shapes have those.
-
-    Raises:
-        UsageError: an embedding with `lora_bias`.
-    """
-    embedding = embeddings_of(module_shapes).get(target.name)
-    stacked = experts_of(module_shapes).get(target.name)
-    if stacked is not None:
-        _, out_features, in_features = stacked
-    elif embedding is not None:
-        in_features, out_features = embedding
-    else:
-        out_features, in_features = module_shapes[target.name]
-    slot = LoRASlot(target.name, in_features, out_features, target.rank, target.scaling)
-    if stacked is not None:
-        return replace(slot, experts=stacked[0], interleaved=is_interleaved(module_shapes, target.name))
-    slot = replace(slot, use_dora=config.use_dora, lora_bias=config.lora_bias)
-    if embedding is None:
-        return replace(slot, dropout=config.dropout)
-    if config.lora_bias:
-        raise no_embedding_bias(target.name)
-    return replace(slot, embedding=True)
+def _slot(target: Target, shapes: ModuleShapes, config: LoRAConfig) -> LoRASlot:
+    name, rank, scaling = target.name, target.rank, target.scaling
+    if name in shapes.experts:
+        experts, out_features, in_features = shapes.experts[name]
+        slot = LoRASlot(name, in_features, out_features, rank, scaling, experts=experts)
+        return replace(slot, interleaved=name in shapes.interleaved)
+    embedding = name in shapes.embeddings
+    if embedding and config.lora_bias:
+        raise no_embedding_bias(name)
+    in_features, out_features = shapes.embeddings[name] if embedding else shapes[name][::-1]
+    dropout = 0.0 if embedding else config.dropout
+    slot = LoRASlot(name, in_features, out_features, rank, scaling, dropout, config.use_dora, config.lora_bias)
+    return replace(slot, embedding=embedding)
 
 
 def no_embedding_bias(name: str) -> UsageError:

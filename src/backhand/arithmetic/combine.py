@@ -21,13 +21,7 @@ from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target
-from backhand.arithmetic.adapter_factors import (
-    AdapterFactors,
-    check_shapes,
-    common_record,
-    read_factors,
-    refuse_more_than_factors,
-)
+from backhand.arithmetic.adapter_factors import AdapterFactors, common_record, read_updates
 from backhand.arithmetic.findings import Figures, print_kinds
 from backhand.arithmetic.low_rank import (
     best_factors,
@@ -42,7 +36,6 @@ from backhand.arithmetic.low_rank import (
 from backhand.arithmetic.options import CombineOptions
 from backhand.errors import UsageError
 from backhand.files import write_together
-from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables, working
@@ -72,12 +65,7 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
     assert options.output is not None
     check_new_directory(options.output, overwrite=options.overwrite)
     refuse_inputs_inside(options.output, {f"adapters[{i}]": path for i, path in enumerate(options.adapters)})
-    model = None if options.model is None else open_model(options.model)
-    allow_pickle = options.reading.allow_pickle
-    sources = tuple(read_factors(path, model, allow_pickle=allow_pickle) for path in options.adapters)
-    for source in sources:
-        refuse_more_than_factors(source)
-    check_shapes(sources)
+    sources, model = read_updates(options.adapters, options)
     record, notes = common_record(sources, model, force_base=options.force_base)
     names = list(dict.fromkeys(name for source in sources for name in source.modules))
     modules = {}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backhand.adapters.contents import TENSOR_FILE
-from backhand.arithmetic.adapter_factors import AdapterFactors, common_record, read_factors, refuse_more_than_factors
+from backhand.arithmetic.adapter_factors import AdapterFactors, common_record, read_updates
 from backhand.arithmetic.combine import (
     ComputedAdapter,
     ComputedModule,
@@ -32,7 +32,6 @@ from backhand.arithmetic.findings import (
 from backhand.arithmetic.low_rank import UpdateDirections, update_directions, writable_factors
 from backhand.arithmetic.options import CompressOptions
 from backhand.files import write_together
-from backhand.nn.loading.opening import open_model
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import console_for_tables
 
@@ -78,9 +77,7 @@ def compress_adapter(options: CompressOptions) -> Compression:
     if options.output is not None:
         check_new_directory(options.output, overwrite=options.overwrite)
         refuse_inputs_inside(options.output, {"adapter": options.adapter, "model": options.model})
-    model = None if options.model is None else open_model(options.model)
-    source = read_factors(options.adapter, model, allow_pickle=options.reading.allow_pickle)
-    refuse_more_than_factors(source)
+    (source,), model = read_updates((options.adapter,), options)
     adapter = compressed(source, options.error)
     record, _ = common_record([source], None, force_base=False)
     facts = {"made by": f"compress of {source.label} to an error of {options.error:g}"}

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from backhand.adapters.module_factors import ModuleFactors
-from backhand.arithmetic.adapter_factors import AdapterFactors, check_shapes, read_factors, refuse_more_than_factors
+from backhand.arithmetic.adapter_factors import AdapterFactors, read_updates
 from backhand.arithmetic.findings import (
     Figures,
     by_kind,
@@ -24,7 +24,6 @@ from backhand.arithmetic.findings import (
 from backhand.arithmetic.low_rank import difference_norm, inner_product, principal_angles, update_directions
 from backhand.arithmetic.options import DiffOptions
 from backhand.errors import CheckError
-from backhand.nn.loading.opening import open_model
 from backhand.terminal import console_for_tables
 
 
@@ -54,14 +53,8 @@ def diff_adapters(options: DiffOptions) -> AdapterDifference:
         ArtifactError: an adapter cannot be read, is more than a ΔW for each module, or does not fit the other.
     """
     options.validate()
-    model = None if options.model is None else open_model(options.model)
-    first, second = (
-        read_factors(path, model, allow_pickle=options.reading.allow_pickle) for path in (options.first, options.second)
-    )
-    for adapter in (first, second):
-        refuse_more_than_factors(adapter)
-    check_shapes((first, second))
-    return compare_updates(first, second)
+    adapters, _ = read_updates((options.first, options.second), options)
+    return compare_updates(*adapters)
 
 
 def diff_command(options: DiffOptions) -> AdapterDifference:

@@ -90,27 +90,6 @@ def png_bytes(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def draw_layer_map(axes: Axes, values: Mapping[str, float], *, vmin: float | None, vmax: float | None) -> Any:
-    """A heat map of values by dotted path, white low and black high; None, and empty axes, if there are none.
-
-    What has no layer number stands in column 0; a place without a module stays white.
-    """
-    if not values:
-        axes.set_axis_off()
-        return None
-    kinds = list(dict.fromkeys(kind_of(module) for module in values))
-    layers = sorted({layer_of(module) or 0 for module in values})
-    grid = np.full((len(kinds), len(layers)), np.nan)
-    for module, value in values.items():
-        grid[kinds.index(kind_of(module)), layers.index(layer_of(module) or 0)] = value
-    image = axes.imshow(grid, cmap="gray_r", vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
-    step = max(1, len(layers) // 10)
-    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize="small")
-    axes.set_xlabel("layer")
-    return image
-
-
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -197,8 +176,22 @@ def draw_map(
     vmin: float | None = None,
     vmax: float | None = None,
 ) -> None:
-    """One map with its title and colour bar; nothing is drawn for no values."""
-    image: Any = draw_layer_map(axes, values, vmin=vmin, vmax=vmax)
+    """A heat map of values by dotted path, white low and black high, with its title and colour bar; none of no values.
+
+    What has no layer number stands in column 0; a place without a module stays white.
+    """
     axes.set_title(title, fontsize="medium")
-    if image is not None:
-        figure.colorbar(image, ax=axes, label=label)
+    if not values:
+        axes.set_axis_off()
+        return
+    kinds = list(by_kind(values))
+    layers = sorted({layer_of(module) or 0 for module in values})
+    grid = np.full((len(kinds), len(layers)), np.nan)
+    for module, value in values.items():
+        grid[kinds.index(kind_of(module)), layers.index(layer_of(module) or 0)] = value
+    image = axes.imshow(grid, cmap="gray_r", vmin=vmin, vmax=vmax, aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+    step = max(1, len(layers) // 10)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize="small")
+    axes.set_xlabel("layer")
+    figure.colorbar(image, ax=axes, label=label)

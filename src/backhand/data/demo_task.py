@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -43,7 +43,8 @@ def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]
         pattern = words.patterns[len(rows) % len(words.patterns)]
         values = _draw(words, random)
         sentence = pattern.format(**values)
-        rows[sentence] = _row(sentence, json.dumps(values))
+        contents = {"system": SYSTEM, "user": sentence, "assistant": json.dumps(values)}
+        rows[sentence] = {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
     shuffled = list(rows.values())
     random.shuffle(shuffled)
     return shuffled
@@ -52,14 +53,12 @@ def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]
 def few_shot(row: ChatRow, examples: Sequence[ChatRow]) -> ChatRow:
     """The row with the sentences and answers of `examples` as turns before its own."""
     system, *turns = row["messages"]
-    shown = [{**message, **weight} for example in examples for message, weight in _as_context(example)]
+    shown = [
+        message | ({"weight": 0} if message["role"] == "assistant" else {})  # only shown, it carries no loss
+        for example in examples
+        for message in example["messages"][1:]
+    ]
     return {"messages": [system, *shown, *turns]}
-
-
-def _as_context(row: ChatRow) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
-    """The row's turns behind the system's; its answer is only shown, and carries no loss."""
-    for message in row["messages"][1:]:
-        yield message, {"weight": 0} if message["role"] == "assistant" else {}
 
 
 def write_demo_data(
@@ -88,16 +87,6 @@ def _draw(words: DemoWords, random: Random) -> dict[str, Any]:
         "item": f"{random.choice(words.adjectives)} {random.choice(words.nouns)}",
         "quantity": random.choice(words.quantities),
         "city": random.choice(words.cities),
-    }
-
-
-def _row(sentence: str, answer: str) -> ChatRow:
-    return {
-        "messages": [
-            {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": sentence},
-            {"role": "assistant", "content": answer},
-        ]
     }
 
 

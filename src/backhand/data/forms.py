@@ -305,11 +305,16 @@ def _asked(form: Form, raw: RawRow) -> Asked:
 
 
 def _read_completion(columns: Sequence[str], values: Mapping[str, Any], source: str) -> Conversation | Completion:
-    prompt_column, *completion_column = columns
-    if isinstance(values[prompt_column], list):
-        return _read_message_lists(prompt_column, completion_column, values, source)
-    completion = _text(values, completion_column[0], source) if completion_column else None
-    return Completion(_text(values, prompt_column, source), completion, "", _optional(values, "system", source), source)
+    prompt, *completions = columns
+    if isinstance(values[prompt], list):  # lists of messages, as TRL has them: the loss is on the completion alone
+        conversation = read_conversation(prompt, values[prompt], values, source)
+        turns = [(message, False) for message in conversation.messages]
+        for column in completions:
+            turns += read_turns(column, values[column], source)
+        messages, supervised = zip(*turns, strict=True)
+        return Conversation(messages, supervised, conversation.tools, source)
+    completion = _text(values, completions[0], source) if completions else None
+    return Completion(_text(values, prompt, source), completion, "", _optional(values, "system", source), source)
 
 
 def _under_usual_names(form: Form, raw: RawRow) -> Mapping[str, Any]:
@@ -335,18 +340,6 @@ def _read_instruction(form: Form, values: Mapping[str, Any], source: str) -> Com
         raise DataError(f"{form.columns[0]} is empty", where=source)
     output = _text(values, form.columns[1], source) if len(form.columns) > 1 else None
     return Completion(prompt, output, "\n\n", _optional(values, "system", source), source)
-
-
-def _read_message_lists(
-    prompt_column: str, completion_column: list[str], values: Mapping[str, Any], source: str
-) -> Conversation:
-    """Prompt and completion as lists of messages, as TRL has them: the loss is on the completion alone."""
-    conversation = read_conversation(prompt_column, values[prompt_column], values, source)
-    turns = [(message, False) for message in conversation.messages]
-    if completion_column:
-        turns += read_turns(completion_column[0], values[completion_column[0]], source)
-    messages, supervised = zip(*turns, strict=True)
-    return Conversation(messages, supervised, conversation.tools, source)
 
 
 def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:

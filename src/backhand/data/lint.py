@@ -287,9 +287,7 @@ def _quantiles(values: npt.NDArray[np.int32]) -> dict[str, int]:
 
 
 def _report_json(report: DataReport) -> dict[str, Any]:
-    plain = asdict(replace(report, bad_rows=()))
-    del plain["bad_rows"]
-    return plain | {"sources": [asdict(source) for source in report.sources], "notes": list(report.notes)}
+    return {name: value for name, value in asdict(replace(report, bad_rows=())).items() if name != "bad_rows"}
 
 
 _REPLACEMENT = "\ufffd"

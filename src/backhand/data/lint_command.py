@@ -67,45 +67,31 @@ _STYLES = {"error": "bold red", "warning": "yellow"}
 
 def print_lint(console: Console, report: LintReport) -> None:
     """Tables of what was looked at, then the problems, errors first."""
-    console.print(_sources(report))
-    console.print(_documents(report))
-    console.print(_lengths(report))
+    sources = table_of("file", "form", "rows", "used for", right=("rows",))
+    train, held_out = report.train, report.held_out
+    parts: list[tuple[str, DataReport]] = [("training", train)]
+    if held_out is not None and held_out.sources != train.sources:
+        parts.append(("held out", held_out))
+    for use, part in parts:
+        for source in part.sources:
+            sources.add_row(source.source, source.form, f"{source.rows:,}", use)
+    console.print(sources)
+    held = "" if held_out is None else f"; {count_of(held_out.documents, 'held-out document')}"
+    console.print(
+        f"{count_of(train.documents, 'training document')} with {count_of(train.tokens, 'token')}, "
+        f"{train.supervised_tokens:,} of them supervised{held}"
+    )
+    columns = tuple(dict.fromkeys(name for quantiles in report.lengths.values() for name in quantiles))
+    lengths = table_of("a document has", *columns, right=columns)
+    for name, quantiles in report.lengths.items():
+        lengths.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
+    console.print(lengths)
     console.print(_checks(report))
-    for note in (*report.train.notes, *report.template):
+    for note in (*train.notes, *report.template):
         console.print(f"note: {note}", soft_wrap=True)
     for finding in report.findings:
         console.print(_problem(finding), soft_wrap=True)
     console.print(_verdict(report))
-
-
-def _sources(report: LintReport) -> Table:
-    table = table_of("file", "form", "rows", "used for", right=("rows",))
-    parts: list[tuple[str, DataReport]] = [("training", report.train)]
-    if report.held_out is not None and report.held_out.sources != report.train.sources:
-        parts.append(("held out", report.held_out))
-    for use, part in parts:
-        for source in part.sources:
-            table.add_row(source.source, source.form, f"{source.rows:,}", use)
-    return table
-
-
-def _documents(report: LintReport) -> str:
-    text = (
-        f"{count_of(report.train.documents, 'training document')} with {count_of(report.train.tokens, 'token')}, "
-        f"{report.train.supervised_tokens:,} of them supervised"
-    )
-    if report.held_out is not None:
-        text += f"; {count_of(report.held_out.documents, 'held-out document')}"
-    return text
-
-
-def _lengths(report: LintReport) -> Table:
-    names = [name for quantiles in report.lengths.values() for name in quantiles]
-    columns = tuple(dict.fromkeys(names))
-    table = table_of("a document has", *columns, right=columns)
-    for name, quantiles in report.lengths.items():
-        table.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
-    return table
 
 
 def _checks(report: LintReport) -> Table:

@@ -53,18 +53,24 @@ def parse_template_args(values: str | Iterable[str]) -> dict[str, Any]:
                 raise UsageError(f"{value!r} is not a JSON object", where="template_args", why=str(error)) from None
             parsed.update(table)
             continue
-        name, equals, text = value.partition("=")
+        name, equals, _ = value.partition("=")
         if not equals or not name.strip():
             raise UsageError(
                 f"{value!r} is neither a JSON object nor of the form NAME=VALUE",
                 where="template_args",
                 next_step="for example enable_thinking=false",
             )
-        try:
-            parsed[name.strip()] = json.loads(text)
-        except (ValueError, RecursionError):
-            parsed[name.strip()] = text
+        parsed.update([named_value(value)])
     return parsed
+
+
+def named_value(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as name and value, read as JSON, or else as it stands."""
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), json.loads(value)
+    except (ValueError, RecursionError):
+        return name.strip(), value
 
 
 def _check_names(where: str, args: Any) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backhand.data.options import named_value
 from backhand.data.rows import BadRows, RawRow, checked_row
-from backhand.data.text_files import is_parquet, open_bytes, read_csv, read_json_lines, read_json_values, start_text
-from backhand.errors import DataError, UsageError, first_line
+from backhand.data.text_files import head_of, open_bytes, read_csv, read_json_lines, read_json_values, start_text
+from backhand.errors import DataError, UsageError, first_line, present
 from backhand.system import install
 from backhand.words import shorten
 
@@ -68,7 +69,7 @@ def read_rows(name: str, bad: BadRows, *, held_out: bool = False) -> Iterator[Ra
         return
     suffix = data_suffix(path)
     with open_bytes(path) as reader:
-        if not is_parquet(reader):
+        if not head_of(reader).startswith(b"PAR1"):  # Parquet
             head = start_text(reader, path)
             if suffix in (".csv", ".tsv"):
                 yield from read_csv(reader, path, bad, "\t" if suffix == ".tsv" else None)
@@ -159,13 +160,7 @@ def read_gym(name: str) -> Iterator[RawRow]:
     """
     reasoning_gym = _needed("reasoning_gym", "these rows need the package", "rewards", name)
     task, _, given = name.removeprefix(GYM).partition(":")
-    settings: dict[str, Any] = {}
-    for part in filter(None, given.split(",")):
-        key, _, value = part.partition("=")
-        try:
-            settings[key.strip()] = json.loads(value)
-        except ValueError:
-            settings[key.strip()] = value
+    settings = dict(map(named_value, filter(None, given.split(","))))
     try:
         entries = reasoning_gym.create_dataset(task, **{"seed": 0, "size": 500, **settings})
         for number in range(len(entries)):
@@ -226,9 +221,7 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
         UsageError: `datasets` is not installed.
         DataError: not found, no such split, or a malformed row unless `bad` counts it.
     """
-    match = _HUB_NAME.fullmatch(name)
-    if match is None:
-        raise UsageError(f"{name!r} is not of the form owner/name[@config][:split]", where="data")
+    match = present(_HUB_NAME.fullmatch(name))
     datasets = _needed("datasets", "data sets of the hub need the package", "datasets", name)
     split = match["split"]
     try:

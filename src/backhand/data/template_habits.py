@@ -61,9 +61,12 @@ class TemplateHabits:
     @cached_property
     def written_thought(self) -> tuple[str, str] | None:
         """What the template writes before and behind the thoughts of a reply; None if it does not write them down."""
-        with_thought = self._rendered(_QUESTION, {**_REPLY, "reasoning_content": THOUGHT})
+        rendered = self._rendered(_QUESTION, {**_REPLY, "reasoning_content": THOUGHT})
         without = self._rendered(_QUESTION, _REPLY)
-        return None if with_thought is None or without is None else thought_around(with_thought, without)
+        before, thought, behind = (rendered or "").partition(THOUGHT)
+        if not thought or ANSWER not in behind or without is None:
+            return None
+        return before[_header_end(before, without) :], behind.partition(ANSWER)[0]
 
     @cached_property
     def settings(self) -> list[dict[str, bool]]:
@@ -208,14 +211,6 @@ def find_start(
     if _BEGINS_TAG.match(rest):
         return ReplyStart(text, place, "headed", rest)
     return None
-
-
-def thought_around(rendered: str, without: str) -> tuple[str, str] | None:
-    """What a template writes before and behind a thought, from the same reply rendered with THOUGHT and without one."""
-    if THOUGHT not in rendered or ANSWER not in rendered[rendered.index(THOUGHT) :]:
-        return None
-    before, _, behind = rendered.partition(THOUGHT)
-    return before[_header_end(before, without) :], behind.partition(ANSWER)[0]
 
 
 def _header_end(asked: str, text: str) -> int:

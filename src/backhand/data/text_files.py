@@ -74,21 +74,14 @@ def parse_json(text: str, source: str) -> Any:
     """The value that `text`, a line, holds. Raises DataError: with the column and a look at what stands there."""
     try:
         return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        wrong = _json_error(error, text, source)
-        if text.startswith("{") and error.pos >= len(text):
-            wrong.next_step = "write a row on one line, or call the file .json, where it may go on over several"
-        elif text.startswith("{") and error.msg == "Extra data":
-            wrong.next_step = "end the line behind the } that closes the row"
-        raise wrong from None
     except (ValueError, RecursionError) as error:
-        raise _unreadable(error, source) from None
-
-
-def _unreadable(error: Exception, source: str) -> DataError:
-    if isinstance(error, _TwiceError):
-        return DataError(str(error), where=source, why="which of its values is meant is not known")
-    return DataError("this JSON cannot be read", where=source, why=str(error))
+        wrong = _json_error(error, text, source)
+        if isinstance(error, json.JSONDecodeError) and text.startswith("{"):
+            if error.pos >= len(text):
+                wrong.next_step = "write a row on one line, or call the file .json, where it may go on over several"
+            elif error.msg == "Extra data":
+                wrong.next_step = "end the line behind the } that closes the row"
+        raise wrong from None
 
 
 class _TwiceError(ValueError):
@@ -107,17 +100,19 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicates)
 
 
-def _json_error(error: json.JSONDecodeError, text: str, source: str) -> DataError:
+def _json_error(error: Exception, text: str, source: str) -> DataError:
+    if isinstance(error, _TwiceError):
+        return DataError(str(error), where=source, why="which of its values is meant is not known")
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError("this JSON cannot be read", where=source, why=str(error))
     around = text[max(0, error.pos - 20) : error.pos + 20]
     shown = f" near {around!r}" if around.strip() else ""
-    remedy = None
-    if text[error.pos : error.pos + 1] == "'":
-        remedy = "JSON has double quotes: write rows with json.dumps, not with str or repr"
+    quoted = text[error.pos : error.pos + 1] == "'"
     return DataError(
         f"this is not valid JSON{shown}",
         where=source,
         why=f"{error.msg}, at column {error.colno}",
-        next_step=remedy,
+        next_step="JSON has double quotes: write rows with json.dumps, not with str or repr" if quoted else None,
     )
 
 
@@ -151,10 +146,9 @@ def read_json_values(reader: io.BufferedReader, path: str | Path, bad: BadRows) 
             break
         try:
             value, position = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _json_error(error, text, f"{path}:{lines.at(error.pos)}") from None
         except (ValueError, RecursionError) as error:
-            raise _unreadable(error, source) from None
+            where = f"{path}:{lines.at(error.pos)}" if isinstance(error, json.JSONDecodeError) else source
+            raise _json_error(error, text, where) from None
         try:
             yield checked_row(value, source)
         except DataError as error:
@@ -323,11 +317,6 @@ def open_bytes(path: str | Path) -> Iterator[io.BufferedReader]:
     except _READ_FAULTS as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError("the file cannot be read", where=str(path), why=why) from None
-
-
-def is_parquet(reader: io.BufferedReader) -> bool:
-    """Whether the file begins as Parquet does."""
-    return head_of(reader).startswith(b"PAR1")
 
 
 def head_of(reader: io.BufferedReader) -> bytes:

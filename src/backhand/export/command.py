@@ -26,7 +26,7 @@ from backhand.export.other_formats import (
     read_mlx_files,
     write_modelfile,
 )
-from backhand.export.proving import Prover, prove_factors, prove_logits
+from backhand.export.proving import Prover, prove_export
 from backhand.files import staged, write_atomically
 from backhand.nn.loading.gguf_layouts import stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -112,8 +112,7 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
             prover.say(note)
     with staged(output) as path:
         read = _write(options, opened, path)
-        prove_factors(prover, opened.factors, read)
-        prove_logits(prover, opened, read)
+        prove_export(prover, opened.factors, read, opened)
 
 
 def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[str, str]:
@@ -174,7 +173,7 @@ def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: P
     data = kohya_bytes(factors)
     with staged(output) as path:
         write_atomically(path, data)
-        prove_factors(prover, factors, read_kohya_file(path, factors))
+        prove_export(prover, factors, read_kohya_file(path, factors))
 
 
 def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None:

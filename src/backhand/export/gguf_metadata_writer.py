@@ -172,7 +172,12 @@ def _add_rotary(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
         writer.add_rope_scaling_factor(factor)
         if scaling["rope_type"] == "yarn":
-            _add_yarn(writer, scaling, rotary.attention_factor / yarn_length(factor))
+            writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+            writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+            writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
+            attention_factor = rotary.attention_factor / yarn_length(factor)
+            if not math.isclose(attention_factor, 1.0, rel_tol=1e-9):
+                writer.add_rope_scaling_attn_factors(attention_factor)
     if writer.arch == "phi3" and scaling.get("rope_type") == "longrope":
         # Nobody reads the length where there is one list; a file without it has no place for it.
         writer.add_rope_scaling_orig_ctx_len(rotary.longest_short or config.max_position_embeddings)
@@ -180,14 +185,6 @@ def _add_rotary(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     for index, local in enumerate(config.rotary):
         if index != full:
             writer.add_rope_freq_base_swa(local.theta)
-
-
-def _add_yarn(writer: gguf.GGUFWriter, scaling: Mapping[str, Any], attention_factor: float) -> None:
-    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
-    writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
-    if not math.isclose(attention_factor, 1.0, rel_tol=1e-9):
-        writer.add_rope_scaling_attn_factors(attention_factor)
 
 
 def _full_rotary(config: DecoderConfig) -> int:
@@ -264,17 +261,13 @@ def add_vocabulary(
             why="only tokens that were added, and do not end a text, can be left out of a GGUF file",
             next_step="take the tokenizer that belongs to the model",
         )
-    tokens, types = [], []
-    for index in range(vocab_size):
-        tokens.append(by_id.get(index, f"[PAD{index}]"))
-        types.append(_token_type(index, by_id, added, spaced))
     writer.add_tokenizer_model(SPACED if pre is None else "gpt2")
     if pre is None:
         writer.add_add_space_prefix(False)
     else:
         writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
+    writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)])
+    writer.add_token_types([_token_type(index, by_id, added, spaced) for index in range(vocab_size)])
     merges = described["model"]["merges"]
     if merges:  # an empty list has no type that could be written
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
@@ -321,13 +314,8 @@ def _pre_tokenizer_name(described: dict[str, Any]) -> str | None:
     model = described["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback") or described.get("normalizer") not in _NORMALIZERS:
         return None
-    patterns = _patterns(described.get("pre_tokenizer"))
-    if patterns is None:
-        return None
-    for name, known in PRE_TOKENIZERS.items():
-        if known.patterns == patterns and known.whole_words == bool(model.get("ignore_merges")):
-            return name
-    return None
+    wanted = _patterns(described.get("pre_tokenizer")), bool(model.get("ignore_merges"))
+    return next((name for name, known in PRE_TOKENIZERS.items() if (known.patterns, known.whole_words) == wanted), None)
 
 
 def _patterns(step: Any) -> tuple[str, ...] | None:

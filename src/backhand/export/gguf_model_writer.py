@@ -167,12 +167,10 @@ def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str
                 next_step="merge into a Hugging Face directory; llama.cpp may have a converter for it",
             )
         found.setdefault(name, []).append(ours)
-
-    def number(ours: str) -> int:
-        expert = expert_of(ours)
-        return 0 if expert is None else expert[1]
-
-    return {name: tuple(sorted(members, key=number)) for name, members in found.items()}
+    return {
+        name: tuple(sorted(members, key=lambda ours: (expert_of(ours) or ("", 0))[1]))  # by the number of the expert
+        for name, members in found.items()
+    }
 
 
 def _own_type(weights: MergedWeights, ours: str, in_base: tuple[GGUFTensor, _Bytes] | None) -> StorageType:
@@ -206,23 +204,19 @@ def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
 
     def rounded(tensor: Tensor) -> Tensor:
         """Also keeps the bytes, so that a tensor is quantized once."""
-        data = _quantized(one.layout.stored(tensor), one.storage)
-        found[:] = [data]
-        stored_shape = one.layout.stored_shape(tuple(tensor.shape))
-        values = dequantized(data.reshape(-1).view(np.uint8), one.storage.value).view(stored_shape)
-        return one.layout.restored(values)
-
-    weights.make(one.ours[place], rounded)
-    (data,) = found
-    if one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16):
-        values = dequantized(data.reshape(-1).view(np.uint8), one.storage.value)
-        if not bool(torch.isfinite(values).all()):
+        found.append(_quantized(one.layout.stored(tensor), one.storage))
+        values = dequantized(found[0], one.storage.value)
+        floating = one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16)
+        if floating and not bool(torch.isfinite(values).all()):
             raise CheckError(
                 f"a merged value is not finite in {one.storage.name}",
                 where=one.ours[place],
                 next_step=wider_dtype(one.storage == StorageType.F32),
             )
-    return data
+        return one.layout.restored(values.view(one.layout.stored_shape(tuple(tensor.shape))))
+
+    weights.make(one.ours[place], rounded)
+    return found[0]
 
 
 def _quantized(values: Tensor, storage: StorageType) -> _Bytes:

@@ -133,7 +133,7 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
     stack: Tensor | None = None
     pieces = dict(experts_within(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
     for name in tensor.ours:
-        stored = weights.make(name, lambda values: values.to(tensor.dtype)).to(tensor.dtype)
+        stored = weights.make(name, lambda values: values.to(tensor.dtype))
         if not bool(torch.isfinite(stored).all()):
             raise CheckError(
                 f"a merged value is not finite in {str(tensor.dtype).removeprefix('torch.')}",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -89,20 +89,19 @@ class MergedWeights:
         return self.source.dtype(self._base_name(name))
 
     def make(self, name: str, rounded: Rounding) -> Tensor:
-        """The merged tensor in Hugging Face layout: float32 (float64 if the base is), or the base's own if unchanged.
+        """The merged tensor as it will be read back, or the base's own if unchanged.
 
-        What it must read back as, and what rounding it loses, is noted.
+        It is rounded from float32 (float64 if the base is); what it must read back as, and what it loses, is noted.
         """
-        weight = self._load(self._base_name(name))
+        weight, module = self._load(self._base_name(name)), name.removesuffix(".weight")
         if not self.is_merged(name):
-            self._note_digest(name, rounded(weight))
-            return weight
-        change = self.trained[name] if name in self.trained else self.factors[name.removesuffix(".weight")]
-        merged = merged_weight(weight, change)
-        stored = rounded(merged)
-        self._note_digest(name, stored)
-        self.losses.append(_module_loss(name.removesuffix(".weight"), weight, change, stored))
-        return merged
+            stored = rounded(weight)
+        else:
+            change = self.trained[name] if name in self.trained else self.factors[module]
+            stored = rounded(merged_weight(weight, change))
+            self.losses.append(_module_loss(module, weight, change, stored))
+        self.digests[name] = base_digest([name], lambda _: stored)
+        return stored
 
     def keep(self, name: str) -> None:
         """Note of a tensor whose stored bytes are copied what it must read back as; it is never dense as a whole."""
@@ -117,24 +116,21 @@ class MergedWeights:
     def _base_name(self, name: str) -> str:
         return EMBEDDING_WEIGHT if name == HEAD_WEIGHT and self.unties_head else name
 
-    def _note_digest(self, name: str, stored: Tensor) -> None:
-        self.digests[name] = base_digest([name], lambda _: stored)
-
     def wrong_tensors(self, written: ModelSource, walk: BlockWalk) -> list[str]:
         """Names of tensors that are missing in `written`, too many, or do not read back bit by bit.
 
         Args:
             walk: through its blocks, which reads them for this as well.
         """
-        there = set(written.tensor_names())
 
         def read(name: str) -> FrozenMatrix:
             walked = walk.tensor(name)
             return written.load_in_pieces(name) if walked is None else walked
 
-        wrong = sorted(there ^ set(self.digests))
+        there = set(written.tensor_names())
         both = [name for name in self.digests if name in there]
-        return wrong + [name for name in both if base_digest([name], read) != self.digests[name]]
+        wrong = [name for name in both if base_digest([name], read) != self.digests[name]]
+        return sorted(there ^ set(self.digests)) + wrong
 
 
 def wider_dtype(widest: bool) -> str:
@@ -198,8 +194,6 @@ _OWN = (
 )
 """Fields of a Granite 4's configuration that Granite 3 has no use for."""
 
-Value = TypeVar("Value")
-
 
 def in_parts(weights: MergedWeights) -> MergedWeights:
     """The same merged model as a Granite 3; any other model as it is.
@@ -219,31 +213,22 @@ def in_parts(weights: MergedWeights) -> MergedWeights:
         )
     factors: dict[str, ModuleFactors] = {}
     for name, change in weights.factors.items():
-        factors |= _named(name, change, _of_rows)
-    trained: dict[str, Tensor] = {}
-    for name, tensor in weights.trained.items():
-        trained |= _named(name, tensor, lambda whole, half: whole.chunk(2)[half])
+        for part, half in _there(name):
+            magnitude = None if change.magnitude is None else _rows(change.magnitude, half)
+            factors[part] = replace(change, lora_B=_rows(change.lora_B, half), magnitude=magnitude)
+    trained = {part: _rows(tensor, half) for name, tensor in weights.trained.items() for part, half in _there(name)}
     return replace(weights, source=_Granite3(source), factors=factors, trained=trained)
 
 
-def _named(name: str, whole: Value, half_of: Callable[[Value, int], Value]) -> dict[str, Value]:
-    """What belongs to a module or a tensor, by the names that it has in a Granite 3."""
+def _there(name: str) -> list[tuple[str, int | None]]:
+    """The names that a module or a tensor has in a Granite 3, each with the half of the rows that it is, if not all."""
     if _FUSED in name:
-        return {name.replace(_FUSED, part): half_of(whole, half) for half, part in enumerate(_PARTS)}
-    return {name.replace(_DOWN, _DOWN_THERE): whole}
+        return [(name.replace(_FUSED, part), half) for half, part in enumerate(_PARTS)]
+    return [(name.replace(_DOWN, _DOWN_THERE), None)]
 
 
-def _of_rows(change: ModuleFactors, half: int) -> ModuleFactors:
-    """The first or the second half of a module's outputs."""
-    magnitude = None if change.magnitude is None else change.magnitude.chunk(2)[half]
-    return replace(change, lora_B=change.lora_B.chunk(2)[half], magnitude=magnitude)
-
-
-class _Place(NamedTuple):
-    """A tensor of the directory, or which half of its rows."""
-
-    name: str
-    half: int | None = None
+def _rows(tensor: Tensor, half: int | None) -> Tensor:
+    return tensor if half is None else tensor.chunk(2)[half]
 
 
 class _Granite3(ModelSource):
@@ -255,9 +240,7 @@ class _Granite3(ModelSource):
         width = source.config["shared_intermediate_size"]
         self.config = stated | {"model_type": "granite", "intermediate_size": width, "mlp_bias": False}
         self.path, self.hub_id, self.origin = source.path, source.hub_id, source.origin
-        self._places: dict[str, _Place] = {}
-        for name in source.tensor_names():
-            self._places |= _named(name, _Place(name), lambda whole, half: _Place(whole.name, half))
+        self._places = {part: (name, half) for name in source.tensor_names() for part, half in _there(name)}
 
     def tensor_names(self) -> tuple[str, ...]:
         """Gate and up in the place of both."""
@@ -265,22 +248,18 @@ class _Granite3(ModelSource):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `ModelSource`."""
-        stored, half = self._place(name)
+        stored, half = self._places.get(name, (name, None))
         rows, *columns = self._source.shape(stored)
         return (rows if half is None else rows // 2, *columns)
 
     def load(self, name: str) -> Tensor:
         """See `ModelSource`."""
-        stored, half = self._place(name)
-        tensor = self._source.load(stored)
-        return tensor if half is None else tensor.chunk(2)[half]
+        stored, half = self._places.get(name, (name, None))
+        return _rows(self._source.load(stored), half)
 
     def dtype(self, name: str) -> torch.dtype:
         """See `ModelSource`."""
-        return self._source.dtype(self._place(name).name)
-
-    def _place(self, name: str) -> _Place:
-        return self._places.get(name, _Place(name))
+        return self._source.dtype(self._places.get(name, (name, None))[0])
 
     def _read_tokenizer(self) -> PreTrainedTokenizerFast:
         return self._source.tokenizer()

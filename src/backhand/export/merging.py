@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType
-from torch import Tensor
 
 from backhand.data.stored_examples import neutral_texts
-from backhand.errors import ArtifactError
+from backhand.errors import ArtifactError, present
 from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model
 from backhand.export.huggingface_writer import write_huggingface
@@ -64,15 +63,12 @@ def merge_command(options: MergeOptions) -> Path:
     return output
 
 
-def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> list[ModuleLoss]:
+def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> None:
     """Write the merged model at `path`, which does not exist, and prove it; `export --merge` calls this too.
 
     Args:
         options: what to merge and how; `output` is not looked at.
         gguf: whether it becomes a GGUF file, else a Hugging Face directory.
-
-    Returns:
-        what each merged module lost to rounding.
 
     Raises:
         ArtifactError, CheckError: see `merge_command`.
@@ -87,7 +83,7 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
-    walk = weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
+    weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
@@ -106,9 +102,7 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
             card=merge_card(opened, base),
         )
     print_losses(weights.losses, prover)
-    base_logits, wanted = walk.logits()
-    _prove(options, opened, weights, path, prover, base_logits, wanted)
-    return weights.losses
+    _prove(options, opened, weights, path, prover)
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:
@@ -131,25 +125,16 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
 
 
 def _prove(
-    options: AdaptedModelOptions,
-    opened: OpenedAdapter,
-    weights: MergedWeights,
-    path: Path,
-    prover: Prover,
-    base: Tensor,
-    wanted: Tensor,
+    options: AdaptedModelOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover
 ) -> None:
     """What was written, read once, against the digests and the logits of base and adapter."""
+    base, wanted = present(weights.walk).logits()
     written = open_model(path)
     check_same_model(weights.source, written, untied=weights.unties_head)
     walk = BlockWalk(written, opened.documents)
     wrong = weights.wrong_tensors(written, walk)
-    prover.check(
-        f"all {len(weights.digests)} tensors read back from the file bit by bit",
-        len(wrong),
-        0,
-        "write it again; the disk may be faulty",
-    )
+    statement = f"all {len(weights.digests)} tensors read back from the file bit by bit"
+    prover.check(statement, len(wrong), 0, "write it again; the disk may be faulty")
     (found,) = walk.logits()
     measured = difference(found, wanted, base)
     # Stored in float32 or better, no merged tensor lost more than float32 rounding.

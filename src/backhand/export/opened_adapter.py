@@ -18,6 +18,7 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
+from backhand.words import name_list
 
 _WITHOUT_ENGINE = (
     "use PEFT: an adapter directory trained here opens there as it is, and merge_and_unload() makes a merged model"
@@ -96,20 +97,12 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
     """
     if not reasons:
         return
-    raise ArtifactError(
-        f"{len(reasons)} adapted module{'s' if len(reasons) > 1 else ''} cannot be expressed in this format",
-        where=f"to {target}",
-        why=_by_reason(reasons),
-        next_step="give --merge: a merged model holds any update" if merge else "export to another format",
-    )
-
-
-def _by_reason(reasons: Mapping[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for module, reason in reasons.items():
         by_reason.setdefault(reason, []).append(module)
-    lines = []
-    for reason, modules in by_reason.items():
-        more = f" and {len(modules) - _SHOWN} more" if len(modules) > _SHOWN else ""
-        lines.append(f"\n    - {', '.join(modules[:_SHOWN])}{more}: {reason}")
-    return "".join(lines)
+    raise ArtifactError(
+        f"{len(reasons)} adapted module{'s' if len(reasons) > 1 else ''} cannot be expressed in this format",
+        where=f"to {target}",
+        why="".join(f"\n    - {name_list(those, limit=_SHOWN)}: {reason}" for reason, those in by_reason.items()),
+        next_step="give --merge: a merged model holds any update" if merge else "export to another format",
+    )

@@ -76,8 +76,8 @@ class MergeOptions(AdaptedModelOptions, Options):
 
 
 @dataclass(frozen=True)
-class _Export:
-    """What only an export can be told."""
+class ExportOptions(AdaptedModelOptions, Options):
+    """An adapter, or a model with the adapter merged into it, in another program's format."""
 
     to: Format | None = None
     """For which program: `peft` (and vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, or `kohya` (diffusion models)."""
@@ -96,11 +96,6 @@ class _Export:
     push: Annotated[Text, Check(_check_repository)] | None = None
     """Upload what was written to this repository of the Hugging Face hub, OWNER/NAME, with the token of
     `hf auth login`; a new one is private."""
-
-
-@dataclass(frozen=True)
-class ExportOptions(_Export, AdaptedModelOptions, Options):
-    """An adapter, or a model with the adapter merged into it, in another program's format."""
 
     def _check_together(self) -> None:
         given("adapter", self.adapter)

@@ -92,16 +92,14 @@ class Prover:
 
 def run_of(adapter: Path | None) -> Path | None:
     """The run directory that holds this adapter, or None."""
-    try:
-        path = None if adapter is None else adapter.resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL character: reading it says so
-        path = None
-    if path is None:
+    if adapter is None:
         return None
-    for parent in (path, *path.parents)[:4]:
-        if (parent / CONFIG).is_file() and (parent / ADAPTER).is_dir():
-            return parent
-    return None
+    try:
+        path = adapter.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL character: reading it says so
+        return None
+    parents = (path, *path.parents)[:4]
+    return next((one for one in parents if (one / CONFIG).is_file() and (one / ADAPTER).is_dir()), None)
 
 
 FACTOR_BOUND = 1e-6
@@ -109,36 +107,24 @@ LOGIT_BOUND = 1e-5
 _REPORT = "report it with the adapter's configuration; the adapter itself is as it was"
 
 
-def prove_factors(prover: Prover, exported: Factors, read: Factors) -> None:
-    """Every module's update, as the file has it, against the adapter's.
+def prove_export(prover: Prover, exported: Factors, read: Factors, opened: OpenedAdapter | None = None) -> None:
+    """Every module's update as the file has it, and the probes' logits with it, against the adapter's.
+
+    Args:
+        opened: what the logits are computed from; None where there is no model.
 
     Raises:
-        CheckError: a module is missing, or its factors are others.
+        CheckError: a module is missing, its factors are others, or logits differ by more than float32 noise.
     """
-    prover.check(
-        "every factor read back from the file gives the adapter's update",
-        factor_error(exported, read),
-        FACTOR_BOUND,
-        _REPORT,
-    )
-
-
-def prove_logits(prover: Prover, opened: OpenedAdapter, read: Factors) -> None:
-    """Logits on the probes with what the file holds, against those with the adapter.
-
-    Raises:
-        CheckError: they differ by more than float32 noise.
-    """
+    error = factor_error(exported, read)
+    prover.check("every factor read back from the file gives the adapter's update", error, FACTOR_BOUND, _REPORT)
+    if opened is None:
+        return
     kind = opened.source.config.get("model_type")
-    exported, written = (parameters_of(factors, kind) for factors in (opened.factors, read))
-    base, wanted, found = BlockWalk(opened.source, opened.documents, [None, exported, written]).logits()
-    measured = difference(found, wanted, base)
-    prover.check(
-        f"logits on {wanted.shape[0]} probe tokens equal those of the adapter that was exported",
-        measured.relative,
-        LOGIT_BOUND,
-        _REPORT,
-    )
+    adapters = [None, *(parameters_of(factors, kind) for factors in (exported, read))]
+    base, wanted, found = BlockWalk(opened.source, opened.documents, adapters).logits()
+    statement = f"logits on {wanted.shape[0]} probe tokens equal those of the adapter that was exported"
+    prover.check(statement, difference(found, wanted, base).relative, LOGIT_BOUND, _REPORT)
 
 
 def factor_error(exported: Factors, read: Factors) -> float:
@@ -147,36 +133,23 @@ def factor_error(exported: Factors, read: Factors) -> float:
     lora_A must have the same bits; ranks may have been filled up with zeros, and modules that are not in the adapter
     must have a factor of nothing but zeros.
     """
-    worst = 0.0
-    for name in {*exported, *read}:
-        if name not in read:
-            return float("inf")
-        found = read[name]
-        if name not in exported:
-            if found.lora_A.any() and found.lora_B.any():
-                return float("inf")
-            continue
-        worst = max(worst, _module_error(exported[name], found))
-    return worst
+    return max((_module_error(exported.get(name), read.get(name)) for name in {*exported, *read}), default=0.0)
 
 
-def _module_error(wanted: ModuleFactors, found: ModuleFactors) -> float:
-    if found.rank < wanted.rank or found.kernel != wanted.kernel:
-        return float("inf")
+def _module_error(wanted: ModuleFactors | None, found: ModuleFactors | None) -> float:
+    if wanted is None:
+        return 0.0 if found is not None and not (found.lora_A.any() and found.lora_B.any()) else math.inf
+    if found is None or found.rank < wanted.rank or found.kernel != wanted.kernel:
+        return math.inf
     wanted = wanted.padded_to(found.rank)
-    if not torch.equal(wanted.lora_A, found.lora_A.to(wanted.lora_A.dtype)):
-        return float("inf")
-    if wanted.lora_B.shape != found.lora_B.shape:
-        return float("inf")
-    ours, theirs = _scaled(wanted), _scaled(found)
+    same_A = torch.equal(wanted.lora_A, found.lora_A.to(wanted.lora_A.dtype))
+    if not same_A or wanted.lora_B.shape != found.lora_B.shape:
+        return math.inf
+    ours, theirs = (one.scaling * one.lora_B.double() for one in (wanted, found))
     distance, size = float((ours - theirs).norm()), float(ours.norm())
     if distance == 0:
         return 0.0
-    return distance / size if size > 0 and math.isfinite(distance) else float("inf")
-
-
-def _scaled(one: ModuleFactors) -> Tensor:
-    return one.scaling * one.lora_B.double()
+    return distance / size if size > 0 and math.isfinite(distance) else math.inf
 
 
 @dataclass(frozen=True)
@@ -205,8 +178,8 @@ def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
         largest = max(largest, float((there - right).abs().max()))
     distance, effect, size = distance**0.5, effect**0.5, size**0.5
     if distance != distance:
-        return Difference(float("inf"), float("inf"), float("inf"))
-    share = distance / effect if effect > 0 else float("inf") if distance > 0 else 0.0
+        return Difference(math.inf, math.inf, math.inf)
+    share = distance / effect if effect > 0 else math.inf if distance > 0 else 0.0
     return Difference(distance / size, share, largest)
 
 

@@ -38,13 +38,7 @@ def chat_command(options: ChatOptions) -> None:
         ArtifactError: model and adapter cannot be read, or do not belong together.
     """
     options.validate()
-    with loaded_model(
-        options.model,
-        options.chat.adapter,
-        chat_template=options.template.chat_template,
-        template_args=options.template.template_args,
-        one_at_a_time=True,
-    ) as loaded:
+    with loaded_model(options.model, options.chat.adapter, template=options.template, one_at_a_time=True) as loaded:
         show_notes(loaded.notes)
         session = GenerationSession(loaded, options.template)
         if not session.has_template:

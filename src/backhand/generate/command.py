@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -53,13 +52,8 @@ def generate_command(options: GenerateOptions) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character shows another one; the answer goes on.
         sys.stdout.reconfigure(errors="replace")
-    with loaded_model(
-        options.model,
-        answer.adapter,
-        chat_template=options.template.chat_template,
-        template_args=options.template.template_args,
-        one_at_a_time=prompt is not None,
-    ) as loaded:
+    one = prompt is not None
+    with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
         if not answer.quiet:
             show_notes(loaded.notes)
         if prompt is None:
@@ -213,8 +207,7 @@ def _answers(
     session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, key: str, labels: Labels
 ) -> list[dict[str, Any]]:
     asked, done = [prompt.input_ids.tolist() for prompt in prompts], count(1)
-    quiet = nullcontext(lambda _: None)
-    with quiet if options.answer.quiet else working(f"{key}: {count_of(len(asked), 'row')}") as tell:
+    with working(f"{key}: {count_of(len(asked), 'row')}", quiet=options.answer.quiet) as tell:
         if labels:
             chosen = choose_labels(session.model, asked, labels)
             usual = [(row, *next(iter(row.items()))) for row in chosen]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, takewhile
 from typing import Protocol
 
@@ -199,9 +200,10 @@ class _Batch:
         self.last_token: list[int] = []
         self.answered: list[int] = []
         firsts = self._firsts(list(self.waiting))
-        longest = len(prompts[self.waiting[0]])
-        rows = rows_at_once(decoder, longest, self.max_new_tokens, len(prompts) / len(firsts))
-        rows = min(self.batch_rows, len(prompts), rows)
+        # A prompt's keys and values are there once for all answers to it.
+        tokens = len(prompts[self.waiting[0]]) / (len(prompts) / len(firsts)) + self.max_new_tokens
+        of_one = tokens * bytes_per_token(decoder.config, decoder.dtype) + state_bytes(decoder.config, decoder.dtype)
+        rows = min(self.batch_rows, len(prompts), max(1, int(CACHE_BYTES / of_one)))
         # Answers are usually far shorter than they may be: room grows when it is needed.
         capacity = sum(len(prompts[self.waiting[place]]) for place in firsts if place < rows)
         capacity += rows * min(self.max_new_tokens, 64)
@@ -281,20 +283,6 @@ class _Batch:
                     values[row] = last
 
 
-def rows_at_once(decoder: Decoder, prompt_tokens: int, new_tokens: int, answers: float) -> int:
-    """How many rows' keys, values and states stay below `CACHE_BYTES`, one at least.
-
-    Args:
-        decoder: whose they are.
-        prompt_tokens: of the longest prompt.
-        new_tokens: that an answer may have.
-        answers: to each prompt, whose keys and values are there once for them.
-    """
-    config, dtype = decoder.config, decoder.dtype
-    tokens = prompt_tokens / answers + new_tokens
-    return max(1, int(CACHE_BYTES / (tokens * bytes_per_token(config, dtype) + state_bytes(config, dtype))))
-
-
 def _shared_prefix(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> IncrementalDecoder | None:
     """Keys and values of what all prompts begin with, None if that is too short to be worth it."""
     length = shared_length(prompts)
@@ -351,8 +339,6 @@ def complete_greedily(
             on_done(number)
         return done
 
-    if isinstance(model, Decoder):
-        complete_batch(model, prompts, choose, finished, max_new_tokens=max_new_tokens, batch_rows=batch_size)
-    else:
-        model.complete(prompts, choose, finished, max_new_tokens=max_new_tokens, batch_rows=batch_size)
+    complete = partial(complete_batch, model) if isinstance(model, Decoder) else model.complete
+    complete(prompts, choose, finished, max_new_tokens=max_new_tokens, batch_rows=batch_size)
     return completions

@@ -249,8 +249,7 @@ class LoRAParameters:
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
         """(name, view) of everything that is trained, in buffer order, such as `<module>.lora_A`."""
-        for name in self._places:
-            yield name, self.tensor(name)
+        return self._values.items()
 
 
 def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:

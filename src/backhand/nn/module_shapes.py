@@ -42,27 +42,11 @@ class ModuleShapes(dict[str, tuple[int, int]]):
         self.experts = dict(experts or {})
         self.interleaved = frozenset(interleaved)
 
-
-def embeddings_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int]]:
-    """(vocab, hidden) of the embeddings; none where only linear modules are known."""
-    return shapes.embeddings if isinstance(shapes, ModuleShapes) else {}
-
-
-def experts_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, int, int]]:
-    """(experts, out, in) of the experts' parameters; none where only linear modules are known."""
-    return shapes.experts if isinstance(shapes, ModuleShapes) else {}
-
-
-def is_interleaved(shapes: Mapping[str, tuple[int, int]], parameter: str) -> bool:
-    """Whether the outputs of a parameter of experts are gate's and up's interleaved."""
-    return isinstance(shapes, ModuleShapes) and parameter in shapes.interleaved
-
-
-def parameters_of(shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, tuple[int, ...]]:
-    """Shape of every parameter by name; those of the linear modules' weights where nothing else is known."""
-    if isinstance(shapes, ModuleShapes):
-        return shapes.parameters
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, int]]) -> ModuleShapes:
+        """The same; of any other mapping, which says nothing of tensors beside the modules' weights, what it says."""
+        weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+        return shapes if isinstance(shapes, cls) else cls(shapes, embeddings={}, parameters=weights, tied={})
 
 
 def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
@@ -75,7 +59,7 @@ def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
             wanted, there = (slot.experts, *wanted), shapes.experts.get(name)
         if there != wanted:
             raise ValueError(f"{name}: adapter is for {wanted}, model has {there}")
-        if slot.interleaved != is_interleaved(shapes, name):
+        if slot.interleaved != (name in shapes.interleaved):
             raise ValueError(f"{name}: gate's and up's rows are interleaved in one of adapter and model alone")
     for tensor in lora.trained.values():
         base = shapes.parameters.get(tensor.base_name, ())

@@ -27,7 +27,7 @@ from backhand.nn.loading import open_model
 from backhand.report.page import page_values
 from backhand.report.rendering import PAGE_SCRIPTS, render
 from backhand.report.run_record import read_run
-from backhand.runs.checkpoint import Checkpoint, CheckpointStore, latest_name
+from backhand.runs.checkpoint import CheckpointStore, latest_name
 from backhand.runs.directory import ADAPTER, ANSWERS, CHECKPOINTS, CONFIG, FACTS, METRICS, PROOFS, STATUS, SUMMARY
 from backhand.runs.status import read_status
 from backhand.training.config_file import load_config
@@ -117,36 +117,30 @@ class PromptBox:
 
     def _with_newest_adapter(self) -> LoadedModel:
         """The model with the adapter of the newest checkpoint, loaded again only where that is another one."""
-        checkpoint = self._newest()
+        there = self._run / CHECKPOINTS
+        store = CheckpointStore(there, FileLayer(), lambda _: None)
+        checkpoint = store.newest_valid() if there.is_dir() else None
         if checkpoint is None:
             raise UsageError("there is no checkpoint yet", next_step="wait for the first one")
         if self._loaded is not None and checkpoint.step == self._step:
             return self._loaded
         self._held.close()
         self._loaded = None
-        self._refuse_too_large()
-        data = self._config.data
-        asked: dict[str, Any] = {"chat_template": data.chat_template, "template_args": data.template_args}
-        # A copy: training removes old checkpoints while they are read.
-        with tempfile.TemporaryDirectory(prefix="backhand-watch-", ignore_cleanup_errors=True) as directory:
-            for name, content in adapter_part(checkpoint.contents).items():
-                (Path(directory) / name).write_bytes(content)
-            loading = loaded_model(self._options, Path(directory), **asked, one_at_a_time=True)
-            self._loaded = self._held.enter_context(loading)
-        self._step = checkpoint.step
-        return self._loaded
-
-    def _refuse_too_large(self) -> None:
         free, needed = available_bytes(), self._weigh()
         if free is not None and needed > free:
             raise ResourceError(
                 f"the model needs {in_words(needed)}, and {in_words(free)} are free",
                 next_step="wait until training is over, or ask `backhand generate` on another machine",
             )
-
-    def _newest(self) -> Checkpoint | None:
-        directory = self._run / CHECKPOINTS
-        return CheckpointStore(directory, FileLayer(), lambda _: None).newest_valid() if directory.is_dir() else None
+        # A copy: training removes old checkpoints while they are read.
+        with tempfile.TemporaryDirectory(prefix="backhand-watch-", ignore_cleanup_errors=True) as directory:
+            for name, content in adapter_part(checkpoint.contents).items():
+                (Path(directory) / name).write_bytes(content)
+            data = self._config.data
+            loading = loaded_model(self._options, Path(directory), template=data, one_at_a_time=True)
+            self._loaded = self._held.enter_context(loading)
+        self._step = checkpoint.step
+        return self._loaded
 
     def _weigh(self) -> int:
         options = self._options

@@ -11,8 +11,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -68,7 +67,7 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
     config = (_resumed(config, typed) if config.run.resume else _fresh(config)).validate()
     machine, shared = resolve_machine(config), Shared()
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-        with _showing("planning", quiet=config.run.quiet) as shown:
+        with working("planning", quiet=config.run.quiet) as shown:
             outline = outline_run(largest(config.run_config, config.search.dimensions), machine, shared=shared)
             search = Search(decided(config, outline), shared)
             search.look_at(outline)
@@ -216,7 +215,7 @@ class Search:
             if trial is None:
                 return
             if trial == "wait":
-                with _showing("other processes are at work on the last trials", quiet=self.config.run.quiet):
+                with working("other processes are at work on the last trials", quiet=self.config.run.quiet):
                     time.sleep(_POLL_S)
                 continue
             try:
@@ -235,7 +234,7 @@ class Search:
             return f"{self.named(trial)}: step {step} of {total}"
 
         try:
-            with _showing(where(0), quiet=self.config.run.quiet) as show:
+            with working(where(0), quiet=self.config.run.quiet) as show:
 
                 def shown(record: Mapping[str, Any]) -> None:
                     """On a terminal all the time, else where nothing was said for long."""
@@ -341,11 +340,6 @@ class Search:
 
 
 _PAUSED = 128
-
-
-def _showing(text: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """`terminal.working`, unless nothing is to be shown."""
-    return nullcontext(lambda _: None) if quiet else working(text)
 
 
 def _as_typed(config: TrainConfig) -> TrainConfig:

@@ -170,11 +170,7 @@ def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> 
             "result": result,
             "dimensions": [dimension.name for dimension in schedule.dimensions],
             "schedule": schedule,
-            "trials": sorted(trials, key=_rank),
+            # those that came farthest first, and of these the lowest loss
+            "trials": sorted(trials, key=lambda one: (-one.done, one.losses[-1] if one.losses else 0.0, one.number)),
         },
     )
-
-
-def _rank(trial: Trial) -> tuple[float, ...]:
-    """Those that came farthest first, and of these the lowest loss."""
-    return (-trial.done, trial.losses[-1] if trial.losses else 0.0, trial.number)

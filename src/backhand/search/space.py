@@ -127,23 +127,20 @@ def _dimension(word: str) -> Dimension:
         )
     part, hint = known[name]
     matched = _RANGE.fullmatch(text)
-    if matched is None or ":" not in text:
+    if matched is None:
         choices = tuple(dict.fromkeys(_value(one) for one in text.split(",") if one.strip()))
-        return _checked(Dimension(name, part, choices=choices), word)
-    try:
-        low, high = float(matched[1]), float(matched[2])
-    except ValueError:
-        low = high = math.nan
-    kinds = {hint, *get_args(hint)}
-    log, whole = matched[3] is not None, int in kinds and float not in kinds
-    if not low < high < math.inf or (log and low <= 0) or not kinds & {int, float}:
-        why = "a logarithmic range begins above 0" if log and low <= 0 else None
-        raise UsageError(f"{text!r} is no range of {name}", where="over", why=why, next_step="write LOW:HIGH, or A,B,C")
-    return _checked(Dimension(name, part, low=low, high=high, log=log, whole=whole), word)
-
-
-def _checked(dimension: Dimension, word: str) -> Dimension:
-    """Raise UsageError for values that the option does not take."""
+        dimension = Dimension(name, part, choices=choices)
+    else:
+        try:
+            low, high = float(matched[1]), float(matched[2])
+        except ValueError:
+            low = high = math.nan
+        kinds = {hint, *get_args(hint)}
+        log, whole = matched[3] is not None, int in kinds and float not in kinds
+        if not low < high < math.inf or (log and low <= 0) or not kinds & {int, float}:
+            why, how = "a logarithmic range begins above 0" if log and low <= 0 else None, "write LOW:HIGH, or A,B,C"
+            raise UsageError(f"{text!r} is no range of {name}", where="over", why=why, next_step=how)
+        dimension = Dimension(name, part, low=low, high=high, log=log, whole=whole)
     for value in dimension.ends:
         try:
             dimension.applied(TrainConfig(), value)

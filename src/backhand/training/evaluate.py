@@ -287,9 +287,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     options.validate()
     run, data = options.run, options.data
     check_first_rows(data)
-    with loaded_model(
-        options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
-    ) as loaded:
+    with loaded_model(options.model, run.adapter, template=data) as loaded:
         show_notes(loaded.notes)
         rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
@@ -389,9 +387,7 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
     rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
     with (
         RewardProcess(run.reward, rewards.reward_timeout) as functions,
-        loaded_model(
-            options.model, run.adapter, chat_template=data.chat_template, template_args=data.template_args
-        ) as loaded,
+        loaded_model(options.model, run.adapter, template=data) as loaded,
     ):
         show_notes(loaded.notes)
         prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]

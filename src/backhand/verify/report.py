@@ -78,9 +78,8 @@ class VerifyReport:
             everything = f"{len(self.rejections)} wrong backward passes are rejected by value"
             yield _proof(everything, not self.survivors, float(rejected), float(len(self.rejections)))
         for proof in self.model:
-            yield replace(
-                _proof(proof.proof, proof.passed, proof.measured, proof.bound), kind=proof.kind, detail=proof.detail
-            )
+            shown = _proof(proof.proof, proof.passed, proof.measured, proof.bound)
+            yield replace(shown, kind=proof.kind, detail=proof.detail)
 
 
 def severity(measured: float, bound: float) -> float:

@@ -181,8 +181,7 @@ def _row(
 
 def _train_and_evaluate(options: PaperOptions, config: TrainConfig, held_out: EvaluationRows) -> dict[str, Any]:
     summary, data = train(config), config.data
-    asked: dict[str, Any] = {"chat_template": data.chat_template, "template_args": data.template_args}
-    with loaded_model(options.model, summary.adapter, **asked) as loaded:
+    with loaded_model(options.model, summary.adapter, template=data) as loaded:
         found = score(loaded, held_out, EvaluateRunOptions(max_new_tokens=options.sweep.max_new_tokens), adapter=True)
     return {
         "base_eval_loss": summary.base_eval_loss,

@@ -37,17 +37,17 @@ class AttentionKept(NamedTuple):
 
     attended: Tensor | None  # (T, H, head_dim), where a gate follows: else it is the output
     log_sum_exp: Tensor  # (≤ T · H,): of what torch's kernels attended, see `ops.attention`
-    q_factor: Tensor | None  # (T, H, 1), families with q/k norm; (T, 1) where it goes over all heads
-    k_factor: Tensor | None  # (T, key/value heads, 1), likewise
+    # of the q/k norms in families with them: (T, H, 1) and (T, key/value heads, 1); (T, 1) where they go over all heads
+    factors: tuple[Tensor, Tensor] | None
 
 
 def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionKept]:
     """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
     config = context.config
-    q, k, v, q_factor, k_factor = prepare_qkv(qkv, weights, context)
+    q, k, v, factors = prepare_qkv(qkv, weights, context)
     place = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
     output, attended = attention_forward(q, k, v, *attention_setting(weights, context), out=place)
-    kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, q_factor, k_factor)
+    kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, factors)
     return gated_output(qkv, output, config), kept
 
 
@@ -97,7 +97,7 @@ def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
 
 def prepare_qkv(
     qkv: Tensor, weights: BlockWeights, context: BlockContext, kept_factors: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
 
     Behind them the factors of the q/k norms, None without; given as `kept_factors`, they are not computed again.
@@ -109,12 +109,12 @@ def prepare_qkv(
     if weights.q_norm is None or weights.k_norm is None:
         for part, table in _rotated_parts(_by_head(qkv, config), context):
             rotary_forward(part, table, out=part)
-        return parts.q, parts.k, parts.v, None, None
+        return parts.q, parts.k, parts.v, None
     q, k, factors = normed(qkv, parts, weights, config, kept_factors)
     if context.rotary is not None:
         rotary_forward(q, context.query_rotary or context.rotary, out=q)
         rotary_forward(k, context.rotary, out=k)
-    return q, k, parts.v, *factors
+    return q, k, parts.v, factors
 
 
 def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
@@ -129,9 +129,8 @@ def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor,
 
 def attended_qkv(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
-    own = kept.own
-    if own.q_factor is not None and own.k_factor is not None:
-        return prepare_qkv(kept.input, weights, context, (own.q_factor, own.k_factor))[:3]
+    if kept.own.factors is not None:
+        return prepare_qkv(kept.input, weights, context, kept.own.factors)[:3]
     q, _, k, v = _parts(kept.input, context.config)
     return q, k, v
 
@@ -162,10 +161,9 @@ def attention_input_gradient(
     attention_backward(d_attended, saved, out=d_by_head, again=again)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)
-    if own.q_factor is not None and own.k_factor is not None:
-        both = _parts(kept.input, config), _parts(d_qkv, config)
-        apart, factors = None if own.attended is None else d_by_head, (own.q_factor, own.k_factor)
-        normed_backward(apart, kept.input, d_qkv, both, factors, weights, adapter, config)
+    if own.factors is not None:
+        both, apart = (_parts(kept.input, config), _parts(d_qkv, config)), None if own.attended is None else d_by_head
+        normed_backward(apart, kept.input, d_qkv, both, own.factors, weights, adapter, config)
     return d_qkv
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,12 @@ def all_but_every(interval: int) -> Callable[[int], bool]:
 
 def still_where(decoder: DecoderConfig, still: Callable[[int], bool]) -> DecoderConfig:
     """Without rotary embedding in these layers."""
-    layers = (replace(layer, rotary=None) if still(n) else layer for n, layer in enumerate(decoder.layers))
+    return with_layers(decoder, map(still, range(len(decoder.layers))), rotary=None)
+
+
+def with_layers(decoder: DecoderConfig, which: Iterable[bool], **own: Any) -> DecoderConfig:
+    """With these values in the layers that `which` says, one for each."""
+    layers = (replace(layer, **own) if here else layer for layer, here in zip(decoder.layers, which, strict=True))
     return replace(decoder, layers=tuple(layers))
 
 

@@ -17,6 +17,7 @@ Checked against the modelling sources of transformers 5.24:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
@@ -29,6 +30,7 @@ from backhand.nn.decoder.common_fields import (
     window_everywhere,
     window_size,
     with_biases,
+    with_layers,
 )
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
@@ -37,13 +39,13 @@ from backhand.ops.clamped_glu import Clamp
 
 def mixtral(fields: ConfigFields) -> DecoderConfig:
     """Mixtral: experts in every layer."""
-    decoder = _experts_everywhere(fields, stated_window(fields))
-    return replace(decoder, mixture=_mixture(fields, "num_local_experts", decoder.intermediate_size))
+    decoder = window_everywhere(fields, stated_window(fields))
+    return _with_experts(decoder, _mixture(fields, "num_local_experts", decoder.intermediate_size))
 
 
 def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     """Qwen3-MoE: perhaps some layers without experts."""
-    decoder = with_biases(fields, _experts_everywhere(fields, used_window(fields)))
+    decoder = with_biases(fields, window_everywhere(fields, used_window(fields)))
     step, count = fields.integer("decoder_sparse_step"), len(decoder.layers)
     dense = fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in dense):
@@ -51,11 +53,7 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
     mixture = _mixture(fields, "num_experts", fields.integer("moe_intermediate_size"))
     mixture = mixture._replace(of_all=not fields.flag("norm_topk_prob", False))
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
-    return replace(
-        decoder,
-        mixture=mixture if any(sparse) else None,
-        layers=tuple(replace(layer, experts=here) for layer, here in zip(decoder.layers, sparse, strict=True)),
-    )
+    return _with_experts(decoder, mixture, sparse)
 
 
 _MOST_EXPERTS = 2**16
@@ -82,17 +80,14 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
     gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
     limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
-    return replace(
-        with_biases(fields, decoder, default=True),
-        mixture=mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True),
-        layers=tuple(replace(layer, experts=True) for layer in decoder.layers),
-    )
+    mixture = mixture._replace(router=GPT_OSS_ROUTER, bias=True, clamp=Clamp(gain, limit), interleaved=True)
+    return _with_experts(with_biases(fields, decoder, default=True), mixture)
 
 
-def _experts_everywhere(fields: ConfigFields, window: int | None) -> DecoderConfig:
-    """What Mixtral and Qwen3-MoE have alike."""
-    decoder = window_everywhere(fields, window)
-    return replace(decoder, layers=tuple(replace(layer, experts=True) for layer in decoder.layers))
+def _with_experts(decoder: DecoderConfig, mixture: Mixture, sparse: Sequence[bool] | None = None) -> DecoderConfig:
+    """With experts in these layers, in all if none are named."""
+    sparse = [True] * len(decoder.layers) if sparse is None else sparse
+    return replace(with_layers(decoder, sparse, experts=True), mixture=mixture if any(sparse) else None)
 
 
 def _mixture(fields: ConfigFields, declared: str, width: int) -> Mixture:

@@ -67,12 +67,9 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
     sharing = fields.integer("num_kv_shared_layers", 0, minimum=0)
     wide = fields.flag("use_double_wide_mlp", False)
     as_values = fields.flag("attention_k_eq_v", False)
-    sizes = _sizes(fields, decoder, sliding, as_values)
-    sources = _sources(sliding, count - sharing)
+    sizes, sources = _sizes(fields, decoder, sliding, as_values), _sources(sliding, count - sharing)
     layers = []
-    for index, slides in enumerate(sliding):
-        head_dim, kv_heads = sizes[index]
-        source = sources[index]
+    for slides, own_sizes, source in zip(sliding, sizes, sources, strict=True):
         ffn = decoder.intermediate_size * (2 if wide and source is not None else 1)
         own = VALUE_NORMED if slides or not as_values else KEYS_AS_VALUES
         layers.append(
@@ -80,7 +77,7 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
                 window=fields.integer("sliding_window") if slides else None,
                 rotary=int(slides),
                 mixer=own if source is None else SHARED_KEYS,
-                sizes=LayerSizes(head_dim, kv_heads, ffn),
+                sizes=LayerSizes(*own_sizes, ffn),
                 keys_of=source,
             )
         )
@@ -125,16 +122,12 @@ def _sizes(fields: ConfigFields, decoder: DecoderConfig, sliding: list[bool], as
             plain if slides else (fields.integer("global_head_dim", _GLOBAL_HEAD_DIM), kv_heads) for slides in sliding
         ]
     else:
-        found = []
+        found = [plain] * len(sliding)
         for index in range(len(sliding)):
-            own = every.mapping(str(index))
-            found.append(
-                plain
-                if own is None
-                else (own.integer("head_dim", plain[0]), own.integer("num_key_value_heads", plain[1]))
-            )
-            if own is not None and (more := own.left()):
-                fields.problem("per_layer_config", f"the engine has no {more[0]} for a layer of its own")
+            if (own := every.mapping(str(index))) is not None:
+                found[index] = own.integer("head_dim", plain[0]), own.integer("num_key_value_heads", plain[1])
+                if more := own.left():
+                    fields.problem("per_layer_config", f"the engine has no {more[0]} for a layer of its own")
         if more := every.left():
             fields.problem("per_layer_config", f"{more[0]} is none of {len(sliding)} layers")
     for kind in (True, False):

@@ -31,9 +31,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import common_fields, layers_of_type, still_where, with_biases, with_multipliers
+from backhand.nn.decoder.common_fields import (
+    common_fields,
+    layers_of_type,
+    still_where,
+    with_biases,
+    with_layers,
+    with_multipliers,
+)
 from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
-from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, LayerConfig, ShortConv
+from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, ShortConv
 from backhand.nn.decoder.rotary import FULL, qwen35_rotary
 
 _ATTENTION = "attention"
@@ -53,12 +60,8 @@ def lfm2(fields: ConfigFields) -> DecoderConfig:
     convolves = _convolving_layers(fields, fields.integer("num_hidden_layers"))
     decoder = common_fields(fields, norm_eps="norm_eps", activation=None)
     return replace(
-        decoder,
+        with_layers(decoder, convolves, rotary=None, mixer=SHORT_CONV),
         intermediate_size=_width(fields, decoder.intermediate_size),
-        layers=tuple(
-            LayerConfig(rotary=None, mixer=SHORT_CONV) if here else layer
-            for layer, here in zip(decoder.layers, convolves, strict=True)
-        ),
         short_conv=ShortConv(fields.integer("conv_L_cache"), fields.flag("conv_bias", False)),
     )
 
@@ -120,14 +123,7 @@ def qwen3_5(fields: ConfigFields) -> DecoderConfig:
     sizes = delta_sizes(fields)
     decoder = with_biases(fields, common_fields(fields, rotary_sets=qwen35_rotary))
     linear = _linear_layers(fields, len(decoder.layers))
-    return replace(
-        decoder,
-        delta=sizes,
-        layers=tuple(
-            LayerConfig(rotary=None, mixer=GATED_DELTA) if here else layer
-            for layer, here in zip(decoder.layers, linear, strict=True)
-        ),
-    )
+    return replace(with_layers(decoder, linear, rotary=None, mixer=GATED_DELTA), delta=sizes)
 
 
 def _linear_layers(fields: ConfigFields, layers: int) -> list[bool]:

@@ -164,24 +164,37 @@ def _parts(config: DecoderConfig, layer: LayerConfig) -> list[_Part]:
     return parts
 
 
-def empty_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> DecoderWeights:
-    """Unfilled buffers of the right shapes."""
+def empty_weights(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu", stored: ModelSource | None = None
+) -> DecoderWeights:
+    """Unfilled buffers of the right shapes; of a source its matrices as they are stored, and buffers beside them."""
     hidden, own = config.hidden_size, config.per_layer
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def block(layer: LayerConfig) -> BlockWeights:
-        tensors: dict[str, Any] = {one.field: new(sum(one.rows), *one.columns) for one in _parts(config, layer)}
+    def matrix(names: Sequence[str], *shape: int) -> FrozenMatrix:
+        if stored is None:
+            return new(*shape)
+        return QuantizedMatrix([stored.stored_rows(f"{name}.weight") for name in names], dtype, device)
+
+    def block(index: int, layer: LayerConfig) -> BlockWeights:
+        tensors: dict[str, Any] = {}
+        for part in _parts(config, layer):
+            shape = (sum(part.rows), *part.columns)
+            modules = [f"model.layers.{index}.{name.removesuffix('.weight')}" for name in part.names]
+            tensors[part.field] = matrix(modules, *shape) if part.multiplies else new(*shape)
         return BlockWeights(**tensors)
 
-    embedding = new(config.vocab_size, hidden)
-    head = embedding if config.tied_head else new(config.vocab_size, hidden)
+    embedding = matrix([EMBEDDING], config.vocab_size, hidden)
+    head = embedding if config.tied_head else matrix(["lm_head"], config.vocab_size, hidden)
     per_layer = None
     if own is not None:
         features = own.layers * own.width
-        per_layer = PerLayerWeights(new(own.vocab_size, features), new(features, hidden), new(own.width))
-    return DecoderWeights(embedding, [block(layer) for layer in config.layers], new(hidden), head, per_layer)
+        table = matrix([PER_LAYER_TABLE], own.vocab_size, features)
+        per_layer = PerLayerWeights(table, matrix([PER_LAYER_MODEL], features, hidden), new(own.width))
+    blocks = [block(index, layer) for index, layer in enumerate(config.layers)]
+    return DecoderWeights(embedding, blocks, new(hidden), head, per_layer)
 
 
 def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, FrozenMatrix]]:
@@ -233,40 +246,9 @@ def load_weights(
     # Before memory is asked for: a garbled size should be an error about a tensor, not about memory.
     wanted = named_views(empty_weights(config, dtype, "meta"), config)
     check_shapes(source, {name: tuple(view.shape) for name, view in wanted})
-    weights = _stored_weights(source, config, dtype, device) if quantized else empty_weights(config, dtype, device)
+    weights = empty_weights(config, dtype, device, source if quantized else None)
     fill(source, dense_views(weights, config))
     return weights
-
-
-def _stored_weights(
-    source: ModelSource, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str
-) -> DecoderWeights:
-    """The matrices as they are stored, and unfilled norms and biases."""
-
-    def matrix(*names: str) -> QuantizedMatrix:
-        return QuantizedMatrix([source.stored_rows(name) for name in names], dtype, device)
-
-    def vector(tensor: Tensor) -> Tensor:
-        # empty_like of a meta tensor imports torch's Python references first: two seconds.
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-
-    empty = empty_weights(config, dtype, "meta")
-    blocks = []
-    for index, block in enumerate(empty.blocks):
-        tensors: dict[str, Any] = {
-            part.field: matrix(*(f"model.layers.{index}.{name}" for name in part.names))
-            if part.multiplies
-            else vector(getattr(block, part.field))
-            for part in _parts(config, config.layers[index])
-        }
-        blocks.append(BlockWeights(**tensors))
-    embedding = matrix(f"{EMBEDDING}.weight")
-    head = embedding if config.tied_head else matrix("lm_head.weight")
-    per_layer = None
-    if empty.per_layer is not None:
-        table, projection = (matrix(f"{name}.weight") for name in (PER_LAYER_TABLE, PER_LAYER_MODEL))
-        per_layer = PerLayerWeights(table, projection, vector(empty.per_layer.norm))
-    return DecoderWeights(embedding, blocks, vector(empty.final_norm), head, per_layer)
 
 
 def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict[str, FrozenMatrix]:

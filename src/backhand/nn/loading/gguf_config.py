@@ -124,7 +124,9 @@ def _rotary(metadata: Metadata, rotated: int, context_length: int, all_factors: 
     # Files of 2023 have a key of its own for linear scaling.
     scale = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     if factors is None and {LONG_FACTORS, SHORT_FACTORS} <= set(all_factors) and kind in ("longrope", "linear"):
-        return _longrope(metadata, theta, context_length, all_factors)
+        lengthened = metadata.number("rope.scaling.attn_factor", 1.0)
+        original = metadata.integer("rope.scaling.original_context_length", context_length)
+        return _longrope(theta, all_factors[SHORT_FACTORS], all_factors[LONG_FACTORS], lengthened, original)
     if kind == "yarn" and (factors is None or bool((factors == 1.0).all())):
         return _yarn(metadata, theta, scale, context_length)
     if kind not in ("none", "linear"):
@@ -135,28 +137,20 @@ def _rotary(metadata: Metadata, rotated: int, context_length: int, all_factors: 
         rule = {"factor": float(factors.max()), **_LLAMA3}
         if scale == 1.0 and torch.allclose(llama3_factors(theta, rotated, rule), factors, rtol=1e-5, atol=0):
             return {"rope_type": "llama3", "rope_theta": theta, **rule}
-        divisors = (factors * scale).tolist()
-        return {
-            "rope_type": "longrope",
-            "rope_theta": theta,
-            "short_factor": divisors,
-            "long_factor": list(divisors),
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": context_length,
-        }
+        return _longrope(theta, factors * scale, factors * scale, 1.0, context_length)
     if scale != 1.0:
         return {"rope_type": "linear", "rope_theta": theta, "factor": scale}
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _longrope(metadata: Metadata, theta: float, context_length: int, factors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _longrope(theta: float, short: Tensor, long: Tensor, lengthened: float, original_length: int) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
-        "short_factor": factors[SHORT_FACTORS].tolist(),
-        "long_factor": factors[LONG_FACTORS].tolist(),
-        "attention_factor": metadata.number("rope.scaling.attn_factor", 1.0),
-        "original_max_position_embeddings": metadata.integer("rope.scaling.original_context_length", context_length),
+        "short_factor": short.tolist(),
+        "long_factor": long.tolist(),
+        "attention_factor": lengthened,
+        "original_max_position_embeddings": original_length,
     }
 
 

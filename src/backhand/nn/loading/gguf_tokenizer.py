@@ -51,9 +51,9 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     if kind == "gpt2":
         backend, adds_bos = _byte_level(file, tokens)
     elif kind == "llama":
-        backend, adds_bos = _sentencepiece(file, tokens), True
+        backend, adds_bos = _spaced(file, tokens, scored=True), True
     elif kind == SPACED:
-        backend, adds_bos = _spaced(file, tokens), True
+        backend, adds_bos = _spaced(file, tokens, scored=False), True
     else:
         raise ArtifactError(
             f"tokenizers of kind {kind!r:.60} cannot be read from a GGUF file",
@@ -117,58 +117,35 @@ def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]
     return merges
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers
+def _spaced(file: GGUFFile, tokens: list[str], *, scored: bool) -> Tokenizer:
+    """Pairs of characters, joined by their scores or by the file's merges; ▁ is a space."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    vocabulary = _vocabulary(tokens)
+    merges = _merges_by_score(file, tokens, vocabulary) if scored else _merges(file, vocabulary)
+    unknown = _token(file, tokens, "unknown")
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if scored and file.value(_KEY + "add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend(_SPACE))
+        back.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer, backend.decoder = normalizers.Sequence(steps) if scored else steps[0], decoders.Sequence(back)
+    if not scored:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
+    return backend
+
+
+def _merges_by_score(file: GGUFFile, tokens: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to join two tokens into a third, best score first; of equal scores the token that comes first.
+
+    Looking up both halves of a token at each of its places is quadratic in its length: long tokens are cut only where
+    both halves have the length of some token, and all of that has a bound, which no vocabulary in use comes near.
+    """
     scores = file.value(_KEY + "scores")
     numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
     if not numbers or len(scores) != len(tokens):
         raise ArtifactError("tokenizer.ggml.scores does not give every token a score", where=str(file.path))
-    unknown = _token(file, tokens, "unknown")
-    vocabulary = _vocabulary(tokens)
-    try:
-        merges = _merges_by_score(vocabulary, scores)
-    except OverflowError as error:
-        raise ArtifactError("its tokens can be joined in too many ways", where=str(file.path), why=str(error)) from None
-    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    backend = Tokenizer(model)
-    has_prefix = bool(file.value(_KEY + "add_space_prefix", True))
-    steps = [normalizers.Prepend(_SPACE)] if has_prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    undo = _undone()
-    backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if has_prefix else undo)
-    return backend
-
-
-def _spaced(file: GGUFFile, tokens: list[str]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    vocabulary = _vocabulary(tokens)
-    unknown = _token(file, tokens, "unknown")
-    model = models.BPE(vocabulary, _merges(file, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    backend = Tokenizer(model)
-    backend.normalizer = normalizers.Replace(" ", _SPACE)
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
-    backend.decoder = decoders.Sequence(_undone())
-    return backend
-
-
-def _undone() -> list[Any]:
-    """From pieces to text: ▁ is a space again, and byte tokens are characters."""
-    from tokenizers import decoders
-
-    return [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-
-
-def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score first; of equal scores the token that comes first.
-
-    Looking up both halves of a token at each of its places is quadratic in its length: long tokens are cut only where
-    both halves have the length of some token, and all of that has a bound.
-
-    Raises:
-        OverflowError: it is beyond that bound, which no vocabulary in use comes near.
-    """
     lengths = {len(token) for token in vocabulary}
     merges: list[tuple[float, int, int, str]] = []
     compared = 0
@@ -179,7 +156,8 @@ def _merges_by_score(vocabulary: dict[str, int], scores: list[float]) -> list[tu
             cuts = sorted(cut for cut in lengths if 0 < cut < size and size - cut in lengths)
             compared += len(lengths) + size * len(cuts)
         if compared > MOST_COMPARED or len(merges) > MOST_MERGES:
-            raise OverflowError("long tokens are made of one another in millions of ways")
+            why = "long tokens are made of one another in millions of ways"
+            raise ArtifactError("its tokens can be joined in too many ways", where=str(file.path), why=why)
         merges += [
             (-scores[index], index, cut, token)
             for cut in cuts

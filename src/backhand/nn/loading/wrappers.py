@@ -18,26 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_TEXT_PREFIXES = {
-    "aya_vision": "language_model",
-    "gemma3": "language_model",
-    "gemma4": "language_model",
-    "idefics3": "text_model",
-    "internvl": "language_model",
-    "llava": "language_model",
-    "llava_next": "language_model",
-    "llava_onevision": "language_model",
-    "lfm2_vl": "language_model",
-    "mistral3": "language_model",
-    "qwen3_5": "language_model",
-    "qwen3_5_moe": "language_model",
-    "smolvlm": "text_model",
-}
-"""Where the text model lies inside `model` of transformers' class, by `model_type`."""
-
-WRAPPERS: tuple[str, ...] = tuple(_TEXT_PREFIXES)
+WRAPPERS: tuple[str, ...] = (
+    "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "lfm2_vl",
+    "mistral3", "qwen3_5", "qwen3_5_moe", "smolvlm",
+)  # fmt: skip
 """Values of `model_type` of image models whose text model is opened alone. Without images each computes what its text
 model computes, which the tests show for every one whose text model the decoder engine knows."""
+_HOLD_A_TEXT_MODEL = ("idefics3", "smolvlm")
+"""Those that call it `text_model` inside `model` of transformers' class; with the others it is `language_model`."""
 
 _TEXT_MODELS = (
     "exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "gpt_oss", "granite", "granitemoehybrid", "lfm2",
@@ -95,7 +83,7 @@ def is_beside(config: Mapping[str, Any], name: str) -> bool:
 def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None]:
     """The text model's configuration and what is around it; the configuration itself and None where nothing is."""
     model_type, text = config.get("model_type"), config.get("text_config")
-    if not isinstance(model_type, str) or model_type not in _TEXT_PREFIXES or not isinstance(text, Mapping):
+    if not isinstance(model_type, str) or model_type not in WRAPPERS or not isinstance(text, Mapping):
         return dict(config), None
     inside = dict(text)
     for key in _TAKEN_FROM_OUTSIDE:
@@ -104,7 +92,7 @@ def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None
     inside["tie_word_embeddings"] = _ties(config)
     inside.pop(_OLDER_TIE, None)
     inside["architectures"] = causal_class(inside.get("model_type")) or inside.get("architectures")
-    return inside, Wrapper(str(model_type), f"model.{_TEXT_PREFIXES[str(model_type)]}")
+    return inside, Wrapper(model_type, f"model.{'text' if model_type in _HOLD_A_TEXT_MODEL else 'language'}_model")
 
 
 def causal_class(model_type: object) -> list[str]:

@@ -106,6 +106,14 @@ class AdaptedModule(nn.Module):
                     )
         return True
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base module: x, or the ids of an embedding, of any leading axes."""
+        return self._with_added(x) if self._adapts else self._base_forward(x)
+
+    def _with_added(self, x: Tensor) -> Tensor:
+        """The same with what was added."""
+        raise NotImplementedError
+
     def _base_forward(self, x: Tensor) -> Tensor:
         """What the module computed before it was adapted, by the very same code."""
         y: Tensor = cast("Any", self._base_class).forward(self, x)
@@ -130,6 +138,7 @@ class LoRAModule(AdaptedModule):
     own_parameters = ("lora_A", "lora_B", "lora_bias", "lora_magnitude")
     own_attributes = ("rank", "scaling", "dropout", *AdaptedModule.own_attributes)
     base_type: ClassVar[type[nn.Module] | None] = None
+    by_columns: ClassVar[bool] = False  # an output channel is a column of the weight: it lies the other way round
     embedding: ClassVar[bool] = False
     takes_lora_bias: ClassVar[bool] = True
 
@@ -163,8 +172,9 @@ class LoRAModule(AdaptedModule):
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
-        """Shapes of lora_A and lora_B for this module."""
-        raise NotImplementedError
+        """Shapes of lora_A and lora_B for this module: (rank, in) and (out, rank)."""
+        out_features, in_features = base_weight(module).shape[:: -1 if cls.by_columns else 1]
+        return (rank, in_features), (out_features, rank)
 
     @classmethod
     def channel_shape(cls, module: nn.Module) -> Shape:
@@ -199,20 +209,15 @@ class LoRAModule(AdaptedModule):
             raise TypeError(f"{cls.__name__} does not adapt {type(module).__name__}")
         if (reason := cls.obstacle(module, rank)) is not None:
             raise ValueError(reason)
-        shapes, channels = cls.factor_shapes(module, rank), cls.channel_shape(module)
+        lora_A, lora_B = cls.factor_shapes(module, rank)
+        shapes = lora_A, lora_B, lora_B[:1] if lora_bias else None, cls.channel_shape(module) if use_dora else None
         adapted = cls._take_over(module)
+        device = adapted.weight.device
         # In half precision a step of the optimizer would vanish in rounding.
         dtype = torch.promote_types(adapted.weight.dtype, torch.float32)
-        adapted.lora_A, adapted.lora_B = (
-            nn.Parameter(torch.zeros(shape, dtype=dtype, device=adapted.weight.device)) for shape in shapes
-        )
-        factor = adapted.lora_A
-        adapted.register_parameter(
-            "lora_bias", nn.Parameter(factor.new_zeros(shapes[1][0], dtype=dtype)) if lora_bias else None
-        )
-        adapted.register_parameter(
-            "lora_magnitude", nn.Parameter(factor.new_zeros(channels, dtype=dtype)) if use_dora else None
-        )
+        for name, shape in zip(cls.own_parameters, shapes, strict=True):
+            trained = None if shape is None else nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+            adapted.register_parameter(name, trained)
         adapted.rank, adapted.scaling, adapted.dropout = rank, scaling, dropout
         adapted.reset_magnitude()
         return adapted
@@ -239,7 +244,7 @@ class LoRAModule(AdaptedModule):
 
     def weight_rows(self) -> Tensor:
         """The base weight as one row an output channel, (out, …)."""
-        return self.weight.flatten(1)
+        return self.weight.T if self.by_columns else self.weight.flatten(1)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -263,7 +268,8 @@ class LoRAModule(AdaptedModule):
         Raises:
             ValueError: it cannot be written as a weight of this module.
         """
-        raise NotImplementedError
+        delta = self.scaling * (self.lora_B @ self.lora_A)
+        return delta.T if self.by_columns else delta
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -285,16 +291,12 @@ class LoRAModule(AdaptedModule):
         merged = self.weight.to(delta.dtype) + delta
         if self.lora_magnitude is not None:
             gain = (self.lora_magnitude.flatten() / self.dora_norm()).to(merged.dtype)
-            merged = self.rows_times(merged, gain)
+            merged = merged * (gain if self.by_columns else gain.view(-1, *(1 for _ in merged.shape[1:])))
         self._keep_unmerged()
         self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
         if self.lora_bias is not None and bias is not None:
             moved = bias.to(delta.dtype) + self.scaling * self.lora_bias
             self.bias = nn.Parameter(moved.to(bias.dtype), requires_grad=False)
-
-    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """A weight of this module's shape, its output channels multiplied by gain (out,)."""
-        return weight * gain.view(-1, *(1 for _ in weight.shape[1:]))
 
     def extra_repr(self) -> str:
         """The base module's description and the adapter's."""

@@ -14,7 +14,6 @@ from backhand.nn.modules.functions import dora, dora_linear, lora_bias, lora_con
 from backhand.ops.dora_linear import DoRAConstants
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, convolution
-from backhand.ops.lora_linear import Dropout
 
 
 class LoRALinear(LoRAModule):
@@ -22,42 +21,22 @@ class LoRALinear(LoRAModule):
 
     base_type = nn.Linear
 
-    @classmethod
-    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
-        """(rank, in) and (out, rank)."""
-        out_features, in_features = base_weight(module).shape
-        return (rank, in_features), (out_features, rank)
-
-    def delta_weight(self) -> Tensor:
-        """(out, in)."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def _with_added(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
-        if not self._adapts:
-            return self._base_forward(x)
         x, weight, bias = self._cast(x)
-        return _linear(self, x, weight, bias)
+        weight = weight.T if self.by_columns else weight
+        factors, dropout = (self.lora_A, self.lora_B), self._drawn_dropout()
+        if self.lora_magnitude is not None:
+            constants = DoRAConstants(self.dora_norm(), self.scaling, dropout)
+            return dora_linear(x, weight, bias, *factors, self.lora_magnitude, constants)
+        y = lora_linear(x, weight, bias, *factors, self.scaling, dropout)
+        return y if self.lora_bias is None else lora_bias(y, self.lora_bias, self.scaling, -1)
 
 
-class _ByColumns(LoRAModule):
-    """A module whose weight lies the other way round: an output channel is a column."""
-
-    def weight_rows(self) -> Tensor:
-        """(out, in)."""
-        return self.weight.T
-
-    def rows_times(self, weight: Tensor, gain: Tensor) -> Tensor:
-        """(in, out) with every column multiplied."""
-        return weight * gain
-
-    def delta_weight(self) -> Tensor:
-        """(in, out)."""
-        return self.scaling * (self.lora_B @ self.lora_A).T
-
-
-class LoRAConv1D(_ByColumns):
+class LoRAConv1D(LoRALinear):
     """An adapted Conv1D of transformers (GPT-2): a linear layer whose weight lies the other way round, (in, out)."""
+
+    by_columns = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -65,39 +44,15 @@ class LoRAConv1D(_ByColumns):
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
-    @classmethod
-    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
-        """(rank, in) and (out, rank), as for a linear layer."""
-        in_features, out_features = base_weight(module).shape
-        return (rank, in_features), (out_features, rank)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out)."""
-        if not self._adapts:
-            return self._base_forward(x)
-        x, weight, bias = self._cast(x)
-        return _linear(self, x, weight.T, bias)
-
-
-def _linear(module: LoRAModule, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The adapted linear layer, (..., in) → (..., out), with weight (out, in), and with what is trained beside A, B."""
-    factors, dropout = (module.lora_A, module.lora_B), module._drawn_dropout()
-    if module.lora_magnitude is not None:
-        constants = DoRAConstants(module.dora_norm(), module.scaling, dropout)
-        return dora_linear(x, weight, bias, *factors, module.lora_magnitude, constants)
-    y = lora_linear(x, weight, bias, *factors, module.scaling, dropout)
-    if module.lora_bias is not None:
-        y = lora_bias(y, module.lora_bias, module.scaling, -1)
-    return y
-
-
-class LoRAEmbedding(_ByColumns):
+class LoRAEmbedding(LoRAModule):
     """An adapted nn.Embedding: y = W[ids] + scaling · lora_A[:, ids]ᵀ lora_Bᵀ, see `ops.lora_embedding`.
 
     As in PEFT there is no dropout here, and lora_A starts at zero and lora_B random.
     """
 
     base_type = nn.Embedding
+    by_columns = True
     embedding = True
     takes_lora_bias = False
 
@@ -113,12 +68,6 @@ class LoRAEmbedding(_ByColumns):
             return "scale_grad_by_freq is not supported"
         return super().obstacle(module, rank)
 
-    @classmethod
-    def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
-        """(rank, vocab) and (hidden, rank)."""
-        vocab, hidden = base_weight(module).shape
-        return (rank, vocab), (hidden, rank)
-
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """As PEFT does for embeddings: lora_A zero and lora_B standard normal."""
@@ -126,10 +75,8 @@ class LoRAEmbedding(_ByColumns):
         self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator, device=generator.device))
         self.reset_beside()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def _with_added(self, ids: Tensor) -> Tensor:
         """(...) ids → (..., hidden)."""
-        if not self._adapts:
-            return self._base_forward(ids)
         y = lora_embedding(ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx)
         if self.lora_magnitude is not None:
             y = dora(y, self.lora_magnitude, self.dora_norm(), None, -1)
@@ -185,11 +132,12 @@ class _LoRAConv(LoRAModule):
         delta = torch.einsum("or,r...->o...", self.lora_B.flatten(1), self.lora_A)
         return self.scaling * delta
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _base_forward(self, x: Tensor) -> Tensor:
+        y: Tensor = cast("Any", self._base_class)._conv_forward(self, x, self.weight, self.bias)
+        return y
+
+    def _with_added(self, x: Tensor) -> Tensor:
         """(batch, in, *L) or (in, *L) → (batch, out, *L') or (out, *L')."""
-        if not self._adapts:
-            y: Tensor = cast("Any", self._base_class)._conv_forward(self, x, self.weight, self.bias)
-            return y
         x, weight, bias = self._cast(x)
         batched = x.dim() == self.dimensions + 2
         x = x if batched else x.unsqueeze(0)
@@ -201,23 +149,19 @@ class _LoRAConv(LoRAModule):
             padding = (0,) * self.dimensions
         geometry = ConvGeometry(self.stride, padding, self.dilation, self.groups)
         if self.lora_magnitude is None:
-            y = self._branch(x, weight, bias, geometry, self._drawn_dropout())
+            factors = self.lora_A, self.lora_B, self.scaling
+            y = lora_conv(x, weight, bias, *factors, geometry, self._drawn_dropout())
             if self.lora_bias is not None:
                 y = lora_bias(y, self.lora_bias, self.scaling, 1)
         else:
             y = self._rescaled(x, weight, bias, geometry)
         return y if batched else y.squeeze(0)
 
-    def _branch(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, dropout: Dropout | None
-    ) -> Tensor:
-        return lora_conv(x, weight, bias, self.lora_A, self.lora_B, self.scaling, geometry, dropout)
-
     def _rescaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
         """With DoRA, see `ops.dora_linear`: what dropout takes out of x still passes through the frozen kernel."""
         dropout = self._drawn_dropout()
         dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
-        z = self._branch(dropped, weight, None, geometry, None)
+        z = lora_conv(dropped, weight, None, self.lora_A, self.lora_B, self.scaling, geometry, None)
         y = dora(z, present(self.lora_magnitude).flatten(), self.dora_norm(), bias, 1)
         return y if dropout is None else y + convolution(x - dropped, weight, None, geometry)
 

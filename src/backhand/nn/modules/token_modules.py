@@ -88,10 +88,8 @@ class TokenEmbedding(TokenModule):
         """(n, hidden), the trained rows."""
         return self.trainable_tokens
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def _with_added(self, ids: Tensor) -> Tensor:
         """(...) ids → (..., hidden)."""
-        if not self._adapts:
-            return self._base_forward(ids)
         return token_embedding(ids, self.weight, self.trainable_tokens, self.token_ids, self.padding_idx)
 
 
@@ -120,9 +118,7 @@ class TokenLinear(TokenModule):
         """(n, hidden), the embedding's trained rows."""
         return self._embedding[0].trainable_tokens
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _with_added(self, x: Tensor) -> Tensor:
         """(..., hidden) → (..., vocab)."""
-        if not self._adapts:
-            return self._base_forward(x)
         x, weight, bias = self._cast(x)
         return token_linear(x, weight, bias, self.rows, self.token_ids)
