@@ -242,8 +242,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._mapped: Any = None
-        self._left = 0  # what tensors are read from, and how much more may be
+        self._mapping: tuple[Any, int] = None, 0  # what tensors are read from, and how many more bytes may be
 
     @cached_property
     def _header(self) -> Any:
@@ -272,12 +271,12 @@ class _SafetensorsFile:
         from safetensors import SafetensorError
 
         try:
-            if self._left <= 0:
-                self._mapped, self._left = self._opened(), _READ_OF_A_MAPPING
-            tensor: Tensor = self._mapped.get_tensor(name)
+            mapped, left = self._mapping  # at once: several threads read
+            mapped, left = (mapped, left) if left else (self._opened(), _READ_OF_A_MAPPING)
+            tensor: Tensor = mapped.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
-        self._left -= tensor.nbytes
+        self._mapping = (mapped, left - tensor.nbytes) if left > tensor.nbytes else (None, 0)
         return tensor
 
     def _damaged(self, error: Exception) -> ArtifactError:
