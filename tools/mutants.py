@@ -4,10 +4,12 @@
     python tools/mutants.py --count 25 --like ../before --modules backhand.data -- tests/data     # in both checkouts
 
 A mistake is one change of one function's tree: a comparison turned round, a branch taken where it was not, `and` for
-`or`, one more or one less, a sum for a difference, a call left out, None returned. The tests are imported once; for
-each mistake a forked process gives the function its other code and runs them until one fails, so that a mistake costs
-what the tests before that one cost. The same seed draws the same mistakes, of the same sources; with `--like`, of the
-functions alone that stand word for word in another checkout, so that old tests and new ones can be held side by side.
+`or`, one more or one less, a sum for a difference, a call left out, None returned. The tests run once without any, and
+what each calls of the package is written down; for each mistake a forked process gives the function its other code and
+runs the tests that call it, the quickest first, until one fails. Calls while tests are collected are not seen, and of a
+function that remembers its results the first test alone is. The same seed draws the same mistakes, of the same sources;
+with `--like`, of the functions alone that stand word for word in another checkout, so that old tests and new ones can
+be held side by side.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from typing import NamedTuple
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-KILLED, SURVIVED, ENDLESS, NOT_PLACED = "killed", "survived", "endless", "not placed"
+KILLED, SURVIVED, ENDLESS = "killed", "survived", "endless"
+UNTRIED, NOT_PLACED = "untried", "not placed"
+"""No test calls its function, or they fail in this order without it too; no function has this code."""
 _FIRST = 60  # of the tests that call a function are run by themselves
 _COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -83,7 +87,7 @@ def main() -> None:
         help="after which a mistake counts as endless; a third for tests that pass",
     )
     parser.add_argument("--output", type=Path, help="a JSON file of what became of each")
-    parser.add_argument("tests", nargs="+", help="files and arguments of pytest")
+    parser.add_argument("tests", nargs="+", help="files of pytest, and arguments that choose among their tests")
     options = parser.parse_args()
     os.chdir(PROJECT)
     loaded = _Loaded(options.tests)
@@ -94,8 +98,8 @@ def main() -> None:
         found.append({"at": f"{mistake.module}:{mistake.line}", "what": mistake.what, "outcome": outcome})
         print(f"{outcome:10} {mistake.module}:{mistake.line} {mistake.what}", flush=True)
     noticed = sum(one["outcome"] in (KILLED, ENDLESS) for one in found)
-    placed = sum(one["outcome"] != NOT_PLACED for one in found)
-    print(f"{noticed} of {placed} mistakes noticed")
+    tried = sum(one["outcome"] not in (NOT_PLACED, UNTRIED) for one in found)
+    print(f"{noticed} of {tried} mistakes noticed, of {len(found)} drawn")
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
@@ -105,7 +109,8 @@ class _Calls:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._fixtures_of: dict[str, list[str]] = {}
+        self._fixtures_of: dict[str, set[str]] = {}
+        self._fixtures: set[str] = set()
         self._of_test: dict[str, set[int]] = {}
         self._of_fixture: dict[tuple[str, str], set[int]] = {}
         self._codes: dict[int, CodeType] = {}
@@ -113,7 +118,7 @@ class _Calls:
 
     @pytest.hookimpl(wrapper=True)  # type: ignore[untyped-decorator]
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self._fixtures_of[item.nodeid] = list(getattr(item, "fixturenames", ()))
+        self._fixtures = self._fixtures_of.setdefault(item.nodeid, set(getattr(item, "fixturenames", ())))
         self._into = self._of_test.setdefault(item.nodeid, set())
         start = time.perf_counter()
         threading.setprofile(self._called)
@@ -127,6 +132,7 @@ class _Calls:
     @pytest.hookimpl(wrapper=True)  # type: ignore[untyped-decorator]
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[object]) -> Iterator[None]:
         outer = self._into
+        self._fixtures.add(fixturedef.argname)  # also one that the test asks for as it runs
         self._into = self._of_fixture.setdefault((fixturedef.baseid, fixturedef.argname), set())
         try:
             return (yield)
@@ -166,15 +172,17 @@ class _Loaded:
     """
 
     def __init__(self, arguments: list[str]) -> None:
+        self._passing: dict[tuple[str, ...], bool] = {}
         # Collected once, so that what the tests import is in this process before it forks.
         pytest.main([*arguments, "--collect-only", "--quiet"])
         with tempfile.NamedTemporaryFile() as file:
             if (child := os.fork()) == 0:
                 calls = _Calls()
-                _run(arguments, calls)
+                code = _run(arguments, calls)
                 Path(file.name).write_text(json.dumps(calls.written()), encoding="utf-8")
-                os._exit(0)
-            os.waitpid(child, 0)
+                os._exit(code)
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) not in (0, 1):  # some may fail in such a process
+                sys.exit("the tests do not run without any mistake")
             self._tests_of: dict[str, list[tuple[str, float]]] = json.loads(Path(file.name).read_text(encoding="utf-8"))
 
     def outcome(self, mistake: Mistake, timeout_s: float) -> str:
@@ -186,16 +194,22 @@ class _Loaded:
         # The quickest notice most; thousands more are collected only where those do not.
         for some in (tests[:_FIRST], tests[_FIRST:]):
             if some and (outcome := _forked(mistake, some, timeout_s)) != SURVIVED:
-                return outcome
-        return SURVIVED
+                return outcome if outcome == NOT_PLACED or self._pass(tuple(some), timeout_s) else UNTRIED
+        return SURVIVED if tests else UNTRIED
+
+    def _pass(self, tests: tuple[str, ...], timeout_s: float) -> bool:
+        """Whether these pass, in this order, without any mistake."""
+        if tests not in self._passing:
+            self._passing[tests] = _forked(None, list(tests), timeout_s) == SURVIVED
+        return self._passing[tests]
 
 
-def _forked(mistake: Mistake, tests: list[str], timeout_s: float) -> str:
+def _forked(mistake: Mistake | None, tests: list[str], timeout_s: float) -> str:
     """What becomes of the tests in a process that the mistake is in force in."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
-        os._exit(_run([*tests, "-x"]) if _put_in_force(mistake) else 99)
+        os._exit(_run([*tests, "-x"]) if mistake is None or _put_in_force(mistake) else 99)
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)

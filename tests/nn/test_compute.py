@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -50,7 +51,7 @@ def test_elsewhere_its_error_decides_and_the_setting_is_put_back(
 
 def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there at the start is frozen, what comes later is collected, and afterwards all is as it was."""
-    monkeypatch.setattr(gc, "get_freeze_count", gc.get_freeze_count.__wrapped__)  # see tests/conftest.py
+    monkeypatch.setattr(gc, "get_freeze_count", inspect.unwrap(gc.get_freeze_count))  # see tests/conftest.py
     gc.unfreeze()
     with loaded_objects_frozen():
         frozen = gc.get_freeze_count()
