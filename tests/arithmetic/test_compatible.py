@@ -73,6 +73,9 @@ def test_labels_and_system_message_stay_where_all_have_the_same(source: ModelSou
     other = adapter(source, tmp_path / "c", labels={"yes": [3, 2]}, system="Say.")
     record, _ = add((pair[0], other), tmp_path / "different")
     assert (record.labels, record.system) == ({}, None)
+    other = adapter(source, tmp_path / "d", tokenizer_digest="sha256:0", **trained)
+    record, _ = add((pair[0], other), tmp_path / "forced", force_base=True)
+    assert (record.labels, record.system) == ({}, trained["system"])  # labels are tokens
 
 
 @pytest.mark.parametrize(

@@ -164,20 +164,25 @@ def test_a_master_without_an_address(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "asked"), [("no-such-host.invalid", 2), ("x y", 2), ("a" * 70 + ".invalid", 1)], ids=["", "blank", "long"]
+    ("error", "asked"), [(socket.gaierror(-2, "Name or service not known"), 2), (UnicodeError("label too long"), 1)]
 )
-def test_other_names_without_an_address(host: str, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that no name can be is not asked for again."""
+def test_a_name_that_none_can_be_is_not_asked_for_again(
+    error: Exception, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: list[str] = []
-    look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: (found.append(name), look_up(name, port))[1])
-    monkeypatch.setattr(meeting, "RESOLVE_S", 0.3)
-    monkeypatch.setattr(meeting.time, "sleep", lambda _s: threading.Event().wait(0.4))
-    place = meeting.Place(rank=1, size=2, host=host, port=29511, local_rank=0, agent_store=False, attempt="/0")
-    with pytest.raises(ResourceError, match="has no address") as raised:
-        meeting.connected(place, f"{host}:29511", server=False)
-    assert repr(host) in raised.value.what and raised.value.why
-    assert found == [host] * asked
+
+    def look_up(name: str, _port: None) -> None:
+        found.append(name)
+        raise error
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    clock = iter(range(100))
+    monkeypatch.setattr(meeting.time, "monotonic", lambda: 4.0 * next(clock))  # of five seconds, two look-ups
+    monkeypatch.setattr(meeting.time, "sleep", lambda _s: None)
+    place = meeting.Place(rank=1, size=2, host="x y", port=29511, local_rank=0, agent_store=False, attempt="/0")
+    with pytest.raises(ResourceError, match="'x y' has no address") as raised:
+        meeting.connected(place, "x y:29511", server=False)
+    assert raised.value.why and found == ["x y"] * asked
 
 
 # ---- stores ------------------------------------------------------------------------------------------------------

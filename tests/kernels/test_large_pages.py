@@ -24,7 +24,6 @@ import resource, threading
 from pathlib import Path
 import torch
 from backhand.kernels import large_pages
-from support.processes import run
 from backhand.nn.compute import keep_freed_memory, release_freed_memory
 
 def total(field):

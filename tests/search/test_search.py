@@ -214,9 +214,11 @@ def test_killed_at_any_time_it_goes_on_without_a_lost_trial(tiny: TinyRun, tmp_p
     config = search_config(tiny, tmp_path / "search")
     for trials in (1, 3):
         process = _started(replace(config, run=replace(config.run, resume=trials > 1)))
-        _wait_for_trials(config.run.output, trials)
-        process.kill()
-        process.join()
+        try:
+            _wait_for_trials(config.run.output, trials)
+        finally:
+            process.kill()
+            process.join()
     ended = search_command(replace(config, run=replace(config.run, resume=True)))
     assert (ended.values, ended.loss, ended.given_loss) == (found.values, found.loss, found.given_loss)
     for number in range(found.trials):
@@ -227,13 +229,17 @@ def test_killed_at_any_time_it_goes_on_without_a_lost_trial(tiny: TinyRun, tmp_p
 def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: Path, found: SearchResult) -> None:
     config = search_config(tiny, tmp_path / "search", {"trials": 6, "sampler": "random"})
     files = [tmp_path / "first", tmp_path / "second"]
-    first = _started(config, str(files[0]))
-    _wait_for_trials(config.run.output, 1)
-    second = _started(replace(config, run=replace(config.run, resume=True)), str(files[1]))
-    for process in (first, second):
-        process.join(240)
-    said = [file.read_text() for file in files]
-    assert (first.exitcode, second.exitcode) == (0, 0), said
+    started = [_started(config, str(files[0]))]
+    try:
+        _wait_for_trials(config.run.output, 1)
+        started.append(_started(replace(config, run=replace(config.run, resume=True)), str(files[1])))
+        for process in started:
+            process.join(240)
+        said = [file.read_text() for file in files]
+        assert [process.exitcode for process in started] == [0, 0], said
+    finally:
+        for process in started:
+            process.kill()
     told = [{line.split(" ")[1] for line in text.splitlines() if line.startswith("trial ")} for text in said]
     assert len(told[0] | told[1]) == 6
     config_ = replace(config, run=replace(config.run, resume=True))

@@ -27,6 +27,7 @@ _PRELOADED = [
     "backhand.training.run",
     "support.forked",
 ]
+_PATIENCE_S = 300
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -57,6 +58,9 @@ def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
 def run(function: Callable[..., None], *arguments: Any) -> int:
     """Call a function in a process of its own; its exit code, negative for a signal."""
     process = start(function, *arguments)
-    process.join()
-    assert process.exitcode is not None
+    process.join(_PATIENCE_S)
+    if process.exitcode is None:  # it hangs, and would keep this process from ending
+        process.kill()
+        process.join()
+        raise AssertionError(f"{function.__name__} hangs")
     return process.exitcode

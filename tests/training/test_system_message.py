@@ -80,7 +80,7 @@ def test_it_is_told_wherever_the_adapter_is_asked(
     capsys.readouterr()
     generate_command(asked)
     found = capsys.readouterr()
-    assert found.err.count(f"had the same system message; where none is given:{option}") == 1
+    assert found.err.count(f"had the same system message, which prompts here lack:{option}") == 1
     assert "system" not in found.out
     chatted = ChatOptions(chat=TalkOptions(adapter=adapter, prompt="name 1"), model=model, sampling=few)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
