@@ -308,7 +308,10 @@ def common_record(
         origin = source.origin
     elif agreed["base_digest"] is None and any(record.base_digest for record in records):
         notes.append("the new adapter does not know its base model's digest: give --model to record it")
-    return AdapterRecord(origin=origin, **agreed | {"labels": agreed["labels"] or {}}), tuple(notes)
+    tokenizers = {agreed["tokenizer_digest"], *(record.tokenizer_digest for record in records)}
+    if agreed["labels"] is None or len(tokenizers) > 1 or None in tokenizers:  # labels are tokens
+        agreed["labels"] = {}
+    return AdapterRecord(origin=origin, **agreed), tuple(notes)
 
 
 def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:

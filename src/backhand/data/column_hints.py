@@ -11,7 +11,7 @@ from backhand.data.options import columns_named
 COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
 """Names, in small letters, of columns that tell rows apart and say nothing."""
 _WANTED = frozenset(("completion", "answer", "response", "output", "reply", "accepted", "chosen", "preferred"))
-_ABOUT_ROWS = frozenset(("split", "subset", "fold", "lang", "language", "locale", "source", "dataset", "file"))
+_ABOUT_ROWS = frozenset(("split", "subset", "fold", "dataset", "file"))
 CLASSES = frozenset(("label", "labels", "class", "category", "intent", "sentiment", "target"))
 _UNWANTED = frozenset(("rejected", "refused", "dispreferred", "negative"))
 """Columns, in small letters, that hold what a model should say; where a row belongs; the class of a text; and what the
@@ -27,7 +27,8 @@ def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str
     """
     read = {column for text in given.values() for column in columns_named(text)}
     small = {name: name.strip().lower() for name in others if name not in (*read, *given, *prompts)}
-    free = [name for name, low in small.items() if _can_be_typed(name) and low not in COUNTING | _UNWANTED]
+    useless = COUNTING | _UNWANTED | _ABOUT_ROWS
+    free = [name for name, low in small.items() if _can_be_typed(name) and low not in useless]
     answer, template = given.get("completion"), given.get("prompt")
     if answer is None and free:
         answer = next((name for name in free if small[name] in _WANTED | CLASSES), free[-1])

@@ -40,7 +40,7 @@ class LoadedModel:
         if self.system is None or given is not None:
             return []
         how = system_option(self.system) or f" --system TEXT, its {len(self.system):,} characters are in backhand.json"
-        return [f"all rows that the adapter was trained on had the same system message; where none is given:{how}"]
+        return [f"all rows that the adapter was trained on had the same system message, which prompts here lack:{how}"]
 
 
 @contextmanager

@@ -141,6 +141,9 @@ def _merges_by_score(file: GGUFFile, tokens: list[str], vocabulary: dict[str, in
 
     Looking up both halves of a token at each of its places is quadratic in its length: long tokens are cut only where
     both halves have the length of some token, and all of that has a bound, which no vocabulary in use comes near.
+
+    Raises:
+        ArtifactError: a token has no score, or the bound is met.
     """
     scores = file.value(_KEY + "scores")
     numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)

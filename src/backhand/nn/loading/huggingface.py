@@ -271,12 +271,13 @@ class _SafetensorsFile:
         from safetensors import SafetensorError
 
         try:
-            mapped, left = self._mapping  # at once: several threads read
-            mapped, left = (mapped, left) if left else (self._opened(), _READ_OF_A_MAPPING)
+            taken = self._mapping  # once: several threads read
+            mapped, left = taken if taken[1] else (self._opened(), _READ_OF_A_MAPPING)
             tensor: Tensor = mapped.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise self._damaged(error) from None
-        self._mapping = (mapped, left - tensor.nbytes) if left > tensor.nbytes else (None, 0)
+        if self._mapping is taken:  # and what another has put here meanwhile stays
+            self._mapping = (mapped, left - tensor.nbytes) if left > tensor.nbytes else (None, 0)
         return tensor
 
     def _damaged(self, error: Exception) -> ArtifactError:

@@ -24,7 +24,7 @@ WRAPPERS: tuple[str, ...] = (
 )  # fmt: skip
 """Values of `model_type` of image models whose text model is opened alone. Without images each computes what its text
 model computes, which the tests show for every one whose text model the decoder engine knows."""
-_HOLD_A_TEXT_MODEL = ("idefics3", "smolvlm")
+_CALL_IT_TEXT_MODEL = ("idefics3", "smolvlm")
 """Those that call it `text_model` inside `model` of transformers' class; with the others it is `language_model`."""
 
 _TEXT_MODELS = (
@@ -92,7 +92,7 @@ def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None
     inside["tie_word_embeddings"] = _ties(config)
     inside.pop(_OLDER_TIE, None)
     inside["architectures"] = causal_class(inside.get("model_type")) or inside.get("architectures")
-    return inside, Wrapper(model_type, f"model.{'text' if model_type in _HOLD_A_TEXT_MODEL else 'language'}_model")
+    return inside, Wrapper(model_type, f"model.{'text' if model_type in _CALL_IT_TEXT_MODEL else 'language'}_model")
 
 
 def causal_class(model_type: object) -> list[str]:

@@ -69,7 +69,7 @@ class TensorBytes(TorchDispatchMode):
         size = storage.nbytes()
 
         def let_go(_: object) -> None:
-            del self._alive[place]
+            self._alive.pop(place, None)
             self.held -= size
 
         self._alive[place] = weakref.ref(storage, let_go)
