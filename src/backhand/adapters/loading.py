@@ -29,7 +29,7 @@ from backhand.adapters.record import (
     tokenizer_digest,
     wrong_base,
 )
-from backhand.adapters.targets import OUTPUT_HEADS, Target, module_values, resolve_adapter
+from backhand.adapters.targets import OUTPUT_HEADS, Target, adapter_layout, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.loading.expert_tensors import matrices_within, may_hold_experts
 from backhand.nn.loading.source import ModelSource
@@ -58,14 +58,16 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
     Raises:
         UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
     """
+    shapes = ModuleShapes.of(module_shapes)
+    modules, experts = [*shapes, *shapes.embeddings], list(shapes.experts)
 
     def expected(config: LoRAConfig) -> Expected:
         # What matches nothing is no problem in itself here: the tensors say what was adapted.
-        slots, trained = resolve_adapter(config, module_shapes, strict=False)
-        targets = module_values(config, [slot.name for slot in slots], strict=False)
+        targets = resolve_targets(config, modules, linear=shapes, parameters=experts, strict=False)
+        slots, trained = adapter_layout(config, shapes, targets, strict=False)
         return Expected(targets, slot_shapes(slots), trained, slots)
 
-    return match_adapter(contents, [*module_shapes, *ModuleShapes.of(module_shapes).embeddings], expected)
+    return match_adapter(contents, modules, expected)
 
 
 def match_adapter(

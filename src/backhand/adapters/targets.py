@@ -43,18 +43,13 @@ class Target:
 
 
 def resolve_adapter(
-    config: LoRAConfig,
-    module_shapes: Mapping[str, tuple[int, int]],
-    *,
-    heads: Collection[str] = OUTPUT_HEADS,
-    strict: bool = True,
+    config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
 ) -> AdapterLayout:
     """Everything that `config` trains on a model.
 
     Args:
         module_shapes: (out, in) of every linear module, by dotted path; a `ModuleShapes` also has embeddings.
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
-        strict: as in `resolve_targets`.
 
     Returns:
         one slot a module, in the order of `module_shapes`, then embeddings, then parameters of experts; and the tensors
@@ -66,7 +61,14 @@ def resolve_adapter(
     """
     shapes = ModuleShapes.of(module_shapes)
     modules, parameters = [*shapes, *shapes.embeddings], list(shapes.experts)
-    targets = resolve_targets(config, modules, linear=shapes, heads=heads, parameters=parameters, strict=strict)
+    targets = resolve_targets(config, modules, linear=shapes, heads=heads, parameters=parameters)
+    return adapter_layout(config, shapes, targets)
+
+
+def adapter_layout(
+    config: LoRAConfig, shapes: ModuleShapes, targets: Sequence[Target], *, strict: bool = True
+) -> AdapterLayout:
+    """What `config` trains on a model, its targets resolved; strict and errors as in `resolve_trained`."""
     slots = tuple(_slot(target, shapes, config) for target in targets)
     trained = resolve_trained(
         config,
