@@ -248,6 +248,8 @@ def test_many_conversations_share_what_one_may_take(monkeypatch: pytest.MonkeyPa
     given = [variables() for _ in range(1000)]
     with pytest.raises(TemplateLimitError, match=r"^it takes 0\.\d s for \d+ conversations$"):
         list(map(template.render, given))
+    another = BoundedTemplate("{% for i in range(2000) %}{{ i }}{% endfor %}")
+    assert another.render(variables()).startswith("0123"), "of the same source, with a count of its own"
     monkeypatch.setattr(template_bounds, "SECONDS_EACH", 1.0)
     assert template.render(variables()).startswith("0123")
 

@@ -24,6 +24,7 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -58,7 +59,7 @@ LONGEST_SOURCE = 2**18
 
 
 class BoundedTemplate:
-    """A template, compiled once.
+    """A template with counts and limits of its own.
 
     Raises:
         jinja2.TemplateSyntaxError: it is not valid Jinja.
@@ -72,8 +73,8 @@ class BoundedTemplate:
         self._rendered, self._seconds = 0, 0.0
         self._environment = _Environment()
         try:
-            self._template = self._environment.from_string(source)
-            self._template.globals = dict(self._template.globals)  # a chain of tables is slow, and read at every render
+            globals_ = dict(self._environment.make_globals(None))  # a chain of tables is slow, and read at every render
+            self._template = self._environment.template_class.from_code(self._environment, _code(source), globals_)
         except (RecursionError, MemoryError):
             raise TemplateLimitError("it is nested too deeply") from None
         except SyntaxError as error:  # of the Python that it is compiled to: too many blocks in one another
@@ -112,6 +113,12 @@ class BoundedTemplate:
             except UnicodeEncodeError:
                 raise TemplateLimitError("it writes half of a surrogate pair, which is not a character") from None
         return text
+
+
+@lru_cache(maxsize=8)
+def _code(source: str) -> types.CodeType:
+    """The compiled form, for all templates of one source: limits and filters are those of what runs it."""
+    return _Environment().compile(source)
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from backhand.training.guards import (
     smoothed,
 )
 from backhand.training.loggers import Observer
-from backhand.training.measuring import ForgettingMeter, HeldOut
+from backhand.training.measuring import NO_FORGETTING, ForgettingMeter, HeldOut
 from backhand.training.state import RunState
 from backhand.training.step import Processes, StepResult
 from backhand.training.step_plan import StepPlan
@@ -180,7 +180,8 @@ class Judge:
             if self.held_out.said:
                 record["answers"] = self.held_out.said
         if self.meter is not None:
-            measured = self.meter.measure(self.model, self.state.lora, self.processes)
+            as_base = progress.step == 0 and self._is_fresh()
+            measured = NO_FORGETTING if as_base else self.meter.measure(self.model, self.state.lora, self.processes)
             record |= {
                 "forgetting_nats": finite_or_none(measured.rise_nats),
                 "forgetting_kl_nats": finite_or_none(measured.kl_nats),
@@ -201,11 +202,7 @@ class Judge:
         progress = self.state.progress
         progress.first_eval_loss = progress.eval_loss = loss
         progress.base_eval_loss = loss
-        factors = self.state.lora.named_tensors()
-        fresh = self.state.lora.plain and not any(
-            bool(torch.any(tensor)) for name, tensor in factors if name.endswith(".lora_B")
-        )
-        if self.held_out is not None and not fresh:
+        if self.held_out is not None and not self._is_fresh():
             self.model.detach()
             try:
                 progress.base_eval_loss = self.held_out.loss(self.model, self.processes, interruptible=False)
@@ -217,6 +214,11 @@ class Judge:
                 why="the base model or the adapter it starts from computes no usable numbers",
                 next_step="try --dtype float32, or load the model again from its source",
             )
+
+    def _is_fresh(self) -> bool:
+        """Whether the adapter surely changes nothing yet: lora_A and lora_B alone, and every lora_B zero."""
+        lora_B = (tensor for name, tensor in self.state.lora.named_tensors() if name.endswith(".lora_B"))
+        return self.state.lora.plain and not any(bool(torch.any(tensor)) for tensor in lora_B)
 
     def _refuse_forgetting(self, record: dict[str, Any]) -> None:
         limit, rise = self.plan.run.max_forgetting, record.get("forgetting_nats")

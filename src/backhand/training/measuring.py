@@ -110,6 +110,10 @@ class Forgetting:
     kl_nats: float
 
 
+NO_FORGETTING = Forgetting(0.0, 0.0)
+"""Of an adapter that changes nothing."""
+
+
 class ForgettingMeter:
     """Measures on documents of token ids.
 
