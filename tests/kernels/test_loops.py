@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -46,12 +47,28 @@ def build(request):
         yield request.param
 
 
-def both_forms(compute):
-    """By the loops, and in torch's form from the same numbers in float64."""
-    found = compute(lambda x: x)
-    with torch_form():
-        expected = compute(lambda x: x.double() if x.is_floating_point() else x)
-    return found, expected
+@pytest.fixture(scope="module")
+def right():
+    """What is computed once for all builds."""
+    return {}
+
+
+@pytest.fixture
+def both_forms(request, right):
+    """Computes by the loops, and in torch's form from the same numbers in float64."""
+    case = request.node.originalname, repr([(n, v) for n, v in request.node.callspec.params.items() if n != "build"])
+    number = itertools.count()
+
+    def both(compute):
+        # Copies: in float64 both write into the same arrays.
+        found, key = [part.clone() for part in compute(lambda x: x)], (case, next(number))
+        if key not in right:
+            with torch_form():
+                there = compute(lambda x: x.double() if x.is_floating_point() else x)
+            right[key] = [part.clone() for part in there]
+        return found, right[key]
+
+    return both
 
 
 def assert_close(found, expected, dtype):
@@ -90,7 +107,7 @@ SIZES = [(0, 5), (1, 1), (3, 7), (2, 16), (5, 33), (4, 64), (3, 129)]
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "n"), SIZES)
-def test_rms_norm_of_any_size(build, dtype, rows, n):
+def test_rms_norm_of_any_size(build, both_forms, dtype, rows, n):
     x, d_y = gapped((rows, n), dtype, 0), gapped((rows, n), dtype, 1)
     weight, residual = torch.randn(n).to(dtype), torch.randn(rows, n).to(dtype)
 
@@ -108,7 +125,7 @@ def test_rms_norm_of_any_size(build, dtype, rows, n):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_rms_norm_of_heads_that_are_a_view(build, dtype):
+def test_rms_norm_of_heads_that_are_a_view(build, both_forms, dtype):
     x, d_y, weight = gapped((5, 9, 24), dtype, 0), gapped((5, 9, 24), dtype, 1), torch.randn(24).to(dtype)
 
     def compute(cast):
@@ -121,7 +138,7 @@ def test_rms_norm_of_heads_that_are_a_view(build, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "n"), SIZES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_glu_of_any_size(build, dtype, rows, n, activation):
+def test_glu_of_any_size(build, both_forms, dtype, rows, n, activation):
     gate, up, d_y = (gapped((rows, n), dtype, seed, size=3.0) for seed in range(3))
     out, grads, again = gapped((rows, n), dtype, 3), gapped((rows, 2 * n), dtype, 4), gapped((rows, n), dtype, 5)
 
@@ -152,7 +169,7 @@ def test_glu_of_any_size(build, dtype, rows, n, activation):
     ],
 )
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_adapted_glu_of_any_size(build, dtype, rows, n, ranks, activation):
+def test_adapted_glu_of_any_size(build, both_forms, dtype, rows, n, ranks, activation):
     gate, up, behind = ranks
     gate_up, d_y = gapped((rows, 2 * n), dtype, 0, size=2.0), gapped((rows, n), dtype, 1)
     h, d_t = gapped((rows, gate + up), dtype, 2), gapped((rows, behind), dtype, 3) if behind else None
@@ -188,7 +205,7 @@ def test_adapted_glu_of_any_size(build, dtype, rows, n, ranks, activation):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("tokens", "half"), [(0, 4), (1, 1), (3, 5), (2, 16), (5, 35)])
-def test_rotary_of_any_size(build, dtype, tokens, half):
+def test_rotary_of_any_size(build, both_forms, dtype, tokens, half):
     x = gapped((tokens, 3, 2 * half), dtype, 0)
     angles = torch.randn(tokens, half, dtype=torch.promote_types(dtype, torch.float32))
 
@@ -214,7 +231,7 @@ def test_rotary_of_any_size(build, dtype, tokens, half):
 )
 @pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
 @pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
-def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed, by_parts, monkeypatch):
+def test_low_rank_products_of_any_size(build, both_forms, dtype, rows, n, rank, transposed, by_parts, monkeypatch):
     monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     v, h, y = gapped((rows, n), dtype, 0), gapped((rows, rank), dtype, 1), gapped((rows, n), dtype, 2)
     factor = gapped((rank, n), dtype, 3, size=max(n, 1) ** -0.5) if transposed else gapped((n, rank), dtype, 3)
@@ -253,7 +270,9 @@ def test_low_rank_products_of_any_size(build, dtype, rows, n, rank, transposed, 
         *((31, (64,), (16,)), (259, (97, 31), (8, 17)), (545, (192,), (33,))),
     ],
 )
-def test_both_products_with_a_gradient_of_any_size(build, dtype, same, by_parts, rows, sizes, ranks, monkeypatch):
+def test_both_products_with_a_gradient_of_any_size(
+    build, both_forms, dtype, same, by_parts, rows, sizes, ranks, monkeypatch
+):
     monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     g, h = gapped((rows, sum(sizes) + 2), dtype, 0), gapped((rows, sum(ranks)), dtype, 1)
     factors = [gapped(size, dtype, 2 + i) for i, size in enumerate(zip(sizes, ranks, strict=True))]
@@ -278,7 +297,7 @@ def test_both_products_with_a_gradient_of_any_size(build, dtype, same, by_parts,
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize(("outputs", "n"), [(0, 5), (1, 1), (3, 0), (4, 7), (9, 64), (6, 1025), (67, 1100)])
-def test_few_rows_of_any_size(build, dtype, rows, outputs, n):
+def test_few_rows_of_any_size(build, both_forms, dtype, rows, outputs, n):
     x, weight = gapped((rows, n), dtype, 0), gapped((outputs, n), dtype, 1, size=max(n, 1) ** -0.5)
     residual, bias = gapped((rows, outputs), dtype, 2), gapped((1, outputs), dtype, 3)[0]
     y = gapped((rows, outputs), dtype, 4)
@@ -294,7 +313,7 @@ def test_few_rows_of_any_size(build, dtype, rows, outputs, n):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("rows", "n"), [(0, 5), (1, 1), (3, 7), (2, 64), (3, 4099), (2, 8200)])
-def test_softmax_losses_of_any_size(build, dtype, rows, n):
+def test_softmax_losses_of_any_size(build, both_forms, dtype, rows, n):
     logits, targets = gapped((rows, n), dtype, 0, size=2.0), torch.arange(rows) * 5 % n
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -383,7 +402,7 @@ def attention_of(documents, heads, kv_heads, head_dim, dtype, *, window=None, sh
         ((200, 90, 80) * 5, 2, 1, 32, 100, tuple(p for n in range(0, 15, 3) for p in (-1, n, n))),
     ],
 )
-def test_attention_of_any_shape(build, dtype, documents, heads, kv_heads, head_dim, window, shared):
+def test_attention_of_any_shape(build, both_forms, dtype, documents, heads, kv_heads, head_dim, window, shared):
     compute = attention_of(documents, heads, kv_heads, head_dim, dtype, window=window, shared=shared)
     assert_close(*both_forms(compute), dtype)
 
@@ -403,7 +422,7 @@ DOCUMENTS = [((), 0), ((1,), 0), ((3, 0, 7), 0), ((2, 5, 5), 1), ((4, 9), 5), ((
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("documents", "shared"), DOCUMENTS)
 @pytest.mark.parametrize(("channels", "width"), [(1, 1), (5, 3), (16, 4), (259, 4), (530, 8), (33, 11)])
-def test_convolutions_of_any_shape(build, dtype, documents, shared, channels, width):
+def test_convolutions_of_any_shape(build, both_forms, dtype, documents, shared, channels, width):
     """More taps than the loops take too."""
     runs = runs_of(documents, shared)
     tokens = tokens_of(runs)
@@ -425,7 +444,7 @@ def test_convolutions_of_any_shape(build, dtype, documents, shared, channels, wi
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_convolution_goes_on(build, dtype):
+def test_a_convolution_goes_on(build, both_forms, dtype):
     x, weight = gapped((22, 19), dtype, 0).view(2, 11, 19), gapped((19, 4), dtype, 1)
 
     def compute(cast):
@@ -461,7 +480,7 @@ def delta_rule_of(documents, heads, group, widths, dtype, *, shared=0, chunk=64,
     ("heads", "group", "widths", "chunk"),
     [(1, 1, (1, 1), 64), (2, 3, (5, 17), 3), (3, 1, (64, 64), 64), (2, 2, (33, 20), 17), (1, 2, (16, 144), 50)],
 )
-def test_delta_rule_of_any_shape(build, dtype, documents, shared, heads, group, widths, chunk):
+def test_delta_rule_of_any_shape(build, both_forms, dtype, documents, shared, heads, group, widths, chunk):
     assert_close(*both_forms(delta_rule_of(documents, heads, group, widths, dtype, shared=shared, chunk=chunk)), dtype)
     if not shared:
         both = both_forms(delta_rule_of(documents, heads, group, widths, dtype, chunk=chunk, states=True))
