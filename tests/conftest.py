@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from functools import cache
 
 # Before anything imports huggingface_hub, tokenizers or torch.
@@ -16,6 +17,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from backhand.training.memory import probe
+from support import measured_once
 
 # Started in the background of a shell this process ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,4 +46,13 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Tests that draw from torch's global generator draw the same numbers alone and in any order."""
-    torch.manual_seed(20210617)
+    torch.default_generator.manual_seed(20210617)  # of the one device; to seed all of them formats the stack each time
+
+
+@pytest.fixture(autouse=True, scope="module")
+def steps_measured_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs that are alike take what was measured for the first of them, but in a file with `memory` in its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "memory" not in request.path.name:
+            patch.setattr(probe, "step_bytes", measured_once.step_bytes)
+        yield

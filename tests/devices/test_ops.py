@@ -10,15 +10,13 @@ from backhand.kernels.builds import torch_form
 from backhand.verify.runner import PROOF_FILES, load_proofs
 from backhand.verify.runner import on_device as moved
 from backhand.verify.scaffold import Case, OpProof
-
-LARGE = {"block": 2, "decoder": 4, "decoder_kinds": 4}
-"""Of what is built of ops, every so many cases."""
+from support.some_cases import some_cases
 
 
 @pytest.mark.parametrize("name", PROOF_FILES)
 def test_an_op_computes_where_its_inputs_are(name: str, device: torch.device) -> None:
     for proof in load_proofs(name):
-        for case in proof.cases[:: LARGE.get(name, 1)]:
+        for case in some_cases(name, proof):
             _compare(proof, case, device)
 
 

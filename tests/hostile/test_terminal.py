@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from backhand.runs.checkpoint import load_checkpoint
+from backhand.training.config import TrainConfig
 from backhand.training.config_file import dump_config
 from backhand.training.run import train
 from hostile.conftest import World
@@ -91,8 +92,7 @@ def test_ctrl_c_on_a_terminal(place: str, tiny: TinyRun, tmp_path: Path) -> None
     if place == "load":
         assert not (tmp_path / "run").exists()
         return
-    config = tiny.config(tmp_path / "run")
-    train(with_options(config, resume=True, output=tmp_path / "run"))
+    train(with_options(TrainConfig(), resume=True, quiet=True, output=tmp_path / "run"))
     straight = tiny.config(tmp_path / "straight", max_steps=4, save_every=1, eval_every=2, micro_batch_rows=2)
     train(straight)
     assert final_bits(tmp_path / "run") == final_bits(tmp_path / "straight")

@@ -38,7 +38,7 @@ OVER = ("learning_rate=1e-3:1e-1:log", "rank=2,4")
 
 
 def search_config(tiny: TinyRun, output: Path, search: dict[str, Any] | None = None, **options: Any) -> SearchConfig:
-    config = tiny.config(output, answers=0, **options)
+    config = tiny.config(output, **{"eval_every": 3, **options})
     parts = {part.name: getattr(config, part.name) for part in fields(TrainConfig)}
     return SearchConfig(**parts, search=SearchOptions(**{"over": OVER, "trials": 5, **(search or {})}))
 
@@ -129,7 +129,7 @@ def test_hidden_states_below_the_lowest_adapted_layer_are_computed_once_for_all_
         StatesInMemory, "put", lambda self, number, states: (kept.append(number), put(self, number, states))[1]
     )
     options = {"layers": "last:1", "cache_frozen": "memory"}
-    train(tiny.config(tmp_path / "alone", answers=0, **options))
+    train(tiny.config(tmp_path / "alone", **{"eval_every": 3, **options}))
     alone = sorted(kept)
     kept.clear()
     search_command(search_config(tiny, tmp_path / "search", {"trials": 6}, **options))

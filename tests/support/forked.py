@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import cache
+
+from backhand.cli import commands
+from backhand.report.rendering import environment
 
 _, _, _path = os.environ.pop("PYTHONPATH", "").partition(os.pathsep)
 if _path:
     os.environ["PYTHONPATH"] = _path
+# Otherwise each process would parse the docstrings of `train`'s options for itself, and compile the report's templates.
+commands.train  # noqa: B018
+for template in environment().list_templates(extensions=["j2"]):
+    environment().get_template(template)
 gc.collect()
 gc.freeze()
-os.fsync = lambda descriptor: None  # as in tests/conftest.py
+gc.get_freeze_count, os.fsync = cache(gc.get_freeze_count), lambda descriptor: None  # as in tests/conftest.py

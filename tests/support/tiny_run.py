@@ -35,7 +35,8 @@ class TinyRun:
         self.held_out = write_rows(directory / "held_out.jsonl", 4, seed=1)
 
     def config(self, output: Path, **options: Any) -> TrainConfig:
-        """A run of two epochs of three steps each, on one thread in float32; options go to the part that has them.
+        """A run of two epochs of three steps each, on one thread in float32, evaluated at its end; options go to the
+        part that has them.
 
         No held-out row is answered: that took a third of the run.
         """
@@ -44,7 +45,7 @@ class TinyRun:
             data=DataOptions(data=(str(self.rows),), eval_data=(str(self.held_out),)),
             adapter=LoRAConfig(rank=3, alpha=5.0),
             optimization=OptimizationOptions(epochs=2, batch_rows=4, learning_rate=3e-3),
-            run=RunOptions(output=output, quiet=True, answers=0),
+            run=RunOptions(output=output, quiet=True, answers=0, eval_every=6),
         )
         return with_options(config, **options)
 

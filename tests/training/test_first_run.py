@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:
 
 def test_the_advice_stands_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tmp_path: Path) -> None:
     output = tmp_path / "a run"
-    summary = train(tiny.config(output, learning_rate=1e-7, overwrite=True))
+    summary = train(tiny.config(output, learning_rate=1e-7, overwrite=True, eval_every=3))
     assert not load_config(output / "config.toml").run.overwrite
     assert summary.advice is not None and "hardly moved" in summary.advice and summary.try_next is not None
     assert summary.try_next.startswith(f"backhand train '{output}/config.toml' --learning-rate ")

@@ -48,7 +48,7 @@ RUNS = {
     "kept-auto": ("deep", "long", "--dtype auto --recompute none --micro-batch-rows 8"),
     "recomputed": ("deep", "long", "--dtype float32 --recompute block --micro-batch-rows 4"),
     "many-short-rows": ("deep", "short", "--dtype float32 --recompute none --micro-batch-rows 8 --rank 64"),
-    "gemma4": ("kinds-of-layers", "short", "--dtype auto"),
+    "gemma4": ("kinds-of-layers", "short", "--dtype auto --answers 0"),
     "gemma4-one": ("kinds-of-layers", "short", "--dtype auto --target-modules per_layer_model_projection"),
     "experts": ("many-experts", "long", "--dtype auto"),
     "adapted-experts": ("many-experts", "long", f"--dtype auto {ADAPTED_EXPERTS}"),
@@ -63,7 +63,7 @@ SLOW = {"kept-auto", "many-short-rows", "gemma4-one", "experts", "experts-short-
     [pytest.param(*run, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, run in RUNS.items()],
 )
 def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str, tmp_path: Path) -> None:
-    options += " --batch-rows 8 --max-steps 3"
+    options += " --batch-rows 8 --max-steps 2"
     predicted, measured = peak_of(folder / model, folder / f"{rows}.jsonl", options, tmp_path / "run")
     assert predicted == pytest.approx(measured, rel=WITHIN), f"{predicted / measured:.2f} of {measured >> 20} MB"
 
