@@ -19,9 +19,9 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,
 PYTEST_ARGS ?=
 FUZZ_ARGS ?= --seconds 60
 CONSTRAINTS ?=
-# One test process more than there are cores, since many tests wait for what they have started, and four at most; each
+# Two test processes more than there are cores, since many tests wait for what they have started, and four at most; each
 # computes with one thread, so that they do not fight for cores.
-PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 3 ? 4 : n + 1)))
+PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n > 2 ? 4 : n + 2)))
 
 # A module is compiled once, not by each of the hundreds of processes that import it, also where the environment says
 # otherwise.
@@ -165,7 +165,7 @@ tests: $(VENV)/.test $(VENV)/.model kernels
 # take longer than these tests, and one core.
 test-avx2: $(VENV)/.test $(VENV)/.model kernels
 	@env $(AVX2) $(MAKE) --no-print-directory --jobs 2 proofs tests \
-		PYTEST_WORKERS=$(shell echo $$(($(PYTEST_WORKERS) > 2 ? $(PYTEST_WORKERS) - 1 : 1))) \
+		PYTEST_WORKERS=$(shell echo $$(($(PYTEST_WORKERS) > 3 ? $(PYTEST_WORKERS) - 2 : 1))) \
 		PYTEST_ARGS='$(AVX2_TESTS) $(PYTEST_ARGS)'
 
 # Of the files that name the model: to collect all the others would take longer than some of its tests. Two files at a
