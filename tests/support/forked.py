@@ -16,7 +16,7 @@ _, _, _path = os.environ.pop("PYTHONPATH", "").partition(os.pathsep)
 if _path:
     os.environ["PYTHONPATH"] = _path
 # Otherwise each process would parse the docstrings of `train`'s options for itself, and compile the report's templates.
-commands.train  # noqa: B018
+_train = commands.train
 for template in environment().list_templates(extensions=["j2"]):
     environment().get_template(template)
 gc.collect()

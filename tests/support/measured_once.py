@@ -30,7 +30,10 @@ def step_bytes(short: ShortModel, *shape: Any) -> StepBytes:
 
 def _decisive(model: Any) -> str:
     frozen = [
-        (name, [(part.type_id, part.blocks.shape, part.order is None) for part in weight.parts])
+        (
+            name,
+            [(part.type_id, part.blocks.shape, part.order is None, part.column_order is None) for part in weight.parts],
+        )
         if isinstance(weight, QuantizedMatrix)
         else (name, weight.shape, weight.dtype)
         for name, weight in model.frozen_tensors()
