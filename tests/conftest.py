@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from backhand.training import measuring
 from backhand.training.memory import probe
 from support import measured_once
 
@@ -27,6 +28,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # No power is lost here, and what would be then is decided by a model of it (support/faulty_files.py): a save waits for
 # the disk seventy times, which on a busy one takes longer than the run.
 os.fsync = lambda descriptor: None
+
+measuring.neutral_texts = measured_once.one_neutral_text
 
 # Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))

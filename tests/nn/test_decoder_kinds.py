@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +117,33 @@ def their_model(variant: str, options: dict[str, Any], dtype: torch.dtype = torc
     return adapted
 
 
-def our_decoder(variant: str, adapted: Any, directory: Path, **options: Any) -> Decoder:
+PEFTs = Callable[[str], tuple[Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def pefts(tmp_path_factory: pytest.TempPathFactory) -> PEFTs:
+    """PEFT's model of a kind, without gradients, and the directory of its adapter; made when first asked for."""
+
+    @cache
+    def made(name: str) -> tuple[Any, Path]:
+        adapted, directory = their_model(*KINDS[name]), tmp_path_factory.mktemp("kind")
+        adapted.save_pretrained(str(directory))
+        return adapted, directory
+
+    def given(name: str) -> tuple[Any, Path]:
+        adapted, directory = made(name)
+        adapted.zero_grad()
+        return adapted, directory
+
+    return given
+
+
+def our_decoder(name: str, pefts: PEFTs, **options: Any) -> Decoder:
     """The engine with the same base, and the adapter from PEFT's own files."""
-    base = tiny_model(variant)
+    base, (_, directory) = tiny_model(KINDS[name][0]), pefts(name)
     decoder = Decoder.from_source(
         InMemoryModel(base.config.to_dict(), dict(base.state_dict())), dtype=torch.float32, **options
     )
-    adapted.save_pretrained(str(directory))
     decoder.attach(load_adapter(directory, decoder.module_shapes()).parameters())
     return decoder
 
@@ -136,10 +158,9 @@ def their_gradients(adapted: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", KINDS)
-def test_logits_loss_and_every_gradient_equal_pefts(name: str, tmp_path: Path) -> None:
-    variant, options = KINDS[name]
-    adapted = their_model(variant, options)
-    decoder = our_decoder(variant, adapted, tmp_path)
+def test_logits_loss_and_every_gradient_equal_pefts(name: str, pefts: PEFTs) -> None:
+    adapted, _ = pefts(name)
+    decoder = our_decoder(name, pefts)
     documents = tiny_documents(LENGTHS)
     batch = supervise(documents)
     with torch.no_grad():
@@ -165,12 +186,10 @@ def test_logits_loss_and_every_gradient_equal_pefts(name: str, tmp_path: Path) -
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
 @pytest.mark.parametrize("name", ["DoRA, q/k norm", "sandwich norms", "linear modules in full", "lora_bias"])
-def test_recomputed_equals_kept(name: str, recompute: str, tmp_path: Path) -> None:
-    variant, options = KINDS[name]
-    adapted, batch = their_model(variant, options), supervise(tiny_documents(LENGTHS))
-    gradients = []
+def test_recomputed_equals_kept(name: str, recompute: str, pefts: PEFTs) -> None:
+    batch, gradients = supervise(tiny_documents(LENGTHS)), []
     for mode in ("none", recompute):
-        decoder = our_decoder(variant, adapted, tmp_path / mode, recompute=mode)
+        decoder = our_decoder(name, pefts, recompute=mode)
         assert decoder.lora is not None
         decoder.lora = with_dropout(decoder.lora, 0.3)
         decoder.attach(decoder.lora)
@@ -188,9 +207,8 @@ def with_dropout(lora: LoRAParameters, probability: float) -> LoRAParameters:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", KINDS)
-def test_generation_token_by_token_equals_all_at_once(name: str, tmp_path: Path) -> None:
-    variant, options = KINDS[name]
-    decoder = our_decoder(variant, their_model(variant, options), tmp_path)
+def test_generation_token_by_token_equals_all_at_once(name: str, pefts: PEFTs) -> None:
+    decoder = our_decoder(name, pefts)
     (document,) = tiny_documents((13,))
     whole = decoder.logits(document)
     state = IncrementalDecoder(decoder)
@@ -202,14 +220,10 @@ def test_generation_token_by_token_equals_all_at_once(name: str, tmp_path: Path)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["DoRA, head", "lora_bias", "tied tokens", "head in full"])
-def test_exact_candidates_in_bfloat16_know_the_adapter(name: str, tmp_path: Path) -> None:
+def test_exact_candidates_in_bfloat16_know_the_adapter(name: str, pefts: PEFTs) -> None:
     """The likeliest tokens' logits are multiplied again in float32: with everything that the head has."""
-    variant, options = KINDS[name]
-    decoder = our_decoder(variant, their_model(variant, options), tmp_path)
-    low = Decoder.from_source(
-        InMemoryModel(tiny_model(variant).config.to_dict(), dict(tiny_model(variant).state_dict())),
-        dtype=torch.bfloat16,
-    )
+    decoder, base = our_decoder(name, pefts), tiny_model(KINDS[name][0])
+    low = Decoder.from_source(InMemoryModel(base.config.to_dict(), dict(base.state_dict())), dtype=torch.bfloat16)
     assert decoder.lora is not None
     low.attach(with_dropout(decoder.lora, 0.0))
     (document,) = tiny_documents((9,))
@@ -225,9 +239,8 @@ def test_exact_candidates_in_bfloat16_know_the_adapter(name: str, tmp_path: Path
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", KINDS)
-def test_detached_it_is_the_base_and_fresh_it_changes_nothing(name: str, tmp_path: Path) -> None:
-    variant, options = KINDS[name]
-    decoder = our_decoder(variant, their_model(variant, options), tmp_path)
+def test_detached_it_is_the_base_and_fresh_it_changes_nothing(name: str, pefts: PEFTs) -> None:
+    decoder = our_decoder(name, pefts)
     (document,) = tiny_documents((13,))
     changed, lora = decoder.logits(document), decoder.lora
     assert lora is not None
@@ -256,7 +269,7 @@ def test_an_adapter_of_other_shapes_is_refused() -> None:
             decoder.attach(lora)
 
 
-def test_the_comparison_notices_a_magnitude_gradient_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_comparison_notices_a_magnitude_gradient_left_out(pefts: PEFTs, monkeypatch: Any) -> None:
     right = group_extras.dora_linear_backward
 
     def wrong(d_y: torch.Tensor, saved: Any, **options: Any) -> Any:
@@ -265,4 +278,4 @@ def test_the_comparison_notices_a_magnitude_gradient_left_out(tmp_path: Path, mo
 
     monkeypatch.setattr(group_extras, "dora_linear_backward", wrong)
     with pytest.raises(AssertionError, match="magnitude"):
-        test_logits_loss_and_every_gradient_equal_pefts("DoRA", tmp_path)
+        test_logits_loss_and_every_gradient_equal_pefts("DoRA", pefts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -24,9 +25,15 @@ SCALING = ALPHA / RANK
 
 
 def adapted_pair(variant: str, **options):
-    """A tiny PEFT model, our decoder with the same numbers, and a batch."""
-    adapted = attach_lora(tiny_model(variant), rank=RANK, alpha=ALPHA)
+    """A tiny PEFT model without gradients, our decoder with the same numbers, and a batch."""
+    adapted = _adapted(variant)
+    adapted.zero_grad()
     return adapted, decoder_like(adapted, SCALING, **options), supervise(tiny_documents(LENGTHS))
+
+
+@cache  # nothing here changes its numbers
+def _adapted(variant: str):
+    return attach_lora(tiny_model(variant), rank=RANK, alpha=ALPHA)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backhand.ops import attention_blocks, document_groups
+from backhand.verify import runner
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
 from support.allocations import held_at_most
 
@@ -16,7 +17,8 @@ from support.allocations import held_at_most
 
 @pytest.fixture
 def blockwise(monkeypatch):
-    """Every run by blocks, and blocks so small that the cases' documents have several."""
+    """Every run by blocks, and blocks so small that the cases' documents have several; the kernels have none."""
+    monkeypatch.setattr(runner, "loops_are_there", lambda: False)
     monkeypatch.setattr(document_groups, "_few_tokens", lambda _q, _cap: 0)
     monkeypatch.setattr(attention_blocks, "BLOCK_TOKENS", 5)
     monkeypatch.setattr(attention_blocks, "ALIGNMENT", 2)

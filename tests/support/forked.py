@@ -11,6 +11,8 @@ from functools import cache
 
 from backhand.cli import commands
 from backhand.report.rendering import environment
+from backhand.training import measuring
+from support.measured_once import one_neutral_text
 
 _, _, _path = os.environ.pop("PYTHONPATH", "").partition(os.pathsep)
 if _path:
@@ -19,6 +21,8 @@ if _path:
 _train = commands.train
 for template in environment().list_templates(extensions=["j2"]):
     environment().get_template(template)
+# As in tests/conftest.py.
+measuring.neutral_texts = one_neutral_text
 gc.collect()
 gc.freeze()
-gc.get_freeze_count, os.fsync = cache(gc.get_freeze_count), lambda descriptor: None  # as in tests/conftest.py
+gc.get_freeze_count, os.fsync = cache(gc.get_freeze_count), lambda descriptor: None

@@ -1,6 +1,8 @@
-"""What a step holds is measured once for all runs of a test process that are alike: a quarter of what a tiny run takes.
+"""What a tiny run measures takes longer than its steps: here it measures less.
 
-Alike is what decides which tensors a pass makes, and how large they are. Tests about memory measure anew.
+What a step holds is measured once for all runs of a test process that are alike, which is what decides the tensors that
+a pass makes, and how large they are; tests about memory measure anew. What is forgotten is measured on one of the four
+neutral texts.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from backhand.data import stored_examples
 from backhand.kernels.builds import library
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.training.engine import ShortModel
@@ -26,6 +29,11 @@ def step_bytes(short: ShortModel, *shape: Any) -> StepBytes:
     if key not in _found:
         _found[key] = _measure(short, *shape)
     return _found[key]
+
+
+def one_neutral_text() -> list[str]:
+    """The first of `stored_examples.neutral_texts`."""
+    return stored_examples.neutral_texts()[:1]
 
 
 def _decisive(model: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backhand.verify.scaffold import Case, OpProof
 
-_EVERY = {"block": 2, "decoder": 4, "decoder_kinds": 4}
+_EVERY = {"block": 2, "decoder": 8, "decoder_kinds": 8}
 
 
 def some_cases(file: str, proof: OpProof) -> Sequence[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -207,12 +208,18 @@ def _adder(writer: gguf.GGUFWriter, value: str | list[Any]) -> Callable[[str, An
 
 
 def _quantized(values: np.ndarray[Any, Any], kind: StorageType) -> np.ndarray[Any, Any]:
-    """By the gguf package where it can, else by llama.cpp."""
-    try:
-        return gguf.quants.quantize(values, kind)
-    except NotImplementedError:
-        rows = quantized_rows(values.reshape(-1, values.shape[-1]), kind)
-        return rows.reshape(*values.shape[:-1], rows.shape[-1])
+    """By the gguf package where it can, else by llama.cpp; tiny models have many tensors in common."""
+    key = kind, values.shape, hashlib.sha256(values.tobytes()).digest()
+    if key not in _blocks:
+        try:
+            _blocks[key] = gguf.quants.quantize(values, kind)
+        except NotImplementedError:
+            rows = quantized_rows(values.reshape(-1, values.shape[-1]), kind)
+            _blocks[key] = rows.reshape(*values.shape[:-1], rows.shape[-1])
+    return _blocks[key]
+
+
+_blocks: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
 
 
 def _writer(model: PreTrainedModel, path: Path, parts: int) -> gguf.GGUFWriter:

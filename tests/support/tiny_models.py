@@ -6,6 +6,7 @@ windows and original rope lengths short enough for a test's document to be longe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -449,11 +450,22 @@ def tiny_model(
     variant: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str = "eager", **overrides: Any
 ) -> PreTrainedModel:
     """A random model in evaluation mode; the same variant, overrides and seed give the same weights in every dtype."""
+    key = repr((variant, dtype, seed, attention, sorted(overrides.items())))
+    if key in _made:
+        return copy.deepcopy(_made[key])
     config = tiny_config(variant, **overrides)
     with torch.device("cpu"):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     randomise(model, seed=seed)
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    if model.num_parameters() < _KEPT_PARAMETERS:
+        _made[key] = copy.deepcopy(model)
+    return model
+
+
+_made: dict[str, PreTrainedModel] = {}
+"""Models as they were made: a copy takes a third of the time. Large ones are made anew."""
+_KEPT_PARAMETERS = 500_000
 
 
 @torch.no_grad()
@@ -525,6 +537,7 @@ def attach_lora(
         r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM", **lora
     )
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted.create_or_update_model_card = lambda *_: None  # a README nobody reads takes most of the time of saving
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

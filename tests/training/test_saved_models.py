@@ -59,16 +59,18 @@ def test_every_family_saved_again_trains_by_the_engine(family: str, start: str, 
     tiny_tokenizer().save_pretrained(saved)
     options: dict[str, Any] = {"max_steps": 2, "eval_data": (), "answers": 0}
     plain = train(tiny.config(tmp_path / "plain", model=str(saved), **options))
-    summary = train(tiny.config(tmp_path / "run", model=str(add_foreign(saved)), **options))
-    assert (summary.engine, summary.engine_note) == ("backhand", None)
-    assert summary.last_loss == plain.last_loss
+    again = options | {"model": str(add_foreign(saved))}
     if start == "directory":  # transformers opens it too, and computes the same
         assert transformers.AutoConfig.from_pretrained(saved).unk_token_id == 0
         # From one adapter: beginnings are drawn in the order of modules, which is another one in transformers' Phi-3.
-        onward = options | {"model": str(saved), "from_adapter": str(tmp_path / "plain" / "adapter")}
-        ours = train(tiny.config(tmp_path / "ours", **onward))
-        reference = train(tiny.config(tmp_path / "reference", engine="transformers", **onward))
-        assert reference.last_loss == pytest.approx(ours.last_loss, rel=1e-4)
+        again |= {"from_adapter": str(tmp_path / "plain" / "adapter")}
+    summary = train(tiny.config(tmp_path / "run", **again))
+    assert (summary.engine, summary.engine_note) == ("backhand", None)
+    if start == "gguf":
+        assert summary.last_loss == plain.last_loss
+    else:
+        reference = train(tiny.config(tmp_path / "reference", engine="transformers", **again))
+        assert reference.last_loss == pytest.approx(summary.last_loss, rel=1e-4)
 
 
 @pytest.mark.smollm2
