@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import cache
 
@@ -22,6 +23,9 @@ from backhand.training import measuring
 from backhand.training.memory import probe
 from support import measured_once
 
+# PEFT would import it, and torch's compiler with it: a second of each test process. No test quantizes by it.
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+
 # Started in the background of a shell this process ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,7 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # the disk seventy times, which on a busy one takes longer than the run.
 os.fsync = lambda descriptor: None
 
-measuring.neutral_texts = measured_once.one_neutral_text
+measuring.neutral_texts = measured_once.two_neutral_texts
 
 # Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))

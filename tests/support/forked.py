@@ -12,7 +12,8 @@ from functools import cache
 from backhand.cli import commands
 from backhand.report.rendering import environment
 from backhand.training import measuring
-from support.measured_once import one_neutral_text
+from backhand.training.memory import probe
+from support.measured_once import step_bytes, two_neutral_texts
 
 _, _, _path = os.environ.pop("PYTHONPATH", "").partition(os.pathsep)
 if _path:
@@ -22,7 +23,7 @@ _train = commands.train
 for template in environment().list_templates(extensions=["j2"]):
     environment().get_template(template)
 # As in tests/conftest.py.
-measuring.neutral_texts = one_neutral_text
+measuring.neutral_texts, probe.step_bytes = two_neutral_texts, step_bytes
 gc.collect()
 gc.freeze()
 gc.get_freeze_count, os.fsync = cache(gc.get_freeze_count), lambda descriptor: None

@@ -1,13 +1,17 @@
 """What a tiny run measures takes longer than its steps: here it measures less.
 
-What a step holds is measured once for all runs of a test process that are alike, which is what decides the tensors that
-a pass makes, and how large they are; tests about memory measure anew. What is forgotten is measured on one of the four
+What a step holds is measured once for all runs of a test session that are alike, which is what decides the tensors that
+a pass makes, and how large they are; tests about memory measure anew. What is forgotten is measured on two of the four
 neutral texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,20 +24,26 @@ from backhand.training.memory import probe
 from backhand.training.memory.parts import StepBytes
 
 _measure = probe.step_bytes
-_found: dict[Hashable, StepBytes] = {}
+_STORE = "BACKHAND_TESTS_MEASURED"
+if _STORE not in os.environ:  # the first process of a session has it until it ends, for all that it starts
+    _directory = tempfile.TemporaryDirectory(prefix="backhand-measured-")
+    os.environ[_STORE] = _directory.name
 
 
 def step_bytes(short: ShortModel, *shape: Any) -> StepBytes:
     """As `probe.step_bytes`."""
     key = _decisive(short.model), *((_decisive(more.model), *more[1:]) for more in short.more), *shape
-    if key not in _found:
-        _found[key] = _measure(short, *shape)
-    return _found[key]
+    kept = Path(os.environ[_STORE]) / hashlib.sha256(repr(key).encode()).hexdigest()
+    if not kept.exists():
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(_measure(short, *shape)))
+        fresh.replace(kept)
+    return StepBytes(*json.loads(kept.read_text()))
 
 
-def one_neutral_text() -> list[str]:
-    """The first of `stored_examples.neutral_texts`."""
-    return stored_examples.neutral_texts()[:1]
+def two_neutral_texts() -> list[str]:
+    """The first of `stored_examples.neutral_texts`; several, so that processes can share them."""
+    return stored_examples.neutral_texts()[:2]
 
 
 def _decisive(model: Any) -> str:
