@@ -224,6 +224,8 @@ def _forked(mistake: Mistake | None, tests: list[str], timeout_s: float) -> str:
 
 def _run(arguments: list[str], *plugins: object) -> int:
     _silence()
+    if remembered := os.environ.get("BACKHAND_TESTS_MEASURED"):  # by other processes, without this mistake
+        os.environ["BACKHAND_TESTS_MEASURED"] = tempfile.mkdtemp(dir=remembered)
     return int(pytest.main([*arguments, "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"], plugins=[*plugins]))
 
 

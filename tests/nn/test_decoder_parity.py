@@ -31,9 +31,21 @@ def adapted_pair(variant: str, **options):
     return adapted, decoder_like(adapted, SCALING, **options), supervise(tiny_documents(LENGTHS))
 
 
-@cache  # nothing here changes its numbers
+@cache
 def _adapted(variant: str):
-    return attach_lora(tiny_model(variant), rank=RANK, alpha=ALPHA)
+    adapted = attach_lora(tiny_model(variant), rank=RANK, alpha=ALPHA)
+    _AS_MADE.append((adapted, {name: tensor.clone() for name, tensor in adapted.state_dict().items()}))
+    return adapted
+
+
+_AS_MADE = []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_changes_what_tests_share():
+    yield
+    for adapted, before in _AS_MADE:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

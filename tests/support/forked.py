@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from functools import cache
 
 from backhand.cli import commands
@@ -22,7 +23,8 @@ if _path:
 _train = commands.train
 for template in environment().list_templates(extensions=["j2"]):
     environment().get_template(template)
-# As in tests/conftest.py.
+# As in tests/conftest.py, in files about memory too.
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 measuring.neutral_texts, probe.step_bytes = two_neutral_texts, step_bytes
 gc.collect()
 gc.freeze()

@@ -1,4 +1,4 @@
-"""What a tiny run measures takes longer than its steps: here it measures less.
+"""Measuring takes longer than a tiny run's steps, so that tests measure less.
 
 What a step holds is measured once for all runs of a test session that are alike, which is what decides the tensors that
 a pass makes, and how large they are; tests about memory measure anew. What is forgotten is measured on two of the four
@@ -19,6 +19,7 @@ import torch
 from backhand.data import stored_examples
 from backhand.kernels.builds import library
 from backhand.kernels.quantized_matrix import QuantizedMatrix
+from backhand.ops.weight_tiles import drop_scratch
 from backhand.training.engine import ShortModel
 from backhand.training.memory import probe
 from backhand.training.memory.parts import StepBytes
@@ -36,13 +37,14 @@ def step_bytes(short: ShortModel, *shape: Any) -> StepBytes:
     kept = Path(os.environ[_STORE]) / hashlib.sha256(repr(key).encode()).hexdigest()
     if not kept.exists():
         fresh = kept.with_suffix(f".{os.getpid()}")
+        drop_scratch()  # what an earlier run has made would not count
         fresh.write_text(json.dumps(_measure(short, *shape)))
         fresh.replace(kept)
     return StepBytes(*json.loads(kept.read_text()))
 
 
 def two_neutral_texts() -> list[str]:
-    """The first of `stored_examples.neutral_texts`; several, so that processes can share them."""
+    """The first of `stored_examples.neutral_texts`; still two, so that processes can share them."""
     return stored_examples.neutral_texts()[:2]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from backhand.verify.scaffold import Case, OpProof
 
-_EVERY = {"block": 2, "decoder": 8, "decoder_kinds": 8}
+_EVERY = {"block": 2, "decoder": 7, "decoder_kinds": 7}  # odd: recompute modes alternate
 
 
 def some_cases(file: str, proof: OpProof) -> Sequence[Case]:

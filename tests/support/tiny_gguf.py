@@ -209,13 +209,14 @@ def _adder(writer: gguf.GGUFWriter, value: str | list[Any]) -> Callable[[str, An
 
 def _quantized(values: np.ndarray[Any, Any], kind: StorageType) -> np.ndarray[Any, Any]:
     """By the gguf package where it can, else by llama.cpp; tiny models have many tensors in common."""
-    key = kind, values.shape, hashlib.sha256(values.tobytes()).digest()
+    key = kind, values.dtype, values.shape, hashlib.sha256(values.tobytes()).digest()
     if key not in _blocks:
         try:
             _blocks[key] = gguf.quants.quantize(values, kind)
         except NotImplementedError:
             rows = quantized_rows(values.reshape(-1, values.shape[-1]), kind)
             _blocks[key] = rows.reshape(*values.shape[:-1], rows.shape[-1])
+        _blocks[key].setflags(write=False)
     return _blocks[key]
 
 

@@ -454,7 +454,7 @@ def tiny_model(
     if key in _made:
         return copy.deepcopy(_made[key])
     config = tiny_config(variant, **overrides)
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # drawn or copied, it leaves the generator alone
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     randomise(model, seed=seed)
     model = model.to(dtype).eval()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from backhand.nn.decoder.family_parsing import FAMILIES
+from backhand.nn.decoder.family_parsing import FAMILIES, decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
 from backhand.training.run import train
@@ -59,7 +59,9 @@ def test_every_family_saved_again_trains_by_the_engine(family: str, start: str, 
     tiny_tokenizer().save_pretrained(saved)
     options: dict[str, Any] = {"max_steps": 2, "eval_data": (), "answers": 0}
     plain = train(tiny.config(tmp_path / "plain", model=str(saved), **options))
+    read = decoder_config(open_model(saved).config)
     again = options | {"model": str(add_foreign(saved))}
+    assert decoder_config(open_model(saved).config) == read
     if start == "directory":  # transformers opens it too, and computes the same
         assert transformers.AutoConfig.from_pretrained(saved).unk_token_id == 0
         # From one adapter: beginnings are drawn in the order of modules, which is another one in transformers' Phi-3.

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from backhand.ops.registry import OPS
 from backhand.verify.cases.lora_linear import CASES
-from backhand.verify.runner import _forward_of, forms, load_proofs, prove_case, reject_mutants
+from backhand.verify.runner import (
+    Errors,
+    Row,
+    Trial,
+    _forward_of,
+    forms,
+    load_proofs,
+    prove_case,
+    reject_mutants,
+)
 from backhand.verify.scaffold import Mutant
 
 (LORA_LINEAR,) = load_proofs("lora_linear")
@@ -54,6 +64,29 @@ def test_a_mistake_in_one_row_is_found_there():
     rows = failed(with_mistake("d_x", spoiled))
     assert {row.tensor for row in rows} == {"d_x"}
     assert "row 3: off by" in next(row.worst for row in rows if row.check == "autograd")
+
+
+@pytest.mark.parametrize(
+    ("ours", "tried", "passes"),
+    [
+        ([1.0], 1, True),
+        ([3.0, 1.0, 1.0, 1.0], 4, True),
+        ([4.0] * 4 + [0.5] * 4, 8, True),
+        ([4.0] * 8, 8, False),
+    ],
+)
+def test_rounding_above_its_bound_is_judged_over_four_inputs_then_over_eight(ours, tried, passes, monkeypatch):
+    asked = []
+
+    def errors(_trial, _tensors, _dtype, number):
+        asked.append(number)
+        return {"y": Errors(ours[number], 1.0, "")}  # autograd's own is 1, the bound 2
+
+    monkeypatch.setattr(Trial, "_rounding_errors", errors)
+    trial = Trial(LORA_LINEAR, FIRST, FIRST.tensors)
+    (row,) = trial.low_precision_rows(partial(Row, "lora_linear", FIRST.name), torch.float32)
+    assert asked == list(range(tried))
+    assert row.passed == passes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -40,7 +40,7 @@ Prepared = tuple[Case, Tensors, Tensors]
 LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
-NEIGHBOURS, AT_FIRST = 7, 3
+NEIGHBOURS, FIRST_NEIGHBOURS = 7, 3  # beside the case's own input
 AUTOGRAD, DIFFERENCES = "autograd", "differences"
 TORCH, COMPILED = "torch", "compiled"
 
@@ -180,16 +180,16 @@ class Trial:
             return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
 
         found = self._rounding_errors(self.exact, dtype, 0)
-        several, near = [found], enumerate(_neighbours(self.exact), start=1)
+        tried, neighbours = [found], enumerate(_neighbours(self.exact), start=1)
         # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
         while any(errors.by_hand > bound(errors) for errors in found.values()):
-            next_ones = islice(near, AT_FIRST if len(several) == 1 else None)
-            more = [self._rounding_errors(tensors, dtype, number) for number, tensors in next_ones]
+            batch = islice(neighbours, FIRST_NEIGHBOURS if len(tried) == 1 else None)
+            more = [self._rounding_errors(tensors, dtype, number) for number, tensors in batch]
             if not more:
                 break
-            several += more
-            for name, errors in several[0].items():
-                by_hand, by_autograd, _ = zip(*(one[name] for one in several), strict=True)
+            tried += more
+            for name, errors in tried[0].items():
+                by_hand, by_autograd, _ = zip(*(one[name] for one in tried), strict=True)
                 found = found | {name: Errors(typical(by_hand), typical(by_autograd), errors.worst)}
         for name, errors in found.items():
             yield row(dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
@@ -270,7 +270,7 @@ def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterat
     """Run every mutant of every form on the cases in float64, against autograd of the reference, until one rejects it.
 
     The case that has rejected a mistake comes first for the same mistake in another gradient or form, then those that
-    have rejected others, the last one first; a case without the gradient is not tried.
+    have rejected others, the last one first; a case without such an input is not tried.
     """
 
     @cache
@@ -280,16 +280,16 @@ def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterat
             names = list(case.by_hand(tensors, proof.backward).gradients)
         return case, tensors, autograd_gradients(case.reference, tensors, names)[1]
 
-    having: dict[str, list[int]] = {}  # the places of the cases with a gradient
+    places_with: dict[str, list[int]] = {}  # of the cases that have an input with such a gradient
     for place, case in enumerate(proof.cases):
         for gradient in {f"d_{kind(name)}" for name in case.tensors}:
-            having.setdefault(gradient, []).append(place)
+            places_with.setdefault(gradient, []).append(place)
     rejecting: dict[str, str] = {}  # the case that has rejected a mistake last, by the mistake's name
     for form in forms(proof, device):
         for mutant in proof.mutants:
             first = [rejecting.get(mutant.name), *reversed(rejecting.values())]
-            ranks = {name: rank for rank, name in reversed([*enumerate(first)])}
-            places = having.get(mutant.gradient, [])
+            ranks = {name: rank for rank, name in reversed([*enumerate(first)])}  # of its first mention
+            places = places_with.get(mutant.gradient, [])
             places = sorted(places, key=lambda place: ranks.get(proof.cases[place].name, len(ranks)))
             rejection = reject_mutant(proof, mutant, map(prepared, places), form)
             if rejection.passed:
