@@ -55,7 +55,7 @@ RUNS = {
     "experts-short-rows": ("many-experts", "short", "--dtype auto"),
     "few-experts": ("few-experts", "long", "--dtype auto"),
 }
-SLOW = {"head-float32", "kept-auto", "many-short-rows", "gemma4-one", "experts", "experts-short-rows", "few-experts"}
+SLOW = {"kept-auto", "many-short-rows", "gemma4-one", "experts", "experts-short-rows", "few-experts"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ Prepared = tuple[Case, Tensors, Tensors]
 LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
-NEIGHBOURS, FIRST_NEIGHBOURS = 7, 3  # beside the case's own input
+NEIGHBOURS = 7
 AUTOGRAD, DIFFERENCES = "autograd", "differences"
 TORCH, COMPILED = "torch", "compiled"
 
@@ -180,17 +179,13 @@ class Trial:
             return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
 
         found = self._rounding_errors(self.exact, dtype, 0)
-        tried, neighbours = [found], enumerate(_neighbours(self.exact), start=1)
-        # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
-        while any(errors.by_hand > bound(errors) for errors in found.values()):
-            batch = islice(neighbours, FIRST_NEIGHBOURS if len(tried) == 1 else None)
-            more = [self._rounding_errors(tensors, dtype, number) for number, tensors in batch]
-            if not more:
-                break
-            tried += more
-            for name, errors in tried[0].items():
-                by_hand, by_autograd, _ = zip(*(one[name] for one in tried), strict=True)
-                found = found | {name: Errors(typical(by_hand), typical(by_autograd), errors.worst)}
+        if any(errors.by_hand > bound(errors) for errors in found.values()):
+            # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
+            near = enumerate(_neighbours(self.exact), start=1)
+            more = [self._rounding_errors(tensors, dtype, number) for number, tensors in near]
+            for name, errors in found.items():
+                by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
+                found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
         for name, errors in found.items():
             yield row(dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
 
@@ -280,17 +275,14 @@ def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterat
             names = list(case.by_hand(tensors, proof.backward).gradients)
         return case, tensors, autograd_gradients(case.reference, tensors, names)[1]
 
-    places_with: dict[str, list[int]] = {}  # of the cases that have an input with such a gradient
-    for place, case in enumerate(proof.cases):
-        for gradient in {f"d_{kind(name)}" for name in case.tensors}:
-            places_with.setdefault(gradient, []).append(place)
+    names = [case.name for case in proof.cases]
+    kinds = [{f"d_{kind(name)}" for name in case.tensors} for case in proof.cases]
     rejecting: dict[str, str] = {}  # the case that has rejected a mistake last, by the mistake's name
     for form in forms(proof, device):
         for mutant in proof.mutants:
             first = [rejecting.get(mutant.name), *reversed(rejecting.values())]
-            ranks = {name: rank for rank, name in reversed([*enumerate(first)])}  # of its first mention
-            places = places_with.get(mutant.gradient, [])
-            places = sorted(places, key=lambda place: ranks.get(proof.cases[place].name, len(ranks)))
+            places = [place for place, of_case in enumerate(kinds) if mutant.gradient in of_case]
+            places.sort(key=lambda place: [*first, names[place]].index(names[place]))
             rejection = reject_mutant(proof, mutant, map(prepared, places), form)
             if rejection.passed:
                 rejecting.pop(mutant.name, None)
