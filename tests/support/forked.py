@@ -11,6 +11,7 @@ import sys
 from functools import cache
 
 from backhand.cli import commands
+from backhand.kernels.builds import usable
 from backhand.report.rendering import environment
 from backhand.training import measuring
 from backhand.training.memory import probe
@@ -29,3 +30,6 @@ measuring.neutral_texts, probe.step_bytes = two_neutral_texts, step_bytes
 gc.collect()
 gc.freeze()
 gc.get_freeze_count, os.fsync = cache(gc.get_freeze_count), lambda descriptor: None
+# Counted, and the builds of the kernels looked through, once for all.
+gc.get_freeze_count()
+usable()

@@ -56,6 +56,11 @@ class Held(Tensor):
 class Everywhere(TorchDispatchMode):
     """Ops without a tensor as well: those that make one."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled."""
+        return False
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Of every op."""
         return computed(op, args, kwargs or {})

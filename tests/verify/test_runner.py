@@ -127,10 +127,15 @@ def test_a_wrong_forward_fails():
 
 @pytest.mark.parametrize(
     ("op", "word", "alone"),
-    [("lora_linear", "", True), ("block", "", True), ("decoder", "", True), ("decoder", "dropout", False)],
+    [
+        *((op, "", True) for op in ("lora_linear", "block", "decoder")),
+        # With the step's dropout in blocks, in the head, and in what makes the inputs of layers.
+        *(("decoder", word, True) for word in ("dropout, recompute mlp", "head adapted, dropout", "what makes them")),
+        ("decoder", "no tokens", False),  # nothing tells whether its loss comes from the backward
+    ],
 )
 def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it(op, word, alone):
-    """A decoder's step gives loss and gradients at once; without dropout the loss that is measured has its bits."""
+    """A decoder's step gives loss and gradients at once, and the loss that is computed alone has the same bits."""
     (proof,) = load_proofs(op)
     called = []
 
@@ -139,7 +144,10 @@ def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it
         return proof.backward(*args, **kwargs)
 
     case = next(case for case in proof.cases if word in case.name)
-    forward = _forward_of(replace(proof, backward=backward), case, case.tensors)
+    given = []
+    with torch.no_grad():
+        here = case.by_hand(case.tensors, lambda *a, **k: given.append(proof.backward(*a, **k)) or given[-1]).y
+    forward = _forward_of(replace(proof, backward=backward), case, case.tensors, here, given[0])
     called.clear()
     moved = {name: tensor * 0.9 if tensor.is_floating_point() else tensor for name, tensor in case.tensors.items()}
     y = forward(moved)

@@ -250,15 +250,18 @@ def dump_config(config: TrainConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     if not isinstance(table, Mapping):
         name = prefix.rstrip(".")
-        inner, next_step = typing.get_type_hints(cls).get(name), ours(name, str)
+        inner, next_step = _hints(cls).get(name), ours(name, str)
         if inner:
             listed = tuple in (get_origin(inner), *map(get_origin, get_args(inner)))
             next_step = f"write [{name}], and in a line below it {name} = " + ('["…"]' if listed else '"…"')
         raise UsageError(f"{name} is {_kind(table)}, expected a table", where=origin, next_step=next_step)
-    hints, table = typing.get_type_hints(cls), _by_first_names(table)
+    hints, table = _hints(cls), _by_first_names(table)
     values: dict[str, Any] = {}
     # `adapter: qlora`, as Axolotl has it, is one of its names among others, and no table of ours.
     theirs = {key: value for key, value in table.items() if isinstance(value, str) and not prefix and ours(key, str)}

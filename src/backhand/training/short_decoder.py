@@ -125,7 +125,8 @@ def _fill(weights: DecoderWeights, config: DecoderConfig) -> None:
     parts = [tensor for _, tensor in dense_views(weights, config)]
     # Drawn once and repeated: a large vocabulary would take seconds to draw.
     generator = torch.Generator(device=parts[0].device).manual_seed(0)
-    drawn = torch.empty(_DRAWN, dtype=parts[0].dtype, device=parts[0].device).normal_(std=0.02, generator=generator)
+    count = min(_DRAWN, max(tensor.numel() for tensor in parts))
+    drawn = torch.empty(count, dtype=parts[0].dtype, device=parts[0].device).normal_(std=0.02, generator=generator)
     for tensor in parts:
         for piece in tensor.view(-1).split(_DRAWN):
             piece.copy_(drawn[: piece.numel()])

@@ -139,10 +139,10 @@ class Trial:
     # what autograd has given, once for all forms: references call no forward or backward of ours
     known: dict[tuple[object, ...], Tensors] = field(default_factory=dict)
 
-    def by_hand(self, tensors: Tensors) -> Tensors:
-        """The results by hand."""
+    def by_hand(self, tensors: Tensors, backward: Callable[..., Any] | None = None) -> Tensors:
+        """The results by hand; `backward` in place of the op's own."""
         with torch.no_grad():
-            y, gradients = self.case.by_hand(tensors, self.proof.backward)
+            y, gradients = self.case.by_hand(tensors, backward or self.proof.backward)
         return {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
 
     def by_autograd(
@@ -158,14 +158,20 @@ class Trial:
     def exact_rows(self, row: Callable[..., Row]) -> Iterator[Row]:
         """float64: against autograd of the reference, then against finite differences of the op's own forward."""
         tensors, case = self.exact, self.case
-        ours = self.by_hand(tensors)
+        gradients: list[Any] = []
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            gradients.append(self.proof.backward(*args, **kwargs))
+            return gradients[-1]
+
+        ours = self.by_hand(tensors, noting)
         truth, scale = self.by_autograd(case.reference, tensors, ours, "exact"), norm(tensors["d_y"])
         for name, measured in ours.items():
             error = relative_error(measured, truth[name], scale)
             yield row("float64", AUTOGRAD, name, error, FLOAT64_BOUND, worst_of({name: measured}, truth))
-        forward = _forward_of(self.proof, case, tensors)
-        gradients = {name.removeprefix("d_"): gradient for name, gradient in ours.items() if name != "y"}
-        varied = {name: gradient for name, gradient in gradients.items() if kind(name) not in case.exempt}
+        forward = _forward_of(self.proof, case, tensors, ours["y"], gradients[0])
+        named = {name.removeprefix("d_"): gradient for name, gradient in ours.items() if name != "y"}
+        varied = {name: gradient for name, gradient in named.items() if kind(name) not in case.exempt}
         groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
         for name, group in groups.items():
             error = difference_error(forward, tensors, group)
@@ -209,23 +215,23 @@ class Trial:
 
 
 @torch.no_grad()
-def _forward_of(proof: OpProof, case: Case, tensors: Tensors) -> Callable[[Tensors], Tensor]:
-    """The op's own forward, without its backward where a try away from the case shows that this gives the same bits."""
-    gradients: list[Any] = []
+def _forward_of(
+    proof: OpProof, case: Case, tensors: Tensors, here: Tensor, gradients: Any
+) -> Callable[[Tensors], Tensor]:
+    """The op's own forward, without its backward where a try away from the case shows that this gives the same bits.
 
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        gradients.append(proof.backward(*args, **kwargs))
-        return gradients[-1]
+    Args:
+        here, gradients: y of the case, and what the backward has given there.
+    """
 
     @torch.no_grad()
     def alone(t: Tensors) -> Tensor:
-        return case.by_hand(t, lambda *_args, **_kwargs: gradients[0]).y
+        return case.by_hand(t, lambda *_args, **_kwargs: gradients).y
 
     @torch.no_grad()
     def whole(t: Tensors) -> Tensor:
         return case.by_hand(t, proof.backward).y
 
-    here = case.by_hand(tensors, noting).y
     away = {name: tensor * 1.001 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     y = whole(away)
     return alone if torch.equal(alone(away), y) and not torch.equal(here, y) else whole

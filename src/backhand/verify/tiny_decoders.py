@@ -370,7 +370,7 @@ def _step(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
     several, loss = ((_names(lora, kind), getattr(grads, kind)) for kind in KINDS), grads.loss
     if decoder.lora is None:  # the backward was left out, for the forward alone
         decoder.attach(lora)
-        loss = decoder.token_losses(t["batch"]).sum(dtype=torch.float64)
+        loss = decoder.token_losses(t["batch"], t["dropout_seed"]).sum(dtype=torch.float64)
     return loss, {name: d for names, ds in several for name, d in zip(names, ds, strict=True)}
 
 

@@ -104,10 +104,13 @@ class Decoder(Passes):
         """x₀ of block `layer`, (tokens, hidden): the output of the embedding and the blocks below it."""
         return self._passed(batch, layer)
 
-    def _passed(self, batch: PackedBatch, until: int, rows: Tensor | None = None) -> Tensor:
-        """x₀ of block `until`, or the last one's output; `rows` are those wanted of it."""
+    def _passed(
+        self, batch: PackedBatch, until: int, rows: Tensor | None = None, dropout_seed: int | None = None
+    ) -> Tensor:
+        """x₀ of block `until`, or the last one's output; `rows` are those wanted of it. No dropout without a seed."""
         self.refresh()
-        return self._forward(batch, self.block_adapters(None), self.contexts(batch, rows)[:until], until)[0]
+        contexts = self.contexts(batch, rows, self.carried(batch.input_ids, dropout_seed)[0])
+        return self._forward(batch, self.block_adapters(dropout_seed), contexts[:until], until)[0]
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
@@ -132,11 +135,11 @@ class Decoder(Passes):
         return group_forward(normed, self.active.head, None, self.head_adapter())[0]
 
     @torch.no_grad()
-    def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document, without gradients and without dropout."""
+    def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        """(supervised tokens,) losses in nats, document by document, without gradients; no dropout without a seed."""
         supervised = batch.supervised_positions
-        normed, _ = self._final_norm(self._passed(batch, len(self.config.layers), supervised))
-        return batch.of_documents(head_losses(normed, batch.labels[supervised], self._head_of(None)))
+        normed, _ = self._final_norm(self._passed(batch, len(self.config.layers), supervised, dropout_seed))
+        return batch.of_documents(head_losses(normed, batch.labels[supervised], self._head_of(dropout_seed)))
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over supervised tokens, 0-d float64, without gradients and without dropout."""

@@ -54,6 +54,11 @@ class TensorBytes(TorchDispatchMode):
         self.held = self.most = 0
         self._alive: dict[int, object] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; otherwise torch imports its compiler, half a second, only to disable it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call it, and count the storages of its results that are new."""
         given = func(*args, **(kwargs or {}))
