@@ -5,23 +5,13 @@ In a process of its own: torch knows a further backend from then on, and other p
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from support.processes import run, device_tests
 
 
-def test_everything_runs_where_its_tensors_are() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(TESTS / "devices")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "BACKHAND_TEST_DEVICE": "pretend"},
-        cwd=TESTS.parent,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+def test_everything_runs_where_its_tensors_are(tmp_path: Path) -> None:
+    code = run(device_tests, "pretend", tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert code == 0, said[-6000:]
+    assert " passed" in said and "skipped" not in said

@@ -21,7 +21,7 @@ from backhand.cli.main import ending
 from backhand.errors import DataError
 from backhand.printing import show_what_libraries_say, visible, write_answer
 from backhand.terminal import console
-from fuzz.child import Attempt, Outcome, run_attempts
+from fuzz.child import Attempt, run_attempts
 from hostile.conftest import World
 
 TEXTS = {
@@ -149,38 +149,26 @@ PLACES: dict[str, tuple[Place, tuple[int, ...]]] = {
 }
 
 
-def cases() -> list[tuple[str, str]]:
-    return [(place, text) for place in PLACES for text in TEXTS]
-
-
-@pytest.fixture(scope="module")
-def outcomes(
-    world: World, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], tuple[Outcome, list[object]]]:
-    folder = tmp_path_factory.mktemp("shown")
-    attempts, commands = [], []
-    for number, (place, text) in enumerate(cases()):
-        directory = folder / str(number)
-        directory.mkdir()
-        commands.append(PLACES[place][0](directory, TEXTS[text], world))
-        attempts.append(Attempt([str(word) for word in commands[-1]], directory))
-    return dict(zip(cases(), zip(run_attempts(attempts), commands, strict=True), strict=True))
-
-
-@pytest.mark.parametrize(("place", "text"), cases())
-def test_a_text_that_a_terminal_obeys(
-    place: str, text: str, outcomes: dict[tuple[str, str], tuple[Outcome, list[object]]]
-) -> None:
+def test_a_text_that_a_terminal_obeys(world: World, tmp_path: Path) -> None:
     """`fuzz.child` fails a case that prints such a character, hangs, ends as a bug or touches what it reads."""
-    outcome, command = outcomes[place, text]
-    assert outcome.fault == "", (command, outcome.said)
-    assert outcome.code in PLACES[place][1], (command, outcome.said)
-    assert "\nerror: forged" not in outcome.said and "\n  next: run this" not in outcome.said
-
-
-def test_two_hundred_cases() -> None:
-    print(f"{len(cases())} cases of names and texts")
-    assert len(cases()) >= 200
+    cases = [(place, text) for place in PLACES for text in TEXTS]
+    print(f"{len(cases)} cases of names and texts")
+    assert len(cases) >= 200
+    attempts = []
+    for number, (place, text) in enumerate(cases):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        command = PLACES[place][0](directory, TEXTS[text], world)
+        attempts.append(Attempt([str(word) for word in command], directory))
+    wrong = [
+        (place, text, attempt.command, outcome)
+        for (place, text), attempt, outcome in zip(cases, attempts, run_attempts(attempts), strict=True)
+        if outcome.fault
+        or outcome.code not in PLACES[place][1]
+        or "\nerror: forged" in outcome.said
+        or "\n  next: run this" in outcome.said
+    ]
+    assert not wrong, wrong
 
 
 # ---- the one place, by itself -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -68,3 +69,14 @@ def run(function: Callable[..., None], *arguments: Any) -> int:
         process.join()
         raise AssertionError(f"{function.__name__} hangs")
     return process.exitcode
+
+
+def device_tests(name: str, said: Path) -> None:
+    """For a process of its own: the tests of devices with this one; what they print goes to a file."""
+    import pytest
+
+    os.environ["BACKHAND_TEST_DEVICE"] = name
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 1)
+    known = "ignore:Module already imported so cannot be rewritten"
+    tests = str(Path(__file__).parents[1] / "devices")
+    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", known, tests]))

@@ -1,12 +1,8 @@
-"""Reads a mapped file after it was cut short, until the system sends a bus error: run by test_mapped_file.py.
-
-Arguments: the file, how it is read, how many bytes to leave of it. "read" comes out for a read that went well.
-"""
+"""Reads a mapped file after it was cut short, until the system sends a bus error: run by test_mapped_file.py."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,17 @@ from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.ops.frozen_matrix import frozen_linear
 
 
-def main(path: Path, how: str, left: int) -> None:
+def read(path: Path, how: str, left: int, kernels: str, said: Path) -> None:
+    """In a process of its own, with these kernels; "read" comes out for a read that went well.
+
+    Args:
+        how: it is read.
+        left: how many bytes to leave of it.
+        said: where standard output and standard error go, as `out` and `err`.
+    """
+    os.environ["BACKHAND_KERNELS"] = kernels
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(said / name, os.O_CREAT | os.O_WRONLY), descriptor)
     torch.set_num_threads(2)
     file = GGUFFile(path)
     tensor = file.tensors["big.weight"]
@@ -39,7 +45,3 @@ def main(path: Path, how: str, left: int) -> None:
         os.truncate(path.with_name("other"), 0)
         other.sum()
     print("read", flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -18,9 +17,10 @@ from backhand.errors import ArtifactError
 from backhand.kernels.builds import usable
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.mapped_file import MappedFile
+from nn.loading import mapped_read
 from support.fault_table import documented
+from support.processes import run
 
-READER = Path(__file__).with_name("mapped_read.py")
 ROWS, ROW_BYTES = 4096, 288  # Q4_K, rows of 512: more than a megabyte, so that no read-ahead has all of it
 
 
@@ -36,15 +36,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-def read(path: Path, how: str, left: int, kernels: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(READER), str(path), how, str(left)],
-        env=os.environ | {"BACKHAND_KERNELS": kernels, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    """How a process ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def read(path: Path, how: str, left: int, kernels: str) -> Done:
+    code = run(mapped_read.read, path, how, left, kernels, path.parent)
+    return Done(code, *((path.parent / name).read_text() for name in ("out", "err")))
 
 
 NEWEST = usable()[-1] if usable() else "none"
