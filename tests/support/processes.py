@@ -32,7 +32,7 @@ _PRELOADED = [
     "backhand.training.run",
     "support.forked",
 ]
-_PATIENCE_S = 300
+_PATIENCE_S = 600
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -76,7 +76,9 @@ def device_tests(name: str, said: Path) -> None:
     import pytest
 
     os.environ["BACKHAND_TEST_DEVICE"] = name
-    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 1)
+    file = os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(file, stream)
     known = "ignore:Module already imported so cannot be rewritten"
     tests = str(Path(__file__).parents[1] / "devices")
     sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", known, tests]))

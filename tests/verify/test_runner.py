@@ -156,6 +156,24 @@ def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it
         assert torch.equal(y, case.by_hand(moved, proof.backward).y)
 
 
+def test_an_output_that_comes_from_the_backward_is_not_computed_without_it():
+    def by_hand(tensors, backward):
+        found = FIRST.by_hand(tensors, backward)
+        return found._replace(y=found.y + sum(gradient.sum() for gradient in found.gradients.values()))
+
+    case, called = replace(FIRST, by_hand=by_hand), []
+
+    def backward(*args, **kwargs):
+        called.append(LORA_LINEAR.backward(*args, **kwargs))
+        return called[-1]
+
+    here = by_hand(case.tensors, backward).y
+    forward = _forward_of(replace(LORA_LINEAR, backward=backward), case, case.tensors, here, called[0])
+    called.clear()
+    forward({name: tensor * 0.9 for name, tensor in case.tensors.items()})
+    assert called
+
+
 def test_the_case_that_rejected_a_mistake_is_tried_first():
     (proof,) = load_proofs("lora_group")
     mistakes = [mutant for mutant in proof.mutants if mutant.name == "scaling forgotten"]

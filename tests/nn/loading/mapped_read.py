@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from backhand.kernels.builds import library
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.ops.frozen_matrix import frozen_linear
@@ -23,7 +24,9 @@ def read(path: Path, how: str, left: int, kernels: str, said: Path) -> None:
     """
     os.environ["BACKHAND_KERNELS"] = kernels
     for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(said / name, os.O_CREAT | os.O_WRONLY), descriptor)
+        os.dup2(os.open(said / name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
+    in_use = library()
+    assert kernels in ("auto", "none" if in_use is None else in_use.name)
     torch.set_num_threads(2)
     file = GGUFFile(path)
     tensor = file.tensors["big.weight"]
