@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 from backhand.training import measuring
 from backhand.training.memory import probe
 from support import measured_once
+from support.for_each import seed
 
 # PEFT would import it, and torch's compiler with it: a second of each test process. No test quantizes by it.
 sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
@@ -53,7 +54,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Tests that draw from torch's global generator draw the same numbers alone and in any order."""
-    torch.default_generator.manual_seed(20210617)  # of the one device; to seed all of them formats the stack each time
+    seed()
 
 
 @pytest.fixture(autouse=True, scope="module")

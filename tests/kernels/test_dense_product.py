@@ -18,6 +18,7 @@ from backhand.kernels.dense_product import MOST_TERMS, Term, dense_product, drop
 from backhand.kernels.library import proving_loops
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, takes_tiles
 from backhand.ops.weight_tiles import drop_scratch
+from support.for_each import for_each
 from support.gapped import MARK, gapped, marks_intact
 from support.product_builds import PRODUCT_BUILDS, build_id
 
@@ -149,8 +150,8 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("members", MEMBERS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@for_each("members", MEMBERS)
 def test_of_any_size(dtype, size, members):
     transposed = (SIZES.index(size) + list(MEMBERS).index(members)) % 2 == 0
     one = problem(*size, dtype, transposed=transposed, members=MEMBERS[members](size[1]))
@@ -166,9 +167,9 @@ def test_of_any_size(dtype, size, members):
     assert marks_intact(copy)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2, 15, 16, 31, 32, 33, 40, 130])
-@pytest.mark.parametrize("scaling", [1.0, -0.5, 1.7, 0.1, 0.0])
 @pytest.mark.parametrize("made", [False, True], ids=["", "made"])
+@for_each("rank", [0, 1, 2, 15, 16, 31, 32, 33, 40, 130])
+@for_each("scaling", [1.0, -0.5, 1.7, 0.1, 0.0])
 def test_terms_of_any_rank_and_scaling(dtype, rank, scaling, made):
     """They are the larger part, so that what is lost of s h would be seen."""
     members = ((20, rank, scaling, made), (41, rank, 1.7), (16, 3, 0.3, made))

@@ -27,6 +27,7 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backwar
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.measure import autograd_gradients, relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
+from support.for_each import for_each
 from support.gapped import gapped, marks_intact
 
 WITH_LOOPS = (
@@ -106,7 +107,7 @@ SIZES = [(0, 5), (1, 1), (3, 7), (2, 16), (5, 33), (4, 64), (3, 129)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rows", "n"), SIZES)
+@for_each("rows, n", SIZES)
 def test_rms_norm_of_any_size(build, both_forms, dtype, rows, n):
     x, d_y = gapped((rows, n), dtype, 0), gapped((rows, n), dtype, 1)
     weight, residual = torch.randn(n).to(dtype), torch.randn(rows, n).to(dtype)
@@ -136,8 +137,8 @@ def test_rms_norm_of_heads_that_are_a_view(build, both_forms, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rows", "n"), SIZES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@for_each("rows, n", SIZES)
 def test_glu_of_any_size(build, both_forms, dtype, rows, n, activation):
     gate, up, d_y = (gapped((rows, n), dtype, seed, size=3.0) for seed in range(3))
     out, grads, again = gapped((rows, n), dtype, 3), gapped((rows, 2 * n), dtype, 4), gapped((rows, n), dtype, 5)
@@ -161,14 +162,14 @@ def test_glu_of_any_size(build, both_forms, dtype, rows, n, activation):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("rows", "n", "ranks"),
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@for_each(
+    "rows, n, ranks",
     [
         *((0, 5, (3, 2, 4)), (5, 0, (3, 2, 4)), (1, 1, (1, 1, 1)), (3, 7, (2, 0, 3)), (5, 33, (0, 17, 0))),
         *((49, 64, (16, 16, 16)), (130, 65, (8, 33, 0)), (97, 129, (0, 0, 130)), (771, 70, (16, 3, 16))),
     ],
 )
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_adapted_glu_of_any_size(build, both_forms, dtype, rows, n, ranks, activation):
     gate, up, behind = ranks
     gate_up, d_y = gapped((rows, 2 * n), dtype, 0, size=2.0), gapped((rows, n), dtype, 1)
@@ -204,7 +205,7 @@ def test_adapted_glu_of_any_size(build, both_forms, dtype, rows, n, ranks, activ
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "half"), [(0, 4), (1, 1), (3, 5), (2, 16), (5, 35)])
+@for_each("tokens, half", [(0, 4), (1, 1), (3, 5), (2, 16), (5, 35)])
 def test_rotary_of_any_size(build, both_forms, dtype, tokens, half):
     x = gapped((tokens, 3, 2 * half), dtype, 0)
     angles = torch.randn(tokens, half, dtype=torch.promote_types(dtype, torch.float32))
@@ -222,15 +223,15 @@ def test_rotary_of_any_size(build, both_forms, dtype, tokens, half):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("rows", "n", "rank"),
+@pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
+@pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
+@for_each(
+    "rows, n, rank",
     [
         *((0, 5, 3), (5, 0, 3), (5, 4, 0), (1, 1, 1), (3, 7, 2), (2, 64, 16), (5, 33, 1), (129, 31, 17)),
         *((259, 97, 8), (13, 530, 16), (31, 1027, 48), (49, 35, 130), (130, 192, 33), (771, 65, 24)),
     ],
 )
-@pytest.mark.parametrize("transposed", [False, True], ids=["B", "A"])
-@pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
 def test_low_rank_products_of_any_size(build, both_forms, dtype, rows, n, rank, transposed, by_parts, monkeypatch):
     monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     v, h, y = gapped((rows, n), dtype, 0), gapped((rows, rank), dtype, 1), gapped((rows, n), dtype, 2)
@@ -262,8 +263,8 @@ def test_low_rank_products_of_any_size(build, both_forms, dtype, rows, n, rank, 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("same", [False, True], ids=["wide", "same"])
 @pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
-@pytest.mark.parametrize(
-    ("rows", "sizes", "ranks"),
+@for_each(
+    "rows, sizes, ranks",
     [
         *((0, (5,), (3,)), (5, (0, 4), (2, 3)), (5, (4,), (0,)), (1, (1,), (1,)), (3, (7, 5), (2, 16))),
         *((49, (35, 3, 65), (17, 1, 8)), (130, (192, 129), (16, 16)), (97, (300,), (130,))),
@@ -296,7 +297,7 @@ def test_both_products_with_a_gradient_of_any_size(
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize(("outputs", "n"), [(0, 5), (1, 1), (3, 0), (4, 7), (9, 64), (6, 1025), (67, 1100)])
+@for_each("outputs, n", [(0, 5), (1, 1), (3, 0), (4, 7), (9, 64), (6, 1025), (67, 1100)])
 def test_few_rows_of_any_size(build, both_forms, dtype, rows, outputs, n):
     x, weight = gapped((rows, n), dtype, 0), gapped((outputs, n), dtype, 1, size=max(n, 1) ** -0.5)
     residual, bias = gapped((rows, outputs), dtype, 2), gapped((1, outputs), dtype, 3)[0]
@@ -312,7 +313,7 @@ def test_few_rows_of_any_size(build, both_forms, dtype, rows, outputs, n):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("rows", "n"), [(0, 5), (1, 1), (3, 7), (2, 64), (3, 4099), (2, 8200)])
+@for_each("rows, n", [(0, 5), (1, 1), (3, 7), (2, 64), (3, 4099), (2, 8200)])
 def test_softmax_losses_of_any_size(build, both_forms, dtype, rows, n):
     logits, targets = gapped((rows, n), dtype, 0, size=2.0), torch.arange(rows) * 5 % n
     wide = torch.promote_types(dtype, torch.float32)
@@ -420,8 +421,8 @@ DOCUMENTS = [((), 0), ((1,), 0), ((3, 0, 7), 0), ((2, 5, 5), 1), ((4, 9), 5), ((
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("documents", "shared"), DOCUMENTS)
-@pytest.mark.parametrize(("channels", "width"), [(1, 1), (5, 3), (16, 4), (259, 4), (530, 8), (33, 11)])
+@for_each("documents, shared", DOCUMENTS)
+@for_each("channels, width", [(1, 1), (5, 3), (16, 4), (259, 4), (530, 8), (33, 11)])
 def test_convolutions_of_any_shape(build, both_forms, dtype, documents, shared, channels, width):
     """More taps than the loops take too."""
     runs = runs_of(documents, shared)
@@ -475,9 +476,9 @@ def delta_rule_of(documents, heads, group, widths, dtype, *, shared=0, chunk=64,
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("documents", "shared"), [*DOCUMENTS, ((150, 64, 1), 0), ((70, 3), 129)])
-@pytest.mark.parametrize(
-    ("heads", "group", "widths", "chunk"),
+@for_each("documents, shared", [*DOCUMENTS, ((150, 64, 1), 0), ((70, 3), 129)])
+@for_each(
+    "heads, group, widths, chunk",
     [(1, 1, (1, 1), 64), (2, 3, (5, 17), 3), (3, 1, (64, 64), 64), (2, 2, (33, 20), 17), (1, 2, (16, 144), 50)],
 )
 def test_delta_rule_of_any_shape(build, both_forms, dtype, documents, shared, heads, group, widths, chunk):

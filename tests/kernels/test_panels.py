@@ -19,6 +19,7 @@ from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import weight_tiles
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
+from support.for_each import for_each
 from support.gapped import gapped, marks_intact
 
 KINDS = (
@@ -80,9 +81,9 @@ def assert_same_bits(matrix, rows, *, transposed):
     return x, alone
 
 
-@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", ""])
-@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
 @pytest.mark.parametrize("kind", KINDS)
+@for_each("transposed", [True, False])
+@for_each("ordered", [False, True])
 def test_every_type(dtype, kind, ordered, transposed):
     values, _ = block_shape(int(StorageType[kind]))
     columns = {1: 67, 32: 544, 256: 768}[values]

@@ -10,6 +10,7 @@ from backhand.kernels.builds import load, usable, using
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import frozen_linear
+from support.for_each import for_each
 
 KINDS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"),
@@ -105,8 +106,8 @@ def test_parts_of_different_widths_cannot_be_stacked():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("build", usable())
+@for_each("kind", KINDS)
 def test_a_new_tokens_product_has_the_bits_of_the_dense_one(build, kind, dtype):
     """Whether a block is unpacked in registers or through memory, for one row or for several."""
     order = torch.tensor([10, 3, 3, 0, 7, 1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from matplotlib.image import imread
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError, UsageError
 from backhand.lab.paper import analyses as paper_run
+from backhand.lab.paper import memory as paper_memory
 from backhand.lab.paper.command import paper_command
-from backhand.lab.paper.memory import measure_memory
 from backhand.lab.paper.options import PaperOptions, PaperRunOptions, SweepOptions
 from backhand.training.run import train
 from support.tiny_models import save_tiny, tiny_model
@@ -44,7 +43,8 @@ def options(tiny: TinyRun, *adapters: Path, **run: object) -> PaperOptions:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_run, "UPDATE_RANKS", (1, 4))
     monkeypatch.setattr(paper_run, "PATH_STEPS", 20)
-    monkeypatch.setattr(paper_run, "measure_memory", partial(measure_memory, runs=1))
+    # test_paper_memory.py measures it, each time in a process of its own.
+    monkeypatch.setattr(paper_memory, "_measure", lambda frozen, trained, each: frozen * each + trained * 16)
 
 
 def test_two_adapters_give_every_picture_and_table(

@@ -62,8 +62,9 @@ def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps(monkeypatch
         del cycle
         gc.collect()
         assert seen() is None
+        # Of what is frozen a few may have ended meanwhile; nothing else is.
         with loaded_objects_frozen():  # left to whoever has frozen it
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
+            assert 0.99 * frozen < gc.get_freeze_count() <= frozen
+        assert 0.99 * frozen < gc.get_freeze_count() <= frozen
     assert gc.get_freeze_count() == 0
     gc.freeze()  # as tests/conftest.py has it

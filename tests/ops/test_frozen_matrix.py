@@ -28,6 +28,7 @@ from backhand.ops.weight_tiles import (
 )
 from backhand.verify.cases.frozen_matrix import CASES, random_blocks
 from backhand.verify.scaffold import Draw
+from support.for_each import for_each
 from support.products_by_rows import by_library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -93,9 +94,9 @@ def terms_of(rows, sizes, inputs, dtype, *, shrink):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("path", [*usable(), None])
-@pytest.mark.parametrize("tile_bytes", [1, 400_000, 1 << 40])
-@pytest.mark.parametrize("shrink", [False, True], ids=["", "made"])
-@pytest.mark.parametrize("rows", [5, 40])
+@for_each("tile_bytes", [1, 400_000, 1 << 40])
+@for_each("shrink", [False, True])
+@for_each("rows", [5, 40])
 def test_products_with_terms_have_the_bits_of_the_dense_matrix(dtype, path, tile_bytes, shrink, rows):
     quantized, dense = pair([("Q4_K", 70), ("Q6_K", 59)], 512, dtype)
     x, d_y = torch.randn(rows, 512).to(dtype), torch.randn(rows, 129).to(dtype)

@@ -208,14 +208,17 @@ def _adder(writer: gguf.GGUFWriter, value: str | list[Any]) -> Callable[[str, An
 
 
 def _quantized(values: np.ndarray[Any, Any], kind: StorageType) -> np.ndarray[Any, Any]:
-    """By the gguf package where it can, else by llama.cpp; tiny models have many tensors in common."""
+    """By the gguf package where it can, else by llama.cpp; equal rows once, and so tensors that tiny models share."""
     key = kind, values.dtype, values.shape, hashlib.sha256(values.tobytes()).digest()
     if key not in _blocks:
+        rows = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
+        whole = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1])))[:, 0]
+        _, first, place = np.unique(whole, return_index=True, return_inverse=True)
         try:
-            _blocks[key] = gguf.quants.quantize(values, kind)
+            blocks = gguf.quants.quantize(rows[first], kind)
         except NotImplementedError:
-            rows = quantized_rows(values.reshape(-1, values.shape[-1]), kind)
-            _blocks[key] = rows.reshape(*values.shape[:-1], rows.shape[-1])
+            blocks = quantized_rows(rows[first], kind)
+        _blocks[key] = blocks[place].reshape(*values.shape[:-1], -1)
         _blocks[key].setflags(write=False)
     return _blocks[key]
 

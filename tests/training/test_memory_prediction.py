@@ -86,6 +86,7 @@ def test_the_second_model_of_the_live_view_is_counted(folder: Path, tmp_path: Pa
     options = "--dtype float32 --batch-rows 4 --max-steps 1"
     predicted = planned(model, rows, f"{options} --watch")["live_view_bytes"]
     words = ["train", "--model", model, "--data", rows, "--output", tmp_path / "run", "--quiet", *options.split()]
+    words += ["--answers", "0"]
     assert main([str(word) for word in words]) == 0
     command = [sys.executable, "-c", ANSWERING, str(tmp_path / "run")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1500)

@@ -98,13 +98,13 @@ def test_either_engine_resumes(engine: str, model: str, tiny: TinyRun, tmp_path:
 def test_smollm2_ten_steps_equal_four_a_kill_and_six(tmp_path: Path) -> None:
     rows, held_out = write_rows(tmp_path / "rows.jsonl", 9, seed=0), write_rows(tmp_path / "held.jsonl", 2, seed=1)
     config = TrainConfig(
-        # Said aloud: the process that is killed would take one thread and this one all it has, and which base is
-        # worth its time is measured, on a machine that may be busy.
-        model=ModelOptions(threads=2, base="dense"),
+        # Said aloud: the process that is killed would take one thread and this one all it has, and two wait for each
+        # other on a busy machine, for minutes; which base is worth its time would be measured there.
+        model=ModelOptions(threads=1, base="dense"),
         data=DataOptions(data=(str(rows),), eval_data=(str(held_out),)),
         adapter=LoRAConfig(rank=2, dropout=0.1),
         optimization=OptimizationOptions(max_steps=10, batch_rows=3, micro_batch_rows=1, learning_rate=1e-3),
-        run=RunOptions(output=tmp_path / "straight", save_every=4, eval_every=5, quiet=True),
+        run=RunOptions(output=tmp_path / "straight", save_every=4, eval_every=5, quiet=True, answers=0),
     )
     train(config)
     output = tmp_path / "killed"

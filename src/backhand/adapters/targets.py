@@ -263,7 +263,7 @@ def _first_match(patterns: Mapping[str, float], chosen: Sequence[str], where: st
     for name in chosen if patterns else ():
         ends.setdefault(name.rpartition(".")[2], []).append(name)
         ends.setdefault("^" + re.escape(name), []).append(name)  # as `written_pattern` has whole paths
-    end = time.process_time() + MATCH_LIMIT_S
+    end = time.thread_time() + MATCH_LIMIT_S
     for key, value in patterns.items():
         hits = ends.get(key)
         if hits is None:
@@ -311,7 +311,7 @@ def _shown(modules: str | Collection[str]) -> str:
 # what regex would write out into more memory than there is.
 
 MATCH_LIMIT_S = 3
-"""Processor seconds a pattern may take for all names."""
+"""Processor seconds of this thread that a pattern may take for all names."""
 MAX_PATTERN_CHARACTERS = 20_000
 _MAX_WRITTEN_OUT = 200_000
 # To Python a brace that counts nothing is itself; to regex it allows errors in a match, and `[:` is a class of POSIX.
@@ -324,16 +324,16 @@ def pattern_matches(pattern: str, names: Sequence[str], *, where: str, end: floa
 
     Args:
         where: the configuration key the pattern stands under, for the error.
-        end: processor time at which it must be done; `MATCH_LIMIT_S` from now if None.
+        end: the thread's processor time at which it must be done; `MATCH_LIMIT_S` from now if None.
 
     Raises:
         UsageError: not a regular expression, or it does not finish within `MATCH_LIMIT_S`.
     """
     compiled = _compile(pattern, where)
-    end = time.process_time() + MATCH_LIMIT_S if end is None else end
+    end = time.thread_time() + MATCH_LIMIT_S if end is None else end
     try:
         # A time limit of 0 is none.
-        return [compiled.fullmatch(name, timeout=max(end - time.process_time(), 1e-3)) is not None for name in names]
+        return [compiled.fullmatch(name, timeout=max(end - time.thread_time(), 1e-3)) is not None for name in names]
     except TimeoutError:
         raise UsageError(
             f"{_shown_pattern(pattern)} takes longer than {MATCH_LIMIT_S} s to match the module names",
@@ -349,7 +349,7 @@ def key_matches(key: str, names: Sequence[str], *, where: str, end: float | None
     Raises:
         UsageError: as `pattern_matches`.
     """
-    if end is not None and time.process_time() > end:
+    if end is not None and time.thread_time() > end:
         raise UsageError(
             f"the regular expressions take longer than {MATCH_LIMIT_S} s to match the module names",
             where=where,

@@ -2,8 +2,8 @@
 
 What an optimizer step holds, besides activations: the frozen weights in the compute dtype, and for every trained number
 a float32 value, its gradient and Adam's two moments, 16 bytes. Full fine-tuning trains every weight. Each way is
-measured in a process of its own, which makes these tensors, takes one step of the optimizer, and tells its highest
-memory.
+measured in a process of its own, which makes these tensors, takes one step as a run does (`training.step`), and tells
+its highest memory.
 """
 
 from __future__ import annotations
@@ -109,13 +109,16 @@ def _measure(frozen: int, trained: int, element_bytes: int) -> int:
 def _hold_a_step() -> None:
     """In a process of its own: hold what one optimizer step holds, and print by how much the process grew."""
     import torch
+    from torch.optim.adamw import adamw
 
     from backhand.system import peak_rss_bytes, rss_bytes
 
     def step(elements: int) -> None:
-        parameter = torch.nn.Parameter(torch.full((elements,), 0.5))
-        parameter.grad = torch.full((elements,), 0.1)
-        torch.optim.AdamW([parameter], fused=True).step()
+        value, gradient = torch.full((elements,), 0.5), torch.full((elements,), 0.1)
+        mean, squares, count = torch.zeros(elements), torch.zeros(elements), torch.zeros(())
+        rates: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
+        how: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False}
+        adamw([value], [gradient], [mean], [squares], [], [count], **how, **rates)
 
     frozen_elements, trained_elements, element_bytes = (int(word) for word in sys.argv[1:])
     torch.set_num_threads(1)
