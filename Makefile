@@ -38,7 +38,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
 	tests/kernels/test_quantized_matrix.py
 
-.PHONY: help set-up kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up packages collected kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -67,19 +67,20 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
-# What everything that CI does needs, by one call: each call looks through all of it once more. Most of it is never
-# imported, and what is, is compiled then.
+# What everything that CI does needs, by one call: each call looks through all of it once more.
 $(VENV)/.everything: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo 'Installing Backhand with the packages of its tests, checks and documentation'
-	@$(INSTALL) --no-compile --editable '.[demo,test,dev,docs]'
+	@BACKHAND_KERNELS=none $(BIN)/python tools/by_uv.py $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[demo,test,dev,docs]'
 	@touch $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs $@
 
 # Two installations at once would write into one environment.
-ifneq ($(filter set-up,$(MAKECMDGOALS)),)
+ifneq ($(filter set-up packages,$(MAKECMDGOALS)),)
 $(VENV)/.model: | $(VENV)/.everything
 endif
 
-set-up: $(VENV)/.everything $(VENV)/.model kernels
+packages: $(VENV)/.everything $(VENV)/.model
+
+set-up: packages kernels
 
 # Playwright drives the system's Chromium; it downloads none of its own.
 $(VENV)/.browser: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
@@ -161,6 +162,10 @@ proofs: $(VENV)/.test kernels
 # Each process takes half of the tests, and then half of what another has left: what a file's tests share is made once.
 tests: $(VENV)/.test $(VENV)/.model kernels
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# Modules are compiled once, and the asserts of tests rewritten, before several test processes would do so side by side.
+collected: $(VENV)/.test kernels
+	@$(PYTEST) --collect-only --quiet >/dev/null
 
 # What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike. The proofs
 # take longer than these tests, and one core.

@@ -22,23 +22,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from by_uv import settings
+
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = ("pip", "uv", "uvx", "pipx", "newest", "oldest")
 MISSING = 4
 """Exit code where a model is not there."""
-
-
-def settings(python: Path) -> dict[str, str]:
-    """What pip is configured with, as uv is told of it."""
-    listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
-    known = dict(line.split("=", 1) for line in listed.splitlines())
-    names = {"find-links": "UV_FIND_LINKS", "constraint": "UV_CONSTRAINT", "index-url": "UV_DEFAULT_INDEX"}
-    found = {}
-    for name, variable in names.items():
-        for where in (f"global.{name}", f":env:.{name}"):
-            if where in known:
-                found[variable] = known[where].strip("'")
-    return found
 
 
 class Place:
