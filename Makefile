@@ -165,7 +165,7 @@ tests: $(VENV)/.test $(VENV)/.model kernels
 
 # Modules are compiled once, and the asserts of tests rewritten, before several test processes would do so side by side.
 collected: $(VENV)/.test kernels
-	@$(PYTEST) --collect-only --quiet >/dev/null
+	@said=$$($(PYTEST) --collect-only --quiet 2>&1) || { echo "$$said"; exit 1; }
 
 # What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike. The proofs
 # take longer than these tests, and one core.

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 from support.for_each import for_each
 
-TRIED: list[tuple[int, str, float]] = []
 
+def test_each_case_is_tried_with_the_same_random_numbers() -> None:
+    tried: list[tuple[str, int, float]] = []
+    drawn: list[float] = []
 
-@pytest.fixture
-def three() -> int:
-    return 3
+    @for_each("word", ["a", "b"])
+    @for_each("n, size", [(1, 0.5), (2, 1.5)])
+    def test(fixture: int, n: int, size: float, word: str) -> None:
+        assert fixture == 3
+        tried.append((word, n, size))
+        drawn.append(float(torch.randn(())))
 
-
-@for_each("word", ["a", "b"])
-@for_each("n, size", [(1, 0.5), (2, 1.5)])
-def test_each_case_is_tried_beside_fixtures(three: int, n: int, size: float, word: str) -> None:
-    assert three == 3
-    TRIED.append((n, word, float(torch.randn(())) + size))
-    if len(TRIED) == 4:
-        assert [(n, word) for n, word, _ in TRIED] == [(1, "a"), (2, "a"), (1, "b"), (2, "b")]
-        assert len({drawn - 0.5 * (n == 1) - 1.5 * (n == 2) for n, _, drawn in TRIED}) == 1, "the same numbers for each"
+    assert [*inspect.signature(test).parameters] == ["fixture"], "what pytest is asked for"
+    test(fixture=3)
+    assert tried == [("a", 1, 0.5), ("a", 2, 1.5), ("b", 1, 0.5), ("b", 2, 1.5)]
+    assert len(set(drawn)) == 1
 
 
 def test_the_case_that_fails_is_named() -> None:
@@ -38,6 +40,13 @@ def test_the_case_that_fails_is_named() -> None:
     assert tried == ["a", "b"] and found.value.__notes__ == ["n=2, word='b'"]
 
 
-def test_no_cases_are_an_error() -> None:
+def test_no_cases_and_one_that_is_skipped_are_errors() -> None:
     with pytest.raises(AssertionError, match="could not fail"):
         for_each("n", [])
+
+    @for_each("n", [1, 2])
+    def skips(n: int) -> None:
+        pytest.skip("not here")
+
+    with pytest.raises(AssertionError, match="would be skipped"):
+        skips()

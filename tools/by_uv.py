@@ -2,7 +2,8 @@
 
     python tools/by_uv.py --editable '.[test]'
 
-uv reads no configuration of pip's: it is told of the indexes, of other places and of the versions that pip is to take.
+uv reads no configuration of pip's: it is told of the indexes, certificates and other places that pip is to take, and of
+the versions.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ NAMES = {
     "index-url": "UV_DEFAULT_INDEX",
     "extra-index-url": "UV_INDEX",
     "find-links": "UV_FIND_LINKS",
+    "no-index": "UV_NO_INDEX",
+    "cert": "SSL_CERT_FILE",
     "constraint": "UV_CONSTRAINT",
 }
 
@@ -26,10 +29,12 @@ def settings(python: Path) -> dict[str, str]:
     known = dict(line.split("=", 1) for line in listed.splitlines())
     found = {}
     for name, variable in NAMES.items():
-        for where in (f"global.{name}", f":env:.{name}"):
+        for where in (f"global.{name}", f"install.{name}", f":env:.{name}"):
             if where in known:
                 several = known[where].strip("'").replace("\\n", " ").split()
                 found[variable] = ("," if name == "find-links" else " ").join(several)
+    if "UV_INDEX" in found:  # pip takes the best of all indexes
+        found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     return found
 
 
@@ -39,8 +44,11 @@ def main() -> None:
     uv = Path(sys.executable).with_name("uv.exe" if os.name == "nt" else "uv")
     command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", sys.executable, *sys.argv[1:]]
     subprocess.run([*pip, "uv"], check=False)
-    there = os.environ | settings(Path(sys.executable))
-    if not uv.exists() or subprocess.run(command, env=there, check=False).returncode != 0:
+    there = settings(Path(sys.executable))
+    # Said on the command line, so that versions said there are beside them, and not in their place.
+    command += [word for file in there.pop("UV_CONSTRAINT", "").split() for word in ("--constraint", file)]
+    if not uv.exists() or subprocess.run(command, env=os.environ | there, check=False).returncode != 0:
+        print("uv cannot install this; pip does, which takes a few minutes", flush=True)
         subprocess.run([*pip, *sys.argv[1:]], check=True)
 
 

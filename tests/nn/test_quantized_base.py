@@ -93,7 +93,7 @@ def _write(variant: str, mix: tuple[StorageType, ...], path: Path) -> Path:
 
 @torch.no_grad()
 def _of_few_rows(model: PreTrainedModel) -> PreTrainedModel:
-    """Quantizing would take longest; of a prime number of rows, so that no tile or head begins like another."""
+    """Quantizing takes longest, so of 61 rows a matrix: a prime number, and no tile or head begins like another."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             rows = parameter.view(-1, parameter.shape[-1])

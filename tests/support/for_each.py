@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -16,7 +17,9 @@ def seed() -> None:
 
 
 def for_each(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Call a test with each of the cases, in one test; a failure says which one it was.
+    """Call a test with each of the cases, in one test; a failure says which one it was, and none may be skipped.
+
+    Not for what a fixture reads, a build or a dtype for one.
 
     Args:
         names: of its arguments, as in `pytest.mark.parametrize`.
@@ -33,6 +36,8 @@ def for_each(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., None]]
                 seed()
                 try:
                     function(*args, **kwargs, **given)
+                except pytest.skip.Exception as skipped:
+                    raise AssertionError(f"the cases behind {given} would be skipped as well") from skipped
                 except BaseException as error:
                     error.add_note(", ".join(f"{name}={value!r}" for name, value in given.items()))
                     raise

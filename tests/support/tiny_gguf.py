@@ -208,7 +208,7 @@ def _adder(writer: gguf.GGUFWriter, value: str | list[Any]) -> Callable[[str, An
 
 
 def _quantized(values: np.ndarray[Any, Any], kind: StorageType) -> np.ndarray[Any, Any]:
-    """By the gguf package where it can, else by llama.cpp; equal rows once, and so tensors that tiny models share."""
+    """By the gguf package where it can, else by llama.cpp; equal rows once, and a tensor that models share."""
     key = kind, values.dtype, values.shape, hashlib.sha256(values.tobytes()).digest()
     if key not in _blocks:
         rows = np.ascontiguousarray(values).reshape(-1, values.shape[-1])

@@ -142,7 +142,8 @@ def test_early_stopping_counts_on_after_resuming(tiny: TinyRun, tmp_path: Path) 
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tiny: TinyRun, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "straight")
+    """On two threads: all others have one."""
+    config = tiny.config(tmp_path / "straight", threads=2, micro_batch_rows=2)
     train(config)
     stopped(with_options(config, output=tmp_path / "run"), 1)
     resumed(tmp_path / "run")

@@ -311,7 +311,7 @@ def _shown(modules: str | Collection[str]) -> str:
 # what regex would write out into more memory than there is.
 
 MATCH_LIMIT_S = 3
-"""Processor seconds of this thread that a pattern may take for all names."""
+"""Processor seconds for all names of a pattern: the thread's; within one name the process's, as regex has it."""
 MAX_PATTERN_CHARACTERS = 20_000
 _MAX_WRITTEN_OUT = 200_000
 # To Python a brace that counts nothing is itself; to regex it allows errors in a match, and `[:` is a class of POSIX.
