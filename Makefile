@@ -38,7 +38,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
 	tests/kernels/test_quantized_matrix.py
 
-.PHONY: help set-up packages collected kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -162,10 +162,6 @@ proofs: $(VENV)/.test kernels
 # Each process takes half of the tests, and then half of what another has left: what a file's tests share is made once.
 tests: $(VENV)/.test $(VENV)/.model kernels
 	$(PYTEST) -m 'not smollm2 and not slow and not bench and not browser' -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
-
-# Modules are compiled once, and the asserts of tests rewritten, before several test processes would do so side by side.
-collected: $(VENV)/.test kernels
-	@said=$$($(PYTEST) --collect-only --quiet 2>&1) || { echo "$$said"; exit 1; }
 
 # What computes, once more as a processor with AVX2 alone does it: torch, oneDNN, MKL and our library alike. The proofs
 # take longer than these tests, and one core.
