@@ -42,7 +42,7 @@ def for_each(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., None]]
                     error.add_note(", ".join(f"{name}={value!r}" for name, value in given.items()))
                     raise
 
-        signature = inspect.signature(function)
+        signature = inspect.signature(function)  # which pytest takes fixtures and parameters from
         left = [parameter for name, parameter in signature.parameters.items() if name not in wanted]
         test.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
         return test

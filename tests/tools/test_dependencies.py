@@ -52,7 +52,7 @@ def test_every_core_package_is_used() -> None:
 
 
 def test_the_tests_import_what_they_declare() -> None:
-    beside = [path for folder in ("benchmarks", "tests/kernels") for path in (PROJECT / folder).glob("*.py")]
+    beside = [path for folder in ("benchmarks", "tests/kernels", "tools") for path in (PROJECT / folder).glob("*.py")]
     local = {path.stem.replace("_", "-") for path in beside} | {"benchmarks", "docsite"}
     assert imported("tests") - local <= CORE | EXTRAS["test"] | EXTRAS["browser"]
 

@@ -117,8 +117,7 @@ def _hold_a_step() -> None:
         value, gradient = torch.full((elements,), 0.5), torch.full((elements,), 0.1)
         mean, squares, count = torch.zeros(elements), torch.zeros(elements), torch.zeros(())
         rates: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01, "eps": 1e-8}
-        how: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False}
-        adamw([value], [gradient], [mean], [squares], [], [count], **how, **rates)
+        adamw([value], [gradient], [mean], [squares], [], [count], fused=True, amsgrad=False, maximize=False, **rates)
 
     frozen_elements, trained_elements, element_bytes = (int(word) for word in sys.argv[1:])
     torch.set_num_threads(1)
