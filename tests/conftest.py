@@ -1,8 +1,13 @@
 """What every test relies on: no network, few threads, the same random numbers."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import gc
+
+# What is imported and collected lives to the end: to look through it again and again took longer than a third of that.
+gc.disable()
+
 import os
 import signal
 import sys
@@ -44,10 +49,11 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of garbage collections, which would look through it again and again."""
+def pytest_runtestloop() -> None:
+    """Leave what was imported and collected out of garbage collections, which begin here."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.get_freeze_count = cache(gc.get_freeze_count)  # each run asks, and to count takes as long as a few of its steps
 
 

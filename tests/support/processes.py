@@ -14,24 +14,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Without transformers.modeling_utils, which tests' own models need, each process imported it for itself: in 1.2 s.
-_PRELOADED = [
-    "pytest",
-    "torch.distributed",
-    "transformers.modeling_utils",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.configuration_llama",
-    "transformers.tokenization_utils_tokenizers",
-    "gguf",
-    "safetensors.torch",
-    "backhand.cli.main",
-    "backhand.data.bounded_template",
-    "backhand.report.command",
-    "backhand.report.train",
-    "backhand.training.distributed",
-    "backhand.training.run",
-    "support.forked",
-]
 _PATIENCE_S = 600
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -44,7 +26,7 @@ _ENVIRONMENT = {
 def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Call a function of a module in a process of its own, which the caller joins."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(["support.forked"])
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     try:
