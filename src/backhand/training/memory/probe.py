@@ -111,16 +111,16 @@ def step_bytes(
         limit: tokens of a pass that is measured, at most.
     """
 
-    def peak(model: Trainable, probed: StepShape) -> int:
-        return peak_of(model, (_FIRST, probed), vocab_size)
+    def peak(model: Trainable, *shapes: StepShape) -> int:
+        return peak_of(model, shapes, vocab_size)
 
     whole = shape.cut(limit)
     blocks = replace(whole, supervised_tokens=1)
-    most, of_blocks = peak(short.model, whole), peak(short.model, blocks)
+    most, of_blocks = peak(short.model, _FIRST, whole), peak(short.model, blocks)
     most += (shape.tokens - whole.tokens) * of_blocks // whole.tokens
     kept = of_last = 0
     for more in short.more:
-        block = max(0, peak(more.model, blocks) - of_blocks) * shape.tokens // whole.tokens
+        block = max(0, peak(more.model, _FIRST, blocks) - of_blocks) * shape.tokens // whole.tokens
         most += more.missing * block
         kept += more.blocks * block
         of_last = max(of_last, block // shape.tokens)
