@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import io
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-import backhand
+import backhand.__main__
 from backhand.cli import commands
 from backhand.cli.commands import COMMANDS, Command
 from backhand.cli.main import main, make_app
@@ -170,6 +171,18 @@ def test_closed_standard_streams(closed: str) -> None:
         cwd=PROJECT / "tests",
     )
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python looks through old objects a few at a time there")
+def test_a_command_looks_through_all_objects_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gc.get_threshold()
+    monkeypatch.setattr("backhand.__main__.leave_out_first", lambda: None)
+    monkeypatch.setattr("backhand.cli.main.main", gc.get_threshold)
+    try:
+        young, middle, old = backhand.__main__.run()
+    finally:
+        gc.set_threshold(*before)
+    assert (young, middle) == before[:2] and old >= 10 * before[2]
 
 
 @pytest.mark.parametrize("module", ["backhand.cli.commands", "cyclopts.group"])
