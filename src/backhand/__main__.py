@@ -7,18 +7,19 @@ import sys
 
 from backhand.safe_path import leave_out_first
 
-_YOUNG_BEFORE_ALL = 100
-"""So many collections of young objects before one of all; Python's own number is 10."""
+_MIDDLE_BEFORE_ALL = 100
+"""So many collections of the middle generation, each after ten young ones, before one of all; Python's own is 10."""
 
 
 def run() -> int:
     """Run this process's command line; nothing is imported from the current directory.
 
     What a command imports lives to its end, some hundred thousand objects: to look through all of them whenever a
-    quarter more were there was a fifth of its start. Young objects are looked through as ever.
+    quarter more were there was a fifth of its start. Younger ones are looked through as ever, and all of them by
+    Python's own number again while a run steps (`nn.compute.loaded_objects_frozen`).
     """
     leave_out_first()
-    gc.set_threshold(*gc.get_threshold()[:2], _YOUNG_BEFORE_ALL)
+    gc.set_threshold(*gc.get_threshold()[:2], _MIDDLE_BEFORE_ALL)
     from backhand.cli.main import main
 
     return main()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.compute import loaded_objects_frozen, medium_precision_pays
+from support.processes import forked_well, run
 
 
 class Cycle:
@@ -51,9 +52,13 @@ def test_elsewhere_its_error_decides_and_the_setting_is_put_back(
 
 def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there at the start is frozen, what comes later is collected, and afterwards all is as it was."""
+    assert gc.isenabled() and gc.get_freeze_count() > 1_000, "in every process of tests, see tests/conftest.py"
     monkeypatch.setattr(gc, "get_freeze_count", inspect.unwrap(gc.get_freeze_count))  # see tests/conftest.py
     gc.unfreeze()
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 100)  # as `__main__.run` does
     with loaded_objects_frozen():
+        assert gc.get_threshold()[2] <= 10
         frozen = gc.get_freeze_count()
         assert frozen > 1_000
         cycle = Cycle()
@@ -67,4 +72,10 @@ def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps(monkeypatch
             assert 0.99 * frozen < gc.get_freeze_count() <= frozen
         assert 0.99 * frozen < gc.get_freeze_count() <= frozen
     assert gc.get_freeze_count() == 0
+    assert gc.get_threshold()[2] in (100, 0)  # none in Python 3.14.0
+    gc.set_threshold(*before)
     gc.freeze()  # as tests/conftest.py has it
+
+
+def test_processes_of_tests_are_forked_from_one_that_has_imported_all() -> None:
+    assert run(forked_well) == 0

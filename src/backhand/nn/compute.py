@@ -114,11 +114,16 @@ def loaded_objects_frozen() -> Iterator[None]:
     if gc.get_freeze_count() > _FROZEN_AT_START:
         yield
         return
+    thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(
+        *thresholds[:2], min(thresholds[2], 10)
+    )  # `__main__.run` has made those of all rarer
     try:
         yield
     finally:
+        gc.set_threshold(*thresholds)
         gc.unfreeze()
 
 

@@ -116,7 +116,8 @@ def step_bytes(
 
     whole = shape.cut(limit)
     blocks = replace(whole, supervised_tokens=1)
-    most, of_blocks = peak(short.model, _FIRST, whole), peak(short.model, blocks)
+    most = peak(short.model, _FIRST, whole)
+    of_blocks = peak(short.model, blocks)  # what is made once is there from the passes before
     most += (shape.tokens - whole.tokens) * of_blocks // whole.tokens
     kept = of_last = 0
     for more in short.more:
