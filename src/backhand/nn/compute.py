@@ -117,9 +117,7 @@ def loaded_objects_frozen() -> Iterator[None]:
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(
-        *thresholds[:2], min(thresholds[2], 10)
-    )  # `__main__.run` has made those of all rarer
+    gc.set_threshold(*thresholds[:2], min(thresholds[2], 10))  # `__main__.run` has made those of all rarer
     try:
         yield
     finally:
