@@ -15,7 +15,7 @@ def run() -> int:
     """Run this process's command line; nothing is imported from the current directory.
 
     What a command imports lives to its end, some hundred thousand objects: to look through all of them whenever a
-    quarter more were there was a fifth of its start. Younger ones are looked through as ever, and all of them by
+    quarter more were there was up to a fifth of its start. Younger ones are looked through as ever, and all of them by
     Python's own number again while a run steps (`nn.compute.loaded_objects_frozen`).
     """
     leave_out_first()
