@@ -164,6 +164,16 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (process.returncode, printed) == (141, "")
 
 
+def test_output_that_no_file_takes_is_told_of_once(tmp_path: Path) -> None:
+    """Not once more by Python, which ends with 120 then: what could not be written is still in a buffer."""
+    command = 'ulimit -f 0; trap "" XFSZ; exec "$0" -m backhand --version > out'
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = ["sh", "-c", command, sys.executable]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == 5
+    assert b"error: " in done.stderr and b"Exception ignored" not in done.stderr
+
+
 def test_a_device_out_of_memory_is_known_by_name() -> None:
     class OutOfMemoryError(RuntimeError):
         """As torch names it."""

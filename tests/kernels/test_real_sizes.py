@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 def spoilable(tmp_path_factory):
     """The files that hold a naive sum, and what they call."""
     sources = [build.SOURCES / f"{name}.cpp" for name in (*WITH_NAIVE_SUMS, *CALLED)]
-    return compiled(tmp_path_factory, sources, dtype="float", build_name="baseline")
+    return compiled(tmp_path_factory, sources, dtype="float", build_name="baseline", optimized="-O1")
 
 
 def test_every_naive_sum_of_a_loop_is_shown():

@@ -177,10 +177,7 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
     just_now = bool(interrupted) and time.monotonic() - interrupted[-1] < _JUST_NOW_S
     if just_now and isinstance(error, Exception) and _may_be_of_ctrl_c(error) and ending(error, words)[0] == BUG:
         error = KeyboardInterrupt().with_traceback(error.__traceback__)
-    if isinstance(error, BrokenPipeError):
-        # The reader has left; what is still buffered must not raise again when Python closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif debug and not isinstance(error, SystemExit):
+    if debug and not isinstance(error, SystemExit | BrokenPipeError):
         sys.stderr.write(visible("".join(traceback.format_exception(error)), "\n"))
     code, text = ending(error, words)
     if text:
@@ -188,6 +185,13 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
             print(
                 text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr
             )
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # The reader has left, the terminal is closed, or the disk is full: what is still buffered must not raise
+            # again when Python closes its streams, which would end the command with 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
