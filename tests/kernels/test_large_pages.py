@@ -26,6 +26,8 @@ import torch
 from backhand.kernels import large_pages
 from backhand.nn.compute import keep_freed_memory, release_freed_memory
 
+release_freed_memory()  # that which was before this process was forked
+
 def total(field):
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(field + ":"))

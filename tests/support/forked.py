@@ -21,7 +21,7 @@ import backhand.report.train
 import backhand.training.distributed
 import backhand.training.run
 from backhand.cli import commands
-from backhand.kernels.builds import usable
+from backhand.kernels.builds import chosen, usable
 from backhand.report.rendering import environment
 from backhand.training.memory import probe
 from support.measured_once import step_bytes
@@ -38,3 +38,4 @@ gc.get_freeze_count = cache(gc.get_freeze_count)
 # Counted, and the builds of the kernels looked through, once for all.
 gc.get_freeze_count()
 usable()
+chosen.cache_clear()  # by each one's environment
