@@ -15,7 +15,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 # Before anything imports huggingface_hub, tokenizers or torch.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,7 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from backhand.training import measuring
+from backhand.training import job_run, measuring
 from backhand.training.memory import probe
 from support import measured_once, processes
 from support.for_each import seed
@@ -42,17 +42,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # the disk seventy times, which on a busy one takes longer than the run.
 os.fsync = lambda descriptor: None
 
+# A run gives its freed memory back around each save, which it would only take again (four times in a hundred of a
+# tiny run's time): the next test takes it.
+job_run.MemoryKeeper = partial(job_run.MemoryKeeper, release=lambda: None)  # type: ignore[misc,assignment]
+
 measuring.neutral_texts = measured_once.two_neutral_texts
 
 # What a test frees stays for the next one. By default buffers go back to the system as soon as they are freed, and each
 # of their pages is made anew for the next test: a tenth of the time of those that compute.
 if platform.libc_ver()[0] == "glibc":
     _libc = ctypes.CDLL(None)
-    assert _libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD, of <malloc.h>
-    assert _libc.mallopt(-3, 128 << 20)  # M_MMAP_THRESHOLD: larger ones still go back at once
+    _libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD, of <malloc.h>
+    # M_MMAP_THRESHOLD: larger ones still go back at once. Glibc before 2.35 takes no more than the second.
+    _libc.mallopt(-3, 128 << 20) or _libc.mallopt(-3, 32 << 20)
 
-# Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")))
+# Nothing that is collected starts a thread, which the process that others are forked from would not have.
+torch.set_num_threads(1)
 
 # A busy machine is no defect: neither an example nor drawing one has a time limit.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -65,6 +70,9 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     processes.fork_the_server(session.config)
+    # Test processes share the cores; with xdist (or OMP_NUM_THREADS set) one thread each is fastest for tiny tensors.
+    threads = os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+    torch.set_num_threads(int(threads))
     gc.enable()
     gc.get_freeze_count = cache(gc.get_freeze_count)  # each run asks, and to count takes as long as a few of its steps
 

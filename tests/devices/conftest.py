@@ -13,7 +13,7 @@ from support.tiny_run import TinyRun
 
 
 def pytest_ignore_collect() -> bool | None:
-    """But by `make test-cuda` and `make test-mps`, and in a process of its own by test_devices.py."""
+    """Collect these tests for `make test-cuda` and `make test-mps`, and in test_devices.py's own process, alone."""
     return None if "BACKHAND_TEST_DEVICE" in os.environ else True
 
 

@@ -26,7 +26,7 @@ import torch
 from backhand.kernels import large_pages
 from backhand.nn.compute import keep_freed_memory, release_freed_memory
 
-release_freed_memory()  # that which was before this process was forked
+release_freed_memory()  # what the test process had freed before the fork
 
 def total(field):
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

@@ -38,4 +38,4 @@ gc.get_freeze_count = cache(gc.get_freeze_count)
 # Counted, and the builds of the kernels looked through, once for all.
 gc.get_freeze_count()
 usable()
-chosen.cache_clear()  # by each one's environment
+chosen.cache_clear()  # collecting the tests may have asked; each asks by its own environment

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "--quiet" in given or is_a_follower():
                 around.enter_context(may_be_silent())
             if sorted(given) == ["--verbose", "--version"]:
-                print(_verbose_version())
+                print(_verbose_version(), flush=True)
                 return 0
             result = make_app()(_values_joined(given))
             # Help and version have been printed.
@@ -186,12 +186,13 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
                 text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr
             )
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            # The reader has left, the terminal is closed, or the disk is full: what is still buffered must not raise
-            # again when Python closes its streams, which would end the command with 120.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with suppress(OSError, ValueError, AttributeError):  # what a program has put in its place, or has closed
+            try:
+                stream.flush()
+            except OSError:
+                # The reader has left, the terminal is closed, or the disk is full: what is still buffered must not
+                # raise again when Python closes its streams, which would end the command with 120.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
 
 
