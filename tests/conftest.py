@@ -42,8 +42,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # the disk seventy times, which on a busy one takes longer than the run.
 os.fsync = lambda descriptor: None
 
-# A run gives its freed memory back around each save, which it would only take again (four times in a hundred of a
-# tiny run's time): the next test takes it.
+# A run gives its freed memory back around each save, and would only take it again: 2 % of a tiny run's time.
 job_run.MemoryKeeper = partial(job_run.MemoryKeeper, release=lambda: None)  # type: ignore[misc,assignment]
 
 measuring.neutral_texts = measured_once.two_neutral_texts
