@@ -115,6 +115,53 @@ def test_who_holds_a_trial_keeps_others_from_it_and_they_wait_for_the_last_ones(
         assert search.next(two, may_begin=True) == first
 
 
+def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_here(tmp_path: Path) -> None:
+    search = schedule(trials=2)
+    one, two = (Study(tmp_path, search.dimensions, GIVEN) for _ in range(2))
+
+    def begun(study: Study) -> Trial:
+        with study.locked():
+            trial = search.next(study, may_begin=True)
+        assert isinstance(trial, Trial)
+        return trial
+
+    def written(study: Study, trial: Trial) -> None:
+        with study.locked():
+            losses = [loss(trial, stage) for stage in range(1, trial.goal + 1)]
+            found = {"losses": losses, "done": trial.goal, "steps": 1}
+            study.write(trial.number, found, over=trial.goal == search.last)
+
+    held, other = begun(one), begun(two)
+    best, given = sorted((held, other), key=lambda trial: loss(trial, 1))
+    of_best, of_given = (one, two) if best == held else (two, one)
+    written(of_best, best)
+    written(of_given, given)
+    of_given.let_go(given)
+    with of_given.locked():
+        assert search.next(of_given, may_begin=True) == "wait"
+    of_best.let_go(best)
+    while (trial := begun(of_given)).number == best.number:
+        written(of_given, trial)
+        of_given.let_go(trial)
+    # The options as given go on to the end, for the comparison.
+    assert trial.number == given.number == 0 and trial.goal == search.last
+
+
+def test_the_options_as_given_may_be_held_a_moment_longer(tmp_path: Path) -> None:
+    search = schedule(trials=2)
+    one, two = (Study(tmp_path, search.dimensions, GIVEN) for _ in range(2))
+    work(search, one, steps=1)
+    work(search, two, steps=len(search.stages))
+    with one.locked():
+        assert one.hold(one.trials()[0])
+    with two.locked():
+        assert search.next(two, may_begin=True) == "wait"
+    one.let_go(one.trials()[0])
+    with two.locked():
+        trial = search.next(two, may_begin=True)
+    assert isinstance(trial, Trial) and (trial.number, trial.goal) == (0, search.last)
+
+
 def test_without_time_no_trial_begins_but_the_best_goes_on(tmp_path: Path) -> None:
     search = schedule(trials=9)
     study = Study(tmp_path, search.dimensions, GIVEN)

@@ -236,7 +236,7 @@ def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: P
         for process in started:
             process.join(240)
         said = [file.read_text() for file in files]
-        assert [process.exitcode for process in started] == [0, 0], said
+        assert [process.exitcode for process in started] == [0, 0], "".join(said)
     finally:
         for process in started:
             process.kill()

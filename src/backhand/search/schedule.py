@@ -110,7 +110,7 @@ class Schedule:
         promoted = self._promote(study, own)
         return promoted or self._repeat(study, trials)
 
-    def _promote(self, study: Study, own: Sequence[Trial]) -> Trial | None:
+    def _promote(self, study: Study, own: Sequence[Trial]) -> Trial | Wait | None:
         for stage in range(1, self.last):
             there = [trial for trial in own if trial.done >= stage and trial.failed is None]
             ranked = sorted(there, key=lambda trial: trial.loss_at(stage))[: self.promoted(stage, len(there))]
@@ -118,15 +118,18 @@ class Schedule:
             for trial in new:
                 study.write(trial.number, {"goal": stage + 1})
             if new:
-                return next(trial for trial in study.trials() if trial.due and study.hold(trial))
+                # Whoever has brought a trial to its stage holds it for a moment longer.
+                return next((trial for trial in study.trials() if trial.due and study.hold(trial)), "wait")
         return None
 
-    def _repeat(self, study: Study, trials: Sequence[Trial]) -> Trial | None:
+    def _repeat(self, study: Study, trials: Sequence[Trial]) -> Trial | Wait | None:
         """What the best is compared with: the options as given to the end, and both with other seeds."""
         best = best_of(trials, self.last)
         if best is None:
             return None
-        if trials[0].goal < self.last and trials[0].failed is None and study.hold(trials[0]):
+        if trials[0].goal < self.last and trials[0].failed is None:
+            if not study.hold(trials[0]):
+                return "wait"
             study.write(0, {"goal": self.last})
             return replace(trials[0], goal=self.last)
         there = {(trial.repeats, trial.seed) for trial in trials}
