@@ -55,6 +55,15 @@ def test_rows_of_no_form_are_refused_before_a_model_is_read(tmp_path: Path) -> N
         evaluate(EvaluateOptions(ModelOptions(model="no such model"), DataOptions(data=(str(path),))))
 
 
+@pytest.mark.parametrize("option", ["prompt", "completion"])
+def test_a_name_of_no_column_is_refused_before_any_row(option: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "t.csv", TICKETS)
+    names = {"prompt": "body", "completion": "team", option: ""}
+    with pytest.raises(UsageError, match="'' names no column") as raised:
+        prepare(DataOptions(data=(str(path),), **names), byte_level())
+    assert f"give --{option} COLUMN" in str(raised.value)
+
+
 def test_columns_of_a_spreadsheet_by_name(tmp_path: Path) -> None:
     path = written(tmp_path / "t.csv", TICKETS)
     prompts, notes = asked(path, prompt=r"{subject}\n{body} {{x}}", completion="team")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +210,33 @@ def test_yaml_loses_no_key(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 20_000, "nested more than 32 deep (at line 1)"),
+        ("a: " + "[[], " * 50_000, "nested more than 32 deep"),
+        ("a: " + '{"b": ' * 20_000, "nested more than 32 deep"),
+        ("- " * 20_000, "nested more than 32 deep"),
+        ("? " * 20_000, "nested more than 32 deep"),
+        ("\n".join(" " * level + "a:" for level in range(500)), "nested more than 32 deep (at line 32)"),
+        (f"learning_rate: 1{'_' * 200_000}e", "is not a number or auto"),
+    ],
+)
+def test_a_hostile_yaml_file_is_refused_at_once(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert time.process_time() - began < 1
+    assert message in str(caught.value)
+
+
+def test_a_value_of_no_allowed_type_is_answered_with_all_of_them() -> None:
+    with pytest.raises(UsageError, match="'fast' is not a number or auto"):
+        config_from_table({"optimization": {"learning_rate": "fast"}}, "x")
 
 
 def test_a_whole_number_is_a_rate_too() -> None:

@@ -82,7 +82,15 @@ class ColumnReader:
         return RawRow(values, raw.source)
 
     def _check(self, option: str, text: str, row: RawRow) -> None:
-        for name in columns_named(text):
+        names = columns_named(text)
+        if not names:
+            raise UsageError(
+                f"{text!r} names no column",
+                where=option,
+                why=f"{row.source} has {name_list(row.values)}",
+                next_step=f"give --{option} COLUMN, or a text with columns in braces, or leave it out",
+            )
+        for name in names:
             if name not in row.values:
                 near = nearest_names(name, row.values)
                 raise UsageError(

@@ -109,20 +109,20 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 MAX_YAML_BYTES = 2**18
-_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+\Z")
+_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d+)[eE][-+]?\d+\Z")
+_MAX_YAML_DEPTH = 32
+"""Lists and tables inside one another. Options have three levels; PyYAML takes time by the square of the depth."""
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """Nested tables; what is null is left out, and 1e-4 is a number, which YAML 1.1 does not say.
+    """Return nested tables. Null values are left out, and 1e-4 is a number, unlike in YAML 1.1.
 
     Raises:
-        ValueError: it is not YAML, has a key twice, or holds what no configuration needs (aliases, several documents).
+        ValueError: it is not YAML, has a key twice, is nested too deeply, or contains an alias or several documents.
     """
     import yaml
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it holds an alias (*name), which is not read")
         read = yaml.load(text, _yaml_loader())
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
@@ -141,10 +141,23 @@ def _without_nulls(value: Any) -> Any:
 
 @functools.cache
 def _yaml_loader() -> Any:
-    """Reads 1e-4 as a number unless it stands in quotes, and no key twice."""
+    """Return a loader that reads unquoted 1e-4 as a number and refuses aliases, duplicate keys and deep nesting."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it contains an alias (*name), which is not supported")
+            self.depth += 1
+            if self.depth > _MAX_YAML_DEPTH:
+                line = self.peek_event().start_mark.line + 1
+                raise ValueError(f"lists or tables are nested more than {_MAX_YAML_DEPTH} deep (at line {line})")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             pairs = node.value if isinstance(node, yaml.MappingNode) else ()
             counts = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
@@ -319,6 +332,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
                 return _typed(value, option, where)
             except UsageError:
                 continue
+        if get_origin(options[-1]) is Literal and value not in get_args(options[-1]):
+            allowed = [*(_KINDS.get(option, str(option)) for option in options[:-1]), *get_args(options[-1])]
+            raise UsageError(f"{value!r} is not {' or '.join(allowed)}", where=where)
         return _typed(value, options[-1], where)
     if origin is Literal:
         if value in get_args(hint) and isinstance(value, str):
