@@ -9,8 +9,8 @@ from backhand.printing import bounded
 T = TypeVar("T")
 
 
-def present(value: T | None) -> T:
-    """What is there by what somebody else has seen to. Raises AssertionError: it is not."""
+def not_none(value: T | None) -> T:
+    """Return `value`, which an earlier check guarantees not to be None. Raises AssertionError if it is None."""
     assert value is not None
     return value
 

@@ -13,7 +13,7 @@ from typing import Any
 from backhand.data.options import named_value
 from backhand.data.rows import BadRows, RawRow, checked_row
 from backhand.data.text_files import head_of, open_bytes, read_csv, read_json_lines, read_json_values, start_text
-from backhand.errors import DataError, UsageError, first_line, present
+from backhand.errors import DataError, UsageError, first_line, not_none
 from backhand.system import install
 from backhand.words import shorten
 
@@ -221,7 +221,7 @@ def read_hub(name: str, bad: BadRows, default_splits: Sequence[str]) -> Iterator
         UsageError: `datasets` is not installed.
         DataError: not found, no such split, or a malformed row unless `bad` counts it.
     """
-    match = present(_HUB_NAME.fullmatch(name))
+    match = not_none(_HUB_NAME.fullmatch(name))
     datasets = _needed("datasets", "data sets of the hub need the package", "datasets", name)
     split = match["split"]
     try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from backhand.errors import ArtifactError, present
+from backhand.errors import ArtifactError, not_none
 from backhand.export.gguf_adapter_writer import context_length, refuse_for_llama_cpp
 from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -112,7 +112,7 @@ def _add_gemma4(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
 
 def _add_delta(writer: gguf.GGUFWriter, config: DecoderConfig, stated: Mapping[str, Any]) -> None:
     """Sizes of the delta rule, the layers that have it, and which features turn by which place in an image."""
-    sizes = present(config.delta)
+    sizes = not_none(config.delta)
     writer.add_ssm_conv_kernel(sizes.taps)
     writer.add_ssm_state_size(sizes.key_width)
     writer.add_ssm_group_count(sizes.key_heads)

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from backhand.data.stored_examples import neutral_texts
-from backhand.errors import ArtifactError, present
+from backhand.errors import ArtifactError, not_none
 from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model
 from backhand.export.huggingface_writer import write_huggingface
@@ -128,7 +128,7 @@ def _prove(
     options: AdaptedModelOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover
 ) -> None:
     """What was written, read once, against the digests and the logits of base and adapter."""
-    base, wanted = present(weights.walk).logits()
+    base, wanted = not_none(weights.walk).logits()
     written = open_model(path)
     check_same_model(weights.source, written, untied=weights.unties_head)
     walk = BlockWalk(written, opened.documents)

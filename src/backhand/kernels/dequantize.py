@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backhand.errors import ArtifactError, present
+from backhand.errors import ArtifactError, not_none
 from backhand.kernels.builds import library
 from backhand.kernels.library import INT, INT64, POINTER, Declared
 
@@ -117,7 +117,7 @@ def dequantize(
         return out
     if out.device.type != "cpu" or out.dtype not in (torch.float32, torch.bfloat16) or not is_compiled(type_id):
         return _by_pieces(source, type_id, out, row_ids, first, blocks)
-    status: int = present(_DEQUANTIZE.function())(
+    status: int = not_none(_DEQUANTIZE.function())(
         *(type_id, source.ctypes.data, source.shape[1], source.shape[0]),
         None if row_ids is None else row_ids.data_ptr(),
         *(n, first, blocks, out.data_ptr(), out.stride(0), int(out.dtype == torch.bfloat16)),

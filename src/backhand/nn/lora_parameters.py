@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.ops.dora import row_squares
 
 Shape = tuple[int, ...]
@@ -213,7 +213,7 @@ class LoRAParameters:
 
     def token_ids(self, name: str) -> Tensor:
         """(n,) int64 ids of the tokens whose rows a trained tensor holds."""
-        return torch.tensor(present(self.trained[name].token_ids), device=self.values.device)
+        return torch.tensor(not_none(self.trained[name].token_ids), device=self.values.device)
 
     def lora_A(self, name: str) -> Tensor:
         """(rank, in) view of the trained values."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.ops.attention_blocks import (
     AttentionBlocksGrads,
     AttentionBlocksSaved,
@@ -94,7 +94,7 @@ def grouped_backward(
         lse = log_sum_exp[filled : filled + group.tokens * q.shape[1]].view(group.documents, q.shape[1], group.length)
         filled += lse.numel()
         mask = _window_mask(group.length, scores.window, lse.dtype, q.device)
-        operands = _for_kernel(g_group, q_group, k_group, v_group, together(present(output), group))
+        operands = _for_kernel(g_group, q_group, k_group, v_group, together(not_none(output), group))
         from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scores.scaling)
         for gradient, result in zip(grads, from_kernel, strict=True):
             set_part(result.transpose(1, 2), group, gradient)

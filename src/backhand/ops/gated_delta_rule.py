@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, segment_table
 from backhand.ops.delta_chunks import backward_in_chunks, forward_in_chunks
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
@@ -158,7 +158,7 @@ def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -
     longest = max((run.length for run in saved.runs), default=0)
     group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, longest))
     sizes = (INT64 * 5)(k.shape[1], group, k.shape[2], v.shape[2], chunk)
-    memory_of = present(loop(_MEMORY, v))
+    memory_of = not_none(loop(_MEMORY, v))
     workers = max(1, min(torch.get_num_threads(), k.shape[1] * int((table[2] < 0).sum())))
     memory = torch.empty(workers * memory_of(backward, sizes, table.data_ptr(), table.shape[1]), dtype=wide)
     where = (table.data_ptr(), table.shape[1], memory.data_ptr(), workers)

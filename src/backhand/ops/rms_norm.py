@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
 
 _FORWARD = Declared(
@@ -182,7 +182,7 @@ def _compiled_backward(
     d_weight = None
     if weight_gradient:  # first: d_x may take d_y's place
         d_weight = torch.empty(weight.shape, dtype=weight.dtype)
-        present(loop(_WEIGHT_GRADIENT, d_y, x))(
+        not_none(loop(_WEIGHT_GRADIENT, d_y, x))(
             *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out

@@ -29,7 +29,7 @@ from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
-from backhand.errors import CheckError, DataError, present
+from backhand.errors import CheckError, DataError, not_none
 from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
@@ -147,7 +147,7 @@ def compared(
     for number, one in enumerate(scores):
         loaded.model.use_adapter(bool(number))
         every = range(len(rows.pairs))
-        sums = present(document_sums(loaded.model, packer, every, run.micro_batch_rows, Processes()))
+        sums = not_none(document_sums(loaded.model, packer, every, run.micro_batch_rows, Processes()))
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
         measured = means([objective.of_sums(every, sums).measured])
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import loaded_objects_frozen
@@ -274,7 +274,7 @@ class JobRun:
         if loop.state.progress.step < self.job.total_steps:
             self.observer.noted("the run ended early; the proof of resuming is left out")
             return
-        checkpoint = present(shared_checkpoint(store.load(begin) if self.processes.leads else None, self.processes))
+        checkpoint = not_none(shared_checkpoint(store.load(begin) if self.processes.leads else None, self.processes))
         if not prove_resume(loop, checkpoint, log):
             again = f"{self._resume_command()} --prove-resume {self.job.config.run.prove_resume}"
             raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")

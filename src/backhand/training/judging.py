@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from backhand.errors import CheckError, present
+from backhand.errors import CheckError, not_none
 from backhand.printing import going_on
 from backhand.system import rss_bytes
 from backhand.training.engine import Trainable
@@ -162,7 +162,7 @@ class Judge:
         progress = self.state.progress
         if self.held_out is None and self.meter is None:
             return False
-        if progress.step % present(self.plan.run.eval_every) and progress.step != self.plan.total_steps:
+        if progress.step % not_none(self.plan.run.eval_every) and progress.step != self.plan.total_steps:
             return False
         progress.pending_evaluation = True
         return self.evaluate()

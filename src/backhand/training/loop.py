@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
-from backhand.errors import CheckError, present
+from backhand.errors import CheckError, not_none
 from backhand.nn.batch import PackedBatch
 from backhand.training.engine import Trainable
 from backhand.training.judging import Judge
@@ -69,7 +69,7 @@ class TrainingLoop:
                 return False
             self._step()
             better = judge.evaluate_if_due()
-            if judge.finish_if_done() or better or progress.step % present(self.plan.run.save_every) == 0:
+            if judge.finish_if_done() or better or progress.step % not_none(self.plan.run.save_every) == 0:
                 judge.before_checkpoint()
                 judge.save(better)
         return True

@@ -13,7 +13,7 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.stored_examples import neutral_texts
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.generate.completer import LanguageModel
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
@@ -154,7 +154,7 @@ class ForgettingMeter:
                 for rows in torch.arange(input_ids.shape[0] - 1).split(_ROWS)
             ]
 
-        found = present(processes.each(self.lengths, measured))
+        found = not_none(processes.each(self.lengths, measured))
         risen, diverged = zip(*chain.from_iterable(found), strict=True)
         tokens = sum(length - 1 for length in self.lengths)
         return Forgetting(left_sum(risen) / tokens, left_sum(diverged) / tokens)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.training.config import OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.step import LearningRate
 
@@ -77,8 +77,8 @@ class StepPlan:
         chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
         if None in chosen or options.learning_rate == "auto":
             raise ValueError(f"the configuration is not resolved: {chosen}, {options.learning_rate}")
-        rate = LearningRate(options.learning_rate, options.schedule, present(options.warmup_steps), total_steps)
-        return cls(run, present(options.micro_batch_rows), rate)
+        rate = LearningRate(options.learning_rate, options.schedule, not_none(options.warmup_steps), total_steps)
+        return cls(run, not_none(options.micro_batch_rows), rate)
 
     @property
     def total_steps(self) -> int:

@@ -24,7 +24,7 @@ from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.adapters.injection_plan import plan_injection
 from backhand.adapters.loading import read_adapter
 from backhand.adapters.record import AdapterRecord
-from backhand.errors import UsageError, present
+from backhand.errors import UsageError, not_none
 from backhand.generate.transformers_completer import TransformersCompleter
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.loading.source import ModelSource
@@ -246,7 +246,7 @@ class TransformersEngine(Engine):
         slots, trained = model.inject(config)
         lora = LoRAParameters(slots, trained=trained, device=device)
         model.attach(lora)
-        return _BoundTransformers(model, present(model.injected), lora, config, self._source)
+        return _BoundTransformers(model, not_none(model.injected), lora, config, self._source)
 
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """The model itself: what a block is, only its own code knows."""

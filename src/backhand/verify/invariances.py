@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import pack
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
@@ -91,7 +91,7 @@ def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
 
 def _gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:
     """The whole adapter gradient of one step over these micro-batches."""
-    lora, scaling = present(decoder.lora), 1.0 / sum(batch.supervised_tokens for batch in batches)
+    lora, scaling = not_none(decoder.lora), 1.0 / sum(batch.supervised_tokens for batch in batches)
     lora.gradients.zero_()
     for batch in batches:
         decoder.loss_and_gradients(batch, scaling)
@@ -167,7 +167,7 @@ def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
 
 def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
     """The decoder's logits in the compute dtype, before and after merging; of a quantized one by `merged_logits`."""
-    decoder, batch, lora = step.decoder, step.batch, present(step.decoder.lora)
+    decoder, batch, lora = step.decoder, step.batch, not_none(step.decoder.lora)
 
     def logits() -> Tensor:
         return decoder.logits(batch.input_ids, batch.lengths).double()

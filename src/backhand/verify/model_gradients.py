@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
@@ -208,7 +208,7 @@ class BlockwiseStep:
         weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
         adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
         _, saved = block_forward(x0, weights, adapter, context, "none")
-        return present(block_backward(d_x2.clone(), saved, weights, adapter, context))
+        return not_none(block_backward(d_x2.clone(), saved, weights, adapter, context))
 
     def block_weights(self, layer: int) -> BlockWeights:
         """A copy of the block's weights in float64."""
@@ -290,7 +290,7 @@ class GradientProofs:
     def _rounding_errors(self, truth: Tensor) -> tuple[float, float]:
         """How far the engine's gradient in the compute dtype is from the truth, and how far autograd's is."""
         step = self.step
-        decoder, lora = step.decoder, present(step.decoder.lora)
+        decoder, lora = step.decoder, not_none(step.decoder.lora)
         lora.gradients.zero_()
         token_loss = None if step.pair_loss is None else step.pair_loss.token_loss
         decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed, token_loss)
@@ -298,7 +298,7 @@ class GradientProofs:
 
     def _neighbours(self) -> Iterator[tuple[float, float]]:
         """The same two errors for adapters of about the same values and of the same signs."""
-        step, lora = self.step, present(self.step.decoder.lora)
+        step, lora = self.step, not_none(self.step.decoder.lora)
         values = lora.values.clone()
         generator = torch.Generator().manual_seed(0)
         try:
@@ -315,7 +315,7 @@ class GradientProofs:
     def _by_autograd(self) -> Tensor:
         """The flat gradient by autograd of the reference in the compute dtype, in the order of the flat buffer."""
         step = self.step
-        decoder, lora = step.decoder, present(step.decoder.lora)
+        decoder, lora = step.decoder, not_none(step.decoder.lora)
         factors = {
             f"{name}.{part}": factor
             for name in lora.slots
@@ -384,7 +384,7 @@ class GradientProofs:
         _, by_autograd = self._prove(names, beside, forward)
         self._compare(f"d_x0 of layer {layer}", d_x0, by_autograd["x"])
         if source is not None:
-            after = present(carried.held(source))
+            after = not_none(carried.held(source))
             for name, now, earlier in zip("kv", after, before or (None, None), strict=True):
                 added = now if earlier is None else now - earlier
                 self._compare(f"d_x: d_{name} of layer {source} by layer {layer}", added, by_autograd[name])
@@ -395,17 +395,17 @@ class GradientProofs:
     def _prove_begin(self) -> None:
         """The gradients of the adapter of what makes the layers' inputs, given theirs."""
         step = self.step
-        config, weights, ids = step.decoder.config, present(step.decoder.weights.per_layer), step.batch.input_ids
+        config, weights, ids = step.decoder.config, not_none(step.decoder.weights.per_layer), step.batch.input_ids
         named = {
             f"{PER_LAYER_MODEL}.weight": float64_dense(weights.projection),
             f"{PER_LAYER_MODEL_NORM}.weight": float64_dense(weights.norm),
             f"{PER_LAYER_TABLE}.weight": frozen_dense(weights.embedding),
         }
-        h, d_inputs = step.decoder.embed(ids).double(), present(step.carried.d_inputs)
+        h, d_inputs = step.decoder.embed(ids).double(), not_none(step.carried.d_inputs)
         step.begin()
 
         def forward(adapter: ReferenceAdapter) -> Graph:
-            return (present(reference_inputs(h, named, config, ids, adapter)),), (d_inputs,)
+            return (not_none(reference_inputs(h, named, config, ids, adapter)),), (d_inputs,)
 
         self._prove([PER_LAYER_MODEL], {}, forward)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.kernels.builds import load, usable, using
 from backhand.ops.delta_steps import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
@@ -204,7 +204,7 @@ def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attention(size: float) -> RealSize:
     op, name = _op("attention"), f"{KEYS:,} keys, scores of {size}"
     case = op.case(name, (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING)
-    case = replace(case, reference=present(case.usual))  # the reference's whole matrices of scores would be gigabytes
+    case = replace(case, reference=not_none(case.usual))  # the reference's whole matrices of scores would be gigabytes
     naive = ("y", lambda t: _naive_attention(t["q"], t["k"], t["v"]))
     return RealSize(op, case, naive, {"y": LAST, "d_q": LAST, "d_k": FIRST, "d_v": FIRST})
 

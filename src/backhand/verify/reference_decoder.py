@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
 from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, block_seed, group_of, group_seed
 from backhand.nn.decoder.family import (
@@ -282,7 +282,7 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     x = x + at.norm(branch, config.norms.after_mlp) * times
     if config.per_layer is not None:
         (entering,), (projection,) = PER_LAYER_GROUPS
-        gate, inputs = at.linear(x, entering, wanted_alone=True), present(present(at.carried).inputs)
+        gate, inputs = at.linear(x, entering, wanted_alone=True), not_none(not_none(at.carried).inputs)
         branch = at.linear(_activated(gate, config) * inputs[:, at.number], projection, wanted_alone=True)
         x = x + at.norm(branch, PER_LAYER_NORM)
     return x * at.weights[f"{at.name}.{LAYER_SCALAR}"] if config.layer_scalar else x
@@ -294,7 +294,7 @@ def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
 
 def _experts(x: Tensor, at: ReferenceLayer) -> Tensor:
     """The mixture's branch, (tokens, hidden): every expert on every token, those not chosen times zero."""
-    mixture, weights, all_experts = present(at.config.mixture), at.weights, f"{at.name}.mlp.experts"
+    mixture, weights, all_experts = not_none(at.config.mixture), at.weights, f"{at.name}.mlp.experts"
     router = f"{at.name}.{mixture.router}"
     logits = functional.linear(x, weights[f"{router}.weight"], weights.get(f"{router}.bias"))
     shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -361,7 +361,7 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
         if at.carried is not None:
             at.carried.lent[at.number] = lent
     else:
-        lent = present(at.carried).lent[own.keys_of]
+        lent = not_none(at.carried).lent[own.keys_of]
     rest = config.attention_scaling, config.attention_cap, at.weights.get(f"{at.name}.{SINKS}")
 
     def attended(*qkv: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
 
 def _gated_delta(x: Tensor, at: ReferenceLayer) -> Tensor:
     """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
-    sizes, runs, weights, inside = present(at.config.delta), at.runs, at.weights, f"{at.name}.linear_attn"
+    sizes, runs, weights, inside = not_none(at.config.delta), at.runs, at.weights, f"{at.name}.linear_attn"
     entering, (leaving,) = at.config.mixers[GATED_DELTA].groups
     qkv, z, b, a = (at.linear(x, part) for part in entering)
     qkv = causal_conv_reference(qkv, Taps(weights[f"{inside}.conv1d.weight"].squeeze(1)), runs, silu=True)

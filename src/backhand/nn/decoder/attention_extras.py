@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import norm_backward
@@ -42,7 +42,7 @@ def normed(
         qkv: what the first group gave, (T, q + 2k) or (T, 2q + 2k).
         known: the factors, where they need not be computed again.
     """
-    q_norm, k_norm = present(weights.q_norm), present(weights.k_norm)
+    q_norm, k_norm = not_none(weights.q_norm), not_none(weights.k_norm)
     raw_q, raw_k = _under_norm(qkv, parts, config)
     if known is None:
         q, q_saved = rms_norm_forward(raw_q, q_norm, config.norm_eps, config.norm_offset)
@@ -84,7 +84,7 @@ def normed_backward(
         (config.qk_norms[0], raw_q, factors[0], weights.q_norm, d_normed_q, d_q),
         (config.qk_norms[1], raw_k, factors[1], weights.k_norm, d_normed_k, d_k),
     ):
-        norm = RMSNormSaved(raw, present(weight), factor, config.norm_offset)
+        norm = RMSNormSaved(raw, not_none(weight), factor, config.norm_offset)
         d_raw.copy_(norm_backward(d_normed, norm, adapter.norms.get(name)))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.kernels.dequantize import is_compiled
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
@@ -184,7 +184,7 @@ class DecodeStep:
 
     def _projection(self, block: BlockWeights, name: str, adapter: GroupAdapter) -> _Projection:
         weight: FrozenMatrix = getattr(block, name)
-        parts = present(_parts(weight))
+        parts = not_none(_parts(weight))
         lows = [
             _LowRank(
                 *(member.lora_A.data_ptr(), member.lora_B.data_ptr(), len(member.lora_A), member.column),

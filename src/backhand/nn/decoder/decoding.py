@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.kernels.builds import loops_are_there
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import Scratch, document_runs
@@ -292,7 +292,7 @@ class IncrementalDecoder:
         mixer = MIXERS[context.layer.mixer]
         entering, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
         if mixer.continued is None:
-            q, k, v = present(mixer.attending)(entering, weights, context)[:3]
+            q, k, v = not_none(mixer.attending)(entering, weights, context)[:3]
             output = gated_output(entering, attend(index, q, k, v), config)
         else:
             output = mixer.continued(entering, weights, self.cache.states[index], rows, config)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
@@ -65,7 +65,7 @@ class _RuleInputs(NamedTuple):
 
 def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaKept]:
     """y, (T, value heads · value width), from [q k v | z | b | a], within each document."""
-    sizes = present(context.config.delta)
+    sizes = not_none(context.config.delta)
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     convolved, _ = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
     rule = _rule_inputs(convolved, b, a, weights, sizes)
@@ -82,15 +82,15 @@ def delta_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂[q k v | z | b | a] from ∂L/∂y, (T, value heads · value width); the norm's gradient is added if trained."""
-    sizes, own, x = present(context.config.delta), kept.own, kept.input
+    sizes, own, x = not_none(context.config.delta), kept.own, kept.input
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     d_x = torch.empty_like(x)
     d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
 
-    normed = rms_norm_apply(own.output, present(weights.delta_norm), own.factor).flatten(1)
+    normed = rms_norm_apply(own.output, not_none(weights.delta_norm), own.factor).flatten(1)
     d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
     d_z.copy_(d_gate)
-    norm = RMSNormSaved(own.output, present(weights.delta_norm), own.factor, 0.0)
+    norm = RMSNormSaved(own.output, not_none(weights.delta_norm), own.factor, 0.0)
     d_o = norm_backward(d_normed.unflatten(1, own.output.shape[1:]), norm, adapter.norms.get(NORM))
     del normed, d_gate, d_normed
 
@@ -118,7 +118,7 @@ def delta_states(
 
     The state is (rows, value heads, key width, value width); both are zeros.
     """
-    sizes = present(config.delta)
+    sizes = not_none(config.delta)
     seen = torch.zeros(rows, sizes.taps - 1, sizes.channels, dtype=dtype, device=device)
     shape = (rows, sizes.value_heads, sizes.key_width, sizes.value_width)
     return seen, torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -134,7 +134,7 @@ def delta_continued(
         states: see `delta_states`.
         rows: whose tokens they are.
     """
-    sizes, (seen, state) = present(config.delta), states
+    sizes, (seen, state) = not_none(config.delta), states
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     o = x.new_empty(x.shape[0], sizes.value_heads, sizes.value_width)
     for first, count, start, new in rows:
@@ -153,7 +153,7 @@ def _rule_inputs(convolved: Tensor, b: Tensor, a: Tensor, weights: BlockWeights,
     zeros = convolved.new_zeros(width, dtype=wide)
     q, q_norm = rms_norm_forward(raw_q.to(wide), zeros, L2_EPS / width, 1 / width)
     k, k_norm = rms_norm_forward(raw_k.to(wide), zeros, L2_EPS / width, width**-0.5)
-    decay, decay_gate = decay_gate_forward(a, present(weights.log_rate), present(weights.rate_bias))
+    decay, decay_gate = decay_gate_forward(a, not_none(weights.log_rate), not_none(weights.rate_bias))
     beta, rate = sigmoid_forward(b)
     return _RuleInputs(q, k, v, decay, beta, q_norm, k_norm, decay_gate, rate)
 
@@ -168,14 +168,14 @@ def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaKept]:
     """norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and what backward needs."""
-    normed, norm = rms_norm_forward(o, present(weights.delta_norm), config.norm_eps)
+    normed, norm = rms_norm_forward(o, not_none(weights.delta_norm), config.norm_eps)
     y, _ = glu_forward(z, normed.flatten(1), "silu")
     return y, DeltaKept(o, norm.factor)
 
 
 def _taps(weights: BlockWeights) -> Taps:
     """The convolution as the op takes it: files have an axis more."""
-    return Taps(present(weights.conv).squeeze(1))
+    return Taps(not_none(weights.conv).squeeze(1))
 
 
 GATED_DELTA_RULE = Mixer(delta_forward, delta_backward, delta_states, delta_continued)

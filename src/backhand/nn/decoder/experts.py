@@ -27,7 +27,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
@@ -109,9 +109,9 @@ def experts_half_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, ExpertsKept]:
     """x₂ from x₁, (T, hidden) both, and what its backward needs."""
-    mixture = present(config.mixture)
+    mixture = not_none(config.mixture)
     n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
-    logits = frozen_linear(n2, present(weights.router), weights.router_bias)
+    logits = frozen_linear(n2, not_none(weights.router), weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
     routing = route(routed.chosen, mixture.experts)
     gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
@@ -141,7 +141,7 @@ def experts_half_backward(
     lowest_group: int,
 ) -> Tensor | None:
     """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
-    mixture, routing = present(config.mixture), kept.routing
+    mixture, routing = not_none(config.mixture), kept.routing
     d_y = residual_backward(d_x2, kept.projected, adapter.norms.get(config.norms.after_mlp), config)
     norm = pre_norm_saved(x1, weights.mlp_norm, kept.factor, config)
     n2 = formed(norm)
@@ -185,7 +185,7 @@ def experts_half_backward(
     if d_rows is None:
         return None
     d_n2 = dispatch_backward(d_rows, DispatchSaved(routing)).d_x
-    d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, present(weights.router)))
+    d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, not_none(weights.router)))
     return pre_norm_backward(d_n2, norm, adapter.norms.get(config.norms.before_mlp), d_x2)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, INPUT, OUTPUT, BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, MLPKept
@@ -66,7 +66,7 @@ def other_mixing_half_backward(
     config, wanted, norms = context.config, context.wanted, context.config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, kept.factor, config)
     d_projected = residual_backward(d_x1, kept.projected, adapter.norms.get(norms.after_attention), config)
-    o = present(mixer.output)(kept, weights, context) if kept.output is None else kept.output
+    o = not_none(mixer.output)(kept, weights, context) if kept.output is None else kept.output
     d_o = group_backward(
         *(d_projected, select(o, wanted), weights.output, adapter.output, kept.h_output),
         input_gradient=lowest_group < OUTPUT,

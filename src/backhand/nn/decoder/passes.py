@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
@@ -225,7 +225,7 @@ class Passes:
             d_x = block_backward(d_x, saved, self.active.blocks[layer], adapters[layer], contexts[layer], lowest)
         if trained.below_blocks and d_x is not None:
             if begin is not None and carried is not None:
-                weights = present(self.active.per_layer)
+                weights = not_none(self.active.per_layer)
                 d_x = embedded_gradient(d_x, carried, begin, weights, self.config, lora, dropout_seed)
             if trained.embedding:
                 d_x = self._embedding_scaled(d_x)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import (
     PER_LAYER_GATE,
     PER_LAYER_PROJECTION,
@@ -64,10 +64,10 @@ def end_forward(
     x2: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
 ) -> tuple[Tensor, EndKept]:
     """x₃, (T, hidden), from x₂ of the wanted rows, and what its backward needs."""
-    config, scalar = context.config, present(weights.layer_scalar)
+    config, scalar = context.config, not_none(weights.layer_scalar)
     if config.per_layer is None:
         return x2 * scalar, EndKept(None, None, None, None, None)
-    gate_adapter, projection_adapter = present(adapter.per_layer)
+    gate_adapter, projection_adapter = not_none(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
     gate, h_gate = group_forward(x2, weights.per_layer_gate, None, gate_adapter)
     p, _ = glu_forward(gate, _own_input(context), config.activation)
@@ -82,10 +82,10 @@ def end_backward(
 ) -> Tensor | None:
     """∂L/∂x₂, (T, hidden), or None where nothing below needs it; the input's gradient goes where it is asked for."""
     config = context.config
-    d_x3 = d_x3 * present(weights.layer_scalar)
+    d_x3 = d_x3 * not_none(weights.layer_scalar)
     if kept.x2 is None or kept.gate is None or kept.h_gate is None or kept.h_projection is None:
         return d_x3
-    gate_adapter, projection_adapter = present(adapter.per_layer)
+    gate_adapter, projection_adapter = not_none(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
     d_projected = residual_backward(d_x3, kept.projected, adapter.norms.get(PER_LAYER_NORM), config)
     saved = GLUSaved(kept.gate, _own_input(context), config.activation)
@@ -97,7 +97,7 @@ def end_backward(
     if d_p is None:
         return None
     grads = glu_backward(d_p, saved)
-    if (into := present(context.carried).d_inputs) is not None:
+    if (into := not_none(context.carried).d_inputs) is not None:
         if context.wanted is None:
             into[:, context.number] = grads.d_up
         else:
@@ -111,7 +111,7 @@ def end_backward(
 
 def _own_input(context: BlockContext) -> Tensor:
     """e_l of the wanted rows, (T, p)."""
-    own = present(present(context.carried).inputs)[:, context.number]
+    own = not_none(not_none(context.carried).inputs)[:, context.number]
     return own.contiguous() if context.wanted is None else own.index_select(0, context.wanted)
 
 
@@ -135,7 +135,7 @@ def inputs_forward(
     dropout_seed: int | None = None,
 ) -> tuple[Tensor, BeginKept]:
     """e, (T, L, p), from the embedded tokens, (T, hidden), and their ids, (T,); and what backward needs."""
-    sizes, adapter = present(config.per_layer), before_blocks_adapter(lora, dropout_seed, weights.projection)
+    sizes, adapter = not_none(config.per_layer), before_blocks_adapter(lora, dropout_seed, weights.projection)
     y, h_projection = group_forward(h, weights.projection, None, adapter)
     y = y.mul_(config.hidden_size**-0.5).unflatten(1, (sizes.layers, sizes.width))
     e, norm = rms_norm_forward(y, weights.norm, config.norm_eps)
@@ -173,6 +173,6 @@ def embedded_gradient(
     dropout_seed: int | None,
 ) -> Tensor:
     """∂L/∂h, (T, hidden): the stream's, d_x, and what the per-layer inputs add where the embedding is trained."""
-    below, d_inputs = trains_embedding(lora), present(carried.d_inputs)
+    below, d_inputs = trains_embedding(lora), not_none(carried.d_inputs)
     more = inputs_backward(d_inputs, kept, weights, config, lora, dropout_seed, input_gradient=below)
     return d_x if more is None else d_x + more

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_half import attention_setting
 from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
@@ -78,11 +78,11 @@ def _prepared(
     z: Tensor, weights: BlockWeights, context: BlockContext, factors: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[RMSNormSaved]]:
     """q, k and v as attention takes them, and the norms that made them, whose factors may be known."""
-    eps, carried, keys_of = context.config.norm_eps, present(context.carried), context.layer.keys_of
+    eps, carried, keys_of = context.config.norm_eps, not_none(context.carried), context.layer.keys_of
     normed: list[Tensor] = []
     norms: list[RMSNormSaved] = []
     for place, x in enumerate(_parts(z, context)):
-        gain = present((weights.q_norm, weights.k_norm, x.new_ones(x.shape[-1]))[place])
+        gain = not_none((weights.q_norm, weights.k_norm, x.new_ones(x.shape[-1]))[place])
         if factors is None:
             y, norm = rms_norm_forward(x, gain, eps)
         else:
@@ -108,10 +108,10 @@ def shared_attention_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
-    config, own, carried, keys_of = context.config, kept.own, present(context.carried), context.layer.keys_of
+    config, own, carried, keys_of = context.config, kept.own, not_none(context.carried), context.layer.keys_of
     q, k, v, norms = _prepared(kept.input, weights, context, own.factors)
     # Plain attention alone gives its output again.
-    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (present(kept.output), d_output))
+    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(kept.output), d_output))
     saved = AttentionSaved(q, k, v, output, own.log_sum_exp, *attention_setting(weights, context))
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
     d_q, d_k, d_v = attention_backward(d_attended, saved, out=by_head)

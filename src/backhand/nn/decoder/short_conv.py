@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
@@ -46,7 +46,7 @@ def short_conv_states(
     config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, ...]:
     """z of each row's last J-1 tokens, (rows, J-1, channels), zeros."""
-    return (torch.zeros(rows, present(config.short_conv).taps - 1, config.hidden_size, dtype=dtype, device=device),)
+    return (torch.zeros(rows, not_none(config.short_conv).taps - 1, config.hidden_size, dtype=dtype, device=device),)
 
 
 def short_conv_continued(
@@ -71,7 +71,7 @@ def short_conv_continued(
 
 def _taps(weights: BlockWeights) -> Taps:
     """The convolution as the op takes it: files have an axis more."""
-    return Taps(present(weights.conv).squeeze(1), weights.conv_bias)
+    return Taps(not_none(weights.conv).squeeze(1), weights.conv_bias)
 
 
 SHORT_CONVOLUTION = Mixer(short_conv_forward, short_conv_backward, short_conv_states, short_conv_continued)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import (
     EMBEDDING,
@@ -249,7 +249,7 @@ def head_loss_and_gradients(
         del z, seen
         d_seen = cross_entropy_backward(d_losses[part], saved).d_logits
         d_logits = ruled_backward(d_seen, tanh, head.rule).to(x.dtype)
-        d_x[part] = present(group_backward(d_logits, x[part], head.weight, adapter, h, input_gradient=True))
+        d_x[part] = not_none(group_backward(d_logits, x[part], head.weight, adapter, h, input_gradient=True))
         if head.token_rows is not None:
             lora.gradient(head.token_rows).add_(d_logits[:, lora.token_ids(head.token_rows)].T @ x[part])
     return losses, d_x

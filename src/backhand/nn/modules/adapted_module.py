@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from backhand.errors import UsageError, present
+from backhand.errors import UsageError, not_none
 from backhand.ops.dora import dora_norm
 from backhand.ops.lora_linear import Dropout
 
@@ -312,4 +312,4 @@ class LoRAModule(AdaptedModule):
 
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a module that has one."""
-    return present(module._parameters["weight"])
+    return not_none(module._parameters["weight"])

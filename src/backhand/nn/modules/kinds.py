@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.modules.adapted_module import LoRAModule, Shape, base_weight
 from backhand.nn.modules.functions import dora, dora_linear, lora_bias, lora_conv, lora_embedding, lora_linear
 from backhand.ops.dora_linear import DoRAConstants
@@ -162,7 +162,7 @@ class _LoRAConv(LoRAModule):
         dropout = self._drawn_dropout()
         dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
         z = lora_conv(dropped, weight, None, self.lora_A, self.lora_B, self.scaling, geometry, None)
-        y = dora(z, present(self.lora_magnitude).flatten(), self.dora_norm(), bias, 1)
+        y = dora(z, not_none(self.lora_magnitude).flatten(), self.dora_norm(), bias, 1)
         return y if dropout is None else y + convolution(x - dropped, weight, None, geometry)
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from backhand.data.packing import RowPacker, round_size
-from backhand.errors import ResourceError, UsageError, present
+from backhand.errors import ResourceError, UsageError, not_none
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
 from backhand.training.config import CacheFrozen, Recompute
@@ -224,7 +224,7 @@ def choose_base(
     fitting = frozenset(plans)
     chosen = next((plans[base] for base in wanted if base in plans), None)
     if chosen is None:
-        raise present(failed)
+        raise not_none(failed)
     return BaseChoice(chosen, plans | {base: plan(base, False) for base in others if base not in plans}, fitting)
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
 from backhand.ops.kto import KTORule, kto_backward, kto_forward
 from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
@@ -51,8 +51,8 @@ class PairObjective(Objective):
         """Sort the pairs of the rows that come next, if the loss does."""
         if self.options.form not in SORTED:
             return
-        sums = present(document_sums(model, self.packer, rows, micro_batch_rows, processes))
-        one, other = _compared(self.options, sums, present(self.reference)[self.packer.documents(rows)])
+        sums = not_none(document_sums(model, self.packer, rows, micro_batch_rows, processes))
+        one, other = _compared(self.options, sums, not_none(self.reference)[self.packer.documents(rows)])
         of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
         found = torch.empty(len(rows), 2, dtype=torch.float64)
         found[of_one, 0], found[of_other, 1] = other[of_other], one[of_one]
@@ -65,7 +65,7 @@ class PairObjective(Objective):
             seen, divisor = sums / counts, counts
             shown = seen
         else:
-            ratios = sums - present(reference)
+            ratios = sums - not_none(reference)
             divisor = counts if options.form in AVERAGED else torch.ones_like(counts)
             seen, shown = ratios / divisor, sums
         if options.form in SORTED and reference is not None:
@@ -157,14 +157,14 @@ class KTOObjective(Objective):
         """Measure z₀ of the rows that come next, without gradients."""
         if self.others is None:
             return
-        sums = present(document_sums(model, self.others, rows, micro_batch_rows, processes))
-        self.kl = max(0.0, float((sums - present(self.others_reference)[list(rows)]).mean()))
+        sums = not_none(document_sums(model, self.others, rows, micro_batch_rows, processes))
+        self.kl = max(0.0, float((sums - not_none(self.others_reference)[list(rows)]).mean()))
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """See `Objective.losses`."""
         options, examples = self.options, self.packer.examples
         desirable = torch.tensor([bool(examples[row].desirable) for row in rows], dtype=torch.bool)
-        ratios = documents.sums - present(documents.reference)
+        ratios = documents.sums - not_none(documents.reference)
         rule = KTORule(options.strength, options.desirable_weight, options.undesirable_weight)
         losses, saved = kto_forward(ratios, desirable, torch.tensor(self.kl, dtype=torch.float64), rule)
         (d_sums,) = kto_backward(torch.ones_like(losses), saved)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.errors import CheckError, present
+from backhand.errors import CheckError, not_none
 from backhand.kernels.builds import describe
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
@@ -141,7 +141,7 @@ def _reference(
     found = {}
     for name, (packer, kept) in sets.items():
         everything = range(len(packer.lengths))
-        found[name] = present(document_sums(job.bound.model, packer, everything, rows, processes, kept=kept))
+        found[name] = not_none(document_sums(job.bound.model, packer, everything, rows, processes, kept=kept))
     if processes.leads:
         values = {name: sums.tolist() for name, sums in found.items()}
         stored = {"start": digests[1], **values}
@@ -185,7 +185,7 @@ def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Processes, log: P
     """Hold those of the first micro-batch against what the model that the run starts from says now."""
     packer, states = rows
     first = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=job.memory.micro_batch_rows)[0]
-    sums = present(document_sums(job.bound.model, packer, first, len(first), processes, kept=states))
+    sums = not_none(document_sums(job.bound.model, packer, first, len(first), processes, kept=states))
     apart = float((sums - kept[packer.documents(first)]).abs().max())
     log(Proof("the reference's log-probabilities, as kept, are those computed again", apart == 0, apart, 0))
     if apart:

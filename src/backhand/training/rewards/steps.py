@@ -25,7 +25,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.generate.completer import Completer, complete_greedily
 from backhand.generate.sampling import Sampled, at_temperature
 from backhand.nn.batch import TokenLoss
@@ -139,7 +139,7 @@ class AnswerBatch:
 
         The reference is the base model, the adapter off.
         """
-        model, lora = self._model, present(self._model.lora)
+        model, lora = self._model, not_none(self._model.lora)
 
         def apart(number: int) -> list[float]:
             rows = self._micro_batches[number]
@@ -151,7 +151,7 @@ class AnswerBatch:
 
         model.detach()
         try:
-            found = present(self._processes.each(list(map(self._packer.positions, self._micro_batches)), apart))
+            found = not_none(self._processes.each(list(map(self._packer.positions, self._micro_batches)), apart))
         finally:
             model.attach(lora)
         far = torch.zeros(len(self._answers), dtype=torch.float64)

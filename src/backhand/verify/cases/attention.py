@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import segments, tokens_of
@@ -153,7 +153,7 @@ def _dense(
     causal: bool = True,
 ) -> _Dense:
     """P and the gradients around it, where asked with a mask that leaves something out."""
-    q, out, d_y = (x.transpose(0, 1) for x in (s.q, present(s.output), g))
+    q, out, d_y = (x.transpose(0, 1) for x in (s.q, not_none(s.output), g))
     k, v = (x.repeat_interleave(s.q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (s.k, s.v))
     tokens, where = s.q.shape[0], placed(s.runs, g.device)
     # Without documents apart, the order in the pack is all there is.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
@@ -71,12 +71,12 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
         # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
         saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
-    carried = present(context.carried)
+    carried = not_none(context.carried)
     carried.returned(LENDER)
     if carried.inputs is not None:
         carried.d_inputs = torch.zeros_like(carried.inputs)
     adapter = block_adapter(lora, context.config, 0, dropout_seed)
-    d_x0 = present(block_backward(d_y.clone(), saved, weights, adapter, context))
+    d_x0 = not_none(block_backward(d_y.clone(), saved, weights, adapter, context))
     lent = carried.held(LENDER)
     return BlockGrads(
         d_x0,

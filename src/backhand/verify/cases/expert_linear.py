@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_forward
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
@@ -82,7 +82,7 @@ CASES = (
 
 def _unmasked(s: ExpertLinearSaved) -> Tensor:
     """h without dropout."""
-    parts = zip(s.x.split(s.counts), present(s.factors).lora_A, strict=True)
+    parts = zip(s.x.split(s.counts), not_none(s.factors).lora_A, strict=True)
     return torch.cat([x @ lora_A.T for x, lora_A in parts])
 
 

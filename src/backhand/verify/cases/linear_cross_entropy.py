@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.errors import present
+from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import (
@@ -197,7 +197,7 @@ def _weighted(name: str, gradients: str, change: Callable[[Tensor], Tensor]) -> 
 
 
 def _plain_softmax(s: _Inputs) -> Tensor:
-    return s.rule.scaling * present(_worked(s._replace(rule=s.rule._replace(scaling=1.0)), s.mask).d_lora_B)
+    return s.rule.scaling * not_none(_worked(s._replace(rule=s.rule._replace(scaling=1.0)), s.mask).d_lora_B)
 
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
