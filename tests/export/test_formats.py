@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.cli.main import main
-from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError
+from backhand.errors import ArtifactError, BackhandError, CheckError, UsageError
 from backhand.export import command as exporting
 from backhand.export.command import export_command
 from backhand.export.opened_adapter import open_adapter
@@ -283,40 +283,11 @@ def test_of_a_model_for_transformers_alone_it_says_how_peft_goes_on(
     assert "dynamic" in said and "merge_and_unload()" in said and "--engine" not in said
 
 
-def test_what_was_written_is_uploaded_or_the_command_is_said(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_where_it_lies_and_what_to_type_next_is_printed(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    class Hub:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *given, **named: calls.append((name, {"given": given, **named}))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    options = ExportOptions(
-        adapter=tiny.adapters["plain"],
-        to="peft",
-        output=tmp_path / "my adapter",
-        model=str(tiny.directory),
-        push="me/it",
-    )
-    export_command(options)
-    assert calls == [
-        ("create_repo", {"given": ("me/it",), "private": True, "exist_ok": True}),
-        ("upload_folder", {"given": (), "repo_id": "me/it", "folder_path": options.output}),
-    ]
-    assert f"written: '{options.output}'" in capsys.readouterr().out
+    options = ExportOptions(adapter=tiny.adapters["plain"], to="peft", model=str(tiny.directory))
+    export_command(replace(options, output=tmp_path / "my adapter"))
+    assert f"written: '{tmp_path / 'my adapter'}'" in capsys.readouterr().out
     export_command(replace(options, to="gguf", output=tmp_path / "a.gguf"))
     assert f"next: llama-cli -m BASE.gguf --lora {tmp_path / 'a.gguf'}" in capsys.readouterr().out
-    assert calls[-1][0] == "upload_file" and calls[-1][1]["path_in_repo"] == "a.gguf"
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("401 Client Error")
-
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: type("Refusing", (), {"create_repo": refuse}))
-    with pytest.raises(ResourceError) as caught:
-        export_command(replace(options, output=tmp_path / "other one"))
-    assert caught.value.next_step == f"hf auth login, then: hf upload me/it '{tmp_path / 'other one'}'"
-    assert (tmp_path / "other one" / "adapter_config.json").is_file()
-    with pytest.raises(UsageError, match="no repository"):
-        export_command(replace(options, output=tmp_path / "x", push="me"))

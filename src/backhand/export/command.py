@@ -62,8 +62,7 @@ def export_command(options: ExportOptions) -> Path:
     for line in _how_to_run(options, shlex.quote(str(output)), base):
         prover.say(line)
     if options.push is not None:
-        _push(output, options.push)
-        prover.say(f"uploaded: https://huggingface.co/{options.push}")
+        prover.say(f"uploaded: {_push(output, options.push)}")
     return output
 
 
@@ -83,22 +82,43 @@ def _how_to_run(options: ExportOptions, output: str, base: ModelSource | None) -
     return (f"next: llama-cli -m {file} --lora {output}",)
 
 
-def _push(output: Path, repository: str) -> None:
-    """Upload a directory or a file. Raises ResourceError, with the command to type, where the hub refuses."""
-    from huggingface_hub import HfApi
+_ANSWER_S = 120.0
+"""Patience for one answer of the hub, in seconds. The library itself has no limit."""
+
+
+_ODD_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
+"""What the library raises while it reads an answer that is not a hub's."""
+
+
+def _push(output: Path, repository: str) -> str:
+    """Upload a directory or a file, and return the repository's address.
+
+    Raises:
+        ResourceError: the hub refuses or cannot be reached; names the command that uploads the output later.
+    """
+    from huggingface_hub import HfApi, get_session
 
     hub = HfApi()
     try:
-        hub.create_repo(repository, private=True, exist_ok=True)
+        get_session().timeout = _ANSWER_S
+        address = hub.create_repo(repository, private=True, exist_ok=True)
         if output.is_dir():
             hub.upload_folder(repo_id=repository, folder_path=output)
         else:
             hub.upload_file(repo_id=repository, path_or_fileobj=output, path_in_repo=output.name)
+        return str(address)
     except Exception as error:  # noqa: BLE001 - the library raises what its network stack raises
+        later = f"hf upload {repository} {shlex.quote(str(output))}"
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        why = short_reason(error)
+        if isinstance(
+            error, ValueError | LookupError | TypeError | AttributeError
+        ):  # raised while the library reads the answer
+            why = f"{hub.endpoint} does not answer as a hub does: {why}"
         raise ResourceError(
             f"{output} is written, and could not be uploaded to {repository}",
-            why=short_reason(error),
-            next_step=f"hf auth login, then: hf upload {repository} {shlex.quote(str(output))}",
+            why=why,
+            next_step=f"hf auth login, then: {later}" if refused else f"once the hub can be reached: {later}",
         ) from None
 
 

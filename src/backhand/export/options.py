@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from backhand.bounds import BaseModel, Check, Count, NotNegative, Options, Text
-from backhand.errors import UsageError
+from backhand.errors import UsageError, short_reason
 from backhand.nn.model_options import AdapterReading
 
 Format = Literal["peft", "gguf", "mlx", "ollama", "kohya"]
@@ -21,8 +20,17 @@ ROUNDED_TOLERANCE = 0.1
 
 
 def _check_repository(where: str, value: object) -> None:
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
-        raise UsageError(f"{value!r} is no repository of the hub", where=where, next_step="give OWNER/NAME")
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(str(value))
+        if "/" in str(value):
+            return
+        why = None
+    except HFValidationError as error:
+        why = short_reason(error)
+    raise UsageError(f"{value!r} is no repository of the hub", where=where, why=why, next_step="give OWNER/NAME")
 
 
 @dataclass(frozen=True)
