@@ -9,7 +9,7 @@ from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, QUANTIZED, decod
 from backhand.nn.decoder.rotary import SCALING_RULES
 from backhand.nn.loading.gguf_file import is_readable
 from backhand.nn.loading.gguf_tensors import gguf_architecture
-from backhand.nn.loading.wrappers import WRAPPERS, causal_class, unwrapped
+from backhand.nn.loading.wrappers import WRAPPERS, causal_class, unwrap_config
 from backhand.training.decoder_engine import COST
 
 _SIZES = {
@@ -128,7 +128,7 @@ def wrappers_section() -> str:
     """Every image model whose text model is opened alone."""
     rows = ["| `model_type` | the adapter's modules begin with |", "|---|---|"]
     for model_type in sorted(WRAPPERS):
-        _, wrapper = unwrapped({"model_type": model_type, "text_config": {}, "tie_word_embeddings": True})
+        _, wrapper = unwrap_config({"model_type": model_type, "text_config": {}, "tie_word_embeddings": True})
         assert wrapper is not None
         rows.append(f"| `{model_type}` | `{wrapper.prefix}.` |")
     return "\n".join(rows)

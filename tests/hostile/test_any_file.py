@@ -20,7 +20,7 @@ from backhand.data.bounded_template import BoundedTemplate
 from backhand.data.template_bounds import TemplateLimitError
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.loading import open_model
-from backhand.nn.loading.tokenizer_patterns import may_explode
+from backhand.nn.loading.tokenizer_patterns import may_backtrack_exponentially
 from fuzz.child import Attempt, run_attempts
 from fuzz.kinds import KINDS, Case, lay_out, make_world
 from fuzz.kinds import World as Files
@@ -115,8 +115,8 @@ def test_templates(seed: int, files: Files) -> None:
 
 @given(st.text(alphabet="()[]{}|*+?\\^-,019ap:!&", max_size=40))
 def test_any_pattern_is_judged(pattern: str) -> None:
-    assert may_explode(pattern) in (True, False)
-    assert may_explode(f"({pattern}a+)+") or not _balanced(pattern)
+    assert may_backtrack_exponentially(pattern) in (True, False)
+    assert may_backtrack_exponentially(f"({pattern}a+)+") or not _balanced(pattern)
 
 
 def _balanced(pattern: str) -> bool:

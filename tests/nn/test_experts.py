@@ -17,7 +17,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.experts import ExpertMatrices
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading import open_model
-from backhand.nn.loading.expert_tensors import expert_of, hub_name, parameter_of
+from backhand.nn.loading.expert_tensors import expert_parameter, hub_name, parse_expert_name
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import attach_lora, full_logits, tiny_config, tiny_documents, tiny_model
@@ -108,15 +108,15 @@ def test_matrices_apart_and_in_stacks_are_the_same_model(variant: str, quantized
 
 def test_the_names_of_one_experts_matrix() -> None:
     name = "model.layers.3.mlp.experts.12.up_proj.weight"
-    assert expert_of(name) == ("model.layers.3", 12, "up_proj")
-    assert parameter_of(name) == "model.layers.3.mlp.experts.gate_up_proj"
-    assert parameter_of("model.layers.3.mlp.up_proj.weight") is None
+    assert parse_expert_name(name) == ("model.layers.3", 12, "up_proj")
+    assert expert_parameter(name) == "model.layers.3.mlp.experts.gate_up_proj"
+    assert expert_parameter("model.layers.3.mlp.up_proj.weight") is None
     assert hub_name("mixtral", name) == "model.layers.3.block_sparse_moe.experts.12.w3.weight"
     assert hub_name("mixtral", "model.layers.3.mlp.gate.weight") == "model.layers.3.block_sparse_moe.gate.weight"
     assert hub_name("qwen3_moe", name) == name
     assert hub_name("gpt_oss", name) == "model.layers.3.mlp.experts.gate_up_proj"
     assert hub_name("gpt_oss", name.replace("up_proj.weight", "down_proj.bias")).endswith("experts.down_proj_bias")
-    assert parameter_of(name.replace(".weight", ".bias")) is None
+    assert expert_parameter(name.replace(".weight", ".bias")) is None
 
 
 def test_a_stack_of_another_number_of_experts_is_named(tmp_path: Path) -> None:

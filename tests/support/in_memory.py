@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.nn.loading.expert_tensors import experts_within
-from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, stores_another_head, ties_head
+from backhand.nn.loading.expert_tensors import split_experts
+from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, has_separate_head, ties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def experts_apart(tensors: Mapping[str, Tensor], model_type: object = None) -> dict[str, Tensor]:
     """The tensors of a transformers model by the names of a source: every expert's matrix by itself, a view."""
     return {
-        ours: tensor if piece is None else piece.of(tensor)
+        ours: tensor if piece is None else piece.view(tensor)
         for name, tensor in tensors.items()
-        for ours, piece in experts_within(name, tuple(tensor.shape), model_type)
+        for ours, piece in split_experts(name, tuple(tensor.shape), model_type)
     }
 
 
@@ -51,7 +51,7 @@ class InMemoryModel(ModelSource):
         self._tensors = experts_apart(tensors, config.get("model_type"))
         self._given_tokenizer = tokenizer
         if ties_head(self.config):
-            if stores_another_head(self):
+            if has_separate_head(self):
                 self.config["tie_word_embeddings"] = False
             else:
                 self._tensors.pop(HEAD_WEIGHT, None)

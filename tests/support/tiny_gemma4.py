@@ -22,7 +22,7 @@ NAMES = {
     "post_per_layer_input_norm": "post_norm",
 }
 SCALAR = "layer_output_scale.weight"
-STILL = 1e30
+NO_ROTATION = 1e30
 """By this the frequencies of pairs that do not turn are divided."""
 
 
@@ -82,7 +82,7 @@ def gemma4_frequencies(config: Any) -> np.ndarray[Any, Any]:
     rule = config.rope_parameters["full_attention"]
     turning = int(size * rule["partial_rotary_factor"] / 2)
     factor = rule.get("factor", 1.0)
-    return np.array([factor] * turning + [STILL] * (size // 2 - turning), dtype=np.float32)
+    return np.array([factor] * turning + [NO_ROTATION] * (size // 2 - turning), dtype=np.float32)
 
 
 def _of_full_layers(config: Any) -> dict[str, int]:

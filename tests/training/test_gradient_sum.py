@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from backhand.training.distributed import Group, OrderedSum, PlainSum, shared_out
-from backhand.training.step import GradientSum, MicroBatch, Processes, StepSum, left_sum
+from backhand.training.step import GradientSum, MicroBatch, Processes, StepSum, sequential_sum
 
 Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
 
@@ -185,5 +185,5 @@ def left_float32(values: Tensor) -> float:
     return float(total)
 
 
-def test_left_sum_does_not_compensate() -> None:
-    assert left_sum([1e16, 1.0, 1.0, -1e16]) == 0.0
+def test_sequential_sum_does_not_compensate() -> None:
+    assert sequential_sum([1e16, 1.0, 1.0, -1e16]) == 0.0

@@ -27,7 +27,7 @@ from backhand.adapters.peft_config import PEFTConfig, written_pattern
 from backhand.adapters.peft_keys import PREFIX, factor_problems
 from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError
-from backhand.nn.loading.expert_tensors import parameter_of, parts_of, stack_layout
+from backhand.nn.loading.expert_tensors import expert_parameter, expert_parts, stack_layout
 from backhand.nn.loading.gguf_file import GGUFFile, dequantized
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture, huggingface_name, huggingface_names
@@ -136,7 +136,7 @@ def _tensors(
         if factor in ("a", "b") and (experts := huggingface_names(architecture, base, stored.shape)) and ours is None:
             values = dequantized(file.bytes_of(stored), stored.type_id).view(stored.shape)
             part = f"{experts[0].split('.')[-2]}.{factor}"
-            stacks.setdefault(parameter_of(experts[0]) or "", {})[part] = values
+            stacks.setdefault(expert_parameter(experts[0]) or "", {})[part] = values
             continue
         if factor not in ("a", "b") or ours is None or not ours.endswith(".weight") or len(stored.shape) != 2:
             problems.append(f"unexpected: {name}, {stored.shape}; factors are <base tensor>.lora_a and .lora_b")
@@ -145,12 +145,12 @@ def _tensors(
         if base == EMBEDDING:
             values = values.T if factor == "a" else values
         else:
-            how = layout(architecture, ours, sizes).of_factors["ab".index(factor)]
+            how = layout(architecture, ours, sizes).factor_layouts["ab".index(factor)]
             misfit = how.misfit(values.shape)
             if misfit is not None:
                 problems.append(f"{name}: {misfit}")
                 continue
-            values = how.restored(values)
+            values = how.to_huggingface(values)
         suffixes = _EMBEDDING_SUFFIXES if base == EMBEDDING else _LINEAR_SUFFIXES
         key = PREFIX + ours.removesuffix(".weight") + suffixes[factor]
         found[key] = values.contiguous()
@@ -184,7 +184,7 @@ def _take_experts(
     ranks = {}
     for parameter, there in stacks.items():
         holder, _, own = parameter.rpartition(".")
-        parts = parts_of(own)
+        parts = expert_parts(own)
         if set(there) != {f"{part}.{letter}" for part in parts for letter in "ab"}:
             problems.append(f"{parameter}: the file has {', '.join(sorted(there))} of it")
             continue

@@ -31,7 +31,7 @@ from backhand.adapters.record import (
 )
 from backhand.adapters.targets import OUTPUT_HEADS, Target, adapter_layout, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError
-from backhand.nn.loading.expert_tensors import matrices_within, may_hold_experts
+from backhand.nn.loading.expert_tensors import expert_matrices, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.wrappers import text_name
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
@@ -347,7 +347,7 @@ def weight_names(module_names: Iterable[str], tensor_names: Iterable[str]) -> It
     there = set(names)
     for module in module_names:
         if may_hold_experts(module):
-            yield from sorted(matrices_within(module, names))
+            yield from sorted(expert_matrices(module, names))
             continue
         name = _named(f"{module}.weight", there)
         if name is None and module in OUTPUT_HEADS:

@@ -12,7 +12,7 @@ from torch import Tensor
 from backhand.adapters.loading import LoadedAdapter
 from backhand.adapters.peft_keys import FactorShapes
 from backhand.adapters.targets import Target
-from backhand.nn.loading.expert_tensors import matrices_of, parameter_of, stack_layout
+from backhand.nn.loading.expert_tensors import expert_parameter, expert_slices, stack_layout
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, expert_factors
 
 
@@ -116,8 +116,10 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
 def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, shape: FactorShapes) -> dict[str, ModuleFactors]:
     """The experts' linear modules; those of one expert that share their input share lora_A."""
     each_A, each_B = expert_factors(lora_A, lora_B, shape.experts)
-    matrices = matrices_of(target.name, shape.experts, lora_B.shape[0], interleaved=shape.interleaved)
-    return {module: ModuleFactors(each_A[piece.expert], piece.of(each_B), target.scaling) for module, piece in matrices}
+    matrices = expert_slices(target.name, shape.experts, lora_B.shape[0], interleaved=shape.interleaved)
+    return {
+        module: ModuleFactors(each_A[piece.expert], piece.view(each_B), target.scaling) for module, piece in matrices
+    }
 
 
 def parameters_of(factors: Factors, model_type: object) -> LoRAParameters:
@@ -126,7 +128,7 @@ def parameters_of(factors: Factors, model_type: object) -> LoRAParameters:
     modules: dict[str, ModuleFactors] = {}
     experts: dict[str, dict[str, ModuleFactors]] = {}
     for name, one in factors.items():
-        parameter = parameter_of(f"{name}.weight")
+        parameter = expert_parameter(f"{name}.weight")
         if parameter is None:
             modules[name] = one
         else:
@@ -142,9 +144,9 @@ def parameters_of(factors: Factors, model_type: object) -> LoRAParameters:
     for name, members in experts.items():
         slot = parameters.slots[name]
         lora_A, lora_B = expert_factors(parameters.lora_A(name), parameters.lora_B(name), slot.experts)
-        for module, piece in matrices_of(name, slot.experts, slot.out_features, interleaved=slot.interleaved):
+        for module, piece in expert_slices(name, slot.experts, slot.out_features, interleaved=slot.interleaved):
             lora_A[piece.expert] = members[module].lora_A
-            piece.of(lora_B).copy_(members[module].lora_B)
+            piece.view(lora_B).copy_(members[module].lora_B)
     return parameters
 
 

@@ -74,7 +74,7 @@ def adapter_files(
     tensors |= {trained_key(tensor): factors[tensor.name] for tensor in trained}
     if wrapper is not None:
         described, targets = in_wrapper(described, targets, wrapper, module_names)
-        tensors = {PREFIX + wrapper.outside(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
+        tensors = {PREFIX + wrapper.wrapped_name(key.removeprefix(PREFIX)): tensor for key, tensor in tensors.items()}
     elements = sum(tensor.numel() for tensor in tensors.values())
     contents = {
         CARD_FILE: model_card(described, targets, elements, card or {}, wrapper).encode("utf-8"),
@@ -180,7 +180,7 @@ def in_wrapper(
         described: configuration and names as the text model has them.
         module_names: all linear modules of the text model, None if they are not known.
     """
-    renamed = tuple(replace(target, name=wrapper.outside(target.name)) for target in targets)
+    renamed = tuple(replace(target, name=wrapper.wrapped_name(target.name)) for target in targets)
     wanted = _expression([target.name for target in targets], wrapper, module_names or ())
     config = replace(described.config, target_modules=wanted, **NO_OTHER_CHOICE)
     return replace(described, config=config), renamed
@@ -188,7 +188,7 @@ def in_wrapper(
 
 def _expression(names: Sequence[str], wrapper: Wrapper, module_names: Collection[str]) -> str | tuple[str, ...]:
     """What picks these modules of the text model and no others of the whole."""
-    whole = tuple(sorted(wrapper.outside(name) for name in names))
+    whole = tuple(sorted(wrapper.wrapped_name(name) for name in names))
     parts = [_IN_LAYER.fullmatch(name) for name in names]
     ends: dict[str, set[str]] = {}
     for match in parts:

@@ -24,7 +24,7 @@ from backhand.export.opened_adapter import refuse
 from backhand.nn.decoder.delta_mixer import L2_EPS
 from backhand.nn.decoder.family import GPT_OSS_CLAMP, PER_LAYER_MODEL, DecoderConfig
 from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
-from backhand.nn.loading.expert_tensors import expert_of
+from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, GPT_OSS_INTERVAL, NO_ROPE_INTERVAL
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout
 from backhand.nn.loading.gguf_tensors import gguf_names
@@ -63,16 +63,16 @@ def write_gguf_adapter(
     for module, one in factors.items():
         names = gguf_names(architecture, module)
         folded = one.scaled_to(alpha / one.rank)
-        of_A, of_B = layout(architecture, f"{module}.weight", sizes).of_factors
-        if expert_of(f"{module}.weight") is not None:  # in the order of the experts, as their factors come
+        A_layout, B_layout = layout(architecture, f"{module}.weight", sizes).factor_layouts
+        if parse_expert_name(f"{module}.weight") is not None:  # in the order of the experts, as their factors come
             for letter, values in (("a", folded.lora_A), ("b", folded.lora_B)):
                 stacks.setdefault(f"{names[0]}.lora_{letter}", []).append(values.float().contiguous().numpy())
             continue
-        lora_A = folded.lora_A.T if one.embedding else of_A.stored(folded.lora_A)
+        lora_A = folded.lora_A.T if one.embedding else A_layout.to_gguf(folded.lora_A)
         # Where a file has a module's weight in several tensors, each has the same lora_A and its own rows of lora_B.
         for stored, lora_B in zip(names, folded.lora_B.float().chunk(len(names)), strict=True):
             tensors[f"{stored}.lora_a"] = lora_A.float().contiguous().numpy()
-            tensors[f"{stored}.lora_b"] = of_B.stored(lora_B).contiguous().numpy()
+            tensors[f"{stored}.lora_b"] = B_layout.to_gguf(lora_B).contiguous().numpy()
     tensors |= {name: np.stack(each) for name, each in stacks.items()}
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
         raise CheckError(f"{len(bad)} factors hold values that are not finite in float32", where=bad[0])

@@ -20,9 +20,9 @@ from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.rotary import inverse_frequencies, llama3_factors, yarn_length
 from backhand.nn.loading.gguf_families import DELTA_INTERVAL, RECURRENT_LAYERS
-from backhand.nn.loading.gguf_gemma4 import STILL
+from backhand.nn.loading.gguf_gemma4 import NO_ROTATION
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_architecture
-from backhand.nn.loading.gguf_tokenizer import LINES, PRE_TOKENIZERS, SPACED
+from backhand.nn.loading.gguf_tokenizer import GEMMA4_KIND, LINE_PATTERN, PRE_TOKENIZERS
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:
@@ -148,7 +148,9 @@ def rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         frequencies = inverse_frequencies(rotary, _full_head_dim(parsed))
         turning = int(frequencies.count_nonzero())
         factor = scaling.get("factor", 1.0) if scaling.get("rope_type") == "proportional" else 1.0
-        return {ROPE_FACTORS: np.array([factor] * turning + [STILL] * (len(frequencies) - turning), dtype=np.float32)}
+        return {
+            ROPE_FACTORS: np.array([factor] * turning + [NO_ROTATION] * (len(frequencies) - turning), dtype=np.float32)
+        }
     if scaling.get("rope_type") == "llama3":
         return {ROPE_FACTORS: llama3_factors(rotary.theta, parsed.head_dim, scaling).numpy()}
     if scaling.get("rope_type") == "longrope":
@@ -213,7 +215,7 @@ _SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
 _NO_CUTS = (
     None,
     {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
-    {"type": "Split", "pattern": {"Regex": LINES}, "behavior": "Isolated", "invert": False},
+    {"type": "Split", "pattern": {"Regex": LINE_PATTERN}, "behavior": "Isolated", "invert": False},
 )
 """Ways to cut where no space is left that make no difference, given what tokens consist of."""
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -261,7 +263,7 @@ def add_vocabulary(
             why="only tokens that were added, and do not end a text, can be left out of a GGUF file",
             next_step="take the tokenizer that belongs to the model",
         )
-    writer.add_tokenizer_model(SPACED if pre is None else "gpt2")
+    writer.add_tokenizer_model(GEMMA4_KIND if pre is None else "gpt2")
     if pre is None:
         writer.add_add_space_prefix(False)
     else:
@@ -315,7 +317,9 @@ def _pre_tokenizer_name(described: dict[str, Any]) -> str | None:
     if model.get("type") != "BPE" or model.get("byte_fallback") or described.get("normalizer") not in _NORMALIZERS:
         return None
     wanted = _patterns(described.get("pre_tokenizer")), bool(model.get("ignore_merges"))
-    return next((name for name, known in PRE_TOKENIZERS.items() if (known.patterns, known.whole_words) == wanted), None)
+    return next(
+        (name for name, known in PRE_TOKENIZERS.items() if (known.patterns, known.ignore_merges) == wanted), None
+    )
 
 
 def _patterns(step: Any) -> tuple[str, ...] | None:

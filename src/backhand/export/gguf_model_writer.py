@@ -28,8 +28,8 @@ from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.loading.expert_tensors import expert_of
-from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, own_prediction_blocks
+from backhand.nn.loading.expert_tensors import parse_expert_name
+from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantized
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
@@ -66,7 +66,7 @@ class _Planned:
     def shape(self, weights: MergedWeights) -> tuple[int, ...]:
         """In the file."""
         one = self.layout.stored_shape(weights.shape(self.ours[0]))
-        return one if expert_of(self.ours[0]) is None else (len(self.ours), *one)
+        return one if parse_expert_name(self.ours[0]) is None else (len(self.ours), *one)
 
 
 def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, description: str) -> list[str]:
@@ -168,7 +168,9 @@ def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str
             )
         found.setdefault(name, []).append(ours)
     return {
-        name: tuple(sorted(members, key=lambda ours: (expert_of(ours) or ("", 0))[1]))  # by the number of the expert
+        name: tuple(
+            sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1])
+        )  # by the number of the expert
         for name, members in found.items()
     }
 
@@ -204,7 +206,7 @@ def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
 
     def rounded(tensor: Tensor) -> Tensor:
         """Also keeps the bytes, so that a tensor is quantized once."""
-        found.append(_quantized(one.layout.stored(tensor), one.storage))
+        found.append(_quantized(one.layout.to_gguf(tensor), one.storage))
         values = dequantized(found[0], one.storage.value)
         floating = one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16)
         if floating and not bool(torch.isfinite(values).all()):
@@ -213,7 +215,7 @@ def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
                 where=one.ours[place],
                 next_step=wider_dtype(one.storage == StorageType.F32),
             )
-        return one.layout.restored(values.view(one.layout.stored_shape(tuple(tensor.shape))))
+        return one.layout.to_huggingface(values.view(one.layout.stored_shape(tuple(tensor.shape))))
 
     weights.make(one.ours[place], rounded)
     return found[0]
@@ -245,7 +247,7 @@ def copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
 
 def _without_prediction(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """What else the metadata say without the blocks that predict further tokens, which are not opened; None to drop."""
-    count = own_prediction_blocks(file, architecture)
+    count = prediction_block_count(file, architecture)
     if not count:
         return {}
     key, recurrent = f"{architecture}.block_count", f"{architecture}.{RECURRENT_LAYERS}"

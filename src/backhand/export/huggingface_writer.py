@@ -21,7 +21,7 @@ from torch import Tensor
 from backhand.errors import CheckError
 from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.files import write_atomically
-from backhand.nn.loading.expert_tensors import experts_within, hub_name, stack_shape
+from backhand.nn.loading.expert_tensors import hub_name, split_experts, stack_shape
 from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from backhand.nn.loading.source import ModelSource
 
@@ -131,7 +131,7 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
     """The tensor, contiguous; of a stack every member, each in its place."""
     kind = weights.source.config.get("model_type")
     stack: Tensor | None = None
-    pieces = dict(experts_within(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
+    pieces = dict(split_experts(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
     for name in tensor.ours:
         stored = weights.make(name, lambda values: values.to(tensor.dtype))
         if not bool(torch.isfinite(stored).all()):
@@ -144,7 +144,7 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
         if piece is None:
             return stored.contiguous()
         stack = torch.empty(tensor.shape, dtype=tensor.dtype) if stack is None else stack
-        piece.of(stack).copy_(stored)
+        piece.view(stack).copy_(stored)
     assert stack is not None
     return stack
 

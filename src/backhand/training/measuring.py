@@ -23,7 +23,7 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.printing import counting
 from backhand.training.engine import Trainable
 from backhand.training.kept_states import KeptStates
-from backhand.training.step import Processes, left_sum
+from backhand.training.step import Processes, sequential_sum
 
 
 class _Packed(NamedTuple):
@@ -74,7 +74,7 @@ class HeldOut:
         own = len(processes.shared_out(tokens)[processes.rank])
         with counting("held-out loss", own, "batches") as done:
             found = processes.each(tokens, nats, interruptible=interruptible)
-        return None if found is None else left_sum(found) / self.supervised_tokens
+        return None if found is None else sequential_sum(found) / self.supervised_tokens
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
         """Every document with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
@@ -157,7 +157,7 @@ class ForgettingMeter:
         found = not_none(processes.each(self.lengths, measured))
         risen, diverged = zip(*chain.from_iterable(found), strict=True)
         tokens = sum(length - 1 for length in self.lengths)
-        return Forgetting(left_sum(risen) / tokens, left_sum(diverged) / tokens)
+        return Forgetting(sequential_sum(risen) / tokens, sequential_sum(diverged) / tokens)
 
 
 _ROWS = 8

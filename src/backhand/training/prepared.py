@@ -138,7 +138,7 @@ def outline_run(
         processes_here=machine.here,
     )
     notes = list(given.notes)
-    if memory.base == "quantized" and (slow := given.source.unpacked_slowly):
+    if memory.base == "quantized" and (slow := given.source.slow_types):
         notes.append(
             f"{', '.join(slow)}: no compiled kernel unpacks these here; the gguf package does, several times slower"
         )
@@ -224,7 +224,7 @@ def _planned(
             return engine.short(config.adapter, machine.device, recompute, base)
 
         size = engine.size(given.layout, base)
-        return MeasuredMemory(size, short, engine.vocab_size, process, source.forget_mapped, budget(base))
+        return MeasuredMemory(size, short, engine.vocab_size, process, source.drop_mapped_pages, budget(base))
 
     def plan(base: HeldBase, limited: bool) -> MemoryPlan:
         memory = shared.once("measured", (base, config.adapter, config.objective), partial(measured, base))

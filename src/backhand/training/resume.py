@@ -70,7 +70,7 @@ class Identity:
         source, settings = self.source, decisive_settings(self.config)
         names = list(weight_names(self.modules, source.tensor_names()))
         base = base_digest(names, source.load_in_pieces) if names else None
-        source.forget_mapped()  # a run with a dense base reads it no more
+        source.drop_mapped_pages()  # a run with a dense base reads it no more
         return {
             "base_digest": base,
             "tokenizer_digest": tokenizer_digest(source.tokenizer()),

@@ -104,7 +104,7 @@ def training_step(
             f"its rows {work.supervised_tokens:,}",
             next_step="report this; it should not happen",
         )
-    nats = left_sum(found.nats)
+    nats = sequential_sum(found.nats)
     norm = optimizer.clip()
     taken = math.isfinite(nats) and math.isfinite(norm)
     if taken:
@@ -114,7 +114,7 @@ def training_step(
     return StepResult(nats / work.mean_over, norm, taken, found, computed_tokens)
 
 
-def left_sum(values: Iterable[float]) -> float:
+def sequential_sum(values: Iterable[float]) -> float:
     """The sum from the left, in float64. Python's own `sum` compensates from 3.12 on, so its bits differ by version."""
     return functools.reduce(operator.add, values, 0.0)
 

@@ -41,7 +41,7 @@ def read(path: Path, how: str, left: int, kernels: str, said: Path) -> None:
     elif how == "numpy":
         np.array(blocks).sum()
     elif how == "python":
-        file.forget(tensor)
+        file.drop_pages(tensor)
         bytes(memoryview(blocks[-1]))
     elif how == "elsewhere":
         other = np.memmap(path.with_name("other"), np.uint8, mode="r")

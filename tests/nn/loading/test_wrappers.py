@@ -12,7 +12,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import FAMILIES, decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
-from backhand.nn.loading.wrappers import WRAPPERS, text_name, unwrapped
+from backhand.nn.loading.wrappers import WRAPPERS, text_name, unwrap_config
 from support.tiny_models import full_logits, tiny_config, tiny_documents
 from support.tiny_wrappers import KINDS, save_wrapper, tiny_wrapper
 
@@ -61,7 +61,7 @@ def test_names_of_both_kinds_of_checkpoint() -> None:
 
 def test_a_short_text_config_has_the_defaults_of_its_class() -> None:
     """As the hub has Gemma 3 4B: five fields, the ends of a text outside."""
-    config, wrapper = unwrapped(
+    config, wrapper = unwrap_config(
         {
             "architectures": ["Gemma3ForConditionalGeneration"],
             "model_type": "gemma3",
@@ -79,7 +79,7 @@ def test_a_short_text_config_has_the_defaults_of_its_class() -> None:
         }
     )
     assert wrapper is not None
-    assert wrapper.outside("model.layers.0.mlp.up_proj") == "model.language_model.layers.0.mlp.up_proj"
+    assert wrapper.wrapped_name("model.layers.0.mlp.up_proj") == "model.language_model.layers.0.mlp.up_proj"
     parsed = decoder_config(config)
     assert (parsed.vocab_size, parsed.num_heads, parsed.num_key_value_heads, parsed.head_dim) == (262_208, 8, 4, 256)
     assert parsed.tied_head
@@ -93,9 +93,9 @@ def test_a_short_text_config_has_the_defaults_of_its_class() -> None:
 
 def test_models_without_a_text_config_are_as_they_are() -> None:
     config = tiny_config("llama").to_dict()
-    assert unwrapped(config) == (config, None)
-    assert unwrapped({"model_type": "gemma3"}) == ({"model_type": "gemma3"}, None)
-    assert unwrapped({"model_type": "unheard_of", "text_config": {}}) == (
+    assert unwrap_config(config) == (config, None)
+    assert unwrap_config({"model_type": "gemma3"}) == ({"model_type": "gemma3"}, None)
+    assert unwrap_config({"model_type": "unheard_of", "text_config": {}}) == (
         {"model_type": "unheard_of", "text_config": {}},
         None,
     )

@@ -28,7 +28,7 @@ from backhand.nn.decoder.family import (
     DecoderConfig,
     LayerConfig,
 )
-from backhand.nn.loading.expert_tensors import matrices_of
+from backhand.nn.loading.expert_tensors import expert_slices
 from backhand.nn.loading.source import ModelSource, check_shapes, fill
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes
@@ -138,7 +138,7 @@ def _parts(config: DecoderConfig, layer: LayerConfig) -> list[_Part]:
             ("gate_up", gate_up, 2 * mixture.width, hidden),
             ("down", down, hidden, mixture.width),
         ):
-            modules = dict(matrices_of(parameter, mixture.experts, rows))
+            modules = dict(expert_slices(parameter, mixture.experts, rows))
             outputs = [piece.rows.stop - piece.rows.start for piece in modules.values()]
             group(field, tuple(modules), outputs, inputs, mixture.bias)
     if own is not None:

@@ -44,14 +44,14 @@ def stack_layout(model_type: object) -> StackLayout:
     return _LAYOUTS.get(str(model_type), StackLayout())
 
 
-class Piece(NamedTuple):
+class ExpertSlice(NamedTuple):
     """A matrix in a stack, or a bias: which expert's, which of its rows, and whether the stack has them as columns."""
 
     expert: int
     rows: slice
     transposed: bool = False
 
-    def of(self, stack: Tensor) -> Tensor:
+    def view(self, stack: Tensor) -> Tensor:
         """The matrix or bias, a view of the stack, (experts, out, in), (experts, in, out) or (experts, out)."""
         one = stack[self.expert]
         return (one.T if self.transposed else one)[self.rows]
@@ -67,7 +67,9 @@ def may_hold_experts(name: str) -> bool:
     return _STACK.fullmatch(name) is not None
 
 
-def experts_within(name: str, shape: tuple[int, ...], model_type: object = None) -> Iterator[tuple[str, Piece | None]]:
+def split_experts(
+    name: str, shape: tuple[int, ...], model_type: object = None
+) -> Iterator[tuple[str, ExpertSlice | None]]:
     """What a stored tensor holds: (name inside Backhand, which piece of it) each, None for all of it.
 
     Args:
@@ -81,18 +83,18 @@ def experts_within(name: str, shape: tuple[int, ...], model_type: object = None)
     layout, kind = stack_layout(model_type), "bias" if match["bias"] else "weight"
     transposed = layout.transposed and kind == "weight"
     parameter, out_features = name.removesuffix("_bias"), shape[2] if transposed else shape[1]
-    for module, piece in matrices_of(parameter, shape[0], out_features, interleaved=layout.interleaved):
+    for module, piece in expert_slices(parameter, shape[0], out_features, interleaved=layout.interleaved):
         yield f"{module}.{kind}", piece._replace(transposed=transposed)
 
 
-def parts_of(parameter: str) -> tuple[str, ...]:
+def expert_parts(parameter: str) -> tuple[str, ...]:
     """Which linear modules of an expert a parameter holds, by the last part of its path."""
     return ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
 
 
-def matrices_of(
+def expert_slices(
     parameter: str, experts: int, out_features: int, *, interleaved: bool = False
-) -> Iterator[tuple[str, Piece]]:
+) -> Iterator[tuple[str, ExpertSlice]]:
     """What a parameter of experts consists of: (path of an expert's linear module, which piece it is) each.
 
     Args:
@@ -101,30 +103,30 @@ def matrices_of(
         interleaved: whether the rows of two linear modules are interleaved.
     """
     holder, _, own = parameter.rpartition(".")
-    parts = parts_of(own)
+    parts = expert_parts(own)
     rows = out_features // len(parts)
     for expert in range(experts):
         for place, part in enumerate(parts):
             apart = slice(place * rows, (place + 1) * rows)
             taken = slice(place, out_features, len(parts)) if interleaved else apart
-            yield f"{holder}.{expert}.{part}", Piece(expert, taken)
+            yield f"{holder}.{expert}.{part}", ExpertSlice(expert, taken)
 
 
-def parameter_of(name: str) -> str | None:
+def expert_parameter(name: str) -> str | None:
     """Path of the parameter of experts that holds this matrix, given by its name in here; None for any other tensor."""
-    found = expert_of(name)
+    found = parse_expert_name(name)
     if found is None or not name.endswith(".weight"):
         return None
     block, _, part = found
     return f"{block}.mlp.experts.{part if part == 'down_proj' else 'gate_up_proj'}"
 
 
-def matrices_within(parameter: str, names: Iterable[str]) -> Iterator[str]:
+def expert_matrices(parameter: str, names: Iterable[str]) -> Iterator[str]:
     """Those of these tensors, by their names in here, that a parameter of experts consists of."""
     holder, _, own = parameter.rpartition(".")
-    parts = parts_of(own)
+    parts = expert_parts(own)
     for name in names:
-        found = expert_of(name) if name.startswith(f"{holder}.") and name.endswith(".weight") else None
+        found = parse_expert_name(name) if name.startswith(f"{holder}.") and name.endswith(".weight") else None
         if found is not None and found[2] in parts:
             yield name
 
@@ -137,7 +139,7 @@ def _renamed(name: str) -> str:
     return ".".join([match["block"], "mlp", *path, _MIXTRAL_PARTS.get(last, last), kind])
 
 
-def expert_of(name: str) -> tuple[str, int, str] | None:
+def parse_expert_name(name: str) -> tuple[str, int, str] | None:
     """(path of the block, number of the expert, `gate_proj` and so on) of an expert's matrix or bias by its name."""
     match = _ONE.fullmatch(name)
     return None if match is None else (match["block"], int(match["expert"]), match["part"])
@@ -145,7 +147,7 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 
 def hub_name(model_type: object, name: str) -> str:
     """What files on the hub call a tensor that has this name in here, or the stack that it is a piece of."""
-    found = expert_of(name)
+    found = parse_expert_name(name)
     if found is not None and stack_layout(model_type).transposed:
         block, _, part = found
         kind = "_bias" if name.endswith(".bias") else ""
@@ -167,6 +169,6 @@ def stack_shape(model_type: object, stack: str, members: int, one: tuple[int, ..
         members: how many matrices or biases lie in it.
         one: shape of one of them, (out, in) or (out,).
     """
-    parts = len(parts_of(stack.rpartition(".")[2].removesuffix("_bias")))
+    parts = len(expert_parts(stack.rpartition(".")[2].removesuffix("_bias")))
     sizes = (one[0] * parts, *one[1:])
     return (members // parts, *(sizes[::-1] if stack_layout(model_type).transposed else sizes))

@@ -26,9 +26,9 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
 from backhand.nn.decoder.rotary import llama3_factors, yarn_length
-from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, own_prediction_blocks
+from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_metadata import Metadata, share_of, shown
+from backhand.nn.loading.gguf_metadata import Metadata, describe, rotary_fraction
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, huggingface_names, is_skipped
 from backhand.nn.loading.wrappers import causal_class
 
@@ -55,7 +55,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ArtifactError("the tensor token_embd.weight is missing", where=str(file.path))
-    layers = metadata.integer("block_count") - own_prediction_blocks(file, architecture)
+    layers = metadata.integer("block_count") - prediction_block_count(file, architecture)
     if not 0 < layers <= len(file.tensors):
         raise ArtifactError(f"{layers} blocks cannot lie in {len(file.tensors)} tensors", where=str(file.path))
     config: dict[str, Any] = {
@@ -83,13 +83,13 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
             why="an even number of dimensions is, at most all of them",
         )
     if rotated != head_dim:
-        config["partial_rotary_factor"] = share_of(rotated, head_dim)
+        config["partial_rotary_factor"] = rotary_fraction(rotated, head_dim)
     config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
     biases(config, architecture, file)
     if (own := FAMILY_PARTS.get(architecture)) is not None:
         own(config, metadata, file)
     config["architectures"] = causal_class(config["model_type"])
-    unread, foreign = metadata.left()
+    unread, foreign = metadata.unread_keys()
     if value_length != head_dim:
         unread[f"{architecture}.attention.value_length"] = value_length
     unread |= _unknown_tensors(file, architecture)
@@ -158,8 +158,8 @@ def _yarn(metadata: Metadata, theta: float, factor: float, context_length: int) 
     multiplier = metadata.optional("rope.scaling.yarn_log_multiplier", float)
     length = yarn_length(factor) / (yarn_length(factor, multiplier) if multiplier else 1.0)
     length *= metadata.number("rope.scaling.attn_factor", 1.0)
-    metadata.agrees("rope.scaling.yarn_attn_factor", length)
-    metadata.agrees("rope.scaling.yarn_ext_factor", 1.0)
+    metadata.accept_if_equal("rope.scaling.yarn_attn_factor", length)
+    metadata.accept_if_equal("rope.scaling.yarn_ext_factor", 1.0)
     return {
         "rope_type": "yarn",
         "rope_theta": theta,
@@ -176,7 +176,7 @@ def _token_id(file: GGUFFile, role: str, vocab_size: int) -> int | None:
     value = file.value(key)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size):
         return value
-    raise ArtifactError(f"{key} = {shown(value)} is none of {vocab_size} tokens", where=str(file.path))
+    raise ArtifactError(f"{key} = {describe(value)} is none of {vocab_size} tokens", where=str(file.path))
 
 
 def _unknown_tensors(file: GGUFFile, architecture: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _qwen3moe(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> Non
 
 
 def _gpt_oss(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    metadata.agrees("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
+    metadata.accept_if_equal("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
     config |= {
         "model_type": "gpt_oss",
         "intermediate_size": metadata.integer("expert_feed_forward_length", config["intermediate_size"]),
@@ -101,7 +101,7 @@ def _gpt_oss(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     }
 
 
-def own_prediction_blocks(file: GGUFFile, architecture: str) -> int:
+def prediction_block_count(file: GGUFFile, architecture: str) -> int:
     """How many blocks behind those of the model predict further tokens: Qwen3.5's alone may have some."""
     key = "nextn_predict_layers"
     return (Metadata(file, architecture).optional(key, int) or 0) if architecture == "qwen35" else 0
@@ -143,7 +143,7 @@ def _recurrent(metadata: Metadata, layers: int) -> list[bool]:
 
 def _granite(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     if metadata.get("rope.scaling.finetuned") is False:  # here it says that nothing turns, which no config of it can
-        metadata.not_understood("rope.scaling.finetuned")
+        metadata.mark_unread("rope.scaling.finetuned")
     config |= {
         "attention_multiplier": metadata.number("attention.scale", config["head_dim"] ** -0.5),
         "embedding_multiplier": metadata.number("embedding_scale", 1.0),
@@ -181,7 +181,10 @@ def _olmo2(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
             "model_type": "olmo3",
             "sliding_window": metadata.window,
             "layer_types": layer_kinds(slides),
-            "rope_parameters": {"full_attention": full, "sliding_attention": metadata.local_angles(full["rope_theta"])},
+            "rope_parameters": {
+                "full_attention": full,
+                "sliding_attention": metadata.sliding_rope_parameters(full["rope_theta"]),
+            },
         }
 
 
@@ -190,7 +193,7 @@ def _exaone4(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     stated = metadata.optional("attention.sliding_window", int)
     window = 4096 if stated is None and layers == EXAONE4_32B_LAYERS else metadata.window
     slides = sliding_layers(metadata, layers, FULL_INTERVAL)
-    metadata.agrees("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
+    metadata.accept_if_equal("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
     config |= {"sliding_window": window, "layer_types": layer_kinds(window is not None and here for here in slides)}
 
 
@@ -206,7 +209,7 @@ def _phi3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
 
 def _mistral3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     beta, length = metadata.optional("attention.temperature_scale", float), _original_length(config)
-    metadata.agrees("attention.temperature_length", length)
+    metadata.accept_if_equal("attention.temperature_length", length)
     config["rope_parameters"] |= {"llama_4_scaling_beta": beta or 0.0, "original_max_position_embeddings": length}
     config |= {"model_type": "ministral3", "sliding_window": metadata.window}
 
@@ -242,7 +245,7 @@ def _gemma3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     _gemma(config, largest=_GEMMA3_27B_LAYERS)
     window = metadata.optional("attention.sliding_window", int)
     slides = sliding_layers(metadata, config["num_hidden_layers"], 6)
-    local = metadata.local_angles(10000.0)
+    local = metadata.sliding_rope_parameters(10000.0)
     config |= {
         "model_type": "gemma3_text",
         "sliding_window": window,

@@ -110,7 +110,7 @@ class GGUFFile:
         """The tensor's stored bytes, (byte_count,) uint8, mapped and not copied."""
         return np.frombuffer(self._data, np.uint8, count=tensor.byte_count, offset=tensor.offset)
 
-    def forget(self, tensor: GGUFTensor) -> None:
+    def drop_pages(self, tensor: GGUFTensor) -> None:
         """Give the memory of the tensor's mapped pages back; they are read again when they are needed again."""
         if sys.platform != "win32":
             begin = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE

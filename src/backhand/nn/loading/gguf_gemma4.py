@@ -18,12 +18,12 @@ from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_file import GGUFFile
-from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, share_of, sliding_layers
+from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, rotary_fraction, sliding_layers
 from backhand.nn.loading.gguf_tensors import ROPE_FACTORS
 
-STILL = 1e30
+NO_ROTATION = 1e30
 """What divides the frequency of a pair that does not turn."""
-_STANDS = 1e20
+_NO_ROTATION_FROM = 1e20
 """From here on it does not, in any text."""
 _PATTERN = 6
 _TABLE = "per_layer_token_embd.weight"
@@ -43,14 +43,14 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
             where=str(file.path),
         )
     if slides[-1]:  # transformers takes the last layer for a full one whatever its config says
-        metadata.not_understood("attention.sliding_window_pattern")
+        metadata.mark_unread("attention.sliding_window_pattern")
     if ROPE_FACTORS not in file.tensors:
         raise ArtifactError(f"the tensor {ROPE_FACTORS} is missing", where=str(file.path))
     size = metadata.integer("attention.key_length_swa")
-    metadata.agrees("attention.value_length_swa", size)
-    metadata.agrees("rope.dimension_count_swa", size)
+    metadata.accept_if_equal("attention.value_length_swa", size)
+    metadata.accept_if_equal("rope.dimension_count_swa", size)
     if config.pop("partial_rotary_factor", None) is not None:
-        metadata.not_understood("rope.dimension_count")
+        metadata.mark_unread("rope.dimension_count")
     shared = metadata.optional("attention.shared_kv_layers", int) or 0
     width = metadata.optional("embedding_length_per_layer_input", int) or 0
     as_values = not any(
@@ -69,7 +69,7 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
         "layer_types": layer_kinds(slides),
         "rope_parameters": {
             "full_attention": _full_rotary(config["rope_parameters"], full_size, metadata, file),
-            "sliding_attention": metadata.local_angles(10000.0),
+            "sliding_attention": metadata.sliding_rope_parameters(10000.0),
         },
         "final_logit_softcapping": None if cap == 0 else 30.0 if cap is None else cap,
         "hidden_size_per_layer_input": width,
@@ -82,10 +82,10 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
 def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata, file: GGUFFile) -> dict[str, Any]:
     """The angles of full layers, by the rule `proportional`."""
     if rotary["rope_type"] not in ("default", "linear", "longrope"):
-        metadata.not_understood("rope.scaling.type")
+        metadata.mark_unread("rope.scaling.type")
         return rotary
     divisors = rotary.get("short_factor", [rotary.get("factor", 1.0)] * (size // 2))
-    turning = [divisor for divisor in divisors if divisor < _STANDS]
+    turning = [divisor for divisor in divisors if divisor < _NO_ROTATION_FROM]
     if len(set(turning)) != 1 or divisors[: len(turning)] != turning:
         raise ArtifactError(
             f"{ROPE_FACTORS} divides frequencies in a way that Gemma 4 has not",
@@ -96,7 +96,7 @@ def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata, file: GG
     rule = {
         "rope_type": "proportional",
         "rope_theta": rotary["rope_theta"],
-        "partial_rotary_factor": share_of(2 * len(turning), size),
+        "partial_rotary_factor": rotary_fraction(2 * len(turning), size),
     }
     return rule if turning[0] == 1.0 else rule | {"factor": turning[0]}
 
@@ -104,11 +104,11 @@ def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata, file: GG
 def _add_key_value_heads(config: dict[str, Any], metadata: Metadata, slides: list[bool]) -> None:
     """Of sliding layers and, where values are made of keys, of full ones; a config cannot say other differences."""
     key = "attention.head_count_kv"
-    counts = metadata.by_layer(key, len(slides), config["num_attention_heads"])
+    counts = metadata.per_layer(key, len(slides), config["num_attention_heads"])
     sliding, full = ({count for count, here in zip(counts, slides, strict=True) if here == kind} for kind in (True, 0))
     config["num_key_value_heads"] = min(sliding or full)
     if max(map(len, (sliding, full))) > 1 or (sliding and full and full != sliding and not config["attention_k_eq_v"]):
-        metadata.not_understood(key)
+        metadata.mark_unread(key)
     elif sliding and full and full != sliding:
         config["num_global_key_value_heads"] = min(full)
 
@@ -116,9 +116,9 @@ def _add_key_value_heads(config: dict[str, Any], metadata: Metadata, slides: lis
 def _add_widths(config: dict[str, Any], metadata: Metadata) -> None:
     """Widths of MLPs: all alike, or doubled in the layers that share keys and values."""
     key, layers = "feed_forward_length", config["num_hidden_layers"]
-    widths = metadata.by_layer(key, layers)
+    widths = metadata.per_layer(key, layers)
     first, own = widths[0], max(layers - config["num_kv_shared_layers"], 0)
     config["intermediate_size"] = first
     config["use_double_wide_mlp"] = doubled = widths != [first] * layers
     if doubled and widths != [first] * own + [2 * first] * (layers - own):
-        metadata.not_understood(key)
+        metadata.mark_unread(key)

@@ -31,13 +31,13 @@ _INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 
 
 class StoredSizes(NamedTuple):
-    """By what the rows of some tensors are arranged: features of an attention head, and the delta rule's heads."""
+    """By what the rows of some tensors are reordered: features of an attention head, and the delta rule's heads."""
 
     head_dim: int
     delta: DeltaSizes | None = None
 
 
-class Tiled(NamedTuple):
+class TiledHeads(NamedTuple):
     """Value heads in the order of a file."""
 
     key_heads: int  # heads that ggml repeats as a whole
@@ -46,7 +46,7 @@ class Tiled(NamedTuple):
     before: int = 0  # rows in front of the value heads' that keep their places
     axis: int = 0  # 0 for rows, 1 for columns
 
-    def arranged(self, values: Tensor, first: int, second: int) -> Tensor:
+    def reordered(self, values: Tensor, first: int, second: int) -> Tensor:
         """Heads, counted `first` by `second`, the other way round."""
         rows = values.movedim(self.axis, 0)
         heads = rows[self.before :].reshape(first, second, self.width, *rows.shape[1:])
@@ -60,7 +60,7 @@ class Layout:
 
     pairs_per_head: int | None = None  # head_dim / 2 where the rows of each head are interleaved pairs, else None
     offset: float = 0.0  # what was added to the values
-    tiled: Tiled | None = None  # where value heads stand in another order, else None
+    tiled: TiledHeads | None = None  # where value heads stand in another order, else None
     rate: bool = False  # the values are -e^A, and A is wanted
     taps: bool = False  # whether these are the taps of a convolution, which have an axis more here
 
@@ -70,7 +70,7 @@ class Layout:
         return self == _PLAIN
 
     @property
-    def turns_columns(self) -> bool:
+    def reorders_columns(self) -> bool:
         """Whether columns stand in another order, not rows."""
         return self.tiled is not None and self.tiled.axis == 1
 
@@ -82,20 +82,20 @@ class Layout:
         """The way back."""
         return (shape[0], *shape[2:]) if self.taps else shape
 
-    def restored(self, values: Tensor) -> Tensor:
+    def to_huggingface(self, values: Tensor) -> Tensor:
         """Values in the stored order, in the tensor's shape, in Hugging Face's; perhaps a view."""
         if self.pairs_per_head is not None:
             rows = values.view(-1, self.pairs_per_head, 2, *values.shape[1:])
             values = rows.transpose(1, 2).reshape(values.shape)
         if self.tiled is not None:
-            values = self.tiled.arranged(values, self.tiled.group, self.tiled.key_heads)
+            values = self.tiled.reordered(values, self.tiled.group, self.tiled.key_heads)
         if self.rate:
             values = torch.log(-values)
         if self.taps:
             values = values.unsqueeze(1)
         return values - self.offset if self.offset else values
 
-    def stored(self, values: Tensor) -> Tensor:
+    def to_gguf(self, values: Tensor) -> Tensor:
         """The way back: Hugging Face's values in the order and with the offset of a file; perhaps a view."""
         if self.taps:
             values = values.squeeze(1)
@@ -103,16 +103,16 @@ class Layout:
             rows = values.view(-1, 2, self.pairs_per_head, *values.shape[1:])
             values = rows.transpose(1, 2).reshape(values.shape)
         if self.tiled is not None:
-            values = self.tiled.arranged(values, self.tiled.key_heads, self.tiled.group)
+            values = self.tiled.reordered(values, self.tiled.key_heads, self.tiled.group)
         if self.rate:
             values = -torch.exp(values)
         return values + self.offset if self.offset else values
 
     @property
-    def of_factors(self) -> tuple[Layout, Layout]:
+    def factor_layouts(self) -> tuple[Layout, Layout]:
         """How lora_A, whose columns are the matrix's, and lora_B, which has its rows, lie in a file."""
         order = Layout(self.pairs_per_head, tiled=self.tiled)
-        return (order, _PLAIN) if self.turns_columns else (_PLAIN, order)
+        return (order, _PLAIN) if self.reorders_columns else (_PLAIN, order)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Why a matrix of this shape cannot be reordered; None if it can."""
@@ -176,14 +176,14 @@ def _delta_layout(part: str, sizes: DeltaSizes) -> Layout:
     key_heads, group = sizes.key_heads, sizes.value_heads // sizes.key_heads
     before = 2 * key_heads * sizes.key_width
     tiled = {
-        "in_proj_qkv.weight": Tiled(key_heads, group, sizes.value_width, before),
-        "conv1d.weight": Tiled(key_heads, group, sizes.value_width, before),
-        "in_proj_z.weight": Tiled(key_heads, group, sizes.value_width),
-        "in_proj_b.weight": Tiled(key_heads, group, 1),
-        "in_proj_a.weight": Tiled(key_heads, group, 1),
-        "A_log": Tiled(key_heads, group, 1),
-        "dt_bias": Tiled(key_heads, group, 1),
-        "out_proj.weight": Tiled(key_heads, group, sizes.value_width, axis=1),
+        "in_proj_qkv.weight": TiledHeads(key_heads, group, sizes.value_width, before),
+        "conv1d.weight": TiledHeads(key_heads, group, sizes.value_width, before),
+        "in_proj_z.weight": TiledHeads(key_heads, group, sizes.value_width),
+        "in_proj_b.weight": TiledHeads(key_heads, group, 1),
+        "in_proj_a.weight": TiledHeads(key_heads, group, 1),
+        "A_log": TiledHeads(key_heads, group, 1),
+        "dt_bias": TiledHeads(key_heads, group, 1),
+        "out_proj.weight": TiledHeads(key_heads, group, sizes.value_width, axis=1),
     }
     in_order = min(key_heads, group) == 1
     return Layout(tiled=None if in_order else tiled.get(part), rate=part == "A_log", taps=part == "conv1d.weight")

@@ -18,7 +18,7 @@ _TOO_LARGE = 2**31
 _KIND_NAMES = {int: "number from 0 on", float: "number from 0 on", str: "text"}
 
 
-def shown(value: object) -> str:
+def describe(value: object) -> str:
     """A value in a message; of a list its length."""
     return f"a list of {len(value)}" if isinstance(value, list) else f"{value!r:.60}"
 
@@ -47,7 +47,7 @@ class Metadata:
         """This number, which is the key's or in its list; an ArtifactError where it is none from 1 on."""
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < _TOO_LARGE:
             why = "models whose layers differ in size are not supported" if isinstance(value, list) else None
-            raise self._wrong(key, f"= {shown(value)} is not a positive integer below {_TOO_LARGE}", why)
+            raise self._wrong(key, f"= {describe(value)} is not a positive integer below {_TOO_LARGE}", why)
         return value
 
     def first(self, key: str, default: int | None = None) -> int:
@@ -55,7 +55,7 @@ class Metadata:
         value = self.get(key, default)
         return self.checked(key, value[0] if isinstance(value, list) and value else value)
 
-    def by_layer(self, key: str, layers: int, default: int | None = None) -> list[int]:
+    def per_layer(self, key: str, layers: int, default: int | None = None) -> list[int]:
         """A number from 1 on for each layer; an ArtifactError where it is none, or the list has another length."""
         value = self.get(key, default)
         if not isinstance(value, list):
@@ -68,7 +68,7 @@ class Metadata:
         """A number above zero; an ArtifactError where it is none."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self._wrong(key, f"= {shown(value)} is not a positive number")
+            raise self._wrong(key, f"= {describe(value)} is not a positive number")
         return float(value)
 
     def optional(self, key: str, kind: type[int] | type[float] | type[str]) -> Any:
@@ -76,7 +76,7 @@ class Metadata:
         value = self.get(key)
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if value is not None and not (fits and (kind is str or 0 <= value < _TOO_LARGE)):
-            raise self._wrong(key, f"= {shown(value)} is no {_KIND_NAMES[kind]}")
+            raise self._wrong(key, f"= {describe(value)} is no {_KIND_NAMES[kind]}")
         return value
 
     def _wrong(self, key: str, what: str, why: str | None = None) -> ArtifactError:
@@ -87,21 +87,21 @@ class Metadata:
         """The sliding window, None where there is none, as 0 says too."""
         return self.optional("attention.sliding_window", int) or None
 
-    def local_angles(self, theta: float) -> dict[str, Any]:
+    def sliding_rope_parameters(self, theta: float) -> dict[str, Any]:
         """The rotary parameters of sliding layers, with this base where the file is silent."""
         return {"rope_type": "default", "rope_theta": self.number("rope.freq_base_swa", theta)}
 
-    def agrees(self, key: str, expected: float) -> None:
+    def accept_if_equal(self, key: str, expected: float) -> None:
         """Take a number that says what is known already; another one stays unread."""
         value = self._file.value(self._prefix + key)
         if isinstance(value, int | float) and math.isclose(value, expected, rel_tol=1e-5):
             self._read.add(key)
 
-    def not_understood(self, key: str) -> None:
+    def mark_unread(self, key: str) -> None:
         """Hand a key on as unread, whatever has been asked of it."""
         self._read.discard(key)
 
-    def left(self) -> tuple[dict[str, Any], list[str]]:
+    def unread_keys(self) -> tuple[dict[str, Any], list[str]]:
         """What was not asked for and is not known to be neutral, under its full name: with its value, and foreign."""
         names = {key.removeprefix(self._prefix) for key in self._file if key.startswith(self._prefix)}
         unread, foreign = {}, []
@@ -133,7 +133,7 @@ def layer_kinds(slides: Iterable[bool]) -> list[str]:
     return ["sliding_attention" if here else "full_attention" for here in slides]
 
 
-def share_of(rotated: int, head_dim: int) -> float:
+def rotary_fraction(rotated: int, head_dim: int) -> float:
     """A share of which, multiplied and cut as transformers does it, is that number again."""
     share = rotated / head_dim
     return share if int(head_dim * share) == rotated else math.nextafter(share, 1.0)

@@ -15,9 +15,9 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.kernels.dequantize import is_compiled, native_dtype, type_name
 from backhand.kernels.quantized_matrix import StoredRows
-from backhand.nn.loading.expert_tensors import expert_of
+from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_config import huggingface_config
-from backhand.nn.loading.gguf_families import own_prediction_blocks
+from backhand.nn.loading.gguf_families import prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantize_into, dequantized, is_readable
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import (
@@ -29,8 +29,8 @@ from backhand.nn.loading.gguf_tensors import (
     is_skipped,
 )
 from backhand.nn.loading.gguf_tokenizer import build_tokenizer
-from backhand.nn.loading.source import ModelSource, mismatch
-from backhand.nn.loading.wrappers import is_beside
+from backhand.nn.loading.source import ModelSource, shape_mismatch
+from backhand.nn.loading.wrappers import is_excluded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -87,8 +87,8 @@ class GGUFModel(ModelSource):
         stored: dict[str, GGUFTensor] = {}
         for name, tensor in self.metadata.tensors.items():
             names = huggingface_names(self.architecture, name, tensor.shape)
-            if names and not is_beside(self.config, names[0]):
-                whole = expert_of(names[0]) is None
+            if names and not is_excluded(self.config, names[0]):
+                whole = parse_expert_name(names[0]) is None
                 stored.update(zip(names, [tensor] if whole else _pieces(tensor, len(names)), strict=True))
         return stored
 
@@ -104,8 +104,8 @@ class GGUFModel(ModelSource):
         """The tensor in Hugging Face layout: float32 if it is quantized, else as it is stored."""
         tensor = self._tensor(name)
         values = dequantized(self._bytes(tensor), tensor.type_id)
-        self._place_of[tensor.name].forget(tensor)
-        return self._layout(name).restored(values.view(tensor.shape))
+        self._place_of[tensor.name].drop_pages(tensor)
+        return self._layout(name).to_huggingface(values.view(tensor.shape))
 
     def dtype(self, name: str) -> torch.dtype:
         """As it is stored; float32 if it is quantized."""
@@ -121,23 +121,23 @@ class GGUFModel(ModelSource):
         """Bytes of all parts."""
         return sum(file.size for file in self._files)
 
-    def forget_mapped(self) -> None:
+    def drop_mapped_pages(self) -> None:
         """Of every tensor."""
         for name in self._stored:
             tensor = self._tensor(name)
-            self._place_of[tensor.name].forget(tensor)
+            self._place_of[tensor.name].drop_pages(tensor)
 
     def stored_rows(self, name: str) -> StoredRows:
         """The blocks of a matrix, mapped; another order of its rows or columns as the numbers of the stored ones."""
         tensor, data = self.stored_tensor(name)
-        arranged = self._layout(name)
+        reordered = self._layout(name)
         blocks = data.reshape(tensor.shape[0], -1)
-        if arranged.is_plain:
+        if reordered.is_plain:
             return StoredRows(blocks, tensor.type_id)
-        if arranged.turns_columns:
-            columns = arranged.restored(torch.arange(tensor.shape[1])[None])[0].contiguous()
+        if reordered.reorders_columns:
+            columns = reordered.to_huggingface(torch.arange(tensor.shape[1])[None])[0].contiguous()
             return StoredRows(blocks, tensor.type_id, column_order=columns)
-        return StoredRows(blocks, tensor.type_id, arranged.restored(torch.arange(tensor.shape[0])).contiguous())
+        return StoredRows(blocks, tensor.type_id, reordered.to_huggingface(torch.arange(tensor.shape[0])).contiguous())
 
     def stored_bytes(self, name: str) -> int:
         """Bytes of its blocks."""
@@ -149,7 +149,7 @@ class GGUFModel(ModelSource):
         return any(native_dtype(type_id) is None for type_id in self._matrix_types)
 
     @property
-    def unpacked_slowly(self) -> tuple[str, ...]:
+    def slow_types(self) -> tuple[str, ...]:
         """Types of its matrices that the gguf package unpacks here."""
         return tuple(type_name(type_id) for type_id in sorted(self._matrix_types) if not is_compiled(type_id))
 
@@ -178,12 +178,12 @@ class GGUFModel(ModelSource):
         """Dequantise straight into the destination."""
         tensor = self._tensor(name)
         if self.shape(name) != tuple(destination.shape):
-            raise ArtifactError(mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
+            raise ArtifactError(shape_mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         if self._layout(name).is_plain:
             dequantize_into(self._bytes(tensor), tensor.type_id, destination)
         else:
             destination.copy_(self.load(name))
-        self._place_of[tensor.name].forget(tensor)
+        self._place_of[tensor.name].drop_pages(tensor)
 
     def _layout(self, name: str) -> Layout:
         found, tensor = layout(self.architecture, name, self._sizes), self._tensor(name)
@@ -206,7 +206,7 @@ class GGUFModel(ModelSource):
 
     def _leave_out_prediction(self) -> None:
         """Blocks behind the model's own, which predict further tokens: neither read nor counted."""
-        count = own_prediction_blocks(self.metadata, self.architecture)
+        count = prediction_block_count(self.metadata, self.architecture)
         blocks = self.metadata.value(f"{self.architecture}.block_count")
         if not count or not isinstance(blocks, int):
             return

@@ -18,7 +18,7 @@ from backhand.nn.decoder.family import (
     PER_LAYER_NORM,
     PER_LAYER_TABLE,
 )
-from backhand.nn.loading.expert_tensors import expert_of
+from backhand.nn.loading.expert_tensors import parse_expert_name
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -164,7 +164,7 @@ def gguf_name(architecture: str, name: str) -> str | None:
     Args:
         name: such as `model.layers.0.self_attn.q_proj.weight`; an expert's matrix, or bias, is in a tensor of all.
     """
-    if (expert := expert_of(name)) is not None:
+    if (expert := parse_expert_name(name)) is not None:
         block, _, part = expert
         stack = next(stack for stack, ours in _EXPERTS.items() if ours == part)
         kind = name.rpartition(".")[2]

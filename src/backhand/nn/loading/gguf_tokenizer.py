@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
-SPACED, LINES = "gemma4", r"[^\n]+|[\n]+"
+GEMMA4_KIND, LINE_PATTERN = "gemma4", r"[^\n]+|[\n]+"
 """The third kind's name, and how it cuts text."""
 _KEY = "tokenizer.ggml."
 MOST_MERGES = 2**22
@@ -52,13 +52,13 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         backend, adds_bos = _byte_level(file, tokens)
     elif kind == "llama":
         backend, adds_bos = _spaced(file, tokens, scored=True), True
-    elif kind == SPACED:
+    elif kind == GEMMA4_KIND:
         backend, adds_bos = _spaced(file, tokens, scored=False), True
     else:
         raise ArtifactError(
             f"tokenizers of kind {kind!r:.60} cannot be read from a GGUF file",
             where=str(file.path),
-            why=f"known are gpt2, llama and {SPACED}",
+            why=f"known are gpt2, llama and {GEMMA4_KIND}",
             next_step="use the model's Hugging Face directory",
         )
     _add_marked_tokens(backend, file, tokens)
@@ -93,7 +93,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
             next_step="use the model's Hugging Face directory",
         )
     vocabulary = _vocabulary(tokens)
-    model = models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=cut.whole_words)
+    model = models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=cut.ignore_merges)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -132,7 +132,7 @@ def _spaced(file: GGUFFile, tokens: list[str], *, scored: bool) -> Tokenizer:
         back.append(decoders.Strip(" ", 1, 0))
     backend.normalizer, backend.decoder = normalizers.Sequence(steps) if scored else steps[0], decoders.Sequence(back)
     if not scored:
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(LINE_PATTERN), behavior="isolated")
     return backend
 
 
@@ -262,12 +262,12 @@ class PreTokenizer:
     """How one kind of vocabulary cuts text."""
 
     patterns: tuple[str, ...]  # regular expressions; what matches is a piece, and so is what lies between matches
-    whole_words: bool = False  # a piece that is itself a token is taken as one, whatever the merges say
+    ignore_merges: bool = False  # a piece that is itself a token is taken as one, whatever the merges say
     adds_bos: bool = False  # the beginning-of-text token comes first unless the file says otherwise
 
 
 _DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
-_LLAMA3_KIND = PreTokenizer((_LLAMA3,), whole_words=True, adds_bos=True)
+_LLAMA3_KIND = PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True)
 _QWEN2_KIND = PreTokenizer((_QWEN2,))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
@@ -277,7 +277,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2_KIND),
     "qwen35": PreTokenizer((_QWEN35,)),
-    "tekken": PreTokenizer((_TEKKEN,), whole_words=True, adds_bos=True),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, adds_bos=True),
     "gpt-4o": PreTokenizer((_GPT4O,)),
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", r"[0-9][0-9][0-9]")),
 }

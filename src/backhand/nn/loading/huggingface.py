@@ -18,7 +18,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError, first_line, short_reason
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import StoredRows
-from backhand.nn.loading.expert_tensors import Piece, experts_within, may_hold_experts
+from backhand.nn.loading.expert_tensors import ExpertSlice, may_hold_experts, split_experts
 from backhand.nn.loading.mxfp4_experts import (
     MXFP4,
     is_packed_shape,
@@ -28,10 +28,10 @@ from backhand.nn.loading.mxfp4_experts import (
     packed_shape,
     unpacked,
 )
-from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, floating, stores_another_head, ties_head
+from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, check_floating, has_separate_head, ties_head
 from backhand.nn.loading.stores import SMOLLM2
 from backhand.nn.loading.tokenizer_patterns import check_patterns
-from backhand.nn.loading.wrappers import is_beside, text_name, unwrapped
+from backhand.nn.loading.wrappers import is_excluded, text_name, unwrap_config
 from backhand.reading import MAX_TABLES_BYTES, open_plain, read_plain
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ class HuggingFaceDirectory(ModelSource):
         self.path = path
         self.hub_id = hub_id
         self.origin = origin or str(path)
-        self.config, self.wrapper = unwrapped(read_json(path / CONFIG_FILE))
+        self.config, self.wrapper = unwrap_config(read_json(path / CONFIG_FILE))
         self._files: dict[str, _SafetensorsFile] = {}
         self._packed: dict[str, _Packed] = {}
         self._places = self._tensor_places()
         if ties_head(self.config):
-            if stores_another_head(self):
+            if has_separate_head(self):
                 self.config["tie_word_embeddings"] = False
             else:
                 self._places.pop(HEAD_WEIGHT, None)
@@ -91,7 +91,7 @@ class HuggingFaceDirectory(ModelSource):
         if name in self._packed:
             return unpacked(self._packed[name].rows())
         file, stored, piece = self._place(name)
-        return file.load(stored) if piece is None else piece.of(file.load(stored))
+        return file.load(stored) if piece is None else piece.view(file.load(stored))
 
     def dtype(self, name: str) -> torch.dtype:
         """Of the tensor as it is stored; of what is stored in blocks, bfloat16."""
@@ -129,13 +129,13 @@ class HuggingFaceDirectory(ModelSource):
             raise self._no_weights()
         if self.wrapper is not None:
             named = ((text_name(name), name, file) for name, file in stored.items())
-            inside = {name: (file, own) for name, own, file in named if name and not is_beside(self.config, name)}
+            inside = {name: (file, own) for name, own, file in named if name and not is_excluded(self.config, name)}
             return self._with_experts(inside)
         # A model saved without its head, as transformers' bare models are, has no `model.` in front.
         bare = "model.embed_tokens.weight" not in stored and "embed_tokens.weight" in stored
         places = {}
         for name, file in stored.items():
-            if is_beside(self.config, name):
+            if is_excluded(self.config, name):
                 continue
             places[f"model.{name}" if bare and not name.startswith("lm_head.") else name] = (file, name)
         return self._with_experts(places)
@@ -153,7 +153,7 @@ class HuggingFaceDirectory(ModelSource):
         return {
             ours: (file, stored, piece)
             for name, (file, stored) in places.items()
-            for ours, piece in experts_within(name, file.shape(stored) if may_hold_experts(name) else (), kind)
+            for ours, piece in split_experts(name, file.shape(stored) if may_hold_experts(name) else (), kind)
         }
 
     def _indexed(self, index: Path) -> dict[str, _SafetensorsFile]:
@@ -265,7 +265,7 @@ class _SafetensorsFile:
         return tuple(self._header.get_slice(name).get_shape())
 
     def load(self, name: str) -> Tensor:
-        return floating(self.raw(name), name, str(self.path))
+        return check_floating(self.raw(name), name, str(self.path))
 
     def raw(self, name: str) -> Tensor:
         from safetensors import SafetensorError
@@ -295,7 +295,7 @@ class _SafetensorsFile:
         return ArtifactError(f"{self.path} is damaged or incomplete", why=str(error), next_step=_FETCH_AGAIN)
 
 
-_Place = tuple[_SafetensorsFile, str, Piece | None]
+_Place = tuple[_SafetensorsFile, str, ExpertSlice | None]
 """The file of a tensor, its name there, and which piece of that it is; None for all."""
 
 
@@ -304,7 +304,7 @@ class _Packed(NamedTuple):
 
     blocks: tuple[_SafetensorsFile, str]
     scales: tuple[_SafetensorsFile, str]
-    piece: Piece
+    piece: ExpertSlice
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -312,7 +312,7 @@ class _Packed(NamedTuple):
         return packed_shape(self.piece.shape(file.shape(name)))
 
     def rows(self) -> StoredRows:
-        return packed_rows(*(self.piece.of(_bytes(file, name)) for file, name in (self.blocks, self.scales)))
+        return packed_rows(*(self.piece.view(_bytes(file, name)) for file, name in (self.blocks, self.scales)))
 
 
 def _bytes(file: _SafetensorsFile, name: str) -> Tensor:
@@ -385,7 +385,7 @@ def _opened(path: Path, hub_id: str) -> HuggingFaceDirectory:
     return HuggingFaceDirectory(path, hub_id=hub_id, origin=f"{hub_id} at {path.name}")
 
 
-def nearest_here(name: str) -> str:
+def suggest_name(name: str) -> str:
     """A question where the name looks much like that of a model here; "" otherwise."""
     near = {SMOLLM2: SMOLLM2}
     with suppress(OSError, ValueError, RuntimeError):  # a NUL character in the name; `~` of a user who is not there
@@ -423,9 +423,9 @@ def _fetched(hub_id: str, revision: str | None) -> Path:
             what, next_step = f"has no revision {revision}", "name a branch, tag or commit of it"
         elif isinstance(error, RepositoryNotFoundError):
             what = "is not on the hub, or is private"
-            next_step = f"{nearest_here(hub_id)}check the spelling, or set HF_TOKEN"
+            next_step = f"{suggest_name(hub_id)}check the spelling, or set HF_TOKEN"
         else:
             what, why = "is neither cached nor reachable", first_line(error)
-            near = nearest_here(hub_id)
+            near = suggest_name(hub_id)
             next_step = f"{near}connect to the network once, or give a local directory or .gguf file, or {SMOLLM2}"
         raise ArtifactError(f"the model {hub_id} {what}", why=why, next_step=next_step) from None

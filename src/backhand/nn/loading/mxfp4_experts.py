@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backhand.kernels.dequantize import block_shape, dequantize
 from backhand.kernels.quantized_matrix import StoredRows
-from backhand.nn.loading.expert_tensors import Piece, matrices_of, stack_layout
+from backhand.nn.loading.expert_tensors import ExpertSlice, expert_slices, stack_layout
 
 MXFP4 = 39
 """ggml's number of the type."""
@@ -59,10 +59,10 @@ def packed_rows(blocks: Tensor, scales: Tensor) -> StoredRows:
     return StoredRows(np.ascontiguousarray(stored.flatten(1).numpy()), MXFP4)
 
 
-def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, Piece]]:
+def packed_matrices(parameter: str, blocks: tuple[int, ...], model_type: object) -> Iterator[tuple[str, ExpertSlice]]:
     """What a parameter of experts holds: (name inside Backhand, which piece of the blocks and of the scales) each."""
     interleaved = stack_layout(model_type).interleaved
-    for module, piece in matrices_of(parameter, blocks[0], blocks[1], interleaved=interleaved):
+    for module, piece in expert_slices(parameter, blocks[0], blocks[1], interleaved=interleaved):
         yield f"{module}.weight", piece
 
 

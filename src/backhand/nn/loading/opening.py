@@ -8,7 +8,7 @@ from pathlib import Path
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory, is_hub_id, nearest_here, open_hub_model
+from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory, is_hub_id, open_hub_model, suggest_name
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID, smollm2_file, stored_path
@@ -59,7 +59,7 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
         f"there is no model {name or 'without a name'}",
         why="it is no file, no directory, and no hub id of the form owner/model",
         next_step=(
-            f"{nearest_here(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, "
+            f"{suggest_name(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, "
             f"or {SMOLLM2}; `backhand models` lists what is on this machine"
         ),
     )

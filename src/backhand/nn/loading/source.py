@@ -69,13 +69,13 @@ class ModelSource(ABC):
         """Bytes of the files that stay mapped."""
         return 0
 
-    def forget_mapped(self) -> None:  # noqa: B027 - most kinds of files are read once
+    def drop_mapped_pages(self) -> None:  # noqa: B027 - most kinds of files are read once
         """Give the memory of mapped files back; they are read again when they are needed again."""
 
     def load_into(self, name: str, destination: Tensor) -> None:
         """Write a tensor into a contiguous one of its shape, any floating dtype and device: one rounding, no copy."""
         if self.shape(name) != tuple(destination.shape):
-            raise ArtifactError(mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
+            raise ArtifactError(shape_mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         destination.copy_(self.load(name))
 
     def stored_rows(self, name: str) -> StoredRows:
@@ -101,7 +101,7 @@ class ModelSource(ABC):
         return False
 
     @property
-    def unpacked_slowly(self) -> tuple[str, ...]:
+    def slow_types(self) -> tuple[str, ...]:
         """Types of its matrices that the kernels do not unpack: the gguf package does, several times slower."""
         return ()
 
@@ -144,7 +144,7 @@ def token_ids(stated: object) -> list[int]:
     return list(ids)
 
 
-def mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def shape_mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     """One line of a report about shapes."""
     return f"{name} has shape {found}, and the configuration asks for {wanted}"
 
@@ -168,7 +168,7 @@ def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> 
     """Compare names and shapes. Raises ArtifactError: listing every tensor that is missing or of another shape."""
     there = set(source.tensor_names())
     problems = [
-        f"{name} {shape} is missing" if name not in there else mismatch(name, source.shape(name), shape)
+        f"{name} {shape} is missing" if name not in there else shape_mismatch(name, source.shape(name), shape)
         for name, shape in wanted.items()
         if name not in there or source.shape(name) != shape
     ]
@@ -186,7 +186,7 @@ def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> 
 _SHOWN_PROBLEMS = 12
 
 
-def floating(tensor: Tensor, name: str, where: str) -> Tensor:
+def check_floating(tensor: Tensor, name: str, where: str) -> Tensor:
     """The tensor itself. Raises ArtifactError: if its dtype is none of float64, float32, float16 and bfloat16."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ArtifactError(
@@ -247,7 +247,7 @@ def ties_head(config: Mapping[str, Any]) -> bool:
     return stated is True or (stated is None and str(config.get("model_type")).startswith("gemma"))
 
 
-def stores_another_head(source: ModelSource) -> bool:
+def has_separate_head(source: ModelSource) -> bool:
     """Whether a source has both matrices with different values; it reads them block by block, up to a difference.
 
     Raises:

@@ -33,7 +33,7 @@ def check_patterns(backend: Any, where: str) -> None:
         if part is None:
             continue
         for pattern in _patterns(json.loads(part.__getstate__())):
-            if len(pattern) > LONGEST_PATTERN or may_explode(pattern):
+            if len(pattern) > LONGEST_PATTERN or may_backtrack_exponentially(pattern):
                 raise ArtifactError(
                     f"the tokenizer cuts text by the regular expression {pattern!r:.120}",
                     where=where,
@@ -54,7 +54,7 @@ def _patterns(value: Any) -> Iterator[str]:
             yield from _patterns(item)
 
 
-def may_explode(pattern: str) -> bool:
+def may_backtrack_exponentially(pattern: str) -> bool:
     """Whether a group that holds a repeat without end, or a choice, is itself repeated without end."""
     left = _ESCAPE.sub("a", pattern)  # a stands for whatever is one character, or a group
     for _ in range(_DEEPEST):

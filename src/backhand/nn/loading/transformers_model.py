@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError, BackhandError, short_reason
 from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
-from backhand.nn.loading.expert_tensors import experts_within, may_hold_experts
+from backhand.nn.loading.expert_tensors import may_hold_experts, split_experts
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:
@@ -101,12 +101,12 @@ def _from_tensors(source: ModelSource, dtype: torch.dtype) -> Any:
 
 def _stacked(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor], model_type: object) -> dict[str, Tensor]:
     """A parameter of experts, of each expert's matrix or bias, which leave `tensors`; nothing where one is missing."""
-    pieces = [(one, piece) for one, piece in experts_within(name, shape, model_type) if piece is not None]
+    pieces = [(one, piece) for one, piece in split_experts(name, shape, model_type) if piece is not None]
     if not pieces or not all(one in tensors and tensors[one].shape == piece.shape(shape) for one, piece in pieces):
         return {}
     stack = tensors[pieces[0][0]].new_empty(shape)
     for one, piece in pieces:
-        piece.of(stack).copy_(tensors.pop(one))
+        piece.view(stack).copy_(tensors.pop(one))
     return {name: stack}
 
 

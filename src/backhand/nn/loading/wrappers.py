@@ -54,7 +54,7 @@ class Wrapper:
     model_type: str  # of the whole
     prefix: str  # where transformers' class has the modules of the text model, such as `model.language_model`
 
-    def outside(self, name: str) -> str:
+    def wrapped_name(self, name: str) -> str:
         """What the whole model calls a module or tensor of the text model."""
         return f"{self.prefix}.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
@@ -68,7 +68,7 @@ def text_name(name: str) -> str | None:
     return rest if rest.split(".")[0] == "lm_head" else f"model.{rest}"
 
 
-def is_beside(config: Mapping[str, Any], name: str) -> bool:
+def is_excluded(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor in a text model's checkpoint is no part of the text model, by what transformers leaves out."""
     pattern = _BESIDE.get(str(config.get("model_type")))
     if pattern is not None and pattern.match(name) is not None:
@@ -80,7 +80,7 @@ def is_beside(config: Mapping[str, Any], name: str) -> bool:
     )
 
 
-def unwrapped(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None]:
+def unwrap_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | None]:
     """The text model's configuration and what is around it; the configuration itself and None where nothing is."""
     model_type, text = config.get("model_type"), config.get("text_config")
     if not isinstance(model_type, str) or model_type not in WRAPPERS or not isinstance(text, Mapping):

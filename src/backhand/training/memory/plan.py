@@ -194,7 +194,7 @@ def wanted_bases(
     if asked != "auto":
         return [asked]
     # The processor unpacks, and a card would wait for it.
-    unpacks = source.quantized and not source.unpacked_slowly and device.type == "cpu"
+    unpacks = source.quantized and not source.slow_types and device.type == "cpu"
     enough = max(shape.mean_tokens for shape in shapes.values()) >= ENOUGH_TOKENS
     return ["quantized", "dense"] if unpacks and enough else ["dense", "quantized"]
 

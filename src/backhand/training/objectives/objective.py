@@ -23,7 +23,7 @@ from backhand.nn.batch import TokenLoss
 from backhand.training.engine import Trainable
 from backhand.training.kept_states import KeptStates
 from backhand.training.measuring import HeldOut
-from backhand.training.step import Processes, left_sum
+from backhand.training.step import Processes, sequential_sum
 
 Measured = dict[str, tuple[float, int]]
 """What is shown of rows, by TRL's names: a sum, and over how many."""
@@ -124,7 +124,7 @@ class HeldOutObjective(HeldOut):
             return None
         found = objective.of_sums(rows, sums)
         self.measured = {f"eval_{name}": value for name, value in means([found.measured]).items()}
-        return left_sum(found.losses.tolist()) / len(rows)
+        return sequential_sum(found.losses.tolist()) / len(rows)
 
 
 def token_owners(packer: RowPacker, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backhand.errors import CheckError
 from backhand.runs.directory import Proof, ProofLog
-from backhand.training.step import Processes, left_sum
+from backhand.training.step import Processes, sequential_sum
 
 BOUNDS: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-9),
@@ -58,7 +58,7 @@ class Certificate:
         if not found:
             return {}
         largest = max((one[0] for one in found), key=lambda gap: math.inf if math.isnan(gap) else gap)
-        mean = left_sum(one[1] for one in found) / max(1.0, left_sum(one[2] for one in found))
+        mean = sequential_sum(one[1] for one in found) / max(1.0, sequential_sum(one[2] for one in found))
         self.largest = max(self.largest, largest)
         if not (largest <= self.bounds[0] and mean <= self.bounds[1]):
             self._tell(largest, passed=False)
