@@ -228,7 +228,7 @@ def test_a_silent_rank_is_named(straight: TrainConfig, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("data_digest", "optimization.learning_rate", "base_digest", "base model", "torch"),
+        *("data_digest", "optimization.learning_rate", "base_digest", "base model", "model_config.norm_eps", "torch"),
         *("run.from_adapter", "data.chat_template"),
     ],
 )
@@ -250,6 +250,11 @@ def test_what_is_not_alike_is_refused_before_the_first_step(
             other = with_options(config, model=str(changed(tiny.model, "q_proj.weight", tmp_path / "model")))
         case "base model":
             other = with_options(config, model=str(changed(tiny.model, "model.norm.weight", tmp_path / "model")))
+        case "model_config.norm_eps":
+            model = shutil.copytree(tiny.model, tmp_path / "model")
+            stored = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(stored | {"rms_norm_eps": 0.1}))
+            other = with_options(config, model=str(model))
     place = {1: ("versions", "other")} if name == "torch" else None
     ranks = start_ranks([config, other], tmp_path / "ranks", at_place=place)
     assert ranks.exit_codes() == [4, 4], ranks.said()

@@ -24,6 +24,7 @@ from backhand.adapters.record import (
     AdapterRecord,
     base_differences,
     base_digest,
+    other_model_config,
     other_template_args,
     text_digest,
     tokenizer_digest,
@@ -31,6 +32,7 @@ from backhand.adapters.record import (
 )
 from backhand.adapters.targets import OUTPUT_HEADS, Target, adapter_layout, module_values, resolve_targets
 from backhand.errors import ArtifactError, UsageError
+from backhand.nn.decoder.config_facts import config_facts
 from backhand.nn.loading.expert_tensors import expert_matrices, may_hold_experts
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.wrappers import text_name
@@ -302,7 +304,8 @@ def check_source(
         base_copies: whole base weights that the adapter's file holds, by module.
 
     Returns:
-        a sentence for each thing that differs, for people to see: other variables, and with `force_base` all else.
+        a sentence for each thing that differs, for people to see: another configuration of the base, other variables,
+        and with `force_base` all else.
 
     Raises:
         ArtifactError: names everything that differs.
@@ -314,7 +317,9 @@ def check_source(
     different += copy_differences(base_copies or {}, lambda module: source.load(base_weight_name(source, module)))
     if different and not force_base:
         raise wrong_base(different, where)
-    notes = other_template_args(record, template_args) if record is not None else ()
+    notes: tuple[str, ...] = ()
+    if record is not None:
+        notes = (*other_model_config(record, config_facts(source)), *other_template_args(record, template_args))
     return (*(f"used by force: {sentence}" for sentence in different), *notes)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
+from backhand.nn.decoder.config_facts import config_differences, recorded_facts
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 from backhand.system import version_of
 
@@ -26,7 +27,7 @@ RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
-_LATER: Mapping[str, Any] = {"labels": {}, "system": None}
+_LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}}
 """What the first files of this format did not have, and what is left out where there is nothing to tell."""
 
 
@@ -36,6 +37,8 @@ class AdapterRecord:
 
     origin: str | None = None  # where the base weights came from: a path, a hub id or a package
     base_digest: str | None = None  # of the adapted base tensors, see `base_digest`
+    # the fields of the base's configuration that its numbers depend on, see `nn.decoder.config_facts`
+    model_config: Mapping[str, Any] = field(default_factory=dict)
     # tokenizer_digest, chat_template_digest: of what makes tokens of text
     tokenizer_digest: str | None = None
     chat_template_digest: str | None = None
@@ -100,7 +103,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
 
 def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
-    if name == "config":
+    if name in ("config", "model_config"):
         return isinstance(value, dict)
     if name == "labels":
         lists = list(value.values()) if isinstance(value, dict) else [None]
@@ -139,6 +142,18 @@ def base_differences(record: AdapterRecord, digests: Mapping[str, str | None]) -
         for name, what in _COMPARED.items()
         if None not in (both := (getattr(record, name), digests.get(name))) and both[0] != both[1]
     ]
+
+
+def other_model_config(record: AdapterRecord, facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sentence if the base has another configuration than in training; empty for records without one.
+
+    No error, since a longer context or another rotary base may be meant.
+    """
+    if not record.model_config:
+        return ()
+    changed = config_differences(record.model_config, recorded_facts(facts), across_files=True)
+    said = "base model: its configuration is not what the adapter was trained with"
+    return () if changed is None else (f"{said}: {changed}",)
 
 
 def other_template_args(record: AdapterRecord, template_args: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import Target, module_values, resolve_targets
 from backhand.arithmetic.options import CombineOptions, CompressOptions, DiffOptions
 from backhand.errors import ArtifactError, UsageError
+from backhand.nn.decoder.config_facts import config_facts, recorded_facts
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list
@@ -228,7 +229,7 @@ _DIGESTS = {
     "tokenizer_digest": "tokenizer: their tokens or merges are not the same",
     "chat_template_digest": "chat template: it is not the same",
 }
-_KEPT = (*_DIGESTS, "labels", "system")
+_KEPT = (*_DIGESTS, "labels", "system", "model_config")
 """What of the records goes into the new one where all have the same."""
 
 
@@ -305,9 +306,11 @@ def common_record(
             )
         digests = source_digests(source, names)
         agreed |= {"base_digest": digests["base_digest"], "tokenizer_digest": digests["tokenizer_digest"]}
+        agreed["model_config"] = recorded_facts(config_facts(source))
         origin = source.origin
     elif agreed["base_digest"] is None and any(record.base_digest for record in records):
         notes.append("the new adapter does not know its base model's digest: give --model to record it")
+    agreed["model_config"] = agreed["model_config"] or {}
     tokenizers = {agreed["tokenizer_digest"], *(record.tokenizer_digest for record in records)}
     if agreed["labels"] is None or len(tokenizers) > 1 or None in tokenizers:  # labels are tokens
         agreed["labels"] = {}

@@ -164,6 +164,7 @@ class JobRun:
         identity = self.job.identity.facts
         facts = {name: value for name, value in identity.items() if name.endswith("_digest")}
         del facts["settings_digest"]  # its parts tell more
+        facts |= {f"model_config.{name}": value for name, value in identity["model_config"].items()}
         facts |= alike(identity["settings"])
         self.processes.same({**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]})
 

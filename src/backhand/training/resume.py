@@ -20,6 +20,7 @@ from backhand.data.chat import read_template
 from backhand.data.stored_examples import PreparedData
 from backhand.errors import CheckError, UsageError
 from backhand.generate.labels import Labels, found_labels
+from backhand.nn.decoder.config_facts import config_differences, config_facts, recorded_facts
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -73,6 +74,7 @@ class Identity:
         source.drop_mapped_pages()  # a run with a dense base reads it no more
         return {
             "base_digest": base,
+            "model_config": config_facts(source),
             "tokenizer_digest": tokenizer_digest(source.tokenizer()),
             "chat_template_digest": text_digest(read_template(self.config.data.chat_template, source.tokenizer())),
             "data_digest": self.train.digest,
@@ -86,6 +88,7 @@ class Identity:
         facts = self.facts
         return AdapterRecord(
             origin=self.source.origin,
+            model_config=recorded_facts(facts["model_config"]),
             **{name: facts[name] for name in ("base_digest", "tokenizer_digest", "chat_template_digest")},
             data_digest=f"sha256:{facts['data_digest']}",
             run_digest=facts["settings_digest"],
@@ -130,8 +133,10 @@ _FACTS = {
     "held_out_digest": "held-out data: the rows, or their tokens, have changed",
 }
 
-_BASE_CHANGED = "base model: the adapted weights are not those the run began with"
-_FROZEN_CHANGED = "base model: weights beside the adapted ones are not those the run began with"
+_OF_THE_BASE = "base model: "
+_BASE_CHANGED = f"{_OF_THE_BASE}the adapted weights are not those the run began with"
+_CONFIG_CHANGED = f"{_OF_THE_BASE}its configuration is not the one the run began with"
+_FROZEN_CHANGED = f"{_OF_THE_BASE}weights beside the adapted ones are not those the run began with"
 
 
 def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = frozenset()) -> TrainConfig:
@@ -218,14 +223,17 @@ def run_differences(facts: Mapping[str, Any], identity: Identity) -> list[str]:
     """What of a checkpoint's digests and settings is not as it is today."""
     today = identity.facts
     differences = [] if facts.get("base_digest") == today["base_digest"] else [_BASE_CHANGED]
+    if (then := facts.get("model_config")) is not None:  # checkpoints of earlier versions lack it
+        changed = config_differences(then if isinstance(then, dict) else {}, today["model_config"])
+        differences += [] if changed is None else [f"{_CONFIG_CHANGED}: {changed}"]
     differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
     # config.toml is what a resumed run goes by: somebody may have written into it. An option that a checkpoint does not
     # name did not exist when it was written; what it says by default was done then.
     before, there, now = decisive_settings(_as_it_was(TrainConfig())), facts.get("settings"), today["settings"]
     before |= there if isinstance(there, dict) else {}
-    changed = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+    other = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
     return differences + [
-        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in changed
+        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in other
     ]
 
 
@@ -236,7 +244,7 @@ def frozen_differences(facts: Mapping[str, Any], frozen_digest: str) -> list[str
 
 def refuse_differences(differences: list[str], directory: Path, force: bool, warn: Callable[[str], None]) -> None:
     """Raise UsageError for the differences, unless they are of the base alone and forced: then `warn` of them."""
-    if force and all(difference in (_BASE_CHANGED, _FROZEN_CHANGED) for difference in differences):
+    if force and all(difference.startswith(_OF_THE_BASE) for difference in differences):
         for difference in differences:
             warn(f"{difference}; continuing all the same, as --force-base says")
     elif differences:

@@ -112,6 +112,7 @@ def _pass_digest(job: Job, frozen_digest: str) -> str:
     identity = job.identity.facts
     facts = {
         "frozen": frozen_digest,
+        "model_config": identity["model_config"],
         **{name: identity[f"{name}_digest"] for name in ("data", "held_out", "settings")},
         "dtype": str(job.dtype),
         "threads": job.config.model.threads,
