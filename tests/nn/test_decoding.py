@@ -234,9 +234,9 @@ def test_a_state_that_was_left_in_the_middle_is_not_used(variant: str, monkeypat
         def interrupted(*arguments: Any, **options: Any) -> Any:
             if next(calls, "over") == "over":
                 raise KeyboardInterrupt
-            return block.mlp_half_forward(*arguments, **options)
+            return block.mlp_sublayer_forward(*arguments, **options)
 
-        patched.setattr(decoding, "mlp_half_forward", interrupted)
+        patched.setattr(decoding, "mlp_sublayer_forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             state.step([5])
     assert state.cache.lengths == [10]

@@ -57,7 +57,7 @@ def test_parts_of_the_model_adapted(targets: str, expected: int) -> None:
 def test_what_layers_share_and_what_not() -> None:
     """Four of seven layers use others' keys: two sliding and full ones, by the last of their kind before them."""
     layers = decoder_config(tiny_config("gemma4_text").to_dict()).layers
-    assert [layer.keys_of for layer in layers] == [None, None, None, 1, 2, 1, 1]
+    assert [layer.kv_source for layer in layers] == [None, None, None, 1, 2, 1, 1]
     assert [layer.sizes and layer.sizes.head_dim for layer in layers] == [14, 18, 14, 18, 14, 18, 18]
     assert [layer.sizes and layer.sizes.intermediate_size for layer in layers] == [76] * 3 + [152] * 4
 
@@ -104,8 +104,8 @@ def test_keys_that_nobody_reads_are_left_out(tmp_path: Path) -> None:
 
 def test_a_pass_does_not_begin_above_keys_that_are_used_there() -> None:
     config = decoder_config(tiny_config("gemma4_text").to_dict())
-    assert [config.enterable(layer) for layer in range(7)] == [0, 1, 1, 1, 1, 1, 1]
-    assert decoder_config(tiny_config("gemma4-keys").to_dict()).enterable(3) == 3
+    assert [config.start_layer(layer) for layer in range(7)] == [0, 1, 1, 1, 1, 1, 1]
+    assert decoder_config(tiny_config("gemma4-keys").to_dict()).start_layer(3) == 3
 
 
 def test_experts_beside_the_mlp_are_refused() -> None:

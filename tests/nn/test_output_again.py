@@ -12,7 +12,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.kernels.builds import loops_are_there, torch_form
 from backhand.kernels.library import proving_loops
-from backhand.nn.decoder import attention_half
+from backhand.nn.decoder import attention_mixer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
@@ -54,13 +54,13 @@ def gradients(
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each pass back through attention, whether it gave its output again."""
     seen: list[bool] = []
-    right: Callable[..., Any] = attention_half.attention_backward
+    right: Callable[..., Any] = attention_mixer.attention_backward
 
     def counting(*arguments: Any, again: torch.Tensor | None = None, **options: Any) -> Any:
         seen.append(again is not None)
         return right(*arguments, again=again, **options)
 
-    monkeypatch.setattr(attention_half, "attention_backward", counting)
+    monkeypatch.setattr(attention_mixer, "attention_backward", counting)
     return seen
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from backhand.kernels.builds import library
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder import passes as passes_module
-from backhand.nn.decoder.decoder import Decoder, LowerLayers
+from backhand.nn.decoder import forward_backward as forward_backward_module
+from backhand.nn.decoder.decoder import Decoder, FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.training import decoder_engine
 from backhand.training.config import TrainConfig
@@ -82,7 +82,7 @@ class Computed:
 def watched() -> Iterator[Computed]:
     """Inside, what goes through the lower blocks is counted."""
     computed, in_step = Computed(), [False]
-    compute, step, block = KeptStates._compute, Decoder.loss_and_gradients, passes_module.block_forward
+    compute, step, block = KeptStates._compute, Decoder.loss_and_gradients, forward_backward_module.block_forward
     compared = KeptStates._compared
 
     def watched_compute(self: KeptStates, rows: list[int], batch: PackedBatch) -> Tensor:
@@ -106,7 +106,7 @@ def watched() -> Iterator[Computed]:
             computed.lower[in_step[0]] += 1
         return block(x, weights, *rest)
 
-    def watched_look(self: LowerLayers, *arguments: Any) -> Tensor:
+    def watched_look(self: FrozenPrefix, *arguments: Any) -> Tensor:
         """Looking at a number of tokens is no batch."""
         blocks = [watching.pop() for _ in list(watching)]
         try:
@@ -120,14 +120,14 @@ def watched() -> Iterator[Computed]:
         return made
 
     watching: list[Any] = []
-    load, look = decoder_engine.load_weights, LowerLayers._looked_at
+    load, look = decoder_engine.load_weights, FrozenPrefix._probe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeptStates, "_compute", watched_compute)
         patch.setattr(KeptStates, "_compared", watched_compared)
         patch.setattr(Decoder, "loss_and_gradients", watched_step)
-        patch.setattr(LowerLayers, "_looked_at", watched_look)
+        patch.setattr(FrozenPrefix, "_probe", watched_look)
         patch.setattr(decoder_engine, "load_weights", watched_load)
-        patch.setattr(passes_module, "block_forward", watched_block)
+        patch.setattr(forward_backward_module, "block_forward", watched_block)
         yield computed
 
 

@@ -19,7 +19,11 @@ from backhand.ops.registry import OPS
 from backhand.training.config import TrainConfig
 
 PACKAGE = build.PACKAGE
-FILES = [*(f"ops/{file}.py" for file in sorted(set(OPS.values()))), "nn/decoder/block.py", "nn/decoder/passes.py"]
+FILES = [
+    *(f"ops/{file}.py" for file in sorted(set(OPS.values()))),
+    "nn/decoder/block.py",
+    "nn/decoder/forward_backward.py",
+]
 
 
 @pytest.fixture(scope="module")

@@ -264,17 +264,17 @@ class Lower:
         self.sizes, self.from_call, self.known, self.calls = sizes, from_call, known, 0
         self.seen: list[PackedBatch] = []
 
-    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
+    def layer_input(self, batch: PackedBatch, layer: int) -> Tensor:
         self.calls += 1
         self.seen.append(batch)
         size = batch.input_ids.shape[0]
         added = layer * 1e-3 if size in self.sizes or self.calls >= self.from_call else 0.0
         return batch.input_ids[:, None].float().expand(-1, 3) + added
 
-    def compare_with(self, tokens: int) -> None:
+    def set_usual_tokens(self, tokens: int) -> None:
         raise AssertionError("a set of rows does not ask for it")
 
-    def keeps_rows(self, tokens: int, _layer: int) -> bool:
+    def is_batch_invariant(self, tokens: int, _layer: int) -> bool:
         return not self.known or tokens not in self.sizes
 
 
@@ -323,9 +323,9 @@ def test_a_row_that_is_missing_is_not_computed_in_such_a_size() -> None:
 
 def states_of(batch: PackedBatch) -> Tensor:
     """Those that the batch was given, which are its ids here."""
-    assert batch.entering is not None
-    assert torch.equal(batch.entering.states, batch.input_ids[:, None].float().expand(-1, 3))
-    return batch.entering.states
+    assert batch.start is not None
+    assert torch.equal(batch.start.states, batch.input_ids[:, None].float().expand(-1, 3))
+    return batch.start.states
 
 
 def test_as_many_rows_go_along_as_there_is_room_for() -> None:
@@ -402,8 +402,8 @@ def test_states_that_are_others_in_the_first_batch_are_not_used() -> None:
     kept.packed([0, 1])
     kept.packed([2, 3])
     batch = kept.packed([0, 2])
-    assert batch.entering is not None and batch.input_ids.shape == (64,)
-    assert torch.equal(batch.entering.states, batch.input_ids[:, None].float().expand(-1, 3) + 2e-3), "as computed"
+    assert batch.start is not None and batch.input_ids.shape == (64,)
+    assert torch.equal(batch.start.states, batch.input_ids[:, None].float().expand(-1, 3) + 2e-3), "as computed"
     assert len(noted) == 1 and "the layers below 2 are computed in each epoch" in noted[0]
     assert [proof.passed for proof in logged] == [False]
     assert kept.packed([0, 1]).entering is None, "from here on they are computed as part of the step"

@@ -16,7 +16,7 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn.decoder import block, projections, trained_ends
-from backhand.nn.decoder import passes as passes_module
+from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
@@ -196,14 +196,14 @@ def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
 
 def test_a_step_put_together_wrongly_is_found(models, rows, monkeypatch):
     """Each block is right, but the step forgets what a block in the middle does to the gradient."""
-    right = passes_module.block_backward
+    right = forward_backward_module.block_backward
     calls = []
 
     def forgetful(d_x, *args, **kwargs):
         calls.append(1)
         return d_x if len(calls) % 3 == 2 else right(d_x, *args, **kwargs)
 
-    monkeypatch.setattr(passes_module, "block_backward", forgetful)
+    monkeypatch.setattr(forward_backward_module, "block_backward", forgetful)
     failed = _failed(verify(options(models("llama"), rows)))
     assert any("training step" in proof for proof in failed)
     assert not any("float64" in proof and "×" in proof for proof in failed)
@@ -234,7 +234,7 @@ def test_rounding_above_the_bound_is_judged_on_several_adapters(others, passes, 
 
 
 def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
-    right = passes_module.Passes.contexts
+    right = forward_backward_module.ForwardBackward.contexts
 
     def leaking(self, batch, *others):
         return [
@@ -242,7 +242,7 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
             for context in right(self, batch, *others)
         ]
 
-    monkeypatch.setattr(passes_module.Passes, "contexts", leaking)
+    monkeypatch.setattr(forward_backward_module.ForwardBackward, "contexts", leaking)
     with pytest.raises(CheckError):
         verify_command(options(models("llama"), rows))
     assert any("packed = unpacked" in proof for proof in _failed(verify(options(models("llama"), rows))))
@@ -279,12 +279,12 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path)
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):
     """Every document's rotary angles go on a little from where the one before it ended."""
-    right = passes_module.angles
+    right = forward_backward_module.angles
 
     def leaking(frequencies, positions, dtype, reach):
         return right(frequencies, positions + 1e-4 * torch.arange(len(positions)), dtype, reach)
 
-    monkeypatch.setattr(passes_module, "angles", leaking)
+    monkeypatch.setattr(forward_backward_module, "angles", leaking)
     failed = _failed(verify(options(models("llama"), rows, dtype="bfloat16")))
     assert "packed = unpacked, gradient, float64" in failed
     assert "packed = unpacked, gradient" not in failed

@@ -185,9 +185,9 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         yield own, "a rotary base or scaling of the sliding layers' own"
     if architecture == "gemma4":
         # Layers that share take keys and values of the last two layers before them there: full ones of the last.
-        sharing = [layer for layer in config.layers if layer.keys_of is not None]
+        sharing = [layer for layer in config.layers if layer.kv_source is not None]
         last = len(config.layers) - len(sharing)
-        elsewhere = any(layer.keys_of != last - (1 if layer.window is None else 2) for layer in sharing)
+        elsewhere = any(layer.kv_source != last - (1 if layer.window is None else 2) for layer in sharing)
         yield elsewhere, "keys and values shared by other layers than the last two that have their own"
         fewer = config.per_layer is not None and config.per_layer.vocab_size != config.vocab_size
         yield fewer, "inputs of layers for another number of tokens than there are"

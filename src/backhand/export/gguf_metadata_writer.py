@@ -105,7 +105,7 @@ def _add_gemma4(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     if not any(slides):
         writer.add_sliding_window(config.max_position_embeddings)
     writer.add_sliding_window_pattern(slides)
-    writer.add_shared_kv_layers(sum(layer.keys_of is not None for layer in config.layers))
+    writer.add_shared_kv_layers(sum(layer.kv_source is not None for layer in config.layers))
     writer.add_embedding_length_per_layer_input(0 if config.per_layer is None else config.per_layer.width)
     writer.add_final_logit_softcapping(config.logits.cap or 0.0)  # without a word llama.cpp caps at 30
 

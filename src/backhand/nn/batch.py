@@ -21,8 +21,8 @@ TokenLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 documents share → the batch's loss, 0-d float64, and its gradient with respect to each of them, (supervised tokens,)."""
 
 
-class Entering(NamedTuple):
-    """Hidden states that are known already: `states`, (tokens, hidden), enter block `layer`, counted from 0."""
+class StartStates(NamedTuple):
+    """Cached input of block `layer`, counted from 0: `states`, (tokens, hidden)."""
 
     layer: int
     states: Tensor
@@ -48,8 +48,8 @@ class PackedBatch:
     # the segment that each document ends with, in the caller's order, or -1 for one without positions; None where these
     # are the segments that none continues
     documents: tuple[int, ...] | None = None
-    # what the blocks below some layer come to, so that a pass begins there; None to begin at the ids
-    entering: Entering | None = None
+    # cached hidden states with which the forward pass starts at a higher layer; None to start at the token ids
+    start: StartStates | None = None
 
     def __post_init__(self) -> None:
         if sum(self.lengths) != len(self.input_ids):
@@ -170,8 +170,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
-        entering = None if self.entering is None else self.entering._replace(states=self.entering.states.to(device))
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), entering=entering)
+        start = None if self.start is None else self.start._replace(states=self.start.states.to(device))
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), start=start)
 
 
 def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[Run, ...]:

@@ -25,7 +25,16 @@ from backhand.ops.attention_blocks import (
     attention_blocks_backward,
     attention_blocks_forward,
 )
-from backhand.ops.document_groups import Run, continued_end, groups, keys_of, set_keys, set_part, takes_blocks, together
+from backhand.ops.document_groups import (
+    Run,
+    continued_end,
+    groups,
+    kv_source,
+    set_keys,
+    set_part,
+    takes_blocks,
+    together,
+)
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -41,7 +50,7 @@ def grouped_forward(qkv: QKV, runs: tuple[Run, ...], scores: Scores, output: Ten
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
     for group in attended_together:
-        q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
+        q_group, k_group, v_group = together(q, group), kv_source(k, group), kv_source(v, group)
         if takes_blocks(q, group, plain):
             in_place = together(output, group) if group.places is None else None
             attended, _ = attention_blocks_forward(q_group, k_group, v_group, scores, out=in_place)
@@ -78,7 +87,7 @@ def grouped_backward(
     shares_k, shares_v = (torch.zeros(continued, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled, plain = 0, scores.known_to_kernels
     for group in groups(runs, q, plain):
-        q_group, k_group, v_group = together(q, group), keys_of(k, group), keys_of(v, group)
+        q_group, k_group, v_group = together(q, group), kv_source(k, group), kv_source(v, group)
         g_group = together(d_y, group, zero_behind=True)
         if log_sum_exp.numel() == 0 or takes_blocks(q, group, plain):  # blocks need no ℓ
             in_place = None

@@ -166,7 +166,7 @@ def together(x: Tensor, group: Group, *, zero_behind: bool = False) -> Tensor:
     return documents
 
 
-def keys_of(x: Tensor, group: Group) -> Tensor:
+def kv_source(x: Tensor, group: Group) -> Tensor:
     """k or v of all that the group's queries may see, (documents, before + length, key/value heads, head_dim)."""
     if group.keys is None:
         return together(x, group)
@@ -184,7 +184,7 @@ def set_part(x: Tensor, group: Group, out: Tensor) -> None:
 
 
 def set_keys(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
-    """The same for a gradient of `keys_of`; the part of what stands before is added to `shares`.
+    """The same for a gradient of `kv_source`; the part of what stands before is added to `shares`.
 
     Args:
         x: (documents, before + length, key/value heads, head_dim).

@@ -18,7 +18,7 @@ from backhand.generate.completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
 from backhand.nn.decoder.adapted_group import lowest_trained_group
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.decoder.decoder import Decoder, LowerLayers
+from backhand.nn.decoder.decoder import Decoder, FrozenPrefix
 from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
@@ -70,7 +70,7 @@ class DecoderEngine(Engine):
         its chunks anew, and their bounds decide the order of its sums.
         """
         lowest, _ = lowest_trained_group(layout, self.layers)
-        layer, dependent = self.config.enterable(min(lowest, self.layers - 1)), None
+        layer, dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
         if not loops_are_there():
             dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
@@ -139,8 +139,8 @@ class _BoundDecoder(BoundModel):
         return EngineCompleter(self._decoder)
 
     @property
-    def lower(self) -> LowerLayers:
-        return LowerLayers(self._decoder)
+    def lower(self) -> FrozenPrefix:
+        return FrozenPrefix(self._decoder)
 
     def _start_beside_factors(self) -> None:
         self._decoder.start_values(self.lora)

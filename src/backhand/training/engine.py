@@ -20,7 +20,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.generate.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
-from backhand.nn.decoder.decoder import LowerLayers
+from backhand.nn.decoder.decoder import FrozenPrefix
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix
@@ -98,7 +98,7 @@ class BoundModel(ABC):
         self.base_name = source.hub_id or str(source.path.resolve())  # as adapter_config.json has it
 
     @property
-    def lower(self) -> LowerLayers | None:
+    def lower(self) -> FrozenPrefix | None:
         """The model as one whose lower blocks can be computed by themselves; None where that cannot be."""
         return None
 

@@ -149,7 +149,7 @@ def keeping(
         yield Keeping()
         return
     usual = round_size(round(job.memory.shape.mean_tokens))
-    lower.compare_with(usual)
+    lower.set_usual_tokens(usual)
     # Tokens that may go through the lower layers at once, in no more memory than a step takes: a block at work holds
     # less than two blocks keep of as many tokens for their backward pass, and the layers below keep nothing. Where kept
     # activations are few, since they are computed again, nothing is taken along.

@@ -13,7 +13,7 @@ Of the rows that share a segment, any will do.
 
 The engine says where its own kernels promise that (`memory.plan`). A library chooses its kernels by the number of
 rows. So each number of tokens is compared with the usual number before it is first used
-(`LowerLayers`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
+(`FrozenPrefix`), and batches of a size that differs are computed as without cached states. Besides, the 1st,
 32nd, 1024th … batch that is put together is computed as well, through all layers below c, and compared bit by bit.
 
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
@@ -38,8 +38,8 @@ from torch import Tensor
 from backhand.data.packing import RowPacker, round_size
 from backhand.errors import CheckError
 from backhand.files import FileLayer, write_all
-from backhand.nn.batch import Entering, PackedBatch
-from backhand.nn.decoder.decoder import LowerLayers
+from backhand.nn.batch import PackedBatch, StartStates
+from backhand.nn.decoder.decoder import FrozenPrefix
 from backhand.runs.directory import Proof, ProofLog
 from backhand.system import read_at
 
@@ -133,7 +133,7 @@ StateStore = StatesInMemory | StatesOnDisk
 class KeptStates:
     """A set of rows whose hidden states are kept."""
 
-    model: LowerLayers
+    model: FrozenPrefix
     layer: int  # c, below which nothing is trained
     rows: RowPacker
     store: StateStore  # by the rows' numbers, and behind them what all rows begin with
@@ -167,7 +167,7 @@ class KeptStates:
         if missing := [row for row in rows if kept[row] is None]:
             wanted = self._with_coming(missing, coming)
             if wanted == rows:
-                return replace(batch, entering=Entering(self.layer, self._compute(rows, batch)))
+                return replace(batch, start=StartStates(self.layer, self._compute(rows, batch)))
             together = self._packer.packed(wanted, "cpu")
             if not self._agrees(together.input_ids.shape[0]):
                 return batch
@@ -181,7 +181,7 @@ class KeptStates:
         if self._put_together == self._next_look:
             self._next_look *= _LOOK_EVERY
             states = self._compared(batch, states, self._packer.positions(rows))
-        return replace(batch, entering=Entering(self.layer, states))
+        return replace(batch, start=StartStates(self.layer, states))
 
     def _kept(self, rows: Sequence[int]) -> dict[int, tuple[Tensor, Tensor] | None]:
         """What all documents begin with and the rest of each, (tokens, hidden) each; None where one is not there."""
@@ -218,13 +218,13 @@ class KeptStates:
     def _keeps(self, size: int) -> bool:
         """Whether products of so many rows give a row the bits that it has in other batches."""
         if size not in self._agreeing:
-            self._agreeing[size] = self.model.keeps_rows(size, self.layer)
+            self._agreeing[size] = self.model.is_batch_invariant(size, self.layer)
         return self._agreeing[size]
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
         """The states of the batch, whose documents these rows are, (tokens, hidden); theirs are put into the store."""
         store, g, starts = self.store, self._common, batch.starts
-        states = self.model.entering(batch, self.layer)
+        states = self.model.layer_input(batch, self.layer)
         beginning = len(self._packer.lengths)
         for row, end in zip(rows, _ends(batch), strict=True):
             own = torch.cat([states[starts[one] : starts[one + 1]] for one in batch.path(end)])
@@ -239,7 +239,7 @@ class KeptStates:
         Raises:
             CheckError: they differ, and it is not the first batch that is put together.
         """
-        computed = self.model.entering(batch, self.layer)
+        computed = self.model.layer_input(batch, self.layer)
         different = int((_bits(computed[:there]) != _bits(states[:there])).sum())
         if self._put_together == 1 or different:
             self.log(Proof("kept hidden states are those computed again, bit by bit", not different, different, 0))

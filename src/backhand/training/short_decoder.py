@@ -55,7 +55,7 @@ def short_decoder(
     trained = {kind: max((n for n in region if kinds[n] == kind), key=adapted.__getitem__) for kind in kinds[lowest:]}
     between = {kinds[layer]: layer for layer in region[1:-1]}  # each kind at its last place
     chosen = sorted({lowest, count - 1, *between.values()})
-    lenders = {lender for layer in chosen if (lender := config.layers[layer].keys_of) is not None}
+    lenders = {lender for layer in chosen if (lender := config.layers[layer].kv_source) is not None}
     chosen = sorted({*chosen, *lenders})
     own = sorted({weight_of[kinds[layer]] for layer in chosen})
     needed = own[-1] + 1
@@ -73,7 +73,7 @@ def short_decoder(
         stored = [weight_of[kinds[layer]] for layer in layers]
         adapters = [trained.get(kinds[layer], layer) for layer in layers]
         short = tuple(
-            layer if layer.keys_of is None else replace(layer, keys_of=stored.index(layer.keys_of))
+            layer if layer.kv_source is None else replace(layer, kv_source=stored.index(layer.kv_source))
             for layer in map(config.layers.__getitem__, stored)
         )
         blocks = replace(weights, blocks=[weights.blocks[number] for number in stored])
@@ -100,8 +100,8 @@ def short_decoder(
 def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:
     """What two layers must have in common to take the same memory; a lender is of a kind of its own."""
     layer = config.layers[number]
-    lender = number if number in config.lenders else None
-    return layer.mixer, layer.sizes, layer.experts, layer.window, layer.keys_of, lender
+    lender = number if number in config.kv_sources else None
+    return layer.mixer, layer.sizes, layer.experts, layer.window, layer.kv_source, lender
 
 
 Named = TypeVar("Named", LoRASlot, TrainedTensor)

@@ -29,7 +29,7 @@ from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
-from backhand.nn.decoder.per_layer_input import inputs_forward
+from backhand.nn.decoder.per_layer_input import ple_inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense
@@ -147,11 +147,11 @@ def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> flo
 def _inputs_error(step: BlockwiseStep, x: Tensor) -> float:
     """How far the layers' inputs are from the adapted ones where the adapter is in the weight that makes them."""
     own, config = step.decoder.weights.per_layer, step.decoder.config
-    unmerged = step.carried.inputs
+    unmerged = step.cross_layer.ple
     assert own is not None and unmerged is not None
     merged = merged_weight(frozen_dense(own.projection).double(), step.lora, PER_LAYER_MODEL)
     weights = own._replace(projection=merged, norm=own.norm.double())
-    return relative_error(inputs_forward(x, step.batch.input_ids, weights, config, None)[0], unmerged)
+    return relative_error(ple_inputs_forward(x, step.batch.input_ids, weights, config, None)[0], unmerged)
 
 
 def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:

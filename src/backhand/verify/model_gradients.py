@@ -25,11 +25,11 @@ from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
-from backhand.nn.decoder.carried import Carried, KeysAndValues
+from backhand.nn.decoder.cross_layer import CrossLayer, KeysAndValues
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.decoder.mixer import BlockContext
-from backhand.nn.decoder.per_layer_input import BeginKept, inputs_backward, inputs_forward
+from backhand.nn.decoder.per_layer_input import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dpo import DPORule, dpo_reference
@@ -44,7 +44,7 @@ from backhand.verify.measure import relative_error, typical
 from backhand.verify.reference_decoder import (
     OfNats,
     ReferenceAdapter,
-    ReferenceCarried,
+    ReferenceCrossLayer,
     ReferenceLayer,
     reference_block,
     reference_head,
@@ -114,7 +114,7 @@ class BlockwiseStep:
 
     Attributes:
         lora: the adapter's values as the decoder computes with them, and their gradients.
-        carried: what the last pass carried beside the stream.
+        cross_layer: the cross-layer tensors of the last pass.
     """
 
     decoder: Decoder  # with an adapter of nothing but factors
@@ -127,8 +127,8 @@ class BlockwiseStep:
         decoder = self.decoder
         if decoder.lora is None:
             raise ValueError("there is no adapter to prove: attach one first")
-        self.carried = Carried()
-        self._begun: BeginKept | None = None
+        self.cross_layer = CrossLayer()
+        self._begun: PLEInputsSaved | None = None
         self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
         for name in self.lora.slots:
             self.lora.lora_A(name).copy_(decoder.lora.compute_A(name))
@@ -152,11 +152,11 @@ class BlockwiseStep:
     @torch.no_grad()
     def begin(self) -> None:
         """What is adapted before the first block gets its gradients."""
-        weights, d_inputs = self._per_layer(), self.carried.d_inputs
+        weights, d_inputs = self._per_layer(), self.cross_layer.d_ple
         if weights is None or d_inputs is None or self._begun is None:
             return
         config = self.decoder.config
-        inputs_backward(d_inputs, self._begun, weights, config, self.lora, self.dropout_seed, input_gradient=False)
+        ple_inputs_backward(d_inputs, self._begun, weights, config, self.lora, self.dropout_seed, input_gradient=False)
 
     def _per_layer(self) -> PerLayerWeights | None:
         """The same in float64 but for the table, of which only rows are read."""
@@ -168,11 +168,11 @@ class BlockwiseStep:
         """x₀ of every block and the last block's output, or these rows of it."""
         # Whatever embedding does in the compute dtype is part of the function.
         x, config, weights = self.decoder.embed(self.batch.input_ids).double(), self.decoder.config, self._per_layer()
-        self.carried, inputs = Carried(config.lenders), [x]
+        self.cross_layer, inputs = CrossLayer(config.kv_sources), [x]
         if weights is not None:
-            own, self._begun = inputs_forward(x, self.batch.input_ids, weights, config, self.lora, dropout_seed)
-            self.carried = Carried(config.lenders, own)
-            self.carried.d_inputs = torch.zeros_like(own)
+            own, self._begun = ple_inputs_forward(x, self.batch.input_ids, weights, config, self.lora, dropout_seed)
+            self.cross_layer = CrossLayer(config.kv_sources, own)
+            self.cross_layer.d_ple = torch.zeros_like(own)
         for layer in self.layers:
             adapter = block_adapter(self.lora, config, layer, dropout_seed)
             x, _ = block_forward(x, self.block_weights(layer), adapter, self.context(layer, rows), "block")
@@ -223,7 +223,7 @@ class BlockwiseStep:
 
     def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
         """The block's, of whose last one only these rows are wanted, None for all."""
-        return self.decoder.contexts(self.batch, rows, self.carried, torch.float64)[layer]
+        return self.decoder.contexts(self.batch, rows, self.cross_layer, torch.float64)[layer]
 
 
 def float64_dense(weight: FrozenMatrix) -> Tensor:
@@ -357,15 +357,15 @@ class GradientProofs:
 
     def _prove_block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """∂L/∂x₀ of the block by hand; it and the block's adapter gradients are compared."""
-        step, carried, config = self.step, self.step.carried, self.step.decoder.config
-        source, beside = config.layers[layer].keys_of, {"x": x0}
-        before = None if source is None else carried.held(source)
+        step, cross_layer, config = self.step, self.step.cross_layer, self.step.decoder.config
+        source, beside = config.layers[layer].kv_source, {"x": x0}
+        before = None if source is None else cross_layer.grad(source)
         before = before and KeysAndValues(before.k.clone(), before.v.clone())
-        from_users = carried.held(layer)
+        from_users = cross_layer.grad(layer)
         if source is not None:
-            beside |= carried.lent(source)._asdict()
-        if carried.inputs is not None:
-            beside["inputs"] = carried.inputs[:, layer]
+            beside |= cross_layer.shared_kv(source)._asdict()
+        if cross_layer.ple is not None:
+            beside["inputs"] = cross_layer.ple[:, layer]
         d_x0 = step.block(layer, x0, d_x2)
         named = step.named_weights(layer)
         wanted = step.batch.labels != IGNORE_INDEX if layer == step.layers[-1] else None
@@ -373,7 +373,7 @@ class GradientProofs:
         def forward(adapter: ReferenceAdapter) -> Graph:
             leaves = adapter.factors
             inputs = leaves["inputs"][:, None].expand(-1, layer + 1, -1) if "inputs" in leaves else None
-            given = ReferenceCarried(inputs, {} if source is None else {source: (leaves["k"], leaves["v"])})
+            given = ReferenceCrossLayer(inputs, {} if source is None else {source: (leaves["k"], leaves["v"])})
             at = ReferenceLayer(layer, named, config, step.batch.lengths, adapter, wanted, given)
             x2 = reference_block(leaves["x"], at)
             # Whoever uses this layer's keys and values passes their gradients down beside the stream's.
@@ -384,12 +384,12 @@ class GradientProofs:
         _, by_autograd = self._prove(names, beside, forward)
         self._compare(f"d_x0 of layer {layer}", d_x0, by_autograd["x"])
         if source is not None:
-            after = not_none(carried.held(source))
+            after = not_none(cross_layer.grad(source))
             for name, now, earlier in zip("kv", after, before or (None, None), strict=True):
                 added = now if earlier is None else now - earlier
                 self._compare(f"d_x: d_{name} of layer {source} by layer {layer}", added, by_autograd[name])
-        if carried.d_inputs is not None:
-            self._compare(f"d_x: d_inputs of layer {layer}", carried.d_inputs[:, layer], by_autograd["inputs"])
+        if cross_layer.d_ple is not None:
+            self._compare(f"d_x: d_inputs of layer {layer}", cross_layer.d_ple[:, layer], by_autograd["inputs"])
         return d_x0
 
     def _prove_begin(self) -> None:
@@ -401,7 +401,7 @@ class GradientProofs:
             f"{PER_LAYER_MODEL_NORM}.weight": float64_dense(weights.norm),
             f"{PER_LAYER_TABLE}.weight": frozen_dense(weights.embedding),
         }
-        h, d_inputs = step.decoder.embed(ids).double(), not_none(step.carried.d_inputs)
+        h, d_inputs = step.decoder.embed(ids).double(), not_none(step.cross_layer.d_ple)
         step.begin()
 
         def forward(adapter: ReferenceAdapter) -> Graph:

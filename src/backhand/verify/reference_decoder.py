@@ -161,7 +161,7 @@ def _updated(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lor
 
 
 @dataclass
-class ReferenceCarried:
+class ReferenceCrossLayer:
     """What blocks have beside the stream: inputs (tokens, layers, width), and keys and values lent, by their layer."""
 
     inputs: Tensor | None = None
@@ -178,7 +178,7 @@ class ReferenceLayer(NamedTuple):
     adapter: ReferenceAdapter
     wanted: Tensor | None = None  # as in `ReferenceAdapter.linear`
     # keys and values of its own are put into it; needed where the block has more than the stream
-    carried: ReferenceCarried | None = None
+    cross_layer: ReferenceCrossLayer | None = None
 
     @property
     def name(self) -> str:
@@ -218,11 +218,11 @@ def reference_loss(
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)
-    carried = ReferenceCarried(reference_inputs(x, weights, config, batch.input_ids, adapter))
+    cross_layer = ReferenceCrossLayer(reference_inputs(x, weights, config, batch.input_ids, adapter))
     for layer in range(layers):
         # Of the last block the loss reads the supervised positions alone.
         wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
-        x = reference_block(x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, wanted, carried))
+        x = reference_block(x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, wanted, cross_layer))
     return reference_head(x, weights, config, batch.labels, adapter, lambda nats: of_nats(batch.of_documents(nats)))
 
 
@@ -282,7 +282,7 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     x = x + at.norm(branch, config.norms.after_mlp) * times
     if config.per_layer is not None:
         (entering,), (projection,) = PER_LAYER_GROUPS
-        gate, inputs = at.linear(x, entering, wanted_alone=True), not_none(not_none(at.carried).inputs)
+        gate, inputs = at.linear(x, entering, wanted_alone=True), not_none(not_none(at.cross_layer).inputs)
         branch = at.linear(_activated(gate, config) * inputs[:, at.number], projection, wanted_alone=True)
         x = x + at.norm(branch, PER_LAYER_NORM)
     return x * at.weights[f"{at.name}.{LAYER_SCALAR}"] if config.layer_scalar else x
@@ -354,14 +354,14 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     q = rotated(q, config.qk_norms[0])
     if (scaling := config.query_scaling) is not None:
         q = at.by_document(lambda one: one * _growth(one, scaling), q)
-    if own.keys_of is None:
+    if own.kv_source is None:
         v = others[-1].unflatten(-1, (-1, config.head_dim))  # made of keys in some layers, which have nothing else
         v = _norm(v, torch.ones(config.head_dim).to(v), config) if config.value_norm else v
         lent = rotated(others[0], config.qk_norms[1]), v
-        if at.carried is not None:
-            at.carried.lent[at.number] = lent
+        if at.cross_layer is not None:
+            at.cross_layer.lent[at.number] = lent
     else:
-        lent = not_none(at.carried).lent[own.keys_of]
+        lent = not_none(at.cross_layer).lent[own.kv_source]
     rest = config.attention_scaling, config.attention_cap, at.weights.get(f"{at.name}.{SINKS}")
 
     def attended(*qkv: Tensor) -> Tensor:

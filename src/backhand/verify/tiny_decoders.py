@@ -84,9 +84,9 @@ def _tiny(family: str, **own: Any) -> DecoderConfig:
     return replace(LLAMA, family=family, **(TRAITS.get(family, {}) | own))
 
 
-def _gemma4_layer(*, slides: bool, mixer: str = VALUE_NORMED, keys_of: int | None = None) -> LayerConfig:
-    sizes = LayerSizes(6 if slides else 8, 2, 18 if keys_of is None else 30)
-    return LayerConfig(WINDOW if slides else None, int(slides), mixer=mixer, sizes=sizes, keys_of=keys_of)
+def _gemma4_layer(*, slides: bool, mixer: str = VALUE_NORMED, kv_source: int | None = None) -> LayerConfig:
+    sizes = LayerSizes(6 if slides else 8, 2, 18 if kv_source is None else 30)
+    return LayerConfig(WINDOW if slides else None, int(slides), mixer=mixer, sizes=sizes, kv_source=kv_source)
 
 
 def _gemma4(**own: Any) -> DecoderConfig:
@@ -172,7 +172,7 @@ FAMILIES: dict[str, DecoderConfig] = {
         layers=(
             _gemma4_layer(slides=True),
             _gemma4_layer(slides=False),
-            *(_gemma4_layer(slides=not source, mixer=SHARED_KEYS, keys_of=source) for source in (0, 1, 0, 1)),
+            *(_gemma4_layer(slides=not source, mixer=SHARED_KEYS, kv_source=source) for source in (0, 1, 0, 1)),
         ),
     ),
     "gemma4, values made of keys": _gemma4(

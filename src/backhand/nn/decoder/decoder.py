@@ -1,7 +1,7 @@
 """The decoder engine: a frozen decoder that is loaded, takes an adapter, and computes with and without gradients.
 
-Its training step, forward and backward by hand, is `nn.decoder.passes`. Here stand loading, attaching, and the passes
-that keep nothing: hidden states, logits, losses; and `LowerLayers`, those below the lowest adapted one by themselves.
+Its training step, forward and backward by hand, is `nn.decoder.forward_backward`. This file has loading, attaching, and
+the passes that save nothing: hidden states, logits, losses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.passes import Passes
+from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.projections import group_forward
 from backhand.nn.decoder.trained_ends import head_adapter, head_factors, head_losses
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
@@ -27,8 +27,8 @@ from backhand.ops.logits_rule import ruled
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
 
-class Decoder(Passes):
-    """A frozen decoder, and at most one adapter that it trains; its attributes are those of `Passes`."""
+class Decoder(ForwardBackward):
+    """A frozen decoder, and at most one adapter that it trains; its attributes are those of `ForwardBackward`."""
 
     @classmethod
     def from_source(
@@ -100,7 +100,7 @@ class Decoder(Passes):
         return self._passed(batch, len(self.config.layers))
 
     @torch.no_grad()
-    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
+    def layer_input(self, batch: PackedBatch, layer: int) -> Tensor:
         """x₀ of block `layer`, (tokens, hidden): the output of the embedding and the blocks below it."""
         return self._passed(batch, layer)
 
@@ -109,7 +109,7 @@ class Decoder(Passes):
     ) -> Tensor:
         """x₀ of block `until`, or the last one's output; `rows` are those wanted of it. No dropout without a seed."""
         self.refresh()
-        contexts = self.contexts(batch, rows, self.carried(batch.input_ids, dropout_seed)[0])
+        contexts = self.contexts(batch, rows, self.cross_layer(batch.input_ids, dropout_seed)[0])
         return self._forward(batch, self.block_adapters(dropout_seed), contexts[:until], until)[0]
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ _DOCUMENT = 8
 """Tokens of a document that numbers of rows are compared with; of a batch what remains is one more."""
 
 
-class LowerLayers:
+class FrozenPrefix:
     """The layers of a decoder below the lowest adapted one: states that a run may keep in place of them.
 
     What a row comes to there is the same in each epoch, and so are its bits if they do not depend on the other rows of
@@ -162,35 +162,35 @@ class LowerLayers:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._usual = 1
-        self._of_usual: Tensor | None = None
+        self._usual_tokens = 1
+        self._usual_states: Tensor | None = None
 
-    def compare_with(self, tokens: int) -> None:
-        """See `keeps_rows`: the number of tokens that batches mostly have."""
-        self._usual, self._of_usual = tokens, None
+    def set_usual_tokens(self, tokens: int) -> None:
+        """See `is_batch_invariant`: the number of tokens that batches mostly have."""
+        self._usual_tokens, self._usual_states = tokens, None
 
-    def entering(self, batch: PackedBatch, layer: int) -> Tensor:
+    def layer_input(self, batch: PackedBatch, layer: int) -> Tensor:
         """See `Decoder.entering`."""
-        return self._decoder.entering(batch, layer)
+        return self._decoder.layer_input(batch, layer)
 
-    def keeps_rows(self, tokens: int, layer: int) -> bool:
+    def is_batch_invariant(self, tokens: int, layer: int) -> bool:
         """Whether what enters a layer has, in a batch of so many tokens, the bits that it has among the usual number.
 
         Where products differ, one element in ten thousand does, and all behind it: nearly every row in the end.
         """
-        fewer = min(tokens, self._usual)
-        if tokens == self._usual or takes_tiles(self._decoder.weights.blocks[0].input):
+        fewer = min(tokens, self._usual_tokens)
+        if tokens == self._usual_tokens or takes_tiles(self._decoder.weights.blocks[0].input):
             return True
         alike = fewer // _DOCUMENT * _DOCUMENT
         if alike == 0:
             return False  # without a whole document there is nothing to compare
-        if self._of_usual is None:
-            self._of_usual = self._looked_at(self._usual, layer)
-        found = self._looked_at(tokens, layer)
-        return torch.equal(found[:alike], self._of_usual[:alike])
+        if self._usual_states is None:
+            self._usual_states = self._probe(self._usual_tokens, layer)
+        found = self._probe(tokens, layer)
+        return torch.equal(found[:alike], self._usual_states[:alike])
 
-    def _looked_at(self, tokens: int, layer: int) -> Tensor:
+    def _probe(self, tokens: int, layer: int) -> Tensor:
         """What enters the layer in a batch of so many tokens, documents of which begin every other one."""
         ids = torch.arange(tokens, device=self._decoder.device) * 7919 % self._decoder.config.vocab_size
         lengths = (_DOCUMENT,) * (tokens // _DOCUMENT) + ((tokens % _DOCUMENT,) if tokens % _DOCUMENT else ())
-        return self.entering(PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), lengths), layer)
+        return self.layer_input(PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), lengths), layer)

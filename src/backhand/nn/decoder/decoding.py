@@ -36,13 +36,13 @@ from backhand.errors import not_none
 from backhand.kernels.builds import loops_are_there
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import Scratch, document_runs
-from backhand.nn.decoder.attention_half import gated_output, layer_scores
-from backhand.nn.decoder.block import MIXERS, mlp_half_forward
+from backhand.nn.decoder.attention_mixer import gated_output, layer_scores
+from backhand.nn.decoder.block import MIXERS, mlp_sublayer_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache, Where
 from backhand.nn.decoder.mixer import BlockContext, Rows
-from backhand.nn.decoder.per_layer_input import end_forward
+from backhand.nn.decoder.per_layer_input import ple_forward
 from backhand.nn.decoder.projections import group_forward, pre_norm_forward, residual_forward
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.ops.attention import attention_forward
@@ -202,7 +202,7 @@ class IncrementalDecoder:
 
     def _cached(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[int, Scores]:
         """Put keys and values of new tokens into the cache; the layer whose keys this one uses, and its scores."""
-        config, source = self.decoder.config, self.decoder.config.layers[layer].keys_of
+        config, source = self.decoder.config, self.decoder.config.layers[layer].kv_source
         if source is None:
             self.cache.write(layer, places, k, v)
         scores = layer_scores(config, config.layers[layer], self.decoder.active.blocks[layer])
@@ -277,11 +277,11 @@ class IncrementalDecoder:
         self.cache.go_on(row for run in rows for row in range(run.first, run.first + run.rows))
         x = decoder.embed(token_ids)
         tables, scratch = decoder.rotary_tables(positions, reach), Scratch()
-        carried, _ = decoder.carried(token_ids)
+        cross_layer, _ = decoder.cross_layer(token_ids)
         for index, layer in enumerate(decoder.config.layers):
             table, queries = tables[index]
             sized = decoder.config.at(layer)
-            context = BlockContext(sized, layer, table, (), scratch, queries, number=index, carried=carried)
+            context = BlockContext(sized, layer, table, (), scratch, queries, number=index, cross_layer=cross_layer)
             x = self._block(index, x, context, attend, rows)
         return x
 
@@ -298,8 +298,8 @@ class IncrementalDecoder:
             output = mixer.continued(entering, weights, self.cache.states[index], rows, config)
         after = weights.after_attention_norm
         x1, _, _ = residual_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
-        x2, _ = mlp_half_forward(x1, weights, adapter, config, context.scratch)
-        return x2 if weights.layer_scalar is None else end_forward(x2, weights, adapter, context)[0]
+        x2, _ = mlp_sublayer_forward(x1, weights, adapter, config, context.scratch)
+        return x2 if weights.layer_scalar is None else ple_forward(x2, weights, adapter, context)[0]
 
 
 def _written_out_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, of: Scores) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
-from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved, Rows
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
@@ -42,7 +42,7 @@ NORM = "linear_attn.norm"
 L2_EPS = 1e-6
 
 
-class DeltaKept(NamedTuple):
+class DeltaMixerSaved(NamedTuple):
     """o (T, value heads, value width), and the factor of its norm, (T, value heads, 1)."""
 
     output: Tensor
@@ -63,7 +63,7 @@ class _RuleInputs(NamedTuple):
     rate: OutputSaved
 
 
-def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaKept]:
+def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaMixerSaved]:
     """y, (T, value heads · value width), from [q k v | z | b | a], within each document."""
     sizes = not_none(context.config.delta)
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
@@ -75,7 +75,7 @@ def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tu
 
 def delta_backward(
     d_y: Tensor,
-    kept: MixingKept,
+    kept: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,
@@ -166,11 +166,11 @@ def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
     return q.unflatten(1, of_keys), k.unflatten(1, of_keys), v.unflatten(1, of_values)
 
 
-def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaKept]:
+def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaMixerSaved]:
     """norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and what backward needs."""
     normed, norm = rms_norm_forward(o, not_none(weights.delta_norm), config.norm_eps)
     y, _ = glu_forward(z, normed.flatten(1), "silu")
-    return y, DeltaKept(o, norm.factor)
+    return y, DeltaMixerSaved(o, norm.factor)
 
 
 def _taps(weights: BlockWeights) -> Taps:

@@ -64,7 +64,7 @@ from backhand.ops.router import RouterSaved, router_backward, router_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_part
 
 
-class ExpertsKept(NamedTuple):
+class ExpertsSaved(NamedTuple):
     """The half's kept tensors; T tokens, k choices each, f is the width of one expert."""
 
     factor: Tensor | None  # (T, 1) of the norm before, if any
@@ -105,9 +105,9 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
         return frozen_part(self._stack, expert * self._rows, (expert + 1) * self._rows)
 
 
-def experts_half_forward(
+def experts_sublayer_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
-) -> tuple[Tensor, ExpertsKept]:
+) -> tuple[Tensor, ExpertsSaved]:
     """x₂ from x₁, (T, hidden) both, and what its backward needs."""
     mixture = not_none(config.mixture)
     n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
@@ -128,13 +128,13 @@ def experts_half_forward(
     if weights.down_bias is not None:
         y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
     x2, projected = residual_sum(x1, y, weights.after_mlp_norm, config)
-    return x2, ExpertsKept(factor, routed, shares, routing, gate_up, h_gate_up, down.h, projected)
+    return x2, ExpertsSaved(factor, routed, shares, routing, gate_up, h_gate_up, down.h, projected)
 
 
-def experts_half_backward(
+def experts_sublayer_backward(
     d_x2: Tensor,
     x1: Tensor,
-    kept: ExpertsKept,
+    kept: ExpertsSaved,
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,

@@ -55,7 +55,7 @@ class LayerConfig:
     mixer: str = ATTENTION
     sizes: LayerSizes | None = None  # where they are not those of `DecoderConfig`; see `DecoderConfig.at`
     # number of the layer below whose keys and values this one uses; None where it has its own
-    keys_of: int | None = None
+    kv_source: int | None = None
 
 
 class QueryScaling(NamedTuple):
@@ -362,14 +362,14 @@ class DecoderConfig:
         return tuple(dims.get(index, self.head_dim) for index in range(len(self.rotary)))
 
     @cached_property
-    def lenders(self) -> frozenset[int]:
+    def kv_sources(self) -> frozenset[int]:
         """Numbers of the layers whose keys and values others use."""
-        return frozenset(layer.keys_of for layer in self.layers if layer.keys_of is not None)
+        return frozenset(layer.kv_source for layer in self.layers if layer.kv_source is not None)
 
-    def enterable(self, layer: int) -> int:
+    def start_layer(self, layer: int) -> int:
         """The highest layer, at most this one, at which a pass may begin: below are none whose keys are used above."""
         while True:
-            below = [above.keys_of for above in self.layers[layer:] if above.keys_of is not None]
+            below = [above.kv_source for above in self.layers[layer:] if above.kv_source is not None]
             lowest = min([layer, *below])
             if lowest == layer:
                 return layer

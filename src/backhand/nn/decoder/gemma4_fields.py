@@ -78,7 +78,7 @@ def gemma4_text(fields: ConfigFields) -> DecoderConfig:
                 rotary=int(slides),
                 mixer=own if source is None else SHARED_KEYS,
                 sizes=LayerSizes(*own_sizes, ffn),
-                keys_of=source,
+                kv_source=source,
             )
         )
     return replace(

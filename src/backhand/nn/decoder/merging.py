@@ -13,10 +13,10 @@ from torch import Tensor
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
-from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
-from backhand.nn.decoder.per_layer_input import inputs_forward
+from backhand.nn.decoder.per_layer_input import ple_inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.rms_norm import rms_norm_forward
@@ -69,7 +69,7 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
     _check_plain(lora)
     weights, config = decoder.weights, decoder.config
     x = decoder.embed(batch.input_ids)
-    for layer, context in enumerate(decoder.contexts(batch, carried=_carried(decoder, lora, batch, x))):
+    for layer, context in enumerate(decoder.contexts(batch, cross_layer=_cross_layer(decoder, lora, batch, x))):
         stored = weights.blocks[layer]
         there = {field.name: getattr(stored, field.name) for field in fields(stored)}
         block = replace(
@@ -87,14 +87,14 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
     return normed @ merged_weight(frozen_dense(weights.head), lora, HEAD).T
 
 
-def _carried(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tensor) -> Carried | None:
+def _cross_layer(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tensor) -> CrossLayer | None:
     """What the pass carries, where the adapter changes it; None where the decoder's own will do."""
     weights = decoder.weights.per_layer
     if weights is None or PER_LAYER_MODEL not in lora:
         return None
     merged = merged_weight(frozen_dense(weights.projection), lora, PER_LAYER_MODEL)
     own = weights._replace(projection=merged)
-    return Carried(decoder.config.lenders, inputs_forward(x, batch.input_ids, own, decoder.config, None)[0])
+    return CrossLayer(decoder.config.kv_sources, ple_inputs_forward(x, batch.input_ids, own, decoder.config, None)[0])
 
 
 def _check_plain(lora: LoRAParameters) -> None:

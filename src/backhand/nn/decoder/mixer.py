@@ -3,7 +3,7 @@
     n₁ = norm(x₀),   z = n₁ W_inputᵀ (+ LoRA),   y = mixer(z),   x₁ = x₀ + y W_outputᵀ (+ LoRA)
 
 The norm, both groups of projections and the sum are `nn.decoder.block`'s and the same for all. Between them stands
-attention (`attention_half`) or another mixer, each in a file of its own: `short_conv`. Each has a forward, a backward
+attention (`attention_mixer`) or another mixer, each in a file of its own: `short_conv`. Each has a forward, a backward
 by hand, and a way to go on from what it has seen when text is generated.
 
 Attention keeps keys and values of every token then (`kv_cache`). Another mixer keeps a state of fixed size, which
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import BlockAdapter
-from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.document_groups import Run
@@ -37,12 +37,12 @@ class BlockContext(NamedTuple):
     runs: tuple[Run, ...]  # the documents' segments
     scratch: Scratch  # one for all blocks of a pass, for what none of them keeps
     query_rotary: RotaryTable | None = None  # of queries, where these are scaled by their position
-    wanted: Tensor | None = None  # (wanted,) int64: the positions of x₂ that are read; None for all
+    loss_positions: Tensor | None = None  # (loss positions,) int64: the positions of x₂ that are read; None for all
     number: int = 0  # of the layer
-    carried: Carried | None = None  # what layers have beside the stream, in families where they have anything
+    cross_layer: CrossLayer | None = None  # what layers have beside the stream, in families where they have anything
 
 
-class MixingKept(NamedTuple):
+class MixerSaved(NamedTuple):
     """What the first half keeps for backward; T tokens."""
 
     factor: Tensor | None  # (T, 1) of the norm before, if any
@@ -50,12 +50,12 @@ class MixingKept(NamedTuple):
     output: Tensor | None  # (T, width): what the mixer gave; None where its backward recomputes it
     own: Any  # what the mixer's forward returned for its backward
     h_input: Tensor  # (T, Σ rank)
-    h_output: Tensor  # (T, rank), or of what is wanted
+    h_output: Tensor  # (T, rank), or (loss positions, rank)
     projected: RMSNormSaved | None  # input and factor of the norm after, if any
 
 
-class MLPKept(NamedTuple):
-    """The MLP half's kept tensors; where only some of x₂ is wanted, T stands for that; f is the MLP's width."""
+class MLPSaved(NamedTuple):
+    """The MLP half's kept tensors; where only some of x₂ is loss_positions, T stands for that; f is the MLP's width."""
 
     factor: Tensor | None  # (T, 1) of the norm before, if any
     gate_up: Tensor | None  # (T, 2f); None when recomputed
@@ -84,7 +84,7 @@ class Mixer(NamedTuple):
     forward: Callable[[Tensor, BlockWeights, BlockContext], tuple[Tensor, Any]]
     # (∂L/∂output, what the half kept, weights, context, adapter, the output) to ∂L/∂input, (T, Σ sizes). The output is
     # None, or a place that receives it, where it is not kept
-    backward: Callable[[Tensor, MixingKept, BlockWeights, BlockContext, BlockAdapter, Tensor | None], Tensor]
+    backward: Callable[[Tensor, MixerSaved, BlockWeights, BlockContext, BlockAdapter, Tensor | None], Tensor]
     # (config, rows, dtype, device) to what it keeps when text is generated, tensors of (rows, …), all zeros for rows
     # without a token; None for attention, whose keys and values grow with the text
     states: Callable[[DecoderConfig, int, torch.dtype, torch.device | str], tuple[Tensor, ...]] | None = None
@@ -97,4 +97,4 @@ class Mixer(NamedTuple):
     # (output, config) to whether the backward recomputes it, so that it need not be kept
     recomputes_output: Callable[[Tensor, DecoderConfig], bool] = _keeps_output
     # (what the half kept, weights, context) to the output, recomputed by itself; None where it is kept
-    output: Callable[[MixingKept, BlockWeights, BlockContext], Tensor] | None = None
+    output: Callable[[MixerSaved, BlockWeights, BlockContext], Tensor] | None = None

@@ -37,7 +37,7 @@ from backhand.nn.decoder.adapted_group import (
     before_blocks_adapter,
     trains_embedding,
 )
-from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.family import PER_LAYER_NORM, DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.projections import group_backward, group_forward, residual_backward, residual_forward
@@ -50,7 +50,7 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_backward, rms_norm_forw
 _HALF_ROOT = 2.0**-0.5
 
 
-class EndKept(NamedTuple):
+class PLESaved(NamedTuple):
     """What the end of a block keeps of T tokens; None throughout where it only multiplies."""
 
     x2: Tensor | None  # (T, hidden)
@@ -60,13 +60,13 @@ class EndKept(NamedTuple):
     projected: RMSNormSaved | None
 
 
-def end_forward(
+def ple_forward(
     x2: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
-) -> tuple[Tensor, EndKept]:
-    """x₃, (T, hidden), from x₂ of the wanted rows, and what its backward needs."""
+) -> tuple[Tensor, PLESaved]:
+    """x₃, (T, hidden), from x₂ of the loss_positions rows, and what its backward needs."""
     config, scalar = context.config, not_none(weights.layer_scalar)
     if config.per_layer is None:
-        return x2 * scalar, EndKept(None, None, None, None, None)
+        return x2 * scalar, PLESaved(None, None, None, None, None)
     gate_adapter, projection_adapter = not_none(adapter.per_layer)
     assert weights.per_layer_gate is not None and weights.per_layer_projection is not None
     gate, h_gate = group_forward(x2, weights.per_layer_gate, None, gate_adapter)
@@ -74,11 +74,11 @@ def end_forward(
     x3, h_projection, projected = residual_forward(
         x2, p, weights.per_layer_projection, None, projection_adapter, weights.per_layer_norm, config
     )
-    return x3.mul_(scalar), EndKept(x2, gate, h_gate, h_projection, projected)
+    return x3.mul_(scalar), PLESaved(x2, gate, h_gate, h_projection, projected)
 
 
-def end_backward(
-    d_x3: Tensor, kept: EndKept, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, lowest_group: int
+def ple_backward(
+    d_x3: Tensor, kept: PLESaved, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, lowest_group: int
 ) -> Tensor | None:
     """∂L/∂x₂, (T, hidden), or None where nothing below needs it; the input's gradient goes where it is asked for."""
     config = context.config
@@ -97,11 +97,11 @@ def end_backward(
     if d_p is None:
         return None
     grads = glu_backward(d_p, saved)
-    if (into := not_none(context.carried).d_inputs) is not None:
-        if context.wanted is None:
+    if (into := not_none(context.cross_layer).d_ple) is not None:
+        if context.loss_positions is None:
             into[:, context.number] = grads.d_up
         else:
-            into[:, context.number].zero_().index_copy_(0, context.wanted, grads.d_up)
+            into[:, context.number].zero_().index_copy_(0, context.loss_positions, grads.d_up)
     d_x2 = group_backward(
         *(grads.d_gate.contiguous(), kept.x2, weights.per_layer_gate, gate_adapter, kept.h_gate),
         input_gradient=lowest_group < PER_LAYER_GATE,
@@ -110,15 +110,15 @@ def end_backward(
 
 
 def _own_input(context: BlockContext) -> Tensor:
-    """e_l of the wanted rows, (T, p)."""
-    own = not_none(not_none(context.carried).inputs)[:, context.number]
-    return own.contiguous() if context.wanted is None else own.index_select(0, context.wanted)
+    """e_l of the loss_positions rows, (T, p)."""
+    own = not_none(not_none(context.cross_layer).ple)[:, context.number]
+    return own.contiguous() if context.loss_positions is None else own.index_select(0, context.loss_positions)
 
 
 # Before the first block.
 
 
-class BeginKept(NamedTuple):
+class PLEInputsSaved(NamedTuple):
     """What the per-layer inputs keep of T tokens for an adapter of W_m and for a trained embedding."""
 
     h: Tensor  # (T, hidden)
@@ -126,14 +126,14 @@ class BeginKept(NamedTuple):
     h_projection: Tensor  # (T, rank)
 
 
-def inputs_forward(
+def ple_inputs_forward(
     h: Tensor,
     token_ids: Tensor,
     weights: PerLayerWeights,
     config: DecoderConfig,
     lora: LoRAParameters | None,
     dropout_seed: int | None = None,
-) -> tuple[Tensor, BeginKept]:
+) -> tuple[Tensor, PLEInputsSaved]:
     """e, (T, L, p), from the embedded tokens, (T, hidden), and their ids, (T,); and what backward needs."""
     sizes, adapter = not_none(config.per_layer), before_blocks_adapter(lora, dropout_seed, weights.projection)
     y, h_projection = group_forward(h, weights.projection, None, adapter)
@@ -142,12 +142,12 @@ def inputs_forward(
     # As transformers does it: the root is rounded to the table's dtype.
     root = torch.tensor(sizes.width**0.5, dtype=torch.float32).to(h.dtype).to(h.device)
     e += (frozen_rows(weights.embedding, token_ids) * root).view_as(e)
-    return e.mul_(_HALF_ROOT), BeginKept(h, norm, h_projection)
+    return e.mul_(_HALF_ROOT), PLEInputsSaved(h, norm, h_projection)
 
 
-def inputs_backward(
+def ple_inputs_backward(
     d_e: Tensor,
-    kept: BeginKept,
+    kept: PLEInputsSaved,
     weights: PerLayerWeights,
     config: DecoderConfig,
     lora: LoRAParameters,
@@ -163,16 +163,16 @@ def inputs_backward(
     )
 
 
-def embedded_gradient(
+def embedding_output_gradient(
     d_x: Tensor,
-    carried: Carried,
-    kept: BeginKept,
+    cross_layer: CrossLayer,
+    kept: PLEInputsSaved,
     weights: PerLayerWeights,
     config: DecoderConfig,
     lora: LoRAParameters,
     dropout_seed: int | None,
 ) -> Tensor:
     """∂L/∂h, (T, hidden): the stream's, d_x, and what the per-layer inputs add where the embedding is trained."""
-    below, d_inputs = trains_embedding(lora), not_none(carried.d_inputs)
-    more = inputs_backward(d_inputs, kept, weights, config, lora, dropout_seed, input_gradient=below)
+    below, d_inputs = trains_embedding(lora), not_none(cross_layer.d_ple)
+    more = ple_inputs_backward(d_inputs, kept, weights, config, lora, dropout_seed, input_gradient=below)
     return d_x if more is None else d_x + more

@@ -1,4 +1,4 @@
-"""A block's projections with their adapters, and what stands around them: norm before, sum behind, the rows wanted.
+"""A block's projections with their adapters, the norm before, the sum after, and selected rows.
 
     n  = norm(x)                       n = x in families with no norm there
     z  = … [n W₁ᵀ | … ] (+ LoRA) …     several modules of one input are one group (`group_forward`)
@@ -22,7 +22,7 @@ from torch import Tensor
 from backhand.nn.batch import Scratch
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.mixer import BlockContext, MixingKept, MLPKept
+from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.lora_group import LoRAGroupSaved, lora_group_backward, lora_group_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
@@ -97,18 +97,20 @@ def formed(n: Tensor | RMSNormSaved) -> Tensor:
     return rms_norm_apply(*n) if isinstance(n, RMSNormSaved) else n
 
 
-def pre_norm_backward(d_n: Tensor, n: Tensor | RMSNormSaved, d_weight: Tensor | None, around: Tensor | None) -> Tensor:
-    """∂L/∂x, (T, hidden), in d_n's place: through the half, plus the gradient of the stream `around` it, if given.
+def pre_norm_backward(
+    d_n: Tensor, n: Tensor | RMSNormSaved, d_weight: Tensor | None, residual_grad: Tensor | None
+) -> Tensor:
+    """∂L/∂x, (T, hidden), in d_n's memory: through the sublayer, plus `residual_grad`, if given.
 
     Args:
         d_n: ∂L/∂n.
         n: from `pre_norm_saved`.
         d_weight: to which the norm's gradient is added, or None.
-        around: ∂L/∂x' of the whole stream, or None.
+        residual_grad: ∂L/∂x' of the whole stream, or None.
     """
     if isinstance(n, RMSNormSaved):
-        return norm_backward(d_n, n, d_weight, around, out=d_n)
-    return d_n if around is None else d_n.add_(around)
+        return norm_backward(d_n, n, d_weight, residual_grad, out=d_n)
+    return d_n if residual_grad is None else d_n.add_(residual_grad)
 
 
 def residual_forward(
@@ -123,7 +125,7 @@ def residual_forward(
     """stream + m · norm(x Wᵀ (+ LoRA)), with no norm where `after`, its weight, is None.
 
     Args:
-        stream: (T, hidden), which went around the half.
+        stream: (T, hidden), which bypasses the sublayer.
         x: (T, in).
         weight: (hidden, in).
         bias: (hidden,) or None.
@@ -161,24 +163,28 @@ def residual_backward(
 
 
 def norm_backward(
-    d_y: Tensor, saved: RMSNormSaved, d_weight: Tensor | None, around: Tensor | None = None, out: Tensor | None = None
+    d_y: Tensor,
+    saved: RMSNormSaved,
+    d_weight: Tensor | None,
+    residual_grad: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """d_x of a norm, of d_y's shape, with `around` added; ∂L/∂w is added to `d_weight` where the norm is trained."""
-    grads = rms_norm_backward(d_y, saved, weight_gradient=d_weight is not None, residual=around, out=out)
+    """d_x of a norm, of d_y's shape, with `residual_grad` added; ∂L/∂w is added to `d_weight`, if given."""
+    grads = rms_norm_backward(d_y, saved, weight_gradient=d_weight is not None, residual=residual_grad, out=out)
     if d_weight is not None and grads.d_weight is not None:
         d_weight.add_(grads.d_weight)
     return grads.d_x
 
 
-def output_place(kept: MixingKept, adapter: BlockAdapter, context: BlockContext, like: Tensor) -> Tensor | None:
+def mixer_output_buffer(kept: MixerSaved, adapter: BlockAdapter, context: BlockContext, like: Tensor) -> Tensor | None:
     """The mixer's output where it is kept; else a place for it, of `like`'s shape, if a factor's gradient needs it."""
     if kept.output is not None or not adapter.output.group.members:
         return kept.output
     return context.scratch.take("attended", like.shape, like)
 
 
-def kept_gate_up(
-    kept: MLPKept, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
+def saved_or_recomputed_gate_up(
+    kept: MLPSaved, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
 ) -> tuple[Tensor, Tensor]:
     """[a | u], (T, 2f), and the group's h, recomputed from n₂ where they are not kept."""
     if kept.gate_up is not None and kept.h_gate_up is not None:
@@ -186,11 +192,13 @@ def kept_gate_up(
     return group_forward(formed(n2), weights.gate_up, weights.gate_up_bias, adapter.gate_up)
 
 
-def select(x: Tensor, wanted: Tensor | None) -> Tensor:
+def gather_rows(x: Tensor, loss_positions: Tensor | None) -> Tensor:
     """These positions of x; all without a choice."""
-    return x if wanted is None else x.index_select(0, wanted)
+    return x if loss_positions is None else x.index_select(0, loss_positions)
 
 
-def spread(d_x: Tensor, wanted: Tensor | None, whole: Tensor) -> Tensor:
-    """The gradient of all positions, as many as `whole` has: zero where none is wanted."""
-    return d_x if wanted is None else d_x.new_zeros(len(whole), d_x.shape[1]).index_copy_(0, wanted, d_x)
+def scatter_rows(d_x: Tensor, loss_positions: Tensor | None, whole: Tensor) -> Tensor:
+    """The gradient of all positions, as many as `whole` has: zero where none is loss_positions."""
+    return (
+        d_x if loss_positions is None else d_x.new_zeros(len(whole), d_x.shape[1]).index_copy_(0, loss_positions, d_x)
+    )

@@ -16,7 +16,7 @@ these layers, L(o_p(k, v), o_u(k, v), …), so that by the chain rule
 
 where ∂L/∂o_l holds everything between layer l and the loss, and each term is attention's own backward in layer l, with
 that layer's queries. Users stand above p, so that all their terms are there when the backward pass arrives at p: each
-adds its term to the sum (`carried`), and p adds its own before it goes on through rotation, norms and projections.
+adds its term to the sum (`cross_layer`), and p adds its own before it goes on through rotation, norms and projections.
 Whoever takes one user's term for the whole, or p's alone, trains k_proj and v_proj of p on a part of their effect.
 
 ∂L/∂q stays within its layer. Where z_v = z_k, ∂L/∂z_k is the sum of what comes through the norm of k and through n̂.
@@ -34,9 +34,9 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
-from backhand.nn.decoder.attention_half import attention_setting
+from backhand.nn.decoder.attention_mixer import attention_setting
 from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
-from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
@@ -44,7 +44,7 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 from backhand.ops.rotary import rotary_backward, rotary_forward
 
 
-class SharedAttentionKept(NamedTuple):
+class SharedAttentionSaved(NamedTuple):
     """What is kept beside input and output."""
 
     log_sum_exp: Tensor  # see `ops.attention`
@@ -62,11 +62,11 @@ def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
 
 def shared_attention_forward(
     z: Tensor, weights: BlockWeights, context: BlockContext
-) -> tuple[Tensor, SharedAttentionKept]:
+) -> tuple[Tensor, SharedAttentionSaved]:
     """o, (T, H · head_dim), from what the projections gave, and what backward needs beside both."""
     q, k, v, norms = _prepared(z, weights, context)
     output, attended = attention_forward(q, k, v, *attention_setting(weights, context))
-    return output.flatten(1), SharedAttentionKept(attended.log_sum_exp, tuple(norm.factor for norm in norms))
+    return output.flatten(1), SharedAttentionSaved(attended.log_sum_exp, tuple(norm.factor for norm in norms))
 
 
 def attending(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +78,7 @@ def _prepared(
     z: Tensor, weights: BlockWeights, context: BlockContext, factors: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[RMSNormSaved]]:
     """q, k and v as attention takes them, and the norms that made them, whose factors may be known."""
-    eps, carried, keys_of = context.config.norm_eps, not_none(context.carried), context.layer.keys_of
+    eps, cross_layer, kv_source = context.config.norm_eps, not_none(context.cross_layer), context.layer.kv_source
     normed: list[Tensor] = []
     norms: list[RMSNormSaved] = []
     for place, x in enumerate(_parts(z, context)):
@@ -92,32 +92,37 @@ def _prepared(
             rotary_forward(y, context.rotary, out=y)
         normed.append(y)
         norms.append(norm)
-    if keys_of is not None:
-        return normed[0], *carried.lent(keys_of), norms
+    if kv_source is not None:
+        return normed[0], *cross_layer.shared_kv(kv_source), norms
     q, k, v = normed
-    carried.lend(context.number, k, v)
+    cross_layer.publish(context.number, k, v)
     return q, k, v, norms
 
 
 def shared_attention_backward(
     d_output: Tensor,
-    kept: MixingKept,
+    kept: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
-    config, own, carried, keys_of = context.config, kept.own, not_none(context.carried), context.layer.keys_of
+    config, own, cross_layer, kv_source = (
+        context.config,
+        kept.own,
+        not_none(context.cross_layer),
+        context.layer.kv_source,
+    )
     q, k, v, norms = _prepared(kept.input, weights, context, own.factors)
     # Plain attention alone gives its output again.
     output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(kept.output), d_output))
     saved = AttentionSaved(q, k, v, output, own.log_sum_exp, *attention_setting(weights, context))
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
     d_q, d_k, d_v = attention_backward(d_attended, saved, out=by_head)
-    if keys_of is not None:
-        carried.give_back(keys_of, d_k, d_v)
-    elif (users := carried.returned(context.number)) is not None:
+    if kv_source is not None:
+        cross_layer.accumulate_grad(kv_source, d_k, d_v)
+    elif (users := cross_layer.pop_grad(context.number)) is not None:
         d_k.add_(users.k)
         d_v.add_(users.v)
     d_z = torch.empty_like(kept.input)

@@ -18,7 +18,7 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept, Rows
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved, Rows
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.causal_conv import Taps, causal_conv_continued
 from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_conv_forward
@@ -31,7 +31,7 @@ def short_conv_forward(bcx: Tensor, weights: BlockWeights, context: BlockContext
 
 def short_conv_backward(
     d_y: Tensor,
-    kept: MixingKept,
+    kept: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     _adapter: BlockAdapter,

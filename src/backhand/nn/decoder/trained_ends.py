@@ -269,7 +269,7 @@ def other_head_gradient(
     Args:
         x: (supervised, hidden), normed; it may be overwritten.
         lora: whose gradient buffer receives what the head's are; None where nothing is trained in it.
-        token_loss: see `Passes.loss_and_gradients`.
+        token_loss: see `ForwardBackward.loss_and_gradients`.
         logits: as in `head_losses`.
     """
     targets, multiplier = batch.labels[batch.supervised_positions], batch.loss_multiplier(loss_scaling, x.dtype)

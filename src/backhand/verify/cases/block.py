@@ -14,16 +14,16 @@ from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
-from backhand.nn.decoder.carried import Carried
-from backhand.nn.decoder.experts import ExpertsKept
+from backhand.nn.decoder.cross_layer import CrossLayer
+from backhand.nn.decoder.experts import ExpertsSaved
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig, Mixture
-from backhand.nn.decoder.mixer import BlockContext, MLPKept
-from backhand.nn.decoder.passes import Passes
+from backhand.nn.decoder.forward_backward import ForwardBackward
+from backhand.nn.decoder.mixer import BlockContext, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
-from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCarried, ReferenceLayer, reference_block
+from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCrossLayer, ReferenceLayer, reference_block
 from backhand.verify.scaffold import Backward, Given, Mutant, Op, Tensors, rotated_where_alike, wrong
 from backhand.verify.tiny_decoders import (
     DROPOUT_SEED,
@@ -39,7 +39,7 @@ from backhand.verify.tiny_decoders import (
     with_slots,
 )
 
-LENDER = 7
+KV_SOURCE = 7
 """Number of the layer whose keys and values a block of the cases uses, where it uses another's."""
 
 
@@ -68,23 +68,23 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
     """`block_backward` with a gradient buffer of its own; what was saved stays as it was."""
     saved, weights, context, lora, dropout_seed = inputs
     lora.gradients.zero_()
-    if isinstance(saved.mlp, MLPKept) and saved.mlp.gate_up is not None:
+    if isinstance(saved.mlp, MLPSaved) and saved.mlp.gate_up is not None:
         # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
         saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
-    carried = not_none(context.carried)
-    carried.returned(LENDER)
-    if carried.inputs is not None:
-        carried.d_inputs = torch.zeros_like(carried.inputs)
+    cross_layer = not_none(context.cross_layer)
+    cross_layer.pop_grad(KV_SOURCE)
+    if cross_layer.ple is not None:
+        cross_layer.d_ple = torch.zeros_like(cross_layer.ple)
     adapter = block_adapter(lora, context.config, 0, dropout_seed)
     d_x0 = not_none(block_backward(d_y.clone(), saved, weights, adapter, context))
-    lent = carried.held(LENDER)
+    lent = cross_layer.grad(KV_SOURCE)
     return BlockGrads(
         d_x0,
         tuple(lora.d_lora_A(name).clone() for name in lora.slots),
         tuple(lora.d_lora_B(name).clone() for name in lora.slots),
         () if lent is None else (lent.k.to(d_x0.dtype),),
         () if lent is None else (lent.v.to(d_x0.dtype),),
-        () if carried.d_inputs is None else (carried.d_inputs,),
+        () if cross_layer.d_ple is None else (cross_layer.d_ple,),
     )
 
 
@@ -92,7 +92,7 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
 def _config(family: str, layer: int) -> DecoderConfig:
     """A decoder of this layer alone."""
     own = family_of(family).layers[layer]
-    return replace(family_of(family), layers=(own if own.keys_of is None else replace(own, keys_of=LENDER),))
+    return replace(family_of(family), layers=(own if own.kv_source is None else replace(own, kv_source=KV_SOURCE),))
 
 
 @cache
@@ -103,22 +103,22 @@ def _slots(family: str, layer: int, targets: str | None, dropout: float) -> dict
 def _lent(config: DecoderConfig) -> tuple[int | None, int | None]:
     """Heads and their width of keys and values that another layer lends, if it does."""
     sized = config.at(config.layers[0])
-    return (None, None) if config.layers[0].keys_of is None else (sized.num_key_value_heads, sized.head_dim)
+    return (None, None) if config.layers[0].kv_source is None else (sized.num_key_value_heads, sized.head_dim)
 
 
-def _wanted(x0: Tensor, rows: tuple[int, ...] | None) -> Tensor | None:
+def _loss_positions(x0: Tensor, rows: tuple[int, ...] | None) -> Tensor | None:
     return None if rows is None else torch.tensor(rows, dtype=torch.int64, device=x0.device)
 
 
 def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
     x0, config, seed = t["x0"], t["config"], t["dropout_seed"]
     lora = lora_parameters(t["slots"], t, x0)
-    decoder, adapter = Passes(config, engine_weights(config, t)), block_adapter(lora, config, 0, seed)
+    decoder, adapter = ForwardBackward(config, engine_weights(config, t)), block_adapter(lora, config, 0, seed)
     weights, ids = decoder.weights.blocks[0], torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
-    carried = Carried((LENDER,), t.get("inputs"))
+    cross_layer = CrossLayer((KV_SOURCE,), t.get("inputs"))
     if "k" in t:
-        carried.lend(LENDER, t["k"], t["v"])
-    (context,) = decoder.contexts(PackedBatch(ids, ids, t["documents"]), t["wanted"], carried)
+        cross_layer.publish(KV_SOURCE, t["k"], t["v"])
+    (context,) = decoder.contexts(PackedBatch(ids, ids, t["documents"]), t["loss_positions"], cross_layer)
     y, saved = block_forward(x0, weights, adapter, context, t["recompute"])
     grads = backward(t["d_y"], BlockInputs(saved, weights, context, lora, seed))
     gradients = {"x0": grads.d_x0} | {part: d for part in ("k", "v", "inputs") for d in getattr(grads, f"d_{part}")}
@@ -128,12 +128,14 @@ def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
 
 
 def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | None, given: Given) -> Tensor:
-    wanted = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-    wanted[slice(None) if rows is None else list(rows)] = True
-    carried = ReferenceCarried(given.get("inputs"), {LENDER: (given["k"], given["v"])} if "k" in given else {})
+    loss_positions = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+    loss_positions[slice(None) if rows is None else list(rows)] = True
+    cross_layer = ReferenceCrossLayer(
+        given.get("inputs"), {KV_SOURCE: (given["k"], given["v"])} if "k" in given else {}
+    )
     adapter = ReferenceAdapter(given["slots"], given, given["dropout_seed"])
-    layer = ReferenceLayer(0, given, given["config"], documents, adapter, wanted, carried)
-    return reference_block(x0, layer)[wanted]
+    layer = ReferenceLayer(0, given, given["config"], documents, adapter, loss_positions, cross_layer)
+    return reference_block(x0, layer)[loss_positions]
 
 
 # `family` as in `family_of`; `targets`, ends of the adapted modules' names, apart by blanks, None for all of them;
@@ -152,7 +154,7 @@ OP = Op(
         "hidden": lambda config: config.hidden_size,
         "lent": _lent,
         "of_layers": lambda config: config.per_layer[:2][::-1] if config.per_layer else (None, None),
-        "wanted": _wanted,
+        "loss_positions": _loss_positions,
         "dropout_seed": lambda dropout: DROPOUT_SEED if dropout else None,
     },
     way=_by_hand,
@@ -174,21 +176,21 @@ CASES = (
     OP.case("gemma3, dropout, recompute block", "gemma3", layer=1, dropout=0.3, recompute="block"),
     OP.case("q and v adapted", "llama", targets="q_proj v_proj", dropout=0.3),
     OP.case("down adapted", "gemma3", targets="down_proj"),
-    OP.case("some rows wanted", "llama, biases", rows=(3, 8, 9, 16), dropout=0.3),
-    OP.case("some rows wanted, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
-    OP.case("some rows wanted, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
-    OP.case("no row wanted", "llama", rows=(), dropout=0.3),
+    OP.case("loss at some positions", "llama, biases", rows=(3, 8, 9, 16), dropout=0.3),
+    OP.case("loss at some positions, recompute mlp", "gemma3", rows=(0, 5, 17), recompute="mlp"),
+    OP.case("loss at some positions, recompute block", "qwen3, q/k norm", rows=(12,), dropout=0.3, recompute="block"),
+    OP.case("loss at no position", "llama", rows=(), dropout=0.3),
     OP.case("granite, recompute mlp", "granite, four", recompute="mlp", dropout=0.3, rows=(2, 9, 17)),
     OP.case("olmo2, recompute mlp", "olmo2", recompute="mlp", dropout=0.3, rows=(1, 9)),
     OP.case("olmo2, recompute block", "olmo2", recompute="block"),
     OP.case("exaone4, recompute block", "exaone4", layer=1, recompute="block"),
     OP.case("phi3, dropout, recompute mlp", "phi3", recompute="mlp", dropout=0.3, rows=(2, 11)),
     OP.case("qwen3.5, gated attention", "qwen3.5", layer=1, dropout=0.3),
-    OP.case("qwen3.5, gated attention, some rows wanted", "qwen3.5", layer=1, rows=(2, 9, 17), recompute="block"),
-    OP.case("qwen3.5, delta rule, some rows wanted", "qwen3.5", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    OP.case("qwen3.5, gated attention, loss at some positions", "qwen3.5", layer=1, rows=(2, 9, 17), recompute="block"),
+    OP.case("qwen3.5, delta rule, loss at some positions", "qwen3.5", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("qwen3.5, delta rule, recompute block", "qwen3.5", recompute="block"),
     OP.case("lfm2, attention", "lfm2, short", layer=1, dropout=0.3),
-    OP.case("lfm2, some rows wanted", "lfm2, short", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    OP.case("lfm2, loss at some positions", "lfm2, short", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("lfm2, biases, recompute block", "lfm2, biases", recompute="block", dropout=0.3),
     OP.case("lfm2, documents shorter than the taps", "lfm2, biases", documents=(2, 1, 1, 3)),
     OP.case("mixtral, dropout, recompute mlp", "mixtral", dropout=0.3, recompute="mlp", rows=(1, 4, 12)),
@@ -197,14 +199,14 @@ CASES = (
     OP.case("experts' down adapted", "qwen3-moe", targets="down_proj"),
     OP.case("experts without rows", "qwen3-moe", documents=(1,), rows=(0,)),
     OP.case("gpt-oss, full attention, dropout, recompute mlp", "gpt-oss", layer=1, dropout=0.3, recompute="mlp"),
-    OP.case("gpt-oss, some rows wanted, recompute block", "gpt-oss", rows=(0, 5, 17), recompute="block"),
+    OP.case("gpt-oss, loss at some positions, recompute block", "gpt-oss", rows=(0, 5, 17), recompute="block"),
     OP.case("gpt-oss, experts frozen", "gpt-oss", targets="q_proj v_proj o_proj"),
     OP.case("gpt-oss, gate and up adapted", "gpt-oss", targets="gate_up_proj"),
     OP.case("experts, no token", "mixtral", documents=(0,)),
     OP.case("gemma4, full attention", "gemma4, shared", layer=1, dropout=0.3, recompute="mlp"),
     OP.case("gemma4, keys of another layer", "gemma4, shared", layer=2, dropout=0.3),
     OP.case(
-        "gemma4, keys of another layer, some rows wanted",
+        "gemma4, keys of another layer, loss at some positions",
         "gemma4, shared",
         layer=5,
         rows=(1, 4, 7, 8, 9, 12, 14, 17),
@@ -251,13 +253,13 @@ def _saved(name: str, gradients: str, change: Callable[[BlockSaved, BlockInputs]
 
 
 def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
-    """d_y as a gradient of the whole stream: zero in the rows not wanted."""
-    rows, stream = s.context.wanted, s.saved.x0
+    """d_y as a gradient of the whole stream: zero at positions without loss."""
+    rows, stream = s.context.loss_positions, s.saved.x0
     return g if rows is None else torch.zeros_like(stream).index_copy_(0, rows, g)
 
 
 def _rolled(s: BlockInputs) -> Tensor | None:
-    return None if s.context.wanted is None else s.context.wanted.roll(1)
+    return None if s.context.loss_positions is None else s.context.loss_positions.roll(1)
 
 
 def _unscaled(s: BlockInputs) -> LoRAParameters:
@@ -293,7 +295,7 @@ def _next_expert(s: BlockInputs) -> BlockWeights:
 
 
 def _equal_shares(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
-    if not isinstance(saved.mlp, ExpertsKept):
+    if not isinstance(saved.mlp, ExpertsSaved):
         return saved
     return saved._replace(mlp=saved.mlp._replace(shares=torch.ones_like(saved.mlp.shares)))
 
@@ -339,7 +341,7 @@ MUTANTS = (
     _weights("bias of the decay forgotten", "d_x0", rate_bias=torch.zeros_like),
     _weights("gain of the delta rule's norm ignored", "d_lora_B", delta_norm=torch.ones_like),
     _saved("gates have no gradient", "d_lora_B d_x0", _gates_unmoved),
-    _context("rows mixed up", "d_x0 d_lora_A", wanted=_rolled),
+    _context("rows mixed up", "d_x0 d_lora_A", loss_positions=_rolled),
     _context("queries as keys", "d_x0 d_lora_B", query_rotary=lambda _s: None),
     _context("rotation ignored", "d_x0 d_lora_B", rotary=_not_rotated),
     _family("1 + weight read as weight", "d_x0", norm_offset=0.0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD
-from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import LayerConfig, RotaryConfig
 from backhand.nn.lora_parameters import LoRASlot
@@ -148,37 +148,37 @@ def _all_pairs_rotated(rotary: RotaryConfig) -> RotaryConfig:
 
 def _window_of_the_other_kind(layer: LayerConfig) -> LayerConfig:
     """Of layers that share."""
-    return layer if layer.keys_of is None else replace(layer, window=WINDOW if layer.window is None else None)
+    return layer if layer.kv_source is None else replace(layer, window=WINDOW if layer.window is None else None)
 
 
-GiveBack = Callable[[Carried, int, Tensor, Tensor], None]
-"""A wrong `Carried.give_back`: of one user of keys and values, ∂L/∂k and ∂L/∂v."""
+AccumulateGrad = Callable[[CrossLayer, int, Tensor, Tensor], None]
+"""A wrong `CrossLayer.accumulate_grad`: of one user of keys and values, ∂L/∂k and ∂L/∂v."""
 
 
-def _last_user_alone(own: Carried, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-    own.returned(layer)
-    Carried.give_back(own, layer, d_k, d_v)
+def _last_user_alone(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    own.pop_grad(layer)
+    CrossLayer.accumulate_grad(own, layer, d_k, d_v)
 
 
-def _first_user_alone(own: Carried, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-    if own.held(layer) is None:
-        Carried.give_back(own, layer, d_k, d_v)
+def _first_user_alone(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    if own.grad(layer) is None:
+        CrossLayer.accumulate_grad(own, layer, d_k, d_v)
 
 
-def _last_layers_input(own: Carried, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-    Carried.give_back(own, layer, d_k, d_v)
-    if own.d_inputs is not None:
-        own.d_inputs[:, layer + 1 :] = 0.0
+def _last_layers_input(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    CrossLayer.accumulate_grad(own, layer, d_k, d_v)
+    if own.d_ple is not None:
+        own.d_ple[:, layer + 1 :] = 0.0
 
 
-def _carrying(name: str, gradients: str, give_back: GiveBack) -> tuple[Mutant, ...]:
+def _accumulating(name: str, gradients: str, accumulate_grad: AccumulateGrad) -> tuple[Mutant, ...]:
     """The step with another way to give back what layers share."""
-    kind = type("Other", (Carried,), {"give_back": give_back})
+    kind = type("Other", (CrossLayer,), {"accumulate_grad": accumulate_grad})
 
     class Other(Decoder):
-        def carried(self, token_ids: Tensor, dropout_seed: int | None = None) -> tuple[Carried | None, Any]:
-            right, begin = super().carried(token_ids, dropout_seed)
-            return (None if right is None else kind(right.lenders, right.inputs)), begin
+        def cross_layer(self, token_ids: Tensor, dropout_seed: int | None = None) -> tuple[CrossLayer | None, Any]:
+            right, begin = super().cross_layer(token_ids, dropout_seed)
+            return (None if right is None else kind(right.kv_sources, right.ple)), begin
 
     return OP.redo(name, gradients, decoder=lambda s: another(s.decoder, Other))
 
@@ -234,11 +234,13 @@ MUTANTS = (
     _layers("window off by one", "d_lora_A", lambda own: replace(own, window=own.window and own.window + 1)),
     _family("rotary bases swapped", "d_lora_A", rotary=lambda config: config.rotary[::-1]),
     _blocks("taps reversed", "d_lora_A", conv=lambda conv: conv.flip(2)),
-    _carrying("last user of keys alone", BOTH, _last_user_alone),
-    _carrying("first user of keys alone", "d_lora_B", _first_user_alone),
-    _carrying("keys without users", "d_lora_A", lambda _own, _layer, _d_k, _d_v: None),
-    _carrying("users' values forgotten", "d_lora_B", lambda own, n, d_k, _: Carried.give_back(own, n, d_k, 0 * d_k)),
-    _carrying("inputs of some layers", "d_lora_A", _last_layers_input),
+    _accumulating("last user of keys alone", BOTH, _last_user_alone),
+    _accumulating("first user of keys alone", "d_lora_B", _first_user_alone),
+    _accumulating("keys without users", "d_lora_A", lambda _own, _layer, _d_k, _d_v: None),
+    _accumulating(
+        "users' values forgotten", "d_lora_B", lambda own, n, d_k, _: CrossLayer.accumulate_grad(own, n, d_k, 0 * d_k)
+    ),
+    _accumulating("inputs of some layers", "d_lora_A", _last_layers_input),
     _layers("windows of the other kind", "d_lora_A", _window_of_the_other_kind),
     _rotary("standing pairs rotated", "d_lora_B", _all_pairs_rotated),
     _blocks("layer scalars ignored", "d_lora_A", layer_scalar=torch.ones_like),

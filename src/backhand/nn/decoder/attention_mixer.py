@@ -23,7 +23,7 @@ from torch import Tensor
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
-from backhand.nn.decoder.mixer import BlockContext, Mixer, MixingKept
+from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
 from backhand.ops.attention_blocks import Scores
@@ -32,7 +32,7 @@ from backhand.ops.glu import glu_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
 
-class AttentionKept(NamedTuple):
+class AttentionMixerSaved(NamedTuple):
     """What attention keeps beside its input and output; T tokens, H heads."""
 
     attended: Tensor | None  # (T, H, head_dim), where a gate follows: else it is the output
@@ -41,13 +41,13 @@ class AttentionKept(NamedTuple):
     factors: tuple[Tensor, Tensor] | None
 
 
-def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionKept]:
+def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionMixerSaved]:
     """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
     config = context.config
     q, k, v, factors = prepare_qkv(qkv, weights, context)
     place = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
     output, attended = attention_forward(q, k, v, *attention_setting(weights, context), out=place)
-    kept = AttentionKept(output if config.attention_gate else None, attended.log_sum_exp, factors)
+    kept = AttentionMixerSaved(output if config.attention_gate else None, attended.log_sum_exp, factors)
     return gated_output(qkv, output, config), kept
 
 
@@ -56,7 +56,7 @@ def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
     return not config.attention_gate and gives_output_again(x, config.attention_cap)
 
 
-def output_by_itself(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> Tensor:
+def output_by_itself(kept: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
     """o, (T, q), where it is not kept, without the backward."""
     q, k, v = attended_qkv(kept, weights, context)
     return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
@@ -127,7 +127,7 @@ def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor,
     return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:rotated], context.rotary)]
 
 
-def attended_qkv(kept: MixingKept, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+def attended_qkv(kept: MixerSaved, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
     if kept.own.factors is not None:
         return prepare_qkv(kept.input, weights, context, kept.own.factors)[:3]
@@ -137,7 +137,7 @@ def attended_qkv(kept: MixingKept, weights: BlockWeights, context: BlockContext)
 
 def attention_input_gradient(
     d_output: Tensor,
-    kept: MixingKept,
+    kept: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,

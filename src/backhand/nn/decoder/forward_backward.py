@@ -4,9 +4,9 @@
 
 The forward pass keeps per block what `nn.decoder.block` lists. The backward pass walks the blocks from the top and adds
 every adapter gradient to one flat buffer (`nn.lora_parameters`). It stops at the lowest trained module: nothing below
-is kept for it. A batch may bring the cached output of the blocks below (`Decoder.entering`); then the forward pass
-begins there. `Passes.loss_and_gradients` is both passes. An embedding or head that is trained, and a loss that is no
-sum of nats, are in `trained_ends`. Loading, attaching and passes without gradients are `nn.decoder.decoder`'s.
+is kept for it. A batch may bring the cached output of the blocks below (`Decoder.layer_input`); then the forward pass
+begins there. `ForwardBackward.loss_and_gradients` is both passes. An embedding or head that is trained, and a loss
+that is no sum of nats, are in `trained_ends`. Loading and attaching are in `nn.decoder.decoder`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, Scratch, TokenLoss
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
-from backhand.nn.decoder.carried import Carried
+from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext
-from backhand.nn.decoder.per_layer_input import BeginKept, embedded_gradient, inputs_forward
+from backhand.nn.decoder.per_layer_input import PLEInputsSaved, embedding_output_gradient, ple_inputs_forward
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.rotary import frequencies_of
 from backhand.nn.decoder.trained_ends import (
@@ -43,7 +43,7 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 
 
-class Passes:
+class ForwardBackward:
     """The passes of a frozen decoder, and of at most one adapter that it trains.
 
     Attributes:
@@ -128,35 +128,37 @@ class Passes:
         self,
         batch: PackedBatch,
         rows: Tensor | None = None,
-        carried: Carried | None = None,
+        cross_layer: CrossLayer | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[BlockContext]:
-        """What each block needs to know of the batch; `rows`, (wanted,) int64, are those wanted of the last one.
+        """Context of each block; `rows`, (loss positions,) int64, are the positions of the last block to compute.
 
         What the pass carries is made here where it is not given and the family has anything.
         """
         if batch.parents and not self.shares_prefixes:
             raise ValueError("what documents share would be rotated by the length of one document alone")
         tables, scratch = self.rotary_tables(batch.positions, batch.reach, dtype), Scratch()
-        carried = carried or self.carried(batch.input_ids)[0]
+        cross_layer = cross_layer or self.cross_layer(batch.input_ids)[0]
         contexts = [
-            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, number, carried)
+            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, number, cross_layer)
             for number, (sized, layer, (table, queries)) in enumerate(
                 zip(self._sized, self.config.layers, tables, strict=True)
             )
         ]
-        contexts[-1] = contexts[-1]._replace(wanted=rows)
+        contexts[-1] = contexts[-1]._replace(loss_positions=rows)
         return contexts
 
-    def carried(self, token_ids: Tensor, dropout_seed: int | None = None) -> tuple[Carried | None, BeginKept | None]:
+    def cross_layer(
+        self, token_ids: Tensor, dropout_seed: int | None = None
+    ) -> tuple[CrossLayer | None, PLEInputsSaved | None]:
         """What a pass over these tokens carries beside the stream, None for nothing; and what its begin kept."""
         if not self.config.value_norm and self.config.per_layer is None:
             return None, None
         if self.active.per_layer is None:
-            return Carried(self.config.lenders), None
+            return CrossLayer(self.config.kv_sources), None
         h = self.embed(token_ids)
-        inputs, kept = inputs_forward(h, token_ids, self.active.per_layer, self.config, self.lora, dropout_seed)
-        return Carried(self.config.lenders, inputs), kept
+        inputs, kept = ple_inputs_forward(h, token_ids, self.active.per_layer, self.config, self.lora, dropout_seed)
+        return CrossLayer(self.config.kv_sources, inputs), kept
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
         """The adapter of every block in the compute dtype; no dropout without a seed.
@@ -203,10 +205,10 @@ class Passes:
         if lora is None:
             raise ValueError("there is no adapter to train: attach one first")
         self.refresh()
-        carried, begin = self.carried(batch.input_ids, dropout_seed)
-        if trained.below_blocks and carried is not None and carried.inputs is not None:
-            carried.d_inputs = torch.zeros_like(carried.inputs)
-        contexts = self.contexts(batch, batch.supervised_positions, carried)
+        cross_layer, begin = self.cross_layer(batch.input_ids, dropout_seed)
+        if trained.below_blocks and cross_layer is not None and cross_layer.ple is not None:
+            cross_layer.d_ple = torch.zeros_like(cross_layer.ple)
+        contexts = self.contexts(batch, batch.supervised_positions, cross_layer)
         adapters, scratch = self.block_adapters(dropout_seed), contexts[-1].scratch
         if self.recompute == "none" and trained.plain_head:
             # Not under recomputation: blocks then allocate more that is not kept, and the logits take its place later.
@@ -224,9 +226,9 @@ class Passes:
             lowest = lowest_group if layer == lowest_layer else -1
             d_x = block_backward(d_x, saved, self.active.blocks[layer], adapters[layer], contexts[layer], lowest)
         if trained.below_blocks and d_x is not None:
-            if begin is not None and carried is not None:
+            if begin is not None and cross_layer is not None:
                 weights = not_none(self.active.per_layer)
-                d_x = embedded_gradient(d_x, carried, begin, weights, self.config, lora, dropout_seed)
+                d_x = embedding_output_gradient(d_x, cross_layer, begin, weights, self.config, lora, dropout_seed)
             if trained.embedding:
                 d_x = self._embedding_scaled(d_x)
                 embedding_gradients(d_x, batch.input_ids, self.active.embedding, self.config, lora)
@@ -236,10 +238,10 @@ class Passes:
         self, batch: PackedBatch, adapters: Sequence[BlockAdapter], contexts: Sequence[BlockContext], lowest_layer: int
     ) -> tuple[Tensor, list[BlockSaved | None]]:
         """The output of the last block that has a context, and what each keeps: None below `lowest_layer`."""
-        first, x = (0, self.embed(batch.input_ids)) if batch.entering is None else batch.entering
+        first, x = (0, self.embed(batch.input_ids)) if batch.start is None else batch.start
         if first > lowest_layer:
             raise ValueError(f"the batch enters at layer {first}, and layer {lowest_layer} is trained")
-        if first and first > self.config.enterable(first):
+        if first and first > self.config.start_layer(first):
             raise ValueError(f"the batch enters at layer {first}, above one whose keys are used there")
         kept: list[BlockSaved | None] = []
         for layer in range(first, len(contexts)):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backhand.nn.batch import Entering
+from backhand.nn.batch import StartStates
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.lora_parameters import LoRAParameters
@@ -45,7 +45,7 @@ def upper_layers(variant: str, dropout: float = 0.0, recompute: str = "none") ->
 def test_loss_and_gradients_are_the_same_bits(variant: str, dropout: float, recompute: str) -> None:
     decoder, batch = upper_layers(variant, dropout, recompute), supervise(tiny_documents((23, 9, 9, 1, 18)))
     assert decoder.lora is not None
-    entered = replace(batch, entering=Entering(LOWEST, decoder.entering(batch, LOWEST)))
+    entered = replace(batch, start=StartStates(LOWEST, decoder.layer_input(batch, LOWEST)))
     found = []
     for one in (batch, entered):
         decoder.lora.gradients.zero_()
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_the_same_bits(variant: str, dropout: float, reco
 
 def test_nothing_below_is_looked_at() -> None:
     decoder, batch = upper_layers("llama"), supervise(tiny_documents((23, 9)))
-    entered = replace(batch, entering=Entering(LOWEST, decoder.entering(batch, LOWEST)))
+    entered = replace(batch, start=StartStates(LOWEST, decoder.layer_input(batch, LOWEST)))
     expected = decoder.loss_and_gradients(entered, 0.1)
     below = decoder.weights.blocks[0]
     for weight in (below.input, below.gate_up, decoder.weights.embedding):
@@ -71,6 +71,6 @@ def test_nothing_below_is_looked_at() -> None:
 
 def test_entering_above_what_is_trained_is_refused() -> None:
     decoder, batch = upper_layers("llama"), supervise(tiny_documents((23, 9)))
-    entered = replace(batch, entering=Entering(LOWEST + 1, decoder.entering(batch, LOWEST + 1)))
+    entered = replace(batch, start=StartStates(LOWEST + 1, decoder.layer_input(batch, LOWEST + 1)))
     with pytest.raises(ValueError, match="the batch enters at layer 2, and layer 1 is trained"):
         decoder.loss_and_gradients(entered, 0.1)
