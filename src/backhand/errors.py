@@ -91,8 +91,12 @@ class CheckError(BackhandError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in its first line; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an exception's message; its kind if it has none, or if its `__str__` raises."""
+    try:
+        text = str(error).strip()
+    except Exception:  # noqa: BLE001 - a class of somebody else's
+        text = ""
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def short_reason(error: BaseException) -> str:

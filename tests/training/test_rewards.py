@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from backhand.data.examples import Example
+from backhand.errors import CheckError
 from backhand.generate import completer
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
@@ -243,6 +248,59 @@ def test_advantages_and_weights() -> None:
     found = {loss: answer_weights(lengths, loss, 10).tolist() for loss in LOSSES}  # type: ignore[arg-type]
     assert found["grpo"] == pytest.approx([1 / 2, 1 / 6])
     assert (found["dapo"][0], found["dr_grpo"][0], found["rloo"][0]) == pytest.approx((1 / 4, 1 / 20, 1 / 2))
+
+
+HUGE = (
+    [1e308, -1e308, 1e308, -1e308],
+    [1e200, 2e200, 3e200, 4e200],
+    [1.7e308, 1.7e308, 0.0, 5.0],
+    [1e-300, 2e-300, 0, 0],
+)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("scaling", ["group", "batch"])
+def test_advantages_of_rewards_whose_squares_overflow(loss: Any, scaling: Any) -> None:
+    """Against exact fractions; without the scale every advantage was 0."""
+    exact = [[Fraction(value) for value in group] for group in HUGE]
+
+    def deviation(values: list[Fraction]) -> Fraction:
+        mean = sum(values) / len(values)
+        square = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        return Fraction(math.isqrt(int(square * 10**800)), 10**400)
+
+    found = group_advantages(torch.tensor(HUGE, dtype=torch.float64), loss, scaling)
+    of_batch = deviation([value for group in exact for value in group])
+    for values, group in zip(found.tolist(), exact, strict=True):
+        divisor = (deviation(group) if scaling == "group" else of_batch) + Fraction(1e-4)
+        factor = Fraction(len(group), len(group) - 1) if loss == "rloo" else 1
+        apart = [factor * (value - sum(group) / len(group)) for value in group]
+        assert values == pytest.approx([float(one / divisor) for one in apart], rel=1e-12, abs=1e-290)
+
+
+@given(st.lists(st.lists(st.floats(-1e100, 1e100), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_the_scale_changes_no_bit_of_ordinary_rewards(groups: list[list[float]]) -> None:
+    rewards = torch.tensor(groups, dtype=torch.float64)
+    apart = rewards - rewards.mean(1, keepdim=True)
+    found = {name: group_advantages(rewards, "grpo", name) for name in ("none", "group", "batch")}  # type: ignore[arg-type]
+    assume(bool((rewards.abs() > 1e-100).logical_or(rewards == 0).all()))  # a sum of others may round away
+    assert torch.equal(found["none"], apart)
+    assert torch.equal(found["group"], apart / (rewards.std(1, keepdim=True) + 1e-4))
+    assert torch.equal(found["batch"], apart / (rewards.std() + 1e-4))
+
+
+def test_rewards_too_large_to_divide_by_nothing_are_refused() -> None:
+    rows, adapted = prompts(), attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    answers, rewards = written(decoder, rows), drawn_rewards(len(rows)) * 1e200
+    with pytest.raises(CheckError, match="differ by about") as raised:
+        batch_of(decoder, rows, answers, rewards, "dr_grpo", 0.0)
+    assert raised.value.exit_code == 6 and "--scale-rewards group" in str(raised.value.next_step)
+    batch = batch_of(decoder, rows, answers, rewards, "dapo", 0.0)
+    with at_temperature(decoder, TEMPERATURE):
+        gradients_of(decoder, batch)
+    assert decoder.lora is not None and batch.flat == 0
+    assert 0 < float(decoder.lora.gradients.norm()) < 1e6
 
 
 def test_a_group_of_one_reward_is_not_trained_on_and_takes_part_in_the_mean() -> None:

@@ -151,14 +151,36 @@ def group_advantages(rewards: Tensor, loss: Loss, scaling: Scaling) -> Tensor:
         loss: of rloo the baseline is the mean of the others.
         scaling: divide by the standard deviation of the `group`, of the whole `batch`, or by nothing.
     """
-    rewards = rewards.double()
-    apart = rewards - rewards.mean(1, keepdim=True)
+    scaled, scale = scale_down(rewards.double())
+    apart = scaled - scaled.mean(1, keepdim=True)
     if loss == "rloo":
         size = rewards.shape[1]
         apart = apart * (size / (size - 1))
     if scaling == "none":
-        return apart
-    return apart / ((rewards.std(1, keepdim=True) if scaling == "group" else rewards.std()) + _STD_FLOOR)
+        return apart * scale
+    if scaling == "group":
+        return apart / (scaled.std(1, keepdim=True) + _STD_FLOOR / scale)
+    whole, batch_scale = scale_down(rewards.double().flatten())
+    deviation = whole.std() + _STD_FLOOR / batch_scale
+    return apart * (scale / batch_scale) / deviation
+
+
+def scale_down(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each row by a power of two, so that its sums and squares are finite.
+
+    Every number of a row is below 2 in magnitude afterwards; rows that already are stay as they are. Dividing by a
+    power of two is exact, so means and deviations of ordinary rows keep every bit when they are multiplied again.
+
+    Args:
+        values: (..., size) float64, at least one; NaN is ignored.
+
+    Returns:
+        The divided rows and their divisors, (..., 1).
+    """
+    largest = values.abs().nan_to_num(0.0, posinf=torch.inf).amax(-1, keepdim=True).clamp(min=1.0)
+    mantissa, _ = torch.frexp(largest)
+    scale = largest / (2 * mantissa)
+    return values / scale, scale
 
 
 def answer_weights(lengths: Tensor, loss: Loss, longest: int) -> Tensor:

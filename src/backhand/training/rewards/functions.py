@@ -4,7 +4,8 @@
 
 reads a line of JSON with the names of the functions, and answers with one that tells whether all of them are there;
 then a line for each batch of answers, and answers with a line as soon as a function begins and one with all rewards.
-What a function prints goes to standard error. `process.RewardProcess` is the other side. This file imports no torch.
+What a function prints goes to standard error. `process.RewardProcess` is the other side, and shows it. This file
+imports no torch.
 A process beside it ends it as soon as the other side is gone, also where a function hangs.
 """
 
@@ -13,23 +14,29 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import regex
 
 from backhand.errors import first_line
+from backhand.printing import LONGEST_LINE
+from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.system import end_with_parent
 from backhand.training.rewards.options import GYM, RewardName, parse_name
+from backhand.words import shorten
 
 Batch = Mapping[str, Any]
 """prompts, completions, completion_ids and references of answers, and columns: each a list, one element an answer."""
-Judging = Callable[[Batch], Sequence[float | None]]
+Judging = Callable[[Batch], Iterable[float | None]]
 
 _NUMBER = regex.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _CLOSE = 1e-9
@@ -64,9 +71,12 @@ def _of_user(function: Callable[..., Any]) -> Judging:
     taken = inspect.signature(function).parameters
     everything = any(one.kind is one.VAR_KEYWORD for one in taken.values())
 
-    def judge(batch: Batch) -> Sequence[float | None]:
+    def judge(batch: Batch) -> Iterable[float | None]:
         given = {name: batch[name] for name in ("prompts", "completions", "completion_ids")} | batch["columns"]
-        return list(function(**{name: value for name, value in given.items() if everything or name in taken}))
+        found: Iterable[float | None] = function(
+            **{name: value for name, value in given.items() if everything or name in taken}
+        )
+        return found
 
     return judge
 
@@ -126,22 +136,81 @@ def _regex(pattern: str) -> Callable[[Answer], float]:
     return lambda answer: float(compiled.search(answer["text"]) is not None)
 
 
-def _json(schema: str) -> Callable[[Answer], float]:
+def _json(place: str) -> Callable[[Answer], float]:
     """The whole answer is JSON that fits the schema."""
-    import jsonschema
-
-    wanted = json.loads(Path(schema).read_text(encoding="utf-8"))
-    checker: Any = jsonschema.validators.validator_for(wanted)
-    checker.check_schema(wanted)
-    validator = checker(wanted)
+    validator = _validator(place)
 
     def score(answer: Answer) -> float:
         try:
-            return float(validator.is_valid(json.loads(answer["text"])))
+            value = json.loads(answer["text"], parse_constant=_no_json)
         except (ValueError, RecursionError):
             return 0.0
+        try:
+            return float(validator.is_valid(value))
+        except OverflowError:  # a number beyond float64 has no remainder
+            return 0.0
+        except RecursionError:
+            if _depth(value) > _DEEP:
+                return 0.0
+            raise ValueError("the schema refers to itself without end, or is nested too deeply") from None
 
     return score
+
+
+_DEEP = 16
+"""Levels of an answer that every usable schema can follow."""
+
+
+def _validator(place: str) -> Any:
+    """Return what checks answers against a schema file. Nothing that the schema refers to is fetched.
+
+    Raises:
+        Exception: the file is no schema, or refers to something outside itself.
+    """
+    import jsonschema
+    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
+    from referencing import Resource
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    schema = json.loads(read_plain(place, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
+    if not isinstance(schema, dict | bool):
+        raise TypeError("a schema is a JSON object, true or false")
+    checker: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    checker.check_schema(schema)
+
+    def follow(resource: Any, resolver: Any) -> None:
+        contents = resource.contents
+        for word in ("$ref", "$dynamicRef", "$recursiveRef"):
+            reference = contents.get(word) if isinstance(contents, dict) else None
+            try:
+                if isinstance(reference, str):
+                    resolver.lookup(reference)
+            except Unresolvable:
+                raise ValueError(f"{word} {reference!r} leads nowhere in the schema, and nothing is fetched") from None
+        for part in resource.subresources():
+            follow(part, resolver.in_subresource(part))
+
+    whole = Resource.from_contents(schema, default_specification=DRAFT202012)
+    follow(whole, REGISTRY.resolver_with_root(whole))
+    return checker(schema, registry=REGISTRY)
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _depth(value: Any) -> int:
+    """Count the levels of lists and objects in a parsed answer."""
+    level, depth = [value], 0
+    while level := [
+        part
+        for one in level
+        if isinstance(one, dict | list)
+        for part in (one.values() if isinstance(one, dict) else one)
+    ]:
+        depth += 1
+    return depth
 
 
 def _length(tokens: str) -> Callable[[Answer], float]:
@@ -174,36 +243,57 @@ _BUILT_IN: Mapping[str, Callable[[str], Callable[[Answer], float]]] = {
 
 
 def _serve() -> None:
-    """Answer line by line until standard input ends."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+    """Answer requests until their pipe ends.
+
+    A request is a line: a token that nobody can guess, a blank, and JSON. Every line of its answer begins with the
+    token, so that what a function writes to our descriptors is not taken for an answer. Both pipes move to descriptors
+    that programs started from here do not inherit. Standard input is empty then, and standard output is standard error.
+    """
+    with os.fdopen(os.dup(0), encoding="utf-8") as requests, os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        empty = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(empty, 0)
+        os.close(empty)
         os.dup2(2, 1)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
-        def tell(**facts: Any) -> None:
-            out.write(json.dumps(facts) + "\n")
-            out.flush()
+        def answer(token: str, **facts: Any) -> None:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):  # a function may have closed or replaced it
+                    stream.flush()
+            answers.write(f"{token} {json.dumps(facts)}\n")
+            answers.flush()
 
-        names = json.loads(sys.stdin.readline() or "[]")
+        token, _, text = requests.readline().partition(" ")
+        names = json.loads(text or "[]")
         functions: list[Judging] = []
         for name in names:
             try:
                 functions.append(judging(name))
             except BaseException as error:  # noqa: BLE001 - somebody else's file is run here, and may even exit
-                tell(function=name, error=f"raised {type(error).__name__}: {first_line(error)}")
+                answer(token, function=name, error=_raised(error))
                 return
-        tell(ready=True)
-        for line in sys.stdin:
-            batch = json.loads(line)
+        answer(token, ready=True)
+        for line in requests:
+            token, _, text = line.partition(" ")
+            batch = json.loads(text)
+            most = len(batch["completions"]) + 1  # one too many is an error already
             rewards = []
             for name, function in zip(names, functions, strict=True):
-                tell(begins=name)
+                answer(token, begins=name)
                 try:
-                    found = function(batch)
-                    rewards.append([None if value is None else float(value) for value in found])
+                    values = islice(function(batch), most)
+                    rewards.append([None if value is None else float(value) for value in values])
                 except BaseException as error:  # noqa: BLE001 - likewise
-                    tell(function=name, error=f"raised {type(error).__name__}: {first_line(error)}")
+                    answer(token, function=name, error=_raised(error))
                     break
             else:
-                tell(rewards=rewards)
+                answer(token, rewards=rewards)
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {shorten(first_line(error), LONGEST_LINE)}"
 
 
 if __name__ == "__main__":

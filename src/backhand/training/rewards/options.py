@@ -6,6 +6,7 @@ file imports no torch: the command line reads the fields and their docstrings fo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,10 +16,12 @@ import regex
 
 from backhand.bounds import Also, Bound, Check, Count, Options, Positive
 from backhand.errors import UsageError
+from backhand.words import shorten
 
 GYM = "reasoning_gym"
 PLAIN = ("exact", "number")
 WITH_ARGUMENT = ("regex", "json", "length", GYM)
+_MOST_PATTERN_CHARACTERS = 20_000
 
 
 class RewardName(NamedTuple):
@@ -59,13 +62,17 @@ def check_name(where: str, name: object) -> None:
         problem = f"{name} needs what comes behind a colon"
     elif found.kind in PLAIN and ":" in name:
         problem = f"{found.kind} takes nothing behind a colon"
-    elif found.kind == "length" and not (found.place.isdecimal() and int(found.place)):
+    elif found.kind == "length" and not (found.place.isdecimal() and len(found.place) < 10 and int(found.place)):
         problem = f"{found.place!r} is not a number of tokens"
+    elif found.kind == "regex" and len(found.place) > _MOST_PATTERN_CHARACTERS:
+        problem = f"a pattern of {len(found.place):,} characters is longer than {_MOST_PATTERN_CHARACTERS:,}"
     elif found.kind == "regex":
         try:
-            regex.compile(found.place)
-        except regex.error as error:
-            problem, why = f"{found.place!r} is not a regular expression", str(error)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # FutureWarning: of sets that may be read otherwise one day
+                regex.compile(found.place)
+        except (regex.error, RecursionError, OverflowError) as error:
+            problem, why = f"{shorten(found.place)!r} is not a regular expression", str(error)
     elif found.kind in ("file", "json") and not Path(found.place).is_file():
         problem = f"there is no file {found.place}"
     elif found.kind in ("file", "module") and not (found.place and found.function.isidentifier()):

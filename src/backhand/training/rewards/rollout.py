@@ -19,6 +19,7 @@ from backhand.errors import CheckError, UsageError
 from backhand.generate.sampling import Sampled, sample
 from backhand.generate.session import decode
 from backhand.nn.decoder.decoder import Decoder
+from backhand.ops.grpo import scale_down
 from backhand.training.rewards.options import RewardOptions, shown_names
 from backhand.training.rewards.process import RewardProcess, Written
 from backhand.training.step import Processes
@@ -86,15 +87,25 @@ class Rollout:
             raise CheckError(what, where=where, why=why, next_step=next_step)
         rewards = torch.tensor(told["rewards"], dtype=torch.float64)
         weights = torch.tensor(self.options.weights, dtype=torch.float64)
-        return Judged(answers, texts, rewards, (weights[:, None] * rewards).nansum(0))
+        totals = (weights[:, None] * rewards).nansum(0)
+        if not bool(totals.isfinite().all()):
+            raise CheckError(
+                f"the weighted rewards of an answer add up to {float(totals[~totals.isfinite()][0])}",
+                where="reward",
+                why="a sum of 64-bit numbers holds at most 1.8e308",
+                next_step="return smaller rewards, or give lower --reward-weights",
+            )
+        return Judged(answers, texts, rewards, totals)
 
     def measured(self, judged: Judged) -> dict[str, float]:
         """What metrics tell of answers and rewards."""
-        by_name = zip(shown_names(self.options.reward), judged.rewards, strict=True)
+        (totals, total_scale), (rewards, scales) = scale_down(judged.totals), scale_down(judged.rewards)
+        means = (rewards.nanmean(1, keepdim=True) * scales).flatten().tolist()
+        by_name = zip(shown_names(self.options.reward), means, strict=True)
         lengths = [len(one.tokens) for one in judged.answers]
         return {
-            "reward": float(judged.totals.mean()),
-            **{f"rewards/{name}/mean": float(values.nanmean()) for name, values in by_name},
+            "reward": float(totals.mean() * total_scale),
+            **{f"rewards/{name}/mean": mean for name, mean in by_name},
             "completion_tokens": sum(lengths) / len(lengths),
             "clipped_answers": sum(not one.stopped for one in judged.answers) / len(lengths),
         }

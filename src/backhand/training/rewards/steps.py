@@ -25,7 +25,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.errors import not_none
+from backhand.errors import CheckError, not_none
 from backhand.generate.completer import Completer, complete_greedily
 from backhand.generate.sampling import Sampled, at_temperature
 from backhand.nn.batch import TokenLoss
@@ -37,6 +37,9 @@ from backhand.training.objectives.objective import token_owners
 from backhand.training.rewards.guards import Certificate, RewardGuard
 from backhand.training.rewards.rollout import Judged, Rollout, prompt_of
 from backhand.training.step import AdapterOptimizer, Processes, StepResult, StepSum, StepWork, training_step
+
+_LARGEST_ADVANTAGE = 1e15
+"""Gradients are multiples of it, and their squares must stay below float32's 3.4e38."""
 
 
 class AnswerBatch:
@@ -76,6 +79,13 @@ class AnswerBatch:
         varied = (rewards.amax(1) > rewards.amin(1)).tolist()
         self.flat = varied.count(False)
         self._advantages = group_advantages(rewards, options.loss, options.scale_rewards).flatten()
+        if (largest := float(self._advantages.abs().max())) > _LARGEST_ADVANTAGE:
+            raise CheckError(
+                f"the rewards of one prompt's answers differ by about {largest:.3g}",
+                where="reward",
+                why=f"without division by a deviation, gradients overflow float32 above {_LARGEST_ADVANTAGE:g}",
+                next_step="return smaller rewards, or give --scale-rewards group",
+            )
         lengths = torch.tensor([len(one.tokens) for one in answers])
         self._weights = answer_weights(lengths, options.loss, options.max_new_tokens)
         if not beta or options.loss == "rloo":
