@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from sanitized_loops import LOOPS, Draw
+from sanitized_loops import LOOPS, Draw, parallel_for
 
 from backhand.kernels.builds import Library, library_path, usable
 from backhand.kernels.library import DOUBLE, INT, INT64, POINTER
@@ -76,6 +76,8 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
 
 def main(folder: Path, rounds: int) -> None:
     builds = [Library(library_path(name, folder)) for name in usable(folder)]
+    for build in builds:
+        build.function("backhand_set_parallel_for", (POINTER,))(parallel_for)
     low_rank(builds, np.random.default_rng(2), rounds)
     for seed, one_problem in enumerate(LOOPS):
         draw = Draw(seed)

@@ -41,7 +41,15 @@ def test_random_blocks_are_read_and_written_within_their_bounds(sanitized):
 
 
 @pytest.mark.slow
-def test_a_read_behind_the_end_is_noticed(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "right", "wrong"),
+    [
+        ("formats.h", "block + 2, 32);", "block + 3, 32);"),
+        ("gated_delta_rule.cpp", "memory + worker * each", "memory + 2 * worker * each"),
+    ],
+    ids=["read after a block", "memory of a second thread"],
+)
+def test_an_access_outside_a_buffer_is_noticed(monkeypatch, tmp_path, file, right, wrong):
     """Otherwise the test above could not fail."""
     if runtime("libasan.so") is None:
         pytest.skip("no compiler with an address sanitizer")
@@ -49,15 +57,15 @@ def test_a_read_behind_the_end_is_noticed(monkeypatch, tmp_path):
     sources.mkdir()
     for path in build.SOURCES.iterdir():
         text = path.read_text(encoding="utf-8")
-        if path.name == "formats.h":
-            assert "static constexpr int values = 32, bytes = 34;" in text
-            text = text.replace("block + 2, 32);", "block + 3, 32);")
+        if path.name == file:
+            assert right in text
+            text = text.replace(right, wrong)
         (sources / path.name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(build, "SOURCES", sources)
     monkeypatch.setattr(build, "INSTRUCTION_SETS", {build.machine(): {"baseline": ()}})
     build.build(tmp_path / "lib", sanitize=True)
     monkeypatch.undo()
-    build._stamp("baseline", tmp_path / "lib")  # as if of the sources that the process has which loads it
+    build._stamp("baseline", tmp_path / "lib", sys.platform)  # as if of the sources that the process has which loads it
     done = fuzz(tmp_path / "lib", 40)
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr

@@ -18,6 +18,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError, not_none
 from backhand.kernels.builds import library
 from backhand.kernels.library import INT, INT64, POINTER, Declared
+from backhand.kernels.pieces import piece_size
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -130,7 +131,7 @@ def dequantize(
 def _by_pieces(source: Bytes, type_id: int, out: Tensor, row_ids: Tensor | None, first: int, blocks: int) -> Tensor:
     """The same through float32 in pieces of whole rows: by the kernels for other dtypes, else by gguf."""
     values, size = block_shape(type_id)
-    step = max(1, _PIECE_VALUES // (blocks * values))
+    step = max(1, piece_size(_PIECE_VALUES) // (blocks * values))
     compiled = is_compiled(type_id)
     for start in range(0, out.shape[0], step):
         part = out[start : start + step]

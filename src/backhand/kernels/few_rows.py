@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backhand.kernels.dequantize import is_compiled
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.pieces import piece_size
 from backhand.kernels.quantized_matrix import QuantizedMatrix, dequantized_rows
 
 MOST_ROWS, MOST_TILED_ROWS = 8, 64
@@ -91,8 +92,9 @@ def few_rows_product(
                 part.row_count,
             )
         else:
-            for start in range(0, part.row_count, _ROWS_BY_PACKAGE):
-                piece = part.part(start, min(start + _ROWS_BY_PACKAGE, part.row_count))
+            step = piece_size(_ROWS_BY_PACKAGE)
+            for start in range(0, part.row_count, step):
+                piece = part.part(start, min(start + step, part.row_count))
                 numbers = x.new_empty(piece.row_count, x.shape[1])
                 dequantized_rows(piece, numbers, piece.order)
                 multiply(_as_they_are(numbers), first + start, piece.row_count)

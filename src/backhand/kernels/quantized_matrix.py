@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.dequantize import Bytes, block_shape, dequantize, is_compiled
+from backhand.kernels.pieces import piece_size
 
 NUMBERS_OF_PART = 6
 """In `QuantizedMatrix.table`."""
@@ -177,10 +178,10 @@ def dequantized_rows(part: StoredRows, out: Tensor, ids: Tensor | None) -> Tenso
     """Write the part's stored rows with these numbers, None for all, into `out`, (rows, in), and return it."""
     if part.column_order is None:
         return dequantize(part.blocks, part.type_id, out, row_ids=ids)
-    count = len(out)
-    stored = torch.empty(min(count, _ROWS_IN_ORDER), part.columns, dtype=out.dtype, device=out.device)
-    for start in range(0, count, _ROWS_IN_ORDER):
-        stop = min(start + _ROWS_IN_ORDER, count)
+    count, step = len(out), piece_size(_ROWS_IN_ORDER)
+    stored = torch.empty(min(count, step), part.columns, dtype=out.dtype, device=out.device)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
         if ids is None:
             dequantize(part.blocks[start:stop], part.type_id, stored[: stop - start])
         else:

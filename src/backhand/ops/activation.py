@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.pieces import piece_size
+
 KAPPA = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 # GELU's many steps run on chunks of rows: what lies between two reads of memory then stays in the second-level cache.
@@ -59,7 +61,7 @@ def activated(a: Tensor, activation: str) -> Activated:
         raise ValueError(f"activation {activation!r} is none of 'silu', 'gelu_tanh', 'sigmoid'")
     result = Activated(*(torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2)))
     rows = a.flatten(0, -2)
-    step = max(1, CHUNK_ELEMENTS // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
+    step = max(1, piece_size(CHUNK_ELEMENTS) // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
     for part, value, slope in zip(*(t.split(step) for t in (rows, *(t.flatten(0, -2) for t in result))), strict=True):
         wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
         square = wide * wide

@@ -32,6 +32,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.pieces import piece_size
+
 # At most so many queries a block: larger ones compute what causality throws away, smaller ones run at a poor rate.
 BLOCK_TOKENS = 160
 # Blocks begin at multiples of this, so that documents of many lengths need few different shapes of products.
@@ -151,7 +153,7 @@ def _probabilities(
 
 def _has_long_sums(p: Tensor) -> bool:
     """Whether how P's rows are added up is seen beside the rounding of P itself."""
-    return p.shape[-1] > KEYS_A_SUM and p.dtype in (torch.float32, torch.float64)
+    return p.shape[-1] > piece_size(KEYS_A_SUM) and p.dtype in (torch.float32, torch.float64)
 
 
 def _softmax_backward(d_p: Tensor, p: Tensor) -> Tensor:
@@ -167,7 +169,8 @@ def _over_keys(p: Tensor, values: Tensor, scaling: float = 1.0, out: Tensor | No
     if not _has_long_sums(p):
         return torch.baddbmm(p.new_empty(1, 1, 1), p, values, beta=0, alpha=scaling, out=out)
     total = p.new_zeros(*p.shape[:2], values.shape[2]) if out is None else out.zero_()
-    for some, theirs in zip(p.split(KEYS_A_SUM, -1), values.split(KEYS_A_SUM, 1), strict=True):
+    step = piece_size(KEYS_A_SUM)
+    for some, theirs in zip(p.split(step, -1), values.split(step, 1), strict=True):
         total.baddbmm_(some, theirs, alpha=scaling)
     return total
 
@@ -216,7 +219,7 @@ def attention_blocks_forward(
         sink = _sink_of_rows(sinks, q, kv_heads, block.stop - block.start)
         queries, seen, their_values = _rows(q[:, part], kv_heads), _seen(keys, block, sink), _seen(values, block, sink)
         output = torch.empty_like(queries)
-        at_once = max(1, SCORES_BYTES // max(1, queries.shape[1] * seen.shape[1] * q.element_size()))
+        at_once = max(1, piece_size(SCORES_BYTES // q.element_size()) // max(1, queries.shape[1] * seen.shape[1]))
         for first in range(0, len(queries), at_once):
             own = slice(first, first + at_once)
             p, _ = _probabilities(queries[own], seen[own], scaling, block, cap, None if sink is None else sink[own])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, matrix, segment_table
+from backhand.kernels.pieces import piece_size
 from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
 from backhand.ops.elementwise import InputSaved, silu_backward
 
@@ -212,9 +213,14 @@ class _Tile(NamedTuple):
         return self.documents(x)[:, self.first : self.last]
 
 
+def tile_tokens(channels: int) -> int:
+    """Return the most tokens of a tile."""
+    return max(1, piece_size(TILE_ELEMENTS) // max(channels, 1))
+
+
 def _tiles(x: Tensor, runs: tuple[Run, ...]) -> Iterator[_Tile]:
     """All tokens of x (tokens, channels): several segments at a time, or a part of one."""
-    most = max(1, TILE_ELEMENTS // max(x.shape[1], 1)) if x.device.type == "cpu" else max(1, x.shape[0])
+    most = tile_tokens(x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     for start, count, length, before in runs:
         at_once = max(1, most // max(length, 1))
         for document in range(0, count, at_once):

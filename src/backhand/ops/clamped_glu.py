@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.pieces import piece_size
+
 # At once: nine tensors of so many float32 numbers lie beside one another in backward, in the second-level cache.
 CHUNK_ELEMENTS = 1 << 14
 
@@ -108,7 +110,7 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if first.device.type != "cpu" or first.numel() == 0:
         yield tensors
         return
-    step = max(1, CHUNK_ELEMENTS // max(first[:1].numel(), 1))
+    step = max(1, piece_size(CHUNK_ELEMENTS) // max(first[:1].numel(), 1))
     yield from zip(*(tensor.split(step) for tensor in tensors), strict=True)
 
 

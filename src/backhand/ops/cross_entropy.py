@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.kernels.pieces import piece_size
 from backhand.ops.embedding import sums_dtype
 from backhand.ops.logits_rule import capped
 
@@ -79,7 +80,11 @@ def losses_in_place(logits: Tensor, targets: Tensor, losses: Tensor, cap: float 
     Args:
         cap: κ, by which the logits are capped first (`logits_rule`), or None.
     """
-    step = max(1, SOFTMAX_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    step = (
+        max(1, piece_size(SOFTMAX_ELEMENTS) // logits.shape[1])
+        if logits.device.type == "cpu"
+        else max(1, logits.shape[0])
+    )
     wide = losses.dtype
     probabilities = torch.empty(min(step, logits.shape[0]), logits.shape[1], dtype=wide, device=logits.device)
     minus_one = torch.full((1, 1), -1.0, dtype=wide, device=logits.device)

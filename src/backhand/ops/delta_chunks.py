@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels.pieces import piece_size
 from backhand.ops.delta_steps import (
     CHUNK_TOKENS,
     GatedDeltaRuleGrads,
@@ -104,7 +105,7 @@ def heads_at_once(heads: int, tokens: int, step_tokens: int, width: int, kept: i
         kept: bytes of a token and key head.
         on_cpu: else there are no caches to stay in.
     """
-    in_caches = STEP_ELEMENTS // max(step_tokens * width, 1) if on_cpu else heads
+    in_caches = piece_size(STEP_ELEMENTS) // max(step_tokens * width, 1) if on_cpu else heads
     return max(1, min(heads, in_caches, KEPT_BYTES // (max(tokens, 1) * kept)))
 
 

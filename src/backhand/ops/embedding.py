@@ -18,7 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ROWS_AT_ONCE = 1024  # that are float64 for a moment
+from backhand.kernels.pieces import piece_size
+
+ROWS_AT_ONCE = 1024  # that are float64 for a moment
 
 
 class EmbeddingSaved(NamedTuple):
@@ -69,7 +71,8 @@ def sums_by_id(ids: Tensor, rows: Tensor, count: int) -> Tensor:
     """
     present, places = torch.unique(ids, return_inverse=True)
     sums = torch.zeros(len(present), rows.shape[1], dtype=sums_dtype(rows), device=rows.device)
-    for some, their_places in zip(rows.split(_ROWS_AT_ONCE), places.split(_ROWS_AT_ONCE), strict=True):
+    step = piece_size(ROWS_AT_ONCE)
+    for some, their_places in zip(rows.split(step), places.split(step), strict=True):
         sums.index_add_(0, their_places, some.to(sums.dtype))
     wide = torch.promote_types(rows.dtype, torch.float32)
     return torch.zeros(count, rows.shape[1], dtype=wide, device=rows.device).index_copy_(0, present, sums.to(wide))

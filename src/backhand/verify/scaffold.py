@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from backhand.kernels.pieces import small_pieces
 from backhand.nn.batch import PackedBatch, document_runs
 from backhand.ops.document_groups import Run, segments
 from backhand.ops.registry import OPS, op_module
@@ -245,11 +247,21 @@ class Op:
         fields: tuple[str, ...] = get_type_hints(self.backward)["return"]._fields
         self.gradients = self.gradients or tuple(name for name in fields if name.startswith("d_"))
 
-    def case(self, name: str, *sizes: Any, exempt: tuple[str, ...] = (), **options: Any) -> Case:
+    def case(
+        self,
+        name: str,
+        *sizes: Any,
+        exempt: tuple[str, ...] = (),
+        pieces: int | None = None,
+        threads: int | None = None,
+        **options: Any,
+    ) -> Case:
         """A case, its inputs drawn from a generator that is seeded by op and name.
 
         Args:
             sizes: the first options in their order.
+            pieces: the limit of `small_pieces` inside which the op is computed, or None.
+            threads: the number of torch's threads that compute the op, or None for those that there are.
         """
         if len(sizes) > len(self.options):
             raise TypeError(f"{self.name}, {name}: {len(sizes)} values for {len(self.options)} options")
@@ -270,7 +282,8 @@ class Op:
 
         def by_hand(t: Tensors, backward: Backward) -> ByHand:
             given = Given({**settings, **t}, self.made)
-            y, grads = way(given, backward)
+            with small_pieces(pieces), threads_of(threads):
+                y, grads = way(given, backward)
             into = "into" in given and given["into"] is not None
             found = grads if isinstance(grads, dict) else named_gradients(grads)
             wanted = [key for key in t if f"d_{kind(key)}" in self.gradients and kind(key) not in without]
@@ -308,6 +321,18 @@ def named_gradients(grads: Any) -> Tensors:
         parts = {name: value} if not isinstance(value, tuple) else {f"{name} {i}": part for i, part in enumerate(value)}
         found |= {key: part for key, part in parts.items() if part is not None}
     return found
+
+
+@contextmanager
+def threads_of(count: int | None) -> Iterator[None]:
+    """Inside, torch computes with `count` threads; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def receiver(factor: Tensor) -> Tensor:
@@ -370,6 +395,13 @@ def standard_mutants(*gradients: str) -> tuple[Mutant, ...]:
 def mean_of_rows(g: Tensor, d: Tensor) -> Tensor:
     """The mean over the rows in place of their sum."""
     return d / max(flat_rows(g).shape[0], 1)
+
+
+def later_pieces_missing(d: Tensor, count: int) -> Tensor:
+    """As if only the first piece, of `count` rows, had been computed; rows are all leading axes."""
+    rows = flat_rows(d).clone()
+    rows[count:] = 0
+    return rows.view(d.shape)
 
 
 def rows_reversed(g: Tensor) -> Tensor:

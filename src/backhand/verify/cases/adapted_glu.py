@@ -141,6 +141,7 @@ CASES = (
     OP.case("ranks above a block", "gelu_tanh", (13,), 70, (19, 35, 17)),
     OP.case("several blocks", "silu", (101,), 141, (5, 3, 6), in_place=True),
     OP.case("several parts of rows", "gelu_tanh", (541,), 67, (4, 2, 3), in_place=True),
+    OP.case("threads", "silu", (541,), 97, (5, 17, 3), threads=3),
     OP.case("one row", "silu", (1,)),
     OP.case("no rows", "silu", (0,)),
     OP.case("no rows, in place", "gelu_tanh", (2, 0), in_place=True),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved
-from backhand.ops.document_groups import Run
+from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved, tile_tokens
+from backhand.ops.document_groups import Run, segments
 from backhand.verify.scaffold import PACKED, Op, Placed, placed, wrong
 
 
@@ -45,6 +45,10 @@ CASES = (
     OP.case("one token", (1,)),
     OP.case("no tokens", ()),
     OP.case("training size", (40, 40, 17), channels=48),
+    OP.case("several tiles behind a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
+    OP.case("tiles shorter than the taps", (5, 4, 7), width=6, parents=(-1, 0, 0), pieces=10),
+    OP.case("tiles of several segments", (7, 3, 3, 3, 3, 3), parents=(-1, 0, 0, 0, 0, 0), pieces=40),
+    OP.case("several blocks of channels", (9, 5, 6), channels=259, parents=(-1, 0, 0), threads=3),
 )
 
 
@@ -60,8 +64,14 @@ OTHERS: tuple[tuple[str, Sight], ...] = (
 """Mutants' sights."""
 
 
-def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT) -> Tensor:
-    """∂c/∂x for each channel, (channels, tokens, tokens): what the mutants get wrong stands here in the open."""
+TILE_MISTAKES = ("a tile sees no other", "later tiles do not see the prefix")
+
+
+def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT, mistake: str = "") -> Tensor:
+    """∂c/∂x for each channel, (channels, tokens, tokens): what the mutants get wrong stands here in the open.
+
+    mistake: one of `TILE_MISTAKES`, or none.
+    """
     x, (weight, _), runs, _ = saved
     tokens, width = x.shape[0], weight.shape[1]
     where = placed(runs, torch.device("cpu"))
@@ -70,8 +80,20 @@ def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT) -> Tensor:
     seen = (distance >= 0) & (distance < width)
     if seen_by is not None:
         seen &= seen_by(where)
+    if mistake:
+        segment, tile = _places_in_tiles(runs, weight.shape[0])
+        same = segment[:, None] == segment
+        seen &= ~same | (tile[:, None] == tile) if mistake == TILE_MISTAKES[0] else same | (tile == 0)[:, None]
     columns = (width - 1 - distance).clamp(0, width - 1)
     return weight[:, columns.to(weight.device)] * seen.to(weight.device)
+
+
+def _places_in_tiles(runs: tuple[Run, ...], channels: int) -> tuple[Tensor, Tensor]:
+    """The segment of each token, and the tile within it, (tokens,) each."""
+    spans = [span for span, _ in segments(runs)]
+    lengths = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64)
+    places = torch.cat([torch.arange(0), *(torch.arange(stop - start) for start, stop in spans)])
+    return torch.arange(len(spans)).repeat_interleave(lengths), places // tile_tokens(channels)
 
 
 def _slope(saved: CausalConvSaved) -> Tensor:
@@ -90,10 +112,15 @@ def _seen_by(sight: Sight, g: Tensor, s: CausalConvSaved) -> Tensor:
     return _through(g * _slope(s), conv_matrices(s, sight))
 
 
+def _tiled(mistake: str, g: Tensor, s: CausalConvSaved) -> Tensor:
+    return _through(g * _slope(s), conv_matrices(s, mistake=mistake))
+
+
 MUTANTS = (
     wrong("slope forgotten", "d_x", lambda g, s: _through(g, conv_matrices(s))),
     wrong("slope at x", "d_x", lambda g, s: _through(functional.silu(s.x) * g, conv_matrices(s))),
     *(wrong(name, "d_x", partial(_seen_by, sight)) for name, sight in OTHERS),
+    *(wrong(mistake, "d_x", partial(_tiled, mistake)) for mistake in TILE_MISTAKES),
     wrong("taps not reversed", "d_x", lambda g, s: _through(g * _slope(s), conv_matrices(s).mT)),
     wrong("its own tap alone", "d_x", lambda g, s: g * _slope(s) * s.taps.weight[:, -1]),
 )

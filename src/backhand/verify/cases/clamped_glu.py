@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from backhand.kernels.pieces import piece_size
 from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved
-from backhand.verify.scaffold import Backward, Draw, Given, Op, wrong
+from backhand.verify.scaffold import Backward, Draw, Given, Op, later_pieces_missing, wrong
 
 CLAMP = Clamp(1.702, 1.1)
 MARGIN = 0.02
@@ -50,7 +51,8 @@ CASES = (
     OP.case("gpt-oss's numbers", (11,), size=5.0, clamp=Clamp(1.702, 7.0)),
     OP.case("nothing clamped", (5,), clamp=Clamp(0.9, 40.0)),
     OP.case("everything clamped", (5,), size=30.0, clamp=Clamp(1.3, 0.2)),
-    OP.case("several chunks", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
+    OP.case("several chunks", (9,), 5, side_by_side=True, pieces=20),
+    OP.case("several chunks of documents", (5, 2), 5, pieces=20),
     OP.case("one row", (1,)),
     OP.case("no rows", (0,)),
     OP.case("no rows in documents", (2, 0), side_by_side=True),
@@ -70,6 +72,11 @@ def _without_one(s: ClampedGLUSaved, right: Tensor) -> Tensor:
 
 
 MUTANTS = (
+    wrong(
+        "first chunk alone",
+        "d_gate d_up",
+        lambda d: later_pieces_missing(d, piece_size(CHUNK_ELEMENTS) // max(d.shape[-1], 1)),
+    ),
     OP.redo("clamp ignored", "d_gate d_up", clamp=lambda s: Clamp(s.clamp.gain, math.inf)),
     wrong("bounds let the gradient through", "d_up", lambda g, s: _through(g, s)),
     wrong("upper bound alone", "d_up", lambda g, s: _through(g, s).masked_fill(s.up > s.clamp.limit, 0.0)),

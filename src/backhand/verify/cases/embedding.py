@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.kernels.pieces import piece_size
+from backhand.ops.embedding import ROWS_AT_ONCE, EmbeddingSaved
 from backhand.verify.scaffold import Draw, Op, overwritten, wrong
 
 
@@ -28,13 +30,22 @@ CASES = (
     OP.case("documents and tokens", (2, 9), scaling=2.4),
     OP.case("one token many times", (40,), only=2, scaling=1.7),
     OP.case("unseen tokens", (3,), vocab=11),
+    OP.case("several pieces of rows", (11,), pieces=4),
     OP.case("one token", (1,)),
     OP.case("no tokens", (0,), scaling=2.4),
     OP.case("training size", (67,), 353, 48, scaling=6.9),
 )
 
 
+def _first_piece(g: Tensor, s: EmbeddingSaved) -> Tensor:
+    """As if the rows of later pieces were not added."""
+    there = torch.arange(s.ids.numel()) < piece_size(ROWS_AT_ONCE)
+    ids, rows = s.ids.reshape(-1), g.reshape(-1, g.shape[-1])
+    return s.scaling * rows.new_zeros(s.vocab, rows.shape[1]).index_add_(0, ids[there], rows[there])
+
+
 MUTANTS = (
+    wrong("first piece of rows alone", "d_weight", _first_piece),
     wrong("scaling forgotten", "d_weight", lambda s, d: d / s.scaling),
     wrong("overwritten instead of summed", "d_weight", lambda g, s: overwritten(s.vocab, s.ids, s.scaling * g)),
     wrong(

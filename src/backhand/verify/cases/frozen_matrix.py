@@ -7,6 +7,7 @@ package, whose arithmetic is the reference; the products are cut into tiles far 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -47,31 +48,49 @@ def random_blocks(draw: Draw, name: str, rows: int, columns: int) -> Bytes:
     return blocks.view(rows, columns // values * size).numpy()
 
 
-def _drawn_weight(draw: Draw, columns: int, parts: list[tuple[str, int]], ordered: bool) -> dict[str, Tensor]:
+def _drawn_weight(
+    draw: Draw, columns: int, parts: list[tuple[str, int]], ordered: bool, columns_ordered: bool
+) -> dict[str, Tensor]:
     """A weight of parts (ggml type, rows) stacked: their bytes and orders; a part of type `dense` must be alone."""
     if parts[0][0] == "dense":
         return {"dense": draw.normal(parts[0][1], columns).float()}
     stored = {f"blocks {i}": torch.from_numpy(random_blocks(draw, *part, columns)) for i, part in enumerate(parts)}
     orders = [torch.randperm(rows, generator=draw.generator) for _, rows in parts if ordered]
-    return stored | {f"order {i}": order for i, order in enumerate(orders)}
+    by_columns = [torch.randperm(columns, generator=draw.generator) for _ in parts if columns_ordered]
+    stored |= {f"order {i}": order for i, order in enumerate(orders)}
+    return stored | {f"column_order {i}": order for i, order in enumerate(by_columns)}
 
 
-def _stored(given: Given) -> list[tuple[str, Bytes, Tensor | None]]:
-    """Type, blocks and order of each part."""
+def _stored(given: Given) -> list[StoredRows]:
+    """Each part as it is stored."""
+
+    def order(name: str, i: int) -> Tensor | None:
+        return given[f"{name} {i}"].cpu() if f"{name} {i}" in given else None
+
     return [
-        (name, given[f"blocks {i}"].cpu().numpy(), given[f"order {i}"].cpu() if f"order {i}" in given else None)
+        StoredRows(
+            given[f"blocks {i}"].cpu().numpy(),
+            int(gguf.GGMLQuantizationType[name]),
+            order("order", i),
+            order("column_order", i),
+        )
         for i, (name, _) in enumerate(given["parts"])
     ]
+
+
+def _fields(part: StoredRows) -> tuple[Bytes, int, Tensor | None, Tensor | None]:
+    return part.blocks, part.type_id, part.order, part.column_order
 
 
 def _numbers(given: Given) -> Tensor:
     """What the gguf package reads in the blocks."""
     x: Tensor = given["x"]
     parts = [given["dense"].to(x)] if "dense" in given else []
-    for name, blocks, order in [] if parts else _stored(given):
-        rows = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType[name])
+    for blocks, type_id, order, columns in [] if parts else map(_fields, _stored(given)):
+        rows = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType(type_id))
         part = torch.from_numpy(np.array(rows, dtype=np.float32)).to(x)
-        parts.append(part if order is None else part[order])
+        part = part if order is None else part[order]
+        parts.append(part if columns is None else part[:, columns])
     return torch.cat(parts)
 
 
@@ -80,9 +99,7 @@ def _tiled(given: Given, backward: Backward) -> tuple[Tensor, FrozenLinearGrads]
     if matrix is not None:
         matrix = matrix.to(x)
     else:
-        types = gguf.GGMLQuantizationType
-        rows = [StoredRows(blocks, int(types[name]), order) for name, blocks, order in _stored(given)]
-        matrix = QuantizedMatrix(rows, x.dtype, x.device)
+        matrix = QuantizedMatrix(_stored(given), x.dtype, x.device)
     with tiles_of(given["tile_bytes"] or 1 << 40):
         y, saved = given.call(OP.forward, weight=matrix)
         return y, backward(given["d_y"], saved)
@@ -96,7 +113,8 @@ def _usual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 OP = Op(
     "frozen_linear",
     dict(drawn=_drawn_weight, x="*lead columns", d_y="*lead outputs", bias="outputs") | dict(residual="*lead outputs"),
-    dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False) | dict(tile_bytes=_SMALL_TILES),
+    dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False, columns_ordered=False)
+    | dict(tile_bytes=_SMALL_TILES),
     usual=_usual,
     made={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
     way=_tiled,
@@ -122,6 +140,13 @@ CASES = (
         "other types of one block", (3,), 256, [("Q5_K", 3), ("IQ4_XS", 5), ("IQ4_NL", 2), ("F16", 4), ("BF16", 6)]
     ),
     OP.case("by the gguf package", (3,), 512, [("IQ2_XS", 66)]),
+    OP.case("by the gguf package, piece by piece", (9,), 512, [("IQ2_XS", 66)], pieces=4 * 512),
+    OP.case("columns in another order", (9,), 544, [("Q4_0", 13), ("Q8_0", 70)], columns_ordered=True, pieces=4),
+    OP.case("few rows, columns in another order", (3,), 512, [("Q6_K", 9)], columns_ordered=True, pieces=4),
+    OP.case("rows and columns in another order", (2,), 544, [("Q5_1", 70)], ordered=True, columns_ordered=True),
+    OP.case("dense, threads", (41,), 300, [("dense", 400)], bias=True, tile_bytes=None, threads=3),
+    OP.case("blocks, threads", (41,), 512, [("Q4_K", 230), ("Q6_K", 9)], ordered=True, tile_bytes=None, threads=3),
+    OP.case("few rows, threads", (3,), 1312, [("Q4_0", 109), ("Q8_0", 6)], residual=True, threads=3),
     OP.case("few rows, longer than a piece", (8,), 1312, [("Q4_0", 9), ("Q8_0", 6)], bias=True, residual=True),
     OP.case("few rows in another order", (2,), 1024, [("Q6_K", 7), ("Q5_K", 5)], ordered=True),
     OP.case("few dense rows of odd width", (3,), 1051, [("dense", 10)], bias=True, residual=True),
@@ -153,7 +178,7 @@ def _blocks(name: str, change: Callable[[Bytes, str], None]) -> tuple[Mutant, ..
     def changed(part: StoredRows) -> StoredRows:
         copy = part.blocks.copy()
         change(copy.reshape(-1, block_shape(part.type_id)[1]), gguf.GGMLQuantizationType(part.type_id).name)
-        return StoredRows(copy, part.type_id, part.order)
+        return replace(part, blocks=copy)
 
     return _reread(name, changed)
 
@@ -199,10 +224,17 @@ MUTANTS = (
     _blocks("scale of the block before", _neighbours_scale),
     _blocks("minimum forgotten", _no_minimum),
     _blocks("halves of bytes swapped", _nibbles_swapped),
-    _reread("order of rows ignored", lambda part: StoredRows(part.blocks, part.type_id)),
+    _reread("order of rows ignored", lambda part: replace(part, order=None)),
+    _reread("order of columns ignored", lambda part: replace(part, column_order=None)),
+    _reread(
+        "order of columns the other way",
+        lambda part: replace(
+            part, column_order=part.column_order if part.column_order is None else part.column_order.argsort()
+        ),
+    ),
     _reread(
         "order of rows the other way",
-        lambda part: StoredRows(part.blocks, part.type_id, part.order if part.order is None else part.order.argsort()),
+        lambda part: replace(part, order=part.order if part.order is None else part.order.argsort()),
     ),
     wrong("last column tile missing", "d_x", _columns(lambda tiles: [*tiles[:-1], torch.zeros_like(tiles[-1])])),
     wrong("column tiles in reverse", "d_x", _columns(lambda tiles: tiles[::-1])),

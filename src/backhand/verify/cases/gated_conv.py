@@ -10,7 +10,7 @@ from torch import Tensor
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference
 from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
-from backhand.verify.cases.causal_conv import OTHERS, RIGHT, Sight, conv_matrices
+from backhand.verify.cases.causal_conv import OTHERS, RIGHT, TILE_MISTAKES, Sight, conv_matrices
 from backhand.verify.scaffold import PACKED, Op, wrong
 
 
@@ -47,6 +47,9 @@ CASES = (
     OP.case("one token", (1,)),
     OP.case("no tokens", ()),
     OP.case("training size", (40, 40, 17), channels=48),
+    OP.case("several tiles behind a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
+    OP.case("tiles shorter than the taps", (5, 4, 7), width=6, parents=(-1, 0, 0), pieces=10),
+    OP.case("several blocks of channels", (9, 5, 6), channels=259, parents=(-1, 0, 0), threads=3),
 )
 
 
@@ -55,13 +58,17 @@ def _parts(s: GatedConvSaved) -> tuple[Tensor, Tensor, Tensor]:
     return b, c, x
 
 
-def _matrices(s: GatedConvSaved, sight: Sight = RIGHT) -> Tensor:
+def _matrices(s: GatedConvSaved, sight: Sight = RIGHT, mistake: str = "") -> Tensor:
     b, _, x = _parts(s)
-    return conv_matrices(CausalConvSaved(b * x, s.taps, s.runs, False), sight)
+    return conv_matrices(CausalConvSaved(b * x, s.taps, s.runs, False), sight, mistake)
 
 
 def _seen_by(sight: Sight, g: Tensor, s: GatedConvSaved) -> Tensor:
     return _gradient(g, s, _matrices(s, sight))
+
+
+def _tiled(mistake: str, g: Tensor, s: GatedConvSaved) -> Tensor:
+    return _gradient(g, s, _matrices(s, mistake=mistake))
 
 
 def _gradient(g: Tensor, s: GatedConvSaved, matrices: Tensor, *, gated: bool = True) -> Tensor:
@@ -82,6 +89,7 @@ def _input_gate_alone(d: Tensor) -> Tensor:
 MUTANTS = (
     wrong("output gate not in d_z", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s), gated=False)),
     *(wrong(name, "d_bcx", partial(_seen_by, sight)) for name, sight in OTHERS),
+    *(wrong(mistake, "d_bcx", partial(_tiled, mistake)) for mistake in TILE_MISTAKES),
     wrong("taps not reversed", "d_bcx", lambda g, s: _gradient(g, s, _matrices(s).mT)),
     wrong("gate and input exchanged", "d_bcx", lambda d: torch.cat(d.chunk(3, dim=-1)[::-1], dim=-1)),
     wrong("output gate's gradient missing", "d_bcx", _input_gate_alone),

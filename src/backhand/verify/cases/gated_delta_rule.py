@@ -45,6 +45,10 @@ CASES = (
     OP.case("shared prefix of several chunks", (7, 4, 7, 4), key_heads=1, group=2, parents=(-1, 0, 0, 0)),
     OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6)),
     OP.case("chain of segments", (7, 4, 1, 5, 2), key_heads=1, group=2, parents=(-1, 0, 1, 2, 0)),
+    OP.case("some of the heads at a time", (7, 4, 7, 4), key_heads=5, group=2, parents=(-1, 0, 0, 0), pieces=260),
+    OP.case(
+        "several workers", (23, 11, 9, 18, 13), key_heads=3, group=2, parents=(-1, 0, 0, -1, 3), chunk=8, threads=3
+    ),
     OP.case("strong forgetting", (9, 4), forgetting=8.0),
     OP.case("no forgetting", (9, 4), forgetting=0.0),
     OP.case("empty documents between", (3, 0, 2)),

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.kernels.pieces import piece_size
 from backhand.ops.activation import CHUNK_ELEMENTS
 from backhand.ops.glu import GLUGrads, GLUSaved
-from backhand.verify.scaffold import Backward, Given, Op, wrong
+from backhand.verify.scaffold import Backward, Given, Op, later_pieces_missing, wrong
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:
@@ -58,7 +59,10 @@ CASES = (
     OP.case("GLU, saturated", "sigmoid", (5,), size=20.0),
     OP.case("SwiGLU, saturated", "silu", (5,), size=30.0),
     OP.case("GeGLU, saturated", "gelu_tanh", (5,), size=30.0),
-    OP.case("SwiGLU, several chunks", "silu", (CHUNK_ELEMENTS // 257 + 3,), 257, side_by_side=True),
+    OP.case("SwiGLU, many rows", "silu", (67,), 257, side_by_side=True, threads=3),
+    OP.case("GeGLU, several chunks", "gelu_tanh", (9,), 5, pieces=20),
+    OP.case("GeGLU, several chunks side by side", "gelu_tanh", (3, 3), 5, side_by_side=True, pieces=20),
+    OP.case("GeGLU, many rows", "gelu_tanh", (67,), 259, threads=3),
     OP.case("GeGLU, many columns", "gelu_tanh", (5,), 83, side_by_side=True),
     OP.case("SwiGLU, one row", "silu", (1,)),
     OP.case("GeGLU, one row", "gelu_tanh", (1,)),
@@ -75,7 +79,15 @@ def _gelu_slope_without_inner(s: GLUSaved) -> Tensor:
     return (1 + t) / 2 + s.gate * (1 - t * t) / 2
 
 
+def _first_chunk(s: GLUSaved, d: Tensor) -> Tensor:
+    """Of the activation that is computed in chunks."""
+    if s.activation != "gelu_tanh":
+        return d
+    return later_pieces_missing(d, piece_size(CHUNK_ELEMENTS) // max(d.shape[-1], 1))
+
+
 MUTANTS = (
+    wrong("slope of the first chunk alone", "d_gate", lambda s, d: _first_chunk(s, d)),
     OP.redo("up forgotten", "d_gate", up=lambda s: torch.ones_like(s.up)),
     wrong("inner derivative missing", "d_gate", lambda g, s: g * s.up * _gelu_slope_without_inner(s)),
     wrong("φ for φ′", "d_gate", lambda g, s: g * s.up * activated(s.gate, s.activation)),

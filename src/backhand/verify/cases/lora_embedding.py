@@ -33,6 +33,7 @@ CASES = (
     OP.case("one token many times", (40,), only=2),
     OP.case("unseen tokens", (4,), vocab=11),
     OP.case("square factors", (9,), 5, 5, 5),
+    OP.case("several pieces of rows", (11,), pieces=4),
     OP.case("one token", (1,)),
     OP.case("no tokens", (0,)),
     OP.case("training size", (67,), 353, 48, 8),

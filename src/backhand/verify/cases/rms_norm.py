@@ -69,6 +69,9 @@ CASES = (
     OP.case("one row", (1,)),
     OP.case("no rows", (0,)),
     OP.case("training size", (67,), 96),
+    OP.case("threads", (67,), 601, with_residual=True, threads=3),
+    OP.case("heads, threads", (71, 3), 160, threads=3),
+    OP.case("long rows", (3,), 2 * 1024 + 5),
     OP.case("with a residual, in the gradient's place", (5,), 83, with_residual=True, in_place=True),
 )
 

@@ -56,6 +56,7 @@ OP = Op(
 
 CASES = (
     OP.case("one document", [0, 1, 2, 3, 4]),
+    OP.case("threads", [*range(40), *range(31)], heads=17, head_dim=34, threads=3),
     OP.case("packed documents", [0, 1, 2, 0, 1, 0]),
     OP.case("far positions", [4000, 4001, 8190], theta=1e6),
     OP.case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),

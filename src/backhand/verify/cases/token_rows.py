@@ -42,6 +42,7 @@ EMBEDDING_CASES = (
     EMBEDDING.case("one token many times", (40,), only=True),
     EMBEDDING.case("unseen tokens", (4,), 23),
     EMBEDDING.case("every token trained", (9,), 4, 5, 4),
+    EMBEDDING.case("several pieces of rows", (23,), pieces=4),
     EMBEDDING.case("one token", (1,), only=True),
     EMBEDDING.case("no tokens", (0,)),
     EMBEDDING.case("training size", (67,), 353, 48, 90),
