@@ -188,7 +188,8 @@ def taking_directory(path: Path) -> Iterator[None]:
         raise kind(f"{path} cannot hold a run", where="output", why=why, next_step=step) from error
 
 
-_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP)
+# EINVAL is what `reading.open_plain` raises for a pipe or a device.
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL)
 
 
 def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: str) -> BackhandError:

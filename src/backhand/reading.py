@@ -12,9 +12,13 @@ import os
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from backhand import json_shape
 from backhand.errors import UsageError
 from backhand.system import NO_WAIT, PLAIN, wait_for_pipe
+
+T = TypeVar("T")
 
 MAX_SETTINGS_BYTES = 8 * 2**20
 """Of files that hold settings, and not tensors or rows."""
@@ -70,6 +74,11 @@ def read_plain(path: Path | str, most: int | None = None) -> bytes:
 def read_settings(path: Path | str) -> str:
     """The text of a small file; bytes that are no UTF-8 become U+FFFD. Raises OSError as `read_plain`."""
     return read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8", "replace")
+
+
+def read_json(path: Path | str, shape: type[T]) -> T:
+    """Read a small JSON file that must have a shape (`json_shape`). Raises OSError as `read_plain`, and ValueError."""
+    return json_shape.load(read_plain(path, MAX_SETTINGS_BYTES), shape)
 
 
 def _kind_of_node(mode: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
@@ -97,8 +99,6 @@ VALUES = st.sampled_from(
     )
 )
 def test_any_configuration(text: bytes | list[tuple[str, str, str]], capsys: pytest.CaptureFixture[str]) -> None:
-    from backhand.cli.main import main
-
     assert documented("any text or values as a configuration") == CONFIGURATIONS
     if isinstance(text, list):
         text = "".join(f"{part}.{option} = {value}\n" for part, option, value in text).encode()
@@ -151,6 +151,9 @@ def damaged(path: Path, kind: str, place: float) -> None:
         case "directory":
             path.unlink()
             path.mkdir()
+        case "pipe":
+            path.unlink()
+            os.mkfifo(path)
         case "zeros":
             path.write_bytes(bytes(len(data)))
 
@@ -160,7 +163,7 @@ def damaged(path: Path, kind: str, place: float) -> None:
     damages=st.lists(
         st.tuples(
             st.integers(0, 10**6),
-            st.sampled_from(["cut", "flipped", "removed", "directory", "zeros"]),
+            st.sampled_from(["cut", "flipped", "removed", "directory", "pipe", "zeros"]),
             st.floats(0, 1, exclude_max=True),
         ),
         min_size=1,
@@ -190,6 +193,26 @@ def test_any_damage_to_a_run(damages: list[tuple[int, str, float]], stopped: Sto
                 assert code == 4, "never a silent start from nothing"
         if code == 0:
             assert final_bits(run) == stopped.bits
+
+
+@pytest.mark.parametrize("name", ["adapter/README.md", "status.json", "summary.json", "facts.json", "proofs.jsonl"])
+def test_a_pipe_instead_of_a_file_is_not_waited_for(name: str, stopped: Stopped) -> None:
+    with folder() as place:
+        run = Path(shutil.copytree(stopped.run, place / "run"))
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        code = main(["train", "--resume", "--output", str(run), "--quiet"])
+        assert code == 2 or (code == 0 and final_bits(run) == stopped.bits)
+
+
+def test_metrics_of_other_types_are_left_out(stopped: Stopped) -> None:
+    wrong = [{"step": "x"}, {"step": None}, {}, [], {"step": 2, "eval_loss": "low"}, {"step": 3, "loss": [1], "x": {}}]
+    with folder() as place:
+        run = Path(shutil.copytree(stopped.run, place / "run"))
+        with (run / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in wrong)
+        assert exit_code(with_options(TrainConfig(), output=run, resume=True, quiet=True)) == 0
+        assert {**final_bits(run), "metrics": b""} == {**stopped.bits, "metrics": b""}
 
 
 def state() -> RunState:
@@ -238,7 +261,15 @@ def test_any_values_in_a_checkpoint(progress: bytes, tensors: bytes, left_out: s
 def test_a_manifest_with_right_digest_and_another_form() -> None:
     import hashlib
 
-    for files in ([], {"x": 3}, {"x": {"bytes": 1}}, {"x": {"bytes": -1, "sha256": "", "more": 0}}, "x", None):
+    for files in (
+        [],
+        {"x": {"bytes": 5.0, "sha256": ""}},
+        {"x": 3},
+        {"x": {"bytes": 1}},
+        {"../x": {"bytes": 0, "sha256": ""}},
+        "x",
+        None,
+    ):
         body = {"format_version": 1, "step": 0, "files": files, "facts": {}}
         digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
         with folder() as place:

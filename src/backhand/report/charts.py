@@ -12,6 +12,7 @@ from typing import Any
 from backhand.arithmetic.findings import kind_of, layer_of
 from backhand.arithmetic.inspect import ModuleInspection
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.records import LengthBin
 
 Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -248,7 +249,7 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
     }
 
 
-def lengths(bins: Sequence[Mapping[str, Any]], title: str) -> Spec:
+def lengths(bins: Sequence[LengthBin], title: str) -> Spec:
     """How many documents have how many tokens; `bins` as facts.json has them."""
     rows = [
         {"from": one["from"], "to": one["to"], "last": one["to"] - 1, "documents": one["documents"]} for one in bins
@@ -301,7 +302,7 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: flo
     width = -(-len(points) // MAX_POINTS)
     groups = [points[start : start + width] for start in range(0, len(points), max(1, width))]
     return [
-        {"step": group[-1][0], "value": sum(value for _, value in group) / len(group), "series": name}
+        {"step": group[-1][0], "value": sum(value / len(group) for _, value in group), "series": name}
         for group in groups
     ]
 

@@ -71,8 +71,7 @@ def _verb(run: RunRecord, state: str) -> str:
 def _rows(run: RunRecord) -> str:
     sources = run.config.get("data", {}).get("data") or ()
     names = ", ".join(Path(str(source)).name for source in sources)
-    trained = run.facts.get("data", {}).get("train", {})
-    rows = run.summary.get("rows", trained.get("examples", trained.get("documents")))  # a pair is two documents
+    rows = run.summary.get("rows", run.rows.get("examples", run.rows.get("documents")))  # a pair is two documents
     counted = count_of(rows, "row") if is_number(rows) else "rows"
     return f"on {counted} of {names}" if names else f"on {counted}"
 
@@ -102,9 +101,9 @@ def _by_how_much(run: RunRecord, base: float, best: float) -> str:
         return f": {ordered:.0%} of the held-out pairs are ordered rightly"
     if run.objective != "sft":
         return ""
-    if all(part["form"] == "text" for part in run.facts.get("data", {}).get("train", {}).get("sources") or ()):
+    if all(part["form"] == "text" for part in run.rows.get("sources", ())):
         return f": the perplexity is {1 - math.exp(best - base):.0%} lower"
-    return f": a token of the right answer is given {math.exp(-best):.0%} in place of {math.exp(-base):.0%}"
+    return f": a token of the right answer is given {_exp(-best):.0%} in place of {_exp(-base):.0%}"
 
 
 def _where(run: RunRecord) -> str:
@@ -115,7 +114,11 @@ def _where(run: RunRecord) -> str:
 
 def perplexity(loss: float) -> str:
     """exp(loss), in words."""
-    value = math.exp(min(loss, 700.0))
+    value = _exp(loss)
     if value >= 1e6:
         return f"{value:.1e}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

@@ -220,9 +220,12 @@ def _movement(changes: Sequence[ModuleInspection]) -> str:
 
 
 def _data_charts(run: RunRecord) -> dict[str, charts.Spec]:
-    part = run.facts.get("data", {}).get("train", {})
-    titles = {"lengths": "tokens", "supervised": "supervised tokens"}
-    return {name: charts.lengths(part[name], title) for name, title in titles.items() if part.get(name)}
+    drawn = {}
+    if bins := run.rows.get("lengths"):
+        drawn["lengths"] = charts.lengths(bins, "tokens")
+    if bins := run.rows.get("supervised"):
+        drawn["supervised"] = charts.lengths(bins, "supervised tokens")
+    return drawn
 
 
 def _processes(run: RunRecord) -> list[tuple[str, str, str, str]]:

@@ -158,7 +158,7 @@ class LiveRun:
     """One run, as it is at the moment of asking. Safe to ask from several threads."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._lock = threading.Lock()
         self._version = ""
         self._page = b""
@@ -169,11 +169,11 @@ class LiveRun:
         parts = []
         for name in _SHOWN:
             try:
-                status = (self._path / name).stat()
+                status = (self.path / name).stat()
                 parts.append(f"{status.st_mtime_ns} {status.st_size} {status.st_ino}")
             except OSError:
                 parts.append("-")
-        state = read_status(self._path)
+        state = read_status(self.path)
         parts.append(state.state if state else "-")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -181,14 +181,14 @@ class LiveRun:
         """The version, and the whole page. While the run's files are being replaced, the page before that.
 
         Raises:
-            BackhandError: there is no page before, and the run cannot be read.
+            BackhandError, OSError: there is no page before, and the run cannot be read.
         """
         with self._lock:
             version = self.version()
             if version != self._version:
                 try:
-                    values = page_values(read_run(self._path))
-                except BackhandError:
+                    values = page_values(read_run(self.path))
+                except (BackhandError, OSError):
                     if not self._page:
                         raise
                     return self._version, self._page

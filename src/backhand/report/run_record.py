@@ -5,19 +5,41 @@ Files that are missing, as an interrupted run or one of an older version leaves 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import FileLayer
+from backhand.json_shape import fitting, parse
 from backhand.reading import read_settings
 from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
+from backhand.runs.records import RowFacts, RunFacts
 from backhand.runs.status import RunStatus, read_status
+from backhand.runs.summary import RunSummary
 from backhand.training.config_file import parse_toml
+
+
+class _Model(TypedDict, total=False):
+    model: str
+
+
+class _Data(TypedDict, total=False):
+    data: list[str]
+
+
+class _Objective(TypedDict, total=False):
+    objective: str
+
+
+class _Configuration(TypedDict, total=False):
+    """The options in config.toml that the report names."""
+
+    model: _Model
+    data: _Data
+    objective: _Objective
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,7 @@ class RunRecord:
     metrics: Sequence[dict[str, Any]]
     proofs: Sequence[dict[str, Any]]
     answers: Sequence[dict[str, Any]]
-    facts: dict[str, Any]  # facts.json, empty where there is none
+    facts: RunFacts  # facts.json, empty where there is none
     summary: dict[str, Any]  # summary.json, empty until the run is over
     status: RunStatus | None  # status.json, None where there is none
 
@@ -39,6 +61,11 @@ class RunRecord:
     def adapter(self) -> Path:
         """The published adapter, or where it will be."""
         return self.path / ADAPTER
+
+    @property
+    def rows(self) -> RowFacts:
+        """The training rows in facts.json."""
+        return self.facts.get("data", {}).get("train") or {}
 
     @property
     def objective(self) -> str:
@@ -69,7 +96,7 @@ def read_run(path: Path) -> RunRecord:
     """
     try:
         text = read_settings(path / CONFIG)
-        config = parse_toml(text)
+        config = fitting(fitting(parse_toml(text), dict[str, dict[str, Any]]), _Configuration)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"there is no run in {path}", next_step="give a directory that `backhand train` made"
@@ -81,11 +108,11 @@ def read_run(path: Path) -> RunRecord:
         path=path,
         config=config,
         config_text=text,
-        metrics=[line for line in lines(METRICS) if isinstance(line.get("step"), int)],
+        metrics=lines(METRICS),
         proofs=lines(PROOFS),
         answers=lines(ANSWERS),
-        facts=_object(path / FACTS),
-        summary=_object(path / SUMMARY),
+        facts=_parts(path / FACTS, RunFacts),
+        summary=_parts(path / SUMMARY, RunSummary),
         status=read_status(path),
     )
 
@@ -95,9 +122,9 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _parts(path: Path, shape: type) -> Any:
+    """Return the parts of a JSON file that have the right type, {} without such a file."""
     try:
-        values = json.loads(read_settings(path))
-    except (OSError, ValueError, RecursionError):
+        return fitting(parse(read_settings(path)), shape)
+    except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}

@@ -138,15 +138,23 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
             places[place](place)
         except _Refused as refused:
-            status, text = refused.args
-            self.close_connection = True  # what the client still sends is not read
-            self._send(status, f"{text}\n".encode("utf-8", "replace"), "text/plain; charset=utf-8")
+            self._send_refusal(*refused.args)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a browser gets an answer, whatever goes wrong
+            again = f"`backhand report {self.server.run.path} --debug` shows where"
+            why = f"this is a bug in Backhand: {type(error).__name__}: {error}; {again}"
+            self._send_refusal(HTTPStatus.INTERNAL_SERVER_ERROR, why)
+
+    def _send_refusal(self, status: HTTPStatus, text: str) -> None:
+        self.close_connection = True  # what the client still sends is not read
+        self._send(status, f"{text}\n".encode("utf-8", "replace"), "text/plain; charset=utf-8")
 
     def _page(self, place: str) -> None:
         box = self.server.box.state()
         try:
             version, page = self.server.run.page(box)
-        except BackhandError as error:
+        except (BackhandError, OSError) as error:
             raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
         if place == "":
             self._send(HTTPStatus.OK, page, "text/html; charset=utf-8")

@@ -23,7 +23,8 @@ from typing import Any
 
 from backhand.errors import ArtifactError
 from backhand.files import FileLayer, remove_tree, replace_file, saving
-from backhand.reading import MAX_SETTINGS_BYTES, open_plain, read_plain, read_settings
+from backhand.json_shape import ShapeError, convert
+from backhand.reading import open_plain, read_json, read_settings
 from backhand.runs.directory import put_directory
 
 FORMAT_VERSION = 1
@@ -180,57 +181,66 @@ def load_checkpoint(directory: Path, step: int) -> Checkpoint:
         ArtifactError: in one sentence, what is missing, torn or different.
     """
     manifest = _read_manifest(directory / MANIFEST)
-    if manifest["step"] != step:
-        raise ArtifactError(f"its manifest is of step {manifest['step']}", where=str(directory))
+    if manifest.step != step:
+        raise ArtifactError(f"its manifest is of step {manifest.step}", where=str(directory))
     contents: dict[str, bytes] = {}
-    for name, described in manifest["files"].items():
+    for name, described in manifest.files.items():
         path = directory / name
         try:
             with open_plain(path) as file:
-                same_size = os.fstat(file.fileno()).st_size == described["bytes"]
-                data = file.read(described["bytes"]) if same_size else b""
+                same_size = os.fstat(file.fileno()).st_size == described.bytes
+                data = file.read(described.bytes) if same_size else b""
         except OSError as error:
             raise ArtifactError(f"{name} cannot be read: {error.strerror}", where=str(path)) from None
-        if not same_size or _sha256(data) != described["sha256"]:
+        if not same_size or _sha256(data) != described.sha256:
             raise ArtifactError(f"{name} is not as it was written", where=str(path))
         contents[name] = data
-    return Checkpoint(step, contents, manifest["facts"])
+    return Checkpoint(step, contents, manifest.facts)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    format_version: int
+    step: int
+    files: dict[str, _File]
+    facts: dict[str, Any]
+
+
+def _read_manifest(path: Path) -> _Manifest:
     try:
-        manifest = json.loads(read_plain(path, MAX_SETTINGS_BYTES))
+        body = read_json(path, dict[str, Any])
     except FileNotFoundError:
         raise ArtifactError("it has no manifest", where=str(path)) from None
     except OSError as error:
         raise ArtifactError(f"its manifest cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, RecursionError):
+    except ShapeError:
+        raise ArtifactError("its manifest is not a JSON object", where=str(path)) from None
+    except ValueError:
         raise ArtifactError("its manifest is not JSON", where=str(path)) from None
-    if not isinstance(manifest, dict):
-        raise ArtifactError("its manifest is not a JSON object", where=str(path))
-    version = manifest.get("format_version")
+    version = body.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise NewerFormatError(
             f"the checkpoint is of format {version}, this version reads up to {FORMAT_VERSION}",
             where=str(path),
             next_step="upgrade Backhand",
         )
-    recorded = manifest.pop("manifest_sha256", None)
-    if recorded != _body_digest(manifest) or not _has_our_form(manifest):
-        raise ArtifactError("its manifest is damaged", where=str(path))
+    damaged = ArtifactError("its manifest is damaged", where=str(path))
+    if body.pop("manifest_sha256", None) != _body_digest(body):
+        raise damaged
+    try:
+        manifest = convert(body, _Manifest)
+    except ShapeError as error:
+        damaged.why = str(error)
+        raise damaged from None
+    if not all(map(_FILE_NAME.fullmatch, manifest.files)):
+        raise damaged
     return manifest
-
-
-def _has_our_form(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest with a right digest is one that `manifest_bytes` could have made."""
-    files = manifest.get("files")
-    return (
-        set(manifest) == {"format_version", "step", "files", "facts"}
-        and isinstance(manifest["facts"], dict)
-        and isinstance(files, dict)
-        and all(_FILE_NAME.fullmatch(name) for name in files)
-        and all(isinstance(entry, dict) and set(entry) == {"bytes", "sha256"} for entry in files.values())
-    )
 
 
 def _body_digest(body: Mapping[str, Any]) -> str:

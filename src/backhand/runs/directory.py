@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ from backhand.files import (
     write_all,
     write_file,
 )
+from backhand.json_shape import fitting, parse
 from backhand.reading import read_plain
+from backhand.runs.records import AnswerLine, metrics_line
 from backhand.system import NO_LINK, PLAIN, lock
 
 ADAPTER = "adapter"
@@ -150,22 +153,25 @@ class RunDirectory:
                 self.files.close(descriptor)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a JSON-lines file; a last line that was cut off by a crash is left out."""
+        """Return the records of metrics.jsonl, proofs.jsonl or answers.jsonl, without entries of a wrong type.
+
+        Lines that are not such records are left out, for example a last line that was cut off by a crash.
+        """
+        reader = _LINE_READERS[name]
         records = []
         try:
             text = read_plain(self.path / name).decode("utf-8", "replace")
         except FileNotFoundError:
             return []
         for line in text.split("\n"):
-            with suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if isinstance(record, dict):
+            with suppress(ValueError):
+                if record := reader(parse(line)):
                     records.append(record)
         return records
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps after this one, which are about to be done again. Raises ResourceError."""
-        kept = [record for record in self.lines(METRICS) if record.get("step", 0) <= step]
+        kept = [record for record in self.lines(METRICS) if record["step"] <= step]
         self.write(METRICS, _as_lines(kept))
 
     def sync_lines(self) -> None:
@@ -363,6 +369,12 @@ class Proof:
     kind: ProofKind = "guards"  # what the statement is about; the report has a table for each
     detail: str = ""  # where the figure is largest, or what it compares with
 
+
+_LINE_READERS: Mapping[str, Callable[[object], dict[str, Any]]] = {
+    METRICS: metrics_line,
+    PROOFS: partial(fitting, shape=Proof),
+    ANSWERS: partial(fitting, shape=AnswerLine),
+}
 
 ProofLog = Callable[[Proof], None]
 

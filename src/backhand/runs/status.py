@@ -10,13 +10,13 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from backhand.errors import BackhandError
-from backhand.reading import read_settings
+from backhand.reading import read_json
 from backhand.runs.directory import STATUS, RunDirectory
 from backhand.runs.interruption import Interrupted
 from backhand.system import begun_s, exists
@@ -79,10 +79,9 @@ def read_status(run: Path) -> RunStatus | None:
     """The status of a run, `killed` where its process is gone; None where there is none to read."""
     path = run / STATUS
     try:
-        values = json.loads(read_settings(path))
-        status = RunStatus(**{field.name: values[field.name] for field in fields(RunStatus)})
+        status = read_json(path, RunStatus)
         written_s = path.stat().st_mtime
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError):
         return None
     # Of a process on another machine that shares the disk nothing can be told.
     here = status.host == platform.node()

@@ -7,9 +7,28 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from backhand.reading import read_settings
+from backhand.reading import read_json
+
+
+class LabelRow(TypedDict):
+    """Scores of one label; `support` is the number of rows that have it."""
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class LabelFigures(TypedDict):
+    """Scores of rows whose answers are labels, as `evaluate --json` has them."""
+
+    accuracy: float
+    f1_macro: float
+    per_label: dict[str, LabelRow]
+    confusion: dict[str, dict[str, int]]
+    invented: int
 
 
 @dataclass(frozen=True)
@@ -57,8 +76,8 @@ class RunSummary:
     adapted_exact_match: float | None = None
     exact_match_rows: int | None = None
     # base_labels, adapted_labels: of these rows, as `evaluate --json` has them; None where they have no labels
-    base_labels: dict[str, Any] | None = None
-    adapted_labels: dict[str, Any] | None = None
+    base_labels: LabelFigures | None = None
+    adapted_labels: LabelFigures | None = None
     # of the best evaluation of pairs, `rewards/accuracies` and `rewards/margins`; None elsewhere
     held_out_pairs: dict[str, float] | None = None
     # rise of the loss on neutral texts with the adapter that is kept; None where it was not measured
@@ -101,16 +120,11 @@ def forgetting(nats: float | None) -> str:
 def read_summary(path: Path) -> RunSummary | None:
     """The summary in a file, without what others added to it; None where there is none to read."""
     try:
-        values = json.loads(read_settings(path))
-        # Runs of earlier versions have no field that has a default.
-        fields = {
-            f.name for f in dataclasses.fields(RunSummary) if f.name in values or f.default is dataclasses.MISSING
-        }
-        return RunSummary(**{name: values[name] for name in fields})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return read_json(path, RunSummary)
+    except (OSError, ValueError):
         return None
 
 
 def add_to_summary(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The fields of an existing summary.json with more of them, as the demo adds its exact matches."""
-    return {**json.loads(read_settings(path)), **values}
+    return {**read_json(path, dict[str, Any]), **values}

@@ -145,7 +145,7 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
     """The summary of a run that is over."""
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
-    lines = [line for line in directory.lines(METRICS) if "step" in line]
+    lines = directory.lines(METRICS)
     best = [line for line in lines if line["step"] == progress.best_step]
     names = ("rewards/accuracies", "rewards/margins")
     pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError, CheckError, ResourceError
 from backhand.files import free_bytes
+from backhand.json_shape import ShapeError, convert, load
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.reading import read_plain
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import RunDirectory
 from backhand.training.guards import MOST_SHOWN, is_finite, named_unusable
@@ -186,7 +187,7 @@ class Saver:
                 return
         files = adapter_part(wanted)
         try:
-            same = all((self.directory.adapter / name).read_bytes() == data for name, data in files.items())
+            same = all(read_plain(self.directory.adapter / name) == data for name, data in files.items())
         except OSError:
             same = False
         if not same:
@@ -234,19 +235,18 @@ class Progress:
     def from_json(cls, data: bytes) -> Progress:
         """What `to_json` wrote. Raises ArtifactError: it is something else."""
         try:
-            values = json.loads(data)
-        except (ValueError, RecursionError):
+            values = load(data, dict[str, Any])
+            if set(values) != {field.name for field in dataclasses.fields(cls)}:
+                raise ArtifactError("the progress of the run has other fields than expected", where="progress.json")
+            progress = convert(values, cls)
+        except ShapeError as error:
+            raise ArtifactError("the progress of the run is damaged", where="progress.json", why=str(error)) from None
+        except ValueError:
             raise ArtifactError("the progress of the run is not JSON", where="progress.json") from None
-        hints = typing.get_type_hints(cls)
-        if not isinstance(values, dict) or set(values) != set(hints):
-            raise ArtifactError("the progress of the run has other fields than expected", where="progress.json")
-        for name, value in values.items():
-            allowed = typing.get_args(hints[name]) or (hints[name],)
-            if not (type(value) in allowed or (type(value) is int and float in allowed)):
-                raise ArtifactError(f"{name} is {value!r}", where="progress.json")
-            if type(value) is int and value < 0:
+        for name, value in vars(progress).items():
+            if isinstance(value, int) and value < 0:
                 raise ArtifactError(f"{name} is {value}, which cannot be", where="progress.json")
-        return cls(**values)
+        return progress
 
     def record_evaluation(self, loss: float) -> bool:
         """Count a held-out loss; return whether it is the best so far."""
