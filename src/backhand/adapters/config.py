@@ -58,9 +58,16 @@ def check_tokens(where: str, tokens: object) -> None:
 
 
 def parse_names(values: str | Iterable[str]) -> tuple[str, ...]:
-    """Names from words that may hold several, separated by commas."""
-    given = [values] if isinstance(values, str) else values
-    return tuple(name.strip() for value in given for name in value.split(",") if name.strip())
+    """Split words at commas into names.
+
+    Raises:
+        UsageError: there are words and no name in them, as of a shell variable that is empty.
+    """
+    given = [values] if isinstance(values, str) else list(values)
+    names = tuple(name.strip() for value in given for name in value.split(",") if name.strip())
+    if given and not names:
+        raise UsageError(f"{','.join(given)!r} holds no name", next_step="give names, or leave the option out")
+    return names
 
 
 def parse_modules(values: str | Iterable[str]) -> str | tuple[str, ...]:

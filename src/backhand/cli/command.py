@@ -180,7 +180,7 @@ def command(entry: Command) -> Callable[..., Prepared]:
                 error.where = name.upper() if name in positional else f"{field.option}{bracket}{rest}"
 
         try:
-            values = {name: _parsed(value, by_name[name].parse) for name, value in typed.items()}
+            values = {name: _parsed(value, by_name[name]) for name, value in typed.items()}
             if base is not None:
                 untyped = by_name.keys() - typed
                 yielding = [name for name, other in _YIELDS.items() if other in typed and name in untyped]
@@ -252,10 +252,14 @@ def _by_position(leading: Sequence[inspect.Parameter], args: Sequence[Any]) -> d
     return values
 
 
-def _parsed(value: Any, parse: Parse | None) -> Any:
-    if parse is None:
+def _parsed(value: Any, field: OptionField) -> Any:
+    if field.parse is None:
         return value
-    return parse((value,) if isinstance(value, str) else value)
+    try:
+        return field.parse((value,) if isinstance(value, str) else value)
+    except UsageError as error:
+        error.where = error.where or field.name
+        raise
 
 
 def _words_in_file(base: Any, by_name: Mapping[str, OptionField]) -> dict[str, Any]:
@@ -263,7 +267,7 @@ def _words_in_file(base: Any, by_name: Mapping[str, OptionField]) -> dict[str, A
     if base is None:
         return {}
     values = {name: value_of(base, field) for name, field in by_name.items() if field.parse is not None}
-    return {name: _parsed(value, by_name[name].parse) for name, value in values.items() if isinstance(value, str)}
+    return {name: _parsed(value, by_name[name]) for name, value in values.items() if isinstance(value, str)}
 
 
 def _parameter(

@@ -17,14 +17,14 @@ from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.data.rows import BadRows
 from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically
-from backhand.generate.labels import AUTO, NONE, RULE, Labels, choose_labels, named_labels
+from backhand.generate.labels import AUTO, NONE, RULE, Labels, check_labels, choose_labels, longest_label, named_labels
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import AnswerOptions, GenerateOptions, compared_labels
 from backhand.generate.session import PROMPT, GenerationSession
 from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import working
-from backhand.words import count_of, name_list, show_notes
+from backhand.words import count_of, name_list, shorten, show_notes
 
 STDIN = "-"
 
@@ -83,11 +83,13 @@ def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSe
     """Those that answers are to be chosen from; nothing where they are free.
 
     Raises:
-        UsageError: they are to be the adapter's, and its record names none.
+        UsageError: they are to be the adapter's, and its record names none; or the model cannot answer with one.
     """
     names = options.answer.labels
     if names != (AUTO,):
-        return named_labels(() if names == (NONE,) else names, loaded.labels, lambda: session.renderer)
+        labels = named_labels(() if names == (NONE,) else names, loaded.labels, lambda: session.renderer)
+        check_labels(labels, loaded.model)
+        return labels
     if not loaded.labels:
         raise UsageError(
             "the adapter's record names no labels",
@@ -107,11 +109,12 @@ def _answer_one(
         who: stands before the probabilities, of which there are two lines where models are compared.
     """
     if labels:
-        session.check(prompt_ids, PROMPT)
+        session.check(prompt_ids, PROMPT, longest_label(labels))
         (chosen,) = choose_labels(session.model, [prompt_ids], labels)
         write_answer(f"{next(iter(chosen))}\n")
         if not options.answer.quiet:
-            say(who + name_list(f"{visible(label)} {probability:.3f}" for label, probability in chosen.items()))
+            shown = (f"{visible(shorten(label))} {probability:.3f}" for label, probability in chosen.items())
+            say(who + name_list(shown))
         return
     answer = session.answer(prompt_ids, options.sampling, on_text=write_answer)
     if not answer.text.endswith("\n"):
@@ -164,7 +167,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     prompts: list[Prompt] = []
     for prompt in read:
         try:
-            session.check(prompt.input_ids.tolist(), prompt.source)
+            session.check(prompt.input_ids.tolist(), prompt.source, longest_label(labels) or 1)
             prompts.append(prompt)
         except DataError as error:
             bad.add(error)

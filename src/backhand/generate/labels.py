@@ -25,7 +25,9 @@ from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
 from backhand.data.packing import filled_up, micro_batches, pack
 from backhand.data.rows import Completion
+from backhand.errors import UsageError
 from backhand.generate.completer import Completer, require_finite
+from backhand.words import shorten
 
 Labels = Mapping[str, Sequence[int]]
 """By its text, stripped, the tokens of each label, the one that ends the answer last."""
@@ -77,8 +79,37 @@ def written_label(renderer: RowRenderer, text: str) -> tuple[int, ...]:
 
 
 def named_labels(names: Sequence[str], known: Labels, renderer: Callable[[], RowRenderer]) -> Labels:
-    """The labels of these names, each as it is known, or else as the model's template writes it."""
-    return {name: known[name] if name in known else written_label(renderer(), name) for name in names}
+    """Return the labels of these names, each as it is known, or else as the model's template writes it.
+
+    Args:
+        renderer: makes the template's renderer; called once, if a name is not known.
+    """
+    unknown = [name for name in names if name not in known]
+    made = renderer() if unknown else None
+    written = {} if made is None else {name: written_label(made, name) for name in unknown}
+    return {name: known[name] if name in known else written[name] for name in names}
+
+
+def check_labels(labels: Labels, model: Completer) -> None:
+    """Raise UsageError for a label that the model cannot answer with: too long, or of tokens that it does not have."""
+    for name, ids in labels.items():
+        if len(ids) >= model.context_tokens:
+            raise UsageError(
+                f"the label {shorten(name)!r} has {len(ids):,} tokens, and the model takes {model.context_tokens:,}",
+                where="labels",
+                next_step="give a shorter one; the prompt needs room as well",
+            )
+        if max(ids) >= model.vocab_size:
+            raise UsageError(
+                f"the label {shorten(name)!r} has token {max(ids)}, and the model knows {model.vocab_size}",
+                where="labels",
+                why="the tokenizer is not the one of this model",
+            )
+
+
+def longest_label(labels: Labels) -> int:
+    """Return the number of tokens of the longest label, 0 without labels."""
+    return max(map(len, labels.values()), default=0)
 
 
 def label_log_probabilities(

@@ -14,6 +14,7 @@ from backhand.bounds import Bound, Check, Count, NotNegative, Options, Seed, Tex
 from backhand.data.options import RowSources, TemplateOptions, has_places
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
+from backhand.words import shorten
 
 LOWEST_TEMPERATURE = 1e-6
 
@@ -28,15 +29,23 @@ def _check_temperature(where: str, value: object) -> None:
         )
 
 
+MOST_NAMED_LABELS, LONGEST_NAMED_LABEL = 1000, 1000
+
+
 def _check_labels(where: str, names: object) -> None:
     if not isinstance(names, tuple | list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UsageError(f"{names!r} is no list of labels", where=where)
+        raise UsageError(f"{names!r} is not a list of labels", where=where)
+    if len(names) > MOST_NAMED_LABELS:
+        raise UsageError(f"{len(names):,} labels are more than {MOST_NAMED_LABELS:,}", where=where)
+    if (longest := max(names, key=len, default="")) and len(longest) > LONGEST_NAMED_LABEL:
+        what = f"the label {shorten(longest)!r} has {len(longest):,} characters, more than {LONGEST_NAMED_LABEL:,}"
+        raise UsageError(what, where=where, next_step="give a shorter one, or answer freely: leave --labels out")
     if len(set(names)) < len(names) or (len(names) == 1 and names[0] not in ("auto", "none")):
         what = f"{names[0]!r} is the only label" if len(names) == 1 else "a label is given twice"
         raise UsageError(what, where=where, next_step="give two or more different ones, such as yes,no")
 
 
-LabelNames = Annotated[tuple[str, ...], Check(_check_labels), Words(parse_names)]
+LabelNames = Annotated[tuple[Text, ...], Check(_check_labels, "At most 1,000 of 1,000 characters."), Words(parse_names)]
 
 
 @dataclass(frozen=True)

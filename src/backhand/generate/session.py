@@ -131,8 +131,11 @@ class GenerationSession:
             raise DataError("the prompt is empty", where=row.source)
         return ids
 
-    def check(self, prompt: Sequence[int], source: str) -> None:
-        """Whether a prompt can be answered.
+    def check(self, prompt: Sequence[int], source: str, answer_tokens: int = 1) -> None:
+        """Check that a prompt can be answered.
+
+        Args:
+            answer_tokens: tokens that the shortest possible answer needs room for.
 
         Raises:
             DataError: it is empty, leaves no room for an answer, or holds tokens that the model does not know.
@@ -145,9 +148,10 @@ class GenerationSession:
                 where=source,
                 why="the tokenizer is not the one of this model",
             )
-        if not self._room(prompt, 1):
+        if self._room(prompt, answer_tokens) < answer_tokens:
+            label = f" with the {answer_tokens:,} of a label" if answer_tokens > 1 else ""
             raise DataError(
-                f"the prompt has {len(prompt):,} tokens, and the model takes {self.model.context_tokens:,}",
+                f"the prompt has {len(prompt):,} tokens, and the model takes {self.model.context_tokens:,}{label}",
                 where=source,
                 next_step="shorten it; a reply needs room as well",
             )

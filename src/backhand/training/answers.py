@@ -20,7 +20,7 @@ from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
 from backhand.errors import CheckError
 from backhand.generate.completer import complete_greedily
-from backhand.generate.labels import Labels
+from backhand.generate.labels import Labels, longest_label
 from backhand.generate.loading import LoadedModel
 from backhand.nn.loading.source import ModelSource
 from backhand.printing import counting
@@ -149,7 +149,8 @@ def measured_answers(
         begin, end = example.last_answer
         reply = str(tokenizer.decode(example.input_ids[begin:end].tolist(), skip_special_tokens=True)).strip()
         prompts.append(Prompt(example.input_ids[:begin], "", reply, example.source))
-    labels = labels if all(prompt.reply in labels for prompt in prompts) else {}
+    room = model.context_tokens - longest_label(labels)
+    labels = labels if all(one.reply in labels and len(one.input_ids) <= room for one in prompts) else {}
     run = EvaluateRunOptions(max_new_tokens=new_tokens, micro_batch_rows=config.optimization.micro_batch_rows or 1)
     rows = EvaluationRows(HeldOut(chosen, run.micro_batch_rows), len(chosen), tuple(prompts), labels=labels)
     loaded = LoadedModel(model, tokenizer, stop_ids(source, config.data))

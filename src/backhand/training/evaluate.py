@@ -31,7 +31,17 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
 from backhand.errors import CheckError, DataError, not_none
 from backhand.generate.completer import complete_greedily
-from backhand.generate.labels import AUTO, NONE, RULE, Labels, found_labels, label_log_probabilities, named_labels
+from backhand.generate.labels import (
+    AUTO,
+    NONE,
+    RULE,
+    Labels,
+    check_labels,
+    found_labels,
+    label_log_probabilities,
+    longest_label,
+    named_labels,
+)
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.printing import counting, going_on
 from backhand.terminal import console_for_tables, table_of, working
@@ -113,26 +123,51 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
 def _labels(
     names: Sequence[str], data: DataOptions, loaded: LoadedModel, examples: Sequence[Example], prompts: Sequence[Prompt]
 ) -> Labels:
-    """The labels to judge by. Raises DataError where some are asked for that rows do not answer with."""
+    """Return the labels to judge by, empty if answers are not judged as labels.
+
+    Raises:
+        UsageError: the model cannot answer with a label.
+        DataError: labels are asked for, and a row does not answer with one, or has no room for one.
+    """
     if tuple(names) == (NONE,) or not prompts:
         return {}
     named = () if tuple(names) == (AUTO,) else names
+
+    def unlabelled(known: Collection[str]) -> Prompt | None:
+        return next((prompt for prompt in prompts if (prompt.reply or "").strip() not in known), None)
+
+    if named and (other := unlabelled(frozenset(named))):
+        raise _no_label(other, named)
     found = found_labels(examples, loaded.tokenizer, loaded.stop_ids, named)
     if named:
         candidates = [named_labels(names, {**found, **loaded.labels}, lambda: RowRenderer(loaded.tokenizer, data))]
+        check_labels(candidates[0], loaded.model)
     else:
         candidates = [loaded.labels, found]
     other = None
     for labels in filter(None, candidates):
-        other = next((one for one in prompts if (one.reply or "").strip() not in labels), None)
-        if other is None:
+        if (other := unlabelled(labels)) is not None:
+            continue
+        context, longest = loaded.model.context_tokens, longest_label(labels)
+        long = next((prompt for prompt in prompts if len(prompt.input_ids) + longest > context), None)
+        if long is None:
             return labels
+        if names:
+            raise DataError(
+                f"the prompt has {len(long.input_ids):,} tokens, a label {longest:,}, and the model takes {context:,}",
+                where=long.source,
+                next_step="shorten the row, or leave it out",
+            )
     if not names:
         return {}
-    raise DataError(
+    raise _no_label(other, tuple(candidates[0]))
+
+
+def _no_label(other: Prompt | None, labels: Sequence[str]) -> DataError:
+    return DataError(
         "the rows have no labels" if other is None else f"the answer {shorten(other.reply or '')!r} is no label",
         where="labels" if other is None else other.source,
-        why=f"the labels are {name_list(map(shorten, candidates[0]))}" if candidates[0] else RULE,
+        why=f"the labels are {name_list(map(shorten, labels))}" if labels else RULE,
         next_step="name all that rows answer with (--labels A,B,…), or leave --labels out",
     )
 
