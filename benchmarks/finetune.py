@@ -54,9 +54,9 @@ def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dic
 def held_out_loss(model: str, adapter: str | None, data: str, dtype: str) -> float:
     """Mean nats per supervised token, by this project's evaluation for every peer's adapter."""
     from backhand.data.options import DataOptions
-    from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-    from backhand.training.config import ModelOptions
-    from backhand.training.evaluate import evaluate
+    from backhand.loop.evaluate import evaluate
+    from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+    from backhand.options.config import ModelOptions
 
     result = evaluate(
         EvaluateOptions(

@@ -37,8 +37,8 @@ def run_backhand(task: FineTune, output: Path, *, engine: str = "backhand") -> d
     import backhand
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
-    from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.training.loggers import Observer
+    from backhand.loop.loggers import Observer
+    from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 
     class Watch(Observer):
         """The clock at the first step's begin and behind the last checkpoint."""

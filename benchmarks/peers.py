@@ -76,9 +76,9 @@ class BackhandPeer:
 
     def train(self, model: Any, lora: Any, workload: Workload, vocab_size: int) -> None:
         """Give the adapter its numbers, and make batch and optimizer."""
+        from backhand.loop.step import AdapterOptimizer
         from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-        from backhand.training.config import OptimizationOptions
-        from backhand.training.step import AdapterOptimizer
+        from backhand.options.config import OptimizationOptions
 
         self.model, self.lora = model, lora
         for index, (_, view) in enumerate(self.lora.named_tensors()):
@@ -117,8 +117,8 @@ class TransformersPeer(BackhandPeer):
 
     def __init__(self, workload: Workload) -> None:
         from backhand.adapters.config import LoRAConfig
+        from backhand.engines.transformers_engine import TransformersModel
         from backhand.nn.lora_parameters import LoRAParameters
-        from backhand.training.transformers_engine import TransformersModel
 
         tune_process()
         model = TransformersModel(transformers_model(workload.model, DTYPES[workload.dtype]))

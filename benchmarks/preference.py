@@ -72,8 +72,8 @@ def run_backhand(task: dict[str, Any], output: Path, *, answers: bool = False) -
     import backhand
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
-    from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.training.objectives.options import ObjectiveOptions
+    from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.options.objectives import ObjectiveOptions
 
     data, batch_rows = task["data"], task["batch_rows"]
     if answers:

@@ -36,8 +36,8 @@ from typing import Any
 
 from machine import describe_machine
 
-from backhand.training.config import OptimizationOptions
-from backhand.training.step_plan import RATE, chosen_rate, default_warmup_steps
+from backhand.loop.step_plan import RATE, chosen_rate, default_warmup_steps
+from backhand.options.config import OptimizationOptions
 
 TARGET = Path(__file__).parent / "results" / "rates.json"
 LABELS = ("asyncio", "decimal", "email", "http", "logging", "mailbox", "tkinter", "unittest")
@@ -265,12 +265,12 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
     """Train with each rate, and say what came of it."""
     from backhand.data.options import DataOptions
     from backhand.generate.loading import loaded_model
+    from backhand.loop.evaluate import evaluation_rows, score
     from backhand.nn.model_options import BaseModelOptions
+    from backhand.options.command_options import EvaluateRunOptions
+    from backhand.options.config import ModelOptions, TrainConfig
+    from backhand.options.config_file import load_config
     from backhand.runs.interruption import Interrupted
-    from backhand.training.command_options import EvaluateRunOptions
-    from backhand.training.config import ModelOptions, TrainConfig
-    from backhand.training.config_file import load_config
-    from backhand.training.evaluate import evaluation_rows, score
     from backhand.training.run import train
 
     rows = rows_of(case.task, case.rows)
@@ -514,7 +514,7 @@ SHARED: dict[str, Any] = {}
 
 
 def _shared() -> Any:
-    from backhand.training.engine import Shared
+    from backhand.engines.engine import Shared
 
     return Shared()
 

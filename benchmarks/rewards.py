@@ -60,9 +60,9 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
     import backhand
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
-    from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.training.objectives.options import ObjectiveOptions
-    from backhand.training.rewards.options import RewardOptions
+    from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.options.objectives import ObjectiveOptions
+    from backhand.options.rewards import RewardOptions
 
     moments = [time.perf_counter()]
     steps: list[dict[str, Any]] = []

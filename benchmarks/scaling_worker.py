@@ -79,7 +79,7 @@ def trainer(rows: str, output: str, batch_rows: int) -> None:
 
 def exchange(elements: int, reduce: str, micro_batches: int) -> None:
     """Prints the seconds of some exchanges, with so many micro-batches in each process."""
-    from backhand.training.distributed import joined
+    from backhand.distributed.process_group import joined
 
     torch.set_num_threads(1)
     buffer = torch.zeros(elements)
@@ -101,7 +101,7 @@ def exchange(elements: int, reduce: str, micro_batches: int) -> None:
 def timed_train(words: list[str], times: str) -> None:
     """`backhand train`; rank 0 writes beside the run the seconds of each exchange, from when all have computed."""
     from backhand.cli.main import main
-    from backhand.training.distributed import Group
+    from backhand.distributed.process_group import Group
 
     total, taken = Group.total, []
 

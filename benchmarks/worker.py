@@ -39,10 +39,6 @@ def import_ahead(peer_name: str) -> None:
     import gguf.quants  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
 
-    import backhand.nn.decoder.decoder
-    import backhand.nn.loading
-    import backhand.training.step  # noqa: F401
-
 
 def main() -> None:
     """Arguments: peer name, workload as JSON, threads."""

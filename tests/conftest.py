@@ -27,8 +27,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from backhand.training import job_run, measuring
-from backhand.training.memory import probe
+from backhand.engines.memory import probe
+from backhand.loop import measuring
+from backhand.training import job_run
 from support import measured_once, processes
 from support.for_each import seed
 

@@ -98,7 +98,7 @@ def step_files() -> dict[str, list[str]]:
     """
     import backhand
     from backhand.__main__ import run
-    from backhand.training.loop import TrainingLoop
+    from backhand.loop.loop import TrainingLoop
 
     begun, numbers = TrainingLoop._step, itertools.count(1)
 

@@ -37,7 +37,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 _NAME = "backhand"
 _SHOWN = 8
 MANY_PARAMETERS = 8
-LOOP = "training/loop.py"
+LOOP = "loop/loop.py"
 LONG, SHORT = 450, 80
 """Lines above which a file wants a reason, and below which it may belong to its neighbour."""
 

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from backhand.adapters.trainer_callback import AdapterCallback
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
+    from backhand.loop.evaluate import evaluate
+    from backhand.loop.loggers import Observer
+    from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+    from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+    from backhand.options.objectives import ObjectiveOptions
     from backhand.report.train import train
-    from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-    from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-    from backhand.training.evaluate import evaluate
-    from backhand.training.loggers import Observer
-    from backhand.training.objectives.options import ObjectiveOptions
     from backhand.verify.measure import compare
 
     __version__: str
@@ -43,17 +43,17 @@ _HOMES = {
     "AdapterCallback": "backhand.adapters.trainer_callback",
     "BackhandError": "backhand.errors",
     "DataOptions": "backhand.data.options",
-    "EvaluateOptions": "backhand.training.command_options",
-    "EvaluateRunOptions": "backhand.training.command_options",
+    "EvaluateOptions": "backhand.options.command_options",
+    "EvaluateRunOptions": "backhand.options.command_options",
     "LoRAConfig": "backhand.adapters.config",
-    "ModelOptions": "backhand.training.config",
-    "ObjectiveOptions": "backhand.training.objectives.options",
-    "Observer": "backhand.training.loggers",
-    "OptimizationOptions": "backhand.training.config",
-    "RunOptions": "backhand.training.config",
-    "TrainConfig": "backhand.training.config",
+    "ModelOptions": "backhand.options.config",
+    "ObjectiveOptions": "backhand.options.objectives",
+    "Observer": "backhand.loop.loggers",
+    "OptimizationOptions": "backhand.options.config",
+    "RunOptions": "backhand.options.config",
+    "TrainConfig": "backhand.options.config",
     "compare": "backhand.verify.measure",
-    "evaluate": "backhand.training.evaluate",
+    "evaluate": "backhand.loop.evaluate",
     "inject": "backhand.adapters.inject",
     "inject_from": "backhand.adapters.inject",
     "train": "backhand.report.train",

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.report.options import WatchOptions
 from backhand.report.watch import serving
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config
 from support.poison import ATTACKS, poison_adapter, poison_run
 from support.tiny_run import TinyRun, with_options
 
@@ -31,7 +31,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from backhand.report.train import train
-from backhand.training.config_file import load_config
+from backhand.options.config_file import load_config
 train(load_config(Path(sys.argv[2])), callbacks=[lambda record: time.sleep(float(sys.argv[3]))])
 """
 

@@ -13,8 +13,8 @@ from backhand.cli.command import Prepared, command
 from backhand.cli.commands import Command
 from backhand.cli.main import main, run_prepared
 from backhand.errors import UsageError
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import load_config
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import load_config
 from support import cli_commands
 from support.cli_commands import Files, Inner, Outer, end, files
 

@@ -19,9 +19,9 @@ from backhand.data.options import DataOptions, NamedColumns, as_typed, asking_op
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
 from backhand.data.rows import BadRows, RawRow
 from backhand.errors import DataError, UsageError
-from backhand.training.command_options import EvaluateOptions
-from backhand.training.config import ModelOptions
-from backhand.training.evaluate import evaluate
+from backhand.loop.evaluate import evaluate
+from backhand.options.command_options import EvaluateOptions
+from backhand.options.config import ModelOptions
 from support.tokenizer_kinds import byte_level
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from backhand.data.packing import RowPacker
-from backhand.training import machine
-from backhand.training.config import TrainConfig
+from backhand.engines import machine
+from backhand.options.config import TrainConfig
 from backhand.training.run import train
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
 

@@ -26,7 +26,7 @@ from backhand.export.merging import merge_command
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
 from backhand.nn.loading import open_model
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.training.run import train
 from support.answers import Agreement, Answers, demo_prompts
 from support.llama_cpp import LlamaCpp

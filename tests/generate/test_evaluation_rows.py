@@ -13,10 +13,10 @@ import pytest
 
 from backhand.data.options import DataOptions
 from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.loop.evaluate import EvaluationRows, evaluate, evaluation_rows
 from backhand.nn.model_options import BaseModelOptions
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.config import ModelOptions
-from backhand.training.evaluate import EvaluationRows, evaluate, evaluation_rows
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions
 
 
 @pytest.fixture(scope="module")

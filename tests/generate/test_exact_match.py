@@ -19,12 +19,12 @@ from backhand.data.options import DataOptions
 from backhand.data.prepare import Prompt
 from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.loop import evaluate as evaluation
+from backhand.loop.evaluate import CERTAIN_NATS, certain_replies
+from backhand.loop.step import Processes
 from backhand.nn.model_options import BaseModelOptions
-from backhand.training import evaluate as evaluation
-from backhand.training.command_options import EvaluateRunOptions
-from backhand.training.evaluate import CERTAIN_NATS, certain_replies
+from backhand.options.command_options import EvaluateRunOptions
 from backhand.training.run import train
-from backhand.training.step import Processes
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
 from support.tokenizer_kinds import THINKING, WITH_TOOLS, byte_level

@@ -21,15 +21,15 @@ from backhand.generate.command import generate_command
 from backhand.generate.labels import choose_labels, found_labels, label_log_probabilities, written_label
 from backhand.generate.loading import loaded_model
 from backhand.generate.options import AnswerOptions, GenerateOptions
+from backhand.loop.evaluate import evaluate, evaluate_command
+from backhand.loop.label_scores import label_score, mistaken_for
 from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.config import ModelOptions
 from backhand.training.console import closing_lines
-from backhand.training.evaluate import evaluate, evaluate_command
-from backhand.training.label_scores import label_score, mistaken_for
 from backhand.training.run import train
 from support.page import Page
 from support.tiny_run import TinyRun

@@ -24,9 +24,9 @@ from backhand.errors import UsageError
 from backhand.files import FileLayer
 from backhand.kernels import build, builds
 from backhand.kernels.builds import usable
-from backhand.training.config import TrainConfig
+from backhand.loop.state import Saver
+from backhand.options.config import TrainConfig
 from backhand.training.run import train
-from backhand.training.state import Saver
 from hostile.conftest import World
 from support.faulty_files import InterceptedFiles, half_written
 from support.faulty_runs import told_of_saves

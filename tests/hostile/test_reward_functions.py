@@ -11,9 +11,9 @@ import pytest
 
 from backhand.data.rows import Asked, Completion
 from backhand.errors import CheckError, UsageError
-from backhand.training.rewards.functions import judging
-from backhand.training.rewards.options import RewardOptions
-from backhand.training.rewards.process import RewardProcess, Written
+from backhand.loop.rewards.functions import judging
+from backhand.loop.rewards.process import RewardProcess, Written
+from backhand.options.rewards import RewardOptions
 
 
 def answers(*texts: str) -> list[Written]:

@@ -15,10 +15,10 @@ from backhand import printing
 from backhand.cli.main import main
 from backhand.data.rows import BadRows
 from backhand.data.sources import read_rows
+from backhand.distributed import rendezvous as meeting
 from backhand.errors import ResourceError, UsageError
 from backhand.nn.loading.stores import models_on_this_machine
-from backhand.training import meeting
-from backhand.training.config_file import parse_toml, read_table
+from backhand.options.config_file import parse_toml, read_table
 from fuzz.child import Attempt, run_attempts
 from hostile.conftest import World
 from support.limited import limited

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import load_checkpoint
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config
 from backhand.training.run import train
 from hostile.conftest import World
 from support.held_runs import PLACES, held_train

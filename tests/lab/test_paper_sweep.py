@@ -13,10 +13,10 @@ from backhand.errors import ArtifactError, UsageError
 from backhand.lab.paper import sweep as paper_sweep
 from backhand.lab.paper.options import PaperOptions, PaperRunOptions, SweepOptions
 from backhand.lab.paper.sweep import plan_sweep, run_sweep
+from backhand.loop.evaluate import evaluate
 from backhand.nn.loading import open_model
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.runs.interruption import Interrupted
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.evaluate import evaluate
 from support.tiny_run import TinyRun
 
 SHAPES = {

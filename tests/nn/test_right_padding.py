@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 from backhand.adapters.config import LoRAConfig
+from backhand.engines.transformers_engine import TransformersModel
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.right_padding import chosen_positions, forget_lengths, rows_together, why_equal_lengths
-from backhand.training.transformers_engine import TransformersModel
 from support.tiny_models import randomise, tiny_model
 
 LENGTHS = (13, 12, 9, 9, 5)

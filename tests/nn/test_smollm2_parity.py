@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.compute import default_dtype
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from backhand.training.config import OptimizationOptions
-from backhand.training.step import AdapterOptimizer
+from backhand.options.config import OptimizationOptions
 from support.in_memory import InMemoryModel
 from support.no_autograd import autograd_raises
 from support.parity import our_gradients, peft_gradients, peft_loss, relative_error, supervise

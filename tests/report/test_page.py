@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
+from backhand.loop.loggers import Observer
 from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from backhand.runs.interruption import Interrupted
-from backhand.training.loggers import Observer
 from support.page import Page
 from support.tiny_run import TinyRun
 

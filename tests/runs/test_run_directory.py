@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from backhand.errors import BackhandError, ResourceError, UsageError
+from backhand.options.config import TrainConfig
 from backhand.runs.directory import opened
-from backhand.training.config import TrainConfig
 from backhand.training.run import train
 from support.fault_table import documented
 from support.processes import run

@@ -16,21 +16,21 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
+from backhand.engines import decoder_engine
 from backhand.errors import UsageError
 from backhand.files import FileLayer
+from backhand.loop.hidden_state_cache import StatesInMemory
+from backhand.loop.state import STATE_FILE
 from backhand.nn.decoder import weights
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config, load_config, read_table
 from backhand.runs.checkpoint import CheckpointStore
 from backhand.runs.interruption import Interrupted
 from backhand.search.command import ABOVE, BELOW, search_command
 from backhand.search.options import SearchConfig, SearchOptions
 from backhand.search.result import SearchResult
 from backhand.search.study import Study
-from backhand.training import decoder_engine
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config, load_config, read_table
-from backhand.training.kept_states import StatesInMemory
 from backhand.training.run import train
-from backhand.training.state import STATE_FILE
 from support.processes import start
 from support.tiny_run import TinyRun
 
@@ -249,7 +249,7 @@ def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: P
 
 def test_ctrl_c_saves_the_trial_that_is_in_work_and_says_how_to_go_on(tiny: TinyRun, tmp_path: Path) -> None:
     config = search_config(tiny, tmp_path / "search", epochs=40)
-    from backhand.training.loggers import Observer
+    from backhand.loop.loggers import Observer
 
     class Stop(Observer):
         def stepped(self, record: Any) -> None:

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from backhand.errors import UsageError
+from backhand.options.config import TrainConfig
 from backhand.search.space import applied, evenly, grid, largest, parse_dimensions
-from backhand.training.config import TrainConfig
 
 
 def test_ranges_and_choices_are_read() -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from backhand.loop.state import Saver
+from backhand.options.config import TrainConfig
 from backhand.runs.directory import STATUS
-from backhand.training.config import TrainConfig
 from backhand.training.run import train
-from backhand.training.state import Saver
 from support.faulty_files import InterceptedFiles, half_written
 from support.tiny_run import with_options
 

@@ -16,14 +16,14 @@ import transformers.tokenization_utils_tokenizers
 
 import backhand.cli.main
 import backhand.data.bounded_template
+import backhand.distributed.process_group
 import backhand.report.command
 import backhand.report.train
-import backhand.training.distributed
 import backhand.training.run
 from backhand.cli import commands
+from backhand.engines.memory import probe
 from backhand.kernels.builds import chosen, usable
 from backhand.report.rendering import environment
-from backhand.training.memory import probe
 from support.measured_once import step_bytes
 
 # Otherwise each process would parse the docstrings of `train`'s options for itself, and compile the report's templates.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from backhand.cli.main import main
+from backhand.distributed.heartbeat import Pulse
+from backhand.distributed.process_group import Group
+from backhand.engines.decoder_engine import DecoderEngine
 from backhand.files import FileLayer
+from backhand.loop.step import training_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.runs.directory import SUMMARY
 from backhand.training.console import TerminalObserver
-from backhand.training.decoder_engine import DecoderEngine
-from backhand.training.distributed import Group
-from backhand.training.pulse import Pulse
-from backhand.training.step import training_step
 
 PLACES = ("load", "step", "save", "publish", "evaluation")
 """Reading the model; step 3; the checkpoint of step 2, all written and not in place; `adapter/` of step 2, the former

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from backhand.engines import decoder_engine
 from backhand.kernels.builds import library
+from backhand.loop.hidden_state_cache import KeptStates
+from backhand.loop.loggers import Observer
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.decoder import Decoder, FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights
-from backhand.training import decoder_engine
-from backhand.training.config import TrainConfig
-from backhand.training.kept_states import KeptStates
-from backhand.training.loggers import Observer
+from backhand.options.config import TrainConfig
 from backhand.training.run import train
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from backhand.data import stored_examples
+from backhand.engines.engine import ShortModel
+from backhand.engines.memory import probe
+from backhand.engines.memory.parts import StepBytes
 from backhand.kernels.builds import library
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.ops.weight_tiles import drop_scratch
-from backhand.training.engine import ShortModel
-from backhand.training.memory import probe
-from backhand.training.memory.parts import StepBytes
 
 _measure = probe.step_bytes
 _STORE = "BACKHAND_TESTS_MEASURED"

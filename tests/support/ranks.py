@@ -17,12 +17,14 @@ from pathlib import Path
 import torch.distributed
 
 from backhand.cli.main import main
+from backhand.distributed import heartbeat as pulse
+from backhand.distributed import launch
+from backhand.distributed import rendezvous as meeting
+from backhand.distributed.process_group import Group
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.decoder.decoder import Decoder
-from backhand.training import launch, meeting, pulse
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config
-from backhand.training.distributed import Group
-from backhand.training.step import AdapterOptimizer
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config
 from support.held_runs import before, hold
 from support.kept_runs import watched
 from support.processes import start

@@ -12,11 +12,11 @@ from typing import Any
 
 from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
+from backhand.loop.loggers import Observer
+from backhand.loop.state import PROGRESS_FILE, STATE_FILE
+from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.runs.checkpoint import load_checkpoint
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.training.loggers import Observer
 from backhand.training.run import train
-from backhand.training.state import PROGRESS_FILE, STATE_FILE
 from support.tiny_models import save_tiny, tiny_model
 
 _WORDS = "the user asks assistant answers in json a list of names and one number is for what"

@@ -16,7 +16,7 @@ from docsite.mathematics import derivation, typeset
 from backhand.cli.command import option_fields
 from backhand.cli.commands import COMMANDS
 from backhand.ops.registry import OPS
-from backhand.training.config import TrainConfig
+from backhand.options.config import TrainConfig
 
 PACKAGE = build.PACKAGE
 FILES = [

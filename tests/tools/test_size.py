@@ -24,9 +24,9 @@ FILES = {
     # Beside each other in one layer: neither may import the other.
     "files.py": '"""Files."""\nimport os\nfrom backhand import words\n',
     "cli/__init__.py": "",
-    "cli/main.py": "def main():\n    from backhand.training.loop import (\n        Loop,\n    )\n    Loop()\n",
+    "cli/main.py": "def main():\n    from backhand.loop.loop import (\n        Loop,\n    )\n    Loop()\n",
     "training/__init__.py": "import importlib\nimportlib.import_module('backhand.cli.main')\n",
-    "training/loop.py": "from backhand.ops import linear\nclass Loop: ...\n",
+    "loop/loop.py": "from backhand.ops import linear\nclass Loop: ...\n",
     "ops/__init__.py": "",
     "ops/linear.py": "name = 'x'\nimport importlib\nimportlib.import_module(f'backhand.ops.{name}')\n"
     "def f():\n    from backhand.ops.rows import rows\n",
@@ -81,8 +81,8 @@ def test_circles_for_type_checkers_are_told_apart(size: ModuleType, tree: Path) 
     (tree / "src" / "backhand" / "ops" / "linear.py").write_text(text)
     modules = size.read_modules(tree / "src" / "backhand")
     assert size.circles(modules) == []
-    assert ["backhand.ops.linear", "backhand.training.loop"] in [
-        [name for name in group if name in ("backhand.ops.linear", "backhand.training.loop")]
+    assert ["backhand.ops.linear", "backhand.loop.loop"] in [
+        [name for name in group if name in ("backhand.ops.linear", "backhand.loop.loop")]
         for group in size.circles(modules, for_types=True)
     ]
 
@@ -126,7 +126,7 @@ def test_no_import_of_the_package_points_upward_or_in_a_circle(size: ModuleType)
 def test_the_files_of_one_step_are_those_that_a_reader_is_sent_through(size: ModuleType) -> None:
     way = size.step_files(PROJECT)
     assert list(way)[:2] == ["__main__.py", "cli/main.py"]
-    assert "AdapterOptimizer.step" in way["training/step.py"]
+    assert "AdapterOptimizer.step" in way["loop/step.py"]
     assert not any(path.startswith(("nn/loading/", "verify/", "nn/modules/")) for path in way)
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
     order = text[text.index("seven files") :].split("\n\n")[1]

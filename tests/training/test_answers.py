@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from backhand.data.examples import Example
-from backhand.training import answers
-from backhand.training.config import TrainConfig
-from backhand.training.evaluate import EvaluationRows
+from backhand.loop import answers
+from backhand.loop.evaluate import EvaluationRows
+from backhand.options.config import TrainConfig
 from support.tiny_tokenizer import tiny_tokenizer
 
 

@@ -15,8 +15,8 @@ from backhand.cli.main import main
 from backhand.errors import UsageError
 from backhand.nn.decoder.config_facts import config_differences, config_facts
 from backhand.nn.loading import open_model
+from backhand.options.config import TrainConfig
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
-from backhand.training.config import TrainConfig
 from backhand.training.run import train
 from support.tiny_gguf import rewritten, write_tiny_gguf
 from support.tiny_models import VOCAB_SIZE, save_tiny, tiny_model

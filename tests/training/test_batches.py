@@ -13,11 +13,11 @@ import torch
 from backhand.data import packing as batches
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, filled_up, round_size
+from backhand.engines.memory.shapes import largest_shapes
+from backhand.engines.transformers_engine import TransformersModel
+from backhand.loop.loggers import Observer
 from backhand.nn.batch import PackedBatch
-from backhand.training.loggers import Observer
-from backhand.training.memory.shapes import largest_shapes
 from backhand.training.run import train
-from backhand.training.transformers_engine import TransformersModel
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
 from support.tiny_run import TinyRun

@@ -16,18 +16,18 @@ from backhand.adapters.peft_saving import pretrained_arguments
 from backhand.data.options import DataOptions
 from backhand.generate.command import generate_command
 from backhand.generate.options import AnswerOptions, GenerateOptions
+from backhand.loop import evaluate as evaluation
+from backhand.loop.evaluate import evaluate
 from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions
+from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
 from backhand.report.page import run_page
 from backhand.report.run_record import RunRecord, read_run
 from backhand.runs.summary import RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
-from backhand.training import evaluate as evaluation
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.config import ModelOptions
 from backhand.training.console import closing_lines
-from backhand.training.evaluate import evaluate
-from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.run import train
 from support.page import Page
 from support.tiny_gguf import write_tiny_gguf

@@ -15,7 +15,7 @@ import pytest
 import backhand
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
+from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig, parse_bytes
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9.jsonl")
 
@@ -124,7 +124,7 @@ def test_amounts_of_memory_that_are_none(text: str) -> None:
 def test_every_option_is_documented_and_no_torch_is_imported() -> None:
     code = (
         "import ast, inspect, sys, dataclasses\n"
-        "import backhand.training.config as c, backhand.training.command_options as e, backhand.training.config_file\n"
+        "import backhand.options.config as c, backhand.options.command_options as e, backhand.options.config_file\n"
         "assert 'torch' not in sys.modules, 'torch'\n"
         "for cls in (c.ModelOptions, c.OptimizationOptions, c.RunOptions, e.EvaluateRunOptions):\n"
         "    bodies = [ast.parse(inspect.getsource(base)).body[0].body for base in cls.__mro__[:-1]]\n"

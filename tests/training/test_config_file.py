@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.training.config_file import config_from_table, dump_config, load_config
+from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.options.config_file import config_from_table, dump_config, load_config
 
 FULL = TrainConfig(
     model=ModelOptions(model='a "quoted"\\path\n', dtype="bfloat16", threads=3, memory="6GB", recompute="mlp"),

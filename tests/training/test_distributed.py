@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import backhand
 from backhand.errors import UsageError
+from backhand.options.config import TrainConfig
 from backhand.runs.checkpoint import load_checkpoint
 from backhand.runs.interruption import Interruption
-from backhand.training.config import TrainConfig
 from backhand.training.run import train
 from support.ranks import KILLED, PAUSE_S, Ranks, bits_of_several, start_and_kill, start_ranks
 from support.tiny_gguf import write_tiny_gguf

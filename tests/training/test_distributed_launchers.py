@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.runs.status import read_status
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config
 from backhand.training.run import train
 from support.ranks import KILLED, bits_of_several, free_port, start_and_kill, start_ranks
 from support.smollm2 import NAME

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backhand.training.config import TrainConfig
+from backhand.options.config import TrainConfig
 from backhand.training.run import train
 from support.fault_table import documented
 from support.faulty_files import LosingFiles

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from backhand.errors import UsageError
+from backhand.loop.loggers import Observer, RunStart
+from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import LoRASlot
+from backhand.options.config import OptimizationOptions, TrainConfig
+from backhand.options.config_file import config_from_table, load_config
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.training.advice import Curves, Until, advice, judged, rates_until
-from backhand.training.config import OptimizationOptions, TrainConfig
-from backhand.training.config_file import config_from_table, load_config
-from backhand.training.loggers import Observer, RunStart
 from backhand.training.prepared import gain
 from backhand.training.run import train
-from backhand.training.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import save
 
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
+from backhand.loop.state import PROGRESS_FILE, STATE_FILE, Progress, RunState
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
+from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
-from backhand.training.config import OptimizationOptions, TrainConfig
 from backhand.training.run import train
-from backhand.training.state import PROGRESS_FILE, STATE_FILE, Progress, RunState
-from backhand.training.step import AdapterOptimizer
 from support.fault_table import documented
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 

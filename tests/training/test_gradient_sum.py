@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backhand.training.distributed import Group, OrderedSum, PlainSum, shared_out
-from backhand.training.step import GradientSum, MicroBatch, Processes, StepSum, sequential_sum
+from backhand.distributed.process_group import Group, OrderedSum, PlainSum, shared_out
+from backhand.loop.step import GradientSum, MicroBatch, Processes, StepSum, sequential_sum
 
 Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from backhand.errors import CheckError
 from backhand.generate.completer import complete_greedily
+from backhand.loop.guards import is_finite, smoothed
+from backhand.loop.loggers import Observer
+from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.state import STATE_FILE
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.options.config import TrainConfig
 from backhand.runs.checkpoint import load_checkpoint
-from backhand.training.config import TrainConfig
-from backhand.training.guards import is_finite, smoothed
-from backhand.training.loggers import Observer
-from backhand.training.measuring import ForgettingMeter
 from backhand.training.run import train
-from backhand.training.state import STATE_FILE
-from backhand.training.step import AdapterOptimizer
 from support.fault_table import documented
 from support.held_runs import in_a_step
 from support.tiny_models import save_tiny, tiny_model

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from backhand.errors import UsageError
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import dump_config
 from backhand.training.job_run import JobRun
 from backhand.training.run import train
 from support.fault_table import documented

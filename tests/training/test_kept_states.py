@@ -18,10 +18,10 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError, UsageError
 from backhand.files import FileLayer
+from backhand.loop.hidden_state_cache import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.nn.batch import PackedBatch
 from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
-from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.training.run import train
 from support.faulty_files import InterceptedFiles
 from support.kept_runs import begin_alike, config_of, proofs, resumed, run_of_layers, stopped, watched

@@ -14,9 +14,9 @@ from typing import Any, get_args
 import pytest
 
 from backhand.errors import UsageError
-from backhand.training import loggers as choice
-from backhand.training.config import Logger
-from backhand.training.loggers import LoggerObserver, Observer, RunStart, figures
+from backhand.loop import loggers as choice
+from backhand.loop.loggers import LoggerObserver, Observer, RunStart, figures
+from backhand.options.config import Logger
 from backhand.training.run import train
 from support.tiny_run import TinyRun
 

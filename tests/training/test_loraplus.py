@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from backhand.errors import UsageError
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-from backhand.training.config import OptimizationOptions, TrainConfig
+from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.training.run import train
-from backhand.training.step import AdapterOptimizer
 from support.tiny_run import TinyRun, with_options
 
 SLOTS = (

@@ -11,11 +11,11 @@ import pytest
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.cli.main import main
+from backhand.engines.machine import crowded_note
 from backhand.errors import ArtifactError
+from backhand.loop.loggers import Observer
+from backhand.options.config import TrainConfig
 from backhand.training import job_run as run_module
-from backhand.training.config import TrainConfig
-from backhand.training.loggers import Observer
-from backhand.training.machine import crowded_note
 from backhand.training.run import train
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model

@@ -12,14 +12,14 @@ from typing import cast
 import pytest
 
 from backhand.data.packing import Forest, RowPacker
+from backhand.engines.machine import MemoryKeeper
+from backhand.engines.memory.parts import ModelSize, StepBytes, estimated_step, parts_of, second_model_bytes
+from backhand.engines.memory.plan import MemoryPlan, choose
+from backhand.engines.memory.shapes import StepShape, largest_shapes
 from backhand.errors import ResourceError
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.decoder.kv_cache import PAGE
-from backhand.training.config import Recompute
-from backhand.training.machine import MemoryKeeper
-from backhand.training.memory.parts import ModelSize, StepBytes, estimated_step, parts_of, second_model_bytes
-from backhand.training.memory.plan import MemoryPlan, choose
-from backhand.training.memory.shapes import StepShape, largest_shapes
+from backhand.options.config import Recompute
 
 MB = 1 << 20
 SIZE = ModelSize(
@@ -160,7 +160,7 @@ def test_later_steps_are_laid_out_where_they_may_be_the_largest(monkeypatch: pyt
     whole = shapes_of(steps, rows, [1, 2, 5])
     laid_out, forest = [], rows.forest
     monkeypatch.setattr(rows, "forest", lambda group: laid_out.append(group) or forest(group))
-    monkeypatch.setattr("backhand.training.memory.shapes._STEPS_LAID_OUT", 3)
+    monkeypatch.setattr("backhand.engines.memory.shapes._STEPS_LAID_OUT", 3)
     few = shapes_of(steps, rows, [1, 2, 5])
     assert len(laid_out) < 100 < 300 + 180 + 60
     for count, shape in few.items():

@@ -11,17 +11,9 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
-from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.kv_cache import PAGE, KVCache
-from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
-from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.weight_tiles import drop_scratch
-from backhand.training.config import Recompute
-from backhand.training.engine import ShortModel
-from backhand.training.machine import ProcessBytes
-from backhand.training.memory.parts import (
+from backhand.engines.engine import ShortModel
+from backhand.engines.machine import ProcessBytes
+from backhand.engines.memory.parts import (
     GAPS,
     WIDE_GAPS,
     decoder_size,
@@ -30,9 +22,17 @@ from backhand.training.memory.parts import (
     second_model_bytes,
     transformers_size,
 )
-from backhand.training.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
-from backhand.training.memory.shapes import StepShape
-from backhand.training.short_decoder import short_decoder
+from backhand.engines.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
+from backhand.engines.memory.shapes import StepShape
+from backhand.engines.short_decoder import short_decoder
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.kv_cache import PAGE, KVCache
+from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.weight_tiles import drop_scratch
+from backhand.options.config import Recompute
 from support.allocations import held_at_most
 from support.tiny_models import EXPERT_PARAMETERS, tiny_config
 
@@ -242,10 +242,10 @@ def test_what_one_base_leaves_in_the_process_is_counted_for_the_other(
     measured: Callable[..., tuple[MeasuredMemory, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is measured in the same process: kernels that the second compiles are there when the first is trained."""
-    monkeypatch.setattr("backhand.training.machine.settled_rss_bytes", lambda _dtype: 1 << 20)
+    monkeypatch.setattr("backhand.engines.machine.settled_rss_bytes", lambda _dtype: 1 << 20)
     process = ProcessBytes(torch.float32)
     first, second = (measured(None, process)[0] for _ in range(2))
     before = first.parts(SHAPES["long-row"], "none")["process"]
-    monkeypatch.setattr("backhand.training.machine.settled_rss_bytes", lambda _dtype: 7 << 20)
+    monkeypatch.setattr("backhand.engines.machine.settled_rss_bytes", lambda _dtype: 7 << 20)
     second.parts(SHAPES["long-row"], "none")
     assert (before, first.parts(SHAPES["long-row"], "none")["process"]) == (1 << 20, 7 << 20)

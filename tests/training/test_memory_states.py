@@ -15,18 +15,18 @@ from backhand.adapters.config import LoRAConfig
 from backhand.cli.main import main
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
+from backhand.engines.decoder_engine import DecoderEngine
+from backhand.engines.engine import MoreBlocks, ShortModel
+from backhand.engines.memory.plan import Below, MemoryPlan, keep_states, kept_tokens
+from backhand.engines.memory.shapes import StepShape
 from backhand.errors import ResourceError, UsageError
 from backhand.kernels.builds import library, torch_form
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from backhand.training.config import ModelOptions
-from backhand.training.decoder_engine import DecoderEngine
-from backhand.training.engine import MoreBlocks, ShortModel
-from backhand.training.memory import calibration
-from backhand.training.memory.calibration import mean_block, whole
-from backhand.training.memory.plan import Below, MemoryPlan, keep_states, kept_tokens
-from backhand.training.memory.shapes import StepShape
+from backhand.options.config import ModelOptions
+from backhand.training import calibration
+from backhand.training.calibration import mean_block, whole
 from support.tiny_models import WINDOW, save_tiny, tiny_model
 from support.tiny_run import TinyRun
 

@@ -18,14 +18,14 @@ from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.prepare import prepare
 from backhand.errors import UsageError
+from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
+from backhand.loop.objectives.objective import Objective, document_sums
+from backhand.loop.step import AdapterOptimizer, LearningRate, Processes, StepWork, training_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
-from backhand.training.config import OptimizationOptions
-from backhand.training.objectives.compared import KTOObjective, PairObjective, mismatched
-from backhand.training.objectives.objective import Objective, document_sums
-from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.step import AdapterOptimizer, LearningRate, Processes, StepWork, training_step
+from backhand.options.config import OptimizationOptions
+from backhand.options.objectives import ObjectiveOptions
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.smollm2 import NAME, smollm2_decoder, smollm2_peft

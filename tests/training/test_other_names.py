@@ -8,8 +8,8 @@ import pytest
 
 from backhand.cli.command import option_fields
 from backhand.cli.main import main
-from backhand.training.config import TrainConfig
-from backhand.training.other_names import _NAMES, ours
+from backhand.options.config import TrainConfig
+from backhand.options.other_names import _NAMES, ours
 
 PEFT = {
     "r": "rank",

@@ -14,14 +14,14 @@ from gguf import GGMLQuantizationType as StorageType
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import CheckError, DataError, UsageError
+from backhand.loop.evaluate import evaluate_command
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions, TrainConfig
+from backhand.options.objectives import ObjectiveOptions
 from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions
-from backhand.training.config import ModelOptions, TrainConfig
 from backhand.training.console import closing_lines
-from backhand.training.evaluate import evaluate_command
-from backhand.training.objectives.options import ObjectiveOptions
 from backhand.training.run import train
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
@@ -152,7 +152,7 @@ def _without_settings(bits: dict[str, bytes]) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", ["lost", "damaged", "a list", "of another run", "of an earlier version"])
 def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: TrainConfig, tmp_path: Path) -> None:
-    from backhand.training.objectives.reference import _checksum
+    from backhand.training.reference import _checksum
 
     made = with_options(straight, output=tmp_path / "run", prove_resume=None)
     with pytest.raises(StopAfter.Stopped):
@@ -177,7 +177,7 @@ def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: Trai
 
 
 def test_a_reference_that_was_changed_with_its_checksum_ends_the_run(straight: TrainConfig, tmp_path: Path) -> None:
-    from backhand.training.objectives.reference import _checksum
+    from backhand.training.reference import _checksum
 
     made = with_options(straight, output=tmp_path / "run", prove_resume=None)
     with pytest.raises(StopAfter.Stopped):

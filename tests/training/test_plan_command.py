@@ -12,11 +12,11 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.cli.main import main
+from backhand.engines.decoder_engine import DecoderEngine
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from backhand.training.decoder_engine import DecoderEngine
-from backhand.training.memory.calibration import _Token
+from backhand.training.calibration import _Token
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun, write_rows
 
@@ -63,8 +63,8 @@ def test_processes_share_the_steps_and_the_memory(plan: Plan, tiny: TinyRun, mon
     assert three["micro_batch_rows"] <= 2 < alone["micro_batch_rows"]
     copies = [one["parts"]["adapter and gradients"] for one in (alone, three)]
     assert copies[0] < copies[1]
-    monkeypatch.setattr("backhand.training.memory.calibration._token", lambda *_: _Token(1e-3, 0.0))
-    monkeypatch.setattr("backhand.training.memory.calibration._optimizer_s", lambda *_: 0.0)
+    monkeypatch.setattr("backhand.training.calibration._token", lambda *_: _Token(1e-3, 0.0))
+    monkeypatch.setattr("backhand.training.calibration._optimizer_s", lambda *_: 0.0)
     counted = ("--data", str(tiny.rows), "--batch-rows", "4", "--micro-batch-rows", "1", "--json")
     alone, three = (json.loads(plan(*counted, "--workers", workers)[1]) for workers in ("1", "3"))
     assert alone["tokens_per_s"] == pytest.approx(1000)
@@ -100,7 +100,7 @@ def test_without_rows_the_longest_are_assumed(plan: Plan) -> None:
 
 
 def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backhand.training.memory.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
+    monkeypatch.setattr("backhand.training.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
     once = json.loads(plan("--data", str(tiny.rows), "--epochs", "1", "--eval-data", str(tiny.held_out), "--json")[1])
     assert once["tokens_per_s"] > 0
     tokens = once["tokens_per_s"] * once["train_s"]
@@ -140,7 +140,7 @@ def test_every_block_that_is_measured_has_an_adapter_of_its_kind(
 def test_under_transformers_the_model_itself_is_timed(
     plan: Plan, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backhand.training.memory.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
+    monkeypatch.setattr("backhand.training.calibration.calibrate.__kwdefaults__", {"budget_s": 0.1})
     ours, theirs = (
         json.loads(plan("--data", str(tiny.rows), "--engine", engine, "--max-steps", "4", "--json")[1])
         for engine in ("backhand", "transformers")
@@ -161,7 +161,7 @@ def test_a_slow_machine_measures_fewer_tokens(plan: Plan, tmp_path: Path, monkey
         passes.append(tokens)
         now[0] += tokens * (0.01 + 0.01 * len(decoder.config.layers))
 
-    monkeypatch.setattr("backhand.training.memory.calibration.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("backhand.training.calibration.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(Decoder, "loss_and_gradients", slow)
     rows = write_rows(tmp_path / "long.jsonl", 8, seed=0, words=(30, 31), completion=3)
     found = json.loads(plan("--data", str(rows), "--batch-rows", "8", "--micro-batch-rows", "8", "--json")[1])

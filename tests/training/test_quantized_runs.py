@@ -12,28 +12,28 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.data.options import DataOptions
+from backhand.engines.machine import resolve_machine
+from backhand.engines.memory import plan as bases
+from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose_base, wanted_bases
+from backhand.engines.memory.shapes import StepShape
 from backhand.errors import CheckError, ResourceError, UsageError
 from backhand.kernels.builds import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
+from backhand.loop.evaluate import evaluate
+from backhand.loop.guards import BaseGuard
+from backhand.loop.step import Processes
 from backhand.nn import held_base
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading import open_model
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions, PlanRunOptions
+from backhand.options.config import ModelOptions, TrainConfig
 from backhand.runs.directory import Proof
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions, PlanRunOptions
-from backhand.training.config import ModelOptions, TrainConfig
-from backhand.training.evaluate import evaluate
-from backhand.training.guards import BaseGuard
 from backhand.training.job import build_job
-from backhand.training.machine import resolve_machine
-from backhand.training.memory import plan as bases
-from backhand.training.memory.command import plan
-from backhand.training.memory.plan import HeldBase, MemoryPlan, choose_base, wanted_bases
-from backhand.training.memory.shapes import StepShape
+from backhand.training.plan_command import plan
 from backhand.training.run import train
-from backhand.training.step import Processes
 from backhand.verify.command import verify
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.tiny_gguf import write_tiny_gguf

@@ -18,9 +18,9 @@ from backhand.adapters.config import LoRAConfig
 from backhand.cli.main import main
 from backhand.data.options import DataOptions
 from backhand.errors import ArtifactError, BackhandError, UsageError
+from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
+from backhand.options.config_file import load_config
 from backhand.runs.checkpoint import load_checkpoint, manifest_bytes
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.training.config_file import load_config
 from backhand.training.run import train
 from support.fault_table import documented
 from support.processes import run
@@ -407,8 +407,8 @@ def test_the_stored_choices_are_kept_whatever_would_be_chosen_today(
 ) -> None:
     def today(dtype: torch.dtype, threads: int, free: int) -> None:
         monkeypatch.setattr("backhand.nn.compute.default_dtype", lambda _: dtype)
-        monkeypatch.setattr("backhand.training.machine.resolve_threads", lambda options: options.threads or threads)
-        monkeypatch.setattr("backhand.training.machine.available_bytes", lambda: free)
+        monkeypatch.setattr("backhand.engines.machine.resolve_threads", lambda options: options.threads or threads)
+        monkeypatch.setattr("backhand.engines.machine.available_bytes", lambda: free)
 
     config = tiny.config(tmp_path / "straight", dtype="auto", threads=None, eval_every=2)
     today(torch.float32, 1, 1 << 40)

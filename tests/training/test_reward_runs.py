@@ -21,18 +21,18 @@ from backhand.data.options import DataOptions, LintOptions, LintRunOptions
 from backhand.data.rows import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.generate import sampling
+from backhand.loop.evaluate import evaluate_command
+from backhand.loop.loggers import Observer
+from backhand.loop.rewards.guards import RewardGuard
+from backhand.loop.rewards.process import RewardProcess, Written
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions
+from backhand.options.config import TrainConfig
+from backhand.options.objectives import ObjectiveOptions
+from backhand.options.rewards import RewardOptions
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
 from backhand.training import prepared
-from backhand.training.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions
-from backhand.training.config import TrainConfig
-from backhand.training.evaluate import evaluate_command
-from backhand.training.loggers import Observer
-from backhand.training.memory.command import plan
-from backhand.training.objectives.options import ObjectiveOptions
-from backhand.training.rewards.guards import RewardGuard
-from backhand.training.rewards.options import RewardOptions
-from backhand.training.rewards.process import RewardProcess, Written
+from backhand.training.plan_command import plan
 from backhand.training.run import train
 from support.ranks import bits_of_several, start_ranks
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
@@ -391,7 +391,7 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
     )
     script = (
         "from backhand.data.rows import Asked, Completion\n"
-        "from backhand.training.rewards.process import RewardProcess, Written\n"
+        "from backhand.loop.rewards.process import RewardProcess, Written\n"
         "asked = Asked(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
         f"with RewardProcess([{str(tmp_path / 'hanging.py') + ':hangs'!r}], 600.0) as process:\n"
         "    process.rewards([Written(asked, 'a', [1])])\n"

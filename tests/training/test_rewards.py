@@ -21,15 +21,15 @@ from backhand.errors import CheckError
 from backhand.generate import completer
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
+from backhand.loop.rewards.guards import BOUNDS, Certificate
+from backhand.loop.rewards.rollout import Judged, Rollout
+from backhand.loop.rewards.steps import AnswerBatch, RewardedSteps
+from backhand.loop.step import Processes
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.ops.grpo import answer_weights, group_advantages
-from backhand.training.rewards.guards import BOUNDS, Certificate
-from backhand.training.rewards.options import RewardOptions
-from backhand.training.rewards.rollout import Judged, Rollout
-from backhand.training.rewards.steps import AnswerBatch, RewardedSteps
-from backhand.training.step import Processes
+from backhand.options.rewards import RewardOptions
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, lora_from_peft, our_gradients, peft_gradients, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_documents, tiny_model

@@ -12,14 +12,14 @@ import torch
 
 import backhand
 from backhand.adapters.contents import read_adapter_directory
+from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, DataError, ResourceError, UsageError
-from backhand.training.config_file import load_config
-from backhand.training.loggers import Observer
-from backhand.training.machine import MemoryKeeper
-from backhand.training.measuring import Forgetting, ForgettingMeter
+from backhand.loop.loggers import Observer
+from backhand.loop.measuring import Forgetting, ForgettingMeter
+from backhand.loop.state import RunState
+from backhand.options.config_file import load_config
 from backhand.training.resume import settings_digest
 from backhand.training.run import train
-from backhand.training.state import RunState
 from support.no_autograd import autograd_raises
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun
@@ -36,7 +36,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     needed = 16 * summary.trained_parameters
     files = [path.stat().st_size for path in (tmp_path / "old/checkpoints/step-2").iterdir()]
     assert needed <= sum(files) <= needed + 60_000
-    monkeypatch.setattr("backhand.training.state.free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr("backhand.loop.state.free_bytes", lambda _: needed - 1)
     told: list[object] = []
     with pytest.raises(ResourceError, match=f"takes {needed:,} bytes, and {needed - 1:,} are free"):
         train(tiny.config(tmp_path / "run"), callbacks=[told.append])

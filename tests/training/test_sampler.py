@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backhand.data.packing import Sampler
-from backhand.training.step_plan import derived_seed
+from backhand.loop.step_plan import derived_seed
 
 
 def test_every_epoch_visits_every_row_once() -> None:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from backhand.training.step import LearningRate
-from backhand.training.step_plan import default_warmup_steps
+from backhand.loop.step import LearningRate
+from backhand.loop.step_plan import default_warmup_steps
 
 
 def rates(schedule: str, warmup: int, total: int) -> list[float]:

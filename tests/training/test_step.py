@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from backhand.loop.step import AdapterOptimizer, flat_norm
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-from backhand.training.config import OptimizationOptions
-from backhand.training.step import AdapterOptimizer, flat_norm
+from backhand.options.config import OptimizationOptions
 
 
 @pytest.mark.parametrize("elements", [0, 1, 16_384, 16_385, 20_000_003])

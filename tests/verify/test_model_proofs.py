@@ -339,8 +339,8 @@ def test_the_logits_error_is_measured_against_float64(models, rows):
 
 
 def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_path):
-    from backhand.training.config import ModelOptions, TrainConfig
-    from backhand.training.config_file import dump_config
+    from backhand.options.config import ModelOptions, TrainConfig
+    from backhand.options.config_file import dump_config
 
     config = TrainConfig(
         model=ModelOptions(model=str(models("llama")), dtype="float32", device="cpu"),

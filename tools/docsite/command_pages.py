@@ -11,7 +11,7 @@ from cyclopts import Group, Parameter
 from backhand.bounds import union_members
 from backhand.cli.command import command, option_fields
 from backhand.cli.commands import COMMANDS, Command
-from backhand.training.config import TrainConfig
+from backhand.options.config import TrainConfig
 
 
 def command_pages() -> dict[str, str]:

@@ -51,7 +51,7 @@ def _tables(options: str) -> Callable[[Path], Any]:
 
     def load(path: Path) -> Any:
         from backhand.cli.command import imported
-        from backhand.training.config_file import read_table, tables_as
+        from backhand.options.config_file import read_table, tables_as
 
         return tables_as(imported(options), read_table(path), str(path))
 
@@ -66,9 +66,9 @@ def _rows_of_config(path: Path) -> Any:
     return LintOptions(LintRunOptions(model=config.model.model, seed=config.run.seed), config.data)
 
 
-_TRAIN = "backhand.training.config:TrainConfig"
+_TRAIN = "backhand.options.config:TrainConfig"
 _SEARCH = "backhand.search.options:SearchConfig"
-_PLAN = "backhand.training.command_options:PlanOptions"
+_PLAN = "backhand.options.command_options:PlanOptions"
 
 COMMANDS = (
     Command(
@@ -94,15 +94,15 @@ COMMANDS = (
         "Tell what a run will take in memory and time, and how it will be cut to fit, before it is made.",
         "backhand plan --data rows.jsonl",
         _PLAN,
-        "backhand.training.memory.command:plan_command",
+        "backhand.training.plan_command:plan_command",
         file=_tables(_PLAN),
     ),
     Command(
         "models",
         "List the models on this machine, which of them can be trained, and what that would take in memory and time.",
         "backhand models",
-        "backhand.training.command_options:ModelsOptions",
-        "backhand.training.memory.models:models_command",
+        "backhand.options.command_options:ModelsOptions",
+        "backhand.training.models_command:models_command",
         positional=("places",),
     ),
     Command(
@@ -117,8 +117,8 @@ COMMANDS = (
         "evaluate",
         "Measure loss, perplexity, exact match and labels on rows, for the base model and with an adapter.",
         "backhand evaluate --data rows.jsonl --adapter runs/mine/adapter",
-        "backhand.training.command_options:EvaluateOptions",
-        "backhand.training.evaluate:evaluate_command",
+        "backhand.options.command_options:EvaluateOptions",
+        "backhand.loop.evaluate:evaluate_command",
     ),
     Command(
         "generate",

@@ -361,7 +361,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
 
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-    from backhand.training.other_names import COMMANDS
+    from backhand.options.other_names import COMMANDS
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
@@ -396,7 +396,7 @@ def _unknown_option(error: cyclopts.UnknownOptionError, written: str, value: str
     from cyclopts import Token
 
     from backhand.cli.command import as_option
-    from backhand.training.other_names import HERE, NOT_NEEDED, ours
+    from backhand.options.other_names import HERE, NOT_NEEDED, ours
 
     if meant := ours(written, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
         near = meant.removeprefix(HERE)

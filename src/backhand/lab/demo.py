@@ -32,18 +32,18 @@ from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.lab.demo_options import DemoOptions
 from backhand.lab.sine.command import sine_command
 from backhand.lab.sine.options import SineOptions
+from backhand.loop.evaluate import evaluation_rows, exact_matches, score
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import EvaluateRunOptions
+from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.report.command import write_report
 from backhand.report.train import train
 from backhand.runs.directory import Proof, opened, proof_log
 from backhand.runs.summary import RunSummary, add_to_summary
 from backhand.system import install
 from backhand.terminal import console_for_tables, working
-from backhand.training.command_options import EvaluateRunOptions
-from backhand.training.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
-from backhand.training.evaluate import evaluation_rows, exact_matches, score
 from backhand.verify.command import prove_run
 
 RANK, ALPHA = 16, 32.0

@@ -15,6 +15,7 @@ from backhand.adapters.contents import TENSOR_FILE
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.arithmetic.inspect import ModuleInspection, inspect_modules
 from backhand.errors import BackhandError
+from backhand.loop.answers import MAX_NEW_TOKENS
 from backhand.report import charts
 from backhand.report.headline import base_and_best, headline, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
@@ -22,7 +23,6 @@ from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.checkpoint import latest_name
 from backhand.runs.directory import CHECKPOINTS
-from backhand.training.answers import MAX_NEW_TOKENS
 from backhand.words import count_of
 
 SECTIONS = ("result", "answers", "curves", "adapter", "proofs", "data", "repeat")

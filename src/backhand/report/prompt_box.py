@@ -20,18 +20,18 @@ from backhand.files import FileLayer
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.generate.options import SamplingOptions
 from backhand.generate.session import GenerationSession
+from backhand.loop.state import adapter_part
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import DTYPES, resolve_device
 from backhand.nn.held_base import held_bytes, stays_quantized
 from backhand.nn.loading import open_model
+from backhand.options.config_file import load_config
 from backhand.report.page import page_values
 from backhand.report.rendering import PAGE_SCRIPTS, render
 from backhand.report.run_record import read_run
 from backhand.runs.checkpoint import CheckpointStore, latest_name
 from backhand.runs.directory import ADAPTER, ANSWERS, CHECKPOINTS, CONFIG, FACTS, METRICS, PROOFS, STATUS, SUMMARY
 from backhand.runs.status import read_status
-from backhand.training.config_file import load_config
-from backhand.training.state import adapter_part
 from backhand.words import in_words
 
 

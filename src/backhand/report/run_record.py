@@ -14,12 +14,12 @@ from typing import Any, TypedDict, TypeGuard
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import FileLayer
 from backhand.json_shape import fitting, parse
+from backhand.options.config_file import parse_toml
 from backhand.reading import read_settings
 from backhand.runs.directory import ADAPTER, ANSWERS, CONFIG, FACTS, METRICS, PROOFS, SUMMARY, RunDirectory
 from backhand.runs.records import RowFacts, RunFacts
 from backhand.runs.status import RunStatus, read_status
 from backhand.runs.summary import RunSummary
-from backhand.training.config_file import parse_toml
 
 
 class _Model(TypedDict, total=False):

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from backhand.bounds import check_kind
+from backhand.distributed.launch import in_a_group
 from backhand.errors import BackhandError, UsageError
+from backhand.loop.loggers import Callback, Observer, RunStart
+from backhand.options.config import TrainConfig
 from backhand.printing import say, visible
 from backhand.runs.summary import RunSummary
-from backhand.training.config import TrainConfig
-from backhand.training.launch import in_a_group
-from backhand.training.loggers import Callback, Observer, RunStart
 from backhand.training.run import train as train_without_report
 
 

@@ -17,9 +17,13 @@ from itertools import takewhile
 from typing import Any
 
 from backhand.data.packing import Sampler
+from backhand.engines.engine import Shared
+from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError, CheckError, UsageError
 from backhand.files import FileLayer, make_directory, write_atomically
 from backhand.nn.compute import compute_settings
+from backhand.options.config import RunOptions, TrainConfig
+from backhand.options.config_file import dump_config, read_table, tables_as
 from backhand.printing import SILENCE_S, say, silent_for_s
 from backhand.reading import read_settings
 from backhand.report.command import write_report
@@ -31,11 +35,7 @@ from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.space import applied, largest
 from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
-from backhand.training.config import RunOptions, TrainConfig
-from backhand.training.config_file import dump_config, read_table, tables_as
-from backhand.training.engine import Shared
-from backhand.training.machine import resolve_machine
-from backhand.training.memory.calibration import calibrate
+from backhand.training.calibration import calibrate
 from backhand.training.prepared import Outline, outline_run
 from backhand.training.resume import taken_over
 from backhand.training.run import train

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from backhand.bounds import Bound, Count, Options, Positive
 from backhand.errors import UsageError
+from backhand.options.config import TrainConfig
 from backhand.search.space import Dimension, parse_dimensions
-from backhand.training.config import TrainConfig
 
 SamplerName = Literal["tpe", "grid", "random"]
 Prune = Literal["halving", "median", "none"]

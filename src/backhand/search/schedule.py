@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from backhand.loop.step_plan import derived_seed
 from backhand.search.options import SearchOptions
 from backhand.search.space import Dimension, Values, evenly, grid
 from backhand.search.study import Study, Trial, distributions, optuna_installed
-from backhand.training.step_plan import derived_seed
 
 
 class Stage(NamedTuple):

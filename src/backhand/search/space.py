@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from backhand.errors import UsageError
-from backhand.training.config import TrainConfig
-from backhand.training.config_file import config_from_table, config_table
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import config_from_table, config_table
 from backhand.words import nearest_names
 
 Value = float | int | str

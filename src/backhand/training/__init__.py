@@ -1,1 +1,1 @@
-"""Configuration, loop, optimizer, guards, evaluation: everything that makes a run."""
+"""A training run from its configuration to its summary: inputs, plan, trainer, resume."""

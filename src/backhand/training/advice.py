@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from backhand.loop.step import LearningRate
+from backhand.loop.step_plan import five_times
+from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import CONFIG
-from backhand.training.config import OptimizationOptions, TrainConfig
-from backhand.training.step import LearningRate
-from backhand.training.step_plan import five_times
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 

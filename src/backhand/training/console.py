@@ -19,12 +19,12 @@ from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
 from backhand.kernels.builds import describe, library
+from backhand.loop.loggers import Observer, RunStart
+from backhand.loop.step import Processes
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
 from backhand.runs.summary import RunSummary, forgetting
 from backhand.terminal import console
 from backhand.training.job import Job
-from backhand.training.loggers import Observer, RunStart
-from backhand.training.step import Processes
 from backhand.words import count_of, duration, in_words, labelled, name_list
 
 _BARS = "▁▂▃▄▅▆▇█"

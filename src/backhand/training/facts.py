@@ -22,13 +22,13 @@ from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example
 from backhand.data.options import asking_options, reading_options
 from backhand.data.stored_examples import PreparedData
+from backhand.loop.state import RunState
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.summary import RunSummary, forgotten_nats
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.job import Job
-from backhand.training.state import RunState
 
 SHOWN_ROWS = 3
 SHOWN_TOKENS = 400

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 
 from backhand.data.packing import RowPacker, round_size
+from backhand.engines.engine import BoundModel, Shared
+from backhand.engines.machine import Machine
+from backhand.loop.hidden_state_cache import KeptStates, StatesInMemory, StatesOnDisk, StateStore
+from backhand.loop.measuring import quantization_notes
+from backhand.loop.step import Processes
+from backhand.loop.step_plan import default_warmup_steps, five_times
+from backhand.options.config import TrainConfig
 from backhand.runs.directory import ProofLog, RunDirectory
-from backhand.training.config import TrainConfig
-from backhand.training.engine import BoundModel, Shared
-from backhand.training.kept_states import KeptStates, StatesInMemory, StatesOnDisk, StateStore
-from backhand.training.machine import Machine
-from backhand.training.measuring import quantization_notes
 from backhand.training.prepared import Outline, outline_run, set_values
 from backhand.training.resume import Identity
-from backhand.training.step import Processes
-from backhand.training.step_plan import default_warmup_steps, five_times
 
 
 @dataclass(kw_only=True)

@@ -13,31 +13,38 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from backhand.distributed.launch import alike, shared_checkpoint
+from backhand.engines.engine import Shared
+from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
+from backhand.loop.answers import answers_file, measured_answers, stop_ids
+from backhand.loop.evaluator import Judge
+from backhand.loop.guards import BaseGuard, LearningGuard
+from backhand.loop.loggers import Observers, RunStart
+from backhand.loop.loop import TrainingLoop
+from backhand.loop.measuring import HeldOut
+from backhand.loop.objectives.objective import HeldOutObjective, Objective
+from backhand.loop.rewards.guards import BOUNDS, Certificate, RewardGuard
+from backhand.loop.rewards.process import RewardProcess
+from backhand.loop.rewards.rollout import Rollout
+from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
+from backhand.loop.state import Progress, RunState, Saver
+from backhand.loop.step import AdapterOptimizer, Processes
+from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import loaded_objects_frozen
+from backhand.options.config_file import config_table, dump_config
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.advice import Curves, advice
-from backhand.training.answers import answers_file, measured_answers, stop_ids
-from backhand.training.config_file import config_table, dump_config
 from backhand.training.console import opening_facts
-from backhand.training.engine import Shared
 from backhand.training.facts import run_facts, summarise
-from backhand.training.guards import BaseGuard, LearningGuard
 from backhand.training.job import Job, Keeping, keeping
-from backhand.training.judging import Judge
-from backhand.training.launch import alike, shared_checkpoint
-from backhand.training.loggers import Observers, RunStart
-from backhand.training.loop import TrainingLoop
-from backhand.training.machine import MemoryKeeper, crowded_note
-from backhand.training.measuring import HeldOut
-from backhand.training.objectives.objective import HeldOutObjective, Objective
-from backhand.training.objectives.reference import run_objectives
+from backhand.training.reference import run_objectives
 from backhand.training.resume import (
     begun_from,
     frozen_differences,
@@ -47,13 +54,6 @@ from backhand.training.resume import (
     run_differences,
     state_digests,
 )
-from backhand.training.rewards.guards import BOUNDS, Certificate, RewardGuard
-from backhand.training.rewards.process import RewardProcess
-from backhand.training.rewards.rollout import Rollout
-from backhand.training.rewards.steps import HeldOutRewards, RewardedSteps
-from backhand.training.state import Progress, RunState, Saver
-from backhand.training.step import AdapterOptimizer, Processes
-from backhand.training.step_plan import StepPlan, derived_seed
 from backhand.words import name_list
 
 

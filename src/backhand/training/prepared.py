@@ -25,19 +25,11 @@ from backhand.data.examples import DataReport, Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
 from backhand.data.stored_examples import PreparedData, summed
-from backhand.errors import UsageError
-from backhand.files import free_bytes
-from backhand.generate.sampling import ROWS_AT_ONCE
-from backhand.nn.loading import open_model
-from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
-from backhand.training.config import OptimizationOptions, Recompute, TrainConfig
-from backhand.training.decoder_engine import DecoderEngine, choose_engine
-from backhand.training.engine import BoundModel, Engine, Shared, ShortModel
-from backhand.training.machine import Machine, ProcessBytes, memory_budget
-from backhand.training.measuring import ForgettingMeter
-from backhand.training.memory.parts import ModelSize
-from backhand.training.memory.plan import (
+from backhand.engines.decoder_engine import DecoderEngine, choose_engine
+from backhand.engines.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.engines.machine import Machine, ProcessBytes, memory_budget
+from backhand.engines.memory.parts import ModelSize
+from backhand.engines.memory.plan import (
     BaseChoice,
     HeldBase,
     MemoryPlan,
@@ -48,10 +40,18 @@ from backhand.training.memory.plan import (
     kept_tokens,
     wanted_bases,
 )
-from backhand.training.memory.probe import MeasuredMemory
-from backhand.training.memory.shapes import StepShape, gradient_copies, largest_shapes
-from backhand.training.rewards.rollout import PromptPacker, check_context, prompt_of
-from backhand.training.step_plan import chosen_rate, derived_seed
+from backhand.engines.memory.probe import MeasuredMemory
+from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
+from backhand.errors import UsageError
+from backhand.files import free_bytes
+from backhand.generate.sampling import ROWS_AT_ONCE
+from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
+from backhand.loop.step_plan import chosen_rate, derived_seed
+from backhand.nn.loading import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
+from backhand.options.config import OptimizationOptions, Recompute, TrainConfig
 
 _STEPS_LOOKED_AT = 2000
 _GAINS_LOOKED_AT, _ROWS_AT_ONCE = 8, 256

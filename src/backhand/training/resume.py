@@ -18,21 +18,21 @@ from backhand.adapters.record import AdapterRecord, base_digest, text_digest, to
 from backhand.adapters.targets import in_numbers
 from backhand.data.chat import read_template
 from backhand.data.stored_examples import PreparedData
+from backhand.engines.decoder_engine import choose_engine
 from backhand.errors import CheckError, UsageError
 from backhand.generate.labels import Labels, found_labels
+from backhand.loop.answers import stop_ids
+from backhand.loop.evaluator import Judge
+from backhand.loop.loop import TrainingLoop
+from backhand.loop.state import Progress, RunState
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.decoder.config_facts import config_differences, config_facts, recorded_facts
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
+from backhand.options.config import ModelOptions, TrainConfig
+from backhand.options.config_file import config_from_table, config_table, load_config
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import CONFIG, Proof, ProofLog
-from backhand.training.answers import stop_ids
-from backhand.training.config import ModelOptions, TrainConfig
-from backhand.training.config_file import config_from_table, config_table, load_config
-from backhand.training.decoder_engine import choose_engine
-from backhand.training.judging import Judge
-from backhand.training.loop import TrainingLoop
-from backhand.training.state import Progress, RunState
-from backhand.training.step import AdapterOptimizer
 
 # What a run is made of, as digests: base, tokenizer, template, rows, configuration; computed when first needed.
 #

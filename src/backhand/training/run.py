@@ -10,21 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from backhand.errors import BackhandError
-from backhand.files import FileLayer
-from backhand.nn.compute import compute_settings
-from backhand.reading import refuse_inputs_inside
-from backhand.runs.checkpoint import CheckpointStore
-from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
-from backhand.runs.interruption import Interruption
-from backhand.runs.status import by_signal
-from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.config import TrainConfig
-from backhand.training.console import TerminalObserver
-from backhand.training.engine import Shared
-from backhand.training.job import build_job
-from backhand.training.job_run import JobRun
-from backhand.training.launch import (
+from backhand.distributed.launch import (
     alike,
     continued_after_restart,
     followed,
@@ -35,11 +21,25 @@ from backhand.training.launch import (
     typed_elsewhere,
     versions,
 )
-from backhand.training.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
-from backhand.training.machine import resolve_machine
+from backhand.engines.engine import Shared
+from backhand.engines.machine import resolve_machine
+from backhand.errors import BackhandError
+from backhand.files import FileLayer
+from backhand.loop.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
+from backhand.loop.state import PROGRESS_FILE, Progress
+from backhand.loop.step import Processes
+from backhand.nn.compute import compute_settings
+from backhand.options.config import TrainConfig
+from backhand.reading import refuse_inputs_inside
+from backhand.runs.checkpoint import CheckpointStore
+from backhand.runs.directory import OWNED, SUMMARY, RunDirectory, opened
+from backhand.runs.interruption import Interruption
+from backhand.runs.status import by_signal
+from backhand.runs.summary import RunSummary, read_summary
+from backhand.training.console import TerminalObserver
+from backhand.training.job import build_job
+from backhand.training.job_run import JobRun
 from backhand.training.resume import begun_from, decisive_settings, resumed_config
-from backhand.training.state import PROGRESS_FILE, Progress
-from backhand.training.step import Processes
 
 
 def train(
@@ -79,7 +79,7 @@ def train(
             return launched(config, typed)
         given = typed | typed_elsewhere()
         return _train(config, callbacks, files, given, Processes(), shared, pause_at)
-    from backhand.training.distributed import joined
+    from backhand.distributed.process_group import joined
 
     with joined(config.run.reduce) as processes:
         return _train(config, callbacks, files, typed | typed_elsewhere(), processes)

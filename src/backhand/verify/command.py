@@ -14,10 +14,10 @@ import torch
 from backhand.data.packing import pack
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
+from backhand.options.config_file import load_config
 from backhand.printing import say as tell
 from backhand.runs.directory import ADAPTER, CONFIG, opened, proof_log
 from backhand.terminal import console_for_tables, working
-from backhand.training.config_file import load_config
 from backhand.verify.invariances import prove_invariances, prove_merging
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup

@@ -22,6 +22,8 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import not_none
+from backhand.loop.objectives.compared import PairObjective
+from backhand.loop.objectives.objective import token_owners
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD, block_adapter
 from backhand.nn.decoder.block import block_backward, block_forward
@@ -36,10 +38,8 @@ from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
+from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.directory import ProofKind
-from backhand.training.objectives.compared import PairObjective
-from backhand.training.objectives.objective import token_owners
-from backhand.training.objectives.options import ObjectiveOptions
 from backhand.verify.measure import relative_error, typical
 from backhand.verify.reference_decoder import (
     OfNats,

@@ -13,6 +13,7 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
+from backhand.engines.memory.parts import decoder_size
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
@@ -20,7 +21,6 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.rotary import inverse_frequencies
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
-from backhand.training.memory.parts import decoder_size
 from support.llama_cpp import LlamaCpp
 from support.parity import relative_error
 from support.tiny_gguf import rewritten, write_tiny_gguf

@@ -19,8 +19,8 @@ from backhand.kernels.builds import library, torch_form
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.stores import models_on_this_machine, stored_path
-from backhand.training.command_options import ModelsOptions
-from backhand.training.memory.models import ListedModel, TokenSeconds, models
+from backhand.options.command_options import ModelsOptions
+from backhand.training.models_command import ListedModel, TokenSeconds, models
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
 from support.tiny_tokenizer import tiny_tokenizer
@@ -199,14 +199,14 @@ def test_a_file_in_blocks_is_listed_as_it_is_trained(home: Path, monkeypatch: py
     assert (found["F16"].base, found["Q8_0"].base) == ("dense", "quantized")
     assert (found["Q8_0"].memory_bytes or 0) < (found["F16"].memory_bytes or 0)
     assert found["Q8_0"].fits and found["F16"].fits
-    monkeypatch.setattr("backhand.training.memory.models.available_bytes", lambda: 1)
+    monkeypatch.setattr("backhand.training.models_command.available_bytes", lambda: 1)
     crowded = listed()
     assert {name: one.base for name, one in crowded.items()} == {"F16": "dense", "Q8_0": "quantized"}
     assert not any(one.fits for one in crowded.values())
     assert [one.seconds_per_1000_tokens for one in crowded.values()] == pytest.approx([680.0] * 2), "blocks twice"
     with torch_form():
         assert listed()["Q8_0"].base == "quantized", "the other form does not fit either"
-        monkeypatch.setattr("backhand.training.memory.models.available_bytes", lambda: 1 << 40)
+        monkeypatch.setattr("backhand.training.models_command.available_bytes", lambda: 1 << 40)
         assert listed()["Q8_0"].base == "dense", "unpacked slowly"
 
 

@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.loop.step import AdapterOptimizer
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.lora_linear import lora_linear_backward, lora_linear_forward
 from backhand.ops.mse import mse_backward, mse_forward
-from backhand.training.config import OptimizationOptions
-from backhand.training.step import AdapterOptimizer
+from backhand.options.config import OptimizationOptions
 
 RANK = 4
 ALPHA = 8.0

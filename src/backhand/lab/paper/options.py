@@ -10,7 +10,7 @@ from backhand.adapters.config import Alpha, Rank, parse_modules
 from backhand.bounds import Bound, Check, Count, Options, Seed, several
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError
-from backhand.training.config import ModelOptions, OptimizationOptions
+from backhand.options.config import ModelOptions, OptimizationOptions
 
 Analysis = Literal["similarity", "amplification", "merging", "memory", "updates", "sweep"]
 ANALYSES: tuple[Analysis, ...] = get_args(Analysis)

@@ -25,16 +25,16 @@ from backhand.errors import ArtifactError, UsageError
 from backhand.files import make_directory, write_atomically
 from backhand.generate.loading import loaded_model
 from backhand.lab.paper.options import PaperOptions
+from backhand.loop.evaluate import EvaluationRows, score
+from backhand.loop.measuring import HeldOut
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading.source import ModelSource
+from backhand.options.command_options import EvaluateRunOptions
+from backhand.options.config import RunOptions, TrainConfig
+from backhand.options.config_file import dump_config
 from backhand.reading import read_settings
 from backhand.runs.directory import CONFIG
-from backhand.training.command_options import EvaluateRunOptions
-from backhand.training.config import RunOptions, TrainConfig
-from backhand.training.config_file import dump_config
-from backhand.training.evaluate import EvaluationRows, score
-from backhand.training.measuring import HeldOut
 from backhand.training.run import train
 
 RESULT_FILE = "result.json"

@@ -1,0 +1,1 @@
+"""Training engines: the decoder engine, transformers with autograd, and the memory that a step of each takes."""

@@ -1,0 +1,200 @@
+"""The decoder engine as a way to train: every gradient by hand, no autograd graph at all; and when it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.loading import match_linear_adapter, read_adapter
+from backhand.adapters.peft_config import PEFTConfig
+from backhand.adapters.peft_saving import AdapterParts, adapter_files
+from backhand.adapters.record import AdapterRecord
+from backhand.adapters.targets import resolve_adapter
+from backhand.adapters.trained_tensors import tied_notes
+from backhand.engines.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.engines.memory.parts import ModelSize, decoder_size
+from backhand.engines.memory.plan import Below, HeldBase
+from backhand.engines.short_decoder import short_decoder
+from backhand.errors import UsageError
+from backhand.generate.completer import EngineCompleter
+from backhand.kernels.builds import loops_are_there
+from backhand.nn.decoder.adapted_group import lowest_trained_group
+from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
+from backhand.nn.decoder.decoder import Decoder, FrozenPrefix
+from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
+from backhand.options.config import ModelOptions
+
+
+class DecoderEngine(Engine):
+    """The decoder engine for one model.
+
+    Raises:
+        UnsupportedModel: for a configuration that the engine does not compute exactly.
+    """
+
+    name = "backhand"
+    bases = ("dense", "quantized")
+
+    def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
+        super().__init__(source, dtype)
+        self.config = config = decoder_config(source.config)
+        self.notes = (*self.notes, *config.notes)
+        self.layers = len(config.layers)
+        self.shares_prefixes = not config.length_limits  # angles would depend on how long the document is
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that documents may hold: ids below this."""
+        return self.config.vocab_size
+
+    def layout(self, config: LoRAConfig) -> AdapterLayout:
+        """What the adapter will consist of."""
+        return resolve_adapter(config, module_shapes(self.config))
+
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of every linear module by dotted path."""
+        return module_shapes(self.config)
+
+    def below(self, layout: AdapterLayout, longest: int) -> Below:
+        """What lies below the lowest adapted layer.
+
+        Compiled kernels compute each document by itself, its sums in an order of its own. Torch's forms do not: what is
+        attended together, and where a vector's end falls, decides their order. Within a window the order of a sum
+        follows the block of queries, whose bounds a shared prefix moves. Behind a shared prefix the delta rule counts
+        its chunks anew, and their bounds decide the order of its sums.
+        """
+        lowest, _ = lowest_trained_group(layout, self.layers)
+        layer, dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
+        windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
+        if not loops_are_there():
+            dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
+        elif self.config.attention_cap is not None:
+            dependent = "with capped attention scores a row's last bits depend on the rows beside it"
+        elif any(one.experts for one in self.config.layers[:layer]):
+            dependent = "an expert takes the rows that chose it together, and their last bits depend on one another"
+        elif any(one.mixer == GATED_DELTA for one in self.config.layers[:layer]):
+            dependent = "the delta rule's chunks begin where a beginning that rows share ends"
+        elif longest > min(windows, default=longest):
+            dependent = (
+                f"rows are longer than a window of {min(windows)} tokens, and rows beside them share its beginning"
+            )
+        width = self.config.hidden_size
+        return Below(layer, width, width * self._dtype.itemsize, dependent)
+
+    def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
+        """What the memory plan needs to know."""
+        source, quantized = self._source, None
+        if base == "quantized":
+            names = (name for name in source.tensor_names() if len(source.shape(name)) == 2)
+            quantized = sum(map(source.stored_bytes, names))
+        return decoder_size(self.config, layout, self._dtype, quantized)
+
+    def load(
+        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
+    ) -> BoundModel:
+        """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
+        slots, trained = self.layout(config)
+
+        def read() -> DecoderWeights:
+            return load_weights(self._source, self.config, self._dtype, device, quantized=base == "quantized")
+
+        of_these = (self._source.path, self._dtype, device, base)
+        weights = shared.once("weights", of_these, read, only_newest=True)
+        decoder = Decoder(self.config, weights, recompute=recompute)
+        lora = LoRAParameters(slots, trained=trained, device=device)
+        decoder.attach(lora)
+        return _BoundDecoder(decoder, lora, config, self._source)
+
+    def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
+        """A few blocks: dense ones of random numbers, so that no weight is read; quantized ones are the file's."""
+
+        def load(first: DecoderConfig) -> DecoderWeights:
+            return load_weights(self._source, first, self._dtype, device, quantized=True)
+
+        layout = self.layout(config)
+        return short_decoder(self.config, layout, self._dtype, device, recompute, load if base == "quantized" else None)
+
+
+class _BoundDecoder(BoundModel):
+    def __init__(self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource) -> None:
+        notes = [*tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)]
+        if decoder.config.mixture is not None and not any(slot.experts for slot in lora.slots.values()):
+            parts = ",".join(part for (part,) in EXPERT_GROUPS)
+            notes.append(f"the experts stay as they are; {parts} as target_parameters adapts them")
+        super().__init__(decoder, lora, config, source, notes)
+        self._decoder = decoder
+
+    def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
+        parts = AdapterParts.of(PEFTConfig(self.config, self.base_name, "CAUSAL_LM"), self.lora)
+        names, wrapper = list(self._decoder.module_shapes()), self.source.wrapper
+        return adapter_files(parts, record=record, card=card, module_names=names, wrapper=wrapper)
+
+    def completer(self) -> EngineCompleter:
+        return EngineCompleter(self._decoder)
+
+    @property
+    def lower(self) -> FrozenPrefix:
+        return FrozenPrefix(self._decoder)
+
+    def _start_beside_factors(self) -> None:
+        self._decoder.start_values(self.lora)
+
+    def _fill(self, directory: str, allow_pickle: bool) -> None:
+        contents = read_adapter(directory, self.source, allow_pickle=allow_pickle)
+        factors = match_linear_adapter(contents, self._decoder.module_shapes()).factors
+        for name, view in self.lora.named_tensors():
+            view.copy_(factors[name])
+
+
+def choose_engine(options: ModelOptions, source: ModelSource, dtype: torch.dtype) -> Engine:
+    """As asked, or the decoder engine where it computes the model exactly.
+
+    Raises:
+        UnsupportedModel: the decoder engine is asked for and does not know the model, or transformers could only guess
+            what a GGUF file means.
+        UsageError: recomputation is asked for, which the decoder engine alone can do, and it does not know the model.
+    """
+    if options.engine == "transformers":
+        return _transformers(source, dtype, None)
+    try:
+        return DecoderEngine(source, dtype)
+    except UnsupportedModel as error:
+        if options.engine == "backhand" or UNREAD in source.config:
+            raise
+        for option, value, needs in (
+            ("recompute", options.recompute, options.recompute in ("mlp", "block")),
+            ("cache_frozen", options.cache_frozen, options.cache_frozen in ("memory", "disk")),
+            ("base", options.base, options.base == "quantized"),
+            ("quantize", options.quantize, options.quantize is not None),
+        ):
+            if needs:
+                raise UsageError(
+                    f"{option} {value!r} needs the backhand engine, which does not know this model",
+                    where=option,
+                    why="; ".join(error.problems),
+                    next_step=f"leave out --{option.replace('_', '-')}",
+                ) from None
+        problems = "; ".join(error.problems[:_SHOWN_PROBLEMS])
+        if (more := len(error.problems) - _SHOWN_PROBLEMS) > 0:
+            problems += f"; and {more} more"
+        what = f"transformers and autograd compute this {error.model_type} model, not the decoder engine"
+        return _transformers(source, dtype, f"{what} ({problems}). {COST}. {error.remedy}.")
+
+
+_SHOWN_PROBLEMS = 3
+
+
+COST = "That takes 1.3 to 2.2 times the time and up to twice the memory (measured on SmolLM2-135M)"
+"""As benchmarks/train_step.py and finetune.py have it: long rows, and short ones that begin alike."""
+
+
+def _transformers(source: ModelSource, dtype: torch.dtype, note: str | None) -> Engine:
+    from backhand.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(source, dtype, note)

@@ -1,0 +1,250 @@
+"""What becomes of the steps of a run: counts and records, evaluations, the guards' verdicts, and whether it is over.
+
+A signal ends an evaluation early. The checkpoint then marks it as pending, and the resumed run begins with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+
+from backhand.engines.engine import Trainable
+from backhand.errors import CheckError, not_none
+from backhand.loop.guards import (
+    JUDGED_AFTER_STEPS,
+    MOST_SHOWN,
+    BaseGuard,
+    LearningGuard,
+    is_finite,
+    named_unusable,
+    smoothed,
+)
+from backhand.loop.loggers import Observer
+from backhand.loop.measuring import NO_FORGETTING, ForgettingMeter, HeldOut
+from backhand.loop.state import RunState
+from backhand.loop.step import Processes, StepResult
+from backhand.loop.step_plan import StepPlan
+from backhand.printing import going_on
+from backhand.system import rss_bytes
+from backhand.words import finite_or_none, name_list
+
+
+@dataclass(eq=False)
+class Judge:
+    """Judges one run, from wherever its state stands."""
+
+    model: Trainable  # with the state's adapter attached
+    state: RunState  # adapter, optimizer, counters
+    plan: StepPlan  # the numbers of the steps
+    _: KW_ONLY
+    held_out: HeldOut | None = None  # rows that are evaluated and not trained on; None where there are none
+    meter: ForgettingMeter | None = None  # of the loss on neutral texts; None where forgetting is not measured
+    # checks that the base does not change; None in repetitions of steps that were guarded before
+    base_guard: BaseGuard | None = None
+    learning_guard: LearningGuard | None = None  # checks that every factor has a gradient and changes; None likewise
+    # raises ArtifactError once the base's mapped files are no longer what they were
+    check_files: Callable[[], None] = lambda: None
+    observer: Observer = field(default_factory=Observer)
+    # makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far
+    save: Callable[[bool], None] = lambda _better: None
+    processes: Processes = field(default_factory=Processes)  # that share each evaluation
+
+    def __post_init__(self) -> None:
+        begin = self.state.progress.step
+        self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
+
+    def count(self, result: StepResult, tokens: int, seconds: float) -> None:
+        """Count a step that was made of so many tokens in so long."""
+        progress = self.state.progress
+        progress.step += 1
+        progress.tokens += tokens
+        progress.supervised_tokens += result.found.supervised_tokens
+        progress.train_s += seconds
+        if result.taken:
+            progress.bad_steps_in_a_row = 0
+            progress.first_loss = result.loss if progress.first_loss is None else progress.first_loss
+            progress.last_loss = result.loss
+        else:
+            progress.bad_steps_in_a_row += 1
+            progress.skipped_steps += 1
+
+    def record(
+        self,
+        result: StepResult,
+        rate: float,
+        tokens: int,
+        seconds: float,
+        epoch: float,
+        measured: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """The step just counted, as metrics.jsonl has it; `measured` is what its objective shows of it."""
+        several = {}
+        if self.processes.size > 1:
+            several["computed_s"] = [round(computed, 4) for computed in result.found.computed_s]
+            several["waited_s"] = [round(waited, 4) for waited in result.found.waited_s]
+            several["computed_tokens"] = list(result.computed_tokens)
+        return {
+            "step": self.state.progress.step,
+            "epoch": round(epoch, 4),
+            "loss": finite_or_none(result.loss),
+            "learning_rate": rate,
+            "grad_norm": finite_or_none(result.grad_norm),
+            "tokens": tokens,
+            "supervised_tokens": result.found.supervised_tokens,
+            "tokens_per_s": round(tokens / seconds, 1),
+            "rss_bytes": rss_bytes(),
+            "time_s": round(self.state.progress.train_s, 3),
+            **{name: finite_or_none(value) for name, value in measured.items()},
+            **several,
+        }
+
+    def begin(self) -> None:
+        """The evaluation before the first step, or the one that a run to be continued left pending."""
+        progress = self.state.progress
+        if progress.pending_evaluation or (self.held_out and progress.step == 0 and progress.first_eval_loss is None):
+            with going_on(
+                "the evaluation before the first step" if progress.step == 0 else "the evaluation left pending"
+            ):
+                better = self.evaluate()
+            if progress.step:
+                self.finish_if_done()
+                self.save(better)
+        if progress.step >= self.plan.total_steps:
+            self.finish_if_done()  # resumed after its last step
+
+    def before_checkpoint(self) -> None:
+        """Sample the base once more; at the end all of it was checked."""
+        if self.base_guard is not None and not self.state.progress.finished:
+            self.base_guard.sample()
+
+    def judge(self, result: StepResult) -> None:
+        """Hold a step's result against the guards. Raises CheckError: one of them fired."""
+        progress = self.state.progress
+        if result.taken:
+            progress.smooth_loss, warning = smoothed(result.loss, progress.smooth_loss)
+            if warning:
+                self.observer.noted(f"step {progress.step}: {warning}")
+        else:
+            self.observer.noted(
+                f"step {progress.step}: the {'gradient' if math.isfinite(result.loss) else 'loss'} is not finite; "
+                "the step is skipped"
+            )
+            if progress.bad_steps_in_a_row >= self.plan.run.max_bad_steps:
+                self._give_up()
+        if self.learning_guard is not None:
+            last = progress.step == self.plan.total_steps
+            taken = result.taken and result.found.supervised_tokens > 0  # of rewards there may be nothing to learn from
+            for note in self.learning_guard.judge_if_due(attends=result.found.attends, taken=taken, last=last):
+                self.observer.noted(note)
+        if self.base_guard is not None and progress.step in self._sampled_steps:
+            self.base_guard.sample()
+
+    def _give_up(self) -> None:
+        progress, lora = self.state.progress, self.state.lora
+        unusable = [f"base weight {name}" for name in named_unusable(self.model.frozen_tensors())]
+        if is_finite(lora.values):
+            self.save(False)  # the values before the first of these steps, which has moved nothing
+        else:
+            unusable += named_unusable(lora.named_tensors())
+        raise CheckError(
+            f"{progress.bad_steps_in_a_row} steps in a row had a loss or gradient that is not finite; "
+            f"stopped after step {progress.step}",
+            why=f"NaN or infinity in {name_list(unusable, limit=MOST_SHOWN)}" if unusable else None,
+            next_step="use the adapter saved before, or start again with a lower --learning-rate or --dtype float32",
+        )
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluate where this step ends with it; whether it has the best loss so far."""
+        progress = self.state.progress
+        if self.held_out is None and self.meter is None:
+            return False
+        if progress.step % not_none(self.plan.run.eval_every) and progress.step != self.plan.total_steps:
+            return False
+        progress.pending_evaluation = True
+        return self.evaluate()
+
+    def evaluate(self) -> bool:
+        """Measure the held-out loss and the forgetting; return whether it is the best loss so far."""
+        progress = self.state.progress
+        loss = None if self.held_out is None else self.held_out.loss(self.model, self.processes)
+        if self.held_out is not None and loss is None:
+            return False  # asked to stop: the evaluation stays pending
+        record: dict[str, Any] = {"step": progress.step}
+        if loss is not None and self.held_out is not None:
+            record["eval_loss"] = finite_or_none(loss)
+            record |= {name: finite_or_none(value) for name, value in self.held_out.measured.items()}
+            if self.held_out.said:
+                record["answers"] = self.held_out.said
+        if self.meter is not None:
+            as_base = progress.step == 0 and self._is_fresh()
+            measured = NO_FORGETTING if as_base else self.meter.measure(self.model, self.state.lora, self.processes)
+            record |= {
+                "forgetting_nats": finite_or_none(measured.rise_nats),
+                "forgetting_kl_nats": finite_or_none(measured.kl_nats),
+            }
+        self.check_files()
+        self.observer.evaluated(record)
+        progress.pending_evaluation = False
+        self._refuse_forgetting(record)
+        if loss is None:
+            return False
+        if progress.step == 0:
+            self._record_first(loss)
+            return False
+        return progress.record_evaluation(loss)
+
+    def _record_first(self, loss: float) -> None:
+        """The loss before the first step; the base's own where the run begins from an adapter."""
+        progress = self.state.progress
+        progress.first_eval_loss = progress.eval_loss = loss
+        progress.base_eval_loss = loss
+        if self.held_out is not None and not self._is_fresh():
+            self.model.detach()
+            try:
+                progress.base_eval_loss = self.held_out.loss(self.model, self.processes, interruptible=False)
+            finally:
+                self.model.attach(self.state.lora)
+        if not math.isfinite(loss):
+            raise CheckError(
+                f"the held-out loss before the first step is {loss}",
+                why="the base model or the adapter it starts from computes no usable numbers",
+                next_step="try --dtype float32, or load the model again from its source",
+            )
+
+    def _is_fresh(self) -> bool:
+        """Whether the adapter surely changes nothing yet: lora_A and lora_B alone, and every lora_B zero."""
+        lora_B = (tensor for name, tensor in self.state.lora.named_tensors() if name.endswith(".lora_B"))
+        return self.state.lora.plain and not any(bool(torch.any(tensor)) for tensor in lora_B)
+
+    def _refuse_forgetting(self, record: dict[str, Any]) -> None:
+        limit, rise = self.plan.run.max_forgetting, record.get("forgetting_nats")
+        if limit is None or (rise is not None and rise <= limit):
+            return
+        self.save(False)
+        risen = "is no longer finite" if rise is None else f"has risen by {rise:.3f} nats per token"
+        raise CheckError(
+            f"the loss on neutral texts {risen}, above the limit of {limit}",
+            where="max_forgetting",
+            next_step="use the adapter saved before, or start again with a lower --learning-rate or fewer steps",
+        )
+
+    def finish_if_done(self) -> bool:
+        """Whether the run is over; before it ends, all of the base is checked once more."""
+        progress, patience = self.state.progress, self.plan.run.early_stopping
+        if progress.finished or progress.pending_evaluation:
+            return progress.finished
+        if patience is not None and progress.evaluations_without_improvement >= patience:
+            count = progress.evaluations_without_improvement
+            progress.stopped_because = f"no better held-out loss in {count} evaluation{'s' if count > 1 else ''}"
+        elif progress.step < self.plan.total_steps:
+            return False
+        if progress.bad_steps_in_a_row:
+            self._give_up()  # the last steps were skipped: that is no good end
+        if self.base_guard is not None:
+            self.base_guard.check()
+        progress.finished = True
+        return True

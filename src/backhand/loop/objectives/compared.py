@@ -1,0 +1,175 @@
+"""Losses that compare answers, each from its op; what is shown of them has TRL's names.
+
+Pairs: DPO in its forms, IPO, SimPO and ORPO.
+
+`aot` and `aot_unpaired` [arXiv:2406.05882] compare a step's pairs by their order: the k-th smallest margin with the
+reference's k-th smallest, or the k-th smallest rise of a chosen answer with that of a rejected one, by SimPO's formula
+without γ. Only all of the step's pairs tell which of them meet, so a pass without gradients and dropout comes first.
+
+KTO: answers that are desirable or not. What the model says of others' answers is the yardstick of a step.
+
+    z₀ = max(0, mean over the step's rows of Σ log π(y'|x) - log π_ref(y'|x))
+
+with x of the row and y' the answer of the row before it in the data (of the first row the last one's), which rows hold
+it and in what order a step comes to them decides nothing: so π_ref(y'|x) is computed once in a run. TRL turns the
+answers within each batch, whose rows stay together in all epochs; of one batch that holds all rows it is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from backhand.data.examples import Example
+from backhand.data.packing import RowPacker
+from backhand.engines.engine import Trainable
+from backhand.errors import not_none
+from backhand.loop.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
+from backhand.loop.step import Processes
+from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
+from backhand.ops.kto import KTORule, kto_backward, kto_forward
+from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
+from backhand.ops.simpo import SimPORule, simpo_backward, simpo_forward
+from backhand.options.objectives import SORTED, ObjectiveOptions
+
+
+@dataclass
+class PairObjective(Objective):
+    """A loss of pairs."""
+
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # which one, and its numbers
+    # of each row of the step that comes next what it meets where pairs are sorted: the other side's number for its own,
+    # and for the other side's number its own side's, (2,)
+    partners: dict[int, Tensor] = field(default_factory=dict)
+
+    def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
+        """Sort the pairs of the rows that come next, if the loss does."""
+        if self.options.form not in SORTED:
+            return
+        sums = not_none(document_sums(model, self.packer, rows, micro_batch_rows, processes))
+        one, other = _compared(self.options, sums, not_none(self.reference)[self.packer.documents(rows)])
+        of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
+        found = torch.empty(len(rows), 2, dtype=torch.float64)
+        found[of_one, 0], found[of_other, 1] = other[of_other], one[of_one]
+        self.partners = dict(zip(rows, found, strict=True))
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
+        """See `Objective.losses`. Rewards are what each loss compares: β log ratios, or β mean log-probabilities."""
+        options, (sums, counts, reference) = self.options, documents
+        if options.objective in ("simpo", "orpo"):
+            seen, divisor = sums / counts, counts
+            shown = seen
+        else:
+            ratios = sums - not_none(reference)
+            divisor = counts if options.form in AVERAGED else torch.ones_like(counts)
+            seen, shown = ratios / divisor, sums
+        if options.form in SORTED and reference is not None:
+            partners = torch.stack([self.partners[row] for row in rows])
+            losses, d_chosen, d_rejected = _sorted_loss(options, *_compared(options, sums, reference), partners)
+        else:
+            losses, d_chosen, d_rejected = _loss(options, *_sides(seen))
+        d_sums = torch.stack((d_chosen, d_rejected), dim=1).flatten() / divisor
+        rewards = options.strength * (seen if reference is None else sums - reference)
+        return RowLosses(losses, d_sums, _measured(options, rewards, shown))
+
+
+def _sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen and rejected, (pairs,) each."""
+    chosen, rejected = of_documents.view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
+def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of pairs and their slopes, (pairs,) each."""
+    one = torch.ones_like(chosen)
+    if options.objective == "orpo":
+        losses, of_orpo = orpo_forward(chosen, rejected, options.strength)
+        return losses, *orpo_backward(one, of_orpo)
+    if options.objective == "simpo":
+        margin = SimPORule(options.strength, options.simpo_gamma, options.label_smoothing)
+        losses, of_simpo = simpo_forward(chosen, rejected, margin)
+        return losses, *simpo_backward(one, of_simpo)
+    rule = DPORule(options.form, options.strength, options.label_smoothing, options.discopop_tau)
+    losses, of_dpo = dpo_forward(chosen, rejected, rule)
+    return losses, *dpo_backward(one, of_dpo)
+
+
+def _compared(options: ObjectiveOptions, sums: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """What is sorted, (pairs,) each: the pairs' margins and the reference's, or both answers' rises."""
+    (c, r), (ref_c, ref_r) = _sides(sums), _sides(reference)
+    return (c - r, ref_c - ref_r) if options.form == "aot" else (c - ref_c, r - ref_r)
+
+
+def _sorted_loss(
+    options: ObjectiveOptions, one: Tensor, other: Tensor, partners: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_loss`, of what each pair meets on either side, (pairs, 2)."""
+    rule, upstream = SimPORule(options.strength, 0.0, options.label_smoothing), torch.ones_like(one)
+    losses, of_one = simpo_forward(one, partners[:, 0], rule)
+    d_one, _ = simpo_backward(upstream, of_one)
+    _, of_other = simpo_forward(partners[:, 1], other, rule)
+    _, d_other = simpo_backward(upstream, of_other)
+    return losses, d_one, -d_one if options.form == "aot" else d_other
+
+
+def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Measured:
+    (good, bad), (log_good, log_bad) = _sides(rewards), _sides(log_p)
+    found = {
+        "rewards/chosen": good,
+        "rewards/rejected": bad,
+        "rewards/accuracies": (good > bad).double(),
+        "logps/chosen": log_good,
+        "logps/rejected": log_bad,
+    }
+    if options.objective == "orpo":
+        odds = log_odds(log_good) - log_odds(log_bad)
+        found |= {"nll_loss": -log_good, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
+    return {name: (float(values.sum()), len(values)) for name, values in found.items()}
+
+
+def mismatched(examples: Sequence[Example], max_length: int) -> Iterator[Example]:
+    """Each row's prompt with the answer of the row before it, at most so many tokens; never without an answer."""
+    before = examples[-1]
+    for example in examples:
+        prompt, begin = min(example.prompt_tokens, max_length - 1), before.prompt_tokens
+        room = max_length - prompt
+        ids = np.concatenate((example.input_ids[:prompt], before.input_ids[begin : begin + room]))
+        supervised = np.concatenate((np.zeros(prompt, dtype=np.bool_), before.supervised[begin : begin + room]))
+        yield replace(example, input_ids=ids, supervised=supervised)
+        before = example
+
+
+@dataclass
+class KTOObjective(Objective):
+    """The loss of labelled answers."""
+
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # its numbers
+    others: RowPacker | None = None  # of the mismatched answers; None for `apo_zero_unpaired`, which does without
+    others_reference: Tensor | None = None  # their s under the model that the run starts from
+    kl: float = 0.0  # z₀ of the rows that come next
+
+    def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
+        """Measure z₀ of the rows that come next, without gradients."""
+        if self.others is None:
+            return
+        sums = not_none(document_sums(model, self.others, rows, micro_batch_rows, processes))
+        self.kl = max(0.0, float((sums - not_none(self.others_reference)[list(rows)]).mean()))
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
+        """See `Objective.losses`."""
+        options, examples = self.options, self.packer.examples
+        desirable = torch.tensor([bool(examples[row].desirable) for row in rows], dtype=torch.bool)
+        ratios = documents.sums - not_none(documents.reference)
+        rule = KTORule(options.strength, options.desirable_weight, options.undesirable_weight)
+        losses, saved = kto_forward(ratios, desirable, torch.tensor(self.kl, dtype=torch.float64), rule)
+        (d_sums,) = kto_backward(torch.ones_like(losses), saved)
+        measured = {"kl": (self.kl * len(rows), len(rows))}
+        for name, which in (("chosen", desirable), ("rejected", ~desirable)):
+            measured[f"rewards/{name}"] = (float(options.strength * ratios[which].sum()), int(which.sum()))
+            measured[f"logps/{name}"] = (float(documents.sums[which].sum()), int(which.sum()))
+        return RowLosses(losses, d_sums, measured)

@@ -1,0 +1,301 @@
+"""The process that holds reward functions: those of a user and the built-in ones; it never runs what a model wrote.
+
+    python -P -m backhand.loop.rewards.functions
+
+reads a line of JSON with the names of the functions, and answers with one that tells whether all of them are there;
+then a line for each batch of answers, and answers with a line as soon as a function begins and one with all rewards.
+What a function prints goes to standard error. `process.RewardProcess` is the other side, and shows it. This file
+imports no torch.
+A process beside it ends it as soon as the other side is gone, also where a function hangs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from backhand.errors import first_line
+from backhand.options.rewards import GYM, RewardName, parse_name
+from backhand.printing import LONGEST_LINE
+from backhand.reading import MAX_SETTINGS_BYTES, read_plain
+from backhand.system import end_with_parent
+from backhand.words import shorten
+
+Batch = Mapping[str, Any]
+"""prompts, completions, completion_ids and references of answers, and columns: each a list, one element an answer."""
+Judging = Callable[[Batch], Iterable[float | None]]
+
+_NUMBER = regex.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_CLOSE = 1e-9
+
+
+def judging(name: str) -> Judging:
+    """The function of this name, as one of a batch. Raises whatever importing it does."""
+    found = parse_name(name)
+    if found.kind in ("file", "module"):
+        return _of_user(_loaded(found))
+    return _each(_BUILT_IN[found.kind](found.place))
+
+
+def _loaded(name: RewardName) -> Callable[..., Any]:
+    if name.kind == "module":
+        module = importlib.import_module(name.place)
+    else:
+        path = Path(name.place).resolve()
+        spec = importlib.util.spec_from_file_location(f"backhand_reward_{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    function: Callable[..., Any] = getattr(module, name.function)
+    if not callable(function):
+        raise TypeError(f"{name.function} is not a function")
+    return function
+
+
+def _of_user(function: Callable[..., Any]) -> Judging:
+    """A function with TRL's signature, given what it has a parameter for."""
+    taken = inspect.signature(function).parameters
+    everything = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+
+    def judge(batch: Batch) -> Iterable[float | None]:
+        given = {name: batch[name] for name in ("prompts", "completions", "completion_ids")} | batch["columns"]
+        found: Iterable[float | None] = function(
+            **{name: value for name, value in given.items() if everything or name in taken}
+        )
+        return found
+
+    return judge
+
+
+Answer = Mapping[str, Any]
+"""text, tokens, prompt, reference and columns of one answer."""
+
+
+def _each(score: Callable[[Answer], float]) -> Judging:
+    """A built-in one, which looks at each answer by itself."""
+
+    def judge(batch: Batch) -> list[float | None]:
+        scores: list[float | None] = []
+        for number, completion in enumerate(batch["completions"]):
+            columns = {name: values[number] for name, values in batch["columns"].items()}
+            answer = {
+                "text": completion if isinstance(completion, str) else completion[-1]["content"],
+                "tokens": len(batch["completion_ids"][number]),
+                "prompt": batch["prompts"][number],
+                "reference": batch["references"][number],
+                "columns": columns,
+            }
+            scores.append(score(answer))
+        return scores
+
+    return judge
+
+
+def _reference(answer: Answer) -> str:
+    if answer["reference"] is None:
+        raise ValueError("the row has no column that holds the right answer, such as answer or completion")
+    return str(answer["reference"])
+
+
+def _exact(_: str) -> Callable[[Answer], float]:
+    return lambda answer: float(answer["text"].strip() == _reference(answer).strip())
+
+
+def _number(_: str) -> Callable[[Answer], float]:
+    """The last number of the answer is that of the row."""
+
+    def last(text: str) -> float | None:
+        found = _NUMBER.findall(text)
+        return float(found[-1].replace(",", "")) if found else None
+
+    def score(answer: Answer) -> float:
+        wanted, said = last(_reference(answer)), last(answer["text"])
+        if wanted is None:
+            raise ValueError(f"there is no number in {answer['reference']!r}")
+        return float(said is not None and math.isclose(said, wanted, rel_tol=_CLOSE, abs_tol=_CLOSE))
+
+    return score
+
+
+def _regex(pattern: str) -> Callable[[Answer], float]:
+    compiled = regex.compile(pattern)
+    return lambda answer: float(compiled.search(answer["text"]) is not None)
+
+
+def _json(place: str) -> Callable[[Answer], float]:
+    """The whole answer is JSON that fits the schema."""
+    validator = _validator(place)
+
+    def score(answer: Answer) -> float:
+        try:
+            value = json.loads(answer["text"], parse_constant=_no_json)
+        except (ValueError, RecursionError):
+            return 0.0
+        try:
+            return float(validator.is_valid(value))
+        except OverflowError:  # a number beyond float64 has no remainder
+            return 0.0
+        except RecursionError:
+            if _depth(value) > _DEEP:
+                return 0.0
+            raise ValueError("the schema refers to itself without end, or is nested too deeply") from None
+
+    return score
+
+
+_DEEP = 16
+"""Levels of an answer that every usable schema can follow."""
+
+
+def _validator(place: str) -> Any:
+    """Return what checks answers against a schema file. Nothing that the schema refers to is fetched.
+
+    Raises:
+        Exception: the file is no schema, or refers to something outside itself.
+    """
+    import jsonschema
+    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
+    from referencing import Resource
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    schema = json.loads(read_plain(place, MAX_SETTINGS_BYTES).decode("utf-8-sig"))
+    if not isinstance(schema, dict | bool):
+        raise TypeError("a schema is a JSON object, true or false")
+    checker: Any = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    checker.check_schema(schema)
+
+    def follow(resource: Any, resolver: Any) -> None:
+        contents = resource.contents
+        for word in ("$ref", "$dynamicRef", "$recursiveRef"):
+            reference = contents.get(word) if isinstance(contents, dict) else None
+            try:
+                if isinstance(reference, str):
+                    resolver.lookup(reference)
+            except Unresolvable:
+                raise ValueError(f"{word} {reference!r} leads nowhere in the schema, and nothing is fetched") from None
+        for part in resource.subresources():
+            follow(part, resolver.in_subresource(part))
+
+    whole = Resource.from_contents(schema, default_specification=DRAFT202012)
+    follow(whole, REGISTRY.resolver_with_root(whole))
+    return checker(schema, registry=REGISTRY)
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _depth(value: Any) -> int:
+    """Count the levels of lists and objects in a parsed answer."""
+    level, depth = [value], 0
+    while level := [
+        part
+        for one in level
+        if isinstance(one, dict | list)
+        for part in (one.values() if isinstance(one, dict) else one)
+    ]:
+        depth += 1
+    return depth
+
+
+def _length(tokens: str) -> Callable[[Answer], float]:
+    """1 up to so many tokens, then less, and 0 from twice as many on."""
+    most = int(tokens)
+    return lambda answer: min(1.0, max(0.0, 2 - answer["tokens"] / most))
+
+
+def _gym(task: str) -> Callable[[Answer], float]:
+    import reasoning_gym
+
+    name = task.partition(":")[0]
+    verify: Callable[..., float] = reasoning_gym.get_score_answer_fn(name)
+
+    def score(answer: Answer) -> float:
+        entry = {"question": answer["prompt"], "answer": answer["reference"], **answer["columns"]}
+        return float(verify(answer["text"].strip(), entry))
+
+    return score
+
+
+_BUILT_IN: Mapping[str, Callable[[str], Callable[[Answer], float]]] = {
+    "exact": _exact,
+    "number": _number,
+    "regex": _regex,
+    "json": _json,
+    "length": _length,
+    GYM: _gym,
+}
+
+
+def _serve() -> None:
+    """Answer requests until their pipe ends.
+
+    A request is a line: a token that nobody can guess, a blank, and JSON. Every line of its answer begins with the
+    token, so that what a function writes to our descriptors is not taken for an answer. Both pipes move to descriptors
+    that programs started from here do not inherit. Standard input is empty then, and standard output is standard error.
+    """
+    with os.fdopen(os.dup(0), encoding="utf-8") as requests, os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        empty = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(empty, 0)
+        os.close(empty)
+        os.dup2(2, 1)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+        def answer(token: str, **facts: Any) -> None:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):  # a function may have closed or replaced it
+                    stream.flush()
+            answers.write(f"{token} {json.dumps(facts)}\n")
+            answers.flush()
+
+        token, _, text = requests.readline().partition(" ")
+        names = json.loads(text or "[]")
+        functions: list[Judging] = []
+        for name in names:
+            try:
+                functions.append(judging(name))
+            except BaseException as error:  # noqa: BLE001 - somebody else's file is run here, and may even exit
+                answer(token, function=name, error=_raised(error))
+                return
+        answer(token, ready=True)
+        for line in requests:
+            token, _, text = line.partition(" ")
+            batch = json.loads(text)
+            most = len(batch["completions"]) + 1  # one too many is an error already
+            rewards = []
+            for name, function in zip(names, functions, strict=True):
+                answer(token, begins=name)
+                try:
+                    values = islice(function(batch), most)
+                    rewards.append([None if value is None else float(value) for value in values])
+                except BaseException as error:  # noqa: BLE001 - likewise
+                    answer(token, function=name, error=_raised(error))
+                    break
+            else:
+                answer(token, rewards=rewards)
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {shorten(first_line(error), LONGEST_LINE)}"
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    _serve()

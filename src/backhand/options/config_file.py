@@ -1,0 +1,428 @@
+"""`run.toml` and `config.toml`: a TrainConfig as TOML, one table per concern, read strictly and written completely.
+
+    [model]
+    model = "smollm2-135m"
+    [optimization]
+    learning_rate = 1e-3
+
+TOML has no null: an option that is not given is left out. A file whose name ends in .yaml or .yml is YAML, where
+options may also stand without their tables. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import shlex
+import tomllib
+import types
+import typing
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from backhand.bounds import Also, split_hint
+from backhand.errors import UsageError
+from backhand.options.config import TrainConfig
+from backhand.options.other_names import ours
+from backhand.reading import MAX_SETTINGS_BYTES, read_plain
+from backhand.words import name_list, nearest_names
+
+Table = Mapping[str, Any]
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read a run configuration; what it leaves out keeps its default.
+
+    Raises:
+        UsageError: not readable, not TOML, an unknown key (with the nearest name) or a value of another type.
+    """
+    return config_from_table(read_table(path), str(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The file as nested tables, TOML or, by its ending, YAML. Raises UsageError: not readable, or neither."""
+    yaml = path.suffix.lower() in (".yaml", ".yml")
+    try:
+        _check_is_no_other(path)
+        text = read_plain(path, MAX_YAML_BYTES if yaml else MAX_SETTINGS_BYTES).decode("utf-8-sig")
+        return _in_tables(parse_yaml(text), str(path)) if yaml else parse_toml(text)
+    except OSError as error:
+        raise UsageError(
+            "the configuration cannot be read",
+            where=str(path),
+            why=error.strerror,
+            next_step="check the path; a run's own options stand in its config.toml",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            "the configuration is not UTF-8",
+            where=str(path),
+            why=f"byte 0x{error.object[error.start]:02x} at place {error.start} is none of UTF-8",
+            next_step="save it as UTF-8",
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of 6,000 digits is no TOMLDecodeError
+        how = "write options as learning_rate: 1.0e-4, a line each"
+        if not yaml:
+            how = "write tables as [optimization] and options as learning_rate = 1e-4, text in quotes"
+        what = f"the configuration is not {'YAML' if yaml else 'TOML'}"
+        raise UsageError(what, where=str(path), why=str(error), next_step=how) from None
+
+
+def _check_is_no_other(path: Path) -> None:
+    """Raise UsageError for a run or for rows, which have options of their own."""
+    quoted = shlex.quote(str(path))
+    if (path / "config.toml").is_file():
+        what, how = "a run", f"its options stand in its config.toml; --resume --output {quoted} goes on with it"
+    elif path.is_dir() or re.search(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?\Z", path.name.lower()):
+        what, how = "a folder" if path.is_dir() else "a file of rows", f"rows are given by --data {quoted}"
+    else:
+        return
+    raise UsageError(f"this is {what}, and no configuration", where=str(path), next_step=how)
+
+
+_MOST_PARTS = 32
+"""Of a key. A run's own has two, and a pattern's a few more; tomllib takes time and memory by their square."""
+_TOKEN = re.compile(
+    r"""(?P<text>\"{3}(?:\\.|[^\\])*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?)"""
+    r"|(?P<dot>\.)|(?P<bare>[\w-]+)|(?P<space>[ \t]+)|\#[^\n]*|.",
+    re.DOTALL,
+)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Nested tables, in time that grows as the text does.
+
+    Raises:
+        ValueError: it is not TOML, or a key has more parts than any of ours; RecursionError: tables within tables.
+    """
+    dots = 0
+    for token in _TOKEN.finditer(text):
+        dots = dots + (token.lastgroup == "dot") if token.lastgroup is not None else 0
+        if dots >= _MOST_PARTS:
+            line = text.count("\n", 0, token.start()) + 1
+            raise ValueError(f"a key has more than {_MOST_PARTS} parts (at line {line})")
+    return tomllib.loads(text)
+
+
+MAX_YAML_BYTES = 2**18
+_NUMBER = re.compile(r"[-+]?(?:\d[\d_]*(?:\.[\d_]*)?|\.\d+)[eE][-+]?\d+\Z")
+_MAX_YAML_DEPTH = 32
+"""Lists and tables inside one another. Options have three levels; PyYAML takes time by the square of the depth."""
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """Return nested tables. Null values are left out, and 1e-4 is a number, unlike in YAML 1.1.
+
+    Raises:
+        ValueError: it is not YAML, has a key twice, is nested too deeply, or contains an alias or several documents.
+    """
+    import yaml
+
+    try:
+        read = yaml.load(text, _yaml_loader())
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(read, dict | None):
+        raise ValueError(f"it is {_kind(read)}, not options with their values")
+    return dict(_without_nulls(read or {}))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """Return a loader that reads unquoted 1e-4 as a number and refuses aliases, duplicate keys and deep nesting."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it contains an alias (*name), which is not supported")
+            self.depth += 1
+            if self.depth > _MAX_YAML_DEPTH:
+                line = self.peek_event().start_mark.line + 1
+                raise ValueError(f"lists or tables are nested more than {_MAX_YAML_DEPTH} deep (at line {line})")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            counts = Counter(key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in counts.items() if count > 1]:
+                raise ValueError(f"{twice[0]} is given twice")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+    return Loader
+
+
+def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Options that stand outside of their tables, as in the YAML of other tools, inside them."""
+    read = _by_first_names(read)
+    parts = {
+        key: key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
+        for key, value in read.items()
+    }
+    tables = {key: read[key] for key, part in parts.items() if part is None}
+    for key, part in parts.items():
+        table = None if part is None else tables.setdefault(part, {})
+        if not isinstance(table, dict):
+            continue  # it is a table itself; or it stands beside what is none, and is refused as such
+        if key in table:
+            raise UsageError(
+                f"{key} is given twice",
+                where=origin,
+                why=f"it stands in {part}, and outside of it",
+                next_step="keep one of them",
+            )
+        table[key] = read[key]
+    return tables
+
+
+@functools.cache
+def _places() -> dict[str, str]:
+    """Every option, and the table that it stands in."""
+    return {
+        option: part
+        for part, hint in typing.get_type_hints(TrainConfig).items()
+        for option in typing.get_type_hints(hint)
+        if option != part
+    }
+
+
+@functools.cache
+def _other_names() -> dict[str, str]:
+    """The other names that the command line takes for options, and those that they stand for."""
+    return {
+        rule.name: option
+        for part in typing.get_type_hints(TrainConfig).values()
+        for option, said in typing.get_type_hints(part, include_extras=True).items()
+        for rule in split_hint(said)[1]
+        if isinstance(rule, Also)
+    }
+
+
+def _by_first_names(table: Table) -> dict[str, Any]:
+    names = {key: _other_names().get(key, key) for key in table}
+    return {key if key != name and name in table else name: table[key] for key, name in names.items()}
+
+
+def config_from_table(table: Table, origin: str) -> TrainConfig:
+    """Nested tables as a TrainConfig; see `tables_as`."""
+    return tables_as(TrainConfig, table, origin)
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def tables_as(kind: type[Config], table: Table, origin: str) -> Config:
+    """Nested tables as a configuration of this kind.
+
+    Args:
+        table: `{"model": {…}, "data": {…}, "adapter": {…}, "optimization": {…}, "run": {…}}`, each part optional.
+        origin: the file's name, for errors.
+
+    Raises:
+        UsageError: an unknown key, with the nearest name, or a value of another type.
+    """
+    config: Config = _dataclass_from(kind, table, origin, "")
+    return config
+
+
+def config_table(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Nested tables of plain values; options that are None are left out."""
+    return {
+        part.name: {
+            option.name: _plain(value)
+            for option in dataclasses.fields(getattr(config, part.name))
+            if (value := getattr(getattr(config, part.name), option.name)) is not None
+        }
+        for part in dataclasses.fields(config)
+    }
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The configuration as TOML text; `load_config` of it gives an equal configuration."""
+    lines: list[str] = []
+    for part, options in config_table(config).items():
+        lines += ["", f"[{part}]"] if lines else [f"[{part}]"]
+        lines += [f"{name} = {_toml_value(value)}" for name, value in options.items()]
+    return "\n".join(lines) + "\n"
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
+    if not isinstance(table, Mapping):
+        name = prefix.rstrip(".")
+        inner, next_step = _hints(cls).get(name), ours(name, str)
+        if inner:
+            listed = tuple in (get_origin(inner), *map(get_origin, get_args(inner)))
+            next_step = f"write [{name}], and in a line below it {name} = " + ('["…"]' if listed else '"…"')
+        raise UsageError(f"{name} is {_kind(table)}, expected a table", where=origin, next_step=next_step)
+    hints, table = _hints(cls), _by_first_names(table)
+    values: dict[str, Any] = {}
+    # `adapter: qlora`, as Axolotl has it, is one of its names among others, and no table of ours.
+    theirs = {key: value for key, value in table.items() if isinstance(value, str) and not prefix and ours(key, str)}
+    if unknown := [key for key in table if key not in hints or key in theirs]:
+        asked = {key: theirs[key] for key in theirs if ours(theirs[key], str)}
+        raise _unknown_keys({key: (asked.get(key, key), table[key]) for key in unknown}, prefix, hints, origin)
+    for key, value in table.items():
+        where = f"{origin}: {prefix}{key}"
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _dataclass_from(hints[key], value, origin, f"{prefix}{key}.")
+        else:
+            values[key] = _typed(value, hints[key], where)
+    return cls(**values)
+
+
+def _unknown_keys(
+    keys: Mapping[str, tuple[str, Any]], prefix: str, hints: Mapping[str, Any], origin: str
+) -> UsageError:
+    """One error for all of a table, with what each is here. With each key: the name to ask for, and its value."""
+    lines = [f"{key}: {_suggestion(asked, value, prefix, hints)}" for key, (asked, value) in keys.items()]
+    if len(keys) == 1:
+        (key,) = keys
+        return UsageError(f"unknown key {prefix + key!r}", where=origin, next_step=lines[0].removeprefix(f"{key}: "))
+    return UsageError(
+        f"unknown keys {name_list([repr(prefix + key) for key in keys])}",
+        where=origin,
+        next_step="\n    - ".join(["", *lines]),
+    )
+
+
+def _suggestion(key: str, value: Any, prefix: str, hints: Mapping[str, Any]) -> str:
+    """Where a key belongs that stands elsewhere; what another tool's is here; else the nearest, this table's first."""
+    name, places = key.replace("-", "_"), _places()
+    if name in places and name not in hints:
+        return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
+
+    def with_place(option: str) -> str:
+        return option if option in hints or option not in places else f"{option} in [{places[option]}]"
+
+    if (meant := ours(key, with_place, value=value)) is not None:
+        return meant
+    for near in nearest_names(name, [*hints, *places], count=1):
+        where = "" if near in hints else f", in the table [{places[near]}]"
+        return f"did you mean {prefix * (near in hints) + near!r}{where}?"
+    return "backhand train --help names all there are"
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotation wants it: whole numbers as floats where a float is wanted, lists as tuples."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _typed(value, option, where)
+            except UsageError:
+                continue
+        if get_origin(options[-1]) is Literal and value not in get_args(options[-1]):
+            allowed = [*(_KINDS.get(option, str(option)) for option in options[:-1]), *get_args(options[-1])]
+            raise UsageError(f"{value!r} is not {' or '.join(allowed)}", where=where)
+        return _typed(value, options[-1], where)
+    if origin is Literal:
+        if value in get_args(hint) and isinstance(value, str):
+            return value
+        raise UsageError(
+            f"{value!r} is not one of {', '.join(map(str, get_args(hint)))}",
+            where=where,
+            next_step=_NO_TRACKER if where.endswith("report_to") and str(value).lower() == "none" else None,
+        )
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(element, get_args(hint)[0], where) for element in value)
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
+        return {key: _typed(element, get_args(hint)[1], f"{where}.{key}") for key, element in value.items()}
+    if hint is Any:
+        return _json_value(value, where)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise UsageError(
+        f"{value!r} is {_kind(value)}, expected {_KINDS.get(origin or hint, 'a table')}",
+        where=where,
+        next_step=_NO_TRACKER
+        if where.endswith("report_to") and str(value).lower() in ("false", "none")
+        else f"write it in brackets: [{_toml_value(value)}]"
+        if origin is tuple and isinstance(value, str)
+        else f"write {where.rpartition('.')[2]} = {_toml_value([str(value.get('path', 'PATH'))])}"
+        if hint is str and isinstance(value, Mapping) and where.endswith("data")
+        else None,
+    )
+
+
+_NO_TRACKER = "leave report_to out: no tracker is the default"
+
+
+def _json_value(value: Any, where: str) -> Any:
+    """`value` if JSON has its like; of all that TOML knows it lacks dates and times."""
+    if isinstance(value, Mapping):
+        return {key: _json_value(element, f"{where}.{key}") for key, element in value.items()}
+    if isinstance(value, list):
+        return [_json_value(element, where) for element in value]
+    if isinstance(value, str | int | float):
+        return value
+    raise UsageError(
+        f"{value} is a {type(value).__name__}, expected text, a number, true or false, a list or a table",
+        where=where,
+        next_step="write it in quotes",
+    )
+
+
+_KINDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    Path: "a path",
+}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "a table" if isinstance(value, Mapping) else type(value).__name__)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(element) for key, element in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [_plain(element) for element in value]
+    return value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, bool | str):
+        # A JSON string is a TOML basic string, once the one control character that JSON leaves bare is written out.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{_toml_value(str(key))} = {_toml_value(element)}" for key, element in value.items())
+        return f"{{{inner}}}" if inner else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(element) for element in value)}]"
+    raise UsageError(f"{value!r} cannot be written to a TOML file", next_step="give text, a number, true or false")

@@ -1,0 +1,241 @@
+"""`backhand models`: the models on this machine, what they are, and what training each of them would take here.
+
+Nothing but headers and configurations is read. Memory and time are those of one step of 4 × 256 tokens, all of them
+supervised, with the adapter that `train` makes if nothing else is said:
+
+    memory   estimated (`memory.parts`), with the recomputation that fits into what is free; a file in blocks stays in
+             them, unless the kernels do not unpack its types
+    time     multiplications · s, and what the recomputation adds; unpacking blocks takes a few percent more,
+             multiplications = vocabulary · d + Σ_blocks out · in of every matrix
+
+s is the time of a multiplication in a step of a small model with random weights, in whose matrices a token is
+multiplied as often as in those of a block of a real one. How fast a processor is depends on the shapes as well, and the
+longer attention of longer rows is left out: within a factor of 1.5 or so. `backhand plan` measures the model itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from backhand.adapters.config import LoRAConfig
+from backhand.adapters.targets import resolve_adapter
+from backhand.engines.decoder_engine import DecoderEngine, choose_engine
+from backhand.engines.machine import settled_rss_bytes
+from backhand.engines.memory.parts import estimated_step, parts_of
+from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose, choose_base, wanted_bases
+from backhand.engines.memory.shapes import StepShape
+from backhand.errors import BackhandError, ResourceError
+from backhand.kernels.dequantize import type_name
+from backhand.nn.available_memory import available_bytes
+from backhand.nn.batch import PackedBatch
+from backhand.nn.compute import available_cores, default_dtype
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.stores import StoredModel, models_on_this_machine
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.options.command_options import ModelsOptions
+from backhand.options.config import ModelOptions, Recompute
+from backhand.terminal import console_for_tables, table_of, working
+from backhand.training.calibration import fastest
+from backhand.words import in_words, name_list
+
+ROWS, ROW_TOKENS = 4, 256
+_SMALL = {
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": ROW_TOKENS,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+_MEASURED_S = 1.0
+
+
+@dataclass
+class TokenSeconds:
+    """Measures once, when it is first asked."""
+
+    dtype: torch.dtype
+
+    def of(self, config: DecoderConfig) -> float:
+        """Seconds of a token of training, in a micro-batch of 4 × 256, all of them supervised."""
+        return multiplications(config) * self._multiplication_s
+
+    @cached_property
+    def _multiplication_s(self) -> float:
+        config, tokens = decoder_config(dict(_SMALL)), ROWS * ROW_TOKENS
+        weights, generator = empty_weights(config, self.dtype), torch.Generator().manual_seed(0)
+        for _, view in dense_views(weights, config):
+            view.normal_(std=0.02, generator=generator)
+        decoder = Decoder(config, weights)
+        lora = LoRAParameters(resolve_adapter(LoRAConfig(), module_shapes(config)).slots)
+        lora.initialise(generator)
+        decoder.attach(lora)
+        lora.refresh_compute(self.dtype)
+        ids = torch.randint(config.vocab_size, (tokens,), generator=generator)
+        batch = PackedBatch(ids, ids.roll(-1), (ROW_TOKENS,) * ROWS)
+        (taken_s,) = fastest([decoder], batch, time.perf_counter() + _MEASURED_S)
+        return taken_s / tokens / multiplications(config)
+
+
+def multiplications(config: DecoderConfig) -> int:
+    """Of a token with all matrices, the head among them; of a layer's experts those that it goes to."""
+    found = config.vocab_size * config.hidden_size
+    for layer, block in zip(config.layers, empty_weights(config, torch.float32, "meta").blocks, strict=True):
+        for field in fields(block):
+            matrix = getattr(block, field.name)
+            if isinstance(matrix, Tensor) and matrix.dim() == 2:
+                of_experts = layer.experts and field.name in ("gate_up", "down") and config.mixture is not None
+                share = config.mixture.chosen / config.mixture.experts if of_experts and config.mixture else 1
+                found += round(matrix.numel() * share)
+    return found
+
+
+_SHOWN_TYPES = 3
+
+
+@dataclass(frozen=True)
+class ListedModel:
+    """One model on this machine."""
+
+    name: str  # what `--model` takes
+    path: str  # where it lies
+    store: str  # whose it is
+    family: str | None = None  # its architecture, as its file names it; None where it cannot be opened
+    parameters: int | None = None  # numbers in its weights
+    file_bytes: int | None = None  # of its weights as they are stored
+    types: tuple[str, ...] = ()  # how they are stored, the most frequent first
+    engine: str | None = None  # `backhand`, `transformers`, or None where it cannot be trained
+    note: str | None = None  # why not the decoder engine, or why it cannot be opened
+    # how its weights would be held, `dense` or `quantized`; None where the engine does not train it
+    base: HeldBase | None = None
+    memory_bytes: int | None = None  # highest memory of a step of 4 × 256 tokens; None where it is not known
+    fits: bool | None = None  # whether that is free now
+    seconds_per_1000_tokens: float | None = None  # of training; None where it is not known
+
+
+def models(options: ModelsOptions) -> list[ListedModel]:
+    """Every model there is, with what is known of it; a file that cannot be opened is listed with the reason."""
+    dtype = default_dtype(torch.device("cpu"))
+    process, seconds = settled_rss_bytes(dtype), TokenSeconds(dtype)
+    return [_listed(stored, dtype, process, seconds) for stored in models_on_this_machine(tuple(options.places))]
+
+
+def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds: TokenSeconds) -> ListedModel:
+    one = ListedModel(stored.name, str(stored.path), stored.store)
+    try:
+        source = open_model(stored.path)
+        family, parameters, file_bytes, types = _known(source)
+        engine = choose_engine(ModelOptions(model=stored.name), source, dtype)
+        one = replace(one, family=family, parameters=parameters, file_bytes=file_bytes, types=types)
+        one = replace(one, engine=engine.name, note=engine.note)
+        if not isinstance(engine, DecoderEngine):
+            return one
+        plan, fits = _memory(engine, source, process_bytes)
+        taken_s = 1000 * seconds.of(engine.config) * plan.recompute_cost
+        return replace(one, base=plan.base, memory_bytes=plan.peak_bytes, fits=fits, seconds_per_1000_tokens=taken_s)
+    except BackhandError as error:
+        return ListedModel(stored.name, str(stored.path), stored.store, note=error.what)
+
+
+def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
+    """Family, parameters, bytes, and storage types of the weights."""
+    family = str(source.config.get("model_type"))
+    parameters = sum(math.prod(source.shape(name)) for name in source.tensor_names())
+    if isinstance(source, GGUFModel):
+        tensors = [source.stored_tensor(name)[0] for name in source.tensor_names()]
+        types: Counter[str] = Counter()
+        for tensor in tensors:
+            types[type_name(tensor.type_id)] += math.prod(tensor.shape)
+        kinds = tuple(kind for kind, _ in types.most_common())
+        return family, parameters, sum(tensor.byte_count for tensor in tensors), kinds
+    files = sorted(source.path.glob("*.safetensors"))
+    stored = str(source.config.get("dtype") or source.config.get("torch_dtype") or "")
+    kinds = tuple(filter(None, ("MXFP4" if source.quantized else "", stored.upper())))
+    return family, parameters, sum(file.stat().st_size for file in files), kinds
+
+
+def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> tuple[MemoryPlan, bool]:
+    """One step with the base and the recomputation that `train` would choose; whether the memory is free."""
+    layout, tokens, free = engine.layout(LoRAConfig()), ROWS * ROW_TOKENS, available_bytes()
+    shapes = {ROWS: StepShape(tokens, tokens, (ROW_TOKENS,) * ROWS, mean_tokens=tokens)}
+
+    def plan(base: HeldBase, limited: bool) -> MemoryPlan:
+        size = engine.size(layout, base)
+
+        def parts(shape: StepShape, mode: Recompute) -> dict[str, int]:
+            return parts_of(size, shape, estimated_step(size, shape, mode), process_bytes)
+
+        budget = free + process_bytes if limited and free is not None else None
+        mode: Recompute = "auto" if limited else "block"
+        found = choose(size, parts, shapes, budget_bytes=budget, micro_batch_rows=ROWS, recompute=mode)
+        return replace(found, base=base)
+
+    try:
+        return choose_base(wanted_bases("auto", source, torch.device("cpu"), shapes), plan).chosen, True
+    except ResourceError:
+        return plan("quantized" if source.quantized else "dense", False), False
+
+
+def models_command(options: ModelsOptions) -> list[ListedModel]:
+    """`models`, printed as a table, or as one JSON list with `json`."""
+    with nullcontext() if options.json else working("looking for models"):
+        found = models(options)
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
+        return found
+    console = console_for_tables()
+    if not found:
+        looked = name_list(map(str, options.places)) or "the stores of Ollama, LM Studio, llama.cpp and Hugging Face"
+        console.print(f"no models in {looked}; `backhand models FOLDER` looks elsewhere", soft_wrap=True)
+        return found
+    console.print(_table(found))
+    for one in found:
+        if one.note:
+            console.print(f"{one.name}: {one.note}", soft_wrap=True)
+    return found
+
+
+def _table(found: Sequence[ListedModel]) -> Table:
+    threads = available_cores()
+    title = f"memory and time: a step of {ROWS} × {ROW_TOKENS} tokens, {threads} threads"
+    figures = ("memory", "s per 1,000 tokens")
+    shown = table_of("--model", "family", "size", "types", "engine", *figures, right=figures, title=title)
+    for one in found:
+        size = ""
+        if one.parameters is not None and one.file_bytes is not None:
+            size = f"{_short(one.parameters)}, {in_words(one.file_bytes)}"
+        memory = "" if one.memory_bytes is None else in_words(one.memory_bytes) + ("" if one.fits else ", not free")
+        seconds = "" if one.seconds_per_1000_tokens is None else f"{one.seconds_per_1000_tokens:.3g}"
+        kinds = ", ".join(one.types[:_SHOWN_TYPES]) + (" …" if len(one.types) > _SHOWN_TYPES else "")
+        shown.add_row(one.name, one.family or "?", size, kinds, one.engine or "none", memory, seconds)
+    return shown
+
+
+def _short(count: int) -> str:
+    """A number of parameters as model names have it: 135M, 1.5B."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
