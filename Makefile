@@ -226,7 +226,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo --no-cache
 
 docstrings: $(VENV)/.dev
-	$(BIN)/ruff check --select D --ignore D105,D107,D208,D403,D417 src tools
+	$(BIN)/ruff check --select D --ignore D102,D105,D107,D208,D403,D417 src tools
 
 # The made parts of README.md and docs/: commands, files, benchmarks.
 readme: $(VENV)/.dev

@@ -85,15 +85,15 @@ def exchange(elements: int, reduce: str, micro_batches: int) -> None:
     buffer = torch.zeros(elements)
     times = []
     with joined(reduce) as processes:  # type: ignore[arg-type]
-        shares = processes.shared_out([1] * micro_batches * processes.size)
+        shares = processes.assign([1] * micro_batches * processes.world_size)
         for _ in range(REPEATS):
             added = processes.gradient_sum(buffer, shares)
             for number in shares[processes.rank]:
                 buffer.fill_(1.0 + number)
                 added.add()
-            processes.gather(None)  # both are ready
+            processes.all_gather_object(None)  # both are ready
             began = time.perf_counter()
-            processes.total(added, [], 0.0)
+            processes.reduce_step(added, [], 0.0)
             times.append(time.perf_counter() - began)
     print(json.dumps({"exchange_s": times}), flush=True)
 
@@ -101,20 +101,20 @@ def exchange(elements: int, reduce: str, micro_batches: int) -> None:
 def timed_train(words: list[str], times: str) -> None:
     """`backhand train`; rank 0 writes beside the run the seconds of each exchange, from when all have computed."""
     from backhand.cli.main import main
-    from backhand.distributed.process_group import Group
+    from backhand.distributed.process_group import ProcessGroup
 
-    total, taken = Group.total, []
+    total, taken = ProcessGroup.reduce_step, []
 
-    def timed(self: Group, added: Any, own: Any, computed_s: float) -> Any:
-        self.gather(None)
+    def timed(self: Any, added: Any, own: Any, computed_s: float) -> Any:
+        self.all_gather_object(None)
         began = time.perf_counter()
         found = total(self, added, own, computed_s)
         taken.append(time.perf_counter() - began)
-        if self.leads:
+        if self.is_main_process:
             Path(times).with_suffix(".json").write_text(json.dumps(taken))
         return found
 
-    Group.total = timed  # type: ignore[method-assign]
+    ProcessGroup.reduce_step = timed  # type: ignore[method-assign]
     sys.exit(main(words))
 
 

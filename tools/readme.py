@@ -40,8 +40,8 @@ def files_section() -> str:
 
 
 def packages_section() -> str:
-    """Every package with its sentence, top to bottom, as a list."""
-    return "\n".join(f"- `{name}`: {first_line(_source(name))}" for name in layers())
+    """Return every package (folder) with the first line of its docstring, top to bottom, as a list."""
+    return "\n".join(f"- `{name}`: {first_line(_source(name))}" for name in packages())
 
 
 def layers() -> list[str]:

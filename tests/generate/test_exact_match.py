@@ -17,11 +17,11 @@ import torch
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.prepare import Prompt
+from backhand.distributed.communicator import Communicator
 from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.loop import evaluate as evaluation
 from backhand.loop.evaluate import CERTAIN_NATS, certain_replies
-from backhand.loop.step import Processes
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.training.run import train
@@ -151,7 +151,7 @@ def test_certain_rows_are_not_decoded_and_no_count_changes(tmp_path: Path, monke
             found = evaluation.score(loaded, evaluated, run, adapter=adapter)
             right = count_by_decoding(loaded, evaluated.prompts, run.max_new_tokens)
             assert found.exact_match == right / len(evaluated.prompts), adapter
-            assert found.loss == pytest.approx(evaluated.held_out.loss(loaded.model.decoder, Processes()), rel=1e-9)
+            assert found.loss == pytest.approx(evaluated.held_out.loss(loaded.model.decoder, Communicator()), rel=1e-9)
     of_adapted, of_base = decoded
     assert of_base == len(rows) + len(others), "a model that has learned nothing is certain of nothing"
     assert len(others) <= of_adapted <= len(others) + 2, "what was learned by heart is certain"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from backhand.cli.main import main
-from backhand.distributed.heartbeat import Pulse
-from backhand.distributed.process_group import Group
+from backhand.distributed.heartbeat import Heartbeat
+from backhand.distributed.process_group import ProcessGroup
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.files import FileLayer
 from backhand.loop.step import training_step
@@ -64,15 +64,15 @@ def hold(place: str, wait: Callable[[], None]) -> None:
         case "evaluation":
             before(Decoder, "loss", _on_call(3, wait))  # an evaluation has two batches, and the base had one
         case "exchange":
-            before(Group, "all_gather", lambda _, __, sent: sent.is_floating_point() and third_sum())
+            before(ProcessGroup, "all_gather", lambda _, __, sent: sent.is_floating_point() and third_sum())
         case "end":
             before(FileLayer, "rename", lambda _, source, target: _is_last_adapter(source, target) and wait())
         case "summary":
             before(FileLayer, "rename", lambda _, source, target: target.name == SUMMARY and wait())
         case "close":
-            before(Group, "close", lambda _: wait())
+            before(ProcessGroup, "close", lambda _: wait())
         case "done":
-            before(Pulse, "_all_left", lambda pulse, *_: pulse._peers[pulse._rank].left is not None and wait())
+            before(Heartbeat, "_all_left", lambda pulse, *_: pulse._peers[pulse._rank].farewell is not None and wait())
         case _:
             raise ValueError(place)
 

@@ -20,7 +20,7 @@ from backhand.cli.main import main
 from backhand.distributed import heartbeat as pulse
 from backhand.distributed import launch
 from backhand.distributed import rendezvous as meeting
-from backhand.distributed.process_group import Group
+from backhand.distributed.process_group import ProcessGroup
 from backhand.loop.step import AdapterOptimizer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config import TrainConfig
@@ -185,7 +185,7 @@ def _train_as_rank(
     elif at == ("clock", "other"):
         took = []
         before(Decoder, "loss_and_gradients", lambda *_: took.append(1.0))
-        before(Group, "all_gather", lambda *_: took.append(0.25))
+        before(ProcessGroup, "all_gather", lambda *_: took.append(0.25))
         time.perf_counter = lambda: sum(took)
     elif at == ("passes", "told"):
         with watched() as computed:

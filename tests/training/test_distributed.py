@@ -296,7 +296,7 @@ def test_a_meeting_that_fails_says_what_to_do(straight: TrainConfig, tmp_path: P
         refused = ranks_of(straight, tmp_path / "taken" / "run", 2, port=port, absent=[1])
         assert refused.exit_codes() == [2] and f"port {port} cannot be used" in refused.said()[0]
     alone = ranks_of(straight, tmp_path / "alone" / "run", 2, absent=[1], join_s=1.0)
-    assert alone.exit_codes() == [5] and "nothing is heard of rank 1" in alone.said()[0]
+    assert alone.exit_codes() == [5] and "missing: rank 1" in alone.said()[0]
     nobody = ranks_of(straight, tmp_path / "nobody" / "run", 2, absent=[0], join_s=1.0)
     assert nobody.exit_codes() == [5] and "start rank 0 there" in nobody.said()[0]
     half = ranks_of(straight, tmp_path / "half" / "run", 2, absent=[1], environment={"MASTER_PORT": ""})

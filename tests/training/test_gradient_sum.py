@@ -6,7 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,29 +14,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backhand.distributed.process_group import Group, OrderedSum, PlainSum, shared_out
-from backhand.loop.step import GradientSum, MicroBatch, Processes, StepSum, sequential_sum
+from backhand.distributed.communicator import Communicator, GradientSum, MicroBatchResult, StepTotals, assign
+from backhand.distributed.gradient_sums import OrderedSum, PlainSum
+from backhand.loop.step import sequential_sum
 
 Kind = Callable[[Tensor, Sequence[Sequence[int]], "Meeting"], GradientSum]
 
 
 def plain(gradients: Tensor, _: Sequence[Sequence[int]], processes: Meeting) -> PlainSum:
-    return PlainSum(gradients, cast("Group", processes))
+    return PlainSum(gradients, processes)
 
 
 def ordered(gradients: Tensor, shares: Sequence[Sequence[int]], processes: Meeting) -> OrderedSum:
-    return OrderedSum(gradients, shares, cast("Group", processes))
+    return OrderedSum(gradients, shares, processes)
 
 
 UNIT = 2.0**-24
 
 
-class Meeting(Processes):
+class Meeting(Communicator):
     """One thread's end of an exchange."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, table: list[object]) -> None:
         super().__init__()
-        self.rank, self.size, self._barrier, self._table = rank, size, barrier, table
+        self.rank, self.world_size, self._barrier, self._table = rank, size, barrier, table
 
     def _shown(self, mine: object) -> list[object]:
         self._table[self.rank] = mine
@@ -54,7 +55,7 @@ class Meeting(Processes):
         for place, theirs in zip(received, self._shown(sent), strict=True):
             place.copy_(theirs)  # type: ignore[arg-type]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return self._shown(json.loads(json.dumps(value)))
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -64,7 +65,7 @@ class Meeting(Processes):
 
 def step(
     kind: Kind, gradients: Tensor, nats: Sequence[float], shares: Sequence[Sequence[int]]
-) -> list[tuple[Tensor, StepSum]]:
+) -> list[tuple[Tensor, StepTotals]]:
     """What every process ends with, of micro-batches with these gradients, (count, elements)."""
     size, found = len(shares), {}
     barrier, table = threading.Barrier(size), [None] * size
@@ -83,22 +84,22 @@ def step(
 
 
 def summed(
-    processes: Processes,
+    processes: Communicator,
     added: GradientSum,
     buffer: Tensor,
     gradients: Tensor,
     nats: Sequence[float],
     share: Sequence[int],
-) -> StepSum:
+) -> StepTotals:
     for number in share:
         buffer += gradients[number]
         added.add()
-    own = [MicroBatch(number, nats[number], 3 + number, number == 1) for number in share]
-    return processes.total(added, own, 0.5 + processes.rank)
+    own = [MicroBatchResult(number, nats[number], 3 + number, number == 1) for number in share]
+    return processes.reduce_step(added, own, 0.5 + processes.rank)
 
 
-def alone(gradients: Tensor, nats: Sequence[float]) -> tuple[Tensor, StepSum]:
-    buffer, processes, share = torch.zeros(gradients.shape[1]), Processes(), range(len(gradients))
+def alone(gradients: Tensor, nats: Sequence[float]) -> tuple[Tensor, StepTotals]:
+    buffer, processes, share = torch.zeros(gradients.shape[1]), Communicator(), range(len(gradients))
     return buffer, summed(processes, processes.gradient_sum(buffer, [share]), buffer, gradients, nats, share)
 
 
@@ -115,7 +116,7 @@ def drawn(count: int, elements: int, seed: int) -> tuple[Tensor, list[float]]:
 def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int, seed: int) -> None:
     gradients, nats = drawn(count, elements, seed)
     wanted, alone_found = alone(gradients, nats)
-    shares = shared_out([7 + number % 3 for number in range(count)], size)
+    shares = assign([7 + number % 3 for number in range(count)], size)
     for buffer, found in step(ordered, gradients, nats, shares):
         assert torch.equal(buffer, wanted)
         assert found.nats == tuple(nats) == alone_found.nats
@@ -142,7 +143,7 @@ def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
     wanted, _ = alone(gradients, nats)
     share = (count - 1) * UNIT
     bound = 2 * share / (1 - share) * gradients.abs().double().sum(0)
-    for buffer, found in step(plain, gradients, nats, shared_out([5] * count, size)):
+    for buffer, found in step(plain, gradients, nats, assign([5] * count, size)):
         assert torch.all((buffer.double() - wanted.double()).abs() <= bound)
         assert found.nats == tuple(nats)
         assert found.supervised_tokens == sum(range(3, 3 + count))
@@ -154,15 +155,15 @@ def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
 def test_what_is_not_finite_arrives_so(kind: Kind) -> None:
     gradients, nats = drawn(3, 5, seed=2)
     gradients[2, 1] = math.inf
-    buffer, found = step(kind, gradients, [nats[0], math.nan, 1e300], shared_out([1] * 3, 2))[0]
+    buffer, found = step(kind, gradients, [nats[0], math.nan, 1e300], assign([1] * 3, 2))[0]
     assert torch.isinf(buffer[1]) and torch.isfinite(buffer[0])
     assert found.nats[0] == nats[0] and math.isnan(found.nats[1]) and found.nats[2] == 1e300
 
 
 def test_shares_are_by_tokens_and_hold_each_once() -> None:
-    assert shared_out([90, 50, 40, 10], 2) == [[0, 3], [1, 2]]
-    assert shared_out([4], 3) == [[0], [], []]
-    assert sorted(number for share in shared_out([3] * 11, 4) for number in share) == list(range(11))
+    assert assign([90, 50, 40, 10], 2) == [[0, 3], [1, 2]]
+    assert assign([4], 3) == [[0], [], []]
+    assert sorted(number for share in assign([3] * 11, 4) for number in share) == list(range(11))
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -171,7 +172,7 @@ def test_many_micro_batches_round_no_more_than_one(size: int) -> None:
     count = 4_097
     gradients = torch.full((count, 2), 2.0**-25)
     gradients[0] = 1.0
-    nats, shares = [0.0] * count, shared_out([1] * count, size)
+    nats, shares = [0.0] * count, assign([1] * count, size)
     wanted = 1 + 2.0**-13
     assert left_float32(gradients[:, 0]) == 1.0
     for buffer, _ in [alone(gradients, nats)] if size == 1 else step(ordered, gradients, nats, shares):
@@ -185,5 +186,5 @@ def left_float32(values: Tensor) -> float:
     return float(total)
 
 
-def test_sequential_sum_does_not_compensate() -> None:
+def test_left_sum_does_not_compensate() -> None:
     assert sequential_sum([1e16, 1.0, 1.0, -1e16]) == 0.0

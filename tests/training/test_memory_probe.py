@@ -12,7 +12,6 @@ import torch
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.engines.engine import ShortModel
-from backhand.engines.machine import ProcessBytes
 from backhand.engines.memory.parts import (
     GAPS,
     WIDE_GAPS,
@@ -22,9 +21,10 @@ from backhand.engines.memory.parts import (
     second_model_bytes,
     transformers_size,
 )
-from backhand.engines.memory.probe import MeasuredMemory, TensorBytes, peak_of, step_bytes
+from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes, TensorBytes, peak_of, step_bytes
 from backhand.engines.memory.shapes import StepShape
 from backhand.engines.short_decoder import short_decoder
+from backhand.loop.process_memory import settled_rss_bytes
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
@@ -199,7 +199,7 @@ def measured() -> Callable[..., tuple[MeasuredMemory, list[str]]]:
     def memory(budget: int | None, process: ProcessBytes | None = None) -> tuple[MeasuredMemory, list[str]]:
         size = decoder_size(config, layout, torch.float32)
         if process is None:
-            process = ProcessBytes(torch.float32)
+            process = ProcessBytes(lambda: settled_rss_bytes(torch.float32))
             process.now = 1 << 20
         return (
             MeasuredMemory(size, short, 300, process, lambda: asked.append("forget"), budget),
@@ -239,13 +239,13 @@ def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.
 
 
 def test_what_one_base_leaves_in_the_process_is_counted_for_the_other(
-    measured: Callable[..., tuple[MeasuredMemory, list[str]]], monkeypatch: pytest.MonkeyPatch
+    measured: Callable[..., tuple[MeasuredMemory, list[str]]],
 ) -> None:
     """Each is measured in the same process: kernels that the second compiles are there when the first is trained."""
-    monkeypatch.setattr("backhand.engines.machine.settled_rss_bytes", lambda _dtype: 1 << 20)
-    process = ProcessBytes(torch.float32)
+    resident = {"bytes": 1 << 20}
+    process = ProcessBytes(lambda: resident["bytes"])
     first, second = (measured(None, process)[0] for _ in range(2))
     before = first.parts(SHAPES["long-row"], "none")["process"]
-    monkeypatch.setattr("backhand.engines.machine.settled_rss_bytes", lambda _dtype: 7 << 20)
+    resident["bytes"] = 7 << 20
     second.parts(SHAPES["long-row"], "none")
     assert (before, first.parts(SHAPES["long-row"], "none")["process"]) == (1 << 20, 7 << 20)

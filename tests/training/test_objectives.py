@@ -17,10 +17,11 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.prepare import prepare
+from backhand.distributed.communicator import Communicator
 from backhand.errors import UsageError
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.objective import Objective, document_sums
-from backhand.loop.step import AdapterOptimizer, LearningRate, Processes, StepWork, training_step
+from backhand.loop.step import AdapterOptimizer, LearningRate, StepWork, training_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
@@ -142,7 +143,7 @@ def test_one_batch_equals_trl_dpo(form: str, numbers: dict[str, float], tmp_path
     adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
     decoder = decoder_like(adapted, ALPHA / RANK)
     packer = RowPacker(pair_examples(rows), share_prefixes=True)
-    now = document_sums(decoder, packer, range(6), 6, Processes())
+    now = document_sums(decoder, packer, range(6), 6, Communicator())
     assert now is not None
     reference = now + 2 * torch.randn(len(now), generator=draw, dtype=torch.float64)
     trainer = trl_trainer("DPO", tmp_path, adapted, rows, loss_type=[form], **{"beta": 0.1, **numbers})
@@ -156,11 +157,11 @@ def test_one_batch_equals_trl_dpo(form: str, numbers: dict[str, float], tmp_path
     loss_type = {} if form == "ipo" else {"loss_type": form}
     options = ObjectiveOptions(objective=name, **loss_type, **numbers).validate()  # type: ignore[arg-type]
     objective = PairObjective(packer, reference, options=options)
-    objective.before(decoder, range(6), Processes(), 2)
+    objective.before(decoder, range(6), Communicator(), 2)
     ours = gradients_of(decoder, objective, [[4, 0, 1], [2, 5, 3]])
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
     compare_gradients(decoder, adapted)
-    for shown, value in objective.measured(Processes()).items():
+    for shown, value in objective.measured(Communicator()).items():
         assert value == pytest.approx(trainer._metrics["train"][shown][-1], rel=1e-4, abs=1e-5), shown
 
 
@@ -172,7 +173,7 @@ def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[t
     schedule = LearningRate(rate, "linear", 0, steps)
     groups = micro_batches(rows, packer.lengths, max_rows=3)
     for step in range(steps):
-        objective.before(decoder, rows, Processes(), 3)
+        objective.before(decoder, rows, Communicator(), 3)
         work = StepWork(
             lambda number: packer.packed(groups[number], "cpu"),
             [packer.positions(group) for group in groups],
@@ -181,8 +182,8 @@ def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[t
             len(rows),
             lambda number: objective.token_loss(number, groups[number]),
         )
-        result = training_step(decoder, optimizer, work, Processes(), schedule.at(step))
-        yield result.loss, objective.measured(Processes())
+        result = training_step(decoder, optimizer, work, Communicator(), schedule.at(step))
+        yield result.loss, objective.measured(Communicator())
 
 
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
@@ -196,13 +197,13 @@ def test_twenty_steps_equal_trl(kind: str, tmp_path: Path) -> None:
     trainer.train()
     theirs = [line for line in trainer.state.log_history if "loss" in line]
     packer, objective = RowPacker(examples, share_prefixes=True), None
-    reference = document_sums(decoder, packer, range(8), 3, Processes())
+    reference = document_sums(decoder, packer, range(8), 3, Communicator())
     options = ObjectiveOptions(objective=kind.lower(), beta=0.3)  # type: ignore[arg-type]
     if kind == "DPO":
         objective = PairObjective(packer, reference, options=options)
     else:
         others = RowPacker(mismatched(examples, 100), share_prefixes=True)
-        of_others = document_sums(decoder, others, range(8), 3, Processes())
+        of_others = document_sums(decoder, others, range(8), 3, Communicator())
         objective = KTOObjective(packer, reference, options=options, others=others, others_reference=of_others)
     losses = []
     for step, (loss, shown) in enumerate(our_steps(decoder, objective, rate)):
@@ -219,7 +220,7 @@ def test_twenty_steps_equal_autograd(name: str) -> None:
     rate, adapted = 2e-3, attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA)
     decoder = decoder_like(adapted, ALPHA / RANK)
     packer = RowPacker(pair_examples(token_rows(4)), share_prefixes=True)
-    reference = document_sums(decoder, packer, range(4), 3, Processes())
+    reference = document_sums(decoder, packer, range(4), 3, Communicator())
     assert reference is not None
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
@@ -264,7 +265,7 @@ def test_one_batch_equals_trl_kto(form: str, tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(5)
     references = []
     for one in (packer, others):
-        now = document_sums(decoder, one, range(7), 4, Processes())
+        now = document_sums(decoder, one, range(7), 4, Communicator())
         assert now is not None
         references.append(now - 0.7 + torch.randn(7, generator=draw, dtype=torch.float64))
     for n, row in enumerate(rows):
@@ -283,12 +284,12 @@ def test_one_batch_equals_trl_kto(form: str, tmp_path: Path) -> None:
         others=others if form == "kto" else None,
         others_reference=references[1] if form == "kto" else None,
     )
-    kto.before(decoder, range(7), Processes(), 3)
+    kto.before(decoder, range(7), Communicator(), 3)
     assert (kto.kl > 0) == (form == "kto")
     ours = gradients_of(decoder, kto, [[0, 2, 4], [6, 1, 3], [5]])
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
     compare_gradients(decoder, adapted)
-    for shown, value in kto.measured(Processes()).items():
+    for shown, value in kto.measured(Communicator()).items():
         assert value == pytest.approx(trainer._metrics["train"][shown][-1], rel=1e-4, abs=1e-5), shown
 
 
@@ -342,7 +343,7 @@ def test_one_batch_equals_trl_without_a_reference(name: str) -> None:
     objective = PairObjective(packer, options=options.validate())
     assert gradients_of(decoder, objective, [[0, 1, 2, 3, 4, 5]]) == pytest.approx(theirs.item(), rel=1e-4)
     compare_gradients(decoder, adapted)
-    shown = objective.measured(Processes())
+    shown = objective.measured(Communicator())
     assert shown["rewards/chosen"] == pytest.approx(good.mean().item(), rel=1e-4)
     assert shown["rewards/margins"] == pytest.approx((good - bad).mean().item(), rel=1e-4)
     assert shown["logps/rejected"] == pytest.approx(rejected.mean().item(), rel=1e-4)
@@ -391,7 +392,7 @@ def test_float64_equals_autograd_of_the_paper(name: str) -> None:
     theirs = paper_loss(name, sides, reference)
     theirs.backward()
     objective = PairObjective(packer, reference.flatten(), options=objective_of(name))
-    objective.before(decoder, range(5), Processes(), 2)
+    objective.before(decoder, range(5), Communicator(), 2)
     ours = gradients_of(decoder, objective, [[0, 1], [2, 3, 4]])
     assert ours == pytest.approx(theirs.item(), rel=1e-9)
     compare_gradients(decoder, adapted, 1e-9)
@@ -414,7 +415,7 @@ def test_float64_equals_autograd_of_ktos_paper() -> None:
     packed = [RowPacker(rows, share_prefixes=True) for rows in (examples, others)]
     options = ObjectiveOptions(objective="kto")
     kto = KTOObjective(packed[0], reference, options=options, others=packed[1], others_reference=others_reference)
-    kto.before(decoder, range(5), Processes(), 2)
+    kto.before(decoder, range(5), Communicator(), 2)
     assert gradients_of(decoder, kto, [[0, 1], [2, 3, 4]]) == pytest.approx(theirs.item(), rel=1e-9)
     compare_gradients(decoder, adapted, 1e-9)
 
@@ -439,7 +440,7 @@ def test_what_cancels_in_a_margin_takes_no_gradient_of_the_head(form: str, monke
         options = ObjectiveOptions(objective="dpo", loss_type=form)  # type: ignore[arg-type]
         objective = PairObjective(packer, torch.tensor([-9.0, -7.0]).double(), options=options)
         loss = gradients_of(decoder, objective, [[0]])
-        found.append((loss, decoder.lora.gradients.clone(), objective.measured(Processes())))
+        found.append((loss, decoder.lora.gradients.clone(), objective.measured(Communicator())))
     assert seen == [4 + (0 if form == "sigmoid" else 7), 18]
     (loss, gradients, shown), (other_loss, other_gradients, other_shown) = found
     assert loss == pytest.approx(other_loss, rel=1e-5) and shown == pytest.approx(other_shown, rel=1e-5)
@@ -457,7 +458,7 @@ def test_smollm2_on_the_recipes_pairs_equals_autograd() -> None:
         theirs = torch.stack([answer_log_p(adapted, d).sum() for row in examples for d in row.documents])
     lora = decoder.lora
     decoder.detach()
-    reference = document_sums(decoder, packer, range(3), 2, Processes())
+    reference = document_sums(decoder, packer, range(3), 2, Communicator())
     decoder.attach(lora)
     assert reference is not None and reference.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
     ratios = [answer_log_p(adapted, d).sum() for row in examples for d in row.documents]
@@ -467,7 +468,7 @@ def test_smollm2_on_the_recipes_pairs_equals_autograd() -> None:
     objective = PairObjective(packer, reference, options=ObjectiveOptions(objective="dpo"))
     assert gradients_of(decoder, objective, [[0, 1], [2]]) == pytest.approx(loss.item(), rel=1e-4)
     margin = 0.1 * (chosen - rejected).mean().item()
-    assert objective.measured(Processes())["rewards/margins"] == pytest.approx(margin, rel=1e-3)
+    assert objective.measured(Communicator())["rewards/margins"] == pytest.approx(margin, rel=1e-3)
     # Both answers say the same and their gradients nearly cancel: autograd's own error in float32 is 1.6e-4.
     compare_gradients(decoder, adapted, 4e-4)
     exact = smollm2_decoder(adapted, torch.float64)
@@ -481,13 +482,13 @@ def test_rows_in_one_micro_batch_equal_rows_in_several() -> None:
     found = []
     for groups in ([list(range(9))], [[8, 1], [0, 2, 3], [4], [7, 6, 5]]):
         decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
-        reference = document_sums(decoder, packer, range(9), len(groups[0]), Processes())
+        reference = document_sums(decoder, packer, range(9), len(groups[0]), Communicator())
         assert reference is not None
         objective = PairObjective(
             packer, reference - 1 + torch.arange(18) % 5, options=ObjectiveOptions(objective="dpo")
         )
         loss = gradients_of(decoder, objective, groups)
-        found.append((loss, decoder.lora.gradients.clone(), objective.measured(Processes())))
+        found.append((loss, decoder.lora.gradients.clone(), objective.measured(Communicator())))
     (loss, gradients, shown), (other_loss, other_gradients, other_shown) = found
     assert loss == pytest.approx(other_loss, rel=1e-5)
     assert relative_error(gradients, other_gradients) <= 1e-5

@@ -12,7 +12,7 @@ SCRIPT = """
 import torch
 from backhand.nn.compute import keep_freed_memory
 from backhand.system import rss_bytes
-from backhand.engines.machine import settled_rss_bytes
+from backhand.loop.process_memory import settled_rss_bytes
 settled_rss_bytes(torch.float32)
 assert keep_freed_memory()
 alone = rss_bytes()

@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.data.options import DataOptions
+from backhand.distributed.communicator import Communicator
 from backhand.engines.machine import resolve_machine
 from backhand.engines.memory import plan as bases
 from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose_base, wanted_bases
@@ -21,7 +22,6 @@ from backhand.kernels.builds import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.evaluate import evaluate
 from backhand.loop.guards import BaseGuard
-from backhand.loop.step import Processes
 from backhand.nn import held_base
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.held_base import stays_quantized
@@ -99,12 +99,12 @@ def test_a_mapped_base_is_there_once_for_all_processes(tiny: TinyRun, tmp_path: 
     assert three["budget_bytes"] == (alone["budget_bytes"] + 2 * mapped) // 3
 
 
-class Following(Processes):
+class Following(Communicator):
     """The second of several processes, whose first one says how the step is cut and the base is held."""
 
-    leads = False
+    is_main_process = False
 
-    def follow(self, value: bytes) -> bytes:
+    def broadcast(self, value: bytes) -> bytes:
         assert json.loads(value) is None
         return json.dumps([2, "mlp", "quantized"]).encode()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from backhand.data.examples import Example
+from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError
 from backhand.generate import completer
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
@@ -24,7 +25,6 @@ from backhand.kernels.builds import load, usable, using
 from backhand.loop.rewards.guards import BOUNDS, Certificate
 from backhand.loop.rewards.rollout import Judged, Rollout
 from backhand.loop.rewards.steps import AnswerBatch, RewardedSteps
-from backhand.loop.step import Processes
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import PAGE
@@ -71,7 +71,7 @@ def batch_of(
     asked = [row for row in rows for _ in range(GROUP)]
     certificate = Certificate(BOUNDS[decoder.dtype], lambda _: None)
     judged = Judged(answers, [], rewards[None], rewards)
-    rollout = Rollout(options, None, None, (), lambda *_: 0, Processes())
+    rollout = Rollout(options, None, None, (), lambda *_: 0, Communicator())
     with at_temperature(decoder, TEMPERATURE):
         return AnswerBatch(decoder, asked, judged, RewardedSteps(rollout, (), beta, 2, certificate))
 
@@ -436,7 +436,7 @@ def test_the_certificate_sees_a_sampler_that_is_another_model(how: str | None) -
         loss = gradients_of(decoder, batch)
     assert np.isfinite(loss) == (how is None)
     if how is None:
-        assert 0 < batch._certificate.of_step(1, Processes())["sampling_gap"] < 1e-4
+        assert 0 < batch._certificate.of_step(1, Communicator())["sampling_gap"] < 1e-4
     else:
         with pytest.raises(Exception, match="two models"):
-            batch._certificate.of_step(1, Processes())
+            batch._certificate.of_step(1, Communicator())

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from backhand.loop.step import LearningRate
-from backhand.loop.step_plan import default_warmup_steps
+from backhand.loop.step_plan import LearningRate, default_warmup_steps
 
 
 def rates(schedule: str, warmup: int, total: int) -> list[float]:

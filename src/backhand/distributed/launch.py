@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from backhand.adapters.record import installed_packages
+from backhand.distributed.communicator import Communicator
 from backhand.errors import BackhandError, ResourceError
-from backhand.loop.step import Processes
 from backhand.nn.compute import available_cores
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import config_from_table, config_table, dump_config
@@ -186,17 +186,17 @@ def versions() -> dict[str, Any]:
 
 
 def followed(
-    config: TrainConfig, done: RunSummary | None, processes: Processes
+    config: TrainConfig, done: RunSummary | None, processes: Communicator
 ) -> tuple[TrainConfig, RunSummary | None]:
     """Configuration and, of a run that is finished already, summary of the first process.
 
     Args:
         config: this process's own; it keeps its places in it.
     """
-    if processes.size == 1:
+    if processes.world_size == 1:
         return config, done
-    table, summary = processes.agreed([config_table(config), done and dataclasses.asdict(done)])
-    if processes.leads:
+    table, summary = processes.broadcast_object([config_table(config), done and dataclasses.asdict(done)])
+    if processes.is_main_process:
         return config, done
     taken = config_from_table(table, "rank 0")
     usual = TrainConfig()
@@ -208,16 +208,18 @@ def followed(
     return replace(taken, **parts), summary and RunSummary(**summary)
 
 
-def shared_checkpoint(checkpoint: Checkpoint | None, processes: Processes) -> Checkpoint | None:
+def shared_checkpoint(checkpoint: Checkpoint | None, processes: Communicator) -> Checkpoint | None:
     """The checkpoint of the first process, byte for byte."""
-    if processes.size == 1:
+    if processes.world_size == 1:
         return checkpoint
-    head = processes.agreed(checkpoint and [checkpoint.step, dict(checkpoint.facts), list(checkpoint.contents)])
+    head = processes.broadcast_object(
+        checkpoint and [checkpoint.step, dict(checkpoint.facts), list(checkpoint.contents)]
+    )
     if head is None:
         return None
     step, facts, names = head
     mine = {} if checkpoint is None else checkpoint.contents
-    return Checkpoint(step, {name: processes.follow(mine.get(name, b"")) for name in names}, facts)
+    return Checkpoint(step, {name: processes.broadcast(mine.get(name, b"")) for name in names}, facts)
 
 
 def continued_after_restart(config: TrainConfig) -> TrainConfig:

@@ -1,34 +1,16 @@
-"""One run on several processes, here or on several machines: gloo between processors, NCCL between cards.
+"""The processes of one run, on one machine or several: gloo between processors, NCCL between GPUs.
 
-    joined     every process meets the others where the environment says; nobody waits for ever
-    same       what the processes have must be equal: base, rows, configuration, versions; then every adapter
-    follow     the first process chooses, the others take over: configuration, micro-batches, checkpoint
-    total      once a step: the gradient, the loss and the counts
-    gather     what each has found; from here on all know of a signal to one
+    joined                every process connects to the others as the environment says, with a time limit
+    assert_equal          base, rows, configuration and versions are equal in all processes
+    broadcast             rank 0 chooses the configuration, the micro-batches and the checkpoint
+    reduce_step           once per step: gradient, loss and counts
+    all_gather_object     one JSON value per process; carries signals as well
 
-A process alone is `step.Processes`, and never comes here. Whoever starts the processes sets RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT, as torchrun and Kubeflow do. Ray Train has also connected them with torch: then the meeting
-point is there already, and the run's connections are made beside Ray's.
+A single process uses `communicator.Communicator` and never enters this file. The program that starts the processes sets
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun and Kubeflow do. Ray Train also initializes torch's default
+process group. Then the store exists already, and the run creates a process group of its own next to Ray's.
 
-The gradient of a step whose micro-batches several processes compute (`step.OneProcessSum` is that of one alone):
-
-    g = g₀ + g₁ + … + g_{m-1},   each gᵢ computed from zero, added from the left in float64
-
-Addition of floats is not associative: who adds what to what decides the last bits. `ordered` keeps the equation as it
-stands, for any number of processes: the buffer of N elements is cut into W slices, each process sends slice k of each
-of its micro-batches to process k, which adds them in their order, and the sums go back to everyone. `sum` adds a
-process's own micro-batches first and then the processes in one all-reduce.
-
-Bytes that a process sends in a step, with mᵣ micro-batches of its own:
-
-    ordered   4 N (W - 1) / W · (mᵣ + 1)        as much as an all-reduce where each process has one micro-batch
-    sum       4 N (W - 1) / W · 2
-
-Besides, the processes tell each other (`step.Processes.total`) what each micro-batch had of nats and supervised tokens,
-whether it attends, and the seconds that each computed and waited.
-
-Bound of `sum`: with u = 2⁻²⁴ and m micro-batches, two orders of the same additions differ in each element by at most
-2 (m - 1) u Σᵢ |gᵢ| / (1 - (m - 1) u)      [Higham, Accuracy and Stability of Numerical Algorithms, §4.2]
+`gradient_sums` has the sum of a step's gradients over the processes.
 """
 
 from __future__ import annotations
@@ -48,36 +30,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.distributed import rendezvous as meeting
-from backhand.distributed.heartbeat import Pulse, StoppedElsewhere
-from backhand.distributed.rendezvous import Place, all_joined, connected, torch_distributed
+from backhand.distributed import rendezvous
+from backhand.distributed.communicator import Communicator, GradientSum, assign
+from backhand.distributed.gradient_sums import OrderedSum, PlainSum
+from backhand.distributed.heartbeat import Heartbeat, StoppedElsewhere
+from backhand.distributed.rendezvous import DistributedEnv, all_joined, connected, torch_distributed
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, short_reason
-from backhand.loop.step import GradientSum, Processes, zero_sum
 from backhand.options.config import Reduce
 from backhand.printing import going_on
 from backhand.runs.interruption import stop_word
 from backhand.words import shorten
 
-_BIT = 1 << 18
-"""Elements of a message between two processes."""
-_NEVER = timedelta(days=30)
-"""Timeout of a collective operation: `pulse` knows earlier, and a slow step is no fault."""
-_MEETINGS = itertools.count()
-"""Of this process: a store that outlives a run still holds what was written for the run before."""
+_MESSAGE_ELEMENTS = 1 << 18
+"""Elements of one message between two processes."""
+_NO_TIMEOUT = timedelta(days=30)
+"""Timeout of a collective operation. The heartbeat detects a lost process earlier, and a slow step is not an error."""
+_RUN_NUMBERS = itertools.count()
+"""Number of this process's runs. A store that outlives a run still holds the keys of the previous run."""
 
 
 @contextmanager
-def joined(reduce: Reduce) -> Iterator[Group]:
-    """The several processes of this run, as the environment says; none leaves before all do.
+def joined(reduce: Reduce) -> Iterator[ProcessGroup]:
+    """Join the process group that the environment describes. No process leaves before all have finished.
 
     Raises:
-        UsageError: half an environment, or a port that is taken.
-        ResourceError: the others do not come, or one is lost.
-        StoppedElsewhere: another process ended for a reason of its own.
+        UsageError: the environment is incomplete, or the port is in use.
+        ResourceError: a process does not join in time, or is lost.
+        StoppedElsewhere: another process ended with an error.
     """
-    place = Place.of_environment()
-    with going_on(f"waiting for the other processes at {place.host}:{place.port}"):
-        group = Group(place, reduce)
+    env = DistributedEnv.from_environment()
+    with going_on(f"waiting for the other processes at {env.host}:{env.port}"):
+        group = ProcessGroup(env, reduce)
     try:
         yield group
         group.close()
@@ -86,151 +69,153 @@ def joined(reduce: Reduce) -> Iterator[Group]:
         raise
 
 
-class Group(Processes):
-    """Several processes. Attributes and methods are those of `Processes`."""
+class ProcessGroup(Communicator):
+    """Several processes of one run. `Communicator` documents the attributes and methods.
 
-    def __init__(self, place: Place, reduce: Reduce) -> None:
+    Args:
+        env: this process's part of the environment.
+        reduce: how the gradients of a step are summed.
+    """
+
+    def __init__(self, env: DistributedEnv, reduce: Reduce) -> None:
         super().__init__()
         self._dist = dist = torch_distributed()
-        self.rank, self.size, self.local_rank = place.rank, place.size, place.local_rank
+        self.rank, self.world_size, self.local_rank = env.rank, env.world_size, env.local_rank
         self._ordered = reduce == "ordered"
         self._signal = 0
-        self._waiting = False
-        self._connected_by_others = dist.is_initialized()
-        self._group: Any = None  # torch's own, of all processes
-        point = f"{place.host}:{place.port}"
-        meeting = f"{place.attempt}/{next(_MEETINGS)}"
-        served = place.agent_store or self._connected_by_others
-        store = dist.PrefixStore(meeting, connected(place, point, server=not served))
-        me = f"{platform.node()} {os.getpid()}"
-        store.set(f"joined/{self.rank}", me)
-        there = all_joined(store, self.size, point)
-        self.names = [f"rank {rank} (process {name[1]} on {name[0]})" for rank, name in enumerate(there)]
-        self.here = sum(name[0] == platform.node() for name in there)
-        beats = dist.PrefixStore(meeting, connected(place, point, server=False))
-        self._pulse = Pulse(beats, self.rank, self.names, point)
+        self._in_collective = False
+        self._initialized_by_others = dist.is_initialized()
+        self._group: Any = None  # torch's process group; None for the default one
+        address = f"{env.host}:{env.port}"
+        prefix = f"{env.attempt}/{next(_RUN_NUMBERS)}"
+        store_exists = env.agent_store or self._initialized_by_others
+        store = dist.PrefixStore(prefix, connected(env, address, server=not store_exists))
+        store.set(f"joined/{self.rank}", f"{platform.node()} {os.getpid()}")
+        members = all_joined(store, self.world_size, address)
+        self.names = [f"rank {rank} (process {pid} on {node})" for rank, (node, pid) in enumerate(members)]
+        self.local_world_size = sum(node == platform.node() for node, _ in members)
+        beats = dist.PrefixStore(prefix, connected(env, address, server=False))
+        self._heartbeat = Heartbeat(beats, self.rank, self.names, address)
         self._connect(store)
 
     def _connect(self, store: Any) -> None:
-        """Connections from each to each, in a thread: nothing else could be waited for meanwhile."""
+        """Connect all processes in a thread, so that this thread can watch the heartbeat meanwhile."""
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         failed: list[BaseException] = []
 
         def connect() -> None:
             try:
-                if self._connected_by_others:
-                    self._group = self._dist.new_group(backend=backend, timeout=_NEVER)
+                if self._initialized_by_others:
+                    self._group = self._dist.new_group(backend=backend, timeout=_NO_TIMEOUT)
                 else:
-                    place = {"store": store, "rank": self.rank, "world_size": self.size}
-                    self._dist.init_process_group(backend, **place, timeout=_NEVER)
-            except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+                    self._dist.init_process_group(
+                        backend, store=store, rank=self.rank, world_size=self.world_size, timeout=_NO_TIMEOUT
+                    )
+            except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
                 failed.append(error)
 
         thread = threading.Thread(target=connect, name="connect", daemon=True)
         thread.start()
-        began = time.monotonic()
+        start_s = time.monotonic()
         while thread.is_alive() and not failed:
             thread.join(0.05)
-            self._pulse.check()
-            if time.monotonic() - began > meeting.JOIN_S:
-                failed.append(TimeoutError(f"no connection from each process to each within {meeting.JOIN_S:.0f} s"))
+            self._heartbeat.check()
+            if time.monotonic() - start_s > rendezvous.JOIN_S:
+                failed.append(TimeoutError(f"the processes did not connect within {rendezvous.JOIN_S:.0f} s"))
         if failed:
             raise ResourceError(
-                "the processes have met and cannot connect to each other",
+                "the processes have joined but cannot connect to each other",
                 why=short_reason(failed[0]),
-                next_step="open the ports between them, or name the network: GLOO_SOCKET_IFNAME=eth0",
+                next_step="open the ports between the machines, or name the network interface: GLOO_SOCKET_IFNAME=eth0",
             ) from None
 
     @property
-    def stopping(self) -> bool:
-        """Whether all processes know that one has been asked to stop."""
+    def should_stop(self) -> bool:
         return self._signal != 0
 
-    def shared_out(self, tokens: Sequence[int]) -> list[list[int]]:
-        """For each process the numbers of its pieces, rising, of pieces of so many tokens; the longest come first."""
-        return shared_out(tokens, self.size)
+    def assign(self, tokens: Sequence[int]) -> list[list[int]]:
+        return assign(tokens, self.world_size)
 
     def gradient_sum(self, gradients: Tensor, shares: Sequence[Sequence[int]]) -> GradientSum:
-        """The sum of one step."""
         return OrderedSum(gradients, shares, self) if self._ordered else PlainSum(gradients, self)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, as JSON holds it."""
-        asked = 0 if self.interruption is None else self.interruption.requested or 0
-        data = json.dumps([asked, value]).encode()
-        longest = max(int(length) for length in self._gathered(torch.tensor([len(data)])))
+    def all_gather_object(self, value: Any) -> list[Any]:
+        signal = 0 if self.interruption is None else self.interruption.requested or 0
+        data = json.dumps([signal, value]).encode()
+        longest = max(int(length) for length in self._all_gather_equal(torch.tensor([len(data)])))
         padded = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
-        found = [json.loads(bytes(piece.numpy())) for piece in self._gathered(padded)]
-        self._signal = max(self._signal, *(signal for signal, _ in found))
+        parts = [json.loads(bytes(piece.numpy())) for piece in self._all_gather_equal(padded)]
+        self._signal = max(self._signal, *(signal for signal, _ in parts))
         if self._signal and self.interruption is not None:
             self.interruption.heard_elsewhere(self._signal)
-        return [value for _, value in found]
+        return [value for _, value in parts]
 
-    def _gathered(self, sent: Tensor) -> list[Tensor]:
-        received = [torch.empty_like(sent) for _ in range(self.size)]
+    def _all_gather_equal(self, sent: Tensor) -> list[Tensor]:
+        """Return the tensor of every process; all have one shape."""
+        received = [torch.empty_like(sent) for _ in range(self.world_size)]
         self.all_gather(received, sent)
         return received
 
-    def follow(self, value: bytes) -> bytes:
-        """The value of the first process."""
+    def broadcast(self, value: bytes) -> bytes:
         length = torch.tensor([len(value)])
         self._finish(lambda: [self._dist.broadcast(length, 0, group=self._group, async_op=True)])
         if not int(length):
             return b""
-        data = torch.frombuffer(bytearray(value if self.leads else int(length)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(value if self.is_main_process else int(length)), dtype=torch.uint8)
         self._finish(lambda: [self._dist.broadcast(data, 0, group=self._group, async_op=True)])
         return bytes(data.numpy())
 
     def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
-        """Send a piece to each process, and receive one of each."""
-        self._swap(list(received.split(received_sizes)), list(sent.split(sent_sizes)))
+        """Send one piece to each process and receive one from each."""
+        self._exchange(list(received.split(received_sizes)), list(sent.split(sent_sizes)))
 
     def all_gather(self, received: list[Tensor], sent: Tensor) -> None:
-        """Give every process the tensor of each."""
-        self._swap(received, [sent] * self.size)
+        """Give every process the tensor of each process."""
+        self._exchange(received, [sent] * self.world_size)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Add up in place."""
+        """Sum over all processes in place."""
         self._finish(lambda: [self._dist.all_reduce(tensor, group=self._group, async_op=True)])
 
-    def _swap(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
-        """One piece to each process and one from each, a bit at a time, so that both directions of a link are used.
+    def _exchange(self, received: Sequence[Tensor], sent: Sequence[Tensor]) -> None:
+        """Send one piece to each process and receive one from each, in short messages that use both directions.
 
-        Gloo's own all-to-all fills one direction first: over 100 Mbit/s it took 1.5 s for what now takes 0.9 s.
+        Gloo's own all-to-all fills one direction of a link first: over 100 Mbit/s it took 1.5 s instead of 0.9 s.
         """
         dist, operations = self._dist, []
         received[self.rank].copy_(sent[self.rank])
-        for away in range(1, self.size):
-            there, back = (self.rank + away) % self.size, (self.rank - away) % self.size
-            pieces = [(dist.isend, piece, there) for piece in sent[there].split(_BIT) if piece.numel()]
-            returns = [(dist.irecv, piece, back) for piece in received[back].split(_BIT) if piece.numel()]
-            paired = itertools.zip_longest(pieces, returns)
-            operations += [dist.P2POp(*one, group=self._group) for pair in paired for one in pair if one is not None]
-        self._finish(lambda: [_Waited(dist.batch_isend_irecv(operations), sent[0].is_cuda)])
+        for offset in range(1, self.world_size):
+            to, source = (self.rank + offset) % self.world_size, (self.rank - offset) % self.world_size
+            sends = [(dist.isend, piece, to) for piece in sent[to].split(_MESSAGE_ELEMENTS) if piece.numel()]
+            receives = [
+                (dist.irecv, piece, source) for piece in received[source].split(_MESSAGE_ELEMENTS) if piece.numel()
+            ]
+            pairs = itertools.zip_longest(sends, receives)
+            operations += [dist.P2POp(*one, group=self._group) for pair in pairs for one in pair if one is not None]
+        self._finish(lambda: [_Messages(dist.batch_isend_irecv(operations), sent[0].is_cuda)])
 
-    def _finish(self, begin: Callable[[], list[Any]]) -> None:
-        """Wait for operations as long as everybody is there."""
-        pause_s, self._waiting = 2e-5, True
+    def _finish(self, start: Callable[[], list[Any]]) -> None:
+        """Start operations and wait for them, as long as the heartbeat finds all processes alive."""
+        pause_s, self._in_collective = 2e-5, True
         try:
-            for work in begin():
+            for work in start():
                 while not work.is_completed():
-                    self._pulse.check()
+                    self._heartbeat.check()
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, 1e-3)
                 work.wait()
-            self._waiting = False
+            self._in_collective = False
         except RuntimeError as error:
-            self._waiting = False
-            raise self._pulse.explain(short_reason(error)) from None
+            self._in_collective = False
+            raise self._heartbeat.explain(short_reason(error)) from None
 
-    def same(self, facts: Mapping[str, Any]) -> None:
-        """Compare what processes must have alike. Raises ArtifactError naming what differs, and both sides."""
-        first, *others = self.gather(dict(facts))
-        for rank, there in enumerate(others, start=1):
-            different = [name for name in sorted({*first, *there}) if first.get(name) != there.get(name)]
+    def assert_equal(self, facts: Mapping[str, Any]) -> None:
+        first, *others = self.all_gather_object(dict(facts))
+        for rank, other in enumerate(others, start=1):
+            different = [name for name in sorted({*first, *other}) if first.get(name) != other.get(name)]
             if different:
                 shown = "; ".join(
-                    f"{name}: {_short(first.get(name))} on rank 0, {_short(there.get(name))} on rank {rank}"
+                    f"{name}: {_short(first.get(name))} on rank 0, {_short(other.get(name))} on rank {rank}"
                     for name in different
                 )
                 raise ArtifactError(
@@ -240,49 +225,49 @@ class Group(Processes):
                     next_step="give all processes the same model, rows, options and versions",
                 )
 
-    def same_adapter(self, digest: Callable[[], str], step: int) -> None:
-        """Compare the adapters. Raises CheckError naming the processes whose adapter is another one."""
-        first, *others = self.gather(digest())
-        different = [rank for rank, there in enumerate(others, start=1) if there != first]
+    def assert_equal_adapters(self, digest: Callable[[], str], step: int) -> None:
+        first, *others = self.all_gather_object(digest())
+        different = [rank for rank, other in enumerate(others, start=1) if other != first]
         if different:
             raise CheckError(
-                f"after step {step} the adapter of {', '.join(self.names[rank] for rank in different)} is not that of "
-                f"{self.names[0]}",
-                why="they began alike and added up the same gradients: a processor or a memory computes otherwise",
-                next_step="continue from the checkpoint before with --resume, without that machine",
+                f"after step {step} the adapter of {', '.join(self.names[rank] for rank in different)} differs from "
+                f"that of {self.names[0]}",
+                why="the processes started with equal adapters and added the same gradients, so a processor or a "
+                "memory computes wrong results",
+                next_step="continue from the previous checkpoint with --resume, without that machine",
             )
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others why this process ends."""
+        """Tell the other processes why this process ends."""
         exit_code = _exit_code(error)
         if isinstance(error, StoppedElsewhere):
-            error.said_elsewhere = self._pulse.leave(exit_code, error.what, echo=True)
+            error.said_elsewhere = self._heartbeat.leave(exit_code, error.what, echo=True)
         elif isinstance(error, BackhandError):
-            error.said_elsewhere = self._pulse.leave(exit_code, error.one_line, echo=False)
+            error.said_elsewhere = self._heartbeat.leave(exit_code, error.one_line, echo=False)
         else:
             word = stop_word(exit_code - 128) if isinstance(error, KeyboardInterrupt | SystemExit) else None
-            self._pulse.leave(exit_code, word or f"{type(error).__name__}: {error}", echo=False)
-        if self._waiting:
-            # A thread of gloo's still waits for a process that is gone, and Python would wait for that thread.
+            self._heartbeat.leave(exit_code, word or f"{type(error).__name__}: {error}", echo=False)
+        if self._in_collective:
+            # A thread of gloo still waits for a process that has ended, and Python would wait for that thread.
             atexit.register(_end_now, exit_code)
 
     def close(self) -> None:
-        """Wait until all are done, and end the connections."""
-        self._pulse.close()
+        """Wait until all processes have finished, then close the connections."""
+        self._heartbeat.close()
         self._dist.destroy_process_group(self._group)
 
 
-class _Waited:
-    """Messages under way, as one operation.
+class _Messages:
+    """Point-to-point messages in flight, with the interface of one operation.
 
-    Gloo tells of a message that it has come only to who waits for it, so on processors a thread does; on a card waiting
-    belongs to the stream of the thread that computes.
+    Gloo completes a message only for a thread that waits for it, so on processors a separate thread waits. On a GPU,
+    waiting belongs to the stream of the computing thread.
     """
 
-    def __init__(self, works: list[Any], on_card: bool) -> None:
+    def __init__(self, works: list[Any], on_gpu: bool) -> None:
         self._works = works
         self._error: RuntimeError | None = None
-        self._thread = None if on_card else threading.Thread(target=self._wait, name="messages", daemon=True)
+        self._thread = None if on_gpu else threading.Thread(target=self._wait, name="messages", daemon=True)
         if self._thread is not None:
             self._thread.start()
 
@@ -294,11 +279,10 @@ class _Waited:
             self._error = error
 
     def is_completed(self) -> bool:
-        """Whether all have come."""
         return all(work.is_completed() for work in self._works) if self._thread is None else not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Raises RuntimeError for a connection that was closed."""
+        """Wait for all messages. Raises RuntimeError if a connection was closed."""
         if self._thread is None:
             self._wait()
         if self._error is not None:
@@ -306,7 +290,7 @@ class _Waited:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What the command line will make of an exception, as far as the others need to know."""
+    """Return the exit code that the command line will map an exception to."""
     match error:
         case BackhandError():
             return error.exit_code
@@ -330,72 +314,3 @@ def _end_now(exit_code: int) -> None:
 
 def _short(value: object) -> str:
     return shorten("nothing" if value is None else str(value), 24)
-
-
-def shared_out(tokens: Sequence[int], processes: int) -> list[list[int]]:
-    """Which micro-batches each process computes: each goes to the one that has the fewest tokens so far.
-
-    Args:
-        tokens: of every micro-batch, the longest first.
-        processes: how many there are; some get none where there are fewer micro-batches.
-
-    Returns:
-        for each process the numbers of its micro-batches, rising; each number once.
-    """
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
-    for number, count in enumerate(tokens):
-        process = loads.index(min(loads))
-        shares[process].append(number)
-        loads[process] += count
-    return shares
-
-
-class OrderedSum:
-    """`ordered` over several processes.
-
-    Args:
-        gradients: the buffer, (elements,).
-        shares: of every process, see `shared_out`.
-    """
-
-    def __init__(self, gradients: Tensor, shares: Sequence[Sequence[int]], processes: Group) -> None:
-        self._gradients, self._shares, self._processes = gradients, shares, processes
-        self._slice = -(-gradients.numel() // processes.size)
-        self._sent = gradients.new_zeros(processes.size, len(shares[processes.rank]), self._slice)
-        self._added = 0
-
-    def add(self) -> None:
-        """See `step.GradientSum.add`."""
-        for process, piece in enumerate(self._gradients.split(self._slice)):
-            self._sent[process, self._added, : piece.numel()] = piece
-        self._gradients.zero_()
-        self._added += 1
-
-    def total(self) -> None:
-        """See `step.GradientSum.total`."""
-        processes, numbers = self._processes, [number for share in self._shares for number in share]
-        lengths = [len(share) * self._slice for share in self._shares]
-        received = self._gradients.new_empty(len(numbers), self._slice)
-        own = [lengths[processes.rank]] * processes.size
-        processes.all_to_all(received.view(-1), self._sent.view(-1), lengths, own)
-        added = zero_sum(self._gradients, self._slice)
-        for place in sorted(range(len(numbers)), key=numbers.__getitem__):
-            added.add_(received[place])
-        whole = self._gradients.new_empty(processes.size, self._slice)
-        processes.all_gather(list(whole.unbind()), added.to(whole.dtype))
-        self._gradients.copy_(whole.view(-1)[: self._gradients.numel()])
-
-
-class PlainSum:
-    """`sum` over several processes: the next gradient is added to this one where it stands, then one all-reduce."""
-
-    def __init__(self, gradients: Tensor, processes: Group) -> None:
-        self._gradients, self._processes = gradients, processes
-
-    def add(self) -> None:
-        """See `step.GradientSum.add`."""
-
-    def total(self) -> None:
-        """See `step.GradientSum.total`."""
-        self._processes.all_reduce(self._gradients)

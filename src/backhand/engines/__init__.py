@@ -1,1 +1,1 @@
-"""Training engines: the decoder engine, transformers with autograd, and the memory that a step of each takes."""
+"""Training engines and the memory that a step takes."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from backhand.loop.step import AdapterOptimizer, Processes
+from backhand.distributed.communicator import Communicator
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import release_freed_memory, resolve_device, resolve_dtype, resolve_threads
-from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-from backhand.options.config import OptimizationOptions, TrainConfig, parse_bytes
+from backhand.options.config import TrainConfig, parse_bytes
 from backhand.system import rss_bytes
 from backhand.words import in_words
 
@@ -28,10 +27,10 @@ class Machine:
     here: int = 1  # those of them on this machine, which share its memory
 
 
-def resolve_machine(config: TrainConfig, processes: Processes | None = None) -> Machine:
+def resolve_machine(config: TrainConfig, processes: Communicator | None = None) -> Machine:
     """Device, dtype and threads of this process. Raises UsageError for a device that cannot be used."""
-    processes = Processes() if processes is None else processes
-    size, here = processes.size, processes.here
+    processes = Communicator() if processes is None else processes
+    size, here = processes.world_size, processes.local_world_size
     if size == 1:  # not started yet: `workers` are about to be, on this machine
         size = here = config.run.workers
     device, threads = resolve_device(config.model), resolve_threads(config.model)
@@ -116,44 +115,3 @@ class MemoryKeeper:
         if self._released:
             self.release()
         self._before = now
-
-
-_SIZE = 8
-
-
-class ProcessBytes:
-    """What the process itself takes, interpreter, libraries, tokenizer and rows, measured where they are all there.
-
-    It is more once a step has been measured, whose code and compiled kernels stay.
-
-    Args:
-        final: whether a run's weights are there, which are counted elsewhere.
-
-    Attributes:
-        now: bytes.
-    """
-
-    def __init__(self, dtype: torch.dtype, final: Callable[[], bool] = lambda: False) -> None:
-        self._dtype = dtype
-        self._final = final
-        self.now = settled_rss_bytes(dtype)
-
-    def grown(self) -> None:
-        """Look again, unless what was found is final."""
-        if not self._final():
-            self.now = max(self.now, settled_rss_bytes(self._dtype))
-
-
-def settled_rss_bytes(dtype: torch.dtype) -> int:
-    """Resident memory now, once everything is loaded that a step loads when it is first taken.
-
-    The optimizer and matrix libraries read their code as they are first called; whatever is loaded before the
-    measurement need not be guessed. What an earlier model of this process has left behind as freed
-    memory is given back first: a step will use it, and it would be counted twice.
-    """
-    lora = LoRAParameters([LoRASlot("warm_up", _SIZE, _SIZE, 1, 1.0)])
-    AdapterOptimizer(lora, OptimizationOptions()).step(0.0)
-    x = torch.ones(_SIZE * _SIZE, _SIZE * _SIZE, dtype=dtype)
-    (x @ x).softmax(-1).sum()
-    release_freed_memory()
-    return rss_bytes()

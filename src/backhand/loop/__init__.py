@@ -1,1 +1,1 @@
-"""The training loop: step, evaluation, guards, state, logging, objectives and rewards."""
+"""Training loop: step, evaluation, guards, state, logging, objectives, rewards."""

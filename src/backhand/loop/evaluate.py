@@ -29,6 +29,7 @@ from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
+from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, not_none
 from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import (
@@ -50,7 +51,6 @@ from backhand.loop.objectives.objective import document_sums, means
 from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.rewards.rollout import Rollout, check_context, prompt_of
 from backhand.loop.rewards.steps import HeldOutRewards
-from backhand.loop.step import Processes
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
@@ -182,7 +182,7 @@ def compared(
     for number, one in enumerate(scores):
         loaded.model.use_adapter(bool(number))
         every = range(len(rows.pairs))
-        sums = not_none(document_sums(loaded.model, packer, every, run.micro_batch_rows, Processes()))
+        sums = not_none(document_sums(loaded.model, packer, every, run.micro_batch_rows, Communicator()))
         objective = PairObjective(packer, sums if reference is None else reference, options=ObjectiveOptions("dpo"))
         measured = means([objective.of_sums(every, sums).measured])
         shown = {name: value for name, value in measured.items() if number or name.startswith("logps/")}
@@ -431,12 +431,12 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
         check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
         longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
         check_context(longest, loaded.model.context_tokens)
-        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Processes())
+        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Communicator())
         held_out = HeldOutRewards(examples, rollout, 0)
         found = []
         for adapter in (False, True)[: 1 if run.adapter is None else 2]:
             loaded.model.use_adapter(adapter)
-            held_out.loss(loaded.model, Processes(), interruptible=False)
+            held_out.loss(loaded.model, Communicator(), interruptible=False)
             found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
     return len(examples), found
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError, not_none
 from backhand.loop.guards import (
@@ -26,7 +27,7 @@ from backhand.loop.guards import (
 from backhand.loop.loggers import Observer
 from backhand.loop.measuring import NO_FORGETTING, ForgettingMeter, HeldOut
 from backhand.loop.state import RunState
-from backhand.loop.step import Processes, StepResult
+from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan
 from backhand.printing import going_on
 from backhand.system import rss_bytes
@@ -51,7 +52,7 @@ class Judge:
     observer: Observer = field(default_factory=Observer)
     # makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far
     save: Callable[[bool], None] = lambda _better: None
-    processes: Processes = field(default_factory=Processes)  # that share each evaluation
+    processes: Communicator = field(default_factory=Communicator)  # that share each evaluation
 
     def __post_init__(self) -> None:
         begin = self.state.progress.step
@@ -62,7 +63,7 @@ class Judge:
         progress = self.state.progress
         progress.step += 1
         progress.tokens += tokens
-        progress.supervised_tokens += result.found.supervised_tokens
+        progress.supervised_tokens += result.totals.supervised_tokens
         progress.train_s += seconds
         if result.taken:
             progress.bad_steps_in_a_row = 0
@@ -83,9 +84,9 @@ class Judge:
     ) -> dict[str, Any]:
         """The step just counted, as metrics.jsonl has it; `measured` is what its objective shows of it."""
         several = {}
-        if self.processes.size > 1:
-            several["computed_s"] = [round(computed, 4) for computed in result.found.computed_s]
-            several["waited_s"] = [round(waited, 4) for waited in result.found.waited_s]
+        if self.processes.world_size > 1:
+            several["computed_s"] = [round(computed, 4) for computed in result.totals.computed_s]
+            several["waited_s"] = [round(waited, 4) for waited in result.totals.waited_s]
             several["computed_tokens"] = list(result.computed_tokens)
         return {
             "step": self.state.progress.step,
@@ -94,7 +95,7 @@ class Judge:
             "learning_rate": rate,
             "grad_norm": finite_or_none(result.grad_norm),
             "tokens": tokens,
-            "supervised_tokens": result.found.supervised_tokens,
+            "supervised_tokens": result.totals.supervised_tokens,
             "tokens_per_s": round(tokens / seconds, 1),
             "rss_bytes": rss_bytes(),
             "time_s": round(self.state.progress.train_s, 3),
@@ -137,8 +138,8 @@ class Judge:
                 self._give_up()
         if self.learning_guard is not None:
             last = progress.step == self.plan.total_steps
-            taken = result.taken and result.found.supervised_tokens > 0  # of rewards there may be nothing to learn from
-            for note in self.learning_guard.judge_if_due(attends=result.found.attends, taken=taken, last=last):
+            taken = result.taken and result.totals.supervised_tokens > 0
+            for note in self.learning_guard.judge_if_due(attends=result.totals.attends, taken=taken, last=last):
                 self.observer.noted(note)
         if self.base_guard is not None and progress.step in self._sampled_steps:
             self.base_guard.sample()

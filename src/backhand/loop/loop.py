@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 from backhand.data.packing import RowPacker, Sampler, micro_batches
+from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
@@ -23,7 +24,7 @@ from backhand.loop.loggers import Observer
 from backhand.loop.objectives.objective import Objective
 from backhand.loop.rewards.steps import RewardedSteps
 from backhand.loop.state import RunState
-from backhand.loop.step import Processes, StepResult, StepWork, training_step
+from backhand.loop.step import StepResult, StepWork, training_step
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.batch import PackedBatch
 
@@ -41,7 +42,7 @@ class TrainingLoop:
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)
     memory: MemoryKeeper | None = None  # holds the process to its plan; None where the allocator is left alone
-    processes: Processes = field(default_factory=Processes)  # that share each step
+    processes: Communicator = field(default_factory=Communicator)  # that share each step
     # the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed in each
     # step
     kept: KeptStates | None = None
@@ -64,7 +65,7 @@ class TrainingLoop:
         progress, judge = self.state.progress, self.judge
         judge.begin()
         while not progress.finished and (until_step is None or progress.step < until_step):
-            if self.processes.stopping:
+            if self.processes.should_stop:
                 judge.save(False)
                 return False
             self._step()
@@ -136,5 +137,5 @@ class TrainingLoop:
         for later in range(step, min(self.plan.total_steps, (step // per_epoch + 1) * per_epoch)):
             if later > step:
                 groups, number = self._groups(self.sampler.rows_of(later)), -1
-            shares = self.processes.shared_out([self.packer.positions(group) for group in groups])
+            shares = self.processes.assign([self.packer.positions(group) for group in groups])
             yield from (groups[own] for own in shares[self.processes.rank] if own > number)

@@ -13,11 +13,12 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.stored_examples import neutral_texts
+from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import not_none
 from backhand.generate.completer import LanguageModel
 from backhand.loop.hidden_state_cache import KeptStates
-from backhand.loop.step import Processes, sequential_sum
+from backhand.loop.step import sequential_sum
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource
@@ -55,7 +56,7 @@ class HeldOut:
         self._kept = kept
         self._batches: list[_Packed] = []
 
-    def loss(self, model: Trainable, processes: Processes, *, interruptible: bool = True) -> float | None:
+    def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Mean nats per supervised token with the adapter that is attached, the same with any number of processes.
 
         Args:
@@ -71,9 +72,9 @@ class HeldOut:
             return found
 
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
-        own = len(processes.shared_out(tokens)[processes.rank])
+        own = len(processes.assign(tokens)[processes.rank])
         with counting("held-out loss", own, "batches") as done:
-            found = processes.each(tokens, nats, interruptible=interruptible)
+            found = processes.parallel_map(tokens, nats, interruptible=interruptible)
         return None if found is None else sequential_sum(found) / self.supervised_tokens
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
@@ -135,7 +136,7 @@ class ForgettingMeter:
         return tuple(document.shape[0] for document in self.documents)
 
     @torch.no_grad()
-    def measure(self, model: Trainable, lora: LoRAParameters, processes: Processes) -> Forgetting:
+    def measure(self, model: Trainable, lora: LoRAParameters, processes: Communicator) -> Forgetting:
         """Compare the model with and without its adapter, which is attached before and after.
 
         Each process takes a share of the documents; what they find adds up in the order of the documents.
@@ -154,7 +155,7 @@ class ForgettingMeter:
                 for rows in torch.arange(input_ids.shape[0] - 1).split(_ROWS)
             ]
 
-        found = not_none(processes.each(self.lengths, measured))
+        found = not_none(processes.parallel_map(self.lengths, measured))
         risen, diverged = zip(*chain.from_iterable(found), strict=True)
         tokens = sum(length - 1 for length in self.lengths)
         return Forgetting(sequential_sum(risen) / tokens, sequential_sum(diverged) / tokens)

@@ -1,1 +1,1 @@
-"""Options of a run: dataclasses from which the command line, TOML files and the documentation are made."""
+"""Options of a run, for command line, TOML and documentation."""

@@ -1,1 +1,1 @@
-"""A training run from its configuration to its summary: inputs, plan, trainer, resume."""
+"""A training run, from its configuration to its summary."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from backhand.data.packing import micro_batches, trained_length
-from backhand.distributed.process_group import shared_out
+from backhand.distributed.communicator import assign
 from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
 from backhand.loop.step import AdapterOptimizer
@@ -95,7 +95,7 @@ def _positions(outline: Outline, machine: Machine, steps: Sequence[Sequence[int]
     for rows in steps:
         groups = micro_batches(rows, packer.lengths, max_rows=outline.memory.micro_batch_rows)
         positions = [packer.positions(group) for group in groups]
-        shares = shared_out(positions, machine.world_size)
+        shares = assign(positions, machine.world_size)
         yield sum(positions), max(sum(positions[number] for number in share) for share in shares)
 
 

@@ -18,9 +18,9 @@ from rich.text import Text
 from backhand.data.lint import label_spellings
 from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
+from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
 from backhand.loop.loggers import Observer, RunStart
-from backhand.loop.step import Processes
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
 from backhand.runs.summary import RunSummary, forgetting
 from backhand.terminal import console
@@ -269,7 +269,7 @@ def _exp(loss: float) -> str:
 _STEPS_COUNTED = 200
 
 
-def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str, ...]:
+def opening_facts(job: Job, continued: bool, processes: Communicator) -> tuple[str, ...]:
     """The lines.
 
     Args:
@@ -316,11 +316,12 @@ def opening_facts(job: Job, continued: bool, processes: Processes) -> tuple[str,
         facts.append(f"rows begin alike: {alike}")
     if (kept := job.states.line()) is not None:
         facts.append(f"kept: {kept}")
-    if processes.size > 1:
+    if processes.world_size > 1:
         each = f"each takes about {in_words(job.memory.peak_bytes)}"
         how = "add up in the order of micro-batches" if job.config.run.reduce == "ordered" else "add up in one sum"
         facts.append(
-            f"processes: {processes.size}, {processes.here} of them on this machine, where {each}; gradients {how}"
+            f"processes: {processes.world_size}, {processes.local_world_size} of them on this machine, where {each}; "
+            f"gradients {how}"
         )
     if continued:
         facts.append("continuing from a checkpoint")

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from backhand.data.packing import RowPacker, round_size
+from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Shared
 from backhand.engines.machine import Machine
 from backhand.loop.hidden_state_cache import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.loop.measuring import quantization_notes
-from backhand.loop.step import Processes
 from backhand.loop.step_plan import default_warmup_steps, five_times
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import ProofLog, RunDirectory
@@ -47,7 +47,7 @@ def build_job(
     config: TrainConfig,
     machine: Machine,
     typed: frozenset[str] = frozenset(),
-    processes: Processes | None = None,
+    processes: Communicator | None = None,
     shared: Shared | None = None,
 ) -> Job:
     """Everything up to the first step; nothing is written.
@@ -64,16 +64,16 @@ def build_job(
         UsageError, DataError, ArtifactError, ResourceError: each says what to do.
     """
     shared = shared or Shared()
-    processes = Processes() if processes is None else processes
-    if not processes.leads:
-        rows, recompute, base = processes.agreed(None)
+    processes = Communicator() if processes is None else processes
+    if not processes.is_main_process:
+        rows, recompute, base = processes.broadcast_object(None)
         optimization = replace(config.optimization, micro_batch_rows=rows)
         model = replace(config.model, recompute=recompute, base=base)
         config = replace(config, optimization=optimization, model=model)
     outline = outline_run(config, machine, typed=typed, shared=shared)
     source, memory = outline.source, outline.memory
-    if processes.leads:
-        processes.agreed([memory.micro_batch_rows, memory.recompute, memory.base])
+    if processes.is_main_process:
+        processes.broadcast_object([memory.micro_batch_rows, memory.recompute, memory.base])
     bound = outline.engine.load(outline.config.adapter, machine.device, memory.recompute, memory.base, shared)
     rate, reason = outline.rate(outline.config.optimization)
     rate_note = () if reason is None else (f"learning rate: {reason}",)

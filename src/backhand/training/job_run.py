@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import alike, shared_checkpoint
 from backhand.engines.engine import Shared
 from backhand.engines.machine import MemoryKeeper, crowded_note
@@ -30,7 +31,7 @@ from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.rewards.rollout import Rollout
 from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
 from backhand.loop.state import Progress, RunState, Saver
-from backhand.loop.step import AdapterOptimizer, Processes
+from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import loaded_objects_frozen
@@ -66,7 +67,7 @@ class JobRun:
     observer: Observers  # is told how it goes
     interruption: Interruption  # whether somebody asked to stop
     checkpoint: Checkpoint | None  # to go on from; None for a run that begins
-    processes: Processes  # that share the run; the first one writes
+    processes: Communicator  # that share the run; the first one writes
     shared: Shared = field(default_factory=Shared)  # with other runs of this process
     pause_at: int | None = None  # a step to stop after, with a checkpoint; None for none before the last
     begun: bool = False  # whether what lies in the directory is this run's
@@ -82,9 +83,9 @@ class JobRun:
         with self.interruption.graceful(), ExitStack() as places:
             store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
             begin: int | None = None  # the step that the proof of resuming repeats the run from
-            if self.processes.leads:
+            if self.processes.is_main_process:
                 begin = proof_begin(store, self.checkpoint, config.run.prove_resume, job.total_steps)
-            begin = self.processes.agreed(begin)
+            begin = self.processes.broadcast_object(begin)
             saver = Saver(
                 self.directory,
                 store,
@@ -100,15 +101,15 @@ class JobRun:
                 protected=frozenset(() if begin is None else {begin}),
                 make_room=memory.make_room if memory else lambda: None,
             )
-            if self.processes.leads and (self.checkpoint is None or self.checkpoint.step < job.total_steps):
+            if self.processes.is_main_process and (self.checkpoint is None or self.checkpoint.step < job.total_steps):
                 saver.require_room()
             self._begin(store, state, saver)
             self.begun = True
             finished_before = state.progress.finished
-            log = proof_log(self.directory) if self.processes.leads else _unwritten
+            log = proof_log(self.directory) if self.processes.is_main_process else _unwritten
             base_guard = BaseGuard(job.bound.model, log)
             digest = self._frozen_digest = base_guard.digest
-            if self.checkpoint is not None and self.processes.leads:
+            if self.checkpoint is not None and self.processes.is_main_process:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._check_same(state)
             save = partial(self._save, saver, state)
@@ -141,7 +142,7 @@ class JobRun:
             if memory is not None:
                 memory.make_room()  # loading and digests leave gaps behind
             shown = status_kept(self.directory, job.total_steps, lambda: loop.state.progress.step)
-            with shown if self.processes.leads else nullcontext():
+            with shown if self.processes.is_main_process else nullcontext():
                 facts = opening_facts(job, self.checkpoint is not None, self.processes)
                 options = {
                     f"{part}.{name}": value for part, of in config_table(config).items() for name, value in of.items()
@@ -166,12 +167,14 @@ class JobRun:
         del facts["settings_digest"]  # its parts tell more
         facts |= {f"model_config.{name}": value for name, value in identity["model_config"].items()}
         facts |= alike(identity["settings"])
-        self.processes.same({**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]})
+        self.processes.assert_equal(
+            {**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]}
+        )
 
     def _save(self, saver: Saver, state: RunState, better: bool) -> None:
         """A checkpoint by the first process, of an adapter that all of them have."""
-        self.processes.same_adapter(lambda: state_digests(state)["adapter"], state.progress.step)
-        if self.processes.leads:
+        self.processes.assert_equal_adapters(lambda: state_digests(state)["adapter"], state.progress.step)
+        if self.processes.is_main_process:
             saver.save(better)
             self.directory.settle()
 
@@ -182,16 +185,18 @@ class JobRun:
             the summary, with how many answers were right.
         """
         job = self.job
-        if job.held_out is None or not job.config.run.answers or not self.processes.leads:
+        if job.held_out is None or not job.config.run.answers or not self.processes.is_main_process:
             return summary
-        if self.processes.asked:
+        if self.processes.stop_requested:
             self.observer.noted("asked to stop: no held-out rows are answered for the report")
             return summary
         job.bound.fill(str(self.directory.adapter))
         asked = job.bound, job.source, job.held_out.examples, job.config
         self.directory.write(ANSWERS, answers_file(*asked))
         if summary.adapted_exact_match is None and (
-            measured := measured_answers(*asked, job.identity.labels, summary.tokens, lambda: self.processes.asked)
+            measured := measured_answers(
+                *asked, job.identity.labels, summary.tokens, lambda: self.processes.stop_requested
+            )
         ):
             summary = replace(summary, **measured)
             self.directory.write(SUMMARY, summary.to_json())
@@ -200,7 +205,7 @@ class JobRun:
     def _begin(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
         """Make the directory ready, and the state what it was where the run is continued."""
         job, config = self.job, self.job.config
-        if not self.processes.leads:
+        if not self.processes.is_main_process:
             if self.checkpoint is not None:
                 state.restore(self.checkpoint, job.bound.model.dtype)
             return
@@ -262,8 +267,8 @@ class JobRun:
         path = self.directory.path / SUMMARY
         if keep and (there := read_summary(path)) is not None:
             return there
-        summary = summarise(self.job, state, self.directory, self.processes.size)
-        if self.processes.leads:
+        summary = summarise(self.job, state, self.directory, self.processes.world_size)
+        if self.processes.is_main_process:
             curves = Curves.of(self.directory.lines(METRICS))
             usual, _ = self.job.rate(replace(self.job.config.optimization, learning_rate="auto"))
             said = advice(self.job.config, curves, self.job.total_steps, usual, self.directory.path)
@@ -275,7 +280,9 @@ class JobRun:
         if loop.state.progress.step < self.job.total_steps:
             self.observer.noted("the run ended early; the proof of resuming is left out")
             return
-        checkpoint = not_none(shared_checkpoint(store.load(begin) if self.processes.leads else None, self.processes))
+        checkpoint = not_none(
+            shared_checkpoint(store.load(begin) if self.processes.is_main_process else None, self.processes)
+        )
         if not prove_resume(loop, checkpoint, log):
             again = f"{self._resume_command()} --prove-resume {self.job.config.run.prove_resume}"
             raise self._interrupted(loop.state, f"the run is finished and not yet proved: {again}")
@@ -285,9 +292,9 @@ class JobRun:
         """Of training and of held-out rows, with what the model that the run starts from says of them."""
         assert self._frozen_digest is not None
         started_from = self.job.config.run.from_adapter
-        if self.job.config.run.resume and self.processes.leads:
+        if self.job.config.run.resume and self.processes.is_main_process:
             started_from = begun_from(self.directory.path)
-        started_from = self.processes.agreed(started_from)
+        started_from = self.processes.broadcast_object(started_from)
         return run_objectives(
             self.job, self.directory, self.processes, self._frozen_digest, kept, started_from, log, self.observer.noted
         )
@@ -298,7 +305,7 @@ class JobRun:
         if job.config.objective.purpose != "prompts":
             return None
         options, seed = job.config.rewards, job.config.run.seed
-        functions = RewardProcess(options.reward, options.reward_timeout) if processes.leads else None
+        functions = RewardProcess(options.reward, options.reward_timeout) if processes.is_main_process else None
         rollout = Rollout(
             options,
             None if functions is None else places.enter_context(functions),
@@ -308,9 +315,9 @@ class JobRun:
             processes,
         )
         guard = RewardGuard(self.observer.noted)
-        lines = self.directory.lines(METRICS) if processes.leads else []
+        lines = self.directory.lines(METRICS) if processes.is_main_process else []
         before = [line for line in lines if "no_gradient_groups" in line]  # steps, if this goes on
-        for measured in processes.agreed(before):
+        for measured in processes.broadcast_object(before):
             guard.remember(measured)
         return RewardedSteps(
             rollout,

@@ -32,12 +32,12 @@ from torch import Tensor
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine
-from backhand.engines.machine import settled_rss_bytes
 from backhand.engines.memory.parts import estimated_step, parts_of
 from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose, choose_base, wanted_bases
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import BackhandError, ResourceError
 from backhand.kernels.dequantize import type_name
+from backhand.loop.process_memory import settled_rss_bytes
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.batch import PackedBatch
 from backhand.nn.compute import available_cores, default_dtype

@@ -27,7 +27,7 @@ from backhand.data.prepare import prepare
 from backhand.data.stored_examples import PreparedData, summed
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.engine import BoundModel, Engine, Shared, ShortModel
-from backhand.engines.machine import Machine, ProcessBytes, memory_budget
+from backhand.engines.machine import Machine, memory_budget
 from backhand.engines.memory.parts import ModelSize
 from backhand.engines.memory.plan import (
     BaseChoice,
@@ -40,12 +40,13 @@ from backhand.engines.memory.plan import (
     kept_tokens,
     wanted_bases,
 )
-from backhand.engines.memory.probe import MeasuredMemory
+from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes
 from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.errors import UsageError
 from backhand.files import free_bytes
 from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.process_memory import settled_rss_bytes
 from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate, derived_seed
 from backhand.nn.loading import open_model
@@ -210,7 +211,9 @@ def _planned(
     """
     config, source, engine, shapes = given.config, given.source, given.engine, _shapes(given, machine)
     dtype = machine.dtype
-    process = shared.once("process", dtype, lambda: ProcessBytes(dtype, lambda: shared.holds_weights))
+    process = shared.once(
+        "process", dtype, lambda: ProcessBytes(partial(settled_rss_bytes, dtype), lambda: shared.holds_weights)
+    )
     answering_bytes = process.now if watched else None  # it takes no step
 
     def budget(base: HeldBase) -> int | None:

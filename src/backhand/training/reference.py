@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import versions
 from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, not_none
@@ -30,7 +31,6 @@ from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import KeptStates
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.objective import Objective, document_sums
-from backhand.loop.step import Processes
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.job import Job, Keeping
@@ -42,7 +42,7 @@ _Set = tuple[RowPacker, KeptStates | None]
 def run_objectives(
     job: Job,
     directory: RunDirectory,
-    processes: Processes,
+    processes: Communicator,
     frozen_digest: str,
     kept: Keeping,
     begun_from: str | None,
@@ -125,15 +125,15 @@ def _pass_digest(job: Job, frozen_digest: str) -> str:
 def _reference(
     job: Job,
     directory: RunDirectory,
-    processes: Processes,
+    processes: Communicator,
     sets: Mapping[str, _Set],
     digests: tuple[str, str | None],
     log: ProofLog,
     noted: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
-    mine = _kept(directory, digests, noted) if processes.leads else None
-    there: dict[str, list[float]] | None = processes.agreed(mine)
+    mine = _kept(directory, digests, noted) if processes.is_main_process else None
+    there: dict[str, list[float]] | None = processes.broadcast_object(mine)
     rows = job.memory.micro_batch_rows
     if there is not None:
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in there.items()}
@@ -143,7 +143,7 @@ def _reference(
     for name, (packer, kept) in sets.items():
         everything = range(len(packer.lengths))
         found[name] = not_none(document_sums(job.bound.model, packer, everything, rows, processes, kept=kept))
-    if processes.leads:
+    if processes.is_main_process:
         values = {name: sums.tolist() for name, sums in found.items()}
         stored = {"start": digests[1], **values}
         directory.write(REFERENCE, json.dumps({"digest": digests[0], "sum": _checksum(stored), **stored}) + "\n")
@@ -182,7 +182,7 @@ def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Processes, log: ProofLog) -> None:
+def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Communicator, log: ProofLog) -> None:
     """Hold those of the first micro-batch against what the model that the run starts from says now."""
     packer, states = rows
     first = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=job.memory.micro_batch_rows)[0]

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import (
     alike,
     continued_after_restart,
@@ -27,7 +28,6 @@ from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
 from backhand.loop.state import PROGRESS_FILE, Progress
-from backhand.loop.step import Processes
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
 from backhand.reading import refuse_inputs_inside
@@ -78,7 +78,7 @@ def train(
         if config.run.workers > 1:
             return launched(config, typed)
         given = typed | typed_elsewhere()
-        return _train(config, callbacks, files, given, Processes(), shared, pause_at)
+        return _train(config, callbacks, files, given, Communicator(), shared, pause_at)
     from backhand.distributed.process_group import joined
 
     with joined(config.run.reduce) as processes:
@@ -90,14 +90,14 @@ def _train(
     callbacks: Iterable[Callback],
     files: FileLayer | None,
     typed: frozenset[str],
-    processes: Processes,
+    processes: Communicator,
     shared: Shared | None = None,
     pause_at: int | None = None,
 ) -> RunSummary:
     """One process's part of `train`."""
     begun_from_option = {"run.from_adapter": config.run.from_adapter}  # of rank 0 in what follows
-    processes.same(alike(decisive_settings(config)) | begun_from_option | versions())
-    if not processes.leads:
+    processes.assert_equal(alike(decisive_settings(config)) | begun_from_option | versions())
+    if not processes.is_main_process:
         config = replace(config, run=replace(config.run, quiet=True, report_to=()))
         callbacks = ()
     elif restarted():
@@ -109,15 +109,15 @@ def _train(
         # The directory is locked by the process that writes; to the others it is a name, which all of them say alike.
         place: AbstractContextManager[RunDirectory] = (
             opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
-            if processes.leads
+            if processes.is_main_process
             else nullcontext(RunDirectory(run.output.resolve(), files or FileLayer()))
         )
         with Interruption(terminal.noted) as interruption, place as directory:
             processes.interruption = interruption
             checkpoint = done = None
-            if run.overwrite and processes.leads:
+            if run.overwrite and processes.is_main_process:
                 refuse_inputs_inside(directory.path, _inputs(config), owned=OWNED)
-            if run.resume and processes.leads:
+            if run.resume and processes.is_main_process:
                 config = resumed_config(config, directory.path, typed).validate()
                 if directory.checkpoints.is_dir():
                     checkpoint = CheckpointStore(directory.checkpoints, directory.files, terminal.noted).newest_valid()
@@ -137,15 +137,15 @@ def _train(
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 shared = shared or Shared()
                 job = build_job(config, machine, typed, processes, shared)
-                told = Observers([*everyone, *([metrics_file(directory)] if processes.leads else [])])
+                told = Observers([*everyone, *([metrics_file(directory)] if processes.is_main_process else [])])
                 job_run = JobRun(job, directory, told, interruption, checkpoint, processes, shared, pause_at)
                 try:
                     return job_run.train()
                 except BaseException as error:
                     with suppress(OSError, BackhandError):  # nothing here takes the place of what ended the run
                         # The run that was here stays until this one has a checkpoint.
-                        back = processes.leads and run.overwrite and directory.put_back()
-                        if processes.leads and by_signal(error) and (back or job_run.begun):
+                        back = processes.is_main_process and run.overwrite and directory.put_back()
+                        if processes.is_main_process and by_signal(error) and (back or job_run.begun):
                             terminal.noted(job_run.left(back=back))
                     raise
     finally:

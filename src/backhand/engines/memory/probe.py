@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backhand.engines.engine import ShortModel, Trainable
-from backhand.engines.machine import ProcessBytes
 from backhand.engines.memory.parts import WIDE_GAPS, ModelSize, StepBytes, estimated_step, fixed_parts, parts_of
 from backhand.engines.memory.plan import MARGIN
 from backhand.engines.memory.shapes import StepShape
@@ -128,6 +127,30 @@ def step_bytes(
     # Of supervised tokens alone the last block keeps all that the others keep of every one.
     most += (shape.supervised_tokens - whole.supervised_tokens) * (row_bytes + of_last)
     return StepBytes(min(kept, most), most - min(kept, most))
+
+
+class ProcessBytes:
+    """Memory of the process itself: interpreter, libraries, tokenizer and rows.
+
+    It grows when a step is measured, because the step's code and compiled kernels stay loaded.
+
+    Args:
+        measure: returns the process's resident bytes (`loop.process_memory.settled_rss_bytes`).
+        final: returns True once the process holds a run's weights, which are counted elsewhere.
+
+    Attributes:
+        now: bytes.
+    """
+
+    def __init__(self, measure: Callable[[], int], final: Callable[[], bool] = lambda: False) -> None:
+        self._measure = measure
+        self._final = final
+        self.now = measure()
+
+    def grown(self) -> None:
+        """Measure again, unless the measurement is final."""
+        if not self._final():
+            self.now = max(self.now, self._measure())
 
 
 @dataclass(eq=False)

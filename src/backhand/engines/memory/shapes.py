@@ -59,9 +59,9 @@ class StepShape:
 
 
 def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int:
-    """How many buffers as large as the gradient a process holds beside it to add it up, at most.
+    """Return the largest number of additional buffers of the gradient's size that a process needs to sum gradients.
 
-    See `step.OneProcessSum`, and `distributed` for several processes. What is added up in float64 counts twice.
+    `distributed.gradient_sums` allocates them. A float64 buffer counts twice.
     """
     if processes == 1:
         return 2 * int(micro_batches > 1)

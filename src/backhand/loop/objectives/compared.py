@@ -27,10 +27,10 @@ from torch.nn.functional import logsigmoid
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
+from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import not_none
 from backhand.loop.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
-from backhand.loop.step import Processes
 from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
 from backhand.ops.kto import KTORule, kto_backward, kto_forward
 from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
@@ -47,7 +47,7 @@ class PairObjective(Objective):
     # and for the other side's number its own side's, (2,)
     partners: dict[int, Tensor] = field(default_factory=dict)
 
-    def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
+    def before(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
         """Sort the pairs of the rows that come next, if the loss does."""
         if self.options.form not in SORTED:
             return
@@ -153,7 +153,7 @@ class KTOObjective(Objective):
     others_reference: Tensor | None = None  # their s under the model that the run starts from
     kl: float = 0.0  # z₀ of the rows that come next
 
-    def before(self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int) -> None:
+    def before(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
         """Measure z₀ of the rows that come next, without gradients."""
         if self.others is None:
             return

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.generate.completer import LanguageModel
 from backhand.loop.hidden_state_cache import KeptStates
 from backhand.loop.measuring import HeldOut
-from backhand.loop.step import Processes, sequential_sum
+from backhand.loop.step import sequential_sum
 from backhand.nn.batch import TokenLoss
 
 Measured = dict[str, tuple[float, int]]
@@ -59,7 +60,7 @@ class Objective(ABC):
         """The losses of these rows and their gradient, in closed form."""
 
     def before(  # noqa: B027 - most need nothing
-        self, model: Trainable, rows: Sequence[int], processes: Processes, micro_batch_rows: int
+        self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int
     ) -> None:
         """Compute what the losses of a step's rows need of one another."""
 
@@ -83,10 +84,10 @@ class Objective(ABC):
         reference = None if self.reference is None else self.reference[self.packer.documents(rows)]
         return self.losses(rows, Documents(sums, counts, reference))
 
-    def measured(self, processes: Processes) -> dict[str, float]:
+    def measured(self, processes: Communicator) -> dict[str, float]:
         """What is shown of the step's rows, from all processes; told once."""
         mine, self._found = self._found, {}
-        found = {int(number): one for part in processes.gather(mine) for number, one in part.items()}
+        found = {int(number): one for part in processes.all_gather_object(mine) for number, one in part.items()}
         return means(found[number] for number in sorted(found))
 
 
@@ -114,7 +115,7 @@ class HeldOutObjective(HeldOut):
         super().__init__(objective.packer.examples, micro_batch_rows, kept)
         self._objective = objective
 
-    def loss(self, model: Trainable, processes: Processes, *, interruptible: bool = True) -> float | None:
+    def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """The mean loss of a row; see `HeldOut.loss`."""
         objective, rows = self._objective, range(len(self._examples))
         objective.before(model, rows, processes, self._micro_batch_rows)
@@ -139,7 +140,7 @@ def document_sums(
     packer: RowPacker,
     rows: Sequence[int],
     micro_batch_rows: int,
-    processes: Processes,
+    processes: Communicator,
     *,
     kept: KeptStates | None = None,
     interruptible: bool = False,
@@ -153,7 +154,7 @@ def document_sums(
     """
     groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
     tokens = [packer.positions(group) for group in groups]
-    mine = processes.shared_out(tokens)[processes.rank]
+    mine = processes.assign(tokens)[processes.rank]
 
     def sums(number: int) -> list[float]:
         group = groups[number]
@@ -164,7 +165,7 @@ def document_sums(
         found: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()
         return found
 
-    found = processes.each(tokens, sums, interruptible=interruptible)
+    found = processes.parallel_map(tokens, sums, interruptible=interruptible)
     if found is None:
         return None
     place_of = {

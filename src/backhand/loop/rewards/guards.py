@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError
-from backhand.loop.step import Processes, sequential_sum
+from backhand.loop.step import sequential_sum
 from backhand.runs.directory import Proof, ProofLog
 
 BOUNDS: dict[torch.dtype, tuple[float, float]] = {
@@ -47,14 +48,14 @@ class Certificate:
         self._gaps.append([largest, float(gaps.sum()), len(gaps)])
         return largest <= self.bounds[0]
 
-    def of_step(self, step: int, processes: Processes) -> dict[str, float]:
+    def of_step(self, step: int, processes: Communicator) -> dict[str, float]:
         """The largest gap of a step and the mean, over all processes.
 
         Raises:
             CheckError: they are above the bounds.
         """
         mine, self._gaps = self._gaps, []
-        found = [one for part in processes.gather(mine) for one in part]
+        found = [one for part in processes.all_gather_object(mine) for one in part]
         if not found:
             return {}
         largest = max((one[0] for one in found), key=lambda gap: math.inf if math.isnan(gap) else gap)

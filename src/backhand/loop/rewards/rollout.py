@@ -15,11 +15,11 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import MIN_SAVED_TOKENS, Forest, RowPacker
+from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, UsageError
 from backhand.generate.sampling import Sampled, sample
 from backhand.generate.session import decode
 from backhand.loop.rewards.process import RewardProcess, Written
-from backhand.loop.step import Processes
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import scale_down
 from backhand.options.rewards import RewardOptions, shown_names
@@ -43,13 +43,13 @@ class Rollout:
     tokenizer: Any  # decodes answers
     stop_ids: Collection[int]  # that end an answer
     seed_of: Callable[[int, int, int], int]  # (step, row, number in its group) → an answer's seed
-    processes: Processes  # that share the prompts
+    processes: Communicator  # that share the prompts
 
     def sampled(self, model: Decoder, step: int, rows: Sequence[int], examples: Sequence[Example]) -> list[Sampled]:
         """A group of answers to each of these rows of the examples, in their order."""
         options, size = self.options, self.options.group
         prompts = [prompt_of(examples[row]) for row in rows]
-        shares = self.processes.shared_out([len(prompt) + options.max_new_tokens for prompt in prompts])
+        shares = self.processes.assign([len(prompt) + options.max_new_tokens for prompt in prompts])
         own = shares[self.processes.rank]
         found = sample(
             model,
@@ -60,7 +60,7 @@ class Rollout:
             top_p=options.top_p,
         )
         mine = [[place, [vars(one) for one in found[i * size : (i + 1) * size]]] for i, place in enumerate(own)]
-        groups = dict(group for part in self.processes.gather(mine) for group in part)
+        groups = dict(group for part in self.processes.all_gather_object(mine) for group in part)
         return [Sampled(**one) for place in range(len(rows)) for one in groups[place]]
 
     def judged(self, answers: list[Sampled], examples: Sequence[Example]) -> Judged:
@@ -81,7 +81,7 @@ class Rollout:
                 told = {"rewards": self.functions.rewards(written)}
             except CheckError as error:
                 told = {"error": [error.what, error.where, error.why, error.next_step]}
-        told = self.processes.agreed(told)
+        told = self.processes.broadcast_object(told)
         if "error" in told:
             what, where, why, next_step = told["error"]
             raise CheckError(what, where=where, why=why, next_step=next_step)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
+from backhand.distributed.communicator import Communicator, StepTotals
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError, not_none
 from backhand.generate.completer import Completer, complete_greedily
@@ -33,7 +34,7 @@ from backhand.loop.measuring import HeldOut, spread
 from backhand.loop.objectives.objective import token_owners
 from backhand.loop.rewards.guards import Certificate, RewardGuard
 from backhand.loop.rewards.rollout import Judged, Rollout, prompt_of
-from backhand.loop.step import AdapterOptimizer, Processes, StepResult, StepSum, StepWork, training_step
+from backhand.loop.step import AdapterOptimizer, StepResult, StepWork, training_step
 from backhand.nn.batch import TokenLoss
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import GRPORule, answer_weights, group_advantages, grpo_backward, grpo_forward
@@ -112,7 +113,7 @@ class AnswerBatch:
     def measured(self) -> dict[str, float]:
         """Divergence and clipped tokens of the updates so far, of all processes; told once."""
         mine, self._told = self._told, []
-        found = [one for part in self._processes.gather(mine) for one in part]
+        found = [one for part in self._processes.all_gather_object(mine) for one in part]
         tokens = sum(one[0] for one in found)
         if not tokens:
             return {}
@@ -161,7 +162,9 @@ class AnswerBatch:
 
         model.detach()
         try:
-            found = not_none(self._processes.each(list(map(self._packer.positions, self._micro_batches)), apart))
+            found = not_none(
+                self._processes.parallel_map(list(map(self._packer.positions, self._micro_batches)), apart)
+            )
         finally:
             model.attach(lora)
         far = torch.zeros(len(self._answers), dtype=torch.float64)
@@ -178,7 +181,7 @@ def _row(prompt: Example, answer: Sampled) -> Example:
 
 
 _AT_ONCE = 64
-_NOT_TRAINED = StepResult(0.0, 0.0, taken=True, found=StepSum((), 0, False, (), ()), computed_tokens=())
+_NOT_TRAINED = StepResult(0.0, 0.0, taken=True, totals=StepTotals((), 0, False, (), ()), computed_tokens=())
 
 
 @dataclass(eq=False)
@@ -258,7 +261,9 @@ class HeldOutRewards(HeldOut):
         super().__init__(examples, _AT_ONCE)
         self._rollout, self._shown = rollout, spread(len(examples), shown)
 
-    def loss(self, model: Trainable | Completer, processes: Processes, *, interruptible: bool = True) -> float | None:
+    def loss(
+        self, model: Trainable | Completer, processes: Communicator, *, interruptible: bool = True
+    ) -> float | None:
         """Minus the mean reward; see `HeldOut.loss`."""
         answering = cast("Decoder | Completer", model)  # no other engine trains on rewards
         rollout, options = self._rollout, self._rollout.options
@@ -277,7 +282,7 @@ class HeldOutRewards(HeldOut):
                 batch_size=_AT_ONCE,
             )
 
-        found = processes.each([len(part) for part in parts], answered, interruptible=interruptible)
+        found = processes.parallel_map([len(part) for part in parts], answered, interruptible=interruptible)
         if found is None:
             return None
         answers = [Sampled(ids, stopped=len(ids) < options.max_new_tokens) for part in found for ids in part]
