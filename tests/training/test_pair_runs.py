@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,19 +178,63 @@ def test_a_reference_that_is_of_no_use_is_computed_anew(how: str, straight: Trai
     assert final_bits(tmp_path / "run")["state"] == final_bits(straight.run.output)["state"]
 
 
-def test_a_reference_that_was_changed_with_its_checksum_ends_the_run(straight: TrainConfig, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stopped(straight: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of pairs that was stopped after step 3."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(StopAfter.Stopped):
+        train(with_options(straight, output=run, prove_resume=None), callbacks=[StopAfter(3)])
+    return run
+
+
+def with_reference(stopped: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a stopped run whose reference values are changed, with the checksum of what they are then."""
     from backhand.training.reference import _checksum
 
-    made = with_options(straight, output=tmp_path / "run", prove_resume=None)
-    with pytest.raises(StopAfter.Stopped):
-        train(made, callbacks=[StopAfter(3)])
-    path = tmp_path / "run" / "reference.json"
+    path = Path(shutil.copytree(stopped, place)) / "reference.json"
     stored = json.loads(path.read_text())
-    values = {name: stored[name] for name in stored if name not in ("digest", "sum")}
-    values["train"] = [value - 0.25 for value in values["train"]]
-    path.write_text(json.dumps({"digest": stored["digest"], "sum": _checksum(values), **values}))
+    digest = stored.pop("digest")
+    del stored["sum"]
+    change(stored)
+    path.write_text(json.dumps({"digest": digest, "sum": _checksum(stored), **stored}))
+    return place
+
+
+@pytest.mark.parametrize("which", ["all", "training rows after the first eight", "the last held-out row"])
+def test_a_reference_that_was_changed_with_its_checksum_ends_the_run(which: str, stopped: Path, tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        begin = {"all": 0, "training rows after the first eight": 8}.get(which, len(values["train"]))
+        values["train"][begin:] = [value - 0.25 for value in values["train"][begin:]]
+        if begin == len(values["train"]):
+            values["held_out"][-1] -= 0.25
+
+    run = with_reference(stopped, tmp_path / "run", change)
     with pytest.raises(CheckError, match=r"off by 0\.25"):
-        train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+        train(with_options(TrainConfig(), output=run, resume=True, quiet=True))
+
+
+MALFORMED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no train": lambda values: values.pop("train"),
+    "no held_out": lambda values: values.pop("held_out"),
+    "another set": lambda values: values.update(more=[1.0]),
+    "null": lambda values: values.update(train=None),
+    "strings": lambda values: values.update(train=[str(one) for one in values["train"]]),
+    "nulls": lambda values: values.update(held_out=[None] * len(values["held_out"])),
+    "too short": lambda values: values["train"].pop(),
+    "too long": lambda values: values["held_out"].append(-1.0),
+    "NaN": lambda values: values["train"].__setitem__(0, math.nan),
+    "a list of lists": lambda values: values.update(train=[[one] for one in values["train"]]),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_reference_with_its_checksum_is_computed_anew(
+    change: Callable[[dict[str, Any]], object], stopped: Path, straight: TrainConfig, tmp_path: Path
+) -> None:
+    run = with_reference(stopped, tmp_path / "run", change)
+    train(with_options(TrainConfig(), output=run, resume=True, quiet=True))
+    assert (run / "reference.json").read_bytes() == (stopped / "reference.json").read_bytes()
+    assert final_bits(run)["state"] == final_bits(straight.run.output)["state"]
 
 
 def test_answers_first_then_pairs(straight: TrainConfig, tiny: TinyRun, rows: dict[str, Path], tmp_path: Path) -> None:

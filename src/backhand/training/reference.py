@@ -2,8 +2,8 @@
 
 `reference.json` of the run directory holds s of every document (`objective`), under a digest of all that decides their
 bits: every frozen tensor, every row, all options that decide a run, dtype, threads, versions, processor. A resumed run
-finds them there, and computes those of its first micro-batch again, to compare every bit; where the digest is another
-one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
+finds them there, and computes those of a sample of micro-batches again, to compare every bit; where the digest is
+another one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
 
 The model that a run starts from is the base, or the base with the adapter of `--from-adapter`, whose values have a
 digest of their own: if they changed since, the run cannot go on against what it began from.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +27,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import versions
 from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, not_none
+from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
 from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import KeptStates
@@ -34,6 +36,7 @@ from backhand.loop.objectives.objective import Objective, document_sums
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.job import Job, Keeping
+from backhand.words import name_list
 
 _Set = tuple[RowPacker, KeptStates | None]
 """Rows whose documents the reference model is asked about, and what keeps their hidden states."""
@@ -132,12 +135,13 @@ def _reference(
     noted: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
-    mine = _kept(directory, digests, noted) if processes.is_main_process else None
+    counts = {name: len(packer.by_document.lengths) for name, (packer, _) in sets.items()}
+    mine = _kept(directory, digests, counts, noted) if processes.is_main_process else None
     there: dict[str, list[float]] | None = processes.broadcast_object(mine)
     rows = job.memory.micro_batch_rows
     if there is not None:
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in there.items()}
-        _look_again(job, sets["train"], found["train"], processes, log)
+        _compare_sample(job, sets, found, processes, log)
         return found
     found = {}
     for name, (packer, kept) in sets.items():
@@ -151,16 +155,23 @@ def _reference(
 
 
 def _kept(
-    directory: RunDirectory, digests: tuple[str, str | None], noted: Callable[[str], None]
+    directory: RunDirectory,
+    digests: tuple[str, str | None],
+    counts: Mapping[str, int],
+    noted: Callable[[str], None],
 ) -> dict[str, list[float]] | None:
-    """What `reference.json` holds, if it is of this run and whole."""
+    """Return the values in `reference.json`, or None unless the file is whole and of this run.
+
+    Args:
+        counts: the number of documents of each set.
+    """
     path = directory.path / REFERENCE
     try:
-        stored: dict[str, Any] = json.loads(read_plain(path))
+        stored = load(read_plain(path), dict[str, Any])
         found, checksum = stored.pop("digest"), stored.pop("sum")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         found, stored, checksum = "", {}, ""
     whole, named = checksum == _checksum(stored), "start" in stored
     start = stored.pop("start", None)
@@ -175,19 +186,43 @@ def _kept(
         why = "damaged" if not whole else "of another machine or run" if named else "of an earlier version"
         noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are {why}")
         return None
-    return stored
+    try:
+        values = convert(stored, dict[str, list[float]])
+        wrong = [name for name in {*values, *counts} if len(values.get(name, ())) != counts.get(name)]
+        wrong += [name for name, sums in values.items() if not all(map(math.isfinite, sums))]
+    except ShapeError as error:
+        wrong = [str(error)]
+    if wrong:
+        listed = name_list(sorted(wrong))
+        noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are damaged: {listed}")
+        return None
+    return values
 
 
 def _checksum(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _look_again(job: Job, rows: _Set, kept: Tensor, processes: Communicator, log: ProofLog) -> None:
-    """Hold those of the first micro-batch against what the model that the run starts from says now."""
-    packer, states = rows
-    first = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=job.memory.micro_batch_rows)[0]
-    sums = not_none(document_sums(job.bound.model, packer, first, len(first), processes, kept=states))
-    apart = float((sums - kept[packer.documents(first)]).abs().max())
+_COMPARED_MICRO_BATCHES = 8
+"""Per set, spread over its rows, which are ordered by length."""
+
+
+def _compare_sample(
+    job: Job, sets: Mapping[str, _Set], stored: Mapping[str, Tensor], processes: Communicator, log: ProofLog
+) -> None:
+    """Compare the stored values of some micro-batches of every set with what the model computes now.
+
+    Raises:
+        CheckError: some value differs.
+    """
+    apart, most = 0.0, job.memory.micro_batch_rows
+    for name, (packer, states) in sets.items():
+        groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=most)
+        count = min(len(groups), _COMPARED_MICRO_BATCHES)
+        places = sorted({round(number * (len(groups) - 1) / max(1, count - 1)) for number in range(count)})
+        rows = [row for place in places for row in groups[place]]
+        sums = not_none(document_sums(job.bound.model, packer, rows, most, processes, kept=states))
+        apart = max(apart, float((sums - stored[name][packer.documents(rows)]).abs().max()))
     log(Proof("the reference's log-probabilities, as kept, are those computed again", apart == 0, apart, 0))
     if apart:
         raise CheckError(
