@@ -54,8 +54,8 @@ def write_variant(path: Path, model: str, name: str) -> dict[str, int]:
 
     from backhand.export.gguf_model_writer import copy_metadata
     from backhand.nn.loading import open_model
-    from backhand.nn.loading.gguf_file import dequantized
     from backhand.nn.loading.gguf_model import GGUFModel
+    from backhand.nn.loading.gguf_values import dequantized
 
     sys.path.append(str(HERE.parent / "tests"))
     quantized_rows: Callable[..., Any] = import_module("support.llama_cpp").quantized_rows

@@ -8,8 +8,8 @@ from backhand.engines.decoder_engine import COST
 from backhand.nn.decoder.family import ATTENTION, FUSED_QKV, DecoderConfig
 from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, QUANTIZED, decoder_config
 from backhand.nn.decoder.rotary import SCALING_RULES
-from backhand.nn.loading.gguf_file import is_readable
 from backhand.nn.loading.gguf_tensors import gguf_architecture
+from backhand.nn.loading.gguf_values import is_readable
 from backhand.nn.loading.wrappers import WRAPPERS, causal_class, unwrap_config
 
 _SIZES = {

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.expert_tensors import split_experts
-from backhand.nn.loading.source import HEAD_WEIGHT, ModelSource, has_separate_head, ties_head
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.tied_head import HEAD_WEIGHT, has_separate_head, ties_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

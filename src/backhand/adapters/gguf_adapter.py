@@ -28,9 +28,10 @@ from backhand.adapters.peft_keys import PREFIX, factor_problems
 from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError
 from backhand.nn.loading.expert_tensors import expert_parameter, expert_parts, stack_layout
-from backhand.nn.loading.gguf_file import GGUFFile, dequantized
+from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture, huggingface_name, huggingface_names
+from backhand.nn.loading.gguf_values import dequantized
 from backhand.reading import open_plain
 
 ALPHA_KEY = "adapter.lora.alpha"

@@ -21,8 +21,9 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.rotary import inverse_frequencies, llama3_factors, yarn_length
 from backhand.nn.loading.gguf_families import DELTA_INTERVAL, RECURRENT_LAYERS
 from backhand.nn.loading.gguf_gemma4 import NO_ROTATION
+from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS
 from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_architecture
-from backhand.nn.loading.gguf_tokenizer import GEMMA4_KIND, LINE_PATTERN, PRE_TOKENIZERS
+from backhand.nn.loading.gguf_tokenizer import GEMMA4_KIND, LINE_PATTERN
 from backhand.nn.loading.source import ModelSource
 
 if TYPE_CHECKING:

@@ -30,11 +30,12 @@ from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block_count
-from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantized
+from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_name, is_skipped
-from backhand.nn.loading.source import HEAD_WEIGHT
+from backhand.nn.loading.gguf_values import dequantized
+from backhand.nn.loading.tied_head import HEAD_WEIGHT
 
 TYPES = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16} | {
     name: StorageType[name.upper()] for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

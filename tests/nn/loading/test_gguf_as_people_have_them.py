@@ -180,7 +180,7 @@ def test_a_file_without_chat_template_and_general_keys_opens(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("key", "named"),
     [
-        ("general.architecture", "does not say what model it holds"),
+        ("general.architecture", "does not state its architecture"),
         ("llama.attention.layer_norm_rms_epsilon", r"layer_norm_rms_epsilon = None"),
         ("llama.attention.head_count", r"head_count = None"),
         ("llama.context_length", r"context_length = None"),

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as StorageType
 
 from backhand.errors import ArtifactError
 from backhand.kernels import dequantize as kernel
-from backhand.nn.loading.gguf_file import dequantize_into, dequantized
+from backhand.nn.loading.gguf_values import dequantize_into, dequantized
 
 _ROWS, _ROW_ELEMENTS = 6, 512
 

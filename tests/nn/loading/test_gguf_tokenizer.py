@@ -10,7 +10,7 @@ from gguf import GGUFWriter
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading import open_model
-from backhand.nn.loading.gguf_tokenizer import PRE_TOKENIZERS
+from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS
 from support.boundary_tokenizers import boundary_tokenizer, sentencepiece_pieces, spaced_tokenizer
 from support.llama_cpp import LlamaCpp
 from support.odd_texts import ODD_TEXTS
@@ -183,7 +183,7 @@ def _broken(kind: str, writer: GGUFWriter) -> None:
         ("pre", "'viking'"),
         ("model", "'rwkv'"),
         ("eos", "99999"),
-        ("merges", "joins .ab."),
+        ("merges", "merge .ab. does not join"),
         ("scores", "scores"),
         ("unknown merge", "tokenizer"),
     ],

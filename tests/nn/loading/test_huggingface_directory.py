@@ -152,7 +152,7 @@ def _damage(directory: Path, kind: str) -> None:
         ("empty shard", "model-00001-of-.*safetensors is damaged"),
         ("garbage shard", "model-00001-of-.*safetensors is damaged"),
         ("lfs pointer", "git-lfs pointer"),
-        ("tensor elsewhere", "says that .* is here, and it is not"),
+        ("tensor elsewhere", "places .* in this file, which does not contain it"),
         ("path in index", "weight_map"),
         ("no weight map", "weight_map"),
         ("no weights", "neither model.safetensors nor"),

@@ -58,7 +58,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         "model.gguf": "no model",
         "": "no model without a name",
         tmp_path / "empty": "neither config.json nor a .gguf",
-        tmp_path / "adapter": "holds an adapter",
+        tmp_path / "adapter": "contains an adapter",
         tmp_path / "two": "2 GGUF files",
         weights: "one file of a model",
         text: "not a GGUF file",

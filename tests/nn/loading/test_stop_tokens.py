@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backhand.nn.loading.source import stop_token_ids
+from backhand.nn.loading.stop_tokens import stop_token_ids
 from support.tiny_tokenizer import tiny_tokenizer
 
 

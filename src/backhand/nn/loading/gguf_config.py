@@ -1,18 +1,19 @@
-"""A GGUF file's metadata as a Hugging Face config.
+"""Convert a GGUF file's metadata to a Hugging Face config.
 
-Every key of the architecture that the gguf package declares is read here, neutral, or handed on under `UNREAD`, and so
-is every tensor that no Hugging Face module takes: `decoder_config` refuses what is not understood, and no other way
-of computing the model is tried, since the config alone does not say it. Keys that the package does not declare, which
-no converter of llama.cpp writes and none of its models reads, are handed on under `FOREIGN` and noted.
+Every architecture key that the gguf package declares is read, or is neutral, or goes into the config under `UNREAD`.
+Tensors that belong to no Hugging Face module go there as well. `decoder_config` refuses a config with `UNREAD`, and
+transformers is not tried instead, because the config does not describe the whole model. Keys that the package does not
+declare go under `FOREIGN` and are reported: no llama.cpp converter writes them, and no llama.cpp model reads them.
 
-- Numbers that a file leaves out have llama.cpp's defaults: key/value heads as heads, head_dim embedding / heads, rope
-  base 1e4, linear rope scaling where a factor stands without a type. What families have of their own: `gguf_families`.
-- YaRN's multiplier of queries and keys is 0.1 ln(factor) + 1, over the same with `yarn_log_multiplier` in front of the
-  logarithm, times `attn_factor`. llama.cpp does not look at `yarn_attn_factor`, nor in most architectures at the two
-  betas, and always rounds the range outward.
-- `rope_freqs.weight` divides the rotary frequencies. If it is Llama 3's rule with the published constants, the config
-  says so; otherwise it lists the divisors, as a `longrope` rule whose two lists are equal. Phi-3's
-  `rope_factors_short.weight` and `rope_factors_long.weight` do so by the text's length; its window of 0 is none.
+- **Defaults** are llama.cpp's: key/value heads equal to heads, head_dim = embedding / heads, rope base 1e4, and linear
+  rope scaling if the file has a factor without a type. Defaults of single families are in `gguf_families`.
+- **YaRN** multiplies queries and keys by attn_factor · (0.1 ln(factor) + 1) / (0.1 m ln(factor) + 1), where m is
+  `yarn_log_multiplier` and the division is omitted without it. llama.cpp ignores `yarn_attn_factor` and, in most
+  architectures, the two betas. It always rounds the range outward.
+- **Frequency divisors.** `rope_freqs.weight` divides the rotary frequencies. If it equals Llama 3's rule with the
+  published constants, the config has that rule. Otherwise the config lists the divisors as a `longrope` rule with two
+  equal lists. Phi-3's `rope_factors_short.weight` and `rope_factors_long.weight` are chosen by the length of the text.
+  Phi-3's window of 0 means no window.
 """
 
 from __future__ import annotations
@@ -36,13 +37,12 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 
 def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Hugging Face configuration keys for a file.
+    """Return the Hugging Face configuration of a GGUF file.
 
     Args:
-        file: the opened file, the first one of a split model, with the tensors of all.
+        file: the opened file, or the first file of a split model with the tensors of all parts.
         architecture: one of `gguf_tensors.ARCHITECTURES`.
-        rope_factors: the file's divisors of the rotary frequencies, (turning features / 2,) float32 each, by their
-            tensors' names.
+        rope_factors: tensor name → the file's divisors of the rotary frequencies, (rotated features / 2,) float32.
 
     Raises:
         ArtifactError: for metadata that no model has.
@@ -57,7 +57,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
         raise ArtifactError("the tensor token_embd.weight is missing", where=str(file.path))
     layers = metadata.integer("block_count") - prediction_block_count(file, architecture)
     if not 0 < layers <= len(file.tensors):
-        raise ArtifactError(f"{layers} blocks cannot lie in {len(file.tensors)} tensors", where=str(file.path))
+        raise ArtifactError(f"{layers} blocks cannot consist of {len(file.tensors)} tensors", where=str(file.path))
     config: dict[str, Any] = {
         "model_type": architecture,
         "vocab_size": embedding.shape[0],
@@ -78,16 +78,16 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     rotated = metadata.integer("rope.dimension_count", head_dim)
     if rotated % 2 or rotated > head_dim:
         raise ArtifactError(
-            f"{architecture}.rope.dimension_count = {rotated} cannot be rotated in heads of {head_dim}",
+            f"{architecture}.rope.dimension_count = {rotated} does not fit heads of {head_dim}",
             where=str(file.path),
-            why="an even number of dimensions is, at most all of them",
+            why=f"the number of rotated dimensions must be even and at most {head_dim}",
         )
     if rotated != head_dim:
         config["partial_rotary_factor"] = rotary_fraction(rotated, head_dim)
     config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
     biases(config, architecture, file)
-    if (own := FAMILY_PARTS.get(architecture)) is not None:
-        own(config, metadata, file)
+    if (add_family_fields := FAMILY_PARTS.get(architecture)) is not None:
+        add_family_fields(config, metadata, file)
     config["architectures"] = causal_class(config["model_type"])
     unread, foreign = metadata.unread_keys()
     if value_length != head_dim:
@@ -97,7 +97,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
 
 
 def _key_value_heads(metadata: Metadata, architecture: str, heads: int) -> int:
-    """Key/value heads of a layer with attention; where others are convolutions, a list has 0 for these."""
+    """Return the key/value heads of attention layers. LFM2's list has 0 for its convolution layers."""
     counts = metadata.get("attention.head_count_kv")
     if architecture == "lfm2" and isinstance(counts, list) and len({*counts, 0}) == 2:
         (counts,) = {*counts} - {0}
@@ -106,7 +106,7 @@ def _key_value_heads(metadata: Metadata, architecture: str, heads: int) -> int:
 
 
 def _of_layers(metadata: Metadata, key: str, architecture: str, default: int | None = None) -> int:
-    """A number that all layers have; in Gemma 4, whose part of the config looks again, the first of a list."""
+    """Return a number common to all layers. For Gemma 4 it is the first of a list, which `gguf_gemma4` reads again."""
     return metadata.first(key, default) if architecture == "gemma4" else metadata.integer(key, default)
 
 
@@ -115,23 +115,23 @@ def _rotary(metadata: Metadata, rotated: int, context_length: int, all_factors: 
     for name, tensor in all_factors.items():
         if tensor.numel() != rotated // 2:
             raise ArtifactError(
-                f"{name} has {tensor.numel()} numbers, and {rotated} features that turn have {rotated // 2} frequencies"
+                f"{name} has {tensor.numel()} numbers, but {rotated} rotated features have {rotated // 2} frequencies"
             )
     theta = metadata.number("rope.freq_base", 10000.0)
     kind = metadata.optional("rope.scaling.type", str) or "linear"
     if kind in ("none", "linear"):
-        metadata.get("rope.scaling.original_context_length")  # of no other use than to YaRN's rule and longrope
-    # Files of 2023 have a key of its own for linear scaling.
+        metadata.get("rope.scaling.original_context_length")  # used only by YaRN and longrope
+    # Files from 2023 have a separate key for linear scaling.
     scale = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     if factors is None and {LONG_FACTORS, SHORT_FACTORS} <= set(all_factors) and kind in ("longrope", "linear"):
-        lengthened = metadata.number("rope.scaling.attn_factor", 1.0)
+        attention_factor = metadata.number("rope.scaling.attn_factor", 1.0)
         original = metadata.integer("rope.scaling.original_context_length", context_length)
-        return _longrope(theta, all_factors[SHORT_FACTORS], all_factors[LONG_FACTORS], lengthened, original)
+        return _longrope(theta, all_factors[SHORT_FACTORS], all_factors[LONG_FACTORS], attention_factor, original)
     if kind == "yarn" and (factors is None or bool((factors == 1.0).all())):
         return _yarn(metadata, theta, scale, context_length)
     if kind not in ("none", "linear"):
-        beside = "" if factors is None else ", and rope_freqs.weight"
-        return {"rope_type": f"{kind}{beside}", "rope_theta": theta, "factor": scale}
+        combined = "" if factors is None else ", and rope_freqs.weight"
+        return {"rope_type": f"{kind}{combined}", "rope_theta": theta, "factor": scale}
     scale = scale if kind == "linear" else 1.0
     if factors is not None and not bool((factors == 1.0).all()):
         rule = {"factor": float(factors.max()), **_LLAMA3}
@@ -143,22 +143,24 @@ def _rotary(metadata: Metadata, rotated: int, context_length: int, all_factors: 
     return {"rope_type": "default", "rope_theta": theta}
 
 
-def _longrope(theta: float, short: Tensor, long: Tensor, lengthened: float, original_length: int) -> dict[str, Any]:
+def _longrope(
+    theta: float, short: Tensor, long: Tensor, attention_factor: float, original_length: int
+) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
         "short_factor": short.tolist(),
         "long_factor": long.tolist(),
-        "attention_factor": lengthened,
+        "attention_factor": attention_factor,
         "original_max_position_embeddings": original_length,
     }
 
 
 def _yarn(metadata: Metadata, theta: float, factor: float, context_length: int) -> dict[str, Any]:
     multiplier = metadata.optional("rope.scaling.yarn_log_multiplier", float)
-    length = yarn_length(factor) / (yarn_length(factor, multiplier) if multiplier else 1.0)
-    length *= metadata.number("rope.scaling.attn_factor", 1.0)
-    metadata.accept_if_equal("rope.scaling.yarn_attn_factor", length)
+    attention_factor = yarn_length(factor) / (yarn_length(factor, multiplier) if multiplier else 1.0)
+    attention_factor *= metadata.number("rope.scaling.attn_factor", 1.0)
+    metadata.accept_if_equal("rope.scaling.yarn_attn_factor", attention_factor)
     metadata.accept_if_equal("rope.scaling.yarn_ext_factor", 1.0)
     return {
         "rope_type": "yarn",
@@ -167,7 +169,7 @@ def _yarn(metadata: Metadata, theta: float, factor: float, context_length: int) 
         "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
         "original_max_position_embeddings": metadata.integer("rope.scaling.original_context_length", context_length),
-        "attention_factor": length,
+        "attention_factor": attention_factor,
     }
 
 
@@ -176,7 +178,7 @@ def _token_id(file: GGUFFile, role: str, vocab_size: int) -> int | None:
     value = file.value(key)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size):
         return value
-    raise ArtifactError(f"{key} = {describe(value)} is none of {vocab_size} tokens", where=str(file.path))
+    raise ArtifactError(f"{key} = {describe(value)} is not one of {vocab_size} tokens", where=str(file.path))
 
 
 def _unknown_tensors(file: GGUFFile, architecture: str) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def _unknown_tensors(file: GGUFFile, architecture: str) -> dict[str, Any]:
         for name, tensor in file.tensors.items()
         if not is_skipped(name) and not huggingface_names(architecture, name, tensor.shape)
     ]
-    # A bias on q, k and v alone is Qwen2's and GLM's; no other config can say it.
+    # Only Qwen2's and GLM's configs can express a bias on q, k and v without one on o.
     has_output_bias = any(name.endswith("attn_output.bias") for name in file.tensors)
     if architecture not in ("qwen2", "chatglm", "glm4") and not has_output_bias:
         unknown += [name for name in file.tensors if name.endswith(("attn_q.bias", "attn_k.bias", "attn_v.bias"))]

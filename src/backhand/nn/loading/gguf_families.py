@@ -1,21 +1,23 @@
-"""What the architectures of GGUF files say, or leave out, of a family's own, as Hugging Face's config has it.
+"""Family-specific fields of the Hugging Face config of a GGUF file, one function per architecture.
 
-Each part gets the config in the making, with what every family has, the metadata, and the file.
+Each function receives the config with the fields that every family has, the metadata, and the file. Files often omit
+numbers that are constants in llama.cpp's code:
 
-- Numbers that a file leaves out have llama.cpp's defaults: Gemma's local base 1e4 and one full layer in six; Gemma
-  scales queries by head_dim^-½, in its largest models (46 layers of Gemma 2, 62 of Gemma 3) by (hidden / heads)^-½;
-  Gemma 2 has full attention in every second layer, and caps of 50 and 30; OLMo and EXAONE, where there is a sliding
-  window, in every fourth, and there is one of 4096 in EXAONE's largest (64 layers).
-- Mixtral files have architecture `llama` too, and experts. In llama.cpp the weights of a token's experts add up to 1,
-  and every layer of `qwen3moe` has experts; here one without a router in the file has none.
-- gpt-oss: every second layer slides, the first one does; files say neither that nor the numbers of the experts' gated
-  unit, 1.702 and 7, which llama.cpp has in its code.
-- A layer of LFM2 with 0 key/value heads is a convolution.
-- A layer of Qwen3.5 has the gated delta rule but for every fourth, or as `full_attention_interval` or
-  `attention.recurrent_layers` say. Blocks behind the model's own, which predict further tokens, are left out.
-- Gemma 4: see `gguf_gemma4`.
-- Mistral files have architecture `llama`; one that states a sliding window becomes a `mistral` config. OLMo 3 files
-  have architecture `olmo2` and a sliding window, in whose layers rotary scaling does not count.
+- **Gemma.** The base of local rope is 1e4, and every sixth layer is full attention. Queries are scaled by
+  head_dim^-½, in the largest models (46 layers of Gemma 2, 62 of Gemma 3) by (hidden / heads)^-½. In Gemma 2 every
+  second layer is full attention, and the caps are 50 and 30. Gemma 4: see `gguf_gemma4`.
+- **Mixtral** files have architecture `llama` and experts. The weights of a token's experts add up to 1.
+- **Qwen3-MoE.** llama.cpp gives every layer experts. Backhand gives none to a layer without a router in the file.
+- **gpt-oss.** Every second layer is full attention, beginning with the second. The constants of the experts' gated
+  unit are 1.702 and 7.
+- **LFM2.** A layer with 0 key/value heads is a convolution.
+- **Qwen3.5.** Every fourth layer is attention and the others have the gated delta rule, unless
+  `full_attention_interval` or `attention.recurrent_layers` says otherwise. Multi-token prediction blocks after the last
+  layer are ignored.
+- **Mistral** files have architecture `llama`. A file with a sliding window becomes a `mistral` config.
+- **OLMo 3** files have architecture `olmo2` and a sliding window. Rotary scaling does not apply to sliding layers.
+- **OLMo and EXAONE.** If there is a sliding window, every fourth layer is full attention. EXAONE 4 with 64 layers has a
+  window of 4096 by default.
 """
 
 from __future__ import annotations
@@ -34,26 +36,26 @@ FamilyPart = Callable[[dict[str, Any], Metadata, GGUFFile], None]
 _GEMMA2_27B_LAYERS = 46
 _GEMMA3_27B_LAYERS = 62
 NO_ROPE_INTERVAL = 4
-"""In files of architecture smollm3 every fourth layer has no rotary embedding; none says it."""
+"""smollm3: every fourth layer has no rotary embedding. Files do not state it."""
 FULL_INTERVAL = 4
-"""llama.cpp reads no pattern of windows from files of architectures olmo2 and exaone4: every fourth layer is full."""
+"""olmo2, exaone4: every fourth layer is full attention. llama.cpp reads no pattern from these files."""
 GPT_OSS_INTERVAL = 2
-"""Nor from those of architecture gpt-oss: every second one is full."""
+"""gpt-oss: every second layer is full attention. llama.cpp reads no pattern from these files."""
 EXAONE4_32B_LAYERS = 64
-"""llama.cpp has the windows of EXAONE 4 in models of so many layers alone."""
+"""exaone4: number of layers of the only model to which llama.cpp gives a sliding window by default."""
 RECURRENT_LAYERS = "attention.recurrent_layers"
-"""Which layers have a state; the gguf package has no name for it, and llama.cpp reads it."""
+"""Key for the layers with a recurrent state. llama.cpp reads it, but the gguf package has no constant for it."""
 DELTA_INTERVAL = 4
-"""Where a file says nothing, every fourth layer has attention."""
+"""qwen35: every fourth layer is attention by default."""
 
 
 OUTPUT_BIAS = "llama", "qwen3", "qwen3moe", "gpt-oss", "granite", "smollm3", "olmo2", "gemma4"
-"""Architectures whose q, k, v and o have biases where the file has one of o."""
+"""Architectures whose q, k, v and o all have biases if the file has a bias of o."""
 MLP_BIAS = "llama", "granite", "smollm3"
 
 
 def biases(config: dict[str, Any], architecture: str, file: GGUFFile) -> None:
-    """Add what a family's config says of biases, by what the file holds."""
+    """Add a family's bias fields, according to the tensors in the file."""
     if architecture in OUTPUT_BIAS:
         config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
     if architecture in MLP_BIAS:
@@ -80,7 +82,7 @@ def _qwen3moe(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> Non
         "model_type": "qwen3_moe",
         "num_experts": metadata.integer("expert_count"),
         "num_experts_per_tok": used,
-        # As llama.cpp divides it where a file is silent.
+        # llama.cpp's default.
         "moe_intermediate_size": width or config["intermediate_size"] // used,
         "norm_topk_prob": True,
         "mlp_only_layers": [layer for layer in layers if f"blk.{layer}.ffn_gate_inp.weight" not in file.tensors],
@@ -102,24 +104,28 @@ def _gpt_oss(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
 
 
 def prediction_block_count(file: GGUFFile, architecture: str) -> int:
-    """How many blocks behind those of the model predict further tokens: Qwen3.5's alone may have some."""
+    """Return the number of multi-token prediction blocks after the last layer. Only Qwen3.5 has such blocks."""
     key = "nextn_predict_layers"
     return (Metadata(file, architecture).optional(key, int) or 0) if architecture == "qwen35" else 0
 
 
 def _qwen35(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
-    """The gated delta rule and its layers: value heads are as wide together as `ssm.inner_size`."""
+    """Add the gated delta rule's sizes. `ssm.inner_size` is the width of all value heads together."""
     layers = config["num_hidden_layers"]
     value_heads, inner = metadata.integer("ssm.time_step_rank"), metadata.integer("ssm.inner_size")
     if inner % value_heads:
-        raise ArtifactError(f"{value_heads} value heads cannot be {inner} wide together", where=str(file.path))
-    metadata.get("rope.dimension_sections")  # of no other use than to images
+        raise ArtifactError(
+            f"ssm.inner_size = {inner} is not a multiple of the {value_heads} value heads", where=str(file.path)
+        )
+    metadata.get("rope.dimension_sections")  # used only for images
     config |= {
         "model_type": "qwen3_5_text",
         "attention_bias": any(name.endswith("attn_output.bias") for name in file.tensors),
-        # A quarter of the features turns where a config is silent.
+        # Stated explicitly, because transformers' default is a quarter of the features.
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
-        "layer_types": ["linear_attention" if here else "full_attention" for here in _recurrent(metadata, layers)],
+        "layer_types": [
+            "linear_attention" if recurrent else "full_attention" for recurrent in _recurrent(metadata, layers)
+        ],
         "linear_num_key_heads": metadata.integer("ssm.group_count"),
         "linear_num_value_heads": value_heads,
         "linear_key_head_dim": metadata.integer("ssm.state_size"),
@@ -131,7 +137,7 @@ def _qwen35(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
 
 
 def _recurrent(metadata: Metadata, layers: int) -> list[bool]:
-    """Which layers have the delta rule: as the file lists them, or all but every so-manieth."""
+    """Return True per layer with the delta rule, from the file's list or interval n: every n-th layer is attention."""
     listed = metadata.get(RECURRENT_LAYERS)
     interval = metadata.integer("full_attention_interval", DELTA_INTERVAL)
     if isinstance(listed, bool):
@@ -142,7 +148,7 @@ def _recurrent(metadata: Metadata, layers: int) -> list[bool]:
 
 
 def _granite(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    if metadata.get("rope.scaling.finetuned") is False:  # here it says that nothing turns, which no config of it can
+    if metadata.get("rope.scaling.finetuned") is False:  # Granite without rotary embedding, which no config expresses
         metadata.mark_unread("rope.scaling.finetuned")
     config |= {
         "attention_multiplier": metadata.number("attention.scale", config["head_dim"] ** -0.5),
@@ -160,7 +166,7 @@ def _lfm2(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     counts = metadata.get("attention.head_count_kv")
     layers = config["num_hidden_layers"]
     if isinstance(counts, list) and len(counts) != layers:
-        raise ArtifactError(f"head_count_kv has not a number for each of {layers} layers", where=str(file.path))
+        raise ArtifactError(f"head_count_kv has {len(counts)} numbers for {layers} layers", where=str(file.path))
     del config["hidden_act"]
     config |= {
         "norm_eps": config.pop("rms_norm_eps"),
@@ -169,7 +175,7 @@ def _lfm2(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
         ],
         "conv_L_cache": metadata.integer("shortconv.l_cache"),
         "conv_bias": False,
-        "block_auto_adjust_ff_dim": False,  # the file has the width as it is
+        "block_auto_adjust_ff_dim": False,  # the file states the final width
     }
 
 
@@ -194,7 +200,10 @@ def _exaone4(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     window = 4096 if stated is None and layers == EXAONE4_32B_LAYERS else metadata.window
     slides = sliding_layers(metadata, layers, FULL_INTERVAL)
     metadata.accept_if_equal("rope.freq_base_swa", config["rope_parameters"]["rope_theta"])
-    config |= {"sliding_window": window, "layer_types": layer_kinds(window is not None and here for here in slides)}
+    config |= {
+        "sliding_window": window,
+        "layer_types": layer_kinds(window is not None and sliding for sliding in slides),
+    }
 
 
 def _original_length(config: dict[str, Any]) -> int:
@@ -203,7 +212,7 @@ def _original_length(config: dict[str, Any]) -> int:
 
 
 def _phi3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
-    metadata.get("rope.scaling.original_context_length")  # of no other use than to longrope
+    metadata.get("rope.scaling.original_context_length")  # used only by longrope
     config |= {"sliding_window": metadata.window, "original_max_position_embeddings": _original_length(config)}
 
 
@@ -218,13 +227,19 @@ def _glm(config: dict[str, Any], _: Metadata, file: GGUFFile) -> None:
     config |= {
         "model_type": "glm" if config["model_type"] == "chatglm" else config["model_type"],
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        # Half of the features turn where a config is silent.
+        # Stated explicitly, because transformers' default is half of the features.
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
     }
 
 
 def _gemma(config: dict[str, Any], *, largest: int) -> None:
-    """What Gemma 2 and 3 have; query scaling, which no file states, is of every size but the largest the head's."""
+    """Add the fields of Gemma 2 and 3.
+
+    Files do not state the query scaling. It is head_dim, except in the largest model.
+
+    Args:
+        largest: number of layers of the largest model.
+    """
     is_largest = config["num_hidden_layers"] == largest
     scalar = config["hidden_size"] // config["num_attention_heads"] if is_largest else config["head_dim"]
     del config["hidden_act"]
@@ -249,7 +264,7 @@ def _gemma3(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     config |= {
         "model_type": "gemma3_text",
         "sliding_window": window,
-        "layer_types": layer_kinds(bool(window) and here for here in slides),
+        "layer_types": layer_kinds(bool(window) and sliding for sliding in slides),
         "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
         "final_logit_softcapping": metadata.optional("final_logit_softcapping", float),
         "attn_logit_softcapping": metadata.optional("attn_logit_softcapping", float),
@@ -274,4 +289,4 @@ FAMILY_PARTS: dict[str, FamilyPart] = {
     "gemma3": _gemma3,
     "gemma4": gemma4_config,
 }
-"""By architecture: adds what a family's config has of its own to one in the making; others have nothing."""
+"""Architecture → function that adds the family's fields to a config. Other architectures have no such fields."""

@@ -1,13 +1,14 @@
-"""A GGUF file: its header read at once, its arrays and tensors only when asked for.
+"""Read GGUF files: the header on opening, arrays and tensors on demand.
 
     "GGUF", version u32, tensors u64, entries u64
     entries:  key string, type u32, value               string: length u64, bytes; array: type u32, count u64, items
     tensors:  name string, dimensions u32, sizes u64 …, type u32, offset u64
-    padding to general.alignment (32), then the data; offsets count from there
+    padding to general.alignment (32), then the data; tensor offsets are relative to the start of the data
 
-Little-endian, versions 2 and 3 [ggml docs/gguf.md]. The gguf package's own reader makes Python objects of every token
-and merge, seconds for a usual vocabulary; here string arrays are walked over and decoded on demand. Every length is
-checked against the file, so that a damaged one is an error and neither a crash nor a large allocation.
+Little-endian, versions 2 and 3 [ggml docs/gguf.md]. The gguf package's reader creates a Python object for every token
+and merge, which takes seconds for a common vocabulary. This reader skips string arrays and decodes them on demand.
+Every length is checked against the file size, so that a damaged file is an error instead of a crash or a large
+allocation.
 """
 
 from __future__ import annotations
@@ -17,17 +18,14 @@ import struct
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from math import gcd, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.kernels.dequantize import Bytes, block_shape, dequantize, native_dtype
+from backhand.kernels.dequantize import block_shape
 from backhand.nn.loading.mapped_file import MappedFile
 
 _MAGIC = b"GGUF"
@@ -45,12 +43,12 @@ _DEFAULT_ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies."""
+    """Location and type of one tensor."""
 
-    name: str  # as the file has it, e.g. `blk.0.attn_q.weight`.
-    shape: tuple[int, ...]  # slowest dimension first, as torch has it; the file has the reverse
+    name: str  # the file's name, e.g. `blk.0.attn_q.weight`
+    shape: tuple[int, ...]  # slowest dimension first, as in torch; the file stores the reverse order
     type_id: int  # ggml's number of the storage type
-    offset: int
+    offset: int  # bytes from the beginning of the file
     byte_count: int
 
 
@@ -65,11 +63,11 @@ class GGUFFile:
     """An open, memory-mapped GGUF file.
 
     Attributes:
-        tensors: by name, in the order of the file.
-        size: of the file in bytes.
+        tensors: name → tensor, in the order of the file.
+        size: size of the file in bytes.
 
     Raises:
-        ArtifactError: for a file that cannot be read, is no GGUF file, or is damaged.
+        ArtifactError: if the file cannot be read, is not a GGUF file, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,54 +90,60 @@ class GGUFFile:
         return key in self._values
 
     def __iter__(self) -> Iterator[str]:
-        """Keys of the metadata, in the order of the file."""
+        """Iterate over the metadata keys in the order of the file."""
         return iter(self._values)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A number, truth value, string or list; a float32 number is the shortest decimal that rounds to it."""
+        """Return a number, boolean, string or list. A float32 is returned as the shortest decimal that rounds to it."""
         value = self._values.get(key, default)
         return self._items(value) if isinstance(value, _Array) else value
 
     def type_of(self, key: str) -> tuple[int, int | None]:
-        """ggml's number of the type of a value that is there, and of the items of an array."""
+        """Return ggml's type number of an existing value, and that of its items if the value is an array."""
         type_id = self._types[key]
         value = self._values[key]
         return type_id, value.item_type if isinstance(value, _Array) else None
 
     def bytes_of(self, tensor: GGUFTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The tensor's stored bytes, (byte_count,) uint8, mapped and not copied."""
+        """Return the tensor's stored bytes, (byte_count,) uint8, mapped and not copied."""
         return np.frombuffer(self._data, np.uint8, count=tensor.byte_count, offset=tensor.offset)
 
     def drop_pages(self, tensor: GGUFTensor) -> None:
-        """Give the memory of the tensor's mapped pages back; they are read again when they are needed again."""
+        """Release the resident pages of a tensor. They are read from disk again on the next access."""
         if sys.platform != "win32":
             begin = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
             self._data.madvise(mmap.MADV_DONTNEED, begin, tensor.offset + tensor.byte_count - begin)
 
     def check_unchanged(self) -> None:
-        """Raises ArtifactError if the file is no longer what it was when it was opened."""
+        """Check that the file is unchanged since it was opened.
+
+        Raises:
+            ArtifactError: if the file has changed.
+        """
         self._file.check()
 
     def _read_header(self) -> None:
         if self.size < 24 or self._data[:4] != _MAGIC:
             raise ArtifactError(
                 f"{self.path} is not a GGUF file",
-                why="it does not begin with the letters GGUF",
+                why="the file does not begin with the letters GGUF",
                 next_step="give a .gguf file, or a Hugging Face directory with config.json",
             )
         self._position = 4
         version = self._unpack(_U32)
         if version not in _VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-            why = "it was made for a big-endian machine" if swapped in _VERSIONS else f"its version is {version}"
+            why = "the file is big-endian" if swapped in _VERSIONS else f"the file has version {version}"
             raise ArtifactError(
-                f"{self.path} cannot be read", why=f"{why}; little-endian versions 2 and 3 can", next_step=_CONVERT
+                f"{self.path} cannot be read",
+                why=f"{why}; only little-endian files of version 2 or 3 can be read",
+                next_step=_CONVERT,
             )
         tensor_count, entry_count = self._unpack(_U64), self._unpack(_U64)
         for _ in range(entry_count):
             key = self._string()
             if key in self._values:
-                raise self._damaged(f"the key {key!r} is there twice")
+                raise self._damaged(f"the key {key!r} occurs twice")
             self._types[key] = self._unpack(_U32)
             self._values[key] = self._value(self._types[key])
         entries = [self._tensor_entry() for _ in range(tensor_count)]
@@ -149,7 +153,7 @@ class GGUFFile:
         start = -(-self._position // alignment) * alignment
         for name, shape, type_id, offset in entries:
             if offset % alignment:
-                raise self._damaged(f"the tensor {name} begins at {offset}, which is no multiple of {alignment}")
+                raise self._damaged(f"the tensor {name} begins at {offset}, which is not a multiple of {alignment}")
             self._add_tensor(name, shape, type_id, start + offset)
         self._refuse_overlaps()
 
@@ -157,19 +161,19 @@ class GGUFFile:
         before: GGUFTensor | None = None
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.offset):
             if before is not None and tensor.offset < before.offset + before.byte_count:
-                raise self._damaged(f"the tensors {before.name} and {tensor.name} lie over one another")
+                raise self._damaged(f"the tensors {before.name} and {tensor.name} overlap")
             before = tensor
 
     def _add_tensor(self, name: str, shape: tuple[int, ...], type_id: int, offset: int) -> None:
         if name in self.tensors:
-            raise self._damaged(f"the tensor {name} is there twice")
+            raise self._damaged(f"the tensor {name} occurs twice")
         byte_count = _byte_count(shape, type_id)
         if byte_count is None:
             raise ArtifactError(
-                f"the tensor {name} is stored in a way that cannot be read",
+                f"the tensor {name} has a storage type that cannot be read",
                 where=str(self.path),
                 why=f"ggml type {type_id} with rows of {shape[-1]}",
-                next_step="use a file of another quantization, such as Q8_0, Q4_K_M or BF16",
+                next_step="use a file with another quantization, such as Q8_0, Q4_K_M or BF16",
             )
         if offset + byte_count > self.size:
             raise self._damaged(f"the tensor {name} ends at byte {offset + byte_count} of {self.size}")
@@ -208,7 +212,7 @@ class GGUFFile:
         else:
             raise self._damaged(f"an array has items of type {item_type}")
         if self._position > self.size:
-            raise self._damaged("an array ends behind the end of the file")
+            raise self._damaged("an array extends past the end of the file")
         return array
 
     def _items(self, array: _Array) -> list[Any]:
@@ -227,7 +231,7 @@ class GGUFFile:
         length = self._unpack(_U64)
         begin, self._position = self._position, self._position + length
         if self._position > self.size:
-            raise self._damaged("a string ends behind the end of the file")
+            raise self._damaged("a string extends past the end of the file")
         return self._data[begin : self._position].decode("utf-8")
 
     def _unpack(self, kind: struct.Struct) -> Any:
@@ -237,15 +241,15 @@ class GGUFFile:
 
     def _damaged(self, why: str) -> ArtifactError:
         return ArtifactError(
-            f"{self.path} is damaged or incomplete", why=why, next_step="fetch the file again, and compare its size"
+            f"{self.path} is damaged or incomplete", why=why, next_step="download the file again and compare its size"
         )
 
 
-_CONVERT = "convert the model anew with llama.cpp's convert_hf_to_gguf.py, or give its Hugging Face directory"
+_CONVERT = "convert the model again with llama.cpp's convert_hf_to_gguf.py, or give its Hugging Face directory"
 
 
 def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:
-    """Bytes of a tensor, None if the type is unknown or the rows are no whole number of its blocks."""
+    """Return a tensor's size in bytes, or None if the type is unknown or does not divide the rows into whole blocks."""
     try:
         block_size, block_bytes = block_shape(type_id)
     except ArtifactError:
@@ -254,56 +258,5 @@ def _byte_count(shape: tuple[int, ...], type_id: int) -> int | None:
 
 
 def _shortest(value: float) -> float:
-    """1e-05 rather than 9.999999747378752e-06, when what is stored is the float32 number nearest to both."""
+    """Return the shortest decimal that rounds to the same float32: 1e-05 instead of 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-# Stored GGUF values to torch tensors, by `kernels.dequantize`. Quantization blocks do not care where rows begin: flat
-# data is read as rows of some blocks each, so many that every thread has enough of them.
-
-_BLOCKS_A_ROW = 512
-
-
-@cache
-def is_readable(type_id: int) -> bool:
-    """Whether the values of a storage type can be had."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize as dequantized_rows
-
-    if native_dtype(type_id) is not None:
-        return True
-    try:
-        dequantized_rows(np.zeros((1, block_shape(type_id)[1]), np.uint8), GGMLQuantizationType(type_id))
-    except NotImplementedError:
-        return False
-    return True
-
-
-def dequantized(data: Bytes, type_id: int) -> Tensor:
-    """All values, flat: a view of the data where torch has the type, else float32.
-
-    Raises:
-        ArtifactError: for a type that the gguf package cannot dequantise.
-    """
-    dtype = native_dtype(type_id)
-    if dtype is not None:
-        return torch.from_numpy(data).view(dtype)
-    values, size = block_shape(type_id)
-    out = torch.empty(len(data) // size * values)
-    dequantize_into(data, type_id, out)
-    return out
-
-
-def dequantize_into(data: Bytes, type_id: int, destination: Tensor) -> None:
-    """Write all values into a contiguous tensor of any floating dtype on any device, one rounding each.
-
-    Raises:
-        ArtifactError: for a type that the gguf package cannot dequantise.
-    """
-    dtype = native_dtype(type_id)
-    if dtype is not None:
-        destination.view(-1).copy_(torch.from_numpy(data).view(dtype))
-        return
-    values, size = block_shape(type_id)
-    in_row = gcd(len(data) // size, _BLOCKS_A_ROW)
-    dequantize(data.reshape(-1, in_row * size), type_id, destination.view(-1, in_row * values))

@@ -1,15 +1,16 @@
-"""What a GGUF file of architecture gemma4 says beside what every file says: two kinds of layers, and what they share.
+"""Convert the metadata of GGUF architecture gemma4 to its Hugging Face config.
 
-- `key_length` is the size of a head in full layers, `key_length_swa` in sliding ones. Key/value heads and widths of
-  MLPs are a number, or a list with one for each layer: heads differ by kind of layer, widths double in layers that
-  share.
-- The last `shared_kv_layers` layers use keys and values of layers below. Files have attn_k and attn_v of these layers
-  as the checkpoint has them, and llama.cpp reads over them, as is done here. A full layer without attn_v makes its
-  values of its keys.
-- `rope_freqs.weight` counts in full layers alone, and must be there. It divides the frequencies of the pairs that turn
-  by one number and those of the others by 1e30: Gemma's rule `proportional`. Linear scaling is of full layers too.
-- The table of layers' inputs has a row for each token. Logits are capped at 30 where nothing is said, and not where
-  0 is.
+- **Heads and widths.** `key_length` is the head size in full-attention layers, `key_length_swa` in sliding layers. The
+  number of key/value heads and the width of MLPs are one number, or a list with one number per layer. Heads differ by
+  the kind of layer, and widths double in layers with shared keys and values.
+- **Shared keys and values.** The last `shared_kv_layers` layers use keys and values of earlier layers. Files still
+  contain attn_k and attn_v of these layers, as the checkpoint does. llama.cpp ignores them, and so does Backhand. A
+  full-attention layer without attn_v uses its keys as values.
+- **Rotary.** `rope_freqs.weight` is required and applies to full-attention layers only. It divides the frequencies of
+  the rotated pairs by one number and all others by 1e30, which is Gemma's rule `proportional`. Linear scaling also
+  applies to full-attention layers only.
+- **Other.** The per-layer embedding table has one row per token. Logits are capped at 30 by default, and not capped if
+  the file says 0.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, rotary_frac
 from backhand.nn.loading.gguf_tensors import ROPE_FACTORS
 
 NO_ROTATION = 1e30
-"""What divides the frequency of a pair that does not turn."""
+"""Divisor of the frequency of a pair that is not rotated."""
 _NO_ROTATION_FROM = 1e20
-"""From here on it does not, in any text."""
+"""Divisors from here on leave a pair unrotated at any position."""
 _PATTERN = 6
 _TABLE = "per_layer_token_embd.weight"
 
 
 def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
-    """Add to a Hugging Face config in the making what Gemma 4 has of its own.
+    """Add Gemma 4's fields to a Hugging Face config under construction.
 
     Raises:
-        ArtifactError: for metadata that no model has, and a table of frequencies that is missing or another rule's.
+        ArtifactError: for metadata that no model has, or a table of frequencies that is missing or not proportional.
     """
     layers, full_size = config["num_hidden_layers"], config["head_dim"]
     slides = sliding_layers(metadata, layers, _PATTERN)
     if len(slides) != layers:
         raise ArtifactError(
-            f"gemma4.attention.sliding_window_pattern does not say of each of {layers} layers whether it slides",
+            f"gemma4.attention.sliding_window_pattern has {len(slides)} values for {layers} layers",
             where=str(file.path),
         )
-    if slides[-1]:  # transformers takes the last layer for a full one whatever its config says
+    if slides[-1]:  # transformers treats the last layer as full attention, whatever its config says
         metadata.mark_unread("attention.sliding_window_pattern")
     if ROPE_FACTORS not in file.tensors:
         raise ArtifactError(f"the tensor {ROPE_FACTORS} is missing", where=str(file.path))
@@ -53,7 +54,7 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
         metadata.mark_unread("rope.dimension_count")
     shared = metadata.optional("attention.shared_kv_layers", int) or 0
     width = metadata.optional("embedding_length_per_layer_input", int) or 0
-    as_values = not any(
+    keys_as_values = not any(
         f"blk.{layer}.attn_v.weight" in file.tensors for layer in range(layers - shared) if not slides[layer]
     )
     cap = metadata.optional("final_logit_softcapping", float)
@@ -63,7 +64,7 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
         "hidden_activation": "gelu_pytorch_tanh",
         "head_dim": size,
         "global_head_dim": full_size,
-        "attention_k_eq_v": as_values and not all(slides),
+        "attention_k_eq_v": keys_as_values and not all(slides),
         "num_kv_shared_layers": shared,
         "sliding_window": metadata.integer("attention.sliding_window"),
         "layer_types": layer_kinds(slides),
@@ -80,32 +81,37 @@ def gemma4_config(config: dict[str, Any], metadata: Metadata, file: GGUFFile) ->
 
 
 def _full_rotary(rotary: dict[str, Any], size: int, metadata: Metadata, file: GGUFFile) -> dict[str, Any]:
-    """The angles of full layers, by the rule `proportional`."""
+    """Return the rope parameters of full-attention layers, by the rule `proportional`."""
     if rotary["rope_type"] not in ("default", "linear", "longrope"):
         metadata.mark_unread("rope.scaling.type")
         return rotary
     divisors = rotary.get("short_factor", [rotary.get("factor", 1.0)] * (size // 2))
-    turning = [divisor for divisor in divisors if divisor < _NO_ROTATION_FROM]
-    if len(set(turning)) != 1 or divisors[: len(turning)] != turning:
+    rotated = [divisor for divisor in divisors if divisor < _NO_ROTATION_FROM]
+    if len(set(rotated)) != 1 or divisors[: len(rotated)] != rotated:
         raise ArtifactError(
-            f"{ROPE_FACTORS} divides frequencies in a way that Gemma 4 has not",
+            f"{ROPE_FACTORS} does not follow Gemma 4's rule for rotary frequencies",
             where=str(file.path),
-            why="the first pairs turn, each divided by one number, and the others stand still",
+            why="the first divisors must all be equal, and all others 1e20 or more",
             next_step="use the model's Hugging Face directory",
         )
     rule = {
         "rope_type": "proportional",
         "rope_theta": rotary["rope_theta"],
-        "partial_rotary_factor": rotary_fraction(2 * len(turning), size),
+        "partial_rotary_factor": rotary_fraction(2 * len(rotated), size),
     }
-    return rule if turning[0] == 1.0 else rule | {"factor": turning[0]}
+    return rule if rotated[0] == 1.0 else rule | {"factor": rotated[0]}
 
 
 def _add_key_value_heads(config: dict[str, Any], metadata: Metadata, slides: list[bool]) -> None:
-    """Of sliding layers and, where values are made of keys, of full ones; a config cannot say other differences."""
+    """Add the number of key/value heads.
+
+    Full-attention layers may have another number only if their keys are also their values. A config cannot express
+    other differences.
+    """
     key = "attention.head_count_kv"
     counts = metadata.per_layer(key, len(slides), config["num_attention_heads"])
-    sliding, full = ({count for count, here in zip(counts, slides, strict=True) if here == kind} for kind in (True, 0))
+    by_layer = list(zip(counts, slides, strict=True))
+    sliding, full = ({count for count, slides_here in by_layer if slides_here == kind} for kind in (True, False))
     config["num_key_value_heads"] = min(sliding or full)
     if max(map(len, (sliding, full))) > 1 or (sliding and full and full != sliding and not config["attention_k_eq_v"]):
         metadata.mark_unread(key)
@@ -114,11 +120,11 @@ def _add_key_value_heads(config: dict[str, Any], metadata: Metadata, slides: lis
 
 
 def _add_widths(config: dict[str, Any], metadata: Metadata) -> None:
-    """Widths of MLPs: all alike, or doubled in the layers that share keys and values."""
+    """Add the widths of MLPs: all equal, or doubled in the layers with shared keys and values."""
     key, layers = "feed_forward_length", config["num_hidden_layers"]
     widths = metadata.per_layer(key, layers)
-    first, own = widths[0], max(layers - config["num_kv_shared_layers"], 0)
+    first, unshared = widths[0], max(layers - config["num_kv_shared_layers"], 0)
     config["intermediate_size"] = first
     config["use_double_wide_mlp"] = doubled = widths != [first] * layers
-    if doubled and widths != [first] * own + [2 * first] * (layers - own):
+    if doubled and widths != [first] * unshared + [2 * first] * (layers - unshared):
         metadata.mark_unread(key)

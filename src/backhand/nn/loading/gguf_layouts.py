@@ -1,14 +1,15 @@
-"""How a GGUF file's tensors are laid out, against Hugging Face's; their names are in `gguf_tensors`.
+"""Convert between the tensor layouts of GGUF files and Hugging Face. The names are in `gguf_tensors`.
 
-Files of architectures `llama`, `granite`, `smollm3` and `mistral3` have the rows of attn_q and attn_k in another order:
-ggml rotates neighbouring features 2i and 2i + 1 of a head where Hugging Face rotates i and i + head_dim/2, so that row
-(head, half, i) there is row (head, i, half) here; biases likewise. Other architectures keep the order. Norm weights of
-Gemma 2 and 3 are stored with the 1 already added, and so are Qwen3.5's but for that of its delta rule's output.
-
-Qwen3.5's delta rule has several value heads for each key head, which are neighbours in Hugging Face's order. ggml
-repeats the key heads as a whole, so that in a file value head (key head, i) stands at (i, key head): in the rows of
-what makes values, gates, rates and decays, in the channels of the convolution, and in the columns of the output. The
-decay's rate is stored as -e^A. The taps of a convolution are (channels, taps), (channels, 1, taps) here.
+- **Rotary pairs.** Files of architectures `llama`, `granite`, `smollm3` and `mistral3` reorder the rows and biases of
+  attn_q and attn_k. ggml rotates the neighbouring features 2i and 2i + 1 of a head, and Hugging Face rotates i and
+  i + head_dim/2. Row (head, half, i) in Hugging Face is row (head, i, half) in GGUF.
+- **Norm weights.** Gemma 2 and 3 are stored with the 1 already added. So is Qwen3.5, except for the norm of its delta
+  rule's output.
+- **Delta rule.** Qwen3.5 has several value heads per key head, adjacent in Hugging Face's order. ggml repeats the list
+  of key heads instead: Hugging Face's value head (key head, i) is (i, key head) in GGUF. This holds for the rows of
+  the projections to values, gates, rates and decays, for the channels of the convolution, and for the columns of the
+  output projection. The decay's parameter A is stored as -e^A.
+- **Convolutions.** The taps are (channels, taps) in GGUF and (channels, 1, taps) in Hugging Face.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ from backhand.nn.decoder.family import DeltaSizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 
 _INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
-"""Architectures whose heads are rotated by neighbouring pairs."""
+"""Architectures that rotate neighbouring pairs of features."""
 
 
 class StoredSizes(NamedTuple):
-    """By what the rows of some tensors are reordered: features of an attention head, and the delta rule's heads."""
+    """Sizes that determine the order of rows: features of an attention head, and heads of the delta rule."""
 
     head_dim: int
     delta: DeltaSizes | None = None
 
 
 class TiledHeads(NamedTuple):
-    """Value heads in the order of a file."""
+    """The order of value heads in a file."""
 
-    key_heads: int  # heads that ggml repeats as a whole
-    group: int  # value heads of each
-    width: int  # rows, or columns, of a value head
-    before: int = 0  # rows in front of the value heads' that keep their places
+    key_heads: int  # number of key heads, whose list ggml repeats
+    group: int  # value heads per key head
+    width: int  # rows or columns per value head
+    before: int = 0  # number of rows before the value heads, whose order is the same
     axis: int = 0  # 0 for rows, 1 for columns
 
     def reordered(self, values: Tensor, first: int, second: int) -> Tensor:
-        """Heads, counted `first` by `second`, the other way round."""
+        """Transpose the grid of value heads from (first, second) to (second, first)."""
         rows = values.movedim(self.axis, 0)
         heads = rows[self.before :].reshape(first, second, self.width, *rows.shape[1:])
         reordered = heads.transpose(0, 1).reshape(rows[self.before :].shape)
@@ -56,47 +57,47 @@ class TiledHeads(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What to do with stored values to get Hugging Face's."""
+    """Difference between the stored layout of a tensor and Hugging Face's."""
 
-    pairs_per_head: int | None = None  # head_dim / 2 where the rows of each head are interleaved pairs, else None
-    offset: float = 0.0  # what was added to the values
-    tiled: TiledHeads | None = None  # where value heads stand in another order, else None
-    rate: bool = False  # the values are -e^A, and A is wanted
-    taps: bool = False  # whether these are the taps of a convolution, which have an axis more here
+    pairs_per_head: int | None = None  # head_dim / 2 if the rows of each head are interleaved pairs
+    offset: float = 0.0  # constant that was added to the stored values
+    tiled: TiledHeads | None = None  # the order of value heads, if it differs
+    negated_exp: bool = False  # the stored values are -e^A for Hugging Face's A
+    taps: bool = False  # the tensor has a convolution's taps, which have one more axis in Hugging Face
 
     @property
     def is_plain(self) -> bool:
-        """Whether the stored values are the wanted ones, in the wanted order and shape."""
+        """True if the stored layout is Hugging Face's."""
         return self == _PLAIN
 
     @property
     def reorders_columns(self) -> bool:
-        """Whether columns stand in another order, not rows."""
+        """True if columns are reordered instead of rows."""
         return self.tiled is not None and self.tiled.axis == 1
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Hugging Face's shape of a tensor that is stored with this one."""
+        """Return Hugging Face's shape for a stored shape."""
         return (stored[0], 1, *stored[1:]) if self.taps else stored
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The way back."""
+        """Return the stored shape for Hugging Face's shape."""
         return (shape[0], *shape[2:]) if self.taps else shape
 
     def to_huggingface(self, values: Tensor) -> Tensor:
-        """Values in the stored order, in the tensor's shape, in Hugging Face's; perhaps a view."""
+        """Convert stored values, in the stored shape, to Hugging Face's layout. The result may be a view."""
         if self.pairs_per_head is not None:
             rows = values.view(-1, self.pairs_per_head, 2, *values.shape[1:])
             values = rows.transpose(1, 2).reshape(values.shape)
         if self.tiled is not None:
             values = self.tiled.reordered(values, self.tiled.group, self.tiled.key_heads)
-        if self.rate:
+        if self.negated_exp:
             values = torch.log(-values)
         if self.taps:
             values = values.unsqueeze(1)
         return values - self.offset if self.offset else values
 
     def to_gguf(self, values: Tensor) -> Tensor:
-        """The way back: Hugging Face's values in the order and with the offset of a file; perhaps a view."""
+        """Convert values from Hugging Face's layout to the stored layout. The result may be a view."""
         if self.taps:
             values = values.squeeze(1)
         if self.pairs_per_head is not None:
@@ -104,20 +105,20 @@ class Layout:
             values = rows.transpose(1, 2).reshape(values.shape)
         if self.tiled is not None:
             values = self.tiled.reordered(values, self.tiled.key_heads, self.tiled.group)
-        if self.rate:
+        if self.negated_exp:
             values = -torch.exp(values)
         return values + self.offset if self.offset else values
 
     @property
     def factor_layouts(self) -> tuple[Layout, Layout]:
-        """How lora_A, whose columns are the matrix's, and lora_B, which has its rows, lie in a file."""
+        """The layouts of lora_A, which has the matrix's columns, and of lora_B, which has its rows."""
         order = Layout(self.pairs_per_head, tiled=self.tiled)
         return (order, _PLAIN) if self.reorders_columns else (_PLAIN, order)
 
     def misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Why a matrix of this shape cannot be reordered; None if it can."""
+        """Return the reason why a matrix of this shape cannot be reordered, or None if it can."""
         if self.pairs_per_head is not None and shape[0] % (2 * self.pairs_per_head):
-            return f"{shape[0]} rows are no whole number of heads of {2 * self.pairs_per_head}"
+            return f"{shape[0]} rows are not a whole number of heads of {2 * self.pairs_per_head}"
         if self.tiled is not None:
             key_heads, group, width, before, axis = self.tiled
             if shape[axis] != before + key_heads * group * width:
@@ -129,25 +130,25 @@ _PLAIN = Layout()
 
 
 def head_dimension(config: Mapping[str, Any]) -> int:
-    """Features of one attention head, which a Hugging Face config may leave to be divided.
+    """Return the features of one attention head: `head_dim`, or hidden_size / num_attention_heads if it is absent.
 
     Raises:
-        ArtifactError: the config has no whole number of them.
+        ArtifactError: if the config gives no positive integer.
     """
     stated = config.get("head_dim")
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if stated is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         stated = hidden // heads
     if not isinstance(stated, int) or stated < 1:
-        raise ArtifactError("the configuration does not say how large an attention head is", where="head_dim")
+        raise ArtifactError("the configuration does not state the size of an attention head", where="head_dim")
     return stated
 
 
 def stored_sizes(config: Mapping[str, Any]) -> StoredSizes:
-    """What the order of rows in files of this model depends on, from its Hugging Face config.
+    """Return the sizes that determine the order of rows in GGUF files of a model, from its Hugging Face config.
 
     Raises:
-        ArtifactError: the config has no whole number of features of a head, or of the delta rule's heads.
+        ArtifactError: if the config gives no positive integer for a head's features or for the delta rule's heads.
     """
     delta = None
     if gguf_architecture(config) == "qwen35":
@@ -156,7 +157,7 @@ def stored_sizes(config: Mapping[str, Any]) -> StoredSizes:
 
 
 def layout(architecture: str, name: str, sizes: StoredSizes) -> Layout:
-    """How the tensor with this Hugging Face name is stored."""
+    """Return the stored layout of the tensor with this Hugging Face name."""
     if architecture in _INTERLEAVED and re.search(r"\.self_attn\.[qk]_proj\.", name):
         return Layout(pairs_per_head=sizes.head_dim // 2)
     if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
@@ -172,7 +173,7 @@ def layout(architecture: str, name: str, sizes: StoredSizes) -> Layout:
 
 
 def _delta_layout(part: str, sizes: DeltaSizes) -> Layout:
-    """Of a tensor of Qwen3.5's delta rule, by the end of its name."""
+    """Return the stored layout of a tensor of Qwen3.5's delta rule, given the end of its name."""
     key_heads, group = sizes.key_heads, sizes.value_heads // sizes.key_heads
     before = 2 * key_heads * sizes.key_width
     tiled = {
@@ -185,5 +186,7 @@ def _delta_layout(part: str, sizes: DeltaSizes) -> Layout:
         "dt_bias": TiledHeads(key_heads, group, 1),
         "out_proj.weight": TiledHeads(key_heads, group, sizes.value_width, axis=1),
     }
-    in_order = min(key_heads, group) == 1
-    return Layout(tiled=None if in_order else tiled.get(part), rate=part == "A_log", taps=part == "conv1d.weight")
+    same_order = min(key_heads, group) == 1
+    return Layout(
+        tiled=None if same_order else tiled.get(part), negated_exp=part == "A_log", taps=part == "conv1d.weight"
+    )

@@ -1,4 +1,4 @@
-"""A base model in a GGUF file, or in the parts of a split one."""
+"""Base models in GGUF files, whole or split into parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_config import huggingface_config
 from backhand.nn.loading.gguf_families import prediction_block_count
-from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor, dequantize_into, dequantized, is_readable
+from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_tensors import (
     ARCHITECTURES,
@@ -29,6 +29,7 @@ from backhand.nn.loading.gguf_tensors import (
     is_skipped,
 )
 from backhand.nn.loading.gguf_tokenizer import build_tokenizer
+from backhand.nn.loading.gguf_values import dequantize_into, dequantized, is_readable
 from backhand.nn.loading.source import ModelSource, shape_mismatch
 from backhand.nn.loading.wrappers import is_excluded
 
@@ -43,18 +44,18 @@ _NO_LANGUAGE_MODEL = ("clip", "mmproj")
 
 
 class GGUFModel(ModelSource):
-    """An opened GGUF file; the tensors stay mapped and quantized until they are read.
+    """An opened GGUF model. The tensors stay mapped and quantized until they are read.
 
     Args:
-        path: of the file; of any part of a split one.
-        hub_id: the id under which others can fetch the model, None if unknown.
-        origin: how to name it to people; the path if not given.
+        path: the file, or any part of a split model.
+        hub_id: the id under which others can download the model, None if unknown.
+        origin: a readable description of the source, the path if not given.
 
     Attributes:
-        metadata: the file with the metadata; its `tensors` are those of all parts.
+        metadata: the file with the metadata. Its `tensors` contain the tensors of all parts.
 
     Raises:
-        ArtifactError: naming the file, for one that is missing, damaged, or of an architecture that cannot be read.
+        ArtifactError: if a file is missing or damaged, or its architecture is unknown; names the file.
     """
 
     def __init__(self, path: Path, *, hub_id: str | None = None, origin: str | None = None) -> None:
@@ -63,23 +64,23 @@ class GGUFModel(ModelSource):
         self.origin = origin or str(path)
         self._files = [GGUFFile(part) for part in _parts(path)]
         self.metadata = self._files[0]
-        self.architecture = self._known_architecture()
+        self.architecture = self._checked_architecture()
         self._check_parts()
         self._place_of: dict[str, GGUFFile] = {}
         for file in self._files:
             for name in file.tensors:
                 if name in self._place_of:
                     raise ArtifactError(
-                        f"the tensor {name} stands in two parts of the model",
+                        f"two parts of the model contain the tensor {name}",
                         where=f"{self._place_of[name].path}, {file.path}",
-                        next_step="fetch the parts again: one is not of this model, or stands there twice",
+                        next_step="download the parts again: one belongs to another model or is duplicated",
                     )
                 self._place_of[name] = file
         for file in self._files[1:]:
             self.metadata.tensors |= file.tensors
         self._check_types()
-        self._leave_out_prediction()
-        self.config = huggingface_config(self.metadata, self.architecture, self._factors_of_frequencies())
+        self._drop_prediction_blocks()
+        self.config = huggingface_config(self.metadata, self.architecture, self._rope_factors())
         self._sizes = stored_sizes(self.config)
 
     @cached_property
@@ -88,69 +89,74 @@ class GGUFModel(ModelSource):
         for name, tensor in self.metadata.tensors.items():
             names = huggingface_names(self.architecture, name, tensor.shape)
             if names and not is_excluded(self.config, names[0]):
-                whole = parse_expert_name(names[0]) is None
-                stored.update(zip(names, [tensor] if whole else _pieces(tensor, len(names)), strict=True))
+                single = parse_expert_name(names[0]) is None
+                stored.update(zip(names, [tensor] if single else _expert_tensors(tensor, len(names)), strict=True))
         return stored
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Hugging Face names of all tensors."""
+        """Return the Hugging Face names of all tensors."""
         return tuple(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape in Hugging Face layout."""
+        """Return the shape in Hugging Face layout."""
         return layout(self.architecture, name, self._sizes).shape(self._tensor(name).shape)
 
     def load(self, name: str) -> Tensor:
-        """The tensor in Hugging Face layout: float32 if it is quantized, else as it is stored."""
+        """Return the tensor in Hugging Face layout: float32 if it is quantized, otherwise in the stored dtype."""
         tensor = self._tensor(name)
         values = dequantized(self._bytes(tensor), tensor.type_id)
         self._place_of[tensor.name].drop_pages(tensor)
         return self._layout(name).to_huggingface(values.view(tensor.shape))
 
     def dtype(self, name: str) -> torch.dtype:
-        """As it is stored; float32 if it is quantized."""
+        """Return the stored dtype, or float32 if the tensor is quantized."""
         return native_dtype(self._tensor(name).type_id) or torch.float32
 
     def check_unchanged(self) -> None:
-        """Raises ArtifactError naming the part that is no longer what it was when it was opened."""
+        """Check that every part is unchanged since it was opened.
+
+        Raises:
+            ArtifactError: if a part has changed; names the part.
+        """
         for file in self._files:
             file.check_unchanged()
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of all parts."""
+        """Size of all parts in bytes."""
         return sum(file.size for file in self._files)
 
     def drop_mapped_pages(self) -> None:
-        """Of every tensor."""
+        """Release the resident pages of every tensor."""
         for name in self._stored:
             tensor = self._tensor(name)
             self._place_of[tensor.name].drop_pages(tensor)
 
     def stored_rows(self, name: str) -> StoredRows:
-        """The blocks of a matrix, mapped; another order of its rows or columns as the numbers of the stored ones."""
+        """Return the blocks of a matrix, mapped, with the order of its rows or columns as an index tensor."""
         tensor, data = self.stored_tensor(name)
-        reordered = self._layout(name)
+        stored_layout = self._layout(name)
         blocks = data.reshape(tensor.shape[0], -1)
-        if reordered.is_plain:
+        if stored_layout.is_plain:
             return StoredRows(blocks, tensor.type_id)
-        if reordered.reorders_columns:
-            columns = reordered.to_huggingface(torch.arange(tensor.shape[1])[None])[0].contiguous()
+        if stored_layout.reorders_columns:
+            columns = stored_layout.to_huggingface(torch.arange(tensor.shape[1])[None])[0].contiguous()
             return StoredRows(blocks, tensor.type_id, column_order=columns)
-        return StoredRows(blocks, tensor.type_id, reordered.to_huggingface(torch.arange(tensor.shape[0])).contiguous())
+        rows = stored_layout.to_huggingface(torch.arange(tensor.shape[0])).contiguous()
+        return StoredRows(blocks, tensor.type_id, rows)
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of its blocks."""
+        """Return the size of a tensor's blocks in bytes."""
         return self._tensor(name).byte_count
 
     @property
     def quantized(self) -> bool:
-        """Whether some matrices are stored in blocks."""
+        """True if some matrices are stored as quantized blocks."""
         return any(native_dtype(type_id) is None for type_id in self._matrix_types)
 
     @property
     def slow_types(self) -> tuple[str, ...]:
-        """Types of its matrices that the gguf package unpacks here."""
+        """Names of matrix types that the gguf package dequantizes, because they have no compiled kernel."""
         return tuple(type_name(type_id) for type_id in sorted(self._matrix_types) if not is_compiled(type_id))
 
     @property
@@ -158,7 +164,7 @@ class GGUFModel(ModelSource):
         return {tensor.type_id for tensor in self._stored.values() if len(tensor.shape) == 2}
 
     def stored_tensor(self, name: str) -> tuple[GGUFTensor, np.ndarray[Any, np.dtype[np.uint8]]]:
-        """Where the tensor of this Hugging Face name lies, and its stored bytes, mapped.
+        """Return the stored tensor with this Hugging Face name, and its bytes, mapped.
 
         Raises:
             ArtifactError: if there is no such tensor.
@@ -167,15 +173,15 @@ class GGUFModel(ModelSource):
         return tensor, self._bytes(tensor)
 
     def _bytes(self, tensor: GGUFTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Stored bytes of a tensor or of a piece of one."""
+        """Return the stored bytes of a tensor or of one expert in it."""
         return self._place_of[tensor.name].bytes_of(tensor)
 
     def bytes_of(self, stored_name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Stored bytes of the tensor that the file calls `stored_name`, mapped."""
+        """Return the stored bytes of the tensor with this GGUF name, mapped."""
         return self._place_of[stored_name].bytes_of(self.metadata.tensors[stored_name])
 
     def load_into(self, name: str, destination: Tensor) -> None:
-        """Dequantise straight into the destination."""
+        """Dequantize a tensor directly into `destination`."""
         tensor = self._tensor(name)
         if self.shape(name) != tuple(destination.shape):
             raise ArtifactError(shape_mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
@@ -186,17 +192,17 @@ class GGUFModel(ModelSource):
         self._place_of[tensor.name].drop_pages(tensor)
 
     def _layout(self, name: str) -> Layout:
-        found, tensor = layout(self.architecture, name, self._sizes), self._tensor(name)
-        if (misfit := found.misfit(tensor.shape)) is not None:
-            raise ArtifactError(f"{tensor.name}: {misfit}", where=str(self.path), next_step="fetch the file again")
-        return found
+        stored_layout, tensor = layout(self.architecture, name, self._sizes), self._tensor(name)
+        if (misfit := stored_layout.misfit(tensor.shape)) is not None:
+            raise ArtifactError(f"{tensor.name}: {misfit}", where=str(self.path), next_step="download the file again")
+        return stored_layout
 
     def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._stored:
-            raise ArtifactError(f"there is no tensor {name}", where=str(self.path), next_step="fetch the file again")
+            raise ArtifactError(f"there is no tensor {name}", where=str(self.path), next_step="download the file again")
         return self._stored[name]
 
-    def _factors_of_frequencies(self) -> dict[str, Tensor]:
+    def _rope_factors(self) -> dict[str, Tensor]:
         stored = ((name, self.metadata.tensors.get(name)) for name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS))
         return {
             name: dequantized(self.bytes_of(name), tensor.type_id).float()
@@ -204,27 +210,27 @@ class GGUFModel(ModelSource):
             if tensor is not None
         }
 
-    def _leave_out_prediction(self) -> None:
-        """Blocks behind the model's own, which predict further tokens: neither read nor counted."""
+    def _drop_prediction_blocks(self) -> None:
+        """Remove the multi-token prediction blocks after the last layer: they are neither read nor counted."""
         count = prediction_block_count(self.metadata, self.architecture)
         blocks = self.metadata.value(f"{self.architecture}.block_count")
         if not count or not isinstance(blocks, int):
             return
-        left_out = tuple(f"blk.{layer}." for layer in range(max(blocks - count, 0), blocks))
-        for name in [name for name in self.metadata.tensors if name.startswith(left_out)]:
+        prefixes = tuple(f"blk.{layer}." for layer in range(max(blocks - count, 0), blocks))
+        for name in [name for name in self.metadata.tensors if name.startswith(prefixes)]:
             del self.metadata.tensors[name]
 
     def _check_parts(self) -> None:
-        """A part of a split model says so; one whose name does not lead to the others cannot be read alone."""
+        """Check that all parts were found: the metadata of a split model states their number."""
         stated = self.metadata.value("split.count", 0)
         if isinstance(stated, int) and stated > 1 and len(self._files) != stated:
             raise ArtifactError(
                 f"{self.path} is one of {stated} parts of a model, and its name does not lead to the others",
-                next_step=f"name them as they were fetched, such as model-00001-of-{stated:05d}.gguf, in one directory",
+                next_step=f"restore the parts' names, such as model-00001-of-{stated:05d}.gguf, in one directory",
             )
 
     def _check_types(self) -> None:
-        """Before anything is read: a tensor that cannot be dequantised."""
+        """Check, before any tensor is read, that every tensor can be dequantized."""
         bad = {
             f"{tensor.name} ({type_name(tensor.type_id)})"
             for name, tensor in self.metadata.tensors.items()
@@ -233,36 +239,36 @@ class GGUFModel(ModelSource):
         if bad:
             shown = sorted(bad)[:3]
             raise ArtifactError(
-                f"{len(bad)} tensors are stored in a way that cannot be read: {', '.join(shown)}",
+                f"{len(bad)} tensors have a storage type that cannot be read: {', '.join(shown)}",
                 where=str(self.path),
-                why="the gguf package has no dequantisation of it",
-                next_step="use a file of another quantization, such as Q8_0, Q4_K_M or BF16",
+                why="the gguf package cannot dequantize the type",
+                next_step="use a file with another quantization, such as Q8_0, Q4_K_M or BF16",
             )
 
-    def _known_architecture(self) -> str:
+    def _checked_architecture(self) -> str:
         architecture = self.metadata.value("general.architecture")
         if self.metadata.value("general.type", "model") == "adapter":
             raise ArtifactError(
                 f"{self.path} is an adapter, not a base model",
-                next_step="give it as --adapter, and its base as --model",
+                next_step="give it as --adapter, and its base model as --model",
             )
-        of_images = str(architecture) in _NO_LANGUAGE_MODEL
-        if of_images or self.metadata.value("general.type") == "imatrix":
-            what = "the image part of a model" if of_images else "an importance matrix"
+        is_image_part = str(architecture) in _NO_LANGUAGE_MODEL
+        if is_image_part or self.metadata.value("general.type") == "imatrix":
+            what = "the image part of a model" if is_image_part else "an importance matrix"
             raise ArtifactError(
                 f"{self.path} is {what}, not a language model", next_step="give the .gguf file of the language model"
             )
         if architecture is None:
             raise ArtifactError(
-                f"{self.path} does not say what model it holds",
-                why="general.architecture is missing, without which llama.cpp does not open it either",
-                next_step="fetch the file again, or use the model's Hugging Face directory",
+                f"{self.path} does not state its architecture",
+                why="general.architecture is missing; llama.cpp cannot open the file either",
+                next_step="download the file again, or use the model's Hugging Face directory",
             )
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise ArtifactError(
                 f"GGUF files of architecture {architecture!r:.60} cannot be read",
                 where=str(self.path),
-                why=f"known are {', '.join(ARCHITECTURES)}",
+                why=f"the known architectures are {', '.join(ARCHITECTURES)}",
                 next_step="use the model's Hugging Face directory",
             )
         known: str = architecture
@@ -276,8 +282,8 @@ class GGUFModel(ModelSource):
         return [*super()._stated_stop_ids(), *(end for end in ends if isinstance(end, int))]
 
 
-def _pieces(tensor: GGUFTensor, count: int) -> list[GGUFTensor]:
-    """So many matrices of a stack, one behind the other, each under the stack's name."""
+def _expert_tensors(tensor: GGUFTensor, count: int) -> list[GGUFTensor]:
+    """Split a stacked tensor into `count` consecutive matrices, each with the name of the stack."""
     size = tensor.byte_count // count
     return [
         replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + number * size, byte_count=size)
@@ -286,7 +292,7 @@ def _pieces(tensor: GGUFTensor, count: int) -> list[GGUFTensor]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """All parts of a split model in order, first the one with the metadata; the file alone if it is whole."""
+    """Return all parts of a split model in order, the one with the metadata first, or the file if it is not split."""
     match = _PART.fullmatch(path.name)
     if match is None or int(match["count"]) < 2:
         return [path]
@@ -297,6 +303,6 @@ def _parts(path: Path) -> list[Path]:
         raise ArtifactError(
             f"{len(missing)} of {count} parts of the model are missing: {', '.join(missing)}",
             where=str(path.parent),
-            next_step="fetch the missing parts into the same directory",
+            next_step="download the missing parts into the same directory",
         )
     return parts

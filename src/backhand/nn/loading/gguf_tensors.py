@@ -1,6 +1,7 @@
-"""GGUF tensor names against Hugging Face's; how their values lie is in `gguf_layouts`.
+"""Map GGUF tensor names to Hugging Face names. The layout of their values is in `gguf_layouts`.
 
-The matrices of all experts of a layer lie in one tensor a projection, and so do their biases (gpt-oss).
+A GGUF file has one tensor per layer and projection with the matrices of all experts, and one with their biases
+(gpt-oss).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _WHOLE_OF = {
         "per_layer_proj_norm": PER_LAYER_MODEL_NORM,
     },
 }
-"""Where an architecture has other names outside of its blocks."""
+"""Architectures with other names outside of their blocks."""
 
 _ATTENTION = {
     "attn_q": "self_attn.q_proj",
@@ -94,7 +95,7 @@ _WHOLE_NAMES = {
     "gemma4": {"layer_output_scale.weight": LAYER_SCALAR},
     "gpt-oss": {"attn_sinks.weight": "self_attn.sinks"},
 }
-"""Tensors of a block that are no weight or bias of a module, by architecture."""
+"""Tensors of a block that are not the weight or bias of a module, by architecture."""
 
 _BLOCK_OF: dict[str, dict[str, str]] = {
     "llama": _BLOCK | _ROUTER,
@@ -121,7 +122,7 @@ ARCHITECTURES = tuple(_BLOCK_OF)
 """Values of general.architecture that can be read."""
 
 _OF_ONE_NAME = "llama", "qwen2", "qwen3", "granite", "lfm2", "smollm3", "olmo2", "exaone4", "phi3", "glm4", "gemma2"
-"""What Hugging Face and ggml call alike."""
+"""Architectures with the same name in Hugging Face and ggml."""
 _ARCHITECTURE_OF = {name: name for name in _OF_ONE_NAME} | {
     "mistral": "llama",
     "mixtral": "llama",
@@ -143,7 +144,7 @@ _SKIPPED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|ro
 
 @cache
 def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Hugging Face's name of each tensor by the file's: outside of blocks, and inside of each."""
+    """Return two maps from GGUF names to Hugging Face names: tensors outside of blocks, and tensors of a block."""
     whole, block = _WHOLE_OF.get(architecture, _WHOLE), _BLOCK_OF[architecture]
     inside = {f"{stored}.weight": f"{ours}.weight" for stored, ours in block.items()}
     if architecture != "lfm2":
@@ -154,22 +155,23 @@ def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def gguf_architecture(config: Mapping[str, Any]) -> str | None:
-    """general.architecture of files of a model with this Hugging Face config; None if no file of it can be read."""
+    """Return the general.architecture of a model with this Hugging Face config, or None if it is not supported."""
     return _ARCHITECTURE_OF.get(str(config.get("model_type")))
 
 
 def gguf_name(architecture: str, name: str) -> str | None:
-    """The name in a file of the tensor that Hugging Face calls `name`, None if the architecture has no such tensor.
+    """Return the GGUF name of a tensor, or None if the architecture has no such tensor.
 
     Args:
-        name: such as `model.layers.0.self_attn.q_proj.weight`; an expert's matrix, or bias, is in a tensor of all.
+        name: Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`. For an expert's matrix or bias the
+            result is the stack of all experts.
     """
     if (expert := parse_expert_name(name)) is not None:
         block, _, part = expert
         stack = next(stack for stack, ours in _EXPERTS.items() if ours == part)
         kind = name.rpartition(".")[2]
-        there = architecture in (_WITH_EXPERTS if kind == "weight" else _WITH_EXPERT_BIASES)
-        return f"blk.{block.rpartition('.')[2]}.{stack}.{kind}" if there else None
+        exists = architecture in (_WITH_EXPERTS if kind == "weight" else _WITH_EXPERT_BIASES)
+        return f"blk.{block.rpartition('.')[2]}.{stack}.{kind}" if exists else None
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     outside, inside = _names_of(architecture)
     layer, part, names = (None, name, outside) if match is None else (match[1], match[2], inside)
@@ -181,13 +183,13 @@ _GRANITE4_PARTS = {
     "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
     "shared_mlp.output_linear": ("mlp.down_proj",),
 }
-"""A Granite 4 in the words of Granite 3, which its files have: gate and up one by one."""
+"""Granite 4's fused modules → Granite 3's names, which the files have: gate and up are separate tensors."""
 
 
 def gguf_names(architecture: str, module: str) -> tuple[str, ...]:
-    """Names in a file of the tensors that hold a module's weight: none where the architecture has no such module.
+    """Return the GGUF names of the tensors that contain a module's weight, empty if there is no such module.
 
-    Several hold equally many of its rows each, in this order.
+    If there are several tensors, each has the same number of the weight's rows, in this order.
 
     Args:
         module: such as `model.layers.0.self_attn.q_proj`.
@@ -195,12 +197,12 @@ def gguf_names(architecture: str, module: str) -> tuple[str, ...]:
     block, _, part = module.rpartition(".shared_mlp.")
     parts = _GRANITE4_PARTS.get(f"shared_mlp.{part}") if block and architecture == "granite" else None
     names = [module] if parts is None else [f"{block}.{one}" for one in parts]
-    found = [gguf_name(architecture, f"{name}.weight") for name in names]
-    return tuple(name for name in found if name is not None)
+    stored = [gguf_name(architecture, f"{name}.weight") for name in names]
+    return tuple(name for name in stored if name is not None)
 
 
 def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> list[str]:
-    """The Hugging Face names of what lies in a tensor, in its order: every expert's matrix, or the tensor alone."""
+    """Return the Hugging Face names in a GGUF tensor: one per expert in the order of the stack, or only one."""
     match = _OF_EXPERTS.fullmatch(name)
     dimensions = {"weight": 3, "bias": 2 if architecture in _WITH_EXPERT_BIASES else None}
     if match is None or architecture not in _WITH_EXPERTS or len(shape) != dimensions[match["kind"]]:
@@ -211,7 +213,7 @@ def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> lis
 
 
 def huggingface_name(architecture: str, name: str) -> str | None:
-    """The Hugging Face name of a tensor that is one here too, None if the architecture has no such tensor."""
+    """Return the Hugging Face name of a GGUF tensor that is not a stack, or None if there is no such tensor."""
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     outside, inside = _names_of(architecture)
     if match is None:
@@ -221,5 +223,5 @@ def huggingface_name(architecture: str, name: str) -> str | None:
 
 
 def is_skipped(name: str) -> bool:
-    """Whether a tensor is no weight: tables of rotary frequencies, which the configuration states."""
+    """Return True for tensors that are not weights: rotary frequency tables, which become part of the config."""
     return _SKIPPED.fullmatch(name) is not None

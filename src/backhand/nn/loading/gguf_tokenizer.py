@@ -1,24 +1,24 @@
-"""A transformers fast tokenizer from a GGUF file's vocabulary.
+"""Build a transformers fast tokenizer from a GGUF file's vocabulary.
 
-The tokenizers library does the work; what is built here gives llama.cpp's own ids, which is what the file was made for.
-Three kinds of vocabulary:
+The result gives the same token ids as llama.cpp. There are three kinds of vocabulary:
 
-- `gpt2`: byte-level pairs. Text is cut by the patterns named in tokenizer.ggml.pre, bytes are spelled as letters, and
-  tokenizer.ggml.merges says in which order to join.
-- `llama`: sentencepiece pairs with scores. A space is ▁, one more may be put in front, and of neighbours whose union is
-  a token the union with the highest score is made first; characters without a token fall back to byte tokens.
-- `gemma4`: pairs of characters. A space is ▁, runs of line ends are cut from what lies between them, merges say in
-  which order to join, and characters without a token fall back to byte tokens.
+- `gpt2`: byte-level BPE. The pre-tokenizer named in tokenizer.ggml.pre splits the text, bytes are represented by
+  letters, and tokenizer.ggml.merges lists the merges in order.
+- `llama`: SentencePiece BPE with scores. A space becomes ▁, and a leading ▁ may be added. Of all neighbours whose
+  concatenation is a token, the one with the highest score is merged first. Characters without a token fall back to
+  byte tokens.
+- `gemma4`: character-level BPE. A space becomes ▁, runs of newlines are split from the text between them, merges are
+  listed in order, and characters without a token fall back to byte tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_file import GGUFFile
+from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,25 +28,28 @@ if TYPE_CHECKING:
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
 GEMMA4_KIND, LINE_PATTERN = "gemma4", r"[^\n]+|[\n]+"
-"""The third kind's name, and how it cuts text."""
+"""Name of the third kind of vocabulary, and the pattern by which it splits text."""
 _KEY = "tokenizer.ggml."
 MOST_MERGES = 2**22
 MOST_COMPARED = 2**30
-"""Characters of tokens longer than `_SHORT`, over all places where they are cut."""
+"""Upper bound for the characters compared in tokens longer than `_SHORT`, summed over all split points."""
 _SHORT = 64
+"""Tokens of at most this length are tried at every split point."""
 
 
 def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """The tokenizer with its special tokens and chat template.
+    """Build the tokenizer with its special tokens and chat template.
 
     Raises:
-        ArtifactError: if it has no vocabulary, or one of a kind that is not known here.
+        ArtifactError: if the file has no vocabulary, or its kind is unknown.
     """
     from transformers import PreTrainedTokenizerFast
 
     tokens = _strings(file, "tokens")
     if not tokens:
-        raise ArtifactError("it holds no tokenizer", where=str(file.path), next_step="use a complete GGUF file")
+        raise ArtifactError(
+            "the file contains no tokenizer", where=str(file.path), next_step="use a complete GGUF file"
+        )
     kind = file.value(_KEY + "model")
     if kind == "gpt2":
         backend, adds_bos = _byte_level(file, tokens)
@@ -58,7 +61,7 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         raise ArtifactError(
             f"tokenizers of kind {kind!r:.60} cannot be read from a GGUF file",
             where=str(file.path),
-            why=f"known are gpt2, llama and {GEMMA4_KIND}",
+            why=f"the known kinds are gpt2, llama and {GEMMA4_KIND}",
             next_step="use the model's Hugging Face directory",
         )
     _add_marked_tokens(backend, file, tokens)
@@ -71,7 +74,7 @@ def build_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     _add_template(backend, names["bos"] if has_bos else None, names["eos"] if has_eos else None)
     template = file.value("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
-        raise ArtifactError("tokenizer.chat_template is no text", where=str(file.path))
+        raise ArtifactError("tokenizer.chat_template is not a string", where=str(file.path))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=template,
@@ -84,25 +87,25 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     name = file.value(_KEY + "pre", "default")
-    cut = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
-    if cut is None:
+    pre_tokenizer = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+    if pre_tokenizer is None:
         raise ArtifactError(
-            f"text cannot be cut as {name!r:.60} tokenizers do",
+            f"the pre-tokenizer {name!r:.60} is not known",
             where=str(file.path),
-            why=f"known are {', '.join(PRE_TOKENIZERS)}",
+            why=f"the known pre-tokenizers are {', '.join(PRE_TOKENIZERS)}",
             next_step="use the model's Hugging Face directory",
         )
     vocabulary = _vocabulary(tokens)
-    model = models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=cut.ignore_merges)
+    model = models.BPE(vocabulary, _merges(file, vocabulary), ignore_merges=pre_tokenizer.ignore_merges)
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns),
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre_tokenizer.patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     backend.decoder = decoders.ByteLevel()
-    return backend, cut.adds_bos
+    return backend, pre_tokenizer.adds_bos
 
 
 def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
@@ -111,14 +114,14 @@ def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]
         left, _, right = entry.partition(" ")
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ArtifactError(
-                f"the tokenizer joins {entry!r}, which are no tokens or make none", where=str(file.path)
+                f"the tokenizer's merge {entry!r} does not join two tokens into a token", where=str(file.path)
             )
         merges.append((left, right))
     return merges
 
 
 def _spaced(file: GGUFFile, tokens: list[str], *, scored: bool) -> Tokenizer:
-    """Pairs of characters, joined by their scores or by the file's merges; ▁ is a space."""
+    """Build a BPE model in which ▁ is a space, with merges from the file's scores or from its list of merges."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocabulary = _vocabulary(tokens)
@@ -137,13 +140,13 @@ def _spaced(file: GGUFFile, tokens: list[str], *, scored: bool) -> Tokenizer:
 
 
 def _merges_by_score(file: GGUFFile, tokens: list[str], vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score first; of equal scores the token that comes first.
+    """Return every pair of tokens that concatenates to a token, best score first, equal scores by the token's id.
 
-    Looking up both halves of a token at each of its places is quadratic in its length: long tokens are cut only where
-    both halves have the length of some token, and all of that has a bound, which no vocabulary in use comes near.
+    Trying every split point of a token is quadratic in its length. Long tokens are therefore split only where both
+    halves have the length of some token. The total work is bounded, far above the needs of any vocabulary in use.
 
     Raises:
-        ArtifactError: a token has no score, or the bound is met.
+        ArtifactError: if a token has no score, or the bound is exceeded.
     """
     scores = file.value(_KEY + "scores")
     numbers = isinstance(scores, list) and all(isinstance(score, int | float) and score == score for score in scores)
@@ -159,8 +162,8 @@ def _merges_by_score(file: GGUFFile, tokens: list[str], vocabulary: dict[str, in
             cuts = sorted(cut for cut in lengths if 0 < cut < size and size - cut in lengths)
             compared += len(lengths) + size * len(cuts)
         if compared > MOST_COMPARED or len(merges) > MOST_MERGES:
-            why = "long tokens are made of one another in millions of ways"
-            raise ArtifactError("its tokens can be joined in too many ways", where=str(file.path), why=why)
+            why = "long tokens consist of one another in millions of combinations"
+            raise ArtifactError("the tokenizer has too many possible merges", where=str(file.path), why=why)
         merges += [
             (-scores[index], index, cut, token)
             for cut in cuts
@@ -171,7 +174,7 @@ def _merges_by_score(file: GGUFFile, tokens: list[str], vocabulary: dict[str, in
 
 
 def _vocabulary(tokens: list[str]) -> dict[str, int]:
-    """Token → id; of a token that is there twice, the first."""
+    """Return token → id, with the first id of a token that occurs twice."""
     vocabulary: dict[str, int] = {}
     for index, token in enumerate(tokens):
         vocabulary.setdefault(token, index)
@@ -179,12 +182,12 @@ def _vocabulary(tokens: list[str]) -> dict[str, int]:
 
 
 def _add_marked_tokens(backend: Tokenizer, file: GGUFFile, tokens: list[str]) -> None:
-    """Control tokens become special, user-defined ones stay whole in any text."""
+    """Add control tokens as special tokens, and user-defined tokens as tokens that are never split."""
     from tokenizers import AddedToken
 
     types = file.value(_KEY + "token_type", [])
-    whole = isinstance(types, list) and all(isinstance(kind, int) and not isinstance(kind, bool) for kind in types)
-    if not whole or (types and len(types) != len(tokens)):
+    are_ints = isinstance(types, list) and all(isinstance(kind, int) and not isinstance(kind, bool) for kind in types)
+    if not are_ints or (types and len(types) != len(tokens)):
         raise ArtifactError(f"{_KEY}token_type does not give every token a number", where=str(file.path))
     control = [token for token, kind in zip(tokens, types, strict=False) if kind == _CONTROL]
     user_defined = [token for token, kind in zip(tokens, types, strict=False) if kind == _USER_DEFINED]
@@ -204,10 +207,10 @@ def _token(file: GGUFFile, tokens: list[str], role: str) -> str | None:
 
 
 def _strings(file: GGUFFile, key: str) -> list[str]:
-    """A list of strings, empty if absent."""
+    """Return a list of strings, empty if the key is absent."""
     items = file.value(_KEY + key, [])
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise ArtifactError(f"{_KEY}{key} is no list of strings", where=str(file.path))
+        raise ArtifactError(f"{_KEY}{key} is not a list of strings", where=str(file.path))
     return items
 
 
@@ -217,68 +220,13 @@ def _add_template(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
     first, last = ([bos] if bos else []), ([eos] if eos else [])
     steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     if first or last:
-        of_pair = [f"{token}:1" for token in first], [f"{token}:1" for token in last]
+        pair_first, pair_last = [f"{token}:1" for token in first], [f"{token}:1" for token in last]
         single = [*first, "$A:0", *last]
         steps.append(
             processors.TemplateProcessing(
                 single=single,
-                pair=[*single, *of_pair[0], "$B:1", *of_pair[1]],
+                pair=[*single, *pair_first, "$B:1", *pair_last],
                 special_tokens=[(token, backend.token_to_id(token)) for token in (*first, *last)],
             )
         )
     backend.post_processor = processors.Sequence(steps)
-
-
-# How text is cut before byte-pair merging, by the name a GGUF file states in tokenizer.ggml.pre.
-#
-# The patterns are those by which the models' own tokenizers cut; a name stands for the same patterns here and in
-# llama.cpp (llama-vocab.cpp), which the tests compare id by id. Several patterns are applied one after another, each
-# inside the pieces of the one before.
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}"
-_QWEN35 = (
-    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_CASED_REST}"
-
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    rf"|\p{{N}}{{1,3}}|{_CASED_REST}"
-)
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How one kind of vocabulary cuts text."""
-
-    patterns: tuple[str, ...]  # regular expressions; what matches is a piece, and so is what lies between matches
-    ignore_merges: bool = False  # a piece that is itself a token is taken as one, whatever the merges say
-    adds_bos: bool = False  # the beginning-of-text token comes first unless the file says otherwise
-
-
-_DIGITS_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
-_LLAMA3_KIND = PreTokenizer((_LLAMA3,), ignore_merges=True, adds_bos=True)
-_QWEN2_KIND = PreTokenizer((_QWEN2,))
-
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mellum"), PreTokenizer((_GPT2,))),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS_GPT2),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "lfm2"), _LLAMA3_KIND),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), PreTokenizer((_LLAMA3,))),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), _QWEN2_KIND),
-    "qwen35": PreTokenizer((_QWEN35,)),
-    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, adds_bos=True),
-    "gpt-4o": PreTokenizer((_GPT4O,)),
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2.removesuffix(r"|\s+"), r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
-"""By name; `default` is meant where a file states none."""

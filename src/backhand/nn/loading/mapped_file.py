@@ -1,9 +1,9 @@
-"""A file in memory, page by page as it is read, and whether it still is the file that was opened.
+"""A memory-mapped file, and a check that it is still the file that was opened.
 
-Pages that were not read yet, or were given back, come from the disk again, so that a file that changes under a run
-would change its numbers. What is looked at, `check`, costs two calls of the system: size and time of the last change of
-the open file, and which file the path now leads to. What no look can find in time, a page that is gone when it is read,
-is a bus error and ends in `kernels.bus_error`.
+Pages that have not been read yet, or were released, come from the disk later. A file that changes during a run would
+therefore change the run's numbers. `check` costs two system calls: it compares size and modification time of the open
+file, and the inode that the path leads to. A page that has disappeared between two checks raises a bus error, which
+`kernels.bus_error` handles.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from backhand.reading import open_plain
 
 
 class MappedFile:
-    """A plain file, mapped private and copy-on-write: nothing written to it reaches the file.
+    """A regular file, mapped private and copy-on-write, so that writes never reach the file.
 
     Raises:
-        ArtifactError: for a file that is empty or cannot be read.
+        ArtifactError: if the file is empty or cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,19 +38,19 @@ class MappedFile:
             raise ArtifactError(f"{path} is empty", next_step="fetch the file again") from None
         except OSError as error:
             raise ArtifactError(
-                f"{path} cannot be read: {error.strerror or error}", next_step="check the path and who may read it"
+                f"{path} cannot be read: {error.strerror or error}", next_step="check the path and its permissions"
             ) from None
         self._opened = os.fstat(self._descriptor)
-        # Both belong to the mapping, which the arrays made of it keep, perhaps for longer than this object.
+        # Descriptor and watch belong to the mapping, because arrays over it can outlive this object.
         weakref.finalize(self.data, os.close, self._descriptor)
         address = np.frombuffer(self.data, np.uint8).ctypes.data
         watch_mapping(self.data, address, len(self.data), self._descriptor, str(path))
 
     def check(self) -> None:
-        """Look whether it is as it was when it was opened.
+        """Check that the file is unchanged since it was opened.
 
         Raises:
-            ArtifactError: it is shorter, longer or written to; or its path leads to another file, or to none.
+            ArtifactError: if its size or modification time has changed, or its path leads to another file or to none.
         """
         was = self._opened
         try:
@@ -60,21 +60,23 @@ class MappedFile:
         if now.st_size != was.st_size:
             raise self._changed(f"it had {was.st_size:,} bytes and has {now.st_size:,}")
         if now.st_mtime_ns != was.st_mtime_ns:
-            raise self._changed(f"it was written to at {_moment(now)}; it was as of {_moment(was)}")
+            raise self._changed(
+                f"it was written to at {_moment(now)}; before that it was last changed at {_moment(was)}"
+            )
         try:
-            there = self.path.stat()
+            at_path = self.path.stat()
         except FileNotFoundError:
             raise self._changed("it was removed or renamed") from None
         except OSError as error:
             raise self._changed(f"it is out of reach: {error.strerror or error}") from None
-        if (there.st_dev, there.st_ino) != (was.st_dev, was.st_ino):
-            raise self._changed(f"another file of {there.st_size:,} bytes has taken its place")
+        if (at_path.st_dev, at_path.st_ino) != (was.st_dev, was.st_ino):
+            raise self._changed(f"its path now leads to another file of {at_path.st_size:,} bytes")
 
     def _changed(self, why: str) -> ArtifactError:
         return ArtifactError(
             f"{self.path} has changed while it was in use",
             why=why,
-            next_step="put the file back as it was; a run goes on from its last checkpoint with --resume",
+            next_step="restore the file; a run continues from its last checkpoint with --resume",
         )
 
 

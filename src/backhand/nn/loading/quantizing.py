@@ -1,4 +1,7 @@
-"""A base whose matrices are quantized as they are read: another model than its source, as a file of it would be."""
+"""A base model whose matrices are quantized when they are read (`--quantize`).
+
+The result is a different model from its source, as a quantized GGUF file of it would be.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class QuantizingSource(ModelSource):
-    """A model with its matrices in blocks of one type; each is quantized once, when it is first asked for.
+    """A model whose matrices are quantized to one type. Each matrix is quantized once, on first access.
 
-    Rows that are no whole blocks stay as they are, as converters leave them.
+    Matrices whose rows do not divide into whole blocks stay as they are, as in llama.cpp's converter.
 
     Args:
         kind: name of a type that the gguf package can write, such as `q8_0`.
@@ -29,7 +32,7 @@ class QuantizingSource(ModelSource):
         type_name: ggml's name of the type.
 
     Raises:
-        UsageError: the source is a GGUF file, or has blocks of its own: what is quantized would be rounded twice.
+        UsageError: if the source is a GGUF file or already has quantized blocks, which would be rounded twice.
     """
 
     def __init__(self, source: ModelSource, kind: str) -> None:
@@ -37,15 +40,15 @@ class QuantizingSource(ModelSource):
 
         if isinstance(source, GGUFModel):
             raise UsageError(
-                f"{source.origin} is a GGUF file, whose matrices are what they are",
+                f"{source.origin} is a GGUF file, whose matrices already have their types",
                 where="quantize",
                 next_step="leave out --quantize, or give the model's Hugging Face directory",
             )
         if source.quantized:
             raise UsageError(
-                f"{source.origin} has matrices in blocks already, which would be rounded twice",
+                f"{source.origin} already has quantized matrices, which would be rounded twice",
                 where="quantize",
-                next_step="leave out --quantize, and give --base quantized to leave them in their blocks",
+                next_step="leave out --quantize, and give --base quantized to keep the stored blocks",
             )
         self.unquantized = source
         self.config, self.path, self.hub_id = source.config, source.path, source.hub_id
@@ -55,25 +58,25 @@ class QuantizingSource(ModelSource):
         self._stored: dict[str, StoredRows] = {}
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Hugging Face names of all tensors."""
+        """Return the Hugging Face names of all tensors."""
         return self.unquantized.tensor_names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape in Hugging Face layout."""
+        """Return the shape in Hugging Face layout."""
         return self.unquantized.shape(name)
 
     def load(self, name: str) -> Tensor:
-        """The tensor; float32 where it is quantized: the numbers that its blocks stand for."""
+        """Return the tensor. A quantized matrix is returned as its dequantized float32 values."""
         if not self._quantizes(name):
             return self.unquantized.load(name)
         return QuantizedMatrix([self.stored_rows(name)], torch.float32).dense()
 
     def dtype(self, name: str) -> torch.dtype:
-        """The source's own, and float32 where it is quantized."""
+        """Return float32 for a quantized matrix, and the source's dtype for any other tensor."""
         return torch.float32 if self._quantizes(name) else self.unquantized.dtype(name)
 
     def stored_rows(self, name: str) -> StoredRows:
-        """A matrix in blocks."""
+        """Return a matrix in quantized blocks."""
         if not self._quantizes(name):
             return self.unquantized.stored_rows(name)
         if name not in self._stored:
@@ -84,7 +87,7 @@ class QuantizingSource(ModelSource):
         return self._stored[name]
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of its blocks, known before it is quantized."""
+        """Return the size of a tensor's blocks in bytes, without quantizing it."""
         if not self._quantizes(name):
             return self.unquantized.stored_bytes(name)
         rows, columns = self.shape(name)
@@ -93,7 +96,7 @@ class QuantizingSource(ModelSource):
 
     @property
     def quantized(self) -> bool:
-        """Whether some matrices are in blocks."""
+        """True if some matrices are quantized."""
         return any(self._quantizes(name) for name in self.tensor_names())
 
     def _quantizes(self, name: str) -> bool:
@@ -105,5 +108,5 @@ class QuantizingSource(ModelSource):
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The source's own."""
+        """The source's generation config."""
         return self.unquantized.generation_config

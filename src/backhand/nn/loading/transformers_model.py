@@ -1,6 +1,7 @@
-"""Any causal language model of transformers from an opened source, for what the decoder engine does not compute.
+"""Load any causal language model with transformers, for models that the decoder engine does not support.
 
-No code from the model itself is run (`trust_remote_code` stays off), and no weight is made up at random in silence.
+No code from the model repository is run (`trust_remote_code` stays off). Missing weights are an error; transformers
+itself would initialize them randomly.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _SHOWN = 5
 def load_transformers_model(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The model in evaluation mode, frozen, in the compute dtype.
+    """Load a model in evaluation mode, frozen, in the compute dtype.
 
     Args:
-        source: a Hugging Face directory, or anything else whose tensors have Hugging Face names.
+        source: a Hugging Face directory, or any source whose tensors have Hugging Face names.
 
     Raises:
-        ArtifactError: transformers does not know the model, its code cannot be had without running code of the model's
-            own, weights are missing or of another shape, or a GGUF file says what no config can.
+        ArtifactError: if transformers does not know the model or would need to run the model's own code, if weights
+            are missing or have another shape, or if a GGUF file has metadata that no config expresses.
     """
     with _as_artifact_error(source), _no_progress_bars():
         model = _from_directory(source, dtype) if _is_directory(source) else _from_tensors(source, dtype)
@@ -42,10 +43,10 @@ def load_transformers_model(
 
 
 def transformers_skeleton(source: ModelSource, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The model's modules without a single weight, on torch's `meta` device: what can be adapted, before reading it.
+    """Build the model's modules without weights, on torch's `meta` device, to see which modules can be adapted.
 
     Raises:
-        ArtifactError: transformers does not know the model, or its code cannot be had without running the model's own.
+        ArtifactError: if transformers does not know the model or would need to run the model's own code.
     """
     from transformers import AutoModelForCausalLM
 
@@ -64,24 +65,24 @@ def _config(source: ModelSource) -> Any:
         raise ArtifactError(
             f"this {source.config.get('model_type')} model cannot be computed from its GGUF file",
             where=str(source.path),
-            why="what its metadata says is not understood: " + ", ".join(sorted(unread)[:_SHOWN]),
+            why="these metadata keys are not understood: " + ", ".join(sorted(unread)[:_SHOWN]),
             next_step="use the model's Hugging Face directory",
         )
     return AutoConfig.for_model(**{key: value for key, value in source.config.items() if key != FOREIGN})
 
 
 def _is_directory(source: ModelSource) -> bool:
-    """Whether transformers can open it as it lies there; of an image model's files it would load the whole."""
+    """Return True if transformers can load the directory itself. For an image model it would load the whole model."""
     return source.path.is_dir() and source.wrapper is None
 
 
 def _from_directory(source: ModelSource, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         source.path, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
     )
-    _refuse(source, [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    _refuse_unloaded(source, [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     return model
 
 
@@ -95,38 +96,42 @@ def _from_tensors(source: ModelSource, dtype: torch.dtype) -> Any:
             tensors |= _stacked(name, tuple(parameter.shape), tensors, source.config.get("model_type"))
     missing, _ = model.load_state_dict(tensors, strict=False)
     tied = set(model.all_tied_weights_keys)
-    _refuse(source, [name for name in missing if name not in tied])
+    _refuse_unloaded(source, [name for name in missing if name not in tied])
     return model
 
 
 def _stacked(name: str, shape: tuple[int, ...], tensors: dict[str, Tensor], model_type: object) -> dict[str, Tensor]:
-    """A parameter of experts, of each expert's matrix or bias, which leave `tensors`; nothing where one is missing."""
-    pieces = [(one, piece) for one, piece in split_experts(name, shape, model_type) if piece is not None]
-    if not pieces or not all(one in tensors and tensors[one].shape == piece.shape(shape) for one, piece in pieces):
+    """Stack the experts' matrices or biases into one parameter and remove them from `tensors`.
+
+    Returns an empty dict if one of them is missing or has another shape.
+    """
+    slices = [(expert, part) for expert, part in split_experts(name, shape, model_type) if part is not None]
+    complete = all(expert in tensors and tensors[expert].shape == part.shape(shape) for expert, part in slices)
+    if not slices or not complete:
         return {}
-    stack = tensors[pieces[0][0]].new_empty(shape)
-    for one, piece in pieces:
-        piece.view(stack).copy_(tensors.pop(one))
+    stack = tensors[slices[0][0]].new_empty(shape)
+    for expert, part in slices:
+        part.view(stack).copy_(tensors.pop(expert))
     return {name: stack}
 
 
-def _refuse(source: ModelSource, names: list[str]) -> None:
+def _refuse_unloaded(source: ModelSource, names: list[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")
         raise ArtifactError(
-            f"{len(names)} weights of the model are missing or of another shape: {shown}",
+            f"{len(names)} weights of the model are missing or have another shape: {shown}",
             where=str(source.path),
             why=_not_causal(source.config.get("architectures")),
-            next_step="fetch the model again, or take a causal language model",
+            next_step="fetch the model again, or use a causal language model",
         )
 
 
 def _not_causal(architectures: object) -> str | None:
-    """What config.json says the weights are of, if that predicts no next tokens."""
+    """Return the reason if config.json names an architecture without a language modelling head, otherwise None."""
     names = architectures if isinstance(architectures, list) else []
     if not names or any(word in str(name) for name in names for word in _CAUSAL):
         return None
-    return f"config.json says that they are of {names[0]}, which is no causal language model"
+    return f"config.json says that the weights belong to {names[0]}, which is not a causal language model"
 
 
 _CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")
@@ -134,7 +139,7 @@ _CAUSAL = ("ForCausalLM", "LMHead", "ForConditionalGeneration")
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers' bars off standard error, which is for notes and errors."""
+    """Turn off transformers' progress bars: standard error is for notes and errors."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -148,15 +153,15 @@ def _no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def _as_artifact_error(source: ModelSource) -> Iterator[None]:
-    """Turn whatever transformers raises while it loads into one error."""
+    """Convert any exception that transformers raises during loading to ArtifactError."""
     try:
         yield
     except (BackhandError, MemoryError):
         raise
-    except Exception as error:  # transformers raises a dozen kinds
+    except Exception as error:  # transformers raises a dozen exception types
         raise ArtifactError(
             f"transformers cannot load this {source.config.get('model_type')} model",
             where=str(source.path),
             why=short_reason(error),
-            next_step="install the version of transformers that the model asks for, or take another model",
+            next_step="install the version of transformers that the model needs, or use another model",
         ) from error

@@ -1,0 +1,59 @@
+"""Token ids at which generation stops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from backhand.errors import ArtifactError
+
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|end_of_turn|>",
+    "<|return|>",
+    "<|call|>",
+)
+"""Special tokens that end a turn or a text in the chat templates of the supported families."""
+
+_SUPERSEDED_BY = {"<|end|>": "<|return|>"}
+"""Tokens that end only a part of the answer if the vocabulary also has the token on the right (gpt-oss's reasoning)."""
+
+
+def token_ids(stated: object) -> list[int]:
+    """Return the ids in an `eos_token_id` value: an integer, a list of integers, or None.
+
+    Raises:
+        ArtifactError: if the value is anything else.
+    """
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(isinstance(item, bool) or not isinstance(item, int) for item in ids):
+        raise ArtifactError(
+            f"eos_token_id = {stated!r} is neither a token id nor a list of them",
+            where="config.json or generation_config.json",
+            next_step="write the id of the token that ends a text there, or remove the key",
+        )
+    return list(ids)
+
+
+def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
+    """Return the ids that end an answer, ascending.
+
+    They come from three places, because a model's files often name only one of end of text and end of turn: the
+    stated ids, the tokenizer's end-of-sequence token, and the special tokens of its vocabulary that end a turn in the
+    known chat templates.
+
+    Args:
+        stated: `eos_token_id` of config and generation config, and a GGUF file's end-of-turn ids.
+    """
+    special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [token for token in _END_TOKENS if token in special and _SUPERSEDED_BY.get(token) not in special]
+    ids = {*stated, *(special[token] for token in ends)}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
