@@ -38,7 +38,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_waiting.py,$(wildcard tests/nn/test_*.py)) \
 	tests/kernels/test_quantized_matrix.py
 
-.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings readme docs size format bench clean
+.PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings prose readme docs size format bench clean
 
 help:
 	@sed -n '3,4s/^#   /  /p' Makefile
@@ -227,6 +227,10 @@ imports: $(VENV)/.dev
 
 docstrings: $(VENV)/.dev
 	$(BIN)/ruff check --select D --ignore D102,D105,D107,D208,D403,D417 src tools
+
+# Plain standard English: the rules are in tools/prose.py.
+prose: $(VENV)/.dev
+	$(BIN)/python tools/prose.py
 
 # The made parts of README.md and docs/: commands, files, benchmarks.
 readme: $(VENV)/.dev
