@@ -38,7 +38,7 @@ def test_a_short_write_of_numpy_is_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.why == "the disk is full, or the file-size limit is reached"
-    assert caught.value.next_step == "free space, or choose another directory"
+    assert caught.value.next_step == "free space, or raise the limit (ulimit -f), or choose another directory"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -221,7 +221,7 @@ def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: 
 
 def _remedy(error: OSError, *, otherwise: str) -> str:
     if _short_write(error):
-        return "free space"
+        return "free space, or raise the limit (ulimit -f)"
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return "free space"

@@ -1,7 +1,8 @@
-"""A command in a process of its own, under limits of the system; one that hangs is killed and told of."""
+"""A command in a process of its own, under limits of the system; one that hangs is killed and reported."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -36,7 +37,10 @@ def limited(
     *,
     file_bytes: int | None = None,
     memory_bytes: int | None = None,
+    data_bytes: int | None = None,
     environment: Mapping[str, str] | None = None,
+    limits: Mapping[int, int] | None = None,
+    unprivileged: bool = False,
 ) -> Ended:
     """Run `backhand WORDS` in a directory.
 
@@ -45,10 +49,17 @@ def limited(
         place: working directory.
         file_bytes: how long a file may become (ulimit -f).
         memory_bytes: address space above what a process with everything imported has.
+        data_bytes: data above what such a process has.
         environment: further variables.
+        limits: further limits, by the number of the resource.
+        unprivileged: run as `drop_privileges` says.
     """
     log = place / ".log"
-    process = start(_run, [str(word) for word in words], str(place), file_bytes, memory_bytes, dict(environment or {}))
+    limits = dict(limits or {})
+    if file_bytes is not None:
+        limits[resource.RLIMIT_FSIZE] = file_bytes
+    arguments = (str(place), memory_bytes, data_bytes, dict(environment or {}), limits, unprivileged)
+    process = start(_run, [str(word) for word in words], *arguments)
     process.join(_PATIENCE_S)
     code = process.exitcode
     if code is None:
@@ -64,24 +75,48 @@ def limited(
 
 
 def _run(
-    words: list[str], place: str, file_bytes: int | None, memory_bytes: int | None, environment: dict[str, str]
+    words: list[str],
+    place: str,
+    memory_bytes: int | None,
+    data_bytes: int | None,
+    environment: dict[str, str],
+    limits: dict[int, int],
+    unprivileged: bool,
 ) -> None:
     os.chdir(place)
     for number, name in ((1, "out"), (2, "err")):
         descriptor = os.open(f".log.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)
     os.environ.update(environment)
-    if file_bytes is not None:
-        import signal
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split() if memory_bytes or data_bytes else []
     if memory_bytes is not None:
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
+        limits[resource.RLIMIT_AS] = int(pages[0]) * resource.getpagesize() + memory_bytes
+    if data_bytes is not None:
+        limits[resource.RLIMIT_DATA] = int(pages[5]) * resource.getpagesize() + data_bytes
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, limit))
+    if unprivileged:
+        drop_privileges()
     from backhand.cli.main import main
 
     code = main(words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def drop_privileges() -> None:
+    """Give up what root may do and other users may not, in this process and the programs that it starts.
+
+    It still owns what root owns, so that it can read this program. Its processes count for a user of its own.
+    """
+    if os.geteuid() != 0:
+        return
+    os.setresuid(100_000 + os.getpid(), 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_none_in_programs = 1 | 2  # SECBIT_NOROOT, and locked
+    if libc.prctl(28, keep_none_in_programs, 0, 0, 0):  # PR_SET_SECUREBITS
+        raise OSError(ctypes.get_errno(), "prctl")
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # version 3 of the call
+    if libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")

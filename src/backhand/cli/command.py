@@ -63,6 +63,7 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
 
     Raises:
         TypeError: two fields of the same name, or a field without a docstring.
+        OSError: the source, which has the docstrings, cannot be read.
     """
     hints = typing.get_type_hints(options)
     docs = _docs_of(options)
@@ -75,6 +76,7 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
             found += option_fields(hint, (*section, field.name))
             continue
         if field.name not in docs:
+            Path(inspect.getfile(options)).open("rb").close()  # the parser hides that it could not read the source
             raise TypeError(f"{options.__name__}.{field.name} has no docstring under it")
         default = field.default_factory() if callable(field.default_factory) else field.default
         said = hints_of(options)[field.name]

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
+from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, first_line
 from backhand.nn.waiting import briefly_beside_others, set_waiting
 from backhand.printing import bounded, may_be_silent, never_silent, show_what_libraries_say, visible
 from backhand.system import version_of
@@ -279,11 +279,37 @@ _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "cannot allocate memory", "not 
 _UNLOADABLE_TEXTS = ("failed to map segment", "cannot allocate memory", "cannot create shared object descriptor")
 
 
+_EXHAUSTED = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u), or give --threads 1",
+}
+_EXHAUSTED_TEXTS = {"too many open files": errno.EMFILE, "can't start new thread": errno.EAGAIN}
+
+
+def _exhausted(error: BaseException) -> int | None:
+    """Return the errno where the system had no more files or processes to give, whatever was made of its answer."""
+    within: BaseException | None = error
+    while isinstance(within, Exception):  # an end on request comes of no lack
+        number = within.errno if isinstance(within, OSError) else None
+        if number in _EXHAUSTED and getattr(within, "strerror", None) == os.strerror(number or 0):
+            return number
+        if isinstance(within, RuntimeError):  # of Python's threads, and of libraries that are not Python
+            for text, meant in _EXHAUSTED_TEXTS.items():
+                if text in str(within).lower():
+                    return meant
+        within = within.__cause__ or within.__context__
+    return None
+
+
 def ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """The exit code of the contract for an exception that ended a command, and what to print for it.
 
     That is what happened, where, why, what to do next; "" where there is nothing to say.
     """
+    if (number := _exhausted(error)) is not None and not (isinstance(error, BackhandError) and error.said_elsewhere):
+        what = error.what if isinstance(error, BackhandError) else first_line(error)
+        return RESOURCES, f"error: {bounded(what)}\n  why: {os.strerror(number)}\n  next: {_EXHAUSTED[number]}"
     match error:
         case BackhandError():
             # Stopping when asked to is no error, although the shell gets a code for it.
@@ -417,8 +443,6 @@ def _explain_os_error(error: OSError) -> str:
         errno.EDQUOT: "free some space, or write to another disk with --output",
         errno.EFBIG: "raise the file-size limit (ulimit -f), or write to another disk with --output",
         errno.ENOMEM: "close other programs, or give a smaller --micro-batch-rows",
-        errno.EMFILE: "raise the limit of open files (ulimit -n)",
-        errno.ENFILE: "close other programs",
     }.get(error.errno or 0, "choose a place you may write to, for example with --output")
     return f"error: {bounded(where)}{error.strerror or os.strerror(error.errno or 0)}\n  next: {remedy}"
 
@@ -430,8 +454,10 @@ def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if f"{os.sep}backhand{os.sep}" in frame.filename] or frames
     place = f" ({ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name})" if ours else ""
-    packages = (f"{name} {version_of(name) or 'not installed'}" for name in ("backhand", "torch", "transformers"))
-    versions = ", ".join((f"Python {platform.python_version()} on {sys.platform}", *packages))
+    versions = f"Python {platform.python_version()} on {sys.platform}"
+    with suppress(OSError):  # the bug is to be told, whatever else fails
+        for name in ("backhand", "torch", "transformers"):
+            versions += f", {name} {version_of(name) or 'not installed'}"
     return (
         f"error: unexpected {type(error).__name__}: {bounded(str(error))}{place}\n"
         "  why: this is a bug in Backhand, not in what you typed\n"

@@ -6,13 +6,14 @@ import ctypes
 import gc
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from backhand.errors import UsageError, first_line
+from backhand.errors import ResourceError, UsageError, first_line
 from backhand.kernels.large_pages import grow_heap_again, grow_heap_in_large_pages
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.model_options import BaseModelOptions
@@ -159,11 +160,16 @@ def medium_precision_pays() -> bool:
 def compute_settings(
     options: BaseModelOptions, threads: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[None]:
-    """Threads, float32 route, allocator and compiled kernels of a command; the first two are put back afterwards."""
+    """Set threads, float32 route, allocator and compiled kernels of a command; the first two are restored afterwards.
+
+    Raises:
+        ResourceError: the system does not start that many threads.
+    """
     threads_before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     keep_fewer_kernels()
     if options.tune_allocator and device.type == "cpu":
         keep_freed_memory()
+    _check_threads(threads)
     torch.set_num_threads(threads)
     if device.type == "cpu" and dtype == torch.float32 and medium_precision_pays():
         torch.set_float32_matmul_precision("medium")
@@ -172,6 +178,32 @@ def compute_settings(
     finally:
         torch.set_num_threads(threads_before)
         torch.set_float32_matmul_precision(precision_before)
+
+
+_OTHER_THREADS = 2
+"""Threads of a command that do not compute: they write progress, and watch other programs."""
+
+
+def _check_threads(threads: int) -> None:
+    """Start as many threads as will compute, and end them: OpenMP ends the process where it cannot start one."""
+    done = threading.Event()
+    started = []
+    try:
+        for _ in range(threads - 1 + _OTHER_THREADS if threads > 1 else 0):
+            thread = threading.Thread(target=done.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise ResourceError(
+            f"{threads} threads cannot be started",
+            where="threads",
+            why=first_line(error),
+            next_step="raise the limit of processes (ulimit -u), or give --threads 1",
+        ) from None
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
 
 
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:

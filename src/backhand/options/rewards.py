@@ -18,6 +18,8 @@ from backhand.bounds import Also, Bound, Check, Count, Options, Positive
 from backhand.errors import UsageError
 from backhand.words import shorten
 
+NO_PROCESS = 75
+"""Exit code of the functions' process where the system does not start the one that ends it with its parent."""
 GYM = "reasoning_gym"
 PLAIN = ("exact", "number")
 WITH_ARGUMENT = ("regex", "json", "length", GYM)

@@ -28,7 +28,7 @@ from typing import Any
 import regex
 
 from backhand.errors import first_line
-from backhand.options.rewards import GYM, RewardName, parse_name
+from backhand.options.rewards import GYM, NO_PROCESS, RewardName, parse_name
 from backhand.printing import LONGEST_LINE
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.system import end_with_parent
@@ -297,5 +297,8 @@ def _raised(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    try:
+        end_with_parent()
+    except OSError:
+        sys.exit(NO_PROCESS)
     _serve()

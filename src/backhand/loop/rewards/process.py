@@ -7,6 +7,7 @@ amount per request and with control characters written out: it often is a model'
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from backhand.data.rows import Asked
-from backhand.errors import CheckError, UsageError
+from backhand.errors import CheckError, ResourceError, UsageError
+from backhand.options.rewards import NO_PROCESS
 from backhand.printing import LONGEST_LINE, bounded, say
 from backhand.safe_path import python_words, safe_environment
 from backhand.system import install, wait_for_pipe
@@ -229,6 +231,13 @@ class RewardProcess:
             if not data:
                 code = self._process.wait()
                 self.close()
+                if code == NO_PROCESS:
+                    raise ResourceError(
+                        "the process of the reward functions cannot be started",
+                        where="reward",
+                        why=os.strerror(errno.EAGAIN),
+                        next_step="raise the limit of processes (ulimit -u)",
+                    )
                 raise _Failed(function, f"ended its process with exit code {code}")
             self._buffer += data
             if len(self._buffer) > most:
