@@ -50,6 +50,30 @@ def test_a_file_without_an_answer_is_an_error(row: dict[str, Any], column: str, 
         assert raised.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "q", "chosen": " ", "rejected": "no"}, "chosen is empty in every pair, in 2 rows"),
+        ({"prompt": "q", "chosen": "yes", "rejected": ""}, "rejected is empty in every pair, in 2 rows"),
+        ({"prompt": "q", "chosen": "", "rejected": ""}, "chosen or rejected is empty in every pair, in 2 rows"),
+    ],
+)
+def test_pairs_with_an_empty_side_are_an_error_that_names_the_side(
+    row: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    options = rows(tmp_path / "rows.jsonl", row, row)
+    with pytest.raises(DataError, match=what) as raised:
+        prepare(options, tiny_tokenizer(), purpose="pairs")
+    assert "taken from chosen and rejected, since" in str(raised.value.why)
+
+
+def test_labelled_answers_that_are_empty_are_those_of_the_completion(tmp_path: Path) -> None:
+    row = {"prompt": "q", "completion": "", "label": True}
+    with pytest.raises(DataError, match="every answer is empty") as raised:
+        prepare(rows(tmp_path / "rows.jsonl", row, row), tiny_tokenizer(), purpose="labels")
+    assert "taken from completion, since" in str(raised.value.why)
+
+
 def test_one_answer_is_enough_and_the_others_are_counted(tmp_path: Path) -> None:
     empty, full = {"prompt": "q", "completion": ""}, {"prompt": "q", "completion": "yes"}
     options = rows(tmp_path / "rows.jsonl", empty, full, empty, empty)

@@ -513,6 +513,11 @@ def test_rows_in_one_micro_batch_equal_rows_in_several() -> None:
         ({"objective": "dpo", "loss_type": "exo_pair"}, "needs a label_smoothing"),
         ({"objective": "simpo", "label_smoothing": 1.0}, "label_smoothing"),
         ({"objective": "kto", "desirable_weight": 0.0}, "desirable_weight"),
+        ({"objective": "dpo", "loss_type": "discopop", "discopop_tau": 1e-300}, "of at least 1e-06"),
+        ({"objective": "ipo", "beta": 1e-300}, "is below 1e-06"),
+        ({"objective": "dpo", "beta": 1e300}, "beta 1e\\+300 is above"),
+        ({"objective": "simpo", "simpo_gamma": 1e300}, "simpo_gamma 1e\\+300 is above"),
+        ({"objective": "kto", "undesirable_weight": 1e-300}, "undesirable_weight"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], said: str) -> None:

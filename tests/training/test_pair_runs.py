@@ -350,3 +350,40 @@ def test_verify_proves_the_loss_of_pairs(tiny: TinyRun, rows: dict[str, Path]) -
     assert wrong.step.pair_loss is not None
     wrong.step.pair_loss = replace(wrong.step.pair_loss, owners=wrong.step.pair_loss.owners ^ 1)
     assert not next(iter(wrong.by_block())).passed
+
+
+ALIKE = [{"prompt": f"the user asks {number}", "chosen": "a list", "rejected": "a list"} for number in range(8)]
+BOTH_WAYS = [
+    {"prompt": f"the user asks {number // 2}", "completion": "a list", "label": bool(number % 2)} for number in range(8)
+]
+LONG = "a list of names " * 40
+CUT = [{"prompt": "the user", "chosen": f"{LONG} {number}", "rejected": LONG} for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "says", "why"),
+    [
+        ("dpo", ALIKE, "both answers are the same in every pair", "no gradient"),
+        ("ipo", ALIKE, "both answers are the same in every pair", "no gradient"),
+        ("simpo", ALIKE, "both answers are the same in every pair", "no gradient"),
+        ("orpo", ALIKE, "both answers are the same in every pair", "no gradient"),
+        ("kto", BOTH_WAYS, "labelled true as often as false", "take back"),
+        ("dpo", CUT, "both answers are the same in every pair", "cut to --max-length"),
+    ],
+)
+def test_rows_that_compare_nothing_are_refused_before_training(
+    objective: Any, given: list[Any], says: str, why: str, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """Before, a guard said after three steps: raise --learning-rate, or leave these modules out."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    made = tiny.config(tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),), eval_data=(), max_length=64)
+    with pytest.raises(DataError, match=says) as raised:
+        train(replace(made, objective=ObjectiveOptions(objective=objective)))
+    assert why in str(raised.value.why) and raised.value.exit_code == 3 and not (tmp_path / "run").exists()
+
+
+def test_one_pair_of_different_answers_is_enough(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [*ALIKE, {**ALIKE[0], "rejected": "one number"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = tiny.config(tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),), eval_data=(), eval_fraction=0.0)
+    train(replace(made, objective=ObjectiveOptions(objective="dpo")))

@@ -42,9 +42,11 @@ class Form:
         return "/".join((self.columns[0], *self.optional, *self.columns[1:]))
 
     @property
-    def answers(self) -> str:
-        """The column that holds what a model should say."""
-        return self.columns[-1]
+    def answer_columns(self) -> tuple[str, ...]:
+        """Columns that hold answers: two of a pair, otherwise one."""
+        if self.kind == "pair":
+            return self.columns[-2:]
+        return self.columns[1:2] if self.kind == "labelled" else self.columns[-1:]
 
     def unread(self, columns: Iterable[str], *, conversation: bool) -> list[str]:
         """Those of a row's columns that nothing is taken from.
@@ -154,7 +156,7 @@ def detect(
     asking = next((form for form in ASKING_FORMS if present.issuperset(form.columns)), None)
     if asking is not None:
         answer = next(form.columns[1] for form in FORMS if form.columns[0] == asking.columns[0])
-        meant_so = sorted(present & ({form.answers for form in FORMS if len(form.columns) > 1} - {answer}))
+        meant_so = sorted(present & ({form.answer_columns[0] for form in FORMS if len(form.columns) > 1} - {answer}))
         others = [name for name in raw.values if name in present and name not in (*asking.columns, *given)]
         by_name = suggestion(asking.columns, others, given)
         raise DataError(
@@ -292,7 +294,7 @@ def _read(form: Form, raw: RawRow) -> Row:
         return _read_pair(form, values, source)
     if form.kind == "labelled":
         answer = _read_completion(form.columns[:2], values, source)
-        return Labelled(answer, _label(values[form.answers], form.answers, source), source)
+        return Labelled(answer, _label(values[form.columns[-1]], form.columns[-1], source), source)
     return _read_completion(form.columns, values, source)
 
 
@@ -379,8 +381,18 @@ def _common_text(chosen: str, rejected: str, source: str) -> int:
     common = begin_alike(chosen, rejected)
     if common and chosen[common - 1] == " ":
         common -= 1
-    if not common or common in (len(chosen), len(rejected)):
-        raise _no_prompt("one is the beginning of the other" if common else "nothing", source)
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same text", where=source, next_step="take the row out")
+    if not common:
+        raise _no_prompt("nothing", source)
+    if common in (len(chosen), len(rejected)):
+        one, other = ("chosen", "rejected") if common == len(chosen) else ("rejected", "chosen")
+        raise DataError(
+            f"{one} is the beginning of {other}, so it holds no answer after the prompt",
+            where=source,
+            why="without a column prompt, the prompt is the text that both sides begin with",
+            next_step="write the prompt in a column prompt",
+        )
     return common
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -28,7 +28,7 @@ from backhand.data.rows import (
     Pair,
     Purpose,
     Row,
-    has_empty_answer,
+    empty_answers,
     system_of,
     texts_of,
 )
@@ -342,12 +342,14 @@ class _Reading:
             if total == most:
                 break
             rows = answered = 0
+            empty_sides: set[int] = set()
             bad_before, bad.first_of_file = bad.count, None
             conversation = rewarded = False
             named, reader, read = self.of_file(name)
             for row in _in_batches(read, None if most is None else most - total, begin, encoder, bad):
                 rows += 1
-                answered += not has_empty_answer(row)
+                answered += not (sides := empty_answers(row))
+                empty_sides.update(sides)
                 if len(systems) < 2:
                     systems.add(system_of(row, self.system))
                 rewarded |= isinstance(row, Asked)
@@ -355,7 +357,7 @@ class _Reading:
             if reader.form is None:
                 raise _no_rows(name, bad, bad.count - bad_before)
             if self.teaches and rows and not answered:
-                raise _no_answers(name, reader, rows)
+                raise _no_answers(name, reader, rows, empty_sides)
             empty += rows - answered
             if not rewarded:  # reward functions are given every column
                 others = [column for column in reader.columns if column not in named.used]
@@ -388,19 +390,24 @@ class _Reading:
         )
 
 
-def _no_answers(name: str, reader: FormReader, rows: int) -> DataError:
+def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collection[int]) -> DataError:
     form = reader.form
     assert form is not None
     conversation = form.kind == "conversation"
     others = form.unread(reader.columns, conversation=conversation)
+    columns = " and ".join(form.answer_columns)
+    what, next_step = f"every answer is empty, in {count_of(rows, 'row')}", "fill the answers in, or leave the file out"
+    if form.kind == "pair":
+        sides = [form.answer_columns[side] for side in sorted(empty_sides)]
+        what = f"{' or '.join(sides)} is empty in every pair, in {count_of(rows, 'row')}"
+    elif not conversation:
+        next_step = f"rename the column that holds the answers to {columns}, or leave the file out"
     return DataError(
-        f"every answer is empty, in {count_of(rows, 'row')}",
+        what,
         where=name,
-        why=f"answers are taken from {'the replies in ' if conversation else ''}{form.answers}, since the columns have "
+        why=f"answers are taken from {'the replies in ' if conversation else ''}{columns}, since the columns have "
         f"the form {form.name}; other columns: {', '.join(others) or 'none'}",
-        next_step="fill the replies in, or leave the file out"
-        if conversation
-        else f"rename the column that holds the answers to {form.answers}, or leave the file out",
+        next_step=next_step,
     )
 
 

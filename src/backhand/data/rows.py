@@ -393,12 +393,9 @@ def system_of(row: Row, given: str | None) -> str | None:
     return next((content for content in own if isinstance(content, str)), None) if own else given
 
 
-def has_empty_answer(row: Row) -> bool:
-    """Whether a row that should teach an answer teaches none: nothing but white space in whatever would carry loss.
-
-    Of a pair, whether one side is so.
-    """
-    return not isinstance(row, Asked) and any(map(_says_nothing, texts_of(row)))
+def empty_answers(row: Row) -> list[int]:
+    """Return which answers of a row hold nothing but white space: 0 for the first, 1 for the rejected one of a pair."""
+    return [] if isinstance(row, Asked) else [place for place, text in enumerate(texts_of(row)) if _says_nothing(text)]
 
 
 def _says_nothing(text: OneText) -> bool:

@@ -31,7 +31,7 @@ from backhand.files import reason
 from backhand.words import count_of
 
 _IN_MEMORY_BYTES = 2**23
-_LABELS = (None, False, True)
+LABELS = (None, False, True)
 _ALONE, _CHOSEN, _REJECTED = range(3)
 
 RECORD = np.dtype(
@@ -40,7 +40,7 @@ RECORD = np.dtype(
         ("tokens", np.int32),
         ("source_bytes", np.int32),
         ("side", np.int8),  # of a pair, whose rejected side is the record behind
-        ("label", np.int8),  # place in `_LABELS`
+        ("label", np.int8),  # place in `LABELS`
         ("supervised", np.int32),  # tokens
         ("trained", np.int32),  # tokens before the last supervised one
         ("highest", np.int32),  # of its ids
@@ -74,7 +74,7 @@ class ExampleWriter:
             )
             side = _ALONE if example.rejected is None else _REJECTED if document is example.rejected else _CHOSEN
             record = (
-                *(self._places, len(ids), len(source), side, _LABELS.index(document.desirable)),
+                *(self._places, len(ids), len(source), side, LABELS.index(document.desirable)),
                 *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
             )
             with _room():
@@ -150,7 +150,7 @@ class StoredExamples(Sequence[Example]):
         supervised = written < 0
         source = behind[: -(-source_bytes // 4)].tobytes()[:source_bytes].decode(errors="surrogatepass")
         ids, asked = np.where(supervised, ~written, written), self.asked.get(place)
-        return Example(ids, supervised, source, desirable=_LABELS[label], asked=asked)
+        return Example(ids, supervised, source, desirable=LABELS[label], asked=asked)
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Those of these numbers, or those that are marked."""

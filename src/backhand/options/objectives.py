@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
-from backhand.bounds import Bound, NotNegative, Options, Positive
+from backhand.bounds import Bound, Options
 from backhand.data.rows import Purpose
 from backhand.errors import UsageError
 
@@ -32,6 +32,10 @@ _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
 _SMOOTHED = ("exo_pair", "robust", *SORTED)
 
+_SMALLEST, _LARGEST = 1e-6, 1e6
+"""Gradients are multiples of these numbers, or of one over their squares, and must be neither lost nor infinite."""
+_Weight = Annotated[float, Bound(at_least=_SMALLEST, at_most=_LARGEST)]
+
 
 @dataclass(frozen=True)
 class ObjectiveOptions(Options):
@@ -42,7 +46,7 @@ class ObjectiveOptions(Options):
     (2310.12036), `orpo` (2403.07691) or `simpo` (2405.14734); with answers that are desirable or not `kto`
     (2402.01306); with rewards of answers that the model writes itself `grpo` (2402.03300, and its kin: `loss`)."""
 
-    beta: NotNegative | None = None
+    beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """How close the model stays to the one it starts from, the more the higher (`dpo`, `kto`; of `ipo` the paper's τ);
     of `orpo` the paper's λ, the weight of the odds; of `simpo` the rewards' factor; of `grpo` the weight of
     the divergence from the base model. Not given: 0.1, of `simpo` 2, of `grpo` 0."""
@@ -56,16 +60,16 @@ class ObjectiveOptions(Options):
     """How likely a pair is the wrong way round: `simpo`, and `dpo` with `robust` (below 0.5), `exo_pair` (above
     0), `aot` or `aot_unpaired`."""
 
-    discopop_tau: Positive = 0.05
+    discopop_tau: Annotated[float, Bound(at_least=_SMALLEST)] = 0.05
     """Temperature of `dpo` with `discopop`."""
 
-    simpo_gamma: NotNegative = 0.5
+    simpo_gamma: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] = 0.5
     """Margin by which the rewards of a pair are to differ (`simpo`)."""
 
-    desirable_weight: Positive = 1.0
+    desirable_weight: _Weight = 1.0
     """Weight of desirable answers (`kto`)."""
 
-    undesirable_weight: Positive = 1.0
+    undesirable_weight: _Weight = 1.0
     """Weight of answers that are not desirable (`kto`)."""
 
     def _check_together(self) -> None:
@@ -82,6 +86,9 @@ class ObjectiveOptions(Options):
             )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
+        if self.beta is not None and 0 < self.beta < _SMALLEST:
+            why = "gradients are multiples of it, and would be lost in rounding"
+            raise UsageError(f"beta {self.beta} is below {_SMALLEST}", where="beta", why=why)
         if self.loss_type is not None and (self.loss_type in get_args(_OfLabels)) != (self.objective == "kto"):
             raise UsageError(
                 f"loss_type {self.loss_type!r} is none of {self.objective}",

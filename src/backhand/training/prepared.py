@@ -46,6 +46,7 @@ from backhand.errors import UsageError
 from backhand.files import free_bytes
 from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.objectives.compared import check_answers_differ
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate, derived_seed
@@ -178,6 +179,8 @@ def _given(
             lambda: prepare(data, tokenizer, seed=seed, purpose=purpose),
             only_newest=True,
         )
+        if purpose in ("pairs", "labels"):
+            check_answers_differ(train)
         config = replace(config, data=replace(data, eval_fraction=train.held_out_share))
     if config.run.early_stopping is not None and held_out is None:
         raise UsageError(

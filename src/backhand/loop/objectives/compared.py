@@ -27,9 +27,10 @@ from torch.nn.functional import logsigmoid
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
+from backhand.data.stored_examples import LABELS, PreparedData
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.errors import not_none
+from backhand.errors import DataError, not_none
 from backhand.loop.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
 from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
 from backhand.ops.kto import KTORule, kto_backward, kto_forward
@@ -130,6 +131,37 @@ def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Meas
         odds = log_odds(log_good) - log_odds(log_bad)
         found |= {"nll_loss": -log_good, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
     return {name: (float(values.sum()), len(values)) for name, values in found.items()}
+
+
+def check_answers_differ(rows: PreparedData) -> None:
+    """Check that rows of pairs or of labelled answers hold anything to learn.
+
+    Raises:
+        DataError: every pair has two equal answers, or every answer is labelled both ways equally often.
+    """
+    examples = rows.examples
+    cut = "rows are cut to --max-length, after which they are equal" if rows.report.truncated else None
+    paired = (example.rejected is not None and _same_tokens(example, example.rejected) for example in examples)
+    if len(examples) and all(paired):
+        raise DataError(
+            "both answers are the same in every pair",
+            where=rows.report.sources[0].source,
+            why=cut or "a preference of an answer over itself has no gradient",
+            next_step="give pairs of different answers; backhand lint names the rows",
+        )
+    digests, labels = examples.column("token_digest"), examples.column("label")
+    good, bad = (np.unique(digests[labels == LABELS.index(label)], return_counts=True) for label in (True, False))
+    if len(good[0]) and all(map(np.array_equal, good, bad)):
+        raise DataError(
+            "every answer is labelled true as often as false",
+            where=rows.report.sources[0].source,
+            why=cut or "what desirable answers teach, undesirable ones take back",
+            next_step="give each answer to a prompt one label",
+        )
+
+
+def _same_tokens(one: Example, other: Example) -> bool:
+    return np.array_equal(one.input_ids, other.input_ids)
 
 
 def mismatched(examples: Sequence[Example], max_length: int) -> Iterator[Example]:
