@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from backhand import json_shape
 from backhand.errors import UsageError
-from backhand.system import NO_WAIT, PLAIN, wait_for_pipe
+from backhand.system import NO_LINK, NO_WAIT, PLAIN, others_can_write, wait_for_pipe
 
 T = TypeVar("T")
 
@@ -27,23 +27,27 @@ MAX_TABLES_BYTES = 2**28
 _PIPE_WAIT_S = 30
 
 
-def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
+def open_plain(path: Path | str, *, or_pipe: bool = False, private: bool = False) -> io.BufferedReader:
     """Open a file for reading, and wait for nothing: what is no plain file is refused, also behind a link.
 
     Args:
         or_pipe: take a pipe as well, as `<(command)` is one, if something comes out of it within half a minute.
+        private: refuse a link, and a file that another user owns or may write to.
 
     Raises:
         OSError: with a `strerror` that says what it is; ValueError for a path that holds a zero character.
     """
-    descriptor = os.open(path, os.O_RDONLY | NO_WAIT | PLAIN)
+    descriptor = os.open(path, os.O_RDONLY | NO_WAIT | PLAIN | (NO_LINK if private else 0))
     try:
-        mode = os.fstat(descriptor).st_mode
+        status = os.fstat(descriptor)
+        mode = status.st_mode
         pipe = or_pipe and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(mode) and not pipe:
             raise OSError(errno.EINVAL, f"it is {_kind_of_node(mode)}, not a plain file", str(path))
+        if private:
+            _check_private(status, path)
         if pipe and not wait_for_pipe(descriptor, _PIPE_WAIT_S):
             why = f"it is a pipe, and nothing came out of it for {_PIPE_WAIT_S} s"
             raise OSError(errno.ETIMEDOUT, why, str(path))
@@ -51,6 +55,16 @@ def open_plain(path: Path | str, *, or_pipe: bool = False) -> io.BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def check_private_folder(path: Path) -> None:
+    """Raise OSError if the folder does not exist, or if another user owns it or may write to it."""
+    _check_private(path.stat(), path)
+
+
+def _check_private(status: os.stat_result, path: Path | str) -> None:
+    if others_can_write(status):
+        raise PermissionError(errno.EPERM, "another user owns it or may write to it", str(path))
 
 
 def read_plain(path: Path | str, most: int | None = None) -> bytes:

@@ -114,6 +114,16 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
         return True
 
 
+def others_can_write(status: os.stat_result) -> bool:
+    """Return True if another user owns the file or folder, or may write to it. Root counts as the user itself.
+
+    On Windows always False: its permissions are not in the status.
+    """
+    if sys.platform == "win32":
+        return False
+    return status.st_uid not in (os.geteuid(), 0) or bool(status.st_mode & 0o022)
+
+
 def open_unnamed(directory: Path) -> int:
     """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
     descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from backhand.data import kept_rows
+from backhand.data import kept_rows, stored_examples
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
+from backhand.data.stored_examples import RECORD
 from support.tiny_tokenizer import tiny_tokenizer
 from support.tokenizer_kinds import byte_level
 
@@ -68,10 +73,140 @@ def test_a_damaged_file_is_made_again_and_room_is_made(
 
 
 def test_nothing_is_kept_where_it_is_turned_off_or_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    for where in ("off", str(tmp_path / "file" / "cache")):
+    place = tmp_path / "file" / "cache"
+    place.parent.write_text("")
+    for where, notes in (("off", ()), (str(place), (f"prepared rows are not kept in {place}: Not a directory",))):
         monkeypatch.setenv(kept_rows.VARIABLE, where)
-        assert not any("prepare" in note for note in prepared(tmp_path / "rows.jsonl", ROWS).report.notes)
+        assert prepared(tmp_path / "rows.jsonl", ROWS).report.notes == notes
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], object], rest: Callable[[bytes], bytes] = bytes) -> None:
+    """Change a kept file's header and what follows it, with the digest of what it holds then."""
+    line, behind = file.read_bytes()[32:].split(b"\n", 1)
+    header = json.loads(line)
+    changed = change(header)
+    data = json.dumps(header if changed is None else changed).encode() + b"\n" + rest(behind)
+    file.write_bytes(hashlib.sha256(data).digest() + data)
+
+
+def records_of(data: bytes, change: Callable[[Any], object]) -> bytes:
+    """The tokens and records of a kept file, with changed records."""
+    records = np.frombuffer(data[-RECORD.itemsize * 30 :], RECORD).copy()
+    change(records)
+    return data[: -RECORD.itemsize * 30] + records.tobytes()
+
+
+def one_of(name: str, value: int, place: int = 3) -> Callable[[bytes], bytes]:
+    return lambda data: records_of(data, lambda records: records[name].__setitem__(place, value))
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], Callable[[bytes], bytes]]] = {
+    "a list": (lambda _: [], bytes),
+    "an empty object": (lambda header: header.clear(), bytes),
+    "deeply nested": (lambda header: header.update(report=json.loads("[" * 400 + "]" * 400)), bytes),
+    **{
+        f"tokens {value}": (lambda header, value=value: header.update(tokens=value), bytes)
+        for value in (5, -5, "x", 10**12, None)
+    },
+    "an empty report": (lambda header: header.update(report=None), bytes),
+    "another report": (lambda header: header["report"].update(documents=7), bytes),
+    "sources of another form": (lambda header: header["report"].update(sources=[[]]), bytes),
+    "rows left out": (lambda header: header["report"].update(skipped_bad=1), bytes),
+    "no records": (lambda header: header.update(records=0), lambda data: data[: -RECORD.itemsize * 30]),
+    "nothing": (lambda header: header.update(records=0, tokens=0), lambda _: b""),
+    "records of random bytes": (
+        lambda _: None,
+        lambda data: data[: -RECORD.itemsize * 30] + random.Random(0).randbytes(RECORD.itemsize * 30),
+    ),
+    **{
+        f"{name} {value}": (lambda _: None, one_of(name, value))
+        for name, value in (
+            *(("begin", 0), ("begin", -1), ("begin", 2**62), ("tokens", 2**30), ("tokens", -1), ("tokens", 0)),
+            *(("source_bytes", -1), ("source_bytes", 2**30), ("side", 1), ("side", 2), ("side", 9), ("label", 9)),
+            *(("supervised", 0), ("supervised", 99), ("trained", 99), ("highest", 5), ("highest", 2**30)),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_file_with_a_right_digest_and_other_contents_is_made_again(name: str, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    digest = prepared(path, ROWS).digest
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    rewrite(file, *FORGED[name])
+    assert file.read_bytes() != whole
+    again = prepared(path, ROWS)
+    assert again.digest == digest and file.read_bytes() == whole
+    assert f"the prepared rows in {file} are not used" in again.report.notes[-2]
+
+
+def test_a_source_that_is_no_text_is_shown_with_what_it_has(tmp_path: Path, cache: Path) -> None:
+    first = prepared(tmp_path / "rows.jsonl", ROWS)
+    (file,) = cache.iterdir()
+    source = first.examples[0].source.encode()
+    rewrite(file, lambda _: None, lambda data: data.replace(source[:9], b"\xff\xfe" + source[2:9], 1))
+    again = prepared(tmp_path / "rows.jsonl", ROWS)
+    assert again.examples[0].source == f"\ufffd\ufffd{source[2:].decode()}" and again.digest == first.digest
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX alone has such files")
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_what_is_no_plain_file_is_replaced_unread(kind: str, tmp_path: Path, cache: Path) -> None:
+    digest = prepared(tmp_path / "rows.jsonl", ROWS).digest
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    file.unlink()
+    (tmp_path / "elsewhere").write_bytes(whole)
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else tmp_path / "elsewhere")
+    again = prepared(tmp_path / "rows.jsonl", ROWS)
+    assert again.digest == digest and f"in {file} are not used" in again.report.notes[-2]
+    assert file.read_bytes() == whole and not file.is_symlink()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX alone has owners in the status")
+@pytest.mark.parametrize("mode", [0o770, 0o777, 0o1777])
+def test_a_folder_that_others_may_write_to_is_left_alone(mode: int, tmp_path: Path, cache: Path) -> None:
+    prepared(tmp_path / "rows.jsonl", ROWS)
+    (file,) = cache.iterdir()
+    before = file.stat()
+    cache.chmod(mode)
+    (note,) = prepared(tmp_path / "rows.jsonl", ROWS).report.notes
+    assert note == f"prepared rows are not kept in {cache}: another user owns it or may write to it"
+    assert file.stat() == before and list(cache.iterdir()) == [file]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX alone has owners in the status")
+def test_files_and_folders_of_another_user_are_not_used(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = prepared(tmp_path / "rows.jsonl", ROWS).digest
+    (file,) = cache.iterdir()
+    file.chmod(0o666)
+    again = prepared(tmp_path / "rows.jsonl", ROWS)
+    assert again.digest == digest and "may write to it" in again.report.notes[-2]
+    assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
+    if cache.stat().st_uid == 0:  # files of root are trusted by everybody
+        os.chown(cache, 12345, 12345)
+    (note,) = prepared(tmp_path / "rows.jsonl", ROWS).report.notes
+    assert "another user owns it" in note
+
+
+def test_rows_are_whole_where_their_file_is_cut_short_meanwhile(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", 100)
+    first = prepared(tmp_path / "rows.jsonl", ROWS)
+    again = prepared(tmp_path / "rows.jsonl", ROWS)
+    (file,) = cache.iterdir()
+    os.truncate(file, 0)
+    assert [one.input_ids.tolist() for one in again.examples] == [one.input_ids.tolist() for one in first.examples]
+    assert "prepared before" in again.report.notes[-1]
 
 
 def test_what_is_kept_is_for_nobody_else_and_rows_held_out_do_not_matter(tmp_path: Path, cache: Path) -> None:

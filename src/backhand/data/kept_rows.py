@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from backhand.data.chat import read_template
-from backhand.data.examples import DataReport, SourceForm
+from backhand.data.examples import DataReport
 from backhand.data.options import DataOptions
-from backhand.data.stored_examples import RECORD, PreparedData, StoredExamples
+from backhand.data.stored_examples import RECORD, PreparedData, read_examples, summed
 from backhand.errors import BackhandError, UsageError
 from backhand.files import staged
+from backhand.json_shape import load
+from backhand.reading import MAX_SETTINGS_BYTES, check_private_folder, open_plain
 from backhand.system import version_of
 from backhand.words import in_words
 
@@ -52,23 +53,35 @@ def kept(
     place = _place(options, names, tokenizer, further)
     if place is None:
         return make()
-    if (found := _read(place)) is not None:
-        return found.noted(f"taken as they were prepared before, from {place}")
+    unusable = ""
+    try:
+        check_private_folder(place.parent)
+        return _read(place).noted(f"taken as they were prepared before, from {place}")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        if getattr(error, "filename", None) == str(place.parent):
+            return make().noted(f"prepared rows are not kept in {place.parent}: {why}")
+        unusable = f"the prepared rows in {place} are not used: {why}"
     made = make()
-    if made.report.skipped_bad or made.examples.asked:
-        return made
-    if _place(options, names, tokenizer, further) != place:  # written to while they were read
-        return made
-    with suppress(BackhandError, OSError):  # a full or closed cache takes nothing away from the run
-        if (found := _read(place)) is not None:  # another process was first
-            return found
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows may be private
-        place.unlink(missing_ok=True)
-        _write(place, made)
-        _make_room(place.parent)
-        size = in_words(place.stat().st_size)
-        return (_read(place) or made).noted(f"kept as they are prepared, for the next run, in {place} ({size})")
+    added = [unusable] if unusable else []
+    # The files may have been written to while they were read.
+    if not made.report.skipped_bad and not made.examples.asked and _place(options, names, tokenizer, further) == place:
+        with suppress(BackhandError, OSError):  # a full or closed cache takes nothing away from the run
+            added.append(_keep(place, made))
+    for note in added:
+        made = made.noted(note)
     return made
+
+
+def _keep(place: Path, made: PreparedData) -> str:
+    """Write the file, and return a note. Raises OSError or BackhandError."""
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows may be private
+    place.unlink(missing_ok=True)
+    _write(place, made)
+    _make_room(place.parent)
+    return f"kept as they are prepared, for the next run, in {place} ({in_words(place.stat().st_size)})"
 
 
 def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: Sequence[object]) -> Path | None:
@@ -90,7 +103,7 @@ def _place(options: DataOptions, names: Sequence[str], tokenizer: Any, further: 
             digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         for file in files:
-            with file.open("rb") as reader:
+            with open_plain(file) as reader:
                 digest.update(hashlib.file_digest(reader, "sha256").digest())
         return Path(where).expanduser() / f"{digest.hexdigest()}.rows"
     except (OSError, ValueError, AttributeError, RuntimeError, UsageError):  # there may be no home
@@ -125,25 +138,40 @@ def _write(place: Path, data: PreparedData) -> None:
                 file.write(part)
 
 
-def _read(place: Path) -> PreparedData | None:
-    """The rows that a file holds, where they lie in it; None where it is not as it was written."""
-    try:
-        with place.open("rb") as file:
-            if file.read(_DIGEST_BYTES) != hashlib.file_digest(file, "sha256").digest():
-                return None
-            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-            file.seek(_DIGEST_BYTES)
-            header = json.loads(file.readline())
-            tokens, records = file.tell(), file.tell() + 4 * header["tokens"]
-    except (OSError, ValueError):
-        return None
+@dataclass(frozen=True)
+class _Header:
+    report: DataReport
+    # number of elements of the two arrays
+    tokens: int
+    records: int
+
+
+def _read(place: Path) -> PreparedData:
+    """Copy the rows out of a file that is as `_write` wrote it.
+
+    They are copied, not mapped: a file that is cut short while it is mapped ends the process without a word.
+
+    Raises:
+        OSError: there is no file, or not one to trust.
+        ValueError: the file is damaged.
+        ResourceError: there is no room for the copy.
+    """
+    with open_plain(place, private=True) as file:
+        stated, line = file.read(_DIGEST_BYTES), file.readline(MAX_SETTINGS_BYTES)
+        header = load(line, _Header)
+        sizes = 4 * header.tokens, RECORD.itemsize * header.records
+        if min(sizes) < 0 or os.fstat(file.fileno()).st_size != _DIGEST_BYTES + len(line) + sum(sizes):
+            raise ValueError("it has another size than it should have")
+        digest = hashlib.sha256(line)
+        examples = read_examples(file, header.tokens, header.records, digest.update)
+    if digest.digest() != stated:
+        raise ValueError("it is not as it was written")
+    found = PreparedData(examples, header.report)
+    if summed(found.examples, found.report) != found or header.report.skipped_bad:
+        raise ValueError("its counts are not those of its rows")
     with suppress(OSError):
         os.utime(place)  # the last to be let go
-    report = header["report"]
-    report["sources"] = tuple(SourceForm(**source) for source in report["sources"])
-    report |= {name: tuple(report[name]) for name in ("bad_rows", "notes", "first_cut")}
-    examples = StoredExamples.all_of(mapped[tokens:records].view(np.int32), mapped[records:].view(RECORD), {})
-    return PreparedData(examples, DataReport(**report))
+    return found
 
 
 def _make_room(folder: Path) -> None:

@@ -10,10 +10,11 @@ Python a million short rows take a gigabyte. What looks at all rows, to split or
 from __future__ import annotations
 
 import hashlib
+import io
 import mmap
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -31,6 +32,7 @@ from backhand.files import reason
 from backhand.words import count_of
 
 _IN_MEMORY_BYTES = 2**23
+_PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
 _ALONE, _CHOSEN, _REJECTED = range(3)
 
@@ -96,6 +98,79 @@ def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArr
     return np.frombuffer(file.read(), dtype=dtype)
 
 
+def read_examples(
+    file: io.BufferedReader, tokens: int, records: int, digest: Callable[[bytes | memoryview], object]
+) -> StoredExamples:
+    """Copy arrays of these lengths from a file, where they follow one another, and compare records with tokens.
+
+    The copies are in memory, or in temporary files, as those of `ExampleWriter`.
+
+    Args:
+        digest: called with the bytes of both, in their order.
+
+    Raises:
+        ValueError: the records are not those of the tokens. Digests and keys are not compared.
+        ResourceError: there is no room for the copies.
+    """
+    begin = file.tell()
+    file.seek(begin + 4 * tokens)
+    found = np.frombuffer(file.read(records * RECORD.itemsize), RECORD)
+    ends = _document_ends(found, tokens)
+    file.seek(begin)
+    with SpooledTemporaryFile(_IN_MEMORY_BYTES) as copy, SpooledTemporaryFile(_IN_MEMORY_BYTES) as record_copy:
+        first = done = 0
+        while first < records:
+            last = max(first + 1, int(np.searchsorted(ends, done + _PIECE_TOKENS, side="right")))
+            piece = file.read(4 * int(ends[last - 1] - done))
+            digest(piece)
+            _check_documents(np.frombuffer(piece, np.int32), found[first:last], done)
+            with _room():
+                copy.write(piece)
+            first, done = last, int(ends[last - 1])
+        digest(found.view(np.uint8).data)
+        with _room():
+            record_copy.write(found.view(np.uint8).data)
+        return StoredExamples.all_of(_array(copy, np.int32), _array(record_copy, RECORD), {})
+
+
+def _document_ends(records: npt.NDArray[Any], tokens: int) -> npt.NDArray[np.int64]:
+    """(documents,) where each document with its source ends. Raises ValueError: the records do not fit together."""
+    sizes = records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4)
+    ends = np.cumsum(sizes)
+    chosen, rejected = records["side"] == _CHOSEN, records["side"] == _REJECTED
+    if not (
+        len(records)
+        and records["tokens"].min() > 1
+        and records["source_bytes"].min() >= 0
+        and np.array_equal(records["begin"], ends - sizes)
+        and ends[-1] == tokens
+        and 0 <= records["side"].min() <= records["side"].max() <= _REJECTED
+        and 0 <= records["label"].min() <= records["label"].max() < len(LABELS)
+        and not (chosen[-1] or rejected[0])
+        and np.array_equal(chosen[:-1], rejected[1:])
+    ):
+        raise ValueError("its records do not fit together")
+    return ends
+
+
+def _check_documents(tokens: TokenIds, records: npt.NDArray[Any], begin: int) -> None:
+    """Compare records with their tokens, which begin at `begin` of all tokens. Raises ValueError."""
+    starts = records["begin"] - begin
+    bounds = np.stack((starts, starts + records["tokens"]), axis=1).ravel()
+    tokens = np.append(tokens, np.int32(0))  # the last end may be that of the array
+    targets = tokens < 0
+    places = np.where(targets, np.arange(len(tokens), dtype=np.int32), np.int32(-1))
+    supervised = np.add.reduceat(targets, bounds, dtype=np.int32)[::2]
+    if (
+        targets[starts].any()
+        or supervised.min() < 1
+        or not np.array_equal(supervised, records["supervised"])
+        or not np.array_equal(np.maximum.reduceat(places, bounds)[::2] - starts, records["trained"])
+        or not np.array_equal(np.maximum.reduceat(tokens ^ (tokens >> 31), bounds)[::2], records["highest"])
+    ):
+        raise ValueError("its records are not those of its tokens")
+
+
 @contextmanager
 def _room() -> Iterator[None]:
     """Raise ResourceError where the temporary files cannot be written."""
@@ -108,6 +183,13 @@ def _room() -> Iterator[None]:
             why=reason(error),
             next_step="name a folder with room in the environment variable TMPDIR",
         ) from None
+
+
+def _decoded(source: bytes) -> str:
+    try:
+        return source.decode(errors="surrogatepass")
+    except UnicodeDecodeError:  # from a file that somebody else wrote
+        return source.decode(errors="replace")
 
 
 def _digest(data: bytes) -> int:
@@ -148,7 +230,7 @@ class StoredExamples(Sequence[Example]):
         begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
         written, behind = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
         supervised = written < 0
-        source = behind[: -(-source_bytes // 4)].tobytes()[:source_bytes].decode(errors="surrogatepass")
+        source = _decoded(behind[: -(-source_bytes // 4)].tobytes()[:source_bytes])
         ids, asked = np.where(supervised, ~written, written), self.asked.get(place)
         return Example(ids, supervised, source, desirable=LABELS[label], asked=asked)
 
