@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backhand.data import packing
+from backhand.data import prefix_forest
 from backhand.data.examples import Example
-from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, filled_up, pack, trained_length
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.data.packing import RowPacker, pack, trained_length
+from backhand.data.prefix_forest import MIN_SAVED_TOKENS
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, pad_to_bucket
 from backhand.verify.scaffold import apart
 
 
@@ -25,7 +26,7 @@ def example(ids: list[int], supervised: list[int]) -> Example:
 
 @pytest.fixture
 def every_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "MIN_SAVED_TOKENS", 1)
+    monkeypatch.setattr(prefix_forest, "MIN_SAVED_TOKENS", 1)
 
 
 SYSTEM = [7, 7, 8, 9, 5, 5, 4, 3, 2]
@@ -133,8 +134,8 @@ rows_of_a_few_tokens = st.lists(
 @given(rows_of_a_few_tokens, st.sampled_from([1, 3, 8]))
 def test_packing_a_forest_leaves_every_document_as_it_is(rows: list[Example], least: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MIN_SAVED_TOKENS", least)
-        once, each = filled_up(pack(rows, share=True)), pack(rows)
+        patch.setattr(prefix_forest, "MIN_SAVED_TOKENS", least)
+        once, each = pad_to_bucket(pack(rows, share=True)), pack(rows)
         packer = RowPacker(rows, share_prefixes=True)
         assert packer.positions(range(len(rows))) == sum(packer.forest(range(len(rows))).lengths)
     found = documents_of(once)
@@ -154,7 +155,7 @@ def test_packing_a_forest_leaves_every_document_as_it_is(rows: list[Example], le
 @given(rows_of_a_few_tokens)
 def test_with_every_token_counting_no_two_segments_begin_alike(rows: list[Example]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MIN_SAVED_TOKENS", 1)
+        patch.setattr(prefix_forest, "MIN_SAVED_TOKENS", 1)
         batch = pack(rows, share=True)
     parents = batch.parents or (-1,) * len(batch.lengths)
     starts = batch.starts
@@ -168,7 +169,7 @@ def test_with_every_token_counting_no_two_segments_begin_alike(rows: list[Exampl
 @given(rows_of_a_few_tokens)
 def test_values_of_documents_and_of_positions_are_transposed_maps(rows: list[Example]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "MIN_SAVED_TOKENS", 1)
+        patch.setattr(prefix_forest, "MIN_SAVED_TOKENS", 1)
         batch = pack(rows, share=True)
     positions, tokens = len(batch.supervised_positions), batch.supervised_tokens
     x, y = torch.arange(1.0, positions + 1).double(), torch.arange(3.0, tokens + 3).double()

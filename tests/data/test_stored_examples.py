@@ -83,7 +83,7 @@ def test_groups_and_overlap_are_those_of_comparing_every_two() -> None:
 
 
 def test_what_all_rows_begin_with_is_what_every_two_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backhand.data.packing._AT_ONCE", 100)
+    monkeypatch.setattr("backhand.data.packing._COMPARED_TOKENS", 100)
     draw = random.Random(1)
     for parting in (5, 20, 33):
         rows = []

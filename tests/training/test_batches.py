@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from backhand.data import packing as batches
+from backhand.data import prefix_forest
 from backhand.data.examples import Example
-from backhand.data.packing import RowPacker, filled_up, round_size
+from backhand.data.packing import RowPacker
 from backhand.engines.memory.shapes import largest_shapes
 from backhand.engines.transformers_engine import TransformersModel
 from backhand.loop.loggers import Observer
-from backhand.nn.batch import PackedBatch
+from backhand.nn.batch import PackedBatch, bucket_size, pad_to_bucket
 from backhand.training.run import train
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
@@ -49,8 +49,8 @@ def test_a_micro_batch_holds_a_shared_prefix_once() -> None:
     once, each = packed(share_prefixes=True), packed(share_prefixes=False)
     assert once.lengths[0] == PROMPT and once.parents[:6] == (-1, 0, 0, 0, 0, 0) and not each.parents
     tokens = sum(PROMPT + own for own in OWN)
-    assert len(each.input_ids) == round_size(tokens)
-    assert len(once.input_ids) == round_size(tokens - (len(OWN) - 1) * PROMPT)
+    assert len(each.input_ids) == bucket_size(tokens)
+    assert len(once.input_ids) == bucket_size(tokens - (len(OWN) - 1) * PROMPT)
     assert once.supervised_tokens == each.supervised_tokens == 3 * len(OWN)
 
 
@@ -78,7 +78,7 @@ def test_transformers_refuses_a_shared_prefix() -> None:
 
 def test_a_filler_is_no_document_and_carries_no_loss() -> None:
     batch = PackedBatch(torch.arange(20), torch.full((20,), -100), (5, 9, 6), (-1, 0, 0))
-    filled = filled_up(batch)
+    filled = pad_to_bucket(batch)
     assert (filled.lengths, filled.parents, filled.ends) == ((5, 9, 6, 12), (-1, 0, 0, -1), (1, 2))
     assert filled.positions[-12:].tolist() == list(range(12))
     assert filled.supervised_tokens == 0
@@ -90,7 +90,7 @@ def test_the_memory_plan_counts_a_shared_prefix_once() -> None:
     every = range(len(rows))
     shapes = largest_shapes([every], packer, [1, len(rows)])
     assert shapes[len(rows)].tokens == len(packer.packed(every, "cpu").input_ids)
-    assert shapes[1].tokens == round_size(max(packer.lengths))
+    assert shapes[1].tokens == bucket_size(max(packer.lengths))
 
 
 def _losses(run: Path) -> list[float]:
@@ -103,14 +103,14 @@ def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch:
     lines = [json.loads(line) for line in tiny.rows.read_text().splitlines()]
     tiny.rows.write_text("".join(json.dumps({**row, "prompt": instruction + row["prompt"]}) + "\n" for row in lines))
     shared: list[bool] = []
-    joined = batches._joined
+    packed = RowPacker.packed
 
     def watched(*args: Any) -> PackedBatch:
-        batch = joined(*args)
+        batch = packed(*args)
         shared.append(bool(batch.parents))
         return batch
 
-    monkeypatch.setattr(batches, "_joined", watched)
+    monkeypatch.setattr(RowPacker, "packed", watched)
     opening: list[str] = []
     watch = Observer()
     watch.started = lambda start: opening.extend(start.facts)
@@ -120,7 +120,7 @@ def test_a_run_learns_the_same_from_shared_prefixes(tmp_path: Path, monkeypatch:
     shared.clear()
     train(tiny.config(tmp_path / "masked", eval_data=(), dropout=0.1))
     assert shared and not any(shared), "dropout draws a mask for each row"
-    monkeypatch.setattr(batches, "MIN_SAVED_TOKENS", 1 << 40)
+    monkeypatch.setattr(prefix_forest, "MIN_SAVED_TOKENS", 1 << 40)
     opening.clear()
     train(tiny.config(tmp_path / "each", eval_data=()), callbacks=[watch])
     assert not any("computed once" in line for line in opening)

@@ -11,7 +11,8 @@ from typing import cast
 
 import pytest
 
-from backhand.data.packing import Forest, RowPacker
+from backhand.data.packing import RowPacker
+from backhand.data.prefix_forest import Forest
 from backhand.engines.machine import MemoryKeeper
 from backhand.engines.memory.parts import ModelSize, StepBytes, estimated_step, parts_of, second_model_bytes
 from backhand.engines.memory.plan import MemoryPlan, choose

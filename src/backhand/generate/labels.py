@@ -23,10 +23,11 @@ from torch import Tensor
 
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
-from backhand.data.packing import filled_up, micro_batches, pack
+from backhand.data.packing import micro_batches, pack
 from backhand.data.rows import Completion
 from backhand.errors import UsageError
 from backhand.generate.completer import Completer, require_finite
+from backhand.nn.batch import pad_to_bucket
 from backhand.words import shorten
 
 Labels = Mapping[str, Sequence[int]]
@@ -132,7 +133,7 @@ def label_log_probabilities(
     found = torch.zeros(len(units), together, dtype=torch.float64)
     for group in micro_batches(range(len(units)), lengths, max_rows=batch_rows):
         documents = [_asked(prompts[units[one][0]], ending) for one in group for ending in parts[units[one][1]]]
-        batch = filled_up(pack(documents, share=model.shares_prefixes)).to(model.device)
+        batch = pad_to_bucket(pack(documents, share=model.shares_prefixes)).to(model.device)
         nats = model.token_losses(batch).double().cpu().split(batch.document_tokens)
         found[group] = -torch.stack([one.sum() for one in nats]).view(len(group), together)
     require_finite(found)

@@ -35,10 +35,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backhand.data.packing import RowPacker, round_size
+from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
 from backhand.files import FileLayer, write_all
-from backhand.nn.batch import PackedBatch, StartStates
+from backhand.nn.batch import PackedBatch, StartStates, bucket_size
 from backhand.nn.decoder.decoder import FrozenPrefix
 from backhand.runs.directory import Proof, ProofLog
 from backhand.system import read_at
@@ -202,7 +202,7 @@ class KeptStates:
                 if tokens > self.at_once:
                     break
                 wanted.append(row)
-        together = len(wanted) > len(missing) and self._keeps(round_size(self._packer.positions(wanted)))
+        together = len(wanted) > len(missing) and self._keeps(bucket_size(self._packer.positions(wanted)))
         return wanted if together else missing
 
     def _agrees(self, size: int) -> bool:

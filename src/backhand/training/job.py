@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from backhand.data.packing import RowPacker, round_size
+from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Shared
 from backhand.engines.machine import Machine
 from backhand.loop.hidden_state_cache import KeptStates, StatesInMemory, StatesOnDisk, StateStore
 from backhand.loop.measuring import quantization_notes
 from backhand.loop.step_plan import default_warmup_steps, five_times
+from backhand.nn.batch import bucket_size
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import ProofLog, RunDirectory
 from backhand.training.prepared import Outline, outline_run, set_values
@@ -148,7 +149,7 @@ def keeping(
     if lower is None or where == "off" or below.dependent is not None:
         yield Keeping()
         return
-    usual = round_size(round(job.memory.shape.mean_tokens))
+    usual = bucket_size(round(job.memory.shape.mean_tokens))
     lower.set_usual_tokens(usual)
     # Tokens that may go through the lower layers at once, in no more memory than a step takes: a block at work holds
     # less than two blocks keep of as many tokens for their backward pass, and the layers below keep nothing. Where kept

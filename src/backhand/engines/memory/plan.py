@@ -21,10 +21,11 @@ from typing import Literal
 
 import torch
 
-from backhand.data.packing import RowPacker, round_size
+from backhand.data.packing import RowPacker
 from backhand.engines.memory.parts import FLOAT32_BYTES, ModelSize, second_model_bytes
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import ResourceError, UsageError, not_none
+from backhand.nn.batch import bucket_size
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import Base
 from backhand.options.config import CacheFrozen, Recompute
@@ -133,7 +134,7 @@ def choose(
         rows, least = min(shapes), min(size.kept_bytes, key=lambda mode: size.kept_bytes[mode])
         tokens = shapes[rows].tokens
         while not fits(found := plan(MemoryPlan(rows, least, shapes[rows].cut(tokens)))) and tokens > _SHORTEST_TOKENS:
-            tokens = round_size(tokens // 2)
+            tokens = bucket_size(tokens // 2)
         remedy = _options(found, None, tokens) if fits(found) else _no_run(size, found, tokens)
     raise ResourceError(
         f"training needs about {in_words(asked.total_bytes)}, and {in_words(budget_bytes)} may be used, "

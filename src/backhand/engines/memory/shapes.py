@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from backhand.data.packing import MIN_SAVED_TOKENS, RowPacker, micro_batches, round_size
-from backhand.nn.batch import IGNORE_INDEX, PackedBatch
+from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.prefix_forest import MIN_SAVED_TOKENS
+from backhand.nn.batch import IGNORE_INDEX, PackedBatch, bucket_size
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def largest_shapes(
                 shared = (len(group) - 1) * packer.common
                 most = packer.tokens(group) - (shared if shared >= MIN_SAVED_TOKENS else 0)
                 tokens, supervised = largest[count]
-                more = round_size(most) > tokens or packer.supervised_tokens(group) > supervised
+                more = bucket_size(most) > tokens or packer.supervised_tokens(group) > supervised
                 if number < _STEPS_LAID_OUT or more:
                     lengths, parents, *_ = packer.forest(group)
-                    if filler := round_size(sum(lengths)) - sum(lengths):
+                    if filler := bucket_size(sum(lengths)) - sum(lengths):
                         lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
                     targets = min(packer.supervised_tokens(group), sum(lengths) - filler)
                     shape = StepShape(sum(lengths), targets, lengths, parents)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.packing import MIN_SAVED_TOKENS, Forest, RowPacker
+from backhand.data.packing import RowPacker
+from backhand.data.prefix_forest import MIN_SAVED_TOKENS, Forest
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, UsageError
 from backhand.generate.sampling import Sampled, sample
