@@ -64,8 +64,8 @@ class GGUFModel(ModelSource):
         self.origin = origin or str(path)
         self._files = [GGUFFile(part) for part in _parts(path)]
         self.metadata = self._files[0]
-        self.architecture = self._checked_architecture()
         self._check_parts()
+        self.architecture = self._checked_architecture()
         self._place_of: dict[str, GGUFFile] = {}
         for file in self._files:
             for name in file.tensors:
@@ -221,13 +221,23 @@ class GGUFModel(ModelSource):
             del self.metadata.tensors[name]
 
     def _check_parts(self) -> None:
-        """Check that all parts were found: the metadata of a split model states their number."""
+        """Check what each part of a split model states: its number, and how many parts and tensors there are."""
         stated = self.metadata.value("split.count", 0)
-        if isinstance(stated, int) and stated > 1 and len(self._files) != stated:
+        if isinstance(stated, int) and stated > 1 and len(self._files) == 1:
             raise ArtifactError(
                 f"{self.path} is one of {stated} parts of a model, and its name does not lead to the others",
                 next_step=f"restore the parts' names, such as model-00001-of-{stated:05d}.gguf, in one directory",
             )
+        tensors = sum(len(file.tensors) for file in self._files)
+        for number, file in enumerate(self._files if len(self._files) > 1 else ()):
+            due = {"split.no": number, "split.count": len(self._files), "split.tensors.count": tensors}
+            for key, value in due.items():
+                if (states := file.value(key, value)) != value:
+                    raise ArtifactError(
+                        f"the part states {key} {states!r:.40}, and by the files' names and contents it is {value}",
+                        where=str(file.path),
+                        next_step="download all parts again into one directory, and keep their names",
+                    )
 
     def _check_types(self) -> None:
         """Check, before any tensor is read, that every tensor can be dequantized."""
