@@ -6,7 +6,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from backhand.engines.decoder_engine import COST
 from backhand.nn.decoder.family import ATTENTION, FUSED_QKV, DecoderConfig
-from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, QUANTIZED, decoder_config
+from backhand.nn.decoder.family_parsing import FAMILIES, decoder_config
+from backhand.nn.decoder.neutral_fields import FIXED, QUANTIZED
 from backhand.nn.decoder.rotary import SCALING_RULES
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.gguf_values import is_readable

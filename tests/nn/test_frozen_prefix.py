@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.kernels.builds import using
-from backhand.nn.decoder.decoder import FrozenPrefix
+from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from support.decode_steps import adapted
 
 

@@ -17,7 +17,7 @@ from backhand.errors import ArtifactError, UsageError
 from backhand.export.merging import describe_base
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import UnsupportedModel, decoder_config
-from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.held_base import held_bytes
 from backhand.nn.loading import open_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backhand.nn.batch import Scratch
+from backhand.nn.scratch import Scratch
 
 LIKE = torch.empty(0)
 
@@ -32,7 +32,7 @@ def test_buffers_stand_in_the_room_side_by_side(dtype):
     assert len({storage(buffer) for buffer in buffers}) == 1
     assert [buffer.unique().tolist() for buffer in buffers] == [[0], [1], [2]]
     assert all(buffer.data_ptr() % 64 == 0 for buffer in buffers)
-    scratch.let_go()
+    scratch.release()
     logits = scratch.take("logits", (100, 20), like)
     assert storage(logits) == storage(buffers[0])
 
@@ -44,5 +44,5 @@ def test_what_finds_no_room_stands_alone():
     wide = scratch.take("wide", (2, 2), LIKE.double())
     assert storage(inside) != storage(large)
     assert wide.dtype == torch.float64
-    scratch.let_go(reserved=True)
+    scratch.release(reserved=True)
     assert storage(scratch.take("normed", (6, 10), LIKE)) != storage(inside)

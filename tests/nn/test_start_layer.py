@@ -69,8 +69,8 @@ def test_nothing_below_is_looked_at() -> None:
     assert not torch.isfinite(decoder.loss(batch))
 
 
-def test_entering_above_what_is_trained_is_refused() -> None:
+def test_starting_above_a_trained_layer_is_refused() -> None:
     decoder, batch = upper_layers("llama"), supervise(tiny_documents((23, 9)))
     entered = replace(batch, start=StartStates(LOWEST + 1, decoder.layer_input(batch, LOWEST + 1)))
-    with pytest.raises(ValueError, match="the batch enters at layer 2, and layer 1 is trained"):
+    with pytest.raises(ValueError, match="the batch starts at layer 2, above the trained layer 1"):
         decoder.loss_and_gradients(entered, 0.1)

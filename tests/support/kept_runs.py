@@ -18,7 +18,8 @@ from backhand.loop.hidden_state_cache import KeptStates
 from backhand.loop.loggers import Observer
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import forward_backward as forward_backward_module
-from backhand.nn.decoder.decoder import Decoder, FrozenPrefix
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights
 from backhand.options.config import TrainConfig
 from backhand.training.run import train

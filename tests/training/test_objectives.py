@@ -432,7 +432,7 @@ def test_what_cancels_in_a_margin_takes_no_gradient_of_the_head(form: str, monke
         seen.append(len(x))
         return linear_cross_entropy_backward(x, *more, **options)
 
-    monkeypatch.setattr("backhand.nn.decoder.trained_ends.linear_cross_entropy_backward", noting)
+    monkeypatch.setattr("backhand.nn.decoder.adapted_head.linear_cross_entropy_backward", noting)
     found = []
     for share in (True, False):
         decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)

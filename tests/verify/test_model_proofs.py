@@ -15,7 +15,7 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
-from backhand.nn.decoder import block, projections, trained_ends
+from backhand.nn.decoder import adapted_head, block, projections
 from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
@@ -134,12 +134,12 @@ def test_a_head_whose_dropout_is_forgotten_is_found(models, rows, tmp_path, monk
     """The step without dropout on the head: each part alone is right, the step's gradient is not."""
     adapted = attach_lora(tiny_model("llama"), target_modules=["lm_head"], dropout=0.3)
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    right = trained_ends.linear_cross_entropy_backward
+    right = adapted_head.linear_cross_entropy_backward
 
     def without(x, weight, targets, head=None, *others, **room):
         return right(x, weight, targets, head and head._replace(dropout=None), *others, **room)
 
-    monkeypatch.setattr(trained_ends, "linear_cross_entropy_backward", without)
+    monkeypatch.setattr(adapted_head, "linear_cross_entropy_backward", without)
     failed = _failed(verify(options(models("llama"), rows, adapter=tmp_path)))
     assert failed == {"a training step's gradient in float32 = float64's"}
 

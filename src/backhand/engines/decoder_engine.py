@@ -20,11 +20,12 @@ from backhand.engines.short_decoder import short_decoder
 from backhand.errors import UsageError
 from backhand.generate.completer import EngineCompleter
 from backhand.kernels.builds import loops_are_there
-from backhand.nn.decoder.adapted_group import lowest_trained_group
+from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.decoder.decoder import Decoder, FrozenPrefix
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
@@ -69,7 +70,7 @@ class DecoderEngine(Engine):
         follows the block of queries, whose bounds a shared prefix moves. Behind a shared prefix the delta rule counts
         its chunks anew, and their bounds decide the order of its sums.
         """
-        lowest, _ = lowest_trained_group(layout, self.layers)
+        lowest = backward_end(layout, self.layers).layer
         layer, dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
         if not loops_are_there():

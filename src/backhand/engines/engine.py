@@ -22,7 +22,7 @@ from backhand.engines.memory.parts import ModelSize
 from backhand.engines.memory.plan import Below, HeldBase
 from backhand.generate.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
-from backhand.nn.decoder.decoder import FrozenPrefix
+from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from backhand.engines.engine import MoreBlocks, ShortModel
-from backhand.nn.decoder.adapted_group import lowest_trained_group
+from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights
@@ -44,7 +44,7 @@ def short_decoder(
         load: reads the weights of the first layers, as many as a configuration has; None for random ones.
     """
     count = len(config.layers)
-    lowest = min(lowest_trained_group(layout, count)[0], count - 1)
+    lowest = min(backward_end(layout, count).layer, count - 1)
     kinds = [_kind(config, layer) for layer in range(count)]
     region = range(lowest, count)
     weight_of = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}

@@ -22,9 +22,9 @@ from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.trained_weights import TrainedWeights
 from backhand.nn.decoder.weights import (
     BlockWeights,
-    TrainedWeights,
     dense_views,
     empty_weights,
     linear_parts,

@@ -39,7 +39,7 @@ from backhand.data.packing import RowPacker
 from backhand.errors import CheckError
 from backhand.files import FileLayer, write_all
 from backhand.nn.batch import PackedBatch, StartStates, bucket_size
-from backhand.nn.decoder.decoder import FrozenPrefix
+from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.runs.directory import Proof, ProofLog
 from backhand.system import read_at
 

@@ -29,7 +29,7 @@ from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
-from backhand.nn.decoder.per_layer_input import ple_inputs_forward
+from backhand.nn.decoder.ple_inputs import ple_inputs_forward
 from backhand.nn.decoder.weights import linear_parts
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense

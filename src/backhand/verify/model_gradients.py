@@ -31,7 +31,7 @@ from backhand.nn.decoder.cross_layer import CrossLayer, KeysAndValues
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.decoder.mixer import BlockContext
-from backhand.nn.decoder.per_layer_input import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
+from backhand.nn.decoder.ple_inputs import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.dpo import DPORule, dpo_reference

@@ -38,7 +38,7 @@ from backhand.nn.decoder.family import (
     QueryScaling,
     RotaryConfig,
 )
-from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
 from backhand.ops.causal_conv import Taps, causal_conv_reference
 from backhand.ops.decay_gate import decay_gate_reference

@@ -18,7 +18,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.loading import open_model
 from support.llama_cpp import LlamaCpp

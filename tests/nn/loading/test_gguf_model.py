@@ -19,7 +19,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary import inverse_frequencies
+from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.loading import fill, open_model
 from backhand.nn.loading.gguf_config import huggingface_config

@@ -22,7 +22,7 @@ import torch
 from backhand.engines.memory.shapes import StepShape
 from backhand.generate.completer import CACHE_BYTES
 from backhand.kernels.dense_product import is_taken
-from backhand.nn.decoder.adapted_group import lowest_trained_group
+from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
 from backhand.nn.decoder.weights import empty_weights, named_views
@@ -150,7 +150,7 @@ def decoder_size(
     # A table with trained rows is a copy of its own; a tensor trained in full has its gradient once beside the buffer.
     beside = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
     beside += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
-    adapted = layers[lowest_trained_group(layout, len(layers))[0] :]
+    adapted = layers[backward_end(layout, len(layers)).layer :]
     ranks = sum(slot.rank for slot in layout.slots if slot.name.startswith("model.layers."))
     # Elements per token of what enters and leaves a mixer; and of the gate, or of those of the experts that it goes to.
     mixers = [sum(one.sizes) + one.width for one in (config.at(layer).mixers[layer.mixer] for layer in adapted)]

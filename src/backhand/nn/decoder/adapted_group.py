@@ -1,17 +1,19 @@
-"""Which linear modules of a decoder have an adapter, and of what kind: groups of those that share an input.
+"""Adapters of a block, by group of linear modules that share an input.
 
-The groups of a block are its mixer's input (with attention q, k and v) and output; gate and up; down
-(`nn.decoder.family`); the head is a group of its own. Each is one stacked product (`nn.decoder.projections`), whose
-members name the views of the flat buffer to which the gradients of their factors are added.
+The groups of a block are the input of its mixer (q, k and v for attention), the output of the mixer, gate and up, and
+down (`Group`). The head is a group of its own. A group is computed as one stacked product (`nn.decoder.projections`).
+Its members hold views of the flat buffer to which the gradients of their factors are added, so that blocks and ops know
+neither names nor buffers.
 
-Most adapters are factors of linear modules and nothing else; a group of these has no `extras`. What else PEFT can train
-(DoRA's magnitudes, the bias of lora_B, whole weights) stands in the extras of its group (`group_extras`), and trained
-norms in the block's `norms`.
+Most adapters consist only of the factors of linear modules. Other trained tensors (DoRA's magnitudes, the bias of
+lora_B, whole weights) are in the `extras` of their group (`nn.decoder.group_extras`), and trained norms are in the
+`norms` of the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
@@ -26,50 +28,102 @@ from backhand.ops.lora_linear import Dropout
 from backhand.ops.low_rank import Member
 from backhand.ops.weight_tiles import FrozenMatrix
 
-INPUT, OUTPUT, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, BEFORE_BLOCKS = range(7)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
-class GroupAdapter(NamedTuple):
-    """The adapters of one group."""
+class Group(IntEnum):
+    """Groups of a block in the order of the forward pass. The values index `DecoderConfig.layer_groups`."""
 
-    names: tuple[str, ...]  # paths of its modules
-    group: LoRAGroup  # the factors of those that have some, and their dropout
-    extras: GroupExtras | None = None  # what is trained beside factors, None in most
+    INPUT = 0
+    OUTPUT = 1
+    GATE_UP = 2
+    DOWN = 3
+    PER_LAYER_GATE = 4
+    PER_LAYER_PROJECTION = 5
+
+
+ALL_GROUPS = frozenset(Group)
+BEFORE_BLOCKS = len(Group)
+"""Group number of the projection that computes the per-layer embeddings, for `block_seed`."""
+
+
+class GroupAdapter(NamedTuple):
+    """Adapters of one group."""
+
+    names: tuple[str, ...]  # module paths
+    group: LoRAGroup  # factors of the adapted modules, and their dropout
+    extras: GroupExtras | None = None  # trained tensors other than factors; None in most adapters
 
 
 _NO_NORMS: Mapping[str | None, Tensor] = MappingProxyType({})
 
 
 class BlockAdapter(NamedTuple):
-    """The four groups in the order of `GROUPS`, and the gradient views of trained norms by the ends of their names."""
+    """Adapters of a block's groups, and gradient views of its trained norms by the last parts of their names."""
 
     input: GroupAdapter
     output: GroupAdapter
     gate_up: GroupAdapter
     down: GroupAdapter
     norms: Mapping[str | None, Tensor] = _NO_NORMS
-    # gate and projection of the per-layer input, behind the MLP, where there is one
+    # gate and projection of the per-layer embeddings, in families that have them
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
 
+    @property
+    def mixer_extras(self) -> bool:
+        """Return True if the mixer sublayer trains more than factors."""
+        return self.input.extras is not None or self.output.extras is not None
 
-# Each norm of a block: the group below the one whose input gradient its own gradient needs.
-_NORM_PLACES = {
-    "input_layernorm": -1,
-    "operator_norm": -1,
-    "self_attn.q_norm": INPUT,
-    "self_attn.k_norm": INPUT,
-    "self_attn.q_layernorm": INPUT,
-    "self_attn.k_layernorm": INPUT,
-    "linear_attn.norm": INPUT,
-    "post_attention_layernorm": OUTPUT,  # behind attention or before the MLP
-    "pre_feedforward_layernorm": OUTPUT,
-    "ffn_norm": OUTPUT,
-    "post_feedforward_layernorm": DOWN,
-    "post_self_attn_layernorm": OUTPUT,
-    "post_mlp_layernorm": DOWN,
-    PER_LAYER_NORM: PER_LAYER_PROJECTION,
+    @property
+    def mlp_extras(self) -> bool:
+        """Return True if the MLP sublayer trains more than factors."""
+        return self.gate_up.extras is not None or self.down.extras is not None
+
+
+_BLOCK_INPUT = -1  # smaller than every group
+# Norms of a block by the group that precedes them in the forward pass. The gradient of a norm needs the input gradients
+# of all groups after it.
+_GROUP_BEFORE_NORM: dict[str, int] = {
+    "input_layernorm": _BLOCK_INPUT,
+    "operator_norm": _BLOCK_INPUT,
+    "self_attn.q_norm": Group.INPUT,
+    "self_attn.k_norm": Group.INPUT,
+    "self_attn.q_layernorm": Group.INPUT,
+    "self_attn.k_layernorm": Group.INPUT,
+    "linear_attn.norm": Group.INPUT,
+    "post_attention_layernorm": Group.OUTPUT,  # after attention or before the MLP, by family
+    "pre_feedforward_layernorm": Group.OUTPUT,
+    "ffn_norm": Group.OUTPUT,
+    "post_feedforward_layernorm": Group.DOWN,
+    "post_self_attn_layernorm": Group.OUTPUT,
+    "post_mlp_layernorm": Group.DOWN,
+    PER_LAYER_NORM: Group.PER_LAYER_PROJECTION,
 }
+
+
+class BackwardEnd(NamedTuple):
+    """End of the backward pass."""
+
+    layer: int  # lowest layer with a trained tensor; the number of layers if no block is trained
+    input_grads: frozenset[Group]  # groups of that layer whose input gradient is needed
+
+
+def backward_end(layout: AdapterLayout, layers: int) -> BackwardEnd:
+    """Return the layer and group in which the backward pass ends.
+
+    If the embedding or the projection of the per-layer embeddings is trained, it ends below layer 0, and all input
+    gradients are needed. In a block it ends at the lowest group with a trained tensor. All groups after that one need
+    their input gradients.
+    """
+    trained = [slot.name for slot in layout.slots]
+    trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.trained]
+    if EMBEDDING in trained or PER_LAYER_MODEL in trained:
+        return BackwardEnd(0, ALL_GROUPS)
+    positions = [_layer_and_group(name) for name in trained if name.startswith("model.layers.")]
+    if not positions:
+        return BackwardEnd(layers, frozenset())
+    layer, lowest = min(positions)
+    return BackwardEnd(layer, frozenset(group for group in Group if group > lowest))
 
 
 def block_adapter(
@@ -79,12 +133,13 @@ def block_adapter(
     dropout_seed: int | None,
     weights: Mapping[str, FrozenMatrix] | None = None,
 ) -> BlockAdapter:
-    """The adapter of one block in the compute dtype; no dropout without a seed.
+    """Return the adapters of one block in the compute dtype.
 
     Args:
         lora: the adapter, or None.
-        weights: (out, in) of the block's projections by the ends of their names, `self_attn.q_proj` and so on; needed
-            by DoRA alone, whose norms are taken here.
+        dropout_seed: seed of the step, or None for no dropout.
+        weights: (out, in) of the block's projections by the last parts of their names, such as `self_attn.q_proj`.
+            Only DoRA needs them, for its norms.
     """
     sized, groups = config.at(config.layers[layer]), config.layer_groups[layer]
     hidden = (config.hidden_size,)
@@ -92,20 +147,27 @@ def block_adapter(
     if config.per_layer is not None:
         sizes += [(config.per_layer.width,), hidden]
 
-    def group(index: int) -> GroupAdapter:
-        names = tuple(f"model.layers.{layer}.{part}" for part in groups[index])
-        parts = None if weights is None else [weights[part] for part in groups[index]]
-        seed = None if dropout_seed is None else block_seed(dropout_seed, layer, index)
-        return group_adapter(lora, names, sizes[index], seed, parts)
+    def adapter(group: Group) -> GroupAdapter:
+        names = tuple(f"model.layers.{layer}.{part}" for part in groups[group])
+        parts = None if weights is None else [weights[part] for part in groups[group]]
+        seed = None if dropout_seed is None else block_seed(dropout_seed, layer, group)
+        return group_adapter(lora, names, sizes[group], seed, parts)
 
-    adapters = group(INPUT), group(OUTPUT), group(GATE_UP), group(DOWN)
+    adapters = adapter(Group.INPUT), adapter(Group.OUTPUT), adapter(Group.GATE_UP), adapter(Group.DOWN)
     norms = _NO_NORMS if lora is None or not lora.trained else _norm_gradients(lora, layer)
-    behind = (group(PER_LAYER_GATE), group(PER_LAYER_PROJECTION)) if len(groups) > PER_LAYER_GATE else None
-    return BlockAdapter(*adapters, norms, behind)
+    per_layer = None
+    if len(groups) > Group.PER_LAYER_GATE:
+        per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
+    return BlockAdapter(*adapters, norms, per_layer)
 
 
 def before_blocks_adapter(lora: LoRAParameters | None, dropout_seed: int | None, weight: FrozenMatrix) -> GroupAdapter:
-    """The adapter of the per-layer inputs' own projection, of the frozen `weight`; no dropout without a seed."""
+    """Return the adapter of the projection that computes the per-layer embeddings.
+
+    Args:
+        dropout_seed: seed of the step, or None for no dropout.
+        weight: the frozen weight of the projection.
+    """
     seed = None if dropout_seed is None else block_seed(dropout_seed, 0, BEFORE_BLOCKS)
     return group_adapter(lora, (PER_LAYER_MODEL,), (weight.shape[0],), seed, (weight,))
 
@@ -117,13 +179,14 @@ def group_adapter(
     seed: int | None,
     weights: Sequence[FrozenMatrix] | None = None,
 ) -> GroupAdapter:
-    """The adapter of modules that share an input.
+    """Return the adapter of modules that share an input.
 
     Args:
         lora: the adapter, or None.
-        sizes: outputs of each.
-        seed: of their dropout mask, None for no dropout.
-        weights: (out, in) of each; needed by DoRA alone.
+        names: module paths.
+        sizes: output features of each module.
+        seed: of the dropout mask, or None for no dropout.
+        weights: (out, in) of each module. Only DoRA needs them.
     """
     if lora is None:
         return GroupAdapter(names, LoRAGroup())
@@ -144,50 +207,38 @@ def group_adapter(
 
 
 def group_seed(dropout_seed: int, layer: int, group: int) -> int:
-    """A seed of its own for every (step's seed, layer, group), so that a mask can be drawn again in backward."""
+    """Return the dropout seed of a group, distinct for every (seed of the step, layer, group).
+
+    The backward pass draws the same mask again from it.
+    """
     return (dropout_seed * 1_000_003 + layer * len(GROUPS) + group) & (2**63 - 1)
 
 
 def block_seed(dropout_seed: int, layer: int, group: int) -> int:
-    """The same of one of a block's groups: those behind the four have places of their own, below all others."""
+    """Return the dropout seed of any group of a block. Groups after `DOWN` use negative layer numbers."""
     if group < len(GROUPS):
         return group_seed(dropout_seed, layer, group)
     return group_seed(dropout_seed, -1 - layer, group - len(GROUPS))
 
 
-def lowest_trained_group(layout: AdapterLayout, layers: int) -> tuple[int, int]:
-    """(layer, group) below which no gradient is needed.
-
-    (layers, 0) when nothing in a block is trained (only the head may be); (0, -1) when the embedding is, or what makes
-    the per-layer inputs. A norm counts as the group below the one that reads it, since its gradient needs that one's
-    input gradient.
-    """
-    trained = [slot.name for slot in layout.slots]
-    trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.trained]
-    if EMBEDDING in trained or PER_LAYER_MODEL in trained:
-        return 0, -1
-    places = [_place(name) for name in trained if name.startswith("model.layers.")]
-    return min(places, default=(layers, 0))
-
-
 def trains_embedding(lora: LoRAParameters) -> bool:
-    """Whether the adapter has anything in the embedding."""
+    """Return True if the adapter trains anything in the embedding."""
     return EMBEDDING in lora or any(name.startswith(f"{EMBEDDING}.") for name in lora.trained)
 
 
-def _place(name: str) -> tuple[int, int]:
-    """(layer, group) of a module in a block."""
+def _layer_and_group(name: str) -> tuple[int, int]:
+    """Return the layer of a module in a block, and its group. For a norm, return the group before it."""
     _, _, layer, part = name.split(".", 3)
-    return int(layer), GROUP_OF[part] if part in GROUP_OF else _NORM_PLACES[part]
+    return int(layer), GROUP_OF[part] if part in GROUP_OF else _GROUP_BEFORE_NORM[part]
 
 
 def group_of(part: str) -> int:
-    """`INPUT`, `OUTPUT`, `GATE_UP` or `DOWN`: the group of a linear module, by the end of its name."""
+    """Return the group of a linear module by the last parts of its name, such as `self_attn.q_proj`."""
     return GROUP_OF[part]
 
 
 def _norm_gradients(lora: LoRAParameters, layer: int) -> dict[str | None, Tensor]:
-    """Gradient views of the block's norms that are trained, by the ends of their names."""
+    """Return the gradient views of the block's trained norms by the last parts of their names."""
     prefix = f"model.layers.{layer}."
-    names = {part: f"{prefix}{part}.weight" for part in _NORM_PLACES}
+    names = {part: f"{prefix}{part}.weight" for part in _GROUP_BEFORE_NORM}
     return {part: lora.gradient(name) for part, name in names.items() if name in lora.trained}

@@ -129,8 +129,8 @@ def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor,
 
 def attended_qkv(kept: MixerSaved, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
-    if kept.own.factors is not None:
-        return prepare_qkv(kept.input, weights, context, kept.own.factors)[:3]
+    if kept.inner.factors is not None:
+        return prepare_qkv(kept.input, weights, context, kept.inner.factors)[:3]
     q, _, k, v = _parts(kept.input, context.config)
     return q, k, v
 
@@ -147,7 +147,7 @@ def attention_input_gradient(
 
     `output`, (T, q), receives o where it is not kept, if there is a place for it.
     """
-    config, own = context.config, kept.own
+    config, own = context.config, kept.inner
     d_qkv, d_attended = torch.empty_like(kept.input), _by_head(d_output, config)
     if own.attended is None:
         attended, d_by_head = None if kept.output is None else _by_head(kept.output, config), _by_head(d_qkv, config)
@@ -170,7 +170,7 @@ def attention_input_gradient(
 ATTENTION_MIXER = Mixer(
     attention_output,
     attention_input_gradient,
-    attending=prepare_qkv,
+    qkv=prepare_qkv,
     recomputes_output=recomputes_output,
     output=output_by_itself,
 )

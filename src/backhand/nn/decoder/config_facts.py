@@ -13,7 +13,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, cast
 
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.decoder.family_parsing import NEUTRAL, decoder_config
+from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.decoder.neutral_fields import NEUTRAL
 from backhand.nn.loading.source import ModelSource
 
 _PARSED_BY = "parsed by"

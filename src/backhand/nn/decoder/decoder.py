@@ -13,15 +13,14 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
+from backhand.nn.decoder.adapted_head import head_adapter, head_factors, head_losses
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.projections import group_forward
-from backhand.nn.decoder.trained_ends import head_adapter, head_factors, head_losses
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes, check_fits
-from backhand.ops.frozen_matrix import takes_tiles
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.logits_rule import ruled
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
@@ -144,53 +143,3 @@ class Decoder(ForwardBackward):
     def loss(self, batch: PackedBatch) -> Tensor:
         """Σ nats over supervised tokens, 0-d float64, without gradients and without dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)
-
-
-_DOCUMENT = 8
-"""Tokens of a document that numbers of rows are compared with; of a batch what remains is one more."""
-
-
-class FrozenPrefix:
-    """The layers of a decoder below the lowest adapted one: states that a run may keep in place of them.
-
-    What a row comes to there is the same in each epoch, and so are its bits if they do not depend on the other rows of
-    its batch. All kernels beside the products compute each document by itself. Our own product gives a row the same
-    bits among any number of rows. A library chooses kernels, blocks and threads by that number: with AVX-512 oneDNN and
-    MKL keep to one order within a row's sums, with AMX or AVX2 not always. So it is looked at, by bits and never by the
-    clock.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._usual_tokens = 1
-        self._usual_states: Tensor | None = None
-
-    def set_usual_tokens(self, tokens: int) -> None:
-        """See `is_batch_invariant`: the number of tokens that batches mostly have."""
-        self._usual_tokens, self._usual_states = tokens, None
-
-    def layer_input(self, batch: PackedBatch, layer: int) -> Tensor:
-        """See `Decoder.entering`."""
-        return self._decoder.layer_input(batch, layer)
-
-    def is_batch_invariant(self, tokens: int, layer: int) -> bool:
-        """Whether what enters a layer has, in a batch of so many tokens, the bits that it has among the usual number.
-
-        Where products differ, one element in ten thousand does, and all behind it: nearly every row in the end.
-        """
-        fewer = min(tokens, self._usual_tokens)
-        if tokens == self._usual_tokens or takes_tiles(self._decoder.weights.blocks[0].input):
-            return True
-        alike = fewer // _DOCUMENT * _DOCUMENT
-        if alike == 0:
-            return False  # without a whole document there is nothing to compare
-        if self._usual_states is None:
-            self._usual_states = self._probe(self._usual_tokens, layer)
-        found = self._probe(tokens, layer)
-        return torch.equal(found[:alike], self._usual_states[:alike])
-
-    def _probe(self, tokens: int, layer: int) -> Tensor:
-        """What enters the layer in a batch of so many tokens, documents of which begin every other one."""
-        ids = torch.arange(tokens, device=self._decoder.device) * 7919 % self._decoder.config.vocab_size
-        lengths = (_DOCUMENT,) * (tokens // _DOCUMENT) + ((tokens % _DOCUMENT,) if tokens % _DOCUMENT else ())
-        return self.layer_input(PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), lengths), layer)

@@ -35,16 +35,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from backhand.errors import not_none
 from backhand.kernels.builds import loops_are_there
 from backhand.kernels.few_rows import QUICK_ROW
-from backhand.nn.batch import Scratch, document_runs
+from backhand.nn.batch import document_runs
 from backhand.nn.decoder.attention_mixer import gated_output, layer_scores
 from backhand.nn.decoder.block import MIXERS, mlp_sublayer_forward
 from backhand.nn.decoder.decode_step import DecodeStep, decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.kv_cache import KVCache, Where
 from backhand.nn.decoder.mixer import BlockContext, Rows
-from backhand.nn.decoder.per_layer_input import ple_forward
+from backhand.nn.decoder.ple_block import ple_forward
 from backhand.nn.decoder.projections import group_forward, pre_norm_forward, residual_forward
 from backhand.nn.decoder.weights import DecoderWeights
+from backhand.nn.scratch import Scratch
 from backhand.ops.attention import attention_forward
 from backhand.ops.attention_blocks import Scores, attention_blocks_forward
 from backhand.ops.frozen_matrix import frozen_rows
@@ -291,11 +292,11 @@ class IncrementalDecoder:
         n1, _ = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
         mixer = MIXERS[context.layer.mixer]
         entering, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
-        if mixer.continued is None:
-            q, k, v = not_none(mixer.attending)(entering, weights, context)[:3]
+        if mixer.extend is None:
+            q, k, v = not_none(mixer.qkv)(entering, weights, context)[:3]
             output = gated_output(entering, attend(index, q, k, v), config)
         else:
-            output = mixer.continued(entering, weights, self.cache.states[index], rows, config)
+            output = mixer.extend(entering, weights, self.cache.states[index], rows, config)
         after = weights.after_attention_norm
         x1, _, _ = residual_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
         x2, _ = mlp_sublayer_forward(x1, weights, adapter, config, context.scratch)

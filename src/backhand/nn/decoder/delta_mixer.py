@@ -82,7 +82,7 @@ def delta_backward(
     _output: Tensor | None,
 ) -> Tensor:
     """∂L/∂[q k v | z | b | a] from ∂L/∂y, (T, value heads · value width); the norm's gradient is added if trained."""
-    sizes, own, x = not_none(context.config.delta), kept.own, kept.input
+    sizes, own, x = not_none(context.config.delta), kept.inner, kept.input
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     d_x = torch.empty_like(x)
     d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
@@ -124,7 +124,7 @@ def delta_states(
     return seen, torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 
-def delta_continued(
+def delta_extend(
     x: Tensor, weights: BlockWeights, states: tuple[Tensor, ...], rows: Sequence[Rows], config: DecoderConfig
 ) -> Tensor:
     """y of new tokens, (tokens, value heads · value width), behind what rows have seen; the states go on with them.
@@ -178,4 +178,4 @@ def _taps(weights: BlockWeights) -> Taps:
     return Taps(not_none(weights.conv).squeeze(1))
 
 
-GATED_DELTA_RULE = Mixer(delta_forward, delta_backward, delta_states, delta_continued)
+GATED_DELTA_RULE = Mixer(delta_forward, delta_backward, delta_states, delta_extend)

@@ -28,19 +28,16 @@ import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.nn.batch import Scratch
-from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, BlockAdapter, GroupAdapter
+from backhand.nn.decoder.adapted_group import BlockAdapter, Group, GroupAdapter
 from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
 from backhand.nn.decoder.projections import (
-    formed,
-    pre_norm_backward,
+    normalized,
     pre_norm_forward,
-    pre_norm_saved,
-    residual_backward,
     residual_sum,
 )
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import expert_factors, gate_and_up
+from backhand.nn.scratch import Scratch
 from backhand.ops.activation import Activated
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
 from backhand.ops.expert_bias import ExpertBiasSaved, expert_bias_backward, expert_bias_forward
@@ -74,7 +71,7 @@ class ExpertsSaved(NamedTuple):
     gate_up: Tensor | None  # (T · k, 2f), sorted by expert; None when recomputed
     h_gate_up: Tensor | None  # (T · k, rank); None when recomputed
     h_down: Tensor  # (T · k, rank)
-    projected: RMSNormSaved | None  # input and factor of the norm after, if any
+    post_norm: RMSNormSaved | None  # input and factor of the norm after the sublayer, if any
 
 
 class ExpertMatrices(Sequence[FrozenMatrix]):
@@ -127,66 +124,65 @@ def experts_sublayer_forward(
     y, _ = combine_forward(z, routing)
     if weights.down_bias is not None:
         y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
-    x2, projected = residual_sum(x1, y, weights.after_mlp_norm, config)
-    return x2, ExpertsSaved(factor, routed, shares, routing, gate_up, h_gate_up, down.h, projected)
+    x2, post_norm = residual_sum(x1, y, weights.after_mlp_norm, config)
+    return x2, ExpertsSaved(factor, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm)
 
 
-def experts_sublayer_backward(
-    d_x2: Tensor,
-    x1: Tensor,
-    kept: ExpertsSaved,
+def experts_backward(
+    d_y: Tensor,
+    n2: Tensor | RMSNormSaved,
+    saved: ExpertsSaved,
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
-    lowest_group: int,
+    input_grads: frozenset[Group],
 ) -> Tensor | None:
-    """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
-    mixture, routing = not_none(config.mixture), kept.routing
-    d_y = residual_backward(d_x2, kept.projected, adapter.norms.get(config.norms.after_mlp), config)
-    norm = pre_norm_saved(x1, weights.mlp_norm, kept.factor, config)
-    n2 = formed(norm)
-    gate_up, h_gate_up = kept.gate_up, kept.h_gate_up
-    if gate_up is None or h_gate_up is None:
-        gate_up, h_gate_up = _gate_up(n2, routing, weights, adapter, mixture)
+    """Return d_n₂ for the gradient d_y of the experts' combined output, (T, hidden) both.
 
-    # p and p̂ again: of the first the shares' gradient, of the second that of the down projection's lora_A.
+    Returns None if the backward pass ends here: at the first of the groups DOWN and GATE_UP not in `input_grads`.
+    """
+    mixture, routing, x = not_none(config.mixture), saved.routing, normalized(n2)
+    gate_up, h_gate_up = saved.gate_up, saved.h_gate_up
+    if gate_up is None or h_gate_up is None:
+        gate_up, h_gate_up = _gate_up(x, routing, weights, adapter, mixture)
+
+    # Recompute p for the gradient of the shares, and p̂ for that of the down projection's lora_A.
     gate, up = gate_up[:, : mixture.width], gate_up[:, mixture.width :]
-    ready: Activated | None = None
+    activated: Activated | None = None
     if mixture.clamp is not None:
         p, _ = clamped_glu_forward(gate, up, mixture.clamp)
     else:
-        p, ready = glu_recompute(GLUSaved(gate, up, config.activation))
-    weighed, weighing = weigh_forward(p, kept.shares, routing)
+        p, activated = glu_recompute(GLUSaved(gate, up, config.activation))
+    weighed, weighing = weigh_forward(p, saved.shares, routing)
     d_z = combine_backward(d_y, CombineSaved(routing)).d_z
     matrices, factors = ExpertMatrices(weights.down, mixture.experts), _factors(adapter.down, mixture)
-    saved = ExpertLinearSaved(weighed, matrices, routing.counts, factors, kept.h_down, None)
-    d_weighed = _projection_backward(d_z, saved, adapter.down, mixture, lowest_group < DOWN)
-    del d_z, weighed, saved
+    down = ExpertLinearSaved(weighed, matrices, routing.counts, factors, saved.h_down, None)
+    d_weighed = _projection_backward(d_z, down, adapter.down, mixture, Group.DOWN in input_grads)
+    del d_z, weighed, down
     if d_weighed is None:
         return None
     d_p, d_shares = weigh_backward(d_weighed, weighing)
     if weights.down_bias is not None:
-        biases = ExpertBiasSaved(_by_expert(weights.down_bias, mixture), kept.routed.chosen)
+        biases = ExpertBiasSaved(_by_expert(weights.down_bias, mixture), saved.routed.chosen)
         d_shares += expert_bias_backward(d_y, biases).d_weights
-    del d_y
     del d_weighed, weighing, p
     d_gate_up = torch.empty_like(gate_up)
     if mixture.clamp is not None:
         clamped_glu_backward(d_p, ClampedGLUSaved(gate, up, mixture.clamp), out=d_gate_up)
     else:
-        glu_backward(d_p, GLUSaved(gate, up, config.activation), ready=ready, out=d_gate_up)
-    del d_p, ready
+        glu_backward(d_p, GLUSaved(gate, up, config.activation), ready=activated, out=d_gate_up)
+    del d_p, activated
 
-    rows, _ = dispatch_forward(n2, routing)
+    rows, _ = dispatch_forward(x, routing)
     matrices, factors = ExpertMatrices(weights.gate_up, mixture.experts), _factors(adapter.gate_up, mixture)
-    saved = ExpertLinearSaved(rows, matrices, routing.counts, factors, h_gate_up, None)
-    d_rows = _projection_backward(d_gate_up, saved, adapter.gate_up, mixture, lowest_group < GATE_UP)
-    del rows, d_gate_up, saved
+    first = ExpertLinearSaved(rows, matrices, routing.counts, factors, h_gate_up, None)
+    d_rows = _projection_backward(d_gate_up, first, adapter.gate_up, mixture, Group.GATE_UP in input_grads)
+    del rows, d_gate_up, first
     if d_rows is None:
         return None
     d_n2 = dispatch_backward(d_rows, DispatchSaved(routing)).d_x
-    d_n2.add_(frozen_input_gradient(router_backward(d_shares, kept.routed).d_logits, not_none(weights.router)))
-    return pre_norm_backward(d_n2, norm, adapter.norms.get(config.norms.before_mlp), d_x2)
+    d_router = frozen_input_gradient(router_backward(d_shares, saved.routed).d_logits, not_none(weights.router))
+    return d_n2.add_(d_router)
 
 
 def _gate_up(

@@ -288,7 +288,7 @@ class DecoderConfig:
     mixture: Mixture | None = None  # of layers of experts (Mixtral, Qwen3-MoE, gpt-oss); None without any
     short_conv: ShortConv | None = None  # of layers with this mixer (LFM2); None without any
     value_norm: bool = False  # a norm without weight on values, and layers that may share keys (Gemma 4)
-    # what each layer is given beside the stream (Gemma 4), see `nn.decoder.per_layer_input`; None without
+    # what each layer is given beside the stream (Gemma 4), see `nn.decoder.ple_inputs`; None without
     per_layer: PerLayerInput | None = None
     layer_scalar: bool = False  # whether a block's output is multiplied by a number of its own (Gemma 4)
     logits: LogitsRule = PLAIN  # the logits' multiplier and cap

@@ -60,6 +60,7 @@ from backhand.nn.decoder.expert_families import gpt_oss, mixtral, qwen3_moe
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.gemma4_fields import gemma4_text
 from backhand.nn.decoder.mixed_families import granite4, lfm2, qwen3_5
+from backhand.nn.decoder.neutral_fields import FIXED, NEUTRAL, QUANTIZED
 from backhand.nn.decoder.rotary import (
     FULL,
     gemma_rotary,
@@ -299,36 +300,3 @@ _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 """The values of `model_type` that the engine knows."""
-
-
-# Config fields, of any family, that do not change what a model computes, or do so only beside one value.
-
-
-NEUTRAL = (
-    # What is written about the file, the classes and the dtype of storage.
-    "_name_or_path", "name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version",
-    "model_type", "tokenizer_class", "transformers.js_config", "auto_map",
-    # How to run it, not what it computes; dropout of the attention is off as in evaluation.
-    "use_cache", "cache_implementation", "attn_implementation", "_attn_implementation", "experts_implementation",
-    "_experts_implementation", "return_dict", "use_return_dict", "output_hidden_states", "output_attentions",
-    "output_router_logits",
-    "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing", "attention_dropout", "resid_pdrop",
-    "embd_pdrop",
-    "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan",
-    # Before training, heads for other tasks, layers behind the model.
-    "initializer_range", "id2label", "label2id", "num_labels", "problem_type", "mtp_layer_types",
-    # How routers are trained: a loss of their own, and noise.
-    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-    # Token ids; eos_token_id is used, and pad_token_id read apart.
-    "bos_token_id", "pad_token_id",
-    # Of images.
-    "vision_aspect_ratio", "vision_feature_layer", "vision_feature_select_strategy",
-)  # fmt: skip
-
-
-FIXED: dict[str, object] = {"is_encoder_decoder": False, "is_causal": True}
-"""Fields with the one value (beside null) for which the engine computes the same."""
-
-
-QUANTIZED = ("quantization_config", "compression_config", "quantization")
-"""Where a directory says that its weights are quantized; the last is MLX's."""

@@ -1,8 +1,9 @@
-"""The halves' backward where the block's own order (`nn.decoder.block`) does not do, chosen once for a half.
+"""General backward of a block's sublayers, for blocks that the plain order in `nn.decoder.block` does not cover.
 
-Some group trains more than factors, and its gradients need its input beforehand (`group_extras`), or nothing below some
-group needs a gradient, and the pass ends there. So each projection is given its input and makes all its gradients at
-once (`group_backward`): p and o are recomputed before, not on the way.
+It is used in three cases: the MLP sublayer is a mixture of experts (`nn.decoder.experts`), a group trains more than
+LoRA factors (`nn.decoder.group_extras`), or the backward pass ends inside the sublayer. Each projection receives its
+input and computes all its gradients in one call, so p and o are recomputed first. `input_grads` contains the groups
+whose input gradient is needed; the pass ends at the first group that is not in it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.nn.decoder.adapted_group import DOWN, GATE_UP, INPUT, OUTPUT, BlockAdapter
+from backhand.nn.decoder.adapted_group import BlockAdapter, Group
+from backhand.nn.decoder.experts import ExpertsSaved, experts_backward
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved, MLPSaved
 from backhand.nn.decoder.projections import (
@@ -24,61 +26,80 @@ from backhand.nn.decoder.projections import (
 )
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.ops.glu import GLUSaved, glu_backward, glu_recompute
+from backhand.ops.rms_norm import RMSNormSaved
 
 
 def general_mlp_backward(
     d_x2: Tensor,
     x1: Tensor,
-    kept: MLPSaved,
+    saved: MLPSaved | ExpertsSaved,
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
-    lowest_group: int,
+    input_grads: frozenset[Group],
 ) -> Tensor | None:
-    """d_x₁ from d_x₂, (T, hidden) both, or None when nothing below needs it."""
-    ffn, norms = config.intermediate_size, config.norms
-    n2 = pre_norm_saved(x1, weights.mlp_norm, kept.factor, config)
-    a_u, h = saved_or_recomputed_gate_up(kept, n2, weights, adapter)
-    d_down = residual_backward(d_x2, kept.projected, adapter.norms.get(norms.after_mlp), config)
+    """Return d_x₁ for d_x₂, (T, hidden) both, or None if the backward pass ends here."""
+    n2 = pre_norm_saved(x1, weights.mlp_norm, saved.factor, config)
+    d_y = residual_backward(d_x2, saved.post_norm, adapter.norms.get(config.norms.after_mlp), config)
+    if isinstance(saved, ExpertsSaved):
+        d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grads)
+    else:
+        d_n2 = _gated_mlp_backward(d_y, n2, saved, weights, adapter, config, input_grads)
+    return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.norms.get(config.norms.before_mlp), d_x2)
+
+
+def _gated_mlp_backward(
+    d_y: Tensor,
+    n2: Tensor | RMSNormSaved,
+    saved: MLPSaved,
+    weights: BlockWeights,
+    adapter: BlockAdapter,
+    config: DecoderConfig,
+    input_grads: frozenset[Group],
+) -> Tensor | None:
+    """Return d_n₂ for ∂L/∂(p W_dᵀ), (T, hidden) both, or None if the backward pass ends here."""
+    ffn = config.intermediate_size
+    a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter)
     unit = GLUSaved(a_u[:, :ffn], a_u[:, ffn:], config.activation)
-    p, ready = glu_recompute(unit)
-    d_p = group_backward(d_down, p, weights.down, adapter.down, kept.h_down, input_gradient=lowest_group < DOWN)
-    del p, d_down
+    p, activated = glu_recompute(unit)
+    needs_d_p = Group.DOWN in input_grads
+    d_p = group_backward(d_y, p, weights.down, adapter.down, saved.h_down, input_gradient=needs_d_p)
+    del p
     if d_p is None:
         return None
-    glu_backward(d_p, unit, ready=ready, out=a_u)
-    del ready, d_p
-    d_n2 = group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=lowest_group < GATE_UP)
-    return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.norms.get(norms.before_mlp), d_x2)
+    glu_backward(d_p, unit, ready=activated, out=a_u)
+    del activated, d_p
+    return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=Group.GATE_UP in input_grads)
 
 
 def general_mixer_backward(
     d_x1: Tensor,
     x0: Tensor,
-    kept: MixerSaved,
+    saved: MixerSaved,
     weights: BlockWeights,
     adapter: BlockAdapter,
     context: BlockContext,
     mixer: Mixer,
-    lowest_group: int,
+    input_grads: frozenset[Group],
 ) -> Tensor | None:
-    """d_x₀, (T, hidden), from d_x₁, of what is loss_positions of it, or None when nothing below needs it."""
-    config, loss_positions, norms = context.config, context.loss_positions, context.config.norms
-    n1 = pre_norm_saved(x0, weights.attention_norm, kept.factor, config)
-    d_projected = residual_backward(d_x1, kept.projected, adapter.norms.get(norms.after_attention), config)
-    o = not_none(mixer.output)(kept, weights, context) if kept.output is None else kept.output
+    """Return d_x₀, (T, hidden), for d_x₁ at the loss positions, or None if the backward pass ends here."""
+    config, positions, norms = context.config, context.loss_positions, context.config.norms
+    n1 = pre_norm_saved(x0, weights.attention_norm, saved.factor, config)
+    d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)
+    o = not_none(mixer.output)(saved, weights, context) if saved.output is None else saved.output
     d_o = group_backward(
-        *(d_projected, gather_rows(o, loss_positions), weights.output, adapter.output, kept.h_output),
-        input_gradient=lowest_group < OUTPUT,
+        *(d_projected, gather_rows(o, positions), weights.output, adapter.output, saved.h_output),
+        input_gradient=Group.OUTPUT in input_grads,
     )
     del o, d_projected
     if d_o is None:
         return None
-    d_input = mixer.backward(scatter_rows(d_o, loss_positions, x0), kept, weights, context, adapter, kept.output)
+    d_input = mixer.backward(scatter_rows(d_o, positions, x0), saved, weights, context, adapter, saved.output)
     del d_o
-    d_n1 = group_backward(d_input, n1, weights.input, adapter.input, kept.h_input, input_gradient=lowest_group < INPUT)
+    needs_d_n1 = Group.INPUT in input_grads
+    d_n1 = group_backward(d_input, n1, weights.input, adapter.input, saved.h_input, input_gradient=needs_d_n1)
     if d_n1 is None:
         return None
-    residual_grad = d_x1 if loss_positions is None else None
+    residual_grad = d_x1 if positions is None else None
     d_x0 = pre_norm_backward(d_n1, n1, adapter.norms.get(norms.before_attention), residual_grad)
-    return d_x0 if loss_positions is None else d_x0.index_add_(0, loss_positions, d_x1)
+    return d_x0 if positions is None else d_x0.index_add_(0, positions, d_x1)

@@ -54,7 +54,7 @@ class KVCache:
         pages = 1 + _pages(capacity)
         shapes = []
         for layer in config.layers:
-            sized, keeps = config.at(layer), MIXERS[layer.mixer].attending is not None and layer.kv_source is None
+            sized, keeps = config.at(layer), MIXERS[layer.mixer].qkv is not None and layer.kv_source is None
             shapes.append((sized.num_key_value_heads if keeps else 0, pages * PAGE, sized.head_dim))
         # Zeros, since what stands at no token's place is masked, not left out, and 0 times a stray NaN would be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]

@@ -69,7 +69,7 @@ def shared_attention_forward(
     return output.flatten(1), SharedAttentionSaved(attended.log_sum_exp, tuple(norm.factor for norm in norms))
 
 
-def attending(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+def shared_qkv(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention takes them, (T, heads, head_dim) each; what others use is lent on the way."""
     return _prepared(z, weights, context)[:3]
 
@@ -110,7 +110,7 @@ def shared_attention_backward(
     """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
     config, own, cross_layer, kv_source = (
         context.config,
-        kept.own,
+        kept.inner,
         not_none(context.cross_layer),
         context.layer.kv_source,
     )
@@ -139,4 +139,4 @@ def shared_attention_backward(
     return d_z
 
 
-SHARED_ATTENTION = Mixer(shared_attention_forward, shared_attention_backward, attending=attending)
+SHARED_ATTENTION = Mixer(shared_attention_forward, shared_attention_backward, qkv=shared_qkv)

@@ -49,7 +49,7 @@ def short_conv_states(
     return (torch.zeros(rows, not_none(config.short_conv).taps - 1, config.hidden_size, dtype=dtype, device=device),)
 
 
-def short_conv_continued(
+def short_conv_extend(
     bcx: Tensor, weights: BlockWeights, states: tuple[Tensor, ...], rows: Sequence[Rows], _config: DecoderConfig
 ) -> Tensor:
     """y of new tokens, (tokens, channels), each behind what its row has seen; the states go on with them.
@@ -74,4 +74,4 @@ def _taps(weights: BlockWeights) -> Taps:
     return Taps(not_none(weights.conv).squeeze(1), weights.conv_bias)
 
 
-SHORT_CONVOLUTION = Mixer(short_conv_forward, short_conv_backward, short_conv_states, short_conv_continued)
+SHORT_CONVOLUTION = Mixer(short_conv_forward, short_conv_backward, short_conv_states, short_conv_extend)

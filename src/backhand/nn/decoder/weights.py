@@ -9,7 +9,7 @@ quantized (`ops.frozen_matrix`); norms and biases are always tensors in the comp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,8 @@ from backhand.nn.decoder.family import (
 )
 from backhand.nn.loading.expert_tensors import expert_slices
 from backhand.nn.loading.source import ModelSource, check_shapes, fill
-from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes
-from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense, frozen_split
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_split
 
 
 @dataclass
@@ -100,7 +99,7 @@ class DecoderWeights:
     per_layer: PerLayerWeights | None = None
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A field of `BlockWeights`, and the tensors that lie in it one below another."""
 
     field: str
@@ -111,21 +110,21 @@ class _Part(NamedTuple):
     trainable: bool = True  # whether an adapter can train what is in it as it is
 
 
-def _parts(config: DecoderConfig, layer: LayerConfig) -> list[_Part]:
+def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
     """What a block consists of."""
     sized, own, hidden = config.at(layer), config.per_layer, config.hidden_size
     mixer, mixture = sized.mixers[layer.mixer], config.mixture if layer.experts else None
-    parts: list[_Part] = []
+    parts: list[Part] = []
 
     def group(field: str, modules: Sequence[str], outputs: Sequence[int], inputs: int, bias: bool = False) -> None:
         trainable = field not in ("gate_up", "down") or mixture is None
-        parts.append(_Part(field, tuple(f"{one}.weight" for one in modules), outputs, (inputs,), True, trainable))
+        parts.append(Part(field, tuple(f"{one}.weight" for one in modules), outputs, (inputs,), True, trainable))
         if bias:
             names = tuple(f"{one}.bias" for one in modules)
-            parts.append(_Part(f"{field}_bias", names, outputs, (), trainable=trainable))
+            parts.append(Part(f"{field}_bias", names, outputs, (), trainable=trainable))
 
     def alone(field: str, name: str, *shape: int, trainable: bool = True) -> None:
-        parts.append(_Part(field, (name,), shape[:1], shape[1:], trainable=trainable))
+        parts.append(Part(field, (name,), shape[:1], shape[1:], trainable=trainable))
 
     group("input", mixer.groups[0], mixer.sizes, hidden, mixer.biases[0])
     group("output", mixer.groups[1], [hidden], mixer.width, mixer.biases[1])
@@ -180,7 +179,7 @@ def empty_weights(
 
     def block(index: int, layer: LayerConfig) -> BlockWeights:
         tensors: dict[str, Any] = {}
-        for part in _parts(config, layer):
+        for part in block_parts(config, layer):
             shape = (sum(part.rows), *part.columns)
             modules = [f"model.layers.{index}.{name.removesuffix('.weight')}" for name in part.names]
             tensors[part.field] = matrix(modules, *shape) if part.multiplies else new(*shape)
@@ -201,8 +200,8 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
     """(Hugging Face name, view or quantized matrix) of all weights; a tied head appears once, as the embedding."""
     yield "model.embed_tokens.weight", weights.embedding
     for index, block in enumerate(weights.blocks):
-        for part in _parts(config, config.layers[index]):
-            for name, view in _members(block, part):
+        for part in block_parts(config, config.layers[index]):
+            for name, view in part_views(block, part):
                 yield f"model.layers.{index}.{name}", view
     yield f"{config.final_norm}.weight", weights.final_norm
     if weights.per_layer is not None:
@@ -212,7 +211,7 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
         yield "lm_head.weight", weights.head
 
 
-def _members(block: BlockWeights, part: _Part) -> Iterator[tuple[str, FrozenMatrix]]:
+def part_views(block: BlockWeights, part: Part) -> Iterator[tuple[str, FrozenMatrix]]:
     """What lies in a part, each by its name; what is alone is the whole."""
     stack: FrozenMatrix = getattr(block, part.field)
     views = (stack,) if len(part.names) == 1 else frozen_split(stack, part.rows)
@@ -258,9 +257,9 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
     """
     parts = {
         name.removesuffix(".weight"): view
-        for part in _parts(config, config.layers[layer])
+        for part in block_parts(config, config.layers[layer])
         if part.multiplies
-        for name, view in _members(block, part)
+        for name, view in part_views(block, part)
     }
     if config.layers[layer].experts:
         (gate_up,), (down,) = EXPERT_GROUPS
@@ -282,7 +281,7 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
         shapes[PER_LAYER_MODEL] = (own.layers * own.width, hidden)
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}."
-        for part in _parts(config, layer):
+        for part in block_parts(config, layer):
             if part.multiplies and (mixture is None or part.field not in ("gate_up", "down")):
                 for name, size in zip(part.names, part.rows, strict=True):
                     shapes[prefix + name.removesuffix(".weight")] = (size, part.columns[0])
@@ -304,64 +303,3 @@ def module_shapes(config: DecoderConfig) -> ModuleShapes:
         experts=experts,
         interleaved=[name for name in experts if mixture and mixture.interleaved and name.endswith(EXPERT_GROUPS[0])],
     )
-
-
-# The decoder's weights as an adapter has them: whole tensors it trains, and trained rows of the embedding, in place.
-#
-# A tensor that stands alone (a norm, the head, the embedding) is the adapter's own in the compute dtype, without a
-# copy; one that lies in a stack with others (q, k, v; gate, up) is put into a new stack. Rows of the embedding are
-# written into one copy of the table, which is the output head too where that is tied. A tied head stays the base's own
-# where the embedding is trained in full, and the other way round, as in PEFT.
-
-
-@dataclass(eq=False)
-class TrainedWeights:
-    """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are."""
-
-    _base: DecoderWeights
-    _config: DecoderConfig
-    _lora: LoRAParameters
-    _table: Tensor | None = None
-
-    def current(self) -> DecoderWeights:
-        """The weights with the adapter's values as of the last `refresh_compute`."""
-        lora, base = self._lora, self._base
-        if not lora.trained:
-            return base
-        blocks = [self.block(layer, block) for layer, block in enumerate(base.blocks)]
-
-        def own(name: str, weight: FrozenMatrix) -> FrozenMatrix:
-            return lora.compute(name) if name in lora.trained else weight
-
-        embedding, head = own(f"{EMBEDDING}.weight", base.embedding), own("lm_head.weight", base.head)
-        norm = f"{self._config.final_norm}.weight"
-        final_norm = lora.compute(norm) if norm in lora.trained else base.final_norm
-        if f"{EMBEDDING}.{TOKENS}" in lora.trained:
-            embedding = self._with_rows()
-            head = embedding if self._config.tied_head else head
-        return DecoderWeights(embedding, blocks, final_norm, head, base.per_layer)
-
-    def block(self, layer: int, block: BlockWeights) -> BlockWeights:
-        """One block's weights with the adapter's own in their place; `block` itself where it trains none of them."""
-        lora, prefix = self._lora, f"model.layers.{layer}."
-        trained = {name.removeprefix(prefix): lora.compute(name) for name in lora.trained if name.startswith(prefix)}
-        changes: dict[str, Tensor] = {}
-        for part in _parts(self._config, self._config.layers[layer]) if trained else ():
-            if len(part.names) == 1 and part.names[0] in trained:
-                changes[part.field] = trained[part.names[0]]
-            elif any(name in trained for name in part.names):
-                members = _members(block, part)
-                changes[part.field] = torch.cat(
-                    [trained[name] if name in trained else frozen_dense(view) for name, view in members]
-                )
-        return replace(block, **changes) if trained else block
-
-    def _with_rows(self) -> Tensor:
-        """The embedding table with the trained rows in it; one copy, kept."""
-        name = f"{EMBEDDING}.{TOKENS}"
-        rows = self._lora.compute(name)
-        if self._table is None:
-            table = frozen_dense(self._base.embedding)
-            self._table = table.clone() if table is self._base.embedding else table
-        self._table[self._lora.token_ids(name)] = rows
-        return self._table

@@ -279,11 +279,11 @@ def _one_document(s: BlockInputs) -> tuple[Run, ...]:
 
 def _gates_unmoved(saved: BlockSaved, s: BlockInputs) -> BlockSaved:
     """As if attention had given nothing to the gates behind it."""
-    mixing = saved.mixing
-    if mixing is None or s.context.layer.mixer != ATTENTION or mixing.own.attended is None:
+    mixing = saved.mixer
+    if mixing is None or s.context.layer.mixer != ATTENTION or mixing.inner.attended is None:
         return saved
-    own = mixing.own._replace(attended=torch.zeros_like(mixing.own.attended))
-    return saved._replace(mixing=mixing._replace(own=own))
+    inner = mixing.inner._replace(attended=torch.zeros_like(mixing.inner.attended))
+    return saved._replace(mixer=mixing._replace(inner=inner))
 
 
 def _next_expert(s: BlockInputs) -> BlockWeights:
@@ -310,9 +310,9 @@ def _rank_by_rank(s: BlockInputs, whole: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 def _without_norms_after(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
     """As if the norms after attention and MLP were not there."""
-    if saved.mixing is None or saved.mlp is None:
+    if saved.mixer is None or saved.mlp is None:
         return saved
-    return saved._replace(mixing=saved.mixing._replace(projected=None), mlp=saved.mlp._replace(projected=None))
+    return saved._replace(mixer=saved.mixer._replace(post_norm=None), mlp=saved.mlp._replace(post_norm=None))
 
 
 def _side_by_side(config: DecoderConfig) -> Mixture | None:
