@@ -25,9 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from fuzz import kinds as file_kinds
 from fuzz.child import Attempt, run_attempts
-from fuzz.kinds import KINDS, World, lay_out, make_world
+from fuzz.kinds import World, lay_out, make_world
+from fuzz.searches import make_search, search_case, yaml_case
 
+KINDS = {**file_kinds.KINDS, "search": search_case, "yaml": yaml_case}
 AT_ONCE = 56
 """Cases in one child."""
 
@@ -62,6 +65,7 @@ def _warm_up(world: World, place: Path) -> None:
     from backhand.cli.main import main as command
 
     os.chdir(place)
+    make_search(world)
     for words in (
         ["lint", "--model", str(world.model), "--data", str(world.rows)],
         ["inspect", str(world.adapter)],

@@ -8,10 +8,11 @@ import io
 import json
 import os
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuzz.mutate import ODD_NAMES, ODD_TEXTS, mutated_bytes, mutated_gguf, mutated_json
@@ -44,11 +45,13 @@ class Case:
         files: by name, bytes to write; the hostile one first.
         links: by name, a directory whose files are linked there, those of `files` left out.
         command: words behind `backhand`.
+        copies: by name, a directory whose files are copied there, those of `files` left out: the command may write.
     """
 
     files: dict[str, bytes]
     command: tuple[str, ...]
     links: dict[str, Path]
+    copies: dict[str, Path] = field(default_factory=dict)
 
 
 def make_world(place: Path) -> World:
@@ -455,3 +458,9 @@ def lay_out(case: Case, place: Path) -> None:
         for path in source.iterdir():
             if not (place / folder / path.name).exists():
                 os.link(path, place / folder / path.name)
+    for folder, source in case.copies.items():
+        for path in sorted(source.rglob("*")):
+            target = place / folder / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)

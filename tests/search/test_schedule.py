@@ -50,7 +50,7 @@ def work(search: Schedule, study: Study, steps: int = 10_000) -> float:
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_what_is_trained_is_what_the_plan_says(prune: str, seeds: int, tmp_path: Path) -> None:
     search = schedule(prune=prune, trials=10, seeds=seeds)
-    study = Study(tmp_path, search.dimensions, GIVEN)
+    study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     trained = work(search, study)
     first_goes_on_anyway = 0.0 if prune == "none" else 1.0
     assert search.runs() - first_goes_on_anyway <= trained <= search.runs() + 1e-9
@@ -62,7 +62,7 @@ def test_what_is_trained_is_what_the_plan_says(prune: str, seeds: int, tmp_path:
 
 def test_the_best_at_each_stage_are_promoted_and_no_others(tmp_path: Path) -> None:
     search = schedule(trials=9)
-    study = Study(tmp_path, search.dimensions, GIVEN)
+    study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     work(search, study)
     own = study.trials()[1:]
     ranked = sorted(own, key=lambda trial: loss(trial, 1))
@@ -73,11 +73,11 @@ def test_the_best_at_each_stage_are_promoted_and_no_others(tmp_path: Path) -> No
 
 def test_a_search_that_is_cut_off_at_any_time_ends_in_the_same_trials(tmp_path: Path) -> None:
     search = schedule(trials=7, seeds=2)
-    whole = Study(tmp_path / "whole", search.dimensions, GIVEN)
+    whole = Study(tmp_path / "whole", search.dimensions, GIVEN, search.last)
     work(search, whole)
-    cut = Study(tmp_path / "cut", search.dimensions, GIVEN)
+    cut = Study(tmp_path / "cut", search.dimensions, GIVEN, search.last)
     for _ in range(50):
-        again = Study(tmp_path / "cut", search.dimensions, GIVEN)  # another process each time
+        again = Study(tmp_path / "cut", search.dimensions, GIVEN, search.last)  # another process each time
         with again.locked():
             trial = search.next(again, may_begin=True)  # begun, and then killed
         if isinstance(trial, Trial):
@@ -88,7 +88,7 @@ def test_a_search_that_is_cut_off_at_any_time_ends_in_the_same_trials(tmp_path: 
 
 def test_more_trials_than_before_are_promoted_among_all(tmp_path: Path) -> None:
     few, more = schedule(trials=4), schedule(trials=12)
-    study = Study(tmp_path, few.dimensions, GIVEN)
+    study = Study(tmp_path, few.dimensions, GIVEN, few.last)
     work(few, study)
     work(more, study)
     own = study.trials()
@@ -99,7 +99,7 @@ def test_more_trials_than_before_are_promoted_among_all(tmp_path: Path) -> None:
 
 def test_who_holds_a_trial_keeps_others_from_it_and_they_wait_for_the_last_ones(tmp_path: Path) -> None:
     search = schedule(trials=2)
-    one, two = (Study(tmp_path, search.dimensions, GIVEN) for _ in range(2))
+    one, two = (Study(tmp_path, search.dimensions, GIVEN, search.last) for _ in range(2))
     with one.locked():
         first = search.next(one, may_begin=True)
     with two.locked():
@@ -117,7 +117,7 @@ def test_who_holds_a_trial_keeps_others_from_it_and_they_wait_for_the_last_ones(
 
 def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_here(tmp_path: Path) -> None:
     search = schedule(trials=2)
-    one, two = (Study(tmp_path, search.dimensions, GIVEN) for _ in range(2))
+    one, two = (Study(tmp_path, search.dimensions, GIVEN, search.last) for _ in range(2))
 
     def begun(study: Study) -> Trial:
         with study.locked():
@@ -149,7 +149,7 @@ def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_
 
 def test_the_options_as_given_may_be_held_a_moment_longer(tmp_path: Path) -> None:
     search = schedule(trials=2)
-    one, two = (Study(tmp_path, search.dimensions, GIVEN) for _ in range(2))
+    one, two = (Study(tmp_path, search.dimensions, GIVEN, search.last) for _ in range(2))
     work(search, one, steps=1)
     work(search, two, steps=len(search.stages))
     with one.locked():
@@ -164,7 +164,7 @@ def test_the_options_as_given_may_be_held_a_moment_longer(tmp_path: Path) -> Non
 
 def test_without_time_no_trial_begins_but_the_best_goes_on(tmp_path: Path) -> None:
     search = schedule(trials=9)
-    study = Study(tmp_path, search.dimensions, GIVEN)
+    study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     work(search, study, steps=3)
     with study.locked():
         trial = search.next(study, may_begin=False)
@@ -174,7 +174,7 @@ def test_without_time_no_trial_begins_but_the_best_goes_on(tmp_path: Path) -> No
 
 def test_half_a_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
     search = schedule(trials=3)
-    study = Study(tmp_path, search.dimensions, GIVEN)
+    study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     work(search, study, steps=2)
     before = study.trials()
     with (tmp_path / "study.journal").open("ab") as file:
@@ -186,7 +186,7 @@ def test_half_a_line_of_the_journal_is_cut_off(tmp_path: Path) -> None:
 
 def test_values_of_a_trial_that_failed_are_not_tried_again_nearby(tmp_path: Path) -> None:
     search = schedule(trials=12, prune="none")
-    study = Study(tmp_path, search.dimensions, GIVEN)
+    study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     for _ in range(12):
         with study.locked():
             trial = search.next(study, may_begin=True)
@@ -203,7 +203,7 @@ def test_importance_names_what_decides(tmp_path: Path) -> None:
     search = SearchOptions(over=("learning_rate=1e-4:1e-2:log", "rank=8,16"), trials=12, prune="none")
     given = {"learning_rate": 2e-4, "rank": 16}
     schedule_ = Schedule(search, search.dimensions, given, seed=0)
-    study = Study(tmp_path, search.dimensions, given)
+    study = Study(tmp_path, search.dimensions, given, schedule_.last)
     work(schedule_, study)
     importance = schedule_.importance(study.trials())
     assert importance["learning_rate"] > 0.6

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,13 @@ from backhand.options.config_file import dump_config, load_config, read_table
 from backhand.runs.checkpoint import CheckpointStore
 from backhand.runs.interruption import Interrupted
 from backhand.search.command import ABOVE, BELOW, search_command
-from backhand.search.options import SearchConfig, SearchOptions
+from backhand.search.options import SearchConfig
 from backhand.search.result import SearchResult
 from backhand.search.study import Study
 from backhand.training.run import train
 from support.processes import start
+from support.searches import search_config
 from support.tiny_run import TinyRun
-
-OVER = ("learning_rate=1e-3:1e-1:log", "rank=2,4")
-
-
-def search_config(tiny: TinyRun, output: Path, search: dict[str, Any] | None = None, **options: Any) -> SearchConfig:
-    config = tiny.config(output, **{"eval_every": 3, **options})
-    parts = {part.name: getattr(config, part.name) for part in fields(TrainConfig)}
-    return SearchConfig(**parts, search=SearchOptions(**{"over": OVER, "trials": 5, **(search or {})}))
 
 
 def result_bits(run: Path) -> dict[str, bytes]:
@@ -49,11 +42,6 @@ def result_bits(run: Path) -> dict[str, bytes]:
     assert newest is not None
     files = {path.name: path.read_bytes() for path in (run / "adapter").iterdir() if path.suffix == ".safetensors"}
     return files | {STATE_FILE: newest.contents[STATE_FILE]}
-
-
-@pytest.fixture(scope="module")
-def found(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
-    return search_command(search_config(tiny, tmp_path_factory.mktemp("searches") / "search"))
 
 
 def test_a_promoted_trial_is_bit_for_bit_the_run_made_alone(found: SearchResult, tmp_path: Path) -> None:
@@ -180,6 +168,18 @@ def test_without_over_the_rate_is_searched_about_the_one_that_auto_chooses(tiny:
     assert more.trials == 3
 
 
+@pytest.mark.parametrize("values", ["0:2", "0,1,2"])
+def test_an_option_without_a_value_as_given_is_varied(values: str, tiny: TinyRun, tmp_path: Path) -> None:
+    over = (f"warmup_steps={values}", "rank=2,4")
+    config = search_config(tiny, tmp_path / "search", {"over": over, "trials": 4, "seeds": 2, "prune": "none"})
+    found = search_command(config)
+    trials = json.loads((tmp_path / "search" / "search.json").read_text())["all"]
+    assert [trial["values"] for trial in trials if 0 in (trial["number"], trial["repeats"])] == [{"rank": 3}] * 2
+    assert all(trial["values"].keys() == {"warmup_steps", "rank"} for trial in trials[1:4])
+    again = search_command(replace(config, run=replace(config.run, resume=True)))
+    assert (again.best, again.loss) == (found.best, found.loss)
+
+
 def test_a_trial_whose_run_fails_is_told_and_the_others_go_on(tiny: TinyRun, tmp_path: Path) -> None:
     search = {"over": ("learning_rate=0.01,1e30",), "trials": 4, "prune": "none"}
     found = search_command(search_config(tiny, tmp_path / "search", search, max_bad_steps=1))
@@ -243,7 +243,7 @@ def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: P
     told = [{line.split(" ")[1] for line in text.splitlines() if line.startswith("trial ")} for text in said]
     assert len(told[0] | told[1]) == 6
     config_ = replace(config, run=replace(config.run, resume=True))
-    study = Study(config.run.output, config_.search.dimensions, {"learning_rate": 3e-3, "rank": 3})
+    study = Study(config.run.output, config_.search.dimensions, {"learning_rate": 3e-3, "rank": 3}, last=3)
     assert [trial.number for trial in study.trials()] == list(range(6))
 
 

@@ -47,12 +47,25 @@ def test_a_trials_values_stand_in_the_configuration_with_their_own_types() -> No
         (["rank=8,many"], "expected a whole number"),
         (["rank=8", "rank=16"], "given twice"),
         (["schedule=1:2"], "no range of schedule"),
+        (["learning_rate=1e-4:nan"], "'1e-4:nan' is no range of learning_rate"),
+        (["learning_rate=nan:1e-4"], "no range of learning_rate"),
+        (["learning_rate=1e-4:fast"], "no range of learning_rate"),
+        (["learning_rate=1e-4:1e400"], "no range of learning_rate"),
+        (["learning_rate=1e-4:1e-3:lin"], "'1e-4:1e-3:lin' is not a number or auto"),
+        (["learning_rate=1e-4,fast"], "'fast' is not a number or auto"),
+        (["dropout=,"], "not of the form NAME=VALUES"),
+        (["rank=" + "[" * 100_000], "expected a whole number"),
     ],
 )
 def test_what_cannot_be_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse_dimensions(words)
     assert said in str(raised.value)
+
+
+def test_an_option_that_has_no_value_yet_has_none_to_be_typed() -> None:
+    dimensions = parse_dimensions(["warmup_steps=0:5", "max_steps=3,6", "exclude_modules=q_proj,k_proj", "rank=4:8"])
+    assert [one.of(TrainConfig()) for one in dimensions] == [None, None, None, TrainConfig().adapter.rank]
 
 
 def test_first_points_of_one_range_leave_no_large_gap() -> None:

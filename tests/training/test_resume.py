@@ -188,6 +188,18 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_resuming_a_finished_run_restores_its_damaged_adapter(
+    tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny.config(tmp_path / "run"))
+    files = {path: path.read_bytes() for path in (tmp_path / "run" / "adapter").iterdir()}
+    (tmp_path / "run" / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "run" / "adapter" / "README.md").unlink()
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True))
+    assert "adapter/ was damaged, and is restored" in capsys.readouterr().err
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run" / "adapter").iterdir()}
+
+
 def test_proving_that_a_run_resumes(tiny: TinyRun, tmp_path: Path) -> None:
     train(tiny.config(tmp_path / "run", dropout=0.2, prove_resume=4, keep=1))
     proofs = [json.loads(line) for line in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()]

@@ -172,26 +172,39 @@ class Saver:
             )
 
     def restored(self, contents: Mapping[str, bytes]) -> None:
-        """Take note of the checkpoint that the state was restored from, and put `adapter/` in order.
-
-        A crash may have come between a checkpoint and the adapter that belongs to it.
-        """
-        progress = self.state.progress
+        """Take note of the checkpoint that the state was restored from, and restore `adapter/` as well."""
         self._saved = contents[PROGRESS_FILE]
-        wanted, best_step = contents, progress.best_step
-        if self.best_only and best_step is not None and best_step != progress.step:
-            try:
-                wanted = self.store.load(best_step).contents
-            except ArtifactError as error:
-                self.store.warn(f"adapter/ is left as it is: {error.what}")
-                return
-        files = adapter_part(wanted)
+        restore_adapter(self.directory, self.store, contents, self.state.progress)
+
+
+def restore_adapter(
+    directory: RunDirectory, store: CheckpointStore, contents: Mapping[str, bytes], progress: Progress
+) -> bool:
+    """Publish the adapter of the best checkpoint unless `adapter/` contains its files already; return True if it did.
+
+    A crash may have come between a checkpoint and the adapter that belongs to it, or a file was damaged since.
+
+    Args:
+        contents: files of the newest checkpoint, whose progress is `progress`.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    wanted, best_step = contents, progress.best_step
+    if best_step is not None and best_step != progress.step:
         try:
-            same = all(read_plain(self.directory.adapter / name) == data for name, data in files.items())
-        except OSError:
-            same = False
-        if not same:
-            self.directory.publish_adapter(files)
+            wanted = store.load(best_step).contents
+        except ArtifactError as error:
+            store.warn(f"adapter/ is left as it is: {error.what}")
+            return False
+    files = adapter_part(wanted)
+    try:
+        same = all(read_plain(directory.adapter / name) == data for name, data in files.items())
+    except OSError:
+        same = False
+    if not same:
+        directory.publish_adapter(files)
+    return not same
 
 
 def adapter_part(contents: Mapping[str, bytes]) -> dict[str, bytes]:

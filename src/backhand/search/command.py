@@ -6,31 +6,32 @@ Every trial is a run of `training.run.train` in a directory of its own, with wha
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shlex
 import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+from backhand.adapters.contents import read_json_object
 from backhand.data.packing import Sampler
 from backhand.engines.engine import Shared
 from backhand.engines.machine import resolve_machine
-from backhand.errors import BackhandError, CheckError, UsageError
-from backhand.files import FileLayer, make_directory, write_atomically
+from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError
+from backhand.files import FileLayer, json_bytes, make_directory, write_atomically
 from backhand.nn.compute import compute_settings
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.options.config_file import dump_config, read_table, tables_as
 from backhand.printing import SILENCE_S, say, silent_for_s
-from backhand.reading import read_settings
 from backhand.report.command import write_report
-from backhand.runs.directory import CONFIG, METRICS, RunDirectory, opened
+from backhand.runs.directory import ADAPTER, CONFIG, METRICS, RunDirectory, opened
 from backhand.runs.interruption import Interrupted
 from backhand.search.options import SearchConfig
-from backhand.search.result import SearchResult, result_of, write_result
+from backhand.search.result import SearchResult, file_digests, result_of, write_result
 from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.space import applied, largest
 from backhand.search.study import TRIALS, Study, Trial, optuna_installed
@@ -42,6 +43,7 @@ from backhand.training.run import train
 from backhand.words import count_of, duration, in_words
 
 SEARCH = "search.toml"
+ROWS = "rows.json"
 _CHANGEABLE = {"search": ("trials", "hours", "seeds"), "run": ("output", "resume", "quiet", "debug")}
 BELOW, ABOVE = 8, 4
 """How far the usual range goes from the rate that `auto` stands for; docs/rates.md."""
@@ -148,10 +150,10 @@ class Search:
     def __post_init__(self) -> None:
         self.directory = self.config.run.output
         dimensions = self.config.search.dimensions
-        given = {one.name: one.of(self.config) for one in dimensions}
+        given = {one.name: value for one in dimensions if (value := one.of(self.config)) is not None}
         self.schedule = Schedule(self.config.search, dimensions, given, self.config.run.seed)
         assert self.schedule.count  # a grid that is too large is told before anything is written
-        self.study = Study(self.directory, dimensions, given)
+        self.study = Study(self.directory, dimensions, given, self.schedule.last)
         self.began = time.monotonic()
         self._console = console(stderr=True, quiet=self.config.run.quiet, soft_wrap=True)
 
@@ -174,21 +176,36 @@ class Search:
             )
         self.rows = len(outline.train.examples)
         digests = {"data": outline.train.digest, "held_out": outline.held_out.digest}
-        path = self.directory / "rows.json"
-        if path.exists() and json.loads(read_settings(path)) != digests:
+        path = self.directory / ROWS
+        known = os.path.lexists(path)
+        if known and _row_digests(path) != digests:
             raise UsageError(
                 "the rows are not those that the search began with",
                 where=str(self.directory),
                 why="trials before and after would not be comparable",
                 next_step="put the rows back, or give another --output",
             )
+        if not known and self.config.run.resume:
+            self._refuse_trials(path)
         memory = outline.memory
         model = replace(self.config.model, base=memory.base, recompute=memory.recompute)
         self.config = replace(self.config, model=model)
         if not self.config.run.resume:
             make_directory(self.directory)
             write_atomically(self.directory / SEARCH, dump_config(self.config).encode())
-        write_atomically(path, json.dumps(digests, indent=1).encode())
+        if not known:
+            write_atomically(path, json_bytes(digests))
+
+    def _refuse_trials(self, path: Path) -> None:
+        """Raise ArtifactError if there are trials, whose rows are not known without this file."""
+        with self.study.locked():
+            if self.study.trials():
+                raise ArtifactError(
+                    "the digests of the rows are missing",
+                    where=str(path),
+                    why="trials before and after might not be comparable",
+                    next_step="restore the file from a copy, or begin another search with another --output",
+                )
 
     def tell_plan(self, outline: Outline) -> None:
         """Say what is about to happen."""
@@ -249,14 +266,16 @@ class Search:
             if error.exit_code != _PAUSED:
                 raise Interrupted(error.exit_code - 128, error.step, f"go on with {self.again}") from None
         except BackhandError as error:
-            if trial.number == 0 and not isinstance(error, CheckError):
-                raise  # something is wrong with the run as it was given
+            if not _is_due_to_values(error, trial, resumed=config.run.resume):
+                raise
             failed = error.one_line
         losses = self._losses(config, stage)
         spent = {"spent_s": round(trial.spent_s + time.monotonic() - began, 3)}
         found: dict[str, Any] = {"losses": losses, "done": stage, **spent, "steps": self.step_of(config, stage)}
-        if failed is not None or not losses or not math.isfinite(losses[-1]):
+        if failed is not None or not losses or not all(map(math.isfinite, losses)):
             found = {"failed": failed or "its held-out loss is not finite", **spent}
+        elif stage == self.schedule.last:
+            found = {"adapter": file_digests(config.run.output / ADAPTER), **found}
         with self.study.locked():
             self.study.write(trial.number, found, over=stage == self.schedule.last)
             trials = self.study.trials()
@@ -294,9 +313,20 @@ class Search:
         return min(total, every * max(1, round(self.schedule.stages[stage - 1].share * total / every)))
 
     def _losses(self, config: TrainConfig, stage: int) -> list[float]:
-        """The best held-out loss until each stage up to this one; cut short where there is none."""
-        records = RunDirectory(config.run.output, FileLayer()).lines(METRICS)
-        measured = [(one["step"], float(one["eval_loss"])) for one in records if one.get("eval_loss") is not None]
+        """Return the best held-out loss until each stage up to this one; fewer if some have no evaluation.
+
+        Raises:
+            ArtifactError: metrics.jsonl contains an evaluation that no run wrote.
+        """
+        measured = []
+        for record in RunDirectory(config.run.output, FileLayer()).lines(METRICS):
+            step, loss = record.get("step"), record.get("eval_loss")
+            if loss is None:
+                continue
+            if type(step) is not int or type(loss) not in (int, float):
+                path = config.run.output / METRICS
+                raise ArtifactError("an evaluation is damaged", where=str(path), why=f"step {step!r}, loss {loss!r}")
+            measured.append((step, float(loss)))
         ends = (self.step_of(config, number) for number in range(1, stage + 1))
         until = ([loss for step, loss in measured if 0 < step <= end] for end in ends)
         return [min(losses) for losses in takewhile(bool, until)]
@@ -323,10 +353,12 @@ class Search:
 
     def named(self, trial: Trial) -> str:
         """A trial with its values."""
-        values = ", ".join(f"{name} {value}" for name, value in trial.values.items())
-        again = "" if trial.repeats is None else f", seed {trial.seed}"
-        what = "as given, " if trial.number == 0 else ""
-        return f"trial {trial.name} ({what}{values}{again})"
+        values = [f"{name} {value}" for name, value in trial.values.items()]
+        if trial.number == 0:
+            values.insert(0, "as given")
+        if trial.repeats is not None:
+            values.append(f"seed {trial.seed}")
+        return f"trial {trial.name} ({', '.join(values)})"
 
     def finish(self) -> SearchResult:
         """Publish the best adapter, write search.json and the page, and say what came of it."""
@@ -340,6 +372,31 @@ class Search:
 
 
 _PAUSED = 128
+
+
+def _is_due_to_values(error: BackhandError, trial: Trial, *, resumed: bool) -> bool:
+    """Return True if other values would avoid this error, so that the trial has failed and the search goes on.
+
+    Every other error, of damaged files or a full disk for one, ends the search: the trial can go on once it is mended.
+    """
+    if isinstance(error, CheckError):
+        return True
+    if trial.number == 0 or resumed:
+        return False
+    memory = isinstance(error, ResourceError) and error.where in ("memory", "cache_frozen")
+    return memory or (isinstance(error, UsageError) and error.where != "output")
+
+
+def _row_digests(path: Path) -> dict[str, str]:
+    """Return the digests in rows.json. Raises ArtifactError."""
+    digests = read_json_object(path)
+    if digests.keys() != {"data", "held_out"} or not all(isinstance(value, str) for value in digests.values()):
+        raise ArtifactError(
+            "these are not the digests of a search's rows",
+            where=str(path),
+            next_step="restore the file from a copy, or begin another search with another --output",
+        )
+    return digests
 
 
 def _as_typed(config: TrainConfig) -> TrainConfig:

@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from backhand.errors import CheckError
+from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENSOR_FILE, parse_json_object
+from backhand.adapters.record import bytes_digest, changed_files, read_record
+from backhand.errors import ArtifactError, CheckError
 from backhand.files import FileLayer, json_bytes, write_atomically
+from backhand.reading import read_plain
 from backhand.report import charts
 from backhand.report.command import write_page
 from backhand.report.comparison import comparison_values
@@ -109,6 +112,7 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
 
 def _sentence(best: Trial, loss: float, given_loss: float | None, differences: Sequence[float]) -> str:
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in best.values.items())
+    options = options or "the options as given"
     if given_loss is None:
         return f"Use {options}: held-out loss {loss:.4f}; with the options as given the run failed."
     if best.number == 0:
@@ -129,17 +133,59 @@ def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule,
     """Publish the best adapter, write search.json and report.html; return the page's path.
 
     Raises:
+        ArtifactError: the best trial's adapter is not the one that it ended with; what was published before stays.
         ResourceError: something cannot be written.
     """
     output = config.run.output
-    best = output / TRIALS / f"{result.best:03d}" / ADAPTER
-    contents = {path.name: path.read_bytes() for path in sorted(best.iterdir())}
-    RunDirectory(output.resolve(), FileLayer()).publish_adapter(contents)
+    RunDirectory(output.resolve(), FileLayer()).publish_adapter(checked_adapter(output, trials[result.best]))
     table: dict[str, Any] = {**asdict(result), "all": [asdict(trial) for trial in trials]}
     write_atomically(output / RESULT, json_bytes(table))
     target = output / REPORT
     write_page(target, _page(result, schedule, trials))
     return target
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """Return the digest of every file in a directory that was just written, by name."""
+    return {path.name: bytes_digest(read_plain(path)) for path in sorted(directory.iterdir())}
+
+
+def checked_adapter(output: Path, trial: Trial) -> dict[str, bytes]:
+    """Return the files of a trial's adapter, compared with the digests from the end of the trial.
+
+    Trials of earlier versions have no digests in the study: their backhand.json has those of the tensors and the
+    configuration.
+
+    Raises:
+        ArtifactError: a file is missing, or is not as it was written.
+    """
+    run = output / TRIALS / trial.name
+    names = trial.adapter or (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, CARD_FILE)
+    contents: dict[str, bytes] = {}
+    changed: list[str] = []
+    for name in names:
+        try:
+            contents[name] = read_plain(run / ADAPTER / name)
+        except OSError as error:
+            changed.append(f"{name}: {error.strerror or error}")
+    if trial.adapter:
+        changed += [
+            f"{name}: its bytes have changed"
+            for name, data in contents.items()
+            if bytes_digest(data) != trial.adapter[name]
+        ]
+    elif not changed:
+        record = read_record(parse_json_object(contents[RECORD_FILE], RECORD_FILE), RECORD_FILE)
+        changed += changed_files(record, {name: contents[name] for name in (CONFIG_FILE, TENSOR_FILE)})
+    if changed:
+        again = f"backhand train --resume --output {shlex.quote(str(run))}"
+        raise ArtifactError(
+            f"the adapter of the best trial is not as it was written; {ADAPTER}/ of the search stays as it is",
+            where=str(run / ADAPTER),
+            why="; ".join(changed),
+            next_step=f"{again} restores it from the trial's checkpoint; then resume the search",
+        )
+    return contents
 
 
 _MOST_SIDE_BY_SIDE = 4
@@ -158,6 +204,7 @@ def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> 
             {"x": trial.values[dimension.name], "loss": trial.losses[-1], "reached": schedule.reached(trial)}
             | {"trial": trial.label}
             for trial in measured
+            if dimension.name in trial.values
         ]
         kind = "nominal" if dimension.choices else "log" if dimension.log else "linear"
         stages = [stage.name for stage in schedule.stages]

@@ -163,7 +163,7 @@ class Schedule:
         known = [trial for trial in own if trial.losses[stage - 1 : stage] and trial.failed is None]
         worst = max((trial.loss_at(stage) for trial in known), default=0.0)
         for trial in own:
-            inside = all(one.holds(trial.values[one.name]) for one in self.dimensions)
+            inside = all(one.name in trial.values and one.holds(trial.values[one.name]) for one in self.dimensions)
             if inside and (trial in known or trial.failed is not None):
                 value = trial.loss_at(stage) if trial in known else 2 * abs(worst) + 1  # nothing near one that failed
                 spaces = distributions(self.dimensions)

@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -29,7 +30,8 @@ from backhand.words import nearest_names
 Value = float | int | str
 Values = dict[str, Value]
 _PARTS = ("adapter", "optimization")
-_RANGE = re.compile(r"\s*([-+.\deE]+)\s*:\s*([-+.\deE]+)\s*(:\s*log\s*)?")
+_RANGE = re.compile(r"([^:,]+):([^:,]+)(:\s*log\s*)?")
+_NUMBERS = re.compile(r"[-+.\deE\s]+")
 _LARGEST_GRID = 10_000
 
 
@@ -63,6 +65,13 @@ class Dimension:
         """Whether a value is one of this dimension's."""
         return value in self.choices if self.choices else self.low <= float(value) <= self.high
 
+    def allows(self, value: Any) -> bool:
+        """Return True if a value from a file can be one of this dimension, as `at` and `rounded` make them."""
+        if self.choices:
+            return value in self.choices
+        kinds = (int,) if self.whole else (int, float)
+        return type(value) in kinds and abs(value) <= sys.float_info.max
+
     def rounded(self, value: Value) -> Value:
         """A number of a range with as many digits as one would type."""
         return value if self.choices else min(max(self._number(float(value)), self.low), self.high)
@@ -79,12 +88,15 @@ class Dimension:
         table = config_from_table({self.part: part}, f"--over {self.name}")
         return dataclasses.replace(config, **{self.part: getattr(table, self.part)})
 
-    def of(self, config: TrainConfig) -> Value:
-        """The value in a configuration, as it would be typed."""
+    def of(self, config: TrainConfig) -> Value | None:
+        """Return the value in a configuration as it would be typed; None if it could not be typed here.
+
+        That is an option which is not given and has no default value, or is given as a word where numbers are varied.
+        """
         value = getattr(getattr(config, self.part), self.name)
         if isinstance(value, tuple | list):
-            return "+".join(map(str, value))
-        return value if isinstance(value, str | int | float) else str(value)
+            return "+".join(map(str, value)) or None
+        return value if isinstance(value, (str, int, float) if self.choices else (int, float)) else None
 
 
 def parse_dimensions(over: Sequence[str]) -> tuple[Dimension, ...]:
@@ -111,7 +123,7 @@ def _dimension(word: str) -> Dimension:
     name, equals, text = word.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     known = _hints()
-    if not equals or not text.strip():
+    if not equals or not text.replace(",", "").strip():
         raise UsageError(
             f"{word!r} is not of the form NAME=VALUES",
             where="over",
@@ -126,8 +138,10 @@ def _dimension(word: str) -> Dimension:
             next_step=f"did you mean {near[0]}?" if near else f"give one of {', '.join(sorted(known))}",
         )
     part, hint = known[name]
+    kinds = {hint, *get_args(hint)}
     matched = _RANGE.fullmatch(text)
-    if matched is None:
+    # An option that takes numbers has no word with a colon in it; `layers`, of words, has last:8.
+    if matched is None or not (kinds & {int, float} or all(map(_NUMBERS.fullmatch, matched.group(1, 2)))):
         choices = tuple(dict.fromkeys(_value(one) for one in text.split(",") if one.strip()))
         dimension = Dimension(name, part, choices=choices)
     else:
@@ -135,7 +149,6 @@ def _dimension(word: str) -> Dimension:
             low, high = float(matched[1]), float(matched[2])
         except ValueError:
             low = high = math.nan
-        kinds = {hint, *get_args(hint)}
         log, whole = matched[3] is not None, int in kinds and float not in kinds
         if not low < high < math.inf or (log and low <= 0) or not kinds & {int, float}:
             why, how = "a logarithmic range begins above 0" if log and low <= 0 else None, "write LOW:HIGH, or A,B,C"
@@ -152,7 +165,7 @@ def _dimension(word: str) -> Dimension:
 def _value(text: str) -> Value:
     try:
         value = json.loads(text.strip().lower() if text.strip().lower() in ("true", "false") else text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text.strip()
     return value if isinstance(value, int | float) else text.strip()
 

@@ -15,15 +15,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backhand.errors import ArtifactError, UsageError
+from backhand.errors import BackhandError, UsageError, first_line
 from backhand.files import make_directory, taking_directory
+from backhand.search.journal import Journal, damaged_study
 from backhand.search.space import Dimension, Values
 from backhand.system import PLAIN, install, lock
+from backhand.words import name_list
 
 STUDY = "study.journal"
 TRIALS = "trials"
@@ -45,11 +47,12 @@ class Trial:
     steps: int = 0  # optimizer steps done
     spent_s: float = 0.0  # time it took so far
     failed: str | None = None  # why it cannot go on, or None
+    adapter: Mapping[str, str] = field(default_factory=dict)  # digest of each file of its adapter, once it is finished
 
     @property
     def name(self) -> str:
         """Its directory's."""
-        return f"{self.number:03d}"
+        return trial_name(self.number)
 
     @property
     def label(self) -> str:
@@ -71,15 +74,18 @@ class Study:
     """The trials of one search; every method is to be called inside `locked`.
 
     Args:
-        given: the values of the options as they are given, which may lie outside.
+        given: the values of the options as they are given, which may lie outside. An option that has no value yet, such
+            as `warmup_steps`, is missing.
+        last: number of the last stage.
 
     Raises:
         UsageError: Optuna is not installed.
-        ArtifactError: the journal cannot be read.
+        ArtifactError: the journal cannot be read, or is not one that a search of these dimensions wrote.
     """
 
-    def __init__(self, directory: Path, dimensions: Sequence[Dimension], given: Values) -> None:
+    def __init__(self, directory: Path, dimensions: Sequence[Dimension], given: Values, last: int) -> None:
         self.directory = directory
+        self._dimensions, self._given, self._last = {one.name: one for one in dimensions}, given, last
         self._distributions = distributions(dimensions, given)
         self._optuna = optuna_installed()
         self._held: dict[int, int] = {}
@@ -96,29 +102,69 @@ class Study:
             os.close(descriptor)
 
     def _study(self) -> Any:
-        """Optuna's study, made where it is not there."""
+        """Return Optuna's study, created if the journal does not contain it."""
         path = self.directory / STUDY
-        _mend(path)
-        journal = self._optuna.storages.journal
         try:
-            storage = journal.JournalStorage(journal.JournalFileBackend(str(path), lock_obj=_Held()))
-            return self._optuna.create_study(storage=storage, study_name=_NAME, load_if_exists=True)
-        except (ValueError, KeyError, AssertionError) as error:
-            raise ArtifactError(
-                "the study cannot be read", where=str(path), why=str(error), next_step="give another --output"
-            ) from None
+            storage = self._optuna.storages.journal.JournalStorage(Journal(path))
+            exists = any(study.study_name == _NAME for study in storage.get_all_studies())
+            open_study = self._optuna.load_study if exists else self._optuna.create_study
+            return open_study(storage=storage, study_name=_NAME)
+        except BackhandError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Optuna trusts its records, and wrong ones may raise anything
+            raise damaged_study(path, f"{type(error).__name__}: {first_line(error)}") from None
 
     def trials(self) -> list[Trial]:
-        """All of them, by number."""
-        return [_trial(one) for one in self._study().get_trials(deepcopy=False)]
+        """Return all trials by number. Raises ArtifactError for one that a search did not write."""
+        return [self._trial(one) for one in self._study().get_trials(deepcopy=False)]
+
+    def _trial(self, frozen: Any) -> Trial:
+        """Return a trial of the journal, every value of it checked."""
+        where, attributes = self.directory / STUDY, frozen.user_attrs
+        if not isinstance(attributes, dict):
+            raise damaged_study(where, f"trial {frozen.number}: its attributes are not an object")
+        if wrong := [name for name, value in attributes.items() if not _well_typed(name, value)]:
+            raise damaged_study(where, f"trial {frozen.number}: {name_list(wrong)} is not of a trial")
+        if missing := {"seed", "goal"} - attributes.keys():
+            raise damaged_study(where, f"trial {frozen.number}: {name_list(sorted(missing))} is missing")
+        losses = tuple(attributes.get("losses", ()))
+        trial = Trial(frozen.number, dict(frozen.params), **{**attributes, "losses": losses})
+        if not self._is_consistent(trial, finished=frozen.state.is_finished()):
+            raise damaged_study(where, f"trial {frozen.number}: its fields contradict each other or the options")
+        return trial
+
+    def _is_consistent(self, trial: Trial, *, finished: bool) -> bool:
+        """Return True if a search can have written these fields together."""
+        as_given = 0 in (trial.number, trial.repeats)
+        expected = self._given.keys() if as_given else self._dimensions.keys()
+        return (
+            trial.values.keys() == expected
+            and all(
+                value == self._given.get(name) or self._dimensions[name].allows(value)
+                for name, value in trial.values.items()
+            )
+            and 1 <= trial.goal <= self._last
+            and trial.done <= self._last
+            and (trial.repeats is None or trial.repeats < trial.number)
+            and (trial.failed is not None or trial.done == 0 or bool(trial.losses))
+            and not (finished and trial.due)
+        )
 
     def begin(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
-        """Add a trial, and hold it."""
+        """Add a trial, and hold it.
+
+        Raises:
+            ArtifactError: its directory exists: the journal has lost trials.
+        """
         optuna, study = self._optuna, self._study()
-        made = {"params": values, "distributions": self._distributions, "state": optuna.trial.TrialState.RUNNING}
+        directory = self.directory / TRIALS / trial_name(len(study.get_trials(deepcopy=False)))
+        if os.path.lexists(directory):
+            raise damaged_study(self.directory / STUDY, f"{directory} exists, and the study does not know this trial")
+        distributions = {name: kind for name, kind in self._distributions.items() if name in values}
+        made = {"params": values, "distributions": distributions, "state": optuna.trial.TrialState.RUNNING}
         attributes = {"seed": seed, "goal": goal, "repeats": repeats}
         study.add_trial(optuna.trial.create_trial(**made, user_attrs=attributes))
-        trial = _trial(study.get_trials(deepcopy=False)[-1])
+        trial = self._trial(study.get_trials(deepcopy=False)[-1])
         self.hold(trial)
         return trial
 
@@ -162,7 +208,7 @@ def distributions(dimensions: Sequence[Dimension], values: Values | None = None)
     kinds = optuna_installed().distributions
     found: dict[str, Any] = {}
     for one in dimensions:
-        given = () if values is None else (values[one.name],)
+        given = () if values is None or one.name not in values else (values[one.name],)
         if one.choices:
             found[one.name] = kinds.CategoricalDistribution(tuple(dict.fromkeys((*one.choices, *given))))
             continue
@@ -186,30 +232,41 @@ def optuna_installed() -> Any:
     return optuna
 
 
-def _trial(frozen: Any) -> Trial:
-    attributes = dict(frozen.user_attrs)
-    attributes["losses"] = tuple(attributes.get("losses", ()))
-    return Trial(number=frozen.number, values=dict(frozen.params), **attributes)
+def trial_name(number: int) -> str:
+    """Return the name of a trial's directory."""
+    return f"{number:03d}"
+
+
+def _well_typed(name: str, value: Any) -> bool:
+    """Return True if an attribute in the journal has the type of the field of `Trial` with its name."""
+    match name:
+        case "seed" | "goal" | "done" | "steps":
+            return _is_count(value)
+        case "repeats":
+            return value is None or _is_count(value)
+        case "losses":
+            return isinstance(value, list) and all(map(_is_figure, value))
+        case "spent_s":
+            return _is_figure(value) and value >= 0
+        case "failed":
+            return value is None or isinstance(value, str)
+        case "adapter":
+            return isinstance(value, dict) and all(
+                Path(file).name == file and "\0" not in file and isinstance(digest, str)
+                for file, digest in value.items()
+            )
+    return False
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_figure(value: Any) -> bool:
+    """Return True for a loss or a time: a number that sums and squares of do not overflow."""
+    return type(value) in (int, float) and abs(value) < 1e100
 
 
 def _open(path: Path) -> int:
     with taking_directory(path.parent):
         return os.open(path, os.O_RDWR | os.O_CREAT | PLAIN, 0o666)
-
-
-class _Held:
-    """Optuna's own lock, in place of one that outlives a killed process: `Study.locked` is held already."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
-def _mend(path: Path) -> None:
-    """Cut off half a line: a process was killed in it, or the machine went down."""
-    with suppress(FileNotFoundError), path.open("rb+") as file:
-        text = file.read()
-        if not text.endswith(b"\n"):
-            file.truncate(text.rfind(b"\n") + 1)

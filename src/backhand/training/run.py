@@ -27,7 +27,7 @@ from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
-from backhand.loop.state import PROGRESS_FILE, Progress
+from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
 from backhand.reading import refuse_inputs_inside
@@ -119,14 +119,17 @@ def _train(
                 refuse_inputs_inside(directory.path, _inputs(config), owned=OWNED)
             if run.resume and processes.is_main_process:
                 config = resumed_config(config, directory.path, typed).validate()
+                store = CheckpointStore(directory.checkpoints, directory.files, terminal.noted)
                 if directory.checkpoints.is_dir():
-                    checkpoint = CheckpointStore(directory.checkpoints, directory.files, terminal.noted).newest_valid()
+                    checkpoint = store.newest_valid()
                 if checkpoint is None:
                     config = replace(config, run=replace(config.run, from_adapter=begun_from(directory.path)))
                 else:
                     progress = Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b""))
                     if progress.finished and config.run.prove_resume is None:
                         done = read_summary(directory.path / SUMMARY)  # nothing more is needed
+                        if done is not None and restore_adapter(directory, store, checkpoint.contents, progress):
+                            terminal.noted("adapter/ was damaged, and is restored from its checkpoint")
             config, done = followed(config, done, processes)
             if done is not None:
                 terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
