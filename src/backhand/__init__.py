@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.options.objectives import ObjectiveOptions
     from backhand.report.train import train
-    from backhand.verify.measure import compare
+    from backhand.verify.comparison import compare
 
     __version__: str
 
@@ -52,7 +52,7 @@ _HOMES = {
     "OptimizationOptions": "backhand.options.config",
     "RunOptions": "backhand.options.config",
     "TrainConfig": "backhand.options.config",
-    "compare": "backhand.verify.measure",
+    "compare": "backhand.verify.comparison",
     "evaluate": "backhand.loop.evaluate",
     "inject": "backhand.adapters.inject",
     "inject_from": "backhand.adapters.inject",

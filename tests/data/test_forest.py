@@ -15,7 +15,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, pack, trained_length
 from backhand.data.prefix_forest import MIN_SAVED_TOKENS
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, pad_to_bucket
-from backhand.verify.scaffold import apart
+from backhand.verify.packed_tokens import unshare_prefixes
 
 
 def example(ids: list[int], supervised: list[int]) -> Example:
@@ -148,7 +148,7 @@ def test_packing_a_forest_leaves_every_document_as_it_is(rows: list[Example], le
     assert found == documents_of(each)
     assert all(length >= 1 for length in once.lengths)
     assert once.supervised_tokens == each.supervised_tokens == sum(row.supervised_tokens for row in rows)
-    whole = apart(once)
+    whole = unshare_prefixes(once)
     assert documents_of(whole)[: len(rows)] == found
 
 

@@ -24,8 +24,8 @@ def _compare(proof: OpProof, case: Case, device: torch.device) -> None:
     wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no wider one
     tensors = {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in case.tensors.items()}
     with torch.no_grad(), torch_form():
-        y, gradients = case.by_hand(tensors, proof.backward)
-        y_there, gradients_there = case.by_hand(moved(tensors, device), proof.backward)
+        y, gradients = case.run_manual(tensors, proof.backward)
+        y_there, gradients_there = case.run_manual(moved(tensors, device), proof.backward)
     largest = max((float(one.abs().max()) for one in (y, *gradients.values()) if one.numel()), default=0.0)
     allowed = (1e-3 if wide == torch.float32 else 1e-10) * max(largest, 1e-3)
     for name, here, there in [

@@ -57,7 +57,8 @@ def softcap_reference(x: Tensor, cap: float) -> Tensor:
 
 CASES = '''"""Soft cap: cases and mutants."""
 
-from backhand.verify.scaffold import (Op, wrong)
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7})
 CASES = (
@@ -65,7 +66,7 @@ CASES = (
     OP.case("no rows", (0, 5)), OP.case("low cap, training size", (67, 96), cap=0.2),
 )
 MUTANTS = (
-    OP.redo("cap forgotten", "d_x", cap=1.0),
+    OP.perturb("cap forgotten", "d_x", cap=1.0),
     wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
 )
 '''

@@ -12,7 +12,7 @@ from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta
 from backhand.verify.runner import cast, load_proofs
 from support.guarded import guarded_allocations
 
-OPS = [proof.op for proof in load_proofs() if proof.loops]
+OPS = [proof.op for proof in load_proofs() if proof.compiled]
 
 pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is not built")
 
@@ -24,7 +24,7 @@ def test_every_case_stays_within_its_buffers(op, dtype):
         for case in proof.cases:
             tensors = cast(case.tensors, dtype)
             with using(load(usable()[-1])), proving_loops(), torch.no_grad(), guarded_allocations() as overrun:
-                case.by_hand(tensors, proof.backward)
+                case.run_manual(tensors, proof.backward)
                 assert not overrun(), case.name
 
 

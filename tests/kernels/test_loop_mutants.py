@@ -93,7 +93,7 @@ def truths_of(op):
     cases = []
     for case in proof.cases:
         with torch.no_grad():
-            names = list(case.by_hand(case.tensors, proof.backward).gradients)
+            names = list(case.run_manual(case.tensors, proof.backward).gradients)
         y, gradients = autograd_gradients(case.reference, case.tensors, names)
         cases.append((case, y, gradients))
     return proof, cases
@@ -104,7 +104,7 @@ def largest_error(proof, cases, enough=float("inf")):
     worst = 0.0
     for case, right_y, right in cases:
         with torch.no_grad():
-            y, gradients = case.by_hand(case.tensors, proof.backward)
+            y, gradients = case.run_manual(case.tensors, proof.backward)
         errors = [relative_error(gradients[name], right[name], 1.0) for name in gradients]
         worst = max(worst, relative_error(y, right_y, 1.0), *errors)
         if worst > enough:

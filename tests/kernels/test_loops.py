@@ -86,7 +86,7 @@ def truths_of(op):
     found = []
     for proof in load_proofs(op):
         for case in proof.cases:
-            gradients = case.by_hand(case.tensors, proof.backward).gradients
+            gradients = case.run_manual(case.tensors, proof.backward).gradients
             with torch.enable_grad():
                 found.append((proof, case, *autograd_gradients(case.reference, case.tensors, gradients)))
     return found
@@ -97,7 +97,7 @@ def truths_of(op):
 @pytest.mark.parametrize("build", usable()[:-1], indirect=True)
 def test_cases_hold_in_float64_on_every_path(build, op):
     for proof, case, expected_y, expected in truths_of(op):
-        y, gradients = case.by_hand(case.tensors, proof.backward)
+        y, gradients = case.run_manual(case.tensors, proof.backward)
         assert relative_error(y, expected_y, 1.0) < FLOAT64_BOUND, case.name
         for name, gradient in gradients.items():
             assert relative_error(gradient, expected[name], 1.0) < FLOAT64_BOUND, (case.name, name)

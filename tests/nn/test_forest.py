@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.verify.scaffold import apart
+from backhand.verify.packed_tokens import unshare_prefixes
 from support.parity import decoder_like, relative_error
 from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
 
@@ -63,7 +63,7 @@ def measured(decoder: Decoder, batch: PackedBatch) -> list[Tensor]:
 @settings(max_examples=8, deadline=None)
 @given(batch=forests())
 def test_a_forest_is_its_documents_one_by_one(variant: str, batch: PackedBatch) -> None:
-    decoder, whole = decoder_of(variant, torch.float64), apart(batch)
+    decoder, whole = decoder_of(variant, torch.float64), unshare_prefixes(batch)
     assert not whole.parents and len(whole.input_ids) >= len(batch.input_ids)
     for found, expected in zip(measured(decoder, batch), measured(decoder, whole), strict=True):
         assert found.shape == expected.shape
@@ -82,6 +82,8 @@ def test_a_forest_rounds_as_its_documents_do(variant: str, dtype: torch.dtype) -
     low, exact = decoder_of(variant, dtype), decoder_of(variant, torch.float64)
     assert low.lora is not None and exact.lora is not None
     truth = measured(exact, batch)
-    for number, (once, each) in enumerate(zip(measured(low, batch), measured(low, apart(batch)), strict=True)):
+    for number, (once, each) in enumerate(
+        zip(measured(low, batch), measured(low, unshare_prefixes(batch)), strict=True)
+    ):
         own, alone = relative_error(once.double(), truth[number]), relative_error(each.double(), truth[number])
         assert own <= 2 * alone + 1e-6, number

@@ -42,7 +42,7 @@ def test_an_op_has_cases_and_mutants_for_each_gradient(op):
         returned.update(grads._fields)
         return grads
 
-    names = {kind(name) for case in proof.cases for name in case.by_hand(case.tensors, backward).gradients}
+    names = {kind(name) for case in proof.cases for name in case.run_manual(case.tensors, backward).gradients}
     spoiled = {mutant.gradient for mutant in proof.mutants}
     assert returned == spoiled == {f"d_{name}" for name in names}
     for gradient in spoiled:
@@ -66,7 +66,7 @@ def test_nothing_in_gives_zero_gradients(op):
     (proof,) = load_proofs(op)
     for case in proof.cases:
         if case.tensors["d_y"].numel() == 0:
-            for name, gradient in case.by_hand(case.tensors, proof.backward).gradients.items():
+            for name, gradient in case.run_manual(case.tensors, proof.backward).gradients.items():
                 assert gradient.shape == case.tensors[name].shape
                 assert gradient.eq(0).all(), (case.name, name)
 

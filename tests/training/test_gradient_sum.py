@@ -186,5 +186,5 @@ def left_float32(values: Tensor) -> float:
     return float(total)
 
 
-def test_left_sum_does_not_compensate() -> None:
+def test_sequential_sum_does_not_compensate() -> None:
     assert sequential_sum([1e16, 1.0, 1.0, -1e16]) == 0.0

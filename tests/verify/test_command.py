@@ -11,9 +11,9 @@ from backhand.cli.main import main
 from backhand.errors import CheckError, UsageError
 from backhand.verify import command
 from backhand.verify.command import verify, verify_command
+from backhand.verify.mutants import Mutant
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from backhand.verify.runner import PROOF_FILES, forms, load_proofs
-from backhand.verify.scaffold import Mutant
 
 
 def options(**fields):

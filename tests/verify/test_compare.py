@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from backhand.verify.measure import compare
+from backhand.verify.comparison import compare
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

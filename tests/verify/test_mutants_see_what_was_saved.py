@@ -49,9 +49,9 @@ def test_a_mutant_without_a_mistake_is_not_rejected(op):
             with proving_loops() if form == COMPILED else torch_form():
                 for case in some_cases(op, proof):
                     right = {
-                        name: _cloned(d) for name, d in case.by_hand(case.tensors, proof.backward).gradients.items()
+                        name: _cloned(d) for name, d in case.run_manual(case.tensors, proof.backward).gradients.items()
                     }
-                    found = case.by_hand(case.tensors, backward).gradients
+                    found = case.run_manual(case.tensors, backward).gradients
                     for name, expected in right.items():
                         error = relative_error(found[name], expected, norm(case.tensors["d_y"]))
                         assert error <= FLOAT64_BOUND, (proof.op, form, case.name, name)
@@ -65,7 +65,7 @@ def _adds(proof, case):
         seen.append(kwargs.get("into") is not None)
         return proof.backward(d_y, saved, *args, **kwargs)
 
-    case.by_hand(case.tensors, noting)
+    case.run_manual(case.tensors, noting)
     return any(seen)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from backhand.ops.registry import OPS
 from backhand.verify.cases.lora_linear import CASES
+from backhand.verify.mutants import Mutant
 from backhand.verify.runner import (
     Errors,
     Row,
@@ -21,7 +22,6 @@ from backhand.verify.runner import (
     prove_case,
     reject_mutants,
 )
-from backhand.verify.scaffold import Mutant
 
 (LORA_LINEAR,) = load_proofs("lora_linear")
 FIRST = CASES[0]
@@ -121,7 +121,7 @@ def test_nonzero_gradients_of_nothing_fail():
 
 
 def test_a_wrong_forward_fails():
-    wrong = replace(FIRST, by_hand=lambda t, backward: FIRST.by_hand(t | {"x": t["x"] * (1 + 1e-9)}, backward))
+    wrong = replace(FIRST, run_manual=lambda t, backward: FIRST.run_manual(t | {"x": t["x"] * (1 + 1e-9)}, backward))
     assert "y" in {row.tensor for row in failed(LORA_LINEAR, wrong)}
 
 
@@ -146,28 +146,28 @@ def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it
     case = next(case for case in proof.cases if word in case.name)
     given = []
     with torch.no_grad():
-        here = case.by_hand(case.tensors, lambda *a, **k: given.append(proof.backward(*a, **k)) or given[-1]).y
+        here = case.run_manual(case.tensors, lambda *a, **k: given.append(proof.backward(*a, **k)) or given[-1]).y
     forward = _forward_of(replace(proof, backward=backward), case, case.tensors, here, given[0])
     called.clear()
     moved = {name: tensor * 0.9 if tensor.is_floating_point() else tensor for name, tensor in case.tensors.items()}
     y = forward(moved)
     assert bool(called) is not alone
     with torch.no_grad():
-        assert torch.equal(y, case.by_hand(moved, proof.backward).y)
+        assert torch.equal(y, case.run_manual(moved, proof.backward).y)
 
 
 def test_an_output_that_comes_from_the_backward_is_not_computed_without_it():
-    def by_hand(tensors, backward):
-        found = FIRST.by_hand(tensors, backward)
+    def run_manual(tensors, backward):
+        found = FIRST.run_manual(tensors, backward)
         return found._replace(y=found.y + sum(gradient.sum() for gradient in found.gradients.values()))
 
-    case, called = replace(FIRST, by_hand=by_hand), []
+    case, called = replace(FIRST, run_manual=run_manual), []
 
     def backward(*args, **kwargs):
         called.append(LORA_LINEAR.backward(*args, **kwargs))
         return called[-1]
 
-    here = by_hand(case.tensors, backward).y
+    here = run_manual(case.tensors, backward).y
     forward = _forward_of(replace(LORA_LINEAR, backward=backward), case, case.tensors, here, called[0])
     called.clear()
     forward({name: tensor * 0.9 for name, tensor in case.tensors.items()})
@@ -183,9 +183,9 @@ def test_the_case_that_rejected_a_mistake_is_tried_first():
     def noting(case):
         def run(tensors, backward):
             by_hand.append(case.name)
-            return case.by_hand(tensors, backward)
+            return case.run_manual(tensors, backward)
 
-        return replace(case, by_hand=run)
+        return replace(case, run_manual=run)
 
     noted = replace(proof, cases=tuple(map(noting, proof.cases)), mutants=tuple(mistakes))
     rejections = list(reject_mutants(noted))

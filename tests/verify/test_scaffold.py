@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from backhand.verify.mutants import perturbed, wrong
 from backhand.verify.runner import prove_case, reject_mutants
-from backhand.verify.scaffold import START, Given, Op, again, receiver, wrong
+from backhand.verify.scaffold import BUFFER_START, Arguments, Op, grad_buffer
 
 
 class ScaledSaved(NamedTuple):
@@ -83,7 +84,7 @@ def test_a_switched_off_gradient_is_not_asked_for():
     one = op()
     case = one.case("frozen", (5,), input_gradient=False)
     assert not proved(one, case)
-    assert set(case.by_hand(case.tensors, backward).gradients) == {"weight"}
+    assert set(case.run_manual(case.tensors, backward).gradients) == {"weight"}
 
 
 def test_an_option_that_is_none_of_the_ops_is_refused():
@@ -104,17 +105,17 @@ def test_what_is_added_to_a_buffer_is_told_from_what_stood_there():
         forward=lambda x, lora_A: (x * lora_A, x),
         backward=add,
         reference=lambda x, lora_A: x * lora_A,
-        made={"into": lambda lora_A, added: receiver(lora_A) if added else None},
+        derived={"into": lambda lora_A, added: grad_buffer(lora_A) if added else None},
     )
     for case in (one.case("alone"), one.case("added", added=True)):
         assert not proved(one, case)
     case = one.case("added", added=True)
-    assert not torch.equal(add(case.tensors["d_y"], case.tensors["x"]).d_lora_A, receiver(case.tensors["lora_A"]))
-    assert START != 0
+    assert not torch.equal(add(case.tensors["d_y"], case.tensors["x"]).d_lora_A, grad_buffer(case.tensors["lora_A"]))
+    assert BUFFER_START != 0
 
 
 def test_what_is_made_is_made_of_inputs_options_and_what_is_made():
-    given = Given({"a": 2, "b": None}, {"c": lambda a: a + 1, "d": lambda c, a: c * a})
+    given = Arguments({"a": 2, "b": None}, {"c": lambda a: a + 1, "d": lambda c, a: c * a})
     assert given.call(lambda d, b, absent, fallback=5: (d, b, absent, fallback)) == (6, None, None, 5)
     assert given.call(lambda d, a: d + a, a=100) == 106
 
@@ -125,7 +126,7 @@ def test_mutants_of_several_gradients_are_rejected_each():
     mutants = (
         wrong("half", "d_x d_weight", lambda d: d / 2),
         wrong("of the other", "d_weight", lambda g, right: right.d_x.sum(0) + 0 * g.sum(0)),
-        again("rows reversed", "d_weight", backward, g=lambda g: g.flip(0)),
+        perturbed("rows reversed", "d_weight", backward, g=lambda g: g.flip(0)),
     )
     proof = one.proof(cases, mutants)
     rejections = list(reject_mutants(proof))

@@ -101,7 +101,7 @@ def cases(both: Sequence[Library]) -> dict[str, Differences]:
         both: this system's, and the other one's.
     """
     found: dict[str, Differences] = defaultdict(Differences)
-    for proof in (proof for op in sys.argv[1:] or PROOF_FILES for proof in load_proofs(op) if proof.loops):
+    for proof in (proof for op in sys.argv[1:] or PROOF_FILES for proof in load_proofs(op) if proof.compiled):
         for case in proof.cases:
             for dtype in BOUNDS:
                 tensors = {
@@ -114,7 +114,7 @@ def cases(both: Sequence[Library]) -> dict[str, Differences]:
                 def compute(
                     tensors: Any = tensors, case: Any = case, proof: Any = proof, names: Any = names
                 ) -> list[Tensor]:
-                    y, gradients = case.by_hand({name: x.clone() for name, x in tensors.items()}, proof.backward)
+                    y, gradients = case.run_manual({name: x.clone() for name, x in tensors.items()}, proof.backward)
                     names[:] = ["y", *gradients]
                     return [y, *gradients.values()]
 

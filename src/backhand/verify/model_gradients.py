@@ -40,7 +40,7 @@ from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.directory import ProofKind
-from backhand.verify.measure import relative_error, typical
+from backhand.verify.measure import geometric_mean, relative_error
 from backhand.verify.reference_decoder import (
     OfNats,
     ReferenceAdapter,
@@ -277,7 +277,7 @@ class GradientProofs:
         detail = "autograd's own error"
         if measured > max(TIMES_AUTOGRAD * own, floor):
             several = [(measured, own), *self._neighbours()]
-            measured, own = (typical(errors) for errors in zip(*several, strict=True))
+            measured, own = (geometric_mean(errors) for errors in zip(*several, strict=True))
             detail = f"means of {len(several)}; autograd's own"
         self.rounding_bound = max(TIMES_AUTOGRAD * own, floor) if math.isfinite(own) else 0.0
         return ModelProof(

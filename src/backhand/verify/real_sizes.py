@@ -28,8 +28,9 @@ from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.verify.cases.adapted_glu import sides
 from backhand.verify.cases.lora_group import SCALINGS
 from backhand.verify.measure import relative_error
+from backhand.verify.mutants import Backward
 from backhand.verify.runner import AUTOGRAD, TIMES_AUTOGRAD, TORCH, Rejection, Row, Trial, cast, dtype_name
-from backhand.verify.scaffold import SCALING, Backward, ByHand, Case, Draw, Op, Tensors
+from backhand.verify.scaffold import SCALING, Case, Draw, Manual, Op, Tensors
 
 KEYS, HIDDEN, POSITIONS, RANK = 8_192, 8_192, 32_768, 256
 VOCABULARIES = (151_936, 262_144)
@@ -53,7 +54,7 @@ class RealSize:
     naive: tuple[str, Naive] | None
     # the rows of y or a gradient that are measured, by its name; all of the others
     picked: Mapping[str, slice] = field(default_factory=dict)
-    loops: bool = True  # whether the op has compiled kernels, whose builds are then measured too
+    compiled: bool = True  # the op has compiled kernels, whose builds are then measured too
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # in which it is measured
     exact: bool = False  # the bound of y is half a unit of rounding, whatever torch errs
 
@@ -72,11 +73,11 @@ def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
     """Those of one dtype, in torch's form and each build of the kernels that this processor has."""
     op, case, rounded = size.op, size.case, cast(size.case.tensors, dtype)
     trial, found = Trial(op.proof((case,), ()), case, rounded), {}
-    for build in (TORCH, *usable()) if size.loops else (TORCH,):
+    for build in (TORCH, *usable()) if size.compiled else (TORCH,):
         with _in_build(build):
-            found[build] = trial.by_hand(rounded)
-    truth = trial.by_autograd(case.reference, cast(rounded, torch.float64), found[TORCH], "truth")
-    usual = trial.by_autograd(case.usual or case.reference, rounded, found[TORCH], "usual")
+            found[build] = trial.manual_results(rounded)
+    truth = trial.autograd_results(case.reference, cast(rounded, torch.float64), found[TORCH], "truth")
+    usual = trial.autograd_results(case.baseline or case.reference, rounded, found[TORCH], "usual")
 
     def error(name: str, measured: Tensor) -> float:
         part = size.picked.get(name, slice(None))
@@ -129,7 +130,7 @@ def real_sizes() -> Iterator[RealSize]:
     yield _expert_linear()
     many, op = f"{POSITIONS:,} positions", _op("dora")
     case = op.case(many, (POSITIONS, 24))
-    yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), loops=False)
+    yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), compiled=False)
     yield _dora_norm()
     # Hardly anything is forgotten, so that the state adds up all tokens.
     name, op = "4,096 tokens of one document", _op("gated_delta_rule")
@@ -137,7 +138,7 @@ def real_sizes() -> Iterator[RealSize]:
     yield from _embeddings(many)
     op = _op("lora_bias")
     case = _pushed(op.case(many, (POSITIONS, 24)))
-    yield RealSize(op, case, ("d_lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), loops=False)
+    yield RealSize(op, case, ("d_lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), compiled=False)
 
 
 def _op(file: str) -> Op:
@@ -179,15 +180,15 @@ def _losses(vocab: int, name: str, peaked: bool) -> Iterator[RealSize]:
     op = _op("cross_entropy")
     z, targets = logits(op)
     case = _with(op.case(name, 8, vocab), logits=z, targets=targets)
-    yield RealSize(op, case, ("y", lambda t: naive(t["logits"], t["targets"])), loops=False, exact=True)
+    yield RealSize(op, case, ("y", lambda t: naive(t["logits"], t["targets"])), compiled=False, exact=True)
 
-    def by_hand(t: Tensors, _backward: Backward) -> ByHand:
+    def run_manual(t: Tensors, _backward: Backward) -> Manual:
         losses, grads = linear_cross_entropy_backward(t["x"], t["weight"], t["labels"])
-        return ByHand(losses, {"x": grads.d_x})
+        return Manual(losses, {"x": grads.d_x})
 
     op = _op("linear_cross_entropy")
     z, targets = logits(op)
-    case = replace(op.case(name, 8, 8, 1, multiplier=1.0), by_hand=by_hand)
+    case = replace(op.case(name, 8, 8, 1, multiplier=1.0), run_manual=run_manual)
     case = _with(case, x=torch.eye(8).double(), weight=z.T.contiguous(), labels=targets)
     yield RealSize(op, case, ("y", lambda t: naive(t["weight"].T, t["labels"])), exact=True)
 
@@ -204,7 +205,9 @@ def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _attention(size: float) -> RealSize:
     op, name = _op("attention"), f"{KEYS:,} keys, scores of {size}"
     case = op.case(name, (KEYS,), heads=1, kv_heads=1, head_dim=32, size=size, scaling=SCORES_SCALING)
-    case = replace(case, reference=not_none(case.usual))  # the reference's whole matrices of scores would be gigabytes
+    case = replace(
+        case, reference=not_none(case.baseline)
+    )  # the reference's whole matrices of scores would be gigabytes
     naive = ("y", lambda t: _naive_attention(t["q"], t["k"], t["v"]))
     return RealSize(op, case, naive, {"y": LAST, "d_q": LAST, "d_k": FIRST, "d_v": FIRST})
 
@@ -212,7 +215,7 @@ def _attention(size: float) -> RealSize:
 def _attention_blocks(size: float) -> RealSize:
     op, name = _op("attention_blocks"), f"{KEYS:,} keys, scores of {size}"
     case = op.case(name, 1, KEYS, 1, 1, 32, WATCHED, size=size, scaling=SCORES_SCALING)
-    return RealSize(op, case, ("y", lambda t: _naive_attention(t["q"][0], t["k"][0], t["v"][0])[None]), loops=False)
+    return RealSize(op, case, ("y", lambda t: _naive_attention(t["q"][0], t["k"][0], t["v"][0])[None]), compiled=False)
 
 
 def _rms_norm(name: str, rows: int, columns: int) -> RealSize:
@@ -281,15 +284,15 @@ def _dora_norm() -> RealSize:
     tensors = {"weight": draw.normal(WATCHED, HIDDEN), "lora_A": draw.normal(8, HIDDEN, size=HIDDEN**-0.5)}
     tensors |= {"lora_B": draw.normal(WATCHED, 8), "d_y": draw.normal(WATCHED)}
 
-    def by_hand(t: Tensors, _backward: Backward) -> ByHand:
-        return ByHand(dora_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING), {})
+    def run_manual(t: Tensors, _backward: Backward) -> Manual:
+        return Manual(dora_norm(t["weight"], t["lora_A"], t["lora_B"], SCALING), {})
 
     def squares(t: Tensors) -> Tensor:
         wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in t.items()}
         return (wide["weight"] + SCALING * wide["lora_B"] @ wide["lora_A"]).square()
 
-    case = Case(name, tensors, by_hand, lambda t: squares(t).sum(1).sqrt())
-    return RealSize(op, case, ("y", lambda t: from_the_left(squares(t).T).sqrt()), loops=False)
+    case = Case(name, tensors, run_manual, lambda t: squares(t).sum(1).sqrt())
+    return RealSize(op, case, ("y", lambda t: from_the_left(squares(t).T).sqrt()), compiled=False)
 
 
 def _embeddings(name: str) -> Iterator[RealSize]:
@@ -299,8 +302,10 @@ def _embeddings(name: str) -> Iterator[RealSize]:
         return torch.stack([from_the_left(d_rows[ids == token]) for token in range(5)])
 
     op = _op("embedding")
-    case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16)), usual=None)
-    yield RealSize(op, case, ("d_weight", lambda t: naive(t["d_y"], t["ids"])), loops=False)
+    case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16)), baseline=None)
+    yield RealSize(op, case, ("d_weight", lambda t: naive(t["d_y"], t["ids"])), compiled=False)
     op = _op("lora_embedding")
-    case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16, 8)), usual=None)
-    yield RealSize(op, case, ("d_lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T), loops=False)
+    case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16, 8)), baseline=None)
+    yield RealSize(
+        op, case, ("d_lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T), compiled=False
+    )

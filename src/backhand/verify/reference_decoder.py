@@ -45,7 +45,7 @@ from backhand.ops.decay_gate import decay_gate_reference
 from backhand.ops.document_groups import Run
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
-from backhand.verify.scaffold import apart
+from backhand.verify.packed_tokens import unshare_prefixes
 
 Tensors = Mapping[str, Tensor]
 OfNats = Callable[[Tensor], Tensor]
@@ -214,7 +214,9 @@ def reference_loss(
         adapter: its factors in the dtype of the weights.
         of_nats: another loss of the nats of the documents' supervised tokens, (supervised,).
     """
-    batch = apart(batch) if batch.parents else batch  # else in its own order, in which dropout's masks are drawn
+    batch = (
+        unshare_prefixes(batch) if batch.parents else batch
+    )  # else in its own order, in which dropout's masks are drawn
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)

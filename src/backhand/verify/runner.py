@@ -1,11 +1,12 @@
 """Run the proofs: every case of an op in float64, float32 and bfloat16, and every mutant.
 
-float64 proves the formula: the gradients by hand agree with autograd of the reference, and, since a reference can be
-wrong too, with finite differences of the op's own forward. In float32 and bfloat16 both are measured against float64 on
-the same rounded inputs, and the error by hand may be at most twice autograd's own, or four units of rounding.
+- **float64** proves the formula. The hand-written gradients must agree with autograd of the reference. Since a
+  reference can be wrong too, they must also agree with finite differences of the op's own forward.
+- **float32 and bfloat16**: hand-written gradients and autograd's are both compared with float64 on the same rounded
+  inputs. The error of the hand-written ones may be at most twice autograd's, or four units of rounding.
 
-An op that has compiled kernels is proved in both forms, torch's and the kernels', on the same cases, with the same
-bounds and the same mutants; in float64 the kernels' own source is what runs.
+An op with compiled kernels is proved in both forms, torch's and the kernels', with the same cases, bounds and mutants.
+In float64 the kernels' source is compiled for float64.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ from torch import Tensor
 from backhand.kernels.builds import loops_are_there, torch_form
 from backhand.kernels.library import proving_loops
 from backhand.ops.registry import OPS
-from backhand.verify.measure import autograd_gradients, difference_error, norm, relative_error, typical, worst_row
-from backhand.verify.scaffold import Case, Mutant, OpProof, Tensors, kind
+from backhand.verify.measure import (
+    autograd_gradients,
+    difference_error,
+    geometric_mean,
+    norm,
+    relative_error,
+    worst_row,
+)
+from backhand.verify.mutants import Mutant
+from backhand.verify.scaffold import Case, OpProof, Tensors, kind
 
-# Beside the ops: what is built of them.
+# Proofs of what is composed of ops.
 COMPOSITES = {"block": "block", "decoder": "decoder", "decoder_kinds": "decoder_kinds"}
 PROOF_FILES = {**OPS, **COMPOSITES}
 FLOAT64_BOUND = 1e-12
-# Far above what rounding could explain, and below the smallest mistake on purpose, a factor of 1 + 1e-6.
+# Far above any rounding error, and below the smallest deliberate mistake, a factor of 1 + 1e-6.
 MISTAKE_BOUND = 1e-7
 DIFFERENCES_BOUND = 1e-8
-Prepared = tuple[Case, Tensors, Tensors]
+PreparedCase = tuple[Case, Tensors, Tensors]
 """A case with its tensors on the device and the true gradients."""
 LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
@@ -55,53 +64,53 @@ class Row:
     tensor: str  # `y`, or `d_` and the name of the input whose gradient it is
     error: float  # relative norm error against the truth in float64
     bound: float  # the largest error that passes
-    worst: str = ""  # the row that is furthest off, and by how much; empty where there is none
-    form: str = TORCH  # `torch`, or `compiled` for the kernels of the library
+    worst: str = ""  # the row with the largest difference, and the difference; empty for tensors without rows
+    form: str = TORCH  # `torch`, or `compiled` for the library's kernels
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the bound; NaN is not."""
+        """True if the error is within the bound. NaN is not."""
         return self.error <= self.bound
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """What became of one mutant."""
+    """Result of running one mutant."""
 
     op: str
     mutant: str
     gradient: str
-    error: float  # the largest finite relative error in float64, in the first case tried that rejects it
+    error: float  # the largest finite relative error in float64, in the first case that rejects the mutant
     case: str
-    bound: float  # what its error must exceed
-    form: str = TORCH  # of the backward that the mistake is put into, `torch` or `compiled`
+    bound: float  # the value that the error must exceed
+    form: str = TORCH  # form of the backward that contains the mistake, `torch` or `compiled`
 
     @property
     def passed(self) -> bool:
-        """Whether the mistake was noticed: a finite value above the bound, not an exception, a shape or a NaN."""
+        """True if the mutant was rejected by a finite error above the bound, not by a wrong shape or NaN."""
         return self.error > self.bound
 
 
 def load_proofs(op: str | None = None) -> Iterator[OpProof]:
-    """The proofs of one op, or of all in the order of the registry, then of the block and the decoder.
+    """Iterate over the proofs of one op, or of all ops in the registry's order, then of block and decoder.
 
     Raises:
-        KeyError: for a name that is none of these.
+        KeyError: if there is no op of this name.
     """
     for name in PROOF_FILES if op is None else (op,):
         yield from (proof for proof in proofs_in(PROOF_FILES[name]) if proof.op == name)
 
 
 def proofs_in(file: str) -> tuple[OpProof, ...]:
-    """What a file of `verify/cases` proves: its op on its cases, or each of its `PROOFS`."""
+    """Return the proofs in a file of `verify/cases`: its `PROOFS`, or its op with its cases and mutants."""
     module = importlib.import_module(f"backhand.verify.cases.{file}")
     proofs: tuple[OpProof, ...] = getattr(module, "PROOFS", ())
     return proofs or (module.OP.proof(module.CASES, module.MUTANTS),)
 
 
 def forms(proof: OpProof, device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """The forms in which an op can be computed here."""
-    compiled = proof.loops and loops_are_there() and torch.device(device).type == "cpu"
+    """Return the forms in which an op can be computed on this machine and device."""
+    compiled = proof.compiled and loops_are_there() and torch.device(device).type == "cpu"
     return (TORCH, COMPILED) if compiled else (TORCH,)
 
 
@@ -110,7 +119,7 @@ def _in_form(form: str) -> AbstractContextManager[None]:
 
 
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
-    """float64 against autograd and finite differences, then float32 and bfloat16 against float64; in each form."""
+    """Prove a case in each form: float64 against autograd and differences, then low precision against float64."""
     trial = Trial(proof, case, on_device(case.tensors, device))
     for form in forms(proof, device):
         row = partial(Row, proof.op, case.name, form=form)
@@ -122,33 +131,33 @@ def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -
 
 
 class Errors(NamedTuple):
-    """Relative errors of one tensor in low precision, both against float64, and the row where ours is worst."""
+    """Relative errors of one tensor in low precision against float64."""
 
-    by_hand: float
-    by_autograd: float
-    worst: str
+    manual: float  # error of the hand-written gradient
+    autograd: float  # error of autograd's gradient
+    worst: str  # the row with the largest error of the hand-written gradient
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A case on a device. Results are y and, with `d_` in front of the input's name, the gradients."""
+    """A case on a device. Results are `y` and the gradients, named `d_` and the input's name."""
 
     proof: OpProof
     case: Case
     exact: Tensors
-    # what autograd has given, once for all forms: references call no forward or backward of ours
+    # Autograd's results, shared by all forms, since references call no op of ours.
     known: dict[tuple[object, ...], Tensors] = field(default_factory=dict)
 
-    def by_hand(self, tensors: Tensors, backward: Callable[..., Any] | None = None) -> Tensors:
-        """The results by hand; `backward` in place of the op's own."""
+    def manual_results(self, tensors: Tensors, backward: Callable[..., Any] | None = None) -> Tensors:
+        """Return the results of the hand-written op, with another backward if given."""
         with torch.no_grad():
-            y, gradients = self.case.by_hand(tensors, backward or self.proof.backward)
+            y, gradients = self.case.run_manual(tensors, backward or self.proof.backward)
         return {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
 
-    def by_autograd(
+    def autograd_results(
         self, function: Callable[[Tensors], Tensor], tensors: Tensors, results: Iterable[str], *key: object
     ) -> Tensors:
-        """The same results of a function on such tensors; the key says which on which."""
+        """Return the same results of a function by autograd, cached under a key for function and tensors."""
         if key not in self.known:
             names = [name.removeprefix("d_") for name in results if name != "y"]
             y, gradients = autograd_gradients(function, tensors, names)
@@ -156,16 +165,16 @@ class Trial:
         return self.known[key]
 
     def exact_rows(self, row: Callable[..., Row]) -> Iterator[Row]:
-        """float64: against autograd of the reference, then against finite differences of the op's own forward."""
+        """Compare float64 results with autograd of the reference, then with finite differences of the op's forward."""
         tensors, case = self.exact, self.case
         gradients: list[Any] = []
 
-        def noting(*args: Any, **kwargs: Any) -> Any:
+        def recording(*args: Any, **kwargs: Any) -> Any:
             gradients.append(self.proof.backward(*args, **kwargs))
             return gradients[-1]
 
-        ours = self.by_hand(tensors, noting)
-        truth, scale = self.by_autograd(case.reference, tensors, ours, "exact"), norm(tensors["d_y"])
+        ours = self.manual_results(tensors, recording)
+        truth, scale = self.autograd_results(case.reference, tensors, ours, "exact"), norm(tensors["d_y"])
         for name, measured in ours.items():
             error = relative_error(measured, truth[name], scale)
             yield row("float64", AUTOGRAD, name, error, FLOAT64_BOUND, worst_of({name: measured}, truth))
@@ -178,59 +187,66 @@ class Trial:
             yield row("float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
 
     def low_precision_rows(self, row: Callable[..., Row], dtype: torch.dtype) -> Iterator[Row]:
-        """Both ways against float64 on the same rounded inputs."""
+        """Compare hand-written and autograd results in low precision with float64 on the same rounded inputs."""
         floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
 
         def bound(errors: Errors) -> float:
-            return max(TIMES_AUTOGRAD * errors.by_autograd, floor) if math.isfinite(errors.by_autograd) else 0.0
+            return max(TIMES_AUTOGRAD * errors.autograd, floor) if math.isfinite(errors.autograd) else 0.0
 
-        found = self._rounding_errors(self.exact, dtype, 0)
-        if any(errors.by_hand > bound(errors) for errors in found.values()):
-            # Rounding scatters by a factor of two and more from one input to the next, for autograd as for us.
+        by_tensor = self._rounding_errors(self.exact, dtype, 0)
+        if any(errors.manual > bound(errors) for errors in by_tensor.values()):
+            # Rounding errors vary by a factor of two and more between similar inputs, for autograd and for us.
             near = enumerate(_neighbours(self.exact), start=1)
             more = [self._rounding_errors(tensors, dtype, number) for number, tensors in near]
-            for name, errors in found.items():
-                by_hand, by_autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
-                found[name] = Errors(typical(by_hand), typical(by_autograd), errors.worst)
-        for name, errors in found.items():
-            yield row(dtype_name(dtype), AUTOGRAD, name, errors.by_hand, bound(errors), errors.worst)
+            for name, errors in by_tensor.items():
+                manual, autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
+                by_tensor[name] = Errors(geometric_mean(manual), geometric_mean(autograd), errors.worst)
+        for name, errors in by_tensor.items():
+            yield row(dtype_name(dtype), AUTOGRAD, name, errors.manual, bound(errors), errors.worst)
 
     def _rounding_errors(self, tensors: Tensors, dtype: torch.dtype, number: int) -> dict[str, Errors]:
-        """The errors of y and of each group of gradients; number: which tensors these are, 0 the case's own."""
+        """Return the errors of y and of each group of gradients.
+
+        Args:
+            number: identifies the tensors in the cache, 0 for the case's own.
+        """
         rounded, case = cast(tensors, dtype), self.case
         widened = cast(rounded, torch.float64)
-        ours = self.by_hand(rounded)
-        truth = self.by_autograd(case.reference, widened, ours, "truth", dtype, number)
-        usual = self.by_autograd(case.usual or case.reference, rounded, ours, "usual", dtype, number)
+        ours = self.manual_results(rounded)
+        truth = self.autograd_results(case.reference, widened, ours, "truth", dtype, number)
+        baseline = self.autograd_results(case.baseline or case.reference, rounded, ours, "baseline", dtype, number)
         groups: dict[str, list[str]] = {}
-        for name in ours:  # those of one kind are judged together in a pooled case
+        for name in ours:  # a pooled case compares all gradients of one kind together
             part = f"d_{kind(name.removeprefix('d_'))}" if case.pooled and name != "y" else name
             groups.setdefault(part, []).append(name)
-        found, scale = {}, norm(widened["d_y"])
+        by_group, scale = {}, norm(widened["d_y"])
         for group, names in groups.items():
-            mine, right, usually = ({name: several[name] for name in names} for several in (ours, truth, usual))
-            by_hand, by_autograd = (relative_error(flat(one), flat(right), scale) for one in (mine, usually))
-            found[group] = Errors(by_hand, by_autograd, worst_of(mine, right))
-        return found
+            mine, right, theirs = ({name: results[name] for name in names} for results in (ours, truth, baseline))
+            manual, autograd = (relative_error(flat(measured), flat(right), scale) for measured in (mine, theirs))
+            by_group[group] = Errors(manual, autograd, worst_of(mine, right))
+        return by_group
 
 
 @torch.no_grad()
 def _forward_of(
     proof: OpProof, case: Case, tensors: Tensors, here: Tensor, gradients: Any
 ) -> Callable[[Tensors], Tensor]:
-    """The op's own forward, without its backward where a try away from the case shows that this gives the same bits.
+    """Return the op's forward as a function of its inputs.
+
+    The forward runs without the backward if a trial at other inputs shows that the output has the same bits.
 
     Args:
-        here, gradients: y of the case, and what the backward has given there.
+        here: y at the case's inputs.
+        gradients: the backward's result at the case's inputs.
     """
 
     @torch.no_grad()
     def alone(t: Tensors) -> Tensor:
-        return case.by_hand(t, lambda *_args, **_kwargs: gradients).y
+        return case.run_manual(t, lambda *_args, **_kwargs: gradients).y
 
     @torch.no_grad()
     def whole(t: Tensors) -> Tensor:
-        return case.by_hand(t, proof.backward).y
+        return case.run_manual(t, proof.backward).y
 
     away = {name: tensor * 1.001 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     y = whole(away)
@@ -238,7 +254,7 @@ def _forward_of(
 
 
 def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
-    """Inputs of about the same size and of the same signs."""
+    """Iterate over inputs of similar size and equal sign."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(NEIGHBOURS):
         yield {
@@ -251,16 +267,16 @@ def _neighbours(tensors: Tensors) -> Iterator[Tensors]:
 
 
 def flat(tensors: Tensors) -> Tensor:
-    """All elements as one float64 vector; a lone tensor keeps its shape."""
+    """Concatenate all elements to one float64 vector. A single tensor keeps its shape and dtype."""
     if len(tensors) == 1:
         return next(iter(tensors.values()))
     return torch.cat([tensor.double().reshape(-1) for tensor in tensors.values()])
 
 
 def worst_of(measured: Tensors, expected: Tensors) -> str:
-    """The row that is furthest off, with its input's name where there are several."""
-    found = [(worst_row(tensor, expected[name]), name.removeprefix("d_")) for name, tensor in measured.items()]
-    rows = [(worst, name) for worst, name in found if worst is not None]
+    """Describe the row with the largest difference, with its input's name if there are several tensors."""
+    by_tensor = [(worst_row(tensor, expected[name]), name.removeprefix("d_")) for name, tensor in measured.items()]
+    rows = [(worst, name) for worst, name in by_tensor if worst is not None]
     if not rows:
         return ""
     worst, name = max(rows, key=lambda pair: pair[0].error)
@@ -268,41 +284,41 @@ def worst_of(measured: Tensors, expected: Tensors) -> str:
 
 
 def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterator[Rejection]:
-    """Run every mutant of every form on the cases in float64, against autograd of the reference, until one rejects it.
+    """Run every mutant in every form on the cases in float64 until autograd of the reference rejects it.
 
-    The case that has rejected a mistake comes first for the same mistake in another gradient or form, then those that
-    have rejected others, the last one first; a case without such an input is not tried.
+    For each mutant, the case that rejected the same mistake in another gradient or form is tried first, then the cases
+    that rejected other mistakes, the latest first. Cases without the mutant's input are skipped.
     """
 
     @cache
-    def prepared(place: int) -> Prepared:
-        case, tensors = proof.cases[place], on_device(proof.cases[place].tensors, device)
+    def prepared(index: int) -> PreparedCase:
+        case, tensors = proof.cases[index], on_device(proof.cases[index].tensors, device)
         with torch.no_grad():
-            names = list(case.by_hand(tensors, proof.backward).gradients)
+            names = list(case.run_manual(tensors, proof.backward).gradients)
         return case, tensors, autograd_gradients(case.reference, tensors, names)[1]
 
     names = [case.name for case in proof.cases]
     kinds = [{f"d_{kind(name)}" for name in case.tensors} for case in proof.cases]
-    rejecting: dict[str, str] = {}  # the case that has rejected a mistake last, by the mistake's name
+    rejecting: dict[str, str] = {}  # name of a mistake → the case that rejected it last
     for form in forms(proof, device):
         for mutant in proof.mutants:
             first = [rejecting.get(mutant.name), *reversed(rejecting.values())]
-            places = [place for place, of_case in enumerate(kinds) if mutant.gradient in of_case]
-            places.sort(key=lambda place: [*first, names[place]].index(names[place]))
-            rejection = reject_mutant(proof, mutant, map(prepared, places), form)
+            indices = [index for index, gradients in enumerate(kinds) if mutant.gradient in gradients]
+            indices.sort(key=lambda index: [*first, names[index]].index(names[index]))
+            rejection = reject_mutant(proof, mutant, map(prepared, indices), form)
             if rejection.passed:
                 rejecting.pop(mutant.name, None)
                 rejecting[mutant.name] = rejection.case
             yield rejection
 
 
-def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[Prepared], form: str = TORCH) -> Rejection:
-    """Try a mutant until a case rejects it: its largest error there."""
+def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[PreparedCase], form: str = TORCH) -> Rejection:
+    """Try a mutant on the cases until one rejects it, and return its largest error."""
     wrong = mutant.spoil(proof.backward)
     worst, where = 0.0, ""
     for case, tensors, truth in prepared:
         with torch.no_grad(), _in_form(form):
-            gradients = case.by_hand(tensors, wrong).gradients
+            gradients = case.run_manual(tensors, wrong).gradients
         for name in gradients:
             if mutant.gradient == f"d_{kind(name)}" and gradients[name].shape == truth[name].shape:
                 error = relative_error(gradients[name], truth[name], norm(tensors["d_y"]))
@@ -314,15 +330,15 @@ def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[Prepared], 
 
 
 def on_device(tensors: Tensors, device: torch.device | str) -> Tensors:
-    """The same tensors on a device."""
+    """Copy tensors to a device."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    """Numbers in a dtype; integers and booleans as they are."""
+    """Cast floating-point tensors to a dtype. Integers and booleans stay unchanged."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32."""
+    """Return a dtype's name, `float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,48 +1,43 @@
-"""The scaffold of the cases: an op is declared once, and a case of it is a line.
+"""Declare an op's proof: its inputs and options once, each case in one line, and the mutants.
 
-A file of cases says what the op's inputs are and which mistakes are easy to make in it:
+A file of cases declares the op's inputs and the mistakes that are easy to make in it:
 
-    OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7}, usual=_usual)
+    OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7}, baseline=_baseline)
     CASES = (OP.case("rows", (6, 5)), OP.case("no rows", (0, 5)), OP.case("low cap", (6, 5), cap=0.2), …)
     MUTANTS = (
-        OP.redo("cap forgotten", "d_x", cap=1.0),
+        OP.perturb("cap forgotten", "d_x", cap=1.0),
         wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
     )
 
-A file of several ops says `PROOFS`, one `Op.proof` for each, in place of these three names.
+A file with several ops defines `PROOFS`, one `Op.proof` per op, instead of these three names.
 
-`softcap_forward`, `softcap_backward` and `softcap_reference` are found through the registry. All functions, the op's
-and the lambdas alike, are called by the names of their parameters: `x` is the input `x`, `cap` the option. A gradient
-`d_x` belongs to the input `x`, a tuple `d_lora_A` to `lora_A 0`, `lora_A 1` and so on, and every input that has one
-must get one. The standard mutants of every gradient are added.
+`softcap_forward`, `softcap_backward` and `softcap_reference` are found through the registry. Every function, including
+the lambdas, is called with arguments chosen by the names of its parameters: `x` is the input `x`, and `cap` the option.
+A gradient `d_x` belongs to the input `x`, and a tuple `d_lora_A` to the inputs `lora_A 0`, `lora_A 1` and so on. Every
+input with a gradient must receive one. The standard mutants of every gradient are added.
 """
 
 from __future__ import annotations
 
-import inspect
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from backhand.kernels.pieces import small_pieces
-from backhand.nn.batch import PackedBatch, document_runs
-from backhand.ops.document_groups import Run, segments
+from backhand.nn.batch import document_runs
 from backhand.ops.registry import OPS, op_module
+from backhand.verify.mutants import Backward, Function, Mutant, parameters, perturbed, standard_mutants
 
 Tensors = dict[str, Tensor]
-# A backward pass as the ops write it: (d_y, saved, …) → NamedTuple of gradients.
-Backward = Callable[..., Any]
-FACTOR = 1 + 1e-6
 
 
-class ByHand(NamedTuple):
-    """The op's own output, and its gradients by the name of the input they belong to."""
+class Manual(NamedTuple):
+    """Output and gradients of the hand-written op, the gradients by the name of their input."""
 
     y: Tensor
     gradients: Tensors
@@ -50,41 +45,22 @@ class ByHand(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One input set."""
+    """One set of inputs."""
 
     name: str
-    tensors: Tensors  # inputs by name, float64 (other dtypes pass unchanged), `d_y` among them; the loss is Σ d_y ⊙ y
-    # the op's forward and the given backward on such tensors in any dtype
-    by_hand: Callable[[Tensors, Backward], ByHand]
+    # Inputs and `d_y` by name, float64 (integers and booleans keep their dtype). The loss is Σ d_y ⊙ y.
+    tensors: Tensors
+    # Run the op's forward and the given backward on such tensors in any dtype.
+    run_manual: Callable[[Tensors, Backward], Manual]
     reference: Callable[[Tensors], Tensor]  # y by the op's reference, for autograd to differentiate
-    # y as one writes it for autograd in low precision; its error is the yardstick there. None: the reference
-    usual: Callable[[Tensors], Tensor] | None = None
-    # judge gradients together, as suits what has dozens of them: in low precision all of one kind (every lora_A) as one
-    # vector, by finite differences all as one; in float64 each is still compared with autograd on its own
+    # y as usually written for autograd in low precision, whose error is the yardstick there. None: the reference.
+    baseline: Callable[[Tensors], Tensor] | None = None
+    # Compare gradients together, for models with dozens of them. In low precision all gradients of one kind (every
+    # lora_A) form one vector, and for finite differences all gradients do. In float64 each gradient is still compared
+    # with autograd separately.
     pooled: bool = False
-    # kinds of inputs that finite differences skip, because part of their gradient is zero by definition
+    # Kinds of inputs that finite differences skip, because part of their gradient is zero by definition.
     exempt: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A deliberately wrong backward: the right one, except that one gradient is worked out wrongly."""
-
-    name: str
-    gradient: str  # the field of the backward's result that it spoils, e.g. `d_lora_A`.
-    value: Callable[[Tensor, Any, Any], Any]  # (d_y, saved, right gradients) → the wrong value of that field
-
-    def spoil(self, backward: Backward) -> Backward:
-        """The backward with this mistake in it."""
-
-        def wrong(d_y: Tensor, saved: Any, *args: Any, **kwargs: Any) -> Any:
-            given = d_y.clone()  # the right backward may put something else in its place
-            right = backward(d_y, saved, *args, **kwargs)
-            if getattr(right, self.gradient) is None:
-                return right
-            return right._replace(**{self.gradient: self.value(given, saved, right)})
-
-        return wrong
 
 
 @dataclass(frozen=True)
@@ -94,115 +70,86 @@ class OpProof:
     op: str
     backward: Backward
     cases: tuple[Case, ...]
-    mutants: tuple[Mutant, ...]  # the wrong backwards, each of which must be rejected by value in some case
-    loops: bool = False  # whether the compiled library has loops under the op, which are then proved like torch's form
+    mutants: tuple[Mutant, ...]  # wrong backwards, each of which must be rejected by value in some case
+    compiled: bool = False  # the op has compiled kernels, which are then proved in addition to the torch form
 
 
 class Draw:
-    """Random inputs from a generator of their own, seeded by a text, so that adding a case changes no other."""
+    """Random inputs from a separate generator, seeded by a string, so that adding a case does not change others."""
 
     def __init__(self, seed: str) -> None:
         self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
 
     def normal(self, *shape: int, size: float = 1.0) -> Tensor:
-        """Standard normal float64 numbers times `size`."""
+        """Return standard normal float64 numbers times `size`."""
         return size * torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        """int64 in [0, high)."""
+        """Return int64 numbers in [0, high)."""
         return torch.randint(high, shape, generator=self.generator)
 
 
 def kind(name: str) -> str:
-    """What an input is, without which of several: `lora_A` for `lora_A`, `lora_A 1` and `mlp.up_proj.lora_A`."""
+    """Return the kind of an input without its index or path: `lora_A` for `lora_A 1` and `mlp.up_proj.lora_A`."""
     return name.partition(" ")[0].rpartition(".")[2]
 
 
-@cache
-def parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """Names of parameters in their order, and whether each must be given."""
-    signature = inspect.signature(function)
-    return {name: one.default is one.empty for name, one in signature.parameters.items()}
-
-
-Function = Callable[..., Any]
-# A case's own way through the op: (inputs and options, backward) → (y, what the backward gives, or gradients by input).
-Way = Callable[["Given", Backward], tuple[Tensor, Any]]
+# A case's way to call the op: (inputs and options, backward) → (y, the backward's result or gradients by input).
+Runner = Callable[["Arguments", Backward], tuple[Tensor, Any]]
 SCALING = 1.7
-"""Of low-rank updates: not 1."""
-START = 0.5
-"""What stands in the buffers called `into`, to which the gradients of ADDED kinds are added."""
-ADDED = ("lora_A", "lora_B")
-SWITCHES = {"input_gradient": "x", "weight_gradient": "weight"}
-"""Options that leave out a gradient when they are False, and whose."""
+"""Scaling of low-rank updates, not 1."""
+BUFFER_START = 0.5
+"""Initial value of gradient buffers (`into`) to which the gradients of the kinds in ACCUMULATED are added."""
+ACCUMULATED = ("lora_A", "lora_B")
+GRADIENT_SWITCHES = {"input_gradient": "x", "weight_gradient": "weight"}
+"""Option → the input whose gradient is not computed if the option is False."""
 
 PACKED: dict[str, Function] = {
-    "runs": lambda documents, parents: document_runs(documents, parents),  # noqa: PLW0108 - by these names
-    "tokens": lambda documents: sum(documents),  # noqa: PLW0108 - likewise
+    "runs": lambda documents, parents: document_runs(documents, parents),  # noqa: PLW0108 - parameter names matter
+    "tokens": lambda documents: sum(documents),  # noqa: PLW0108 - parameter names matter
 }
-"""What is made of the lengths of packed documents, or of their segments and parents."""
+"""Arguments derived from the lengths of packed documents, or of their segments and parents."""
 
 
-class Placed(NamedTuple):
-    """Where packed tokens stand to one another; the matrices are (tokens, tokens)."""
+class Arguments(dict[str, Any]):
+    """Inputs and options of a case by name. Derived arguments are computed on access, and `args` is this dict.
 
-    position: Tensor  # (tokens,) of each in its documents
-    held: Tensor  # whether the second is in the first's segment, or before it
-    beside: Tensor  # whether the two continue the same segment side by side
-    once: Tensor  # as `held`, but of several segments that continue one by the first alone
+    Args:
+        values: inputs and options.
+        derived: name → function of other arguments.
+    """
 
-
-def placed(runs: tuple[Run, ...], device: torch.device) -> Placed:
-    """Of the tokens of these segments."""
-    tokens = sum(run.number * run.length for run in runs)
-    position = torch.zeros(tokens, dtype=torch.int64)
-    held, beside, once = (torch.zeros(tokens, tokens, dtype=torch.bool) for _ in range(3))
-    continuing: dict[int, list[slice]] = {}  # the segments that continue the one with this last token
-    for (start, stop), before in segments(runs):
-        own = slice(start, stop)
-        position[own] = len(before) + torch.arange(stop - start)
-        held[own, before] = held[own, own] = once[own, own] = True
-        if before:
-            last = before[-1]
-            others = continuing.setdefault(last, [])
-            # What its parent sees, and the parent's own tokens where it is the first to continue them.
-            once[own] |= once[last] if not others else once[last] & ~(held[last] & held[:, last])
-            for other in others:
-                beside[own, other] = beside[other, own] = True
-            others.append(own)
-    return Placed(*(x.to(device) for x in (position, held, beside, once)))
-
-
-class Given(dict[str, Any]):
-    """Inputs and options of a case by name, all of them as `given`; what is made of others is made when asked for."""
-
-    def __init__(self, values: Mapping[str, Any], made: Mapping[str, Function]) -> None:
+    def __init__(self, values: Mapping[str, Any], derived: Mapping[str, Function]) -> None:
         super().__init__(values)
-        self.made = {**made, "given": lambda: self}
+        self.derived = {**derived, "args": lambda: self}
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such an input or option, or one can be made."""
-        return super().__contains__(name) or name in self.made
+        """Return True for an input, an option or a derived argument."""
+        return super().__contains__(name) or name in self.derived
 
     def __missing__(self, name: str) -> Any:
-        """What is made of the others."""
-        return self.call(self.made[name])
+        """Compute a derived argument."""
+        return self.call(self.derived[name])
 
-    def named(self, function: Function, first: int = 0, **instead: Any) -> dict[str, Any]:
-        """Arguments of the function by name, but for the first ones: None for what is not there and has no default."""
-        wanted = {name: needed for name, needed in list(parameters(function).items())[first:] if name not in instead}
-        found = {name: self[name] for name in wanted if name in self}
-        return {name: None for name, needed in wanted.items() if needed} | found | instead
+    def named(self, function: Function, first: int = 0, **overrides: Any) -> dict[str, Any]:
+        """Return the function's arguments by name, without the first `first` ones.
 
-    def call(self, function: Function, **instead: Any) -> Any:
-        """The function of what its parameters name, or of something instead."""
-        return function(**self.named(function, **instead))
+        A parameter without a default gets None if there is no such argument.
+        """
+        names = list(parameters(function).items())[first:]
+        required = {name: is_required for name, is_required in names if name not in overrides}
+        available = {name: self[name] for name in required if name in self}
+        return {name: None for name, is_required in required.items() if is_required} | available | overrides
 
-    def drawn(self, how: str | Function) -> Any:
-        """An input: see `Op`."""
-        if not isinstance(how, str):
-            return self.call(how)
-        size, _, axes = how.rpartition(":")
+    def call(self, function: Function, **overrides: Any) -> Any:
+        """Call a function with the arguments that its parameters name, except for the overrides."""
+        return function(**self.named(function, **overrides))
+
+    def draw_input(self, declaration: str | Function) -> Any:
+        """Draw an input by its declaration, see `Op.inputs`."""
+        if not isinstance(declaration, str):
+            return self.call(declaration)
+        size, _, axes = declaration.rpartition(":")
         shape: list[Any] = []
         for axis in axes.split():
             name = axis.removeprefix("*")
@@ -216,29 +163,31 @@ class Given(dict[str, Any]):
 
 @dataclass(eq=False)
 class Op:
-    """An op to be proved."""
+    """The declaration of an op to prove."""
 
     name: str
-    # every input and `d_y` by name, in the order in which they are drawn: a text with the axes, as in `"*lead inputs"`,
-    # for normal numbers, with their size in front in `"0.5: outputs rank"`; or a function of `draw`, options and the
-    # inputs before it, which may also make several, by name. An axis is an option, a number, or what is made of
-    # options. An axis that is None leaves the input out, and so does an option of its name that is None or False
+    # Every input and `d_y` by name, in the order in which they are drawn. A declaration is either a string or a
+    # function. The string `"*lead inputs"` lists the axes of a normal tensor, and `"0.5: outputs rank"` also gives its
+    # size. The function takes `draw`, options and earlier inputs, and returns one tensor or several by name. An axis
+    # is an option, a number or a derived argument. An input is left out if an axis is None, or if an option with its
+    # name is None or False.
     inputs: Mapping[str, Any]
-    # every option by name with its default, `...` where there is none
+    # Every option by name with its default, `...` for a required option.
     options: Mapping[str, Any] = field(default_factory=dict)
     _: KW_ONLY
-    usual: Function | None = None  # y as one writes it for autograd in low precision, None where that is the reference
-    # arguments that are made of inputs and options, by their name: `{"taps": Taps}`
-    made: Mapping[str, Function] = field(default_factory=dict)
-    way: Way | None = None  # how the op is called, where that is not simply forward, then backward
-    ways: Mapping[str, Way] = field(default_factory=dict)  # likewise, by the option that asks for it
-    # forward, backward, reference: in place of the registry's `<name>_forward` and so on
+    # y as usually written for autograd in low precision, None for the reference.
+    baseline: Function | None = None
+    # Arguments that are computed from inputs and options, by name: `{"taps": Taps}`.
+    derived: Mapping[str, Function] = field(default_factory=dict)
+    runner: Runner | None = None  # calls the op, if that is not simply forward, then backward
+    runners: Mapping[str, Runner] = field(default_factory=dict)  # option → the runner that it selects
+    # Functions to use instead of the registry's `<name>_forward`, `<name>_backward` and `<name>_reference`.
     forward: Function = None  # type: ignore[assignment]
     backward: Function = None  # type: ignore[assignment]
     reference: Function = None  # type: ignore[assignment]
-    loops: bool = False  # whether the compiled library has loops under the op, which are then proved like torch's form
+    compiled: bool = False  # the op has compiled kernels, which are then proved in addition to the torch form
     pooled: bool = False  # see `Case`
-    gradients: tuple[str, ...] = ()  # what is proved of what the backward gives; not given: all of it
+    gradients: tuple[str, ...] = ()  # fields of the backward's result to prove, all `d_…` fields by default
 
     def __post_init__(self) -> None:
         module = op_module(self.name) if self.name in OPS else None
@@ -256,76 +205,78 @@ class Op:
         threads: int | None = None,
         **options: Any,
     ) -> Case:
-        """A case, its inputs drawn from a generator that is seeded by op and name.
+        """Draw a case's inputs from a generator that is seeded by the names of op and case.
 
         Args:
-            sizes: the first options in their order.
-            pieces: the limit of `small_pieces` inside which the op is computed, or None.
-            threads: the number of torch's threads that compute the op, or None for those that there are.
+            sizes: values of the first options, in order.
+            pieces: the limit for `small_pieces` while the op runs, or None for no limit.
+            threads: the number of torch's threads while the op runs, or None to leave it unchanged.
         """
         if len(sizes) > len(self.options):
             raise TypeError(f"{self.name}, {name}: {len(sizes)} values for {len(self.options)} options")
         settings = {**self.options, **dict(zip(self.options, sizes, strict=False)), **options}
         if unknown := [key for key in settings if key not in self.options or settings[key] is ...]:
             raise TypeError(f"{self.name}, {name}: not an option, or not given: {', '.join(unknown)}")
-        given = Given({**settings, "draw": Draw(f"{self.name}: {name}")}, self.made)
+        args = Arguments({**settings, "draw": Draw(f"{self.name}: {name}")}, self.derived)
         tensors: Tensors = {}
-        for key, how in self.inputs.items():
-            asked = settings.pop(key, True)
-            drawn = None if asked is None or asked is False else given.drawn(how)
-            given.pop(key, None)
+        for key, declaration in self.inputs.items():
+            enabled = settings.pop(key, True)
+            drawn = None if enabled is None or enabled is False else args.draw_input(declaration)
+            args.pop(key, None)
             parts = drawn if isinstance(drawn, dict) else {key: drawn}
             tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
-            given.update(tensors)
-        without = {SWITCHES[key] for key in SWITCHES if settings.get(key) is False}
-        way = next((self.ways[key] for key in self.ways if settings[key]), self.way or self._straight)
+            args.update(tensors)
+        without = {GRADIENT_SWITCHES[key] for key in GRADIENT_SWITCHES if settings.get(key) is False}
+        runner = next((self.runners[key] for key in self.runners if settings[key]), self.runner or self._run)
 
-        def by_hand(t: Tensors, backward: Backward) -> ByHand:
-            given = Given({**settings, **t}, self.made)
+        def run_manual(t: Tensors, backward: Backward) -> Manual:
+            args = Arguments({**settings, **t}, self.derived)
             with small_pieces(pieces), threads_of(threads):
-                y, grads = way(given, backward)
-            into = "into" in given and given["into"] is not None
-            found = grads if isinstance(grads, dict) else named_gradients(grads)
-            wanted = [key for key in t if f"d_{kind(key)}" in self.gradients and kind(key) not in without]
-            return ByHand(y, {key: found[key] - START if into and kind(key) in ADDED else found[key] for key in wanted})
+                y, grads = runner(args, backward)
+            accumulates = "into" in args and args["into"] is not None
+            by_input = grads if isinstance(grads, dict) else named_gradients(grads)
+            keys = [key for key in t if f"d_{kind(key)}" in self.gradients and kind(key) not in without]
+            starts = {key: BUFFER_START for key in keys if accumulates and kind(key) in ACCUMULATED}
+            return Manual(y, {key: by_input[key] - starts[key] if key in starts else by_input[key] for key in keys})
 
-        def plain(function: Function) -> Callable[[Tensors], Tensor]:
-            return lambda t: Given({**settings, **t}, self.made).call(function)
+        def by_name(function: Function) -> Callable[[Tensors], Tensor]:
+            return lambda t: Arguments({**settings, **t}, self.derived).call(function)
 
-        usual = None if self.usual is None else plain(self.usual)
-        return Case(name, tensors, by_hand, plain(self.reference), usual, self.pooled, exempt)
+        baseline = None if self.baseline is None else by_name(self.baseline)
+        return Case(name, tensors, run_manual, by_name(self.reference), baseline, self.pooled, exempt)
 
-    def _straight(self, given: Given, backward: Backward) -> tuple[Tensor, Any]:
-        y, saved = given.call(self.forward)
-        return y, backward(given["d_y"], saved, **self.arguments(given))
+    def _run(self, args: Arguments, backward: Backward) -> tuple[Tensor, Any]:
+        y, saved = args.call(self.forward)
+        return y, backward(args["d_y"], saved, **self.arguments(args))
 
-    def arguments(self, given: Given) -> dict[str, Any]:
-        """What the backward takes beside d_y and what was saved."""
-        return given.named(self.backward, 2)
+    def arguments(self, args: Arguments) -> dict[str, Any]:
+        """Return the backward's arguments after d_y and saved."""
+        return args.named(self.backward, 2)
 
-    def redo(self, name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-        """Mutants by the right backward on something else: see `again`."""
-        return again(name, gradients, self.backward, **changes)
+    def perturb(self, name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
+        """Return mutants that run the right backward on changed values, see `perturbed`."""
+        return perturbed(name, gradients, self.backward, **changes)
 
     def proof(self, cases: Iterable[Case], mutants: Iterable[Iterable[Mutant]]) -> OpProof:
-        """Everything that is proved about the op; the standard mutants of every gradient come first."""
-        own = (mutant for several in mutants for mutant in several)
-        return OpProof(self.name, self.backward, tuple(cases), (*standard_mutants(*self.gradients), *own), self.loops)
+        """Combine cases and mutants into the op's proof. The standard mutants of every gradient come first."""
+        declared = (mutant for several in mutants for mutant in several)
+        all_mutants = (*standard_mutants(*self.gradients), *declared)
+        return OpProof(self.name, self.backward, tuple(cases), all_mutants, self.compiled)
 
 
 def named_gradients(grads: Any) -> Tensors:
-    """The gradients of a backward's result by the name of their input; those that are None left out."""
-    found: Tensors = {}
+    """Return the gradients of a backward's result by the name of their input, without those that are None."""
+    gradients: Tensors = {}
     for gradient, value in grads._asdict().items():
         name = gradient.removeprefix("d_")
         parts = {name: value} if not isinstance(value, tuple) else {f"{name} {i}": part for i, part in enumerate(value)}
-        found |= {key: part for key, part in parts.items() if part is not None}
-    return found
+        gradients |= {key: part for key, part in parts.items() if part is not None}
+    return gradients
 
 
 @contextmanager
 def threads_of(count: int | None) -> Iterator[None]:
-    """Inside, torch computes with `count` threads; None changes nothing."""
+    """Set torch's number of threads inside the context. None leaves it unchanged."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -335,114 +286,6 @@ def threads_of(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def receiver(factor: Tensor) -> Tensor:
-    """A gradient buffer in which something stands already, float32 or wider as in training."""
-    return torch.full_like(factor, START, dtype=torch.promote_types(factor.dtype, torch.float32))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mutants, a line each. A mistake is a function called by the names of its parameters: `g` is ∂L/∂y, `s` what was saved,
-# `right` the right gradients, `d` the right value of the gradient that it spoils, and `gradient` its name; of a tuple
-# of gradients `d` is one after the other, and `whole` the tuple. Gradients are fields of the backward's result, apart
-# by blanks.
-
-
-def wrong(name: str, gradients: str, mistake: Function) -> tuple[Mutant, ...]:
-    """A mutant for each gradient, with what the mistake makes of it in its place."""
-    names = parameters(mistake)
-
-    def mutant(gradient: str) -> Mutant:
-        def value(g: Tensor, s: Any, right: Any) -> Any:
-            whole = getattr(right, gradient)
-            given = {"g": g, "s": s, "right": right, "whole": whole, "d": whole, "gradient": gradient}
-            if "d" in names and isinstance(whole, tuple):
-                parts = [part if part is None else given | {"d": part} for part in whole]
-                return tuple(part and mistake(**{name: part[name] for name in names}) for part in parts)
-            return mistake(**{name: given[name] for name in names})
-
-        return Mutant(name, gradient, value)
-
-    return tuple(map(mutant, gradients.split()))
-
-
-def again(name: str, gradients: str, redo: Function, **changes: Any) -> tuple[Mutant, ...]:
-    """Mutants by the right backward on something else.
-
-    Args:
-        redo: (d_y, saved) → the right gradients.
-        changes: what takes the place of saved values, of d_y if it is called `g`, and of all that was saved if it is
-            called `s`; or functions of `g` and `s` that make it.
-    """
-
-    def others(g: Tensor, s: Any, gradient: str) -> Any:
-        given = {"g": g, "s": s}
-        made = {
-            key: value(**{name: given[name] for name in parameters(value)}) if callable(value) else value
-            for key, value in changes.items()
-        }
-        d_y, saved = made.pop("g", g), made.pop("s", s)
-        return getattr(redo(d_y, saved._replace(**made) if made else saved), gradient)
-
-    return wrong(name, gradients, others)
-
-
-def standard_mutants(*gradients: str) -> tuple[Mutant, ...]:
-    """The mistakes that any gradient can have: a wrong sign, and a factor of 1 + 1e-6."""
-    mistakes: dict[str, Function] = {"sign": lambda d: -d, "factor 1 + 1e-6": lambda d: d * FACTOR}
-    return tuple(one for gradient in gradients for name in mistakes for one in wrong(name, gradient, mistakes[name]))
-
-
-def mean_of_rows(g: Tensor, d: Tensor) -> Tensor:
-    """The mean over the rows in place of their sum."""
-    return d / max(flat_rows(g).shape[0], 1)
-
-
-def later_pieces_missing(d: Tensor, count: int) -> Tensor:
-    """As if only the first piece, of `count` rows, had been computed; rows are all leading axes."""
-    rows = flat_rows(d).clone()
-    rows[count:] = 0
-    return rows.view(d.shape)
-
-
-def rows_reversed(g: Tensor) -> Tensor:
-    """The rows (all leading axes) in reverse order: a gradient paired with the wrong rows."""
-    return flat_rows(g).flip(0)
-
-
-def flat_rows(tensor: Tensor) -> Tensor:
-    """(..., n) → (rows, n)."""
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def transposed_if_square(d: Tensor) -> Tensor:
-    """A transposed where the shape does not give it away."""
-    return d.mT if d.shape[-1] == d.shape[-2] else d
-
-
-def rotated_where_alike(whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Each gradient of several put in the place of the next one of the same shape."""
-    result = list(whole)
-    for shape in {gradient.shape for gradient in whole}:
-        places = [place for place, gradient in enumerate(whole) if gradient.shape == shape]
-        for place, neighbour in zip(places, places[1:] + places[:1], strict=True):
-            result[place] = whole[neighbour]
-    return tuple(result)
-
-
-def overwritten(rows: int, places: Tensor, values: Tensor) -> Tensor:
-    """Each row of values, (…, n), put at its place in (rows, n) instead of added; those at places below 0 left out."""
-    table = values.new_zeros(rows, values.shape[-1])
-    for place, value in zip(places.reshape(-1).tolist(), flat_rows(values), strict=True):
-        if place >= 0:
-            table[place] = value
-    return table
-
-
-def apart(batch: PackedBatch) -> PackedBatch:
-    """The same documents, each by itself."""
-    paths = [batch.path(end) for end in batch.ends]
-    starts = batch.starts
-    places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
-    chosen = torch.tensor(places, dtype=torch.int64, device=batch.input_ids.device)
-    lengths = tuple(sum(batch.lengths[one] for one in path) for path in paths)
-    return PackedBatch(batch.input_ids[chosen], batch.labels[chosen], lengths)
+def grad_buffer(factor: Tensor) -> Tensor:
+    """Return a gradient buffer that is not zero, in float32 or wider as in training."""
+    return torch.full_like(factor, BUFFER_START, dtype=torch.promote_types(factor.dtype, torch.float32))

@@ -40,8 +40,9 @@ from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, dense_view
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import LogitsRule
+from backhand.verify.mutants import Backward
 from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
-from backhand.verify.scaffold import Backward, Draw, Given, Op, Tensors
+from backhand.verify.scaffold import Arguments, Draw, Op, Tensors
 
 WINDOW = 4
 
@@ -362,7 +363,7 @@ def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors) -> Te
     return values
 
 
-def _step(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
+def _step(t: Arguments, backward: Backward) -> tuple[Tensor, Tensors]:
     weights = engine_weights(t["config"], t["base"])
     lora = lora_parameters(t["slots"], t, weights.final_norm, t["trained"])
     decoder = Decoder(t["config"], weights, recompute=t["recompute"])
@@ -374,9 +375,9 @@ def _step(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
     return loss, {name: d for names, ds in several for name, d in zip(names, ds, strict=True)}
 
 
-def _reference(given: Given, base: Tensors, config: DecoderConfig, batch: PackedBatch) -> Tensor:
-    trained = {tensor.name: tensor for tensor in given["trained"]}
-    return reference_loss(base, config, batch, ReferenceAdapter(given["slots"], given, given["dropout_seed"], trained))
+def _reference(args: Arguments, base: Tensors, config: DecoderConfig, batch: PackedBatch) -> Tensor:
+    trained = {tensor.name: tensor for tensor in args["trained"]}
+    return reference_loss(base, config, batch, ReferenceAdapter(args["slots"], args, args["dropout_seed"], trained))
 
 
 def decoder_op(
@@ -400,16 +401,16 @@ def decoder_op(
         | dict(d_y=lambda: torch.tensor(LOSS_SCALING, dtype=torch.float64)),
         dict(family=..., targets=targets, whole="", tokens=(), use_dora=False, lora_bias=False, dropout=0.0)
         | dict(documents=documents, shared=0, parents=(), recompute="none", supervised=True),
-        made={
+        derived={
             "config": lambda family: family_of(family),  # noqa: PLW0108 - by this name
             "lengths": lambda documents, shared: (shared, *documents) if shared else documents,
             "batch": _batch,
-            "base": lambda given: {key.removeprefix(BASE): given[key] for key in given if key.startswith(BASE)},
+            "base": lambda args: {key.removeprefix(BASE): args[key] for key in args if key.startswith(BASE)},
             "slots": _slots,
             "trained": _trained,
             "dropout_seed": lambda dropout: DROPOUT_SEED if dropout else None,
         },
-        way=_step,
+        runner=_step,
         backward=decoder_step,
         reference=_reference,
         pooled=True,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from backhand.lab.sine.network import FloatArray, Points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
-from backhand.verify.measure import compare, relative_error
+from backhand.verify.comparison import compare
+from backhand.verify.measure import relative_error
 from backhand.words import finite_or_none
 
 SHOWN_TERMS = 4

@@ -17,22 +17,11 @@ from backhand.ops.adapted_glu import (
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.verify.cases.glu import usual_unit
+from backhand.verify.cases.glu import baseline_unit
 from backhand.verify.cases.lora_group import member, regrouped
 from backhand.verify.cases.lora_linear import dropped
-from backhand.verify.scaffold import (
-    Backward,
-    Draw,
-    Given,
-    Op,
-    Tensors,
-    flat_rows,
-    mean_of_rows,
-    receiver,
-    rotated_where_alike,
-    rows_reversed,
-    wrong,
-)
+from backhand.verify.mutants import Backward, flat_rows, mean_of_rows, rotate_equal_shapes, rows_reversed, wrong
+from backhand.verify.scaffold import Arguments, Draw, Op, Tensors, grad_buffer
 
 
 def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, into: bool | None = None) -> AdaptedGLUGrads:
@@ -40,7 +29,7 @@ def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, into: bool | None = None) 
 
     into: as the decoder block calls it, where a and u make place for their gradients, and those of factors are added.
     """
-    new = receiver if into else torch.zeros_like
+    new = grad_buffer if into else torch.zeros_like
     front = regrouped(saved.front, d_lora_B=lambda one: new(one.lora_B))
     behind = regrouped(saved.behind, d_lora_A=lambda one: new(one.lora_A))
     place = saved.gate_up.clone()
@@ -60,15 +49,15 @@ def _factors(draw: Draw, sides: list[tuple[float, int, int, int]], n: int, ranks
     return drawn | ({"lora_A 0": draw.normal(ranks[2], n, size=0.5)} if ranks[2] else {})
 
 
-def _front(given: Given) -> LoRAGroup:
-    factors = ((side, given[f"lora_B {i}"]) for i, side in enumerate(given["sides"]))
+def _front(args: Arguments) -> LoRAGroup:
+    factors = ((side, args[f"lora_B {i}"]) for i, side in enumerate(args["sides"]))
     members = (member(column, B.new_zeros(rank, 0), B, scaling) for (scaling, column, _, rank), B in factors)
     return LoRAGroup(tuple(members))
 
 
-def _behind(given: Given) -> LoRAGroup:
-    factors = [given["lora_A 0"]] if "lora_A 0" in given else []
-    return LoRAGroup(tuple(member(0, A, A.new_zeros(0, len(A)), 1.0) for A in factors), given["dropout"])
+def _behind(args: Arguments) -> LoRAGroup:
+    factors = [args["lora_A 0"]] if "lora_A 0" in args else []
+    return LoRAGroup(tuple(member(0, A, A.new_zeros(0, len(A)), 1.0) for A in factors), args["dropout"])
 
 
 def _joined(p: Tensor, t: Tensor | None) -> Tensor:
@@ -76,7 +65,7 @@ def _joined(p: Tensor, t: Tensor | None) -> Tensor:
     return p if t is None else torch.cat([p, t], dim=-1)
 
 
-def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, AdaptedGLUGrads]:
+def _run(t: Arguments, backward: Backward) -> tuple[Tensor, AdaptedGLUGrads]:
     (p, product), saved = t.call(OP.forward)
     d_p, d_t = t["d_y"].split([t["n"], t["d_y"].shape[-1] - t["n"]], dim=-1)
     if product is not None:
@@ -85,27 +74,27 @@ def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, AdaptedGLUGrads]:
     return _joined(p, product), backward(d_p, saved, **OP.arguments(t))
 
 
-def _reference(gate_up: Tensor, n: int, dropout: Dropout | None, given: Given) -> Tensor:
-    return _joined(*given.call(adapted_glu_reference, mask=multiplier(gate_up[..., :n], dropout)))
+def _reference(gate_up: Tensor, n: int, dropout: Dropout | None, args: Arguments) -> Tensor:
+    return _joined(*args.call(adapted_glu_reference, mask=multiplier(gate_up[..., :n], dropout)))
 
 
-def _usual(given: Given) -> Tensor:
-    whole, n, sides = given["gate_up"], given["n"], given["sides"]
-    parts = given["h"].split([rank for *_, rank in sides], dim=-1)
+def _baseline(args: Arguments) -> Tensor:
+    whole, n, sides = args["gate_up"], args["n"], args["sides"]
+    parts = args["h"].split([rank for *_, rank in sides], dim=-1)
     for i, ((scaling, column, outputs, _), part) in enumerate(zip(sides, parts, strict=True)):
-        added = scaling * functional.linear(part, given[f"lora_B {i}"])
+        added = scaling * functional.linear(part, args[f"lora_B {i}"])
         whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
-    p = usual_unit(whole[..., :n], whole[..., n:], given["activation"])
-    behind = "lora_A 0" in given
-    return _joined(p, functional.linear(dropped(p, given["dropout"]), given["lora_A 0"]) if behind else None)
+    p = baseline_unit(whole[..., :n], whole[..., n:], args["activation"])
+    behind = "lora_A 0" in args
+    return _joined(p, functional.linear(dropped(p, args["dropout"]), args["lora_A 0"]) if behind else None)
 
 
 OP = Op(
     "adapted_glu",
     dict(gate_up="*lead both", h="*lead ranks_in_front", d_y="*lead outputs", factors=_factors),
     dict(activation=..., lead=..., n=7, ranks=(3, 2, 4), in_place=False, fused=0, dropout=None),
-    usual=_usual,
-    made={
+    baseline=_baseline,
+    derived={
         "both": lambda n: 2 * n,
         "ranks_in_front": lambda sides: sum(rank for *_, rank in sides),
         "outputs": lambda n, ranks: n + ranks[2],
@@ -114,10 +103,10 @@ OP = Op(
         "behind": _behind,
         "into": lambda in_place: in_place or None,
     },
-    way=_by_hand,
+    runner=_run,
     backward=_backward,
     reference=_reference,
-    loops=True,
+    compiled=True,
 )
 
 CASES = (
@@ -181,12 +170,12 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any
 MUTANTS = (
     wrong("up forgotten", "d_gate_up", _without_up),
     wrong("gate and up swapped", "d_gate_up", lambda d: torch.cat(d.chunk(2, dim=-1)[::-1], dim=-1)),
-    OP.redo("scaling forgotten", "d_h d_lora_B", front=lambda s: regrouped(s.front, scaling=lambda _one: 1.0)),
+    OP.perturb("scaling forgotten", "d_h d_lora_B", front=lambda s: regrouped(s.front, scaling=lambda _one: 1.0)),
     wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h d_lora_B", _of_product),
-    wrong("gate and up swapped", "d_lora_B", rotated_where_alike),
+    wrong("gate and up swapped", "d_lora_B", rotate_equal_shapes),
     wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
     wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
     wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(glu_forward(*_unit(s))[0]), right)),
-    OP.redo("mask ignored", "d_lora_A", behind=lambda s: s.behind._replace(dropout=None)),
+    OP.perturb("mask ignored", "d_lora_A", behind=lambda s: s.behind._replace(dropout=None)),
     wrong("mean for sum", "d_lora_B d_lora_A", mean_of_rows),
 )

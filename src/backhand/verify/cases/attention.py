@@ -13,24 +13,26 @@ from backhand.errors import not_none
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import segments, tokens_of
+from backhand.verify.mutants import Backward, Mutant, wrong
+from backhand.verify.packed_tokens import token_relations
 from backhand.verify.reference_decoder import softmax_attention, visible
-from backhand.verify.scaffold import PACKED, Backward, Given, Mutant, Op, placed, wrong
+from backhand.verify.scaffold import PACKED, Arguments, Op
 
 SCALING = 0.37
 
 
-def _usual(given: Given) -> Tensor:
-    q, rest = given["q"], (given["cap"], given.get("sinks"), given["scaling"])
+def _baseline(args: Arguments) -> Tensor:
+    q, rest = args["q"], (args["cap"], args.get("sinks"), args["scaling"])
     outputs = [q[:0] * 0]
-    for (start, stop), before in segments(given["runs"]):
+    for (start, stop), before in segments(args["runs"]):
         seen = [*before, *range(start, stop)]
-        parts = [given[name][seen].transpose(0, 1)[None] for name in "qkv"]
-        attended = usual_attention(parts, visible(len(seen), given["window"], q.device), *rest)
+        parts = [args[name][seen].transpose(0, 1)[None] for name in "qkv"]
+        attended = baseline_attention(parts, visible(len(seen), args["window"], q.device), *rest)
         outputs.append(attended[0].transpose(0, 1)[len(before) :])
     return torch.cat(outputs)
 
 
-def usual_attention(
+def baseline_attention(
     parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None, scaling: float
 ) -> Tensor:
     """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
@@ -40,7 +42,7 @@ def usual_attention(
     return softmax_attention(q, k, v, mask, scaling, cap, sinks)
 
 
-def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, AttentionGrads]:
+def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, AttentionGrads]:
     """As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
 
     The output that is compared is the one that the backward gives again.
@@ -63,16 +65,16 @@ def attention_inputs(queries: str, keys: str) -> dict[str, Any]:
     }
 
 
-MADE = {"scores": lambda scaling, window, cap, sinks: Scores(scaling, window, cap, sinks)}
+DERIVED = {"scores": lambda scaling, window, cap, sinks: Scores(scaling, window, cap, sinks)}
 OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": SCALING}
 OP = Op(
     "attention",
     attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
     {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "parents": (), "side_by_side": False, **OPTIONS},
-    usual=_usual,
-    made=PACKED | MADE,
-    ways={"side_by_side": _side_by_side},
-    loops=True,
+    baseline=_baseline,
+    derived=PACKED | DERIVED,
+    runners={"side_by_side": _side_by_side},
+    compiled=True,
 )
 
 _PAIR: dict[str, Any] = {"heads": 2, "kv_heads": 1}
@@ -158,7 +160,7 @@ def _dense(
     """P and the gradients around it, where asked with a mask that leaves something out."""
     q, out, d_y = (x.transpose(0, 1) for x in (s.q, not_none(s.output), g))
     k, v = (x.repeat_interleave(s.q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (s.k, s.v))
-    tokens, where = s.q.shape[0], placed(s.runs, g.device)
+    tokens, where = s.q.shape[0], token_relations(s.runs, g.device)
     # Without documents apart, the order in the pack is all there is.
     place = where.position if documents_apart else torch.arange(tokens, device=g.device)
     distance = place[:, None] - place[None, :]
@@ -166,7 +168,7 @@ def _dense(
     if causal:
         seen = (distance >= 0) & (distance < (s.scores.window if window and s.scores.window is not None else tokens))
     if documents_apart:
-        seen = seen & (where.held if siblings_apart else where.held | where.beside)
+        seen = seen & (where.held if siblings_apart else where.held | where.siblings)
     scores = s.scores.scaling * q @ k.mT
     slope = torch.ones_like(scores)
     if s.scores.cap is not None:
@@ -250,7 +252,7 @@ MUTANTS = (
     _worked(
         "share of one taken for that of all",
         "d_k d_v",
-        lambda d, s: d._replace(p=d.p * placed(s.runs, d.p.device).once),
+        lambda d, s: d._replace(p=d.p * token_relations(s.runs, d.p.device).once),
     ),
     wrong("documents reversed", "d_v", lambda d: d.flip(0)),
 )

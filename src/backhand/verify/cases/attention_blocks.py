@@ -12,23 +12,24 @@ from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
 from backhand.ops.document_groups import Run
 from backhand.verify.cases import attention
+from backhand.verify.mutants import Mutant
 from backhand.verify.reference_decoder import visible
-from backhand.verify.scaffold import Given, Mutant, Op
+from backhand.verify.scaffold import Arguments, Op
 
 
-def _usual(given: Given) -> Tensor:
-    n, q, rest = given["k"].shape[1], given["q"], (given["cap"], given.get("sinks"), given["scaling"])
-    mask = visible(n, given["window"], q.device)[n - q.shape[1] :]
-    parts = [given[name].transpose(1, 2) for name in "qkv"]
-    return attention.usual_attention(parts, mask, *rest).transpose(1, 2)
+def _baseline(args: Arguments) -> Tensor:
+    n, q, rest = args["k"].shape[1], args["q"], (args["cap"], args.get("sinks"), args["scaling"])
+    mask = visible(n, args["window"], q.device)[n - q.shape[1] :]
+    parts = [args[name].transpose(1, 2) for name in "qkv"]
+    return attention.baseline_attention(parts, mask, *rest).transpose(1, 2)
 
 
 OP = Op(
     "attention_blocks",
     attention.attention_inputs("documents asked heads head_dim", "documents n kv_heads head_dim"),
     dict(documents=..., n=..., heads=6, kv_heads=3, head_dim=5, queries=None) | attention.OPTIONS,
-    usual=_usual,
-    made={"asked": lambda n, queries: n if queries is None else queries} | attention.MADE,
+    baseline=_baseline,
+    derived={"asked": lambda n, queries: n if queries is None else queries} | attention.DERIVED,
 )
 
 CASES = (
@@ -83,8 +84,8 @@ def _packed(
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
         runs = (Run(0, documents, n),)
         packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scores)
-        given = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
-        apart: Tensor = spoil(g.flatten(0, 1), packed, given).unflatten(0, (documents, n))
+        packed_grads = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
+        apart: Tensor = spoil(g.flatten(0, 1), packed, packed_grads).unflatten(0, (documents, n))
         return apart[:, n - m :] if gradient == "d_q" else apart
 
     return spoiled

@@ -23,8 +23,9 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
+from backhand.verify.mutants import Backward, Mutant, rotate_equal_shapes, wrong
 from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCrossLayer, ReferenceLayer, reference_block
-from backhand.verify.scaffold import Backward, Given, Mutant, Op, Tensors, rotated_where_alike, wrong
+from backhand.verify.scaffold import Arguments, Op, Tensors
 from backhand.verify.tiny_decoders import (
     DROPOUT_SEED,
     FAMILIES,
@@ -110,7 +111,7 @@ def _loss_positions(x0: Tensor, rows: tuple[int, ...] | None) -> Tensor | None:
     return None if rows is None else torch.tensor(rows, dtype=torch.int64, device=x0.device)
 
 
-def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
+def _run(t: Arguments, backward: Backward) -> tuple[Tensor, Tensors]:
     x0, config, seed = t["x0"], t["config"], t["dropout_seed"]
     lora = lora_parameters(t["slots"], t, x0)
     decoder, adapter = ForwardBackward(config, engine_weights(config, t)), block_adapter(lora, config, 0, seed)
@@ -127,14 +128,12 @@ def _by_hand(t: Given, backward: Backward) -> tuple[Tensor, Tensors]:
     return y, gradients
 
 
-def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | None, given: Given) -> Tensor:
+def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | None, args: Arguments) -> Tensor:
     loss_positions = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
     loss_positions[slice(None) if rows is None else list(rows)] = True
-    cross_layer = ReferenceCrossLayer(
-        given.get("inputs"), {KV_SOURCE: (given["k"], given["v"])} if "k" in given else {}
-    )
-    adapter = ReferenceAdapter(given["slots"], given, given["dropout_seed"])
-    layer = ReferenceLayer(0, given, given["config"], documents, adapter, loss_positions, cross_layer)
+    cross_layer = ReferenceCrossLayer(args.get("inputs"), {KV_SOURCE: (args["k"], args["v"])} if "k" in args else {})
+    adapter = ReferenceAdapter(args["slots"], args, args["dropout_seed"])
+    layer = ReferenceLayer(0, args, args["config"], documents, adapter, loss_positions, cross_layer)
     return reference_block(x0, layer)[loss_positions]
 
 
@@ -146,7 +145,7 @@ OP = Op(
     | dict(factors=lambda draw, slots: random_factors(slots, draw))
     | dict(k="tokens *lent", v="tokens *lent", inputs="tokens *of_layers"),
     dict(family=..., layer=0, documents=(9, 4, 4, 1), targets=None, dropout=0.0, recompute="none", rows=None),
-    made={
+    derived={
         "config": _config,
         "slots": _slots,
         "tokens": lambda documents: sum(documents),
@@ -157,10 +156,10 @@ OP = Op(
         "loss_positions": _loss_positions,
         "dropout_seed": lambda dropout: DROPOUT_SEED if dropout else None,
     },
-    way=_by_hand,
+    runner=_run,
     backward=block_gradients,
     reference=_reference,
-    loops=True,
+    compiled=True,
     pooled=True,
 )
 
@@ -224,7 +223,9 @@ Change = Callable[[BlockInputs], Any]
 
 def _context(name: str, gradients: str, **changes: Change) -> tuple[Mutant, ...]:
     """The right backward in another context."""
-    return OP.redo(name, gradients, context=lambda s: s.context._replace(**{key: changes[key](s) for key in changes}))
+    return OP.perturb(
+        name, gradients, context=lambda s: s.context._replace(**{key: changes[key](s) for key in changes})
+    )
 
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
@@ -234,7 +235,7 @@ def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
 
 def _weights(name: str, gradients: str, **changes: Callable[[Any], Any]) -> tuple[Mutant, ...]:
     """The right backward with other weights, see `changed`."""
-    return OP.redo(name, gradients, weights=lambda s: changed(s.weights, changes))
+    return OP.perturb(name, gradients, weights=lambda s: changed(s.weights, changes))
 
 
 def _gains_of_one(name: str, gradients: str, *norms: str) -> tuple[Mutant, ...]:
@@ -245,11 +246,11 @@ def _gains_of_one(name: str, gradients: str, *norms: str) -> tuple[Mutant, ...]:
             s.weights, dict.fromkeys(norms, lambda gain: torch.ones_like(gain) - s.context.config.norm_offset)
         )
 
-    return OP.redo(name, gradients, weights=weights)
+    return OP.perturb(name, gradients, weights=weights)
 
 
 def _saved(name: str, gradients: str, change: Callable[[BlockSaved, BlockInputs], BlockSaved]) -> tuple[Mutant, ...]:
-    return OP.redo(name, gradients, saved=lambda s: change(s.saved, s))
+    return OP.perturb(name, gradients, saved=lambda s: change(s.saved, s))
 
 
 def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
@@ -331,9 +332,9 @@ MUTANTS = (
     wrong("residual path missing", "d_x0", lambda g, s, d: d - _on_all_rows(g, s)),
     wrong("residual path twice", "d_x0", lambda g, s, d: d + _on_all_rows(g, s)),
     wrong("branches missing", "d_x0", lambda g, s: _on_all_rows(g, s).clone()),
-    OP.redo("scaling forgotten", "d_x0 d_lora_A d_lora_B", lora=_unscaled),
-    OP.redo("mask ignored", "d_x0 d_lora_A", dropout_seed=None),
-    OP.redo("mask of another seed", "d_lora_A", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
+    OP.perturb("scaling forgotten", "d_x0 d_lora_A d_lora_B", lora=_unscaled),
+    OP.perturb("mask ignored", "d_x0 d_lora_A", dropout_seed=None),
+    OP.perturb("mask of another seed", "d_lora_A", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
     _context("window ignored", "d_x0 d_lora_A", layer=lambda s: replace(s.context.layer, window=None)),
     _context("convolved across documents", "d_x0 d_lora_A", runs=_one_document),
     _weights("taps reversed", "d_x0 d_lora_B", conv=lambda conv: conv.flip(2)),
@@ -356,12 +357,12 @@ MUTANTS = (
     _saved("norms after the branches ignored", "d_lora_B", _without_norms_after),
     # The shares as if they did not depend on what enters.
     _weights("router's share of the gradient missing", "d_x0", router=torch.zeros_like),
-    OP.redo("another expert's matrix", "d_x0 d_lora_A", weights=_next_expert),
+    OP.perturb("another expert's matrix", "d_x0 d_lora_A", weights=_next_expert),
     _saved("shares forgotten", "d_x0 d_lora_B", _equal_shares),
     _weights("sinks forgotten", "d_x0 d_lora_A", sinks=lambda _sinks: None),
     _weights("experts' biases forgotten in the shares", "d_x0", down_bias=lambda _bias: None),
     _family("interleaving of gate and up unnoticed", "d_x0 d_lora_B", mixture=_side_by_side),
     _family("another bound", "d_x0 d_lora_B", mixture=_twice_the_bound),
     wrong("experts interleaved", "d_lora_A", _rank_by_rank),
-    wrong("gradients of the next module", "d_lora_A d_lora_B", rotated_where_alike),
+    wrong("gradients of the next module", "d_lora_A d_lora_B", rotate_equal_shapes),
 )

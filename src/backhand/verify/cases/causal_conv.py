@@ -12,10 +12,12 @@ from torch.nn import functional
 
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved, tile_tokens
 from backhand.ops.document_groups import Run, segments
-from backhand.verify.scaffold import PACKED, Op, Placed, placed, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.packed_tokens import TokenRelations, token_relations
+from backhand.verify.scaffold import PACKED, Op
 
 
-def _usual(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tensor:
+def _baseline(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tensor:
     c = causal_conv_reference(x, taps, runs)
     return functional.silu(c) if silu else c
 
@@ -24,9 +26,9 @@ OP = Op(
     "causal_conv",
     {"x": "size: tokens channels", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
     {"documents": ..., "channels": 5, "width": 4, "parents": (), "silu": True, "bias": False, "size": 1.0},
-    usual=_usual,
-    made={"taps": Taps, **PACKED},
-    loops=True,
+    baseline=_baseline,
+    derived={"taps": Taps, **PACKED},
+    compiled=True,
 )
 
 CASES = (
@@ -52,14 +54,14 @@ CASES = (
 )
 
 
-Sight = Callable[[Placed], Tensor] | None
+Sight = Callable[[TokenRelations], Tensor] | None
 """Which tokens, (tokens, tokens), see which others where the distance is right; None for all."""
 RIGHT: Sight = operator.attrgetter("held")
 OTHERS: tuple[tuple[str, Sight], ...] = (
     ("documents see each other", None),
     ("prefix's share missing", lambda where: where.held & where.held.T),
     ("share of one taken for that of all", operator.attrgetter("once")),
-    ("a segment sees the one beside it", lambda where: where.held | where.beside),
+    ("a segment sees the one beside it", lambda where: where.held | where.siblings),
 )
 """Mutants' sights."""
 
@@ -74,7 +76,7 @@ def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT, mistake: str =
     """
     x, (weight, _), runs, _ = saved
     tokens, width = x.shape[0], weight.shape[1]
-    where = placed(runs, torch.device("cpu"))
+    where = token_relations(runs, torch.device("cpu"))
     place = where.position if seen_by is not None else torch.arange(tokens)
     distance = place[:, None] - place[None, :]
     seen = (distance >= 0) & (distance < width)

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from backhand.kernels.pieces import piece_size
 from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved
-from backhand.verify.scaffold import Backward, Draw, Given, Op, later_pieces_missing, wrong
+from backhand.verify.mutants import Backward, later_pieces_missing, wrong
+from backhand.verify.scaffold import Arguments, Draw, Op
 
 CLAMP = Clamp(1.702, 1.1)
 MARGIN = 0.02
 
 
-def _usual(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
+def _baseline(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
     gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
     return (up + 1) * gate * torch.sigmoid(clamp.gain * gate)
 
@@ -27,7 +28,7 @@ def _off_bounds(draw: Draw, lead: tuple[int, ...], n: int, size: float, clamp: C
     return torch.where(near, x * (1 + 3 * MARGIN / clamp.limit), x)
 
 
-def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, tuple[Tensor, ...]]:
     """As the decoder's experts call it: columns of one buffer, gradients too; y where something else was."""
     gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -39,8 +40,8 @@ OP = Op(
     "clamped_glu",
     {"gate": _off_bounds, "up": _off_bounds, "d_y": "*lead n"},
     {"lead": ..., "n": 7, "size": 1.5, "side_by_side": False, "clamp": CLAMP},
-    usual=_usual,
-    ways={"side_by_side": _side_by_side},
+    baseline=_baseline,
+    runners={"side_by_side": _side_by_side},
 )
 
 CASES = (
@@ -77,12 +78,12 @@ MUTANTS = (
         "d_gate d_up",
         lambda d: later_pieces_missing(d, piece_size(CHUNK_ELEMENTS) // max(d.shape[-1], 1)),
     ),
-    OP.redo("clamp ignored", "d_gate d_up", clamp=lambda s: Clamp(s.clamp.gain, math.inf)),
+    OP.perturb("clamp ignored", "d_gate d_up", clamp=lambda s: Clamp(s.clamp.gain, math.inf)),
     wrong("bounds let the gradient through", "d_up", lambda g, s: _through(g, s)),
     wrong("upper bound alone", "d_up", lambda g, s: _through(g, s).masked_fill(s.up > s.clamp.limit, 0.0)),
     wrong("gate clamped from below", "d_gate", lambda s, d: d.masked_fill(s.gate < -s.clamp.limit, 0.0)),
     wrong("one not added", "d_gate", lambda s, d: _without_one(s, d)),
-    OP.redo("gain forgotten", "d_gate d_up", clamp=lambda s: Clamp(1.0, s.clamp.limit)),
+    OP.perturb("gain forgotten", "d_gate d_up", clamp=lambda s: Clamp(1.0, s.clamp.limit)),
     wrong("gate and up swapped", "d_up", lambda right: right.d_gate),
     wrong("rows reversed", "d_up", lambda d: d.flip(0)),
 )

@@ -6,14 +6,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.cross_entropy import CrossEntropySaved
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 OP = Op(
     "cross_entropy",
     dict(logits=lambda draw, rows, vocab, size, shift: draw.normal(rows, vocab, size=size) + shift)
     | dict(targets=lambda draw, rows, vocab: draw.integers(vocab, rows), d_y="rows"),
     {"rows": ..., "vocab": ..., "size": 1.5, "shift": 0.0},
-    usual=lambda logits, targets: functional.cross_entropy(logits.float(), targets, reduction="none"),
+    baseline=lambda logits, targets: functional.cross_entropy(logits.float(), targets, reduction="none"),
 )
 
 CASES = (

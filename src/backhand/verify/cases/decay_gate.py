@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 OP = Op(
     "decay_gate",

@@ -16,7 +16,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import LayerConfig, RotaryConfig
 from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.logits_rule import PLAIN
-from backhand.verify.scaffold import Mutant, rotated_where_alike, wrong
+from backhand.verify.mutants import Mutant, rotate_equal_shapes, wrong
 from backhand.verify.tiny_decoders import (
     FAMILIES,
     WINDOW,
@@ -97,7 +97,7 @@ CASES = (
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
     """The step of a decoder with the same weights that takes itself for something else, see `another`."""
-    return OP.redo(name, gradients, decoder=lambda s: another(s.decoder, **changes))
+    return OP.perturb(name, gradients, decoder=lambda s: another(s.decoder, **changes))
 
 
 def _layers(name: str, gradients: str, change: Callable[[LayerConfig], LayerConfig]) -> tuple[Mutant, ...]:
@@ -115,12 +115,12 @@ def _blocks(name: str, gradients: str, **changes: Callable[[Tensor], Tensor]) ->
         blocks = [changed(block, changes) for block in s.decoder.weights.blocks]
         return another(s.decoder, weights=replace(s.decoder.weights, blocks=blocks))
 
-    return OP.redo(name, gradients, decoder=other)
+    return OP.perturb(name, gradients, decoder=other)
 
 
 def _batch(name: str, gradients: str, change: Callable[[PackedBatch], dict[str, Any]]) -> tuple[Mutant, ...]:
     """The step on another batch."""
-    return OP.redo(name, gradients, batch=lambda s: replace(s.batch, **change(s.batch)))
+    return OP.perturb(name, gradients, batch=lambda s: replace(s.batch, **change(s.batch)))
 
 
 def _head_without_dropout(slot: LoRASlot) -> LoRASlot:
@@ -180,7 +180,7 @@ def _accumulating(name: str, gradients: str, accumulate_grad: AccumulateGrad) ->
             right, begin = super().cross_layer(token_ids, dropout_seed)
             return (None if right is None else kind(right.kv_sources, right.ple)), begin
 
-    return OP.redo(name, gradients, decoder=lambda s: another(s.decoder, Other))
+    return OP.perturb(name, gradients, decoder=lambda s: another(s.decoder, Other))
 
 
 def _beside_seen(batch: PackedBatch) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
         made: PackedBatch = other(**{part.name: getattr(s.batch, part.name) for part in fields(PackedBatch)})
         return made
 
-    return OP.redo(name, gradients, batch=batch)
+    return OP.perturb(name, gradients, batch=batch)
 
 
 def _restarting(batch: PackedBatch) -> Tensor:
@@ -217,7 +217,7 @@ def _all_supervised(batch: PackedBatch) -> dict[str, Any]:
 BOTH = "d_lora_A d_lora_B"
 
 MUTANTS = (
-    OP.redo("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
+    OP.perturb("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
     wrong("mean for sum", "d_lora_B", lambda s, whole: per_token(whole, s)),
     _batch(
         "documents see each other", BOTH, lambda own: {"lengths": (sum(own.lengths),), "parents": (), "documents": None}
@@ -228,9 +228,9 @@ MUTANTS = (
     _batch("a segment sees the one beside it", BOTH, _beside_seen),
     _as_if("positions from 0 in each segment", BOTH, positions=_restarting),
     _as_if("shared tokens counted once", BOTH, weights=lambda _batch: None),
-    OP.redo("dropout ignored", "d_lora_A", dropout_seed=None),
-    OP.redo("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
-    OP.redo("head's dropout ignored", BOTH, lora=lambda s: with_slots(s.lora, _head_without_dropout)),
+    OP.perturb("dropout ignored", "d_lora_A", dropout_seed=None),
+    OP.perturb("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
+    OP.perturb("head's dropout ignored", BOTH, lora=lambda s: with_slots(s.lora, _head_without_dropout)),
     _layers("window off by one", "d_lora_A", lambda own: replace(own, window=own.window and own.window + 1)),
     _family("rotary bases swapped", "d_lora_A", rotary=lambda config: config.rotary[::-1]),
     _blocks("taps reversed", "d_lora_A", conv=lambda conv: conv.flip(2)),
@@ -256,5 +256,5 @@ MUTANTS = (
     _family("residual multiplier ignored", "d_lora_B", residual_multiplier=1.0),
     _family("1 + weight read as weight", "d_lora_B", norm_offset=0.0),
     _family("eps of the norms forgotten", "d_lora_A", norm_eps=0.0),
-    wrong("gradients of the next module", BOTH, rotated_where_alike),
+    wrong("gradients of the next module", BOTH, rotate_equal_shapes),
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from backhand.verify.scaffold import Case, rotated_where_alike, wrong
+from backhand.verify.mutants import rotate_equal_shapes, wrong
+from backhand.verify.scaffold import Case
 from backhand.verify.tiny_decoders import FAMILIES, KINDS, DecoderInputs, another, decoder_op, per_token
 
 GEMMA4 = "gemma4, shared"
@@ -94,12 +95,12 @@ def _unscaled_bias(s: DecoderInputs, whole: tuple[Tensor, ...]) -> tuple[Tensor,
 
 MUTANTS = (
     wrong("mean for sum", " ".join(KINDS), lambda s, whole: per_token(whole, s)),
-    OP.redo("loss scaling forgotten", "d_weight", loss_scaling=1.0),
-    wrong("gradients of the next module", "d_lora_magnitude d_weight", rotated_where_alike),
+    OP.perturb("loss scaling forgotten", "d_weight", loss_scaling=1.0),
+    wrong("gradients of the next module", "d_lora_magnitude d_weight", rotate_equal_shapes),
     wrong("scaling forgotten", "d_lora_bias", _unscaled_bias),
-    OP.redo("dropout ignored", "d_lora_magnitude d_lora_B", dropout_seed=None),
-    OP.redo("padding token left out", "d_lora_A d_weight", decoder=lambda s: another(s.decoder, padding_id=3)),
-    OP.redo("of the embedding alone", "d_trainable_tokens", decoder=lambda s: another(s.decoder, tied_head=False)),
+    OP.perturb("dropout ignored", "d_lora_magnitude d_lora_B", dropout_seed=None),
+    OP.perturb("padding token left out", "d_lora_A d_weight", decoder=lambda s: another(s.decoder, padding_id=3)),
+    OP.perturb("of the embedding alone", "d_trainable_tokens", decoder=lambda s: another(s.decoder, tied_head=False)),
     wrong("order lost", "d_trainable_tokens", lambda d: d.flip(0)),
     wrong("rows reversed", "d_bias", lambda d: d.flip(0)),
 )

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, along, gain
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 
-def _usual(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:
+def _baseline(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:
     y = z * along(magnitude / norm, z, axis)
     return y if bias is None else y + along(bias, y, axis)
 
@@ -25,8 +26,8 @@ OP = Op(
         "bias": "channels",
     },
     {"shape": ..., "axis": -1, "bias": False},
-    usual=_usual,
-    made={"channels": lambda shape, axis: shape[axis]},
+    baseline=_baseline,
+    derived={"channels": lambda shape, axis: shape[axis]},
 )
 
 CASES = (
@@ -53,7 +54,7 @@ MUTANTS = (
     wrong("norm forgotten", "d_z", lambda g, s: g * along(s.magnitude, s.z, s.axis)),
     wrong("magnitude forgotten", "d_z", lambda g, s: g / along(s.norm, s.z, s.axis)),
     wrong("not rescaled", "d_z", lambda g: g),
-    OP.redo("along another axis", "d_z d_magnitude", axis=lambda s: _other_axis(s)),
+    OP.perturb("along another axis", "d_z d_magnitude", axis=lambda s: _other_axis(s)),
     wrong(
         "the norm's own gradient subtracted",
         "d_z",
@@ -61,6 +62,6 @@ MUTANTS = (
     ),
     wrong("norm forgotten", "d_magnitude", lambda s, d: d * s.norm),
     wrong("of y for of z", "d_magnitude", lambda s, d: d * s.magnitude / s.norm),
-    OP.redo("z left out", "d_magnitude", z=lambda s: torch.ones_like(s.z)),
+    OP.perturb("z left out", "d_magnitude", z=lambda s: torch.ones_like(s.z)),
     wrong("mean for sum", "d_magnitude", lambda s, d: d / max(s.z.numel() // max(s.z.shape[s.axis], 1), 1)),
 )

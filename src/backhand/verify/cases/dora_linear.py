@@ -12,16 +12,17 @@ from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.cases.lora_linear import dropped, layer_cases
 from backhand.verify.measure import autograd_gradients
-from backhand.verify.scaffold import SCALING, Given, Op, Tensors, rows_reversed, transposed_if_square, wrong
+from backhand.verify.mutants import rows_reversed, transpose_if_square, wrong
+from backhand.verify.scaffold import SCALING, Arguments, Op, Tensors
 
 
-def _usual(given: Given) -> Tensor:
+def _baseline(args: Arguments) -> Tensor:
     """As PEFT writes it."""
-    x, lora_A, lora_B, weight = dropped(given["x"], given["dropout"]), given["lora_A"], given["lora_B"], given["weight"]
-    gain = given["magnitude"] / given["norm"]
+    x, lora_A, lora_B, weight = dropped(args["x"], args["dropout"]), args["lora_A"], args["lora_B"], args["weight"]
+    gain = args["magnitude"] / args["norm"]
     low_rank = functional.linear(functional.linear(x, lora_A), lora_B)
-    base = functional.linear(given["x"], weight, given.get("bias"))
-    y: Tensor = base + (gain - 1) * functional.linear(x, weight) + gain * low_rank * given["scaling"]
+    base = functional.linear(args["x"], weight, args.get("bias"))
+    y: Tensor = base + (gain - 1) * functional.linear(x, weight) + gain * low_rank * args["scaling"]
     return y
 
 
@@ -32,13 +33,13 @@ OP = Op(
     | dict(norm=lambda weight, lora_A, lora_B, scaling: dora_norm(weight, lora_A, lora_B, scaling))
     | dict(d_y="*lead outputs", bias="outputs"),
     dict(lead=..., inputs=7, outputs=11, rank=3, bias=False, dropout=None) | dict(input_gradient=True, scaling=SCALING),
-    usual=_usual,
-    made={
+    baseline=_baseline,
+    derived={
         "mask": multiplier,
         "factors": lambda lora_A, lora_B: (lora_A, lora_B),
         "constants": lambda norm, scaling, dropout: DoRAConstants(norm, scaling, dropout),
     },
-    loops=True,
+    compiled=True,
 )
 
 
@@ -61,16 +62,16 @@ def _through_the_norm(g: Tensor, s: DoRALinearSaved, gradient: str) -> Tensor:
 
 
 MUTANTS = (
-    OP.redo("magnitude forgotten", "d_x d_lora_A", magnitude=lambda s: s.norm),
-    OP.redo("norm forgotten", "d_lora_B", norm=lambda s: torch.ones_like(s.norm)),
+    OP.perturb("magnitude forgotten", "d_x d_lora_A", magnitude=lambda s: s.norm),
+    OP.perturb("norm forgotten", "d_lora_B", norm=lambda s: torch.ones_like(s.norm)),
     wrong("norm not held fixed", "d_lora_A d_lora_B", _through_the_norm),
-    OP.redo("scaling forgotten", "d_x d_lora_A d_magnitude", scaling=1.0),
+    OP.perturb("scaling forgotten", "d_x d_lora_A d_magnitude", scaling=1.0),
     wrong("frozen term not rescaled", "d_x", lambda g, s, d: d + (g - g * s.magnitude / s.norm) @ s.weight),
-    OP.redo("mask ignored", "d_x d_magnitude", dropout=None),
+    OP.perturb("mask ignored", "d_x d_magnitude", dropout=None),
     wrong("what dropout lets by forgotten", "d_x", lambda s, d: dropped(d, s.dropout)),
-    OP.redo("low-rank part left out", "d_magnitude", h=lambda s: 0 * s.h),
+    OP.perturb("low-rank part left out", "d_magnitude", h=lambda s: 0 * s.h),
     wrong("norm forgotten", "d_magnitude", lambda s, d: d * s.norm),
-    OP.redo("rows reversed", "d_magnitude d_lora_B", g=lambda g: rows_reversed(g)),
-    wrong("transposed", "d_lora_A", transposed_if_square),
-    OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
+    OP.perturb("rows reversed", "d_magnitude d_lora_B", g=lambda g: rows_reversed(g)),
+    wrong("transposed", "d_lora_A", transpose_if_square),
+    OP.perturb("weight transposed", "d_x", weight=lambda s: transpose_if_square(s.weight)),
 )

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, sigmoid
 
 from backhand.ops.dpo import DPOGrads, DPORule, DPOSaved, dpo_backward
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 OP = Op(
     "dpo", {"chosen": "size: pairs", "rejected": "size: pairs", "d_y": "pairs"}, {"rule": ..., "pairs": 6, "size": 3.0}

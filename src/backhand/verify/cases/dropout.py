@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.dropout import DropoutSaved, dropout_mask
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 OP = Op(
     "dropout",
     {"x": "*shape", "d_y": "*shape"},
     {"shape": ..., "probability": ..., "seed": ...},
-    made={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)},
+    derived={"mask": lambda x, probability, seed: dropout_mask(x.shape, probability, seed, x.device)},
 )
 
 CASES = (
@@ -35,6 +36,6 @@ MUTANTS = (
     wrong("mask ignored but scaled", "d_x", lambda g, s: g / (1 - s.probability)),
     wrong("not scaled up", "d_x", lambda g, s: g * _kept(s, g)),
     wrong("scaled by the wrong share", "d_x", lambda g, s: g * _kept(s, g) / max(s.probability, 0.001)),
-    OP.redo("mask of another seed", "d_x", seed=lambda s: s.seed + 1),
+    OP.perturb("mask of another seed", "d_x", seed=lambda s: s.seed + 1),
     wrong("mask inverted", "d_x", lambda g, s: g * ~_kept(s, g) / (1 - s.probability)),
 )

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops import elementwise
-from backhand.verify.scaffold import Case, Draw, Mutant, Op, wrong
+from backhand.verify.mutants import Mutant, wrong
+from backhand.verify.scaffold import Case, Draw, Op
 
-USUAL: dict[str, Callable[[Tensor], Tensor]] = {
+BASELINE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: functional.relu(x),
     "tanh": lambda x: torch.tanh(x),
     "sigmoid": lambda x: torch.sigmoid(x),
@@ -88,7 +89,7 @@ OWN_MUTANTS: dict[str, tuple[tuple[Mutant, ...], ...]] = {
 PROOFS = tuple(
     op.proof(_cases(op), OWN_MUTANTS[op.name])
     for op in (
-        Op(name, {"x": _off_zero, "d_y": "*shape"}, {"shape": ..., "size": 1.5}, usual=USUAL[name])
+        Op(name, {"x": _off_zero, "d_y": "*shape"}, {"shape": ..., "size": 1.5}, baseline=BASELINE[name])
         for name in OWN_MUTANTS
     )
 )

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from backhand.kernels.pieces import piece_size
 from backhand.ops.embedding import ROWS_AT_ONCE, EmbeddingSaved
-from backhand.verify.scaffold import Draw, Op, overwritten, wrong
+from backhand.verify.mutants import scatter_overwrite, wrong
+from backhand.verify.scaffold import Draw, Op
 
 
 def token_ids(draw: Draw, vocab: int, lead: tuple[int, ...], only: int | None) -> Tensor:
@@ -21,7 +22,7 @@ OP = Op(
     "embedding",
     {"ids": token_ids, "weight": "vocab hidden", "d_y": "*lead hidden"},
     {"lead": ..., "vocab": 6, "hidden": 5, "scaling": 1.0, "only": None},
-    usual=lambda ids, weight, scaling: functional.embedding(ids, weight) * scaling,
+    baseline=lambda ids, weight, scaling: functional.embedding(ids, weight) * scaling,
 )
 
 CASES = (
@@ -47,12 +48,12 @@ def _first_piece(g: Tensor, s: EmbeddingSaved) -> Tensor:
 MUTANTS = (
     wrong("first piece of rows alone", "d_weight", _first_piece),
     wrong("scaling forgotten", "d_weight", lambda s, d: d / s.scaling),
-    wrong("overwritten instead of summed", "d_weight", lambda g, s: overwritten(s.vocab, s.ids, s.scaling * g)),
+    wrong("overwritten instead of summed", "d_weight", lambda g, s: scatter_overwrite(s.vocab, s.ids, s.scaling * g)),
     wrong(
         "mean for sum",
         "d_weight",
         lambda s, d: d / torch.bincount(s.ids.reshape(-1), minlength=s.vocab).clamp(min=1)[:, None],
     ),
-    OP.redo("tokens reversed", "d_weight", ids=lambda s: s.ids.reshape(-1).flip(0)),
+    OP.perturb("tokens reversed", "d_weight", ids=lambda s: s.ids.reshape(-1).flip(0)),
     wrong("ids off by one", "d_weight", lambda d: d.roll(1, 0)),
 )

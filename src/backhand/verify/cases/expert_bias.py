@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 WIDTH = 5
 OP = Op(
@@ -25,9 +26,9 @@ CASES = (
 
 MUTANTS = (
     wrong("forgotten", "d_weights", lambda d: d * 0),
-    OP.redo("the next expert's bias", "d_weights", chosen=lambda s: (s.chosen + 1) % len(s.biases)),
-    OP.redo("the first choice's bias for all", "d_weights", chosen=lambda s: s.chosen[:, :1].expand_as(s.chosen)),
+    OP.perturb("the next expert's bias", "d_weights", chosen=lambda s: (s.chosen + 1) % len(s.biases)),
+    OP.perturb("the first choice's bias for all", "d_weights", chosen=lambda s: s.chosen[:, :1].expand_as(s.chosen)),
     wrong("choices reversed", "d_weights", lambda d: d.flip(1)),
     wrong("mean for sum", "d_weights", lambda d: d / WIDTH),
-    OP.redo("tokens reversed", "d_weights", g=lambda g: g.flip(0)),
+    OP.perturb("tokens reversed", "d_weights", g=lambda g: g.flip(0)),
 )

@@ -9,7 +9,8 @@ from backhand.errors import not_none
 from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_linear_forward
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
-from backhand.verify.scaffold import SCALING, Given, Op, receiver, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import SCALING, Arguments, Op, grad_buffer
 
 
 def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_stored: bool) -> ExpertFactors | None:
@@ -22,20 +23,20 @@ def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_st
 
 def _receivers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tensor] | None:
     """In PEFT's form."""
-    return (receiver(factors.lora_A), receiver(factors.lora_B)) if added and factors is not None else None
+    return (grad_buffer(factors.lora_A), grad_buffer(factors.lora_B)) if added and factors is not None else None
 
 
-def _forward(given: Given) -> tuple[Tensor, ExpertLinearSaved]:
-    weights = given["weights"] if given["as_stored"] else list(given["weights"])
-    y, saved = given.call(expert_linear_forward, weights=weights)
+def _forward(args: Arguments) -> tuple[Tensor, ExpertLinearSaved]:
+    weights = args["weights"] if args["as_stored"] else list(args["weights"])
+    y, saved = args.call(expert_linear_forward, weights=weights)
     return y, saved
 
 
-def _usual(given: Given) -> Tensor:
-    x, weights, biases, mask = given["x"], given["weights"], given.get("biases"), given["mask"]
-    factors: ExpertFactors | None = given["factors"]
+def _baseline(args: Arguments) -> Tensor:
+    x, weights, biases, mask = args["x"], args["weights"], args.get("biases"), args["mask"]
+    factors: ExpertFactors | None = args["factors"]
     outputs = [x @ weights[0].T][:0]
-    parts = (part.split(given["counts"]) for part in (x, x if mask is None else x * mask))
+    parts = (part.split(args["counts"]) for part in (x, x if mask is None else x * mask))
     for expert, (own, low) in enumerate(zip(*parts, strict=True)):
         y = own @ weights[expert].T
         if biases is not None:
@@ -53,15 +54,15 @@ OP = Op(
     dict(counts=..., width=5, out=6, rank=2, biases=False, dropout=None, scaling=SCALING, as_stored=False)
     | dict(input_gradient=True, added=False),
     forward=_forward,
-    usual=_usual,
-    made={
+    baseline=_baseline,
+    derived={
         "rows": lambda counts: sum(counts),
         "experts": lambda counts: len(counts),
         "mask": dropout_multiplier,
         "factors": _factors,
         "into": _receivers,
     },
-    loops=True,
+    compiled=True,
 )
 
 CASES = (
@@ -87,13 +88,13 @@ def _unmasked(s: ExpertLinearSaved) -> Tensor:
 
 
 MUTANTS = (
-    OP.redo("low-rank term missing", "d_x", factors=None),
-    OP.redo("another expert's weight", "d_x", weights=lambda s: [*s.weights[1:], s.weights[0]]),
-    OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
-    OP.redo("mask ignored", "d_lora_B", h=_unmasked),
+    OP.perturb("low-rank term missing", "d_x", factors=None),
+    OP.perturb("another expert's weight", "d_x", weights=lambda s: [*s.weights[1:], s.weights[0]]),
+    OP.perturb("mask ignored", "d_x d_lora_A", dropout=None),
+    OP.perturb("mask ignored", "d_lora_B", h=_unmasked),
     wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.factors.scaling),
     wrong("experts exchanged", "d_lora_A d_lora_B", lambda d: d.roll(1, 0)),
-    OP.redo("rows reversed", "d_lora_A", x=lambda s: s.x.flip(0)),
-    OP.redo("rows reversed", "d_lora_B", h=lambda s: s.h.flip(0)),
+    OP.perturb("rows reversed", "d_lora_A", x=lambda s: s.x.flip(0)),
+    OP.perturb("rows reversed", "d_lora_B", h=lambda s: s.h.flip(0)),
     wrong("summed over experts", "d_lora_A", lambda d: d.sum(0, keepdim=True).expand_as(d)),
 )

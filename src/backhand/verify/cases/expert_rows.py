@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from backhand.ops.expert_rows import route
-from backhand.verify.scaffold import Op, overwritten, wrong
+from backhand.verify.mutants import scatter_overwrite, wrong
+from backhand.verify.scaffold import Op
 
 HIDDEN = 5
 
@@ -13,7 +14,7 @@ def _op(name: str, inputs: dict[str, str]) -> Op:
         name,
         {"chosen": lambda draw, tokens, experts, k: draw.normal(tokens, experts).argsort(dim=-1)[:, :k], **inputs},
         {"tokens": ..., "experts": ..., "k": ..., "hidden": HIDDEN},
-        made={"routing": route, "rows": lambda tokens, k: tokens * k},
+        derived={"routing": route, "rows": lambda tokens, k: tokens * k},
     )
 
 
@@ -34,7 +35,11 @@ DISPATCH_MUTANTS = (
     wrong("first choice alone", "d_x", lambda g, s: g[s.routing.places[:, 0]]),
     wrong("mean over the choices", "d_x", lambda s, d: d / s.routing.places.shape[1]),
     wrong("rows not put back in order", "d_x", lambda g, s: g.view(*s.routing.places.shape, HIDDEN).sum(1)),
-    wrong("overwritten instead of added", "d_x", lambda g, s: overwritten(len(s.routing.places), s.routing.tokens, g)),
+    wrong(
+        "overwritten instead of added",
+        "d_x",
+        lambda g, s: scatter_overwrite(len(s.routing.places), s.routing.tokens, g),
+    ),
 )
 WEIGH_MUTANTS = (
     wrong("weights forgotten", "d_p", lambda g: g),

@@ -19,7 +19,8 @@ from backhand.kernels.dequantize import Bytes, block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved
 from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles, tiles_of
-from backhand.verify.scaffold import Backward, Draw, Given, Mutant, Op, transposed_if_square, wrong
+from backhand.verify.mutants import Backward, Mutant, transpose_if_square, wrong
+from backhand.verify.scaffold import Arguments, Draw, Op
 
 _SMALL_TILES = 1
 """Bytes; the edges then lie as near to one another as they may: 64 rows, 256 columns."""
@@ -61,20 +62,20 @@ def _drawn_weight(
     return stored | {f"column_order {i}": order for i, order in enumerate(by_columns)}
 
 
-def _stored(given: Given) -> list[StoredRows]:
+def _stored(args: Arguments) -> list[StoredRows]:
     """Each part as it is stored."""
 
     def order(name: str, i: int) -> Tensor | None:
-        return given[f"{name} {i}"].cpu() if f"{name} {i}" in given else None
+        return args[f"{name} {i}"].cpu() if f"{name} {i}" in args else None
 
     return [
         StoredRows(
-            given[f"blocks {i}"].cpu().numpy(),
+            args[f"blocks {i}"].cpu().numpy(),
             int(gguf.GGMLQuantizationType[name]),
             order("order", i),
             order("column_order", i),
         )
-        for i, (name, _) in enumerate(given["parts"])
+        for i, (name, _) in enumerate(args["parts"])
     ]
 
 
@@ -82,11 +83,11 @@ def _fields(part: StoredRows) -> tuple[Bytes, int, Tensor | None, Tensor | None]
     return part.blocks, part.type_id, part.order, part.column_order
 
 
-def _numbers(given: Given) -> Tensor:
+def _numbers(args: Arguments) -> Tensor:
     """What the gguf package reads in the blocks."""
-    x: Tensor = given["x"]
-    parts = [given["dense"].to(x)] if "dense" in given else []
-    for blocks, type_id, order, columns in [] if parts else map(_fields, _stored(given)):
+    x: Tensor = args["x"]
+    parts = [args["dense"].to(x)] if "dense" in args else []
+    for blocks, type_id, order, columns in [] if parts else map(_fields, _stored(args)):
         rows = gguf.dequantize(np.ascontiguousarray(blocks), gguf.GGMLQuantizationType(type_id))
         part = torch.from_numpy(np.array(rows, dtype=np.float32)).to(x)
         part = part if order is None else part[order]
@@ -94,18 +95,18 @@ def _numbers(given: Given) -> Tensor:
     return torch.cat(parts)
 
 
-def _tiled(given: Given, backward: Backward) -> tuple[Tensor, FrozenLinearGrads]:
-    x, matrix = given["x"], given.get("dense")
+def _tiled(args: Arguments, backward: Backward) -> tuple[Tensor, FrozenLinearGrads]:
+    x, matrix = args["x"], args.get("dense")
     if matrix is not None:
         matrix = matrix.to(x)
     else:
-        matrix = QuantizedMatrix(_stored(given), x.dtype, x.device)
-    with tiles_of(given["tile_bytes"] or 1 << 40):
-        y, saved = given.call(OP.forward, weight=matrix)
-        return y, backward(given["d_y"], saved)
+        matrix = QuantizedMatrix(_stored(args), x.dtype, x.device)
+    with tiles_of(args["tile_bytes"] or 1 << 40):
+        y, saved = args.call(OP.forward, weight=matrix)
+        return y, backward(args["d_y"], saved)
 
 
-def _usual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _baseline(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     y = functional.linear(x, weight, bias)
     return y if residual is None else y + residual
 
@@ -115,10 +116,10 @@ OP = Op(
     dict(drawn=_drawn_weight, x="*lead columns", d_y="*lead outputs", bias="outputs") | dict(residual="*lead outputs"),
     dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False, columns_ordered=False)
     | dict(tile_bytes=_SMALL_TILES),
-    usual=_usual,
-    made={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
-    way=_tiled,
-    loops=True,
+    baseline=_baseline,
+    derived={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
+    runner=_tiled,
+    compiled=True,
 )
 
 
@@ -169,7 +170,7 @@ def _reread(name: str, change: Callable[[StoredRows], StoredRows]) -> tuple[Muta
             return right
         return QuantizedMatrix([change(part) for part in right.parts], right.dtype, right.device)
 
-    return OP.redo(name, "d_x", weight=weight)
+    return OP.perturb(name, "d_x", weight=weight)
 
 
 def _blocks(name: str, change: Callable[[Bytes, str], None]) -> tuple[Mutant, ...]:
@@ -220,7 +221,7 @@ def _edges_late(g: Tensor, s: FrozenLinearSaved) -> Tensor:
 
 
 MUTANTS = (
-    wrong("weight transposed", "d_x", lambda g, s: g @ transposed_if_square(frozen_dense(s.weight))),
+    wrong("weight transposed", "d_x", lambda g, s: g @ transpose_if_square(frozen_dense(s.weight))),
     _blocks("scale of the block before", _neighbours_scale),
     _blocks("minimum forgotten", _no_minimum),
     _blocks("halves of bytes swapped", _nibbles_swapped),

@@ -11,10 +11,11 @@ from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_referenc
 from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
 from backhand.verify.cases.causal_conv import OTHERS, RIGHT, TILE_MISTAKES, Sight, conv_matrices
-from backhand.verify.scaffold import PACKED, Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import PACKED, Op
 
 
-def _usual(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
+def _baseline(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
     b, c, x = bcx.chunk(3, dim=-1)
     return c * causal_conv_reference(b * x, taps, runs)
 
@@ -23,14 +24,14 @@ OP = Op(
     "gated_conv",
     {"bcx": "tokens wide", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
     {"documents": ..., "channels": 5, "width": 3, "parents": (), "bias": False, "into_buffer": False},
-    usual=_usual,
-    made={
+    baseline=_baseline,
+    derived={
         "taps": Taps,
         **PACKED,
         "wide": lambda channels: 3 * channels,
         "out": lambda bcx, into_buffer: torch.full_like(bcx, torch.nan) if into_buffer else None,
     },
-    loops=True,
+    compiled=True,
 )
 
 CASES = (

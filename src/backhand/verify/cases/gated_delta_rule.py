@@ -8,7 +8,8 @@ from torch import Tensor
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleSaved
 from backhand.ops.document_groups import segments
 from backhand.verify.measure import autograd_gradients
-from backhand.verify.scaffold import PACKED, Mutant, Op, wrong
+from backhand.verify.mutants import Mutant, wrong
+from backhand.verify.scaffold import PACKED, Op
 
 INPUTS = ("q", "k", "v", "decay", "beta")
 STATE_MISTAKES = (
@@ -28,8 +29,8 @@ OP = Op(
     | dict(beta=lambda draw, tokens, heads: torch.sigmoid(draw.normal(tokens, heads)))
     | dict(d_y="tokens heads width"),
     dict(documents=..., key_heads=2, group=3, key_width=5, width=7, parents=(), forgetting=0.3, chunk=3),
-    made={**PACKED, "heads": lambda key_heads, group: key_heads * group},
-    loops=True,
+    derived={**PACKED, "heads": lambda key_heads, group: key_heads * group},
+    compiled=True,
 )
 
 CASES = (

@@ -11,7 +11,8 @@ from torch.nn import functional
 from backhand.kernels.pieces import piece_size
 from backhand.ops.activation import CHUNK_ELEMENTS
 from backhand.ops.glu import GLUGrads, GLUSaved
-from backhand.verify.scaffold import Backward, Given, Op, later_pieces_missing, wrong
+from backhand.verify.mutants import Backward, later_pieces_missing, wrong
+from backhand.verify.scaffold import Arguments, Op
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:
@@ -21,12 +22,12 @@ def activated(gate: Tensor, activation: str) -> Tensor:
     return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
 
 
-def usual_unit(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+def baseline_unit(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """The unit as one writes it for autograd."""
     return activated(gate, activation) * up
 
 
-def _side_by_side(t: Given, backward: Backward) -> tuple[Tensor, GLUGrads]:
+def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, GLUGrads]:
     """As the decoder block calls it: both are columns of one buffer, and so are their gradients.
 
     The y that is compared is the one that the backward leaves in d_y's place.
@@ -42,9 +43,9 @@ OP = Op(
     "glu",
     {"gate": "size: *lead n", "up": "*lead n", "d_y": "*lead n"},
     {"activation": ..., "lead": ..., "n": 7, "size": 1.5, "side_by_side": False},
-    usual=usual_unit,
-    ways={"side_by_side": _side_by_side},
-    loops=True,
+    baseline=baseline_unit,
+    runners={"side_by_side": _side_by_side},
+    compiled=True,
 )
 
 
@@ -88,11 +89,11 @@ def _first_chunk(s: GLUSaved, d: Tensor) -> Tensor:
 
 MUTANTS = (
     wrong("slope of the first chunk alone", "d_gate", lambda s, d: _first_chunk(s, d)),
-    OP.redo("up forgotten", "d_gate", up=lambda s: torch.ones_like(s.up)),
+    OP.perturb("up forgotten", "d_gate", up=lambda s: torch.ones_like(s.up)),
     wrong("inner derivative missing", "d_gate", lambda g, s: g * s.up * _gelu_slope_without_inner(s)),
     wrong("φ for φ′", "d_gate", lambda g, s: g * s.up * activated(s.gate, s.activation)),
     wrong("activation forgotten", "d_gate", lambda g, s: g * s.up),
-    OP.redo(
+    OP.perturb(
         "the other activation", "d_gate d_up", activation=lambda s: "gelu_tanh" if s.activation == "silu" else "silu"
     ),
     wrong("activation forgotten", "d_up", lambda g, s: g * s.gate),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from backhand.ops.grpo import GRPORule
-from backhand.verify.scaffold import Draw, Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Draw, Op
 
 
 def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float, rule: GRPORule) -> dict[str, Tensor]:
@@ -27,7 +28,7 @@ OP = Op(
     "grpo",
     {"log_p": "0.7: tokens", "constants": _constants, "d_y": "count"},
     {"rule": RULE, "lengths": (3, 1, 5, 2), "moved": 0.25},
-    made={"tokens": lambda lengths: sum(lengths), "count": lambda lengths: len(lengths)},
+    derived={"tokens": lambda lengths: sum(lengths), "count": lambda lengths: len(lengths)},
 )
 
 CASES = (
@@ -47,7 +48,7 @@ MUTANTS = (
     wrong("weight forgotten", "d_log_p", lambda s, d: d / s.weights[s.owners]),
     wrong("upstream gradient ignored", "d_log_p", lambda g, s, d: d / g[s.owners]),
     wrong("never clipped", "d_log_p", lambda d: torch.where(d == 0, 0.1, d)),
-    OP.redo("divergence forgotten", "d_log_p", d_divergence=lambda: None),
+    OP.perturb("divergence forgotten", "d_log_p", d_divergence=lambda: None),
     wrong(
         "divergence the other way", "d_log_p", lambda g, s, d: d + (0 if s.d_divergence is None else 2 * g[s.owners])
     ),

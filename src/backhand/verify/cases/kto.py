@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 
 from backhand.ops.kto import KTORule
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 RULE = KTORule(0.7, 1.3, 0.6)
 OP = Op(
     "kto",
     {"log_ratio": "2: rows", "d_y": "rows"},
     {"rows": 7, "rule": RULE, "z": 0.4, "each": 2},
-    made={
+    derived={
         # Of so many rows each is desirable but the first.
         "desirable": lambda rows, each: torch.arange(rows) % each != 0,
         "kl": lambda z: torch.tensor(z, dtype=torch.float64),
@@ -35,7 +36,7 @@ MUTANTS = (
     wrong("weight forgotten", "d_log_ratio", lambda s, d: d / s.signed.abs()),
     wrong("beta forgotten", "d_log_ratio", lambda s, d: d / s.beta),
     wrong("upstream gradient ignored", "d_log_ratio", lambda g, d: d / g),
-    OP.redo("kl forgotten", "d_log_ratio", apart=lambda s: s.apart + 0.4 * s.beta),
+    OP.perturb("kl forgotten", "d_log_ratio", apart=lambda s: s.apart + 0.4 * s.beta),
     wrong("as a logarithm", "d_log_ratio", lambda g, s: -s.beta * g * s.signed * torch.sigmoid(-s.apart)),
     wrong("rows reversed", "d_log_ratio", lambda d: d.flip(0)),
 )

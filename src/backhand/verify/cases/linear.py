@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch.nn import functional
 
-from backhand.verify.scaffold import Op, flat_rows, mean_of_rows, rows_reversed, transposed_if_square, wrong
+from backhand.verify.mutants import flat_rows, mean_of_rows, rows_reversed, transpose_if_square, wrong
+from backhand.verify.scaffold import Op
 
 OP = Op(
     "linear",
     {"x": "*lead inputs", "weight": "outputs inputs", "d_y": "*lead outputs", "bias": "outputs"},
     {"lead": ..., "inputs": 7, "outputs": 4, "bias": False},
-    usual=lambda x, weight, bias: functional.linear(x, weight, bias),
+    baseline=lambda x, weight, bias: functional.linear(x, weight, bias),
 )
 
 CASES = (
@@ -25,10 +26,10 @@ CASES = (
 )
 
 MUTANTS = (
-    OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
-    wrong("transposed", "d_weight", transposed_if_square),
+    OP.perturb("weight transposed", "d_x", weight=lambda s: transpose_if_square(s.weight)),
+    wrong("transposed", "d_weight", transpose_if_square),
     wrong("mean for sum", "d_weight d_bias", mean_of_rows),
-    OP.redo("rows reversed", "d_weight", g=rows_reversed),
+    OP.perturb("rows reversed", "d_weight", g=rows_reversed),
     wrong("last row missing", "d_weight", lambda g, s: flat_rows(g)[:-1].T @ flat_rows(s.x)[:-1]),
     wrong("last row missing", "d_bias", lambda g: flat_rows(g)[:-1].sum(0)),
 )

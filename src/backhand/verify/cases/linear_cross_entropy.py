@@ -25,7 +25,8 @@ from backhand.ops.logits_rule import PLAIN, LogitsRule
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.cases.lora_linear import next_seed
-from backhand.verify.scaffold import SCALING, Backward, Draw, Given, Mutant, Op, wrong
+from backhand.verify.mutants import Backward, Mutant, wrong
+from backhand.verify.scaffold import SCALING, Arguments, Draw, Op
 
 
 class _Inputs(NamedTuple):
@@ -69,7 +70,7 @@ def _reference(s: _Inputs) -> Tensor:
     return functional.cross_entropy(_ruled(logits, s.rule), s.targets, reduction="none")
 
 
-def _usual(s: _Inputs) -> Tensor:
+def _baseline(s: _Inputs) -> Tensor:
     logits = functional.linear(s.x, s.weight)
     if s.head is not None:
         h = functional.linear(s.x if s.head.dropout is None else s.x * s.mask, s.head.lora_A)
@@ -82,7 +83,7 @@ def _ruled(logits: Tensor, rule: LogitsRule) -> Tensor:
     return logits if rule.cap is None else torch.tanh(logits / rule.cap) * rule.cap
 
 
-def _fused(t: Given, backward: Backward) -> tuple[Tensor, LinearCrossEntropyGrads]:
+def _fused(t: Arguments, backward: Backward) -> tuple[Tensor, LinearCrossEntropyGrads]:
     s: _Inputs = t["s"]
     losses: Tensor = OP.forward(*s[:4], s.rule)
     grads = backward(t["d_y"], s)
@@ -93,13 +94,13 @@ def _supervised(labels: Tensor) -> Tensor:
     return (labels != IGNORE_INDEX).nonzero().squeeze(1)
 
 
-def _inputs(given: Given) -> _Inputs:
-    labels, d_y = given["labels"], given["d_y"]
+def _inputs(args: Arguments) -> _Inputs:
+    labels, d_y = args["labels"], args["d_y"]
     places, head = _supervised(labels), None
-    if "lora_A" in given:
-        head = HeadFactors(given["lora_A"], given["lora_B"], SCALING, given["dropout"])
+    if "lora_A" in args:
+        head = HeadFactors(args["lora_A"], args["lora_B"], SCALING, args["dropout"])
     multiplier = d_y if d_y.dim() else float(d_y)
-    return _Inputs(given["x"][places], given["weight"], labels[places], head, multiplier, given["rule"])
+    return _Inputs(args["x"][places], args["weight"], labels[places], head, multiplier, args["rule"])
 
 
 def _d_y(draw: Draw, labels: Tensor, multiplier: float, weighted: bool) -> Tensor:
@@ -115,10 +116,10 @@ OP = Op(
     | dict(rule=PLAIN, weighted=False),
     backward=_backward,
     reference=_reference,
-    usual=_usual,
-    made={"s": _inputs},
-    way=_fused,
-    loops=True,
+    baseline=_baseline,
+    derived={"s": _inputs},
+    runner=_fused,
+    compiled=True,
 )
 
 CASES = (
@@ -182,7 +183,7 @@ def _worked(
     return LinearCrossEntropyGrads(d_x, d_h.T @ x, s.head.scaling * d.T @ (x @ s.head.lora_A.T))
 
 
-def _by_hand(name: str, gradients: str, **mistake: Any) -> tuple[Mutant, ...]:
+def _mistaken(name: str, gradients: str, **mistake: Any) -> tuple[Mutant, ...]:
     return wrong(name, gradients, lambda s, gradient: getattr(_worked(s, s.mask, **mistake), gradient))
 
 
@@ -193,7 +194,7 @@ def _masked(name: str, gradients: str, mask: Callable[[_Inputs], Tensor]) -> tup
 
 def _weighted(name: str, gradients: str, change: Callable[[Tensor], Tensor]) -> tuple[Mutant, ...]:
     """With other weights, where each row has its own."""
-    return OP.redo(
+    return OP.perturb(
         name, gradients, multiplier=lambda s: s.multiplier if isinstance(s.multiplier, float) else change(s.multiplier)
     )
 
@@ -219,18 +220,18 @@ def _next_seed(s: _Inputs) -> HeadFactors | None:
 
 
 MUTANTS = (
-    _by_hand("target not subtracted", "d_x", one_hot=False),
-    OP.redo("targets shifted by one", "d_x", targets=lambda s: (s.targets + 1) % len(s.weight)),
+    _mistaken("target not subtracted", "d_x", one_hot=False),
+    OP.perturb("targets shifted by one", "d_x", targets=lambda s: (s.targets + 1) % len(s.weight)),
     _masked("low-rank term missing", "d_x", lambda s: torch.zeros_like(s.x)),
-    OP.redo("multiplier forgotten", "d_x d_lora_A d_lora_B", multiplier=1.0),
-    _by_hand("cap's slope missing", "d_x d_lora_A", slope=False),
+    OP.perturb("multiplier forgotten", "d_x d_lora_A d_lora_B", multiplier=1.0),
+    _mistaken("cap's slope missing", "d_x d_lora_A", slope=False),
     wrong("logits' multiplier forgotten", "d_x d_lora_A d_lora_B", lambda s, d: d / s.rule.scaling),
     wrong("logits' multiplier left out of the softmax", "d_lora_B", _plain_softmax),
     wrong("mean for sum", "d_x", lambda s, d: d / max(s.x.shape[0], 1)),
     wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.head.scaling),
     # The factors' gradients overwritten by each chunk instead of added up.
-    OP.redo("last chunk only", "d_lora_A d_lora_B", s=_last_chunk),
-    _by_hand("rows reversed", "d_lora_A d_lora_B", flip=True),
+    OP.perturb("last chunk only", "d_lora_A d_lora_B", s=_last_chunk),
+    _mistaken("rows reversed", "d_lora_A d_lora_B", flip=True),
     _weighted("weights averaged", "d_x", lambda w: w.mean().expand_as(w)),
     _weighted("weights of the first chunk", "d_x d_lora_A", lambda w: w[torch.arange(len(w)) % CHUNK_ROWS]),
     _weighted("weights reversed", "d_lora_A d_lora_B", lambda w: w.flip(0)),
@@ -239,5 +240,5 @@ MUTANTS = (
     _masked("mask twice", "d_x", lambda s: s.mask * s.mask),
     _masked("mask not scaled up", "d_lora_A", lambda s: (s.mask != 0).to(s.x)),
     _masked("mask of the first chunk", "d_lora_A d_lora_B", _first_chunks_mask),
-    OP.redo("mask of another seed", "d_lora_B", head=_next_seed),
+    OP.perturb("mask of another seed", "d_lora_B", head=_next_seed),
 )

@@ -6,14 +6,15 @@ from torch import Tensor
 
 from backhand.ops.dora import along
 from backhand.ops.lora_bias import LoRABiasSaved
-from backhand.verify.scaffold import SCALING, Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import SCALING, Op
 
 OP = Op(
     "lora_bias",
     {"z": "*shape", "lora_bias": "channels", "d_y": "*shape"},
     {"shape": ..., "axis": -1, "scaling": SCALING},
-    usual=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis),
-    made={"channels": lambda shape, axis: shape[axis]},
+    baseline=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis),
+    derived={"channels": lambda shape, axis: shape[axis]},
 )
 
 CASES = (

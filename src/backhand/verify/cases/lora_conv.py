@@ -10,16 +10,17 @@ from torch import Tensor
 from backhand.ops.lora_conv import ConvGeometry, convolution
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.verify.cases.lora_linear import next_seed
-from backhand.verify.scaffold import SCALING, Given, Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import SCALING, Arguments, Op
 
 
-def _usual(given: Given) -> Tensor:
-    x, geometry, mask = given["x"], given["geometry"], given["mask"]
+def _baseline(args: Arguments) -> Tensor:
+    x, geometry, mask = args["x"], args["geometry"], args["mask"]
     ones = (1,) * (x.ndim - 2)
-    h = convolution(x if mask is None else x * mask, given["lora_A"], None, geometry._replace(groups=1))
+    h = convolution(x if mask is None else x * mask, args["lora_A"], None, geometry._replace(groups=1))
     at_one_place = ConvGeometry(ones, (0,) * len(ones), ones, geometry.groups)
-    y: Tensor = convolution(x, given["weight"], given.get("bias"), geometry)
-    y = y + given["scaling"] * convolution(h, given["lora_B"], None, at_one_place)
+    y: Tensor = convolution(x, args["weight"], args.get("bias"), geometry)
+    y = y + args["scaling"] * convolution(h, args["lora_B"], None, at_one_place)
     return y
 
 
@@ -44,8 +45,13 @@ OP = Op(
     | dict(bias="outputs", d_y="batch outputs *steps"),
     dict(batch=..., places=..., kernel=..., inputs=4, outputs=6, rank=2, stride=1, padding=0, dilation=1)
     | dict(groups=1, bias=False, dropout=None, input_gradient=True, scaling=SCALING),
-    usual=_usual,
-    made={"mask": multiplier, "geometry": _geometry, "steps": _steps, "group": lambda inputs, groups: inputs // groups},
+    baseline=_baseline,
+    derived={
+        "mask": multiplier,
+        "geometry": _geometry,
+        "steps": _steps,
+        "group": lambda inputs, groups: inputs // groups,
+    },
 )
 
 CASES = (
@@ -83,15 +89,15 @@ def _other_group(d_lora_B: Tensor, groups: int) -> Tensor:
 
 
 MUTANTS = (
-    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", scaling=1.0),
-    OP.redo("low-rank term missing", "d_x", lora_A=lambda s: 0 * s.lora_A),
-    OP.redo("kernel flipped", "d_x", weight=lambda s: _kernel_flipped(s.weight)),
+    OP.perturb("scaling forgotten", "d_x d_lora_A d_lora_B", scaling=1.0),
+    OP.perturb("low-rank term missing", "d_x", lora_A=lambda s: 0 * s.lora_A),
+    OP.perturb("kernel flipped", "d_x", weight=lambda s: _kernel_flipped(s.weight)),
     wrong("kernel flipped", "d_lora_A", lambda d: _kernel_flipped(d)),
     wrong("height and width swapped", "d_lora_A", lambda d: _last_two_swapped(d)),
-    OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
-    OP.redo("mask of another seed", "d_lora_A", dropout=next_seed),
+    OP.perturb("mask ignored", "d_x d_lora_A", dropout=None),
+    OP.perturb("mask of another seed", "d_lora_A", dropout=next_seed),
     wrong("mean for sum", "d_lora_A d_lora_B", lambda s, d: d / max(s.h[:, 0].numel(), 1)),
-    OP.redo("batch reversed", "d_lora_A", g=lambda g: g.flip(0)),
-    OP.redo("places reversed", "d_lora_B", h=lambda s: _kernel_flipped(s.h)),
+    OP.perturb("batch reversed", "d_lora_A", g=lambda g: g.flip(0)),
+    OP.perturb("places reversed", "d_lora_B", h=lambda s: _kernel_flipped(s.h)),
     wrong("groups swapped", "d_lora_B", lambda s, d: _other_group(d, s.geometry.groups)),
 )

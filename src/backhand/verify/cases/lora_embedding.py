@@ -8,10 +8,11 @@ from torch.nn import functional
 
 from backhand.ops.lora_embedding import LoRAEmbeddingSaved
 from backhand.verify.cases.embedding import token_ids
-from backhand.verify.scaffold import SCALING, Op, flat_rows, overwritten, transposed_if_square, wrong
+from backhand.verify.mutants import flat_rows, scatter_overwrite, transpose_if_square, wrong
+from backhand.verify.scaffold import SCALING, Op
 
 
-def _usual(
+def _baseline(
     ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_id: int | None
 ) -> Tensor:
     low_rank = functional.embedding(ids, lora_A.T, padding_idx=padding_id) @ lora_B.T
@@ -22,7 +23,7 @@ OP = Op(
     "lora_embedding",
     dict(ids=token_ids, weight="vocab hidden", lora_A="rank vocab", lora_B="hidden rank") | dict(d_y="*lead hidden"),
     {"lead": ..., "vocab": 6, "hidden": 5, "rank": 3, "padding_id": None, "only": None, "scaling": SCALING},
-    usual=_usual,
+    baseline=_baseline,
 )
 
 CASES = (
@@ -43,22 +44,22 @@ CASES = (
 def _overwritten(g: Tensor, s: LoRAEmbeddingSaved) -> Tensor:
     """d_lora_A where each place of a token overwrites the last instead of adding to it."""
     places = s.ids if s.padding_id is None else s.ids.masked_fill(s.ids == s.padding_id, -1)
-    return overwritten(s.vocab, places, s.scaling * flat_rows(g) @ s.lora_B).T
+    return scatter_overwrite(s.vocab, places, s.scaling * flat_rows(g) @ s.lora_B).T
 
 
 MUTANTS = (
-    OP.redo("scaling forgotten", "d_lora_A d_lora_B", scaling=1.0),
+    OP.perturb("scaling forgotten", "d_lora_A d_lora_B", scaling=1.0),
     wrong("overwritten instead of summed", "d_lora_A", lambda g, s: _overwritten(g, s)),
     wrong("mean for sum", "d_lora_A", lambda s, d: d / torch.bincount(s.ids, minlength=s.vocab).clamp(min=1)),
-    OP.redo("padding token learns", "d_lora_A", padding_id=None),
-    OP.redo("tokens reversed", "d_lora_A", ids=lambda s: s.ids.flip(0)),
-    OP.redo("lora_B transposed", "d_lora_A", lora_B=lambda s: transposed_if_square(s.lora_B)),
+    OP.perturb("padding token learns", "d_lora_A", padding_id=None),
+    OP.perturb("tokens reversed", "d_lora_A", ids=lambda s: s.ids.flip(0)),
+    OP.perturb("lora_B transposed", "d_lora_A", lora_B=lambda s: transpose_if_square(s.lora_B)),
     wrong("mean for sum", "d_lora_B", lambda s, d: d / max(len(s.ids), 1)),
-    OP.redo("rows reversed", "d_lora_B", h=lambda s: s.h.flip(0)),
-    OP.redo(
+    OP.perturb("rows reversed", "d_lora_B", h=lambda s: s.h.flip(0)),
+    OP.perturb(
         "padding token left out",
         "d_lora_B",
         h=lambda s: s.h * (s.ids != s.padding_id)[:, None] if s.padding_id is not None else s.h,
     ),
-    wrong("transposed", "d_lora_B", transposed_if_square),
+    wrong("transposed", "d_lora_B", transpose_if_square),
 )

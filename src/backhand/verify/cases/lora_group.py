@@ -20,21 +20,16 @@ from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import Member
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
-from backhand.verify.cases.rms_norm import usual_norm
-from backhand.verify.scaffold import (
+from backhand.verify.cases.rms_norm import baseline_norm
+from backhand.verify.mutants import (
     Backward,
-    Case,
-    Draw,
-    Given,
-    Op,
-    Tensors,
     mean_of_rows,
-    receiver,
-    rotated_where_alike,
+    rotate_equal_shapes,
     rows_reversed,
-    transposed_if_square,
+    transpose_if_square,
     wrong,
 )
+from backhand.verify.scaffold import Arguments, Case, Draw, Op, Tensors, grad_buffer
 
 SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
@@ -50,7 +45,7 @@ def _backward(
     d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True, into: bool | None = None
 ) -> LoRAGroupGrads:
     """The backward with tensors to add to of its own, in which something stands with `into`."""
-    new = receiver if into else torch.zeros_like
+    new = grad_buffer if into else torch.zeros_like
     group = regrouped(saved.group, d_lora_A=lambda one: new(one.lora_A), d_lora_B=lambda one: new(one.lora_B))
     return lora_group_backward(d_y, saved._replace(group=group), input_gradient=input_gradient)
 
@@ -72,13 +67,13 @@ def member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Membe
     return Member(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
 
 
-def _group(given: Given) -> LoRAGroup:
-    adapted = enumerate(given["adapted"])
-    members = (member(column, given[f"lora_A {i}"], given[f"lora_B {i}"], s) for i, (column, _, _, s) in adapted)
-    return LoRAGroup(tuple(members), given["dropout"])
+def _group(args: Arguments) -> LoRAGroup:
+    adapted = enumerate(args["adapted"])
+    members = (member(column, args[f"lora_A {i}"], args[f"lora_B {i}"], s) for i, (column, _, _, s) in adapted)
+    return LoRAGroup(tuple(members), args["dropout"])
 
 
-def _of_norm(t: Given, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
+def _of_norm(t: Arguments, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
     """x is what a norm gives, and the backward has what the norm saved in its place."""
     x, norm = rms_norm_forward(t["x"], t["norm"], EPS, OFFSET)
     y, saved = t.call(OP.forward, x=x)
@@ -86,21 +81,21 @@ def _of_norm(t: Given, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
     return y, grads._replace(d_x=rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x)
 
 
-def _reference(x: Tensor, norm: Tensor | None, dropout: Dropout | None, given: Given) -> Tensor:
+def _reference(x: Tensor, norm: Tensor | None, dropout: Dropout | None, args: Arguments) -> Tensor:
     x = x if norm is None else rms_norm_reference(x, norm, EPS, OFFSET)
-    y: Tensor = given.call(lora_group_reference, x=x, mask=multiplier(x, dropout))
+    y: Tensor = args.call(lora_group_reference, x=x, mask=multiplier(x, dropout))
     return y
 
 
-def _usual(given: Given) -> Tensor:
-    weight = given["weight"]
-    frozen_x = usual_norm(given["x"], given["norm"], EPS, OFFSET) if "norm" in given else given["x"]
-    x = dropped(frozen_x, given["dropout"])
-    y = functional.linear(frozen_x, weight, given.get("bias"))
-    for i, (column, size, _, scaling) in enumerate(given["adapted"]):
-        delta = functional.linear(functional.linear(x, given[f"lora_A {i}"]), given[f"lora_B {i}"]) * scaling
+def _baseline(args: Arguments) -> Tensor:
+    weight = args["weight"]
+    frozen_x = baseline_norm(args["x"], args["norm"], EPS, OFFSET) if "norm" in args else args["x"]
+    x = dropped(frozen_x, args["dropout"])
+    y = functional.linear(frozen_x, weight, args.get("bias"))
+    for i, (column, size, _, scaling) in enumerate(args["adapted"]):
+        delta = functional.linear(functional.linear(x, args[f"lora_A {i}"]), args[f"lora_B {i}"]) * scaling
         y = y + functional.pad(delta, (column, len(weight) - column - size))
-    return y + given["residual"] if "residual" in given else y
+    return y + args["residual"] if "residual" in args else y
 
 
 OP = Op(
@@ -110,17 +105,17 @@ OP = Op(
     | dict(factors=_factors),
     dict(lead=..., sizes=(6, 4, 9), ranks=(3, 2, 5), inputs=7, bias=False, residual=False, dropout=None)
     | dict(input_gradient=True, strided=False, accumulated=False, of_norm=False),
-    usual=_usual,
-    made={
+    baseline=_baseline,
+    derived={
         "outputs": lambda sizes: sum(sizes),
         "adapted": _adapted,
         "group": _group,
         "into": lambda accumulated: accumulated or None,
     },
-    ways={"of_norm": _of_norm},
+    runners={"of_norm": _of_norm},
     backward=_backward,
     reference=_reference,
-    loops=True,
+    compiled=True,
 )
 
 
@@ -199,22 +194,22 @@ def _scaled(s: LoRAGroupSaved, scaling: float) -> LoRAGroup:
 
 
 def _transposed(s: LoRAGroupSaved) -> LoRAGroup:
-    return regrouped(s.group, lora_B=lambda one: transposed_if_square(one.lora_B))
+    return regrouped(s.group, lora_B=lambda one: transpose_if_square(one.lora_B))
 
 
 MUTANTS = (
-    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", group=lambda s: _scaled(s, 1.0)),
-    OP.redo("one scaling for all", "d_lora_A d_lora_B", group=lambda s: _scaled(s, SCALINGS[0])),
+    OP.perturb("scaling forgotten", "d_x d_lora_A d_lora_B", group=lambda s: _scaled(s, 1.0)),
+    OP.perturb("one scaling for all", "d_lora_A d_lora_B", group=lambda s: _scaled(s, SCALINGS[0])),
     wrong("low-rank terms missing", "d_x", lambda g, s: g @ s.weight),
     wrong("frozen term missing", "d_x", lambda g, s, d: d - g @ s.weight),
     wrong("first member's low-rank term only", "d_x", _one_member_only),
-    OP.redo("lora_B transposed", "d_x", group=_transposed),
-    wrong("transposed", "d_lora_A d_lora_B", transposed_if_square),
-    wrong("members swapped", "d_lora_A d_lora_B", rotated_where_alike),
-    OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
-    OP.redo("mask ignored", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=None)),
-    OP.redo("mask of another seed", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=next_seed(s.group))),
-    OP.redo("half of h", "d_lora_B", h=lambda s: 0.5 * s.h),
+    OP.perturb("lora_B transposed", "d_x", group=_transposed),
+    wrong("transposed", "d_lora_A d_lora_B", transpose_if_square),
+    wrong("members swapped", "d_lora_A d_lora_B", rotate_equal_shapes),
+    OP.perturb("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
+    OP.perturb("mask ignored", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=None)),
+    OP.perturb("mask of another seed", "d_x d_lora_A", group=lambda s: s.group._replace(dropout=next_seed(s.group))),
+    OP.perturb("half of h", "d_lora_B", h=lambda s: 0.5 * s.h),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),
     wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
 )

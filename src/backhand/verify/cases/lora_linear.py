@@ -9,18 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.verify.scaffold import (
-    SCALING,
-    Case,
-    Draw,
-    Given,
-    Op,
-    flat_rows,
-    mean_of_rows,
-    rows_reversed,
-    transposed_if_square,
-    wrong,
-)
+from backhand.verify.mutants import flat_rows, mean_of_rows, rows_reversed, transpose_if_square, wrong
+from backhand.verify.scaffold import SCALING, Arguments, Case, Draw, Op
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
@@ -29,10 +19,10 @@ def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _usual(given: Given) -> Tensor:
-    h = functional.linear(dropped(given["x"], given["dropout"]), given["lora_A"])
-    y: Tensor = functional.linear(given["x"], given["weight"], given.get("bias"))
-    y = y + functional.linear(h, given["lora_B"]) * given["scaling"]
+def _baseline(args: Arguments) -> Tensor:
+    h = functional.linear(dropped(args["x"], args["dropout"]), args["lora_A"])
+    y: Tensor = functional.linear(args["x"], args["weight"], args.get("bias"))
+    y = y + functional.linear(h, args["lora_B"]) * args["scaling"]
     return y
 
 
@@ -52,9 +42,9 @@ OP = Op(
     | dict(d_y=outputs_first, bias="outputs"),
     dict(lead=..., inputs=7, outputs=11, rank=3, bias=False, dropout=None, input_gradient=True, strided=False)
     | dict(scaling=SCALING),
-    usual=_usual,
-    made={"mask": lambda x, dropout: multiplier(x, dropout)},
-    loops=True,
+    baseline=_baseline,
+    derived={"mask": lambda x, dropout: multiplier(x, dropout)},
+    compiled=True,
 )
 
 
@@ -94,19 +84,19 @@ def next_seed(s: Any) -> Dropout | None:
 
 
 MUTANTS = (
-    OP.redo("scaling forgotten", "d_x d_lora_A d_lora_B", scaling=1.0),
+    OP.perturb("scaling forgotten", "d_x d_lora_A d_lora_B", scaling=1.0),
     wrong("scaling twice", "d_lora_A", lambda s, d: s.scaling * d),
     wrong("low-rank term missing", "d_x", lambda g, s: g @ s.weight),
     wrong("frozen term missing", "d_x", lambda g, s, d: d - g @ s.weight),
-    OP.redo("weight transposed", "d_x", weight=lambda s: transposed_if_square(s.weight)),
-    OP.redo("lora_A transposed", "d_x", lora_A=lambda s: transposed_if_square(s.lora_A)),
-    OP.redo("lora_B transposed", "d_x", lora_B=lambda s: transposed_if_square(s.lora_B)),
-    wrong("transposed", "d_lora_A d_lora_B", transposed_if_square),
-    OP.redo("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
+    OP.perturb("weight transposed", "d_x", weight=lambda s: transpose_if_square(s.weight)),
+    OP.perturb("lora_A transposed", "d_x", lora_A=lambda s: transpose_if_square(s.lora_A)),
+    OP.perturb("lora_B transposed", "d_x", lora_B=lambda s: transpose_if_square(s.lora_B)),
+    wrong("transposed", "d_lora_A d_lora_B", transpose_if_square),
+    OP.perturb("rows reversed", "d_lora_A d_lora_B", g=lambda g: rows_reversed(g).view(g.shape)),
     wrong("mean for sum", "d_lora_A d_lora_B", mean_of_rows),
-    OP.redo("mask ignored", "d_x d_lora_A", dropout=None),
-    OP.redo("mask of another seed", "d_x", dropout=next_seed),
-    OP.redo("mask not scaled up", "d_lora_A", x=lambda s: s.x * (1 - s.dropout.probability if s.dropout else 1)),
+    OP.perturb("mask ignored", "d_x d_lora_A", dropout=None),
+    OP.perturb("mask of another seed", "d_x", dropout=next_seed),
+    OP.perturb("mask not scaled up", "d_lora_A", x=lambda s: s.x * (1 - s.dropout.probability if s.dropout else 1)),
     wrong("x for h", "d_lora_B", lambda g, s: s.scaling * flat_rows(g).T @ flat_rows(s.x) @ s.lora_A.T),
     wrong("last row missing", "d_lora_B", lambda g, s: s.scaling * flat_rows(g)[:-1].T @ flat_rows(s.h)[:-1]),
     wrong("lora_B read as zero", "d_lora_A", lambda d: torch.zeros_like(d)),

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 
-def _usual(prediction: Tensor, target: Tensor) -> Tensor:
+def _baseline(prediction: Tensor, target: Tensor) -> Tensor:
     rows = prediction.shape[:-1].numel()
     return functional.mse_loss(prediction, target, reduction="sum") / max(rows, 1)
 
@@ -18,7 +19,7 @@ OP = Op(
     "mse",
     {"prediction": "size: *shape", "target": "size: *shape", "d_y": lambda: torch.tensor(1.3, dtype=torch.float64)},
     {"shape": ..., "size": 1.0},
-    usual=_usual,
+    baseline=_baseline,
 )
 
 CASES = (

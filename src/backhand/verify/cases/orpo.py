@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from backhand.ops.orpo import CERTAIN
-from backhand.verify.scaffold import Draw, Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Draw, Op
 
 
-def _usual(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+def _baseline(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     c, r = (t.float() - (t.detach().float() + CERTAIN).relu() for t in (chosen, rejected))
     return -c - beta * logsigmoid((c - r) - (torch.log1p(-c.exp()) - torch.log1p(-r.exp())))
 
@@ -25,7 +26,7 @@ OP = Op(
     "orpo",
     {"chosen": _below_zero, "rejected": _below_zero, "d_y": "pairs"},
     {"pairs": 6, "beta": 0.7, "size": 1.0, "certain": False},
-    usual=_usual,
+    baseline=_baseline,
 )
 
 CASES = (
@@ -47,7 +48,7 @@ MUTANTS = (
     wrong("ratio of probabilities, not of odds", "d_rejected", lambda s, d: d * -s.rejected.expm1()),
     wrong("odds' slope of the other", "d_rejected", lambda s, d: d * s.rejected.expm1() / s.chosen.expm1()),
     wrong("same as the other", "d_rejected", lambda g, right: -(right.d_chosen + g)),
-    OP.redo("beta forgotten", "d_chosen d_rejected", beta=1.0),
+    OP.perturb("beta forgotten", "d_chosen d_rejected", beta=1.0),
     wrong("upstream gradient ignored", "d_chosen d_rejected", lambda g, d: d / g),
     wrong("pairs reversed", "d_rejected", lambda d: d.flip(0)),
 )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_reference
-from backhand.verify.scaffold import Backward, Given, Op, flat_rows, mean_of_rows, wrong
+from backhand.verify.mutants import Backward, flat_rows, mean_of_rows, wrong
+from backhand.verify.scaffold import Arguments, Op
 
 
-def _with_residual(t: Given, backward: Backward) -> tuple[Tensor, Any]:
+def _with_residual(t: Arguments, backward: Backward) -> tuple[Tensor, Any]:
     """The stream goes around the norm as well: y is both, side by side."""
     y, saved = t.call(OP.forward)
     d_y, around = (part.contiguous() if t["in_place"] else part for part in t["d_y"].chunk(2, dim=-1))
@@ -28,15 +29,15 @@ def _reference(x: Tensor, weight: Tensor, eps: float, offset: float, with_residu
     return _beside(rms_norm_reference(x, weight, eps, offset), x, with_residual)
 
 
-def usual_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def baseline_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """The norm as transformers has it."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return ((weight.float() + offset) * normed).to(x.dtype)
 
 
-def _usual(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
-    return _beside(usual_norm(x, weight, eps, offset), x, with_residual)
+def _baseline(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
+    return _beside(baseline_norm(x, weight, eps, offset), x, with_residual)
 
 
 OP = Op(
@@ -44,14 +45,14 @@ OP = Op(
     {"x": "size: *lead columns", "weight": "columns", "d_y": "*lead wide"},
     dict(lead=..., columns=7, eps=0.03, offset=0.0, size=1.0, weight_gradient=True, into_buffer=False)
     | dict(with_residual=False, in_place=False),
-    usual=_usual,
+    baseline=_baseline,
     reference=_reference,
-    made={
+    derived={
         "wide": lambda columns, with_residual: 2 * columns if with_residual else columns,
         "out": lambda x, into_buffer: torch.full_like(x, math.nan) if into_buffer else None,
     },
-    ways={"with_residual": _with_residual},
-    loops=True,
+    runners={"with_residual": _with_residual},
+    compiled=True,
 )
 
 
@@ -93,8 +94,8 @@ MUTANTS = (
     ),
     wrong("projection of the wrong sign", "d_x", lambda g, s, d: 2 * s.factor * _g(g, s) - d),
     wrong("factor forgotten", "d_x", lambda s, d: d / s.factor),
-    OP.redo("offset forgotten", "d_x", offset=0.0),
-    OP.redo("weight forgotten", "d_x", weight=lambda s: torch.ones_like(s.weight), offset=0.0),
+    OP.perturb("offset forgotten", "d_x", offset=0.0),
+    OP.perturb("weight forgotten", "d_x", weight=lambda s: torch.ones_like(s.weight), offset=0.0),
     wrong("x not normalised", "d_weight", lambda g, s: flat_rows(g * s.x).sum(0)),
     wrong("mean for sum", "d_weight", mean_of_rows),
     wrong("weight inside", "d_weight", lambda g, s, d: d * gain(s.weight, s.offset, g.dtype)),

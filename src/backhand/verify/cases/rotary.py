@@ -6,30 +6,31 @@ import torch
 from torch import Tensor
 
 from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_table, times
-from backhand.verify.scaffold import Backward, Given, Op, wrong
+from backhand.verify.mutants import Backward, wrong
+from backhand.verify.scaffold import Arguments, Op
 
 
-def _table(given: Given) -> RotaryTable:
-    x, positions, factor = given["x"], given["positions"], given["attention_factor"]
-    rotated = given["turning"] or x.shape[-1]
-    frequencies = given["theta"] ** (-torch.arange(0, rotated, 2, dtype=torch.float64, device=x.device) / rotated)
-    if given["theta_by_token"]:
+def _table(args: Arguments) -> RotaryTable:
+    x, positions, factor = args["x"], args["positions"], args["attention_factor"]
+    rotated = args["turning"] or x.shape[-1]
+    frequencies = args["theta"] ** (-torch.arange(0, rotated, 2, dtype=torch.float64, device=x.device) / rotated)
+    if args["theta_by_token"]:
         frequencies = frequencies * torch.arange(1, len(positions) + 1, device=x.device)[:, None]
     frequencies = frequencies.to(torch.promote_types(x.dtype, torch.float32))
     tokens = torch.tensor(positions, dtype=torch.int64, device=x.device)
     if isinstance(factor, tuple):
-        table = rotary_table(tokens, frequencies, interleaved=given["interleaved"])
+        table = rotary_table(tokens, frequencies, interleaved=args["interleaved"])
         return times(table, torch.tensor(factor).to(x.device))
-    return rotary_table(tokens, frequencies, factor, interleaved=given["interleaved"])
+    return rotary_table(tokens, frequencies, factor, interleaved=args["interleaved"])
 
 
-def _in_place(t: Given, backward: Backward) -> tuple[Tensor, RotaryGrads]:
+def _in_place(t: Arguments, backward: Backward) -> tuple[Tensor, RotaryGrads]:
     y, d_x = t["x"].clone(), t["d_y"].clone()
     _, saved = t.call(OP.forward, x=y, out=y)
     return y, backward(d_x, saved, out=d_x)
 
 
-def _usual(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
+def _baseline(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
     cos, sin = (part[:, None, :].to(x.dtype) for part in table[:2])
     x, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
     if interleaved:
@@ -47,10 +48,10 @@ OP = Op(
     {"x": "tokens heads head_dim", "d_y": "tokens heads head_dim"},
     dict(positions=..., heads=3, head_dim=8, theta=50.0, attention_factor=1.0, in_place=False, turning=None)
     | dict(interleaved=False, theta_by_token=False),
-    usual=_usual,
-    made={"table": _table, "tokens": lambda positions: len(positions)},
-    ways={"in_place": _in_place},
-    loops=True,
+    baseline=_baseline,
+    derived={"table": _table, "tokens": lambda positions: len(positions)},
+    runners={"in_place": _in_place},
+    compiled=True,
 )
 
 
@@ -87,12 +88,12 @@ def _spread(g: Tensor, angles: Tensor) -> Tensor:
 
 
 MUTANTS = (
-    OP.redo("rotated forward again", "d_x", sin=lambda s: -s.sin),
+    OP.perturb("rotated forward again", "d_x", sin=lambda s: -s.sin),
     wrong("passed through", "d_x", lambda g: g.clone()),
     wrong("second half not rotated", "d_x", _last_not_rotated),
-    OP.redo("cos and sin swapped", "d_x", cos=lambda s: s.sin, sin=lambda s: s.cos),
-    OP.redo("positions reversed", "d_x", cos=lambda s: s.cos.flip(0), sin=lambda s: s.sin.flip(0)),
-    OP.redo("the other pairs", "d_x", interleaved=lambda s: not s.interleaved),
-    OP.redo("every feature rotated", "d_x", cos=lambda g, s: _spread(g, s.cos), sin=lambda g, s: _spread(g, s.sin)),
+    OP.perturb("cos and sin swapped", "d_x", cos=lambda s: s.sin, sin=lambda s: s.cos),
+    OP.perturb("positions reversed", "d_x", cos=lambda s: s.cos.flip(0), sin=lambda s: s.sin.flip(0)),
+    OP.perturb("the other pairs", "d_x", interleaved=lambda s: not s.interleaved),
+    OP.perturb("every feature rotated", "d_x", cos=lambda g, s: _spread(g, s.cos), sin=lambda g, s: _spread(g, s.sin)),
     wrong("normalised to unit length", "d_x", lambda s, d: d / torch.hypot(s.cos, s.sin)[:, None].mean(-1, True)),
 )

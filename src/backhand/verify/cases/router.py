@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.ops.router import RouterSaved
-from backhand.verify.scaffold import Draw, Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Draw, Op
 
 APART = 1.5
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import sigmoid
 
 from backhand.ops.simpo import SimPORule
-from backhand.verify.scaffold import Op, wrong
+from backhand.verify.mutants import wrong
+from backhand.verify.scaffold import Op
 
 RULE = SimPORule(1.9, 0.6, 0.13)
 OP = Op(
@@ -29,7 +30,7 @@ MUTANTS = (
     wrong("beta forgotten", "d_chosen d_rejected", lambda s, d: d / s.rule.beta),
     wrong("upstream gradient ignored", "d_chosen d_rejected", lambda g, d: d / g),
     wrong("label smoothing forgotten", "d_chosen", lambda g, s: -s.rule.beta * g * sigmoid(-s.z)),
-    OP.redo("margin forgotten", "d_chosen", z=lambda s: s.z + s.rule.simpo_gamma),
-    OP.redo("margin the other way", "d_rejected", z=lambda s: s.z + 2 * s.rule.simpo_gamma),
+    OP.perturb("margin forgotten", "d_chosen", z=lambda s: s.z + s.rule.simpo_gamma),
+    OP.perturb("margin the other way", "d_rejected", z=lambda s: s.z + 2 * s.rule.simpo_gamma),
     wrong("pairs reversed", "d_rejected", lambda d: d.flip(0)),
 )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.verify.scaffold import Draw, Op, flat_rows, mean_of_rows, overwritten, rows_reversed, wrong
+from backhand.verify.mutants import flat_rows, mean_of_rows, rows_reversed, scatter_overwrite, wrong
+from backhand.verify.scaffold import Draw, Op
 
 
 def _ids(draw: Draw, vocab: int, lead: tuple[int, ...], token_ids: Tensor, only: bool) -> Tensor:
@@ -25,7 +26,7 @@ EMBEDDING = Op(
     "token_embedding",
     dict(token_ids=_token_ids, ids=_ids, weight="vocab hidden", token_rows="count hidden") | dict(d_y="*lead hidden"),
     {"lead": ..., "vocab": 6, "hidden": 5, "count": 3, "only": False},
-    usual=lambda ids, weight, token_rows, token_ids: functional.embedding(
+    baseline=lambda ids, weight, token_rows, token_ids: functional.embedding(
         ids, weight.index_copy(0, token_ids, token_rows)
     ),
 )
@@ -56,8 +57,8 @@ def _untrained_too(g: Tensor, s: Any) -> Tensor:
 
 
 EMBEDDING_MUTANTS = (
-    wrong("overwritten instead of summed", "d_token_rows", lambda g, s: overwritten(s.trained, s.places, g)),
-    EMBEDDING.redo("rows reversed", "d_token_rows", g=rows_reversed),
+    wrong("overwritten instead of summed", "d_token_rows", lambda g, s: scatter_overwrite(s.trained, s.places, g)),
+    EMBEDDING.perturb("rows reversed", "d_token_rows", g=rows_reversed),
     wrong("places reversed", "d_token_rows", lambda d: d.flip(0)),
     wrong("untrained tokens too", "d_token_rows", lambda g, s: _untrained_too(g, s)),
 )
@@ -79,8 +80,8 @@ LINEAR_MUTANTS = (
     wrong("frozen rows kept beside", "d_x", lambda g, s, d: d + g[..., s.token_ids] @ s.weight[s.token_ids]),
     wrong("trained columns alone", "d_x", lambda g, s: g[..., s.token_ids] @ s.token_rows),
     # The trained columns in the order of their ids, not in that of the rows.
-    LINEAR.redo("order of the tokens lost", "d_token_rows", token_ids=lambda s: s.token_ids.sort().values),
-    LINEAR.redo("rows reversed", "d_token_rows", g=rows_reversed, x=lambda s: flat_rows(s.x)),
+    LINEAR.perturb("order of the tokens lost", "d_token_rows", token_ids=lambda s: s.token_ids.sort().values),
+    LINEAR.perturb("rows reversed", "d_token_rows", g=rows_reversed, x=lambda s: flat_rows(s.x)),
     wrong("mean for sum", "d_token_rows", mean_of_rows),
 )
 PROOFS = (EMBEDDING.proof(EMBEDDING_CASES, EMBEDDING_MUTANTS), LINEAR.proof(LINEAR_CASES, LINEAR_MUTANTS))
