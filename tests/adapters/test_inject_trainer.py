@@ -43,7 +43,7 @@ def classifier() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-def trainer(model: nn.Module, directory: Path, callbacks: Any = None, **arguments: Any) -> Any:
+def trainer(model: nn.Module, directory: Path, callbacks: Any = None, held_out: Any = None, **arguments: Any) -> Any:
     return transformers.Trainer(
         model=cast("Any", model),
         callbacks=callbacks,
@@ -59,6 +59,7 @@ def trainer(model: nn.Module, directory: Path, callbacks: Any = None, **argument
             **{"save_strategy": "no", "max_steps": 40, **arguments},
         ),
         train_dataset=cast("Any", rows(64)),
+        eval_dataset=held_out,
     )
 
 
