@@ -59,7 +59,7 @@ def test_any_text_and_number_survives(text: str, number: float, seed: int) -> No
         ("data = ['a.jsonl']", 'write [data], and in a line below it data = ["…"]'),
         ("model = 'x'", 'write [model], and in a line below it model = "…"'),
         ("[data]\ndata = 'a.jsonl'", 'write it in brackets: ["a.jsonl"]'),
-        ("[run]\nzzzzzz = 1", "backhand train --help names all there are"),
+        ("[run]\nzzzzzz = 1", "backhand train --help lists all options"),
         ("[optimization]\nlr = 1e-4", "next: here it is learning_rate"),
         (
             "num_train_epochs = 3\nlora_r = 8",
@@ -112,7 +112,7 @@ def test_yaml_is_read_and_other_tools_keys_are_answered_at_once(tmp_path: Path) 
     with pytest.raises(UsageError) as caught:
         load_config(path)
     said = str(caught.value)
-    for answer in ("base_model: here it is model", "lora_r: here it is rank", "sample_packing: nothing is to be given"):
+    for answer in ("base_model: here it is model", "lora_r: here it is rank", "sample_packing: no option is needed"):
         assert answer in said
     assert "learning_rate" not in said and "wandb" not in said
 
@@ -120,7 +120,7 @@ def test_yaml_is_read_and_other_tools_keys_are_answered_at_once(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("load_in_4bit: false", "next: nothing is to be given: the base is quantized only where quantize"),
+        ("load_in_4bit: false", "next: no option is needed: the base is quantized only where quantize"),
         ("gradient_checkpointing: true", "here it is recompute in [model], as block"),
         ("gradient_checkpointing: false", "here it is recompute in [model], as none"),
         ("fine_tune_type: full", "next: only adapters are trained here"),
@@ -144,7 +144,7 @@ def test_rows_and_runs_are_no_configurations(tmp_path: Path) -> None:
     run = tmp_path / "a run"
     run.mkdir()
     for path, said in (
-        (run, f"rows are given by --data '{run}'"),
+        (run, f"give rows with --data '{run}'"),
         (tmp_path / "r.jsonl", f"--data {tmp_path}/r.jsonl"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -153,7 +153,7 @@ def test_rows_and_runs_are_no_configurations(tmp_path: Path) -> None:
     (run / "config.toml").touch()
     with pytest.raises(UsageError) as caught:
         load_config(run)
-    assert f"--resume --output '{run}' goes on with it" in str(caught.value)
+    assert f"--resume --output '{run}' continues it" in str(caught.value)
 
 
 def test_other_names_of_options_stand_in_files_too_and_an_adapter_by_name_is_one_of_many(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_other_names_of_options_stand_in_files_too_and_an_adapter_by_name_is_one
         "adapter: here it is quantize in [model], as q4_0",
         "load_in_16bit: here it is dtype in [model], as bfloat16",
         "wandb_project: here it is report_to in [run], which names a tracker",
-        "optim: nothing is to be given: AdamW is the optimizer",
+        "optim: no option is needed: AdamW is the optimizer",
     ):
         assert answer in said
 
@@ -256,7 +256,7 @@ def test_only_our_error_escapes(data: bytes) -> None:
 
 def test_a_missing_file_and_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.toml"):
-        with pytest.raises(UsageError, match=r"cannot be read|no configuration"):
+        with pytest.raises(UsageError, match=r"cannot be read|not a configuration"):
             load_config(path)
 
 

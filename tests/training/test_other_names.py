@@ -9,7 +9,7 @@ import pytest
 from backhand.cli.command import option_fields
 from backhand.cli.main import main
 from backhand.options.config import TrainConfig
-from backhand.options.other_names import _NAMES, ours
+from backhand.options.other_names import _NAMES, translate_option
 
 PEFT = {
     "r": "rank",
@@ -78,8 +78,8 @@ FIELDS = {field.name for field in option_fields(TrainConfig)}
 def test_the_ten_commonest_names_are_answered(tool: dict[str, str]) -> None:
     assert len(tool) == 10
     for name, meant in tool.items():
-        answer = ours(name, lambda field: f"<{field}>")
-        assert answer is not None and (f"<{meant}>" in answer if meant else answer.startswith("nothing is to be"))
+        answer = translate_option(name, lambda field: f"<{field}>")
+        assert answer is not None and (f"<{meant}>" in answer if meant else answer.startswith("no option is needed"))
 
 
 def test_the_names_are_the_tools_own() -> None:
@@ -110,7 +110,7 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["train", "--lora-r", "8"], "Unknown option: --lora-r. Did you mean --rank?"),
         (["train", "--num_train_epochs", "3"], "Did you mean --epochs?"),
         (["train", "--grad-accumulation-steps", "3"], "Here it is --batch-rows, the rows of a whole step"),
-        (["train", "--packing"], "--packing; nothing is to be given"),
+        (["train", "--packing"], "--packing; no option is needed"),
         (["evaluate", "--lora-r", "8"], "`backhand train` has it: --rank."),
         (["dpo"], "Here that is: backhand train --data rows.jsonl --output runs/mine --objective dpo."),
         (["serve"], "vllm serve --enable-lora"),
@@ -127,7 +127,7 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
         (["train", "--fine-tune-type", "full"], "Only adapters are trained here, never all weights of the base."),
         (
             ["train", "--load-in-4bit=false"],
-            "nothing is to be given: the base is quantized only where --quantize says so",
+            "no option is needed: the base is quantized only where --quantize says so",
         ),
         (["train", "--batch-size", "4"], "mlx-lm's are those of a micro-batch"),
         (["train", "--report-to", "none"], "leave --report-to out."),

@@ -422,13 +422,13 @@ def _unknown_option(error: cyclopts.UnknownOptionError, written: str, value: str
     from cyclopts import Token
 
     from backhand.cli.command import as_option
-    from backhand.options.other_names import HERE, NOT_NEEDED, ours
+    from backhand.options.other_names import HERE, NOT_NEEDED, translate_option
 
-    if meant := ours(written, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
+    if meant := translate_option(written, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
         near = meant.removeprefix(HERE)
         said = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
         return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {said}")
-    if meant := ours(written, as_option, value=value):
+    if meant := translate_option(written, as_option, value=value):
         return f"Unknown option: {written}. `backhand train` has it: {meant.removeprefix(HERE)}."
     error.token = Token(keyword=written, source="cli")
     return str(error).strip()
@@ -452,8 +452,8 @@ def _explain_bug(error: BaseException, arguments: Sequence[str]) -> str:
     import traceback
 
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if f"{os.sep}backhand{os.sep}" in frame.filename] or frames
-    place = f" ({ours[-1].filename}:{ours[-1].lineno}, in {ours[-1].name})" if ours else ""
+    own_frames = [frame for frame in frames if f"{os.sep}backhand{os.sep}" in frame.filename] or frames
+    place = f" ({own_frames[-1].filename}:{own_frames[-1].lineno}, in {own_frames[-1].name})" if own_frames else ""
     versions = f"Python {platform.python_version()} on {sys.platform}"
     with suppress(OSError):  # the bug is to be told, whatever else fails
         for name in ("backhand", "torch", "transformers"):

@@ -1,6 +1,6 @@
-"""What `backhand evaluate`, `plan` and `models` can be told.
+"""Options of `backhand evaluate`, `plan` and `models`.
 
-This file imports no torch: the command line reads the fields and their docstrings for its help.
+This file imports no torch, because `--help` imports it.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from backhand.options.rewards import check_names
 
 @dataclass(frozen=True)
 class EvaluateRunOptions:
-    """What to evaluate, and how."""
+    """Adapter, measurements and output of an evaluation."""
 
     adapter: Path | None = None
-    """Adapter to put beside the base model: the directory that training or PEFT wrote, or a GGUF file; not given: the
-    base model alone."""
+    """Adapter to compare with the base model: a directory written by training or PEFT, or a GGUF file. Default: only
+    the base model is evaluated."""
 
     max_new_tokens: Count = 256
-    """Longest greedy completion that is compared with the row's last one, or rewarded."""
+    """Longest greedy completion, in tokens, that is compared with the row's last one or rewarded."""
 
     reward: Annotated[tuple[str, ...], Check(check_names)] = ()
-    """In place of losses: what greedy answers are rewarded by, as in training (`--objective grpo`)."""
+    """Reward functions for greedy answers, measured instead of losses (as in training with `--objective grpo`)."""
 
     micro_batch_rows: Count = 16
     """Rows per forward pass."""
 
     completions: bool = True
-    """Also answer every row and compare: exact match. Off, only the losses are measured."""
+    """Also generate an answer for every row and measure exact match. If off, only the losses are measured."""
 
     labels: LabelNames = ()
     """Judge answers as labels, such as `yes,no`; `auto` takes those of the adapter's training rows, or where these had
     none, those of the rows, if they are few and short. Not given: as `auto`, where there are any; `none`: not."""
 
     json: bool = False
-    """Print one JSON object in place of the table."""
+    """Print one JSON object instead of the table."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,28 @@ class EvaluateOptions(Options):
 
 @dataclass(frozen=True)
 class PlanRunOptions:
-    """What to look at, and what to print."""
+    """Measurements and output of a plan."""
 
     watch: bool = False
-    """Count a second model for `backhand watch`: it answers with the newest adapter while this run trains."""
+    """Include the memory of a second model, with which `backhand watch` answers while the run trains."""
 
     calibrate: bool = True
-    """Measure this machine's speed on some of the model's blocks, for about ten seconds; off, only memory is told."""
+    """Measure this machine's speed on some of the model's blocks for about ten seconds. If off, only memory is
+    planned."""
 
     show: CountFromZero = 0
-    """Also list so many of the longest documents, which decide the memory: where they stand, and their tokens."""
+    """Number of the longest documents to list with file, line and tokens. They determine the memory."""
 
     json: bool = False
-    """Print one JSON object in place of the tables."""
+    """Print one JSON object instead of the tables."""
 
 
 @dataclass(frozen=True)
 class PlanOptions(TrainConfig):
-    """A run to look at before it is made; its other parts are those of `TrainConfig`.
+    """Options of a planned run; its other sections are those of `TrainConfig`.
 
     Attributes:
-        plan: what to look at, and what to print; without rows, rows of `max_length` tokens are assumed.
+        plan: measurements and output. Without rows, rows of `max_length` tokens are assumed.
     """
 
     plan: PlanRunOptions = field(default_factory=PlanRunOptions)
@@ -89,10 +90,10 @@ class PlanOptions(TrainConfig):
 
 @dataclass(frozen=True)
 class ModelsOptions:
-    """Which models to list, and how."""
+    """Places to search for models, and the output."""
 
     places: tuple[Path, ...] = ()
-    """Folders to look through, or files; without any, the stores of Ollama, LM Studio, llama.cpp and Hugging Face."""
+    """Folders or files to search. Default: the stores of Ollama, LM Studio, llama.cpp and Hugging Face."""
 
     json: bool = False
-    """Print one JSON list in place of the table."""
+    """Print one JSON list instead of the table."""

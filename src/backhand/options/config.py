@@ -1,6 +1,7 @@
-"""Everything a training run can be told: one dataclass per concern; it is the command line, the TOML file and the docs.
+"""Options of a training run: one dataclass per concern.
 
-This file imports no torch: the command line reads the fields and their docstrings for its help.
+The command line, the TOML file and the documentation are generated from the fields and their docstrings. This file
+imports no torch, because `--help` imports it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _BYTE_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def parse_bytes(text: str, *, where: str) -> int:
-    """`6GB`, `512M`, `2.5GiB` or a plain number of bytes, in bytes (powers of 1024).
+    """Parse `6GB`, `512M`, `2.5GiB` or a plain number as bytes (powers of 1024).
 
     Raises:
         UsageError: not a positive amount.
@@ -63,16 +64,17 @@ class ModelOptions(BaseModelOptions):
     """The base model and how it is computed, and in how much memory."""
 
     memory: Annotated[str, Check(_check_memory)] | None = None
-    """Memory the run may use in all, such as `6GB`; not given: what is free. Decides micro-batch and recomputation."""
+    """Memory that the run may use in total, such as `6GB`. Default: the memory that is free. It determines the
+    micro-batch size and recomputation."""
 
     recompute: Recompute = "auto"
-    """What is computed again in the backward pass instead of being kept: `none`, `mlp` or `block`; less memory, more
-    time. `auto` chooses the first that fits the memory."""
+    """Activations to recompute in the backward pass instead of saving them: `none`, `mlp` or `block`. Recomputation
+    needs less memory and more time. `auto` chooses the first of the three that fits into memory."""
 
     cache_frozen: CacheFrozen = "auto"
-    """Where the hidden states that enter the lowest adapted layer are kept, so that each row goes through the layers
-    below once in a run: in `memory`, on the `disk` in the run directory, or not at all, `off`; the result is the same
-    bits. `auto` takes memory while it lasts, else the disk."""
+    """Cache for the hidden states that enter the lowest adapted layer, so that each row passes the layers below once
+    per run: `memory`, `disk` (in the run directory) or `off`. The result has the same bits. `auto` uses memory if it
+    suffices, otherwise the disk."""
 
     def _check_together(self) -> None:
         super()._check_together()
@@ -92,7 +94,7 @@ class ModelOptions(BaseModelOptions):
 
 @dataclass(frozen=True)
 class OptimizationOptions(Options):
-    """How the adapter is trained: steps, rates and batches."""
+    """Steps, learning rate and batches."""
 
     epochs: Count = 3
     """Passes over the training rows."""
@@ -101,40 +103,40 @@ class OptimizationOptions(Options):
     """Stop after this many optimizer steps, whatever the epochs."""
 
     learning_rate: Positive | Literal["auto"] = "auto"
-    """Highest learning rate of AdamW. `auto` chooses it by the size of the frozen weights, see docs/rates.md; what it
-    chose stands in config.toml."""
+    """Highest learning rate of AdamW. `auto` chooses it from the size of the frozen weights, see docs/rates.md, and
+    writes it to config.toml."""
 
     loraplus_lr_ratio: Positive = 1.0
-    """LoRA+ [arXiv:2402.12354]: every lora_B that starts at zero has so many times the learning rate of the rest; 1 for
-    plain LoRA, 2 to 16 is usual."""
+    """LoRA+ [arXiv:2402.12354]: factor of the learning rate of every lora_B that starts at zero. 1 is plain LoRA; 2 to
+    16 is usual."""
 
     schedule: Schedule = "linear"
-    """How the rate falls after warm-up: `linear` or `cosine` to zero, or `constant`."""
+    """Decay of the learning rate after the warm-up: `linear` or `cosine` to zero, or `constant`."""
 
     warmup_steps: CountFromZero | None = None
-    """Steps over which the rate rises to `learning_rate`, the first one above zero; not given: 3 % of all steps."""
+    """Number of steps in which the rate rises to `learning_rate`. Default: 3 % of all steps."""
 
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay of AdamW."""
 
     max_grad_norm: NotNegative = 1.0
-    """Gradients are scaled down to at most this norm over the whole adapter; 0 turns clipping off."""
+    """Largest norm of the whole adapter's gradient, which is scaled down to it; 0 turns clipping off."""
 
     adam_beta1: Share = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """Decay rate of AdamW's mean of gradients."""
 
     adam_beta2: Share = 0.999
-    """Decay of AdamW's mean of squared gradients."""
+    """Decay rate of AdamW's mean of squared gradients."""
 
     adam_epsilon: Positive = 1e-8
-    """Added to the root in AdamW's quotient."""
+    """Term added to the denominator of AdamW's update for numerical stability."""
 
     batch_rows: Count = 16
     """Rows per optimizer step."""
 
     micro_batch_rows: Count | None = None
-    """Rows per forward and backward pass; not given: as many as fit the memory, at most `batch_rows`. Changes time and
-    memory, not the result: every supervised token of a step weighs the same."""
+    """Rows per forward and backward pass. Default: as many as fit into memory, at most `batch_rows`. It changes time
+    and memory but not the result, because every supervised token of a step has the same weight."""
 
     def _check_together(self) -> None:
         if self.micro_batch_rows is not None and self.micro_batch_rows > self.batch_rows:
@@ -147,21 +149,22 @@ class OptimizationOptions(Options):
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    """The run as such: where it is kept, when it is measured and saved, how it starts and stops."""
+    """Output directory, evaluation, checkpoints, start and end of a run."""
 
     output: Path = Path("run")
-    """Run directory: adapter, checkpoints, metrics. Must not exist yet, unless resumed or overwritten."""
+    """Run directory for adapter, checkpoints and metrics. It must not exist yet, unless `resume` or `overwrite` is
+    given."""
 
     eval_every: Count | None = None
-    """Held-out evaluation every so many steps; not given: five times a run. Always before the first step and at the
-    end."""
+    """Number of steps between evaluations on held-out rows. Default: five evaluations per run. There is always one
+    before the first step and one at the end."""
 
     save_every: Count | None = None
-    """Checkpoint every so many steps; not given: five times a run. Always after a better held-out loss, at the end and
-    on interruption."""
+    """Number of steps between checkpoints. Default: five checkpoints per run. There is always one after a better
+    held-out loss, at the end and on interruption."""
 
     keep: Count = 2
-    """Checkpoints to keep, besides the best one."""
+    """Number of checkpoints to keep in addition to the best one."""
 
     early_stopping: Count | None = None
     """Stop after this many evaluations in a row without a better held-out loss."""
@@ -173,41 +176,42 @@ class RunOptions(Options):
     """Replace the run in `output`."""
 
     from_adapter: str | None = None
-    """Start from this adapter's values instead of fresh ones, a directory or a GGUF file; its rank, alpha and targets
-    are taken over, and other ones are refused."""
+    """Adapter to start from instead of fresh values: a directory or a GGUF file. Its rank, alpha and targets are used;
+    other values of these options are an error."""
 
     seed: Seed = 0
-    """Of the initial adapter, the order of rows, dropout, and the held-out split."""
+    """Seed of the initial adapter, the order of rows, dropout and the held-out split."""
 
     log_every: Count = 1
-    """A line in metrics.jsonl every so many steps."""
+    """Number of steps between lines in metrics.jsonl."""
 
     max_bad_steps: Count = 5
-    """Stop after this many steps in a row with a non-finite loss or gradient; each one is skipped."""
+    """Stop after this many consecutive steps with a non-finite loss or gradient. Each such step is skipped."""
 
     max_forgetting: Positive | None = None
     """Stop when the loss on neutral texts has risen by more than this many nats per token, as measured at each
     evaluation."""
 
     prove_resume: Count | None = None
-    """At the end, repeat the last so many steps from a checkpoint and compare every bit."""
+    """Number of steps to repeat from a checkpoint at the end of the run. Every bit of the result is compared."""
 
     answers: CountFromZero = 4
-    """Held-out rows that base and adapter answer at the end, for the report to show side by side; 0 for none, and then
-    none is counted as right or wrong either."""
+    """Number of held-out rows that base and adapter answer at the end, shown side by side in the report. With 0, no
+    answers are generated, so exact match is not measured."""
 
     report_to: tuple[Logger, ...] = ()
-    """Also log to `tensorboard`, `wandb` (offline unless WANDB_MODE is set), `mlflow` or `trackio`, each an extra to
-    install; names are those of metrics.jsonl."""
+    """Experiment trackers to log to: `tensorboard`, `wandb` (offline unless WANDB_MODE is set), `mlflow` or `trackio`.
+    Each is an extra to install. Metrics have the names of metrics.jsonl."""
 
     workers: Workers = 1
-    """Processes on this machine to share each step out to, started by torch's own launcher; without effect under
-    torchrun, which starts them itself. The rows of a step and the dropout masks do not depend on their number."""
+    """Number of processes on this machine that share each step, started by torch's launcher. Under torchrun, which
+    starts the processes itself, the option has no effect. The rows of a step and the dropout masks do not depend on
+    it."""
 
     reduce: Reduce = "ordered"
-    """How gradients of several processes add up: `ordered` adds micro-batches in their own order, to the same bits with
-    any number of processes; `sum` in one all-reduce, to the same within rounding, with less to send where a process has
-    several micro-batches."""
+    """Sum of the gradients of several processes: `ordered` adds micro-batches in their order, which gives the same bits
+    for any number of processes. `sum` uses one all-reduce, which gives the same result within rounding and sends less
+    if a process has several micro-batches."""
 
     quiet: bool = False
     """Print errors only."""
@@ -230,7 +234,7 @@ class RunOptions(Options):
 
 @dataclass(frozen=True)
 class TrainConfig(Options):
-    """One training run. The command line, `run.toml` and `backhand.train` take exactly this.
+    """Options of one training run, for the command line, `run.toml` and `backhand.train`.
 
     Attributes:
         model: the base model and how it is computed.
@@ -238,8 +242,8 @@ class TrainConfig(Options):
         adapter: rank, alpha, targets.
         optimization: steps, rates, batches.
         run: directory, evaluation, checkpoints.
-        objective: what is minimised.
-        rewards: of answers that the model writes itself.
+        objective: the loss.
+        rewards: rewards of sampled answers, and how they are sampled.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -252,7 +256,7 @@ class TrainConfig(Options):
 
     @property
     def run_config(self) -> TrainConfig:
-        """The run alone, of a command that can be told more."""
+        """The run's options only, for a command with further options."""
         return TrainConfig(**{part.name: getattr(self, part.name) for part in fields(TrainConfig)})
 
     def _check_together(self) -> None:
@@ -292,7 +296,7 @@ class TrainConfig(Options):
 
 
 def _check_utf8(part: Any) -> None:
-    """Raise UsageError for a name that is not UTF-8, as a file of another system may have: config.toml is."""
+    """Raise UsageError for a name that is not UTF-8, since config.toml cannot contain it."""
     for option in fields(part):
         value = getattr(part, option.name)
         for text in value if isinstance(value, tuple | list) else (value,):

@@ -1,12 +1,12 @@
-"""`run.toml` and `config.toml`: a TrainConfig as TOML, one table per concern, read strictly and written completely.
+"""Read and write a TrainConfig as TOML (`run.toml`, `config.toml`), with one table per concern and strict checks.
 
     [model]
     model = "smollm2-135m"
     [optimization]
     learning_rate = 1e-3
 
-TOML has no null: an option that is not given is left out. A file whose name ends in .yaml or .yml is YAML, where
-options may also stand without their tables. This file imports no torch.
+TOML has no null, so options that are not given are left out. A file whose name ends in .yaml or .yml is read as YAML,
+in which options may also be outside of their tables. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from backhand.bounds import Also, split_hint
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
-from backhand.options.other_names import ours
+from backhand.options.other_names import translate_option
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import name_list, nearest_names
 
@@ -35,7 +35,7 @@ Table = Mapping[str, Any]
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a run configuration; what it leaves out keeps its default.
+    """Read a run configuration. Options that the file leaves out have their defaults.
 
     Raises:
         UsageError: not readable, not TOML, an unknown key (with the nearest name) or a value of another type.
@@ -44,7 +44,7 @@ def load_config(path: Path) -> TrainConfig:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """The file as nested tables, TOML or, by its ending, YAML. Raises UsageError: not readable, or neither."""
+    """Return the file as nested tables: YAML by its ending, otherwise TOML. Raises UsageError if it cannot be read."""
     yaml = path.suffix.lower() in (".yaml", ".yml")
     try:
         _check_is_no_other(path)
@@ -55,17 +55,17 @@ def read_table(path: Path) -> dict[str, Any]:
             "the configuration cannot be read",
             where=str(path),
             why=error.strerror,
-            next_step="check the path; a run's own options stand in its config.toml",
+            next_step="check the path; a run's own options are in its config.toml",
         ) from None
     except UnicodeDecodeError as error:
         raise UsageError(
             "the configuration is not UTF-8",
             where=str(path),
-            why=f"byte 0x{error.object[error.start]:02x} at place {error.start} is none of UTF-8",
+            why=f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not valid UTF-8",
             next_step="save it as UTF-8",
         ) from None
-    except (ValueError, RecursionError) as error:  # a number of 6,000 digits is no TOMLDecodeError
-        how = "write options as learning_rate: 1.0e-4, a line each"
+    except (ValueError, RecursionError) as error:  # a number of 6,000 digits raises ValueError itself
+        how = "write options as learning_rate: 1.0e-4, one per line"
         if not yaml:
             how = "write tables as [optimization] and options as learning_rate = 1e-4, text in quotes"
         what = f"the configuration is not {'YAML' if yaml else 'TOML'}"
@@ -73,19 +73,19 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def _check_is_no_other(path: Path) -> None:
-    """Raise UsageError for a run or for rows, which have options of their own."""
+    """Raise UsageError if the path is a run directory or a file of rows instead of a configuration."""
     quoted = shlex.quote(str(path))
     if (path / "config.toml").is_file():
-        what, how = "a run", f"its options stand in its config.toml; --resume --output {quoted} goes on with it"
+        what, how = "a run", f"its options are in its config.toml; --resume --output {quoted} continues it"
     elif path.is_dir() or re.search(r"\.(jsonl?|csv|tsv|parquet)(\.gz)?\Z", path.name.lower()):
-        what, how = "a folder" if path.is_dir() else "a file of rows", f"rows are given by --data {quoted}"
+        what, how = "a folder" if path.is_dir() else "a file of rows", f"give rows with --data {quoted}"
     else:
         return
-    raise UsageError(f"this is {what}, and no configuration", where=str(path), next_step=how)
+    raise UsageError(f"this is {what}, not a configuration", where=str(path), next_step=how)
 
 
 _MOST_PARTS = 32
-"""Of a key. A run's own has two, and a pattern's a few more; tomllib takes time and memory by their square."""
+"""Largest number of parts of a key. Time and memory of tomllib grow with their square; options have two or a few."""
 _TOKEN = re.compile(
     r"""(?P<text>\"{3}(?:\\.|[^\\])*?(?:\"{3}|\Z)|'{3}.*?(?:'{3}|\Z)|"(?:\\.|[^"\\\n])*"?|'[^'\n]*'?)"""
     r"|(?P<dot>\.)|(?P<bare>[\w-]+)|(?P<space>[ \t]+)|\#[^\n]*|.",
@@ -94,10 +94,11 @@ _TOKEN = re.compile(
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Nested tables, in time that grows as the text does.
+    """Return nested tables, in time proportional to the length of the text.
 
     Raises:
-        ValueError: it is not TOML, or a key has more parts than any of ours; RecursionError: tables within tables.
+        ValueError: the text is not TOML, or a key has too many parts.
+        RecursionError: tables are nested too deeply.
     """
     dots = 0
     for token in _TOKEN.finditer(text):
@@ -170,7 +171,7 @@ def _yaml_loader() -> Any:
 
 
 def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Options that stand outside of their tables, as in the YAML of other tools, inside them."""
+    """Move options that are outside of their tables, as in the YAML of other tools, into them."""
     read = _by_first_names(read)
     parts = {
         key: key if key in ("model", "data", "objective") and not isinstance(value, dict) else _places().get(key)
@@ -180,12 +181,12 @@ def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
     for key, part in parts.items():
         table = None if part is None else tables.setdefault(part, {})
         if not isinstance(table, dict):
-            continue  # it is a table itself; or it stands beside what is none, and is refused as such
+            continue  # the section itself is not a table, which is reported later
         if key in table:
             raise UsageError(
                 f"{key} is given twice",
                 where=origin,
-                why=f"it stands in {part}, and outside of it",
+                why=f"it is in {part} and outside of it",
                 next_step="keep one of them",
             )
         table[key] = read[key]
@@ -194,7 +195,7 @@ def _in_tables(read: dict[str, Any], origin: str) -> dict[str, Any]:
 
 @functools.cache
 def _places() -> dict[str, str]:
-    """Every option, and the table that it stands in."""
+    """Map every option to its table."""
     return {
         option: part
         for part, hint in typing.get_type_hints(TrainConfig).items()
@@ -205,7 +206,7 @@ def _places() -> dict[str, str]:
 
 @functools.cache
 def _other_names() -> dict[str, str]:
-    """The other names that the command line takes for options, and those that they stand for."""
+    """Map the alternative names of options on the command line to the options."""
     return {
         rule.name: option
         for part in typing.get_type_hints(TrainConfig).values()
@@ -221,7 +222,7 @@ def _by_first_names(table: Table) -> dict[str, Any]:
 
 
 def config_from_table(table: Table, origin: str) -> TrainConfig:
-    """Nested tables as a TrainConfig; see `tables_as`."""
+    """Convert nested tables to a TrainConfig; see `tables_as`."""
     return tables_as(TrainConfig, table, origin)
 
 
@@ -229,9 +230,10 @@ Config = TypeVar("Config", bound=TrainConfig)
 
 
 def tables_as(kind: type[Config], table: Table, origin: str) -> Config:
-    """Nested tables as a configuration of this kind.
+    """Convert nested tables to a configuration.
 
     Args:
+        kind: the class of the configuration.
         table: `{"model": {…}, "data": {…}, "adapter": {…}, "optimization": {…}, "run": {…}}`, each part optional.
         origin: the file's name, for errors.
 
@@ -243,7 +245,7 @@ def tables_as(kind: type[Config], table: Table, origin: str) -> Config:
 
 
 def config_table(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Nested tables of plain values; options that are None are left out."""
+    """Convert a configuration to nested tables of plain values, without options that are None."""
     return {
         part.name: {
             option.name: _plain(value)
@@ -255,7 +257,7 @@ def config_table(config: TrainConfig) -> dict[str, dict[str, Any]]:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The configuration as TOML text; `load_config` of it gives an equal configuration."""
+    """Return the configuration as TOML text, from which `load_config` reads an equal configuration."""
     lines: list[str] = []
     for part, options in config_table(config).items():
         lines += ["", f"[{part}]"] if lines else [f"[{part}]"]
@@ -269,17 +271,21 @@ _hints = functools.cache(typing.get_type_hints)
 def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
     if not isinstance(table, Mapping):
         name = prefix.rstrip(".")
-        inner, next_step = _hints(cls).get(name), ours(name, str)
+        inner, next_step = _hints(cls).get(name), translate_option(name, str)
         if inner:
             listed = tuple in (get_origin(inner), *map(get_origin, get_args(inner)))
             next_step = f"write [{name}], and in a line below it {name} = " + ('["…"]' if listed else '"…"')
         raise UsageError(f"{name} is {_kind(table)}, expected a table", where=origin, next_step=next_step)
     hints, table = _hints(cls), _by_first_names(table)
     values: dict[str, Any] = {}
-    # `adapter: qlora`, as Axolotl has it, is one of its names among others, and no table of ours.
-    theirs = {key: value for key, value in table.items() if isinstance(value, str) and not prefix and ours(key, str)}
+    # `adapter: qlora` is an option of Axolotl, not the table [adapter].
+    theirs = {
+        key: value
+        for key, value in table.items()
+        if isinstance(value, str) and not prefix and translate_option(key, str)
+    }
     if unknown := [key for key in table if key not in hints or key in theirs]:
-        asked = {key: theirs[key] for key in theirs if ours(theirs[key], str)}
+        asked = {key: theirs[key] for key in theirs if translate_option(theirs[key], str)}
         raise _unknown_keys({key: (asked.get(key, key), table[key]) for key in unknown}, prefix, hints, origin)
     for key, value in table.items():
         where = f"{origin}: {prefix}{key}"
@@ -293,7 +299,11 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
 def _unknown_keys(
     keys: Mapping[str, tuple[str, Any]], prefix: str, hints: Mapping[str, Any], origin: str
 ) -> UsageError:
-    """One error for all of a table, with what each is here. With each key: the name to ask for, and its value."""
+    """Return one error for all unknown keys of a table, with a suggestion for each key.
+
+    Args:
+        keys: per key the name to look up and its value.
+    """
     lines = [f"{key}: {_suggestion(asked, value, prefix, hints)}" for key, (asked, value) in keys.items()]
     if len(keys) == 1:
         (key,) = keys
@@ -306,7 +316,7 @@ def _unknown_keys(
 
 
 def _suggestion(key: str, value: Any, prefix: str, hints: Mapping[str, Any]) -> str:
-    """Where a key belongs that stands elsewhere; what another tool's is here; else the nearest, this table's first."""
+    """Suggest the table of a misplaced key, the equivalent of another tool's option, or the nearest name."""
     name, places = key.replace("-", "_"), _places()
     if name in places and name not in hints:
         return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
@@ -314,16 +324,16 @@ def _suggestion(key: str, value: Any, prefix: str, hints: Mapping[str, Any]) -> 
     def with_place(option: str) -> str:
         return option if option in hints or option not in places else f"{option} in [{places[option]}]"
 
-    if (meant := ours(key, with_place, value=value)) is not None:
+    if (meant := translate_option(key, with_place, value=value)) is not None:
         return meant
     for near in nearest_names(name, [*hints, *places], count=1):
         where = "" if near in hints else f", in the table [{places[near]}]"
         return f"did you mean {prefix * (near in hints) + near!r}{where}?"
-    return "backhand train --help names all there are"
+    return "backhand train --help lists all options"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotation wants it: whole numbers as floats where a float is wanted, lists as tuples."""
+    """Convert a value to the annotated type: whole numbers to floats, lists to tuples."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
@@ -375,7 +385,7 @@ _NO_TRACKER = "leave report_to out: no tracker is the default"
 
 
 def _json_value(value: Any, where: str) -> Any:
-    """`value` if JSON has its like; of all that TOML knows it lacks dates and times."""
+    """Return the value if JSON can represent it, which excludes TOML's dates and times."""
     if isinstance(value, Mapping):
         return {key: _json_value(element, f"{where}.{key}") for key, element in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""What is minimised, and its numbers, under the names that TRL's configurations have for them.
+"""Options of the loss, named as in TRL's configurations.
 
-This file imports no torch: the command line reads the fields and their docstrings for its help.
+This file imports no torch, because `--help` imports it.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ SORTED: tuple[str, ...] = get_args(_Sorted)
 _SMOOTHED = ("exo_pair", "robust", *SORTED)
 
 _SMALLEST, _LARGEST = 1e-6, 1e6
-"""Gradients are multiples of these numbers, or of one over their squares, and must be neither lost nor infinite."""
+"""Bounds of factors of the gradient. Beyond them, gradients underflow or overflow."""
 _Weight = Annotated[float, Bound(at_least=_SMALLEST, at_most=_LARGEST)]
 
 
 @dataclass(frozen=True)
 class ObjectiveOptions(Options):
-    """What is minimised."""
+    """The loss and its hyper-parameters."""
 
     objective: ObjectiveName = "sft"
-    """What to train for: `sft`, the answers of the rows; with pairs of answers `dpo` (arXiv 2305.18290), `ipo`
-    (2310.12036), `orpo` (2403.07691) or `simpo` (2405.14734); with answers that are desirable or not `kto`
-    (2402.01306); with rewards of answers that the model writes itself `grpo` (2402.03300, and its kin: `loss`)."""
+    """Training objective. `sft` trains on the answers of the rows. For pairs of answers there are `dpo` (arXiv
+    2305.18290), `ipo` (2310.12036), `orpo` (2403.07691) and `simpo` (2405.14734); for answers labelled desirable or
+    undesirable `kto` (2402.01306); for rewards of sampled answers `grpo` (2402.03300; variants: `loss`)."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
-    """How close the model stays to the one it starts from, the more the higher (`dpo`, `kto`; of `ipo` the paper's τ);
-    of `orpo` the paper's λ, the weight of the odds; of `simpo` the rewards' factor; of `grpo` the weight of
-    the divergence from the base model. Not given: 0.1, of `simpo` 2, of `grpo` 0."""
+    """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
+    the weight of the odds ratio; for `simpo` the factor of the rewards; for `grpo` the weight of the divergence from
+    the base model. Default: 0.1, for `simpo` 2, for `grpo` 0."""
 
     loss_type: LossType | None = None
-    """Form of the loss of `dpo`, as in TRL's DPOConfig (not given: `sigmoid`), or of `kto`: `kto` or
-    `apo_zero_unpaired`. What each is stands in `backhand.ops.dpo` and `backhand.ops.kto`; `aot` and `aot_unpaired`
-    (2406.05882) sort the pairs of a step."""
+    """Form of the loss of `dpo`, as in TRL's DPOConfig (default: `sigmoid`), or of `kto`: `kto` or `apo_zero_unpaired`.
+    `backhand.ops.dpo` and `backhand.ops.kto` define each form. `aot` and `aot_unpaired` (2406.05882) sort the pairs of
+    a step."""
 
     label_smoothing: Annotated[float, Bound(at_least=0.0, below=1.0)] = 0.0
-    """How likely a pair is the wrong way round: `simpo`, and `dpo` with `robust` (below 0.5), `exo_pair` (above
-    0), `aot` or `aot_unpaired`."""
+    """Probability that chosen and rejected are exchanged in a pair: for `simpo`, and for `dpo` with `robust` (below
+    0.5), `exo_pair` (above 0), `aot` or `aot_unpaired`."""
 
     discopop_tau: Annotated[float, Bound(at_least=_SMALLEST)] = 0.05
     """Temperature of `dpo` with `discopop`."""
 
     simpo_gamma: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] = 0.5
-    """Margin by which the rewards of a pair are to differ (`simpo`)."""
+    """Target margin between the rewards of a pair (`simpo`)."""
 
     desirable_weight: _Weight = 1.0
     """Weight of desirable answers (`kto`)."""
 
     undesirable_weight: _Weight = 1.0
-    """Weight of answers that are not desirable (`kto`)."""
+    """Weight of undesirable answers (`kto`)."""
 
     def _check_together(self) -> None:
         usual = ObjectiveOptions()
@@ -80,7 +80,7 @@ class ObjectiveOptions(Options):
                 continue
             having = [objective for objective, taken in _TAKEN.items() if name in taken]
             raise UsageError(
-                f"{name} {getattr(self, name)!r} is given, and {self.objective} has none",
+                f"{name} {getattr(self, name)!r} is given, but {self.objective} does not use it",
                 where=name,
                 next_step=f"leave it out, or give --objective {' or '.join(having)}",
             )
@@ -91,7 +91,7 @@ class ObjectiveOptions(Options):
             raise UsageError(f"beta {self.beta} is below {_SMALLEST}", where="beta", why=why)
         if self.loss_type is not None and (self.loss_type in get_args(_OfLabels)) != (self.objective == "kto"):
             raise UsageError(
-                f"loss_type {self.loss_type!r} is none of {self.objective}",
+                f"loss_type {self.loss_type!r} is not a form of {self.objective}",
                 where="loss_type",
                 next_step=f"{self.loss_type} belongs to --objective {'dpo' if self.objective == 'kto' else 'kto'}",
             )
@@ -101,7 +101,7 @@ class ObjectiveOptions(Options):
         smoothing, form = self.label_smoothing, self.loss_type
         if self.objective == "dpo" and smoothing and form not in _SMOOTHED:
             raise UsageError(
-                f"label_smoothing {smoothing} is given, and loss_type {form or 'sigmoid'!r} has none",
+                f"label_smoothing {smoothing} is given, but loss_type {form or 'sigmoid'!r} does not use it",
                 where="label_smoothing",
                 next_step=f"leave it out, or give --loss-type {' or '.join(_SMOOTHED)}",
             )
@@ -117,29 +117,29 @@ class ObjectiveOptions(Options):
             )
 
     def resolved(self) -> ObjectiveOptions:
-        """With what is chosen by default written down."""
+        """Return the options with all defaults filled in."""
         beta = self.strength if "beta" in _TAKEN[self.objective] else None
         loss_type = self.form if "loss_type" in _TAKEN[self.objective] else None
         return replace(self, beta=beta, loss_type=loss_type)
 
     @property
     def purpose(self) -> Purpose:
-        """What the rows are read for."""
+        """Kind of rows that the objective needs."""
         special: dict[str, Purpose] = {"sft": "answers", "kto": "labels", "grpo": "prompts"}
         return special.get(self.objective, "pairs")
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss is measured against the model that the run starts from."""
+        """True if the loss compares with the model that the run starts from."""
         return self.objective in ("dpo", "ipo", "kto")
 
     @property
     def strength(self) -> float:
-        """`beta`, or what it is by default."""
+        """`beta`, or its default."""
         return self.beta if self.beta is not None else _USUAL_BETA.get(self.objective, 0.1)
 
     @property
     def form(self) -> LossType:
-        """`loss_type`, or what it is by default."""
+        """`loss_type`, or its default."""
         usual: LossType = "ipo" if self.objective == "ipo" else "kto" if self.objective == "kto" else "sigmoid"
         return self.loss_type or usual

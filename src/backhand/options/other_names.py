@@ -1,8 +1,8 @@
-"""What other tools call things, and what it is here: options, keys and commands of PEFT, TRL, Unsloth, Axolotl, mlx-lm.
+"""Equivalents of the options, keys and commands of PEFT, TRL, Unsloth, Axolotl and mlx-lm.
 
-One table for the command line, TOML and YAML. Names are in small letters with underscores, some with a value behind
-`=`; options of ours stand in backquotes. An answer that begins with one goes on "here it is", any other is a sentence.
-This file imports no torch.
+One table serves the command line, TOML and YAML. Names are in lower case with underscores, some with `=VALUE`. Our own
+options are in backquotes. An answer that starts with one continues "here it is"; any other answer is a sentence. This
+file imports no torch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-NOT_NEEDED = "nothing is to be given: "
-"""How an answer begins where there is no option of ours."""
+NOT_NEEDED = "no option is needed: "
+"""Start of an answer if there is no equivalent option."""
 HERE = "here it is "
-"""How it begins where there is one."""
+"""Start of an answer if there is one."""
 _STEP_ROWS = "`batch_rows`, the rows of a whole step over all its micro-batches; `micro_batch_rows` are those of one"
 _PACKED = NOT_NEEDED + "rows are always packed, without padding and without seeing each other"
 _LOSS_ON = "`train_on`: completions (the default) or all"
@@ -45,12 +45,12 @@ _NAMES = {
     "layers are not replicated here": "layer_replication",
     "`model`": "model_name_or_path base_model model_name model_id pretrained_model_name_or_path",
     "`model` as a directory of that revision": "model_revision revision",
-    "`data`, a list of files, folders or hub ids; the form of their rows is told by their columns": "datasets",
+    "`data`, a list of files, folders or hub ids; the columns determine the form of the rows": "datasets",
     "`data`": "dataset_name dataset train_file train_dataset dataset_path dataset_dir",
     "`data` as owner/name@config:split": "dataset_config dataset_config_name dataset_train_split dataset_split",
     "`eval_data`": "eval_dataset test_datasets validation_file dataset_test_split val_data",
     "`eval_fraction`": "val_set_size validation_split test_size val_size",
-    "`messages` for a column of conversations, `prompt` and `completion` for others; plain text stands in text": (
+    "`messages` for a column of conversations, `prompt` and `completion` for others; plain text is in text": (
         "dataset_text_field field_messages formatting_func prompt_feature completion_feature chat_feature text_feature"
     ),
     "`chat_template`": "chat_template_path chat_template_jinja",
@@ -116,7 +116,7 @@ _NAMES = {
         "save_method quantization_method save_gguf save_merged save_model save_pretrained_merged save_pretrained_gguf "
         "merge_adapter merge_and_unload"
     ),
-    "the file of options stands first, without a name: `backhand train run.yaml`": "config config_file",
+    "the file of options comes first, without an option name: `backhand train run.yaml`": "config config_file",
     "`reward`": "reward_funcs reward_model_name_or_path",
     "`workers`": "nproc_per_node num_processes num_gpus",
     _LOSS_ON: (
@@ -174,7 +174,7 @@ _NAMES = {
     NOT_NEEDED + "keys are checked always": "strict",
     "there is no noise on embeddings here": "neftune_noise_alpha",
 }
-_OF: dict[str, str] = {name: ours for ours, names in _NAMES.items() for name in names.split()}
+_OF: dict[str, str] = {name: answer for answer, names in _NAMES.items() for name in names.split()}
 
 _TRAIN = "backhand train --data rows.jsonl --output runs/mine"
 COMMANDS = {
@@ -202,19 +202,19 @@ COMMANDS = {
         ("list", "ls", "download", "pull", "fetch"), "backhand models; a hub id is fetched when it is first used"
     ),
 }
-"""Commands of other tools, and what does the same here."""
+"""Commands of other tools and their equivalents."""
 
 
-def ours(
+def translate_option(
     name: str, shown: Callable[[str], str], known: Iterable[str] | None = None, *, value: object = ""
 ) -> str | None:
-    """What an option of another tool is here, as a clause; None if it is nobody's.
+    """Return the equivalent of another tool's option as a clause, or None if no tool has that option.
 
     Args:
-        name: as it was written, with dashes or underscores.
-        shown: how a field of ours is written there: an option, or a key.
-        known: fields that there are; None for all.
-        value: what it was given, where that is known: some names mean another thing with one value.
+        name: the name as written, with dashes or underscores.
+        shown: formats a field as an option or a key.
+        known: the fields of the command; None for all.
+        value: the value given, if known: the meaning of some names depends on it.
     """
     name = name.strip("-").replace("-", "_").lower()
     text = _OF.get(f"{name}={value}".lower(), _OF.get(name))

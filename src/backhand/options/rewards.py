@@ -1,7 +1,7 @@
-"""How answers are sampled and what they are rewarded for; names as in TRL's GRPOConfig, or beside it.
+"""Options of sampling and rewarding answers, named as in TRL's GRPOConfig or accepting its names as well.
 
-What a reward function is called is checked before anything is loaded: names alone, nothing is imported or run. This
-file imports no torch: the command line reads the fields and their docstrings for its help.
+Names of reward functions are checked before anything is loaded; no function is imported or called here. This file
+imports no torch, because `--help` imports it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _MOST_PATTERN_CHARACTERS = 20_000
 
 
 class RewardName(NamedTuple):
-    """A name in its parts."""
+    """Parts of a reward function's name."""
 
     kind: str  # `exact`, `number`, `regex`, `json`, `length`, `reasoning_gym`, `file` or `module`
-    place: str = ""  # what stands before the last colon: a file, a module; of a built-in one its argument
-    function: str = ""  # of a file or module, the function in it
+    place: str = ""  # file or module before the last colon; argument of a built-in reward
+    function: str = ""  # function in the file or module
 
     @property
     def shown(self) -> str:
-        """How metrics call it."""
+        """Name in the metrics."""
         return self.function or self.kind
 
 
 def parse_name(name: str) -> RewardName:
-    """The parts of a name, whatever they are worth."""
+    """Split a name into its parts without checking them."""
     kind, _, argument = name.partition(":")
     if kind in PLAIN or kind in WITH_ARGUMENT:
         return RewardName(kind, argument)
@@ -49,21 +49,21 @@ def parse_name(name: str) -> RewardName:
 
 
 def shown_names(names: tuple[str, ...]) -> list[str]:
-    """How metrics call each, a number behind those of the same name."""
+    """Return the names in the metrics, with a number appended to equal names."""
     shown = [parse_name(name).shown for name in names]
     return [one if shown.count(one) == 1 else f"{one}_{i + 1}" for i, one in enumerate(shown)]
 
 
 def check_name(where: str, name: object) -> None:
-    """Raise UsageError for what is no name of a reward function, or names a file that is not there."""
+    """Raise UsageError if this is not the name of a reward function, or if it names a file that does not exist."""
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{name!r} is not the name of a reward function", where=where)
     found = parse_name(name)
     problem = why = None
     if found.kind in WITH_ARGUMENT and not found.place:
-        problem = f"{name} needs what comes behind a colon"
+        problem = f"{name} needs an argument after a colon"
     elif found.kind in PLAIN and ":" in name:
-        problem = f"{found.kind} takes nothing behind a colon"
+        problem = f"{found.kind} takes no argument after a colon"
     elif found.kind == "length" and not (found.place.isdecimal() and len(found.place) < 10 and int(found.place)):
         problem = f"{found.place!r} is not a number of tokens"
     elif found.kind == "regex" and len(found.place) > _MOST_PATTERN_CHARACTERS:
@@ -71,7 +71,7 @@ def check_name(where: str, name: object) -> None:
     elif found.kind == "regex":
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # FutureWarning: of sets that may be read otherwise one day
+                warnings.simplefilter("ignore")  # FutureWarning about sets whose meaning may change
                 regex.compile(found.place)
         except (regex.error, RecursionError, OverflowError) as error:
             problem, why = f"{shorten(found.place)!r} is not a regular expression", str(error)
@@ -94,7 +94,7 @@ _Clip = Annotated[float, Bound(above=0, below=1)]
 
 
 def check_names(where: str, names: Any) -> None:
-    """Raise UsageError where not all of these are names of reward functions."""
+    """Raise UsageError unless all of these are names of reward functions."""
     if not isinstance(names, tuple | list):
         raise UsageError(f"{names!r} is not a list of reward functions", where=where)
     for name in names:
@@ -103,47 +103,47 @@ def check_names(where: str, names: Any) -> None:
 
 @dataclass(frozen=True)
 class RewardOptions(Options):
-    """Rewards of answers that the model writes itself (`--objective grpo`)."""
+    """Sampling of answers and their rewards (`--objective grpo`)."""
 
     reward: Annotated[tuple[str, ...], Check(check_names)] = ()
-    """What answers are rewarded by, one or several: a function with TRL's signature as `module:function` or
-    `file.py:function`; or `exact`, `number`, `regex:PATTERN`, `json:SCHEMA.json`, `length:TOKENS`,
-    `reasoning_gym:TASK`. See docs/rewards.md."""
+    """Reward functions: functions with TRL's signature as `module:function` or `file.py:function`, or `exact`,
+    `number`, `regex:PATTERN`, `json:SCHEMA.json`, `length:TOKENS`, `reasoning_gym:TASK`. See docs/rewards.md."""
 
     reward_weights: tuple[float, ...] = ()
-    """Weight of each of `reward` in the sum of an answer; not given: 1 each."""
+    """Weight of each reward function in the sum. Default: 1 each."""
 
     reward_timeout: Positive = 60.0
-    """Seconds that a reward function may take for the answers of a step; then the run ends, and says where."""
+    """Seconds that a reward function may take for the answers of one step. After that, the run ends with an error."""
 
     group: Annotated[int, Bound(at_least=2), Also("num_generations")] = 8
-    """Answers to each prompt, compared with one another."""
+    """Number of sampled answers per prompt, which are compared with one another."""
 
     max_new_tokens: Annotated[Count, Also("max_completion_length")] = 256
     """Longest answer, in tokens."""
 
     temperature: Annotated[float, Bound(above=0.01)] = 1.0
-    """Divides the logits, where answers are sampled and where they are trained on alike."""
+    """Divisor of the logits, in sampling and in training alike."""
 
     top_p: Annotated[float, Bound(above=0, at_most=1)] = 1.0
-    """Draw only from the likeliest tokens that together reach this probability; 1 draws from all."""
+    """Sample only from the most probable tokens that together reach this probability; 1 samples from all tokens."""
 
     loss: Loss = "dapo"
-    """How the tokens of a step add up: `grpo` (arXiv 2402.03300), `dr_grpo` (2503.20783), `dapo` (2503.14476) or `rloo`
-    (2402.14740); see `backhand.ops.grpo`."""
+    """Normalization of the loss over the tokens of a step: `grpo` (arXiv 2402.03300), `dr_grpo` (2503.20783), `dapo`
+    (2503.14476) or `rloo` (2402.14740); see `backhand.ops.grpo`."""
 
     scale_rewards: ScaleRewards | None = None
-    """Divide what an answer is above its group's mean by the standard deviation of the `group`, of the whole `batch`,
-    or by nothing, `none`; not given: `group`, and `none` for `dr_grpo` and `rloo`, as their papers have it."""
+    """Divisor of an answer's advantage over the mean of its group: the standard deviation of the `group`, of the whole
+    `batch`, or `none`. Default: `group`; for `dr_grpo` and `rloo` `none`, as in their papers."""
 
     epsilon: Annotated[_Clip, Also("clip")] = 0.2
-    """How far the probability of a token may move in the updates of a batch before it has no more gradient."""
+    """Clipping range: largest relative decrease of a token's probability during the updates of a batch before its
+    gradient is zero."""
 
     epsilon_high: Annotated[float, Bound(above=0)] | None = None
-    """The same upwards; not given: `epsilon`."""
+    """Clipping range for increases. Default: `epsilon`."""
 
     num_iterations: Annotated[Count, Also("updates")] = 1
-    """Updates with the answers of one step; with one nothing is ever clipped."""
+    """Number of updates with the answers of one step. With one update, nothing is clipped."""
 
     def _check_together(self) -> None:
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
@@ -165,10 +165,10 @@ class RewardOptions(Options):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of each function."""
+        """Weight of each reward function."""
         return self.reward_weights or (1.0,) * len(self.reward)
 
     def given(self) -> Sequence[str]:
-        """Names of the options that do not have their default value."""
+        """Return the names of the options that do not have their default value."""
         usual = RewardOptions()
         return [one.name for one in fields(self) if getattr(self, one.name) != getattr(usual, one.name)]
