@@ -184,6 +184,8 @@ def taking_directory(path: Path) -> Iterator[None]:
             why, remedy = f"{error.strerror}: {error.filename or path}", "move away what is in its place"
         else:
             why, remedy = reason(error), _remedy(error, otherwise="look after the disk")
+            if error.errno == errno.EACCES and error.filename and Path(error.filename) != path:
+                why = f"{error.strerror}: {error.filename}"
         step = f"{remedy}, or give another --output"
         raise kind(f"{path} cannot hold a run", where="output", why=why, next_step=step) from error
 

@@ -442,6 +442,7 @@ def _explain_os_error(error: OSError) -> str:
         errno.ENOSPC: "free some space, or write to another disk with --output",
         errno.EDQUOT: "free some space, or write to another disk with --output",
         errno.EFBIG: "raise the file-size limit (ulimit -f), or write to another disk with --output",
+        **dict.fromkeys((errno.EACCES, errno.EPERM), "check who may read and write it, or give another place"),
         errno.ENOMEM: "close other programs, or give a smaller --micro-batch-rows",
     }.get(error.errno or 0, "choose a place you may write to, for example with --output")
     return f"error: {bounded(where)}{error.strerror or os.strerror(error.errno or 0)}\n  next: {remedy}"

@@ -32,7 +32,15 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         DataError: not found, or a folder without a data file.
     """
-    return tuple(file for name in names for file in _expand_one(name))
+    try:
+        return tuple(file for name in names for file in _expand_one(name))
+    except PermissionError as error:
+        raise DataError(
+            "the rows cannot be read",
+            where=str(error.filename),
+            why=error.strerror,
+            next_step="check who may read them",
+        ) from None
 
 
 def held_out_beside(names: Sequence[str]) -> tuple[str, ...]:

@@ -32,7 +32,15 @@ def open_model(
         ArtifactError: if there is no such model, or if it cannot be read or is damaged.
         UsageError: if `quantize` is given for a GGUF file.
     """
-    source = _opened(name_or_path, revision, fetch=fetch)
+    try:
+        source = _opened(name_or_path, revision, fetch=fetch)
+    except PermissionError as error:
+        raise ArtifactError(
+            f"the model {name_or_path} cannot be read",
+            where=error.filename and str(error.filename),
+            why=error.strerror,
+            next_step="check who may read it",
+        ) from None
     return source if quantize is None else QuantizingSource(source, quantize)
 
 

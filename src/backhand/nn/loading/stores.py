@@ -286,6 +286,7 @@ def _in_folder(folder: Path, store: str) -> Iterator[StoredModel]:
     if _is_file(folder):
         yield StoredModel(str(folder), folder, store)
         return
+    os.scandir(folder).close()  # raises where the folder cannot be read; below it, such folders are skipped
     directories = {path.parent for path in _files_below(folder) if path.name == "config.json"}
     for directory in sorted(directories):
         if any(directory.glob("*.safetensors")):
