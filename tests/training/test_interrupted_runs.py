@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -16,16 +17,19 @@ from typing import Any
 import pytest
 
 from backhand.errors import UsageError
+from backhand.loop.loggers import Observer
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
+from backhand.runs.directory import RunDirectory
+from backhand.runs.interruption import Interrupted
 from backhand.training.job_run import JobRun
 from backhand.training.run import train
 from support.fault_table import documented
 from support.faulty_runs import temporary
 from support.held_runs import PLACES, held_train
 from support.processes import start
-from support.tiny_run import TinyRun, final_bits, with_options
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 CASES = [
     (place, times, number)
@@ -227,3 +231,47 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
     again = with_options(TrainConfig(), output=tmp_path / "run", resume=True, prove_resume=2, quiet=True)
     assert train(again).steps == 6
     assert "end in the same bits" in (tmp_path / "run" / "proofs.jsonl").read_text().splitlines()[-1]
+
+
+class _Terminates(Observer):
+    """Sends SIGTERM after a step, before that step's evaluation."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def stepped(self, record: Any) -> None:
+        if record["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_evaluation_that_is_made_again_is_recorded_once(
+    step: int, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM before an evaluation, resumed, stopped between that and the next checkpoint, and resumed."""
+    config = tiny.config(tmp_path / "run", eval_every=2, save_every=6)
+    make, callbacks = RunDirectory.make_checkpoints, [_Terminates(step)]
+
+    def make_and_stop(directory: RunDirectory) -> None:
+        make(directory)
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "make_checkpoints", make_and_stop)
+        with pytest.raises(Interrupted):
+            train(config, callbacks=callbacks)
+    assert [path.name for path in config.run.output.glob("checkpoints/step-*")] == [f"step-{step}"]
+    resumed = with_options(TrainConfig(), output=config.run.output, resume=True, quiet=True)
+
+    def killed(*_: object) -> None:
+        raise StopAfter.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "save", killed)
+        with pytest.raises(StopAfter.Stopped):
+            train(resumed, callbacks=[StopAfter(1)])
+    train(resumed)
+    lines = [json.loads(line) for line in (config.run.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" not in line] == [0, 2, 4, 6]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]

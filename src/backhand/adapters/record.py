@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -196,18 +196,36 @@ def base_digest(names: Iterable[str], load: Callable[[str], FrozenMatrix]) -> st
             threads.
     """
     ordered = sorted(names)
+    hashes = in_threads(lambda name: tensor_hash(name, load(name)), ordered)
+    return digest_of_hashes(dict(zip(ordered, hashes, strict=True)))
 
-    def tensor_hash(name: str) -> bytes:
-        tensor = load(name)
-        described = hashlib.sha256(json.dumps([name, list(tensor.shape)]).encode())
-        for piece in (tensor,) if isinstance(tensor, Tensor) else (tile for _, tile in frozen_tiles(tensor)):
-            described.update(piece.detach().to("cpu", torch.float32).contiguous().view(-1).numpy().data)
-        return described.digest()
 
-    count = min(torch.get_num_threads(), len(ordered))
+def digest_of_hashes(hashes: Mapping[str, bytes]) -> str:
+    """Return the digest of tensors whose `tensor_hash` is known, by name."""
+    return bytes_digest(b"".join(hashes[name] for name in sorted(hashes)))
+
+
+def tensor_hash(name: str, tensor: FrozenMatrix) -> bytes:
+    """SHA-256 of a tensor's name, shape and values in fp32."""
+    described = hashlib.sha256(json.dumps([name, list(tensor.shape)]).encode())
+    for piece in pieces_of(tensor):
+        described.update(piece.detach().to("cpu", torch.float32).contiguous().view(-1).numpy().data)
+    return described.digest()
+
+
+def pieces_of(tensor: FrozenMatrix) -> Iterable[Tensor]:
+    """The tensor itself, or the dense tiles of a quantized matrix, each valid until the next."""
+    return (tensor,) if isinstance(tensor, Tensor) else (tile for _, tile in frozen_tiles(tensor))
+
+
+T = TypeVar("T")
+
+
+def in_threads(compute: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """Return `compute(name)` for each name, by as many threads as torch has."""
+    count = min(torch.get_num_threads(), len(names))
     with ThreadPoolExecutor(count) if count > 1 else nullcontext() as threads:
-        hashes = map(tensor_hash, ordered) if threads is None else threads.map(tensor_hash, ordered)
-        return bytes_digest(b"".join(hashes))
+        return list(map(compute, names) if threads is None else threads.map(compute, names))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -97,13 +97,21 @@ class DecoderEngine(Engine):
         return decoder_size(self.config, layout, self._dtype, quantized)
 
     def load(
-        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
+        self,
+        config: LoRAConfig,
+        device: torch.device,
+        recompute: str,
+        base: HeldBase,
+        shared: Shared,
+        *,
+        examine: Callable[[Sequence[str]], None] | None = None,
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
         slots, trained = self.layout(config)
 
         def read() -> DecoderWeights:
-            return load_weights(self._source, self.config, self._dtype, device, quantized=base == "quantized")
+            quantized = base == "quantized"
+            return load_weights(self._source, self.config, self._dtype, device, quantized=quantized, examine=examine)
 
         of_these = (self._source.path, self._dtype, device, base)
         weights = shared.once("weights", of_these, read, only_newest=True)

@@ -228,9 +228,19 @@ class Engine(ABC):
 
     @abstractmethod
     def load(
-        self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase, shared: Shared
+        self,
+        config: LoRAConfig,
+        device: torch.device,
+        recompute: str,
+        base: HeldBase,
+        shared: Shared,
+        *,
+        examine: Callable[[Sequence[str]], None] | None = None,
     ) -> BoundModel:
         """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero.
+
+        Args:
+            examine: called with the names of tensors just before they are copied into memory.
 
         Raises:
             UsageError: a target matches nothing, or cannot be adapted.

@@ -11,7 +11,7 @@ supervised positions alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -240,6 +240,8 @@ class TransformersEngine(Engine):
         recompute: str,  # noqa: ARG002 - autograd keeps everything
         base: HeldBase,  # noqa: ARG002 - there is no other
         shared: Shared,  # noqa: ARG002 - the adapter's modules are put into the model
+        *,
+        examine: Callable[[Sequence[str]], None] | None = None,  # noqa: ARG002 - transformers reads the files itself
     ) -> BoundModel:
         """Read the weights, and attach an adapter whose values are still zero; nothing is ever recomputed."""
         model = TransformersModel(load_transformers_model(self._source, dtype=self._dtype, device=device))

@@ -106,7 +106,7 @@ class Judge:
     def begin(self) -> None:
         """The evaluation before the first step, or the one that a run to be continued left pending."""
         progress = self.state.progress
-        if progress.pending_evaluation or (self.held_out and progress.step == 0 and progress.first_eval_loss is None):
+        if progress.pending_evaluation or (self.held_out and progress.evaluation_outstanding):
             with going_on(
                 "the evaluation before the first step" if progress.step == 0 else "the evaluation left pending"
             ):

@@ -240,6 +240,11 @@ class Progress:
     stopped_because: str | None = None  # why the run ended before its last step, or None
     finished: bool = False
 
+    @property
+    def evaluation_outstanding(self) -> bool:
+        """Return True if the evaluation of this step, or the one before the first step, has not been made."""
+        return self.pending_evaluation or (self.step == 0 and self.first_eval_loss is None)
+
     def to_json(self) -> bytes:
         """As JSON, every float to the last bit."""
         return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()

@@ -23,7 +23,9 @@ def default_warmup_steps(total_steps: int) -> int:
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
 
 
-def chosen_rate(options: OptimizationOptions, objective: str, gain: Callable[[], float]) -> tuple[float, str | None]:
+def chosen_rate(
+    options: OptimizationOptions, objective: str, weight_scale: Callable[[], float]
+) -> tuple[float, str | None]:
     """The learning rate of a run, and why this one; None where it was given as a number.
 
         rate = c √g,   at most `HIGHEST_RATE`
@@ -33,14 +35,15 @@ def chosen_rate(options: OptimizationOptions, objective: str, gain: Callable[[],
     (docs/rates.md).
 
     Args:
-        gain: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in common.
+        weight_scale: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in
+            common.
     """
     rate = options.learning_rate
     if rate != "auto":
         return rate, None
     if objective != "sft":
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
-    rate = float(f"{min(HIGHEST_RATE, RATE * math.sqrt(gain())):.2g}")
+    rate = float(f"{min(HIGHEST_RATE, RATE * math.sqrt(weight_scale())):.2g}")
     return rate, f"{rate:g}, chosen by the size of the frozen weights (docs/rates.md); another by --learning-rate"
 
 

@@ -169,10 +169,18 @@ class RunDirectory:
                     records.append(record)
         return records
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps after this one, which are about to be done again. Raises ResourceError."""
-        kept = [record for record in self.lines(METRICS) if record["step"] <= step]
-        self.write(METRICS, _as_lines(kept))
+    def forget_after(self, step: int, *, evaluates_again: bool = False) -> None:
+        """Drop metrics of what is about to be done again: the steps after this one, and perhaps its own evaluation.
+
+        Raises:
+            ResourceError: they cannot be written.
+        """
+
+        def stays(record: Mapping[str, Any]) -> bool:
+            of_an_evaluation = "loss" not in record
+            return record["step"] < step or (record["step"] == step and not (evaluates_again and of_an_evaluation))
+
+        self.write(METRICS, _as_lines(filter(stays, self.lines(METRICS))))
 
     def sync_lines(self) -> None:
         """Wait until metrics and proofs are on the disk: a checkpoint never knows more than they do.

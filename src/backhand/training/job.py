@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from backhand.adapters.loading import weight_names
 from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel, Shared
@@ -27,7 +28,7 @@ from backhand.loop.step_plan import default_warmup_steps, five_times
 from backhand.nn.batch import bucket_size
 from backhand.options.config import TrainConfig
 from backhand.runs.directory import ProofLog, RunDirectory
-from backhand.training.prepared import Outline, outline_run, set_values
+from backhand.training.prepared import Outline, outline_run, scaled_matrices, set_values
 from backhand.training.resume import Identity
 
 
@@ -75,7 +76,18 @@ def build_job(
     source, memory = outline.source, outline.memory
     if processes.is_main_process:
         processes.broadcast_object([memory.micro_batch_rows, memory.recompute, memory.base])
-    bound = outline.engine.load(outline.config.adapter, machine.device, memory.recompute, memory.base, shared)
+    base_facts, layout = outline.base_facts, outline.layout
+    base_facts.request(
+        hashed=weight_names([slot.name for slot in layout.slots], source.tensor_names()),
+        squared=scaled_matrices(source, layout),
+    )
+    adapter = outline.config.adapter
+    bound = outline.engine.load(
+        adapter, machine.device, memory.recompute, memory.base, shared, examine=base_facts.examine
+    )
+    base_facts.examine()  # tensors that were not loaded now: mapped ones, and those that an earlier run has loaded
+    if memory.base == "dense":
+        source.drop_mapped_pages()  # a run with a dense base reads it no more
     rate, reason = outline.rate(outline.config.optimization)
     rate_note = () if reason is None else (f"learning rate: {reason}",)
     resolved = _resolved(outline, machine, rate)
@@ -87,7 +99,7 @@ def build_job(
         | {
             "config": resolved,
             "bound": bound,
-            "identity": Identity(resolved, source, list(bound.lora.slots), outline.train, outline.held_out),
+            "identity": Identity(resolved, source, list(bound.lora.slots), outline.train, outline.held_out, base_facts),
             "notes": (*rate_note, *outline.notes, *quantized, *bound.notes),
         }
     )

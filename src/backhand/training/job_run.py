@@ -230,7 +230,7 @@ class JobRun:
             return
         state.restore(self.checkpoint, job.bound.model.dtype)
         saver.restored(self.checkpoint.contents)
-        self.directory.forget_after(self.checkpoint.step)
+        self.directory.forget_after(self.checkpoint.step, evaluates_again=state.progress.evaluation_outstanding)
 
     def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
@@ -52,11 +53,11 @@ from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate, derived_seed
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, Recompute, TrainConfig
 
 _STEPS_LOOKED_AT = 2000
-_GAINS_LOOKED_AT, _ROWS_AT_ONCE = 8, 256
+_MATRICES_LOOKED_AT = 8
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Given:
     total_steps: int
     neutral: ForgettingMeter  # measures forgetting; on nothing where it is not measured
     notes: tuple[str, ...]  # what a person should know, of the adapter to start from as well
-    gain: Callable[[], float]  # g of the learning rate that `auto` stands for
+    base_facts: BaseFacts  # what is computed of the base's tensors when they are read
 
     @property
     def held_out_rows(self) -> Sequence[Example]:
@@ -83,7 +84,17 @@ class Given:
 
     def rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
         """The learning rate of this run under these options, and why this one; None where it is given."""
-        return chosen_rate(options, self.config.objective.objective, self.gain)
+        return chosen_rate(options, self.config.objective.objective, self.weight_scale)
+
+    def weight_scale(self) -> float:
+        """Return rms(W) √in, the geometric mean over a few of the adapted matrices; 1 if there are none.
+
+        With entries of W independent of x it is rms(W x) / rms(x).
+        """
+        inputs = scaled_matrices(self.source, self.layout)
+        squares = ((self.base_facts.mean_square(name), size) for name, size in inputs.items())
+        logs = [0.5 * math.log(max(square, 1e-12) * size) for square, size in squares]
+        return math.exp(sum(logs) / max(1, len(logs)))
 
 
 @dataclass
@@ -195,7 +206,7 @@ def _given(
     packer = _packer(config, train.examples, () if held_out is None else held_out.examples, engine, layout)
     given = Given(
         *(config, source, engine, layout, train, held_out, packer, sampler, total_steps, neutral, tuple(notes)),
-        partial(shared.once, "gain", [slot.name for slot in layout.slots], lambda: gain(source, layout.slots)),
+        shared.once("base facts", (model.model, model.quantize), lambda: BaseFacts(source)),
     )
     beyond = (data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None)
     texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
@@ -252,20 +263,12 @@ def _planned(
     return bases, budget(bases.chosen.base)
 
 
-def gain(source: ModelSource, slots: Sequence[LoRASlot]) -> float:
-    """rms(W) √in, the geometric mean over a few of the adapted matrices, those in the middle; 1 where there are none.
-
-    With entries of W independent of x it is rms(W x) / rms(x).
-    """
+def scaled_matrices(source: ModelSource, layout: AdapterLayout) -> dict[str, int]:
+    """Return the inputs of the adapted matrices that `Given.weight_scale` looks at, by name: a few from the middle."""
     stored = set(source.tensor_names())
-    found = [(name, slot) for slot in slots if (name := f"{slot.name}.weight") in stored]
-    first = max(0, (len(found) - _GAINS_LOOKED_AT) // 2)
-    logs = []
-    for name, slot in found[first : first + _GAINS_LOOKED_AT]:
-        weight = source.load(name)
-        squares = sum(float(rows.double().square().sum()) for rows in weight.split(_ROWS_AT_ONCE))
-        logs.append(0.5 * math.log(max(squares / weight.numel(), 1e-12) * slot.in_features))
-    return math.exp(sum(logs) / max(1, len(logs)))
+    found = [(name, slot.in_features) for slot in layout.slots if (name := f"{slot.name}.weight") in stored]
+    first = max(0, (len(found) - _MATRICES_LOOKED_AT) // 2)
+    return dict(found[first : first + _MATRICES_LOOKED_AT])
 
 
 def _packer(

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.loading import weight_names
-from backhand.adapters.record import AdapterRecord, base_digest, text_digest, tokenizer_digest
+from backhand.adapters.record import AdapterRecord, text_digest, tokenizer_digest
 from backhand.adapters.targets import in_numbers
 from backhand.data.chat import read_template
 from backhand.data.stored_examples import PreparedData
@@ -60,6 +61,7 @@ class Identity:
     modules: Sequence[str]
     train: PreparedData
     held_out: PreparedData | None
+    base_facts: BaseFacts
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -70,10 +72,8 @@ class Identity:
         """
         source, settings = self.source, decisive_settings(self.config)
         names = list(weight_names(self.modules, source.tensor_names()))
-        base = base_digest(names, source.load_in_pieces) if names else None
-        source.drop_mapped_pages()  # a run with a dense base reads it no more
         return {
-            "base_digest": base,
+            "base_digest": self.base_facts.digest(names),
             "model_config": config_facts(source),
             "tokenizer_digest": tokenizer_digest(source.tokenizer()),
             "chat_template_digest": text_digest(read_template(self.config.data.chat_template, source.tokenizer())),

@@ -8,7 +8,7 @@ quantized (`ops.frozen_matrix`); norms and biases are always tensors in the comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -233,11 +233,13 @@ def load_weights(
     device: torch.device | str = "cpu",
     *,
     quantized: bool = False,
+    examine: Callable[[Sequence[str]], None] | None = None,
 ) -> DecoderWeights:
     """Read every tensor of the source once, straight into its place in the compute dtype.
 
     Args:
         quantized: leave the matrices as they are stored, mapped where the source maps them; norms and biases are read.
+        examine: see `fill`.
 
     Raises:
         ArtifactError: listing every tensor that is missing or of another shape.
@@ -246,7 +248,7 @@ def load_weights(
     wanted = named_views(empty_weights(config, dtype, "meta"), config)
     check_shapes(source, {name: tuple(view.shape) for name, view in wanted})
     weights = empty_weights(config, dtype, device, source if quantized else None)
-    fill(source, dense_views(weights, config))
+    fill(source, dense_views(weights, config), examine)
     return weights
 
 

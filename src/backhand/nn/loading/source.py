@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,19 +148,31 @@ def shape_mismatch(name: str, shape: tuple[int, ...], expected: tuple[int, ...])
     return f"{name} has shape {shape}, and the configuration asks for {expected}"
 
 
-def fill(source: ModelSource, destinations: Iterable[tuple[str, Tensor]]) -> None:
+def fill(
+    source: ModelSource,
+    destinations: Iterable[tuple[str, Tensor]],
+    examine: Callable[[Sequence[str]], None] | None = None,
+) -> None:
     """Load tensors of a source into existing tensors, after checking all names and shapes.
 
     Args:
         destinations: (Hugging Face name, contiguous tensor to fill).
+        examine: called with the names of a few tensors just before they are written, to read them while their pages
+            are at hand.
 
     Raises:
         ArtifactError: if tensors are missing or have another shape; lists all of them. Nothing has been written then.
     """
     tensors = dict(destinations)
     check_shapes(source, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    for name, tensor in tensors.items():
-        source.load_into(name, tensor)
+    names = list(tensors)
+    at_once = torch.get_num_threads() if examine is not None else max(1, len(names))
+    for start in range(0, len(names), at_once):
+        few = names[start : start + at_once]
+        if examine is not None:
+            examine(few)
+        for name in few:
+            source.load_into(name, tensors[name])
 
 
 def check_shapes(source: ModelSource, expected: Mapping[str, tuple[int, ...]]) -> None:
