@@ -195,6 +195,8 @@ def test_an_evaluation_that_no_run_wrote(name: str, value: str, tiny: TinyRun, t
             line[name] = json.loads(value)
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert resumed(search) == 4
+    shutil.rmtree(metrics.parent)
+    assert resumed(search) == 0
 
 
 def test_a_journal_that_lost_trials_does_not_take_over_their_runs(search: Path) -> None:

@@ -270,9 +270,16 @@ class Search:
                 raise
             failed = error.one_line
         losses = self._losses(config, stage)
+        if failed is None and not losses:
+            path = config.run.output / METRICS
+            raise ArtifactError(
+                "the evaluations of the trial are missing",
+                where=str(path),
+                next_step="restore the file from a copy, or remove the directory of the trial, which is then repeated",
+            )
         spent = {"spent_s": round(trial.spent_s + time.monotonic() - began, 3)}
         found: dict[str, Any] = {"losses": losses, "done": stage, **spent, "steps": self.step_of(config, stage)}
-        if failed is not None or not losses or not all(map(math.isfinite, losses)):
+        if failed is not None or not all(map(math.isfinite, losses)):
             found = {"failed": failed or "its held-out loss is not finite", **spent}
         elif stage == self.schedule.last:
             found = {"adapter": file_digests(config.run.output / ADAPTER), **found}
@@ -313,22 +320,13 @@ class Search:
         return min(total, every * max(1, round(self.schedule.stages[stage - 1].share * total / every)))
 
     def _losses(self, config: TrainConfig, stage: int) -> list[float]:
-        """Return the best held-out loss until each stage up to this one; fewer if some have no evaluation.
-
-        Raises:
-            ArtifactError: metrics.jsonl contains an evaluation that no run wrote.
-        """
-        measured = []
-        for record in RunDirectory(config.run.output, FileLayer()).lines(METRICS):
-            step, loss = record.get("step"), record.get("eval_loss")
-            if loss is None:
-                continue
-            if type(step) is not int or type(loss) not in (int, float):
-                path = config.run.output / METRICS
-                raise ArtifactError("an evaluation is damaged", where=str(path), why=f"step {step!r}, loss {loss!r}")
-            measured.append((step, float(loss)))
+        """Return the best held-out loss until each stage up to this one; fewer if a stage has no evaluation."""
+        records = RunDirectory(config.run.output, FileLayer()).lines(METRICS)
+        # A loss that is not finite is stored as null.
+        evaluations = [(one["step"], one["eval_loss"]) for one in records if "eval_loss" in one and one["step"] > 0]
+        measured = [(step, math.inf if loss is None else float(loss)) for step, loss in evaluations]
         ends = (self.step_of(config, number) for number in range(1, stage + 1))
-        until = ([loss for step, loss in measured if 0 < step <= end] for end in ends)
+        until = ([loss for step, loss in measured if step <= end] for end in ends)
         return [min(losses) for losses in takewhile(bool, until)]
 
     def _may_begin(self) -> bool:
