@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.kernels.builds import load, using
-from backhand.kernels.library import proving_loops
+from backhand.kernels.library import proving_kernels
 from support.product_builds import ALIKE, PRODUCT_BUILDS, build_id
 
 
@@ -28,7 +28,7 @@ def _repeats(item: pytest.Item) -> bool:
 def dtype(request):
     """Each build and dtype in which the product is ours, in force."""
     build, found = request.param
-    with using(load(build)), proving_loops(), torch.no_grad():
+    with using(load(build)), proving_kernels(), torch.no_grad():
         yield found
 
 

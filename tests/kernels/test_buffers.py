@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.kernels.builds import load, usable, using
-from backhand.kernels.library import proving_loops
+from backhand.kernels.library import proving_kernels
 from backhand.nn.batch import document_runs
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.verify.runner import cast, load_proofs
@@ -23,7 +23,7 @@ def test_every_case_stays_within_its_buffers(op, dtype):
     for proof in load_proofs(op):
         for case in proof.cases:
             tensors = cast(case.tensors, dtype)
-            with using(load(usable()[-1])), proving_loops(), torch.no_grad(), guarded_allocations() as overrun:
+            with using(load(usable()[-1])), proving_kernels(), torch.no_grad(), guarded_allocations() as overrun:
                 case.run_manual(tensors, proof.backward)
                 assert not overrun(), case.name
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from backhand.kernels import dense_product as module
 from backhand.kernels.builds import load, torch_form, usable, using
-from backhand.kernels.dense_product import MOST_TERMS, Term, dense_product, drop_workspace, is_taken
-from backhand.kernels.library import proving_loops
-from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, takes_tiles
+from backhand.kernels.dense_product import MOST_UPDATES, LowRankUpdate, amx_available, dense_product, drop_workspace
+from backhand.kernels.library import proving_kernels
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, uses_amx
 from backhand.ops.weight_tiles import drop_scratch
 from support.for_each import for_each
 from support.gapped import MARK, gapped, marks_intact
@@ -29,33 +29,35 @@ pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is no
 
 
 class Problem(NamedTuple):
-    """What is multiplied and added; `terms` stand beside the product's own factors, as do bias and residual."""
+    """What is multiplied and added; `updates` stand beside the product's own factors, as do bias and residual."""
 
     x: Tensor
     weight: Tensor
     bias: Tensor | None
     residual: Tensor | None
-    terms: tuple[Term, ...]
+    updates: tuple[LowRankUpdate, ...]
 
     def __call__(self, out: Tensor | None = None) -> Tensor:
         """By the loop, but where there is nothing to multiply or nowhere to write: then as ops ask for it."""
-        y = dense_product(*self[:4], out, self.terms)
+        y = dense_product(*self[:4], out, self.updates)
         if y is None and 0 in self.weight.shape:
-            y = frozen_linear(self.x, self.weight.T, *self[2:4], out, self.terms)
+            y = frozen_linear(self.x, self.weight.T, *self[2:4], out, self.updates)
         assert y is not None
         return y
 
     def part(self, rows: slice, columns: slice = slice(None)) -> Problem:
         """The same for some of the rows and columns."""
         start, stop, _ = columns.indices(self.weight.shape[1])
-        terms = []
-        for column, h, factor, scaling, lora_A, _ in self.terms:
+        updates = []
+        for column, h, factor, scaling, lora_A, _ in self.updates:
             begin, end = max(column, start), min(column + len(factor), stop)
             if begin < end:
-                terms.append(Term(begin - start, h[rows], factor[begin - column : end - column], scaling, lora_A))
+                updates.append(
+                    LowRankUpdate(begin - start, h[rows], factor[begin - column : end - column], scaling, lora_A)
+                )
         residual = None if self.residual is None else self.residual[rows, columns]
         bias = None if self.bias is None else self.bias[columns]
-        return Problem(self.x[rows], self.weight[:, columns], bias, residual, tuple(terms))
+        return Problem(self.x[rows], self.weight[:, columns], bias, residual, tuple(updates))
 
     def in_float64(self) -> tuple[Tensor, Tensor]:
         """What is right, and the sum of the summands' sizes, element by element."""
@@ -63,7 +65,7 @@ class Problem(NamedTuple):
         for more in (self.bias, self.residual):
             if more is not None:
                 y, sizes = y + more.double(), sizes + more.double().abs()
-        for column, h, factor, scaling, *_ in self.terms:
+        for column, h, factor, scaling, *_ in self.updates:
             place = slice(column, column + len(factor))
             y[:, place] += scaling * (h.double() @ factor.double().T)
             sizes[:, place] += abs(scaling) * (h.double().abs() @ factor.double().abs().T)
@@ -73,7 +75,7 @@ class Problem(NamedTuple):
         """The product, and each summand added to what was rounded before."""
         y = self.x @ self.weight if self.residual is None else torch.addmm(self.residual, self.x, self.weight)
         y = y if self.bias is None else y + self.bias
-        for column, h, factor, scaling, *_ in self.terms:
+        for column, h, factor, scaling, *_ in self.updates:
             y[:, column : column + len(factor)].addmm_(h, factor.T, alpha=scaling)
         return y
 
@@ -85,19 +87,19 @@ def problem(
 
     Args:
         transposed: W lies as (out, in), as a weight does.
-        members: columns, rank and scaling of each term, the next behind the one before, and whether its h has yet to be
-            made; no rank for none.
-        size: of the terms.
+        members: columns, rank and scaling of each update, and whether its h is still to be computed. Their columns
+            follow one another; without a rank there is no update.
+        size: of the updates.
     """
     width = max(inputs, 1) ** -0.5
     weight = gapped((outputs, inputs), dtype, 1, width).T if transposed else gapped((inputs, outputs), dtype, 1, width)
-    terms, column = [], 0
+    updates, column = [], 0
     for place, (columns, rank, scaling, *made) in enumerate(members):
         if rank is not None:
             h, shape = gapped((rows, rank), dtype, 10 + place, size), (columns, rank)
             factor = gapped(shape[::-1], dtype, 20 + place).T if place % 2 else gapped(shape, dtype, 20 + place)
             lora_A = gapped((rank, inputs), dtype, 30 + place, size * width) if any(made) else None
-            terms.append(Term(column, h, factor, scaling, lora_A))
+            updates.append(LowRankUpdate(column, h, factor, scaling, lora_A))
         column += columns
     assert column <= outputs
     return Problem(
@@ -105,7 +107,7 @@ def problem(
         weight,
         gapped((outputs,), dtype, 2) if bias else None,
         gapped((rows, outputs), dtype, 3) if residual else None,
-        tuple(terms),
+        tuple(updates),
     )
 
 
@@ -116,10 +118,10 @@ def assert_right(y: Tensor, wanted: Problem) -> None:
     """
     right, sizes = wanted.in_float64()
     if 0 in wanted.weight.shape and y.dtype == torch.bfloat16:
-        assert ((y.double() - right).abs() <= (2 + len(wanted.terms)) * UNIT * sizes).all()
+        assert ((y.double() - right).abs() <= (2 + len(wanted.updates)) * UNIT * sizes).all()
     else:
         assert_rounded_once(y, right, sizes)
-    for _, h, _, _, lora_A, _ in wanted.terms:
+    for _, h, _, _, lora_A, _ in wanted.updates:
         if lora_A is not None:
             x, transposed = wanted.x.double(), lora_A.double().T
             assert_rounded_once(h, x @ transposed, x.abs() @ transposed.abs())
@@ -179,8 +181,8 @@ def test_terms_of_any_rank_and_scaling(dtype, rank, scaling, made):
 
 def test_a_scaled_h_that_is_rounded_would_be_seen():
     one = problem(43, 77, 19, torch.bfloat16, members=((77, 16, 1.7),), size=30.0, bias=False, residual=False)
-    (column, h, factor, scaling, *_), *_ = one.terms
-    rounded = one._replace(terms=(Term(column, (scaling * h.float()).bfloat16(), factor, 1.0),))
+    (column, h, factor, scaling, *_), *_ = one.updates
+    rounded = one._replace(updates=(LowRankUpdate(column, (scaling * h.float()).bfloat16(), factor, 1.0),))
     y = rounded.in_float64()[0].bfloat16()
     with pytest.raises(AssertionError):
         assert_right(y, one)
@@ -195,15 +197,15 @@ def test_where_nothing_is_written_an_h_is_made(dtype):
 def test_an_h_is_made_of_a_term_behind_the_last_column(dtype):
     """As of a matrix in tiles, where the first one makes each h."""
     whole = problem(35, 83, 40, dtype, members=((64, 5, 1.7, True), (19, 20, 0.6, True)))
-    y, made = whole(), [term.h.clone() for term in whole.terms]
-    first, second = whole.terms
-    for term in whole.terms:
-        term.h.fill_(torch.nan)
+    y, made = whole(), [update.h.clone() for update in whole.updates]
+    first, second = whole.updates
+    for update in whole.updates:
+        update.h.fill_(torch.nan)
     beyond = second._replace(column=64, factor=second.factor[:0])
-    left = whole.part(slice(None), slice(0, 64))._replace(terms=(first, beyond))
-    right = whole.part(slice(None), slice(64, 83))._replace(terms=(second._replace(column=0, lora_A=None),))
+    left = whole.part(slice(None), slice(0, 64))._replace(updates=(first, beyond))
+    right = whole.part(slice(None), slice(64, 83))._replace(updates=(second._replace(column=0, lora_A=None),))
     assert torch.equal(torch.cat([left(), right()], 1), y)
-    assert all(torch.equal(term.h, h) for term, h in zip(whole.terms, made, strict=True))
+    assert all(torch.equal(update.h, h) for update, h in zip(whole.updates, made, strict=True))
 
 
 def test_a_term_of_no_columns_changes_nothing(dtype):
@@ -213,12 +215,12 @@ def test_a_term_of_no_columns_changes_nothing(dtype):
         problem(70, 300, 90, dtype, size=1e30)()  # other numbers where the factors stood
 
 
-@pytest.mark.parametrize("count", [1, MOST_TERMS])
+@pytest.mark.parametrize("count", [1, MOST_UPDATES])
 def test_as_many_terms_as_there_may_be(dtype, count):
     one = problem(35, 83, 40, dtype, members=tuple((10, 1 + place, 0.3 + place) for place in range(count)))
     assert_right(one(), one)
-    more = one._replace(terms=(*one.terms, *[one.terms[-1]] * MOST_TERMS))
-    assert dense_product(*more[:4], None, more.terms) is None
+    more = one._replace(updates=(*one.updates, *[one.updates[-1]] * MOST_UPDATES))
+    assert dense_product(*more[:4], None, more.updates) is None
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, size, transposed, memb
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append((one(), *(term.h.clone() for term in one.terms)))
+        found.append((one(), *(update.h.clone() for update in one.updates)))
         assert_right(found[0][0], one)
     for other in found[1:]:
         assert all(torch.equal(part, first) for part, first in zip(other, found[0], strict=True))
@@ -266,11 +268,13 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, size, transposed, memb
 def test_a_row_has_the_same_bits_among_any_rows(dtype, inputs, transposed, members):
     rows, outputs = WAITING_ROWS + 10, 45
     one = problem(rows, outputs, inputs, dtype, transposed=transposed, members=MEMBERS[members](outputs))
-    whole, made = one(), [term.h.clone() for term in one.terms]
+    whole, made = one(), [update.h.clone() for update in one.updates]
     for count in (1, 5, 9, 31, 32, 33, 70, 300):
         assert torch.equal(one.part(slice(0, count))(), whole[:count])
         assert torch.equal(one.part(slice(rows - count, rows))(), whole[-count:])
-        assert all(torch.equal(term.h, h) for term, h in zip(one.terms, made, strict=True)), "made again, or as it was"
+        assert all(torch.equal(update.h, h) for update, h in zip(one.updates, made, strict=True)), (
+            "made again, or as it was"
+        )
 
 
 @pytest.mark.parametrize("inputs", [77, 1300, LONGEST_PART + 5])
@@ -312,7 +316,7 @@ def test_threads_of_the_program_have_rooms_of_their_own(dtype):
     build, wanted, found = module.library(), [one() for one in problems], {}
 
     def again(place: int) -> None:
-        with using(build), proving_loops(), torch.no_grad():
+        with using(build), proving_kernels(), torch.no_grad():
             found[place] = [problems[place]() for _ in range(20)]
 
     threads = [threading.Thread(target=again, args=(place,)) for place in range(3)]
@@ -348,8 +352,8 @@ def test_the_room_grows_as_it_must_and_is_given_back(dtype, monkeypatch):
 def both_ways(one: Problem) -> tuple[Tensor, Tensor]:
     """As ops ask for it, forward and as a gradient: the same numbers, where W is one that can be read both ways."""
     return (
-        frozen_linear(one.x, one.weight.T, one.bias, one.residual, terms=one.terms),
-        frozen_input_gradient(one.x, one.weight, terms=one.terms),
+        frozen_linear(one.x, one.weight.T, one.bias, one.residual, updates=one.updates),
+        frozen_input_gradient(one.x, one.weight, updates=one.updates),
     )
 
 
@@ -367,9 +371,9 @@ def test_other_builds_and_dtypes_take_the_library(build, narrow):
     one = problem(35, 83, 40, narrow, members=MEMBERS["two"](83))
     with using(None if build is None else load(build)), torch.no_grad():
         ours = build == "amx" and narrow == torch.bfloat16
-        assert is_taken(narrow) is ours
-        assert takes_tiles(one.x) is ours
-        assert (dense_product(*one[:4], None, one.terms) is None) is not ours
+        assert amx_available(narrow) is ours
+        assert uses_amx(one.x) is ours
+        assert (dense_product(*one[:4], None, one.updates) is None) is not ours
         assert_near(one)
 
 
@@ -385,7 +389,7 @@ def test_what_autograd_records_takes_the_library(dtype):
 def test_what_has_gaps_within_rows_takes_the_library(dtype):
     one = problem(35, 83, 40, dtype, members=MEMBERS["two"](83))
     gaps = one._replace(x=torch.stack([one.x, one.x], dim=-1)[..., 0])
-    assert dense_product(*gaps[:4], None, gaps.terms) is None
+    assert dense_product(*gaps[:4], None, gaps.updates) is None
     assert_near(gaps)
     assert dense_product(one.x.cfloat().real, one.weight) is None
 

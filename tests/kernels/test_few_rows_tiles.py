@@ -8,7 +8,7 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels.builds import load, usable, using
-from backhand.kernels.dense_product import Term, dense_product
+from backhand.kernels.dense_product import LowRankUpdate, dense_product
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.few_rows import QUICK_ROW, few_rows_product
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
@@ -57,8 +57,8 @@ def test_few_rows_with_an_adapter_have_the_bits_that_they_have_among_many(inputs
     h = (x @ lora_A.T).contiguous()
 
     def product(rows):
-        term = Term(1, torch.zeros_like(h[rows]) if made else h[rows], factor, 1.7, lora_A if made else None)
-        return frozen_linear(x[rows], weight, terms=[term]), term.h
+        update = LowRankUpdate(1, torch.zeros_like(h[rows]) if made else h[rows], factor, 1.7, lora_A if made else None)
+        return frozen_linear(x[rows], weight, updates=[update]), update.h
 
     every, every_h = product(slice(None))
     right = x.double() @ weight.double().T

@@ -10,9 +10,9 @@ import torch
 from backhand.errors import ArtifactError, UsageError
 from backhand.kernels import build, builds
 from backhand.kernels.builds import BUILDS, VARIABLE, describe, load, usable, using
-from backhand.kernels.library import INT64, POINTER, Declared
+from backhand.kernels.library import INT64, POINTER, KernelSignature
 
-COUNT = Declared("backhand_count", POINTER, INT64, INT64, INT64)
+COUNT = KernelSignature("backhand_count", POINTER, INT64, INT64, INT64)
 
 
 @pytest.fixture

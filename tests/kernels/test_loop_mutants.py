@@ -12,7 +12,7 @@ import torch
 
 from backhand.kernels import build
 from backhand.kernels.builds import Library, torch_form, usable, using
-from backhand.kernels.library import POINTER, proving_loops
+from backhand.kernels.library import POINTER, proving_kernels
 from backhand.verify.measure import autograd_gradients, relative_error
 from backhand.verify.runner import FLOAT64_BOUND, load_proofs
 from support.decode_steps import adapted, stepped
@@ -121,7 +121,7 @@ def test_without_one_the_same_build_is_right(spoilable, by_parts, monkeypatch):
     monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     library, choose = spoilable
     choose("")
-    with using(library), proving_loops():
+    with using(library), proving_kernels():
         for op in sorted({op for ops in OPS_OF.values() for op in ops}):
             assert largest_error(*truths_of(op)) < FLOAT64_BOUND
 
@@ -133,7 +133,7 @@ def test_a_wrong_loop_is_noticed(spoilable, mutant, monkeypatch):
     library, choose = spoilable
     choose(mutant)
     try:
-        with using(library), proving_loops():
+        with using(library), proving_kernels():
             error = max(largest_error(*truths_of(op), enough=1e-7) for op in OPS_OF[mutant.partition(":")[0]])
     finally:
         choose("")
@@ -144,7 +144,7 @@ def test_attention_with_corners_is_right(spoilable_corners):
     library, choose = spoilable_corners
     choose("")
     assert len(OF_CORNERS) > 2
-    with using(library), proving_loops():
+    with using(library), proving_kernels():
         assert largest_error(*truths_of("attention")) < FLOAT64_BOUND
 
 
@@ -153,7 +153,7 @@ def test_a_wrong_corner_is_noticed(spoilable_corners, mutant):
     library, choose = spoilable_corners
     choose(mutant)
     try:
-        with using(library), proving_loops():
+        with using(library), proving_kernels():
             error = largest_error(*truths_of("attention"), enough=1e-7)
     finally:
         choose("")
@@ -174,7 +174,7 @@ def test_there_are_mutants_of_a_step(spoilable, steps):
     library, choose = spoilable
     choose("")
     assert len(OF_A_STEP) > 5
-    with using(library), proving_loops():
+    with using(library), proving_kernels():
         assert largest_step_error(steps) < FLOAT64_BOUND
 
 
@@ -183,7 +183,7 @@ def test_a_wrong_step_is_noticed(spoilable, steps, mutant):
     library, choose = spoilable
     choose(mutant)
     try:
-        with using(library), proving_loops():
+        with using(library), proving_kernels():
             error = largest_step_error(steps)
     finally:
         choose("")

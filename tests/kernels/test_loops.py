@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backhand.kernels.builds import load, torch_form, usable, using
-from backhand.kernels.library import loop, proving_loops
+from backhand.kernels.library import find_kernel, proving_kernels
 from backhand.nn.batch import document_runs
 from backhand.ops import rms_norm
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
@@ -22,7 +22,7 @@ from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
 from backhand.ops.lora_group import LoRAGroup
-from backhand.ops.low_rank import Member, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.measure import autograd_gradients, relative_error
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is no
 @pytest.fixture(params=usable())
 def build(request):
     """Each build of the library in turn, and float64 too."""
-    with using(load(request.param)), proving_loops(), torch.no_grad():
+    with using(load(request.param)), proving_kernels(), torch.no_grad():
         yield request.param
 
 
@@ -147,13 +147,13 @@ def test_glu_of_any_size(build, both_forms, dtype, rows, n, activation):
         y, _ = glu_forward(cast(gate), cast(up), activation, out=cast(out))
         saved, once_more = GLUSaved(cast(gate), cast(up), activation), cast(again)
         alone = glu_backward(cast(d_y), saved)
-        return y, *alone, *glu_backward(cast(d_y), saved, out=cast(grads), again=once_more), once_more
+        return y, *alone, *glu_backward(cast(d_y), saved, out=cast(grads), output_buffer=once_more), once_more
 
     assert_close(*both_forms(compute), dtype)
     compute(lambda x: x)
     assert torch.equal(again, out), "the forward's bits"
     place, g = torch.cat([gate, up], dim=-1), d_y.clone()
-    glu_backward(g, GLUSaved(place[:, :n], place[:, n:], activation), out=place, again=g)
+    glu_backward(g, GLUSaved(place[:, :n], place[:, n:], activation), out=place, output_buffer=g)
     assert torch.equal(place, grads), "in place too"
     assert torch.equal(g, again)
     assert marks_intact(out)
@@ -181,11 +181,11 @@ def test_adapted_glu_of_any_size(build, both_forms, dtype, rows, n, ranks, activ
 
     def unit(place, cast, of_gate, of_up, of_behind):
         front = [
-            Member(column, UNREAD, cast(factor), scaling, UNREAD, into)
+            LoRAFactors(column, UNREAD, cast(factor), scaling, UNREAD, into)
             for column, factor, scaling, into in zip((0, n), factors, (1.7, -0.6), (of_gate, of_up), strict=True)
             if factor is not None
         ]
-        after = [] if of_behind is None else [Member(0, UNREAD, UNREAD, 1.0, of_behind, UNREAD)]
+        after = [] if of_behind is None else [LoRAFactors(0, UNREAD, UNREAD, 1.0, of_behind, UNREAD)]
         groups = LoRAGroup(tuple(front)), LoRAGroup(tuple(after))
         return AdaptedGLUSaved(place, activation, groups[0], cast(h), groups[1], None if d_t is None else cast(d_t))
 
@@ -284,13 +284,13 @@ def test_both_products_with_a_gradient_of_any_size(
         copies = [cast(part) if cast(part) is not part else part.clone() for part in receivers]
         members, column = [], 2
         for factor, into in zip(factors, copies, strict=True):
-            members.append(Member(column, UNREAD, cast(factor), 0.7 + column, UNREAD, into))
+            members.append(LoRAFactors(column, UNREAD, cast(factor), 0.7 + column, UNREAD, into))
             column += len(factor)
         return hidden_gradient(cast(g), cast(h), members), *copies
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
-    hidden_gradient(g, h, [Member(2, UNREAD, factors[0], 2.7, UNREAD, receivers[0])])
+    hidden_gradient(g, h, [LoRAFactors(2, UNREAD, factors[0], 2.7, UNREAD, receivers[0])])
     assert torch.equal(receivers[0], found[1])
     assert marks_intact(receivers[0])
 
@@ -516,12 +516,13 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         d_A, d_B, own, behind = torch.zeros(24, 96), torch.zeros(96, 24), torch.zeros(2, 96, 8), torch.zeros(24, 96)
         add_lora_A_gradients(x, h, [d_A])
         add_lora_A_gradients(saved, h, [d_A])
-        d_h = hidden_gradient(x, h, [Member(0, UNREAD, lora_B, 0.5, UNREAD, d_B)])
+        d_h = hidden_gradient(x, h, [LoRAFactors(0, UNREAD, lora_B, 0.5, UNREAD, d_B)])
         results += [h, add_up_projection(x.clone(), h, lora_A, transposed=True), d_h, d_A, d_B]
         front = [
-            Member(96 * i, UNREAD, lora_B[:, 8 * i : 8 * i + 8].contiguous(), 0.5 + i, UNREAD, own[i]) for i in range(2)
+            LoRAFactors(96 * i, UNREAD, lora_B[:, 8 * i : 8 * i + 8].contiguous(), 0.5 + i, UNREAD, own[i])
+            for i in range(2)
         ]
-        after = Member(0, UNREAD, UNREAD, 1.0, behind, UNREAD)
+        after = LoRAFactors(0, UNREAD, UNREAD, 1.0, behind, UNREAD)
         groups = LoRAGroup(tuple(front)), LoRAGroup((after,))
         saved_unit = AdaptedGLUSaved(gate_up.clone(), "silu", groups[0], h[:, :16], groups[1], h)
         of_unit = adapted_glu_backward(x.clone(), saved_unit)
@@ -553,21 +554,21 @@ def test_what_a_loop_takes(name):
     x = torch.randn(3, 5, dtype=torch.float64)
     with using(load(name)):
         assert_taken(x)
-        with proving_loops():
-            assert loop(rms_norm._FORWARD, x) is not None
+        with proving_kernels():
+            assert find_kernel(rms_norm._FORWARD, x) is not None
     with torch_form():
-        assert loop(rms_norm._FORWARD, x.float()) is None
+        assert find_kernel(rms_norm._FORWARD, x.float()) is None
 
 
 def assert_taken(x):
-    assert loop(rms_norm._FORWARD, x) is None
-    assert loop(rms_norm._FORWARD, x.float()) is not None
-    assert loop(rms_norm._FORWARD, x.float(), x) is None, "one dtype for all"
-    assert loop(rms_norm._FORWARD, x.float().T) is None, "the last axis without gaps"
+    assert find_kernel(rms_norm._FORWARD, x) is None
+    assert find_kernel(rms_norm._FORWARD, x.float()) is not None
+    assert find_kernel(rms_norm._FORWARD, x.float(), x) is None, "one dtype for all"
+    assert find_kernel(rms_norm._FORWARD, x.float().T) is None, "the last axis without gaps"
 
 
 def test_what_autograd_follows_goes_to_torch(build):
     x = torch.randn(3, 5, requires_grad=True)
-    assert loop(rms_norm._FORWARD, x) is not None
+    assert find_kernel(rms_norm._FORWARD, x) is not None
     with torch.enable_grad():
-        assert loop(rms_norm._FORWARD, x) is None
+        assert find_kernel(rms_norm._FORWARD, x) is None

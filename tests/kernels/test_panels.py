@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels.builds import usable
-from backhand.kernels.dense_product import MOST_PARTS, Term, dense_product
+from backhand.kernels.dense_product import MOST_PARTS, LowRankUpdate, dense_product
 from backhand.kernels.dequantize import block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import weight_tiles
@@ -51,12 +51,12 @@ def matrix_of(parts, columns, dtype, *, ordered=False):
     return QuantizedMatrix(made, dtype)
 
 
-def terms_of(rows, inputs, outputs, dtype):
+def updates_of(rows, inputs, outputs, dtype):
     """One whose h is there, and one whose h is made."""
     half = outputs // 2
     return (
-        Term(0, torch.randn(rows, 3).to(dtype), torch.randn(half, 3).to(dtype), 0.6),
-        Term(half, torch.zeros(rows, 5, dtype=dtype), torch.randn(outputs - half, 5).to(dtype), 1.7,
+        LowRankUpdate(0, torch.randn(rows, 3).to(dtype), torch.randn(half, 3).to(dtype), 0.6),
+        LowRankUpdate(half, torch.zeros(rows, 5, dtype=dtype), torch.randn(outputs - half, 5).to(dtype), 1.7,
              torch.randn(5, inputs).to(dtype)),
     )  # fmt: skip
 
@@ -69,13 +69,13 @@ def assert_same_bits(matrix, rows, *, transposed):
     assert size > 0
     x = gapped((rows, inputs), dtype, 1)
     bias, residual = gapped((outputs,), dtype, 2), gapped((rows, outputs), dtype, 3)
-    terms = terms_of(rows, inputs, outputs, dtype)
-    wanted = dense_product(x, weight, bias, residual, None, terms)
-    made = terms[1].h.clone()
-    terms[1].h.fill_(torch.nan)
+    updates = updates_of(rows, inputs, outputs, dtype)
+    wanted = dense_product(x, weight, bias, residual, None, updates)
+    made = updates[1].h.clone()
+    updates[1].h.fill_(torch.nan)
     out = gapped((rows, outputs), dtype, 4)
-    assert dense_product(x, matrix, bias, residual, out, terms, transposed=transposed) is out
-    assert torch.equal(out, wanted) and torch.equal(terms[1].h, made) and marks_intact(out)
+    assert dense_product(x, matrix, bias, residual, out, updates, transposed=transposed) is out
+    assert torch.equal(out, wanted) and torch.equal(updates[1].h, made) and marks_intact(out)
     alone = dense_product(x, matrix, transposed=transposed)
     assert torch.equal(alone, dense_product(x, weight))
     return x, alone

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as StorageType
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.kernels.builds import load, usable, using
-from backhand.kernels.library import proving_loops
+from backhand.kernels.library import proving_kernels
 from backhand.nn.decoder.decode_step import decode_step
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.decoding import IncrementalDecoder
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is no
 
 @pytest.fixture(params=usable())
 def build(request):
-    with using(load(request.param)), proving_loops():
+    with using(load(request.param)), proving_kernels():
         yield request.param
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from backhand.kernels.builds import loops_are_there
+from backhand.kernels.builds import kernels_available
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_forward
 from support.parity import decoder_like, supervise
@@ -15,12 +15,12 @@ from support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 RANK = 5
 # Torch's attention keeps a log-sum-exp a head of short documents; the compiled loop keeps none.
-HEADS_KEPT = 0 if loops_are_there() else 6
+HEADS_KEPT = 0 if kernels_available() else 6
 
 
 def kept_outputs(dtype: torch.dtype) -> int:
     """How often attention's output is kept: its loop gives it again in the backward, in float32."""
-    return 0 if loops_are_there() and dtype == torch.float32 else 1
+    return 0 if kernels_available() and dtype == torch.float32 else 1
 
 
 def tensors_in(kept: object) -> Iterator[torch.Tensor]:

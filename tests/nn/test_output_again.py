@@ -10,24 +10,24 @@ import torch
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
-from backhand.kernels.builds import loops_are_there, torch_form
-from backhand.kernels.library import proving_loops
+from backhand.kernels.builds import kernels_available, torch_form
+from backhand.kernels.library import proving_kernels
 from backhand.nn.decoder import attention_mixer
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops import lora_group
-from backhand.ops.attention import attention_backward, attention_forward, gives_output_again
+from backhand.ops.attention import attention_backward, attention_forward, can_recompute_output
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import Run
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_gradients, group_input_gradient
 from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, multiplier
-from backhand.ops.low_rank import Member, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, hidden_gradient
 from support.parity import relative_error, supervise
 from support.tiny_models import tiny_config, tiny_documents
 
-needs_loops = pytest.mark.skipif(not loops_are_there(), reason="no compiled kernels here")
+needs_loops = pytest.mark.skipif(not kernels_available(), reason="no compiled kernels here")
 RUNS = (Run(0, 2, 9), Run(18, 1, 5))
 
 
@@ -56,9 +56,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     right: Callable[..., Any] = attention_mixer.attention_backward
 
-    def counting(*arguments: Any, again: torch.Tensor | None = None, **options: Any) -> Any:
-        seen.append(again is not None)
-        return right(*arguments, again=again, **options)
+    def counting(*arguments: Any, output_buffer: torch.Tensor | None = None, **options: Any) -> Any:
+        seen.append(output_buffer is not None)
+        return right(*arguments, output_buffer=output_buffer, **options)
 
     monkeypatch.setattr(attention_mixer, "attention_backward", counting)
     return seen
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_a_kept_output(variant, recompute, monkeypatch):
     with torch_form():
         kept = gradients(variant, LoRAConfig(rank=3), recompute, 5)
     seen = counted(monkeypatch)
-    with proving_loops():
+    with proving_kernels():
         again = gradients(variant, LoRAConfig(rank=3), recompute, 5)
     assert seen
     assert all(seen)
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_a_kept_output(variant, recompute, monkeypatch):
 def test_every_adapter_of_the_output_projection_gets_its_gradient(adapter):
     with torch_form():
         kept = gradients("llama", adapter, dropout_seed=7)
-    with proving_loops():
+    with proving_kernels():
         again = gradients("llama", adapter, dropout_seed=7)
     assert kept.count_nonzero() > 0.9 * kept.numel()
     assert relative_error(again, kept) < 1e-12
@@ -102,7 +102,7 @@ def test_every_adapter_of_the_output_projection_gets_its_gradient(adapter):
 @needs_loops
 def test_the_output_is_not_asked_for_where_nothing_needs_it(monkeypatch):
     seen = counted(monkeypatch)
-    with proving_loops():
+    with proving_kernels():
         gradients("llama", LoRAConfig(rank=3, target_modules=("q_proj", "v_proj")))
     assert seen
     assert not any(seen)
@@ -112,7 +112,7 @@ def test_the_output_is_not_asked_for_where_nothing_needs_it(monkeypatch):
 @pytest.mark.parametrize("variant", ["gemma2", "qwen3_5_text"])
 def test_capped_and_gated_attention_keeps_its_output(variant, monkeypatch):
     seen = counted(monkeypatch)
-    with proving_loops():
+    with proving_kernels():
         gradients(variant, LoRAConfig(rank=3))
     assert not any(seen)
 
@@ -129,11 +129,11 @@ def attended(dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_output_given_again_is_the_forward_s(dtype):
     saved, y, d_y = attended(dtype)
-    assert gives_output_again(saved.q) == (dtype == torch.float32)
+    assert can_recompute_output(saved.q) == (dtype == torch.float32)
     again, other = torch.full_like(y, float("nan")), torch.full_like(y, float("nan"))
     plain = attention_backward(d_y, saved)
-    both = attention_backward(d_y, saved._replace(output=None), again=again)
-    attention_backward(d_y, saved, again=other)
+    both = attention_backward(d_y, saved._replace(output=None), output_buffer=again)
+    attention_backward(d_y, saved, output_buffer=other)
     assert all(torch.equal(one, two) for one, two in zip(plain, both, strict=True))
     assert torch.equal(again, other)
     assert relative_error(again, y) < (1e-6 if dtype == torch.float32 else 1e-2)
@@ -142,14 +142,14 @@ def test_the_output_given_again_is_the_forward_s(dtype):
 def test_torch_s_form_gives_the_output_that_it_is_given_or_attends_once_more():
     with torch_form():
         saved, y, d_y = attended(torch.float64)
-        assert not gives_output_again(saved.q)
+        assert not can_recompute_output(saved.q)
         again = torch.empty_like(y)
-        attention_backward(d_y, saved, again=again)
+        attention_backward(d_y, saved, output_buffer=again)
         assert torch.equal(again, y)
-    with proving_loops():  # keeps nothing that torch's form needs
+    with proving_kernels():  # keeps nothing that torch's form needs
         saved, y, d_y = attended(torch.float64)
     with torch_form():
-        attention_backward(d_y, saved._replace(output=None), again=again.zero_())
+        attention_backward(d_y, saved._replace(output=None), output_buffer=again.zero_())
     assert relative_error(again, y) < 1e-12
 
 
@@ -161,8 +161,8 @@ def test_only_lora_A_s_gradient_needs_the_input(dropout):
     _, saved = lora_linear_forward(x, weight, None, lora_A, lora_B, 1.7, dropout)
     expected = lora_linear_backward(d_y, saved)
     d_lora_A, d_lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
-    group = LoRAGroup((Member(0, lora_A, lora_B, 1.7, d_lora_A, d_lora_B),), dropout)
-    d_h = hidden_gradient(d_y, saved.h, group.members)
+    group = LoRAGroup((LoRAFactors(0, lora_A, lora_B, 1.7, d_lora_A, d_lora_B),), dropout)
+    d_h = hidden_gradient(d_y, saved.h, group.adapters)
     d_x = group_input_gradient(d_y, d_h, weight, group)
     assert not d_lora_A.any()
     group_A_gradients(x, d_h, group)
@@ -176,7 +176,7 @@ def test_both_gradients_of_an_input_take_one_draw_of_its_mask(monkeypatch):
         torch.randn(*size, generator=generator) for size in ((7, 5), (6, 5), (3, 5), (6, 3), (7, 6), (7, 3))
     )
     apart, together = torch.zeros_like(lora_A), torch.zeros_like(lora_A)
-    group = LoRAGroup((Member(0, lora_A, lora_B, 1.7, apart, torch.zeros_like(lora_B)),), Dropout(0.4, 9))
+    group = LoRAGroup((LoRAFactors(0, lora_A, lora_B, 1.7, apart, torch.zeros_like(lora_B)),), Dropout(0.4, 9))
     group_A_gradients(x, d_h, group)
     d_x = group_input_gradient(d_y, d_h, weight, group)
     drawn = []
@@ -186,7 +186,7 @@ def test_both_gradients_of_an_input_take_one_draw_of_its_mask(monkeypatch):
         return multiplier(like, dropout)
 
     monkeypatch.setattr(lora_group, "multiplier", counted)
-    group = group._replace(members=(group.members[0]._replace(d_lora_A=together),))
+    group = group._replace(adapters=(group.adapters[0]._replace(d_lora_A=together),))
     assert torch.equal(group_gradients(d_y, x, d_h, weight, group), d_x)
     assert torch.equal(together, apart)
     assert drawn == [Dropout(0.4, 9)]

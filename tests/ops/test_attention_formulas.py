@@ -18,7 +18,7 @@ from support.allocations import held_at_most
 @pytest.fixture
 def blockwise(monkeypatch):
     """Every run by blocks, and blocks so small that the cases' documents have several; the kernels have none."""
-    monkeypatch.setattr(runner, "loops_are_there", lambda: False)
+    monkeypatch.setattr(runner, "kernels_available", lambda: False)
     monkeypatch.setattr(document_groups, "_few_tokens", lambda _q, _cap: 0)
     monkeypatch.setattr(attention_blocks, "BLOCK_TOKENS", 5)
     monkeypatch.setattr(attention_blocks, "ALIGNMENT", 2)

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as StorageType
 
 from backhand.kernels import large_pages
 from backhand.kernels.builds import load, usable, using
-from backhand.kernels.dense_product import Term, is_taken
-from backhand.kernels.library import proving_loops
+from backhand.kernels.dense_product import LowRankUpdate, amx_available
+from backhand.kernels.library import proving_kernels
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops import weight_tiles
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, frozen_rows
@@ -80,16 +80,18 @@ def test_products_have_the_same_bits_on_every_path(dtype, path, rows):
         assert torch.equal(frozen_input_gradient(d_y, quantized), frozen_input_gradient(d_y, dense))
 
 
-def terms_of(rows, sizes, inputs, dtype, *, shrink):
+def updates_of(rows, sizes, inputs, dtype, *, shrink):
     """Of members behind one another but for each second one, their h made of x or there."""
-    terms, column = [], 0
+    updates, column = [], 0
     for place, size in enumerate(sizes):
         if place % 2 == 0:
             rank = 3 + 5 * place
             h, factor = torch.randn(rows, rank).to(dtype), torch.randn(size, rank).to(dtype)
-            terms.append(Term(column, h, factor, 0.6 + place, torch.randn(rank, inputs).to(dtype) if shrink else None))
+            updates.append(
+                LowRankUpdate(column, h, factor, 0.6 + place, torch.randn(rank, inputs).to(dtype) if shrink else None)
+            )
         column += size
-    return terms
+    return updates
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -100,24 +102,24 @@ def terms_of(rows, sizes, inputs, dtype, *, shrink):
 def test_products_with_terms_have_the_bits_of_the_dense_matrix(dtype, path, tile_bytes, shrink, rows):
     quantized, dense = pair([("Q4_K", 70), ("Q6_K", 59)], 512, dtype)
     x, d_y = torch.randn(rows, 512).to(dtype), torch.randn(rows, 129).to(dtype)
-    terms = terms_of(rows, (50, 9, 70), 512, dtype, shrink=shrink and rows > 8)
-    back = [Term(0, torch.randn(rows, 7).to(dtype), torch.randn(7, 512).to(dtype), transposed=True)]
-    with using(None if path is None else load(path)), proving_loops(), tiles_of(tile_bytes):
-        expected, made = frozen_linear(x, dense, terms=terms), [term.h.clone() for term in terms]
-        for term, h in zip(terms, made, strict=True):
-            if term.lora_A is not None:
-                assert (h.double() - x.double() @ term.lora_A.double().T).norm() < 1e-2 * h.double().norm()
-                term.h.fill_(torch.nan)
-        assert torch.equal(frozen_linear(x, quantized, terms=terms), expected)
-        assert all(torch.equal(term.h, h) for term, h in zip(terms, made, strict=True))
-        gradient = frozen_input_gradient(d_y, dense, terms=back)
-        assert torch.equal(frozen_input_gradient(d_y, quantized, terms=back), gradient)
-        if not is_taken(dtype):
+    updates = updates_of(rows, (50, 9, 70), 512, dtype, shrink=shrink and rows > 8)
+    back = [LowRankUpdate(0, torch.randn(rows, 7).to(dtype), torch.randn(7, 512).to(dtype), transposed=True)]
+    with using(None if path is None else load(path)), proving_kernels(), tiles_of(tile_bytes):
+        expected, made = frozen_linear(x, dense, updates=updates), [update.h.clone() for update in updates]
+        for update, h in zip(updates, made, strict=True):
+            if update.lora_A is not None:
+                assert (h.double() - x.double() @ update.lora_A.double().T).norm() < 1e-2 * h.double().norm()
+                update.h.fill_(torch.nan)
+        assert torch.equal(frozen_linear(x, quantized, updates=updates), expected)
+        assert all(torch.equal(update.h, h) for update, h in zip(updates, made, strict=True))
+        gradient = frozen_input_gradient(d_y, dense, updates=back)
+        assert torch.equal(frozen_input_gradient(d_y, quantized, updates=back), gradient)
+        if not amx_available(dtype):
             return
         separate = frozen_linear(x, dense)
-    for term in terms:
-        place = slice(term.column, term.column + len(term.factor))
-        separate[:, place] += term.scaling * (term.h.double() @ term.factor.double().T).to(dtype)
+    for update in updates:
+        place = slice(update.column, update.column + len(update.factor))
+        separate[:, place] += update.scaling * (update.h.double() @ update.factor.double().T).to(dtype)
     assert (expected.double() - separate.double()).norm() < 2e-2 * separate.double().norm()
 
 

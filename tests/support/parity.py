@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.kernels.builds import loops_are_there
+from backhand.kernels.builds import kernels_available
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
@@ -92,7 +92,7 @@ def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
     for ids, labels in documents:
         logits = adapted(input_ids=ids[None]).logits[0]
         wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        if wide.dtype == logits.dtype == torch.float32 and loops_are_there():
+        if wide.dtype == logits.dtype == torch.float32 and kernels_available():
             wide = logits.double()
         total = (
             total + torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum").double()

@@ -13,7 +13,7 @@ from torch import Tensor
 def by_library(patch: pytest.MonkeyPatch) -> None:
     """Until it is undone, no product of a frozen matrix goes by a loop of ours, as where there are no tiles."""
     for module in ("backhand.kernels.dense_product", "backhand.ops.frozen_matrix"):
-        patch.setattr(f"{module}.is_taken", lambda dtype: False)
+        patch.setattr(f"{module}.amx_available", lambda dtype: False)
 
 
 class ProductsByRows:

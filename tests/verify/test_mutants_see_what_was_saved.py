@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backhand.kernels.builds import torch_form
-from backhand.kernels.library import proving_loops
+from backhand.kernels.library import proving_kernels
 from backhand.verify.measure import norm, relative_error
 from backhand.verify.runner import COMPILED, FLOAT64_BOUND, PROOF_FILES, forms, load_proofs, reject_mutants
 from support.some_cases import some_cases
@@ -46,7 +46,7 @@ def test_a_mutant_without_a_mistake_is_not_rejected(op):
     for proof in load_proofs(op):
         backward = _unchanged(proof.backward, {mutant.gradient for mutant in proof.mutants})
         for form in forms(proof):
-            with proving_loops() if form == COMPILED else torch_form():
+            with proving_kernels() if form == COMPILED else torch_form():
                 for case in some_cases(op, proof):
                     right = {
                         name: _cloned(d) for name, d in case.run_manual(case.tensors, proof.backward).gradients.items()

@@ -95,9 +95,9 @@ def test_an_option_that_is_none_of_the_ops_is_refused():
 
 
 def test_what_is_added_to_a_buffer_is_told_from_what_stood_there():
-    def add(d_y: Tensor, saved: Tensor, *, into: Tensor | None = None) -> Added:
+    def add(d_y: Tensor, saved: Tensor, *, accumulate_into: Tensor | None = None) -> Added:
         found = d_y * saved
-        return Added(found if into is None else into.add_(found))
+        return Added(found if accumulate_into is None else accumulate_into.add_(found))
 
     one = op(
         inputs={"x": "n", "lora_A": "n", "d_y": "n"},
@@ -105,7 +105,7 @@ def test_what_is_added_to_a_buffer_is_told_from_what_stood_there():
         forward=lambda x, lora_A: (x * lora_A, x),
         backward=add,
         reference=lambda x, lora_A: x * lora_A,
-        derived={"into": lambda lora_A, added: grad_buffer(lora_A) if added else None},
+        derived={"accumulate_into": lambda lora_A, added: grad_buffer(lora_A) if added else None},
     )
     for case in (one.case("alone"), one.case("added", added=True)):
         assert not proved(one, case)

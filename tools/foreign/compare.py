@@ -20,7 +20,7 @@ from torch import Tensor
 
 from backhand.kernels.builds import Library, using
 from backhand.kernels.dequantize import block_shape, dequantize, is_compiled
-from backhand.kernels.library import proving_loops
+from backhand.kernels.library import proving_kernels
 from backhand.verify.runner import PROOF_FILES, load_proofs
 from foreign.kernels import IN_PLACE
 
@@ -153,7 +153,7 @@ def stored_blocks(both: Sequence[Library]) -> dict[str, Differences]:
 def _by_both(both: Sequence[Library], compute: Callable[[], list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
     results = []
     for library in both:
-        with using(library), proving_loops():
+        with using(library), proving_kernels():
             results.append(compute())
     return list(zip(*results, strict=True))
 

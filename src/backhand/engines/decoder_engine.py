@@ -19,7 +19,7 @@ from backhand.engines.memory.plan import Below, HeldBase
 from backhand.engines.short_decoder import short_decoder
 from backhand.errors import UsageError
 from backhand.generate.completer import EngineCompleter
-from backhand.kernels.builds import loops_are_there
+from backhand.kernels.builds import kernels_available
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
@@ -73,7 +73,7 @@ class DecoderEngine(Engine):
         lowest = backward_end(layout, self.layers).layer
         layer, dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
-        if not loops_are_there():
+        if not kernels_available():
             dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
         elif self.config.attention_cap is not None:
             dependent = "with capped attention scores a row's last bits depend on the rows beside it"

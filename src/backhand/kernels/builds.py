@@ -184,6 +184,6 @@ def torch_form() -> Iterator[None]:
         yield
 
 
-def loops_are_there() -> bool:
+def kernels_available() -> bool:
     """Whether ops take kernels at all."""
     return library() is not None

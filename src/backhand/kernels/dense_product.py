@@ -23,12 +23,21 @@ from torch import Tensor
 
 from backhand.kernels.builds import library
 from backhand.kernels.large_pages import in_large_pages
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, loops_take_float64, matrix
+from backhand.kernels.library import (
+    DOUBLE,
+    INT,
+    INT64,
+    POINTER,
+    KernelSignature,
+    find_kernel,
+    kernels_take_float64,
+    matrix,
+)
 from backhand.kernels.quantized_matrix import NUMBERS_OF_PART, QuantizedMatrix
 
-MOST_TERMS = MOST_PARTS = 8
+MOST_UPDATES = MOST_PARTS = 8
 _MATRIX = (POINTER, INT64)
-_PRODUCT = Declared(
+_PRODUCT = KernelSignature(
     "backhand_dense_product",
     *(INT, *_MATRIX, *_MATRIX, INT, INT64, POINTER, *_MATRIX, *_MATRIX, POINTER),
     *(INT64, POINTER, POINTER, INT64, INT64, INT64, INT64, POINTER, INT64),
@@ -36,7 +45,7 @@ _PRODUCT = Declared(
 )
 
 
-class _Term(ctypes.Structure):
+class _Update(ctypes.Structure):
     _fields_ = (
         *((name, INT64) for name in ("column", "outputs", "rank", "h", "h_row", "factor", "factor_row", "transposed")),
         *(("lora_A", INT64), ("lora_A_row", INT64)),
@@ -44,12 +53,12 @@ class _Term(ctypes.Structure):
 
 
 # Types of ctypes are made once.
-_TERMS = tuple(_Term * count for count in range(MOST_TERMS + 1))
-_SCALINGS = tuple(DOUBLE * count for count in range(MOST_TERMS + 1))
+_UPDATES = tuple(_Update * count for count in range(MOST_UPDATES + 1))
+_SCALINGS = tuple(DOUBLE * count for count in range(MOST_UPDATES + 1))
 _PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS + 1))
 
 
-class Term(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """scaling · h factorᵀ, added to the columns from `column` on."""
 
     column: int
@@ -65,14 +74,14 @@ class Term(NamedTuple):
         return self.factor.shape[1 if self.transposed else 0]
 
 
-def is_taken(dtype: torch.dtype) -> bool:
+def amx_available(dtype: torch.dtype) -> bool:
     """Whether products of this type go this way: bfloat16 by tiles, and float64 where kernels are proved."""
     if dtype == torch.float32 or torch.compiler.is_compiling():  # what is traced has no addresses
         return False
     build = library()
     if build is None:
         return False
-    return loops_take_float64() if dtype == torch.float64 else dtype == torch.bfloat16 and build.name == "amx"
+    return kernels_take_float64() if dtype == torch.float64 else dtype == torch.bfloat16 and build.name == "amx"
 
 
 def dense_product(
@@ -81,11 +90,11 @@ def dense_product(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
-    terms: Sequence[Term] = (),
+    updates: Sequence[LowRankUpdate] = (),
     *,
     transposed: bool = False,
 ) -> Tensor | None:
-    """residual + x W + bias + the terms, or None where a library has to do, or W has to be unpacked before.
+    """residual + x W + bias + the updates, or None where a library has to do, or W has to be unpacked before.
 
     Args:
         x: (rows, in).
@@ -93,13 +102,13 @@ def dense_product(
         bias: (out,) or None.
         residual: (rows, out) or None; may be `out`.
         out: (rows, out) to write into; a new one if not given.
-        terms: `MOST_TERMS` at most, in the order of their columns.
+        updates: `MOST_UPDATES` at most, in the order of their columns.
         transposed: whether `weight` is Wᵀ.
 
     Raises:
         ValueError: parts of a quantized W take rows that are not there.
     """
-    if not is_taken(x.dtype) or len(terms) > MOST_TERMS or 0 in weight.shape:
+    if not amx_available(x.dtype) or len(updates) > MOST_UPDATES or 0 in weight.shape:
         return None
     dense: Tensor | None = None
     right: tuple[Any, ...]
@@ -112,39 +121,39 @@ def dense_product(
             return None
         count = len(parts) // NUMBERS_OF_PART
         right = (None, 0, transposed, count, _PARTS[count](*parts))
-    factors = [as_stored(term.factor, term.transposed) for term in terms]
-    run = loop(
+    factors = [as_stored(update.factor, update.transposed) for update in updates]
+    kernel = find_kernel(
         *(_PRODUCT, x, dense, bias, residual, out),
-        *(tensor for term in terms for tensor in (term.h, term.lora_A)),
+        *(tensor for update in updates for tensor in (update.h, update.lora_A)),
         *(factor for factor, _ in factors),
     )
-    if run is None:
+    if kernel is None:
         return None
     (rows, inputs), outputs = x.shape, weight.shape[0 if transposed else 1]
     y = torch.empty(rows, outputs, dtype=x.dtype) if out is None else out
-    table = _TERMS[len(terms)](
+    table = _UPDATES[len(updates)](
         *(
-            _Term(
-                *(term.column, term.outputs, term.h.shape[1], *matrix(term.h), *matrix(factor), by_rank),
-                *((0, 0) if term.lora_A is None else matrix(term.lora_A)),
+            _Update(
+                *(update.column, update.outputs, update.h.shape[1], *matrix(update.h), *matrix(factor), by_rank),
+                *((0, 0) if update.lora_A is None else matrix(update.lora_A)),
             )
-            for term, (factor, by_rank) in zip(terms, factors, strict=True)
+            for update, (factor, by_rank) in zip(updates, factors, strict=True)
         )
     )
     call = (
         *(*matrix(x), *right, *matrix(y)),
         *((None, 0) if residual is None else matrix(residual)),
-        *(None if bias is None else bias.data_ptr(), len(terms)),
-        *(table, _SCALINGS[len(terms)](*(term.scaling for term in terms))),
+        *(None if bias is None else bias.data_ptr(), len(updates)),
+        *(table, _SCALINGS[len(updates)](*(update.scaling for update in updates))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
-    needed = run(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
+    needed = kernel(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
     if needed < 0:
         raise ValueError(f"rows outside those of the stored matrix, or more than {tuple(weight.shape)} has")
     if needed:
         drop_workspace()  # before there is a larger one
         _KEPT.workspace = in_large_pages(needed, torch.uint8)
-        run(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
+        kernel(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
     return y
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError, not_none
 from backhand.kernels.builds import library
-from backhand.kernels.library import INT, INT64, POINTER, Declared
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature
 from backhand.kernels.pieces import piece_size
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-_TYPES = Declared("backhand_dequantize_types", POINTER, INT, result=INT)
-_DEQUANTIZE = Declared(
+_TYPES = KernelSignature("backhand_dequantize_types", POINTER, INT, result=INT)
+_DEQUANTIZE = KernelSignature(
     "backhand_dequantize", *(INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT), result=INT
 )
 

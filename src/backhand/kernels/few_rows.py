@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backhand.kernels.dequantize import is_compiled
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
 from backhand.kernels.pieces import piece_size
 from backhand.kernels.quantized_matrix import QuantizedMatrix, dequantized_rows
 
@@ -26,7 +26,7 @@ QUICK_ROW: ContextVar[bool] = ContextVar("quick_row", default=False)
 AMX's tiles, by which training multiplies, take longer for one row than dot products do.
 """
 
-_FEW_ROWS = Declared(
+_FEW_ROWS = KernelSignature(
     "backhand_few_rows",
     *(INT, INT, POINTER, INT64, INT64, POINTER, INT64, INT64),
     *(POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT),
@@ -60,8 +60,8 @@ def few_rows_product(
     """
     if weight.dtype != x.dtype or weight.device.type != "cpu":
         return None
-    run = loop(_FEW_ROWS, x, weight if isinstance(weight, Tensor) else None, bias, residual, out)
-    if run is None:
+    kernel = find_kernel(_FEW_ROWS, x, weight if isinstance(weight, Tensor) else None, bias, residual, out)
+    if kernel is None:
         return None
     y = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     size = x.element_size()
@@ -69,7 +69,7 @@ def few_rows_product(
 
     def multiply(stored: _Stored, first: int, count: int) -> None:
         """Outputs first to first + count, from as many rows."""
-        status: int = run(
+        status: int = kernel(
             *(stored.type_id, stored.address, stored.row_bytes, stored.rows),
             *(None if stored.ids is None else stored.ids.data_ptr(), count, x.shape[1]),
             *(x.data_ptr(), x.stride(0), x.shape[0], None if bias is None else bias.data_ptr() + first * size),

@@ -3,14 +3,14 @@
 An op has two forms: torch's, which is the reference and the fallback, and a kernel of the compiled library. The op
 declares the C function beside it, and `loop` gives what to call, or None where torch's form has to do:
 
-    _COUNT = Declared("backhand_count", INT, POINTER, INT64)      # the number of the dtype first
+    _COUNT = KernelSignature("backhand_count", INT, POINTER, INT64)      # the number of the dtype first
 
-    count = loop(_COUNT, out)
+    count = find_kernel(_COUNT, out)
     if count is not None:
         count(out.data_ptr(), out.numel())
 
 The kernel is taken where the library is there (`builds`) and every tensor lies in the processor's own memory, in
-float32 or bfloat16, its last axis without gaps. float64 is for proofs: torch's form takes it, unless `proving_loops`
+float32 or bfloat16, its last axis without gaps. float64 is for proofs: torch's form takes it, unless `proving_kernels`
 sends it to the very source of the kernels, instantiated for it.
 """
 
@@ -37,7 +37,7 @@ DOUBLE = ctypes.c_double
 Type = type[Any]
 
 
-class Declared:
+class KernelSignature:
     """A C function of the library, whichever build is in use when it is asked for.
 
     Args:
@@ -67,7 +67,7 @@ class Declared:
 _float64_too = ContextVar("float64_too", default=False)
 
 
-def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | None:
+def find_kernel(declared: KernelSignature, *tensors: Tensor | None) -> Callable[..., Any] | None:
     """The C function with its dtype filled in, or None where torch's form has to do.
 
     Args:
@@ -85,7 +85,7 @@ def loop(declared: Declared, *tensors: Tensor | None) -> Callable[..., Any] | No
     return declared.function_of(dtype, build)
 
 
-def is_loopable(tensor: Tensor) -> bool:
+def kernel_can_read(tensor: Tensor) -> bool:
     """Whether kernels may have its address: it lies in the processor's own memory, densely, and records nothing."""
     return _dtype_of_loopable((tensor,)) is not None
 
@@ -124,7 +124,7 @@ def _numbers() -> dict[torch.dtype, int]:
 
 
 @contextmanager
-def proving_loops() -> Iterator[None]:
+def proving_kernels() -> Iterator[None]:
     """Inside, float64 takes the kernels too, where the library is there."""
     before = _float64_too.set(True)
     try:
@@ -133,7 +133,7 @@ def proving_loops() -> Iterator[None]:
         _float64_too.reset(before)
 
 
-def loops_take_float64() -> bool:
+def kernels_take_float64() -> bool:
     """Whether float64 takes the kernels here and now."""
     return _float64_too.get()
 

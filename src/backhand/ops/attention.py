@@ -29,7 +29,7 @@ as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS); so every formula a
 The kernel (native/attention.cpp) takes all documents at once, keeps no ℓ, and multiplies bfloat16 by the processor's
 own pairwise products where it has them. It has no use for O in the backward either, δ being a sum over P and ∂L/∂P:
 whoever wants O there for something else gets it once more from P V, for one product in six, and need not keep it
-(`gives_output_again`). In torch's form (`attention_groups`) documents of about one length are attended together.
+(`can_recompute_output`). In torch's form (`attention_groups`) documents of about one length are attended together.
 
 Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch's kernels attended.
 """
@@ -41,15 +41,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, segment_table
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, KernelSignature, find_kernel, segment_table
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.attention_groups import grouped_backward, grouped_forward
 from backhand.ops.document_groups import Run, segments
 
 _HEADS = (POINTER, INT64, INT64)
 _PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
-_FORWARD = Declared("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
-_BACKWARD = Declared("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
+_FORWARD = KernelSignature("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
+_BACKWARD = KernelSignature("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
 _NOWHERE = (0, 0, 0)
 
 
@@ -77,13 +77,13 @@ class AttentionGrads(NamedTuple):
     d_v: Tensor
 
 
-def gives_output_again(q: Tensor, cap: float | None = None) -> bool:
-    """Whether `attention_backward` gives O of such queries again for next to nothing, so that it need not be kept.
+def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
+    """Whether `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
 
     That is so in the kernel. In bfloat16, where O is half as large and P V takes as long as in float32, it is
     kept.
     """
-    return cap is None and q.dtype != torch.bfloat16 and loop(_BACKWARD, q) is not None
+    return cap is None and q.dtype != torch.bfloat16 and find_kernel(_BACKWARD, q) is not None
 
 
 def attention_forward(
@@ -103,41 +103,41 @@ def attention_forward(
         output (tokens, heads, head_dim) in q's dtype, and what backward needs.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    run = loop(_FORWARD, q, k, v) if scores.cap is None else None
-    if run is None:
+    kernel = find_kernel(_FORWARD, q, k, v) if scores.cap is None else None
+    if kernel is None:
         log_sum_exp = grouped_forward((q, k, v), runs, scores, output)
         return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scores)
     saved = AttentionSaved(q, k, v, output, torch.empty(0, dtype=torch.float32), runs, scores)
     problem, _held = _problem(saved)
-    _check(run(*_heads(q, k, v, output), *problem))
+    _check(kernel(*_heads(q, k, v, output), *problem))
     return output, saved
 
 
 def attention_backward(
-    d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None, again: Tensor | None = None
+    d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None, output_buffer: Tensor | None = None
 ) -> AttentionGrads:
     """Map d_y, (tokens, heads, head_dim), to the gradients derived in the module docstring.
 
     Args:
         d_y: ∂L/∂O.
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
-        again: (tokens, heads, head_dim) to receive O, or None.
+        output_buffer: (tokens, heads, head_dim) to receive O, or None.
     """
     q, k, v, output, log_sum_exp, runs, scores = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
-    run = loop(_BACKWARD, q, k, v, d_y, out, again) if scores.cap is None else None
-    if run is not None:
-        once_more = _NOWHERE if again is None else _heads(again)
+    kernel = find_kernel(_BACKWARD, q, k, v, d_y, out, output_buffer) if scores.cap is None else None
+    if kernel is not None:
+        output_place = _NOWHERE if output_buffer is None else _heads(output_buffer)
         problem, _held = _problem(saved)
-        _check(run(*_heads(q, k, v, d_y, *grads), *once_more, *problem))
+        _check(kernel(*_heads(q, k, v, d_y, *grads), *output_place, *problem))
         return grads
-    if again is not None:
+    if output_buffer is not None:
         if output is None:
             output, _ = attention_forward(q, k, v, runs, scores)
-        again.copy_(output)
+        output_buffer.copy_(output)
     grouped_backward(d_y, (q, k, v), (output, log_sum_exp), runs, scores, grads)
     return grads
 

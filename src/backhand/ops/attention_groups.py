@@ -30,10 +30,10 @@ from backhand.ops.document_groups import (
     continued_end,
     groups,
     kv_source,
-    set_keys,
-    set_part,
-    takes_blocks,
+    scatter_documents,
+    scatter_key_grads,
     together,
+    uses_blocks,
 )
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -46,22 +46,22 @@ def grouped_forward(qkv: QKV, runs: tuple[Run, ...], scores: Scores, output: Ten
     q, k, v = qkv
     wide, plain = torch.promote_types(q.dtype, torch.float32), scores.known_to_kernels
     attended_together = groups(runs, q, plain)
-    kept = sum(group.tokens for group in attended_together if not takes_blocks(q, group, plain))
+    kept = sum(group.tokens for group in attended_together if not uses_blocks(q, group, plain))
     log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
     filled = 0
     for group in attended_together:
         q_group, k_group, v_group = together(q, group), kv_source(k, group), kv_source(v, group)
-        if takes_blocks(q, group, plain):
+        if uses_blocks(q, group, plain):
             in_place = together(output, group) if group.places is None else None
             attended, _ = attention_blocks_forward(q_group, k_group, v_group, scores, out=in_place)
             if in_place is None:
-                set_part(attended, group, output)
+                scatter_documents(attended, group, output)
             continue
         mask = _window_mask(group.length, scores.window, wide, q.device)
         attended, lse = _forward_kernel(
             *_for_kernel(q_group, k_group, v_group), 0.0, mask is None, attn_mask=mask, scale=scores.scaling
         )
-        set_part(attended.transpose(1, 2), group, output)
+        scatter_documents(attended.transpose(1, 2), group, output)
         log_sum_exp[filled : filled + lse.numel()].view(lse.shape).copy_(lse)
         filled += lse.numel()
     return log_sum_exp
@@ -89,16 +89,16 @@ def grouped_backward(
     for group in groups(runs, q, plain):
         q_group, k_group, v_group = together(q, group), kv_source(k, group), kv_source(v, group)
         g_group = together(d_y, group, zero_behind=True)
-        if log_sum_exp.numel() == 0 or takes_blocks(q, group, plain):  # blocks need no ℓ
+        if log_sum_exp.numel() == 0 or uses_blocks(q, group, plain):  # blocks need no ℓ
             in_place = None
             if group.places is None and group.keys is None:
                 in_place = AttentionBlocksGrads(*(together(gradient, group) for gradient in grads))
             in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scores)
             results = attention_blocks_backward(g_group, in_blocks, out=in_place)
             if in_place is None:
-                set_part(results.d_q, group, d_q)
-                set_keys(results.d_k, group, d_k, shares_k)
-                set_keys(results.d_v, group, d_v, shares_v)
+                scatter_documents(results.d_q, group, d_q)
+                scatter_key_grads(results.d_k, group, d_k, shares_k)
+                scatter_key_grads(results.d_v, group, d_v, shares_v)
             continue
         lse = log_sum_exp[filled : filled + group.tokens * q.shape[1]].view(group.documents, q.shape[1], group.length)
         filled += lse.numel()
@@ -106,7 +106,7 @@ def grouped_backward(
         operands = _for_kernel(g_group, q_group, k_group, v_group, together(not_none(output), group))
         from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scores.scaling)
         for gradient, result in zip(grads, from_kernel, strict=True):
-            set_part(result.transpose(1, 2), group, gradient)
+            scatter_documents(result.transpose(1, 2), group, gradient)
     d_k[:continued] += shares_k
     d_v[:continued] += shares_v
 

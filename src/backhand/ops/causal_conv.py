@@ -24,15 +24,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, matrix, segment_table
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel, matrix, segment_table
 from backhand.kernels.pieces import piece_size
 from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
 from backhand.ops.elementwise import InputSaved, silu_backward
 
 _MATRIX = (POINTER, INT64)
 _PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
-_FORWARD = Declared("backhand_causal_conv_forward", INT, INT, *_PROBLEM, *_MATRIX)
-_BACKWARD = Declared("backhand_causal_conv_backward", INT, INT, *_PROBLEM, *_MATRIX, *_MATRIX)
+_FORWARD = KernelSignature("backhand_causal_conv_forward", INT, INT, *_PROBLEM, *_MATRIX)
+_BACKWARD = KernelSignature("backhand_causal_conv_backward", INT, INT, *_PROBLEM, *_MATRIX, *_MATRIX)
 # As in native/causal_conv.cpp: what stands around the convolution, and the most taps.
 PLAIN, WITH_SILU, GATED = range(3)
 MOST_TAPS = 8
@@ -123,11 +123,13 @@ def compiled_conv_back(mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tupl
     return _applies(_BACKWARD, mode, x, taps, runs, d_y, d_x)
 
 
-def _applies(declared: Declared, mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], *others: Tensor) -> bool:
-    run = loop(declared, x, *taps, *others)
-    if run is None or taps.weight.shape[1] > MOST_TAPS:
+def _applies(
+    declared: KernelSignature, mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], *others: Tensor
+) -> bool:
+    kernel = find_kernel(declared, x, *taps, *others)
+    if kernel is None or taps.weight.shape[1] > MOST_TAPS:
         return False
-    run(mode, *_problem(x, taps, runs), *(number for other in others for number in matrix(other)))
+    kernel(mode, *_problem(x, taps, runs), *(number for other in others for number in matrix(other)))
     return True
 
 

@@ -138,7 +138,7 @@ def _group(runs: Sequence[Run], aligned: bool, device: torch.device) -> Group:
     return Group(start, tokens, documents, length, runs[0].before, places, keys)
 
 
-def takes_blocks(q: Tensor, group: Group, kernels: bool = True) -> bool:
+def uses_blocks(q: Tensor, group: Group, kernels: bool = True) -> bool:
     """Whether a group is attended by blocks of queries, or by torch's kernels: see `ops.attention`."""
     return group.keys is not None or group.tokens >= _few_tokens(q, kernels)
 
@@ -174,7 +174,7 @@ def kv_source(x: Tensor, group: Group) -> Tensor:
     return documents
 
 
-def set_part(x: Tensor, group: Group, out: Tensor) -> None:
+def scatter_documents(x: Tensor, group: Group, out: Tensor) -> None:
     """Write (documents, length, heads, head_dim) into the group's part of `out`, without what lies behind the ends."""
     part = out[group.start : group.start + group.tokens]
     if group.places is None:
@@ -183,7 +183,7 @@ def set_part(x: Tensor, group: Group, out: Tensor) -> None:
         torch.index_select(x.flatten(0, 1), 0, group.places.of_token, out=part)
 
 
-def set_keys(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
+def scatter_key_grads(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
     """The same for a gradient of `kv_source`; the part of what stands before is added to `shares`.
 
     Args:
@@ -195,4 +195,4 @@ def set_keys(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
     for begin, end in group.before:
         shares[begin:end] += x[:, place : place + end - begin].sum(0, dtype=shares.dtype)
         place += end - begin
-    set_part(x[:, place:], group, out)
+    scatter_documents(x[:, place:], group, out)

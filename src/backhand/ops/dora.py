@@ -81,7 +81,7 @@ def dora_forward(
     Returns:
         y of z's shape and dtype, and what backward needs.
     """
-    y = z * along(gain(magnitude, norm, z.dtype), z, axis)
+    y = z * along(weight_scale(magnitude, norm, z.dtype), z, axis)
     if bias is not None:
         y = y.add_(along(bias.to(y.dtype), z, axis))
     return y, DoRASaved(z, magnitude, norm, axis)
@@ -94,10 +94,10 @@ def dora_backward(d_y: Tensor, saved: DoRASaved) -> DoRAGrads:
     axis %= z.dim()
     others = [dim for dim in range(z.dim()) if dim != axis]
     along_z = (d_y.to(wide) * z.to(wide)).sum(others)
-    return DoRAGrads(d_y * along(gain(magnitude, norm, d_y.dtype), z, axis), along_z / norm.to(wide))
+    return DoRAGrads(d_y * along(weight_scale(magnitude, norm, d_y.dtype), z, axis), along_z / norm.to(wide))
 
 
-def gain(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_scale(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """m / c, (out,), divided in the wider dtype and then cast."""
     return (magnitude / norm).to(dtype)
 

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Term
-from backhand.ops.dora import DoRASaved, dora_backward, gain
+from backhand.kernels.dense_product import LowRankUpdate
+from backhand.ops.dora import DoRASaved, dora_backward, weight_scale
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, LoRASaved, lora_linear_backward, multiplier, rows
 from backhand.ops.low_rank import down_projection
@@ -90,7 +90,7 @@ def dora_linear_forward(
     mask = multiplier(x_rows, dropout)
     dropped = x_rows if mask is None else x_rows * mask
     h = down_projection(dropped, lora_A)
-    y = _rescaled(dropped, weight, lora_B, h, scaling).mul_(gain(magnitude, norm, x.dtype))
+    y = _rescaled(dropped, weight, lora_B, h, scaling).mul_(weight_scale(magnitude, norm, x.dtype))
     if bias is not None:
         y.add_(bias)
     if mask is not None:
@@ -102,7 +102,7 @@ def dora_linear_forward(
 
 def _rescaled(x: Tensor, weight: FrozenMatrix, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
     """z = x Wᵀ + s h Bᵀ on rows: what the magnitude multiplies."""
-    return frozen_linear(x, weight, terms=[Term(0, h, lora_B, scaling)])
+    return frozen_linear(x, weight, updates=[LowRankUpdate(0, h, lora_B, scaling)])
 
 
 def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient: bool = True) -> DoRALinearGrads:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import Member, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
 from backhand.ops.weight_tiles import FrozenMatrix
 
 
@@ -98,19 +98,23 @@ def expert_linear_forward(
 
 
 def expert_linear_backward(
-    d_y: Tensor, saved: ExpertLinearSaved, *, input_gradient: bool = True, into: tuple[Tensor, Tensor] | None = None
+    d_y: Tensor,
+    saved: ExpertLinearSaved,
+    *,
+    input_gradient: bool = True,
+    accumulate_into: tuple[Tensor, Tensor] | None = None,
 ) -> ExpertLinearGrads:
     """Map d_y, (rows, out), to the gradients derived in the module docstring.
 
     Args:
         input_gradient: False skips ∂L/∂x.
-        into: of lora_A's and lora_B's shapes, in x's dtype or wider and of any strides, to which their gradients are
-            added, and which are returned; None for fresh ones.
+        accumulate_into: of lora_A's and lora_B's shapes, in x's dtype or wider and of any strides. Their gradients are
+            added to these, which are returned. None for fresh ones.
     """
     x, weights, counts, factors, h, dropout = saved
     d_x = torch.empty_like(x) if input_gradient else None
-    d_lora_A, d_lora_B = into or (None, None)
-    if factors is not None and into is None:
+    d_lora_A, d_lora_B = accumulate_into or (None, None)
+    if factors is not None and accumulate_into is None:
         d_lora_A, d_lora_B = torch.zeros_like(factors.lora_A), torch.zeros_like(factors.lora_B)
     mask = None if factors is None else multiplier(x, dropout)
     for expert, part in _present(counts):
@@ -120,7 +124,7 @@ def expert_linear_backward(
         if factors is None or d_lora_A is None or d_lora_B is None:
             continue
         lora_A = factors.lora_A[expert]
-        member = Member(0, lora_A, factors.lora_B[expert], factors.scaling, d_lora_A[expert], d_lora_B[expert])
+        member = LoRAFactors(0, lora_A, factors.lora_B[expert], factors.scaling, d_lora_A[expert], d_lora_B[expert])
         d_h = hidden_gradient(g, h[part], [member])
         add_lora_A_gradients(x[part] if mask is None else x[part] * mask[part], d_h, [member.d_lora_A])
         if d_x is not None and mask is None:

@@ -1,18 +1,21 @@
-"""A frozen weight and its products, dense or in its file's own blocks: an op never asks which.
+"""Products with a frozen weight, which is dense or quantized in the blocks of its file.
 
-    y = r + x Wᵀ + b        W (out, in) frozen, bias b (out,) and residual r (..., out) where there are any
+    y = r + x Wᵀ + b        W (out, in) frozen, bias b (out,) and residual r (..., out), both optional
 
-Backward. Only x is varied: dy = dx Wᵀ, and with G = ∂L/∂y, ⟨G, dx Wᵀ⟩ = ⟨G W, dx⟩, so that
+Backward. Only x varies: dy = dx Wᵀ. With G = ∂L/∂y, ⟨G, dx Wᵀ⟩ = ⟨G W, dx⟩, so that
     ∂L/∂x = G W             (..., in)
-(∂L/∂r is G itself). Saved: W, which is there anyway. A quantized W is dequantised again; autograd would keep it.
+and ∂L/∂r is G itself. Saved: a reference to W. A quantized W is dequantised again in the backward, while autograd would
+keep its dense form.
 
-To either, products with the factors of an adapter can be added, + s h Fᵀ (`Term`, `ops.lora_linear`): within the same
-sums where a kernel of ours multiplies (`kernels.dense_product`: bfloat16 with AMX), else afterwards.
+Low-rank updates s h Fᵀ (`LowRankUpdate`, derived in `ops.lora_linear`) can be added to either product. Our own kernel
+(`kernels.dense_product`, for bfloat16 with AMX) adds them within the same sums; otherwise they are added afterwards.
 
-A kernel of ours (`kernels.dense_product`) unpacks a quantized matrix itself, a few rows at a time where it packs its
-operand, and gives the bits of the dense one; float32 is a library's on every processor. A library's products are taken
-in tiles (`weight_tiles`), of which a small dense weight is one. Few rows of x, as of new tokens, go through a kernel of
-their own, which reads W once (`kernels.few_rows`), dense and quantized alike; with AMX not those of an adapter.
+Three ways lead to a product, and the caller does not choose:
+- `kernels.dense_product` unpacks a quantized matrix itself, a few rows at a time where it packs its operand, with the
+  bits of the dense one. It does not take float32.
+- torch's library product, in tiles (`weight_tiles`); a small dense weight is one tile.
+- `kernels.few_rows` for few rows of x, such as new tokens: it reads W once, dense or quantized. With AMX it does not
+  take rows that have low-rank updates.
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Term, dense_product, is_taken
+from backhand.kernels.dense_product import LowRankUpdate, amx_available, dense_product
 from backhand.kernels.few_rows import MOST_ROWS, MOST_TILED_ROWS, QUICK_ROW, few_rows_product
-from backhand.kernels.library import is_loopable
+from backhand.kernels.library import kernel_can_read
 from backhand.ops.low_rank import add_up_projection, down_projection
 from backhand.ops.weight_tiles import (
     TILES,
@@ -39,7 +42,7 @@ from backhand.ops.weight_tiles import (
 
 
 class FrozenLinearSaved(NamedTuple):
-    """What the forward keeps: the weight."""
+    """The frozen weight."""
 
     weight: FrozenMatrix
 
@@ -62,7 +65,7 @@ def frozen_linear_forward(
         residual: (..., out) or None.
 
     Returns:
-        y (..., out) in x's dtype, and what backward needs.
+        y (..., out) in x's dtype, and the saved inputs of the backward.
     """
     lead, (outputs, inputs) = x.shape[:-1], weight.shape
     around = None if residual is None else residual.reshape(lead.numel(), outputs)
@@ -80,7 +83,7 @@ def frozen_linear_backward(d_y: Tensor, saved: FrozenLinearSaved) -> FrozenLinea
 def frozen_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """The same y from the whole dense weight."""
+    """Compute the same y from the whole dense weight."""
     y = torch.nn.functional.linear(x, weight, bias)
     return y if residual is None else y + residual
 
@@ -91,9 +94,9 @@ def frozen_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
-    terms: Sequence[Term] = (),
+    updates: Sequence[LowRankUpdate] = (),
 ) -> Tensor:
-    """residual + x Wᵀ + bias + the terms on rows, with one of the first two sums folded into the product.
+    """Compute residual + x Wᵀ + bias + the updates.
 
     Args:
         x: (rows, in).
@@ -101,119 +104,130 @@ def frozen_linear(
         bias: (out,) or None.
         residual: (rows, out) or None.
         out: (rows, out) to write into; a new one if not given.
-        terms: s h Fᵀ added to columns of the result, in their order; where `forms_h`, an h may be formed from its A.
+        updates: low-rank updates of the result, in the order of their columns. The h of an update with `lora_A` is
+            computed here, which is allowed if `fuse_down_projection` is True.
     """
-    if 0 < x.shape[0] <= _most_few_rows(x.dtype, bool(terms)):
+    if 0 < x.shape[0] <= _most_few_rows(x.dtype, bool(updates)):
         few = few_rows_product(x, weight, bias, residual, out)
         if few is not None:
-            return _with_terms(few, x, terms)
+            return _with_updates(few, x, updates)
     if x.dtype != torch.float32:
-        by_loop = dense_product(x, weight, bias, residual, out, terms, transposed=True)
-        if by_loop is not None:
-            return by_loop
+        by_kernel = dense_product(x, weight, bias, residual, out, updates, transposed=True)
+        if by_kernel is not None:
+            return by_kernel
     if _in_one_tile(weight, 0):
-        return _with_terms(library_product(x, weight, bias, residual, out), x, terms)
-    return tiled_linear(_product, x, weight, bias, residual, out, terms)
+        return _with_updates(library_product(x, weight, bias, residual, out), x, updates)
+    return tiled_linear(_product, x, weight, bias, residual, out, updates)
 
 
 def frozen_input_gradient(
-    d_y: Tensor, weight: FrozenMatrix, out: Tensor | None = None, terms: Sequence[Term] = ()
+    d_y: Tensor, weight: FrozenMatrix, out: Tensor | None = None, updates: Sequence[LowRankUpdate] = ()
 ) -> Tensor:
-    """G W + the terms on rows.
+    """Compute G W + the updates.
 
     Args:
         d_y: G, (rows, out).
         weight: (out, in).
         out: (rows, in) to write into; a new one if not given.
-        terms: as in `frozen_linear`.
+        updates: as in `frozen_linear`.
     """
     if d_y.dtype != torch.float32:
-        by_loop = dense_product(d_y, weight, None, None, out, terms)
-        if by_loop is not None:
-            return by_loop
+        by_kernel = dense_product(d_y, weight, None, None, out, updates)
+        if by_kernel is not None:
+            return by_kernel
     if _in_one_tile(weight, 1):
-        return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms)
+        return _with_updates(torch.mm(d_y, weight, out=out), d_y, updates)
     if sums_over_rows(weight):
-        return _with_terms(summed_over_rows(d_y, weight, out), d_y, terms)
-    return tiled_input_gradient(_gradient_product, d_y, weight, out, terms)
+        return _with_updates(summed_over_rows(d_y, weight, out), d_y, updates)
+    return tiled_input_gradient(_gradient_product, d_y, weight, out, updates)
 
 
-def _most_few_rows(dtype: torch.dtype, has_terms: bool) -> int:
-    """Rows that go through the kernel for few; with AMX none with terms, which it rounds once more, but a quick one."""
-    if dtype == torch.bfloat16 and is_taken(dtype):
-        return int(QUICK_ROW.get()) if has_terms else MOST_TILED_ROWS
+def _most_few_rows(dtype: torch.dtype, has_updates: bool) -> int:
+    """Return the largest number of rows that `kernels.few_rows` takes.
+
+    With AMX it takes no rows that have updates, since these would be rounded separately; `QUICK_ROW` permits one row.
+    """
+    if dtype == torch.bfloat16 and amx_available(dtype):
+        return int(QUICK_ROW.get()) if has_updates else MOST_TILED_ROWS
     return MOST_ROWS
 
 
 def frozen_rows(weight: FrozenMatrix, ids: Tensor) -> Tensor:
-    """The rows with these ids, (..., in) for ids (...): an embedding, or the head's rows of a few candidates."""
+    """Return the rows with these ids, (..., in) for ids (...): an embedding, or the head's rows of a few candidates."""
     if isinstance(weight, Tensor):
         return torch.nn.functional.embedding(ids, weight)
     return weight.rows(ids)
 
 
 def _in_one_tile(weight: FrozenMatrix, axis: int) -> TypeGuard[Tensor]:
-    """Whether W is dense and one tile along its rows, 0, or columns, 1; torch.compile traces no context variable."""
+    """Return True if W is dense and a single tile along its rows (axis 0) or columns (axis 1)."""
+    # torch.compile traces no context variable.
     if torch.compiler.is_compiling() or not isinstance(weight, Tensor):
         return False
     return is_whole(weight.shape, weight.dtype, TILES.get())[axis]
 
 
-def takes_tiles(operand: FrozenMatrix) -> bool:
-    """Whether products of it go by a kernel of ours, in which a row's bits do not depend on the others' number."""
+def uses_amx(operand: FrozenMatrix) -> bool:
+    """Return True if products of this operand go through our own kernel.
+
+    The bits of a row then do not depend on the number of rows.
+    """
     if isinstance(operand, Tensor):
-        return is_taken(operand.dtype) and is_loopable(operand)
-    return is_taken(operand.dtype) and operand.device.type == "cpu"
+        return amx_available(operand.dtype) and kernel_can_read(operand)
+    return amx_available(operand.dtype) and operand.device.type == "cpu"
 
 
-def forms_h(x: Tensor, outputs: int, ranks: int) -> bool:
-    """Whether `frozen_linear` is to form the h = x Aᵀ of its terms; else they have to be there.
-
-    A thread that has columns of the result forms h for itself: not where that is much beside what it multiplies.
+def fuse_down_projection(x: Tensor, outputs: int, ranks: int) -> bool:
+    """Return True if `frozen_linear` should compute the h = x Aᵀ of its updates; else the caller computes them.
 
     Args:
         x: (rows, in).
         outputs: columns of the result.
-        ranks: of all h, in all.
+        ranks: the sum of the ranks of all h.
     """
     if x.dtype == torch.float32:
         return False
-    return takes_tiles(x) and h_within(outputs, ranks)
+    return uses_amx(x) and is_worth_fusing(outputs, ranks)
 
 
-def h_within(outputs: int, ranks: int) -> bool:
-    """Whether h is little beside what a thread multiplies."""
+def is_worth_fusing(outputs: int, ranks: int) -> bool:
+    """Return True if computing h once per thread costs little compared with the thread's share of the product."""
     return ranks * torch.get_num_threads() * 4 <= outputs
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None, terms: Sequence[Term]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    updates: Sequence[LowRankUpdate],
 ) -> Tensor:
-    """Of a dense W, or a tile of it."""
-    y = dense_product(x, weight, bias, residual, out, terms, transposed=True)
-    return _with_terms(library_product(x, weight, bias, residual, out), x, terms) if y is None else y
+    """Multiply by a dense W, or by a tile of it."""
+    y = dense_product(x, weight, bias, residual, out, updates, transposed=True)
+    return _with_updates(library_product(x, weight, bias, residual, out), x, updates) if y is None else y
 
 
-def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    d_x = dense_product(d_y, weight, None, None, out, terms)
-    return _with_terms(torch.mm(d_y, weight, out=out), d_y, terms) if d_x is None else d_x
+def _gradient_product(d_y: Tensor, weight: Tensor, out: Tensor | None, updates: Sequence[LowRankUpdate]) -> Tensor:
+    d_x = dense_product(d_y, weight, None, None, out, updates)
+    return _with_updates(torch.mm(d_y, weight, out=out), d_y, updates) if d_x is None else d_x
 
 
-def _with_terms(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
-    """y + the terms, in y's place."""
-    for term in terms:
-        if term.lora_A is not None:
-            down_projection(x, term.lora_A, out=term.h)
-        outputs = term.factor.shape[1 if term.transposed else 0]
-        columns = y if outputs == y.shape[1] else y[:, term.column : term.column + outputs]
-        add_up_projection(columns, term.h, term.factor, term.scaling, transposed=term.transposed)
+def _with_updates(y: Tensor, x: Tensor, updates: Sequence[LowRankUpdate]) -> Tensor:
+    """Add the updates to y in place."""
+    for update in updates:
+        if update.lora_A is not None:
+            down_projection(x, update.lora_A, out=update.h)
+        outputs = update.factor.shape[1 if update.transposed else 0]
+        columns = y if outputs == y.shape[1] else y[:, update.column : update.column + outputs]
+        add_up_projection(columns, update.h, update.factor, update.scaling, transposed=update.transposed)
     return y
 
 
 def library_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """residual + x Wᵀ + bias by torch's own product, of W dense."""
+    """Compute residual + x Wᵀ + bias by torch's product, for a dense W."""
     if residual is not None:
         y = torch.addmm(residual, x, weight.T, out=out)
         return y if bias is None else y.add_(bias)

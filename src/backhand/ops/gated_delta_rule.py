@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop, segment_table
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel, segment_table
 from backhand.ops.delta_chunks import backward_in_chunks, forward_in_chunks
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
 from backhand.ops.document_groups import Run, segments
@@ -53,9 +53,9 @@ from backhand.ops.document_groups import Run, segments
 _INPUTS = (POINTER, POINTER, POINTER)
 _OUTPUT = (POINTER, INT64, INT64)
 _WHERE = (POINTER, INT64, POINTER, INT64)
-_FORWARD = Declared("backhand_gated_delta_rule_forward", INT, *_INPUTS, *_OUTPUT, POINTER, *_WHERE)
-_BACKWARD = Declared("backhand_gated_delta_rule_backward", INT, *_INPUTS, *_OUTPUT, POINTER, POINTER, *_WHERE)
-_MEMORY = Declared("backhand_gated_delta_rule_memory", INT, INT, POINTER, POINTER, INT64, result=INT64)
+_FORWARD = KernelSignature("backhand_gated_delta_rule_forward", INT, *_INPUTS, *_OUTPUT, POINTER, *_WHERE)
+_BACKWARD = KernelSignature("backhand_gated_delta_rule_backward", INT, *_INPUTS, *_OUTPUT, POINTER, POINTER, *_WHERE)
+_MEMORY = KernelSignature("backhand_gated_delta_rule_memory", INT, INT, POINTER, POINTER, INT64, result=INT64)
 
 
 def gated_delta_rule_forward(
@@ -107,25 +107,25 @@ def gated_delta_rule_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedD
 
 def _compiled_forward(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> bool:
     """Whether the kernel applied; `out` is then filled, and `states` have gone on."""
-    run, inputs = loop(_FORWARD, saved.v, saved.beta, out), _for_loops(saved)
-    if run is None or inputs is None:
+    kernel, inputs = find_kernel(_FORWARD, saved.v, saved.beta, out), _for_loops(saved)
+    if kernel is None or inputs is None:
         return False
     if states is not None and not (states.is_contiguous() and states.dtype == inputs[0].dtype):
         return False
     problem = _problem(saved, inputs[0].dtype, backward=False)
     begin = None if states is None else states.data_ptr()
-    run(problem.sizes, *_places(inputs), out.data_ptr(), *out.stride()[:2], begin, *problem.where)
+    kernel(problem.sizes, *_places(inputs), out.data_ptr(), *out.stride()[:2], begin, *problem.where)
     return True
 
 
 def _compiled_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRuleGrads | None:
     """The gradients by the kernel, or None where it does not apply."""
-    run, inputs = loop(_BACKWARD, d_y, saved.v, saved.beta), _for_loops(saved)
-    if run is None or inputs is None:
+    kernel, inputs = find_kernel(_BACKWARD, d_y, saved.v, saved.beta), _for_loops(saved)
+    if kernel is None or inputs is None:
         return None
     found = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
     problem = _problem(saved, inputs[0].dtype, backward=True)
-    run(problem.sizes, *_places(inputs), d_y.data_ptr(), *d_y.stride()[:2], *_places(found), *problem.where)
+    kernel(problem.sizes, *_places(inputs), d_y.data_ptr(), *d_y.stride()[:2], *_places(found), *problem.where)
     return GatedDeltaRuleGrads(*(x.to(given.dtype) for x, given in zip(found, saved[:5], strict=True)))
 
 
@@ -133,7 +133,7 @@ def _for_loops(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
     """q, k, v, decay and beta as the kernels take them: q, k and decay in float32 or wider; None if they do not."""
     q, k, v, decay, beta = saved[:5]
     wide = torch.promote_types(v.dtype, torch.float32)
-    if loop(_FORWARD, q, k, decay) is None or q.dtype not in (v.dtype, wide) or v.shape[1] % max(k.shape[1], 1):
+    if find_kernel(_FORWARD, q, k, decay) is None or q.dtype not in (v.dtype, wide) or v.shape[1] % max(k.shape[1], 1):
         return None
     return [q.to(wide), k.to(wide), v, decay.to(wide), beta]
 
@@ -158,7 +158,7 @@ def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -
     longest = max((run.length for run in saved.runs), default=0)
     group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, longest))
     sizes = (INT64 * 5)(k.shape[1], group, k.shape[2], v.shape[2], chunk)
-    memory_of = not_none(loop(_MEMORY, v))
+    memory_of = not_none(find_kernel(_MEMORY, v))
     workers = max(1, min(torch.get_num_threads(), k.shape[1] * int((table[2] < 0).sum())))
     memory = torch.empty(workers * memory_of(backward, sizes, table.data_ptr(), table.shape[1]), dtype=wide)
     where = (table.data_ptr(), table.shape[1], memory.data_ptr(), workers)

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
 from backhand.ops.activation import CUBIC, KAPPA, Activated, activate, activated
 
-_FORWARD = Declared("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
-_BACKWARD = Declared("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
+_FORWARD = KernelSignature("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
+_BACKWARD = KernelSignature("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
 # As in native/glu.cpp.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _NOWHERE = (0, 0)
@@ -63,15 +63,15 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
 def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
     """y by the kernel, or None where it does not apply."""
     gate, up, activation = saved
-    run = loop(_FORWARD, gate, up, out)
-    if run is None or activation not in ACTIVATIONS:
+    kernel = find_kernel(_FORWARD, gate, up, out)
+    if kernel is None or activation not in ACTIVATIONS:
         return None
     y = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
     operands = _operands(gate, up, y)
     if operands is None:
         return None
     n = gate.shape[-1]
-    run(ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
+    kernel(ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
     return y
 
 
@@ -101,44 +101,46 @@ def glu_backward(
     *,
     ready: Activated | None = None,
     out: Tensor | None = None,
-    again: Tensor | None = None,
+    output_buffer: Tensor | None = None,
 ) -> GLUGrads:
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
         ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
         out: (..., 2n) to receive [d_gate | d_up] side by side, perhaps where a and u stand; or None.
-        again: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.
+        output_buffer: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.
     """
     n = d_y.shape[-1]
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
     d_gate, d_up = out[..., :n], out[..., n:]
-    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, again):
+    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, output_buffer):
         return GLUGrads(d_gate, d_up)
     value, slope = activated(saved.gate, saved.activation) if ready is None else ready
     # Nothing is written before it is read for the last time: gradients may stand where a and u do, y where d_y does.
     slope.mul_(d_y).mul_(saved.up)
-    y = None if again is None else value * saved.up
+    y = None if output_buffer is None else value * saved.up
     torch.mul(d_y, value, out=d_up)
     d_gate.copy_(slope)
-    if again is not None and y is not None:
-        again.copy_(y)
+    if output_buffer is not None and y is not None:
+        output_buffer.copy_(y)
     return GLUGrads(d_gate, d_up)
 
 
-def _compiled_backward(d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, again: Tensor | None) -> bool:
-    """Whether the kernel applied; d_gate, d_up and `again` are then filled."""
+def _compiled_backward(
+    d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, output_buffer: Tensor | None
+) -> bool:
+    """Whether the kernel applied; d_gate, d_up and `output_buffer` are then filled."""
     gate, up, activation = saved
-    run = loop(_BACKWARD, d_y, gate, up, d_gate, again)
+    kernel = find_kernel(_BACKWARD, d_y, gate, up, d_gate, output_buffer)
     places = (d_y, gate, up, d_gate, d_up)
-    operands = _operands(*places) if again is None else _operands(*places, again)
-    if run is None or operands is None or activation not in ACTIVATIONS:
+    operands = _operands(*places) if output_buffer is None else _operands(*places, output_buffer)
+    if kernel is None or operands is None or activation not in ACTIVATIONS:
         return False
-    if again is None:
+    if output_buffer is None:
         operands += _NOWHERE
     n = d_y.shape[-1]
-    run(ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
+    kernel(ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
     return True
 
 

@@ -93,8 +93,11 @@ def grpo_forward(
     p, advantages, weights = log_p.to(wide), advantages.to(wide), weights.to(wide)
     moved, by_answer = p - old.to(wide), rule.loss == "rloo"
     ratio = (_sums(moved, owners, len(advantages)) if by_answer else moved).exp()
-    gain = advantages if by_answer else advantages[owners]
-    free, clipped = ratio * gain, ratio.clamp(1 - rule.epsilon, 1 + rule.epsilon_high) * gain
+    gained = advantages if by_answer else advantages[owners]
+    free, clipped = (
+        ratio * gained,
+        ratio.clamp(1 - rule.epsilon, 1 + rule.epsilon_high) * gained,
+    )
     losses = -torch.minimum(free, clipped)
     d_divergence = None
     if reference is not None and rule.beta and not by_answer:

@@ -33,15 +33,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import is_taken
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.dense_product import amx_available
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
 from backhand.ops.cross_entropy import losses_in_place
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.head_factors import AdaptedHead, HeadFactors
 from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled_reference
 from backhand.ops.weight_tiles import FrozenMatrix
 
-_SOFTMAX_LOSSES = Declared(
+_SOFTMAX_LOSSES = KernelSignature(
     "backhand_softmax_losses", INT, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT, result=INT
 )
 # As in native/softmax_losses.cpp.
@@ -69,11 +69,11 @@ def _softmax_losses(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None = None, *, gradient: bool
 ) -> None:
     """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place."""
-    run = loop(_SOFTMAX_LOSSES, logits) if cap is None else None
-    if run is not None and targets.is_contiguous():
+    kernel = find_kernel(_SOFTMAX_LOSSES, logits) if cap is None else None
+    if kernel is not None and targets.is_contiguous():
         rows, vocab = logits.shape
         where = (logits.data_ptr(), logits.stride(0), targets.data_ptr(), losses.data_ptr())
-        outcome = run(*where, rows, vocab, gradient)
+        outcome = kernel(*where, rows, vocab, gradient)
         if outcome:
             raise _OUTCOMES[outcome](f"a row of {vocab} logits: no memory for it, or a target that is none of them")
     else:
@@ -89,7 +89,7 @@ def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
 def chunk_rows(hidden: int, dtype: torch.dtype) -> int:
     """Rows of a chunk in a model of this width and compute dtype: the same for a dense and a quantized head."""
-    by_tiles = dtype == torch.bfloat16 and is_taken(dtype)
+    by_tiles = dtype == torch.bfloat16 and amx_available(dtype)
     return LONG_CHUNK_ROWS if hidden >= LONG_CHUNK_WIDTH or by_tiles else CHUNK_ROWS
 
 

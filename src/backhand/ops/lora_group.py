@@ -1,25 +1,25 @@
 """LoRA linears that share their input, as q/k/v and gate/up do, in few large products; one alone is a group of one.
 
-    y_i = r_i + x W_iᵀ + b_i + s_i (x̃ A_iᵀ) B_iᵀ,   i = 1 … n      [arXiv:2106.09685, eq. 3, for each member]
+    y_i = r_i + x W_iᵀ + b_i + s_i (x̃ A_iᵀ) B_iᵀ,   i = 1 … n      [arXiv:2106.09685, eq. 3, for each adapter]
 
 Stacked: W = [W_1; …; W_n] (Σ out_i, in), A = [A_1; …; A_n] (Σ rank_i, in), so that y = [y_1 | … | y_n] and
 h = x̃ Aᵀ = [h_1 | … | h_n] take one product each; only the B_i differ in what they read and write:
     y = r + x Wᵀ + b,   then   y_i += s_i h_i B_iᵀ.
 r is the residual, added within the product; its gradient is G itself. x̃ = m ⊙ x under dropout, else x.
 
-Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each member follows `lora_linear`, and gradients of what they share add up.
+Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each adapter follows `lora_linear`, and gradients of what they share add up.
 It is three functions, since their inputs are there at different times; each is called as soon as they are:
     hidden_gradient        ∂L/∂h_i = s_i G_i B_i                  of G and h; side by side in ∂L/∂h (..., Σ rank_i)
                            ∂L/∂B_i = s_i G_iᵀ h_i                 (out_i, rank_i), from the same pass over G
-    group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        of G and ∂L/∂h; the members' sum is in the products
+    group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        of G and ∂L/∂h; the adapters' sum is in the products
     group_A_gradients      ∂L/∂A   = (∂L/∂h)ᵀ x̃                   of ∂L/∂h, once x is there, or the norm it came from;
                                                                   one product, its row blocks are the ∂L/∂A_i
 Where all of this is there at once, `group_gradients` is the last two with one draw of m.
-Gradients of factors are added to tensors that the members name, as micro-batches add up in a flat buffer.
+Gradients of factors are added to tensors that the adapters name, as micro-batches add up in a flat buffer.
 
-A layer without an adapter takes part in W and G only. All members see the same dropout mask m, since they see the same
-x: one draw a group instead of one a member; each member's mask is as random as alone.
-Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x for the members.
+A layer without an adapter takes part in W and G only. All adapters see the same dropout mask m, since they see the same
+x: one draw a group instead of one a adapter; each adapter's mask is as random as alone.
+Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x for the adapters.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Term
-from backhand.ops.frozen_matrix import forms_h, frozen_input_gradient, frozen_linear
+from backhand.kernels.dense_product import LowRankUpdate
+from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, fuse_down_projection
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import Member, add_lora_A_gradients, down_projection, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, down_projection, hidden_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -41,7 +41,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 class LoRAGroup(NamedTuple):
     """The adapted layers of one input, in the order of their columns, and the dropout of what their factors see."""
 
-    members: tuple[Member, ...] = ()
+    adapters: tuple[LoRAFactors, ...] = ()
     dropout: Dropout | None = None
 
 
@@ -55,7 +55,7 @@ class LoRAGroupSaved(NamedTuple):
 
 
 class LoRAGroupGrads(NamedTuple):
-    """d_x (..., in) or None; of each member what was added to, d_lora_A (rank_i, in) and d_lora_B (out_i, rank_i)."""
+    """d_x (..., in) or None; of each adapter what was added to, d_lora_A (rank_i, in) and d_lora_B (out_i, rank_i)."""
 
     d_x: Tensor | None
     d_lora_A: tuple[Tensor, ...]
@@ -77,24 +77,24 @@ def lora_group_forward(
     Returns:
         y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
     """
-    x_rows, members, lead = x.flatten(0, -2), group.members, x.shape[:-1]
-    ranks = [len(member.lora_A) for member in members]
-    mask = None if group.dropout is None or not members else multiplier(x_rows, group.dropout)
-    within = mask is None and forms_h(x_rows, weight.shape[0], sum(ranks))
-    if within or not members:
+    x_rows, adapters, lead = x.flatten(0, -2), group.adapters, x.shape[:-1]
+    ranks = [len(adapter.lora_A) for adapter in adapters]
+    mask = None if group.dropout is None or not adapters else multiplier(x_rows, group.dropout)
+    within = mask is None and fuse_down_projection(x_rows, weight.shape[0], sum(ranks))
+    if within or not adapters:
         h = torch.empty(x_rows.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
     else:  # before the large product, which would evict x from the caches
-        h = down_projection(x_rows if mask is None else x_rows * mask, stacked_A(members))
-    terms = [
-        Term(member.column, part, member.lora_B, member.scaling, member.lora_A if within else None)
-        for member, part in zip(members, h.split_with_sizes(ranks, dim=1), strict=True)
+        h = down_projection(x_rows if mask is None else x_rows * mask, stacked_A(adapters))
+    updates = [
+        LowRankUpdate(adapter.column, part, adapter.lora_B, adapter.scaling, adapter.lora_A if within else None)
+        for adapter, part in zip(adapters, h.split_with_sizes(ranks, dim=1), strict=True)
     ]
-    y = frozen_linear(x_rows, weight, bias, None if residual is None else residual.flatten(0, -2), terms=terms)
+    y = frozen_linear(x_rows, weight, bias, None if residual is None else residual.flatten(0, -2), updates=updates)
     return y.view(*lead, y.shape[1]), LoRAGroupSaved(x, weight, group, h.view(*lead, h.shape[1]))
 
 
 def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True) -> LoRAGroupGrads:
-    """Map d_y, (..., Σ out_i), to the gradients derived above; those of factors are added to what the members name.
+    """Map d_y, (..., Σ out_i), to the gradients derived above; those of factors are added to what the adapters name.
 
     Args:
         d_y: ∂L/∂y, the layers' gradients side by side.
@@ -102,22 +102,22 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
     """
     x, weight, group, h = saved
     g = d_y.flatten(0, -2)
-    d_h = hidden_gradient(g, h.flatten(0, -2), group.members)
+    d_h = hidden_gradient(g, h.flatten(0, -2), group.adapters)
     d_x = None
     if input_gradient:
         d_x = group_gradients(g, x, d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
     else:
         group_A_gradients(x, d_h, group)
-    members = group.members
+    adapters = group.adapters
     return LoRAGroupGrads(
-        d_x, tuple(member.d_lora_A for member in members), tuple(member.d_lora_B for member in members)
+        d_x, tuple(adapter.d_lora_A for adapter in adapters), tuple(adapter.d_lora_B for adapter in adapters)
     )
 
 
 def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
     """Add ∂L/∂A_i as `group_A_gradients` does, and return ∂L/∂x of `group_input_gradient`; m is drawn once."""
     rows = (x.x if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
-    mask = None if group.dropout is None or not group.members else multiplier(rows, group.dropout)
+    mask = None if group.dropout is None or not group.adapters else multiplier(rows, group.dropout)
     group_A_gradients(x, d_h, group, mask)
     return group_input_gradient(g, d_h, weight, group, mask)
 
@@ -126,11 +126,11 @@ def group_input_gradient(
     g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup, mask: Tensor | None = None
 ) -> Tensor:
     """∂L/∂x, (rows, in), of G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank); `mask` is m where it has been drawn."""
-    if not group.members:
+    if not group.adapters:
         return frozen_input_gradient(g, weight)
-    lora_A = stacked_A(group.members)
+    lora_A = stacked_A(group.adapters)
     if group.dropout is None:
-        return frozen_input_gradient(g, weight, terms=[Term(0, d_h, lora_A, transposed=True)])
+        return frozen_input_gradient(g, weight, updates=[LowRankUpdate(0, d_h, lora_A, transposed=True)])
     d_x, low_rank = frozen_input_gradient(g, weight), d_h @ lora_A
     mask = multiplier(d_x, group.dropout) if mask is None else mask
     return d_x.add_(low_rank) if mask is None else d_x.addcmul_(mask, low_rank)
@@ -138,19 +138,19 @@ def group_input_gradient(
 
 def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, mask: Tensor | None = None) -> None:
     """Add ∂L/∂A_i to each `d_lora_A`, of x (..., in), or what a norm saved that gave it, and ∂L/∂h (rows, Σ rank)."""
-    receivers = [member.d_lora_A for member in group.members]
+    grad_buffers = [adapter.d_lora_A for adapter in group.adapters]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
-        add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, receivers)
-    elif receivers:
+        add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, grad_buffers)
+    elif grad_buffers:
         x_rows = (rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
         if mask is None and group.dropout is not None:
             mask = multiplier(x_rows, group.dropout)
-        add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, receivers)
+        add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, grad_buffers)
 
 
-def stacked_A(members: Sequence[Member]) -> Tensor:
-    """[A_1; …; A_n], (Σ rank, in), of at least one member."""
-    return members[0].lora_A if len(members) == 1 else torch.cat([member.lora_A for member in members])
+def stacked_A(adapters: Sequence[LoRAFactors]) -> Tensor:
+    """[A_1; …; A_n], (Σ rank, in), of at least one adapter."""
+    return adapters[0].lora_A if len(adapters) == 1 else torch.cat([adapter.lora_A for adapter in adapters])
 
 
 def lora_group_reference(
@@ -164,7 +164,7 @@ def lora_group_reference(
     """The same y, layer by layer and with the products formed; the dropout multiplier m is given, of x's shape."""
     y = torch.nn.functional.linear(x, weight, bias)
     seen = x if mask is None else x * mask
-    for column, lora_A, lora_B, scaling, *_ in group.members:
+    for column, lora_A, lora_B, scaling, *_ in group.adapters:
         delta = torch.nn.functional.linear(seen, scaling * (lora_B @ lora_A))
         y = y + torch.nn.functional.pad(delta, (column, weight.shape[0] - column - len(lora_B)))
     return y if residual is None else y + residual

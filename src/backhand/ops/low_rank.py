@@ -1,15 +1,15 @@
-"""Products with a low-rank factor: what LoRA adds to a frozen layer, forward and backward.
+"""Products with a low-rank factor: the part that LoRA adds to a frozen layer, forward and backward.
 
-Of x and y, (rows, in) and (rows, out), and of what is rank-sized beside them:
+For x (rows, in), y (rows, out) and rank-sized h:
     down_projection        h = x Aᵀ                          (rows, rank)
     add_up_projection      y += s h Bᵀ, or += h A            (rows, out), (rows, in)
-    hidden_gradient        ∂L/∂h = s G B, ∂L/∂B += s Gᵀ h    of all layers of one input at once
-    add_lora_A_gradients   ∂L/∂A += (∂L/∂h)ᵀ x               x perhaps by the norm that made it
-The formulas are derived in `lora_linear`; the cases of `lora_group` prove both forms of these.
+    hidden_gradient        ∂L/∂h = s G B, ∂L/∂B += s Gᵀ h    for all layers of one input at once
+    add_lora_A_gradients   ∂L/∂A += (∂L/∂h)ᵀ x               x is given, or the norm that produced it
+The formulas are derived in `lora_linear`. The cases of `lora_group` prove both forms of these functions.
 
-At ranks of 8 to 64 they cost as much as memory does. The kernels (native/low_rank*.cpp) read x or G once, read
-and write y once, round each sum once, and add a gradient straight to a float32 buffer. In torch's form each is a matrix
-product. MKL's own y += s h Bᵀ is as fast in float32 and is left to it.
+At ranks of 8 to 64 these products are bound by memory. The kernels (native/low_rank*.cpp) read x or G once, read and
+write y once, round each sum once, and add a gradient directly to a float32 buffer. Torch's form is one matrix product
+for each. MKL's y += s h Bᵀ is as fast in float32, so that it has no kernel there.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import is_taken
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop, matrix
+from backhand.kernels.dense_product import amx_available
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, KernelSignature, find_kernel, matrix
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, statistics_dtype
 
 _MATRIX = (POINTER, INT64)
 _SIZES = (INT64, INT64, INT64)
-_DOWN = Declared("backhand_low_rank_down", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
-_UP = Declared("backhand_low_rank_up", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
-_GATHER = Declared(
+_DOWN = KernelSignature("backhand_low_rank_down", INT, *_MATRIX, *_MATRIX, *_MATRIX, *_SIZES, result=INT)
+_UP = KernelSignature("backhand_low_rank_up", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE, result=INT)
+_GATHER = KernelSignature(
     "backhand_low_rank_gather",
     *(INT, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, POINTER, INT, INT),
     *(INT64, INT64, POINTER, POINTER, DOUBLE),
     result=INT,
 )
-_BACKWARD = Declared(
+_BACKWARD = KernelSignature(
     *("backhand_low_rank_backward", INT, *_MATRIX, *_MATRIX, *_MATRIX, INT64, POINTER, POINTER, INT, INT, INT64),
     result=INT,
 )
@@ -47,130 +47,131 @@ class _Layer(ctypes.Structure):
     )
 
 
-class Member(NamedTuple):
-    """One adapted layer of those that share an input."""
+class LoRAFactors(NamedTuple):
+    """The LoRA factors of one layer in a stack of layers that share their input."""
 
-    column: int  # of y, the first of its outputs
+    column: int  # the layer's first output in the stack's y
     lora_A: Tensor  # (rank, in)
     lora_B: Tensor  # (out, rank)
     scaling: float  # s
-    d_lora_A: Tensor  # (rank, in), wider or of its dtype, to which ∂L/∂A is added
+    d_lora_A: Tensor  # (rank, in), in lora_A's dtype or wider: ∂L/∂A is added to it
     d_lora_B: Tensor  # (out, rank), likewise for ∂L/∂B
 
 
 def down_projection(x: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Tensor:
-    """h = x Aᵀ, (rows, rank), in `out` or a new tensor; x (rows, in), lora_A (rank, in)."""
-    run = loop(_DOWN, x, lora_A, out)
-    if run is None:
+    """Compute h = x Aᵀ, (rows, rank), in `out` or a new tensor, from x (rows, in) and lora_A (rank, in)."""
+    kernel = find_kernel(_DOWN, x, lora_A, out)
+    if kernel is None:
         h = x @ lora_A.T
         return h if out is None else out.copy_(h)
     h = torch.empty(x.shape[0], lora_A.shape[0], dtype=x.dtype) if out is None else out
-    _checked(run(*matrix(x), *matrix(lora_A), *matrix(h), *x.shape, h.shape[1]))
+    _checked(kernel(*matrix(x), *matrix(lora_A), *matrix(h), *x.shape, h.shape[1]))
     return h
 
 
 def add_up_projection(
     y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, *, transposed: bool = False
 ) -> Tensor:
-    """y + s h Fᵀ, (rows, n), in y's place.
+    """Add s h Fᵀ to y, (rows, n), in place, and return y.
 
     Args:
         y: (rows, n).
         h: (rows, rank).
-        factor: F, (n, rank), as lora_B is; or its transpose, (rank, n), as lora_A is.
+        factor: F, (n, rank), like lora_B; or its transpose, (rank, n), like lora_A.
         scaling: s.
-        transposed: whether `factor` is Fᵀ.
+        transposed: True if `factor` is Fᵀ.
     """
-    run = None if y.dtype == torch.float32 else loop(_UP, y, h, factor)
-    if run is None:
+    kernel = None if y.dtype == torch.float32 else find_kernel(_UP, y, h, factor)
+    if kernel is None:
         return y.addmm_(h, factor if transposed else factor.T, alpha=scaling)
-    _checked(run(*matrix(y), *matrix(h), *matrix(factor), transposed, *y.shape, h.shape[1], scaling))
+    _checked(kernel(*matrix(y), *matrix(h), *matrix(factor), transposed, *y.shape, h.shape[1], scaling))
     return y
 
 
-def hidden_gradient(g: Tensor, h: Tensor, members: Sequence[Member]) -> Tensor:
-    """∂L/∂h = [s₁ G₁ B₁ | … | sₙ Gₙ Bₙ], (rows, Σ rank); ∂L/∂Bᵢ = sᵢ Gᵢᵀ hᵢ is added to each `d_lora_B`.
+def hidden_gradient(g: Tensor, h: Tensor, adapters: Sequence[LoRAFactors]) -> Tensor:
+    """Return ∂L/∂h = [s₁ G₁ B₁ | … | sₙ Gₙ Bₙ], (rows, Σ rank), and add ∂L/∂Bᵢ = sᵢ Gᵢᵀ hᵢ to each `d_lora_B`.
 
     Args:
-        g: G, (rows, Σ out), of all layers, adapted or not.
-        h: (rows, Σ rank), of the members in their order.
-        members: the adapted ones.
+        g: G, (rows, Σ out), of all layers, including those without an adapter.
+        h: (rows, Σ rank), in the order of the adapters.
+        adapters: the factors of the adapted layers.
     """
     d_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    if not members:
+    if not adapters:
         return d_h
-    run = loop(_BACKWARD, g, h, *(member.lora_B for member in members))
-    wide = _are_wide([member.d_lora_B for member in members], g.dtype)
-    if run is None or wide is None:
+    kernel = find_kernel(_BACKWARD, g, h, *(adapter.lora_B for adapter in adapters))
+    wide = _are_wide([adapter.d_lora_B for adapter in adapters], g.dtype)
+    if kernel is None or wide is None:
         first = 0
-        for column, _, lora_B, scaling, _, into in members:
+        for column, _, lora_B, scaling, _, accumulate_into in adapters:
             n, rank = lora_B.shape
             part, ranks = g[:, column : column + n], slice(first, first + rank)
             d_h[:, ranks] = (part @ lora_B).mul_(scaling)
-            into.add_((h[:, ranks].T @ part).mul_(scaling).T)
+            accumulate_into.add_((h[:, ranks].T @ part).mul_(scaling).T)
             first = ranks.stop
         return d_h
-    table = (_Layer * len(members))(
+    table = (_Layer * len(adapters))(
         *(
-            _Layer(member.column, *member.lora_B.shape, *matrix(member.lora_B), *matrix(member.d_lora_B))
-            for member in members
+            _Layer(adapter.column, *adapter.lora_B.shape, *matrix(adapter.lora_B), *matrix(adapter.d_lora_B))
+            for adapter in adapters
         )
     )
-    scalings = (DOUBLE * len(members))(*(member.scaling for member in members))
+    scalings = (DOUBLE * len(adapters))(*(adapter.scaling for adapter in adapters))
     places = (*matrix(g), *matrix(h), *matrix(d_h))
-    _checked(run(*places, len(members), table, scalings, wide, by_parts_of_rows(g.dtype), g.shape[0]))
+    _checked(kernel(*places, len(adapters), table, scalings, wide, by_parts_of_rows(g.dtype), g.shape[0]))
     return d_h
 
 
-def add_lora_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, into: Sequence[Tensor]) -> None:
-    """Add (∂L/∂h)ᵀ x to tensors whose rows stand below one another, each for as many columns of ∂L/∂h as it has rows.
+def add_lora_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, accumulate_into: Sequence[Tensor]) -> None:
+    """Add the rows of (∂L/∂h)ᵀ x to the gradient buffers of the factors, in their order.
 
-    A norm's x = ρ X ⊙ (c + w) need not be formed: (∂L/∂h)ᵀ x = ((ρ ∂L/∂h)ᵀ X) ⊙ (c + w), and ρ ∂L/∂h is small.
+    The output x = ρ X ⊙ (c + w) of a norm is not formed: (∂L/∂h)ᵀ x = ((ρ ∂L/∂h)ᵀ X) ⊙ (c + w), and ρ ∂L/∂h is small.
 
     Args:
-        x: (rows, in), or what a norm of rows saved when it gave x.
+        x: (rows, in), or the saved tensors of the norm that produced x.
         d_h: ∂L/∂h, (rows, Σ rank).
-        into: (rank, in) each, in x's dtype or wider; perhaps none.
+        accumulate_into: one buffer (rank, in) per factor, in x's dtype or wider; may be empty.
     """
-    if not into:
+    if not accumulate_into:
         return
     rows, weight, factor, offset = x if isinstance(x, RMSNormSaved) else (x, None, None, 0.0)
-    run, wide = loop(_GATHER, rows, d_h, weight), _are_wide(into, rows.dtype)
+    kernel, wide = find_kernel(_GATHER, rows, d_h, weight), _are_wide(accumulate_into, rows.dtype)
     dense = factor is None or weight is None or (factor.is_contiguous() and weight.is_contiguous())
-    if run is None or wide is None or not dense:
+    if kernel is None or wide is None or not dense:
         formed = rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x
-        for part, added in zip(into, (d_h.T @ formed).split([len(part) for part in into]), strict=True):
-            part.add_(added)
+        gradients = (d_h.T @ formed).split([len(buffer) for buffer in accumulate_into])
+        for buffer, gradient in zip(accumulate_into, gradients, strict=True):
+            buffer.add_(gradient)
         return
     norm = (None if factor is None else factor.data_ptr(), None if weight is None else weight.data_ptr(), offset)
     how = wide, by_parts_of_rows(rows.dtype)
-    _checked(run(*matrix(rows), *matrix(d_h), *_places(into), *how, *rows.shape, *norm))
+    _checked(kernel(*matrix(rows), *matrix(d_h), *_places(accumulate_into), *how, *rows.shape, *norm))
 
 
-def _places(into: Sequence[Tensor]) -> tuple[Any, ...]:
-    """How many there are, and address, distance of rows and rank of each."""
-    count = len(into)
+def _places(accumulate_into: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return the number of buffers, and their addresses, row strides and ranks."""
+    count = len(accumulate_into)
     return (
         count,
-        (POINTER * count)(*(part.data_ptr() for part in into)),
-        (INT64 * count)(*(part.stride(0) for part in into)),
-        (INT64 * count)(*(part.shape[0] for part in into)),
+        (POINTER * count)(*(part.data_ptr() for part in accumulate_into)),
+        (INT64 * count)(*(part.stride(0) for part in accumulate_into)),
+        (INT64 * count)(*(part.shape[0] for part in accumulate_into)),
     )
 
 
-def _are_wide(receivers: Sequence[Tensor], dtype: torch.dtype) -> bool | None:
-    """Whether kernels for this dtype add to float32 or wider; None where they cannot add to these."""
-    first, wide = receivers[0].dtype, statistics_dtype(dtype)
-    alike = all(receiver.dtype == first and receiver.stride(1) == 1 for receiver in receivers)
+def _are_wide(grad_buffers: Sequence[Tensor], dtype: torch.dtype) -> bool | None:
+    """Return True for buffers of float32 or wider, False for buffers of `dtype`, None if kernels cannot add to them."""
+    first, wide = grad_buffers[0].dtype, statistics_dtype(dtype)
+    alike = all(buffer.dtype == first and buffer.stride(1) == 1 for buffer in grad_buffers)
     return first == wide if alike and first in (dtype, wide) else None
 
 
 def by_parts_of_rows(dtype: torch.dtype) -> bool:
-    """Whether threads divide the rows of x or G among them, or else columns, as for bfloat16 without tiles."""
-    return dtype != torch.bfloat16 or is_taken(dtype)
+    """Return True if threads divide the rows of x or G; else they divide columns, as for bfloat16 without AMX."""
+    return dtype != torch.bfloat16 or amx_available(dtype)
 
 
 def _checked(without_memory: int) -> None:
-    """Raise MemoryError where a call returned that it had none to work with."""
+    """Raise MemoryError if a kernel returned that it had no memory for its workspace."""
     if without_memory:
-        raise MemoryError("products with an adapter's factors: no memory for what they work with")
+        raise MemoryError("products with an adapter's factors: no memory for their workspace")

@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, KernelSignature, find_kernel
 
-_FORWARD = Declared(
+_FORWARD = KernelSignature(
     *("backhand_rms_norm_forward", INT, POINTER, INT64, INT64, INT64, POINTER, POINTER, POINTER, INT),
     *(INT64, INT64, DOUBLE, DOUBLE),
 )
-_BACKWARD = Declared(
+_BACKWARD = KernelSignature(
     *("backhand_rms_norm_backward", INT, POINTER, INT64, INT64, INT64, POINTER, INT64, INT64),
     *(POINTER, POINTER, POINTER, POINTER, INT64, INT64, DOUBLE),
 )
-_WEIGHT_GRADIENT = Declared(
+_WEIGHT_GRADIENT = KernelSignature(
     *("backhand_rms_norm_weight_gradient", INT, POINTER, INT64, INT64, INT64, POINTER, INT64, INT64),
     *(POINTER, POINTER, INT64, INT64),
 )
@@ -82,7 +82,7 @@ def rms_norm_forward(
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(wide, factor, out=out) if wide is x else wide.mul_(factor)
-    normed.mul_(gain(weight, offset, factor.dtype))
+    normed.mul_(weight_scale(weight, offset, factor.dtype))
     y = normed.to(x.dtype) if wide is x or out is None else out.copy_(normed)
     return y, RMSNormSaved(x, weight, factor, offset)
 
@@ -92,7 +92,7 @@ def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.
     compiled = _compiled_forward(x, weight, 0.0, offset, factor, None)
     if compiled is not None:
         return compiled[0]
-    return _times(x, factor).mul_(gain(weight, offset, factor.dtype)).to(x.dtype)
+    return _times(x, factor).mul_(weight_scale(weight, offset, factor.dtype)).to(x.dtype)
 
 
 def _times(x: Tensor, multiplier: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def _times(x: Tensor, multiplier: Tensor) -> Tensor:
     return x * multiplier if x.dtype == multiplier.dtype else x.to(multiplier.dtype).mul_(multiplier)
 
 
-def gain(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
+def weight_scale(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
     """c + w in the wide dtype."""
     wide = weight.to(dtype)
     return wide + offset if offset else wide
@@ -110,8 +110,8 @@ def _compiled_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """y and the factor by the kernel, or None where it does not apply; a given factor is taken as it is."""
-    run, rows = loop(_FORWARD, x, weight, out), _row_strides(x)
-    if run is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
+    kernel, rows = find_kernel(_FORWARD, x, weight, out), _row_strides(x)
+    if kernel is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
         return None
     y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     given = factor is not None
@@ -121,7 +121,7 @@ def _compiled_forward(
         return None
     n = x.shape[-1]
     places = (x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr())
-    run(*places, given, x.numel() // max(n, 1), n, eps, offset)
+    kernel(*places, given, x.numel() // max(n, 1), n, eps, offset)
     return y, factor
 
 
@@ -160,7 +160,7 @@ def rms_norm_backward(
     d_weight = None
     if weight_gradient:
         d_weight = (d_y * x_hat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    g = _times(d_y, gain(weight, offset, factor.dtype))
+    g = _times(d_y, weight_scale(weight, offset, factor.dtype))
     along = torch.linalg.vecdot(g, x_hat).unsqueeze(-1).div_(x.shape[-1])
     d_x = g.addcmul_(x_hat, along, value=-1).mul_(factor)
     if residual is not None:
@@ -173,20 +173,20 @@ def _compiled_backward(
 ) -> RMSNormGrads | None:
     """The gradients by the kernels, or None where they do not apply."""
     x, weight, factor, offset = saved
-    run, d_y_rows, x_rows = loop(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
+    kernel, d_y_rows, x_rows = find_kernel(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
     dense = all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None)
-    if run is None or d_y_rows is None or x_rows is None or not dense:
+    if kernel is None or d_y_rows is None or x_rows is None or not dense:
         return None
     n = x.shape[-1]
     rows = x.numel() // max(n, 1)
     d_weight = None
     if weight_gradient:  # first: d_x may take d_y's place
         d_weight = torch.empty(weight.shape, dtype=weight.dtype)
-        not_none(loop(_WEIGHT_GRADIENT, d_y, x))(
+        not_none(find_kernel(_WEIGHT_GRADIENT, d_y, x))(
             *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    run(
+    kernel(
         *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
         *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
     )

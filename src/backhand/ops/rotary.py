@@ -25,10 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
 from backhand.ops.rms_norm import statistics_dtype
 
-_ROTARY = Declared("backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER, POINTER, INT64, INT64, INT64, INT)
+_ROTARY = KernelSignature(
+    "backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER, POINTER, INT64, INT64, INT64, INT
+)
 
 
 class RotaryTable(NamedTuple):
@@ -141,10 +143,10 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
         return out
     cos, sin = table.cos, table.sin
     laid_out = cos.is_contiguous() and sin.is_contiguous() and cos.dtype == statistics_dtype(x.dtype)
-    run = loop(_ROTARY, x, out) if laid_out and not table.interleaved else None
-    if run is not None:
+    kernel = find_kernel(_ROTARY, x, out) if laid_out and not table.interleaved else None
+    if kernel is not None:
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-        run(
+        kernel(
             *(x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), y.stride(1)),
             *(cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1], x.shape[2] // 2, back),
         )

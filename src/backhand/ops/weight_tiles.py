@@ -34,7 +34,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from backhand.kernels.dense_product import Term, drop_workspace
+from backhand.kernels.dense_product import LowRankUpdate, drop_workspace
 from backhand.kernels.large_pages import in_large_pages
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 
@@ -131,29 +131,33 @@ def tiled_linear(
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor | None,
-    terms: Sequence[Term],
+    updates: Sequence[LowRankUpdate],
 ) -> Tensor:
     """`frozen_linear` with a product for each tile of rows: `multiply` of what is named here, weight dense."""
     tiles = row_tiles(weight)
     if len(tiles) == 1:
-        return multiply(x, rows_of(weight, tiles[0]), bias, residual, out, terms)
+        return multiply(x, rows_of(weight, tiles[0]), bias, residual, out, updates)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     for tile in tiles:
         part_bias, around = None if bias is None else bias[tile], None if residual is None else residual[:, tile]
-        multiply(x, rows_of(weight, tile), part_bias, around, y[:, tile], terms_of(terms, tile))
+        multiply(x, rows_of(weight, tile), part_bias, around, y[:, tile], updates_of(updates, tile))
     return y
 
 
 def tiled_input_gradient(
-    multiply: Callable[..., Tensor], d_y: Tensor, weight: FrozenMatrix, out: Tensor | None, terms: Sequence[Term]
+    multiply: Callable[..., Tensor],
+    d_y: Tensor,
+    weight: FrozenMatrix,
+    out: Tensor | None,
+    updates: Sequence[LowRankUpdate],
 ) -> Tensor:
     """`frozen_input_gradient` with a product for each tile of columns; likewise."""
     tiles = column_tiles(weight)
     if len(tiles) == 1:
-        return multiply(d_y, columns_of(weight, tiles[0]), out, terms)
+        return multiply(d_y, columns_of(weight, tiles[0]), out, updates)
     d_x = torch.empty(d_y.shape[0], weight.shape[1], dtype=d_y.dtype, device=d_y.device) if out is None else out
     for tile in tiles:
-        multiply(d_y, columns_of(weight, tile), d_x[:, tile], terms_of(terms, tile))
+        multiply(d_y, columns_of(weight, tile), d_x[:, tile], updates_of(updates, tile))
     return d_x
 
 
@@ -166,17 +170,17 @@ def summed_over_rows(d_y: Tensor, weight: FrozenMatrix, out: Tensor | None) -> T
     return d_x
 
 
-def terms_of(terms: Sequence[Term], tile: slice) -> list[Term]:
+def updates_of(updates: Sequence[LowRankUpdate], tile: slice) -> list[LowRankUpdate]:
     """What of them falls on these columns of the result; in the first tile every h is formed, that of others too."""
     found, first = [], tile.start == 0
-    for term in terms:
-        begin = min(max(term.column, tile.start), tile.stop)
-        end = max(begin, min(term.column + term.outputs, tile.stop))
-        if begin < end or (first and term.lora_A is not None):
-            own = slice(begin - term.column, end - term.column) if begin < end else slice(0, 0)
-            part = term.factor[:, own] if term.transposed else term.factor[own]
-            lora_A = term.lora_A if first else None
-            found.append(term._replace(column=begin - tile.start, factor=part, lora_A=lora_A))
+    for update in updates:
+        begin = min(max(update.column, tile.start), tile.stop)
+        end = max(begin, min(update.column + update.outputs, tile.stop))
+        if begin < end or (first and update.lora_A is not None):
+            own = slice(begin - update.column, end - update.column) if begin < end else slice(0, 0)
+            part = update.factor[:, own] if update.transposed else update.factor[own]
+            lora_A = update.lora_A if first else None
+            found.append(update._replace(column=begin - tile.start, factor=part, lora_A=lora_A))
     return found
 
 

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.builds import loops_are_there, torch_form
-from backhand.kernels.library import proving_loops
+from backhand.kernels.builds import kernels_available, torch_form
+from backhand.kernels.library import proving_kernels
 from backhand.ops.registry import OPS
 from backhand.verify.measure import (
     autograd_gradients,
@@ -110,12 +110,12 @@ def proofs_in(file: str) -> tuple[OpProof, ...]:
 
 def forms(proof: OpProof, device: torch.device | str = "cpu") -> tuple[str, ...]:
     """Return the forms in which an op can be computed on this machine and device."""
-    compiled = proof.compiled and loops_are_there() and torch.device(device).type == "cpu"
+    compiled = proof.compiled and kernels_available() and torch.device(device).type == "cpu"
     return (TORCH, COMPILED) if compiled else (TORCH,)
 
 
 def _in_form(form: str) -> AbstractContextManager[None]:
-    return proving_loops() if form == COMPILED else torch_form()
+    return proving_kernels() if form == COMPILED else torch_form()
 
 
 def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:

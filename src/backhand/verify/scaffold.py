@@ -99,7 +99,7 @@ Runner = Callable[["Arguments", Backward], tuple[Tensor, Any]]
 SCALING = 1.7
 """Scaling of low-rank updates, not 1."""
 BUFFER_START = 0.5
-"""Initial value of gradient buffers (`into`) to which the gradients of the kinds in ACCUMULATED are added."""
+"""Initial value of the buffers in `accumulate_into`, to which gradients of the kinds in ACCUMULATED are added."""
 ACCUMULATED = ("lora_A", "lora_B")
 GRADIENT_SWITCHES = {"input_gradient": "x", "weight_gradient": "weight"}
 """Option → the input whose gradient is not computed if the option is False."""
@@ -233,7 +233,7 @@ class Op:
             args = Arguments({**settings, **t}, self.derived)
             with small_pieces(pieces), threads_of(threads):
                 y, grads = runner(args, backward)
-            accumulates = "into" in args and args["into"] is not None
+            accumulates = "accumulate_into" in args and args["accumulate_into"] is not None
             by_input = grads if isinstance(grads, dict) else named_gradients(grads)
             keys = [key for key in t if f"d_{kind(key)}" in self.gradients and kind(key) not in without]
             starts = {key: BUFFER_START for key in keys if accumulates and kind(key) in ACCUMULATED}

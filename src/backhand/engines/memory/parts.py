@@ -21,7 +21,7 @@ import torch
 
 from backhand.engines.memory.shapes import StepShape
 from backhand.generate.completer import CACHE_BYTES
-from backhand.kernels.dense_product import is_taken
+from backhand.kernels.dense_product import amx_available
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
@@ -176,7 +176,7 @@ def decoder_size(
         cache_bytes=bytes_per_token(config, dtype),
         mixer_state_bytes=state_bytes(config, dtype),
         gaps=_gaps(layout),
-        kernels=0 if is_taken(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
+        kernels=0 if amx_available(dtype) else _kernels(dtype.itemsize, experts=config.mixture is not None),
     )
 
 

@@ -25,7 +25,7 @@ from backhand.nn.decoder.group_extras import GroupExtras, group_extras
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout
-from backhand.ops.low_rank import Member
+from backhand.ops.low_rank import LoRAFactors
 from backhand.ops.weight_tiles import FrozenMatrix
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -193,7 +193,7 @@ def group_adapter(
     columns = dict(zip(names, accumulate(sizes, initial=0), strict=False))
     slots = [lora.slots[name] for name in names if name in lora]
     members = tuple(
-        Member(
+        LoRAFactors(
             *(columns[slot.name], lora.compute_A(slot.name), lora.compute_B(slot.name), slot.scaling),
             *(lora.d_lora_A(slot.name), lora.d_lora_B(slot.name)),
         )

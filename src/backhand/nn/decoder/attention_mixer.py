@@ -25,7 +25,7 @@ from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, n
 from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, gives_output_again
+from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, can_recompute_output
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import Run
 from backhand.ops.glu import glu_forward
@@ -53,7 +53,7 @@ def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) 
 
 def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
     """Whether the backward recomputes o, in x's dtype and place: gates need what attention gave before them."""
-    return not config.attention_gate and gives_output_again(x, config.attention_cap)
+    return not config.attention_gate and can_recompute_output(x, config.attention_cap)
 
 
 def output_by_itself(kept: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
@@ -158,7 +158,7 @@ def attention_input_gradient(
         *attended_qkv(kept, weights, context), attended, own.log_sum_exp, *attention_setting(weights, context)
     )
     again = None if output is None or kept.output is not None else _by_head(output, config)
-    attention_backward(d_attended, saved, out=d_by_head, again=again)
+    attention_backward(d_attended, saved, out=d_by_head, output_buffer=again)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)
     if own.factors is not None:

@@ -199,7 +199,7 @@ def mlp_sublayer_backward(
     n2 = pre_norm_saved(x1, weights.mlp_norm, saved.factor, config)
     a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter)
     d_down = residual_backward(d_x2, saved.post_norm, adapter.norms.get(norms.after_mlp), config)
-    d_h_down = hidden_gradient(d_down, saved.h_down, down.members)
+    d_h_down = hidden_gradient(d_down, saved.h_down, down.adapters)
     d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
     del d_down
     unit = AdaptedGLUSaved(a_u, config.activation, gate_up, h, down, d_h_down)
@@ -223,7 +223,7 @@ def mixer_sublayer_backward(
     output, norms = adapter.output.group, config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, saved.factor, config)
     d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)
-    d_h_output = hidden_gradient(d_projected, saved.h_output, output.members)
+    d_h_output = hidden_gradient(d_projected, saved.h_output, output.adapters)
     d_o = scatter_rows(group_input_gradient(d_projected, d_h_output, weights.output, output), positions, x0)
     del d_projected
     o = mixer_output_buffer(saved, adapter, context, d_o)

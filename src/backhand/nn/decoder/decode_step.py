@@ -21,18 +21,18 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.kernels.dequantize import is_compiled
 from backhand.kernels.few_rows import QUICK_ROW
-from backhand.kernels.library import INT, INT64, POINTER, Declared, loop
+from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
 from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import ATTENTION, DecoderConfig
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.ops.frozen_matrix import h_within
+from backhand.ops.frozen_matrix import is_worth_fusing
 from backhand.ops.rotary import RotaryTable
 from backhand.ops.weight_tiles import FrozenMatrix
 
-_STEP = Declared("backhand_decode_step", INT, POINTER, POINTER, INT64, POINTER, INT64, result=INT)
+_STEP = KernelSignature("backhand_decode_step", INT, POINTER, POINTER, INT64, POINTER, INT64, result=INT)
 # As in native/decode_step.cpp.
 _MOST_MEMBERS = 4
 # As in native/glu.h.
@@ -127,7 +127,7 @@ class DecodeStep:
             norm_over_heads=config.qk_norm == "width",
             activation=_ACTIVATIONS[config.activation],
             places=0,
-            most_ranks=max(sum(len(member.lora_A) for member in group.members) for group in groups),
+            most_ranks=max(sum(len(member.lora_A) for member in group.adapters) for group in groups),
             eps=config.norm_eps,
             offset=config.norm_offset,
             attention_scaling=config.attention_scaling,
@@ -145,13 +145,13 @@ class DecodeStep:
         Raises:
             MemoryError: there is none left to work in.
         """
-        run = loop(_STEP, x)
-        if run is None:
+        kernel = find_kernel(_STEP, x)
+        if kernel is None:
             return False
         self._point(len(x), tables)
         self._model.quick_row = QUICK_ROW.get()
         where = ctypes.addressof(self._model), x.data_ptr(), len(x), positions.data_ptr()
-        status: int = run(*where, torch.get_num_threads())
+        status: int = kernel(*where, torch.get_num_threads())
         if status:
             raise MemoryError("no memory left for a token" if status == 2 else f"no room at {positions.tolist()}")
         return True
@@ -190,14 +190,14 @@ class DecodeStep:
                 *(member.lora_A.data_ptr(), member.lora_B.data_ptr(), len(member.lora_A), member.column),
                 *(len(member.lora_B), member.scaling),
             )
-            for member in adapter.group.members
+            for member in adapter.group.adapters
         ]
         held_parts, held_lows = (_StoredRows * len(parts))(*parts), (_LowRank * max(len(lows), 1))(*lows)
         self._kept += [held_parts, held_lows]
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
-            not h_within(weight.shape[0], sum(len(member.lora_A) for member in adapter.group.members)),
+            not is_worth_fusing(weight.shape[0], sum(len(member.lora_A) for member in adapter.group.adapters)),
         )
 
 
@@ -208,11 +208,11 @@ def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCac
     for block, adapter in zip(decoder.active.blocks, adapters, strict=True):
         for name in _GROUPS:
             group, weight = getattr(adapter, name), getattr(block, name)
-            if len(group.group.members) > _MOST_MEMBERS:
+            if len(group.group.adapters) > _MOST_MEMBERS:
                 return None
             if group.extras is not None or weight.dtype != decoder.dtype or _parts(weight) is None:
                 return None
-            if not all(_lies_dense(factor) for one in group.group.members for factor in (one.lora_A, one.lora_B)):
+            if not all(_lies_dense(factor) for one in group.group.adapters for factor in (one.lora_A, one.lora_B)):
                 return None
         if not all(_lies_dense(getattr(block, name)) for name in _NORMS if getattr(block, name) is not None):
             return None

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from backhand.errors import not_none
-from backhand.kernels.builds import loops_are_there
+from backhand.kernels.builds import kernels_available
 from backhand.kernels.few_rows import QUICK_ROW
 from backhand.nn.batch import document_runs
 from backhand.nn.decoder.attention_mixer import gated_output, layer_scores
@@ -215,7 +215,7 @@ class IncrementalDecoder:
         Their keys and values are then cached.
         """
         decoder = self.decoder
-        if not loops_are_there():
+        if not kernels_available():
             return None
         if self._looked_for is not decoder.active:
             self._looked_for = decoder.active
@@ -338,7 +338,7 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
     normed, _ = rms_norm_forward(x, weights.final_norm, decoder.config.norm_eps, decoder.config.norm_offset)
     columns = normed.float().unsqueeze(2)
     exact = (frozen_rows(weights.head, candidates).float() @ columns).squeeze(2)
-    for factors in adapter.group.members:
+    for factors in adapter.group.adapters:
         h = factors.lora_A.float() @ columns
         exact += factors.scaling * (factors.lora_B[candidates].float() @ h).squeeze(2)
         if adapter.extras is not None:

@@ -208,11 +208,11 @@ def _projection_backward(
     """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
     into, d_lora_B = None, None
     if saved.factors is not None:
-        (member,) = adapter.group.members
+        (member,) = adapter.group.adapters
         d_lora_A, d_lora_B = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
         # Kernels add to rows without gaps, and in the buffer the experts' columns stand between one another.
         into = d_lora_A, torch.zeros_like(saved.factors.lora_B, dtype=d_lora_B.dtype)
-    d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, into=into).d_x
+    d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, accumulate_into=into).d_x
     if d_lora_B is not None and into is not None:
         d_lora_B = gate_and_up(d_lora_B) if _is_interleaved(adapter, mixture) else d_lora_B
         d_lora_B += into[1].view_as(d_lora_B)
@@ -221,9 +221,9 @@ def _projection_backward(
 
 def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
     """The experts' factors, each expert's in one piece; None without an adapter."""
-    if not adapter.group.members:
+    if not adapter.group.adapters:
         return None
-    (member,) = adapter.group.members
+    (member,) = adapter.group.adapters
     lora_A, lora_B = expert_factors(member.lora_A, member.lora_B, mixture.experts)
     if _is_interleaved(adapter, mixture):
         lora_B = gate_and_up(lora_B).flatten(1, 2)

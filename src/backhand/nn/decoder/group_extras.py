@@ -22,7 +22,7 @@ from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.linear import LinearSaved, linear_backward
 from backhand.ops.lora_bias import LoRABiasSaved, lora_bias_backward, lora_bias_forward
 from backhand.ops.lora_group import LoRAGroup, LoRAGroupSaved, lora_group_backward, lora_group_forward
-from backhand.ops.low_rank import Member
+from backhand.ops.low_rank import LoRAFactors
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_split
 
 
@@ -38,7 +38,7 @@ class ModuleExtras(NamedTuple):
     """What one module of a group trains; None where it does not."""
 
     size: int  # its outputs
-    factors: Member | None  # its plain factors
+    factors: LoRAFactors | None  # its plain factors
     magnitude: Magnitude | None  # DoRA's; c holds as long as the factors do
     # (out,) bias of lora_B in the compute dtype, and what its gradient is added to
     lora_bias: tuple[Tensor, Tensor] | None
@@ -158,7 +158,7 @@ def group_extras(
         sizes: outputs of the modules, by their paths.
         weights: (out, in) of each; needed by DoRA alone, whose norms are taken here.
     """
-    modules, members = [], iter(group.members)
+    modules, members = [], iter(group.adapters)
     for place, (name, size) in enumerate(sizes.items()):
         slot, factors, magnitude, lora_bias = lora.slots.get(name), None, None, None
         if slot is not None:

@@ -185,7 +185,7 @@ def mixer_output_buffer(saved: MixerSaved, adapter: BlockAdapter, context: Block
 
     Returns None if the output is neither saved nor needed by the gradient of a factor.
     """
-    if saved.output is not None or not adapter.output.group.members:
+    if saved.output is not None or not adapter.output.group.adapters:
         return saved.output
     return context.scratch.take("attended", like.shape, like)
 

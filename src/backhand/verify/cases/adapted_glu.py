@@ -24,17 +24,18 @@ from backhand.verify.mutants import Backward, flat_rows, mean_of_rows, rotate_eq
 from backhand.verify.scaffold import Arguments, Draw, Op, Tensors, grad_buffer
 
 
-def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, into: bool | None = None) -> AdaptedGLUGrads:
+def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, accumulate_into: bool | None = None) -> AdaptedGLUGrads:
     """The backward on copies of what it may overwrite, since mutants read that afterwards.
 
-    into: as the decoder block calls it, where a and u make place for their gradients, and those of factors are added.
+    accumulate_into: True to call it like the decoder block, which lets gradients take the place of a and u, and adds
+        those of factors to what its buffers hold.
     """
-    new = grad_buffer if into else torch.zeros_like
-    front = regrouped(saved.front, d_lora_B=lambda one: new(one.lora_B))
-    behind = regrouped(saved.behind, d_lora_A=lambda one: new(one.lora_A))
+    new = grad_buffer if accumulate_into else torch.zeros_like
+    gate_up_group = regrouped(saved.gate_up_group, d_lora_B=lambda one: new(one.lora_B))
+    down_group = regrouped(saved.down_group, d_lora_A=lambda one: new(one.lora_A))
     place = saved.gate_up.clone()
-    saved = saved._replace(gate_up=place, front=front, behind=behind)
-    return adapted_glu_backward(d_y.clone(), saved, out=place if into else None)
+    saved = saved._replace(gate_up=place, gate_up_group=gate_up_group, down_group=down_group)
+    return adapted_glu_backward(d_y.clone(), saved, out=place if accumulate_into else None)
 
 
 def sides(n: int, ranks: tuple[int, int, int], fused: int) -> list[tuple[float, int, int, int]]:
@@ -49,13 +50,13 @@ def _factors(draw: Draw, sides: list[tuple[float, int, int, int]], n: int, ranks
     return drawn | ({"lora_A 0": draw.normal(ranks[2], n, size=0.5)} if ranks[2] else {})
 
 
-def _front(args: Arguments) -> LoRAGroup:
+def _gate_up_group(args: Arguments) -> LoRAGroup:
     factors = ((side, args[f"lora_B {i}"]) for i, side in enumerate(args["sides"]))
     members = (member(column, B.new_zeros(rank, 0), B, scaling) for (scaling, column, _, rank), B in factors)
     return LoRAGroup(tuple(members))
 
 
-def _behind(args: Arguments) -> LoRAGroup:
+def _down_group(args: Arguments) -> LoRAGroup:
     factors = [args["lora_A 0"]] if "lora_A 0" in args else []
     return LoRAGroup(tuple(member(0, A, A.new_zeros(0, len(A)), 1.0) for A in factors), args["dropout"])
 
@@ -85,23 +86,23 @@ def _baseline(args: Arguments) -> Tensor:
         added = scaling * functional.linear(part, args[f"lora_B {i}"])
         whole = whole + functional.pad(added, (column, 2 * n - column - outputs))
     p = baseline_unit(whole[..., :n], whole[..., n:], args["activation"])
-    behind = "lora_A 0" in args
-    return _joined(p, functional.linear(dropped(p, args["dropout"]), args["lora_A 0"]) if behind else None)
+    down = "lora_A 0" in args
+    return _joined(p, functional.linear(dropped(p, args["dropout"]), args["lora_A 0"]) if down else None)
 
 
 OP = Op(
     "adapted_glu",
-    dict(gate_up="*lead both", h="*lead ranks_in_front", d_y="*lead outputs", factors=_factors),
+    dict(gate_up="*lead both", h="*lead gate_up_ranks", d_y="*lead outputs", factors=_factors),
     dict(activation=..., lead=..., n=7, ranks=(3, 2, 4), in_place=False, fused=0, dropout=None),
     baseline=_baseline,
     derived={
         "both": lambda n: 2 * n,
-        "ranks_in_front": lambda sides: sum(rank for *_, rank in sides),
+        "gate_up_ranks": lambda sides: sum(rank for *_, rank in sides),
         "outputs": lambda n, ranks: n + ranks[2],
         "sides": sides,
-        "front": _front,
-        "behind": _behind,
-        "into": lambda in_place: in_place or None,
+        "gate_up_group": _gate_up_group,
+        "down_group": _down_group,
+        "accumulate_into": lambda in_place: in_place or None,
     },
     runner=_run,
     backward=_backward,
@@ -157,8 +158,8 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any
     """The gradients of factors with G beside each of them."""
     h: list[Tensor] = []
     d_lora_B: list[Tensor] = []
-    parts = s.h.split([one.lora_B.shape[1] for one in s.front.members], dim=-1)
-    for (column, _, lora_B, scaling, *_), part in zip(s.front.members, parts, strict=True):
+    parts = s.h.split([one.lora_B.shape[1] for one in s.gate_up_group.adapters], dim=-1)
+    for (column, _, lora_B, scaling, *_), part in zip(s.gate_up_group.adapters, parts, strict=True):
         own = torch.cat([g, g], dim=-1)[..., column : column + len(lora_B)]
         h.append(scaling * own @ lora_B)
         d_lora_B.append(scaling * flat_rows(own).T @ flat_rows(part))
@@ -170,12 +171,16 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any
 MUTANTS = (
     wrong("up forgotten", "d_gate_up", _without_up),
     wrong("gate and up swapped", "d_gate_up", lambda d: torch.cat(d.chunk(2, dim=-1)[::-1], dim=-1)),
-    OP.perturb("scaling forgotten", "d_h d_lora_B", front=lambda s: regrouped(s.front, scaling=lambda _one: 1.0)),
+    OP.perturb(
+        "scaling forgotten",
+        "d_h d_lora_B",
+        gate_up_group=lambda s: regrouped(s.gate_up_group, scaling=lambda _one: 1.0),
+    ),
     wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h d_lora_B", _of_product),
     wrong("gate and up swapped", "d_lora_B", rotate_equal_shapes),
     wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
     wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
     wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(glu_forward(*_unit(s))[0]), right)),
-    OP.perturb("mask ignored", "d_lora_A", behind=lambda s: s.behind._replace(dropout=None)),
+    OP.perturb("mask ignored", "d_lora_A", down_group=lambda s: s.down_group._replace(dropout=None)),
     wrong("mean for sum", "d_lora_B d_lora_A", mean_of_rows),
 )

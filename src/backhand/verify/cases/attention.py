@@ -51,7 +51,7 @@ def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, AttentionGr
     q, k, v = qkv.split([t["q"].shape[1], t["k"].shape[1], t["v"].shape[1]], dim=1)
     y, saved = t.call(OP.forward, q=q, k=k, v=v)
     again = torch.full_like(y, float("nan"))
-    return again, backward(t["d_y"], saved, out=torch.empty_like(qkv), again=again)
+    return again, backward(t["d_y"], saved, out=torch.empty_like(qkv), output_buffer=again)
 
 
 def attention_inputs(queries: str, keys: str) -> dict[str, Any]:

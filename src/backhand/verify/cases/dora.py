@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.dora import DoRASaved, along, gain
+from backhand.ops.dora import DoRASaved, along, weight_scale
 from backhand.verify.mutants import wrong
 from backhand.verify.scaffold import Op
 
@@ -58,7 +58,9 @@ MUTANTS = (
     wrong(
         "the norm's own gradient subtracted",
         "d_z",
-        lambda g, s, d, right: d - s.z * along(right.d_magnitude * gain(s.magnitude, s.norm, g.dtype), s.z, s.axis),
+        lambda g, s, d, right: (
+            d - s.z * along(right.d_magnitude * weight_scale(s.magnitude, s.norm, g.dtype), s.z, s.axis)
+        ),
     ),
     wrong("norm forgotten", "d_magnitude", lambda s, d: d * s.norm),
     wrong("of y for of z", "d_magnitude", lambda s, d: d * s.magnitude / s.norm),

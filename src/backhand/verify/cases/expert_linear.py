@@ -21,7 +21,7 @@ def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_st
     return ExpertFactors(lora_A, stored, scaling)
 
 
-def _receivers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tensor] | None:
+def _grad_buffers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tensor] | None:
     """In PEFT's form."""
     return (grad_buffer(factors.lora_A), grad_buffer(factors.lora_B)) if added and factors is not None else None
 
@@ -60,7 +60,7 @@ OP = Op(
         "experts": lambda counts: len(counts),
         "mask": dropout_multiplier,
         "factors": _factors,
-        "into": _receivers,
+        "accumulate_into": _grad_buffers,
     },
     compiled=True,
 )

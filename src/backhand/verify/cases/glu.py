@@ -36,7 +36,7 @@ def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, GLUGrads]:
     gate, up = gate_up.chunk(2, dim=-1)
     y = t["d_y"].clone()
     _, saved = t.call(OP.forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
-    return y, backward(y, saved, out=torch.empty_like(gate_up), again=y)
+    return y, backward(y, saved, out=torch.empty_like(gate_up), output_buffer=y)
 
 
 OP = Op(

@@ -17,7 +17,7 @@ from backhand.ops.lora_group import (
     lora_group_reference,
 )
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import Member
+from backhand.ops.low_rank import LoRAFactors
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
 from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
 from backhand.verify.cases.rms_norm import baseline_norm
@@ -35,17 +35,17 @@ SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
 
 
-def regrouped(group: LoRAGroup, **changes: Callable[[Member], Any]) -> LoRAGroup:
+def regrouped(group: LoRAGroup, **changes: Callable[[LoRAFactors], Any]) -> LoRAGroup:
     """The group with these fields of each member made anew."""
-    members = (one._replace(**{field: made(one) for field, made in changes.items()}) for one in group.members)
-    return group._replace(members=tuple(members))
+    members = (one._replace(**{field: made(one) for field, made in changes.items()}) for one in group.adapters)
+    return group._replace(adapters=tuple(members))
 
 
 def _backward(
-    d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True, into: bool | None = None
+    d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True, accumulate_into: bool | None = None
 ) -> LoRAGroupGrads:
-    """The backward with tensors to add to of its own, in which something stands with `into`."""
-    new = grad_buffer if into else torch.zeros_like
+    """The backward with tensors to add to of its own, in which something stands with `accumulate_into`."""
+    new = grad_buffer if accumulate_into else torch.zeros_like
     group = regrouped(saved.group, d_lora_A=lambda one: new(one.lora_A), d_lora_B=lambda one: new(one.lora_B))
     return lora_group_backward(d_y, saved._replace(group=group), input_gradient=input_gradient)
 
@@ -62,9 +62,9 @@ def _factors(draw: Draw, adapted: list[tuple[int, int, int, float]], inputs: int
     return drawn
 
 
-def member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Member:
+def member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> LoRAFactors:
     """With gradients of its own."""
-    return Member(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
+    return LoRAFactors(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
 
 
 def _group(args: Arguments) -> LoRAGroup:
@@ -110,7 +110,7 @@ OP = Op(
         "outputs": lambda sizes: sum(sizes),
         "adapted": _adapted,
         "group": _group,
-        "into": lambda accumulated: accumulated or None,
+        "accumulate_into": lambda accumulated: accumulated or None,
     },
     runners={"of_norm": _of_norm},
     backward=_backward,
@@ -184,9 +184,9 @@ CASES = (
 
 def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
     """d_x from the frozen weights and the first layer's adapter: the others' low-rank terms missing."""
-    first = tuple(member for member in s.group.members[:1] if member.column == 0)
+    first = tuple(member for member in s.group.adapters[:1] if member.column == 0)
     h = s.h[..., : sum(len(member.lora_A) for member in first)]
-    return _backward(g, s._replace(group=s.group._replace(members=first), h=h)).d_x
+    return _backward(g, s._replace(group=s.group._replace(adapters=first), h=h)).d_x
 
 
 def _scaled(s: LoRAGroupSaved, scaling: float) -> LoRAGroup:

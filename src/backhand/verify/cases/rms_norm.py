@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.ops.rms_norm import RMSNormSaved, gain, rms_norm_reference
+from backhand.ops.rms_norm import RMSNormSaved, rms_norm_reference, weight_scale
 from backhand.verify.mutants import Backward, flat_rows, mean_of_rows, wrong
 from backhand.verify.scaffold import Arguments, Op
 
@@ -82,7 +82,7 @@ def _x_hat(saved: RMSNormSaved) -> Tensor:
 
 
 def _g(d_y: Tensor, saved: RMSNormSaved) -> Tensor:
-    return d_y * gain(saved.weight, saved.offset, d_y.dtype)
+    return d_y * weight_scale(saved.weight, saved.offset, d_y.dtype)
 
 
 MUTANTS = (
@@ -98,6 +98,6 @@ MUTANTS = (
     OP.perturb("weight forgotten", "d_x", weight=lambda s: torch.ones_like(s.weight), offset=0.0),
     wrong("x not normalised", "d_weight", lambda g, s: flat_rows(g * s.x).sum(0)),
     wrong("mean for sum", "d_weight", mean_of_rows),
-    wrong("weight inside", "d_weight", lambda g, s, d: d * gain(s.weight, s.offset, g.dtype)),
+    wrong("weight inside", "d_weight", lambda g, s, d: d * weight_scale(s.weight, s.offset, g.dtype)),
     wrong("rows reversed", "d_weight", lambda g, s: (flat_rows(g) * flat_rows(_x_hat(s)).flip(0)).sum(0)),
 )
