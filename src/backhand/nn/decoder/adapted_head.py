@@ -74,9 +74,9 @@ def head_adapter(
 
 def head_factors(adapter: GroupAdapter) -> HeadFactors | None:
     """Return the factors of a plain head, or None if it has none."""
-    if not adapter.group.members:
+    if not adapter.group.adapters:
         return None
-    (factors,) = adapter.group.members
+    (factors,) = adapter.group.adapters
     return HeadFactors(factors.lora_A, factors.lora_B, factors.scaling, adapter.group.dropout)
 
 

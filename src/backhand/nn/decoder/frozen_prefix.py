@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
-from backhand.ops.frozen_matrix import takes_tiles
+from backhand.ops.frozen_matrix import uses_amx
 
 _DOCUMENT = 8
 """Tokens of each document in the probe batches. The last document of a batch may be shorter."""
@@ -42,7 +42,7 @@ class FrozenPrefix:
         Where products differ, one element in ten thousand does, and all behind it: nearly every row in the end.
         """
         fewer = min(tokens, self._usual_tokens)
-        if tokens == self._usual_tokens or takes_tiles(self._decoder.weights.blocks[0].input):
+        if tokens == self._usual_tokens or uses_amx(self._decoder.weights.blocks[0].input):
             return True
         alike = fewer // _DOCUMENT * _DOCUMENT
         if alike == 0:
