@@ -11,14 +11,14 @@ import pytest
 
 from backhand.data.rows import Asked, Completion
 from backhand.errors import CheckError, UsageError
-from backhand.loop.rewards.functions import judging
-from backhand.loop.rewards.process import RewardProcess, Written
+from backhand.loop.rewards.functions import load_function
+from backhand.loop.rewards.process import RewardInput, RewardProcess
 from backhand.options.rewards import RewardOptions
 
 
-def answers(*texts: str) -> list[Written]:
+def answers(*texts: str) -> list[RewardInput]:
     asked = Asked(Completion("a", None, "", None, "rows:1"), "7", {}, "rows:1")
-    return [Written(asked, text, list(range(len(text)))) for text in texts]
+    return [RewardInput(asked, text, list(range(len(text)))) for text in texts]
 
 
 def rewards_of(name: str, *texts: str, timeout_s: float = 20.0) -> list[float]:
@@ -77,7 +77,7 @@ def test_a_schema_that_can_be_used(name: str, tmp_path: Path) -> None:
     path.write_text(schema if isinstance(schema, str) else json.dumps(schema), encoding="utf-8")
     batch = {"prompts": [""] * len(expected), "completions": list(expected), "columns": {}}
     batch |= {"completion_ids": [()] * len(expected), "references": [None] * len(expected)}
-    assert list(judging(f"json:{path}")(batch)) == list(expected.values())
+    assert list(load_function(f"json:{path}")(batch)) == list(expected.values())
 
 
 UNUSABLE: dict[str, tuple[Any, str]] = {

@@ -24,7 +24,7 @@ from backhand.generate import sampling
 from backhand.loop.evaluate import evaluate_command
 from backhand.loop.loggers import Observer
 from backhand.loop.rewards.guards import RewardGuard
-from backhand.loop.rewards.process import RewardProcess, Written
+from backhand.loop.rewards.process import RewardInput, RewardProcess
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions
 from backhand.options.config import TrainConfig
 from backhand.options.objectives import ObjectiveOptions
@@ -352,15 +352,15 @@ def test_the_certificate_ends_a_bfloat16_run(
     assert not [line for line in lines(tmp_path / "run") if "loss" in line]
 
 
-def answers(*texts: str, **columns: Any) -> list[Written]:
+def answers(*texts: str, **columns: Any) -> list[RewardInput]:
     def asked(number: int) -> Asked:
         question = Completion("how many?", None, "", None, f"rows:{number}")
         return Asked(question, "how many?", {"answer": "7 of 12", **columns}, f"rows:{number}")
 
-    return [Written(asked(number), text, list(range(len(text)))) for number, text in enumerate(texts)]
+    return [RewardInput(asked(number), text, list(range(len(text)))) for number, text in enumerate(texts)]
 
 
-def rewards_of(name: str, given: list[Written]) -> list[float]:
+def rewards_of(name: str, given: list[RewardInput]) -> list[float]:
     with RewardProcess([name], 5.0) as process:
         return process.rewards(given)[0]
 
@@ -391,10 +391,10 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
     )
     script = (
         "from backhand.data.rows import Asked, Completion\n"
-        "from backhand.loop.rewards.process import RewardProcess, Written\n"
+        "from backhand.loop.rewards.process import RewardProcess, RewardInput\n"
         "asked = Asked(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
         f"with RewardProcess([{str(tmp_path / 'hanging.py') + ':hangs'!r}], 600.0) as process:\n"
-        "    process.rewards([Written(asked, 'a', [1])])\n"
+        "    process.rewards([RewardInput(asked, 'a', [1])])\n"
     )
     run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.DEVNULL)
     try:

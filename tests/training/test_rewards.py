@@ -22,7 +22,7 @@ from backhand.errors import CheckError
 from backhand.generate import completer
 from backhand.generate.sampling import Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
-from backhand.loop.rewards.guards import BOUNDS, Certificate
+from backhand.loop.rewards.guards import BOUNDS, LogprobCheck
 from backhand.loop.rewards.rollout import Judged, Rollout
 from backhand.loop.rewards.steps import AnswerBatch, RewardedSteps
 from backhand.nn.decoder.decoder import Decoder
@@ -69,11 +69,11 @@ def batch_of(
         epsilon_high=0.09,  # type: ignore[arg-type]
     ).resolved()
     asked = [row for row in rows for _ in range(GROUP)]
-    certificate = Certificate(BOUNDS[decoder.dtype], lambda _: None)
+    logprob_check = LogprobCheck(BOUNDS[decoder.dtype], lambda _: None)
     judged = Judged(answers, [], rewards[None], rewards)
     rollout = Rollout(options, None, None, (), lambda *_: 0, Communicator())
     with at_temperature(decoder, TEMPERATURE):
-        return AnswerBatch(decoder, asked, judged, RewardedSteps(rollout, (), beta, 2, certificate))
+        return AnswerBatch(decoder, asked, judged, RewardedSteps(rollout, (), beta, 2, logprob_check))
 
 
 def gradients_of(decoder: Decoder, batch: AnswerBatch) -> float:
@@ -405,7 +405,7 @@ def test_with_amx_there_is_no_gap(kind: str, batch_rows: int) -> None:
         answers = written(decoder, rows, batch_rows=batch_rows)
         batch = batch_of(decoder, rows, answers, drawn_rewards(len(rows)), "dapo", 0.0)
         with pytest.MonkeyPatch.context() as patch, at_temperature(decoder, TEMPERATURE):
-            patch.setattr(Certificate, "compare", lambda _, *both: gaps.append(both) or True)
+            patch.setattr(LogprobCheck, "compare", lambda _, *both: gaps.append(both) or True)
             gradients_of(decoder, batch)
     assert len(gaps) >= 2 and all(torch.equal(*both) for both in gaps)
 
@@ -436,7 +436,7 @@ def test_the_certificate_sees_a_sampler_that_is_another_model(how: str | None) -
         loss = gradients_of(decoder, batch)
     assert np.isfinite(loss) == (how is None)
     if how is None:
-        assert 0 < batch._certificate.of_step(1, Communicator())["sampling_gap"] < 1e-4
+        assert 0 < batch._certificate.step_gaps(1, Communicator())["sampling_gap"] < 1e-4
     else:
         with pytest.raises(Exception, match="two models"):
-            batch._certificate.of_step(1, Communicator())
+            batch._certificate.step_gaps(1, Communicator())

@@ -26,7 +26,7 @@ from backhand.loop.loggers import Observers, RunStart
 from backhand.loop.loop import TrainingLoop
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.objective import HeldOutObjective, Objective
-from backhand.loop.rewards.guards import BOUNDS, Certificate, RewardGuard
+from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
 from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.rewards.rollout import Rollout
 from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
@@ -152,7 +152,7 @@ class JobRun:
                 if not self._run_loop(loop, save, begin):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
                 if rewarded is not None and not finished_before:
-                    rewarded.certificate.finished()
+                    rewarded.logprob_check.finished()
                 summary = self._summary(state, keep=finished_before)
                 if begin is not None:
                     self._prove(loop, store, begin, log)
@@ -263,7 +263,7 @@ class JobRun:
         return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
 
     def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
-        """Written now; of a run that was finished before, as it stands."""
+        """RewardInput now; of a run that was finished before, as it stands."""
         path = self.directory.path / SUMMARY
         if keep and (there := read_summary(path)) is not None:
             return there
@@ -324,7 +324,7 @@ class JobRun:
             job.train.examples,
             job.config.objective.strength,
             job.memory.micro_batch_rows,
-            Certificate(BOUNDS[job.dtype], log),
+            LogprobCheck(BOUNDS[job.dtype], log),
             guard,
         )
 

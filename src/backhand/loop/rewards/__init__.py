@@ -1,1 +1,1 @@
-"""Training on rewards: answers are sampled, judged and learnt from, all with the one model."""
+"""Training on rewards: one model samples answers, functions reward them, and the model trains on them."""

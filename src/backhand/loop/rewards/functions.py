@@ -1,12 +1,14 @@
-"""The process that holds reward functions: those of a user and the built-in ones; it never runs what a model wrote.
+"""The process that runs reward functions, a user's and the built-in ones. It never runs a model's text.
 
     python -P -m backhand.loop.rewards.functions
 
-reads a line of JSON with the names of the functions, and answers with one that tells whether all of them are there;
-then a line for each batch of answers, and answers with a line as soon as a function begins and one with all rewards.
-What a function prints goes to standard error. `process.RewardProcess` is the other side, and shows it. This file
-imports no torch.
-A process beside it ends it as soon as the other side is gone, also where a function hangs.
+It is started by `process.RewardProcess` and reads two kinds of requests, one per line:
+
+1. The names of the functions. The answer is one line: all are loaded, or the error of the first that is not.
+2. A batch of completions. The answer is one line before each function starts, and one line with all rewards.
+
+Output of the functions goes to standard error, which `RewardProcess` shows. A watching process ends this one when
+`RewardProcess` is gone, even if a function hangs. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -35,22 +37,22 @@ from backhand.system import end_with_parent
 from backhand.words import shorten
 
 Batch = Mapping[str, Any]
-"""prompts, completions, completion_ids and references of answers, and columns: each a list, one element an answer."""
-Judging = Callable[[Batch], Iterable[float | None]]
+"""Lists with one element per answer: prompts, completions, completion_ids, references, and the rows' other columns."""
+RewardFunction = Callable[[Batch], Iterable[float | None]]
 
 _NUMBER = regex.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _CLOSE = 1e-9
 
 
-def judging(name: str) -> Judging:
-    """The function of this name, as one of a batch. Raises whatever importing it does."""
-    found = parse_name(name)
-    if found.kind in ("file", "module"):
-        return _of_user(_loaded(found))
-    return _each(_BUILT_IN[found.kind](found.place))
+def load_function(name: str) -> RewardFunction:
+    """Load a reward function by its name. Raises whatever importing it raises."""
+    parsed = parse_name(name)
+    if parsed.kind in ("file", "module"):
+        return _with_trl_signature(_imported(parsed))
+    return _per_answer(_BUILT_IN[parsed.kind](parsed.place))
 
 
-def _loaded(name: RewardName) -> Callable[..., Any]:
+def _imported(name: RewardName) -> Callable[..., Any]:
     if name.kind == "module":
         module = importlib.import_module(name.place)
     else:
@@ -66,29 +68,28 @@ def _loaded(name: RewardName) -> Callable[..., Any]:
     return function
 
 
-def _of_user(function: Callable[..., Any]) -> Judging:
-    """A function with TRL's signature, given what it has a parameter for."""
-    taken = inspect.signature(function).parameters
-    everything = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+def _with_trl_signature(function: Callable[..., Any]) -> RewardFunction:
+    """Wrap a function with TRL's signature: it is given the values that it has parameters for."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
-    def judge(batch: Batch) -> Iterable[float | None]:
-        given = {name: batch[name] for name in ("prompts", "completions", "completion_ids")} | batch["columns"]
-        found: Iterable[float | None] = function(
-            **{name: value for name, value in given.items() if everything or name in taken}
-        )
-        return found
+    def reward(batch: Batch) -> Iterable[float | None]:
+        values = {name: batch[name] for name in ("prompts", "completions", "completion_ids")} | batch["columns"]
+        arguments = {name: value for name, value in values.items() if takes_all or name in parameters}
+        rewards: Iterable[float | None] = function(**arguments)
+        return rewards
 
-    return judge
+    return reward
 
 
 Answer = Mapping[str, Any]
 """text, tokens, prompt, reference and columns of one answer."""
 
 
-def _each(score: Callable[[Answer], float]) -> Judging:
-    """A built-in one, which looks at each answer by itself."""
+def _per_answer(score: Callable[[Answer], float]) -> RewardFunction:
+    """Wrap a built-in function, which scores one answer at a time."""
 
-    def judge(batch: Batch) -> list[float | None]:
+    def reward(batch: Batch) -> list[float | None]:
         scores: list[float | None] = []
         for number, completion in enumerate(batch["completions"]):
             columns = {name: values[number] for name, values in batch["columns"].items()}
@@ -102,7 +103,7 @@ def _each(score: Callable[[Answer], float]) -> Judging:
             scores.append(score(answer))
         return scores
 
-    return judge
+    return reward
 
 
 def _reference(answer: Answer) -> str:
@@ -116,17 +117,17 @@ def _exact(_: str) -> Callable[[Answer], float]:
 
 
 def _number(_: str) -> Callable[[Answer], float]:
-    """The last number of the answer is that of the row."""
+    """Score 1 if the last numbers of the answer and of the row are equal."""
 
-    def last(text: str) -> float | None:
-        found = _NUMBER.findall(text)
-        return float(found[-1].replace(",", "")) if found else None
+    def last_number(text: str) -> float | None:
+        numbers = _NUMBER.findall(text)
+        return float(numbers[-1].replace(",", "")) if numbers else None
 
     def score(answer: Answer) -> float:
-        wanted, said = last(_reference(answer)), last(answer["text"])
-        if wanted is None:
+        expected, given = last_number(_reference(answer)), last_number(answer["text"])
+        if expected is None:
             raise ValueError(f"there is no number in {answer['reference']!r}")
-        return float(said is not None and math.isclose(said, wanted, rel_tol=_CLOSE, abs_tol=_CLOSE))
+        return float(given is not None and math.isclose(given, expected, rel_tol=_CLOSE, abs_tol=_CLOSE))
 
     return score
 
@@ -137,7 +138,7 @@ def _regex(pattern: str) -> Callable[[Answer], float]:
 
 
 def _json(place: str) -> Callable[[Answer], float]:
-    """The whole answer is JSON that fits the schema."""
+    """Score 1 if the whole answer is JSON that fits the schema."""
     validator = _validator(place)
 
     def score(answer: Answer) -> float:
@@ -162,7 +163,7 @@ _DEEP = 16
 
 
 def _validator(place: str) -> Any:
-    """Return what checks answers against a schema file. Nothing that the schema refers to is fetched.
+    """Build the validator of a schema file. Nothing that the schema refers to is fetched.
 
     Raises:
         Exception: the file is no schema, or refers to something outside itself.
@@ -214,7 +215,7 @@ def _depth(value: Any) -> int:
 
 
 def _length(tokens: str) -> Callable[[Answer], float]:
-    """1 up to so many tokens, then less, and 0 from twice as many on."""
+    """Score 1 up to this number of tokens, falling linearly to 0 at twice the number."""
     most = int(tokens)
     return lambda answer: min(1.0, max(0.0, 2 - answer["tokens"] / most))
 
@@ -245,9 +246,9 @@ _BUILT_IN: Mapping[str, Callable[[str], Callable[[Answer], float]]] = {
 def _serve() -> None:
     """Answer requests until their pipe ends.
 
-    A request is a line: a token that nobody can guess, a blank, and JSON. Every line of its answer begins with the
-    token, so that what a function writes to our descriptors is not taken for an answer. Both pipes move to descriptors
-    that programs started from here do not inherit. Standard input is empty then, and standard output is standard error.
+    A request is a line: a random token, a space, and JSON. Every line of its answer begins with the same token, so text
+    that a function writes to our descriptors is not taken for an answer. Both pipes are moved to descriptors that child
+    processes do not inherit. Afterwards standard input is empty, and standard output is a copy of standard error.
     """
     with os.fdopen(os.dup(0), encoding="utf-8") as requests, os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         empty = os.open(os.devnull, os.O_RDONLY)
@@ -267,10 +268,10 @@ def _serve() -> None:
 
         token, _, text = requests.readline().partition(" ")
         names = json.loads(text or "[]")
-        functions: list[Judging] = []
+        functions: list[RewardFunction] = []
         for name in names:
             try:
-                functions.append(judging(name))
+                functions.append(load_function(name))
             except BaseException as error:  # noqa: BLE001 - somebody else's file is run here, and may even exit
                 answer(token, function=name, error=_raised(error))
                 return

@@ -1,11 +1,14 @@
-"""Proof of every step that sampler and trainer are one model: the log-probability of each sampled token, twice.
+"""Guards of a run on rewards.
 
-And what goes wrong with rewards in practice, each named with a remedy: said once, or the end of the run.
+`LogprobCheck` proves in every step that sampler and trainer are one model: it compares the log-probability of each
+sampled token with the one that the training pass computes.
 
-rewards that never vary    no group of the first steps has two answers of different reward: nothing can be learnt
-answers at the limit       most of them are cut off, and they were not before
-divergence                 the model leaves the base: k₃ above a nat a token, and above ten the run ends
-entropy                    answers of a group are nearly the same, long before they are right
+`RewardGuard` detects common failures. It warns once, or ends the run, and names a remedy:
+
+    constant rewards      no group of the first steps has two different rewards, so there is no gradient
+    truncated answers     most answers are cut off at the limit, and few were at first
+    divergence            k₃ to the base is above one nat per token; above ten nats the run ends
+    entropy               the answers of a group have become nearly equal
 """
 
 from __future__ import annotations
@@ -27,56 +30,56 @@ BOUNDS: dict[torch.dtype, tuple[float, float]] = {
     torch.float32: (1e-4, 1e-4),
     torch.bfloat16: (2.0, 0.1),
 }
-"""How far a token's log-probability may be apart between sampler and trainer, in nats: of any token, and in the mean.
+"""Largest allowed gap between the log-probabilities of sampler and trainer in nats: of any token, and of the mean.
 
-In bfloat16 a logit of 16 to 32 is rounded to steps of 1/8, and either side has rounded on its way there."""
+In bfloat16 a logit between 16 and 32 is rounded to steps of 1/8, and both sides also round before that."""
 
 
 @dataclass
-class Certificate:
-    """Gaps between the log-probabilities of tokens as they were sampled and as the training pass has them."""
+class LogprobCheck:
+    """Gaps between the log-probabilities of tokens when they were sampled and in the training pass."""
 
-    bounds: tuple[float, float]  # of any token, and of their mean
-    log: ProofLog  # told the largest gap when the run ends, or fails
-    largest: float = 0.0  # of all steps so far
+    bounds: tuple[float, float]  # largest allowed gap of any token, and of the mean
+    log: ProofLog  # receives the largest gap when the run ends or fails
+    largest: float = 0.0  # largest gap of all steps so far
     _gaps: list[list[float]] = field(default_factory=list)
 
     def compare(self, sampled: Tensor, trained: Tensor) -> bool:
-        """Take the tokens of a micro-batch, (tokens,) float64 each; whether all are near enough. NaN is not."""
+        """Add the tokens of a micro-batch, (tokens,) float64 each. Return True if every gap is finite and in bounds."""
         gaps = (sampled - trained).abs()
         largest = float(gaps.max()) if len(gaps) else 0.0
         self._gaps.append([largest, float(gaps.sum()), len(gaps)])
         return largest <= self.bounds[0]
 
-    def of_step(self, step: int, processes: Communicator) -> dict[str, float]:
-        """The largest gap of a step and the mean, over all processes.
+    def step_gaps(self, step: int, processes: Communicator) -> dict[str, float]:
+        """Return the largest and the mean gap of a step over all processes.
 
         Raises:
-            CheckError: they are above the bounds.
+            CheckError: a gap is above its bound.
         """
         mine, self._gaps = self._gaps, []
-        found = [one for part in processes.all_gather_object(mine) for one in part]
-        if not found:
+        gaps = [part_gaps for part in processes.all_gather_object(mine) for part_gaps in part]
+        if not gaps:
             return {}
-        largest = max((one[0] for one in found), key=lambda gap: math.inf if math.isnan(gap) else gap)
-        mean = sequential_sum(one[1] for one in found) / max(1.0, sequential_sum(one[2] for one in found))
+        largest = max((gap for gap, _, _ in gaps), key=lambda gap: math.inf if math.isnan(gap) else gap)
+        mean = sequential_sum(total for _, total, _ in gaps) / max(1.0, sequential_sum(count for _, _, count in gaps))
         self.largest = max(self.largest, largest)
         if not (largest <= self.bounds[0] and mean <= self.bounds[1]):
-            self._tell(largest, passed=False)
+            self._log_proof(largest, passed=False)
             raise CheckError(
                 f"in step {step} a token's log-probability is {largest:.3g} nats apart between sampler and training "
                 f"pass, in the mean {mean:.3g}",
                 where="sampling_gap",
                 why=f"rounding explains {self.bounds[0]:g}, {self.bounds[1]:g} in the mean: they are two models",
-                next_step="report this with the model's name; --dtype float32 tells whether rounding is the cause",
+                next_step="report this with the model's name; --dtype float32 shows whether rounding is the cause",
             )
         return {"sampling_gap": largest, "sampling_gap_mean": mean}
 
     def finished(self) -> None:
-        """The run is over: the largest gap goes to the proofs."""
-        self._tell(self.largest, passed=True)
+        """Log the largest gap of the whole run as a proof."""
+        self._log_proof(self.largest, passed=True)
 
-    def _tell(self, value: float, *, passed: bool) -> None:
+    def _log_proof(self, value: float, *, passed: bool) -> None:
         what = "every sampled token has the log-probability that the training pass gives it (nats)"
         self.log(Proof(what, passed, value, self.bounds[0]))
 
@@ -88,24 +91,24 @@ _FEW_CHOICES = 0.05
 
 
 class RewardGuard:
-    """Looks at every step of a process.
+    """Checks the metrics of every step.
 
     Args:
-        noted: told a warning.
+        notify: receives warnings.
     """
 
-    def __init__(self, noted: Callable[[str], None]) -> None:
-        self._noted = noted
-        self._said: set[str] = set()
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify = notify
+        self._warned: set[str] = set()
         self._flat = 0
         self._varied = False
         self._first: Mapping[str, float] | None = None
 
     def remember(self, measured: Mapping[str, float | None]) -> Mapping[str, float]:
-        """Take in what a step has measured, also one before a run was stopped; return that of the first step.
+        """Add the metrics of a step, also of one before a resumed run was stopped; return those of the first step.
 
         Args:
-            measured: None, as lines of metrics have it, is no number.
+            measured: metrics by name; None, as in metrics.jsonl, means that a value is not finite.
         """
         known = {name: math.nan if value is None else value for name, value in measured.items()}
         flat = known["no_gradient_groups"] == 1
@@ -115,23 +118,23 @@ class RewardGuard:
         return self._first
 
     def judge(self, step: int, measured: Mapping[str, float]) -> None:
-        """Look at what was measured in step `step`, counted from 1.
+        """Check the metrics of step `step`, counted from 1.
 
         Raises:
-            CheckError: the run would learn nothing, or has left its base altogether.
+            CheckError: the rewards never vary, or the model has diverged from its base.
         """
         first = self.remember(measured)
         if self._flat >= FLAT_STEPS:
-            found = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
+            flat = f"every group of the last {FLAT_STEPS} steps has answers of one reward, {measured['reward']:g} now"
             if not self._varied:
                 raise CheckError(
-                    f"{found}: nothing can be learnt from them",
+                    f"{flat}: nothing can be learnt from them",
                     where="reward",
                     why="the model is never rewarded or always: between 5 and 95 % of its answers should be",
                     next_step="give easier rows, a reward with steps in between, a larger --group, a higher "
                     "--temperature, or train on a few right answers first (--objective sft, then --from-adapter)",
                 )
-            self._once("flat", f"step {step}: {found}: nothing is left to learn here, stop or give harder rows")
+            self._once("flat", f"step {step}: {flat}: nothing is left to learn here, stop or give harder rows")
         cut_off, before = measured["clipped_answers"], first["clipped_answers"]
         if cut_off > _MANY_CUT and before < _FEW_CUT:
             self._once(
@@ -161,6 +164,6 @@ class RewardGuard:
             )
 
     def _once(self, name: str, text: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
-            self._noted(text)
+        if name not in self._warned:
+            self._warned.add(name)
+            self._notify(text)

@@ -1,8 +1,8 @@
-"""Rewards of answers, by functions in a process of their own (`functions`): what hangs there is ended, not waited for.
+"""Rewards of answers from functions in a process of their own (`functions`), which is killed when a function hangs.
 
-A function that raises, takes too long, ends its process, or gives NaN or a wrong number of rewards ends the run. Which
-answer it was is found by asking again, one answer at a time. What functions print is shown on standard error, a bounded
-amount per request and with control characters written out: it often is a model's own text.
+A function ends the run if it raises, takes too long, ends its process, or returns NaN or a wrong number of rewards. The
+answer that caused the failure is found by repeating the request with one answer at a time. Output of the functions is
+shown on standard error with control characters escaped, because it often is a model's text. It is bounded per request.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ from backhand.safe_path import python_words, safe_environment
 from backhand.system import install, wait_for_pipe
 from backhand.words import count_of, shorten
 
-_START_S = 120.0
-_ALONE_S = 5.0
-"""How long a function that took too long for all answers may take for one."""
-_BYTES_PER_REWARD, _BYTES_BESIDES = 64, 1 << 20
-"""Bounds of the bytes that answer a request: names and messages may be long, numbers are not."""
-_SHOWN_BYTES = 1 << 16
-"""Of what functions print during a request."""
+_START_TIMEOUT_S = 120.0
+_SINGLE_TIMEOUT_S = 5.0
+"""Time limit for one answer, of a function that took too long for all answers."""
+_REWARD_BYTES, _MESSAGE_BYTES = 64, 1 << 20
+"""Limits of a response: per reward, and for names and error messages."""
+_OUTPUT_BYTES = 1 << 16
+"""Limit of the function output that is shown per request."""
 _INTRUDED = "wrote into the pipe that rewards come back by: what is printed belongs on standard output or error"
 
 
-class _Printed:
-    """Shows the lines that reward functions print, at most `_SHOWN_BYTES` per request."""
+class _OutputReader:
+    """Shows the output of reward functions line by line, at most `_OUTPUT_BYTES` per request."""
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe = pipe
-        self._left, self._left_out = _SHOWN_BYTES, 0
+        self._left, self._left_out = _OUTPUT_BYTES, 0
         self._thread = threading.Thread(target=self._read, name="reward functions' output", daemon=True)
         self._thread.start()
 
-    def renew(self) -> None:
-        """Begin the next request."""
+    def start_request(self) -> None:
+        """Say how much was left out, and start counting again."""
         left_out, self._left_out = self._left_out, 0
-        self._left = _SHOWN_BYTES
+        self._left = _OUTPUT_BYTES
         if left_out:
             self._say(f"… ({left_out:,} more bytes left out)")
 
     def close(self) -> None:
-        """Show the rest, after the process has ended."""
+        """Show the rest of the output, after the process has ended."""
         self._thread.join(timeout=1.0)  # a program that a function started may still hold the pipe
-        self.renew()
+        self.start_request()
 
     def _read(self) -> None:
-        held = b""
+        rest = b""
         with suppress(OSError, ValueError), self._pipe:
             while data := os.read(self._pipe.fileno(), 1 << 16):
-                *lines, held = (held + data).split(b"\n")
-                if len(held) > LONGEST_LINE:
-                    lines, held = [*lines, held], b""
+                *lines, rest = (rest + data).split(b"\n")
+                if len(rest) > LONGEST_LINE:
+                    lines, rest = [*lines, rest], b""
                 for line in lines:
                     self._show(line)
-        if held:
-            self._show(held)
+        if rest:
+            self._show(rest)
 
     def _show(self, line: bytes) -> None:
         if self._left <= 0:
@@ -79,43 +79,50 @@ class _Printed:
         self._say(line.decode("utf-8", "backslashreplace").rstrip("\r").expandtabs())
 
     def _say(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # nobody is left to read it
+        with suppress(OSError, ValueError):  # standard error is closed
             say(f"reward: {bounded(text)}")
 
 
 @dataclass(frozen=True)
-class Written:
-    """An answer as reward functions are given it."""
+class RewardInput:
+    """An answer with its row, as reward functions receive it."""
 
-    asked: Asked  # the row that it answers
-    text: str  # without control tokens
-    token_ids: Sequence[int]  # of it, the stop token among them
+    asked: Asked  # the row
+    text: str  # the answer without control tokens
+    token_ids: Sequence[int]  # the answer's tokens, with the stop token
 
 
 class _Failed(Exception):
-    """A function did not give its rewards: which one, how it ended, and whether it was waited for in vain."""
+    """A function returned no rewards.
 
-    def __init__(self, function: str, how: str, *, hangs: bool = False) -> None:
+    Attributes:
+        function: its name.
+        how: how it failed, as a predicate.
+        timed_out: whether it took too long.
+    """
+
+    def __init__(self, function: str, how: str, *, timed_out: bool = False) -> None:
         super().__init__(how)
-        self.function, self.how, self.hangs = function, how, hangs
+        self.function, self.how, self.timed_out = function, how, timed_out
 
 
 class RewardProcess:
-    """Holds the process with the reward functions; a context manager.
+    """The process that runs reward functions; a context manager.
 
     Args:
-        timeout_s: that a function may take for a batch of answers.
+        names: the functions.
+        timeout_s: time limit of a function for one batch of answers.
     """
 
     def __init__(self, names: Sequence[str], timeout_s: float) -> None:
         self.names, self.timeout_s = tuple(names), timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._printed: _Printed | None = None
-        self._token = b""  # begins every line that answers the newest request
+        self._output: _OutputReader | None = None
+        self._token = b""  # each line of the response to the newest request begins with it
         self._buffer = b""
 
     def __enter__(self) -> RewardProcess:
-        """Start the process. Raises UsageError: a function is not there, or its file cannot be run."""
+        """Start the process. Raises UsageError if a function cannot be loaded."""
         try:
             self._start()
         except _Failed as failed:
@@ -131,17 +138,17 @@ class RewardProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def rewards(self, answers: Sequence[Written]) -> list[list[float]]:
-        """(functions, answers) rewards; NaN where a function says None, that it does not judge this answer.
+    def rewards(self, answers: Sequence[RewardInput]) -> list[list[float]]:
+        """Return (functions, answers) rewards. They are NaN for answers that a function returns None for.
 
         Raises:
-            CheckError: names the function and the row.
+            CheckError: a function failed. The error names the function and the row.
         """
         try:
-            found = self._asked(answers, self.timeout_s)
+            rewards = self._request(answers, self.timeout_s)
         except _Failed as failed:
             raise self._error(failed, answers) from None
-        for name, values in zip(self.names, found, strict=True):
+        for name, values in zip(self.names, rewards, strict=True):
             if len(values) != len(answers):
                 least = "at least " if len(values) > len(answers) else ""
                 gave = f"gave {least}{count_of(len(values), 'reward')} for {count_of(len(answers), 'answer')}"
@@ -150,12 +157,12 @@ class RewardProcess:
                 if value is not None and not math.isfinite(value):
                     raise _refused(name, f"gave {value}", answer)
         for number, answer in enumerate(answers):
-            if all(values[number] is None for values in found):
+            if all(values[number] is None for values in rewards):
                 raise _refused(", ".join(self.names), "gave None: nothing judges the answer", answer)
-        return [[math.nan if value is None else value for value in values] for values in found]
+        return [[math.nan if value is None else value for value in values] for values in rewards]
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process and show the rest of its output."""
         process, self._process, self._buffer = self._process, None, b""
         if process is None:
             return
@@ -165,8 +172,8 @@ class RewardProcess:
             if stream is not None:
                 with suppress(OSError):
                     stream.close()
-        if self._printed is not None:
-            self._printed.close()
+        if self._output is not None:
+            self._output.close()
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
@@ -175,58 +182,58 @@ class RewardProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, **safe_environment()},
-            start_new_session=True,  # what interrupts the run is not for the functions
+            start_new_session=True,  # Ctrl-C in the terminal is for the run alone
         )
         assert self._process.stderr is not None
-        self._printed = _Printed(self._process.stderr)
+        self._output = _OutputReader(self._process.stderr)
         self._send(list(self.names))
-        self._received(time.monotonic() + _START_S, self.names[0], 0)
+        self._receive(time.monotonic() + _START_TIMEOUT_S, self.names[0], 0)
 
-    def _asked(self, answers: Sequence[Written], timeout_s: float) -> list[list[float | None]]:
+    def _request(self, answers: Sequence[RewardInput], timeout_s: float) -> list[list[float | None]]:
         if self._process is None:
             self._start()
         self._send(_batch(answers))
         function = self.names[0]
         while True:
-            said = self._received(time.monotonic() + timeout_s, function, len(answers))
-            if "rewards" in said:
-                rewards: list[list[float | None]] = said["rewards"]
+            response = self._receive(time.monotonic() + timeout_s, function, len(answers))
+            if "rewards" in response:
+                rewards: list[list[float | None]] = response["rewards"]
                 return rewards
-            function = said["begins"]
+            function = response["begins"]
 
-    def _error(self, failed: _Failed, answers: Sequence[Written]) -> CheckError:
-        """The same by one answer after the other, until it happens again."""
-        seconds = min(self.timeout_s, _ALONE_S) if failed.hangs else self.timeout_s
+    def _error(self, failed: _Failed, answers: Sequence[RewardInput]) -> CheckError:
+        """Repeat the request with one answer at a time to find the one that the function fails on."""
+        seconds = min(self.timeout_s, _SINGLE_TIMEOUT_S) if failed.timed_out else self.timeout_s
         for answer in answers:
             try:
-                self._asked([answer], seconds)
-            except _Failed as again:
-                return _refused(again.function, failed.how, answer)
+                self._request([answer], seconds)
+            except _Failed as repeated:
+                return _refused(repeated.function, failed.how, answer)
         return _refused(failed.function, f"{failed.how}, with all answers of a step and with none alone", answers[0])
 
     def _send(self, value: Any) -> None:
-        """Write a request, with a token of its own."""
-        assert self._process is not None and self._process.stdin is not None and self._printed is not None
-        self._printed.renew()
+        """Write a request with a new token."""
+        assert self._process is not None and self._process.stdin is not None and self._output is not None
+        self._output.start_request()
         self._token = secrets.token_hex(16).encode()
-        with suppress(BrokenPipeError):  # it has ended: that is seen where it should answer
+        with suppress(BrokenPipeError):  # the process has ended; `_receive` reports it
             self._process.stdin.write(b"%s %s\n" % (self._token, json.dumps(value).encode()))
             self._process.stdin.flush()
 
-    def _received(self, deadline: float, function: str, answers: int) -> dict[str, Any]:
-        """Return the next line of the answer.
+    def _receive(self, deadline: float, function: str, answers: int) -> dict[str, Any]:
+        """Return the next line of the response.
 
         Raises:
-            _Failed: a function failed, or something else than an answer came. A new process is started afterwards.
+            _Failed: a function failed, or wrote into the pipe. The next request may start a new process.
         """
         assert self._process is not None and self._process.stdout is not None
         source = self._process.stdout.fileno()
-        most = _BYTES_BESIDES + _BYTES_PER_REWARD * len(self.names) * (answers + 1)
+        limit = _MESSAGE_BYTES + _REWARD_BYTES * len(self.names) * (answers + 1)
         while b"\n" not in self._buffer:
             left = deadline - time.monotonic()
             if left <= 0 or not wait_for_pipe(source, left):
                 self.close()
-                raise _Failed(function, "did not come to an end in time", hangs=True)
+                raise _Failed(function, "did not come to an end in time", timed_out=True)
             data = os.read(source, 1 << 16)
             if not data:
                 code = self._process.wait()
@@ -240,32 +247,32 @@ class RewardProcess:
                     )
                 raise _Failed(function, f"ended its process with exit code {code}")
             self._buffer += data
-            if len(self._buffer) > most:
+            if len(self._buffer) > limit:
                 self.close()
                 raise _Failed(function, _INTRUDED)
         line, _, self._buffer = self._buffer.partition(b"\n")
-        said = _answer(line, self._token)
-        if said is None:
+        response = _parse_response(line, self._token)
+        if response is None:
             self.close()
             raise _Failed(function, _INTRUDED)
-        if "error" in said:
-            raise _Failed(said["function"], said["error"])
-        return said
+        if "error" in response:
+            raise _Failed(response["function"], response["error"])
+        return response
 
 
-def _answer(line: bytes, token: bytes) -> dict[str, Any] | None:
-    """Return the line as `functions` wrote it, or None if a function wrote it, or wrote into it."""
+def _parse_response(line: bytes, token: bytes) -> dict[str, Any] | None:
+    """Parse a line of `functions`, or return None if a reward function wrote any part of it."""
     begin, _, text = line.partition(b" ")
     if not secrets.compare_digest(begin, token):
         return None
     try:
-        said = json.loads(text)
+        response = json.loads(text)
     except ValueError:
         return None
-    return said if isinstance(said, dict) else None
+    return response if isinstance(response, dict) else None
 
 
-def _batch(answers: Sequence[Written]) -> dict[str, Any]:
+def _batch(answers: Sequence[RewardInput]) -> dict[str, Any]:
     names = dict.fromkeys(name for answer in answers for name in answer.asked.columns)
     conversational = [not isinstance(answer.asked.prompt, str) for answer in answers]
     return {
@@ -280,10 +287,10 @@ def _batch(answers: Sequence[Written]) -> dict[str, Any]:
     }
 
 
-def _refused(function: str, how: str, answer: Written | None) -> CheckError:
-    said = "" if answer is None else f", of the answer {shorten(answer.text)!r}"
+def _refused(function: str, how: str, answer: RewardInput | None) -> CheckError:
+    quoted = "" if answer is None else f", of the answer {shorten(answer.text)!r}"
     return CheckError(
-        f"the reward function {function} {how}{said}",
+        f"the reward function {function} {how}{quoted}",
         where=None if answer is None else answer.asked.source,
         why="a reward is a finite number, or None where the function does not judge an answer",
         next_step="correct the function and go on with --resume; the run has a checkpoint from before this step",

@@ -1,6 +1,6 @@
-"""Answers to prompts and what they are worth: sampled by all processes, judged by the first.
+"""Sampling of answers by all processes, and their rewards, which the main process computes.
 
-Before any answer is written, memory is planned as if every answer were as long as it may be (`PromptPacker`).
+Memory is planned before any answer exists, as if every answer had the maximum length (`PromptPacker`).
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, UsageError
 from backhand.generate.sampling import Sampled, sample
 from backhand.generate.session import decode
-from backhand.loop.rewards.process import RewardProcess, Written
+from backhand.loop.rewards.process import RewardInput, RewardProcess
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import scale_down
 from backhand.options.rewards import RewardOptions, shown_names
 
 
 class Judged(NamedTuple):
-    """Answers, a group behind another, and their rewards."""
+    """Answers, group after group, and their rewards."""
 
-    answers: list[Sampled]  # as sampled
-    texts: list[str]  # as reward functions saw them
-    rewards: Tensor  # (functions, answers) float64; NaN where a function does not judge
-    totals: Tensor  # their weighted sums, (answers,) float64
+    answers: list[Sampled]
+    texts: list[str]  # the answers as text, as reward functions received them
+    rewards: Tensor  # (functions, answers) float64; NaN where a function returned None
+    totals: Tensor  # weighted sums of the rewards, (answers,) float64
 
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Lets a model answer, and has the answers judged."""
+    """Samples answers and computes their rewards."""
 
     options: RewardOptions  # resolved
-    functions: RewardProcess | None  # holds the reward functions; None in processes other than the first
+    functions: RewardProcess | None  # the reward functions; None except in the main process
     tokenizer: Any  # decodes answers
-    stop_ids: Collection[int]  # that end an answer
-    seed_of: Callable[[int, int, int], int]  # (step, row, number in its group) → an answer's seed
-    processes: Communicator  # that share the prompts
+    stop_ids: Collection[int]  # tokens that end an answer
+    seed_of: Callable[[int, int, int], int]  # maps (step, row, number in its group) to an answer's seed
+    processes: Communicator  # the processes that prompts are split across
 
     def sampled(self, model: Decoder, step: int, rows: Sequence[int], examples: Sequence[Example]) -> list[Sampled]:
-        """A group of answers to each of these rows of the examples, in their order."""
+        """Sample a group of answers to each of these rows of the examples, in the order of the rows."""
         options, size = self.options, self.options.group
         prompts = [prompt_of(examples[row]) for row in rows]
         shares = self.processes.assign([len(prompt) + options.max_new_tokens for prompt in prompts])
         own = shares[self.processes.rank]
-        found = sample(
+        answers = sample(
             model,
             [prompts[place] for place in own for _ in range(size)],
             [self.seed_of(step, rows[place], number) for place in own for number in range(size)],
@@ -60,33 +60,33 @@ class Rollout:
             stop_ids=self.stop_ids,
             top_p=options.top_p,
         )
-        mine = [[place, [vars(one) for one in found[i * size : (i + 1) * size]]] for i, place in enumerate(own)]
+        mine = [[place, [vars(answer) for answer in answers[i * size : (i + 1) * size]]] for i, place in enumerate(own)]
         groups = dict(group for part in self.processes.all_gather_object(mine) for group in part)
-        return [Sampled(**one) for place in range(len(rows)) for one in groups[place]]
+        return [Sampled(**answer) for place in range(len(rows)) for answer in groups[place]]
 
     def judged(self, answers: list[Sampled], examples: Sequence[Example]) -> Judged:
-        """The rewards of answers, each to the example of its place.
+        """Compute the rewards of answers; answer i belongs to example i.
 
         Raises:
-            CheckError: in every process, where a reward function fails.
+            CheckError: a reward function failed. Every process raises it.
         """
-        texts = [decode(self.tokenizer, one.tokens) for one in answers]
-        told: dict[str, Any] = {}
+        texts = [decode(self.tokenizer, answer.tokens) for answer in answers]
+        result: dict[str, Any] = {}
         if self.functions is not None:
-            written = [
-                Written(example.asked, text, one.tokens)
-                for example, text, one in zip(examples, texts, answers, strict=True)
+            inputs = [
+                RewardInput(example.asked, text, answer.tokens)
+                for example, text, answer in zip(examples, texts, answers, strict=True)
                 if example.asked is not None
             ]
             try:
-                told = {"rewards": self.functions.rewards(written)}
+                result = {"rewards": self.functions.rewards(inputs)}
             except CheckError as error:
-                told = {"error": [error.what, error.where, error.why, error.next_step]}
-        told = self.processes.broadcast_object(told)
-        if "error" in told:
-            what, where, why, next_step = told["error"]
+                result = {"error": [error.what, error.where, error.why, error.next_step]}
+        result = self.processes.broadcast_object(result)
+        if "error" in result:
+            what, where, why, next_step = result["error"]
             raise CheckError(what, where=where, why=why, next_step=next_step)
-        rewards = torch.tensor(told["rewards"], dtype=torch.float64)
+        rewards = torch.tensor(result["rewards"], dtype=torch.float64)
         weights = torch.tensor(self.options.weights, dtype=torch.float64)
         totals = (weights[:, None] * rewards).nansum(0)
         if not bool(totals.isfinite().all()):
@@ -99,27 +99,27 @@ class Rollout:
         return Judged(answers, texts, rewards, totals)
 
     def measured(self, judged: Judged) -> dict[str, float]:
-        """What metrics tell of answers and rewards."""
+        """Compute the metrics of answers and rewards."""
         (totals, total_scale), (rewards, scales) = scale_down(judged.totals), scale_down(judged.rewards)
         means = (rewards.nanmean(1, keepdim=True) * scales).flatten().tolist()
         by_name = zip(shown_names(self.options.reward), means, strict=True)
-        lengths = [len(one.tokens) for one in judged.answers]
+        lengths = [len(answer.tokens) for answer in judged.answers]
         return {
             "reward": float(totals.mean() * total_scale),
             **{f"rewards/{name}/mean": mean for name, mean in by_name},
             "completion_tokens": sum(lengths) / len(lengths),
-            "clipped_answers": sum(not one.stopped for one in judged.answers) / len(lengths),
+            "clipped_answers": sum(not answer.stopped for answer in judged.answers) / len(lengths),
         }
 
 
 def prompt_of(example: Example) -> list[int]:
-    """Token ids of what is asked: all but the one that stands for the answers."""
+    """Return the token ids of the prompt: all but the last one, a placeholder for the answers."""
     ids: list[int] = example.input_ids[:-1].tolist()
     return ids
 
 
 def check_context(longest: int, context: int) -> None:
-    """Raise UsageError where the longest prompt with an answer is more than a model takes."""
+    """Raise UsageError if the longest prompt with an answer exceeds the model's context."""
     if longest > context:
         raise UsageError(
             f"the longest prompt and an answer come to {longest:,} tokens, and the model takes {context:,}",
@@ -129,12 +129,12 @@ def check_context(longest: int, context: int) -> None:
 
 
 class PromptPacker(RowPacker):
-    """Counts the tokens of prompts with a group of answers each; nothing of it enters a model.
+    """Counts the tokens of prompts with a group of answers each, to plan memory. No model computes these batches.
 
     Args:
-        examples: prompts, each with one supervised token in the place of its answers.
-        group: answers to each.
-        new_tokens: of each answer, at most.
+        examples: prompts, each with one supervised token as a placeholder for its answers.
+        group: number of answers per prompt.
+        new_tokens: maximum number of tokens of an answer.
     """
 
     def __init__(self, examples: Sequence[Example], group: int, new_tokens: int, *, share_prefixes: bool) -> None:
@@ -144,11 +144,14 @@ class PromptPacker(RowPacker):
         self.lengths = group * self._each
 
     def documents(self, rows: Sequence[int]) -> list[int]:  # type: ignore[override]
-        """The row of every answer."""
+        """Return the row of every answer."""
         return [row for row in rows for _ in range(self._group)]
 
     def forest(self, rows: Sequence[int]) -> Forest:
-        """Each prompt but for its last token, which predicts another one in each answer, and the answers behind it."""
+        """Return the segments: each prompt without its last token, continued by its answers.
+
+        The last token of the prompt belongs to each answer, because it predicts another token in each.
+        """
         lengths: list[int] = []
         parents: list[int] = []
         ends: list[int] = []
@@ -167,14 +170,14 @@ class PromptPacker(RowPacker):
 
     @property
     def common(self) -> int:
-        """Nothing: no hidden states are kept of what is written anew."""
+        """Return 0: hidden states of newly sampled answers are not cached."""
         return 0
 
     def supervised_tokens(self, rows: Sequence[int]) -> int:
-        """Of all answers."""
+        """Return the number of tokens of all answers to these rows."""
         return self._group * self._new * len(rows)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with an answer."""
+        """Number of tokens of the longest prompt with an answer."""
         return int(np.max(self._each)) + 1
