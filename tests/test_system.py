@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -113,14 +112,15 @@ def test_bytes_from_a_place_on(form, tmp_path):
 
 
 def test_which_processes_there_are(form):
-    begun = form.begun_s(os.getpid())
+    start = form.process_start(os.getpid())
     assert form.exists(os.getpid())
-    assert begun is not None
-    assert begun < time.time() + 1
+    assert start is not None
+    assert start == form.process_start(os.getpid())
+    assert start != form.process_start(os.getppid())
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert not form.exists(ended.pid)
-    assert form.begun_s(ended.pid) is None
+    assert form.process_start(ended.pid) is None
 
 
 def test_memory_is_told(form):

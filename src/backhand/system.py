@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 
 if sys.platform == "win32":
@@ -227,22 +228,21 @@ def exists(process: int) -> bool:
     return True
 
 
-def begun_s(process: int) -> float | None:
-    """When a process began, in seconds since the epoch; None where the system does not tell."""
+def process_start(process: int) -> str | None:
+    """Return what distinguishes a process from later ones with its number; None if it has ended, or is not known.
+
+    It is no time of the clock, which may be set while the process runs.
+    """
     if sys.platform == "win32":
         with suppress(psutil.Error, OSError, TypeError, ValueError):
-            return float(psutil.Process(process).create_time())
+            return str(psutil.Process(process).create_time())
         return None
-    with suppress(OSError, ValueError, IndexError, StopIteration):
-        # The second field is the program's name in parentheses, and may hold spaces itself.
+    with suppress(OSError, ValueError, IndexError):
+        # The second field is the program's name in parentheses, and may contain spaces itself.
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
-        words = stat.rpartition(")")[2].split()
-        if words[0] == "Z":
-            return float("inf")  # it is dead, and only waits to be collected
-        ticks = int(words[19])
-        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
-        booted_s = int(next(line for line in lines if line.startswith("btime")).split()[1])
-        return booted_s + ticks / os.sysconf("SC_CLK_TCK")
+        state, ticks = itemgetter(0, 19)(stat.rpartition(")")[2].split())
+        if state != "Z":  # a zombie has ended, and only waits to be collected
+            return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() + f"/{ticks}"
     return None
 
 

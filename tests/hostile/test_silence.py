@@ -179,7 +179,9 @@ def test_a_name_that_none_can_be_is_not_asked_for_again(
     clock = iter(range(100))
     monkeypatch.setattr(meeting.time, "monotonic", lambda: 4.0 * next(clock))  # of five seconds, two look-ups
     monkeypatch.setattr(meeting.time, "sleep", lambda _s: None)
-    place = meeting.Place(rank=1, size=2, host="x y", port=29511, local_rank=0, agent_store=False, attempt="/0")
+    place = meeting.DistributedEnv(
+        rank=1, world_size=2, host="x y", port=29511, local_rank=0, agent_store=False, attempt="/0"
+    )
     with pytest.raises(ResourceError, match="'x y' has no address") as raised:
         meeting.connected(place, "x y:29511", server=False)
     assert raised.value.why and found == ["x y"] * asked

@@ -95,6 +95,7 @@ def start_ranks(
     port: int | None = None,
     absent: Sequence[int] = (),
     connected: bool = False,
+    prepare: Mapping[int, Callable[[], None]] | None = None,
 ) -> Ranks:
     """Begin `backhand train` on as many ranks as there are configurations.
 
@@ -112,6 +113,7 @@ def start_ranks(
         port: to meet at.
         absent: ranks that never come.
         connected: by torch, before the run begins, as Ray Train does it.
+        prepare: functions of a module, which some ranks call first.
     """
     directory.mkdir(parents=True, exist_ok=True)
     port = free_port() if port is None else port
@@ -131,7 +133,15 @@ def start_ranks(
         }
         if rank not in absent:
             patience = (join_s, silent_s) if quick else None
-            arguments = (str(toml), str(log), place, (at_place or {}).get(rank), patience, connected)
+            arguments = (
+                str(toml),
+                str(log),
+                place,
+                (at_place or {}).get(rank),
+                patience,
+                connected,
+                (prepare or {}).get(rank),
+            )
             processes.append(start(_train_as_rank, *arguments))
             printed.append(log)
     return Ranks(processes, printed)
@@ -166,6 +176,7 @@ def _train_as_rank(
     at: tuple[str, str] | None,
     patience: tuple[float, float] | None,
     connected: bool,
+    prepare: Callable[[], None] | None,
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -174,6 +185,8 @@ def _train_as_rank(
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process lives
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.update(place)
+    if prepare is not None:
+        prepare()
     if patience is not None:
         meeting.JOIN_S, pulse.SILENT_AFTER_S = patience
         pulse.BEAT_S, pulse.BROKEN_AFTER_S = 0.1, 2.0

@@ -40,7 +40,7 @@ from backhand.runs.interruption import Interrupted, signal_in
 from backhand.runs.status import read_status
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.safe_path import python_words, safe_environment
-from backhand.system import begun_s, stop_signals
+from backhand.system import process_start, stop_signals
 
 _TYPED = "BACKHAND_TYPED_OPTIONS"
 _SHUTDOWN_S = 600
@@ -229,14 +229,13 @@ def continued_after_restart(config: TrainConfig) -> TrainConfig:
         Interrupted: it was stopped on purpose; torchrun takes that for a failure.
     """
     run = config.run
-    written = run.output / CONFIG
-    if not written.exists():
+    if not (run.output / CONFIG).exists():
         return config
-    if run.overwrite:
-        launcher_s = begun_s(os.getppid())
-        if launcher_s is None or written.stat().st_mtime < launcher_s - 1.0:
-            return config  # a run of before, which this one is to replace
     status = read_status(run.output)
+    if run.overwrite:
+        launcher = process_start(os.getppid())
+        if status is None or launcher is None or status.launcher_start != launcher:
+            return config  # a run of before, which this one is to replace
     if status is not None and status.state == "interrupted" and (number := signal_in(status.reason)) is not None:
         again = f"backhand train --resume --output {shlex.quote(str(run.output))}"
         raise Interrupted(number, status.step, f"continue with {again}")

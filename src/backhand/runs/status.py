@@ -19,7 +19,7 @@ from backhand.errors import BackhandError
 from backhand.reading import read_json
 from backhand.runs.directory import STATUS, RunDirectory
 from backhand.runs.interruption import Interrupted
-from backhand.system import begun_s, exists
+from backhand.system import exists, process_start
 
 State = Literal["running", "finished", "interrupted", "failed", "killed"]
 
@@ -38,6 +38,9 @@ class RunStatus:
     began: str
     changed: str
     reason: str = ""  # why it did not finish; empty where it did
+    # process_start, launcher_start: of the process, and of the one that started it, what `system.process_start` returns
+    process_start: str | None = None
+    launcher_start: str | None = None
 
 
 @contextmanager
@@ -48,7 +51,8 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
         ResourceError: status.json cannot be written at the beginning or after a good end.
     """
     began = _now()
-    status = RunStatus("running", total_steps, step(), os.getpid(), platform.node(), began, began)
+    starts = {"process_start": process_start(os.getpid()), "launcher_start": process_start(os.getppid())}
+    status = RunStatus("running", total_steps, step(), os.getpid(), platform.node(), began, began, **starts)
 
     def write(state: State, reason: str = "") -> None:
         changed = replace(status, state=state, step=step(), changed=_now(), reason=reason)
@@ -80,19 +84,17 @@ def read_status(run: Path) -> RunStatus | None:
     path = run / STATUS
     try:
         status = read_json(path, RunStatus)
-        written_s = path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    # Of a process on another machine that shares the disk nothing can be told.
-    here = status.host == platform.node()
-    if status.state == "running" and here and not _lives(status.process, written_s):
+    # Nothing is known of a process on another machine that shares the disk.
+    if status.state == "running" and status.host == platform.node() and not _is_running(status):
         return replace(status, state="killed", reason="its process ended without a word")
     return status
 
 
-def _lives(process: int, since_s: float) -> bool:
-    """Whether a process of this number exists that had begun by then."""
-    return exists(process) and ((began_s := begun_s(process)) is None or began_s <= since_s + 1.0)
+def _is_running(status: RunStatus) -> bool:
+    """Return True if the process exists, and is not a later one with the same number."""
+    return exists(status.process) and status.process_start in (None, process_start(status.process))
 
 
 def _now() -> str:
