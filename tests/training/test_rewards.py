@@ -414,7 +414,7 @@ WRONG = ("temperature", "adapter", "another answer", "one step behind")
 
 
 @pytest.mark.parametrize("how", [None, *WRONG])
-def test_the_certificate_sees_a_sampler_that_is_another_model(how: str | None) -> None:
+def test_the_check_sees_a_sampler_that_is_another_model(how: str | None) -> None:
     rows, adapted = prompts(), attach_lora(tiny_model("gemma2"), rank=RANK, alpha=ALPHA)
     decoder = decoder_like(adapted, ALPHA / RANK)
     lora = decoder.lora
@@ -436,7 +436,7 @@ def test_the_certificate_sees_a_sampler_that_is_another_model(how: str | None) -
         loss = gradients_of(decoder, batch)
     assert np.isfinite(loss) == (how is None)
     if how is None:
-        assert 0 < batch._certificate.step_gaps(1, Communicator())["sampling_gap"] < 1e-4
+        assert 0 < batch._logprob_check.step_gaps(1, Communicator())["sampling_gap"] < 1e-4
     else:
         with pytest.raises(Exception, match="two models"):
-            batch._certificate.step_gaps(1, Communicator())
+            batch._logprob_check.step_gaps(1, Communicator())
