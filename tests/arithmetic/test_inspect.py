@@ -117,7 +117,7 @@ def test_the_base_that_the_adapter_names_is_used_if_it_is_here_and_the_same(
 def test_a_base_that_is_not_here_is_not_fetched(
     model: nn.Module, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backhand.nn.loading import huggingface as hub
+    from backhand.nn.loading import hub
 
     monkeypatch.setattr(hub, "_fetched", lambda *_: pytest.fail("a base model was fetched"))
     found = inspect_adapter(InspectOptions(recorded(model, base, tmp_path / "a", "owner/absent-model")))

@@ -22,7 +22,7 @@ from backhand.export.options import ExportOptions, MergeOptions
 from backhand.export.proving import BlockWalk, Difference, difference
 from backhand.kernels import dequantize as unpacking
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.loading import gguf_file, huggingface, open_model
+from backhand.nn.loading import gguf_values, huggingface, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource
 from support.tiny_adapters import save_tiny_adapter
@@ -42,7 +42,7 @@ class Unpacked:
         self.largest: Counter[str] = Counter()
         self._places: dict[tuple[int, int], tuple[str, str, int]] = {}
         self._files: list[GGUFModel] = []
-        monkeypatch.setattr(gguf_file, "dequantize", self._noting(gguf_file.dequantize))
+        monkeypatch.setattr(gguf_values, "dequantize", self._noting(gguf_values.dequantize))
         monkeypatch.setattr("backhand.kernels.quantized_matrix.dequantize", self._noting(unpacking.dequantize))
         opened = GGUFModel.__init__
 

@@ -11,17 +11,10 @@ from backhand.nn.decoder.block import RECOMPUTE_MODES
 from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.verify.cases.block import BlockGrads
+from backhand.verify.decoder_op import DecoderGrads
 from backhand.verify.runner import COMPOSITES, load_proofs
 from backhand.verify.scaffold import Draw
-from backhand.verify.tiny_decoders import (
-    FAMILIES,
-    WINDOW,
-    DecoderGrads,
-    adapter_slots,
-    random_batch,
-    random_factors,
-    random_weights,
-)
+from backhand.verify.tiny_decoders import FAMILIES, WINDOW, adapter_slots, random_batch, random_factors, random_weights
 
 PROOFS = [proof for name in COMPOSITES for proof in load_proofs(name)]
 # A decoder's other kinds of gradient are those of the op of that name.

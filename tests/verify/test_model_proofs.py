@@ -21,11 +21,12 @@ from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
 from backhand.ops.document_groups import Run
+from backhand.verify import blockwise_step
 from backhand.verify import invariances as merged_model
-from backhand.verify import model_gradients
+from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.command import verify, verify_command
 from backhand.verify.measure import relative_error
-from backhand.verify.model_gradients import BlockwiseStep, GradientProofs
+from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
 from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, tiny_model
@@ -182,13 +183,13 @@ def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
 
 def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
     """All below is proved with what the head passes down, so that only the head's own comparison can tell."""
-    right = model_gradients.linear_cross_entropy_backward
+    right = blockwise_step.linear_cross_entropy_backward
 
     def wrong(*args):
         losses, grads = right(*args)
         return losses, grads._replace(d_x=grads.d_x * (1 + 1e-6))
 
-    monkeypatch.setattr(model_gradients, "linear_cross_entropy_backward", wrong)
+    monkeypatch.setattr(blockwise_step, "linear_cross_entropy_backward", wrong)
     report = verify(options(models("llama"), rows))
     failed = next(proof for proof in report.failed_model if "d_x" in proof.proof)
     assert failed.detail == "worst: d_x of the head"

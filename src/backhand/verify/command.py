@@ -1,4 +1,4 @@
-"""`backhand verify`: proves every op, block and family, or a user's own model on their rows."""
+"""`backhand verify`: prove every op, block and family, or a user's model on their rows."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from backhand.options.config_file import load_config
 from backhand.printing import say as tell
 from backhand.runs.directory import ADAPTER, CONFIG, opened, proof_log
 from backhand.terminal import console_for_tables, working
-from backhand.verify.invariances import prove_invariances, prove_merging
+from backhand.verify.invariances import prove_invariances
+from backhand.verify.merging import prove_merging
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
-from backhand.verify.report import VerifyReport, print_report, severity
+from backhand.verify.report import VerifyReport, severity
 from backhand.verify.runner import PROOF_FILES, Rejection, Row, load_proofs, prove_case, reject_mutants
+from backhand.verify.tables import print_report
 from backhand.words import nearest_names
 
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -31,16 +33,16 @@ Say = Callable[[str], None]
 
 
 def verify_command(options: VerifyOptions) -> VerifyReport:
-    """Prove what is asked; print tables, or one JSON object with `json`; append to `run`.
+    """Run the proofs, print tables or one JSON object, and append the results to a run.
 
     Raises:
-        UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
-        CheckError: something does not hold; what was found is printed, and written to `run`, first.
+        UsageError, DataError, ArtifactError: if op, model, rows, adapter or run do not exist or cannot be used.
+        CheckError: if a proof fails. The results have been printed and written to the run before.
     """
     if options.verify.run or options.model.model:
         tell(
-            "every gradient is computed in float64, by hand and by autograd, then checked in the dtype of "
-            "training: minutes for 100 million parameters"
+            "computing every gradient in float64, by hand and by autograd, then in the dtype of training; "
+            "this takes minutes for 100 million parameters"
         )
     report = _proved(options)
     if options.verify.json:
@@ -52,10 +54,10 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
 
 
 def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
-    """Prove what is asked, silently.
+    """Run the proofs without printing.
 
     Raises:
-        UsageError, DataError, ArtifactError: what is asked for is not there, or not usable.
+        UsageError, DataError, ArtifactError: if op, model, rows or adapter do not exist or cannot be used.
     """
     options.validate()
     start = time.perf_counter()
@@ -68,13 +70,13 @@ def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
 
 
 def prove_run(run: Path, *, max_tokens: int) -> VerifyReport:
-    """Prove the gradients and invariances of a run's own adapter on about so many tokens of its rows, silently.
+    """Prove gradients and invariances of a run's adapter on about `max_tokens` tokens of its rows, without printing.
 
-    Every line goes to the run's proofs.jsonl.
+    Every result is appended to the run's proofs.jsonl.
 
     Raises:
-        UsageError, DataError, ArtifactError: run, rows, model or adapter are not there, or not usable.
-        CheckError: something does not hold.
+        UsageError, DataError, ArtifactError: if run, rows, model or adapter do not exist or cannot be used.
+        CheckError: if a proof fails.
     """
     report = _proved(VerifyOptions(verify=VerifyRunOptions(run=run, max_tokens=max_tokens)))
     _raise_failures(report)
@@ -82,7 +84,7 @@ def prove_run(run: Path, *, max_tokens: int) -> VerifyReport:
 
 
 def _proved(options: VerifyOptions) -> VerifyReport:
-    """The report, with a status line on the terminal meanwhile, and each proof in the run's proofs.jsonl."""
+    """Run the proofs with a status line on the terminal, and append each result to the run's proofs.jsonl."""
     with working() as shown:
 
         def say(what: str) -> None:
@@ -93,7 +95,9 @@ def _proved(options: VerifyOptions) -> VerifyReport:
         if run is None:
             return verify(options, say)
         if not (run / CONFIG).exists():
-            raise UsageError(f"there is no run in {run}", where="run")
+            raise UsageError(
+                f"there is no run in {run}", where="run", next_step="give a run directory with config.toml"
+            )
         if options.verify.op is None and not options.model.model:
             options = _of_run(options, run)
         with opened(run, resume=True, overwrite=False) as directory:
@@ -105,7 +109,7 @@ def _proved(options: VerifyOptions) -> VerifyReport:
 
 
 def _of_run(options: VerifyOptions, run: Path) -> VerifyOptions:
-    """The run's own model, rows and adapter."""
+    """Return the options with the run's model, rows and adapter."""
     config = load_config(run / CONFIG)
     shared = {name: getattr(config.model, name) for name in VerifiedModelOptions.__dataclass_fields__}
     adapter = options.verify.adapter or run / ADAPTER
@@ -124,12 +128,12 @@ def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
         raise UsageError(
             f"there is no op {op!r}",
             where="op",
-            next_step=f"did you mean {' or '.join(near)}?" if near else f"one of {', '.join(PROOF_FILES)}",
+            next_step=f"did you mean {' or '.join(near)}?" if near else f"give one of {', '.join(PROOF_FILES)}",
         )
     device = options.model.device if options.model.device != "auto" else "cpu"
     report = VerifyReport()
     threads = torch.get_num_threads()
-    # The cases are tiny: a second thread costs more than it brings, and very much more on a busy machine.
+    # The cases are so small that a second thread costs time, especially on a busy machine.
     torch.set_num_threads(options.model.threads or 1)
     try:
         for proof in load_proofs(op):
@@ -150,9 +154,9 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
         for size in real_sizes():
             say(f"{size.op.name}: {size.case.name}")
-            found = list(prove_real_size(size))
-            report.rows += [one for one in found if isinstance(one, Row)]
-            report.rejections += [one for one in found if isinstance(one, Rejection)]
+            results = list(prove_real_size(size))
+            report.rows += [result for result in results if isinstance(result, Row)]
+            report.rejections += [result for result in results if isinstance(result, Rejection)]
     return report
 
 
@@ -180,17 +184,17 @@ def _raise_failures(report: VerifyReport) -> None:
     if report.failed_rows:
         worst = max(report.failed_rows, key=lambda row: severity(row.error, row.bound))
         raise CheckError(
-            f"{len(report.failed_rows)} of {len(report.rows)} proofs fail, first of all {worst.tensor} of {worst.op}",
+            f"{len(report.failed_rows)} of {len(report.rows)} proofs fail, the worst is {worst.tensor} of {worst.op}",
             where=f"{worst.op}: {worst.case}, {worst.dtype}",
             why=f"relative error {worst.error:.1e}, bound {worst.bound:.1e}; {worst.worst or 'no single row'}",
-            next_step=f"backhand verify --op {worst.op}",
+            next_step=f"run backhand verify --op {worst.op}",
         )
     if report.survivors:
         one = report.survivors[0]
         raise CheckError(
-            f"{len(report.survivors)} deliberately wrong versions went unnoticed, first of all {one.mutant!r}",
+            f"{len(report.survivors)} deliberately wrong versions were not rejected, the first is {one.mutant!r}",
             where=f"{one.op}: {one.gradient}",
-            next_step="add a case in which the mistake shows",
+            next_step="add a case that reveals the mistake",
         )
     if report.failed_model:
         failed = max(report.failed_model, key=lambda proof: severity(proof.measured, proof.bound))

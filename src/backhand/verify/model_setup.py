@@ -1,4 +1,4 @@
-"""What a model proof runs on: the user's decoder, an adapter with lora_B not zero, a few documents of their rows."""
+"""Set up a model proof: the user's decoder, an adapter with nonzero lora_B, and a few documents of the rows."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ RANDOM_ADAPTER = LoRAConfig(dropout=0.1)
 UPDATE_SHARE = 0.1
 
 _WITHOUT_ENGINE = (
-    "its gradients are autograd's, and there are none by hand to prove; backhand verify without --model proves the ops"
+    "autograd computes its gradients, so there are none by hand to prove; backhand verify without --model proves ops"
 )
 
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """A decoder with its adapter attached, and documents to prove it on."""
+    """A decoder with its adapter attached, and the documents for the proof."""
 
     decoder: Decoder  # in the compute dtype
-    examples: tuple[Example, ...]  # documents with supervised tokens, long ones cut
-    dropout_seed: int | None  # of the masks, None where the adapter has no dropout
+    examples: tuple[Example, ...]  # documents with supervised tokens; long documents are cut
+    dropout_seed: int | None  # seed of the dropout masks, None for an adapter without dropout
     notes: tuple[str, ...]
-    pairs: tuple[Example, ...] = ()  # the same documents two by two, where the rows are pairs
+    pairs: tuple[Example, ...] = ()  # the same documents as pairs, if the rows are pairs
 
 
 def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int) -> ModelSetup:
     """Load the model, the adapter or a random one, and the first rows.
 
     Raises:
-        UnsupportedModel: for a model that the decoder engine does not compute: it has no gradients by hand.
-        ArtifactError: model, adapter or tokenizer cannot be read, or do not belong together.
-        DataError: the rows cannot be read, nothing in them carries loss, or the model does not have a token of theirs.
-        UsageError: the device cannot be used.
+        UnsupportedModel: if the decoder engine does not support the model, so that there are no gradients by hand.
+        ArtifactError: if model, adapter or tokenizer cannot be read or do not belong together.
+        DataError: if the rows cannot be read, have no supervised token, or contain a token that the model lacks.
+        UsageError: if the device cannot be used.
     """
     device = resolve_device(model)
     dtype = resolve_dtype(model, device)
@@ -72,12 +72,12 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, source.tokenizer())
     quantized = stays_quantized(model, source, dtype, device)
     decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
-    said: tuple[str, ...] = ()
+    adapter_notes: tuple[str, ...] = ()
     if len(examples) == 1:
-        said = ("there is nothing to pack the one document with: packing and accumulation are not measured",)
+        adapter_notes = ("there is only one document: packing and accumulation are not measured",)
     if adapter is None:
         lora = random_adapter(decoder)
-        described = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
+        description = f"random adapter, rank {RANDOM_ADAPTER.rank}, all linear layers, dropout {RANDOM_ADAPTER.dropout}"
     else:
         template = read_template(data.chat_template, source.tokenizer())
         loaded = load_adapter_for(
@@ -90,31 +90,31 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
             allow_pickle=model.allow_pickle,
         )
         experts = {shape.name for shape in loaded.shapes if shape.experts}
-        if beside := [(name, what) for name, what in loaded.beside.items() if name not in experts]:
-            name, what = beside[0]
+        if untested := [(name, what) for name, what in loaded.beside.items() if name not in experts]:
+            name, what = untested[0]
             raise UsageError(
                 f"--model proves plain LoRA, and this adapter trains more: {name}: {what}",
                 where="adapter",
-                next_step="backhand verify without --model proves these gradients op by op, and in whole decoders",
+                next_step="backhand verify without --model proves these gradients for ops and whole decoders",
             )
         lora = loaded.parameters(device=device)
-        said += loaded.notes
-        described = f"adapter {adapter}"
+        adapter_notes += loaded.notes
+        description = f"adapter {adapter}"
     decoder.attach(lora)
     dropout = any(slot.dropout > 0 for slot in lora.slots.values())
     notes = (
         f"model {model.model} ({decoder.config.family}, {str(dtype).removeprefix('torch.')}, {device})",
-        f"{described}: {len(lora.slots)} modules, {lora.element_count:,} elements",
+        f"{description}: {len(lora.slots)} modules, {lora.element_count:,} elements",
         rows,
-        *said,
+        *adapter_notes,
     )
     return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes, pairs)
 
 
 def random_adapter(decoder: Decoder) -> LoRAParameters:
-    """Every factor normal, each update a tenth of what its weight gives for such an input.
+    """Return an adapter with normal factors, whose updates are a tenth of the size of their weights' outputs.
 
-    A gradient is nowhere zero by nature, and the update stands out of the rounding of bfloat16.
+    So no gradient is zero by definition, and the update is well above the rounding of bfloat16.
     """
     lora = LoRAParameters(resolve_adapter(RANDOM_ADAPTER, decoder.module_shapes()).slots, device=decoder.device)
     weights = dict(decoder.frozen_tensors())
@@ -130,15 +130,15 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
 def _documents(
     data: DataOptions, tokenizer: Any, max_tokens: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
-    """The first documents of the rows, or of the neutral texts, the pairs they are, and a sentence about them."""
+    """Return the first documents of the rows or of the neutral texts, their pairs if any, and a note about them."""
     if data.data:
-        found: Sequence[Example] = read_examples(data, data.data, tokenizer, purpose=None).examples
+        examples: Sequence[Example] = read_examples(data, data.data, tokenizer, purpose=None).examples
         where = ", ".join(data.data)
     else:
-        found = [_text_example(text, tokenizer) for text in neutral_texts()]
+        examples = [_text_example(text, tokenizer) for text in neutral_texts()]
         where = "neutral texts of the package"
-    paired = any(example.rejected is not None for example in found)
-    documents = [replace(document, rejected=None) for one in found for document in one.documents]
+    paired = any(example.rejected is not None for example in examples)
+    documents = [replace(document, rejected=None) for example in examples for document in example.documents]
     chosen = choose_documents(documents, max_tokens)
     if not chosen:
         raise DataError("no document has a supervised token", where=where)
@@ -158,9 +158,9 @@ def _text_example(text: str, tokenizer: Any) -> Example:
 
 
 def choose_documents(examples: Sequence[Example], max_tokens: int) -> list[Example]:
-    """Documents in order until about max_tokens are reached, at least two where there are two.
+    """Return documents in order until about `max_tokens` tokens are reached, at least two if there are two.
 
-    A document of more than half of max_tokens is cut to the tokens before its last supervised one.
+    A document longer than half of `max_tokens` is cut to the tokens up to its last supervised token.
     """
     chosen: list[Example] = []
     tokens = 0

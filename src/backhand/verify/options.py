@@ -1,4 +1,4 @@
-"""What `backhand verify` can be told. This file imports no torch: the command line reads it for its help."""
+"""Options of `backhand verify`. This file imports no torch, because the command line reads it for its help."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from backhand.nn.model_options import BaseModelOptions, check_base
 
 @dataclass(frozen=True)
 class VerifiedModelOptions(BaseModelOptions):
-    """The model to prove, if any, and how it is computed."""
+    """The model to prove, if any, and its compute settings."""
 
     model: str = ""
-    """Prove the gradients of this base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. Not
-    given: prove every op, a block and a decoder of every family."""
+    """Prove the gradients of this base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`. By
+    default every op is proved, and a block and a decoder of every family."""
 
 
 @dataclass(frozen=True)
 class VerifyRunOptions:
-    """What to prove, and where to write it down."""
+    """The proofs to run, and where to record them."""
 
     op: str | None = None
     """Prove only this op, or `block` or `decoder`, and list each of its mutants."""
 
     large: bool = False
-    """Prove the sums of the ops at the sizes of real models, in each form that this processor has, and nothing else."""
+    """Prove only the sums of the ops at the sizes of real models, in each form that this processor supports."""
 
     adapter: Path | None = None
-    """With `model`: prove the gradients of this adapter; not given: of a random one, lora_B not zero."""
+    """With `model`: prove the gradients of this adapter. By default a random adapter with nonzero lora_B is used."""
 
     max_tokens: Annotated[int, Bound(at_least=8)] = 256
-    """With `model`: use about this many tokens of the rows. The first rows are taken, long ones cut."""
+    """With `model`: use about this many tokens of the first rows. Long rows are cut."""
 
     run: Path | None = None
-    """Append every proof to proofs.jsonl of this run directory. Without `op` and `model`, the run's own model, rows and
+    """Append every proof to proofs.jsonl of this run directory. Without `op` and `model`, the run's model, rows and
     adapter are proved."""
 
     json: bool = False
-    """Print one JSON object in place of the tables."""
+    """Print one JSON object instead of the tables."""
 
 
 @dataclass(frozen=True)
 class VerifyOptions(Options):
-    """One verification.
+    """Options of one verification.
 
     Attributes:
-        verify: what to prove, and where to write it down.
-        model: the base model and how it is computed.
-        data: rows to prove a model on; a few neutral texts of the package if there are none.
+        verify: the proofs to run, and where to record them.
+        model: the base model and its compute settings.
+        data: rows for proving a model, by default a few neutral texts of the package.
     """
 
     verify: VerifyRunOptions = field(default_factory=VerifyRunOptions)
@@ -65,7 +65,7 @@ class VerifyOptions(Options):
             raise UsageError(
                 "large is given together with an op, a model or a run",
                 where="large",
-                next_step="give --large alone: its cases are its own",
+                next_step="give --large alone: it has separate cases",
             )
         if self.model.model:
             if self.verify.op is not None:
@@ -76,7 +76,7 @@ class VerifyOptions(Options):
                 )
             if self.model.engine == "transformers":
                 raise UsageError(
-                    "engine 'transformers' leaves the gradients to autograd: there is nothing by hand to prove",
+                    "engine 'transformers' computes gradients by autograd, so there are none by hand to prove",
                     where="engine",
                 )
         elif self.verify.run is None:

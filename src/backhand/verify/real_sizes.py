@@ -1,10 +1,10 @@
-"""Sums at real size, whose error may not grow with their length: vocabularies, keys, wide layers, long documents.
+"""Prove that rounding errors of long sums do not grow with their length: vocabularies, keys, wide layers, documents.
 
-The cases of `cases/` prove formulas, on sizes at which a sum in any order is as good as any other. Here the same ops,
-declared once, run at the sizes of real models, in every form that this processor has, in float32 and bfloat16, and are
-measured against float64 on the same rounded inputs. They may err at most twice as much as torch's own form of the same,
-or by half a unit of rounding of what they give. Once a case, a sum from the left, one number behind the other, takes
-the place of the right one: it must be rejected, or the case would not see the difference.
+The cases of `cases/` prove formulas at sizes where the order of a sum does not matter. Here the same ops run at the
+sizes of real models, in every form that this processor supports, in float32 and bfloat16. Results are compared with
+float64 on the same rounded inputs. The error may be at most twice that of torch's usual form, or half a unit of
+rounding of the result's dtype. In each case one sequential sum replaces the right one. It must be rejected, since
+otherwise the case could not detect such a sum.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEYS, HIDDEN, POSITIONS, RANK = 8_192, 8_192, 32_768, 256
 VOCABULARIES = (151_936, 262_144)
 SCORES_SCALING = 32**-0.5
 WATCHED = 64
-"""Of attention: the last queries, which see all keys, and the first keys, which all queries see."""
+"""Rows that attention's cases compare: the last queries see all keys, and the first keys are seen by all queries."""
 
 LAST, FIRST = slice(-WATCHED, None), slice(WATCHED)
 Naive = Callable[[Tensors], Tensor]
@@ -46,17 +46,17 @@ Naive = Callable[[Tensors], Tensor]
 class RealSize:
     """One op at one real size."""
 
-    op: Op  # as it is declared
-    # its inputs and functions; the reference in float64 is the truth, `usual` in the same dtype the yardstick
+    op: Op
+    # Inputs and functions. The reference in float64 is the truth, and the baseline in the same dtype the yardstick.
     case: Case
-    # y or a gradient, and its value by sums from the left, in float32; None where the op is itself a recurrence, which
-    # has no other order
+    # Name of y or a gradient, and its value by sequential sums in float32. None for a recurrence, which has only one
+    # order.
     naive: tuple[str, Naive] | None
-    # the rows of y or a gradient that are measured, by its name; all of the others
+    # Name of y or a gradient → the rows to compare. All rows of other tensors are compared.
     picked: Mapping[str, slice] = field(default_factory=dict)
     compiled: bool = True  # the op has compiled kernels, whose builds are then measured too
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # in which it is measured
-    exact: bool = False  # the bound of y is half a unit of rounding, whatever torch errs
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    exact: bool = False  # the bound of y is half a unit of rounding, whatever torch's error is
 
 
 def _in_build(name: str) -> AbstractContextManager[None]:
@@ -64,47 +64,47 @@ def _in_build(name: str) -> AbstractContextManager[None]:
 
 
 def prove_real_size(size: RealSize) -> Iterator[Row | Rejection]:
-    """Each tensor of a case in each form and dtype, and whether its naive sum is rejected."""
+    """Prove each tensor of a case in each form and dtype, and that the sequential sum is rejected."""
     for dtype in size.dtypes:
         yield from rows_in(size, dtype)
 
 
 def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
-    """Those of one dtype, in torch's form and each build of the kernels that this processor has."""
+    """Prove a case in one dtype, in torch's form and in each build of the kernels that this processor supports."""
     op, case, rounded = size.op, size.case, cast(size.case.tensors, dtype)
-    trial, found = Trial(op.proof((case,), ()), case, rounded), {}
+    trial, results = Trial(op.proof((case,), ()), case, rounded), {}
     for build in (TORCH, *usable()) if size.compiled else (TORCH,):
         with _in_build(build):
-            found[build] = trial.manual_results(rounded)
-    truth = trial.autograd_results(case.reference, cast(rounded, torch.float64), found[TORCH], "truth")
-    usual = trial.autograd_results(case.baseline or case.reference, rounded, found[TORCH], "usual")
+            results[build] = trial.manual_results(rounded)
+    truth = trial.autograd_results(case.reference, cast(rounded, torch.float64), results[TORCH], "truth")
+    baseline = trial.autograd_results(case.baseline or case.reference, rounded, results[TORCH], "baseline")
 
     def error(name: str, measured: Tensor) -> float:
         part = size.picked.get(name, slice(None))
         return relative_error(measured[part], truth[name][part])
 
     def bound(name: str) -> float:
-        half = torch.finfo(usual[name].dtype).eps / 2
-        return half if size.exact and name == "y" else max(half, TIMES_AUTOGRAD * error(name, usual[name]))
+        half = torch.finfo(baseline[name].dtype).eps / 2
+        return half if size.exact and name == "y" else max(half, TIMES_AUTOGRAD * error(name, baseline[name]))
 
-    for build, tensors in found.items():
+    for build, tensors in results.items():
         row = partial(Row, op.name, case.name, dtype_name(dtype), AUTOGRAD, form=build)
         yield from (row(name, error(name, measured), bound(name)) for name, measured in tensors.items())
     if dtype == torch.float32 and size.naive is not None:
         name, naive = size.naive
-        spoiled = found[TORCH][name].clone()
+        spoiled = results[TORCH][name].clone()
         spoiled[size.picked.get(name, slice(None))] = naive(rounded).to(spoiled.dtype)
         gradient = name.removeprefix("d_")
         yield Rejection(op.name, "naive sum", gradient, error(name, spoiled), case.name, bound(name))
 
 
 def from_the_left(terms: Tensor) -> Tensor:
-    """Σ over the first axis in float32, one number behind the other."""
+    """Sum over the first axis in float32, one number after the other."""
     return torch.from_numpy(np.add.accumulate(terms.float().numpy(), axis=0)[-1].copy())
 
 
 def _naive_product(left: Tensor, right: Tensor) -> Tensor:
-    """left (n, k) transposed times right (n, m), row by row."""
+    """Multiply left (n, k) transposed by right (n, m) with sequential sums."""
     return torch.stack([from_the_left(column[:, None] * right) for column in left.T])
 
 
@@ -113,13 +113,13 @@ def _naive_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def real_sizes() -> Iterator[RealSize]:
-    """Every case."""
+    """Iterate over the cases, one at a time, since they are large."""
     for vocab in VOCABULARIES:
         for peaked in (False, True):
             yield from _losses(vocab, f"{vocab:,} words, {'peaked' if peaked else 'flat'}", peaked)
     yield _attention(0.3)
     yield _attention_blocks(0.3)
-    # In bfloat16 the blocks' scores are rounded before their softmax, and larger ones by more, however many there are.
+    # In bfloat16 the scores are rounded before the softmax, larger scores by more, whatever the number of keys.
     yield replace(_attention_blocks(2.0), dtypes=(torch.float32,))
     yield _rms_norm("wide", WATCHED, HIDDEN)
     yield _rms_norm("many positions", POSITIONS, 24)
@@ -132,7 +132,7 @@ def real_sizes() -> Iterator[RealSize]:
     case = op.case(many, (POSITIONS, 24))
     yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), compiled=False)
     yield _dora_norm()
-    # Hardly anything is forgotten, so that the state adds up all tokens.
+    # Little is forgotten, so that the state is a sum over all tokens.
     name, op = "4,096 tokens of one document", _op("gated_delta_rule")
     yield RealSize(op, op.case(name, (4_096,), 1, 1, 32, 32, forgetting=1e-4, chunk=CHUNK_TOKENS), None)
     yield from _embeddings(many)
@@ -142,31 +142,31 @@ def real_sizes() -> Iterator[RealSize]:
 
 
 def _op(file: str) -> Op:
-    """The op of a file of cases."""
+    """Return the op that a file of cases declares."""
     op: Op = importlib.import_module(f"backhand.verify.cases.{file}").OP
     return op
 
 
 def _with(case: Case, **tensors: Tensor) -> Case:
-    """The case with others among its inputs."""
+    """Return the case with other inputs."""
     return replace(case, tensors=case.tensors | tensors)
 
 
 def _scaled(case: Case, **by: float) -> Case:
-    """The case with some inputs made smaller, by the first part of their names."""
+    """Return the case with some inputs scaled, chosen by the first part of their names."""
     return _with(case, **{name: tensor * by.get(name.partition(" ")[0], 1.0) for name, tensor in case.tensors.items()})
 
 
 def _pushed(case: Case) -> Case:
-    """The case with a gradient that has a mean."""
+    """Return the case with an upstream gradient whose mean is not zero."""
     return _with(case, d_y=case.tensors["d_y"] + 1)
 
 
 def _losses(vocab: int, name: str, peaked: bool) -> Iterator[RealSize]:
-    """Both ops of cross-entropy; of the fused one x is the identity, so that the logits are the weight's numbers."""
+    """Iterate over both ops of cross-entropy. For the fused op x is the identity, so that the logits are the weight."""
 
     def logits(op: Op) -> tuple[Tensor, Tensor]:
-        """(8, vocab) and targets: flat about 0, or with a peak, which half of the targets are."""
+        """Return logits (8, vocab) and targets. They are flat, or have a peak at the target in half of the rows."""
         draw = Draw(f"{op.name}: {name}")
         logits, targets = draw.normal(8, vocab, size=1.5), draw.integers(vocab, 8)
         peaks = torch.where(torch.arange(8) < 4, targets, (targets + 1) % vocab)
@@ -194,7 +194,7 @@ def _losses(vocab: int, name: str, peaked: bool) -> Iterator[RealSize]:
 
 
 def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of the last queries, (queries, heads, head_dim), of one head."""
+    """Return attention's output for the last queries of one head, (queries, heads, head_dim)."""
     queries, keys, values = q[LAST, 0].float(), k[:, 0].float(), v[:, 0].float()
     scores = SCORES_SCALING * queries @ keys.T
     scores.masked_fill_(torch.ones_like(scores).triu_(len(keys) - WATCHED + 1).bool(), float("-inf"))
@@ -233,7 +233,7 @@ def _rms_norm(name: str, rows: int, columns: int) -> RealSize:
 def _few_rows() -> RealSize:
     op = _op("frozen_matrix")
     case = op.case(f"one row of {HIDDEN:,}", (1,), HIDDEN, [("dense", WATCHED)], tile_bytes=None)
-    # Terms of one sign: what each sum rounds off then grows with it, in every order but a good one.
+    # With terms of one sign the rounding error grows with a sequential sum.
     case = replace(case, tensors={name: tensor.abs() for name, tensor in case.tensors.items()})
     return RealSize(op, case, ("y", lambda t: _naive_product(t["x"].T, t["dense"].T)))
 
@@ -267,7 +267,7 @@ def _adapted_glu() -> RealSize:
 
 
 def _expert_linear() -> RealSize:
-    """One expert has a single position, the other all the rest."""
+    """Return the case in which one expert has a single position, and the other has all others."""
     op, counts = _op("expert_linear"), (1, POSITIONS - 1)
     case = op.case(f"{POSITIONS:,} positions", counts, 24, 16, 8)
 
@@ -279,7 +279,7 @@ def _expert_linear() -> RealSize:
 
 
 def _dora_norm() -> RealSize:
-    """The lengths of long rows, from their squares and the factors' small products."""
+    """Return the case for norms of long rows, computed from squares and the factors' small products."""
     op, draw, name = _op("dora"), Draw("dora: wide rows"), f"lengths of rows of {HIDDEN:,}"
     tensors = {"weight": draw.normal(WATCHED, HIDDEN), "lora_A": draw.normal(8, HIDDEN, size=HIDDEN**-0.5)}
     tensors |= {"lora_B": draw.normal(WATCHED, 8), "d_y": draw.normal(WATCHED)}
@@ -296,7 +296,7 @@ def _dora_norm() -> RealSize:
 
 
 def _embeddings(name: str) -> Iterator[RealSize]:
-    """The yardstick is the reference: embedding's own gradient in torch adds up one position behind the other."""
+    """Iterate over embeddings. The reference is the yardstick, since torch's embedding gradient is a sequential sum."""
 
     def naive(d_rows: Tensor, ids: Tensor) -> Tensor:
         return torch.stack([from_the_left(d_rows[ids == token]) for token in range(5)])

@@ -1,12 +1,12 @@
 """The decoder in plain torch, for autograd to differentiate: the engine's function by another route.
 
-It calls no forward or backward of ours, of convolutions and the delta rule's ops the references, and shares only what
-is constant: the frozen weights by their Hugging Face names, the family as data, the rotary frequencies (equal to
-transformers' bit by bit) and the dropout masks. Adapters act as W + s B A where there is no dropout, each document is
-attended on its own with an explicit softmax, and the loss comes from full logits.
+It calls no forward or backward of an op, only the references of convolutions and the delta rule. With the engine it
+shares only constants: the frozen weights by their Hugging Face names, the family's configuration, the rotary
+frequencies (equal to transformers' bit by bit) and the dropout masks. Adapters act as W + s B A unless there is
+dropout. Each document is attended separately with an explicit softmax, and the loss is computed from full logits.
 
 In low precision it computes as transformers does: norms, rotation angles, softmax and loss in float32, the rest in the
-weights' dtype. Its error there is the yardstick for the engine's.
+weights' dtype. Its error there is the yardstick for the engine's error.
 """
 
 from __future__ import annotations
@@ -48,93 +48,93 @@ from backhand.ops.gated_delta_rule import gated_delta_rule_reference
 from backhand.verify.packed_tokens import unshare_prefixes
 
 Tensors = Mapping[str, Tensor]
-OfNats = Callable[[Tensor], Tensor]
+NatsLoss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
-    """Low-rank factors, DoRA, dropout, tensors trained whole; W + s B A in float64 and without dropout."""
+    """An adapter: low-rank factors, DoRA, dropout and fully trained tensors."""
 
     slots: Mapping[str, LoRASlot]
-    factors: Tensors  # everything trained by its name in `LoRAParameters`, the tensors that autograd differentiates for
-    dropout_seed: int | None = None  # of the step, or None for no dropout
-    trained: Mapping[str, TrainedTensor] = field(default_factory=dict)  # the tensors trained as they are, by name
+    factors: Tensors  # all trained tensors by their name in `LoRAParameters`, for which autograd differentiates
+    dropout_seed: int | None = None  # seed of the step, or None for no dropout
+    trained: Mapping[str, TrainedTensor] = field(default_factory=dict)  # name → fully trained tensor
 
     def weights(self, base: Tensors, tied: bool) -> Tensors:
-        """The base's tensors with those trained as they are in their places; a head that is tied no longer by name."""
-        found = dict(base)
+        """Return the base's tensors with trained tensors replaced. A tied head gets a separate entry."""
+        weights = dict(base)
         if tied:
-            found[f"{HEAD}.weight"] = base[f"{EMBEDDING}.weight"]
+            weights[f"{HEAD}.weight"] = base[f"{EMBEDDING}.weight"]
         for name, tensor in self.trained.items():
             value = self.factors[name]
             if tensor.token_ids is None:
-                found[name] = value
+                weights[name] = value
                 continue
             token_ids = torch.tensor(tensor.token_ids, device=value.device)
-            found[tensor.base_name] = base[tensor.base_name].index_copy(0, token_ids, value)
+            weights[tensor.base_name] = base[tensor.base_name].index_copy(0, token_ids, value)
             if tied:
-                found[f"{HEAD}.weight"] = found[tensor.base_name]
-        return found
+                weights[f"{HEAD}.weight"] = weights[tensor.base_name]
+        return weights
 
     def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of the table, (tokens, hidden), with the low-rank update and DoRA's magnitude where there are any."""
+        """Return rows of the table, (tokens, hidden), with the low-rank update and DoRA's magnitude if adapted."""
         slot = self.slots.get(EMBEDDING)
         if slot is None:
             return table[ids]
         lora_A, lora_B = self._factors(EMBEDDING)
         rows = table[ids] + slot.scaling * (lora_A.T[ids] @ lora_B.T)
-        return rows * self._gain(slot, table.T) if slot.use_dora else rows
+        return rows * self._magnitude_ratio(slot, table.T) if slot.use_dora else rows
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.factors[f"{name}.lora_A"], self.factors[f"{name}.lora_B"]
 
-    def _gain(self, slot: LoRASlot, weight: Tensor) -> Tensor:
-        """DoRA's m / c, (out,), with c held constant."""
+    def _magnitude_ratio(self, slot: LoRASlot, weight: Tensor) -> Tensor:
+        """Return DoRA's m / c, (out,), with c held constant."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         lora_A, lora_B = (factor.to(wide) for factor in self._factors(slot.name))
         norm = (weight.to(wide) + slot.scaling * (lora_B @ lora_A)).detach().square().sum(1).sqrt()
         return (self.factors[f"{slot.name}.lora_magnitude"] / norm).to(weight.dtype)
 
     def linear(
-        self, x: Tensor, name: str, weights: Tensors, wanted: Tensor | None = None, layers: int | None = None
+        self, x: Tensor, name: str, weights: Tensors, loss_positions: Tensor | None = None, layers: int | None = None
     ) -> Tensor:
-        """The module `name` on x (tokens, in): frozen weight, bias and low-rank update.
+        """Apply the module `name` to x (tokens, in): frozen weight, bias and low-rank update.
 
         Args:
-            wanted: (tokens,) bool, the rows that anybody reads, for which alone masks are drawn; None for all.
+            loss_positions: (tokens,) bool, the rows for which dropout masks are drawn, None for all.
             layers: the number of blocks below a head.
         """
         weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
         slot = self.slots.get(name)
         if slot is None:
             return functional.linear(x, weight, bias)
-        mask, factors = self._mask(x, slot, wanted, layers), self._factors(name)
+        mask, factors = self._mask(x, slot, loss_positions, layers), self._factors(name)
         dropped = x if mask is None else x * mask
         if slot.use_dora:
-            gain = self._gain(slot, weight)
+            ratio = self._magnitude_ratio(slot, weight)
             low_rank = slot.scaling * _low_rank(dropped, *factors)
-            # As PEFT writes it: what dropout takes out of x still passes through the frozen weight.
+            # PEFT's form: the features that dropout removes still pass through the frozen weight.
             return (
-                functional.linear(x, weight, bias) + (gain - 1) * functional.linear(dropped, weight) + gain * low_rank
+                functional.linear(x, weight, bias) + (ratio - 1) * functional.linear(dropped, weight) + ratio * low_rank
             )
         if slot.lora_bias:
             offset = slot.scaling * self.factors[f"{name}.lora_bias"]
             bias = offset if bias is None else bias + offset
         if mask is None:
-            return _updated(x, weight, bias, *factors, slot.scaling)
+            return _adapted_linear(x, weight, bias, *factors, slot.scaling)
         return functional.linear(x, weight, bias) + slot.scaling * _low_rank(dropped, *factors)
 
     def expert(self, x: Tensor, name: str, expert: int, weight: Tensor) -> Tensor:
-        """One expert's matrix of the parameter `name`, (out, in), with its low-rank update, on x (tokens, in)."""
+        """Apply one expert's matrix of the parameter `name`, (out, in), with its low-rank update, to x (tokens, in)."""
         slot = self.slots.get(name)
         if slot is None:
             return functional.linear(x, weight)
         lora_A, lora_B = self._factors(name)
         own = lora_A[expert * slot.rank : (expert + 1) * slot.rank], lora_B[:, expert :: slot.experts]
-        return _updated(x, weight, None, *own, slot.scaling)
+        return _adapted_linear(x, weight, None, *own, slot.scaling)
 
-    def _mask(self, x: Tensor, slot: LoRASlot, wanted: Tensor | None, layers: int | None) -> Tensor | None:
-        """The dropout multiplier of x's shape, zero in rows not wanted; None without dropout."""
+    def _mask(self, x: Tensor, slot: LoRASlot, loss_positions: Tensor | None, layers: int | None) -> Tensor | None:
+        """Return the dropout multiplier of x's shape, zero outside loss_positions, or None without dropout."""
         if self.dropout_seed is None or not slot.dropout:
             return None
         if layers is not None:
@@ -144,75 +144,83 @@ class ReferenceAdapter:
         else:
             _, _, layer, part = slot.name.split(".", 3)
             seed = block_seed(self.dropout_seed, int(layer), group_of(part))
-        rows = x if wanted is None else x[wanted]
+        rows = x if loss_positions is None else x[loss_positions]
         drawn = dropout_multiplier(rows.shape, slot.dropout, seed, dtype=x.dtype, device=x.device)
-        return drawn if wanted is None else torch.zeros_like(x).masked_scatter(wanted[:, None], drawn)
+        return drawn if loss_positions is None else torch.zeros_like(x).masked_scatter(loss_positions[:, None], drawn)
 
 
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return functional.linear(functional.linear(x, lora_A), lora_B)
 
 
-def _updated(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
     if x.dtype == torch.float64:
         return functional.linear(x, weight + scaling * (lora_B @ lora_A), bias)
-    # In low precision the sum W + s B A would be rounded to W's grid, which is not how adapters are trained.
+    # In low precision the sum W + s B A would be rounded to the weight's dtype, unlike in training.
     return functional.linear(x, weight, bias) + scaling * _low_rank(x, lora_A, lora_B)
 
 
 @dataclass
 class ReferenceCrossLayer:
-    """What blocks have beside the stream: inputs (tokens, layers, width), and keys and values lent, by their layer."""
+    """Inputs of blocks in addition to the stream: per-layer embeddings (tokens, layers, width), and keys and values."""
 
     inputs: Tensor | None = None
-    lent: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    shared_kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class ReferenceLayer(NamedTuple):
-    """A layer with all that it knows."""
+    """A layer with its weights, configuration, adapter and documents."""
 
     number: int
     weights: Tensors  # by their Hugging Face names
     config: DecoderConfig
-    lengths: Sequence[int]  # of the documents
+    lengths: Sequence[int]  # lengths of the documents
     adapter: ReferenceAdapter
-    wanted: Tensor | None = None  # as in `ReferenceAdapter.linear`
-    # keys and values of its own are put into it; needed where the block has more than the stream
+    loss_positions: Tensor | None = None  # as in `ReferenceAdapter.linear`
+    # Per-layer embeddings and shared keys and values. The layer adds its keys and values, if they are shared.
     cross_layer: ReferenceCrossLayer | None = None
 
     @property
     def name(self) -> str:
-        """In front of its tensors' names."""
+        """Prefix of the names of the layer's tensors."""
         return f"model.layers.{self.number}"
 
-    def linear(self, x: Tensor, part: str, *, wanted_alone: bool = False) -> Tensor:
-        """A module of the layer on x (tokens, in)."""
-        return self.adapter.linear(x, f"{self.name}.{part}", self.weights, self.wanted if wanted_alone else None)
+    def linear(self, x: Tensor, part: str, *, loss_positions_only: bool = False) -> Tensor:
+        """Apply a module of the layer to x (tokens, in)."""
+        return self.adapter.linear(
+            x, f"{self.name}.{part}", self.weights, self.loss_positions if loss_positions_only else None
+        )
 
     def norm(self, x: Tensor, part: str | None) -> Tensor:
-        """A norm of the layer; x itself where there is none of that name."""
+        """Apply a norm of the layer, or return x if `part` is None."""
         return x if part is None else _norm(x, self.weights[f"{self.name}.{part}.weight"], self.config)
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """The documents as ops take them."""
+        """The documents in the form that ops take."""
         return document_runs(tuple(self.lengths))
 
     def by_document(self, one: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """A function of each document's part of these, (tokens, …)."""
+        """Apply a function to each document's part of these tensors, (tokens, …), and concatenate the results."""
         return torch.cat([one(*parts) for parts in zip(*(x.split(list(self.lengths)) for x in tensors), strict=True)])
 
 
 def reference_loss(
-    weights: Tensors, config: DecoderConfig, batch: PackedBatch, adapter: ReferenceAdapter, of_nats: OfNats = torch.sum
+    weights: Tensors,
+    config: DecoderConfig,
+    batch: PackedBatch,
+    adapter: ReferenceAdapter,
+    nats_loss: NatsLoss = torch.sum,
 ) -> Tensor:
-    """Σ nats over the supervised positions, 0-d.
+    """Return the sum of nats over the supervised positions, 0-d.
 
     Args:
         weights: every frozen tensor by its Hugging Face name, all in one dtype.
         batch: the packed documents; what they share is computed for each of them.
-        adapter: its factors in the dtype of the weights.
-        of_nats: another loss of the nats of the documents' supervised tokens, (supervised,).
+        adapter: the adapter, with factors in the dtype of the weights.
+        nats_loss: another loss of the nats of the documents' supervised tokens, (supervised,).
     """
     batch = (
         unshare_prefixes(batch) if batch.parents else batch
@@ -222,14 +230,16 @@ def reference_loss(
     layers = len(config.layers)
     cross_layer = ReferenceCrossLayer(reference_inputs(x, weights, config, batch.input_ids, adapter))
     for layer in range(layers):
-        # Of the last block the loss reads the supervised positions alone.
-        wanted = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
-        x = reference_block(x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, wanted, cross_layer))
-    return reference_head(x, weights, config, batch.labels, adapter, lambda nats: of_nats(batch.of_documents(nats)))
+        # The loss reads only the supervised positions of the last block.
+        loss_positions = batch.labels != IGNORE_INDEX if layer == layers - 1 else None
+        x = reference_block(
+            x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, loss_positions, cross_layer)
+        )
+    return reference_head(x, weights, config, batch.labels, adapter, lambda nats: nats_loss(batch.of_documents(nats)))
 
 
 def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:
-    """(tokens, hidden)."""
+    """Return the embedded tokens, (tokens, hidden)."""
     rows = adapter.embedding(ids, weights[f"{EMBEDDING}.weight"])
     return rows * torch.tensor(config.embedding_scaling, dtype=rows.dtype, device=rows.device)
 
@@ -237,16 +247,16 @@ def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, ad
 def reference_inputs(
     x: Tensor, weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter
 ) -> Tensor | None:
-    """What each layer is given of its own, (tokens, layers, width), from the embedded tokens; None without."""
+    """Return the per-layer embeddings, (tokens, layers, width), or None for a model without them."""
     if config.per_layer is None:
         return None
     width, layers, _ = config.per_layer
-    made = adapter.linear(x, PER_LAYER_MODEL, weights) / config.hidden_size**0.5
-    made = _norm(made.unflatten(-1, (layers, width)), weights[f"{PER_LAYER_MODEL_NORM}.weight"], config)
+    projected = adapter.linear(x, PER_LAYER_MODEL, weights) / config.hidden_size**0.5
+    projected = _norm(projected.unflatten(-1, (layers, width)), weights[f"{PER_LAYER_MODEL_NORM}.weight"], config)
     rows = weights[f"{PER_LAYER_TABLE}.weight"][ids]
-    # The root as transformers rounds it.
+    # transformers rounds the root to the dtype of the rows.
     root = torch.tensor(width**0.5, dtype=torch.float32, device=rows.device).to(rows.dtype)
-    return (made + (rows * root).view_as(made)) / 2**0.5
+    return (projected + (rows * root).view_as(projected)) / 2**0.5
 
 
 def reference_head(
@@ -255,9 +265,9 @@ def reference_head(
     config: DecoderConfig,
     labels: Tensor,
     adapter: ReferenceAdapter,
-    of_nats: OfNats = torch.sum,
+    nats_loss: NatsLoss = torch.sum,
 ) -> Tensor:
-    """Final norm, output projection at every position and Σ cross-entropy over the supervised ones, 0-d."""
+    """Return the sum of cross-entropy over the supervised positions, 0-d, after final norm and output projection."""
     head = weights[f"{HEAD if f'{HEAD}.weight' in weights else EMBEDDING}.weight"]
     normed = _norm(x, weights[f"{config.final_norm}.weight"], config)
     supervised = labels != IGNORE_INDEX  # masks are drawn for these rows only
@@ -266,11 +276,11 @@ def reference_head(
     if config.logits.cap is not None:
         logits = config.logits.cap * torch.tanh(logits / config.logits.cap)
     nats = functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
-    return of_nats(nats[supervised])
+    return nats_loss(nats[supervised])
 
 
 def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
-    """One block on x (tokens, hidden), at all positions."""
+    """Apply one block to x (tokens, hidden), at all positions."""
     own = at.config.layers[at.number]
     config = at.config.at(own)
     at, times = at._replace(config=config), config.residual_multiplier
@@ -279,13 +289,15 @@ def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     branch = at.norm(x, config.norms.before_mlp)
     if own.experts:
         return x + at.norm(_experts(branch, at), config.norms.after_mlp) * times
-    gate, up = torch.cat([at.linear(branch, part, wanted_alone=True) for part in config.groups[2]], -1).chunk(2, -1)
-    branch = at.linear(_activated(gate, config) * up, config.groups[3][0], wanted_alone=True)
+    gate, up = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1).chunk(
+        2, -1
+    )
+    branch = at.linear(_activated(gate, config) * up, config.groups[3][0], loss_positions_only=True)
     x = x + at.norm(branch, config.norms.after_mlp) * times
     if config.per_layer is not None:
-        (entering,), (projection,) = PER_LAYER_GROUPS
-        gate, inputs = at.linear(x, entering, wanted_alone=True), not_none(not_none(at.cross_layer).inputs)
-        branch = at.linear(_activated(gate, config) * inputs[:, at.number], projection, wanted_alone=True)
+        (gate_name,), (projection,) = PER_LAYER_GROUPS
+        gate, inputs = at.linear(x, gate_name, loss_positions_only=True), not_none(not_none(at.cross_layer).inputs)
+        branch = at.linear(_activated(gate, config) * inputs[:, at.number], projection, loss_positions_only=True)
         x = x + at.norm(branch, PER_LAYER_NORM)
     return x * at.weights[f"{at.name}.{LAYER_SCALAR}"] if config.layer_scalar else x
 
@@ -295,7 +307,7 @@ def _activated(gate: Tensor, config: DecoderConfig) -> Tensor:
 
 
 def _experts(x: Tensor, at: ReferenceLayer) -> Tensor:
-    """The mixture's branch, (tokens, hidden): every expert on every token, those not chosen times zero."""
+    """Return the mixture's output, (tokens, hidden): every expert on every token, times zero unless chosen."""
     mixture, weights, all_experts = not_none(at.config.mixture), at.weights, f"{at.name}.mlp.experts"
     router = f"{at.name}.{mixture.router}"
     logits = functional.linear(x, weights[f"{router}.weight"], weights.get(f"{router}.bias"))
@@ -318,7 +330,7 @@ def _experts(x: Tensor, at: ReferenceLayer) -> Tensor:
 
 
 def _gate_up(weights: Tensors, expert: str, kind: str, mixture: Mixture) -> Tensor:
-    """gate_up_proj of one expert as transformers has it: gate's rows and up's interleaved, or one below the other."""
+    """Return gate_up_proj of one expert in transformers' layout: rows of gate and up interleaved or concatenated."""
     both = [weights[f"{expert}.{part}.{kind}"] for part in ("gate_proj", "up_proj")]
     return torch.stack(both, dim=1).flatten(0, 1) if mixture.interleaved else torch.cat(both)
 
@@ -329,14 +341,14 @@ def _clamped(gate: Tensor, up: Tensor, gain: float, limit: float) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
-    """RMSNorm over the last axis; the gain is 1 + weight in some families."""
+    """Apply RMSNorm over the last axis. In some families the scale is 1 + weight."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + config.norm_eps)
     return (normed * (config.norm_offset + weight.to(wide.dtype))).to(x.dtype)
 
 
 def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
-    """The attention branch, (tokens, hidden), from the normed x; keys and values may be another layer's."""
+    """Return attention's output, (tokens, hidden), from the normed x. Keys and values may be another layer's."""
     config, own = at.config, at.config.layers[at.number]
     rotary = None if own.rotary is None else config.rotary[own.rotary]
     parts = config.mixers[own.mixer].groups[0]
@@ -351,19 +363,19 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     def rotated(part: Tensor, norm: str) -> Tensor:
         part = at.norm(part, norm if config.qk_norm == "width" else None).unflatten(-1, (-1, config.head_dim))
         part = at.norm(part, norm if config.qk_norm == "head" else None)
-        return part if rotary is None else at.by_document(lambda one: _turn(one, rotary), part)
+        return part if rotary is None else at.by_document(lambda one: _rotate(one, rotary), part)
 
     q = rotated(q, config.qk_norms[0])
     if (scaling := config.query_scaling) is not None:
-        q = at.by_document(lambda one: one * _growth(one, scaling), q)
+        q = at.by_document(lambda one: one * _query_scale(one, scaling), q)
     if own.kv_source is None:
-        v = others[-1].unflatten(-1, (-1, config.head_dim))  # made of keys in some layers, which have nothing else
+        v = others[-1].unflatten(-1, (-1, config.head_dim))  # projected of keys in some layers, which have nothing else
         v = _norm(v, torch.ones(config.head_dim).to(v), config) if config.value_norm else v
-        lent = rotated(others[0], config.qk_norms[1]), v
+        shared_kv = rotated(others[0], config.qk_norms[1]), v
         if at.cross_layer is not None:
-            at.cross_layer.lent[at.number] = lent
+            at.cross_layer.shared_kv[at.number] = shared_kv
     else:
-        lent = not_none(at.cross_layer).lent[own.kv_source]
+        shared_kv = not_none(at.cross_layer).shared_kv[own.kv_source]
     rest = config.attention_scaling, config.attention_cap, at.weights.get(f"{at.name}.{SINKS}")
 
     def attended(*qkv: Tensor) -> Tensor:
@@ -371,17 +383,17 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
         one = softmax_attention(q, k, v, visible(q.shape[1], own.window, q.device), *rest)
         return one.transpose(0, 1).flatten(1)
 
-    output = at.by_document(attended, q, *lent)
+    output = at.by_document(attended, q, *shared_kv)
     if gate is not None:
         output = output / (1 + torch.exp(-gate))
-    return at.linear(output, config.groups[1][0], wanted_alone=True)
+    return at.linear(output, config.groups[1][0], loss_positions_only=True)
 
 
 def _gated_delta(x: Tensor, at: ReferenceLayer) -> Tensor:
-    """The branch of the gated delta rule, (tokens, hidden), by its recurrence, document by document."""
+    """Return the gated delta rule's output, (tokens, hidden), by its recurrence, document by document."""
     sizes, runs, weights, inside = not_none(at.config.delta), at.runs, at.weights, f"{at.name}.linear_attn"
-    entering, (leaving,) = at.config.mixers[GATED_DELTA].groups
-    qkv, z, b, a = (at.linear(x, part) for part in entering)
+    inputs, (output_name,) = at.config.mixers[GATED_DELTA].groups
+    qkv, z, b, a = (at.linear(x, part) for part in inputs)
     qkv = causal_conv_reference(qkv, Taps(weights[f"{inside}.conv1d.weight"].squeeze(1)), runs, silu=True)
     keys, wide = sizes.key_heads * sizes.key_width, torch.promote_types(x.dtype, torch.float32)
     q, k, v = qkv.split([keys, keys, sizes.value_heads * sizes.value_width], dim=-1)
@@ -391,15 +403,15 @@ def _gated_delta(x: Tensor, at: ReferenceLayer) -> Tensor:
     v = v.unflatten(-1, (sizes.value_heads, sizes.value_width))
     output = gated_delta_rule_reference(q / sizes.key_width**0.5, k, v, decay, torch.sigmoid(b), runs)
     normed = _norm(output, weights[f"{inside}.norm.weight"], replace(at.config, norm_offset=0.0))
-    return at.linear(normed.flatten(1) * functional.silu(z), leaving, wanted_alone=True)
+    return at.linear(normed.flatten(1) * functional.silu(z), output_name, loss_positions_only=True)
 
 
 def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
-    """The branch of the gated short convolution, (tokens, hidden), document by document."""
-    (entering,), (leaving,) = at.config.mixers[SHORT_CONV].groups
-    b, c, x = at.linear(x, entering).chunk(3, dim=-1)
+    """Return the gated short convolution's output, (tokens, hidden), document by document."""
+    (input_name,), (output_name,) = at.config.mixers[SHORT_CONV].groups
+    b, c, x = at.linear(x, input_name).chunk(3, dim=-1)
     taps, bias = at.weights[f"{at.name}.conv.conv.weight"].squeeze(1), at.weights.get(f"{at.name}.conv.conv.bias")
-    return at.linear(c * causal_conv_reference(b * x, Taps(taps, bias), at.runs), leaving, wanted_alone=True)
+    return at.linear(c * causal_conv_reference(b * x, Taps(taps, bias), at.runs), output_name, loss_positions_only=True)
 
 
 _MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {SHORT_CONV: _short_conv, GATED_DELTA: _gated_delta}
@@ -408,22 +420,23 @@ _MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {SHORT_CONV: _s
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float, cap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention, (…, heads, queries, head_dim), by an explicit softmax over the keys that are seen."""
+    """Compute attention, (…, heads, queries, head_dim), by an explicit softmax over the visible keys."""
     k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
     scores = q @ k.mT * scaling
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     scores = scores.masked_fill(~seen, float("-inf"))
-    if sinks is not None:  # a key more, that has no value
+    if sinks is not None:  # a sink is one more key without a value
         scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
     wide = torch.promote_types(scores.dtype, torch.float32)
     return torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)[..., : k.shape[-2]] @ v
 
 
-def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
-    """One document's x (length, heads, head_dim), the first features rotated by position · frequency and lengthened.
+def _rotate(x: Tensor, rotary: RotaryConfig) -> Tensor:
+    """Rotate the first features of one document's x, (length, heads, head_dim), and scale them by attention_factor.
 
-    Features that do not turn stay as they are; the pairs are neighbours, or lie across the halves of those that do.
+    The angle is position · frequency. Features without a frequency stay unchanged. The features of a pair are
+    neighbours, or have the same place in the two halves of the rotated features.
     """
     frequencies = inverse_frequencies(rotary, x.shape[-1], x.device, length=x.shape[0])
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -437,13 +450,13 @@ def _turn(x: Tensor, rotary: RotaryConfig) -> Tensor:
     return torch.cat([rotated * rotary.attention_factor, still], dim=-1)
 
 
-def _growth(q: Tensor, scaling: QueryScaling) -> Tensor:
-    """(length, 1, 1): by what one document's queries are multiplied."""
+def _query_scale(q: Tensor, scaling: QueryScaling) -> Tensor:
+    """Return the factors of one document's queries, (length, 1, 1)."""
     steps = torch.arange(q.shape[0], device=q.device) // scaling.length
     return (1 + scaling.beta * steps.to(torch.promote_types(q.dtype, torch.float32)).log1p()).to(q.dtype)[:, None, None]
 
 
 def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys (columns) a query (row) sees: itself and those before it, as many as the window allows."""
+    """Return a bool mask of the keys (columns) that a query (row) sees: itself and earlier keys within the window."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (distance >= 0) & (distance < (length if window is None else window))

@@ -1,22 +1,20 @@
-"""Tiny decoders of every family the engine knows, with random weights, and one training step of them as an op.
+"""Tiny decoders of every family that the engine supports, with random weights.
 
-No two sizes alike, fewer key/value heads than heads, heads × head_dim ≠ hidden, norm weights and biases random,
-documents longer than the sliding window and than the original rope length, different local and global rotary bases.
+All sizes differ, there are fewer key/value heads than heads, and heads × head_dim ≠ hidden. Norm weights and biases are
+random. Documents are longer than the sliding window and than the original rope length, and local and global rotary
+bases differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
-from backhand.nn.decoder.adapted_group import EMBEDDING
-from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.delta_mixer import NORM as DELTA_NORM
 from backhand.nn.decoder.family import (
     GATED_DELTA,
@@ -36,19 +34,17 @@ from backhand.nn.decoder.family import (
     RotaryConfig,
     ShortConv,
 )
-from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, dense_views, empty_weights, module_shapes
-from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
+from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
+from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import LogitsRule
-from backhand.verify.mutants import Backward
-from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss
-from backhand.verify.scaffold import Arguments, Draw, Op, Tensors
+from backhand.verify.scaffold import Draw, Tensors
 
 WINDOW = 4
 
 
 def rule(rope_type: str, **parameters: Any) -> tuple[tuple[str, Any], ...]:
-    """Of rotary frequencies."""
+    """Return a rule for rotary frequencies in the form of `RotaryConfig.scaling`."""
     return (("rope_type", rope_type), *parameters.items())
 
 
@@ -80,9 +76,9 @@ _SLIDING_BY_THE_OTHER = LayerConfig(window=WINDOW, rotary=1)
 _STILL = LayerConfig(rotary=None)
 
 
-def _tiny(family: str, **own: Any) -> DecoderConfig:
-    """What the family has by its name, and what is said."""
-    return replace(LLAMA, family=family, **(TRAITS.get(family, {}) | own))
+def _tiny(family: str, **overrides: Any) -> DecoderConfig:
+    """Return a tiny configuration with the family's traits and these overrides."""
+    return replace(LLAMA, family=family, **(TRAITS.get(family, {}) | overrides))
 
 
 def _gemma4_layer(*, slides: bool, mixer: str = VALUE_NORMED, kv_source: int | None = None) -> LayerConfig:
@@ -106,7 +102,7 @@ FAMILIES: dict[str, DecoderConfig] = {
     "mistral, window": _tiny("mistral", layers=(_SLIDING, _SLIDING)),
     "qwen2, qkv bias, tied head": _tiny("qwen2", tied_head=True, layers=(_FULL, _SLIDING)),
     "qwen3, q/k norm": _tiny("qwen3", **_THREES),
-    # Which experts are chosen is a step function: what is drawn under these names lies where no difference crosses it.
+    # The choice of experts is a step function. These names seed inputs at which finite differences do not cross a step.
     "mixtral, two of five experts": _tiny("mixtral", mixture=Mixture(5, 2, 18), layers=(_EXPERTS, _EXPERTS)),
     "qwen3-moe, shares of all, a dense layer": _tiny(
         "qwen3_moe", tied_head=True, mixture=Mixture(7, 3, 9, of_all=True), layers=(_SLIDING_EXPERTS, _FULL), **_THREES
@@ -167,7 +163,7 @@ FAMILIES: dict[str, DecoderConfig] = {
         rotary=(RotaryConfig(1000.0, rule("linear", factor=2.0)), RotaryConfig(10.0)),
         embedding_scaling=3.7,
     ),
-    # The keys and values of either kind of layer have two users.
+    # Keys and values of both kinds of layers are used by two other layers.
     "gemma4, shared keys, inputs of layers": _gemma4(
         per_layer=PerLayerInput(5, 6, LLAMA.vocab_size),
         layers=(
@@ -183,13 +179,13 @@ FAMILIES: dict[str, DecoderConfig] = {
 
 
 def family_of(name: str) -> DecoderConfig:
-    """The family of `FAMILIES` called so, or the only one whose name begins so."""
-    (found,) = {name: FAMILIES[name]} if name in FAMILIES else {key for key in FAMILIES if key.startswith(name)}
-    return FAMILIES[found]
+    """Return the configuration in `FAMILIES` with this name, or the only one whose name begins with it."""
+    (key,) = {name: FAMILIES[name]} if name in FAMILIES else {key for key in FAMILIES if key.startswith(name)}
+    return FAMILIES[key]
 
 
 def random_weights(config: DecoderConfig, draw: Draw) -> Tensors:
-    """Every frozen tensor by its Hugging Face name, float64, of sizes that keep activations near one."""
+    """Return every frozen tensor by its Hugging Face name, float64, of sizes that keep activations near one."""
     weights: Tensors = {}
     for name, view in dense_views(empty_weights(config, torch.float64), config):
         if view.ndim > 1:
@@ -202,7 +198,7 @@ def random_weights(config: DecoderConfig, draw: Draw) -> Tensors:
 
 
 def engine_weights(config: DecoderConfig, tensors: Tensors) -> DecoderWeights:
-    """The engine's stacked form of weights by name, in their dtype and on their device."""
+    """Return the engine's stacked form of weights by name, in their dtype and on their device."""
     table = tensors["model.embed_tokens.weight"]
     weights = empty_weights(config, table.dtype, table.device)
     for name, view in dense_views(weights, config):
@@ -211,9 +207,11 @@ def engine_weights(config: DecoderConfig, tensors: Tensors) -> DecoderWeights:
 
 
 def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0.0) -> dict[str, LoRASlot]:
-    """A slot for every module that ends in one of the targets (None: all but the head), of mixed ranks and scalings.
+    """Return a slot with mixed ranks and scalings for every module, or expert parameter, whose name ends in a target.
 
-    Targets are apart by blanks. Parameters of experts are among them, without dropout.
+    Args:
+        targets: name endings separated by spaces, None for all modules except the head.
+        dropout: dropout of all slots but those of experts.
     """
     shapes = module_shapes(config)
     modules = {name: (0, *sides) for name, sides in shapes.items()} | shapes.experts
@@ -227,7 +225,7 @@ def adapter_slots(config: DecoderConfig, targets: str | None, dropout: float = 0
 
 
 def random_factors(slots: Mapping[str, LoRASlot], draw: Draw) -> Tensors:
-    """What is trained of every slot, nothing of it where it starts, float64."""
+    """Return random float64 values of every slot's trained tensors, none equal to its initial value."""
     factors: Tensors = {}
     for name, slot in slots.items():
         for part, shape in slot.shapes().items():
@@ -239,7 +237,7 @@ def random_factors(slots: Mapping[str, LoRASlot], draw: Draw) -> Tensors:
 def lora_parameters(
     slots: Mapping[str, LoRASlot], tensors: Tensors, like: Tensor, trained: tuple[TrainedTensor, ...] = ()
 ) -> LoRAParameters:
-    """The factors of a case in the engine's flat buffer: float32 or wider, used in the dtype of `like`."""
+    """Return the factors of a case in the engine's flat buffer, float32 or wider, with the compute dtype of `like`."""
     wide = torch.promote_types(like.dtype, torch.float32)
     lora = LoRAParameters(slots.values(), trained=trained, device=like.device, dtype=wide)
     for name, view in lora.named_tensors():
@@ -249,7 +247,7 @@ def lora_parameters(
 
 
 def random_batch(config: DecoderConfig, lengths: tuple[int, ...], draw: Draw) -> PackedBatch:
-    """Random segments, about a third of their positions without loss, and always the last one of each."""
+    """Return random segments. About a third of the positions, and the last of each segment, have no loss."""
     input_ids = draw.integers(config.vocab_size, sum(lengths))
     labels = [input_ids[:0]]
     for segment in input_ids.split(list(lengths)):
@@ -257,190 +255,3 @@ def random_batch(config: DecoderConfig, lengths: tuple[int, ...], draw: Draw) ->
         targets[:-1] = segment[1:]
         labels.append(targets.masked_fill(draw.integers(3, len(segment)) == 0, IGNORE_INDEX))
     return PackedBatch(input_ids, torch.cat(labels), lengths)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One training step on random documents: by hand, and the reference, for any family and adapter.
-#
-# DoRA's norm is held constant in the gradient while the step takes it anew from the factors, so finite differences,
-# which would vary it, leave lora_A and lora_B out in those cases; `dora_linear` tries them with the norm as an input.
-
-
-LOSS_SCALING = 0.043
-DROPOUT_SEED = 12345
-BASE = "base "
-"""In front of frozen tensors' names; a tensor that is trained has the name of the base's whose place it takes."""
-
-
-class DecoderInputs(NamedTuple):
-    """What one training step is given."""
-
-    decoder: Decoder
-    lora: LoRAParameters
-    batch: PackedBatch
-    loss_scaling: float
-    dropout_seed: int | None
-
-
-class DecoderGrads(NamedTuple):
-    """The step's loss, and the gradients of each kind of trained tensor, in the order of the buffer."""
-
-    loss: Tensor
-    d_lora_A: tuple[Tensor, ...]
-    d_lora_B: tuple[Tensor, ...]
-    d_lora_bias: tuple[Tensor, ...]
-    d_lora_magnitude: tuple[Tensor, ...]
-    d_weight: tuple[Tensor, ...]
-    d_bias: tuple[Tensor, ...]
-    d_trainable_tokens: tuple[Tensor, ...]
-
-
-KINDS = DecoderGrads._fields[1:]
-
-
-def _names(lora: LoRAParameters, kind: str) -> list[str]:
-    """The trained tensors of a kind, `d_lora_A` for those called lora_A."""
-    return [name for name, _ in lora.named_tensors() if f"d_{name.rpartition('.')[2]}" == kind]
-
-
-def decoder_step(_d_y: Tensor, inputs: DecoderInputs) -> DecoderGrads:
-    """The engine's training step; the loss's gradient is the loss scaling."""
-    decoder, lora, batch, loss_scaling, dropout_seed = inputs
-    decoder.attach(lora)
-    lora.gradients.zero_()
-    loss = decoder.loss_and_gradients(batch, loss_scaling, dropout_seed)
-    return DecoderGrads(loss, *(tuple(lora.gradient(name).clone() for name in _names(lora, kind)) for kind in KINDS))
-
-
-def per_token(gradients: tuple[Tensor, ...], inputs: DecoderInputs) -> tuple[Tensor, ...]:
-    """The gradients of the mean in place of the sum."""
-    return tuple(gradient / max(inputs.batch.supervised_tokens, 1) for gradient in gradients)
-
-
-@cache
-def _slots(
-    family: str, targets: str | None, whole: str, use_dora: bool, lora_bias: bool, dropout: float
-) -> Mapping[str, LoRASlot]:
-    """Those of modules that are not trained in full."""
-    config = family_of(family)
-    slots = {
-        name: slot if slot.experts else replace(slot, use_dora=use_dora, lora_bias=lora_bias)
-        for name, slot in adapter_slots(config, targets, dropout).items()
-    }
-    if targets is not None and EMBEDDING.endswith(tuple(targets.split())):
-        sizes = config.vocab_size, config.hidden_size
-        slots[EMBEDDING] = LoRASlot(EMBEDDING, *sizes, 3, 1.3, 0.0, use_dora, embedding=True)
-    return {name: slot for name, slot in slots.items() if not f"{name}.weight".endswith(tuple(whole.split()))}
-
-
-@cache
-def _trained(family: str, whole: str, tokens: tuple[int, ...]) -> tuple[TrainedTensor, ...]:
-    """The tensors trained as they are."""
-    config = family_of(family)
-    shapes, ends = module_shapes(config).parameters, tuple(whole.split())
-    rows = TrainedTensor(f"{EMBEDDING}.{TOKENS}", (len(tokens), config.hidden_size), tokens)
-    found = tuple(TrainedTensor(name, shape) for name, shape in shapes.items() if name.endswith(ends))
-    return (*found, rows) if tokens else found
-
-
-def _ids(draw: Draw, config: DecoderConfig, lengths: tuple[int, ...], supervised: bool) -> Tensors:
-    batch = random_batch(config, lengths, draw)
-    labels = batch.labels if supervised else torch.full_like(batch.labels, IGNORE_INDEX)
-    return {"ids": batch.input_ids, "labels": labels}
-
-
-def _batch(ids: Tensor, labels: Tensor, lengths: tuple[int, ...], parents: tuple[int, ...], shared: int) -> PackedBatch:
-    return PackedBatch(ids, labels, lengths, (-1, *(0,) * (len(lengths) - 1)) if shared else parents)
-
-
-def _values(draw: Draw, trained: tuple[TrainedTensor, ...], base: Tensors) -> Tensors:
-    """Tensors that are trained as they are, moved away from the base's."""
-    values: Tensors = {}
-    for tensor in trained:
-        start = base.get(tensor.base_name, base[f"{EMBEDDING}.weight"])
-        start = start if tensor.token_ids is None else start[list(tensor.token_ids)]
-        values[tensor.name] = start + draw.normal(*tensor.shape, size=0.2)
-    return values
-
-
-def _step(t: Arguments, backward: Backward) -> tuple[Tensor, Tensors]:
-    weights = engine_weights(t["config"], t["base"])
-    lora = lora_parameters(t["slots"], t, weights.final_norm, t["trained"])
-    decoder = Decoder(t["config"], weights, recompute=t["recompute"])
-    grads = backward(t["d_y"], DecoderInputs(decoder, lora, t["batch"], float(t["d_y"]), t["dropout_seed"]))
-    several, loss = ((_names(lora, kind), getattr(grads, kind)) for kind in KINDS), grads.loss
-    if decoder.lora is None:  # the backward was left out, for the forward alone
-        decoder.attach(lora)
-        loss = decoder.token_losses(t["batch"], t["dropout_seed"]).sum(dtype=torch.float64)
-    return loss, {name: d for names, ds in several for name, d in zip(names, ds, strict=True)}
-
-
-def _reference(args: Arguments, base: Tensors, config: DecoderConfig, batch: PackedBatch) -> Tensor:
-    trained = {tensor.name: tensor for tensor in args["trained"]}
-    return reference_loss(base, config, batch, ReferenceAdapter(args["slots"], args, args["dropout_seed"], trained))
-
-
-def decoder_op(
-    name: str, documents: tuple[int, ...], targets: str | None = None, gradients: tuple[str, ...] = KINDS
-) -> Op:
-    """A step of a tiny decoder as an op.
-
-    Its options: `family` as in `family_of`; `documents` and `parents`, the segments as in `PackedBatch`; `shared`,
-    tokens of one more segment, which all of them continue; `supervised`, False to mask every label; `recompute` and
-    `dropout` as in a run. What is trained: `targets`, ends of the adapted modules' names, apart by blanks, None for all
-    but the head; `whole`, ends of the names of tensors that are trained as they are, likewise; `tokens`, rows of the
-    embedding that are trained; `use_dora` and `lora_bias` of every adapted module but experts.
-
-    Args:
-        documents, targets: the usual ones.
-    """
-    return Op(
-        name,
-        dict(ids=_ids, base=lambda draw, config: {f"{BASE}{n}": w for n, w in random_weights(config, draw).items()})
-        | dict(factors=lambda draw, slots: random_factors(slots, draw), values=_values)
-        | dict(d_y=lambda: torch.tensor(LOSS_SCALING, dtype=torch.float64)),
-        dict(family=..., targets=targets, whole="", tokens=(), use_dora=False, lora_bias=False, dropout=0.0)
-        | dict(documents=documents, shared=0, parents=(), recompute="none", supervised=True),
-        derived={
-            "config": lambda family: family_of(family),  # noqa: PLW0108 - by this name
-            "lengths": lambda documents, shared: (shared, *documents) if shared else documents,
-            "batch": _batch,
-            "base": lambda args: {key.removeprefix(BASE): args[key] for key in args if key.startswith(BASE)},
-            "slots": _slots,
-            "trained": _trained,
-            "dropout_seed": lambda dropout: DROPOUT_SEED if dropout else None,
-        },
-        runner=_step,
-        backward=decoder_step,
-        reference=_reference,
-        pooled=True,
-        gradients=gradients,
-    )
-
-
-def configured(right: DecoderConfig, changes: Mapping[str, Any]) -> DecoderConfig:
-    """A configuration with other values; or functions of the right one make them."""
-    return replace(right, **{key: value(right) if callable(value) else value for key, value in changes.items()})
-
-
-def another(
-    right: Decoder, kind: type[Decoder] = Decoder, weights: DecoderWeights | None = None, **own: Any
-) -> Decoder:
-    """A decoder of another kind, weights or configuration, see `configured`."""
-    return kind(configured(right.config, own), weights or right.weights, recompute=right.recompute)
-
-
-def with_slots(lora: LoRAParameters, change: Callable[[LoRASlot], LoRASlot]) -> LoRAParameters:
-    """The same factors of other slots."""
-    made = LoRAParameters(map(change, lora.slots.values()), device=lora.values.device, dtype=lora.values.dtype)
-    made.values.copy_(lora.values)
-    made.refresh_compute(lora.compute_values.dtype)
-    return made
-
-
-def changed(weights: BlockWeights, changes: Mapping[str, Callable[[Any], Any]]) -> BlockWeights:
-    """Weights of a block with others among them, where all of these are there: what becomes of the right ones."""
-    right = {field: getattr(weights, field) for field in changes}
-    if any(part is None for part in right.values()):
-        return weights
-    return replace(weights, **{field: change(right[field]) for field, change in changes.items()})

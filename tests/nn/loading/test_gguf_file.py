@@ -97,7 +97,7 @@ _DAMAGED = {
     "empty": (b"", "is empty"),
     "other letters": (b"GGML" + bytes(100), "not a GGUF file"),
     "short": (b"GGUF" + bytes(4), "not a GGUF file"),
-    "version 1": (_header(version=1), "version is 1"),
+    "version 1": (_header(version=1), "has version 1"),
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "many entries": (_header(entries=1 << 62), "damaged"),
     "many tensors": (_header(tensors=1 << 62), "damaged"),
@@ -108,7 +108,7 @@ _DAMAGED = {
     "long array": (_header(entries=1) + _string(b"k") + struct.pack("<IIQ", 9, 4, 1 << 61), "damaged"),
     "long string array": (_header(entries=1) + _string(b"k") + struct.pack("<IIQ", 9, 8, 1 << 61), "damaged"),
     "array of arrays": (_header(entries=1) + _string(b"k") + struct.pack("<IIQ", 9, 9, 1), "items of type 9"),
-    "key twice": (_header(entries=2) + 2 * (_string(b"k") + struct.pack("<II", 4, 1)), "there twice"),
+    "key twice": (_header(entries=2) + 2 * (_string(b"k") + struct.pack("<II", 4, 1)), "occurs twice"),
     "alignment": (
         _header(entries=1) + _string(b"general.alignment") + struct.pack("<II", 4, 24),
         "not a power of two",
@@ -123,7 +123,7 @@ _DAMAGED = {
         _header(tensors=1) + _tensor(sizes=(33,), kind=int(StorageType.Q8_0)) + bytes(256),
         "rows of 33",
     ),
-    "tensor twice": (_header(tensors=2) + 2 * _tensor() + bytes(512), "there twice"),
+    "tensor twice": (_header(tensors=2) + 2 * _tensor() + bytes(512), "occurs twice"),
 }
 
 

@@ -156,7 +156,7 @@ def _damage(directory: Path, kind: str) -> None:
         ("path in index", "weight_map"),
         ("no weight map", "weight_map"),
         ("no weights", "neither model.safetensors nor"),
-        ("pickle", r"pickle \(pytorch_model.bin\)"),
+        ("pickle", r"pickle files \(pytorch_model.bin\)"),
         ("int8", "stored as int8"),
         ("other shape", "has shape .* asks for"),
     ],

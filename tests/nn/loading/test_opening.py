@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from backhand.errors import ArtifactError
-from backhand.nn.loading import huggingface as hub
-from backhand.nn.loading import open_model
+from backhand.nn.loading import hub, open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.huggingface import HuggingFaceDirectory
 from support.tiny_gguf import write_tiny_gguf

@@ -16,8 +16,7 @@ from backhand.export.merging import merge_command
 from backhand.export.options import MergeOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.loading import open_model
-from backhand.nn.loading import source as tied_heads
+from backhand.nn.loading import open_model, tied_head
 from support.in_memory import InMemoryModel
 from support.tiny_adapters import adapted, save_tiny_adapter
 from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
@@ -87,7 +86,7 @@ def test_one_other_number_in_any_block_is_enough(row: int, tmp_path: Path, monke
         embedding[row, 7] += 1e-3
         return embedding
 
-    monkeypatch.setattr(tied_heads, "_BLOCK_ELEMENTS", 60 * 50)
+    monkeypatch.setattr(tied_head, "_BLOCK_ELEMENTS", 60 * 50)
     directory = _with_head("llama-tied", tmp_path, changed)
     assert "lm_head.weight" in open_model(directory).tensor_names()
 

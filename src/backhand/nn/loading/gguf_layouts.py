@@ -1,8 +1,8 @@
 """Convert between the tensor layouts of GGUF files and Hugging Face. The names are in `gguf_tensors`.
 
-- **Rotary pairs.** Files of architectures `llama`, `granite`, `smollm3` and `mistral3` reorder the rows and biases of
-  attn_q and attn_k. ggml rotates the neighbouring features 2i and 2i + 1 of a head, and Hugging Face rotates i and
-  i + head_dim/2. Row (head, half, i) in Hugging Face is row (head, i, half) in GGUF.
+- **Rotary pairs.** ggml rotates the neighbouring features 2i and 2i + 1 of a head, and Hugging Face rotates i and
+  i + head_dim/2. Files of architectures `llama`, `granite`, `smollm3` and `mistral3` therefore reorder the rows and
+  biases of attn_q and attn_k. Row (head, half, i) in Hugging Face is row (head, i, half) in GGUF.
 - **Norm weights.** Gemma 2 and 3 are stored with the 1 already added. So is Qwen3.5, except for the norm of its delta
   rule's output.
 - **Delta rule.** Qwen3.5 has several value heads per key head, adjacent in Hugging Face's order. ggml repeats the list

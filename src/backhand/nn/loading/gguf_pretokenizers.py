@@ -33,7 +33,7 @@ _GPT4O = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How one kind of vocabulary splits text."""
+    """Rules by which one kind of vocabulary splits text."""
 
     patterns: tuple[str, ...]  # regular expressions; matches are pieces, and so is the text between matches
     ignore_merges: bool = False  # a piece that is itself a token becomes that token, whatever the merges say

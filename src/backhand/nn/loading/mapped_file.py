@@ -1,8 +1,8 @@
 """A memory-mapped file, and a check that it is still the file that was opened.
 
 Pages that have not been read yet, or were released, come from the disk later. A file that changes during a run would
-therefore change the run's numbers. `check` costs two system calls: it compares size and modification time of the open
-file, and the inode that the path leads to. A page that has disappeared between two checks raises a bus error, which
+therefore change the run's numbers. `check` compares size and modification time of the open file, and the inode that
+the path leads to. It costs two system calls. A page that has disappeared between two checks raises a bus error, which
 `kernels.bus_error` handles.
 """
 

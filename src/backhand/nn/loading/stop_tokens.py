@@ -44,9 +44,8 @@ def token_ids(stated: object) -> list[int]:
 def stop_token_ids(tokenizer: Any, stated: Iterable[int]) -> tuple[int, ...]:
     """Return the ids that end an answer, ascending.
 
-    They come from three places, because a model's files often name only one of end of text and end of turn: the
-    stated ids, the tokenizer's end-of-sequence token, and the special tokens of its vocabulary that end a turn in the
-    known chat templates.
+    A model's files often name only one of end of text and end of turn. The ids are therefore the stated ones, the
+    tokenizer's end-of-sequence token, and all special tokens that end a turn in the known chat templates.
 
     Args:
         stated: `eos_token_id` of config and generation config, and a GGUF file's end-of-turn ids.

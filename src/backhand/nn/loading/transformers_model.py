@@ -34,8 +34,8 @@ def load_transformers_model(
         source: a Hugging Face directory, or any source whose tensors have Hugging Face names.
 
     Raises:
-        ArtifactError: if transformers does not know the model or would need to run the model's own code, if weights
-            are missing or have another shape, or if a GGUF file has metadata that no config expresses.
+        ArtifactError: if transformers does not know the model or would need to run the model's own code. Also if
+            weights are missing or have another shape, or a GGUF file has metadata that no config expresses.
     """
     with _as_artifact_error(source), _no_progress_bars():
         model = _from_directory(source, dtype) if _is_directory(source) else _from_tensors(source, dtype)

@@ -23,21 +23,18 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable
+from backhand.verify.decoder_op import DROPOUT_SEED, configured, with_slots, with_weights
 from backhand.verify.mutants import Backward, Mutant, rotate_equal_shapes, wrong
 from backhand.verify.reference_decoder import ReferenceAdapter, ReferenceCrossLayer, ReferenceLayer, reference_block
 from backhand.verify.scaffold import Arguments, Op, Tensors
 from backhand.verify.tiny_decoders import (
-    DROPOUT_SEED,
     FAMILIES,
     adapter_slots,
-    changed,
-    configured,
     engine_weights,
     family_of,
     lora_parameters,
     random_factors,
     random_weights,
-    with_slots,
 )
 
 KV_SOURCE = 7
@@ -234,15 +231,15 @@ def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
 
 
 def _weights(name: str, gradients: str, **changes: Callable[[Any], Any]) -> tuple[Mutant, ...]:
-    """The right backward with other weights, see `changed`."""
-    return OP.perturb(name, gradients, weights=lambda s: changed(s.weights, changes))
+    """The right backward with other weights, see `with_weights`."""
+    return OP.perturb(name, gradients, weights=lambda s: with_weights(s.weights, changes))
 
 
 def _gains_of_one(name: str, gradients: str, *norms: str) -> tuple[Mutant, ...]:
     """The right backward with ones for the gains of norms, where they are there."""
 
     def weights(s: BlockInputs) -> BlockWeights:
-        return changed(
+        return with_weights(
             s.weights, dict.fromkeys(norms, lambda gain: torch.ones_like(gain) - s.context.config.norm_offset)
         )
 

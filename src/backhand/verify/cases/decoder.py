@@ -16,18 +16,9 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family import LayerConfig, RotaryConfig
 from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.logits_rule import PLAIN
+from backhand.verify.decoder_op import DecoderInputs, decoder_op, per_token, rebuilt, with_slots, with_weights
 from backhand.verify.mutants import Mutant, rotate_equal_shapes, wrong
-from backhand.verify.tiny_decoders import (
-    FAMILIES,
-    WINDOW,
-    DecoderInputs,
-    another,
-    changed,
-    decoder_op,
-    per_token,
-    rule,
-    with_slots,
-)
+from backhand.verify.tiny_decoders import FAMILIES, WINDOW, rule
 
 ALL_LINEAR_AND_HEAD = "_proj lm_head"
 GEMMA4 = "gemma4, shared"
@@ -96,8 +87,8 @@ CASES = (
 
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The step of a decoder with the same weights that takes itself for something else, see `another`."""
-    return OP.perturb(name, gradients, decoder=lambda s: another(s.decoder, **changes))
+    """The step of a decoder with the same weights that takes itself for something else, see `rebuilt`."""
+    return OP.perturb(name, gradients, decoder=lambda s: rebuilt(s.decoder, **changes))
 
 
 def _layers(name: str, gradients: str, change: Callable[[LayerConfig], LayerConfig]) -> tuple[Mutant, ...]:
@@ -109,11 +100,11 @@ def _rotary(name: str, gradients: str, change: Callable[[RotaryConfig], RotaryCo
 
 
 def _blocks(name: str, gradients: str, **changes: Callable[[Tensor], Tensor]) -> tuple[Mutant, ...]:
-    """The step with other weights in every block, see `changed`."""
+    """The step with other weights in every block, see `with_weights`."""
 
     def other(s: DecoderInputs) -> Decoder:
-        blocks = [changed(block, changes) for block in s.decoder.weights.blocks]
-        return another(s.decoder, weights=replace(s.decoder.weights, blocks=blocks))
+        blocks = [with_weights(block, changes) for block in s.decoder.weights.blocks]
+        return rebuilt(s.decoder, weights=replace(s.decoder.weights, blocks=blocks))
 
     return OP.perturb(name, gradients, decoder=other)
 
@@ -180,7 +171,7 @@ def _accumulating(name: str, gradients: str, accumulate_grad: AccumulateGrad) ->
             right, begin = super().cross_layer(token_ids, dropout_seed)
             return (None if right is None else kind(right.kv_sources, right.ple)), begin
 
-    return OP.perturb(name, gradients, decoder=lambda s: another(s.decoder, Other))
+    return OP.perturb(name, gradients, decoder=lambda s: rebuilt(s.decoder, Other))
 
 
 def _beside_seen(batch: PackedBatch) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from backhand.verify.decoder_op import KINDS, DecoderInputs, decoder_op, per_token, rebuilt
 from backhand.verify.mutants import rotate_equal_shapes, wrong
 from backhand.verify.scaffold import Case
-from backhand.verify.tiny_decoders import FAMILIES, KINDS, DecoderInputs, another, decoder_op, per_token
+from backhand.verify.tiny_decoders import FAMILIES
 
 GEMMA4 = "gemma4, shared"
 OP = decoder_op("decoder_kinds", (9, 5, 1, 11), "_proj")
@@ -99,8 +100,8 @@ MUTANTS = (
     wrong("gradients of the next module", "d_lora_magnitude d_weight", rotate_equal_shapes),
     wrong("scaling forgotten", "d_lora_bias", _unscaled_bias),
     OP.perturb("dropout ignored", "d_lora_magnitude d_lora_B", dropout_seed=None),
-    OP.perturb("padding token left out", "d_lora_A d_weight", decoder=lambda s: another(s.decoder, padding_id=3)),
-    OP.perturb("of the embedding alone", "d_trainable_tokens", decoder=lambda s: another(s.decoder, tied_head=False)),
+    OP.perturb("padding token left out", "d_lora_A d_weight", decoder=lambda s: rebuilt(s.decoder, padding_id=3)),
+    OP.perturb("of the embedding alone", "d_trainable_tokens", decoder=lambda s: rebuilt(s.decoder, tied_head=False)),
     wrong("order lost", "d_trainable_tokens", lambda d: d.flip(0)),
     wrong("rows reversed", "d_bias", lambda d: d.flip(0)),
 )

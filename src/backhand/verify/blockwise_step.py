@@ -1,0 +1,187 @@
+"""One training step in float64 by hand, block by block, as the reference for a model's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from backhand.data.examples import Example
+from backhand.data.packing import RowPacker
+from backhand.errors import not_none
+from backhand.loop.objectives.compared import PairObjective
+from backhand.loop.objectives.objective import token_owners
+from backhand.nn.batch import PackedBatch, TokenLoss
+from backhand.nn.decoder.adapted_group import HEAD, block_adapter
+from backhand.nn.decoder.block import block_backward, block_forward
+from backhand.nn.decoder.cross_layer import CrossLayer
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.decoder.mixer import BlockContext
+from backhand.nn.decoder.ple_inputs import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
+from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
+from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.dpo import DPORule, dpo_reference
+from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
+from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
+from backhand.options.objectives import ObjectiveOptions
+from backhand.verify.scaffold import Tensors
+
+_BETA = 0.1
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The sum of the pairs' losses, by hand and as a formula for autograd."""
+
+    token_loss: TokenLoss  # by hand, see `Decoder.loss_and_gradients`
+    owners: Tensor  # (supervised,) the document of each supervised token
+    reference: Tensor  # (documents,) log-probabilities of the reference model
+
+    def formula(self, nats: Tensor) -> Tensor:
+        """Return the loss, 0-d, from the nats of the supervised tokens, (supervised,)."""
+        sums = nats.new_zeros(len(self.reference)).index_add(0, self.owners.to(nats.device), -nats)
+        chosen, rejected = (sums - self.reference.to(sums)).view(-1, 2).unbind(1)
+        return dpo_reference(chosen, rejected, DPORule(beta=_BETA)).sum()
+
+
+def pair_loss(pairs: Sequence[Example]) -> PairLoss:
+    """Return the loss of these pairs, packed together, with a different reference value for every document."""
+    packer, rows = RowPacker(pairs, share_prefixes=False), range(len(pairs))
+    owners, counts = token_owners(packer, rows)
+    reference = -counts - torch.arange(2 * len(pairs), dtype=torch.float64) / 3
+    objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
+    return PairLoss(objective.token_loss(0, rows), owners, reference)
+
+
+@dataclass(eq=False)
+class BlockwiseStep:
+    """One training step of a decoder with its adapter in float64, by hand, with one block's weights at a time.
+
+    Models of any size can be differentiated, since only one block is in float64 at a time. The forward saves each
+    block's input x₀. At the head the loss gives ∂L/∂x. From the top block down, the engine's block backward turns
+    ∂L/∂x₂ into ∂L/∂x₀ and the block's adapter gradients.
+
+    Attributes:
+        lora: the adapter's values in the decoder's compute dtype, converted to float64, and their gradients.
+        cross_layer: the cross-layer tensors of the last pass.
+    """
+
+    decoder: Decoder  # with an adapter of nothing but factors
+    batch: PackedBatch  # the packed documents, on the decoder's device
+    dropout_seed: int | None  # draws the masks; None for no dropout
+    loss_scaling: float
+    pair_loss: PairLoss | None = None  # the loss where documents are pairs; None for Σ nats
+
+    def __post_init__(self) -> None:
+        decoder = self.decoder
+        if decoder.lora is None:
+            raise ValueError("there is no adapter to prove: attach one first")
+        self.cross_layer = CrossLayer()
+        self._ple_saved: PLEInputsSaved | None = None
+        self.lora = LoRAParameters(decoder.lora.slots.values(), device=decoder.device, dtype=torch.float64)
+        for name in self.lora.slots:
+            self.lora.lora_A(name).copy_(decoder.lora.compute_A(name))
+            self.lora.lora_B(name).copy_(decoder.lora.compute_B(name))
+
+    @property
+    def layers(self) -> range:
+        """Indices of the blocks."""
+        return range(len(self.decoder.config.layers))
+
+    def gradient(self) -> Tensor:
+        """Return the whole gradient in the order of the flat buffer."""
+        self.lora.gradients.zero_()
+        inputs = self.forward(self.dropout_seed, self.batch.supervised_positions)
+        d_x, _ = self.head(inputs.pop())
+        for layer in reversed(self.layers):
+            d_x = self.block(layer, inputs.pop(), d_x)
+        self.ple_backward()
+        return self.lora.gradients
+
+    @torch.no_grad()
+    def ple_backward(self) -> None:
+        """Add the gradients of the adapter before the first block, which computes per-layer embeddings."""
+        weights, d_inputs = self._per_layer(), self.cross_layer.d_ple
+        if weights is None or d_inputs is None or self._ple_saved is None:
+            return
+        config = self.decoder.config
+        ple_inputs_backward(
+            d_inputs, self._ple_saved, weights, config, self.lora, self.dropout_seed, input_gradient=False
+        )
+
+    def _per_layer(self) -> PerLayerWeights | None:
+        """Return the per-layer weights in float64, except for the embedding table, of which only rows are read."""
+        weights = self.decoder.weights.per_layer
+        return weights and weights._replace(
+            projection=float64_dense(weights.projection), norm=float64_dense(weights.norm)
+        )
+
+    @torch.no_grad()
+    def forward(self, dropout_seed: int | None, rows: Tensor | None = None) -> list[Tensor]:
+        """Return x₀ of every block and the last block's output, or the given rows of it."""
+        # The embedding's rounding in the compute dtype is part of the function.
+        x, config, weights = self.decoder.embed(self.batch.input_ids).double(), self.decoder.config, self._per_layer()
+        self.cross_layer, inputs = CrossLayer(config.kv_sources), [x]
+        if weights is not None:
+            ple, self._ple_saved = ple_inputs_forward(x, self.batch.input_ids, weights, config, self.lora, dropout_seed)
+            self.cross_layer = CrossLayer(config.kv_sources, ple)
+            self.cross_layer.d_ple = torch.zeros_like(ple)
+        for layer in self.layers:
+            adapter = block_adapter(self.lora, config, layer, dropout_seed)
+            x, _ = block_forward(x, self.block_weights(layer), adapter, self.context(layer, rows), "block")
+            inputs.append(x)
+        return inputs
+
+    @torch.no_grad()
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ∂L/∂x of the last block's output x, both at the supervised positions, and the loss."""
+        config, weights = self.decoder.config, self.decoder.weights
+        labels = self.batch.labels[self.batch.supervised_positions]
+        factors = self.decoder.head_factors(self.dropout_seed)
+        if factors is not None:
+            factors = factors._replace(lora_A=self.lora.lora_A(HEAD), lora_B=self.lora.lora_B(HEAD))
+        normed, norm = rms_norm_forward(x, weights.final_norm.double(), config.norm_eps, config.norm_offset)
+        head, loss = float64_dense(weights.head), None
+        times = self.batch.weights
+        multiplier: float | Tensor = self.loss_scaling if times is None else self.loss_scaling * times
+        if self.pair_loss is not None:
+            nats = linear_cross_entropy_forward(normed, head, labels, factors, config.logits)
+            loss, d_log_p = self.pair_loss.token_loss(-self.batch.of_documents(nats))
+            multiplier = -self.loss_scaling * self.batch.at_positions(d_log_p)
+        losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, multiplier, config.logits)
+        if grads.d_lora_A is not None and grads.d_lora_B is not None:
+            self.lora.d_lora_A(HEAD).copy_(grads.d_lora_A)
+            self.lora.d_lora_B(HEAD).copy_(grads.d_lora_B)
+        loss = self.batch.of_documents(losses).sum() if loss is None else loss
+        return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, loss
+
+    @torch.no_grad()
+    def block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
+        """Return ∂L/∂x₀ of the block, and add its adapter gradients to the buffer."""
+        weights, context = self.block_weights(layer), self.context(layer, self.batch.supervised_positions)
+        adapter = block_adapter(self.lora, self.decoder.config, layer, self.dropout_seed)
+        _, saved = block_forward(x0, weights, adapter, context, "none")
+        return not_none(block_backward(d_x2.clone(), saved, weights, adapter, context))
+
+    def block_weights(self, layer: int) -> BlockWeights:
+        """Return a copy of the block's weights in float64."""
+        block = self.decoder.weights.blocks[layer]
+        parts = {part.name: getattr(block, part.name) for part in fields(BlockWeights)}
+        return replace(block, **{name: float64_dense(part) for name, part in parts.items() if part is not None})
+
+    def named_weights(self, layer: int) -> Tensors:
+        """Return a float64 copy of the block's weights by their Hugging Face names."""
+        views = named_views(self.decoder.weights, self.decoder.config)
+        return {name: float64_dense(view) for name, view in views if name.startswith(f"model.layers.{layer}.")}
+
+    def context(self, layer: int, rows: Tensor | None = None) -> BlockContext:
+        """The block's, of whose last one only these rows are wanted, None for all."""
+        return self.decoder.contexts(self.batch, rows, self.cross_layer, torch.float64)[layer]
+
+
+def float64_dense(weight: FrozenMatrix) -> Tensor:
+    """Return a dense float64 copy of the values that the weight has in the compute dtype."""
+    return frozen_dense(weight).to(torch.float64, copy=True)
