@@ -13,7 +13,7 @@ from transformers import modeling_rope_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from backhand.nn.decoder import config_fields
-from backhand.nn.decoder.config_fields import READ_BESIDE_FIELDS, config_class
+from backhand.nn.decoder.config_fields import READ_OUTSIDE_CLASS, config_class
 from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
 from backhand.nn.decoder.mixed_families import UNREAD_WHERE_DENSE
 from backhand.nn.decoder.rotary import _READ_BY_A_RULE, SCALING_RULES
@@ -126,9 +126,9 @@ def test_every_field_of_transformers_is_used_neutral_or_in_the_way(
     classed = asked_for(family, monkeypatch) | set(NEUTRAL) | set(FIXED) | set(QUANTIZED)
     classed |= set(UNREAD_WHERE_DENSE if family == "granitemoehybrid" else ())
     assert set(declared.fields) - classed == set()
-    assert set(READ_BESIDE_FIELDS) - classed == (_IN_THE_WAY | _IN_THE_WAY_OF[family]) - classed
+    assert set(READ_OUTSIDE_CLASS) - classed == (_IN_THE_WAY | _IN_THE_WAY_OF[family]) - classed
     monkeypatch.undo()
-    for key in sorted(set(READ_BESIDE_FIELDS) - classed):
+    for key in sorted(set(READ_OUTSIDE_CLASS) - classed):
         with pytest.raises(UnsupportedModel, match=f"{key} = "):
             decoder_config({**tiny_config(family).to_dict(), key: 3})
 
@@ -166,7 +166,7 @@ def test_every_attribute_that_transformers_reads_is_known(family: str) -> None:
     assert {name for name in names if not declared.reads(name)} - {"_name_or_path"} == set()
     # What is not a field, and not a method or property of the class either, must be in the list.
     plain = {name for name in names if name not in declared.fields and not _is_code(known, name)}
-    assert plain - READ_BESIDE_FIELDS - set(NEUTRAL) - _OF_THE_CLASS - set(known.attribute_map) == set()
+    assert plain - READ_OUTSIDE_CLASS - set(NEUTRAL) - _OF_THE_CLASS - set(known.attribute_map) == set()
 
 
 _OF_THE_CLASS = {"attribute_map", "sub_configs", "sub_configs_defaults", "ignore_keys_at_rope_validation"}

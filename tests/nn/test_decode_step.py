@@ -70,7 +70,7 @@ def test_rows_of_several_lengths_step_together(build: str, variant: str) -> None
     state = IncrementalDecoder(decoder, rows=19, capacity=4)
     state.extend(state.cache.add_rows(19), [ids[:-2] for ids in documents])
     state.step([ids[-2] for ids in documents])
-    assert state._whole_step is not None
+    assert state._decode_step is not None
     for row in reversed(range(5, 19)):
         state.cache.remove(row)
     found = state.step([ids[-1] for ids in documents[:5]])
@@ -95,7 +95,7 @@ def test_with_amx_a_row_has_the_bits_of_a_long_pass(variant: str, scaling: float
             state = IncrementalDecoder(decoder, rows=len(rows), capacity=4, head=Decoder.head)
             found = [state.extend(state.cache.add_rows(len(rows)), [ids[:-2] for ids in rows])]
             found += [state.step([ids[place] for ids in rows]) for place in (-2, -1)]
-            assert state._whole_step is not None
+            assert state._decode_step is not None
             for back, logits in zip((3, 2, 1), found, strict=True):
                 assert torch.equal(logits, torch.stack([right[row][-back] for row in chosen])), (chosen, back)
 
@@ -114,7 +114,7 @@ def test_with_amx_a_token_far_behind_its_windows_beginning_has_the_bits_of_a_pas
             logits = state.step([longer[80 + place], shorter[5 + place]])
             assert torch.equal(logits[0], right[0][80 + place]), place
             assert torch.equal(logits[1], right[1][5 + place]), place
-        assert state._whole_step is not None
+        assert state._decode_step is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

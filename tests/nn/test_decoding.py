@@ -240,7 +240,7 @@ def test_a_state_that_was_left_in_the_middle_is_not_used(variant: str, monkeypat
         with pytest.raises(KeyboardInterrupt):
             state.step([5])
     assert state.cache.lengths == [10]
-    with pytest.raises(ValueError, match="row 0 was left in the middle"):
+    with pytest.raises(ValueError, match="row 0 was interrupted during an append"):
         state.step([5])
     assert state.cache.truncate(0, 10) == 0
     logits = state.extend([0], [[*tokens, 8]])

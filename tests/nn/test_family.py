@@ -415,7 +415,7 @@ def test_phi3_as_its_older_configs_state_it() -> None:
         assert decoder_config(theirs.to_dict()) == parsed
     with pytest.raises(UnsupportedModel, match="no model of this type has linear angles"):
         decoder_config({**old, "rope_scaling": {"type": "linear", "factor": 2.0}})
-    with pytest.raises(UnsupportedModel, match="7 features of 14 are no pairs"):
+    with pytest.raises(UnsupportedModel, match="7 features of 14 cannot be rotated in pairs"):
         decoder_config({**old, "rope_scaling": None, "partial_rotary_factor": 0.5})
 
 
@@ -425,7 +425,7 @@ def test_half_of_glms_features_turn_where_a_config_is_silent() -> None:
     for head_dim, stated, features in ((16, {}, 8), (16, {"partial_rotary_factor": 1.0}, None)):
         (parsed,) = decoder_config({**config, "head_dim": head_dim, "rope_parameters": {**rule, **stated}}).rotary
         assert (parsed.features, parsed.interleaved) == (features, True)
-    with pytest.raises(UnsupportedModel, match="7 features of 14 are no pairs"):
+    with pytest.raises(UnsupportedModel, match="7 features of 14 cannot be rotated in pairs"):
         decoder_config({**config, "rope_parameters": rule})
 
 

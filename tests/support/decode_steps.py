@@ -38,7 +38,7 @@ def stepped(decoder: Decoder, *, whole: bool, tokens: int = SEEN + 5, rows: int 
         state.extend(state.cache.add_rows(rows), [ids[:SEEN] for ids in documents])
     if whole:
         found = torch.stack([state.step(tokens_of_rows)[-1] for tokens_of_rows in new])
-        assert state._whole_step is not None
+        assert state._decode_step is not None
         return found
     with torch_form():
         return torch.stack([state.step(tokens_of_rows)[-1] for tokens_of_rows in new])

@@ -1,11 +1,11 @@
-"""What some families have around attention: norms of queries and keys, and gates on what is attended.
+"""Norms of queries and keys, and gates on the output of attention, for the families that have them.
 
     q = norm(z_q),   k = norm(z_k)          before the rotation, over each head or over all heads at once
-    o = σ(z_gate) ⊙ attention(q, k, v)      with a gate beside each head's query
+    o = σ(z_gate) ⊙ attention(q, k, v)      each head's query is followed by its gate
 
-A plain step (Llama, Mistral, Qwen2) never comes here. Backward is each line by its op's backward, gates first. They
-stand between the queries in what the projections gave, and so do their gradients: attention's own get a place apart,
-from which they go through the norms to where they belong. Families with gates have the norms as well.
+Plain families (Llama, Mistral, Qwen2) do not use this file. Backward applies the op backwards in reverse order, gates
+first. The outputs of the projections interleave queries and gates, and so do their gradients. The gradient of attention
+is therefore computed in a separate buffer and copied through the norms into place. Families with gates also have norms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 
 
 class Parts(NamedTuple):
-    """Views of what the first group gave, (T, heads, head_dim) each; gate is q where the family has none."""
+    """Views of the first group's output, (T, heads, head_dim) each. Without gates, `gate` is q."""
 
     q: Tensor
     gate: Tensor
@@ -36,14 +36,14 @@ class Parts(NamedTuple):
 def normed(
     qkv: Tensor, parts: Parts, weights: BlockWeights, config: DecoderConfig, known: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """q and k normed, (T, heads, head_dim), in memory of their own, and the norms' factors, (T, heads, 1) or (T, 1).
+    """Return normalized copies of q and k, (T, heads, head_dim), and the norm factors, (T, heads, 1) or (T, 1).
 
     Args:
-        qkv: what the first group gave, (T, q + 2k) or (T, 2q + 2k).
-        known: the factors, where they need not be computed again.
+        qkv: output of the first group, (T, q + 2k) or (T, 2q + 2k).
+        known: the factors, if they are saved.
     """
     q_norm, k_norm = not_none(weights.q_norm), not_none(weights.k_norm)
-    raw_q, raw_k = _under_norm(qkv, parts, config)
+    raw_q, raw_k = _norm_inputs(qkv, parts, config)
     if known is None:
         q, q_saved = rms_norm_forward(raw_q, q_norm, config.norm_eps, config.norm_offset)
         k, k_saved = rms_norm_forward(raw_k, k_norm, config.norm_eps, config.norm_offset)
@@ -65,16 +65,16 @@ def normed_backward(
     adapter: BlockAdapter,
     config: DecoderConfig,
 ) -> None:
-    """∂L/∂[q k v] as the projections gave them, put where it belongs in d_qkv; a gain that is trained gets its own.
+    """Write ∂L/∂[q k v] of the projections' outputs into d_qkv, and add the gradients of trained norm weights.
 
     Args:
-        d_by_head: ∂L/∂(q, k, v) as the norms gave them, (T, H + 2 key/value heads, head_dim); None where it stands in
-            d_qkv already.
+        d_by_head: ∂L/∂(q, k, v) of the norms' outputs, (T, H + 2 key/value heads, head_dim). None if d_qkv already
+            contains it.
         qkv: as in `normed`.
-        d_qkv: of its shape.
+        d_qkv: of qkv's shape.
         factors: from `normed`.
     """
-    (raw_q, raw_k), (d_q, d_k) = _under_norm(qkv, parts[0], config), _under_norm(d_qkv, parts[1], config)
+    (raw_q, raw_k), (d_q, d_k) = _norm_inputs(qkv, parts[0], config), _norm_inputs(d_qkv, parts[1], config)
     d_normed_q, d_normed_k = d_q, d_k
     if d_by_head is not None:
         heads, kv_heads = config.num_heads, config.num_key_value_heads
@@ -91,22 +91,22 @@ def normed_backward(
 def gate_backward(
     d_gated: Tensor, gate: Tensor, attended: Tensor, d_gate: Tensor, config: DecoderConfig
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂(what attention gave), (T, H, head_dim), and a place for the gradients of q, k and v behind one another.
+    """Return ∂L/∂(output of attention), (T, H, head_dim), and an empty buffer for the gradients of q, k and v.
 
     Args:
-        d_gated: ∂L/∂o, (T, H, head_dim), as all that follow.
+        d_gated: ∂L/∂o. This and all following arguments are (T, H, head_dim).
         gate: before the sigmoid.
-        attended: what attention gave.
+        attended: output of attention.
         d_gate: receives ∂L/∂gate.
     """
-    of_gate, d_attended = glu_backward(d_gated, GLUSaved(gate, attended, "sigmoid"))
-    d_gate.copy_(of_gate)
+    gate_grad, d_attended = glu_backward(d_gated, GLUSaved(gate, attended, "sigmoid"))
+    d_gate.copy_(gate_grad)
     heads = config.num_heads + 2 * config.num_key_value_heads
     return d_attended, torch.empty(len(gate), heads, config.head_dim, dtype=gate.dtype, device=gate.device)
 
 
-def _under_norm(qkv: Tensor, parts: Parts, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Views of q and k as their norms take them: (T, heads, head_dim), or (T, q) and (T, k)."""
+def _norm_inputs(qkv: Tensor, parts: Parts, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Return views of q and k in the shape of their norms: (T, heads, head_dim), or (T, q) and (T, k)."""
     if config.qk_norm == "width":
         queries = config.num_heads * config.head_dim
         return qkv[:, :queries], qkv[:, queries : queries + config.num_key_value_heads * config.head_dim]

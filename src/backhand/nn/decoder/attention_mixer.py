@@ -1,16 +1,16 @@
-"""Attention as a block's mixer, between its two projections, forward and backward by hand.
+"""Attention as the mixer of a block, between its two projections, forward and backward by hand.
 
-    [q k v] = n₁ W_qkvᵀ                        what the first group gave; with gates, one beside each query
-    q, k ← rotated(norm(q)), rotated(norm(k))  norms in some families, rotation where the layer does
-    o = attention(q, k, v)                     within each document; σ(gate) ⊙ that where there are gates
+    [q k v] = n₁ W_qkvᵀ                        output of the first group; with gates, each query is followed by its gate
+    q, k ← rotated(norm(q)), rotated(norm(k))  norms in some families, rotation if the layer has a rotary embedding
+    o = attention(q, k, v)                     within each document; with gates, o = σ(gate) ⊙ attention(q, k, v)
 
-Backward is the same list from the bottom up, each line by its op's backward, into one ∂L/∂[q k v]:
-    ∂L/∂(q, k, v) = (attention's backward of ∂L/∂o)                             (T, heads, head_dim)
-    ∂L/∂[q k v] = [norm's backward of (∂L/∂q, ∂L/∂k rotated back) | ∂L/∂v]      (T, q + 2k)
+Backward is the same list in reverse order. All gradients are written into one ∂L/∂[q k v]:
+    ∂L/∂(q, k, v) = (backward of attention applied to ∂L/∂o)                    (T, heads, head_dim)
+    ∂L/∂[q k v] = [backward of the norm applied to (∂L/∂q, ∂L/∂k rotated back) | ∂L/∂v]      (T, q + 2k)
 
-Without q/k norms the rotation happens in place: [q k v] is kept as attention saw it. With them it is kept as it was
-before, and q and k are recomputed from the norms' factors. o is kept where attention's backward does not recompute it
-(`ops.attention`). Norms and gates themselves are `nn.decoder.attention_extras`'s.
+Without q/k norms, q and k are rotated in place, and [q k v] is saved as attention reads it. With q/k norms it is saved
+before the norms, and q and k are recomputed from the norm factors. o is saved unless the backward of attention
+recomputes it (`ops.attention`). Norms and gates are in `nn.decoder.attention_extras`.
 """
 
 from __future__ import annotations
@@ -33,54 +33,60 @@ from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
 
 class AttentionMixerSaved(NamedTuple):
-    """What attention keeps beside its input and output; T tokens, H heads."""
+    """Tensors that attention saves in addition to its input and output, for T tokens and H heads."""
 
-    attended: Tensor | None  # (T, H, head_dim), where a gate follows: else it is the output
-    log_sum_exp: Tensor  # (≤ T · H,): of what torch's kernels attended, see `ops.attention`
-    # of the q/k norms in families with them: (T, H, 1) and (T, key/value heads, 1); (T, 1) where they go over all heads
+    attended: Tensor | None  # (T, H, head_dim) with gates; None without, because it is then the output
+    log_sum_exp: Tensor  # (≤ T · H,): of the documents computed by torch's kernels, see `ops.attention`
+    # factors of the q/k norms, if any: (T, H, 1) and (T, key/value heads, 1), or (T, 1) for norms over all heads
     factors: tuple[Tensor, Tensor] | None
 
 
 def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionMixerSaved]:
-    """o, (T, q), from qkv, (T, q + 2k) or (T, 2q + 2k), and what its backward needs beside both."""
+    """Return o, (T, q), for qkv, (T, q + 2k) or (T, 2q + 2k), and the tensors saved in addition to both."""
     config = context.config
     q, k, v, factors = prepare_qkv(qkv, weights, context)
-    place = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
-    output, attended = attention_forward(q, k, v, *attention_setting(weights, context), out=place)
+    buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
+    output, attended = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
     kept = AttentionMixerSaved(output if config.attention_gate else None, attended.log_sum_exp, factors)
     return gated_output(qkv, output, config), kept
 
 
 def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
-    """Whether the backward recomputes o, in x's dtype and place: gates need what attention gave before them."""
+    """Return True if the backward of attention recomputes o for x's dtype and device.
+
+    With gates, the output of attention before gating is saved instead.
+    """
     return not config.attention_gate and can_recompute_output(x, config.attention_cap)
 
 
-def output_by_itself(kept: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
-    """o, (T, q), where it is not kept, without the backward."""
-    q, k, v = attended_qkv(kept, weights, context)
+def recomputed_output(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
+    """Recompute o, (T, q), outside the backward of attention."""
+    q, k, v = attended_qkv(saved, weights, context)
     return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
 
 
 def attention_setting(weights: BlockWeights, context: BlockContext) -> tuple[tuple[Run, ...], Scores]:
-    """What attention takes behind q, k and v."""
+    """Return the arguments of attention after q, k and v."""
     return context.runs, layer_scores(context.config, context.layer, weights)
 
 
 def layer_scores(config: DecoderConfig, layer: LayerConfig, weights: BlockWeights) -> Scores:
-    """What decides a layer's scores beside queries and keys."""
+    """Return the settings of a layer's attention scores."""
     return Scores(config.attention_scaling, layer.window, config.attention_cap, weights.sinks)
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
-    """o, (T, q), from what attention gave, (T, H, head_dim): multiplied by the gates' sigmoid where there are any."""
+    """Return o, (T, q), for the output of attention, (T, H, head_dim).
+
+    With gates, it is multiplied by their sigmoid.
+    """
     if not config.attention_gate:
         return attended.flatten(1)
     return glu_forward(_parts(qkv, config).gate, attended, "sigmoid")[0].flatten(1)
 
 
 def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
-    """The heads in qkv, (T, q + 2k); beside each head's query stands its gate, where the family has gates."""
+    """Return views of the heads in qkv, (T, q + 2k). With gates, the gate of each head follows its query."""
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     by_head = _by_head(qkv, config)
     if not config.attention_gate:
@@ -91,18 +97,21 @@ def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
 
 
 def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
-    """A view of x, (T, heads of any kind · head_dim): (T, heads, head_dim)."""
+    """Return a view of x, (T, heads · head_dim), as (T, heads, head_dim)."""
     return x.view(x.shape[0], x.shape[1] // config.head_dim, config.head_dim)
 
 
 def prepare_qkv(
-    qkv: Tensor, weights: BlockWeights, context: BlockContext, kept_factors: tuple[Tensor, Tensor] | None = None
+    qkv: Tensor, weights: BlockWeights, context: BlockContext, saved_factors: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """q, k normed (where the family does) and rotated, and v, as (T, heads, head_dim), from qkv, (T, q + 2k).
+    """Return q, k and v as attention reads them, (T, heads, head_dim) each, and the factors of the q/k norms.
 
-    Behind them the factors of the q/k norms, None without; given as `kept_factors`, they are not computed again.
+    q and k are normalized and rotated if the layer does so. Without q/k norms they are rotated in place. qkv then
+    contains the rotated values, and the factors are None. With q/k norms qkv is not modified.
 
-    Without a q/k norm the rotation happens in place: qkv then holds what attention saw. With one, qkv stays untouched.
+    Args:
+        qkv: (T, q + 2k).
+        saved_factors: factors of the norms from an earlier call, which are then not recomputed.
     """
     config = context.config
     parts = _parts(qkv, config)
@@ -110,7 +119,7 @@ def prepare_qkv(
         for part, table in _rotated_parts(_by_head(qkv, config), context):
             rotary_forward(part, table, out=part)
         return parts.q, parts.k, parts.v, None
-    q, k, factors = normed(qkv, parts, weights, config, kept_factors)
+    q, k, factors = normed(qkv, parts, weights, config, saved_factors)
     if context.rotary is not None:
         rotary_forward(q, context.query_rotary or context.rotary, out=q)
         rotary_forward(k, context.rotary, out=k)
@@ -118,7 +127,10 @@ def prepare_qkv(
 
 
 def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
-    """Views of q and k in (T, H + 2 key/value heads, head_dim) with their angles: one view where these are the same."""
+    """Return views of q and k with their angles; by_head is (T, H + 2 key/value heads, head_dim).
+
+    One view covers both if they have the same angles.
+    """
     heads, rotated = context.config.num_heads, context.config.num_heads + context.config.num_key_value_heads
     if context.rotary is None:
         return []
@@ -127,43 +139,48 @@ def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor,
     return [(by_head[:, :heads], context.query_rotary), (by_head[:, heads:rotated], context.rotary)]
 
 
-def attended_qkv(kept: MixerSaved, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as attention saw them, (T, heads, head_dim), from what is kept."""
-    if kept.inner.factors is not None:
-        return prepare_qkv(kept.input, weights, context, kept.inner.factors)[:3]
-    q, _, k, v = _parts(kept.input, context.config)
+def attended_qkv(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v as attention reads them, (T, heads, head_dim), from the saved tensors."""
+    if saved.inner.factors is not None:
+        return prepare_qkv(saved.input, weights, context, saved.inner.factors)[:3]
+    q, _, k, v = _parts(saved.input, context.config)
     return q, k, v
 
 
 def attention_input_gradient(
     d_output: Tensor,
-    kept: MixerSaved,
+    saved: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,
     output: Tensor | None,
 ) -> Tensor:
-    """∂L/∂[q k v], (T, q + 2k), as the projections gave them: through attention, back through rotation and q/k norm.
+    """Return ∂L/∂[q k v], (T, q + 2k): through attention, then back through rotation and q/k norms.
 
-    `output`, (T, q), receives o where it is not kept, if there is a place for it.
+    Args:
+        d_output: ∂L/∂o, (T, q).
+        output: o if it is saved, else a buffer (T, q) that receives the recomputed o, or None.
     """
-    config, own = context.config, kept.inner
-    d_qkv, d_attended = torch.empty_like(kept.input), _by_head(d_output, config)
-    if own.attended is None:
-        attended, d_by_head = None if kept.output is None else _by_head(kept.output, config), _by_head(d_qkv, config)
+    config, inner = context.config, saved.inner
+    d_qkv, d_attended = torch.empty_like(saved.input), _by_head(d_output, config)
+    if inner.attended is None:
+        attended, d_by_head = None if saved.output is None else _by_head(saved.output, config), _by_head(d_qkv, config)
     else:
-        parts, d_parts, attended = _parts(kept.input, config), _parts(d_qkv, config), own.attended
+        parts, d_parts, attended = _parts(saved.input, config), _parts(d_qkv, config), inner.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    saved = AttentionSaved(
-        *attended_qkv(kept, weights, context), attended, own.log_sum_exp, *attention_setting(weights, context)
+    attention = AttentionSaved(
+        *attended_qkv(saved, weights, context), attended, inner.log_sum_exp, *attention_setting(weights, context)
     )
-    again = None if output is None or kept.output is not None else _by_head(output, config)
-    attention_backward(d_attended, saved, out=d_by_head, output_buffer=again)
+    buffer = None if output is None or saved.output is not None else _by_head(output, config)
+    attention_backward(d_attended, attention, out=d_by_head, output_buffer=buffer)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)
-    if own.factors is not None:
-        both, apart = (_parts(kept.input, config), _parts(d_qkv, config)), None if own.attended is None else d_by_head
-        normed_backward(apart, kept.input, d_qkv, both, own.factors, weights, adapter, config)
+    if inner.factors is not None:
+        both, apart = (
+            (_parts(saved.input, config), _parts(d_qkv, config)),
+            None if inner.attended is None else d_by_head,
+        )
+        normed_backward(apart, saved.input, d_qkv, both, inner.factors, weights, adapter, config)
     return d_qkv
 
 
@@ -172,5 +189,5 @@ ATTENTION_MIXER = Mixer(
     attention_input_gradient,
     qkv=prepare_qkv,
     recomputes_output=recomputes_output,
-    output=output_by_itself,
+    output=recomputed_output,
 )

@@ -1,4 +1,4 @@
-"""Fields that every family of decoders has, read into a `DecoderConfig`, and those that several have in one way."""
+"""Config fields that every family of decoders has, read into a `DecoderConfig`, and helpers for shared conventions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000
 SILU, GELU = ("hidden_act", "silu"), ("hidden_activation", "gelu_pytorch_tanh")
-"""Where a family's config has its activation, and the one with which the engine computes it."""
+"""Name of a family's activation field, and the one value that the engine computes."""
 MOST_ELEMENTS = 2**40
-"""A garbled number must not fill the memory with layers."""
+"""Upper bound of sizes: a corrupted number must not fill the memory with layers."""
 
 
 def common_fields(
@@ -30,19 +30,19 @@ def common_fields(
     norm_eps: str = "rms_norm_eps",
     activation: tuple[str, str] | None = SILU,
 ) -> DecoderConfig:
-    """Read what every family has, with the family's own traits.
+    """Read the fields that every family has, with the traits of the family.
 
     Args:
-        window: of the layers that slide.
-        slides: which layers do where `layer_types` does not say it; None where none does.
-        rotary_sets: reads the angles.
-        norm_eps: the name of that field.
-        activation: the name of that field and what it must be; None where there is none.
+        window: sliding window in tokens, for layers that slide.
+        slides: returns True for sliding layers if `layer_types` is absent. None if no layer slides.
+        rotary_sets: reads the rotary configuration.
+        norm_eps: name of that field.
+        activation: name and required value of that field, or None if the family has no such field.
     """
     if activation is not None:
         fields.must_equal(*activation)
     heads = fields.integer("num_attention_heads")
-    # Null, or absent where the class has no number either: every head has its own key and value.
+    # Null, or absent without a class default: every head has its own key and value.
     key_value_heads = fields.integer("num_key_value_heads", heads)
     hidden_size = fields.integer("hidden_size")
     head_dim = fields.integer("head_dim", max(hidden_size // heads, 1))
@@ -50,15 +50,15 @@ def common_fields(
     if heads % key_value_heads:
         raise ArtifactError(f"{heads} heads cannot share {key_value_heads} key/value heads", where="config.json")
     if head_dim % 2:
-        fields.problem("head_dim", f"{head_dim} is odd, and the rotary embedding turns pairs")
+        fields.problem("head_dim", f"{head_dim} is odd, and the rotary embedding rotates pairs")
     layers = fields.integer("num_hidden_layers")
     if layers > _MOST_LAYERS:
-        raise ArtifactError(f"num_hidden_layers = {layers} is no number of layers", where="config.json")
+        raise ArtifactError(f"num_hidden_layers = {layers} is not a plausible number of layers", where="config.json")
     vocab_size, intermediate_size = fields.integer("vocab_size"), fields.integer("intermediate_size")
     largest = max(vocab_size, intermediate_size, heads * head_dim) * hidden_size
     if largest > MOST_ELEMENTS or max_positions >= MOST_ELEMENTS:
         raise ArtifactError(
-            f"a weight of {largest:,} elements is none of a language model",
+            f"a weight of {largest:,} elements is too large for a language model",
             where="config.json",
             why=f"hidden_size {hidden_size}, intermediate_size {intermediate_size}, vocab_size {vocab_size}, "
             f"{heads} heads of {head_dim}, {max_positions} positions",
@@ -67,9 +67,9 @@ def common_fields(
     stated = None if slides is None else layers_of_type(fields, SLIDING, layers)
     sliding = stated or [slides is not None and slides(number) for number in range(layers)]
     if any(sliding) and window is None:
-        fields.problem("sliding_window", "there are sliding layers, but no window is in use")
-    found = rotary_sets(fields, head_dim, max_positions)
-    angles: tuple[RotaryConfig, ...] = (found,) if isinstance(found, RotaryConfig) else found
+        fields.problem("sliding_window", "there are sliding layers, but no window is set")
+    rotary_config = rotary_sets(fields, head_dim, max_positions)
+    angles = (rotary_config,) if isinstance(rotary_config, RotaryConfig) else rotary_config
     family = str(fields.value("model_type"))
     config = DecoderConfig(
         family=family,
@@ -80,7 +80,10 @@ def common_fields(
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
         norm_eps=fields.number(norm_eps, 1e-6),
-        layers=tuple(LayerConfig(window if here else None, rotary=int(here and len(angles) > 1)) for here in sliding),
+        layers=tuple(
+            LayerConfig(window if slides_here else None, rotary=int(slides_here and len(angles) > 1))
+            for slides_here in sliding
+        ),
         rotary=angles,
         attention_scaling=head_dim**-0.5,
         tied_head=fields.flag("tie_word_embeddings", False),
@@ -90,41 +93,43 @@ def common_fields(
     return replace(config, **TRAITS.get(family, {}))
 
 
-def all_but_every(interval: int) -> Callable[[int], bool]:
-    """Layers of which every so-manieth has full attention, and no other."""
+def sliding_except_every(interval: int) -> Callable[[int], bool]:
+    """Return a predicate that is False for every n-th layer, which has full attention, and True for sliding layers."""
     return lambda index: (index + 1) % interval != 0
 
 
-def still_where(decoder: DecoderConfig, still: Callable[[int], bool]) -> DecoderConfig:
-    """Without rotary embedding in these layers."""
-    return with_layers(decoder, map(still, range(len(decoder.layers))), rotary=None)
+def without_rotary(decoder: DecoderConfig, unrotated: Callable[[int], bool]) -> DecoderConfig:
+    """Remove the rotary embedding from the layers for which `unrotated` is True."""
+    return with_layers(decoder, map(unrotated, range(len(decoder.layers))), rotary=None)
 
 
-def with_layers(decoder: DecoderConfig, which: Iterable[bool], **own: Any) -> DecoderConfig:
-    """With these values in the layers that `which` says, one for each."""
-    layers = (replace(layer, **own) if here else layer for layer, here in zip(decoder.layers, which, strict=True))
+def with_layers(decoder: DecoderConfig, which: Iterable[bool], **changes: Any) -> DecoderConfig:
+    """Set these values in the layers for which `which`, one flag per layer, is True."""
+    layers = (
+        replace(layer, **changes) if selected else layer for layer, selected in zip(decoder.layers, which, strict=True)
+    )
     return replace(decoder, layers=tuple(layers))
 
 
-def window_everywhere(fields: ConfigFields, window: int | None, **own: Any) -> DecoderConfig:
-    """`common_fields` of a family whose layers all have the same window, or none."""
+def uniform_window(fields: ConfigFields, window: int | None, **changes: Any) -> DecoderConfig:
+    """Read a family whose layers all have the same window, or none. Arguments are passed to `common_fields`."""
     one_layer_type(fields, FULL if window is None else SLIDING)
-    return common_fields(fields, window=window, slides=None if window is None else lambda _: True, **own)
+    return common_fields(fields, window=window, slides=None if window is None else lambda _: True, **changes)
 
 
 def with_biases(fields: ConfigFields, decoder: DecoderConfig, default: bool = False) -> DecoderConfig:
-    """With `attention_bias` on q, k, v and o alike."""
+    """Apply `attention_bias` to q, k, v and o."""
     bias = fields.flag("attention_bias", default)
     return replace(decoder, qkv_bias=bias, output_bias=bias)
 
 
 def stated_window(fields: ConfigFields) -> int | None:
-    """No window where the field is null or absent."""
+    """Return `sliding_window`, or None if the field is null or absent."""
     return None if fields.value("sliding_window") is None else fields.integer("sliding_window")
 
 
 def used_window(fields: ConfigFields) -> int | None:
-    """No window where the field is null or absent, or `use_sliding_window` is false."""
+    """Return `sliding_window`, or None if it is null or absent or `use_sliding_window` is false."""
     if fields.flag("use_sliding_window", False):
         return stated_window(fields)
     fields.neutral("sliding_window")
@@ -132,17 +137,19 @@ def used_window(fields: ConfigFields) -> int | None:
 
 
 def window_size(fields: ConfigFields) -> int | None:
-    """No window where the field is null; that of the class where it is absent: 4096, in gpt-oss 128."""
+    """Return `sliding_window`, None if it is null, or the class default if it is absent (4096, in gpt-oss 128)."""
     if fields.stated("sliding_window") and fields.value("sliding_window") is None:
         return None
     return fields.integer("sliding_window")
 
 
 def layers_of_type(fields: ConfigFields, kind: str, layers: int) -> list[bool] | None:
-    """Which layers are of this type by `layer_types`, the others having full attention; None where it is not there.
+    """Return for each layer if `layer_types` gives it this type, or None if the field is absent.
+
+    All other layers must have full attention.
 
     Raises:
-        ArtifactError: `layer_types` has not one entry for each layer.
+        ArtifactError: `layer_types` does not have one entry per layer.
     """
     stated = fields.value("layer_types")
     if stated is None:
@@ -155,14 +162,17 @@ def layers_of_type(fields: ConfigFields, kind: str, layers: int) -> list[bool] |
 
 
 def one_layer_type(fields: ConfigFields, expected: str) -> None:
-    """These families do not read layer_types; where it is there, it must say what they do."""
+    """Check that `layer_types`, if present, names the expected type for every layer.
+
+    These families do not read the field.
+    """
     stated = fields.value("layer_types")
     if stated is not None and not (isinstance(stated, list) and all(kind == expected for kind in stated)):
         fields.problem("layer_types", f"every layer here has {expected}")
 
 
 def with_multipliers(fields: ConfigFields, decoder: DecoderConfig) -> DecoderConfig:
-    """The four of Granite: of scores, of the embedding, of what is added to the stream, and of logits."""
+    """Read Granite's four multipliers: of scores, the embedding, the sublayers' outputs, and logits."""
     return replace(
         decoder,
         attention_scaling=fields.number("attention_multiplier"),
@@ -173,11 +183,11 @@ def with_multipliers(fields: ConfigFields, decoder: DecoderConfig) -> DecoderCon
 
 
 def nearest_float32(value: float) -> float:
-    """The nearest float32 number."""
+    """Round to the nearest float32 number."""
     nearest: float = struct.unpack("f", struct.pack("f", value))[0]
     return nearest
 
 
 def number_or_none(fields: ConfigFields, key: str) -> float | None:
-    """None where the field is null; where it is absent, the default of the class."""
+    """Return a number, None if the field is null, or the class default if it is absent."""
     return None if fields.stated(key) and fields.value(key) is None else fields.number(key)

@@ -1,9 +1,9 @@
 """The parsed configuration of a base model as flat, comparable facts.
 
 They belong to the identity of a base. Two bases with equal weights and another `rms_norm_eps` or rotary base compute
-other numbers. The decoder engine's parsed configuration is compared rather than config.json itself: a field that is
-absent and one that states its default are the same, and so are the two forms of `rope_parameters`, and a GGUF file
-agrees with the directory it was converted from.
+other numbers. The decoder engine's parsed configuration is compared rather than config.json itself. A field that is
+absent then equals one that states its default, and the two forms of `rope_parameters` are equal. A GGUF file agrees
+with the directory it was converted from.
 """
 
 from __future__ import annotations

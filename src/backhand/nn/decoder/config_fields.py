@@ -1,4 +1,4 @@
-"""A config read field by field, so that in the end every field has been asked for or is reported."""
+"""A model config read field by field, so that every field is either used or reported."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.family import DeltaSizes
 
 UNREAD = "unread of the GGUF file"
-"""Field of a config made from a GGUF file: metadata and tensors, by name, that are not understood."""
+"""Field of a config made from a GGUF file: metadata and tensors, by name, that the reader does not understand."""
 FOREIGN = "foreign in the GGUF file"
 """Field of a config made from a GGUF file: names of metadata that no model has."""
 
 
 class UnsupportedModel(ArtifactError):
-    """A model that the decoder engine does not compute exactly; transformers may still be able to run it.
+    """A model that the decoder engine does not compute exactly. transformers may still be able to run it.
 
     Attributes:
-        model_type: as the config states it.
-        problems: one `field = value: reason` for everything that stands in the way.
-        remedy: what would make the engine take the model; one sentence without a full stop.
+        model_type: from the config.
+        problems: one `field = value: reason` for every obstacle.
+        remedy: a change with which the engine would take the model, as one sentence without a full stop.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class UnsupportedModel(ArtifactError):
     ) -> None:
         self.model_type = model_type
         self.problems = tuple(problems)
-        self.remedy = remedy or "Which models it takes stands in docs/models.md"
+        self.remedy = remedy or "docs/models.md lists the models that it takes"
         super().__init__(
             f"the decoder engine does not know how to compute this {model_type} model",
             where="config.json",
@@ -41,18 +41,18 @@ class UnsupportedModel(ArtifactError):
 
 
 class ConfigFields:
-    """The fields of a config, read by name and type.
+    """Fields of a config, read by name and type.
 
-    A field that is absent has the default of transformers' configuration class. A value of another kind than is asked
-    for, or none without a default, raises ArtifactError. An unread field is a problem if transformers might read it,
-    and foreign if not.
+    An absent field has the default of transformers' configuration class. A value of another type, or an absent field
+    without a default, raises ArtifactError. An unread field is a problem if transformers might read it, else it is
+    foreign.
 
     Args:
-        model_type: whose configuration class decides, None for a mapping that belongs to no class.
+        model_type: selects the configuration class; None for a mapping that belongs to no class.
 
     Attributes:
-        problems: one line for everything that stands in the way.
-        foreign: names of fields that are read neither here nor in transformers.
+        problems: one line for every obstacle.
+        foreign: names of fields that neither the engine nor transformers reads.
     """
 
     def __init__(self, config: Mapping[str, object], model_type: str | None = None) -> None:
@@ -64,32 +64,35 @@ class ConfigFields:
         self.foreign: list[str] = []
 
     def value(self, key: str) -> object:
-        """The raw value, None if absent."""
+        """Return the raw value, None if absent."""
         self._seen.add(key)
         return self._config.get(key)
 
     def stated(self, key: str) -> bool:
-        """Whether the field is there, null or not."""
+        """Return True if the field exists, also if it is null."""
         return key in self._config
 
     def assume(self, key: str, value: object) -> None:
-        """Take this value where the field is absent or null."""
+        """Set this value if the field is absent or null."""
         if self._config.get(key) is None:
             self._config = {**self._config, key: value}
 
     def put(self, key: str, value: object) -> None:
-        """Take this value whatever the field says."""
+        """Override the field with this value."""
         self._config = {**self._config, key: value}
 
     def or_declared(self, key: str) -> object:
-        """The raw value; the class's default where the field is absent."""
+        """Return the raw value, or the class default if the field is absent."""
         if self.stated(key) or self._model_type is None:
             return self.value(key)
         known = config_class(self._model_type)
         return None if known is None else known.fields.get(key)
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """An integer; where it is absent the class's default, or `default` if it has none or the field is null."""
+        """Return an integer.
+
+        If the field is absent, use the class default; without one, or if it is null, use `default`.
+        """
         value = self._or_default(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -98,14 +101,14 @@ class ConfigFields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number; where it is absent or null, as for `integer`."""
+        """Return a positive finite number, with the defaults of `integer`."""
         value = self._or_default(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of so many positive numbers."""
+        """Return a list of `count` positive numbers."""
         value = self.value(key)
         if (
             not isinstance(value, list | tuple)
@@ -116,21 +119,21 @@ class ConfigFields:
         return tuple(float(item) for item in value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return a boolean."""
         value = self._or_default(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
 
     def text(self, key: str, default: str) -> str:
-        """A string."""
+        """Return a string."""
         value = self._or_default(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, value, "a string")
         return value
 
     def mapping(self, key: str) -> ConfigFields | None:
-        """A mapping inside this one, None if absent or null; its problems are collected here."""
+        """Return a nested mapping, None if absent or null. Its problems are collected in this object."""
         value = self.value(key)
         if value is None:
             return None
@@ -141,14 +144,14 @@ class ConfigFields:
         return inside
 
     def must_equal(self, key: str, *allowed: object, reason: str | None = None) -> None:
-        """Report the field unless it is absent, null, or one of the values for which the engine computes the same."""
+        """Report the field unless it is absent, null, or one of the values that the engine computes."""
         value = self.value(key)
         if value is not None and value not in allowed:
             known = " or ".join(repr(item) for item in allowed) if allowed else "null"
             self.problem(key, reason or f"the engine has {known}")
 
     def neutral(self, *keys: str) -> None:
-        """Fields that do not change what the model computes."""
+        """Mark fields as read that do not change the model's output."""
         self._seen.update(keys)
 
     def problem(self, key: str, reason: str) -> None:
@@ -156,28 +159,28 @@ class ConfigFields:
         self.problems.append(f"{self._prefix}{key} = {_shown(self.value(key))}: {reason}")
 
     def take_unread(self) -> None:
-        """Report what a GGUF file's reader has left, and note what is foreign there."""
+        """Report the fields that the reader of a GGUF file left unread, and collect the foreign ones."""
         unread, foreign = self.value(UNREAD), self.value(FOREIGN)
         if isinstance(unread, Mapping):
             self.problems += [f"{name} = {_shown(value)}: unknown to the engine" for name, value in unread.items()]
         if isinstance(foreign, list):
             self.foreign += [str(name) for name in foreign]
 
-    def left(self) -> list[str]:
-        """Names of what was not asked for and is not null."""
+    def unread(self) -> list[str]:
+        """Return the names of fields that are not null and have not been read."""
         return [key for key in self._config if key not in self._seen and self._config[key] is not None]
 
     def close(self, read: Collection[str] = ()) -> None:
-        """Sort what was not asked for and is not null: a problem where transformers might read it, else foreign.
+        """Classify the unread fields that are not null: a problem if transformers might read the field, else foreign.
 
         Args:
-            read: names that transformers reads, beside those of the configuration class.
+            read: names that transformers reads in addition to the fields of the configuration class.
         """
-        left = self.left()
-        if not left:
+        unread = self.unread()
+        if not unread:
             return
         known = None if self._model_type is None else config_class(self._model_type)
-        for key in left:
+        for key in unread:
             if key in read or (known is None and self._model_type) or (known is not None and known.reads(key)):
                 self.problem(key, "transformers reads this field, and the engine does not")
             else:
@@ -203,10 +206,10 @@ class ConfigFields:
 
 
 def delta_sizes(fields: ConfigFields) -> DeltaSizes:
-    """The gated delta rule's heads, widths and taps; where the fields are absent the class's defaults.
+    """Read heads, widths and taps of the gated delta rule. Absent fields have the class defaults.
 
     Raises:
-        ArtifactError: a value is no positive integer, or key heads cannot serve equally many value heads.
+        ArtifactError: a value is not a positive integer, or the value heads are not a multiple of the key heads.
     """
     names = "num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim"
     sizes = DeltaSizes(*(fields.integer(f"linear_{name}") for name in names))
@@ -226,31 +229,31 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class ConfigClass:
-    """What transformers itself takes from a config: the fields of its class, and what it reads beside them.
+    """Fields that transformers reads from a config.
 
-    A config.json may hold anything. transformers sets what its configuration class does not declare as an attribute of
-    that name, which nothing reads, so that it cannot change what is computed. Exceptions are names that transformers'
-    common code looks for in every config (`READ_BESIDE_FIELDS`), aliases of fields (`attribute_map`) and attributes of
-    the class. Tests watch every attribute that transformers reads while it makes and runs a model of each family, so
-    that a new version of it shows there what is not classed yet.
+    A config.json may contain anything. transformers sets undeclared fields as attributes of the config object, which
+    nothing reads, so they cannot change the result. There are three exceptions: names that transformers' common code
+    looks up in every config (`READ_OUTSIDE_CLASS`), aliases of fields (`attribute_map`) and attributes of the class.
+    Tests record every attribute that transformers reads while it builds and runs a model of each family. A new version
+    of transformers that reads an unclassified name fails there.
     """
 
-    fields: Mapping[str, object]  # every declared field with its default; None where it has none that JSON can say
-    others: frozenset[str]  # further names that mean something to transformers
+    fields: Mapping[str, object]  # every declared field with its default; None if JSON cannot express the default
+    others: frozenset[str]  # further names that transformers reads
 
     def reads(self, key: str) -> bool:
-        """Whether a config's field of this name can matter to transformers."""
+        """Return True if a config field of this name can matter to transformers."""
         return key in self.fields or key in self.others
 
 
-READ_BESIDE_FIELDS = frozenset({
+READ_OUTSIDE_CLASS = frozenset({
     # Set on a config by name, and read by the code that all models share.
     "attention_chunk_size", "compression_config", "default_rope_type", "default_theta", "gradient_checkpointing",
     "head_dim", "is_causal", "kv_sharing_modes", "layer_types", "mtp_layer_types", "original_max_position_embeddings",
     "partial_rotary_factor", "per_layer_config", "quantization_config", "rope_local_base_freq", "rope_scaling",
     "rope_theta", "sliding_window", "sliding_window_pattern", "vision_aspect_ratio", "vision_feature_layer",
     "vision_feature_select_strategy", "number_of_conv_states", "output_router_logits",
-    # Where a model inside another would be.
+    # Nested models.
     "decoder", "generator", "text_config",
     # Implementations.
     "_attn_implementation", "_experts_implementation", "_heterogeneity_spec", "_rope_type_labels",
@@ -260,19 +263,19 @@ READ_BESIDE_FIELDS = frozenset({
 
 @cache
 def config_class(model_type: str) -> ConfigClass | None:
-    """The class of the installed transformers, None where it has none of this type; imports transformers."""
+    """Return the configuration class of the installed transformers, or None. Imports transformers."""
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        found: Any = CONFIG_MAPPING[model_type]
+        config_type: Any = CONFIG_MAPPING[model_type]
     except KeyError:
         return None
-    parameters = {**inspect.signature(PreTrainedConfig).parameters, **inspect.signature(found).parameters}
+    parameters = {**inspect.signature(PreTrainedConfig).parameters, **inspect.signature(config_type).parameters}
     # Neither `self` nor a catch-all has a default.
     fields = {name: _plain(entry.default) for name, entry in parameters.items() if entry.default is not entry.empty}
-    attributes = {name for name in dir(found) if not name.startswith("__")}
-    return ConfigClass(fields, frozenset({*READ_BESIDE_FIELDS, *found.attribute_map, *attributes}))
+    attributes = {name for name in dir(config_type) if not name.startswith("__")}
+    return ConfigClass(fields, frozenset({*READ_OUTSIDE_CLASS, *config_type.attribute_map, *attributes}))
 
 
 def _plain(default: object) -> object:

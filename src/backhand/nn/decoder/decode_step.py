@@ -1,12 +1,12 @@
-"""A new token of each row through all blocks by one compiled call (native/decode_step.cpp), for Llama-like families.
+"""New tokens of all rows through all blocks in one compiled call (native/decode_step.cpp), for Llama-like families.
 
-A token's products are small: between them, waking threads and calling ops cost more than the products themselves. Here
-threads are woken once a token, and one call computes what `nn.decoder.block` does, by the same ops' kernels: norms,
+The products of a single token are small. Waking threads and calling ops between them costs more than the products. Here
+threads are woken once per token, and one call computes `nn.decoder.block` with the same kernels as the ops: norms,
 projections with their adapters, rotation, attention over the KV cache, gated units. Weights are read once for all rows.
-A decoder with anything else (another mixer than attention, experts, sinks, gates, DoRA) goes block by block.
+A decoder with anything else (another mixer, experts, sinks, gates, DoRA) is computed block by block.
 
-With AMX, in bfloat16, a row has the bits that a training pass gives it, but for a `QUICK_ROW`: its products are added
-up in the order of `kernels.dense_product`, and its attention is a task of `ops.attention`.
+With AMX in bfloat16, a row has the same bits as in a training pass, except for a `QUICK_ROW`. Its products are summed
+in the order of `kernels.dense_product`, and its attention is a task of `ops.attention`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from backhand.ops.rotary import RotaryTable
 from backhand.ops.weight_tiles import FrozenMatrix
 
 _STEP = KernelSignature("backhand_decode_step", INT, POINTER, POINTER, INT64, POINTER, INT64, result=INT)
-# As in native/decode_step.cpp.
-_MOST_MEMBERS = 4
-# As in native/glu.h.
+# Defined in native/decode_step.cpp.
+_MOST_ADAPTERS = 4
+# Defined in native/glu.h.
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 Tables = Sequence[tuple[RotaryTable | None, RotaryTable | None]]
-"""Of each layer the tokens' angles, and those of queries where they are others; None where nothing turns."""
+"""For each layer, the angles of the tokens and of scaled queries; None without rotary embedding or scaling."""
 
 
 class _StoredRows(ctypes.Structure):
@@ -88,23 +88,23 @@ class _Model(ctypes.Structure):
 
 
 class DecodeStep:
-    """A decoder's blocks as the compiled call takes them: addresses of its weights, of an adapter and of a cache.
+    """A decoder's blocks as arguments of the compiled call: addresses of its weights, of an adapter and of a cache.
 
     Args:
-        decoder: one of which `decode_step` has found that it is computed.
-        adapters: of its blocks, in the compute dtype.
-        cache: whose rows in use take a token each.
+        decoder: a decoder for which `decode_step` does not return None.
+        adapters: adapters of its blocks in the compute dtype.
+        cache: the cache, whose rows in use receive one token each.
 
     Attributes:
-        weights: the decoder's active ones, from which this was made; others need another one.
+        weights: the decoder's active weights at construction. With other weights, another object is needed.
     """
 
     def __init__(self, decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCache) -> None:
         config = decoder.config
         self.weights = decoder.active
         self._decoder, self._cache = decoder, cache
-        # What addresses are of, beside weights, cache and adapters.
-        self._kept: list[Any] = [adapters]
+        # Keeps alive the objects whose addresses are used, in addition to weights and cache.
+        self._referenced: list[Any] = [adapters]
         self._tables: dict[int, list[Tensor]] = {}
         self._rows = 0
         self._layers = (_Layer * len(config.layers))()
@@ -136,14 +136,17 @@ class DecodeStep:
         )
 
     def __call__(self, x: Tensor, positions: Tensor, tables: Tables) -> bool:
-        """Put the tokens through all blocks, their keys and values into the cache; False where no kernel is.
+        """Compute the tokens through all blocks and cache their keys and values.
+
+        Return False without a compiled kernel.
 
         Args:
-            x: (rows in use, hidden), what enters the first block; then the last one's output.
-            positions: (rows in use,) int64, tokens before each in its row; the cache has room for it.
+            x: (rows in use, hidden), the input of the first block. It receives the output of the last one.
+            positions: (rows in use,) int64, number of tokens before each in its row. The cache must have room for it.
+            tables: angles of each layer.
 
         Raises:
-            MemoryError: there is none left to work in.
+            MemoryError: no memory is left for the call.
         """
         kernel = find_kernel(_STEP, x)
         if kernel is None:
@@ -157,7 +160,7 @@ class DecodeStep:
         return True
 
     def _point(self, rows: int, tables: Tables) -> None:
-        """Set what changes: where keys and values lie, and the angles."""
+        """Update the addresses of keys, values and angles."""
         cache = self._cache
         self._model.place_of, self._model.capacity = cache.places.data_ptr(), cache.places.shape[1]
         if self._model.places != cache.keys[0].shape[1]:
@@ -193,7 +196,7 @@ class DecodeStep:
             for member in adapter.group.adapters
         ]
         held_parts, held_lows = (_StoredRows * len(parts))(*parts), (_LowRank * max(len(lows), 1))(*lows)
-        self._kept += [held_parts, held_lows]
+        self._referenced += [held_parts, held_lows]
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
@@ -202,13 +205,13 @@ class DecodeStep:
 
 
 def decode_step(decoder: Decoder, adapters: Sequence[BlockAdapter], cache: KVCache) -> DecodeStep | None:
-    """The compiled call for this decoder as it is, or None where it has something that the call does not compute."""
+    """Return the compiled call for this decoder, or None if it has parts that the call does not compute."""
     if not _takes_family(decoder.config) or decoder.device.type != "cpu":
         return None
     for block, adapter in zip(decoder.active.blocks, adapters, strict=True):
         for name in _GROUPS:
             group, weight = getattr(adapter, name), getattr(block, name)
-            if len(group.group.adapters) > _MOST_MEMBERS:
+            if len(group.group.adapters) > _MOST_ADAPTERS:
                 return None
             if group.extras is not None or weight.dtype != decoder.dtype or _parts(weight) is None:
                 return None
@@ -233,7 +236,7 @@ def _takes_family(config: DecoderConfig) -> bool:
 
 
 def _parts(weight: FrozenMatrix) -> list[_StoredRows] | None:
-    """The rows of a matrix as the call reads them, or None where it cannot."""
+    """Return the rows of a matrix in the call's form, or None if it cannot read them."""
     if isinstance(weight, Tensor):
         if weight.stride(1) != 1:
             return None

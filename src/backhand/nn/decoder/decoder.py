@@ -27,7 +27,7 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
 
 class Decoder(ForwardBackward):
-    """A frozen decoder, and at most one adapter that it trains; its attributes are those of `ForwardBackward`."""
+    """A frozen decoder and at most one adapter that it trains. `ForwardBackward` documents the attributes."""
 
     @classmethod
     def from_source(
@@ -42,29 +42,29 @@ class Decoder(ForwardBackward):
         """Read the configuration and every tensor of a model source into the compute dtype.
 
         Args:
-            recompute: see the class.
-            quantized: leave the matrices as the source stores them.
+            recompute: as in `ForwardBackward`.
+            quantized: keep the matrices in the blocks of the source.
 
         Raises:
-            UnsupportedModel: for a configuration that the engine does not compute exactly.
-            ArtifactError: for tensors that are missing or of another shape.
+            UnsupportedModel: the engine does not compute this configuration exactly.
+            ArtifactError: tensors are missing or have another shape.
         """
         config = decoder_config(source.config)
         return cls(config, load_weights(source, config, dtype, device, quantized=quantized), recompute=recompute)
 
     def module_shapes(self) -> ModuleShapes:
-        """(out, in) of every linear module an adapter can target, by dotted path, and what else it can train."""
+        """Return (out, in) of every linear module that an adapter can target, and the other trainable tensors."""
         return module_shapes(self.config)
 
     def frozen_tensors(self) -> Iterator[tuple[str, FrozenMatrix]]:
-        """(Hugging Face name, view or quantized matrix) of all of the base; training must not move any of it."""
+        """Yield (Hugging Face name, view or quantized matrix) of every base tensor. Training must not change them."""
         return named_views(self.weights, self.config)
 
     def attach(self, lora: LoRAParameters) -> None:
-        """Use and train this adapter; its names must be modules of this decoder.
+        """Attach an adapter, to be used and trained. Its names must be modules of this decoder.
 
         Raises:
-            ValueError: for a slot or a trained tensor that is none here or has another shape.
+            ValueError: a slot or a trained tensor does not exist here or has another shape.
         """
         check_fits(lora, self.module_shapes())
         lora.refresh_compute(self.dtype)
@@ -72,74 +72,74 @@ class Decoder(ForwardBackward):
         self.refresh()
 
     def detach(self) -> None:
-        """Back to the base model."""
+        """Return to the base model."""
         self._attach(None)
 
     def start_values(self, lora: LoRAParameters) -> None:
-        """Set what in a fresh adapter starts from the base model, see `LoRAParameters.start_at`."""
+        """Set the tensors of a fresh adapter that start from the base model. See `LoRAParameters.start_at`."""
         if not lora.plain:
             base = dict(named_views(self.weights, self.config)) | {f"{HEAD}.weight": self.weights.head}
             lora.start_at(lambda name: frozen_dense(base[name]))
 
     def head_adapter(self) -> GroupAdapter:
-        """The head's adapter in the compute dtype, without dropout."""
+        """Return the head's adapter in the compute dtype, without dropout."""
         if self._head is not None:
             return self._head
         adapter = head_adapter(self.active.head, self.config, self.lora)
         if adapter.extras is not None:
-            self._head = adapter  # DoRA's norm goes over the whole table: not once a generated token
+            self._head = adapter  # DoRA's norm reads the whole table, too slow for every generated token
         return adapter
 
     def head_factors(self, dropout_seed: int | None = None) -> HeadFactors | None:
-        """The factors of a head with nothing else, if it has any; no dropout without a seed."""
+        """Return the factors of a plain head, or None if it has none; `dropout_seed` is None for no dropout."""
         return head_factors(head_adapter(self.active.head, self.config, self.lora, dropout_seed))
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The last block's output before the final norm, (tokens, hidden), keeping nothing."""
-        return self._passed(batch, len(self.config.layers))
+        """Return the last block's output before the final norm, (tokens, hidden), without saving anything."""
+        return self._states_at(batch, len(self.config.layers))
 
     @torch.no_grad()
     def layer_input(self, batch: PackedBatch, layer: int) -> Tensor:
-        """x₀ of block `layer`, (tokens, hidden): the output of the embedding and the blocks below it."""
-        return self._passed(batch, layer)
+        """Return x₀ of block `layer`, (tokens, hidden): the output of the embedding and the blocks below."""
+        return self._states_at(batch, layer)
 
-    def _passed(
+    def _states_at(
         self, batch: PackedBatch, until: int, rows: Tensor | None = None, dropout_seed: int | None = None
     ) -> Tensor:
-        """x₀ of block `until`, or the last one's output; `rows` are those wanted of it. No dropout without a seed."""
+        """Return x₀ of block `until`, or the last block's output at `rows`; `dropout_seed` is None for no dropout."""
         self.refresh()
         contexts = self.contexts(batch, rows, self.cross_layer(batch.input_ids, dropout_seed)[0])
         return self._forward(batch, self.block_adapters(dropout_seed), contexts[:until], until)[0]
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, document_lengths: Sequence[int] | None = None) -> Tensor:
-        """Logits of every position, (tokens, vocab), in the compute dtype.
+        """Return logits of every position, (tokens, vocab), in the compute dtype.
 
         Args:
             input_ids: (tokens,) int64.
-            document_lengths: they sum to tokens; None for one document.
+            document_lengths: lengths that sum to the number of tokens; None for one document.
         """
         lengths = (input_ids.shape[0],) if document_lengths is None else tuple(document_lengths)
         batch = PackedBatch(input_ids, torch.full_like(input_ids, IGNORE_INDEX), lengths)
         return self.head(self.hidden_states(batch))
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits, (rows, vocab), of the last block's output, (rows, hidden)."""
+        """Return logits, (rows, vocab), for the last block's output, (rows, hidden)."""
         projected = self.projected(x)
         return ruled(projected, self.config.logits)[0].to(projected.dtype)
 
     def projected(self, x: Tensor) -> Tensor:
-        """Final norm and output projection: (rows, hidden) to (rows, vocab), before what the family does to logits."""
+        """Return final norm and output projection, (rows, hidden) to (rows, vocab), before the rule for logits."""
         normed, _ = self._final_norm(x)
         return group_forward(normed, self.active.head, None, self.head_adapter())[0]
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document, without gradients; no dropout without a seed."""
+        """Return losses in nats, (supervised tokens,), document by document, without gradients."""
         supervised = batch.supervised_positions
-        normed, _ = self._final_norm(self._passed(batch, len(self.config.layers), supervised, dropout_seed))
+        normed, _ = self._final_norm(self._states_at(batch, len(self.config.layers), supervised, dropout_seed))
         return batch.of_documents(head_losses(normed, batch.labels[supervised], self._head_of(dropout_seed)))
 
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Σ nats over supervised tokens, 0-d float64, without gradients and without dropout."""
+        """Return Σ nats over supervised tokens, 0-d float64, without gradients and dropout."""
         return self.token_losses(batch).sum(dtype=torch.float64)

@@ -1,25 +1,24 @@
-"""Incremental forward of the decoder engine: new tokens against a KV cache, for rows of different lengths.
+"""Incremental forward of the decoder engine: new tokens with a KV cache, for rows of different lengths.
 
     K ← [K_seen; K_new],  V ← [V_seen; V_new],   o_i = softmax(c q_i K_{j ≤ i}ᵀ) V_{j ≤ i}      [arXiv:1911.02150, §2.4]
 
-A causal decoder's keys and values of a token depend on what stands before it only, so they are computed once. Two ways
-in: `extend` takes several new tokens a row (prompts, packed without padding; further turns of a conversation), `step`
-one new token for each row. Both run the block's own ops, with the adapter unmerged, and keep nothing for a backward
-pass.
+In a causal decoder, the keys and values of a token depend only on the tokens before it, so they are computed once.
+There are two entry points. `extend` adds several new tokens per row (prompts, packed without padding; further turns of
+a conversation). `step` adds one token to each row. Both use the ops of the block, with the adapter unmerged, and save
+nothing for a backward pass.
 
-The attention of new tokens on seen ones is torch's fused kernel, or where scores are capped or there are sinks plain
-products. In `step`
-the heads of a group, which share keys and values, stand where the kernel expects queries, so that every key is read
-once, and rows of other lengths are masked.
+Attention of new tokens over cached ones is torch's fused kernel. If scores are capped or there are sinks, it consists
+of plain products. In `step`, the heads that share keys and values take the kernel's query axis, so that each key is
+read once. Rows of different lengths are masked.
 
-In families for which there is one, `step` is one compiled call for all blocks (`decode_step`), which reads keys where
-they lie; torch's kernel wants those of a row behind one another. They are where a row grew alone; of several rows, and
-where others took the next pages, it gets a copy of one layer's at a time.
+If the family allows it, `step` is one compiled call for all blocks (`nn.decoder.decode_step`), which reads keys where
+they are stored. torch's kernel needs the keys of a row contiguously. They are contiguous if the row grew alone. For
+several rows, or if other rows took the next pages, one layer at a time is copied.
 
-Another mixer than attention goes on from the state that it has of each row, and changes it (`nn.decoder.mixer`).
+A mixer other than attention continues from its state of each row and updates it (`nn.decoder.mixer`).
 
-Where rotary angles depend on the document's length (longrope with two lists), everything that a row holds was computed
-for its length as it was: a row that grows beyond a list's length is computed anew, once.
+If rotary angles depend on the document's length (longrope with two lists), cached keys are rotated for the length at
+that time. A row that grows beyond the limit of a list is recomputed once.
 """
 
 from __future__ import annotations
@@ -52,51 +51,51 @@ from backhand.ops.frozen_matrix import frozen_rows
 from backhand.ops.logits_rule import capped, ruled
 from backhand.ops.rms_norm import rms_norm_forward
 
-# New tokens that one pass of `extend` computes at most: bounds its memory, costs nothing in speed.
+# Maximum number of new tokens per pass of `extend`. It bounds the memory and costs no speed.
 CHUNK_TOKENS = 4096
-# Likeliest tokens of each row whose logits are computed in float32 whatever the compute dtype.
+# Number of likeliest tokens per row whose logits are recomputed in float32, for any compute dtype.
 EXACT_CANDIDATES = 16
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q, k, v of the new tokens) → attention output, (tokens, heads, head_dim); k and v are then in the cache."""
+"""(layer, q, k, v of the new tokens) → attention output, (tokens, heads, head_dim). It also caches k and v."""
 Head = Callable[[Decoder, Tensor], Tensor]
-"""(decoder, its last block's output (rows, hidden)) → logits, (rows, vocab)."""
+"""(decoder, output of its last block, (rows, hidden)) → logits, (rows, vocab)."""
 
 
 class _Piece(NamedTuple):
-    """New tokens of one row: where they stand among the packed ones, and how much of the row is in the cache before."""
+    """New tokens of one row: their position among the packed tokens, and the number of cached tokens before them."""
 
     row: int
     start: int
     new: int
     seen: int
-    reach: int  # how long the row will be when all that is being appended to it is there
+    reach: int  # length of the row after the whole append
 
 
 class IncrementalDecoder:
-    """A decoder with a KV cache of several rows.
+    """A decoder with a KV cache for several rows.
 
     Args:
-        decoder: base weights and, if one is attached, the adapter, as of now: make a new one after attach or detach.
-        rows: how many sequences there can be at once.
-        capacity: tokens for which there is room at first, of all rows together; it grows when needed.
-        head: makes logits; `head_logits` if not given.
+        decoder: base weights and the attached adapter, if any. After attach or detach, another object is needed.
+        rows: maximum number of sequences.
+        capacity: initial number of tokens of all rows together. The cache grows if necessary.
+        head: computes logits; None for `head_logits`.
 
     Attributes:
-        cache: keys and values; rows are taken into use and dropped there.
+        cache: keys and values. Rows are added and removed there.
     """
 
     def __init__(self, decoder: Decoder, *, rows: int = 1, capacity: int = 256, head: Head | None = None) -> None:
         self.decoder = decoder
         self._head = head or head_logits
-        # A single answer that nothing is compared with.
+        # A single answer, whose bits are not compared with another's.
         self._quick = rows == 1 and head is None
         self.cache = KVCache(decoder.config, rows, capacity, dtype=decoder.dtype, device=decoder.device)
         decoder.refresh()
         self._adapters = decoder.block_adapters(None)
         self._limits = decoder.config.length_limits
-        # Steps as a whole, if they can be had, and the weights for which that was looked for.
-        self._whole_step: DecodeStep | None = None
-        self._looked_for: DecoderWeights | None = None
+        # The compiled call for a whole step, or None, and the weights that it was created for.
+        self._decode_step: DecodeStep | None = None
+        self._step_weights: DecoderWeights | None = None
 
     @torch.no_grad()
     def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -104,13 +103,13 @@ class IncrementalDecoder:
 
         Args:
             rows: numbers of rows in use, each at most once.
-            tokens: of each of these rows, at least one token.
+            tokens: at least one new token per row.
 
         Returns:
             (len(rows), vocab) logits after each row's last token, see `head_logits`.
 
         Raises:
-            ValueError: for a row without new tokens.
+            ValueError: a row has no new token.
         """
         if any(len(new) == 0 for new in tokens):
             raise ValueError("every row needs at least one new token")
@@ -128,24 +127,24 @@ class IncrementalDecoder:
                 pieces.append(_Piece(row, len(packed), stop - start, self.cache.lengths[row], reach[index]))
                 packed.extend(tokens[index][start:stop])
             x = self._extend_chunk(pieces, packed)
-            self.cache.arrive([piece.row for piece in pieces], [piece.new for piece in pieces])
+            self.cache.finish_append([piece.row for piece in pieces], [piece.new for piece in pieces])
             for (index, _, _), piece in zip(chunk, pieces, strict=True):
                 last[index] = x[piece.start + piece.new - 1]
         return self._head(self.decoder, last)
 
     def _begin(self, row: int, new: Sequence[int]) -> Sequence[int]:
-        """The tokens to compute so that the row ends with `new`: these, or all of it where its angles change."""
+        """Return the tokens to compute so that the row ends with `new`: these, or the whole row if angles change."""
         cache = self.cache
-        side = self._side(cache.lengths[row] + len(new))
-        if side != cache.sides[row] and cache.lengths[row]:
+        regime = self._rope_regime(cache.lengths[row] + len(new))
+        if regime != cache.rope_regimes[row] and cache.lengths[row]:
             new = [*cache.tokens[row], *new]
             cache.truncate(row, 0)
-        cache.sides[row] = side
+        cache.rope_regimes[row] = regime
         cache.tokens[row] += new
         return new
 
-    def _side(self, length: int) -> int:
-        """How many of the lengths beyond which other angles hold a row of so many tokens exceeds."""
+    def _rope_regime(self, length: int) -> int:
+        """Return the number of rotary length limits that a row of this length exceeds."""
         return sum(length > limit for limit in self._limits)
 
     @torch.no_grad()
@@ -161,7 +160,10 @@ class IncrementalDecoder:
         lengths = self.cache.lengths
         if len(token_ids) != len(lengths):
             raise ValueError(f"{len(token_ids)} tokens for {len(lengths)} rows in use")
-        if any(self._side(length + 1) != side for length, side in zip(lengths, self.cache.sides, strict=True)):
+        if any(
+            self._rope_regime(length + 1) != regime
+            for length, regime in zip(lengths, self.cache.rope_regimes, strict=True)
+        ):
             return self.extend(range(len(lengths)), [[token] for token in token_ids])
         for row, token in zip(self.cache.tokens, token_ids, strict=True):
             row.append(token)
@@ -170,17 +172,17 @@ class IncrementalDecoder:
         ids, positions = torch.tensor(token_ids, device=device), torch.tensor(lengths, device=device)
         before = QUICK_ROW.set(self._quick)
         try:
-            x = self._whole(ids, positions)
+            x = self._compiled_step(ids, positions)
             if x is None:
                 attend = self._attend_step(lengths)
                 x = self._blocks(ids, positions, positions + 1, attend, [Rows(0, len(lengths), 0, 1)])
-            self.cache.arrive(range(len(lengths)), [1] * len(lengths))
+            self.cache.finish_append(range(len(lengths)), [1] * len(lengths))
             return self._head(self.decoder, x)
         finally:
             QUICK_ROW.reset(before)
 
     def _attend_step(self, lengths: Sequence[int]) -> Attend:
-        """The attention of one new token a row."""
+        """Return the attention of one new token per row."""
         device, places = self.decoder.device, self.cache.places[: len(lengths)]
         new = places.gather(1, torch.tensor(lengths)[:, None]).squeeze(1).to(device)
         seen: dict[int | None, tuple[Where, Tensor | None]] = {}
@@ -189,45 +191,45 @@ class IncrementalDecoder:
             seen[window] = self.cache.where(places[:, first : max(lengths) + 1]), mask
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            held, scores = self._cached(layer, new, k, v)
+            kv_layer, scores = self._cached(layer, new, k, v)
             where, mask = seen[scores.window]
             grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
-            keys, values = self.cache.read(held, where)
+            keys, values = self.cache.read(kv_layer, where)
             if scores.known_to_kernels:
                 output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scaling)
             else:
-                output = _written_out_step(grouped, keys, values, mask, scores)
+                output = _plain_attention_step(grouped, keys, values, mask, scores)
             return output.flatten(1, 2)
 
         return attend
 
     def _cached(self, layer: int, places: Tensor, k: Tensor, v: Tensor) -> tuple[int, Scores]:
-        """Put keys and values of new tokens into the cache; the layer whose keys this one uses, and its scores."""
+        """Cache keys and values of new tokens. Return the layer whose keys this layer uses, and its score settings."""
         config, source = self.decoder.config, self.decoder.config.layers[layer].kv_source
         if source is None:
             self.cache.write(layer, places, k, v)
         scores = layer_scores(config, config.layers[layer], self.decoder.active.blocks[layer])
         return layer if source is None else source, scores
 
-    def _whole(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
-        """The last block's output, (rows, hidden), for a new token each by one call, or None where they need more.
+    def _compiled_step(self, token_ids: Tensor, positions: Tensor) -> Tensor | None:
+        """Return the last block's output, (rows, hidden), for one new token per row by one compiled call.
 
-        Their keys and values are then cached.
+        The keys and values are then cached. Return None if the decoder has no such call.
         """
         decoder = self.decoder
         if not kernels_available():
             return None
-        if self._looked_for is not decoder.active:
-            self._looked_for = decoder.active
-            self._whole_step = decode_step(decoder, self._adapters, self.cache)
-        if self._whole_step is None:
+        if self._step_weights is not decoder.active:
+            self._step_weights = decoder.active
+            self._decode_step = decode_step(decoder, self._adapters, self.cache)
+        if self._decode_step is None:
             return None
         x, tables = decoder.embed(token_ids), decoder.rotary_tables(positions, positions + 1)
-        self.cache.go_on(range(len(token_ids)))
-        return x if self._whole_step(x, positions, tables) else None
+        self.cache.begin_append(range(len(token_ids)))
+        return x if self._decode_step(x, positions, tables) else None
 
     def _extend_chunk(self, pieces: Sequence[_Piece], packed: Sequence[int]) -> Tensor:
-        """The last block's output for the packed new tokens, (tokens, hidden); keys and values are then cached."""
+        """Return the last block's output for the packed new tokens, (tokens, hidden). Caches their keys and values."""
         device = self.decoder.device
         positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
         reach = torch.cat([torch.full((p.new,), p.reach, device=device) for p in pieces])
@@ -241,7 +243,7 @@ class IncrementalDecoder:
             read = [self.cache.where(places[p.row : p.row + count, : p.seen + p.new]) for p, count in firsts]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            held, scores = self._cached(layer, written, k, v)
+            kv_layer, scores = self._cached(layer, written, k, v)
             if not read:
                 documents = document_runs(tuple(piece.new for piece in pieces))
                 return attention_forward(q, k, v, documents, scores)[0]
@@ -249,7 +251,7 @@ class IncrementalDecoder:
             for run, where in zip(runs, read, strict=True):
                 (_, piece), count = run[0], len(run)
                 span = slice(piece.start, piece.start + count * piece.new)
-                keys, values = self.cache.read(held, where)
+                keys, values = self.cache.read(kv_layer, where)
                 by_row = q[span].unflatten(0, (count, piece.new))
                 if scores.known_to_kernels:
                     key = (piece.seen, piece.new, scores.window)
@@ -266,16 +268,16 @@ class IncrementalDecoder:
                 output[span] = attended.flatten(0, 1)
             return output
 
-        neighbours = [list(group) for _, group in groupby(enumerate(pieces), key=_beside)]
+        neighbours = [list(group) for _, group in groupby(enumerate(pieces), key=_adjacent)]
         rows = [Rows(run[0][1].row, len(run), run[0][1].start, run[0][1].new) for run in neighbours]
         return self._blocks(torch.tensor(packed, device=device), positions, reach, attend, rows)
 
     def _blocks(
         self, token_ids: Tensor, positions: Tensor, reach: Tensor, attend: Attend, rows: Sequence[Rows]
     ) -> Tensor:
-        """Embedding and all blocks, (tokens, hidden)."""
+        """Return the output of embedding and all blocks, (tokens, hidden)."""
         decoder = self.decoder
-        self.cache.go_on(row for run in rows for row in range(run.first, run.first + run.rows))
+        self.cache.begin_append(row for run in rows for row in range(run.first, run.first + run.rows))
         x = decoder.embed(token_ids)
         tables, scratch = decoder.rotary_tables(positions, reach), Scratch()
         cross_layer, _ = decoder.cross_layer(token_ids)
@@ -287,30 +289,30 @@ class IncrementalDecoder:
         return x
 
     def _block(self, index: int, x0: Tensor, context: BlockContext, attend: Attend, rows: Sequence[Rows]) -> Tensor:
-        """x₂ of one block, (tokens, hidden), with its attention left to `attend`: see `nn.decoder.block`."""
+        """Return x₂ of one block, (tokens, hidden), with attention computed by `attend`. See `nn.decoder.block`."""
         config, weights, adapter = context.config, self.decoder.active.blocks[index], self._adapters[index]
         n1, _ = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
         mixer = MIXERS[context.layer.mixer]
-        entering, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
+        mixer_input, _ = group_forward(n1, weights.input, weights.input_bias, adapter.input)
         if mixer.extend is None:
-            q, k, v = not_none(mixer.qkv)(entering, weights, context)[:3]
-            output = gated_output(entering, attend(index, q, k, v), config)
+            q, k, v = not_none(mixer.qkv)(mixer_input, weights, context)[:3]
+            output = gated_output(mixer_input, attend(index, q, k, v), config)
         else:
-            output = mixer.extend(entering, weights, self.cache.states[index], rows, config)
+            output = mixer.extend(mixer_input, weights, self.cache.states[index], rows, config)
         after = weights.after_attention_norm
         x1, _, _ = residual_forward(x0, output, weights.output, weights.output_bias, adapter.output, after, config)
         x2, _ = mlp_sublayer_forward(x1, weights, adapter, config, context.scratch)
         return x2 if weights.layer_scalar is None else ple_forward(x2, weights, adapter, context)[0]
 
 
-def _written_out_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, of: Scores) -> Tensor:
-    """Attention with capped scores or with sinks, which torch's kernel does not have: one query a head.
+def _plain_attention_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, of: Scores) -> Tensor:
+    """Attention with capped scores or sinks, which torch's kernel does not support, for one query per head.
 
     Args:
         q: (rows, key/value heads, group, head_dim).
         keys, values: (rows, key/value heads, n, head_dim).
-        mask: as `_step_mask` makes it.
-        of: the layer's c, κ and σ.
+        mask: from `_step_mask`.
+        of: the layer's score settings c, κ and σ.
     """
     scores, sinks = (q @ keys.mT) * of.scaling, of.sinks
     if of.cap is not None:
@@ -324,11 +326,11 @@ def _written_out_step(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | No
 
 
 def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
-    """Final norm and output projection for choosing a token: (rows, hidden) to (rows, vocab), float32 or wider.
+    """Return final norm and output projection for sampling: (rows, hidden) to (rows, vocab), float32 or wider.
 
-    A narrow product rounds logits of 16 to 32, where a language model's largest ones lie, to steps of 1/8: of six
-    first tokens of SmolLM2's answers, two came out with the likeliest tokens equal or swapped. The likeliest of each
-    row are therefore multiplied again in float32, from the same weights; the others stay as rounded.
+    A bfloat16 product rounds logits of 16 to 32, the range of a language model's largest logits, to multiples of 1/8.
+    Of six first tokens of SmolLM2's answers, two had their likeliest tokens equal or swapped. The likeliest tokens of
+    each row are therefore multiplied again in float32, with the same weights. The other logits stay rounded.
     """
     narrow, rule = decoder.projected(x), decoder.config.logits
     if narrow.dtype in (torch.float32, torch.float64):
@@ -351,13 +353,13 @@ def head_logits(decoder: Decoder, x: Tensor) -> Tensor:
 
 
 def _chunks(counts: Sequence[int]) -> list[list[tuple[int, int, int]]]:
-    """Split rows' new tokens into passes of at most CHUNK_TOKENS: lists of (index, start, stop), in order."""
+    """Split the new tokens of rows into passes of at most CHUNK_TOKENS: lists of (index, start, stop), in order."""
     chunks: list[list[tuple[int, int, int]]] = [[]]
     left = CHUNK_TOKENS
     for index, count in enumerate(counts):
         start = 0
         while start < count:
-            # A row is only cut where it does not fit into a pass of its own.
+            # A row is split only if it does not fit into one pass.
             if left == 0 or (count - start > left and chunks[-1] and count - start <= CHUNK_TOKENS):
                 chunks.append([])
                 left = CHUNK_TOKENS
@@ -369,18 +371,18 @@ def _chunks(counts: Sequence[int]) -> list[list[tuple[int, int, int]]]:
 
 
 def _batched_with(numbered: tuple[int, _Piece]) -> tuple[int, int, int]:
-    """Neighbours for which this is equal lie in neighbouring rows and are equally long, so one kernel call does."""
+    """Return a key that is equal for neighbouring rows of equal length, which one kernel call can compute."""
     number, piece = numbered
     return piece.row - number, piece.new, piece.seen
 
 
-def _beside(numbered: tuple[int, _Piece]) -> tuple[int, int]:
-    """The same of rows that may have seen otherwise much."""
+def _adjacent(numbered: tuple[int, _Piece]) -> tuple[int, int]:
+    """Return the same key for rows with any number of cached tokens."""
     return _batched_with(numbered)[:2]
 
 
 def _extend_mask(seen: int, count: int, window: int | None, device: torch.device) -> Tensor:
-    """(count, seen + count) booleans: which keys each new token sees."""
+    """Return (count, seen + count) booleans: the keys that each new token attends to."""
     queries = torch.arange(seen, seen + count, device=device)
     distance = queries[:, None] - torch.arange(seen + count, device=device)[None, :]
     visible = distance >= 0
@@ -388,9 +390,9 @@ def _extend_mask(seen: int, count: int, window: int | None, device: torch.device
 
 
 def _step_mask(lengths: Sequence[int], window: int | None, device: torch.device) -> tuple[int, Tensor | None]:
-    """The first key that any row's new token sees, and which of the keys from there on each row's sees.
+    """Return the first key that any new token attends to, and the mask of the keys from there on.
 
-    The mask is (rows, 1, 1, keys) booleans; None where every row sees all of these keys.
+    The mask is (rows, 1, 1, keys) booleans, or None if every row attends to all of these keys.
     """
     lowest, highest = min(lengths), max(lengths)
     first = 0 if window is None else max(0, lowest + 1 - window)

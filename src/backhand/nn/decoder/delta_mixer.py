@@ -1,18 +1,19 @@
-"""Qwen3.5's mixer: the gated delta rule in a block, with what stands around it, and its state when text is generated.
+"""Qwen3.5's mixer: the gated delta rule with its convolution, norms and gate, and its state during generation.
 
     [q k v | z | b | a] = in_proj(n₁),   [q k v] ← SiLU(conv([q k v])),   β = σ(b),   g = decay_gate(a)
     q̂ = q / (√w ‖q‖),   k̂ = k / ‖k‖,   o = delta rule(q̂, k̂, v, g, β),   y = norm(o) ⊙ SiLU(z)
 
-with w features of a key head; ‖·‖ is √(Σ² + ε) of one head, ε = 1e-6 whatever the family's norms have. That is an
-RMSNorm of ε / w whose gain is w^-½, and the query's 1 / w: the same op, the gain as an offset to a weight of zeros.
-q̂ and k̂ stay in float32 or wider, as the rule takes them. norm goes over the value head, and its weight is no difference
-from one.
+w is the width of a key head. ‖·‖ is √(Σ² + ε) over one head, with ε = 1e-6 in every model. Dividing by it is an RMSNorm
+with ε / w and gain w^-½ for keys, 1 / w for queries. The code calls the RMSNorm op with the gain as offset and a zero
+weight. q̂ and k̂ stay in float32 or wider, as the rule expects. norm is computed over each value head. It multiplies by
+its weight, not by 1 + weight.
 
-Backward is the same list from the bottom up, each by its op's backward. Kept, beside the mixer's input and output, are
-o and the factor of its norm; q̂, k̂, v, g and β are recomputed from the input, for a convolution and two norms.
+Backward is the list in reverse order, each line by the backward of its op. The mixer saves o and the factor of its norm
+in addition to its input and output. The backward recomputes q̂, k̂, v, g and β from the input, at the cost of a
+convolution and two norms.
 
-A token's output depends on [q k v] before the convolution of the J-1 tokens before it, and on the rule's state: a row's
-states are these two, zeros before its first token. Both have a size that does not grow with the row.
+The output of a token depends on [q k v] before the convolution of the J-1 tokens before it, and on the state of the
+rule. These are the two states of a row, zero before its first token. Their size does not grow with the row.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ L2_EPS = 1e-6
 
 
 class DeltaMixerSaved(NamedTuple):
-    """o (T, value heads, value width), and the factor of its norm, (T, value heads, 1)."""
+    """o (T, value heads, value width) and the factor of its norm (T, value heads, 1)."""
 
     output: Tensor
     factor: Tensor
 
 
 class _RuleInputs(NamedTuple):
-    """q̂, k̂, v, g and β, and what the backward of each needs."""
+    """q̂, k̂, v, g and β, and the tensors saved for the backward of each."""
 
     q: Tensor
     k: Tensor
@@ -64,7 +65,7 @@ class _RuleInputs(NamedTuple):
 
 
 def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaMixerSaved]:
-    """y, (T, value heads · value width), from [q k v | z | b | a], within each document."""
+    """Return y, (T, value heads · value width), for [q k v | z | b | a], within each document."""
     sizes = not_none(context.config.delta)
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     convolved, _ = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
@@ -75,30 +76,30 @@ def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tu
 
 def delta_backward(
     d_y: Tensor,
-    kept: MixerSaved,
+    saved: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,
     _output: Tensor | None,
 ) -> Tensor:
-    """∂L/∂[q k v | z | b | a] from ∂L/∂y, (T, value heads · value width); the norm's gradient is added if trained."""
-    sizes, own, x = not_none(context.config.delta), kept.inner, kept.input
+    """Return ∂L/∂[q k v | z | b | a] for ∂L/∂y, (T, value heads · value width). Adds the gradient of a trained norm."""
+    sizes, inner, x = not_none(context.config.delta), saved.inner, saved.input
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     d_x = torch.empty_like(x)
     d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
 
-    normed = rms_norm_apply(own.output, not_none(weights.delta_norm), own.factor).flatten(1)
+    normed = rms_norm_apply(inner.output, not_none(weights.delta_norm), inner.factor).flatten(1)
     d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
     d_z.copy_(d_gate)
-    norm = RMSNormSaved(own.output, not_none(weights.delta_norm), own.factor, 0.0)
-    d_o = norm_backward(d_normed.unflatten(1, own.output.shape[1:]), norm, adapter.norms.get(NORM))
+    norm = RMSNormSaved(inner.output, not_none(weights.delta_norm), inner.factor, 0.0)
+    d_o = norm_backward(d_normed.unflatten(1, inner.output.shape[1:]), norm, adapter.norms.get(NORM))
     del normed, d_gate, d_normed
 
     convolved, conv = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
     rule = _rule_inputs(convolved, b, a, weights, sizes)
-    saved = GatedDeltaRuleSaved(*rule[:5], context.runs)
-    d_q, d_k, d_v, d_decay, d_beta = gated_delta_rule_backward(d_o, saved)
-    del saved, d_o
+    delta_rule = GatedDeltaRuleSaved(*rule[:5], context.runs)
+    d_q, d_k, d_v, d_decay, d_beta = gated_delta_rule_backward(d_o, delta_rule)
+    del delta_rule, d_o
     d_b.copy_(sigmoid_backward(d_beta, rule.rate).d_x)
     d_a.copy_(decay_gate_backward(d_decay, rule.decay_gate).d_a)
     d_convolved = torch.empty_like(convolved)
@@ -114,9 +115,10 @@ def delta_backward(
 def delta_states(
     config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """For each row [q k v] of its last J-1 tokens, (rows, J-1, channels), and the rule's state in float32 or wider.
+    """Return zero states: [q k v] of each row's last J-1 tokens, and the state of the rule.
 
-    The state is (rows, value heads, key width, value width); both are zeros.
+    The shapes are (rows, J-1, channels) and (rows, value heads, key width, value width). The second is float32 or
+    wider.
     """
     sizes = not_none(config.delta)
     seen = torch.zeros(rows, sizes.taps - 1, sizes.channels, dtype=dtype, device=device)
@@ -127,27 +129,32 @@ def delta_states(
 def delta_extend(
     x: Tensor, weights: BlockWeights, states: tuple[Tensor, ...], rows: Sequence[Rows], config: DecoderConfig
 ) -> Tensor:
-    """y of new tokens, (tokens, value heads · value width), behind what rows have seen; the states go on with them.
+    """Return y of new tokens, (tokens, value heads · value width), which continue their rows, and update the states.
 
     Args:
         x: [q k v | z | b | a] of the new tokens.
-        states: see `delta_states`.
-        rows: whose tokens they are.
+        states: from `delta_states`.
+        rows: the rows that the tokens belong to.
     """
     sizes, (seen, state) = not_none(config.delta), states
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     o = x.new_empty(x.shape[0], sizes.value_heads, sizes.value_width)
     for first, count, start, new in rows:
-        tokens, there = slice(start, start + count * new), slice(first, first + count)
+        tokens, row_range = slice(start, start + count * new), slice(first, first + count)
         by_row = qkv[tokens].unflatten(0, (count, new))
-        convolved = causal_conv_continued(by_row, _taps(weights), seen[there], silu=True).flatten(0, 1)
+        convolved = causal_conv_continued(by_row, _taps(weights), seen[row_range], silu=True).flatten(0, 1)
         rule = _rule_inputs(convolved, b[tokens], a[tokens], weights, sizes)
-        o[tokens] = gated_delta_rule_forward(*rule[:5], (Run(0, count, new),), states=state[there])[0]
+        o[tokens] = gated_delta_rule_forward(*rule[:5], (Run(0, count, new),), states=state[row_range])[0]
     return _gated(o, z, weights, config)[0]
 
 
 def _rule_inputs(convolved: Tensor, b: Tensor, a: Tensor, weights: BlockWeights, sizes: DeltaSizes) -> _RuleInputs:
-    """From the convolved [q k v], (tokens, channels), and b and a, (tokens, value heads) each."""
+    """Return the inputs of the rule.
+
+    Args:
+        convolved: [q k v] after the convolution, (tokens, channels).
+        b, a: (tokens, value heads) each.
+    """
     raw_q, raw_k, v = _heads(convolved, sizes)
     width, wide = sizes.key_width, torch.promote_types(convolved.dtype, torch.float32)
     zeros = convolved.new_zeros(width, dtype=wide)
@@ -159,22 +166,22 @@ def _rule_inputs(convolved: Tensor, b: Tensor, a: Tensor, weights: BlockWeights,
 
 
 def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of q, k and v in x, (tokens, channels): (tokens, heads, width)."""
+    """Return views of q, k and v in x, (tokens, channels), as (tokens, heads, width)."""
     keys = sizes.key_heads * sizes.key_width
     q, k, v = x.split([keys, keys, sizes.value_heads * sizes.value_width], dim=1)
-    of_keys, of_values = (sizes.key_heads, sizes.key_width), (sizes.value_heads, sizes.value_width)
-    return q.unflatten(1, of_keys), k.unflatten(1, of_keys), v.unflatten(1, of_values)
+    key_shape, value_shape = (sizes.key_heads, sizes.key_width), (sizes.value_heads, sizes.value_width)
+    return q.unflatten(1, key_shape), k.unflatten(1, key_shape), v.unflatten(1, value_shape)
 
 
 def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaMixerSaved]:
-    """norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and what backward needs."""
+    """Return norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and the tensors saved for backward."""
     normed, norm = rms_norm_forward(o, not_none(weights.delta_norm), config.norm_eps)
     y, _ = glu_forward(z, normed.flatten(1), "silu")
     return y, DeltaMixerSaved(o, norm.factor)
 
 
 def _taps(weights: BlockWeights) -> Taps:
-    """The convolution as the op takes it: files have an axis more."""
+    """Return the convolution in the shape that the op expects. Files have one more axis."""
     return Taps(not_none(weights.conv).squeeze(1))
 
 

@@ -1,18 +1,18 @@
-"""Families with mixtures of experts, read as in `family_parsing`.
+"""Families with mixtures of experts, read as in `nn.decoder.family_parsing`.
 
 Checked against the modelling sources of transformers 5.24:
 
-- A layer has a router and experts in the place of an MLP; in Qwen3-MoE every `decoder_sparse_step`-th layer that is not
-  among `mlp_only_layers`.
-- A chosen expert's weight is its share among the chosen ones, in Qwen3-MoE without `norm_topk_prob` among all.
-- The number of experts is called `num_experts` or `num_local_experts`, which transformers takes for one field. The
-  width of an expert is Mixtral's `intermediate_size` and Qwen3-MoE's `moe_intermediate_size`.
-- A sliding window is that of all layers: Mixtral's where the field is there, Qwen3-MoE's with `use_sliding_window`.
+- A layer has a router and experts instead of an MLP. In Qwen3-MoE this holds for every `decoder_sparse_step`-th layer
+  that is not in `mlp_only_layers`.
+- A chosen expert's weight is its share among the chosen ones; in Qwen3-MoE without `norm_topk_prob`, among all.
+- The number of experts is `num_experts` or `num_local_experts`, which transformers treats as one field. The width of an
+  expert is `intermediate_size` in Mixtral and `moe_intermediate_size` in Qwen3-MoE.
+- A sliding window applies to all layers: in Mixtral if the field is set, in Qwen3-MoE with `use_sliding_window`.
 - Qwen3-MoE has Qwen3's attention.
-- gpt-oss: every second layer slides, the first one does (`layer_types`); the softmax of each head has a sink; q, k, v
-  and o have biases (`attention_bias`), and router and experts always. A chosen expert's weight is its share among the
-  chosen ones. The experts' gated unit is clamped at `swiglu_limit`, with a gain of `swiglu_alpha` inside the sigmoid.
-  Rotary angles are yarn's where the config is silent, of base 150000.
+- gpt-oss: every second layer slides, starting with the first (`layer_types`). The softmax of each head has a sink. q,
+  k, v and o have biases (`attention_bias`), and router and experts always have them. A chosen expert's weight is its
+  share among the chosen ones. The experts' gated unit is clamped at `swiglu_limit`, with a gain of `swiglu_alpha`
+  inside the sigmoid. Without rotary fields in the config, angles are yarn's with base 150000.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dataclasses import replace
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import (
     MOST_ELEMENTS,
-    all_but_every,
     common_fields,
+    sliding_except_every,
     stated_window,
+    uniform_window,
     used_window,
-    window_everywhere,
     window_size,
     with_biases,
     with_layers,
@@ -39,17 +39,17 @@ from backhand.ops.clamped_glu import Clamp
 
 def mixtral(fields: ConfigFields) -> DecoderConfig:
     """Mixtral: experts in every layer."""
-    decoder = window_everywhere(fields, stated_window(fields))
+    decoder = uniform_window(fields, stated_window(fields))
     return _with_experts(decoder, _mixture(fields, "num_local_experts", decoder.intermediate_size))
 
 
 def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
-    """Qwen3-MoE: perhaps some layers without experts."""
-    decoder = with_biases(fields, window_everywhere(fields, used_window(fields)))
+    """Qwen3-MoE: layers with experts, and optionally some without."""
+    decoder = with_biases(fields, uniform_window(fields, used_window(fields)))
     step, count = fields.integer("decoder_sparse_step"), len(decoder.layers)
     dense = fields.value("mlp_only_layers") or []
     if not isinstance(dense, list) or any(isinstance(n, bool) or not isinstance(n, int) for n in dense):
-        raise ArtifactError(f"mlp_only_layers = {dense!r:.80} is no list of layers", where="config.json")
+        raise ArtifactError(f"mlp_only_layers = {dense!r:.80} is not a list of layers", where="config.json")
     mixture = _mixture(fields, "num_experts", fields.integer("moe_intermediate_size"))
     mixture = mixture._replace(of_all=not fields.flag("norm_topk_prob", False))
     sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(count)]
@@ -57,7 +57,7 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
 
 
 _MOST_EXPERTS = 2**16
-"""A garbled number must not fill the memory with names."""
+"""Upper bound: a corrupted number must not fill the memory with names."""
 
 _GPT_OSS_THETA = 150_000.0
 _GPT_OSS_ROTARY = {
@@ -68,7 +68,7 @@ _GPT_OSS_ROTARY = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""What its class takes where a config is silent."""
+"""Default of transformers' configuration class."""
 
 
 def gpt_oss(fields: ConfigFields) -> DecoderConfig:
@@ -76,7 +76,7 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _GPT_OSS_ROTARY)
     fields.assume("rope_theta", _GPT_OSS_THETA)
-    decoder = common_fields(fields, window=window_size(fields), slides=all_but_every(2))
+    decoder = common_fields(fields, window=window_size(fields), slides=sliding_except_every(2))
     mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
     gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
     limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)
@@ -85,18 +85,18 @@ def gpt_oss(fields: ConfigFields) -> DecoderConfig:
 
 
 def _with_experts(decoder: DecoderConfig, mixture: Mixture, sparse: Sequence[bool] | None = None) -> DecoderConfig:
-    """With experts in these layers, in all if none are named."""
+    """Return the decoder with experts in these layers, or in all layers if `sparse` is None."""
     sparse = [True] * len(decoder.layers) if sparse is None else sparse
     return replace(with_layers(decoder, sparse, experts=True), mixture=mixture if any(sparse) else None)
 
 
 def _mixture(fields: ConfigFields, declared: str, width: int) -> Mixture:
-    """Number of experts, by the one of its two names that is there, and of those that a token goes to."""
+    """Read the number of experts, under either of its two names, and the number of experts per token."""
     stated = [name for name in ("num_experts", "num_local_experts") if fields.value(name) is not None]
     experts, chosen = fields.integer(stated[0] if stated else declared), fields.integer("num_experts_per_tok")
     if chosen > experts or experts > _MOST_EXPERTS or experts * width > MOST_ELEMENTS:
         raise ArtifactError(
-            f"{chosen} of {experts} experts of width {width} is no mixture",
+            f"{chosen} of {experts} experts of width {width} is not a valid mixture",
             where="config.json",
             next_step="fetch the model again",
         )

@@ -1,22 +1,27 @@
-"""The MLP half of a block whose layer is a mixture of experts, forward and backward by hand.
+"""The MLP sublayer of a layer with a mixture of experts, forward and backward by hand.
 
     n₂ = norm(x₁)                     s, chosen = router(n₂ W_rᵀ)            k experts for each token, s their shares
     x̂ = dispatch(n₂)                  [a u] = x̂ W_gu,eᵀ (+ LoRA of e)         each expert on its own rows
     p̂ = s ⊙ (φ(a) ⊙ u)                x₂ = x₁ + combine(p̂ W_d,eᵀ (+ LoRA of e))
 
-A token becomes k rows, sorted by expert, so that each expert that was chosen takes few large products and no other is
-computed or read (`ops.expert_rows`, `ops.expert_linear`). The shares stand in front of the last layer: what the experts
-put out is then neither kept nor computed again. Where that layer has a bias (gpt-oss), the shares' sum of the chosen
-experts' biases is added to x₂ apart (`ops.expert_bias`), through which the shares have another part of their gradient.
-There the gated unit is `ops.clamped_glu`, and an adapter's file has gate's and up's outputs interleaved, while a lies
-before u here: lora_B is put in this order, and its gradient back.
+A token becomes k rows, sorted by expert. Each chosen expert then computes a few large products, and the other experts
+are neither read nor computed (`ops.expert_rows`, `ops.expert_linear`). The shares multiply the input of the down
+projection rather than its output, so the output of the experts is neither saved nor recomputed.
 
-Backward is the list from the bottom up. d_n₂ comes through the experts and, since the shares depend on it, through the
-router, whose own weight is frozen. Which experts are chosen does not change in between.
+gpt-oss differs in three points:
+- The down projection has a bias. The biases of the chosen experts, weighted by the shares, are added to x₂ separately
+  (`ops.expert_bias`), which gives the shares a second term of their gradient.
+- The gated unit is `ops.clamped_glu`.
+- An adapter file interleaves the outputs of gate and up, while here all of a comes before u. lora_B is reordered, and
+  so is its gradient.
 
-Kept for backward: the norm's factor, shares and choices, a, u and every h; `recompute="mlp"` keeps no a, u and none of
-their h. n₂, x̂, p and p̂ are computed again. The experts' matrices lie below one another, gate_up (experts · 2f, hidden)
-and down (experts · hidden, f); each is used, dense or quantized, as a matrix by itself.
+Backward is the list in reverse order (`experts_backward`). d_n₂ has two terms: one through the experts, and one through
+the router, because the shares depend on n₂. The weight of the router is frozen. The choice of experts is treated as
+constant.
+
+Saved for backward: the norm factor, shares and choices, a, u and every h. `recompute="mlp"` drops a, u and their h.
+n₂, x̂, p and p̂ are recomputed. The matrices of all experts are stacked: gate_up is (experts · 2f, hidden) and down
+(experts · hidden, f). Each expert's matrix is a slice of the stack, dense or quantized.
 """
 
 from __future__ import annotations
@@ -62,23 +67,24 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_part
 
 
 class ExpertsSaved(NamedTuple):
-    """The half's kept tensors; T tokens, k choices each, f is the width of one expert."""
+    """Saved tensors of the sublayer for T tokens with k choices each. f is the width of one expert."""
 
-    factor: Tensor | None  # (T, 1) of the norm before, if any
-    routed: RouterSaved  # (T, k), or (T, experts) where a share is one of all
+    factor: Tensor | None  # (T, 1) of the norm before the sublayer, if any
+    routed: RouterSaved  # (T, k), or (T, experts) if a share is relative to all experts
     shares: Tensor  # (T, k)
     routing: Routing
-    gate_up: Tensor | None  # (T · k, 2f), sorted by expert; None when recomputed
-    h_gate_up: Tensor | None  # (T · k, rank); None when recomputed
+    gate_up: Tensor | None  # (T · k, 2f), sorted by expert; None if recomputed
+    h_gate_up: Tensor | None  # (T · k, rank); None if recomputed
     h_down: Tensor  # (T · k, rank)
     post_norm: RMSNormSaved | None  # input and factor of the norm after the sublayer, if any
 
 
 class ExpertMatrices(Sequence[FrozenMatrix]):
-    """The matrix of each expert in a stack of them; one is cut out when it is asked for.
+    """Matrices of the experts in a stack. Each is sliced on access.
 
     Args:
         stack: (experts · out, in).
+        experts: number of experts.
     """
 
     def __init__(self, stack: FrozenMatrix, experts: int) -> None:
@@ -96,7 +102,7 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
     def __getitem__(self, expert: slice) -> Sequence[FrozenMatrix]: ...
 
     def __getitem__(self, expert: int | slice) -> FrozenMatrix | Sequence[FrozenMatrix]:
-        """(out, in) of one, or several of them."""
+        """Return the matrix of one expert, (out, in), or a list of matrices."""
         if isinstance(expert, slice):
             return [self[one] for one in range(*expert.indices(self._experts))]
         return frozen_part(self._stack, expert * self._rows, (expert + 1) * self._rows)
@@ -105,7 +111,7 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
 def experts_sublayer_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, ExpertsSaved]:
-    """x₂ from x₁, (T, hidden) both, and what its backward needs."""
+    """Return x₂ for x₁, (T, hidden) both, and the tensors saved for backward."""
     mixture = not_none(config.mixture)
     n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
     logits = frozen_linear(n2, not_none(weights.router), weights.router_bias)
@@ -188,7 +194,7 @@ def experts_backward(
 def _gate_up(
     n2: Tensor, routing: Routing, weights: BlockWeights, adapter: BlockAdapter, mixture: Mixture
 ) -> tuple[Tensor, Tensor]:
-    """[a | u], (T · k, 2f), and h, of every token's rows."""
+    """Return [a | u], (T · k, 2f), and h, of all rows."""
     rows, _ = dispatch_forward(n2, routing)
     matrices = ExpertMatrices(weights.gate_up, mixture.experts)
     factors, bias = _factors(adapter.gate_up, mixture), weights.gate_up_bias
@@ -198,19 +204,19 @@ def _gate_up(
 
 
 def _by_expert(bias: Tensor, mixture: Mixture) -> Tensor:
-    """(experts, out) of the biases one behind the other."""
+    """Return the concatenated biases as (experts, out)."""
     return bias.view(mixture.experts, -1)
 
 
 def _projection_backward(
     d_y: Tensor, saved: ExpertLinearSaved, adapter: GroupAdapter, mixture: Mixture, input_gradient: bool
 ) -> Tensor | None:
-    """∂L/∂x of one of the experts' projections, or None when not asked for; its factors' gradients are added."""
+    """Return ∂L/∂x of one projection, or None without `input_gradient`, and add the gradients of its factors."""
     into, d_lora_B = None, None
     if saved.factors is not None:
         (member,) = adapter.group.adapters
         d_lora_A, d_lora_B = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
-        # Kernels add to rows without gaps, and in the buffer the experts' columns stand between one another.
+        # Kernels accumulate into contiguous rows, and in the flat buffer the columns of the experts are interleaved.
         into = d_lora_A, torch.zeros_like(saved.factors.lora_B, dtype=d_lora_B.dtype)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, accumulate_into=into).d_x
     if d_lora_B is not None and into is not None:
@@ -220,7 +226,7 @@ def _projection_backward(
 
 
 def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
-    """The experts' factors, each expert's in one piece; None without an adapter."""
+    """Return the factors of the experts, contiguous for each expert, or None without an adapter."""
     if not adapter.group.adapters:
         return None
     (member,) = adapter.group.adapters
@@ -231,5 +237,5 @@ def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
 
 
 def _is_interleaved(adapter: GroupAdapter, mixture: Mixture) -> bool:
-    """Whether the rows of lora_B are gate's and up's interleaved."""
+    """Return True if the rows of lora_B interleave gate and up."""
     return mixture.interleaved and adapter.names[0].endswith(EXPERT_GROUPS[0])

@@ -1,4 +1,4 @@
-"""A model family as data: what the one decoder forward needs to know, read from a Hugging Face config."""
+"""Model families as data: everything that the one decoder needs to know of a model, read from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backhand.ops.logits_rule import PLAIN, LogitsRule
 
 ATTENTION, SHORT_CONV, GATED_DELTA = "attention", "short_conv", "gated_delta"
 VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS = "value_normed", "keys_as_values", "shared_keys"
-"""What may mix the tokens of a document: see `MixerShape`."""
+"""Names of mixers, see `MixerShape`."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +20,25 @@ class RotaryConfig:
 
     theta: float  # the rotary base
     # None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`, `proportional`,
-    # `yarn`); the rules are in `nn.decoder.rotary`
+    # `yarn`); the rules are in `nn.decoder.rotary_frequencies`
     scaling: tuple[tuple[str, float | int | str | tuple[float, ...]], ...] | None = None
-    attention_factor: float = 1.0  # by how much rotated queries and keys are longer, each
-    features: int | None = None  # how many of a head's features turn, the first ones; None for all
-    interleaved: bool = False  # the rotated pairs are neighbours (GLM), not half the rotated features apart
+    attention_factor: float = 1.0  # multiplier of rotated queries and of rotated keys
+    features: int | None = None  # number of leading features of a head that are rotated; None for all
+    interleaved: bool = False  # rotated pairs are adjacent (GLM) rather than half the rotated features apart
 
     @property
     def longest_short(self) -> int | None:
-        """Tokens of the longest document for which the first of longrope's two lists holds; None without two."""
+        """Return the longest document, in tokens, that uses longrope's first list of factors.
+
+        None without a second list.
+        """
         scaling = dict(self.scaling or ())
         limit = scaling.get("original_max_position_embeddings") if "long_factor" in scaling else None
         return limit if isinstance(limit, int) else None
 
 
 class LayerSizes(NamedTuple):
-    """Sizes that may differ from layer to layer (Gemma 4), by the names that `DecoderConfig` has for them."""
+    """Sizes that may differ between layers (Gemma 4), named as in `DecoderConfig`."""
 
     head_dim: int
     num_key_value_heads: int
@@ -44,22 +47,22 @@ class LayerSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What may differ from layer to layer."""
+    """Settings that may differ between layers."""
 
-    # sliding-window size in tokens (a query sees itself and window - 1 tokens before it), None for full attention
+    # sliding-window size in tokens: a query sees itself and the window - 1 tokens before it. None for full attention
     window: int | None = None
-    # index into `DecoderConfig.rotary`; None where queries and keys stay as they are (SmolLM3, EXAONE 4)
+    # index into `DecoderConfig.rotary`; None if queries and keys are not rotated (SmolLM3, EXAONE 4)
     rotary: int | None = 0
-    experts: bool = False  # whether the layer's MLP is a mixture of experts
-    # what mixes the tokens of a document, a key of `DecoderConfig.mixers`; window and rotary are attention's
+    experts: bool = False  # the MLP is a mixture of experts
+    # the mixer, a key of `DecoderConfig.mixers`; window and rotary apply to attention only
     mixer: str = ATTENTION
-    sizes: LayerSizes | None = None  # where they are not those of `DecoderConfig`; see `DecoderConfig.at`
-    # number of the layer below whose keys and values this one uses; None where it has its own
+    sizes: LayerSizes | None = None  # None if they are those of `DecoderConfig`; see `DecoderConfig.at`
+    # number of the lower layer whose keys and values this layer uses; None if it computes its own
     kv_source: int | None = None
 
 
 class QueryScaling(NamedTuple):
-    """Queries at position p are multiplied by 1 + beta ln(1 + ⌊p / length⌋): the farther, the sharper."""
+    """Multiplier of queries at position p: 1 + beta ln(1 + ⌊p / length⌋). Attention becomes sharper with distance."""
 
     beta: float
     length: int
@@ -71,33 +74,34 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-"""Projections of a block that share an input form a group; a block runs its groups in this order.
+"""Groups of a block's linear modules that share an input, in the order of the forward pass.
 
-The first two belong to its mixer, which stands between them; these are attention's."""
+The first two belong to the mixer, which is computed between them. These are the groups of attention.
+"""
 
 FUSED_QKV, FUSED_GATE_UP = "self_attn.qkv_proj", "mlp.gate_up_proj"
-"""The first and the third group as one module each: a matrix of its own, with one pair of factors for all of it."""
+"""The first and the third group as one module each, with one matrix and one pair of factors."""
 
 LFM2_GROUPS = (GROUPS[0], ("self_attn.out_proj",), ("feed_forward.w1", "feed_forward.w3"), ("feed_forward.w2",))
-"""By LFM2's names."""
+"""Groups by LFM2's names."""
 
 GRANITE4_GROUPS = (*GROUPS[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",))
-"""By Granite 4's names: gate and up in one module."""
+"""Groups by Granite 4's names: gate and up are one module."""
 
 SHORT_CONV_GROUPS: tuple[tuple[str, ...], ...] = (("conv.in_proj",), ("conv.out_proj",))
-"""The two groups of the gated short convolution; the first is [B | C | x] in one module."""
+"""Groups of the gated short convolution. The first computes [B | C | x] in one module."""
 
 PER_LAYER_GROUPS: tuple[tuple[str, ...], ...] = (("per_layer_input_gate",), ("per_layer_projection",))
-"""Gemma 4's groups behind the MLP, in this order."""
+"""Gemma 4's groups after the MLP, in the order of the forward pass."""
 
 PER_LAYER_NORM, LAYER_SCALAR = "post_per_layer_input_norm", "layer_scalar"
 PER_LAYER_TABLE, PER_LAYER_MODEL = "model.embed_tokens_per_layer", "model.per_layer_model_projection"
 PER_LAYER_MODEL_NORM = "model.per_layer_projection_norm"
-"""What stands beside them, in the block and before all blocks."""
+"""Other tensors of the per-layer embeddings, in the block and before all blocks."""
 
 
 class PerLayerInput(NamedTuple):
-    """Per-layer inputs: features that each layer is given, layers, and rows of the table they come from."""
+    """Sizes of the per-layer embeddings: features per layer, number of layers, and rows of their table."""
 
     width: int
     layers: int
@@ -108,31 +112,31 @@ GATED_DELTA_GROUPS: tuple[tuple[str, ...], ...] = (
     ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     ("linear_attn.out_proj",),
 )
-"""The two groups of the gated delta rule: [q k v | z | b | a], and what takes its output."""
+"""Groups of the gated delta rule: [q k v | z | b | a], and the output projection."""
 
 
 class MixerShape(NamedTuple):
-    """What the first half of a block consists of: two groups of linear modules, and a mixer between them."""
+    """Parts of a mixer sublayer: two groups of linear modules and a mixer between them."""
 
-    # names of the modules of the group that makes the mixer's input, and of the one that takes its output
+    # module names of the group before the mixer and of the group after it
     groups: tuple[tuple[str, ...], ...]
-    sizes: tuple[int, ...]  # outputs of each module of the first group
-    width: int  # of the mixer's output, which the second group takes
-    biases: tuple[bool, bool]  # whether the modules of each of the groups have one
-    # norms inside, by field of `BlockWeights`: names of their tensors and shapes
+    sizes: tuple[int, ...]  # output features of each module of the first group
+    width: int  # features of the mixer's output, the input of the second group
+    biases: tuple[bool, bool]  # the modules of the first and of the second group have biases
+    # norms inside the mixer: names and shapes of their tensors, by field of `BlockWeights`
     norms: dict[str, tuple[str, tuple[int, ...]]]
-    frozen: dict[str, tuple[str, tuple[int, ...]]]  # what else is inside and is never trained, likewise
+    frozen: dict[str, tuple[str, tuple[int, ...]]]  # tensors inside the mixer that are never trained, in the same form
 
 
 class ShortConv(NamedTuple):
-    """Gated short convolutions: how many taps, and whether they and their projections have biases."""
+    """Gated short convolutions: number of taps, and True if they and their projections have biases."""
 
     taps: int
     bias: bool = False
 
 
 class DeltaSizes(NamedTuple):
-    """The gated delta rule's heads, the features of each, and the taps of the convolution before it."""
+    """Heads of the gated delta rule, features per head, and taps of the convolution before it."""
 
     key_heads: int
     value_heads: int
@@ -142,39 +146,39 @@ class DeltaSizes(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """Of [q k v], which are convolved."""
+        """Number of features of [q k v], which the convolution reads."""
         return 2 * self.key_heads * self.key_width + self.value_heads * self.value_width
 
     @property
     def inputs(self) -> tuple[int, int, int, int]:
-        """Of [q k v | z | b | a]: outputs of each of these modules."""
+        """Output features of the modules in [q k v | z | b | a]."""
         return self.channels, self.value_heads * self.value_width, self.value_heads, self.value_heads
 
 
 ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
 GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
-"""Of the models that there are."""
+"""Values of the published models."""
 
 
 class Mixture(NamedTuple):
-    """What layers of experts have."""
+    """Settings of layers with a mixture of experts."""
 
-    experts: int  # in a layer
-    chosen: int  # of them, for each token
-    width: int  # of an expert: what gate and up make of the hidden size, each
-    of_all: bool = False  # whether a chosen expert's weight is its share among all experts, else among the chosen
-    router: str = ROUTER  # what the router is called
-    bias: bool = False  # whether the router and all of the experts' matrices have one (gpt-oss)
-    clamp: Clamp | None = None  # of the experts' gated unit (gpt-oss); None where it is that of an MLP
-    # in the parameter that holds them, gate's and up's outputs are interleaved (gpt-oss), and so are the rows of its
-    # lora_B. Here gate's rows lie before up's
+    experts: int  # experts per layer
+    chosen: int  # experts per token
+    width: int  # output features of an expert's gate and of its up
+    of_all: bool = False  # a chosen expert's weight is its share among all experts, else among the chosen ones
+    router: str = ROUTER  # name of the router
+    bias: bool = False  # the router and the experts' matrices have biases (gpt-oss)
+    clamp: Clamp | None = None  # clamp of the experts' gated unit (gpt-oss); None for the gated unit of an MLP
+    # the parameter of gate and up interleaves their outputs (gpt-oss), and so does its lora_B. Here gate's rows come
+    # before up's
     interleaved: bool = False
 
 
 SINKS = "self_attn.sinks"
 
 EXPERT_GROUPS: tuple[tuple[str, ...], ...] = (("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",))
-"""The third and the fourth group of a layer of experts: parameters that hold the matrices of all of them."""
+"""The third and the fourth group of a layer of experts: parameters that contain the matrices of all experts."""
 
 GROUP_OF = {
     part: index
@@ -185,15 +189,15 @@ GROUP_OF = {
     for index, parts in enumerate(groups, first)
     for part in parts
 }
-"""The number of the group that a linear module belongs to, by the end of its name."""
+"""Group number of a linear module by the last parts of its name."""
 
 
 class NormNames(NamedTuple):
-    """What a block's norms are called; None where the family has none in that place.
+    """Names of a block's norms. None if the family has no norm at that place.
 
     Attributes:
-        before_attention, before_mlp: of what enters a half; without one the stream itself enters.
-        after_attention, after_mlp: of what a half adds to the stream.
+        before_attention, before_mlp: norms of a sublayer's input. Without one, the sublayer reads the stream itself.
+        after_attention, after_mlp: norms of a sublayer's output, before the residual sum.
     """
 
     before_attention: str | None
@@ -203,7 +207,7 @@ class NormNames(NamedTuple):
 
 
 NORMS_BEFORE = NormNames("input_layernorm", None, "post_attention_layernorm", None)
-"""Llama and most others."""
+"""Norms of Llama and most other families."""
 
 _NORMS_AFTER = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _SANDWICH_NORMS = NormNames(
@@ -241,12 +245,12 @@ TRAITS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"norm_offset": 1.0, "qk_norm": "head", "attention_gate": True},
     "qwen3_moe": _QK_NORM,
 }
-"""By model_type: in what every model of a family differs from Llama, by fields of `DecoderConfig`."""
+"""Differences of each family from Llama, by model_type and field of `DecoderConfig`."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that decides what the decoder computes; no family has a forward of its own."""
+    """Everything that determines the result of a decoder. No family has its own forward."""
 
     family: str
     vocab_size: int
@@ -261,46 +265,46 @@ class DecoderConfig:
     attention_scaling: float  # multiplier of query-key products
     tied_head: bool  # the head's weight is the embedding's
     max_position_embeddings: int
-    norm_offset: float = 0.0  # 1.0 where the norm multiplies by 1 + weight (Gemma), else 0.0
-    # the linear modules of a block with attention, `GROUPS` or with fused ones in their place (Phi-3, GLM)
+    norm_offset: float = 0.0  # 1.0 if the norm multiplies by 1 + weight (Gemma), else 0.0
+    # linear modules of a block with attention: `GROUPS`, or fused modules (Phi-3, GLM)
     groups: tuple[tuple[str, ...], ...] = GROUPS
-    norms: NormNames = NORMS_BEFORE  # the block's norms, by the names they have in its files
-    final_norm: str = "model.norm"  # the name of the norm before the head
-    # what one RMSNorm of queries and of keys goes over before the rotation: `head`, each head on its own (Qwen3, Gemma
-    # 3, EXAONE 4), or `width`, all heads together (OLMo 2); None without
+    norms: NormNames = NORMS_BEFORE  # names of the block's norms in its files
+    final_norm: str = "model.norm"  # name of the norm before the head
+    # extent of the RMSNorm of queries and keys before the rotation: `head`, each head separately (Qwen3, Gemma 3,
+    # EXAONE 4), or `width`, all heads together (OLMo 2); None without such norms
     qk_norm: str | None = None
-    # names of the norms of queries and of keys, where there are any
+    # names of the norms of queries and keys
     qk_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
-    activation: str = "silu"  # of the gate: `silu` or `gelu_tanh`
+    activation: str = "silu"  # activation of the gate: `silu` or `gelu_tanh`
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    embedding_scaling: float = 1.0  # multiplier of the embedding's output (Gemma: √hidden), 1.0 else
-    residual_multiplier: float = 1.0  # of what attention and MLP add to the stream (Granite), 1.0 else
-    # by how much queries grow with their position (Ministral 3); None where they do not
+    embedding_scaling: float = 1.0  # multiplier of the embedding's output (Gemma: √hidden), else 1.0
+    residual_multiplier: float = 1.0  # multiplier of the sublayers' outputs (Granite), else 1.0
+    # scaling of queries by their position (Ministral 3), or None
     query_scaling: QueryScaling | None = None
-    attention_cap: float | None = None  # what no score exceeds, softly (Gemma 2); None where scores are as they come
-    sinks: bool = False  # whether the softmax of each head has one more term, of no key (gpt-oss)
-    # beside each head's query q_proj makes a gate, whose sigmoid attention's output is multiplied by (Qwen3.5); q and k
-    # then have norms over each head
+    attention_cap: float | None = None  # soft cap of attention scores (Gemma 2), or None
+    sinks: bool = False  # each head's softmax has one more term without a key (gpt-oss)
+    # q_proj computes a gate after each head's query, whose sigmoid multiplies the output of attention (Qwen3.5). Such
+    # families have norms of q and k over each head
     attention_gate: bool = False
-    delta: DeltaSizes | None = None  # of layers whose mixer is the gated delta rule (Qwen3.5); None without any
-    mixture: Mixture | None = None  # of layers of experts (Mixtral, Qwen3-MoE, gpt-oss); None without any
-    short_conv: ShortConv | None = None  # of layers with this mixer (LFM2); None without any
-    value_norm: bool = False  # a norm without weight on values, and layers that may share keys (Gemma 4)
-    # what each layer is given beside the stream (Gemma 4), see `nn.decoder.ple_inputs`; None without
+    delta: DeltaSizes | None = None  # sizes of layers with the gated delta rule (Qwen3.5), or None
+    mixture: Mixture | None = None  # settings of layers of experts (Mixtral, Qwen3-MoE, gpt-oss), or None
+    short_conv: ShortConv | None = None  # settings of layers with a short convolution (LFM2), or None
+    value_norm: bool = False  # values have a norm without weight, and layers may share keys and values (Gemma 4)
+    # sizes of the per-layer embeddings (Gemma 4), see `nn.decoder.ple_block`; or None
     per_layer: PerLayerInput | None = None
-    layer_scalar: bool = False  # whether a block's output is multiplied by a number of its own (Gemma 4)
-    logits: LogitsRule = PLAIN  # the logits' multiplier and cap
+    layer_scalar: bool = False  # each block's output is multiplied by a scalar (Gemma 4)
+    logits: LogitsRule = PLAIN  # multiplier and cap of the logits
     eos_token_ids: tuple[int, ...] = ()
-    # the token whose embedding row torch, and so PEFT, never trains; None where there is none
+    # the token whose embedding row torch and PEFT never train, or None
     padding_id: int | None = None
-    # what the config says without effect on what is computed, for people
+    # messages about config fields without effect on the result
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def mixers(self) -> dict[str, MixerShape]:
-        """What each of the family's mixers consists of, by its name in `LayerConfig.mixer`."""
+        """Parts of each of the family's mixers, by its name in `LayerConfig.mixer`."""
         d, q, k = self.hidden_size, self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         with_gate = 2 * q if self.attention_gate else q
         normed = {None: (), "head": (self.head_dim, self.head_dim), "width": (q, k)}[self.qk_norm]
@@ -326,10 +330,10 @@ class DecoderConfig:
             queries, keys, _ = self.groups[0]
             plain = mixers[ATTENTION]
             q_alone = {field: norm for field, norm in plain.norms.items() if field == "q_norm"}
-            as_values, lent = (((queries, keys), self.groups[1]), ((queries,), self.groups[1]))
+            as_values, shared = (((queries, keys), self.groups[1]), ((queries,), self.groups[1]))
             mixers[VALUE_NORMED] = plain
             mixers[KEYS_AS_VALUES] = plain._replace(groups=as_values, sizes=(q, k))
-            mixers[SHARED_KEYS] = plain._replace(groups=lent, sizes=(q,), norms=q_alone)
+            mixers[SHARED_KEYS] = plain._replace(groups=shared, sizes=(q,), norms=q_alone)
         if self.delta is not None:
             heads, width = self.delta.value_heads, self.delta.value_width
             mixers[GATED_DELTA] = MixerShape(
@@ -347,7 +351,7 @@ class DecoderConfig:
         return mixers
 
     def at(self, layer: LayerConfig) -> DecoderConfig:
-        """The same with this layer's sizes; itself where the layer has none of its own."""
+        """Return this config with the sizes of a layer, or the config itself if the layer has no sizes of its own."""
         return self if layer.sizes is None else self._sized[layer.sizes]
 
     @cached_property
@@ -357,41 +361,47 @@ class DecoderConfig:
 
     @cached_property
     def rotary_dims(self) -> tuple[int, ...]:
-        """Features of the heads that each of the `rotary` configurations turns."""
+        """Features of the heads that each of the `rotary` configurations rotates."""
         dims = {layer.rotary: self.at(layer).head_dim for layer in self.layers}
         return tuple(dims.get(index, self.head_dim) for index in range(len(self.rotary)))
 
     @cached_property
     def kv_sources(self) -> frozenset[int]:
-        """Numbers of the layers whose keys and values others use."""
+        """Numbers of the layers whose keys and values other layers use."""
         return frozenset(layer.kv_source for layer in self.layers if layer.kv_source is not None)
 
     def start_layer(self, layer: int) -> int:
-        """The highest layer, at most this one, at which a pass may begin: below are none whose keys are used above."""
+        """Return the highest layer, at most `layer`, at which a pass may start.
+
+        No layer below the result may have keys and values that a layer from the result on uses.
+        """
         while True:
-            below = [above.kv_source for above in self.layers[layer:] if above.kv_source is not None]
-            lowest = min([layer, *below])
+            sources = [above.kv_source for above in self.layers[layer:] if above.kv_source is not None]
+            lowest = min([layer, *sources])
             if lowest == layer:
                 return layer
             layer = lowest
 
     @cached_property
     def layer_groups(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """Of each layer the linear modules of its block, by group; where it has experts, their parameters."""
-        behind = PER_LAYER_GROUPS if self.per_layer is not None else ()
+        """Linear modules of each layer's block, by group. For layers of experts, the parameters of the experts."""
+        per_layer = PER_LAYER_GROUPS if self.per_layer is not None else ()
         return tuple(
-            (*self.mixers[layer.mixer].groups, *(EXPERT_GROUPS if layer.experts else self.groups[2:]), *behind)
+            (*self.mixers[layer.mixer].groups, *(EXPERT_GROUPS if layer.experts else self.groups[2:]), *per_layer)
             for layer in self.layers
         )
 
     @cached_property
     def gate_up_sizes(self) -> tuple[int, ...]:
-        """Outputs of each module of the third group."""
+        """Output features of each module of the third group."""
         f = self.intermediate_size
         return (f, f) if len(self.groups[2]) == 2 else (2 * f,)
 
     @cached_property
     def length_limits(self) -> tuple[int, ...]:
-        """Lengths of document beyond which other rotary angles hold; where there are any, none can share a prefix."""
+        """Document lengths beyond which other rotary angles apply.
+
+        If there are any, documents cannot share a prefix.
+        """
         limits = (rotary.longest_short for rotary in self.rotary)
         return tuple(limit for limit in limits if limit is not None)

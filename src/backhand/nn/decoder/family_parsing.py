@@ -1,36 +1,36 @@
-"""Read a Hugging Face config into a `DecoderConfig`, classing every field: used, neutral, or one fixed value.
+"""Read a Hugging Face config into a `DecoderConfig` and classify every field: used, neutral, or one fixed value.
 
-A field that would change what transformers computes and that the decoder engine does not implement is an error, never
-ignored; so is one that transformers might read and is unknown here, unless it is null. A field that neither reads is
-noted. Fields that are absent have the defaults of transformers' configuration class. Checked against the modelling
-sources of transformers 5.24:
+A field that would change what transformers computes and that the engine does not implement is an error. So is a field
+that transformers might read and that is unknown here, unless it is null. A field that neither reads is reported in
+a note. Absent fields have the defaults of transformers' configuration class. Checked against the modelling sources of
+transformers 5.24:
 
-- Attention: queries times keys are scaled by head_dim^-½, in Gemma by query_pre_attn_scalar^-½, in Granite by
-  attention_multiplier. Gemma 2 caps these products softly (attn_logit_softcapping), and the logits
-  (final_logit_softcapping). Granite also multiplies the embedding by embedding_multiplier, what each half of a block
-  adds to the stream by residual_multiplier, and divides the logits by logits_scaling; else it is Llama.
-- Sliding window w: a query at i sees keys at j with i - w < j ≤ i, so w of them, itself included. Mistral has it in
-  every layer: 4096 where the field is absent, none where it is null; Phi-3 and Ministral 3 none in either case. Qwen2
-  and Qwen3 have it where `use_sliding_window` is true and the layer's index ≥ `max_window_layers`; Gemma 3 in all but
-  every sixth layer (`sliding_window_pattern`), Gemma 2 in all but every second, OLMo 3 and EXAONE 4 in all but every
-  fourth; EXAONE 4 has no rotary embedding in the others, unless there is no window at all. SmolLM3, where
-  `use_sliding_window` is true, has it in the layers without rotary embedding (`no_rope_layers`; every fourth).
-  `layer_types`, where given, decides.
+- Attention: scores are scaled by head_dim^-½, in Gemma by query_pre_attn_scalar^-½, in Granite by attention_multiplier.
+  Gemma 2 caps scores softly (attn_logit_softcapping), and logits (final_logit_softcapping). Granite also multiplies the
+  embedding by embedding_multiplier and the output of each sublayer by residual_multiplier, and divides the logits by
+  logits_scaling; otherwise it is Llama.
+- Sliding window w: a query at i sees keys at j with i - w < j ≤ i, that is w keys including itself.
+  - Mistral: every layer; 4096 if the field is absent, none if it is null. Phi-3 and Ministral 3: none in either case.
+  - Qwen2 and Qwen3: layers with index ≥ `max_window_layers` if `use_sliding_window` is true.
+  - Gemma 3: all layers but every sixth (`sliding_window_pattern`). Gemma 2: all but every second. OLMo 3 and EXAONE 4:
+    all but every fourth. EXAONE 4 has no rotary embedding in the full layers, unless no layer has a window.
+  - SmolLM3: the layers without rotary embedding (`no_rope_layers`; every fourth) if `use_sliding_window` is true.
+  - `layer_types`, if given, decides.
 - Ministral 3's queries at position p are multiplied by 1 + llama_4_scaling_beta ln(1 + ⌊p / original length⌋).
-- Phi-3's q, k and v are one module, and so are gate and up, GLM's too.
-- head_dim, where not stated, is hidden_size // heads; 128 in Qwen3, 256 in Gemma.
-- Biases: Llama and SmolLM3 `attention_bias` on q, k, v and o, `mlp_bias` on gate, up and down; Qwen2 always on q, k
-  and v, never on o; Qwen3, Gemma and OLMo `attention_bias` on all four; Mistral, Ministral 3, EXAONE 4 and Phi-3 none;
-  GLM `attention_bias` on q, k and v alone, there where the field is absent.
-- Norms: float32 inside. Llama-like ones multiply by the weight after the cast back to the compute dtype, Gemma's by
-  1 + weight before it, OLMo's by the weight before it. OLMo and EXAONE have none before
-  their halves; OLMo has one over all of q, one over all of k.
-- Gemma's embedding is multiplied by √hidden, made in float32 and then rounded to the weight's dtype:
-  `embedding_scaling` is the float32 number, and whoever multiplies rounds it to the dtype of the weight.
-- LFM2 and Granite 4: see `nn.decoder.mixed_families`; Mixtral, Qwen3-MoE and gpt-oss: see
-  `nn.decoder.expert_families`; Gemma 4: see `nn.decoder.gemma4_fields`.
-- Rotary: see `nn.decoder.rotary`. Full layers of Gemma 3 turn with base 1e6 and perhaps scaling, sliding ones with 1e4;
-  both kinds of OLMo 3 with 5e5, the full ones perhaps scaled.
+- Phi-3 has one module for q, k and v, and one for gate and up. GLM has one for gate and up.
+- head_dim is hidden_size // heads if absent; 128 in Qwen3, 256 in Gemma.
+- Biases: Llama and SmolLM3 have `attention_bias` on q, k, v and o, and `mlp_bias` on gate, up and down. Qwen2 always
+  has biases on q, k and v, never on o. Qwen3, Gemma and OLMo have `attention_bias` on all four. Mistral, Ministral 3,
+  EXAONE 4 and Phi-3 have none. GLM has `attention_bias` on q, k and v only, true if absent.
+- Norms: float32 inside. Llama-like norms multiply by the weight after the cast back to the compute dtype, Gemma's by
+  1 + weight before it, OLMo's by the weight before it. OLMo and EXAONE have no norms before their sublayers. OLMo has
+  one norm over all of q and one over all of k.
+- Gemma's embedding is multiplied by √hidden, computed in float32 and then rounded to the weight's dtype.
+  `embedding_scaling` is the float32 number, and the multiplication rounds it to the dtype of the weight.
+- LFM2 and Granite 4: see `nn.decoder.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
+  `nn.decoder.expert_families`. Gemma 4: see `nn.decoder.gemma4_fields`.
+- Rotary: see `nn.decoder.rotary`. Gemma 3's full layers have base 1e6 and optional scaling, its sliding layers 1e4.
+  All layers of OLMo 3 have base 5e5, and its full layers have optional scaling.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from typing import Any
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import (
     GELU,
-    all_but_every,
     common_fields,
     nearest_float32,
     number_or_none,
     one_layer_type,
+    sliding_except_every,
     stated_window,
-    still_where,
+    uniform_window,
     used_window,
-    window_everywhere,
     window_size,
     with_biases,
     with_multipliers,
+    without_rotary,
 )
 from backhand.nn.decoder.config_fields import UNREAD, ConfigFields, UnsupportedModel
 from backhand.nn.decoder.expert_families import gpt_oss, mixtral, qwen3_moe
@@ -74,14 +74,14 @@ from backhand.ops.logits_rule import LogitsRule
 
 
 def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
-    """What the decoder engine needs to know of a model.
+    """Return the decoder engine's configuration of a model.
 
     Args:
         config: the contents of config.json, of transformers 5 or older, or a GGUF file's metadata in the same terms.
 
     Raises:
-        UnsupportedModel: for a model that the engine does not compute; it lists every field that stands in the way.
-        ArtifactError: for a value that no model has, such as a negative size.
+        UnsupportedModel: the engine does not compute this model; it lists every field that prevents it.
+        ArtifactError: a value that no model has, such as a negative size.
     """
     model_type = config.get("model_type")
     parse = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
@@ -103,7 +103,7 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
 
 
 def _is_mxfp4(quantization: object, model_type: str) -> bool:
-    """Whether it is that of OpenAI's checkpoints, whose blocks are read."""
+    """Return True for OpenAI's checkpoints, whose MXFP4 blocks can be read."""
     if not isinstance(quantization, Mapping) or model_type != "gpt_oss":
         return False
     return quantization.get("quant_method") == "mxfp4"
@@ -138,7 +138,7 @@ _SHOWN = 6
 
 
 def _padding_id(fields: ConfigFields, vocab_size: int) -> int | None:
-    """pad_token_id, by which transformers' embedding is made."""
+    """Return `pad_token_id`, with which transformers creates its embedding."""
     token = fields.or_declared("pad_token_id")
     return token if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size else None
 
@@ -164,7 +164,7 @@ def _granite(fields: ConfigFields) -> DecoderConfig:
 
 
 def _mistral(fields: ConfigFields) -> DecoderConfig:
-    return window_everywhere(fields, window_size(fields))
+    return uniform_window(fields, window_size(fields))
 
 
 def _qwen2(fields: ConfigFields) -> DecoderConfig:
@@ -180,14 +180,17 @@ def _qwen3(fields: ConfigFields) -> DecoderConfig:
 
 def _smollm3(fields: ConfigFields) -> DecoderConfig:
     window = used_window(fields)
-    turns = _turning_layers(fields, fields.integer("num_hidden_layers"))
-    decoder = common_fields(fields, window=window, slides=lambda index: window is not None and not turns(index))
+    rotates = _rotated_layers(fields, fields.integer("num_hidden_layers"))
+    decoder = common_fields(fields, window=window, slides=lambda index: window is not None and not rotates(index))
     decoder = replace(with_biases(fields, decoder), mlp_bias=fields.flag("mlp_bias", False))
-    return still_where(decoder, lambda index: not turns(index))
+    return without_rotary(decoder, lambda index: not rotates(index))
 
 
-def _turning_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
-    """Whether a layer has the rotary embedding: where `no_rope_layers` is not 0; without it in all but every fourth."""
+def _rotated_layers(fields: ConfigFields, layers: int) -> Callable[[int], bool]:
+    """Return a predicate for layers with a rotary embedding.
+
+    They are the layers whose entry in `no_rope_layers` is not 0. Without that list, they are all but every fourth.
+    """
     interval = fields.integer("no_rope_layer_interval", 4)
     stated = fields.value("no_rope_layers")
     if stated is None:
@@ -203,22 +206,24 @@ def _olmo2(fields: ConfigFields) -> DecoderConfig:
 
 
 def _olmo3(fields: ConfigFields) -> DecoderConfig:
-    decoder = common_fields(fields, window=window_size(fields), slides=all_but_every(4), rotary_sets=olmo3_rotary)
+    decoder = common_fields(
+        fields, window=window_size(fields), slides=sliding_except_every(4), rotary_sets=olmo3_rotary
+    )
     return with_biases(fields, decoder)
 
 
 def _exaone4(fields: ConfigFields) -> DecoderConfig:
     window = window_size(fields)
-    # A file may say LLLG for it; then it lists layer_types too, which decide.
+    # The value may be a string such as LLLG. Such files also have layer_types, which decide.
     stated = fields.value("layer_types") is not None
     fields.neutral("sliding_window_pattern")
     pattern = 1 if stated or window is None else fields.integer("sliding_window_pattern", 4)
-    decoder = common_fields(fields, window=window, slides=all_but_every(pattern))
-    return still_where(decoder, lambda index: window is not None and decoder.layers[index].window is None)
+    decoder = common_fields(fields, window=window, slides=sliding_except_every(pattern))
+    return without_rotary(decoder, lambda index: window is not None and decoder.layers[index].window is None)
 
 
 def _phi3(fields: ConfigFields) -> DecoderConfig:
-    return window_everywhere(fields, stated_window(fields), rotary_sets=phi3_rotary)
+    return uniform_window(fields, stated_window(fields), rotary_sets=phi3_rotary)
 
 
 def _glm(fields: ConfigFields) -> DecoderConfig:
@@ -230,7 +235,7 @@ def _glm(fields: ConfigFields) -> DecoderConfig:
 def _ministral3(fields: ConfigFields) -> DecoderConfig:
     if fields.value("rope_scaling") is None:
         fields.assume("rope_parameters", _MINISTRAL3_ROTARY)
-    decoder = window_everywhere(fields, stated_window(fields), rotary_sets=ministral3_rotary)
+    decoder = uniform_window(fields, stated_window(fields), rotary_sets=ministral3_rotary)
     return replace(decoder, query_scaling=query_scaling(fields, decoder.rotary[0]))
 
 
@@ -243,12 +248,12 @@ _MINISTRAL3_ROTARY = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
-"""What its class takes where a config is silent."""
+"""Default of transformers' configuration class."""
 
 
 def _gemma2(fields: ConfigFields) -> DecoderConfig:
     return replace(
-        _gemma(fields, all_but_every(2)),
+        _gemma(fields, sliding_except_every(2)),
         attention_cap=number_or_none(fields, "attn_logit_softcapping"),
         logits=LogitsRule(cap=number_or_none(fields, "final_logit_softcapping")),
     )
@@ -257,15 +262,15 @@ def _gemma2(fields: ConfigFields) -> DecoderConfig:
 def _gemma3_text(fields: ConfigFields) -> DecoderConfig:
     fields.must_equal("attn_logit_softcapping")
     fields.must_equal("final_logit_softcapping")
-    # A config saved by transformers 5 has the pattern under a private name, beside layer_types, which wins.
+    # A config saved by transformers 5 has the pattern under a private name, and layer_types, which decides.
     pattern = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
-    return _gemma(fields, all_but_every(pattern), rotary_sets=gemma_rotary)
+    return _gemma(fields, sliding_except_every(pattern), rotary_sets=gemma_rotary)
 
 
-def _gemma(fields: ConfigFields, slides: Callable[[int], bool], **own: Any) -> DecoderConfig:
-    """What Gemma 2 and 3 have."""
+def _gemma(fields: ConfigFields, slides: Callable[[int], bool], **options: Any) -> DecoderConfig:
+    """Read the fields that Gemma 2 and 3 share."""
     fields.must_equal("use_bidirectional_attention", False)
-    decoder = common_fields(fields, window=window_size(fields), slides=slides, activation=GELU, **own)
+    decoder = common_fields(fields, window=window_size(fields), slides=slides, activation=GELU, **options)
     return replace(
         with_biases(fields, decoder),
         attention_scaling=fields.number("query_pre_attn_scalar", 256) ** -0.5,
@@ -299,4 +304,4 @@ _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
-"""The values of `model_type` that the engine knows."""
+"""Values of `model_type` that the engine knows."""

@@ -29,31 +29,35 @@ class FrozenPrefix:
         self._usual_states: Tensor | None = None
 
     def set_usual_tokens(self, tokens: int) -> None:
-        """See `is_batch_invariant`: the number of tokens that batches mostly have."""
+        """Set the number of tokens that most batches have, which `is_batch_invariant` compares with."""
         self._usual_tokens, self._usual_states = tokens, None
 
     def layer_input(self, batch: PackedBatch, layer: int) -> Tensor:
-        """See `Decoder.entering`."""
+        """Return x₀ of block `layer`. See `Decoder.layer_input`."""
         return self._decoder.layer_input(batch, layer)
 
     def is_batch_invariant(self, tokens: int, layer: int) -> bool:
-        """Whether what enters a layer has, in a batch of so many tokens, the bits that it has among the usual number.
+        """Return True if the input of `layer` has the same bits in a batch of this size as in one of the usual size.
 
-        Where products differ, one element in ten thousand does, and all behind it: nearly every row in the end.
+        If products differ, one element in ten thousand does, and with it everything computed from it. In the end nearly
+        every row differs.
         """
-        fewer = min(tokens, self._usual_tokens)
+        common = min(tokens, self._usual_tokens)
         if tokens == self._usual_tokens or uses_amx(self._decoder.weights.blocks[0].input):
             return True
-        alike = fewer // _DOCUMENT * _DOCUMENT
-        if alike == 0:
+        compared = common // _DOCUMENT * _DOCUMENT
+        if compared == 0:
             return False  # without a whole document there is nothing to compare
         if self._usual_states is None:
             self._usual_states = self._probe(self._usual_tokens, layer)
-        found = self._probe(tokens, layer)
-        return torch.equal(found[:alike], self._usual_states[:alike])
+        states = self._probe(tokens, layer)
+        return torch.equal(states[:compared], self._usual_states[:compared])
 
     def _probe(self, tokens: int, layer: int) -> Tensor:
-        """What enters the layer in a batch of so many tokens, documents of which begin every other one."""
+        """Return the input of `layer` for a probe batch of this size.
+
+        All probe batches start with the same documents.
+        """
         ids = torch.arange(tokens, device=self._decoder.device) * 7919 % self._decoder.config.vocab_size
         lengths = (_DOCUMENT,) * (tokens // _DOCUMENT) + ((tokens % _DOCUMENT,) if tokens % _DOCUMENT else ())
         return self.layer_input(PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), lengths), layer)

@@ -1,9 +1,10 @@
 """General backward of a block's sublayers, for blocks that the plain order in `nn.decoder.block` does not cover.
 
-It is used in three cases: the MLP sublayer is a mixture of experts (`nn.decoder.experts`), a group trains more than
-LoRA factors (`nn.decoder.group_extras`), or the backward pass ends inside the sublayer. Each projection receives its
-input and computes all its gradients in one call, so p and o are recomputed first. `input_grads` contains the groups
-whose input gradient is needed; the pass ends at the first group that is not in it.
+There are three such cases. The MLP sublayer may be a mixture of experts (`nn.decoder.experts`), a group may train more
+than LoRA factors (`nn.decoder.group_extras`), or the backward pass may end inside the sublayer.
+
+Each projection receives its input and computes all its gradients in one call, so p and o are recomputed first.
+`input_grads` contains the groups whose input gradient is needed. The pass ends at the first group that is not in it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a group of linear modules may train beside plain factors, forward and backward.
+"""Trained tensors of a group of linear modules other than plain factors, forward and backward.
 
-lora_bias       y_i += s_i β_i behind the product, ∂L/∂β_i from ∂L/∂y_i        (`ops.lora_bias`)
-whole weights   the product reads the trained weight already; ∂L/∂W_i = G_iᵀ x, ∂L/∂b_i = Σ G_i   (`ops.linear`)
-DoRA            each member is a product of its own (`ops.dora_linear`): its rows of W see their own magnitude
+    lora_bias       y_i += s_i β_i after the product, ∂L/∂β_i from ∂L/∂y_i                     (`ops.lora_bias`)
+    whole weights   the product uses the trained weight; ∂L/∂W_i = G_iᵀ x, ∂L/∂b_i = Σ G_i     (`ops.linear`)
+    DoRA            each module is a separate product with its own magnitude                   (`ops.dora_linear`)
 
-A plain LoRA run never comes here. Gradients are added to views of the flat buffer.
+A plain LoRA run does not use this file. Gradients are added to views of the flat buffer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_split
 
 
 class Magnitude(NamedTuple):
-    """DoRA's m and c of one module, (out,) each, and what ∂L/∂m is added to; see `ops.dora`."""
+    """DoRA's m and c of one module, (out,) each, and the gradient view of m. See `ops.dora`."""
 
     magnitude: Tensor
     norm: Tensor
@@ -35,38 +35,38 @@ class Magnitude(NamedTuple):
 
 
 class ModuleExtras(NamedTuple):
-    """What one module of a group trains; None where it does not."""
+    """Trained tensors of one module. A field is None if the tensor is not trained."""
 
-    size: int  # its outputs
-    factors: LoRAFactors | None  # its plain factors
-    magnitude: Magnitude | None  # DoRA's; c holds as long as the factors do
-    # (out,) bias of lora_B in the compute dtype, and what its gradient is added to
+    size: int  # output features
+    factors: LoRAFactors | None  # plain factors
+    magnitude: Magnitude | None  # DoRA's; c is valid until the factors change
+    # (out,) bias of lora_B in the compute dtype, and its gradient view
     lora_bias: tuple[Tensor, Tensor] | None
-    # d_weight, d_bias: what the gradients of its own weight and bias are added to
+    # gradient views of the module's own weight and bias
     d_weight: Tensor | None
     d_bias: Tensor | None
 
     @property
-    def anything(self) -> bool:
-        """Whether there is more than plain factors."""
+    def has_extras(self) -> bool:
+        """Return True if more than plain factors is trained."""
         return any(part is not None for part in (self.magnitude, self.lora_bias, self.d_weight, self.d_bias))
 
 
 class GroupExtras(NamedTuple):
-    """What a group trains beside factors: of each of its modules; and the factors by themselves."""
+    """Trained tensors of each module of a group, and the group of its plain factors."""
 
     modules: tuple[ModuleExtras, ...]
     group: LoRAGroup
 
     @property
     def has_magnitudes(self) -> bool:
-        """Whether the group has DoRA."""
+        """Return True if the group has DoRA."""
         return any(module.magnitude is not None for module in self.modules)
 
     def forward(
         self, x: Tensor, weight: FrozenMatrix, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """y, (rows, Σ out_i), and h, (rows, Σ rank); see `projections.group_forward`."""
+        """Return y, (rows, Σ out_i), and h, (rows, Σ rank). See `projections.group_forward`."""
         if self.has_magnitudes:
             return self._dora_forward(x, weight, bias, residual)
         y, saved = lora_group_forward(x, weight, bias, self.group, residual)
@@ -78,7 +78,7 @@ class GroupExtras(NamedTuple):
     def backward(
         self, d_y: Tensor, x: Tensor, weight: FrozenMatrix, h: Tensor, *, input_gradient: bool
     ) -> Tensor | None:
-        """∂L/∂x, (rows, in), or None when not asked for; see `projections.group_backward`."""
+        """Return ∂L/∂x, (rows, in), or None without `input_gradient`. See `projections.group_backward`."""
         parts = zip(self._split(d_y), frozen_split(weight, self._sizes), self.modules, strict=True)
         for d_y_i, weight_i, module in parts:
             if module.lora_bias is not None and module.factors is not None:
@@ -105,7 +105,6 @@ class GroupExtras(NamedTuple):
     def _dora_forward(
         self, x: Tensor, weight: FrozenMatrix, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Module by module."""
         outputs, low_rank = [], []
         biases = [None] * len(self.modules) if bias is None else bias.split(self._sizes)
         for weight_i, bias_i, module in zip(frozen_split(weight, self._sizes), biases, self.modules, strict=True):
@@ -126,7 +125,6 @@ class GroupExtras(NamedTuple):
     def _dora_backward(
         self, d_y: Tensor, x: Tensor, weight: FrozenMatrix, h: Tensor, input_gradient: bool
     ) -> Tensor | None:
-        """Module by module."""
         d_x: Tensor | None = None
         column = 0
         parts = zip(self._split(d_y), frozen_split(weight, self._sizes), self.modules, strict=True)
@@ -137,8 +135,8 @@ class GroupExtras(NamedTuple):
             else:
                 h_i = h[:, column : column + len(factors.lora_A)]
                 column += len(factors.lora_A)
-                of_module = factors.lora_A, factors.lora_B, magnitude.magnitude, magnitude.norm
-                saved = DoRALinearSaved(x, weight_i, *of_module, h_i, factors.scaling, self.group.dropout)
+                constants = factors.lora_A, factors.lora_B, magnitude.magnitude, magnitude.norm
+                saved = DoRALinearSaved(x, weight_i, *constants, h_i, factors.scaling, self.group.dropout)
                 grads = dora_linear_backward(d_y_i, saved, input_gradient=input_gradient)
                 factors.d_lora_A.add_(grads.d_lora_A)
                 factors.d_lora_B.add_(grads.d_lora_B)
@@ -152,11 +150,11 @@ class GroupExtras(NamedTuple):
 def group_extras(
     lora: LoRAParameters, sizes: dict[str, int], group: LoRAGroup, weights: Sequence[FrozenMatrix] | None
 ) -> GroupExtras | None:
-    """The extras of a group, or None where it trains plain factors alone.
+    """Return the extras of a group, or None if it trains plain factors only.
 
     Args:
-        sizes: outputs of the modules, by their paths.
-        weights: (out, in) of each; needed by DoRA alone, whose norms are taken here.
+        sizes: output features of the modules, by path.
+        weights: (out, in) of each module. Only DoRA needs them: its norms are computed here.
     """
     modules, members = [], iter(group.adapters)
     for place, (name, size) in enumerate(sizes.items()):
@@ -166,13 +164,13 @@ def group_extras(
             if slot.use_dora:
                 if weights is None:
                     raise ValueError("DoRA needs the weights of the block")
-                own = f"{name}.lora_magnitude"
+                magnitude_name = f"{name}.lora_magnitude"
                 norm = dora_norm(weights[place], factors.lora_A, factors.lora_B, factors.scaling)
-                magnitude = Magnitude(lora.tensor(own).to(norm.dtype), norm, lora.gradient(own))
+                magnitude = Magnitude(lora.tensor(magnitude_name).to(norm.dtype), norm, lora.gradient(magnitude_name))
             if slot.lora_bias:
                 lora_bias = lora.compute(f"{name}.lora_bias"), lora.gradient(f"{name}.lora_bias")
         d_weight, d_bias = (
             lora.gradient(whole) if whole in lora.trained else None for whole in (f"{name}.weight", f"{name}.bias")
         )
         modules.append(ModuleExtras(size, factors, magnitude, lora_bias, d_weight, d_bias))
-    return GroupExtras(tuple(modules), group) if any(module.anything for module in modules) else None
+    return GroupExtras(tuple(modules), group) if any(module.has_extras for module in modules) else None

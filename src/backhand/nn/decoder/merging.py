@@ -1,6 +1,6 @@
-"""An adapter folded into a decoder's own weights in memory.
+"""Merge an adapter into a decoder's weights in memory.
 
-W' = W + s lora_B lora_A, summed in float32 or wider and rounded once to the weight's dtype
+W' = W + s lora_B lora_A, computed in float32 or wider and rounded once to the weight's dtype.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from backhand.ops.weight_tiles import frozen_dense
 
 @torch.no_grad()
 def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
-    """Add every module's update to the decoder's weight, in place and for good.
+    """Add the update of every module to the decoder's weights, in place and permanently.
 
-    A tied head becomes a matrix of its own: the embedding is not adapted.
+    A tied head becomes a separate matrix, because the embedding is not adapted.
 
     Raises:
-        ValueError: more is trained than factors of linear modules, or the matrices are quantized; nothing is changed
-            then.
+        ValueError: the adapter trains more than factors of linear modules, or the matrices are quantized. The weights
+            are then unchanged.
     """
     _check_plain(lora)
     if is_quantized(decoder):
@@ -52,35 +52,35 @@ def merge_into(decoder: Decoder, lora: LoRAParameters) -> None:
 
 
 def is_quantized(decoder: Decoder) -> bool:
-    """Whether the decoder's matrices are in the blocks of their file."""
+    """Return True if the decoder's matrices are quantized."""
     return not isinstance(decoder.weights.embedding, Tensor)
 
 
 @torch.no_grad()
 def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) -> Tensor:
-    """Logits of every position, (tokens, vocab), with the adapter in the weights of one dense block at a time.
+    """Return logits of every position, (tokens, vocab), with the adapter merged into one dense block at a time.
 
     Args:
-        decoder: the base without an adapter, dense or quantized; it stays as it is.
+        decoder: the base without an adapter, dense or quantized. It is not modified.
 
     Raises:
-        ValueError: more is trained than factors of linear modules.
+        ValueError: the adapter trains more than factors of linear modules.
     """
     _check_plain(lora)
     weights, config = decoder.weights, decoder.config
     x = decoder.embed(batch.input_ids)
     for layer, context in enumerate(decoder.contexts(batch, cross_layer=_cross_layer(decoder, lora, batch, x))):
         stored = weights.blocks[layer]
-        there = {field.name: getattr(stored, field.name) for field in fields(stored)}
+        tensors = {field.name: getattr(stored, field.name) for field in fields(stored)}
         block = replace(
-            stored, **{name: frozen_dense(part).clone() for name, part in there.items() if part is not None}
+            stored, **{name: frozen_dense(part).clone() for name, part in tensors.items() if part is not None}
         )
         for name, weight in linear_parts(block, config, layer).items():
             module = f"model.layers.{layer}.{name}"
             if module in lora and isinstance(weight, Tensor):
                 weight.copy_(merged_weight(weight, lora, module))
-        none = block_adapter(None, config, layer, None)
-        x, _ = block_forward(x, block, none, context, "block")
+        no_adapter = block_adapter(None, config, layer, None)
+        x, _ = block_forward(x, block, no_adapter, context, "block")
     if HEAD not in lora:
         return decoder.head(x)
     normed, _ = rms_norm_forward(x, weights.final_norm, config.norm_eps, config.norm_offset)
@@ -88,26 +88,28 @@ def merged_logits(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch) ->
 
 
 def _cross_layer(decoder: Decoder, lora: LoRAParameters, batch: PackedBatch, x: Tensor) -> CrossLayer | None:
-    """What the pass carries, where the adapter changes it; None where the decoder's own will do."""
+    """Return the cross-layer tensors if the adapter changes them, or None if those of the decoder are right."""
     weights = decoder.weights.per_layer
     if weights is None or PER_LAYER_MODEL not in lora:
         return None
     merged = merged_weight(frozen_dense(weights.projection), lora, PER_LAYER_MODEL)
-    own = weights._replace(projection=merged)
-    return CrossLayer(decoder.config.kv_sources, ple_inputs_forward(x, batch.input_ids, own, decoder.config, None)[0])
+    merged_weights = weights._replace(projection=merged)
+    return CrossLayer(
+        decoder.config.kv_sources, ple_inputs_forward(x, batch.input_ids, merged_weights, decoder.config, None)[0]
+    )
 
 
 def _check_plain(lora: LoRAParameters) -> None:
     if not lora.plain:
-        raise ValueError("only factors of linear modules can be folded into the weights in memory")
+        raise ValueError("only factors of linear modules can be merged into the weights in memory")
 
 
 def merged_weight(weight: Tensor, lora: LoRAParameters, name: str) -> Tensor:
-    """W' of one module, (out, in) in the weight's dtype.
+    """Return W' of one module, (out, in) in the weight's dtype.
 
     Args:
         weight: W, (out, in).
-        name: of the module, a slot of the adapter.
+        name: path of the module, a slot of the adapter.
     """
     delta_weight = lora.delta_weight(name)
     return (weight.to(delta_weight.dtype) + delta_weight).to(weight.dtype)

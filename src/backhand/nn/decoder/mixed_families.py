@@ -1,29 +1,30 @@
-"""Families some of whose layers mix tokens by something other than attention, read as in `family_parsing`.
+"""Families in which some layers have a mixer other than attention, read as in `nn.decoder.family_parsing`.
 
 LFM2, checked against the modelling source of transformers 5.24:
 
-- A layer is a gated short convolution where `layer_types` says `conv`, attention with any other word; without the list
-  those that `full_attn_idxs` names have attention, and without that list too, all.
-- Convolutions have `conv_L_cache` taps; `conv_bias` is of the convolution and of the projections around it.
-- The MLP's width is int(2/3 · intermediate_size), times `block_ffn_dim_multiplier`, cut, and rounded up to a multiple
-  of `block_multiple_of`; without `block_auto_adjust_ff_dim` as stated. `block_ff_dim` and `tie_embedding`,
-  older names, win over `intermediate_size` and `tie_word_embeddings`.
-- Attention is Qwen3's, with one norm over each head of q and of k and no bias, and turns by base 1e6 where the config
-  says none. The norm before the head is called `embedding_norm`.
+- A layer is a gated short convolution if `layer_types` says `conv`, and attention for any other value. Without the
+  list, the layers in `full_attn_idxs` have attention; without that list too, all layers.
+- Convolutions have `conv_L_cache` taps. `conv_bias` applies to the convolution and to the projections around it.
+- The MLP's width is int(2/3 · intermediate_size), times `block_ffn_dim_multiplier`, truncated, and rounded up to a
+  multiple of `block_multiple_of`. Without `block_auto_adjust_ff_dim` it is used unchanged. The older names
+  `block_ff_dim` and `tie_embedding` win over `intermediate_size` and `tie_word_embeddings`.
+- Attention is Qwen3's, with one norm over each head of q and of k and without biases. The rotary base is 1e6 if absent.
+  The norm before the head is `embedding_norm`.
 
-Granite 4, from the same source: with no layer but attention (`layer_types`; without the list all are Mamba's) and
-`num_local_experts` = 0 it is Granite 3 with an MLP of `shared_intermediate_size`, gate and up in one module. Queries
-and keys turn where `position_embedding_type` is `rope`, and with any other value in no layer.
+Granite 4, from the same source: with attention in every layer (`layer_types`; without the list all layers are Mamba)
+and `num_local_experts` = 0 it is Granite 3 with an MLP of width `shared_intermediate_size`, gate and up in one module.
+Queries and keys are rotated if `position_embedding_type` is `rope`, and in no layer for any other value.
 
-Qwen3.5 and 3.6, dense, likewise:
+Qwen3.5 and 3.6, dense, from the same source:
 
-- A layer has the gated delta rule where `layer_types` says `linear_attention`; without the list all but every fourth
-  have it (`full_attention_interval`).
-- The others' q_proj makes a gate beside each head's query, whose sigmoid attention's output is multiplied by; q and k
-  are normed over each head, and a quarter of the features turns where the config is silent. `attention_bias` is of all
-  four projections. `mrope_section` says which features turn by which place in an image: in a text all are alike.
-- Norms multiply by 1 + weight, but for that of the delta rule's output, which multiplies by the weight.
-- Layers that predict further tokens (mtp) are no part of the model, as in transformers.
+- A layer has the gated delta rule if `layer_types` says `linear_attention`. Without the list, all but every fourth have
+  it (`full_attention_interval`).
+- In the other layers q_proj computes a gate after each head's query, whose sigmoid multiplies attention's output.
+- The heads of q and k are normalized, and a quarter of the features is rotated by default.
+- `attention_bias` applies to all four projections.
+- `mrope_section` assigns features to image coordinates, which are all equal in a text.
+- Norms multiply by 1 + weight, except the norm of the delta rule's output, which multiplies by the weight.
+- Layers that predict further tokens (mtp) are not part of the model, as in transformers.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.common_fields import (
     common_fields,
     layers_of_type,
-    still_where,
     with_biases,
     with_layers,
     with_multipliers,
+    without_rotary,
 )
 from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
 from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, ShortConv
 from backhand.nn.decoder.rotary import FULL, qwen35_rotary
 
 _ATTENTION = "attention"
-"""What older configs call full attention."""
+"""Name of full attention in older configs."""
 _CONV = "conv"
 _LINEAR = "linear_attention"
 _FULL_INTERVAL = 4
@@ -67,17 +68,17 @@ def lfm2(fields: ConfigFields) -> DecoderConfig:
 
 
 def _convolving_layers(fields: ConfigFields, layers: int) -> list[bool]:
-    """Which layers have a convolution."""
+    """Return for each layer if it has a convolution."""
     convolves, indices = layers_of_type(fields, _CONV, layers), fields.value("full_attn_idxs")
     if convolves is not None or indices is None:
         return convolves or [False] * layers
     if not isinstance(indices, list) or any(isinstance(one, bool) or not isinstance(one, int) for one in indices):
-        raise ArtifactError("full_attn_idxs is no list of layers", where="config.json")
+        raise ArtifactError("full_attn_idxs is not a list of layers", where="config.json")
     return [index not in indices for index in range(layers)]
 
 
 def _width(fields: ConfigFields, stated: int) -> int:
-    """Features of the MLP."""
+    """Return the width of the MLP."""
     adjusts = fields.flag("block_auto_adjust_ff_dim", True)
     multiplier = fields.value("block_ffn_dim_multiplier")
     declared = not fields.stated("block_ffn_dim_multiplier")
@@ -91,13 +92,13 @@ def _width(fields: ConfigFields, stated: int) -> int:
 
 
 UNREAD_WHERE_DENSE = (
-    # Of experts.
+    # Experts.
     "intermediate_size", "num_experts_per_tok", "router_aux_loss_coef",
-    # Of Mamba's layers.
+    # Mamba layers.
     "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
     "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",
 )  # fmt: skip
-"""Fields of Granite 4 that say nothing of a model that has neither."""
+"""Fields of Granite 4 that do not matter without experts and Mamba layers."""
 
 
 def granite4(fields: ConfigFields) -> DecoderConfig:
@@ -108,12 +109,12 @@ def granite4(fields: ConfigFields) -> DecoderConfig:
         fields.problem("num_local_experts", "the engine has no experts in this family")
     types = fields.value("layer_types")
     if not isinstance(types, list) or any(kind not in (FULL, _ATTENTION) for kind in types):
-        fields.problem("layer_types", f"the engine has {FULL} alone in this family, and no Mamba layers")
+        fields.problem("layer_types", f"the engine has only {FULL} in this family, no Mamba layers")
     fields.neutral(*UNREAD_WHERE_DENSE)
     decoder = with_biases(fields, with_multipliers(fields, common_fields(fields)))
-    turns = fields.or_declared("position_embedding_type") == "rope"
+    rotates = fields.or_declared("position_embedding_type") == "rope"
     decoder = replace(decoder, intermediate_size=fields.integer("shared_intermediate_size"))
-    return still_where(decoder, lambda _: not turns)
+    return without_rotary(decoder, lambda _: not rotates)
 
 
 def qwen3_5(fields: ConfigFields) -> DecoderConfig:
@@ -127,7 +128,10 @@ def qwen3_5(fields: ConfigFields) -> DecoderConfig:
 
 
 def _linear_layers(fields: ConfigFields, layers: int) -> list[bool]:
-    """Which layers have the delta rule: by `layer_types`, or all but every so-manieth."""
+    """Return for each layer if it has the delta rule.
+
+    This is given by `layer_types`. Without it, all but every `full_attention_interval`-th layer have the delta rule.
+    """
     linear = layers_of_type(fields, _LINEAR, layers)
     if linear is None:
         interval = fields.integer("full_attention_interval", _FULL_INTERVAL)

@@ -13,9 +13,9 @@ NEUTRAL = (
     "pretraining_tp", "chunk_size_feed_forward", "gradient_checkpointing", "attention_dropout", "resid_pdrop",
     "embd_pdrop",
     "base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan",
-    # Before training, heads for other tasks, layers behind the model.
+    # Initialization, heads for other tasks, layers after the model.
     "initializer_range", "id2label", "label2id", "num_labels", "problem_type", "mtp_layer_types",
-    # How routers are trained: a loss of their own, and noise.
+    # Training of routers: an auxiliary loss, and noise.
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     # Token ids; eos_token_id is used, and pad_token_id read apart.
     "bos_token_id", "pad_token_id",
@@ -25,8 +25,8 @@ NEUTRAL = (
 
 
 FIXED: dict[str, object] = {"is_encoder_decoder": False, "is_causal": True}
-"""Fields with the one value (beside null) for which the engine computes the same."""
+"""Fields with the one value, apart from null, for which the engine computes the same result as transformers."""
 
 
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
-"""Where a directory says that its weights are quantized; the last is MLX's."""
+"""Fields in which a directory states that its weights are quantized. The last one is MLX's."""

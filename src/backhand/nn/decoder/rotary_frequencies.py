@@ -39,21 +39,21 @@ from backhand.ops.rotary import Frequencies
 def inverse_frequencies(
     config: RotaryConfig, head_dim: int, device: torch.device | str = "cpu", length: int = 0
 ) -> Tensor:
-    """Frequencies in radians a token.
+    """Return the frequencies in radians per token.
 
     Args:
-        head_dim: features of a head; even where all of them turn.
-        device: where the result goes; the computation is on the CPU on every device.
-        length: of the document, by which longrope with two lists chooses one.
+        head_dim: features of a head. It must be even if all features are rotated.
+        device: device of the result. The computation is on the CPU on every device.
+        length: length of the document, by which longrope with two lists selects one.
 
     Returns:
-        (turning features / 2,) float32.
+        (rotated features / 2,) float32.
 
     Raises:
-        ValueError: for a scaling rule that is none of these; `decoder_config` never lets one through.
+        ValueError: an unknown scaling rule. `decoder_config` never returns one.
     """
-    turning = config.features or head_dim
-    exponents = torch.arange(0, turning, 2, dtype=torch.float32, device="cpu") / turning
+    rotated = config.features or head_dim
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
     scaling: dict[str, Any] = dict(config.scaling or ())
     rule = scaling.get("rope_type", "default")
     if rule == "longrope":
@@ -68,16 +68,16 @@ def inverse_frequencies(
         frequencies = _llama3(frequencies, scaling)
     elif rule == "proportional":
         frequencies = frequencies / scaling["factor"]
-        frequencies[int(scaling["share"] * turning // 2) :] = 0.0
+        frequencies[int(scaling["share"] * rotated // 2) :] = 0.0
     elif rule == "yarn":
-        frequencies = _yarn(config.theta, turning, scaling)
+        frequencies = _yarn(config.theta, rotated, scaling)
     elif rule != "default":
         raise ValueError(f"no rotary scaling rule {rule!r}")
     return frequencies.to(device)
 
 
 def frequencies_of(config: RotaryConfig, head_dim: int, device: torch.device | str) -> Frequencies:
-    """The set's `inverse_frequencies`, those of long documents too where they are others."""
+    """Return the `inverse_frequencies` of a configuration, with those of long documents if they differ."""
     short, limit = inverse_frequencies(config, head_dim, device), config.longest_short
     if limit is None:
         return Frequencies(short, None, None, config.attention_factor, config.interleaved)
@@ -110,17 +110,17 @@ def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Tensor:
         high += 0.001
     powers = theta ** (torch.arange(0, head_dim, 2, device="cpu").to(torch.float32) / head_dim)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
-    kept = 1 - ramp.clamp(0, 1)
+    unscaled = 1 - ramp.clamp(0, 1)
     stretched: Tensor = 1.0 / (scaling["factor"] * powers)
-    return stretched * (1 - kept) + 1.0 / powers * kept
+    return stretched * (1 - unscaled) + 1.0 / powers * unscaled
 
 
 def llama3_factors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Tensor:
-    """By how much the `llama3` rule divides each frequency, (head_dim / 2,) float32: GGUF's rope_freqs.weight."""
+    """Return the divisors of the `llama3` rule, (head_dim / 2,) float32: GGUF's rope_freqs.weight."""
     plain = inverse_frequencies(RotaryConfig(theta), head_dim)
     return plain / _llama3(plain, scaling)
 
 
 def yarn_length(factor: float, mscale: float = 1.0) -> float:
-    """By how much yarn lengthens queries and keys for positions divided by `factor`   [arXiv:2309.00071, eq. 22]."""
+    """Return yarn's multiplier of queries and keys for positions divided by `factor` [arXiv:2309.00071, eq. 22]."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0

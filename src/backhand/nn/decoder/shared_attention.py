@@ -1,28 +1,28 @@
-"""Gemma 4's mixer: attention with a norm on values too, whose keys and values may be another layer's.
+"""Gemma 4's mixer: attention with a norm on the values, and optionally with the keys and values of another layer.
 
-With H heads, K key/value heads and n̂ the norm without a weight, a layer that has keys and values of its own computes
+With H heads, K key/value heads, and n̂ the norm without a weight, a layer with its own keys and values computes
 
-    q = turn(norm(z_q)),   k = turn(norm(z_k)),   v = n̂(z_v),   o = attention(q, k, v)
+    q = rotate(norm(z_q)),   k = rotate(norm(z_k)),   v = n̂(z_v),   o = attention(q, k, v)
 
-from z = [z_q | z_k | z_v], what its projections gave. Where values are made of the keys' projection, z_v = z_k, before
-norm and rotation. A layer that shares has z = z_q alone, and takes k and v of an earlier layer of its kind (sliding or
-full), as they stood there: normed and rotated. Scores are not scaled: the norms see to their size.
+from z = [z_q | z_k | z_v], the outputs of its projections. If values share the projection of the keys, z_v = z_k,
+before norm and rotation. A layer that shares keys and values has z = z_q only. It reads k and v of an earlier layer of
+its kind (sliding or full), already normalized and rotated. Scores are not scaled: the norms determine their size.
 
-Backward. Let layer p make (k, v), and let layers u ∈ U use them beside p itself. The loss depends on k by every one of
-these layers, L(o_p(k, v), o_u(k, v), …), so that by the chain rule
+Backward. Let layer p compute (k, v), and let the layers u ∈ U use them as well. The loss depends on k through each of
+these layers, L(o_p(k, v), o_u(k, v), …), so the chain rule gives
 
     ∂L/∂k = Σ_{l ∈ {p} ∪ U} (∂o_l/∂k)ᵀ ∂L/∂o_l      (T, K, head_dim)
     ∂L/∂v = Σ_{l ∈ {p} ∪ U} (∂o_l/∂v)ᵀ ∂L/∂o_l      (T, K, head_dim)
 
-where ∂L/∂o_l holds everything between layer l and the loss, and each term is attention's own backward in layer l, with
-that layer's queries. Users stand above p, so that all their terms are there when the backward pass arrives at p: each
-adds its term to the sum (`cross_layer`), and p adds its own before it goes on through rotation, norms and projections.
-Whoever takes one user's term for the whole, or p's alone, trains k_proj and v_proj of p on a part of their effect.
+∂L/∂o_l contains everything between layer l and the loss. Each term is the backward of attention in layer l, with that
+layer's queries. The layers in U are above p, so their terms are complete when the backward pass reaches p. Each layer
+adds its term to the sum (`nn.decoder.cross_layer`). p adds its own term and continues through rotation, norms and
+projections. With only one term instead of the sum, k_proj and v_proj of p would be trained on part of their effect.
 
-∂L/∂q stays within its layer. Where z_v = z_k, ∂L/∂z_k is the sum of what comes through the norm of k and through n̂.
+∂L/∂q stays within its layer. If z_v = z_k, ∂L/∂z_k is the sum of the gradients through the norm of k and through n̂.
 
-Kept beside input and output: log-sum-exp and the factors of the norms. q, and a layer's own k and v, are
-recomputed from them; what is shared is kept once, for all its users, until the pass is over.
+Saved in addition to input and output: log-sum-exp and the norm factors. q, and a layer's own k and v, are recomputed
+from them. Shared keys and values are stored once for all layers until the pass ends.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from backhand.ops.rotary import rotary_backward, rotary_forward
 
 
 class SharedAttentionSaved(NamedTuple):
-    """What is kept beside input and output."""
+    """Tensors saved in addition to input and output."""
 
     log_sum_exp: Tensor  # see `ops.attention`
-    factors: tuple[Tensor, ...]  # (T, heads, 1) of the norms of q, and of k and v where these are the layer's own
+    factors: tuple[Tensor, ...]  # (T, heads, 1) of the norm of q, and of the norms of k and v if the layer has its own
 
 
 def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
-    """Views of what the first group gave, (T, heads, head_dim): q, and k and v where these are the layer's own."""
+    """Return views of the first group's output, (T, heads, head_dim): q, and k and v if the layer has its own."""
     config, mixer = context.config, context.layer.mixer
-    own = {SHARED_KEYS: 0, KEYS_AS_VALUES: 1}.get(mixer, 2)
-    counts = [config.num_heads, *[config.num_key_value_heads] * own]
+    own_parts = {SHARED_KEYS: 0, KEYS_AS_VALUES: 1}.get(mixer, 2)
+    counts = [config.num_heads, *[config.num_key_value_heads] * own_parts]
     parts = z.unflatten(1, (sum(counts), config.head_dim)).split(counts, dim=1)
     return (*parts, parts[1]) if mixer == KEYS_AS_VALUES else parts
 
@@ -63,21 +63,21 @@ def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
 def shared_attention_forward(
     z: Tensor, weights: BlockWeights, context: BlockContext
 ) -> tuple[Tensor, SharedAttentionSaved]:
-    """o, (T, H · head_dim), from what the projections gave, and what backward needs beside both."""
+    """Return o, (T, H · head_dim), for the outputs of the projections, and the tensors saved in addition to both."""
     q, k, v, norms = _prepared(z, weights, context)
     output, attended = attention_forward(q, k, v, *attention_setting(weights, context))
     return output.flatten(1), SharedAttentionSaved(attended.log_sum_exp, tuple(norm.factor for norm in norms))
 
 
 def shared_qkv(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as attention takes them, (T, heads, head_dim) each; what others use is lent on the way."""
+    """Return q, k and v as attention reads them, (T, heads, head_dim) each. Publishes k and v that other layers use."""
     return _prepared(z, weights, context)[:3]
 
 
 def _prepared(
     z: Tensor, weights: BlockWeights, context: BlockContext, factors: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[RMSNormSaved]]:
-    """q, k and v as attention takes them, and the norms that made them, whose factors may be known."""
+    """Return q, k and v as attention reads them, and the saved tensors of their norms, reusing `factors` if given."""
     eps, cross_layer, kv_source = context.config.norm_eps, not_none(context.cross_layer), context.layer.kv_source
     normed: list[Tensor] = []
     norms: list[RMSNormSaved] = []
@@ -101,31 +101,27 @@ def _prepared(
 
 def shared_attention_backward(
     d_output: Tensor,
-    kept: MixerSaved,
+    saved: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     adapter: BlockAdapter,
     _output: Tensor | None,
 ) -> Tensor:
-    """∂L/∂z of z's shape; what another layer's keys and values get is given back to them."""
-    config, own, cross_layer, kv_source = (
-        context.config,
-        kept.inner,
-        not_none(context.cross_layer),
-        context.layer.kv_source,
-    )
-    q, k, v, norms = _prepared(kept.input, weights, context, own.factors)
-    # Plain attention alone gives its output again.
-    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(kept.output), d_output))
-    saved = AttentionSaved(q, k, v, output, own.log_sum_exp, *attention_setting(weights, context))
+    """Return ∂L/∂z, of z's shape. Gradients of another layer's keys and values are accumulated for that layer."""
+    config, inner = context.config, saved.inner
+    cross_layer, kv_source = not_none(context.cross_layer), context.layer.kv_source
+    q, k, v, norms = _prepared(saved.input, weights, context, inner.factors)
+    # This mixer's backward does not recompute the output, so it is always saved.
+    output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(saved.output), d_output))
+    attention = AttentionSaved(q, k, v, output, inner.log_sum_exp, *attention_setting(weights, context))
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
-    d_q, d_k, d_v = attention_backward(d_attended, saved, out=by_head)
+    d_q, d_k, d_v = attention_backward(d_attended, attention, out=by_head)
     if kv_source is not None:
         cross_layer.accumulate_grad(kv_source, d_k, d_v)
     elif (users := cross_layer.pop_grad(context.number)) is not None:
         d_k.add_(users.k)
         d_v.add_(users.v)
-    d_z = torch.empty_like(kept.input)
+    d_z = torch.empty_like(saved.input)
     into = _parts(d_z, context)
     for place, (d_y, norm) in enumerate(zip((d_q, d_k, d_v), norms, strict=False)):
         if place < 2 and context.rotary is not None:
@@ -133,7 +129,7 @@ def shared_attention_backward(
         trained = adapter.norms.get(config.qk_norms[place]) if place < 2 else None
         d_x = norm_backward(d_y, norm, trained)
         if place == 2 and context.layer.mixer == KEYS_AS_VALUES:
-            into[place].add_(d_x)  # to what came through k
+            into[place].add_(d_x)  # added to the gradient through k
         else:
             into[place].copy_(d_x)
     return d_z

@@ -1,11 +1,11 @@
-"""LFM2's mixer: the gated short convolution (`ops.gated_conv`) in a block, and its state when text is generated.
+"""LFM2's mixer: the gated short convolution (`ops.gated_conv`), and its state during generation.
 
     [B | C | x] = in_proj(n₁),   z = B ⊙ x,   y = C ⊙ conv(z)
 
-A token's output depends on z of itself and of the J-1 tokens before it. So the state of a row is z of its last J-1
-tokens, zeros where it has fewer, as convolution takes it before a document's begin.
+The output of a token depends on z of that token and of the J-1 tokens before it. The state of a row is therefore z of
+its last J-1 tokens, padded with zeros at the start of a document, as in the convolution.
 
-Nothing is kept beside the mixer's input and output: the documents and the taps are there when backward comes.
+Nothing is saved in addition to the mixer's input and output: the backward receives the documents and the taps.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_c
 
 
 def short_conv_forward(bcx: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, None]:
-    """y, (T, channels), from [B | C | x], (T, 3 channels), within each document."""
+    """Return y, (T, channels), for [B | C | x], (T, 3 channels), within each document."""
     return gated_conv_forward(bcx, _taps(weights), context.runs)[0], None
 
 
 def short_conv_backward(
     d_y: Tensor,
-    kept: MixerSaved,
+    saved: MixerSaved,
     weights: BlockWeights,
     context: BlockContext,
     _adapter: BlockAdapter,
     _output: Tensor | None,
 ) -> Tensor:
-    """∂L/∂[B | C | x], (T, 3 channels), from ∂L/∂y, (T, channels)."""
-    saved = GatedConvSaved(kept.input, _taps(weights), context.runs)
-    return gated_conv_backward(d_y, saved).d_bcx
+    """Return ∂L/∂[B | C | x], (T, 3 channels), for ∂L/∂y, (T, channels)."""
+    conv = GatedConvSaved(saved.input, _taps(weights), context.runs)
+    return gated_conv_backward(d_y, conv).d_bcx
 
 
 def short_conv_states(
     config: DecoderConfig, rows: int, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[Tensor, ...]:
-    """z of each row's last J-1 tokens, (rows, J-1, channels), zeros."""
+    """Return zeros for z of each row's last J-1 tokens, (rows, J-1, channels)."""
     return (torch.zeros(rows, not_none(config.short_conv).taps - 1, config.hidden_size, dtype=dtype, device=device),)
 
 
 def short_conv_extend(
     bcx: Tensor, weights: BlockWeights, states: tuple[Tensor, ...], rows: Sequence[Rows], _config: DecoderConfig
 ) -> Tensor:
-    """y of new tokens, (tokens, channels), each behind what its row has seen; the states go on with them.
+    """Return y of new tokens, (tokens, channels), which continue their rows, and update the states in place.
 
     Args:
         bcx: [B | C | x] of the new tokens, (tokens, 3 channels).
-        states: see `short_conv_states`.
-        rows: whose tokens they are.
+        states: from `short_conv_states`.
+        rows: the rows that the tokens belong to.
     """
     (seen,), taps = states, _taps(weights)
     b, c, x = bcx.chunk(3, dim=-1)
@@ -70,7 +70,7 @@ def short_conv_extend(
 
 
 def _taps(weights: BlockWeights) -> Taps:
-    """The convolution as the op takes it: files have an axis more."""
+    """Return the convolution in the shape that the op expects. Files have one more axis."""
     return Taps(not_none(weights.conv).squeeze(1), weights.conv_bias)
 
 

@@ -22,7 +22,7 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 
 @dataclass(eq=False)
 class TrainedWeights:
-    """Keeps the weights of one decoder up to date with the tensors that one adapter trains as they are."""
+    """The weights of one decoder with the current values of the tensors that an adapter trains without factors."""
 
     _base: DecoderWeights
     _config: DecoderConfig
@@ -30,16 +30,16 @@ class TrainedWeights:
     _table: Tensor | None = None
 
     def current(self) -> DecoderWeights:
-        """The weights with the adapter's values as of the last `refresh_compute`."""
+        """Return the weights with the adapter's values as of the last `refresh_compute`."""
         lora, base = self._lora, self._base
         if not lora.trained:
             return base
         blocks = [self.block(layer, block) for layer, block in enumerate(base.blocks)]
 
-        def own(name: str, weight: FrozenMatrix) -> FrozenMatrix:
+        def current(name: str, weight: FrozenMatrix) -> FrozenMatrix:
             return lora.compute(name) if name in lora.trained else weight
 
-        embedding, head = own(f"{EMBEDDING}.weight", base.embedding), own("lm_head.weight", base.head)
+        embedding, head = current(f"{EMBEDDING}.weight", base.embedding), current("lm_head.weight", base.head)
         norm = f"{self._config.final_norm}.weight"
         final_norm = lora.compute(norm) if norm in lora.trained else base.final_norm
         if f"{EMBEDDING}.{TOKENS}" in lora.trained:
@@ -48,7 +48,7 @@ class TrainedWeights:
         return DecoderWeights(embedding, blocks, final_norm, head, base.per_layer)
 
     def block(self, layer: int, block: BlockWeights) -> BlockWeights:
-        """One block's weights with the adapter's own in their place; `block` itself where it trains none of them."""
+        """Return one block's weights with the adapter's tensors in it, or `block` itself if it trains none of them."""
         lora, prefix = self._lora, f"model.layers.{layer}."
         trained = {name.removeprefix(prefix): lora.compute(name) for name in lora.trained if name.startswith(prefix)}
         changes: dict[str, Tensor] = {}
@@ -56,14 +56,14 @@ class TrainedWeights:
             if len(part.names) == 1 and part.names[0] in trained:
                 changes[part.field] = trained[part.names[0]]
             elif any(name in trained for name in part.names):
-                members = part_views(block, part)
+                views = part_views(block, part)
                 changes[part.field] = torch.cat(
-                    [trained[name] if name in trained else frozen_dense(view) for name, view in members]
+                    [trained[name] if name in trained else frozen_dense(view) for name, view in views]
                 )
         return replace(block, **changes) if trained else block
 
     def _with_rows(self) -> Tensor:
-        """The embedding table with the trained rows in it; one copy, kept."""
+        """Return the embedding table with the trained rows written into one cached copy."""
         name = f"{EMBEDDING}.{TOKENS}"
         rows = self._lora.compute(name)
         if self._table is None:

@@ -1,9 +1,9 @@
 """The decoder's frozen weights, stacked for few large products, and their Hugging Face names.
 
-Projections that share an input lie in one matrix: with attention q, k and v (q + 2k, hidden), and gate_up (2f, hidden).
-What a layer's mixer consists of says `DecoderConfig.mixers`. `named_views` gives
-every tensor its Hugging Face name as a view into these, for loading, digests and merging alike. Matrices are dense or
-quantized (`ops.frozen_matrix`); norms and biases are always tensors in the compute dtype.
+Projections that share an input are stacked in one matrix: q, k and v (q + 2k, hidden), and gate and up (2f, hidden).
+`DecoderConfig.mixers` lists the parts of each mixer. The function `named_views` returns every tensor under its Hugging
+Face name as a view into the stacks. Loading, digests and merging use it. Matrices are dense or quantized
+(`ops.frozen_matrix`). Norms and biases are always tensors in the compute dtype.
 """
 
 from __future__ import annotations
@@ -36,17 +36,22 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_split
 
 @dataclass
 class BlockWeights:
-    """One decoder block; biases and norms are None where the family has none, and other mixers' tensors.
+    """Weights of one decoder block. A tensor is None if the family or the layer's mixer does not have it.
 
-    Shapes: input (Σ sizes, hidden), with attention (q + 2k, hidden), output (hidden, width), with attention
-    (hidden, q), gate_up (2f, hidden), down (hidden, f); norms (hidden,), q_norm and k_norm (head_dim,), or (q,) and
-    (k,) where they go over all heads; q = heads · head_dim, k = key/value heads · head_dim, f = intermediate size.
-    Of a short convolution: conv (hidden, 1, taps), conv_bias (hidden,). Of a gated delta rule: conv
-    (channels, 1, taps), log_rate and rate_bias (value heads,), delta_norm (value width,). Of a layer of experts: router
-    (experts, hidden), router_bias (experts,), and all of their matrices below one another in gate_up
-    (experts · 2f, hidden), down (experts · hidden, f), their biases likewise. Of attention with sinks: sinks (heads,).
-    Of a per-layer input of p features: per_layer_gate (p, hidden), per_layer_projection (hidden, p), per_layer_norm
-    (hidden,); layer_scalar (1,).
+    With q = heads · head_dim, k = key/value heads · head_dim and f = intermediate size, the shapes are:
+
+    - input (Σ sizes, hidden), which is (q + 2k, hidden) for attention
+    - output (hidden, width), which is (hidden, q) for attention
+    - gate_up (2f, hidden) and down (hidden, f)
+    - norms (hidden,); q_norm and k_norm (head_dim,), or (q,) and (k,) for norms over all heads
+    - sinks (heads,) of attention with sinks
+    - conv (hidden, 1, taps) and conv_bias (hidden,) of a short convolution
+    - conv (channels, 1, taps), log_rate and rate_bias (value heads,), delta_norm (value width,) of a gated delta rule
+    - router (experts, hidden) and router_bias (experts,) of a layer of experts, whose matrices are stacked in gate_up
+      (experts · 2f, hidden) and down (experts · hidden, f), and their biases likewise
+    - per_layer_gate (p, hidden), per_layer_projection (hidden, p) and per_layer_norm (hidden,) of per-layer embeddings
+      with p features
+    - layer_scalar (1,)
     """
 
     input: FrozenMatrix
@@ -78,7 +83,7 @@ class BlockWeights:
 
 
 class PerLayerWeights(NamedTuple):
-    """Of the inputs of L layers, p features each: embedding (vocab, L p), projection (L p, hidden), norm (p,)."""
+    """Weights of per-layer embeddings: embedding (vocab, L p), projection (L p, hidden), norm (p,)."""
 
     embedding: FrozenMatrix
     projection: FrozenMatrix
@@ -89,7 +94,7 @@ class PerLayerWeights(NamedTuple):
 class DecoderWeights:
     """All frozen weights: embedding (vocab, hidden), blocks, final_norm (hidden,), head (vocab, hidden).
 
-    A tied head is the embedding itself. per_layer is there in families whose layers have inputs of their own.
+    A tied head is the embedding itself. per_layer is None in families without per-layer embeddings.
     """
 
     embedding: FrozenMatrix
@@ -100,19 +105,19 @@ class DecoderWeights:
 
 
 class Part(NamedTuple):
-    """A field of `BlockWeights`, and the tensors that lie in it one below another."""
+    """A field of `BlockWeights` and the tensors that are stacked in it."""
 
     field: str
-    names: tuple[str, ...]  # by the ends of their Hugging Face names
-    rows: Sequence[int]  # of each
+    names: tuple[str, ...]  # last parts of their Hugging Face names
+    rows: Sequence[int]  # rows of each tensor
     columns: tuple[int, ...]  # their other axes
-    multiplies: bool = False  # whether it is the weight of linear modules, which may be quantized
-    trainable: bool = True  # whether an adapter can train what is in it as it is
+    multiplies: bool = False  # weight of linear modules, which may be quantized
+    trainable: bool = True  # an adapter can train its tensors in full
 
 
 def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
-    """What a block consists of."""
-    sized, own, hidden = config.at(layer), config.per_layer, config.hidden_size
+    """Return the parts of a block."""
+    sized, per_layer, hidden = config.at(layer), config.per_layer, config.hidden_size
     mixer, mixture = sized.mixers[layer.mixer], config.mixture if layer.experts else None
     parts: list[Part] = []
 
@@ -140,10 +145,10 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
             modules = dict(expert_slices(parameter, mixture.experts, rows))
             outputs = [piece.rows.stop - piece.rows.start for piece in modules.values()]
             group(field, tuple(modules), outputs, inputs, mixture.bias)
-    if own is not None:
+    if per_layer is not None:
         gate, projection = PER_LAYER_GROUPS
-        group("per_layer_gate", gate, [own.width], hidden)
-        group("per_layer_projection", projection, [hidden], own.width)
+        group("per_layer_gate", gate, [per_layer.width], hidden)
+        group("per_layer_projection", projection, [hidden], per_layer.width)
     for field, (name, shape) in mixer.norms.items():
         alone(field, name, *shape)
     for field, (name, shape) in mixer.frozen.items():
@@ -156,7 +161,7 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
         alone("router", f"{mixture.router}.weight", mixture.experts, hidden, trainable=False)
         if mixture.bias:
             alone("router_bias", f"{mixture.router}.bias", mixture.experts, trainable=False)
-    if own is not None:
+    if per_layer is not None:
         alone("per_layer_norm", f"{PER_LAYER_NORM}.weight", hidden)
     if config.layer_scalar:
         alone("layer_scalar", LAYER_SCALAR, 1, trainable=False)
@@ -166,8 +171,8 @@ def block_parts(config: DecoderConfig, layer: LayerConfig) -> list[Part]:
 def empty_weights(
     config: DecoderConfig, dtype: torch.dtype, device: torch.device | str = "cpu", stored: ModelSource | None = None
 ) -> DecoderWeights:
-    """Unfilled buffers of the right shapes; of a source its matrices as they are stored, and buffers beside them."""
-    hidden, own = config.hidden_size, config.per_layer
+    """Allocate uninitialized weights. With `stored`, matrices are those of the source, without a copy."""
+    hidden, ple = config.hidden_size, config.per_layer
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -188,16 +193,16 @@ def empty_weights(
     embedding = matrix([EMBEDDING], config.vocab_size, hidden)
     head = embedding if config.tied_head else matrix(["lm_head"], config.vocab_size, hidden)
     per_layer = None
-    if own is not None:
-        features = own.layers * own.width
-        table = matrix([PER_LAYER_TABLE], own.vocab_size, features)
-        per_layer = PerLayerWeights(table, matrix([PER_LAYER_MODEL], features, hidden), new(own.width))
+    if ple is not None:
+        features = ple.layers * ple.width
+        table = matrix([PER_LAYER_TABLE], ple.vocab_size, features)
+        per_layer = PerLayerWeights(table, matrix([PER_LAYER_MODEL], features, hidden), new(ple.width))
     blocks = [block(index, layer) for index, layer in enumerate(config.layers)]
     return DecoderWeights(embedding, blocks, new(hidden), head, per_layer)
 
 
 def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, FrozenMatrix]]:
-    """(Hugging Face name, view or quantized matrix) of all weights; a tied head appears once, as the embedding."""
+    """Yield (Hugging Face name, view or quantized matrix) of all weights. A tied head appears once, as embedding."""
     yield "model.embed_tokens.weight", weights.embedding
     for index, block in enumerate(weights.blocks):
         for part in block_parts(config, config.layers[index]):
@@ -212,7 +217,7 @@ def named_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tupl
 
 
 def part_views(block: BlockWeights, part: Part) -> Iterator[tuple[str, FrozenMatrix]]:
-    """What lies in a part, each by its name; what is alone is the whole."""
+    """Return the tensors of a part by name, as views into the stack."""
     stack: FrozenMatrix = getattr(block, part.field)
     views = (stack,) if len(part.names) == 1 else frozen_split(stack, part.rows)
     return zip(part.names, views, strict=True)
@@ -222,7 +227,7 @@ _PER_LAYER_NAMES = (PER_LAYER_TABLE, PER_LAYER_MODEL, PER_LAYER_MODEL_NORM)
 
 
 def dense_views(weights: DecoderWeights, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
-    """Those of `named_views` that are tensors: all of a dense decoder, norms and biases of a quantized one."""
+    """Return the items of `named_views` that are tensors. Of a quantized decoder these are the norms and biases."""
     return ((name, view) for name, view in named_views(weights, config) if isinstance(view, Tensor))
 
 
@@ -235,27 +240,27 @@ def load_weights(
     quantized: bool = False,
     examine: Callable[[Sequence[str]], None] | None = None,
 ) -> DecoderWeights:
-    """Read every tensor of the source once, straight into its place in the compute dtype.
+    """Read every tensor of the source once, directly into its stack in the compute dtype.
 
     Args:
-        quantized: leave the matrices as they are stored, mapped where the source maps them; norms and biases are read.
+        quantized: keep the matrices as stored, and memory-mapped if the source maps them. Norms and biases are read.
         examine: see `fill`.
 
     Raises:
-        ArtifactError: listing every tensor that is missing or of another shape.
+        ArtifactError: lists every tensor that is missing or has another shape.
     """
-    # Before memory is asked for: a garbled size should be an error about a tensor, not about memory.
-    wanted = named_views(empty_weights(config, dtype, "meta"), config)
-    check_shapes(source, {name: tuple(view.shape) for name, view in wanted})
+    # Checked before memory is allocated, so that a corrupted size gives an error about a tensor.
+    expected = named_views(empty_weights(config, dtype, "meta"), config)
+    check_shapes(source, {name: tuple(view.shape) for name, view in expected})
     weights = empty_weights(config, dtype, device, source if quantized else None)
     fill(source, dense_views(weights, config), examine)
     return weights
 
 
 def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict[str, FrozenMatrix]:
-    """(out, in) of a block's linear modules by the ends of their names, such as `self_attn.q_proj`.
+    """Return the weights of a block's linear modules, (out, in), by the last parts of their names (`self_attn.q_proj`).
 
-    A parameter of experts, `mlp.experts.down_proj`, is the stack of their matrices, (experts · out, in).
+    A parameter of experts, such as `mlp.experts.down_proj`, is the stack of their matrices, (experts · out, in).
     """
     parts = {
         name.removesuffix(".weight"): view
@@ -270,17 +275,17 @@ def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict
 
 
 def module_shapes(config: DecoderConfig) -> ModuleShapes:
-    """(out, in) of every linear module by dotted path, in forward order, and what else an adapter can train.
+    """Return (out, in) of every linear module by dotted path, in forward order, and the other trainable tensors.
 
-    Where some layers have experts, the MLPs of the others are left out: PEFT takes the names of an MLP's modules for
-    the experts' there, so that it could not read an adapter of both. Routers stay frozen.
+    If some layers have experts, the MLPs of the others are left out. PEFT would take their module names for the
+    experts', and could not read an adapter of both. Routers stay frozen.
     """
-    hidden, mixture, own = config.hidden_size, config.mixture, config.per_layer
+    hidden, mixture, per_layer = config.hidden_size, config.mixture, config.per_layer
     shapes: dict[str, tuple[int, int]] = {}
     experts: dict[str, tuple[int, int, int]] = {}
-    fixed = [] if own is None else [f"{name}.weight" for name in _PER_LAYER_NAMES]
-    if own is not None:
-        shapes[PER_LAYER_MODEL] = (own.layers * own.width, hidden)
+    fixed = [] if per_layer is None else [f"{name}.weight" for name in _PER_LAYER_NAMES]
+    if per_layer is not None:
+        shapes[PER_LAYER_MODEL] = (per_layer.layers * per_layer.width, hidden)
     for index, layer in enumerate(config.layers):
         prefix = f"model.layers.{index}."
         for part in block_parts(config, layer):
