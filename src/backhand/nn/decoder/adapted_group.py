@@ -2,8 +2,8 @@
 
 The groups of a block are the input of its mixer (q, k and v for attention), the output of the mixer, gate and up, and
 down (`Group`). The head is a group of its own. A group is computed as one stacked product (`nn.decoder.projections`).
-Its members hold views of the flat buffer to which the gradients of their factors are added, so that blocks and ops know
-neither names nor buffers.
+Its adapters hold views of the flat buffer to which the gradients of their factors are added, so that blocks and ops
+know neither names nor buffers.
 
 Most adapters consist only of the factors of linear modules. Other trained tensors (DoRA's magnitudes, the bias of
 lora_B, whole weights) are in the `extras` of their group (`nn.decoder.group_extras`), and trained norms are in the
@@ -192,7 +192,7 @@ def group_adapter(
         return GroupAdapter(names, LoRAGroup())
     columns = dict(zip(names, accumulate(sizes, initial=0), strict=False))
     slots = [lora.slots[name] for name in names if name in lora]
-    members = tuple(
+    adapters = tuple(
         LoRAFactors(
             *(columns[slot.name], lora.compute_A(slot.name), lora.compute_B(slot.name), slot.scaling),
             *(lora.d_lora_A(slot.name), lora.d_lora_B(slot.name)),
@@ -200,7 +200,7 @@ def group_adapter(
         for slot in slots
     )
     probability = max((slot.dropout for slot in slots), default=0.0)
-    group = LoRAGroup(members, None if seed is None or probability == 0 else Dropout(probability, seed))
+    group = LoRAGroup(adapters, None if seed is None or probability == 0 else Dropout(probability, seed))
     if lora.plain:
         return GroupAdapter(names, group)
     return GroupAdapter(names, group, group_extras(lora, dict(zip(names, sizes, strict=False)), group, weights))

@@ -127,7 +127,7 @@ class DecodeStep:
             norm_over_heads=config.qk_norm == "width",
             activation=_ACTIVATIONS[config.activation],
             places=0,
-            most_ranks=max(sum(len(member.lora_A) for member in group.adapters) for group in groups),
+            most_ranks=max(sum(len(factors.lora_A) for factors in group.adapters) for group in groups),
             eps=config.norm_eps,
             offset=config.norm_offset,
             attention_scaling=config.attention_scaling,
@@ -190,17 +190,17 @@ class DecodeStep:
         parts = not_none(_parts(weight))
         lows = [
             _LowRank(
-                *(member.lora_A.data_ptr(), member.lora_B.data_ptr(), len(member.lora_A), member.column),
-                *(len(member.lora_B), member.scaling),
+                *(factors.lora_A.data_ptr(), factors.lora_B.data_ptr(), len(factors.lora_A), factors.column),
+                *(len(factors.lora_B), factors.scaling),
             )
-            for member in adapter.group.adapters
+            for factors in adapter.group.adapters
         ]
         held_parts, held_lows = (_StoredRows * len(parts))(*parts), (_LowRank * max(len(lows), 1))(*lows)
         self._referenced += [held_parts, held_lows]
         return _Projection(
             *(ctypes.addressof(held_parts), len(parts), ctypes.addressof(held_lows), len(lows)),
             *(_address(getattr(block, f"{name}_bias")), weight.shape[1], weight.shape[0]),
-            not is_worth_fusing(weight.shape[0], sum(len(member.lora_A) for member in adapter.group.adapters)),
+            not is_worth_fusing(weight.shape[0], sum(len(factors.lora_A) for factors in adapter.group.adapters)),
         )
 
 

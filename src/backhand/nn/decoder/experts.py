@@ -214,8 +214,8 @@ def _projection_backward(
     """Return ∂L/∂x of one projection, or None without `input_gradient`, and add the gradients of its factors."""
     into, d_lora_B = None, None
     if saved.factors is not None:
-        (member,) = adapter.group.adapters
-        d_lora_A, d_lora_B = expert_factors(member.d_lora_A, member.d_lora_B, mixture.experts)
+        (lora,) = adapter.group.adapters
+        d_lora_A, d_lora_B = expert_factors(lora.d_lora_A, lora.d_lora_B, mixture.experts)
         # Kernels accumulate into contiguous rows, and in the flat buffer the columns of the experts are interleaved.
         into = d_lora_A, torch.zeros_like(saved.factors.lora_B, dtype=d_lora_B.dtype)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, accumulate_into=into).d_x
@@ -229,11 +229,11 @@ def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
     """Return the factors of the experts, contiguous for each expert, or None without an adapter."""
     if not adapter.group.adapters:
         return None
-    (member,) = adapter.group.adapters
-    lora_A, lora_B = expert_factors(member.lora_A, member.lora_B, mixture.experts)
+    (lora,) = adapter.group.adapters
+    lora_A, lora_B = expert_factors(lora.lora_A, lora.lora_B, mixture.experts)
     if _is_interleaved(adapter, mixture):
         lora_B = gate_and_up(lora_B).flatten(1, 2)
-    return ExpertFactors(lora_A, lora_B.contiguous(), member.scaling)
+    return ExpertFactors(lora_A, lora_B.contiguous(), lora.scaling)
 
 
 def _is_interleaved(adapter: GroupAdapter, mixture: Mixture) -> bool:

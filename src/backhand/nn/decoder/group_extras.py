@@ -156,11 +156,11 @@ def group_extras(
         sizes: output features of the modules, by path.
         weights: (out, in) of each module. Only DoRA needs them: its norms are computed here.
     """
-    modules, members = [], iter(group.adapters)
+    modules, adapters = [], iter(group.adapters)
     for place, (name, size) in enumerate(sizes.items()):
         slot, factors, magnitude, lora_bias = lora.slots.get(name), None, None, None
         if slot is not None:
-            factors = next(members)
+            factors = next(adapters)
             if slot.use_dora:
                 if weights is None:
                     raise ValueError("DoRA needs the weights of the block")
