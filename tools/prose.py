@@ -56,6 +56,7 @@ _ALLOWED = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(ALLOWED)})(?![A-Za-z])", re.I
 _SENTENCE_END = re.compile(r"(?<=[.!?:;])[\"'`)”]*\s+(?=[A-Z`*(\[\"'“])")
 _ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|cf|vs|eq|no|Sec|Fig|et al)\.\s")
 _INLINE_CODE, _LINK = re.compile(r"`[^`]*`"), re.compile(r"\[([^\]]*)\]\([^)]*\)")
+_NO_PROSE = ("```", "#", "|", "<!--", "![")
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Note|Example|Examples):")
 
 
@@ -184,7 +185,7 @@ def _page(path: Path, text: str) -> Iterator[Violation]:
     for number, line in enumerate([*text.splitlines(), ""], start=1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
-        breaks = not line.strip() or fenced or line.lstrip().startswith(("```", "#", "|", "<!--", "    ", "!["))
+        breaks = not line.strip() or fenced or line.startswith("    ") or line.lstrip().startswith(_NO_PROSE)
         item = re.match(r"\s*(?:[-*]|\d+\.) ", line)
         if (breaks or item) and lines:
             yield from _long_sentences(path, start, [(0, " ".join(lines))], LONGEST_SENTENCE_IN_PAGES)
@@ -198,7 +199,7 @@ def _page(path: Path, text: str) -> Iterator[Violation]:
 
 def _long_sentences(path: Path, line: int, paragraphs: Iterable[tuple[int, str]], longest: int) -> Iterator[Violation]:
     for offset, paragraph in paragraphs:
-        text = _LINK.sub(r"\1", _INLINE_CODE.sub("code", paragraph))
+        text = _LINK.sub(r"\1", _INLINE_CODE.sub("Code", paragraph))
         text = _ABBREVIATIONS.sub(r"\1 ", text)
         for sentence in _SENTENCE_END.split(text):
             words = [word for word in sentence.split() if re.search(r"[A-Za-z]", word)]
