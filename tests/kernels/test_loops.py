@@ -549,6 +549,28 @@ def test_rows_with_gaps_inside_go_to_torch(build):
     assert_close([rms_norm_forward(x, weight, 1e-5)[0]], [right], torch.float32)
 
 
+@pytest.mark.parametrize("strided", [0, 1, 3])
+def test_delta_rule_inputs_that_a_kernel_does_not_read_go_to_torch(build, strided):
+    """Of q, k and the decays; v and the rates are read by the kernel's own check."""
+    runs, generator = document_runs((9, 4)), torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    inputs = [
+        normal(13, 2, 5) / 3,
+        normal(13, 2, 5) / 3,
+        normal(13, 4, 7),
+        -normal(13, 4).abs(),
+        normal(13, 4).sigmoid(),
+    ]
+    expected, _ = gated_delta_rule_forward(*inputs, runs, chunk=4)
+    inputs[strided] = inputs[strided].mT.contiguous().mT
+    y, saved = gated_delta_rule_forward(*inputs, runs, chunk=4)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gated_delta_rule_backward(y, saved))
+
+
 @pytest.mark.parametrize("name", usable())
 def test_what_a_loop_takes(name):
     x = torch.randn(3, 5, dtype=torch.float64)

@@ -23,10 +23,11 @@ BASELINE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _off_zero(draw: Draw, shape: tuple[int, ...], size: float) -> Tensor:
-    """Away from zero, where relu has no derivative for finite differences to find."""
+def _off_zero(draw: Draw, shape: tuple[int, ...], size: float, zeros: bool) -> Tensor:
+    """Draw numbers away from zero, where relu has no derivative for finite differences to find; or with some zeros."""
     x = draw.normal(*shape, size=size)
-    return x + 0.02 * torch.sign(x)
+    x = x + 0.02 * torch.sign(x)
+    return x * (draw.integers(3, *shape) > 0) if zeros else x
 
 
 def _cases(op: Op) -> tuple[Case, ...]:
@@ -35,6 +36,7 @@ def _cases(op: Op) -> tuple[Case, ...]:
         op.case("documents and rows", (2, 5, 3)),
         op.case("near zero", (5, 7), size=0.05),
         op.case("saturated", (5, 7), size=20.0),
+        op.case("zeros", (5, 7), zeros=True, exempt=("x",) if op.name == "relu" else ()),
         op.case("one number", ()),
         op.case("one row", (1, 7)),
         op.case("no rows", (0, 7)),
@@ -89,7 +91,12 @@ OWN_MUTANTS: dict[str, tuple[tuple[Mutant, ...], ...]] = {
 PROOFS = tuple(
     op.proof(_cases(op), OWN_MUTANTS[op.name])
     for op in (
-        Op(name, {"x": _off_zero, "d_y": "*shape"}, {"shape": ..., "size": 1.5}, baseline=BASELINE[name])
+        Op(
+            name,
+            {"x": _off_zero, "d_y": "*shape"},
+            {"shape": ..., "size": 1.5, "zeros": False},
+            baseline=BASELINE[name],
+        )
         for name in OWN_MUTANTS
     )
 )

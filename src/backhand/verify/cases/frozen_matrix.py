@@ -136,6 +136,8 @@ CASES = (
     OP.case("square weight", (5,), 256, [("Q3_K", 256)]),
     OP.case("one tile", (5,), 512, [("Q2_K", 9)], tile_bytes=None),
     OP.case("dense in tiles", (9,), 544, [("dense", 130)], bias=True),
+    OP.case("tiles with as many rows as columns", (9,), 64, [("dense", 130)]),
+    OP.case("tiles with as many columns as rows", (9,), 544, [("dense", 256)]),
     OP.case("dense in one", (5,), 37, [("dense", 11)], tile_bytes=None, residual=True),
     OP.case(
         "other types of one block", (3,), 256, [("Q5_K", 3), ("IQ4_XS", 5), ("IQ4_NL", 2), ("F16", 4), ("BF16", 6)]
