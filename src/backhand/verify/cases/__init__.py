@@ -1,1 +1,1 @@
-"""One file of proofs for each file of ops: its cases and its deliberately wrong versions."""
+"""Proofs, one file per file of ops: its cases and its deliberately wrong versions."""

@@ -1,4 +1,4 @@
-"""Gated units between the factors of an adapter: cases and mutants. Of three ranks the last is the factor behind."""
+"""Gated units between the factors of an adapter: cases and mutants. Ranks are those of gate, up, down."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from backhand.verify.scaffold import Arguments, Draw, Op, Tensors, grad_buffer
 
 
 def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, accumulate_into: bool | None = None) -> AdaptedGLUGrads:
-    """The backward on copies of what it may overwrite, since mutants read that afterwards.
+    """Run the backward on copies of the tensors that it may overwrite, since mutants read them afterwards.
 
-    accumulate_into: True to call it like the decoder block, which lets gradients take the place of a and u, and adds
-        those of factors to what its buffers hold.
+    accumulate_into: True to call it like the decoder block: the gradients of a and u overwrite them, and those of
+        factors are added to buffers.
     """
     new = grad_buffer if accumulate_into else torch.zeros_like
     gate_up_group = regrouped(saved.gate_up_group, d_lora_B=lambda one: new(one.lora_B))
@@ -39,7 +39,7 @@ def _backward(d_y: Tensor, saved: AdaptedGLUSaved, *, accumulate_into: bool | No
 
 
 def sides(n: int, ranks: tuple[int, int, int], fused: int) -> list[tuple[float, int, int, int]]:
-    """(scaling, first column, outputs, rank) of each factor in front; `fused` is the rank of one for gate and up."""
+    """Return (scaling, first column, outputs, rank) of each factor. `fused` is the rank of one for both."""
     gate, up, _ = ranks
     sides = [(1.7, 0, n, 0 if fused else gate), (-0.6, n, n, 0 if fused else up), (1.3, 0, 2 * n, fused)]
     return [side for side in sides if side[3]]
@@ -62,7 +62,7 @@ def _down_group(args: Arguments) -> LoRAGroup:
 
 
 def _joined(p: Tensor, t: Tensor | None) -> Tensor:
-    """The output that is compared, [p | t]."""
+    """Return the output to compare, [p | t]."""
     return p if t is None else torch.cat([p, t], dim=-1)
 
 
@@ -120,13 +120,13 @@ CASES = (
     OP.case("up alone adapted", "silu", (6,), ranks=(0, 3, 0), in_place=True),
     OP.case("gate and up adapted", "gelu_tanh", (6,), ranks=(2, 3, 0)),
     OP.case("gate and up of one rank", "silu", (6,), ranks=(3, 3, 2)),
-    OP.case("gate and what is behind adapted", "silu", (6,), ranks=(2, 0, 4), in_place=True),
-    OP.case("only what is behind adapted", "silu", (6,), ranks=(0, 0, 3)),
+    OP.case("gate and down adapted", "silu", (6,), ranks=(2, 0, 4), in_place=True),
+    OP.case("down alone adapted", "silu", (6,), ranks=(0, 0, 3)),
     OP.case("none adapted", "silu", (6,), ranks=(0, 0, 0)),
     OP.case("gate and up as one", "silu", (6,), fused=5),
     OP.case("gate and up as one, in place", "gelu_tanh", (6,), fused=3, in_place=True),
-    OP.case("dropout behind", "silu", (2, 6), dropout=Dropout(0.4, 17)),
-    OP.case("dropout behind, in place", "gelu_tanh", (13,), 19, in_place=True, dropout=Dropout(0.4, 3)),
+    OP.case("dropout of down", "silu", (2, 6), dropout=Dropout(0.4, 17)),
+    OP.case("dropout of down, in place", "gelu_tanh", (13,), 19, in_place=True, dropout=Dropout(0.4, 3)),
     OP.case("ranks of whole registers", "silu", (9,), 32, (16, 16, 16), in_place=True),
     OP.case("ranks above a block", "gelu_tanh", (13,), 70, (19, 35, 17)),
     OP.case("several blocks", "silu", (101,), 141, (5, 3, 6), in_place=True),
@@ -144,18 +144,18 @@ def _unit(s: AdaptedGLUSaved) -> GLUSaved:
 
 
 def _without_up(g: Tensor, s: AdaptedGLUSaved) -> Tensor:
-    """∂L/∂a as if the unit were the activation alone."""
+    """Return ∂L/∂a as if the unit were only the activation."""
     unit = _unit(s)
     return torch.cat(glu_backward(g, unit._replace(up=torch.ones_like(unit.up))), dim=-1)
 
 
-def _behind_of(s: AdaptedGLUSaved, factor: Tensor, right: Any) -> tuple[Tensor, ...]:
-    """∂L/∂A with something else, of p's shape, in p̃'s place."""
+def _down_gradients(s: AdaptedGLUSaved, factor: Tensor, right: Any) -> tuple[Tensor, ...]:
+    """Return ∂L/∂A with another tensor of p's shape instead of p̃."""
     return tuple(flat_rows(s.d_t).T @ flat_rows(factor) for _ in right.d_lora_A if s.d_t is not None)
 
 
 def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any:
-    """The gradients of factors with G beside each of them."""
+    """Return the gradients of factors with G for both gate and up."""
     h: list[Tensor] = []
     d_lora_B: list[Tensor] = []
     parts = s.h.split([one.lora_B.shape[1] for one in s.gate_up_group.adapters], dim=-1)
@@ -176,11 +176,15 @@ MUTANTS = (
         "d_h d_lora_B",
         gate_up_group=lambda s: regrouped(s.gate_up_group, scaling=lambda _one: 1.0),
     ),
-    wrong("of ∂L/∂p in place of ∂L/∂a and ∂L/∂u", "d_h d_lora_B", _of_product),
+    wrong("∂L/∂p for ∂L/∂a and ∂L/∂u", "d_h d_lora_B", _of_product),
     wrong("gate and up swapped", "d_lora_B", rotate_equal_shapes),
-    wrong("up in place of p", "d_lora_A", lambda s, right: _behind_of(s, _unit(s).up, right)),
-    wrong("∂L/∂p in place of p", "d_lora_A", lambda g, s, right: _behind_of(s, g, right)),
-    wrong("rows reversed", "d_lora_A", lambda s, right: _behind_of(s, rows_reversed(glu_forward(*_unit(s))[0]), right)),
+    wrong("up for p", "d_lora_A", lambda s, right: _down_gradients(s, _unit(s).up, right)),
+    wrong("∂L/∂p for p", "d_lora_A", lambda g, s, right: _down_gradients(s, g, right)),
+    wrong(
+        "rows reversed",
+        "d_lora_A",
+        lambda s, right: _down_gradients(s, rows_reversed(glu_forward(*_unit(s))[0]), right),
+    ),
     OP.perturb("mask ignored", "d_lora_A", down_group=lambda s: s.down_group._replace(dropout=None)),
     wrong("mean for sum", "d_lora_B d_lora_A", mean_of_rows),
 )

@@ -1,4 +1,4 @@
-"""Attention: cases and mutants. The mutants are written on dense matrices over the whole pack, with one mask."""
+"""Attention: cases and mutants. The mutants use dense matrices over the whole batch, with one mask."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _baseline(args: Arguments) -> Tensor:
 def baseline_attention(
     parts: list[Tensor], mask: Tensor, cap: float | None, sinks: Tensor | None, scaling: float
 ) -> Tensor:
-    """Attention as one writes it for autograd: (…, heads, queries, head_dim), softmax in float32."""
+    """Compute attention as usually written for autograd: (…, heads, queries, head_dim), softmax in float32."""
     q, k, v = parts
     if cap is None and sinks is None:
         return functional.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True)
@@ -43,9 +43,9 @@ def baseline_attention(
 
 
 def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, AttentionGrads]:
-    """As the decoder block calls it: q, k and v are views of one buffer, and so are their gradients.
+    """Call the op as the decoder block does: q, k and v are views of one buffer, and so are their gradients.
 
-    The output that is compared is the one that the backward gives again.
+    The proof compares the output that the backward recomputes.
     """
     qkv = torch.cat([t["q"], t["k"], t["v"]], dim=1)
     q, k, v = qkv.split([t["q"].shape[1], t["k"].shape[1], t["v"].shape[1]], dim=1)
@@ -55,7 +55,7 @@ def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, AttentionGr
 
 
 def attention_inputs(queries: str, keys: str) -> dict[str, Any]:
-    """Queries and keys of a size, and a sink for each head around a number."""
+    """Declare queries and keys of a given size, and one sink per head, normal around the value of `sinks`."""
     return {
         "q": f"size: {queries}",
         "k": f"size: {keys}",
@@ -136,7 +136,7 @@ CASES = (
 
 
 class _Dense(NamedTuple):
-    """The worked form over the whole pack: everything (heads, tokens, tokens) or (heads, tokens, head_dim)."""
+    """Dense attention over the whole batch. All tensors are (heads, tokens, tokens) or (heads, tokens, head_dim)."""
 
     q: Tensor
     k: Tensor
@@ -145,7 +145,7 @@ class _Dense(NamedTuple):
     p: Tensor
     d_p: Tensor
     delta: Tensor
-    slope: Tensor  # of the scores' cap, 1 without one
+    slope: Tensor  # slope of the scores' cap, 1 without a cap
 
 
 def _dense(
@@ -157,11 +157,11 @@ def _dense(
     window: bool = True,
     causal: bool = True,
 ) -> _Dense:
-    """P and the gradients around it, where asked with a mask that leaves something out."""
+    """Return P and the gradients around it, optionally with a wrong mask."""
     q, out, d_y = (x.transpose(0, 1) for x in (s.q, not_none(s.output), g))
     k, v = (x.repeat_interleave(s.q.shape[1] // x.shape[1], dim=1).transpose(0, 1) for x in (s.k, s.v))
     tokens, where = s.q.shape[0], token_relations(s.runs, g.device)
-    # Without documents apart, the order in the pack is all there is.
+    # If documents are not separated, only the order in the batch remains.
     place = where.position if documents_apart else torch.arange(tokens, device=g.device)
     distance = place[:, None] - place[None, :]
     seen = torch.ones_like(distance, dtype=torch.bool)
@@ -189,9 +189,9 @@ def _worked(
     how: str = "sum",
     **masks: bool,
 ) -> tuple[Mutant, ...]:
-    """Mutants by the worked form: of something else than was saved, with another mask, or spoiled on the way.
+    """Return mutants by dense attention: with other saved values, another mask, or a wrong intermediate value.
 
-    how: what is made of the gradients of a group of heads.
+    how: `sum`, or another reduction of the gradients of a group of heads.
     """
 
     def grouped(per_head: Tensor, s: AttentionSaved) -> Tensor:
@@ -211,7 +211,7 @@ def _worked(
 
 
 def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
-    """As if the last segment had not seen those before it."""
+    """Let the last segment not see the segments before it."""
     p = d.p.clone()
     if s.runs:
         p[:, p.shape[1] - s.runs[-1].length :, tokens_of(s.runs[-1].before)] = 0
@@ -219,7 +219,7 @@ def _off_prefix(d: _Dense, s: AttentionSaved) -> _Dense:
 
 
 def _transposed(d: _Dense) -> _Dense:
-    """What makes ∂L/∂S, so that it is transposed."""
+    """Change the inputs of ∂L/∂S so that it is transposed."""
     return d._replace(slope=d.slope.mT, p=d.p.mT, d_p=d.d_p.mT, delta=d.delta.mT)
 
 
@@ -237,11 +237,11 @@ MUTANTS = (
             scores=s.scores._replace(sinks=None if s.scores.sinks is None else s.scores.sinks.roll(1))
         ),
     ),
-    # As if P were normalised over the visible keys alone when δ is taken.
+    # δ with P normalised over the visible keys only.
     _worked("a sink's P in δ", "d_q d_k", lambda d, _s: d._replace(delta=d.delta / d.p.sum(-1, keepdim=True))),
     _worked("δ of another row", "d_q", lambda d, _s: d._replace(delta=d.delta.flip(1))),
     _worked("documents see each other", "d_q d_v", documents_apart=False),
-    _worked("a segment sees the one beside it", "d_q d_v", siblings_apart=False),
+    _worked("a segment sees its sibling", "d_q d_v", siblings_apart=False),
     _worked("window ignored", "d_k d_v", window=False),
     _worked("causal mask ignored", "d_q d_v", causal=False, window=False),
     _worked("∂L/∂S transposed", "d_q", lambda d, _s: _transposed(d)),

@@ -1,4 +1,4 @@
-"""Attention by blocks of queries: cases and mutants. The mutants are those of `attention` wherever they apply."""
+"""Attention by blocks of queries: cases and mutants. The mutants are `attention`'s, without those of prefixes."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ CASES = (
 def _packed(
     gradient: str, spoil: Callable[[Tensor, AttentionSaved, AttentionGrads], Tensor]
 ) -> Callable[[Tensor, Any, Any], Tensor]:
-    """A mutant of the packed op on documents side by side: the same numbers, one axis less.
+    """Apply a mutant of the packed op to separate documents: the same numbers with one axis less.
 
-    Positions that ask nothing get queries of zeros, with a ∂L/∂O of zeros they add nothing.
+    Positions without a query get zero queries and a zero ∂L/∂O, so that they add nothing.
     """
 
     def spoiled(d_y: Tensor, s: AttentionBlocksSaved, right: Any) -> Tensor:
@@ -91,11 +91,10 @@ def _packed(
     return spoiled
 
 
-# Documents here share nothing: what stands before their queries is part of their keys.
+# These documents share no prefix. The tokens before the queries are part of the keys.
 MUTANTS = tuple(
     (Mutant(one.name, one.gradient, _packed(one.gradient, one.value)),)
     for several in attention.MUTANTS
     for one in several
-    if one.name
-    not in ("prefix's share missing", "share of one taken for that of all", "a segment sees the one beside it")
+    if one.name not in ("prefix's share missing", "share of one taken for that of all", "a segment sees its sibling")
 )

@@ -38,11 +38,11 @@ from backhand.verify.tiny_decoders import (
 )
 
 KV_SOURCE = 7
-"""Number of the layer whose keys and values a block of the cases uses, where it uses another's."""
+"""Index of the layer whose keys and values a block of the cases uses, if it uses another layer's."""
 
 
 class BlockInputs(NamedTuple):
-    """What the backward is given besides d_y."""
+    """Arguments of the backward in addition to d_y."""
 
     saved: BlockSaved
     weights: BlockWeights
@@ -52,22 +52,22 @@ class BlockInputs(NamedTuple):
 
 
 class BlockGrads(NamedTuple):
-    """d_x0 (tokens, hidden); d_lora_A and d_lora_B of the block's adapted modules in the order of their slots."""
+    """Gradients of x0 (tokens, hidden), and of the block's adapted modules in the order of their slots."""
 
     d_x0: Tensor
     d_lora_A: tuple[Tensor, ...]
     d_lora_B: tuple[Tensor, ...]
     d_k: tuple[Tensor, ...] = ()  # of the keys that another layer has lent, if it has
     d_v: tuple[Tensor, ...] = ()
-    d_inputs: tuple[Tensor, ...] = ()  # of the per-layer inputs, if there are any
+    d_inputs: tuple[Tensor, ...] = ()  # gradient of the per-layer embeddings, if there are any
 
 
 def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
-    """`block_backward` with a gradient buffer of its own; what was saved stays as it was."""
+    """Run `block_backward` with a separate gradient buffer, without changing the saved tensors."""
     saved, weights, context, lora, dropout_seed = inputs
     lora.gradients.zero_()
     if isinstance(saved.mlp, MLPSaved) and saved.mlp.gate_up is not None:
-        # Their gradient takes the place of a and u; a mutant runs the backward once more and needs them as they were.
+        # The backward overwrites a and u with their gradients, and a mutant runs it again.
         saved = saved._replace(mlp=saved.mlp._replace(gate_up=saved.mlp.gate_up.clone()))
     cross_layer = not_none(context.cross_layer)
     cross_layer.pop_grad(KV_SOURCE)
@@ -88,7 +88,7 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
 
 @cache
 def _config(family: str, layer: int) -> DecoderConfig:
-    """A decoder of this layer alone."""
+    """Return the configuration of a decoder with only this layer."""
     own = family_of(family).layers[layer]
     return replace(family_of(family), layers=(own if own.kv_source is None else replace(own, kv_source=KV_SOURCE),))
 
@@ -99,7 +99,7 @@ def _slots(family: str, layer: int, targets: str | None, dropout: float) -> dict
 
 
 def _lent(config: DecoderConfig) -> tuple[int | None, int | None]:
-    """Heads and their width of keys and values that another layer lends, if it does."""
+    """Return the number and width of heads of another layer's keys and values, or (None, None)."""
     sized = config.at(config.layers[0])
     return (None, None) if config.layers[0].kv_source is None else (sized.num_key_value_heads, sized.head_dim)
 
@@ -134,8 +134,8 @@ def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | N
     return reference_block(x0, layer)[loss_positions]
 
 
-# `family` as in `family_of`; `targets`, ends of the adapted modules' names, apart by blanks, None for all of them;
-# `recompute` as in `block_forward`; `rows`, numbers of those that somebody reads, None for all.
+# `family`: as in `family_of`. `targets`: endings of adapted modules' names, separated by spaces, None for all modules.
+# `recompute`: as in `block_forward`. `rows`: indices of the rows with loss, None for all.
 OP = Op(
     "block",
     dict(x0="tokens hidden", d_y="asked hidden", weights=lambda draw, config: random_weights(config, draw))
@@ -219,24 +219,24 @@ Change = Callable[[BlockInputs], Any]
 
 
 def _context(name: str, gradients: str, **changes: Change) -> tuple[Mutant, ...]:
-    """The right backward in another context."""
+    """Run the right backward in another context."""
     return OP.perturb(
         name, gradients, context=lambda s: s.context._replace(**{key: changes[key](s) for key in changes})
     )
 
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The right backward as another family's, see `configured`."""
+    """Run the right backward with another configuration, see `configured`."""
     return _context(name, gradients, config=lambda s: configured(s.context.config, changes))
 
 
 def _weights(name: str, gradients: str, **changes: Callable[[Any], Any]) -> tuple[Mutant, ...]:
-    """The right backward with other weights, see `with_weights`."""
+    """Run the right backward with other weights, see `with_weights`."""
     return OP.perturb(name, gradients, weights=lambda s: with_weights(s.weights, changes))
 
 
 def _gains_of_one(name: str, gradients: str, *norms: str) -> tuple[Mutant, ...]:
-    """The right backward with ones for the gains of norms, where they are there."""
+    """Run the right backward with scales of 1 in these norms, if they exist."""
 
     def weights(s: BlockInputs) -> BlockWeights:
         return with_weights(
@@ -251,7 +251,7 @@ def _saved(name: str, gradients: str, change: Callable[[BlockSaved, BlockInputs]
 
 
 def _on_all_rows(g: Tensor, s: BlockInputs) -> Tensor:
-    """d_y as a gradient of the whole stream: zero at positions without loss."""
+    """Expand d_y to a gradient of the whole stream, zero at positions without loss."""
     rows, stream = s.context.loss_positions, s.saved.x0
     return g if rows is None else torch.zeros_like(stream).index_copy_(0, rows, g)
 
@@ -270,13 +270,13 @@ def _not_rotated(s: BlockInputs) -> RotaryTable | None:
 
 
 def _one_document(s: BlockInputs) -> tuple[Run, ...]:
-    """All documents as one, where no attention has kept what it knew of them."""
+    """Treat all documents as one, unless the mixer is attention, which has saved their lengths."""
     alone = s.context.layer.mixer != ATTENTION
     return (Run(0, 1, len(s.saved.x0)),) if alone else s.context.runs
 
 
 def _gates_unmoved(saved: BlockSaved, s: BlockInputs) -> BlockSaved:
-    """As if attention had given nothing to the gates behind it."""
+    """Set attention's output at the gates to zero."""
     mixing = saved.mixer
     if mixing is None or s.context.layer.mixer != ATTENTION or mixing.inner.attended is None:
         return saved
@@ -285,7 +285,7 @@ def _gates_unmoved(saved: BlockSaved, s: BlockInputs) -> BlockSaved:
 
 
 def _next_expert(s: BlockInputs) -> BlockWeights:
-    """The experts' last matrices exchanged."""
+    """Exchange the experts' down matrices."""
     weights, mixture = s.weights, s.context.config.mixture
     if weights.router is None or mixture is None or not isinstance(weights.down, Tensor):
         return weights
@@ -299,7 +299,7 @@ def _equal_shares(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
 
 
 def _rank_by_rank(s: BlockInputs, whole: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The experts' lora_A as lora_B lies: the experts interleaved."""
+    """Put the experts' lora_A in the order of lora_B, with experts interleaved."""
     return tuple(
         one.unflatten(0, (slot.experts, -1)).transpose(0, 1).flatten(0, 1) if slot.experts else one
         for slot, one in zip(s.lora.slots.values(), whole, strict=True)
@@ -307,7 +307,7 @@ def _rank_by_rank(s: BlockInputs, whole: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def _without_norms_after(saved: BlockSaved, _s: BlockInputs) -> BlockSaved:
-    """As if the norms after attention and MLP were not there."""
+    """Remove the norms after attention and MLP."""
     if saved.mixer is None or saved.mlp is None:
         return saved
     return saved._replace(mixer=saved.mixer._replace(post_norm=None), mlp=saved.mlp._replace(post_norm=None))
@@ -352,7 +352,7 @@ MUTANTS = (
     _gains_of_one("norm gains ignored", "d_x0 d_lora_A", "attention_norm", "mlp_norm"),
     _gains_of_one("q/k norm gains ignored", "d_lora_B", "q_norm", "k_norm"),
     _saved("norms after the branches ignored", "d_lora_B", _without_norms_after),
-    # The shares as if they did not depend on what enters.
+    # Shares that do not depend on the input.
     _weights("router's share of the gradient missing", "d_x0", router=torch.zeros_like),
     OP.perturb("another expert's matrix", "d_x0 d_lora_A", weights=_next_expert),
     _saved("shares forgotten", "d_x0 d_lora_B", _equal_shares),

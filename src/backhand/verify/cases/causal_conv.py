@@ -47,7 +47,7 @@ CASES = (
     OP.case("one token", (1,)),
     OP.case("no tokens", ()),
     OP.case("training size", (40, 40, 17), channels=48),
-    OP.case("several tiles behind a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
+    OP.case("several tiles after a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
     OP.case("tiles shorter than the taps", (5, 4, 7), width=6, parents=(-1, 0, 0), pieces=10),
     OP.case("tiles of several segments", (7, 3, 3, 3, 3, 3), parents=(-1, 0, 0, 0, 0, 0), pieces=40),
     OP.case("several blocks of channels", (9, 5, 6), channels=259, parents=(-1, 0, 0), threads=3),
@@ -55,24 +55,24 @@ CASES = (
 
 
 Sight = Callable[[TokenRelations], Tensor] | None
-"""Which tokens, (tokens, tokens), see which others where the distance is right; None for all."""
+"""Function that returns the visible pairs of tokens, (tokens, tokens), at any distance. None for all pairs."""
 RIGHT: Sight = operator.attrgetter("held")
 OTHERS: tuple[tuple[str, Sight], ...] = (
     ("documents see each other", None),
     ("prefix's share missing", lambda where: where.held & where.held.T),
     ("share of one taken for that of all", operator.attrgetter("once")),
-    ("a segment sees the one beside it", lambda where: where.held | where.siblings),
+    ("a segment sees its sibling", lambda where: where.held | where.siblings),
 )
-"""Mutants' sights."""
+"""Wrong visibility, by the mutant's name."""
 
 
 TILE_MISTAKES = ("a tile sees no other", "later tiles do not see the prefix")
 
 
 def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT, mistake: str = "") -> Tensor:
-    """∂c/∂x for each channel, (channels, tokens, tokens): what the mutants get wrong stands here in the open.
+    """Return ∂c/∂x for each channel as a dense matrix, (channels, tokens, tokens), which the mutants change.
 
-    mistake: one of `TILE_MISTAKES`, or none.
+    mistake: one of `TILE_MISTAKES`, or "".
     """
     x, (weight, _), runs, _ = saved
     tokens, width = x.shape[0], weight.shape[1]
@@ -91,7 +91,7 @@ def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT, mistake: str =
 
 
 def _places_in_tiles(runs: tuple[Run, ...], channels: int) -> tuple[Tensor, Tensor]:
-    """The segment of each token, and the tile within it, (tokens,) each."""
+    """Return the segment of each token, and the tile within the segment, (tokens,) each."""
     spans = [span for span, _ in segments(runs)]
     lengths = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64)
     places = torch.cat([torch.arange(0), *(torch.arange(stop - start) for start, stop in spans)])

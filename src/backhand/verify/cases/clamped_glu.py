@@ -1,4 +1,4 @@
-"""The clamped gated linear unit: cases and mutants. No input lies where a finite difference crosses the bound."""
+"""The clamped gated linear unit: cases and mutants. No input is so near a bound that a finite difference crosses it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _baseline(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
 
 
 def _off_bounds(draw: Draw, lead: tuple[int, ...], n: int, size: float, clamp: Clamp) -> Tensor:
-    """Random numbers, those near the bounds moved away from them."""
+    """Draw random numbers, and move those near the bounds away from them."""
     x = draw.normal(*lead, n, size=size)
     near = (x.abs() - clamp.limit).abs() < MARGIN
     return torch.where(near, x * (1 + 3 * MARGIN / clamp.limit), x)
 
 
 def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As the decoder's experts call it: columns of one buffer, gradients too; y where something else was."""
+    """Call the op as the decoder's experts do: gate, up and gradients are columns of one buffer. y is overwritten."""
     gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
     gate, up = gate_up.chunk(2, dim=-1)
     y, saved = t.call(OP.forward, gate=gate, up=up, out=torch.full_like(t["gate"], math.nan))
@@ -61,13 +61,13 @@ CASES = (
 
 
 def _through(d_y: Tensor, s: ClampedGLUSaved) -> Tensor:
-    """∂L/∂u as if the bounds let every gradient through."""
+    """Return ∂L/∂u without zeros outside of the bounds."""
     gate = s.gate.clamp(max=s.clamp.limit)
     return d_y * gate * torch.sigmoid(s.clamp.gain * gate)
 
 
 def _without_one(s: ClampedGLUSaved, right: Tensor) -> Tensor:
-    """As if y were û ⊙ â σ."""
+    """Return ∂L/∂a for y = û ⊙ â σ."""
     up = s.up.clamp(-s.clamp.limit, s.clamp.limit)
     return right / (up + 1) * up
 

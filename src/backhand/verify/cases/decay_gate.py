@@ -30,8 +30,6 @@ MUTANTS = (
     wrong("rate forgotten", "d_a", lambda s, d: d / s.log_rate.exp()),
     wrong("logarithm of the rate", "d_a", lambda s, d: d / s.log_rate.exp() * s.log_rate),
     wrong("bias forgotten", "d_a", lambda g, s: -s.log_rate.exp() * g * torch.sigmoid(s.a)),
-    wrong(
-        "softplus in place of its slope", "d_a", lambda g, s: -s.log_rate.exp() * g * functional.softplus(s.a + s.bias)
-    ),
+    wrong("softplus for its slope", "d_a", lambda g, s: -s.log_rate.exp() * g * functional.softplus(s.a + s.bias)),
     wrong("heads reversed", "d_a", lambda g, s: -s.log_rate.exp().flip(0) * g * torch.sigmoid(s.a + s.bias)),
 )

@@ -87,7 +87,7 @@ CASES = (
 
 
 def _family(name: str, gradients: str, **changes: Any) -> tuple[Mutant, ...]:
-    """The step of a decoder with the same weights that takes itself for something else, see `rebuilt`."""
+    """Run the step of a decoder with the same weights and another configuration, see `rebuilt`."""
     return OP.perturb(name, gradients, decoder=lambda s: rebuilt(s.decoder, **changes))
 
 
@@ -100,7 +100,7 @@ def _rotary(name: str, gradients: str, change: Callable[[RotaryConfig], RotaryCo
 
 
 def _blocks(name: str, gradients: str, **changes: Callable[[Tensor], Tensor]) -> tuple[Mutant, ...]:
-    """The step with other weights in every block, see `with_weights`."""
+    """Run the step with other weights in every block, see `with_weights`."""
 
     def other(s: DecoderInputs) -> Decoder:
         blocks = [with_weights(block, changes) for block in s.decoder.weights.blocks]
@@ -110,7 +110,7 @@ def _blocks(name: str, gradients: str, **changes: Callable[[Tensor], Tensor]) ->
 
 
 def _batch(name: str, gradients: str, change: Callable[[PackedBatch], dict[str, Any]]) -> tuple[Mutant, ...]:
-    """The step on another batch."""
+    """Run the step on another batch."""
     return OP.perturb(name, gradients, batch=lambda s: replace(s.batch, **change(s.batch)))
 
 
@@ -119,12 +119,12 @@ def _head_without_dropout(slot: LoRASlot) -> LoRASlot:
 
 
 def _every_feature(rotary: RotaryConfig) -> RotaryConfig:
-    """By the plain rule, which has a frequency for each pair."""
+    """Rotate all features by the default rule, which has a frequency for each pair."""
     return rotary if rotary.features is None else replace(rotary, features=None, scaling=None)
 
 
 def _as_long(rotary: RotaryConfig) -> RotaryConfig:
-    """The list of factors for long documents for all."""
+    """Use the factors of long documents for all documents."""
     scaling = dict(rotary.scaling or ())
     if "long_factor" in scaling:
         scaling |= {"original_max_position_embeddings": 0}
@@ -132,18 +132,18 @@ def _as_long(rotary: RotaryConfig) -> RotaryConfig:
 
 
 def _all_pairs_rotated(rotary: RotaryConfig) -> RotaryConfig:
-    """Pairs that stand still by the rule `proportional` are rotated like the others."""
-    stands = dict(rotary.scaling or ()).get("rope_type") == "proportional"
-    return replace(rotary, scaling=rule("proportional", share=1.0, factor=1.0)) if stands else rotary
+    """Rotate all pairs, also those that the rule `proportional` does not rotate."""
+    unrotated = dict(rotary.scaling or ()).get("rope_type") == "proportional"
+    return replace(rotary, scaling=rule("proportional", share=1.0, factor=1.0)) if unrotated else rotary
 
 
 def _window_of_the_other_kind(layer: LayerConfig) -> LayerConfig:
-    """Of layers that share."""
+    """Change the windows of layers with shared keys."""
     return layer if layer.kv_source is None else replace(layer, window=WINDOW if layer.window is None else None)
 
 
 AccumulateGrad = Callable[[CrossLayer, int, Tensor, Tensor], None]
-"""A wrong `CrossLayer.accumulate_grad`: of one user of keys and values, ∂L/∂k and ∂L/∂v."""
+"""A wrong `CrossLayer.accumulate_grad`, called with ∂L/∂k and ∂L/∂v of one layer that uses shared keys and values."""
 
 
 def _last_user_alone(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
@@ -163,7 +163,7 @@ def _last_layers_input(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) ->
 
 
 def _accumulating(name: str, gradients: str, accumulate_grad: AccumulateGrad) -> tuple[Mutant, ...]:
-    """The step with another way to give back what layers share."""
+    """Run the step with a wrong accumulation of the gradients of shared tensors."""
     kind = type("Other", (CrossLayer,), {"accumulate_grad": accumulate_grad})
 
     class Other(Decoder):
@@ -174,18 +174,18 @@ def _accumulating(name: str, gradients: str, accumulate_grad: AccumulateGrad) ->
     return OP.perturb(name, gradients, decoder=lambda s: rebuilt(s.decoder, Other))
 
 
-def _beside_seen(batch: PackedBatch) -> dict[str, Any]:
-    """Segments that continue the one beside them in place of what both continue, at their own positions."""
+def _sibling_seen(batch: PackedBatch) -> dict[str, Any]:
+    """Let segments continue their previous sibling instead of their parent."""
     parents = list(batch.parents)
-    beside: dict[int, int] = {}
+    previous: dict[int, int] = {}
     for number, parent in enumerate(batch.parents):
-        parents[number] = beside.get(parent, parent) if parent >= 0 else parent
-        beside[parent] = number
+        parents[number] = previous.get(parent, parent) if parent >= 0 else parent
+        previous[parent] = number
     return {"parents": tuple(parents), "documents": batch.ends}
 
 
 def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
-    """The step on the batch with something else made of its segments."""
+    """Run the step on the batch with other properties of its segments."""
     other = type("Other", (PackedBatch,), {key: property(make) for key, make in properties.items()})
 
     def batch(s: DecoderInputs) -> PackedBatch:
@@ -196,12 +196,12 @@ def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
 
 
 def _restarting(batch: PackedBatch) -> Tensor:
-    """Positions from 0 in each segment."""
+    """Return positions that start at 0 in each segment."""
     return torch.cat([torch.arange(0), *(torch.arange(n) for n in batch.lengths)]).to(batch.input_ids.device)
 
 
 def _all_supervised(batch: PackedBatch) -> dict[str, Any]:
-    """Masked positions given the next token of the pack as their target."""
+    """Give masked positions the next token of the batch as their target."""
     return {"labels": torch.where(batch.labels == IGNORE_INDEX, batch.input_ids.roll(-1), batch.labels)}
 
 
@@ -216,7 +216,7 @@ MUTANTS = (
     _batch("mask of the labels ignored", "d_lora_A", _all_supervised),
     _batch("labels shifted by one", "d_lora_B", lambda batch: {"labels": batch.labels.roll(1)}),
     _batch("prefix unseen", BOTH, lambda batch: {"parents": (), "documents": batch.ends}),
-    _batch("a segment sees the one beside it", BOTH, _beside_seen),
+    _batch("a segment sees its sibling", BOTH, _sibling_seen),
     _as_if("positions from 0 in each segment", BOTH, positions=_restarting),
     _as_if("shared tokens counted once", BOTH, weights=lambda _batch: None),
     OP.perturb("dropout ignored", "d_lora_A", dropout_seed=None),

@@ -1,4 +1,4 @@
-"""A tiny decoder with everything that can be trained besides plain LoRA: the loss and every gradient of a step."""
+"""A tiny decoder with everything that can be trained in addition to LoRA: the loss and every gradient of a step."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ OP = Op(
     "dora",
     {
         "z": "*shape",
-        # Lengths are above zero; a magnitude that training has carried below zero is a magnitude all the same.
+        # Norms are positive. A magnitude may become negative in training.
         "magnitude": lambda draw, channels: draw.normal(channels) + 0.3,
         "norm": lambda draw, channels: draw.normal(channels).abs() + 0.5,
         "d_y": "*shape",
@@ -44,7 +44,7 @@ CASES = (
 
 
 def _other_axis(saved: DoRASaved) -> int:
-    """An axis of the same size as the channels', where there is one."""
+    """Return another axis of the same size as the channels, if there is one."""
     size = saved.z.shape[saved.axis]
     alike = [axis for axis in range(saved.z.dim()) if saved.z.shape[axis] == size]
     return next((axis for axis in alike if axis != saved.axis % saved.z.dim()), saved.axis)

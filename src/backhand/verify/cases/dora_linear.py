@@ -1,4 +1,4 @@
-"""DoRA linear: cases and mutants. The norm is an input of its own, a constant, as the paper and PEFT have it."""
+"""DoRA linear: cases and mutants. The norm is a separate, constant input, as in the paper and in PEFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backhand.verify.scaffold import SCALING, Arguments, Op, Tensors
 
 
 def _baseline(args: Arguments) -> Tensor:
-    """As PEFT writes it."""
+    """Compute y in PEFT's form."""
     x, lora_A, lora_B, weight = dropped(args["x"], args["dropout"]), args["lora_A"], args["lora_B"], args["weight"]
     gain = args["magnitude"] / args["norm"]
     low_rank = functional.linear(functional.linear(x, lora_A), lora_B)
@@ -51,7 +51,7 @@ CASES = (
 
 
 def _through_the_norm(g: Tensor, s: DoRALinearSaved, gradient: str) -> Tensor:
-    """The gradient by autograd of everything, the norm's own included: what the paper leaves out."""
+    """Return the gradient by autograd through the norm, which the paper holds constant."""
     name = gradient.removeprefix("d_")
 
     def y(t: Tensors) -> Tensor:

@@ -40,7 +40,7 @@ CASES = (
 
 
 def _under(g: Tensor, s: DPOSaved, **changes: Any) -> DPOGrads:
-    """The right gradients under a rule with these changes, of forms that have what is changed."""
+    """Return the right gradients under a changed rule, or the unchanged ones if the form has no such field."""
     smoothed = "label_smoothing" not in changes or s.rule.loss_type == "robust"
     return dpo_backward(g, s._replace(rule=s.rule._replace(**changes)) if smoothed else s)
 

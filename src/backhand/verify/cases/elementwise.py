@@ -24,7 +24,7 @@ BASELINE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _off_zero(draw: Draw, shape: tuple[int, ...], size: float, zeros: bool) -> Tensor:
-    """Draw numbers away from zero, where relu has no derivative for finite differences to find; or with some zeros."""
+    """Draw inputs away from zero, where relu has no derivative, or with some zeros."""
     x = draw.normal(*shape, size=size)
     x = x + 0.02 * torch.sign(x)
     return x * (draw.integers(3, *shape) > 0) if zeros else x
@@ -49,7 +49,7 @@ def _normal_density(x: Tensor) -> Tensor:
 
 
 def _gelu_tanh_without_cubic(x: Tensor) -> Tensor:
-    """The slope as if the argument of tanh were √(2/π) x."""
+    """Return the slope for the argument √(2/π) x of tanh."""
     slope = math.sqrt(2 / math.pi)
     t = torch.tanh(slope * x)
     return (1 + t) / 2 + x * (1 - t * t) * slope / 2

@@ -13,7 +13,7 @@ from backhand.verify.scaffold import Draw, Op
 
 
 def token_ids(draw: Draw, vocab: int, lead: tuple[int, ...], only: int | None) -> Tensor:
-    """Random tokens, or one alone."""
+    """Draw random tokens, or repeat a single one."""
     ids = draw.integers(vocab, *lead)
     return ids if only is None else torch.full_like(ids, only)
 
@@ -39,7 +39,7 @@ CASES = (
 
 
 def _first_piece(g: Tensor, s: EmbeddingSaved) -> Tensor:
-    """As if the rows of later pieces were not added."""
+    """Omit the rows of later pieces."""
     there = torch.arange(s.ids.numel()) < piece_size(ROWS_AT_ONCE)
     ids, rows = s.ids.reshape(-1), g.reshape(-1, g.shape[-1])
     return s.scaling * rows.new_zeros(s.vocab, rows.shape[1]).index_add_(0, ids[there], rows[there])

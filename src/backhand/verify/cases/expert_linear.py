@@ -22,7 +22,7 @@ def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_st
 
 
 def _grad_buffers(factors: ExpertFactors | None, added: bool) -> tuple[Tensor, Tensor] | None:
-    """In PEFT's form."""
+    """Compute y in PEFT's form."""
     return (grad_buffer(factors.lora_A), grad_buffer(factors.lora_B)) if added and factors is not None else None
 
 
@@ -82,7 +82,7 @@ CASES = (
 
 
 def _unmasked(s: ExpertLinearSaved) -> Tensor:
-    """h without dropout."""
+    """Return h without dropout."""
     parts = zip(s.x.split(s.counts), not_none(s.factors).lora_A, strict=True)
     return torch.cat([x @ lora_A.T for x, lora_A in parts])
 

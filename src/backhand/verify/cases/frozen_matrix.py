@@ -1,7 +1,7 @@
 """The frozen matrix: cases with dense and with quantized weights, and mutants.
 
-Blocks are drawn byte by byte but for their scales, which are of a usual size. What they mean is taken from the gguf
-package, whose arithmetic is the reference; the products are cut into tiles far smaller than in a run.
+Blocks are random bytes, except for their scales, which have a common size. The gguf package's dequantization is the
+reference. Products are cut into tiles far smaller than in a run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from backhand.verify.mutants import Backward, Mutant, transpose_if_square, wrong
 from backhand.verify.scaffold import Arguments, Draw, Op
 
 _SMALL_TILES = 1
-"""Bytes; the edges then lie as near to one another as they may: 64 rows, 256 columns."""
+"""Bytes per tile that give the smallest possible tiles: 64 rows, 256 columns."""
 
-# Where the float16 numbers of a block stand: its scale, then its minimum, as far as it has them.
+# Offsets of the float16 numbers of a block: its scale, then its minimum, if it has them.
 _HALVES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("F16", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ2_XS"), (0,)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
@@ -37,7 +37,7 @@ _HALVES: dict[str, tuple[int, ...]] = {
 
 
 def random_blocks(draw: Draw, name: str, rows: int, columns: int) -> Bytes:
-    """(rows, bytes) of a type by its ggml name: any bytes, with scales of 1/32 to 1/4, of either sign."""
+    """Draw blocks of a type by its ggml name, (rows, bytes): random bytes, with scales of ±1/32 to ±1/4."""
     values, size = block_shape(int(gguf.GGMLQuantizationType[name]))
     count = rows * columns // values
     if name == "BF16":
@@ -52,7 +52,7 @@ def random_blocks(draw: Draw, name: str, rows: int, columns: int) -> Bytes:
 def _drawn_weight(
     draw: Draw, columns: int, parts: list[tuple[str, int]], ordered: bool, columns_ordered: bool
 ) -> dict[str, Tensor]:
-    """A weight of parts (ggml type, rows) stacked: their bytes and orders; a part of type `dense` must be alone."""
+    """Draw a weight of stacked parts (ggml type, rows): bytes and row orders. A part of type `dense` must be alone."""
     if parts[0][0] == "dense":
         return {"dense": draw.normal(parts[0][1], columns).float()}
     stored = {f"blocks {i}": torch.from_numpy(random_blocks(draw, *part, columns)) for i, part in enumerate(parts)}
@@ -63,7 +63,7 @@ def _drawn_weight(
 
 
 def _stored(args: Arguments) -> list[StoredRows]:
-    """Each part as it is stored."""
+    """Return the stored form of each part."""
 
     def order(name: str, i: int) -> Tensor | None:
         return args[f"{name} {i}"].cpu() if f"{name} {i}" in args else None
@@ -84,7 +84,7 @@ def _fields(part: StoredRows) -> tuple[Bytes, int, Tensor | None, Tensor | None]
 
 
 def _numbers(args: Arguments) -> Tensor:
-    """What the gguf package reads in the blocks."""
+    """Dequantize the blocks with the gguf package."""
     x: Tensor = args["x"]
     parts = [args["dense"].to(x)] if "dense" in args else []
     for blocks, type_id, order, columns in [] if parts else map(_fields, _stored(args)):
@@ -164,7 +164,7 @@ CASES = (
 
 
 def _reread(name: str, change: Callable[[StoredRows], StoredRows]) -> tuple[Mutant, ...]:
-    """The right backward with the parts of a quantized W read wrongly."""
+    """Run the right backward with wrongly read parts of a quantized W."""
 
     def weight(s: FrozenLinearSaved) -> FrozenMatrix:
         right = s.weight
@@ -176,7 +176,7 @@ def _reread(name: str, change: Callable[[StoredRows], StoredRows]) -> tuple[Muta
 
 
 def _blocks(name: str, change: Callable[[Bytes, str], None]) -> tuple[Mutant, ...]:
-    """With every block changed in place, (blocks, bytes) at a time."""
+    """Run the right backward with every block changed in place, (blocks, bytes)."""
 
     def changed(part: StoredRows) -> StoredRows:
         copy = part.blocks.copy()
@@ -203,19 +203,19 @@ def _nibbles_swapped(blocks: Bytes, name: str) -> None:
 
 
 def _columns(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Tensor]:
-    """The tiles of d_x put together wrongly."""
+    """Assemble the tiles of d_x wrongly."""
     return lambda g, s: torch.cat(change([g @ frozen_dense(s.weight)[:, tile] for tile in column_tiles(s.weight)]), -1)
 
 
 def _rows(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[..., Tensor]:
-    """The row tiles' shares of d_x added up wrongly."""
+    """Add up the row tiles' parts of d_x wrongly."""
     return lambda g, s: torch.stack(
         change([g[..., tile] @ frozen_dense(s.weight)[tile] for tile in row_tiles(s.weight)])
     ).sum(0)
 
 
 def _edges_late(g: Tensor, s: FrozenLinearSaved) -> Tensor:
-    """Every tile but the first begins one block behind its edge: a block of the weight is left out at each."""
+    """Start every tile but the first one block too late, so that a block of the weight is left out."""
     dense = frozen_dense(s.weight)
     for tile in column_tiles(s.weight)[1:]:
         dense = torch.cat([dense[:, : tile.start], torch.zeros_like(dense[:, :32]), dense[:, tile.start + 32 :]], 1)

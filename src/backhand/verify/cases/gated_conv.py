@@ -48,7 +48,7 @@ CASES = (
     OP.case("one token", (1,)),
     OP.case("no tokens", ()),
     OP.case("training size", (40, 40, 17), channels=48),
-    OP.case("several tiles behind a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
+    OP.case("several tiles after a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
     OP.case("tiles shorter than the taps", (5, 4, 7), width=6, parents=(-1, 0, 0), pieces=10),
     OP.case("several blocks of channels", (9, 5, 6), channels=259, parents=(-1, 0, 0), threads=3),
 )
@@ -73,7 +73,7 @@ def _tiled(mistake: str, g: Tensor, s: GatedConvSaved) -> Tensor:
 
 
 def _gradient(g: Tensor, s: GatedConvSaved, matrices: Tensor, *, gated: bool = True) -> Tensor:
-    """[d_B | d_C | d_x] by the given matrices of the convolution."""
+    """Return [d_B | d_C | d_x] for the given matrices of the convolution."""
     b, c, x = _parts(s)
     convolved = torch.einsum("cts,sc->tc", matrices, b * x)
     if s.taps.bias is not None:

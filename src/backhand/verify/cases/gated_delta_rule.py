@@ -1,4 +1,4 @@
-"""The gated delta rule: cases, and mutants by autograd of recurrences in which something is held constant."""
+"""The gated delta rule: cases, and mutants by autograd of a recurrence with a detached part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE_MISTAKES = (
     "prefix's share missing",
     "share of one taken for that of all",
 )
-# Keys of norm about 1 and rates in (0, 1), as the rule has them: the state then stays bounded.
+# Keys have a norm of about 1 and rates are in (0, 1), as in the models, so that the state stays bounded.
 OP = Op(
     "gated_delta_rule",
     dict(q="0.7: tokens key_heads key_width")
@@ -60,19 +60,19 @@ CASES = (
 
 
 def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str) -> Tensor:
-    """The rule token by token, with one dependence cut that a backward pass could forget."""
+    """Compute the rule token by token, with one dependence detached that a backward pass could forget."""
     group = s.v.shape[1] // s.k.shape[1]
     q, k = (inputs[name].repeat_interleave(group, dim=1) for name in ("q", "k"))
     v, decay, beta = (inputs[name] for name in ("v", "decay", "beta"))
     documents = segments(s.runs)
     if mistake == "documents see each other":
         documents = [((0, v.shape[0]), [])]
-    behind = {-1: v.new_zeros(*k.shape[1:], v.shape[2])}  # by the last token
+    states = {-1: v.new_zeros(*k.shape[1:], v.shape[2])}  # last token of a segment → state after it
     continued: set[int] = set()
     outputs = [v[:0]]
     for (start, stop), before in documents:
         last = before[-1] if before else -1
-        state = behind[last]
+        state = states[last]
         if mistake == "prefix's share missing" or (mistake.startswith("share of one") and last in continued):
             state = state.detach()
         continued.add(last)
@@ -88,12 +88,12 @@ def _recurrence(s: GatedDeltaRuleSaved, inputs: dict[str, Tensor], mistake: str)
             update = beta[t][:, None] * (v[t] - torch.einsum("hkv,hk->hv", seen, asked))
             state = state + torch.einsum("hk,hv->hkv", written, update)
             outputs.append(torch.einsum("hkv,hk->hv", state, q[t])[None])
-        behind[stop - 1] = state
+        states[stop - 1] = state
     return torch.cat(outputs)
 
 
 def _cut(mistake: str, *names: str) -> tuple[Mutant, ...]:
-    """The gradients by the cut recurrence, with the values of the right one."""
+    """Return mutants with the gradients of the recurrence with a detached part, at the right values."""
 
     def value(g: Tensor, s: GatedDeltaRuleSaved, gradient: str) -> Tensor:
         tensors = {"d_y": g, **{name: getattr(s, name) for name in INPUTS}}
@@ -109,7 +109,7 @@ MUTANTS = (
     _cut("key of the correction held constant", "k"),
     _cut("key of the update held constant", "k"),
     wrong("mean over the group", "d_q d_k", lambda d, s: d * (s.k.shape[1] / s.v.shape[1])),
-    wrong("not summed from behind", "d_decay", lambda d: d - torch.cat([d[1:], torch.zeros_like(d[:1])])),
+    wrong("not summed over later tokens", "d_decay", lambda d: d - torch.cat([d[1:], torch.zeros_like(d[:1])])),
     wrong("of the factor, not its logarithm", "d_decay", lambda d, s: d / s.decay.exp()),
     wrong("of the logit, not the rate", "d_beta", lambda d, s: d * s.beta * (1 - s.beta)),
 )

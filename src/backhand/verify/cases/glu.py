@@ -16,21 +16,21 @@ from backhand.verify.scaffold import Arguments, Op
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:
-    """φ as one writes it for autograd."""
+    """Compute φ as usually written for autograd."""
     if activation == "sigmoid":
         return torch.sigmoid(gate)
     return functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
 
 
 def baseline_unit(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The unit as one writes it for autograd."""
+    """Compute the unit as usually written for autograd."""
     return activated(gate, activation) * up
 
 
 def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, GLUGrads]:
-    """As the decoder block calls it: both are columns of one buffer, and so are their gradients.
+    """Call the op as the decoder block does: gate and up are columns of one buffer, and so are their gradients.
 
-    The y that is compared is the one that the backward leaves in d_y's place.
+    The proof compares the y that the backward writes over d_y.
     """
     gate_up = torch.cat([t["gate"], t["up"]], dim=-1)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -73,7 +73,7 @@ CASES = (
 
 
 def _gelu_slope_without_inner(s: GLUSaved) -> Tensor:
-    """The tanh form's slope with the derivative of its argument forgotten; for SiLU σ alone."""
+    """Return the tanh form's slope without the derivative of its argument; for SiLU only σ."""
     if s.activation != "gelu_tanh":
         return torch.sigmoid(s.gate)
     t = 2 * activated(s.gate, s.activation) / s.gate - 1
@@ -81,7 +81,7 @@ def _gelu_slope_without_inner(s: GLUSaved) -> Tensor:
 
 
 def _first_chunk(s: GLUSaved, d: Tensor) -> Tensor:
-    """Of the activation that is computed in chunks."""
+    """Return the gradient of the activation that is computed in chunks."""
     if s.activation != "gelu_tanh":
         return d
     return later_pieces_missing(d, piece_size(CHUNK_ELEMENTS) // max(d.shape[-1], 1))

@@ -11,7 +11,7 @@ from backhand.verify.scaffold import Draw, Op
 
 
 def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float, rule: GRPORule) -> dict[str, Tensor]:
-    """What is constant in the loss; neighbouring tokens are of different answers."""
+    """Draw the constants of the loss. Neighbouring tokens belong to different answers."""
     count, tokens = len(lengths), sum(lengths)
     owners = torch.arange(count).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
     found = {

@@ -14,7 +14,7 @@ OP = Op(
     {"log_ratio": "2: rows", "d_y": "rows"},
     {"rows": 7, "rule": RULE, "z": 0.4, "each": 2},
     derived={
-        # Of so many rows each is desirable but the first.
+        # The first of every `each` rows is undesirable.
         "desirable": lambda rows, each: torch.arange(rows) % each != 0,
         "kl": lambda z: torch.tensor(z, dtype=torch.float64),
     },

@@ -30,7 +30,7 @@ from backhand.verify.scaffold import SCALING, Arguments, Draw, Op
 
 
 class _Inputs(NamedTuple):
-    """What the op saves nothing of: it is given to the backward itself."""
+    """Arguments of the backward, since the op saves nothing."""
 
     x: Tensor
     weight: Tensor
@@ -41,16 +41,16 @@ class _Inputs(NamedTuple):
 
     @property
     def mask(self) -> Tensor:
-        """The dropout multiplier of the low-rank branch's input, (rows, hidden); ones without dropout."""
+        """Dropout multiplier of the low-rank branch's input, (rows, hidden), ones without dropout."""
         mask = None if self.head is None else dropout_multiplier(self.x, self.head.dropout)
         return torch.ones_like(self.x) if mask is None else mask
 
 
 def _backward(_d_y: Tensor, inputs: _Inputs) -> LinearCrossEntropyGrads:
-    """The fused pass as a backward like any other; the losses' gradient is the multiplier, one for all rows or each."""
+    """Run the fused pass as a backward. The upstream gradient is the multiplier, one for all rows or one per row."""
     if inputs.head is not None:
         return linear_cross_entropy_backward(*inputs)[1]
-    x = inputs.x.clone()  # as the decoder calls it: the gradient takes the rows' place
+    x = inputs.x.clone()  # as in the decoder, the gradient overwrites x
     return linear_cross_entropy_backward(x, *inputs[1:], out=x)[1]
 
 
@@ -62,7 +62,7 @@ def _labels(draw: Draw, vocab: int, rows: int, masked: bool) -> Tensor:
 
 
 def _reference(s: _Inputs) -> Tensor:
-    """Under dropout with a low-rank update of its own for each row: W + s B A diag(m)."""
+    """Compute the losses. Under dropout each row has a different update, W + s B A diag(m)."""
     if s.head is None or s.head.dropout is None:
         return linear_cross_entropy_reference(*s[:4], s.rule)
     delta = s.head.scaling * torch.einsum("vr,rh,nh->nvh", s.head.lora_B, s.head.lora_A, s.mask)
@@ -104,7 +104,7 @@ def _inputs(args: Arguments) -> _Inputs:
 
 
 def _d_y(draw: Draw, labels: Tensor, multiplier: float, weighted: bool) -> Tensor:
-    """One for all rows, or each row's own."""
+    """Return one multiplier for all rows, or one per row."""
     return draw.normal(len(_supervised(labels))) if weighted else torch.tensor(multiplier, dtype=torch.float64)
 
 
@@ -164,7 +164,11 @@ CASES = (
 def _worked(
     s: _Inputs, mask: Tensor, *, one_hot: bool = True, slope: bool = True, flip: bool = False
 ) -> LinearCrossEntropyGrads:
-    """The gradients from full logits, where asked with a mistake behind these; the mask is that of the gradients."""
+    """Return the gradients from full logits, optionally with a mistake after the logits.
+
+    Args:
+        mask: dropout mask for the gradients; the logits use the right one.
+    """
     logits = s.x @ s.weight.T
     if s.head is not None:
         logits = logits + s.head.scaling * (s.x * s.mask) @ s.head.lora_A.T @ s.head.lora_B.T
@@ -188,12 +192,12 @@ def _mistaken(name: str, gradients: str, **mistake: Any) -> tuple[Mutant, ...]:
 
 
 def _masked(name: str, gradients: str, mask: Callable[[_Inputs], Tensor]) -> tuple[Mutant, ...]:
-    """The mask is right in the logits, and forgotten or wrong in one gradient."""
+    """Return mutants with the right mask in the logits and a wrong one in a gradient."""
     return wrong(name, gradients, lambda s, gradient: getattr(_worked(s, mask(s)), gradient))
 
 
 def _weighted(name: str, gradients: str, change: Callable[[Tensor], Tensor]) -> tuple[Mutant, ...]:
-    """With other weights, where each row has its own."""
+    """Return mutants with other multipliers, if each row has its own."""
     return OP.perturb(
         name, gradients, multiplier=lambda s: s.multiplier if isinstance(s.multiplier, float) else change(s.multiplier)
     )
@@ -204,7 +208,7 @@ def _plain_softmax(s: _Inputs) -> Tensor:
 
 
 def _first_chunks_mask(s: _Inputs) -> Tensor:
-    """Every chunk masked as the first one."""
+    """Mask every chunk like the first one."""
     return s.mask[torch.arange(len(s.x)) % chunk_rows(s.x.shape[1], s.x.dtype)]
 
 
@@ -229,7 +233,7 @@ MUTANTS = (
     wrong("logits' multiplier left out of the softmax", "d_lora_B", _plain_softmax),
     wrong("mean for sum", "d_x", lambda s, d: d / max(s.x.shape[0], 1)),
     wrong("scaling forgotten", "d_lora_A d_lora_B", lambda s, d: d / s.head.scaling),
-    # The factors' gradients overwritten by each chunk instead of added up.
+    # Each chunk overwrites the factors' gradients instead of adding to them.
     OP.perturb("last chunk only", "d_lora_A d_lora_B", s=_last_chunk),
     _mistaken("rows reversed", "d_lora_A d_lora_B", flip=True),
     _weighted("weights averaged", "d_x", lambda w: w.mean().expand_as(w)),

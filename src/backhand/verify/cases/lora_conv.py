@@ -25,13 +25,13 @@ def _baseline(args: Arguments) -> Tensor:
 
 
 def _geometry(kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> ConvGeometry:
-    """One number for all axes, or one for each."""
+    """Return the geometry, given one number for all axes or one per axis."""
     each = [value if isinstance(value, tuple) else (value,) * len(kernel) for value in (stride, padding, dilation)]
     return ConvGeometry(each[0], each[1], each[2], groups)
 
 
 def _steps(batch: int, places: tuple[int, ...], kernel: tuple[int, ...], geometry: ConvGeometry) -> torch.Size:
-    """The places of the output."""
+    """Return the spatial shape of the output."""
     x, weight = torch.zeros(batch, 1, *places), torch.zeros(1, 1, *kernel)
     return convolution(x, weight, None, geometry._replace(groups=1)).shape[2:]
 
@@ -59,7 +59,7 @@ CASES = (
     OP.case("two dimensions", 2, (7, 8), (3, 1)),
     OP.case("three dimensions", 2, (4, 5, 3), (2, 1, 3), rank=3),
     OP.case("stride, padding, dilation", 2, (9, 10), (3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 1)),
-    OP.case("places behind the last stride", 2, (10,), (3,), stride=(4,)),
+    OP.case("places after the last stride", 2, (10,), (3,), stride=(4,)),
     OP.case("bias", 3, (9,), (5,), bias=True),
     OP.case("groups", 2, (9,), (5,), groups=2, rank=4, bias=True),
     OP.case("groups, stride, padding", 2, (7, 6), (3, 2), stride=(2, 1), padding=(1, 1), groups=2, rank=6),
@@ -74,7 +74,7 @@ CASES = (
 
 
 def _last_two_swapped(tensor: Tensor) -> Tensor:
-    """Height and width taken for each other where the shape does not give it away."""
+    """Swap height and width if they are equal, so that the shape does not reveal it."""
     return tensor.mT if tensor.ndim > 3 and tensor.shape[-1] == tensor.shape[-2] else tensor
 
 
@@ -83,7 +83,7 @@ def _kernel_flipped(tensor: Tensor) -> Tensor:
 
 
 def _other_group(d_lora_B: Tensor, groups: int) -> Tensor:
-    """The groups' gradients in reverse order."""
+    """Return the groups' gradients in reverse order."""
     blocks = d_lora_B.reshape(groups, d_lora_B.shape[0] // groups, *d_lora_B.shape[1:])
     return blocks.flip(0).reshape(d_lora_B.shape)
 

@@ -29,7 +29,7 @@ OP = Op(
 CASES = (
     OP.case("tokens, some of them twice", (9,)),
     OP.case("documents and tokens", (2, 9)),
-    # Finite differences would vary the padding column too, whose gradient is held at zero by definition.
+    # Finite differences would vary the padding column too, whose gradient is zero by definition.
     OP.case("padding token", (14,), padding_id=3, exempt=("lora_A",)),
     OP.case("one token many times", (40,), only=2),
     OP.case("unseen tokens", (4,), vocab=11),
@@ -42,7 +42,7 @@ CASES = (
 
 
 def _overwritten(g: Tensor, s: LoRAEmbeddingSaved) -> Tensor:
-    """d_lora_A where each place of a token overwrites the last instead of adding to it."""
+    """Return d_lora_A with each position of a token overwriting the previous one."""
     places = s.ids if s.padding_id is None else s.ids.masked_fill(s.ids == s.padding_id, -1)
     return scatter_overwrite(s.vocab, places, s.scaling * flat_rows(g) @ s.lora_B).T
 

@@ -1,4 +1,4 @@
-"""LoRA linears of one input, and one alone as a group of one: cases and mutants."""
+"""LoRA linears that share an input, also a single one: cases and mutants."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EPS, OFFSET = 0.03, 0.7
 
 
 def regrouped(group: LoRAGroup, **changes: Callable[[LoRAFactors], Any]) -> LoRAGroup:
-    """The group with these fields of each member made anew."""
+    """Return the group with changed fields of every member."""
     members = (one._replace(**{field: made(one) for field, made in changes.items()}) for one in group.adapters)
     return group._replace(adapters=tuple(members))
 
@@ -44,14 +44,14 @@ def regrouped(group: LoRAGroup, **changes: Callable[[LoRAFactors], Any]) -> LoRA
 def _backward(
     d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True, accumulate_into: bool | None = None
 ) -> LoRAGroupGrads:
-    """The backward with tensors to add to of its own, in which something stands with `accumulate_into`."""
+    """Run the backward with separate gradient buffers, which are not zero with `accumulate_into`."""
     new = grad_buffer if accumulate_into else torch.zeros_like
     group = regrouped(saved.group, d_lora_A=lambda one: new(one.lora_A), d_lora_B=lambda one: new(one.lora_B))
     return lora_group_backward(d_y, saved._replace(group=group), input_gradient=input_gradient)
 
 
 def _adapted(sizes: tuple[int, ...], ranks: tuple[int | None, ...]) -> list[tuple[int, int, int, float]]:
-    """(first column, outputs, rank, scaling) of each adapted layer."""
+    """Return (first column, outputs, rank, scaling) of each adapted layer."""
     return [(sum(sizes[:i]), sizes[i], rank, SCALINGS[i]) for i, rank in enumerate(ranks) if rank is not None]
 
 
@@ -63,7 +63,7 @@ def _factors(draw: Draw, adapted: list[tuple[int, int, int, float]], inputs: int
 
 
 def member(column: int, lora_A: Tensor, lora_B: Tensor, scaling: float) -> LoRAFactors:
-    """With gradients of its own."""
+    """Return a member with separate gradient buffers."""
     return LoRAFactors(column, lora_A, lora_B, scaling, torch.zeros_like(lora_A), torch.zeros_like(lora_B))
 
 
@@ -74,7 +74,7 @@ def _group(args: Arguments) -> LoRAGroup:
 
 
 def _of_norm(t: Arguments, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
-    """x is what a norm gives, and the backward has what the norm saved in its place."""
+    """Call the op on the output of a norm. The backward receives what the norm saved instead of x."""
     x, norm = rms_norm_forward(t["x"], t["norm"], EPS, OFFSET)
     y, saved = t.call(OP.forward, x=x)
     grads = backward(t["d_y"], saved._replace(x=norm), **OP.arguments(t))
@@ -183,7 +183,7 @@ CASES = (
 
 
 def _one_member_only(g: Tensor, s: LoRAGroupSaved) -> Tensor | None:
-    """d_x from the frozen weights and the first layer's adapter: the others' low-rank terms missing."""
+    """Return d_x without the low-rank terms of all layers but the first."""
     first = tuple(member for member in s.group.adapters[:1] if member.column == 0)
     h = s.h[..., : sum(len(member.lora_A) for member in first)]
     return _backward(g, s._replace(group=s.group._replace(adapters=first), h=h)).d_x

@@ -1,4 +1,4 @@
-"""LoRA linear: cases and mutants; the right formulas stand in `ops/lora_linear.py`."""
+"""LoRA linear: cases and mutants. The right formulas are in `ops/lora_linear.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backhand.verify.scaffold import SCALING, Arguments, Case, Draw, Op
 
 
 def dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """x after dropout."""
+    """Return x after dropout."""
     mask = multiplier(x, dropout)
     return x if mask is None else x * mask
 
@@ -27,12 +27,12 @@ def _baseline(args: Arguments) -> Tensor:
 
 
 def every_second_column(draw: Draw, lead: tuple[int, ...], inputs: int, strided: bool) -> Tensor:
-    """x (*lead, inputs); strided: each second column of a wider tensor."""
+    """Draw x (*lead, inputs). With `strided` it is every second column of a wider tensor."""
     return draw.normal(*lead, 2 * inputs)[..., ::2] if strided else draw.normal(*lead, inputs)
 
 
 def outputs_first(draw: Draw, lead: tuple[int, ...], outputs: int, strided: bool) -> Tensor:
-    """d_y (*lead, outputs); strided: with the outputs as the slowest axis in memory."""
+    """Draw d_y (*lead, outputs). With `strided` the outputs are the slowest axis in memory."""
     return draw.normal(outputs, *lead).movedim(0, -1) if strided else draw.normal(*lead, outputs)
 
 
@@ -49,7 +49,7 @@ OP = Op(
 
 
 def layer_cases(op: Op) -> tuple[Case, ...]:
-    """Those of any adapted linear layer."""
+    """Return the cases of any adapted linear layer."""
     return (
         op.case("rows", (5,)),
         op.case("documents and rows", (2, 5)),
@@ -78,7 +78,7 @@ CASES = (
 
 
 def next_seed(s: Any) -> Dropout | None:
-    """The dropout of what was saved, drawn from another seed."""
+    """Return the saved dropout with another seed."""
     dropout: Dropout | None = s.dropout
     return dropout and dropout._replace(seed=dropout.seed + 1)
 

@@ -17,7 +17,7 @@ def _baseline(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def _below_zero(draw: Draw, pairs: int, size: float, certain: bool) -> Tensor:
-    """Some of them 0, as float32 has it of what is certain."""
+    """Draw log-probabilities. Some are 0, as float32 rounds those of certain tokens."""
     drawn = -0.05 * size - draw.normal(pairs, size=size).abs()
     return drawn * draw.integers(2, pairs) if certain else drawn
 
@@ -34,7 +34,7 @@ CASES = (
     OP.case("small beta", beta=0.1),
     OP.case("nearly certain", size=1e-2),
     OP.case("unlikely", size=5.0),
-    # No difference is small enough to tell the slope there, which goes on below where float32 ends.
+    # No finite difference is small enough for the slope there, which continues below the range of float32.
     OP.case("certain", 9, certain=True, exempt=("chosen", "rejected")),
     OP.case("one row", 1),
     OP.case("no pairs", 0),

@@ -14,30 +14,30 @@ from backhand.verify.scaffold import Arguments, Op
 
 
 def _with_residual(t: Arguments, backward: Backward) -> tuple[Tensor, Any]:
-    """The stream goes around the norm as well: y is both, side by side."""
+    """Call the norm with a residual: y is the norm and the stream, concatenated."""
     y, saved = t.call(OP.forward)
     d_y, around = (part.contiguous() if t["in_place"] else part for part in t["d_y"].chunk(2, dim=-1))
     grads = backward(d_y, saved, weight_gradient=True, residual=around.contiguous(), out=d_y if t["in_place"] else None)
-    return _beside(y, t["x"], True), grads
+    return _concatenated(y, t["x"], True), grads
 
 
-def _beside(y: Tensor, x: Tensor, with_residual: bool) -> Tensor:
+def _concatenated(y: Tensor, x: Tensor, with_residual: bool) -> Tensor:
     return torch.cat([y, x], dim=-1) if with_residual else y
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
-    return _beside(rms_norm_reference(x, weight, eps, offset), x, with_residual)
+    return _concatenated(rms_norm_reference(x, weight, eps, offset), x, with_residual)
 
 
 def baseline_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """The norm as transformers has it."""
+    """Compute the norm in transformers' form."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return ((weight.float() + offset) * normed).to(x.dtype)
 
 
 def _baseline(x: Tensor, weight: Tensor, eps: float, offset: float, with_residual: bool) -> Tensor:
-    return _beside(baseline_norm(x, weight, eps, offset), x, with_residual)
+    return _concatenated(baseline_norm(x, weight, eps, offset), x, with_residual)
 
 
 OP = Op(

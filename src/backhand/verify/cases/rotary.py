@@ -83,7 +83,7 @@ def _last_not_rotated(g: Tensor, s: RotaryTable, d: Tensor) -> Tensor:
 
 
 def _spread(g: Tensor, angles: Tensor) -> Tensor:
-    """As if all features were rotated: the missing angles are those of the first pairs again."""
+    """Extend the angles to all features by repeating those of the first pairs."""
     return angles[:, torch.arange(g.shape[-1] // 2, device=g.device) % angles.shape[-1]]
 
 

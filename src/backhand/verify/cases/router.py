@@ -1,4 +1,4 @@
-"""The router: cases and mutants. Logits lie so far apart that no finite difference changes the choice."""
+"""The router: cases and mutants. Logits differ so much that no finite difference changes the choice."""
 
 from __future__ import annotations
 

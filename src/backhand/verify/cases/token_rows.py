@@ -18,7 +18,7 @@ def _ids(draw: Draw, vocab: int, lead: tuple[int, ...], token_ids: Tensor, only:
 
 
 def _token_ids(draw: Draw, vocab: int, count: int) -> Tensor:
-    """Different ids in no order."""
+    """Draw distinct ids in random order."""
     return torch.randperm(vocab, generator=draw.generator)[:count]
 
 
@@ -51,7 +51,7 @@ EMBEDDING_CASES = (
 
 
 def _untrained_too(g: Tensor, s: Any) -> Tensor:
-    """Tokens that are not trained taken for the last trained one, as an index of -1 reads."""
+    """Treat untrained tokens as the last trained one, as an index of -1 would."""
     d_token_rows = g.new_zeros(s.trained, g.shape[-1])
     return d_token_rows.index_add_(0, s.places % s.trained, flat_rows(g))
 
@@ -77,9 +77,9 @@ LINEAR_CASES = (
 
 LINEAR_MUTANTS = (
     wrong("of the frozen table", "d_x", lambda g, s: g @ s.weight),
-    wrong("frozen rows kept beside", "d_x", lambda g, s, d: d + g[..., s.token_ids] @ s.weight[s.token_ids]),
+    wrong("frozen rows still added", "d_x", lambda g, s, d: d + g[..., s.token_ids] @ s.weight[s.token_ids]),
     wrong("trained columns alone", "d_x", lambda g, s: g[..., s.token_ids] @ s.token_rows),
-    # The trained columns in the order of their ids, not in that of the rows.
+    # Trained columns in the order of their ids instead of the order of rows.
     LINEAR.perturb("order of the tokens lost", "d_token_rows", token_ids=lambda s: s.token_ids.sort().values),
     LINEAR.perturb("rows reversed", "d_token_rows", g=rows_reversed, x=lambda s: flat_rows(s.x)),
     wrong("mean for sum", "d_token_rows", mean_of_rows),
