@@ -441,7 +441,7 @@ def test_several_functions_with_weights_and_none(functions: Path) -> None:
         ("length:x", "not a number of tokens"),
         ("json:missing.json", "there is no file"),
         ("missing.py:f", "there is no file"),
-        ("exact:x", "takes nothing"),
+        ("exact:x", "takes no argument"),
         ("module:not a name", "neither a built-in"),
     ],
 )

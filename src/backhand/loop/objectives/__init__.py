@@ -1,1 +1,1 @@
-"""What a run minimises beside the loss of answers: functions of the log-probabilities of a row's answers."""
+"""Objectives: losses that are functions of the log-probabilities of a row's answers."""

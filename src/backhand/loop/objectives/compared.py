@@ -1,18 +1,19 @@
-"""Losses that compare answers, each from its op; what is shown of them has TRL's names.
+"""Objectives that compare answers. Each loss is an op; metrics have TRL's names.
 
 Pairs: DPO in its forms, IPO, SimPO and ORPO.
 
-`aot` and `aot_unpaired` [arXiv:2406.05882] compare a step's pairs by their order: the k-th smallest margin with the
-reference's k-th smallest, or the k-th smallest rise of a chosen answer with that of a rejected one, by SimPO's formula
-without γ. Only all of the step's pairs tell which of them meet, so a pass without gradients and dropout comes first.
+`aot` and `aot_unpaired` [arXiv:2406.05882] sort the pairs of a step. They compare the k-th smallest margin with the
+reference's k-th smallest, or the k-th smallest log ratio of a chosen answer with the k-th smallest of a rejected one.
+The formula is SimPO's without γ. The order depends on all pairs of the step, so a pass without gradients and dropout
+comes first.
 
-KTO: answers that are desirable or not. What the model says of others' answers is the yardstick of a step.
+KTO: answers that are desirable or not. The answers of other rows give the reference point of a step:
 
     z₀ = max(0, mean over the step's rows of Σ log π(y'|x) - log π_ref(y'|x))
 
-with x of the row and y' the answer of the row before it in the data (of the first row the last one's), which rows hold
-it and in what order a step comes to them decides nothing: so π_ref(y'|x) is computed once in a run. TRL turns the
-answers within each batch, whose rows stay together in all epochs; of one batch that holds all rows it is the same.
+x is the prompt of the row, and y' the answer of the row before it in the data. The first row has that of the last.
+The answer y' does not depend on the order of the steps, so π_ref(y'|x) is computed once per run. TRL rotates the
+answers within each batch, whose rows stay together in all epochs. For one batch that holds all rows the two are equal.
 """
 
 from __future__ import annotations
@@ -41,26 +42,26 @@ from backhand.options.objectives import SORTED, ObjectiveOptions
 
 @dataclass
 class PairObjective(Objective):
-    """A loss of pairs."""
+    """The loss of pairs."""
 
-    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # which one, and its numbers
-    # of each row of the step that comes next what it meets where pairs are sorted: the other side's number for its own,
-    # and for the other side's number its own side's, (2,)
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # the form of the loss and its numbers
+    # By row of the next step, for sorted forms, (2,): the other side's value at the rank of the row's own value. Then
+    # the own side's value at the rank of the row's other value.
     partners: dict[int, Tensor] = field(default_factory=dict)
 
     def before(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
-        """Sort the pairs of the rows that come next, if the loss does."""
+        """Sort the pairs of the next step, for forms that do."""
         if self.options.form not in SORTED:
             return
         sums = not_none(document_sums(model, self.packer, rows, micro_batch_rows, processes))
         one, other = _compared(self.options, sums, not_none(self.reference)[self.packer.documents(rows)])
         of_one, of_other = one.argsort(stable=True), other.argsort(stable=True)
-        found = torch.empty(len(rows), 2, dtype=torch.float64)
-        found[of_one, 0], found[of_other, 1] = other[of_other], one[of_one]
-        self.partners = dict(zip(rows, found, strict=True))
+        partners = torch.empty(len(rows), 2, dtype=torch.float64)
+        partners[of_one, 0], partners[of_other, 1] = other[of_other], one[of_one]
+        self.partners = dict(zip(rows, partners, strict=True))
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
-        """See `Objective.losses`. Rewards are what each loss compares: β log ratios, or β mean log-probabilities."""
+        """Compute the losses. The rewards in the metrics are β log ratios, or β mean log-probabilities."""
         options, (sums, counts, reference) = self.options, documents
         if options.objective in ("simpo", "orpo"):
             seen, divisor = sums / counts, counts
@@ -80,13 +81,13 @@ class PairObjective(Objective):
 
 
 def _sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected, (pairs,) each."""
+    """Split values of documents into chosen and rejected, (pairs,) each."""
     chosen, rejected = of_documents.view(-1, 2).unbind(1)
     return chosen, rejected
 
 
 def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses of pairs and their slopes, (pairs,) each."""
+    """Compute losses of pairs and their derivatives, (pairs,) each."""
     one = torch.ones_like(chosen)
     if options.objective == "orpo":
         losses, of_orpo = orpo_forward(chosen, rejected, options.strength)
@@ -101,7 +102,7 @@ def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[
 
 
 def _compared(options: ObjectiveOptions, sums: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """What is sorted, (pairs,) each: the pairs' margins and the reference's, or both answers' rises."""
+    """Return the values to sort, (pairs,) each: margins of model and reference, or the log ratios of both answers."""
     (c, r), (ref_c, ref_r) = _sides(sums), _sides(reference)
     return (c - r, ref_c - ref_r) if options.form == "aot" else (c - ref_c, r - ref_r)
 
@@ -109,7 +110,14 @@ def _compared(options: ObjectiveOptions, sums: Tensor, reference: Tensor) -> tup
 def _sorted_loss(
     options: ObjectiveOptions, one: Tensor, other: Tensor, partners: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_loss`, of what each pair meets on either side, (pairs, 2)."""
+    """Compute losses and derivatives for sorted forms.
+
+    Args:
+        options: the form of the loss and its numbers.
+        one: values of the own side, (pairs,).
+        other: values of the other side, (pairs,).
+        partners: values of equal rank, (pairs, 2); see `PairObjective.partners`.
+    """
     rule, upstream = SimPORule(options.strength, 0.0, options.label_smoothing), torch.ones_like(one)
     losses, of_one = simpo_forward(one, partners[:, 0], rule)
     d_one, _ = simpo_backward(upstream, of_one)
@@ -120,7 +128,7 @@ def _sorted_loss(
 
 def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Measured:
     (good, bad), (log_good, log_bad) = _sides(rewards), _sides(log_p)
-    found = {
+    values_of = {
         "rewards/chosen": good,
         "rewards/rejected": bad,
         "rewards/accuracies": (good > bad).double(),
@@ -129,8 +137,8 @@ def _measured(options: ObjectiveOptions, rewards: Tensor, log_p: Tensor) -> Meas
     }
     if options.objective == "orpo":
         odds = log_odds(log_good) - log_odds(log_bad)
-        found |= {"nll_loss": -log_good, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
-    return {name: (float(values.sum()), len(values)) for name, values in found.items()}
+        values_of |= {"nll_loss": -log_good, "log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
+    return {name: (float(values.sum()), len(values)) for name, values in values_of.items()}
 
 
 def check_answers_differ(rows: PreparedData) -> None:
@@ -165,7 +173,10 @@ def _same_tokens(one: Example, other: Example) -> bool:
 
 
 def mismatched(examples: Sequence[Example], max_length: int) -> Iterator[Example]:
-    """Each row's prompt with the answer of the row before it, at most so many tokens; never without an answer."""
+    """Yield each row's prompt with the answer of the row before it, cut to `max_length` tokens.
+
+    At least one token of the answer is kept.
+    """
     before = examples[-1]
     for example in examples:
         prompt, begin = min(example.prompt_tokens, max_length - 1), before.prompt_tokens
@@ -180,20 +191,20 @@ def mismatched(examples: Sequence[Example], max_length: int) -> Iterator[Example
 class KTOObjective(Objective):
     """The loss of labelled answers."""
 
-    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # its numbers
-    others: RowPacker | None = None  # of the mismatched answers; None for `apo_zero_unpaired`, which does without
-    others_reference: Tensor | None = None  # their s under the model that the run starts from
-    kl: float = 0.0  # z₀ of the rows that come next
+    options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # the numbers of the loss
+    others: RowPacker | None = None  # packs the mismatched answers; None for `apo_zero_unpaired`, which has no z₀
+    others_reference: Tensor | None = None  # s of the mismatched answers under the model that the run starts from
+    kl: float = 0.0  # z₀ of the next step
 
     def before(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
-        """Measure z₀ of the rows that come next, without gradients."""
+        """Compute z₀ of the next step without gradients."""
         if self.others is None:
             return
         sums = not_none(document_sums(model, self.others, rows, micro_batch_rows, processes))
         self.kl = max(0.0, float((sums - not_none(self.others_reference)[list(rows)]).mean()))
 
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
-        """See `Objective.losses`."""
+        """Compute the losses of desirable and undesirable answers."""
         options, examples = self.options, self.packer.examples
         desirable = torch.tensor([bool(examples[row].desirable) for row in rows], dtype=torch.bool)
         ratios = documents.sums - not_none(documents.reference)
