@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import ALPHA, DTYPES, LEARNING_RATE, RANK, transformers_model, tune_process
 
-from backhand.nn.waiting import briefly_beside_others
+from backhand.nn.openmp_spin import adaptive_spinning
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def main() -> None:
     peer, task, output = sys.argv[1], FineTune(**json.loads(sys.argv[2])), Path(sys.argv[3])
     torch.set_num_threads(int(sys.argv[4]))
     output.mkdir(parents=True, exist_ok=True)
-    with briefly_beside_others():
+    with adaptive_spinning():
         done = PEERS[peer](task, output)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({**done, "peak_rss_bytes": peak_kib * 1024}), flush=True)

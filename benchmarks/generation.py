@@ -24,7 +24,7 @@ from typing import Any
 from environment import peer_environment
 from machine import describe_machine
 
-from backhand.nn.waiting import briefly_beside_others
+from backhand.nn.openmp_spin import adaptive_spinning
 
 HERE = Path(__file__).parent
 PROMPT = "The history of the world begins with"
@@ -90,7 +90,7 @@ def serve(peer: str, model: str, tokens: int, threads: int) -> None:
         answer = backhand(model, tokens, threads, quantized=peer == "backhand-quantized")
     answer()  # warm
     print("ready", flush=True)
-    with briefly_beside_others():
+    with adaptive_spinning():
         for _ in sys.stdin:
             print(json.dumps(answer()), flush=True)
     os._exit(0)  # taking llama.cpp's server down may wait for its own thread for ever

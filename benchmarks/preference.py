@@ -151,11 +151,11 @@ def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
     """Print the peer's result in JSON, on the last line."""
     import torch
 
-    from backhand.nn.waiting import briefly_beside_others
+    from backhand.nn.openmp_spin import adaptive_spinning
 
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
-    with briefly_beside_others():
+    with adaptive_spinning():
         if peer.startswith("backhand"):
             done = run_backhand(task, output, answers=peer.endswith("-answers"))
         else:

@@ -159,11 +159,11 @@ def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
     """Print the peer's result in JSON, on the last line."""
     import torch
 
-    from backhand.nn.waiting import briefly_beside_others
+    from backhand.nn.openmp_spin import adaptive_spinning
 
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
-    with briefly_beside_others():
+    with adaptive_spinning():
         done = run_backhand(task, output) if peer == "backhand" else run_trl(task, output, tuned=peer.endswith("tuned"))
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({**done, "peak_rss_bytes": peak_kib * 1024}), flush=True)
@@ -268,13 +268,13 @@ def llama_cpp_sampler(model: str, answers: int, tokens: int, threads: int) -> Ca
 
 def serve(peer: str, model: str, answers: int, tokens: int, threads: int) -> None:
     """One batch for each line read."""
-    from backhand.nn.waiting import briefly_beside_others
+    from backhand.nn.openmp_spin import adaptive_spinning
 
     sampler = backhand_sampler if peer == "backhand" else llama_cpp_sampler
     answer = sampler(model, answers, tokens, threads)
     answer()  # warm
     print("ready", flush=True)
-    with briefly_beside_others():
+    with adaptive_spinning():
         for _ in sys.stdin:
             print(json.dumps(answer()), flush=True)
     os._exit(0)  # taking llama.cpp's server down may wait for its own thread for ever

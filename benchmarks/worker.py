@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import PEERS, Workload
 
-from backhand.nn.compute import loaded_objects_frozen
-from backhand.nn.waiting import briefly_beside_others
+from backhand.nn.compute import gc_frozen
+from backhand.nn.openmp_spin import adaptive_spinning
 
 
 def resident_bytes(field: str) -> int:
@@ -52,7 +52,7 @@ def main() -> None:
     loaded = resident_bytes("VmRSS")
     reset_peak()
     print(json.dumps({"ready": True, "loaded_bytes": loaded, **ready}), flush=True)
-    with briefly_beside_others(), loaded_objects_frozen():
+    with adaptive_spinning(), gc_frozen():
         for _ in sys.stdin:
             start = time.perf_counter()
             loss, norm = peer.step()

@@ -16,7 +16,7 @@ def run() -> int:
 
     What a command imports lives to its end, some hundred thousand objects: to look through all of them whenever a
     quarter more were there was up to a fifth of its start. Younger ones are looked through as ever, and all of them by
-    Python's own number again while a run steps (`nn.compute.loaded_objects_frozen`).
+    Python's own number again while a run steps (`nn.compute.gc_frozen`).
     """
     leave_out_first()
     gc.set_threshold(*gc.get_threshold()[:2], _MIDDLE_BEFORE_ALL)

@@ -102,10 +102,10 @@ def test_a_segment_behind_another_has_to_save_enough_itself() -> None:
 @pytest.mark.parametrize(
     ("lengths", "parents", "message"),
     [
-        ((2,), (), "5 tokens are not segments of 2"),
-        ((2, 3), (-1,), "2 segments have not 1 parents"),
-        ((2, 1, 2), (-1, -1, 0), "segment 2 does not stand behind segment 0"),
-        ((2, 3), (1, -1), "segment 0 does not stand behind segment 1"),
+        ((2,), (), "5 tokens cannot be segments of 2"),
+        ((2, 3), (-1,), "2 segments cannot have 1 parents"),
+        ((2, 1, 2), (-1, -1, 0), "segment 2 does not follow segment 0"),
+        ((2, 3), (1, -1), "segment 0 does not follow segment 1"),
     ],
 )
 def test_segments_that_are_none_are_refused(lengths: Any, parents: Any, message: str) -> None:
@@ -115,7 +115,7 @@ def test_segments_that_are_none_are_refused(lengths: Any, parents: Any, message:
 
 def documents_of(batch: PackedBatch) -> list[tuple[list[int], list[int], list[int]]]:
     """Ids, labels and positions of each document."""
-    starts = batch.starts
+    starts = batch.offsets
     places = [[p for one in batch.path(end) for p in range(starts[one], starts[one + 1])] for end in batch.ends]
     return [
         (batch.input_ids[one].tolist(), batch.labels[one].tolist(), batch.positions[one].tolist()) for one in places
@@ -158,7 +158,7 @@ def test_with_every_token_counting_no_two_segments_begin_alike(rows: list[Exampl
         patch.setattr(prefix_forest, "MIN_SAVED_TOKENS", 1)
         batch = pack(rows, share=True)
     parents = batch.parents or (-1,) * len(batch.lengths)
-    starts = batch.starts
+    starts = batch.offsets
     begins = [
         (parent, int(batch.input_ids[start]), int(batch.labels[start]))
         for parent, start in zip(parents, starts, strict=False)
@@ -173,6 +173,6 @@ def test_values_of_documents_and_of_positions_are_transposed_maps(rows: list[Exa
         batch = pack(rows, share=True)
     positions, tokens = len(batch.supervised_positions), batch.supervised_tokens
     x, y = torch.arange(1.0, positions + 1).double(), torch.arange(3.0, tokens + 3).double()
-    assert torch.equal((batch.of_documents(x) * y).sum(), (x * batch.at_positions(y)).sum())
+    assert torch.equal((batch.per_document(x) * y).sum(), (x * batch.sum_at_positions(y)).sum())
     labels = torch.cat([batch.labels[:0], *(torch.tensor(one[1], dtype=torch.int64) for one in documents_of(batch))])
-    assert torch.equal(batch.of_documents(batch.labels[batch.supervised_positions]), labels[labels != IGNORE_INDEX])
+    assert torch.equal(batch.per_document(batch.labels[batch.supervised_positions]), labels[labels != IGNORE_INDEX])

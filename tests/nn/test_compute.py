@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backhand.nn.compute import loaded_objects_frozen, medium_precision_pays
+from backhand.nn.compute import gc_frozen, medium_precision_pays
 from support.processes import forked_well, run
 
 
@@ -57,7 +57,7 @@ def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps(monkeypatch
     gc.unfreeze()
     before = gc.get_threshold()
     gc.set_threshold(*before[:2], 100)  # as `__main__.run` does
-    with loaded_objects_frozen():
+    with gc_frozen():
         assert gc.get_threshold()[2] <= 10
         frozen = gc.get_freeze_count()
         assert frozen > 1_000
@@ -68,7 +68,7 @@ def test_the_collector_leaves_what_is_loaded_alone_while_a_run_steps(monkeypatch
         gc.collect()
         assert seen() is None
         # Of what is frozen a few may have ended meanwhile; nothing else is.
-        with loaded_objects_frozen():  # left to whoever has frozen it
+        with gc_frozen():  # left to whoever has frozen it
             assert 0.99 * frozen < gc.get_freeze_count() <= frozen
         assert 0.99 * frozen < gc.get_freeze_count() <= frozen
     assert gc.get_freeze_count() == 0

@@ -149,7 +149,7 @@ def test_matrices_of_one_type_each_in_a_file(tmp_path: Path) -> None:
     [
         ({"num_experts_per_tok": 12}, "12 of 11 experts"),
         ({"num_experts": 2**40, "num_local_experts": 2**40}, "is not a valid mixture"),
-        ({"mlp_only_layers": ["1"]}, "no list of layers"),
+        ({"mlp_only_layers": ["1"]}, "not a list of layers"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
     ],
 )

@@ -19,7 +19,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.family_parsing import UnsupportedModel, decoder_config
 from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.decoder.weights import module_shapes
-from backhand.nn.held_base import held_bytes
+from backhand.nn.held_base import weight_bytes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource
@@ -105,7 +105,9 @@ def test_blocks_of_a_checkpoint_are_the_numbers_that_transformers_makes_of_them(
 def test_as_they_are_stored_they_are_the_same_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
     save_packed(tmp_path)
     source = open_model(tmp_path)
-    assert source.quantized and held_bytes(source, dtype, quantized=True) < held_bytes(source, dtype, quantized=False)
+    assert source.quantized and weight_bytes(source, dtype, quantized=True) < weight_bytes(
+        source, dtype, quantized=False
+    )
     document = tiny_documents([19])[0]
     dense = Decoder.from_source(source, dtype=dtype)
     quantized = Decoder.from_source(source, dtype=dtype, quantized=True)

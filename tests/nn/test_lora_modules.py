@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from backhand.errors import UsageError
 from backhand.nn.modules import functions as lora_functions
-from backhand.nn.modules.adapted_module import LoRAModule
 from backhand.nn.modules.kinds import LORA_MODULES, lora_class
+from backhand.nn.modules.lora_module import LoRAModule
 
 # torch remarks that padding "same" with an even kernel copies its input; that case is wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

@@ -15,7 +15,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.engines.transformers_engine import TransformersModel
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.nn.right_padding import chosen_positions, forget_lengths, rows_together, why_equal_lengths
+from backhand.nn.right_padding import head_on_positions, padded_groups, padding_obstacle, reset_dynamic_rope
 from support.tiny_models import randomise, tiny_model
 
 LENGTHS = (13, 12, 9, 9, 5)
@@ -140,13 +140,13 @@ def _close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
 def test_padded_rows_have_the_losses_and_gradients_of_rows_alone(kind: str) -> None:
     batch = _batch()
     model = _adapted(LOOK_BACK_ALONE[kind]())
-    assert model.why_equal_lengths is None
+    assert model.padding_obstacle is None
     assert model.lora is not None
     alone = sum(model.loss_and_gradients(part, 0.7) for part in _one_by_one(batch))
     expected = model.lora.gradients.clone()
     assert float(expected.norm()) > 0
     model.lora.gradients.zero_()
-    assert len(list(rows_together(batch, padded=True))) == 1
+    assert len(list(padded_groups(batch, padded=True))) == 1
     together = model.loss_and_gradients(batch, 0.7)
     assert float(together) == pytest.approx(float(alone), rel=1e-6)
     assert _close(model.lora.gradients, expected, 1e-5)
@@ -159,8 +159,8 @@ def test_padded_rows_have_the_losses_and_gradients_of_rows_alone(kind: str) -> N
 def test_models_that_look_ahead_are_found_and_keep_to_equal_lengths(kind: str) -> None:
     make, reason = LOOK_AHEAD[kind]
     model = TransformersModel(make())
-    assert model.why_equal_lengths is not None
-    assert re.search(reason, model.why_equal_lengths)
+    assert model.padding_obstacle is not None
+    assert re.search(reason, model.padding_obstacle)
     batch = _batch()
     alone = sum(float(model.loss(part)) for part in _one_by_one(batch))
     assert float(model.loss(batch)) == pytest.approx(alone, rel=1e-6)
@@ -171,7 +171,7 @@ def test_without_the_finding_the_losses_would_differ() -> None:
     model = TransformersModel(LOOK_AHEAD["both directions"][0]())
     batch = _batch()
     alone = sum(float(model.loss(part)) for part in _one_by_one(batch))
-    model.__dict__["why_equal_lengths"] = None
+    model.__dict__["padding_obstacle"] = None
     assert float(model.loss(batch)) != pytest.approx(alone, rel=1e-3)
 
 
@@ -180,24 +180,24 @@ def test_without_the_finding_the_losses_would_differ() -> None:
 def test_rounding_is_no_sign_of_looking_ahead(kind: str, dtype: torch.dtype) -> None:
     looks_ahead = kind == "both directions"
     make = LOOK_AHEAD[kind][0] if looks_ahead else LOOK_BACK_ALONE[kind]
-    assert (why_equal_lengths(make().to(dtype)) is not None) == looks_ahead
+    assert (padding_obstacle(make().to(dtype)) is not None) == looks_ahead
 
 
 def test_rows_stay_in_order_and_little_is_padded() -> None:
     batch = _batch((200, 199, 60, 58, 57, 3, 200))
-    groups = [ids.shape for ids, _ in rows_together(batch, padded=True)]
+    groups = [ids.shape for ids, _ in padded_groups(batch, padded=True)]
     assert groups == [(2, 200), (4, 60), (1, 200)]
-    real = [labels[labels != IGNORE_INDEX] for _, labels in rows_together(batch, padded=True)]
+    real = [labels[labels != IGNORE_INDEX] for _, labels in padded_groups(batch, padded=True)]
     assert torch.equal(torch.cat(real), batch.labels[batch.labels != IGNORE_INDEX])
-    assert [ids.shape for ids, _ in rows_together(_batch((9, 9, 5)), padded=False)] == [(2, 9), (1, 5)]
+    assert [ids.shape for ids, _ in padded_groups(_batch((9, 9, 5)), padded=False)] == [(2, 9), (1, 5)]
 
 
 def test_documents_without_a_label_are_not_computed() -> None:
     batch = _batch((9, 7, 5))
     batch.labels[9:16] = IGNORE_INDEX
-    assert [ids.shape for ids, _ in rows_together(batch, padded=True)] == [(2, 9)]
+    assert [ids.shape for ids, _ in padded_groups(batch, padded=True)] == [(2, 9)]
     batch.labels[:] = IGNORE_INDEX
-    assert list(rows_together(batch, padded=True)) == []
+    assert list(padded_groups(batch, padded=True)) == []
     assert float(TransformersModel(tiny_model("llama")).loss(batch)) == 0.0
 
 
@@ -230,7 +230,7 @@ def test_a_head_that_is_no_module_gives_every_position() -> None:
     assert float(TransformersModel(Bare(model)).loss(batch)) == pytest.approx(
         float(TransformersModel(model).loss(batch))
     )
-    with chosen_positions(None, torch.ones(1, 1, dtype=torch.bool)):
+    with head_on_positions(None, torch.ones(1, 1, dtype=torch.bool)):
         pass
 
 
@@ -268,13 +268,13 @@ def test_modules_are_looked_through_once(kind: str, monkeypatch: pytest.MonkeyPa
     (long,) = _one_by_one(_batch((20,)))
     rotary = model.model.rotary_emb
     before = {name: angles.clone() for name, angles in rotary.named_buffers()}
-    forget_lengths(model)
+    reset_dynamic_rope(model)
     monkeypatch.setattr(model, "modules", None)
     with monkeypatch.context() as patch:
         patch.delattr(model, "modules")
         model(input_ids=long.input_ids[None])
     assert any(not torch.equal(angles, before[name]) for name, angles in rotary.named_buffers())
-    forget_lengths(model)
+    reset_dynamic_rope(model)
     assert all(torch.equal(angles, before[name]) for name, angles in rotary.named_buffers())
 
 

@@ -22,7 +22,7 @@ from backhand.errors import UsageError
 from backhand.files import write_together
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import TOKENS
-from backhand.nn.modules.adapted_module import LoRAModule, base_weight
+from backhand.nn.modules.lora_module import LoRAModule, base_weight
 from backhand.nn.modules.token_modules import TokenEmbedding, TokenLinear, TokenModule
 from backhand.words import name_list
 
@@ -95,12 +95,12 @@ class InjectedAdapter:
         """Draw the factors anew, and set the rest to the base's values; the model then computes what its base does."""
         for adapted in self.modules.values():
             adapted.initialise(generator)
-        self.reset_beside()
+        self.reset_bias_and_magnitude()
 
-    def reset_beside(self) -> None:
+    def reset_bias_and_magnitude(self) -> None:
         """Set what is trained beside the factors to where it changes nothing, given that they change nothing."""
         for adapted in self.modules.values():
-            adapted.reset_beside()
+            adapted.reset_bias_and_magnitude()
         self._saved.reset()
         with torch.no_grad():
             for module in self._tokens.values():

@@ -16,8 +16,8 @@ from backhand.adapters.trained_tensors import resolve_trained, saved_modules, ti
 from backhand.errors import UsageError
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot, TrainedTensor
 from backhand.nn.module_shapes import module_paths
-from backhand.nn.modules.adapted_module import LoRAModule, base_weight
 from backhand.nn.modules.kinds import LORA_MODULES, LoRAConv1D, lora_class
+from backhand.nn.modules.lora_module import LoRAModule, base_weight
 from backhand.nn.modules.token_modules import TokenEmbedding, TokenLinear, TokenModule
 from backhand.words import name_list
 

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, first_line
-from backhand.nn.waiting import briefly_beside_others, set_waiting
+from backhand.nn.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.printing import bounded, may_be_silent, never_silent, show_what_libraries_say, visible
 from backhand.system import version_of
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     interrupted: list[float] = []
-    set_waiting()  # what is read later, `nn.compute` sets
+    set_spin_count()  # what is read later, `nn.compute` sets
     try:
         _open_closed_streams()
         _carry_anything()
@@ -102,7 +102,7 @@ def run_prepared(prepared: Prepared) -> int:
     _check_directory()
     show_what_libraries_say()
     with ExitStack() as around:
-        around.enter_context(briefly_beside_others())
+        around.enter_context(adaptive_spinning())
         if prepared.report_of is not None:
             from backhand.report.command import report_kept
 

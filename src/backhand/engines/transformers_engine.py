@@ -33,7 +33,7 @@ from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
-from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
+from backhand.nn.right_padding import concat_losses, padding_obstacle, reset_dynamic_rope, supervised_losses
 
 
 class TransformersModel:
@@ -56,10 +56,10 @@ class TransformersModel:
         self.injected: InjectedAdapter | None = None
 
     @cached_property
-    def why_equal_lengths(self) -> str | None:
+    def padding_obstacle(self) -> str | None:
         """Why rows of unequal length are not computed together; None where they are."""
         with nullcontext() if self.injected is None else self.injected.disabled():
-            return why_equal_lengths(self.model)
+            return padding_obstacle(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +133,7 @@ class TransformersModel:
         total = torch.zeros((), dtype=torch.float64)
         with _dropout(self._injected(), dropout_seed, self.device), torch.enable_grad():
             if token_loss is not None:
-                log_p = -batch.of_documents(joined(self._losses(batch), self.device))
+                log_p = -batch.per_document(concat_losses(self._losses(batch), self.device))
                 loss, d_log_p = token_loss(log_p.detach())
                 if log_p.requires_grad:
                     log_p.backward((loss_scaling * d_log_p).to(log_p.dtype))
@@ -155,15 +155,15 @@ class TransformersModel:
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats, document by document."""
-        return batch.of_documents(joined(self._losses(batch), self.device))
+        return batch.per_document(concat_losses(self._losses(batch), self.device))
 
     def _losses(self, batch: PackedBatch) -> Iterator[Tensor]:
-        return supervised_losses(self.model, batch, lambda: self.why_equal_lengths is None)
+        return supervised_losses(self.model, batch, lambda: self.padding_obstacle is None)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """(tokens, vocab) logits of every position of a document."""
-        forget_lengths(self.model)
+        reset_dynamic_rope(self.model)
         logits: Tensor = self.model(input_ids=input_ids[None], use_cache=False).logits
         return logits[0]
 
@@ -266,7 +266,7 @@ class _BoundTransformers(BoundModel):
         config: LoRAConfig,
         source: ModelSource,
     ) -> None:
-        why = model.why_equal_lengths
+        why = model.padding_obstacle
         notes = [] if why is None else [f"rows of equal length alone are computed together: {why}"]
         super().__init__(model, lora, config, source, (*injected.notes, *notes))
         self._model, self._injected = model, injected
@@ -279,7 +279,7 @@ class _BoundTransformers(BoundModel):
         return TransformersCompleter(self._model.model, self._injected)
 
     def _start_beside_factors(self) -> None:
-        self._injected.reset_beside()
+        self._injected.reset_bias_and_magnitude()
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:
         self._injected.load_contents(read_adapter(directory, self.source, allow_pickle=allow_pickle))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backhand.generate.completer import Choose, Finished
 from backhand.nn.batch import PackedBatch
-from backhand.nn.right_padding import forget_lengths, joined, supervised_losses, why_equal_lengths
+from backhand.nn.right_padding import concat_losses, padding_obstacle, reset_dynamic_rope, supervised_losses
 
 if TYPE_CHECKING:
     from backhand.adapters.inject import InjectedAdapter
@@ -64,11 +64,11 @@ class TransformersCompleter:
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """(supervised tokens,) losses in nats; see `completer.LanguageModel`."""
         with self._as_wanted():
-            return batch.of_documents(joined(supervised_losses(self.model, batch, self._may_pad), self.device))
+            return batch.per_document(concat_losses(supervised_losses(self.model, batch, self._may_pad), self.device))
 
     def _may_pad(self) -> bool:
         if self._pads is None:
-            self._pads = why_equal_lengths(self.model) is None
+            self._pads = padding_obstacle(self.model) is None
         return self._pads
 
     def complete(
@@ -118,7 +118,7 @@ class TransformersCompleter:
             return torch.tensor(done, device=input_ids.device)
 
         input_ids = torch.tensor(rows, device=self.model.device)
-        forget_lengths(self.model)
+        reset_dynamic_rope(self.model)
         self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),

@@ -113,8 +113,8 @@ def dense_product(
     dense: Tensor | None = None
     right: tuple[Any, ...]
     if isinstance(weight, Tensor):
-        dense, by_columns = as_stored(weight, transposed)
-        right = (*matrix(dense), by_columns, 0, None)
+        dense, transposed_weight = as_stored(weight, transposed)
+        right = (*matrix(dense), transposed_weight, 0, None)
     else:
         parts = weight.table if weight.dtype == x.dtype else None
         if parts is None or len(parts) > MOST_PARTS * NUMBERS_OF_PART:

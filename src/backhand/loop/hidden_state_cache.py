@@ -223,7 +223,7 @@ class KeptStates:
 
     def _compute(self, rows: Sequence[int], batch: PackedBatch) -> Tensor:
         """The states of the batch, whose documents these rows are, (tokens, hidden); theirs are put into the store."""
-        store, g, starts = self.store, self._common, batch.starts
+        store, g, starts = self.store, self._common, batch.offsets
         states = self.model.layer_input(batch, self.layer)
         beginning = len(self._packer.lengths)
         for row, end in zip(rows, _ends(batch), strict=True):
@@ -271,7 +271,7 @@ def _joined(batch: PackedBatch, kept: Sequence[tuple[Tensor, Tensor] | None]) ->
             return None
         beginning, own = found
         for one in batch.path(end):
-            first, last = batch.begins[one], batch.begins[one] + batch.lengths[one]
+            first, last = batch.first_positions[one], batch.first_positions[one] + batch.lengths[one]
             behind = (max(0, place - len(beginning)) for place in (first, last))
             parts[one] = beginning[first:last], own[slice(*behind)]
     states = torch.cat([part for one in sorted(parts) for part in parts[one]])

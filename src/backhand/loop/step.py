@@ -97,7 +97,7 @@ def training_step(
         batch = work.packed(number)
         token_loss = None if work.token_loss is None else work.token_loss(number)
         nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
-        results.append(MicroBatchResult(number, nats, batch.supervised_tokens, batch.attends))
+        results.append(MicroBatchResult(number, nats, batch.supervised_tokens, batch.uses_attention))
         gradient_sum.add()
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)
     if totals.supervised_tokens != work.supervised_tokens:

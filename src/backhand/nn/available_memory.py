@@ -1,4 +1,4 @@
-"""How much memory may still be allocated."""
+"""The amount of memory that can still be allocated."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from backhand.system import free_bytes, memory_limits
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """What may still be allocated: free memory, within the limits of the control groups; None where it is not known.
+    """Return the bytes that can still be allocated within the limits of control groups, or None if unknown.
 
     Args:
-        root: where /proc and /sys are, for tests.
+        root: directory of /proc and /sys, for tests.
     """
     amounts = list(_group_bytes(root))
     with suppress(OSError, ValueError, StopIteration):
@@ -31,7 +31,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
-    """What each control group that this process is in, and those around it, leaves."""
+    """Yield the free bytes of each control group of this process and of its parents."""
     memberships = []
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
@@ -42,10 +42,10 @@ def _group_bytes(root: Path) -> Iterator[int]:
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        # In a container the file system's root is often the container's own group, whatever its name is outside.
+        # In a container, the root of the file system is often the container's group, with another name outside.
         for group in {"", *memberships}:
-            for around in (Path(group), *Path(group).parents):
-                directory = root / base / around
+            for ancestor in (Path(group), *Path(group).parents):
+                directory = root / base / ancestor
                 with suppress(OSError, ValueError):
                     limit = int((directory / limit_file).read_text(encoding="ascii"))
                     used = int((directory / used_file).read_text(encoding="ascii"))
@@ -53,7 +53,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
 
 
 def _cached_bytes(directory: Path, name: str) -> int:
-    """What a group uses for files that were not read lately: it is given back when memory is asked for."""
+    """Return the bytes of a group's inactive file cache, which the system releases on demand."""
     with suppress(OSError, ValueError):
         for line in (directory / "memory.stat").read_text(encoding="ascii").splitlines():
             key, _, value = line.partition(" ")

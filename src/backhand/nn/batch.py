@@ -1,4 +1,4 @@
-"""What a pass takes: documents packed behind one another, no padding, no mask; and buffers that its blocks share."""
+"""A batch of documents, packed without padding and without an attention mask."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from backhand.ops.document_groups import Run, Span
 IGNORE_INDEX = -100
 
 TokenLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""(supervised tokens,) log-probabilities of a batch, document by document in the order of `PackedBatch.ends`, whatever
-documents share → the batch's loss, 0-d float64, and its gradient with respect to each of them, (supervised tokens,)."""
+"""A function from log-probabilities, (supervised tokens,), to the batch's loss, 0-d float64, and its gradient.
+
+The log-probabilities are ordered document by document, as in `PackedBatch.ends`. A token that several documents share
+occurs once per document. The gradient has the shape of the log-probabilities.
+"""
 
 
 class StartStates(NamedTuple):
@@ -29,65 +32,68 @@ class StartStates(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Token ids of several documents, in segments that stand behind one another.
+    """Token ids of several documents, packed one after another in segments.
 
-    Documents that begin alike share segments: a segment continues its parent, and a document is a segment with all that
-    it continues, from a root on. Each segment stands behind its parent, with nothing between the two but other segments
-    that continue the parent, and theirs. A document that shares nothing is one segment.
+    Documents with a common prefix share segments. A segment continues its parent, and a document is the path of
+    segments from a root to its last segment. A segment comes after its parent, and only other descendants of the parent
+    lie between them. A document that shares nothing is one segment.
     """
 
     input_ids: Tensor  # (tokens,) int64
-    # (tokens,) int64; `labels[i]` is the next token after position i of every document that holds it, or `IGNORE_INDEX`
-    # where position i carries no loss. At a document's last position it is a token that was left out because nothing
-    # could be predicted from it, or `IGNORE_INDEX`
+    # (tokens,) int64; `labels[i]` is the next token after position i in every document that contains the position, or
+    # `IGNORE_INDEX` if position i carries no loss. At the last position of a document it is `IGNORE_INDEX` or the last
+    # token of the text, which is no input because nothing is predicted from it
     labels: Tensor
-    lengths: tuple[int, ...]  # tokens of each segment; they sum to `tokens`
-    # the segment that each continues, by its number, or -1; nothing where none continues another
+    lengths: tuple[int, ...]  # tokens of each segment; the sum is `tokens`
+    # number of each segment's parent, or -1; empty if no segment has a parent
     parents: tuple[int, ...] = ()
-    # the segment that each document ends with, in the caller's order, or -1 for one without positions; None where these
-    # are the segments that none continues
+    # last segment of each document, in the caller's order, or -1 for an empty document; None if the documents end with
+    # the segments that have no children
     documents: tuple[int, ...] | None = None
     # cached hidden states with which the forward pass starts at a higher layer; None to start at the token ids
     start: StartStates | None = None
 
     def __post_init__(self) -> None:
         if sum(self.lengths) != len(self.input_ids):
-            raise ValueError(f"{len(self.input_ids)} tokens are not segments of {sum(self.lengths)}")
+            raise ValueError(f"{len(self.input_ids)} tokens cannot be segments of {sum(self.lengths)} tokens")
         if len(self.parents) not in (0, len(self.lengths)):
-            raise ValueError(f"{len(self.lengths)} segments have not {len(self.parents)} parents")
-        open_ones: list[int] = []
+            raise ValueError(f"{len(self.lengths)} segments cannot have {len(self.parents)} parents")
+        open_segments: list[int] = []
         for number, parent in enumerate(self.parents):
-            while open_ones and open_ones[-1] != parent:
-                open_ones.pop()
-            if parent != (open_ones[-1] if open_ones else -1):
-                raise ValueError(f"segment {number} does not stand behind segment {parent}, which it continues")
-            open_ones.append(number)
+            while open_segments and open_segments[-1] != parent:
+                open_segments.pop()
+            if parent != (open_segments[-1] if open_segments else -1):
+                raise ValueError(f"segment {number} does not follow segment {parent}, which it continues")
+            open_segments.append(number)
 
     @cached_property
     def supervised_positions(self) -> Tensor:
-        """(supervised positions,) int64: those that carry loss."""
+        """Positions that carry loss, (supervised positions,) int64."""
         return (self.labels != IGNORE_INDEX).nonzero().squeeze(1)
 
     @property
     def supervised_tokens(self) -> int:
-        """How many supervised tokens all documents have: one that several share counts in each."""
-        return self._of_documents[0].numel()
+        """Number of supervised tokens of all documents.
+
+        A token that several documents share counts once per document.
+        """
+        return self._document_index[0].numel()
 
     @property
-    def attends(self) -> bool:
-        """Whether some supervised position has a position before it, so that queries and keys decide anything."""
+    def uses_attention(self) -> bool:
+        """True if a supervised position has a position before it, so that queries and keys affect the loss."""
         return bool((self.positions[self.supervised_positions] > 0).any())
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The segment that each document ends with, -1 for one without positions."""
+        """Last segment of each document, -1 for an empty document."""
         if self.documents is not None:
             return self.documents
         continued = set(self.parents)
         return tuple(number for number in range(len(self.lengths)) if number not in continued)
 
     def path(self, segment: int) -> list[int]:
-        """The segments of a document that ends with this one, from the root on; nothing for -1."""
+        """Return the segments of a document from the root to this last segment; nothing for -1."""
         path: list[int] = []
         while segment >= 0:
             path.append(segment)
@@ -95,28 +101,28 @@ class PackedBatch:
         return path[::-1]
 
     @cached_property
-    def starts(self) -> list[int]:
-        """The first token of each segment, and the end of the last one."""
+    def offsets(self) -> list[int]:
+        """First token of each segment in the batch, and the end of the last segment."""
         return [0, *accumulate(self.lengths)]
 
     @cached_property
-    def begins(self) -> list[int]:
-        """The position of each segment's first token in its documents."""
-        begins: list[int] = []
+    def first_positions(self) -> list[int]:
+        """Position of each segment's first token in its documents."""
+        first_positions: list[int] = []
         for parent in self.parents or (-1,) * len(self.lengths):
-            begins.append(begins[parent] + self.lengths[parent] if parent >= 0 else 0)
-        return begins
+            first_positions.append(first_positions[parent] + self.lengths[parent] if parent >= 0 else 0)
+        return first_positions
 
     @cached_property
     def positions(self) -> Tensor:
-        """(tokens,) int64, from 0 in each document."""
-        parts = [torch.arange(begin, begin + n) for begin, n in zip(self.begins, self.lengths, strict=True)]
+        """Position of each token in its document, (tokens,) int64, counted from 0."""
+        parts = [torch.arange(begin, begin + n) for begin, n in zip(self.first_positions, self.lengths, strict=True)]
         return torch.cat([torch.arange(0), *parts]).to(self.input_ids.device)
 
     @cached_property
     def reach(self) -> Tensor:
-        """(tokens,) int64: how long each token's document is, the longest where it is in several."""
-        reach = [begin + n for begin, n in zip(self.begins, self.lengths, strict=True)]
+        """Length of each token's document, (tokens,) int64; the longest one if several documents contain the token."""
+        reach = [begin + n for begin, n in zip(self.first_positions, self.lengths, strict=True)]
         for number in reversed(range(len(self.parents))):
             if self.parents[number] >= 0:
                 reach[self.parents[number]] = max(reach[self.parents[number]], reach[number])
@@ -125,63 +131,65 @@ class PackedBatch:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """Neighbouring segments of equal length that continue the same one, for batched attention calls."""
+        """Segments grouped for batched attention calls: neighbours of equal length with the same parent."""
         return document_runs(self.lengths, self.parents)
 
     @cached_property
-    def _of_documents(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The supervised tokens of each document in turn, as places in `supervised_positions`; how many each has."""
-        ends = torch.tensor(self.starts, device=self.labels.device)
+    def _document_index(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The supervised tokens of each document in turn, as indices into `supervised_positions`, and their number."""
+        ends = torch.tensor(self.offsets, device=self.labels.device)
         bounds = torch.searchsorted(self.supervised_positions, ends).tolist()
-        found = [[range(bounds[one], bounds[one + 1]) for one in self.path(end)] for end in self.ends]
-        places = [place for document in found for one in document for place in one]
-        counts = tuple(sum(map(len, document)) for document in found)
+        ranges = [[range(bounds[one], bounds[one + 1]) for one in self.path(end)] for end in self.ends]
+        places = [place for document in ranges for segment in document for place in segment]
+        counts = tuple(sum(map(len, document)) for document in ranges)
         return torch.tensor(places, dtype=torch.int64, device=self.labels.device), counts
 
     @property
     def document_tokens(self) -> tuple[int, ...]:
-        """Supervised tokens of each document."""
-        return self._of_documents[1]
+        """Number of supervised tokens of each document."""
+        return self._document_index[1]
 
-    def of_documents(self, values: Tensor) -> Tensor:
-        """(supervised positions,) as (supervised tokens,), document by document: what several share is in each."""
-        return values[self._of_documents[0]]
+    def per_document(self, values: Tensor) -> Tensor:
+        """Map (supervised positions,) to (supervised tokens,), document by document. Shared positions are repeated."""
+        return values[self._document_index[0]]
 
-    def at_positions(self, values: Tensor) -> Tensor:
-        """The transposed map of `of_documents`: (supervised tokens,) summed at their (supervised positions,)."""
+    def sum_at_positions(self, values: Tensor) -> Tensor:
+        """Map (supervised tokens,) to sums at (supervised positions,): the transpose of `per_document`."""
         total = values.new_zeros(self.supervised_positions.shape, dtype=torch.float64)
-        return total.index_add_(0, self._of_documents[0], values.double()).to(values.dtype)
+        return total.index_add_(0, self._document_index[0], values.double()).to(values.dtype)
 
     @cached_property
     def weights(self) -> Tensor | None:
-        """(supervised positions,) float64: in how many documents each counts; None where each counts once."""
+        """Number of documents in which each supervised position counts, float64; None if each counts once."""
         if not self.parents and len(self.ends) == len(set(self.ends)):
             return None
-        weights = self.at_positions(torch.ones(self.supervised_tokens, dtype=torch.float64, device=self.labels.device))
+        weights = self.sum_at_positions(
+            torch.ones(self.supervised_tokens, dtype=torch.float64, device=self.labels.device)
+        )
         return None if bool((weights == 1).all()) else weights
 
     def loss_multiplier(self, loss_scaling: float, dtype: torch.dtype) -> float | Tensor:
-        """What multiplies the nats of supervised positions: of all, or (supervised positions,) in float32 or wider."""
+        """Return the multiplier of the nats: one number, or (supervised positions,) in float32 or wider."""
         weights = self.weights
         return (
             loss_scaling if weights is None else (loss_scaling * weights).to(torch.promote_types(dtype, torch.float32))
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         start = None if self.start is None else self.start._replace(states=self.start.states.to(device))
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), start=start)
 
 
 def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[Run, ...]:
-    """Segments as ops take them (`Run`), equal neighbours together; empty ones vanish.
+    """Return segments in the form of the ops (`Run`), with equal neighbours grouped and without empty segments.
 
     Args:
         lengths: tokens of each segment.
         parents: as in `PackedBatch`.
     """
     runs: list[Run] = []
-    spans: list[tuple[Span, ...]] = []  # of each segment's documents, up to its end
+    spans: list[tuple[Span, ...]] = []  # spans of each segment's document up to the end of the segment
     start = 0
     for length, parent in zip(lengths, parents or (-1,) * len(lengths), strict=True):
         before = spans[parent] if parent >= 0 else ()

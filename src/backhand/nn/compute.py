@@ -1,4 +1,4 @@
-"""How a command computes: device, dtype, threads, the allocator and the route of float32 products."""
+"""Compute settings of a command: device, dtype, threads, allocator and the library for float32 products."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _NEVER = -1
 LARGEST_FREED = 1 << 30
-"""Buffers from this size on are given back at once."""
-_FROZEN_AT_START = gc.get_freeze_count()  # Python 3.12 freezes a few objects of its own
+"""Buffers of at least this size are returned to the system at once."""
+_FROZEN_AT_START = gc.get_freeze_count()  # Python 3.12 freezes a few of its objects
 
 
 def resolve_device(options: BaseModelOptions) -> torch.device:
-    """The device to compute on.
+    """Return the device to compute on.
 
     Raises:
-        UsageError: not a device, or one that this machine or this build of torch lacks.
+        UsageError: it is not a device, or this machine or this build of torch does not have it.
     """
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,7 +40,7 @@ def resolve_device(options: BaseModelOptions) -> torch.device:
         device = torch.device(options.device)
         if device.type not in ("cpu", "cuda", "mps", "xpu"):
             raise UsageError(
-                f"device {options.device!r} computes nothing that could be read again",
+                f"device {options.device!r} is not supported",
                 where="device",
                 next_step="give auto, cpu or cuda",
             )
@@ -56,21 +56,21 @@ def resolve_device(options: BaseModelOptions) -> torch.device:
 
 
 def resolve_dtype(options: BaseModelOptions, device: torch.device) -> torch.dtype:
-    """The compute dtype: as asked, or bfloat16 where it is multiplied natively."""
+    """Return the compute dtype: the requested one, or bfloat16 if it is multiplied natively."""
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     return default_dtype(device)
 
 
 def resolve_threads(options: BaseModelOptions) -> int:
-    """As asked; else what torch (and OMP_NUM_THREADS) would take, within the cores and the quota of this process."""
+    """Return the requested number of threads, or torch's (and OMP_NUM_THREADS'), limited to available cores."""
     if options.threads is not None:
         return options.threads
     return max(1, min(torch.get_num_threads(), available_cores()))
 
 
 def available_cores() -> int:
-    """Cores this process may run on: affinity and cgroup quota, the smaller one."""
+    """Return the number of cores for this process: the smaller one of CPU affinity and cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -80,11 +80,11 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed buffers of any size for the next step, in large pages; return whether it could be told.
+    """Make glibc keep freed buffers of any size for the next step, in large pages. Return True on success.
 
-    By default glibc returns buffers above 32 MB to the system at once, so that every step pays page faults for its
-    large activations again: 30 ms in place of 3.5 ms for 80 MB. This holds until the process ends. Opt out with
-    `tune_allocator = false`, or by setting MALLOC_MMAP_THRESHOLD_ oneself, which is respected.
+    By default glibc returns buffers above 32 MB to the system at once, so every step pays page faults for its large
+    activations again: 30 ms instead of 3.5 ms for 80 MB. The setting lasts until the process ends. To opt out, use
+    `tune_allocator = false`, or set MALLOC_MMAP_THRESHOLD_, which is respected.
     """
     if platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
@@ -96,21 +96,21 @@ def keep_freed_memory() -> bool:
 
 
 def release_freed_memory() -> bool:
-    """Give what `keep_freed_memory` has kept back to the system for once; return whether there was a way to."""
+    """Give the memory that `keep_freed_memory` has kept back to the system once. Return True if that is possible."""
     if platform.libc_ver()[0] != "glibc":
         return False
     released = bool(ctypes.CDLL(None).malloc_trim(0))
-    grow_heap_again()  # its end was given back with what else was free
+    grow_heap_again()  # the end of the heap was released with the other free memory
     return released
 
 
 @contextmanager
-def loaded_objects_frozen() -> Iterator[None]:
-    """Inside, Python's garbage collector leaves alone what is there at the start: imports, the model, the rows.
+def gc_frozen() -> Iterator[None]:
+    """Exclude the objects that exist at the start (imports, model, rows) from garbage collection inside the context.
 
-    They are some hundred thousand objects that live to the end; to look through them again and again took 3 % of a
-    bfloat16 step of short rows, during which the other threads wait. Where a caller has frozen what is there, as the
-    tests do, it is left so.
+    There are some hundred thousand of them, and they live until the end. Scanning them repeatedly took 3 % of a
+    bfloat16 step of short rows, while the other threads waited. If the caller has already frozen objects, as the tests
+    do, nothing changes.
     """
     if gc.get_freeze_count() > _FROZEN_AT_START:
         yield
@@ -118,7 +118,7 @@ def loaded_objects_frozen() -> Iterator[None]:
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*thresholds[:2], min(thresholds[2], 10))  # `__main__.run` has made those of all rarer
+    gc.set_threshold(*thresholds[:2], min(thresholds[2], 10))  # `__main__.run` has raised the third threshold
     try:
         yield
     finally:
@@ -126,21 +126,21 @@ def loaded_objects_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def keep_fewer_kernels() -> None:
-    """Let oneDNN keep half of the 1,024 compiled kernels that it would; what a user has set stays.
+def limit_onednn_cache() -> None:
+    """Limit oneDNN's cache to 512 compiled kernels instead of 1,024, unless the user has set a limit.
 
-    Each takes half a megabyte, and rows of many lengths ask for new ones all the time. oneDNN reads this when it
-    compiles its first kernel: it is without effect in a process that has multiplied matrices before.
+    Each kernel takes half a megabyte, and rows of many lengths need new ones all the time. The library reads the limit
+    when it compiles its first kernel. The call has no effect in a process that has multiplied matrices before.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
 def medium_precision_pays() -> bool:
-    """Whether `set_float32_matmul_precision("medium")` makes float32 products faster, and none of them less exact.
+    """Return True if `set_float32_matmul_precision("medium")` makes float32 products faster and none less exact.
 
-    It sends them to oneDNN. With AVX-512 that is 4 to 25 % faster, and exact to float32 rounding except where the
-    processor has a reduced-precision route (AMX); with less, MKL is as fast, compiles nothing, and leaves torch's flash
-    kernels their speed. The flags are asked first, then one product is measured.
+    The setting sends them to oneDNN. With AVX-512 that is 4 to 25 % faster, and exact to float32 rounding unless the
+    processor has a reduced-precision path (AMX). Without AVX-512, MKL is as fast, compiles nothing, and does not slow
+    down torch's flash kernels. The CPU flags are checked first, then one product is measured.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or torch.cpu._is_amx_tile_supported():
         return False
@@ -160,13 +160,12 @@ def medium_precision_pays() -> bool:
 def compute_settings(
     options: BaseModelOptions, threads: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[None]:
-    """Set threads, float32 route, allocator and compiled kernels of a command; the first two are restored afterwards.
+    """Apply threads, float32 library, allocator and oneDNN cache of a command.
 
-    Raises:
-        ResourceError: the system does not start that many threads.
+    The first two are restored afterwards.
     """
     threads_before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    keep_fewer_kernels()
+    limit_onednn_cache()
     if options.tune_allocator and device.type == "cpu":
         keep_freed_memory()
     _check_threads(threads)
@@ -207,34 +206,34 @@ def _check_threads(threads: int) -> None:
 
 
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32.
+    """Return bfloat16 if the device multiplies it natively, else float32.
 
-    On the CPU that takes AVX512-BF16 or AMX (or bf16 on Arm): elsewhere oneDNN converts to float32 and back, which is
-    slower than float32 itself. On CUDA it takes compute capability 8.
+    On the CPU this requires AVX512-BF16 or AMX (or bf16 on Arm). Otherwise oneDNN converts to float32 and back, which
+    is slower than float32. On CUDA it requires compute capability 8.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and onednn_takes_bf16() and _multiplies_bf16():
+    if device.type == "cpu" and onednn_supports_bf16() and _has_bf16_instructions():
         return torch.bfloat16
     return torch.float32
 
 
-def onednn_takes_bf16() -> bool:
-    """Whether torch sends bfloat16 products on the CPU to oneDNN; elsewhere loops of its own compute them."""
+def onednn_supports_bf16() -> bool:
+    """Return True if torch uses oneDNN for bfloat16 products on the CPU. Otherwise it uses its own loops."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _multiplies_bf16() -> bool:
-    """oneDNN takes bf16 on any AVX512; only these instructions multiply it."""
+def _has_bf16_instructions() -> bool:
+    """Return True if the processor multiplies bfloat16. oneDNN accepts it with any AVX512."""
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return True
-    return multiplies_tiles() or _processor_has("_is_avx512_bf16_supported")
+    return has_amx() or _processor_has("_is_avx512_bf16_supported")
 
 
-def multiplies_tiles() -> bool:
-    """Whether the processor has AMX, whose tiles oneDNN multiplies bfloat16 with."""
+def has_amx() -> bool:
+    """Return True if the processor has AMX, with which oneDNN multiplies bfloat16."""
     return _processor_has("_is_amx_tile_supported")
 
 

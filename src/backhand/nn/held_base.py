@@ -1,8 +1,9 @@
-"""Whether a base is held dense in the memory that is free, or stays in its file's own blocks.
+"""The choice between a dense base and one in the blocks of its file, by the free memory.
 
-Training plans this with its micro-batches (`training.memory.plan`). What measures or answers many prompts at once
-takes dense weights where they fit, since a quantized matrix is unpacked for every pass. What answers a prompt at a time
-does not: its products read blocks faster than the dense numbers (`kernels.few_rows`), and there is nothing to load.
+Training makes this choice together with its micro-batches (`engines.memory.plan`). Evaluation and answering many
+prompts at once use dense weights if they fit, because a quantized matrix is unpacked in every pass. Answering one
+prompt at a time does not: its products read blocks faster than dense numbers (`kernels.few_rows`), and loading is
+faster.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import BaseModelOptions
 
 _SHARE_OF_FREE = 0.9
-"""Of the free memory, for dense weights; the rest is for keys, values and what is at work."""
+"""Share of the free memory for dense weights. The rest is for keys, values and activations."""
 
 
 def stays_quantized(
@@ -28,11 +29,11 @@ def stays_quantized(
     *,
     one_at_a_time: bool = False,
 ) -> bool:
-    """Whether the matrices of a model that answers stay as they are stored.
+    """Return True if the matrices of a model for generation stay quantized.
 
     Args:
-        options: `base` and `quantize` as asked for.
-        one_at_a_time: whether it will answer one prompt after the other.
+        options: `base` and `quantize` as requested.
+        one_at_a_time: it will answer one prompt after the other.
     """
     if options.base != "auto" or options.quantize is not None:
         return options.base == "quantized" or options.quantize is not None
@@ -41,13 +42,13 @@ def stays_quantized(
     if one_at_a_time and library() is not None:
         return True
     free = available_bytes()
-    return free is not None and held_bytes(source, dtype, quantized=False) > _SHARE_OF_FREE * free
+    return free is not None and weight_bytes(source, dtype, quantized=False) > _SHARE_OF_FREE * free
 
 
-def held_bytes(source: ModelSource, dtype: torch.dtype, *, quantized: bool) -> int:
-    """Bytes of all weights, in the compute dtype or as they are stored.
+def weight_bytes(source: ModelSource, dtype: torch.dtype, *, quantized: bool) -> int:
+    """Return the bytes of all weights, in the compute dtype or as stored.
 
-    Keys and values of a short answer and its adapter are small beside it.
+    Keys and values of a short answer and the adapter are small in comparison.
     """
     names = source.tensor_names()
     if quantized:

@@ -1,6 +1,6 @@
-"""All trained tensors of one adapter in one flat buffer, their gradients in a second.
+"""All trained tensors of one adapter in one flat buffer, and their gradients in a second one.
 
-One buffer means one fused optimizer call, one norm, one cast to the compute dtype, one all-reduce.
+With one buffer, a step needs one fused optimizer call, one norm, one cast to the compute dtype and one all-reduce.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENS = "trainable_tokens"
 
 @dataclass(frozen=True)
 class LoRASlot:
-    """One adapted module: where it is, how large its factors are, and what is trained beside them."""
+    """One adapted module: its path, the sizes of its factors, and its other trained tensors."""
 
     name: str  # dotted module path, e.g. `model.layers.0.self_attn.q_proj`
     # in_features, out_features: the frozen weight is (out_features, in_features), an embedding's (in, out)
@@ -33,19 +33,19 @@ class LoRASlot:
     rank: int  # rows of lora_A, columns of lora_B
     scaling: float  # the multiplier of the low-rank branch, alpha / rank or alpha / √rank
     dropout: float = 0.0  # probability that an input element of the low-rank branch is dropped; an embedding has none
-    use_dora: bool = False  # whether a magnitude of the adapted weight's rows is trained, see `ops.dora`
-    lora_bias: bool = False  # whether lora_B has a bias, see `ops.lora_bias`
-    embedding: bool = False  # whether the module is an embedding, of in_features tokens
-    # how many experts' matrices, (out_features, in_features) each, are one parameter; 0 for a module. Their factors lie
-    # in two matrices as PEFT has them: expert by expert in lora_A's rows, rank by rank in lora_B's columns
+    use_dora: bool = False  # train a magnitude per row of the adapted weight, see `ops.dora`
+    lora_bias: bool = False  # lora_B has a bias, see `ops.lora_bias`
+    embedding: bool = False  # the module is an embedding of in_features tokens
+    # number of experts whose matrices, (out_features, in_features) each, are one parameter; 0 for a module. As in PEFT,
+    # their factors are two matrices: expert by expert in lora_A's rows, rank by rank in lora_B's columns
     # (`expert_factors`)
     experts: int = 0
-    # whether the rows of the experts' lora_B are gate's and up's interleaved, as PEFT has them where the parameter's
-    # outputs are; the matrices here have gate's rows before up's
+    # the rows of the experts' lora_B interleave gate and up, as in PEFT for a parameter with interleaved outputs. The
+    # matrices here have gate's rows before up's
     interleaved: bool = False
 
     def shapes(self) -> dict[str, Shape]:
-        """Shape of everything that is trained in this module, by the last part of its name."""
+        """Return the shapes of the module's trained tensors by the last parts of their names."""
         rows = self.rank * max(1, self.experts)
         shapes: dict[str, Shape] = {"lora_A": (rows, self.in_features), "lora_B": (self.out_features, rows)}
         if self.lora_bias:
@@ -56,52 +56,55 @@ class LoRASlot:
 
     @property
     def element_count(self) -> int:
-        """Trained elements of this module."""
+        """Number of trained elements of this module."""
         return sum(math.prod(shape) for shape in self.shapes().values())
 
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """A tensor trained as it is beside the factors: a parameter of a module in `modules_to_save`, or embedding rows."""
+    """A tensor trained in full: a parameter of a module in `modules_to_save`, or rows of an embedding."""
 
-    name: str  # of the parameter, e.g. `lm_head.weight`; of embedding rows, the embedding's path and `trainable_tokens`
+    # name of the parameter (`lm_head.weight`), or the embedding's path with `trainable_tokens` for rows of an embedding
+    name: str
     shape: Shape
-    # of embedding rows, the tokens they belong to, in their order; None for a parameter
+    # ids of the tokens whose embedding rows are trained, in order; None for a parameter
     token_ids: tuple[int, ...] | None = None
 
     @property
     def base_name(self) -> str:
-        """The base model's tensor that it starts from."""
+        """Name of the base model's tensor whose values it starts from."""
         return self.name if self.token_ids is None else self.name.removesuffix(TOKENS) + "weight"
 
 
 class AdapterLayout(NamedTuple):
-    """What an adapter consists of: the adapted modules, and the tensors trained as they are."""
+    """Contents of an adapter: the adapted modules and the tensors trained in full."""
 
     slots: tuple[LoRASlot, ...]
     trained: tuple[TrainedTensor, ...] = ()
 
     @property
     def element_count(self) -> int:
-        """Trained elements in all."""
-        beside = sum(math.prod(tensor.shape) for tensor in self.trained)
-        return beside + sum(slot.element_count for slot in self.slots)
+        """Number of trained elements."""
+        in_full = sum(math.prod(tensor.shape) for tensor in self.trained)
+        return in_full + sum(slot.element_count for slot in self.slots)
 
 
 class LoRAParameters:
-    """Everything an adapter trains, as views of one flat fp32 buffer.
+    """All trained tensors of an adapter, as views of one flat fp32 buffer.
 
-    The order in the buffer is that of the slots, in each lora_A, lora_B and what else it has, and then that of the
-    tensors trained as they are.
+    The buffer contains the slots in order, each with lora_A, lora_B and its other tensors, and then the tensors trained
+    in full.
 
     Args:
-        slots: the adapted modules; names must be unique.
-        dtype: float32 in training; float64 in proofs.
+        slots: the adapted modules. Names must be unique.
+        trained: the tensors trained in full.
+        dtype: float32 in training, float64 in proofs.
 
     Attributes:
-        slots, trained: as given, by name.
-        plain: whether there is nothing but lora_A and lora_B of linear modules.
-        compute_values: the buffer in the compute dtype of the last `refresh_compute`; another one where that changes.
+        slots, trained: the arguments, by name.
+        plain: True if there is nothing but lora_A and lora_B of linear modules.
+        compute_values: the buffer in the compute dtype of the last `refresh_compute`. It is replaced when the dtype
+            changes.
     """
 
     def __init__(
@@ -137,7 +140,7 @@ class LoRAParameters:
 
     @property
     def layout(self) -> AdapterLayout:
-        """What the buffers hold."""
+        """Contents of the buffers."""
         return AdapterLayout(tuple(self.slots.values()), tuple(self.trained.values()))
 
     def __contains__(self, name: str) -> bool:
@@ -145,14 +148,14 @@ class LoRAParameters:
 
     @property
     def element_count(self) -> int:
-        """Trained elements in all."""
+        """Number of trained elements."""
         return self.values.numel()
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Fill the factors as PEFT does, so that they change nothing yet; everything else is zero until `start_at`.
+        """Initialize the factors as in PEFT, so that they have no effect yet. Other tensors are zero.
 
-        lora_A is Kaiming-uniform with a = √5, i.e. U(-1/√in, 1/√in), and lora_B zero; in an embedding lora_A is zero
-        and lora_B standard normal.
+        lora_A is Kaiming-uniform with a = √5, i.e. U(-1/√in, 1/√in), and lora_B zero. In an embedding, lora_A is zero
+        and lora_B standard normal. `initialise_from_base` sets the other tensors.
         """
         self.values.zero_()
         for name, slot in self.slots.items():
@@ -166,11 +169,13 @@ class LoRAParameters:
                 self.lora_A(name).copy_((2 * drawn - 1) * bound)
         self.refresh_compute(self.compute_values.dtype)
 
-    def start_at(self, base_tensor: Callable[[str], Tensor]) -> None:
-        """Set what starts from the base model: magnitudes to its weights' lengths, trained tensors to its own.
+    def initialise_from_base(self, base_tensor: Callable[[str], Tensor]) -> None:
+        """Set the tensors that start from the base model.
+
+        Magnitudes start at the norms of the weight's rows, and tensors trained in full at the values of the base.
 
         Args:
-            base_tensor: gives a tensor of the base model by its name, such as `lm_head.weight`.
+            base_tensor: returns a tensor of the base model by its name, such as `lm_head.weight`.
         """
         for name, slot in self.slots.items():
             if slot.use_dora:
@@ -182,7 +187,10 @@ class LoRAParameters:
         self.refresh_compute(self.compute_values.dtype)
 
     def refresh_compute(self, dtype: torch.dtype) -> None:
-        """Cast everything to the compute dtype, once an optimizer step; in the same dtype it is the same buffer."""
+        """Cast all values to the compute dtype, once per optimizer step.
+
+        For the buffer's own dtype, no copy is made.
+        """
         if dtype == self.values.dtype:
             self.compute_values, self._computed = self.values, self._values
         elif self.compute_values.dtype == dtype:
@@ -192,77 +200,77 @@ class LoRAParameters:
             self._computed = self._views(self.compute_values)
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Views of all tensors in a buffer, by name.
+        """Return views of all tensors in a buffer, by name.
 
-        A step asks for each several times, and making one takes longer than finding it. All are made at once: what is
-        made for good between activations that come and go keeps their places from being filled again.
+        A step uses each view several times, and creating one takes longer than a lookup. All are created at once: small
+        permanent objects allocated between activations would fragment the memory.
         """
         return {name: buffer[start:end].view(shape) for name, (start, end, shape) in self._places.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """View of the trained values of one tensor, such as `<module>.lora_magnitude`."""
+        """Return the values of one tensor, such as `<module>.lora_magnitude`, as a view."""
         return self._values[name]
 
     def compute(self, name: str) -> Tensor:
-        """View of one tensor in the compute dtype, as of the last `refresh_compute`."""
+        """Return one tensor in the compute dtype, as of the last `refresh_compute`, as a view."""
         return self._computed[name]
 
     def gradient(self, name: str) -> Tensor:
-        """View of the gradient buffer for one tensor."""
+        """Return the gradient of one tensor as a view."""
         return self._gradients[name]
 
     def token_ids(self, name: str) -> Tensor:
-        """(n,) int64 ids of the tokens whose rows a trained tensor holds."""
+        """Return the ids of the tokens whose rows a trained tensor contains, (n,) int64."""
         return torch.tensor(not_none(self.trained[name].token_ids), device=self.values.device)
 
     def lora_A(self, name: str) -> Tensor:
-        """(rank, in) view of the trained values."""
+        """Return the values of lora_A, (rank, in), as a view."""
         return self._values[f"{name}.lora_A"]
 
     def lora_B(self, name: str) -> Tensor:
-        """(out, rank) view of the trained values."""
+        """Return the values of lora_B, (out, rank), as a view."""
         return self._values[f"{name}.lora_B"]
 
     def compute_A(self, name: str) -> Tensor:
-        """(rank, in) view in the compute dtype, as of the last `refresh_compute`."""
+        """Return lora_A in the compute dtype, (rank, in), as of the last `refresh_compute`."""
         return self._computed[f"{name}.lora_A"]
 
     def compute_B(self, name: str) -> Tensor:
-        """(out, rank) view in the compute dtype, as of the last `refresh_compute`."""
+        """Return lora_B in the compute dtype, (out, rank), as of the last `refresh_compute`."""
         return self._computed[f"{name}.lora_B"]
 
     def d_lora_A(self, name: str) -> Tensor:
-        """(rank, in) view of the gradient buffer."""
+        """Return the gradient of lora_A, (rank, in), as a view."""
         return self._gradients[f"{name}.lora_A"]
 
     def d_lora_B(self, name: str) -> Tensor:
-        """(out, rank) view of the gradient buffer."""
+        """Return the gradient of lora_B, (out, rank), as a view."""
         return self._gradients[f"{name}.lora_B"]
 
     def delta_weight(self, name: str) -> Tensor:
-        """s B A, (out, in) in the buffer's dtype; of experts (experts · out, in), one below the other."""
+        """Return s B A, (out, in) in the buffer's dtype. For experts it is stacked, (experts · out, in)."""
         slot, lora_A, lora_B = self.slots[name], self.lora_A(name), self.lora_B(name)
         if slot.experts:
             lora_A, lora_B = expert_factors(lora_A, lora_B, slot.experts)
-            lora_B = gate_and_up(lora_B).flatten(1, 2) if slot.interleaved else lora_B
+            lora_B = deinterleave_gate_up(lora_B).flatten(1, 2) if slot.interleaved else lora_B
         return slot.scaling * (lora_B @ lora_A).view(-1, slot.in_features)
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """(name, view) of everything that is trained, in buffer order, such as `<module>.lora_A`."""
+        """Return (name, view) of all trained tensors in buffer order, such as `<module>.lora_A`."""
         return self._values.items()
 
 
 def expert_factors(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Views of the experts' factors, (experts, rank, in) and (experts, out, rank).
+    """Return views of the experts' factors, (experts, rank, in) and (experts, out, rank).
 
     Args:
-        lora_A: (experts · rank, in), one expert's rows below the other's.
-        lora_B: (out, rank · experts), in whose columns the experts are interleaved.
+        lora_A: (experts · rank, in), expert by expert.
+        lora_B: (out, rank · experts), with the experts interleaved in the columns.
     """
     return lora_A.unflatten(0, (experts, -1)), lora_B.unflatten(1, (-1, experts)).permute(2, 0, 1)
 
 
-def gate_and_up(lora_B: Tensor) -> Tensor:
-    """View of experts' lora_B with interleaved rows of gate and up, (experts, 2f, rank): (experts, 2, f, rank)."""
+def deinterleave_gate_up(lora_B: Tensor) -> Tensor:
+    """Return a view of lora_B with interleaved gate and up rows, (experts, 2f, rank), as (experts, 2, f, rank)."""
     apart: Tensor = lora_B.unflatten(1, (-1, 2)).transpose(1, 2)
     return apart

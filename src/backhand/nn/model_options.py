@@ -1,6 +1,6 @@
-"""Which base model, and how it is computed: what every command that loads one can be told.
+"""Options for the base model and its computation, shared by all commands that load one.
 
-This file imports no torch: the command line reads the fields and their docstrings for its help.
+This file does not import torch: the command line reads the fields and their docstrings for its help.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Engine = Literal["auto", "backhand", "transformers"]
 DType = Literal["auto", "float32", "bfloat16"]
 Base = Literal["auto", "dense", "quantized"]
 Quantize = Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
-# OpenMP crashes the process where the system gives it no more threads, and more than a machine's cores gain nothing.
+# OpenMP crashes the process if the system has no more threads, and more threads than cores are no faster.
 MOST_THREADS = 1024
 Threads = Annotated[
     int,

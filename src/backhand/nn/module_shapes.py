@@ -1,4 +1,4 @@
-"""What of a model an adapter can train: its linear modules, and beside them embeddings and whole parameters."""
+"""Shapes of a model's trainable tensors: linear modules, embeddings and whole parameters."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from backhand.nn.lora_parameters import LoRAParameters, Shape
 
 
 class ModuleShapes(dict[str, tuple[int, int]]):
-    """(out, in) of every linear module by dotted path.
+    """Shapes of all linear modules, (out, in) by dotted path, and of the other trainable tensors.
 
-    A plain dict in its place describes a model of which nothing but linear modules is known.
+    A plain dict may be used instead for a model of which only the linear modules are known.
 
     Args:
         linear: (out, in) of every linear module, in forward order.
-        embeddings: (vocab, hidden) of every embedding; the first one is the input embedding.
-        parameters: shape of every parameter by its name, which `modules_to_save` chooses from.
-        tied: names of parameters that are another one, by name: `lm_head.weight` → `model.embed_tokens.weight`.
-        frozen: names of parameters without a gradient by hand, which `modules_to_save` cannot choose.
-        experts: (experts, out, in) of every parameter that holds the matrices of all experts, which
-            `target_parameters` chooses from.
-        interleaved: those of them whose outputs are gate's and up's interleaved.
+        embeddings: (vocab, hidden) of every embedding. The first one is the input embedding.
+        parameters: shape of every parameter by name, from which `modules_to_save` chooses.
+        tied: name of each tied parameter with the name of its source: `lm_head.weight` → `model.embed_tokens.weight`.
+        frozen: names of parameters without a hand-written gradient, which `modules_to_save` cannot choose.
+        experts: (experts, out, in) of every parameter that contains the matrices of all experts, from which
+            `target_parameters` chooses.
+        interleaved: those parameters of `experts` that interleave the outputs of gate and up.
     """
 
     def __init__(
@@ -44,32 +44,32 @@ class ModuleShapes(dict[str, tuple[int, int]]):
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, int]]) -> ModuleShapes:
-        """The same; of any other mapping, which says nothing of tensors beside the modules' weights, what it says."""
+        """Return `shapes` as a `ModuleShapes`. A plain mapping knows no trainable tensors other than the weights."""
         weights = {f"{name}.weight": shape for name, shape in shapes.items()}
         return shapes if isinstance(shapes, cls) else cls(shapes, embeddings={}, parameters=weights, tied={})
 
 
 def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
-    """Raise ValueError for a slot or a trained tensor that the model has not, or has in another shape."""
+    """Raise ValueError for a slot or a trained tensor that the model does not have, or has with another shape."""
     for name, slot in lora.slots.items():
         sides = slot.out_features, slot.in_features
-        wanted: Shape = sides[::-1] if slot.embedding else sides
-        there: Shape | None = (shapes.embeddings if slot.embedding else shapes).get(name)
+        expected: Shape = sides[::-1] if slot.embedding else sides
+        actual: Shape | None = (shapes.embeddings if slot.embedding else shapes).get(name)
         if slot.experts:
-            wanted, there = (slot.experts, *wanted), shapes.experts.get(name)
-        if there != wanted:
-            raise ValueError(f"{name}: adapter is for {wanted}, model has {there}")
+            expected, actual = (slot.experts, *expected), shapes.experts.get(name)
+        if actual != expected:
+            raise ValueError(f"{name}: adapter is for {expected}, model has {actual}")
         if slot.interleaved != (name in shapes.interleaved):
-            raise ValueError(f"{name}: gate's and up's rows are interleaved in one of adapter and model alone")
+            raise ValueError(f"{name}: the rows of gate and up are interleaved in only one of adapter and model")
     for tensor in lora.trained.values():
         base = shapes.parameters.get(tensor.base_name, ())
-        found = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])
-        if found != tensor.shape:
-            raise ValueError(f"{tensor.name}: adapter has {tensor.shape}, model has {found}")
+        shape = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])
+        if shape != tensor.shape:
+            raise ValueError(f"{tensor.name}: adapter has {tensor.shape}, model has {shape}")
 
 
 def module_paths(parameters: Iterable[str]) -> list[str]:
-    """Paths of all modules that hold these parameters, themselves or further down."""
+    """Return the paths of all modules that contain these parameters, directly or in submodules."""
     paths: dict[str, None] = {}
     for name in parameters:
         parts = name.split(".")

@@ -13,28 +13,32 @@ _LINE = 64
 
 
 class Scratch:
-    """Buffers that every block's forward fills and leaves behind: n₁ and n₂ ("normed"), p ("product"), o ("attended").
+    """Buffers for temporaries that every block overwrites: n₁ and n₂ ("normed"), p ("product"), o ("attended").
 
-    There is one a name, for a whole pass; what it held is lost as soon as the name is asked for again. If each block
-    allocated its own, they would be freed between tensors that are kept for the backward pass, and their gaps in the
-    allocator's heap would rarely be filled: a freed gap does not even fit a tensor of its own size, since aligned
-    allocations ask for a little more. Over 30 blocks of SmolLM2 with 1,024 tokens in float32 the gaps come to 80 MB of
-    900. The head's logits, larger than any gap, would find no place among them: where `reserve` has made room for them
-    before the first block, the blocks' buffers stand in it as well.
+    Each name has one buffer for a whole pass. `take` returns it again, and its old contents are lost. If each block
+    allocated its own temporaries, they would be freed between tensors that are saved for the backward pass. The
+    allocator could rarely reuse these gaps, because an aligned allocation of the same size needs slightly more than the
+    gap. Over 30 blocks of SmolLM2 with 1,024 tokens in float32, the gaps would take 80 MB of 900.
+
+    The head's logits are larger than any gap. `reserve` allocates them before the first block, and the blocks' buffers
+    are placed in that memory until the head needs it.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._views: dict[str, Tensor] = {}  # of the buffers, as last taken
-        self._room: Tensor | None = None
+        self._views: dict[str, Tensor] = {}  # the view of each buffer that was last returned
+        self._reserved: Tensor | None = None
         self._taken = 0
 
     def reserve(self, shape: Sequence[int], like: Tensor) -> None:
-        """Make room for a tensor of this shape, which others may use until `release`; of `like`'s dtype and device."""
-        self._room = torch.empty(math.prod(shape), dtype=like.dtype, device=like.device)
+        """Allocate memory for a tensor of this shape, of `like`'s dtype and device.
+
+        Buffers may use it until `release`.
+        """
+        self._reserved = torch.empty(math.prod(shape), dtype=like.dtype, device=like.device)
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An uninitialised tensor of this shape, of `like`'s dtype and device."""
+        """Return an uninitialized tensor of this shape, of `like`'s dtype and device."""
         view = self._views.get(name)
         if view is not None and view.shape == shape:
             return view
@@ -47,16 +51,16 @@ class Scratch:
 
     def _new(self, elements: int, like: Tensor) -> Tensor:
         end = self._taken + elements
-        if self._room is None or end > self._room.numel() or self._room.dtype != like.dtype:
+        if self._reserved is None or end > self._reserved.numel() or self._reserved.dtype != like.dtype:
             return torch.empty(elements, dtype=like.dtype, device=like.device)
-        found = self._room[self._taken : end]
+        buffer = self._reserved[self._taken : end]
         self._taken = -(-end // _LINE) * _LINE
-        return found
+        return buffer
 
     def release(self, *, reserved: bool = False) -> None:
-        """Forget the buffers: whoever takes one next gets a new one; with `reserved`, what is reserved as well."""
+        """Drop the buffers, so that the next `take` allocates new ones; with `reserved`, also the reserved memory."""
         self._buffers.clear()
         self._views.clear()
         self._taken = 0
         if reserved:
-            self._room = None
+            self._reserved = None

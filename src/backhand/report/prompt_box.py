@@ -23,7 +23,7 @@ from backhand.generate.session import GenerationSession
 from backhand.loop.state import adapter_part
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import DTYPES, resolve_device
-from backhand.nn.held_base import held_bytes, stays_quantized
+from backhand.nn.held_base import stays_quantized, weight_bytes
 from backhand.nn.loading import open_model
 from backhand.options.config_file import load_config
 from backhand.report.page import page_values
@@ -147,7 +147,7 @@ class PromptBox:
         dtype = DTYPES.get(options.dtype, DTYPES["float32"])
         source = open_model(options.model)
         quantized = stays_quantized(options, source, dtype, resolve_device(options), one_at_a_time=True)
-        return held_bytes(source, dtype, quantized=quantized)
+        return weight_bytes(source, dtype, quantized=quantized)
 
 
 _SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, f"{CHECKPOINTS}/latest")

@@ -34,7 +34,7 @@ from backhand.loop.state import Progress, RunState, Saver
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.available_memory import available_bytes
-from backhand.nn.compute import loaded_objects_frozen
+from backhand.nn.compute import gc_frozen
 from backhand.options.config_file import config_table, dump_config
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
 from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
@@ -234,7 +234,7 @@ class JobRun:
 
     def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], begin: int | None) -> bool:
         """Run to the end, with a checkpoint where the proof of resuming is to begin."""
-        with loaded_objects_frozen():
+        with gc_frozen():
             if begin is not None and loop.state.progress.step <= begin:
                 if not loop.run(until_step=begin):
                     return False

@@ -149,13 +149,13 @@ class BlockwiseStep:
         multiplier: float | Tensor = self.loss_scaling if times is None else self.loss_scaling * times
         if self.pair_loss is not None:
             nats = linear_cross_entropy_forward(normed, head, labels, factors, config.logits)
-            loss, d_log_p = self.pair_loss.token_loss(-self.batch.of_documents(nats))
-            multiplier = -self.loss_scaling * self.batch.at_positions(d_log_p)
+            loss, d_log_p = self.pair_loss.token_loss(-self.batch.per_document(nats))
+            multiplier = -self.loss_scaling * self.batch.sum_at_positions(d_log_p)
         losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, multiplier, config.logits)
         if grads.d_lora_A is not None and grads.d_lora_B is not None:
             self.lora.d_lora_A(HEAD).copy_(grads.d_lora_A)
             self.lora.d_lora_B(HEAD).copy_(grads.d_lora_B)
-        loss = self.batch.of_documents(losses).sum() if loss is None else loss
+        loss = self.batch.per_document(losses).sum() if loss is None else loss
         return rms_norm_backward(grads.d_x, norm, weight_gradient=False).d_x, loss
 
     @torch.no_grad()

@@ -182,7 +182,7 @@ class GradientProofs:
         labels = step.batch.labels[step.batch.supervised_positions]
 
         def nats_loss(nats: Tensor) -> Tensor:
-            return self._nats_loss(step.batch.of_documents(nats))
+            return self._nats_loss(step.batch.per_document(nats))
 
         def forward(adapter: ReferenceAdapter) -> Graph:
             loss = reference_head(adapter.factors["x"], named, config, labels, adapter, nats_loss)

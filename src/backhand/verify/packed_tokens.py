@@ -44,7 +44,7 @@ def token_relations(runs: tuple[Run, ...], device: torch.device) -> TokenRelatio
 def unshare_prefixes(batch: PackedBatch) -> PackedBatch:
     """Return the same documents without shared prefixes, each as one segment."""
     paths = [batch.path(end) for end in batch.ends]
-    starts = batch.starts
+    starts = batch.offsets
     places = [place for path in paths for one in path for place in range(starts[one], starts[one + 1])]
     positions = torch.tensor(places, dtype=torch.int64, device=batch.input_ids.device)
     lengths = tuple(sum(batch.lengths[one] for one in path) for path in paths)

@@ -235,7 +235,7 @@ def reference_loss(
         x = reference_block(
             x, ReferenceLayer(layer, weights, config, batch.lengths, adapter, loss_positions, cross_layer)
         )
-    return reference_head(x, weights, config, batch.labels, adapter, lambda nats: nats_loss(batch.of_documents(nats)))
+    return reference_head(x, weights, config, batch.labels, adapter, lambda nats: nats_loss(batch.per_document(nats)))
 
 
 def reference_embedding(weights: Tensors, config: DecoderConfig, ids: Tensor, adapter: ReferenceAdapter) -> Tensor:

@@ -160,8 +160,8 @@ def general_head_backward(
     targets, multiplier = batch.labels[batch.supervised_positions], batch.loss_multiplier(loss_scaling, x.dtype)
     loss, rows = None, None
     if token_loss is not None:
-        loss, d_log_p = token_loss(batch.of_documents(-head_losses(x, targets, head, logits)))
-        multiplier = -loss_scaling * batch.at_positions(d_log_p)  # of the nats
+        loss, d_log_p = token_loss(batch.per_document(-head_losses(x, targets, head, logits)))
+        multiplier = -loss_scaling * batch.sum_at_positions(d_log_p)  # of the nats
         rows = multiplier.nonzero().squeeze(1)
     if lora is not None:
         losses, d_x = head_loss_and_gradients(x, targets, head, lora, multiplier, logits)
@@ -175,4 +175,4 @@ def general_head_backward(
         losses, (d_x, *_) = linear_cross_entropy_backward(
             *(x, head.weight, targets, None, multiplier, head.rule), out=x, logits=logits
         )
-    return d_x, batch.of_documents(losses).sum(dtype=torch.float64) if loss is None else loss
+    return d_x, batch.per_document(losses).sum(dtype=torch.float64) if loss is None else loss

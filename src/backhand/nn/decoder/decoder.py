@@ -76,10 +76,10 @@ class Decoder(ForwardBackward):
         self._attach(None)
 
     def start_values(self, lora: LoRAParameters) -> None:
-        """Set the tensors of a fresh adapter that start from the base model. See `LoRAParameters.start_at`."""
+        """Set the tensors of a fresh adapter that start from the base. See `LoRAParameters.initialise_from_base`."""
         if not lora.plain:
             base = dict(named_views(self.weights, self.config)) | {f"{HEAD}.weight": self.weights.head}
-            lora.start_at(lambda name: frozen_dense(base[name]))
+            lora.initialise_from_base(lambda name: frozen_dense(base[name]))
 
     def head_adapter(self) -> GroupAdapter:
         """Return the head's adapter in the compute dtype, without dropout."""
@@ -138,7 +138,7 @@ class Decoder(ForwardBackward):
         """Return losses in nats, (supervised tokens,), document by document, without gradients."""
         supervised = batch.supervised_positions
         normed, _ = self._final_norm(self._states_at(batch, len(self.config.layers), supervised, dropout_seed))
-        return batch.of_documents(head_losses(normed, batch.labels[supervised], self._head_of(dropout_seed)))
+        return batch.per_document(head_losses(normed, batch.labels[supervised], self._head_of(dropout_seed)))
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Return Σ nats over supervised tokens, 0-d float64, without gradients and dropout."""

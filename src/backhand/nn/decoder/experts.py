@@ -41,7 +41,7 @@ from backhand.nn.decoder.projections import (
     residual_sum,
 )
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.lora_parameters import expert_factors, gate_and_up
+from backhand.nn.lora_parameters import deinterleave_gate_up, expert_factors
 from backhand.nn.scratch import Scratch
 from backhand.ops.activation import Activated
 from backhand.ops.clamped_glu import ClampedGLUSaved, clamped_glu_backward, clamped_glu_forward
@@ -220,7 +220,7 @@ def _projection_backward(
         into = d_lora_A, torch.zeros_like(saved.factors.lora_B, dtype=d_lora_B.dtype)
     d_x = expert_linear_backward(d_y, saved, input_gradient=input_gradient, accumulate_into=into).d_x
     if d_lora_B is not None and into is not None:
-        d_lora_B = gate_and_up(d_lora_B) if _is_interleaved(adapter, mixture) else d_lora_B
+        d_lora_B = deinterleave_gate_up(d_lora_B) if _is_interleaved(adapter, mixture) else d_lora_B
         d_lora_B += into[1].view_as(d_lora_B)
     return d_x
 
@@ -232,7 +232,7 @@ def _factors(adapter: GroupAdapter, mixture: Mixture) -> ExpertFactors | None:
     (lora,) = adapter.group.adapters
     lora_A, lora_B = expert_factors(lora.lora_A, lora.lora_B, mixture.experts)
     if _is_interleaved(adapter, mixture):
-        lora_B = gate_and_up(lora_B).flatten(1, 2)
+        lora_B = deinterleave_gate_up(lora_B).flatten(1, 2)
     return ExpertFactors(lora_A, lora_B.contiguous(), lora.scaling)
 
 

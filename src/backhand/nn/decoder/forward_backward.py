@@ -289,7 +289,7 @@ class ForwardBackward:
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 *(normed, self.active.head, targets, None, multiplier, rule), out=normed, logits=logits
             )
-            loss = batch.of_documents(losses).sum(dtype=torch.float64)
+            loss = batch.per_document(losses).sum(dtype=torch.float64)
         scratch.release(reserved=True)
         return norm_backward(d_normed, norm, trained.d_final_norm), loss
 

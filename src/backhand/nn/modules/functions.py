@@ -1,9 +1,9 @@
-"""The hand-written ops as nodes of torch's autograd graph, for modules inside somebody else's training loop.
+"""The hand-written ops as nodes of torch's autograd graph, for modules in any training loop.
 
-Each Function calls an op's forward and backward and adds nothing to the mathematics. The factors come in their own
-dtype, usually fp32, are cast to the compute dtype inside, and their gradients leave in their own dtype again. Tensors
-go through `save_for_backward`, so that gradient checkpointing and saved-tensor hooks see them. What comes out is no
-view, so that the next module may write into it, as ReLU(inplace=True) does.
+Each Function calls the forward and backward of an op and adds nothing to the mathematics. Factors arrive in their own
+dtype, usually fp32, and are cast to the compute dtype inside. Their gradients are returned in the factors' dtype.
+Tensors are saved with `save_for_backward`, so that gradient checkpointing and saved-tensor hooks see them. Outputs are
+not views, so that the next module may modify them in place, as ReLU(inplace=True) does.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from backhand.ops.token_rows import (
 )
 
 Gradients = tuple[Tensor | None, ...]
-"""One for each input of `forward`, None for what is frozen or no tensor."""
+"""One gradient for each input of `forward`; None for frozen tensors and for other values."""
 
 
 def first_derivative_only(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Refuse a backward pass that is to be differentiated itself: what it computes hangs in no graph.
+    """Refuse to differentiate a backward pass, whose results are not part of a graph.
 
-    `once_differentiable` alone refuses only where the incoming gradient requires one; otherwise a gradient penalty
-    would silently lose what comes through this module.
+    `once_differentiable` refuses only if the incoming gradient requires one. A gradient penalty would otherwise
+    silently lose the contribution of this module.
     """
     once = once_differentiable(backward)
 
     @wraps(backward)
     def checked(ctx: Any, *d_y: Tensor) -> Gradients:
-        # torch.compile traces this with gradients on, and refuses second derivatives itself.
+        # torch.compile traces this with gradients enabled, and refuses second derivatives itself.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("second derivatives are not supported by adapted modules: leave out create_graph=True")
         gradients: Gradients = once(ctx, *d_y)
@@ -53,13 +53,13 @@ def first_derivative_only(backward: Callable[..., Gradients]) -> Callable[..., G
     return checked
 
 
-class _InGraph:
-    """An op as a function of tensors inside torch's graph: its forward's inputs, in their order, to y.
+class _AutogradOp:
+    """An op as a differentiable function: from the inputs of its forward, in their order, to y.
 
     Args:
-        gradients: by the place of an input, what the op calls its gradient. `d_x` is asked for only where x has one;
-            those of what is trained leave in its dtype.
-        cast_as: place of the input in whose dtype the op takes lora_A, lora_B and trained rows.
+        gradients: the name of the op's gradient for each input position. `d_x` is computed only if x needs a gradient.
+            Gradients of trained tensors are returned in the tensor's dtype.
+        cast_as: position of the input whose dtype the op uses for lora_A, lora_B and trained rows.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class _InGraph:
         class Node(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Tensor:
-                given = list(inputs)
+                arguments = list(inputs)
                 if cast_as is not None:
                     for place in cast_places:
-                        given[place] = given[place].to(given[cast_as].dtype)
-                y, saved = op.forward(*given)
+                        arguments[place] = arguments[place].to(arguments[cast_as].dtype)
+                y, saved = op.forward(*arguments)
                 ctx.save_for_backward(*(value for value in saved if isinstance(value, Tensor)))
                 ctx.saved_type = type(saved)
                 ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in saved]
@@ -95,13 +95,13 @@ class _InGraph:
             def backward(ctx: Any, d_y: Tensor) -> Gradients:
                 tensors = iter(ctx.saved_tensors)
                 saved = ctx.saved_type(*(next(tensors) if value is None else value[0] for value in ctx.rest))
-                asked = {"input_gradient": ctx.needs_input_grad[0]} if gradients.get(0) == "d_x" else {}
-                grads = op.backward(d_y, saved, **asked)
-                found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+                options = {"input_gradient": ctx.needs_input_grad[0]} if gradients.get(0) == "d_x" else {}
+                grads = op.backward(d_y, saved, **options)
+                results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
                 for place, name in gradients.items():
                     gradient = getattr(grads, name)
-                    found[place] = gradient.to(ctx.dtypes[place]) if place in trained else gradient
-                return tuple(found)
+                    results[place] = gradient.to(ctx.dtypes[place]) if place in trained else gradient
+                return tuple(results)
 
         self._node = Node
 
@@ -117,21 +117,23 @@ def _token_embedding_forward(
     return y, without_padding(saved, ids, padding_id)
 
 
-lora_linear = _InGraph(lora_linear_forward, lora_linear_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
+lora_linear = _AutogradOp(
+    lora_linear_forward, lora_linear_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0
+)
 """(x, weight, bias, lora_A, lora_B, scaling, dropout) → y (..., out); weight and bias are frozen."""
-lora_embedding = _InGraph(lora_embedding_forward, lora_embedding_backward, {2: "d_lora_A", 3: "d_lora_B"}, cast_as=1)
+lora_embedding = _AutogradOp(lora_embedding_forward, lora_embedding_backward, {2: "d_lora_A", 3: "d_lora_B"}, cast_as=1)
 """(ids, weight, lora_A, lora_B, scaling, padding_id) → y (..., hidden); the table is frozen."""
-lora_conv = _InGraph(lora_conv_forward, lora_conv_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
+lora_conv = _AutogradOp(lora_conv_forward, lora_conv_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B"}, cast_as=0)
 """(x, weight, bias, lora_A, lora_B, scaling, geometry, dropout) → y (batch, out, *L'), as `lora_linear`."""
-dora_linear = _InGraph(
+dora_linear = _AutogradOp(
     dora_linear_forward, dora_linear_backward, {0: "d_x", 3: "d_lora_A", 4: "d_lora_B", 5: "d_magnitude"}, cast_as=0
 )
 """(x, weight, bias, lora_A, lora_B, magnitude, constants) → y (..., out); the norm is one of the constants."""
-dora = _InGraph(dora_forward, dora_backward, {0: "d_z", 1: "d_magnitude"})
+dora = _AutogradOp(dora_forward, dora_backward, {0: "d_z", 1: "d_magnitude"})
 """(z, magnitude, norm, bias, axis) → y of z's shape."""
-lora_bias = _InGraph(lora_bias_forward, lora_bias_backward, {0: "d_z", 1: "d_lora_bias"})
+lora_bias = _AutogradOp(lora_bias_forward, lora_bias_backward, {0: "d_z", 1: "d_lora_bias"})
 """(z, lora_bias, scaling, axis) → y of z's shape."""
-token_embedding = _InGraph(_token_embedding_forward, token_embedding_backward, {2: "d_token_rows"})
+token_embedding = _AutogradOp(_token_embedding_forward, token_embedding_backward, {2: "d_token_rows"})
 """(ids, weight, token_rows, token_ids, padding_id) → y (..., hidden)."""
-token_linear = _InGraph(token_linear_forward, token_linear_backward, {0: "d_x", 3: "d_token_rows"}, cast_as=0)
+token_linear = _AutogradOp(token_linear_forward, token_linear_backward, {0: "d_x", 3: "d_token_rows"}, cast_as=0)
 """(x, weight, bias, token_rows, token_ids) → y (..., vocab)."""

@@ -1,4 +1,4 @@
-"""The kinds of module that take an adapter: linear, GPT-2's Conv1D, embedding, and convolutions."""
+"""The kinds of modules that can have LoRA factors: linear, GPT-2's Conv1D, embedding, and convolutions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backhand.errors import not_none
-from backhand.nn.modules.adapted_module import LoRAModule, Shape, base_weight
 from backhand.nn.modules.functions import dora, dora_linear, lora_bias, lora_conv, lora_embedding, lora_linear
+from backhand.nn.modules.lora_module import LoRAModule, Shape, base_weight
 from backhand.ops.dora_linear import DoRAConstants
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.lora_conv import ConvGeometry, convolution
@@ -21,11 +21,11 @@ class LoRALinear(LoRAModule):
 
     base_type = nn.Linear
 
-    def _with_added(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out)."""
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
         x, weight, bias = self._cast(x)
-        weight = weight.T if self.by_columns else weight
-        factors, dropout = (self.lora_A, self.lora_B), self._drawn_dropout()
+        weight = weight.T if self.transposed_weight else weight
+        factors, dropout = (self.lora_A, self.lora_B), self._draw_dropout()
         if self.lora_magnitude is not None:
             constants = DoRAConstants(self.dora_norm(), self.scaling, dropout)
             return dora_linear(x, weight, bias, *factors, self.lora_magnitude, constants)
@@ -34,13 +34,13 @@ class LoRALinear(LoRAModule):
 
 
 class LoRAConv1D(LoRALinear):
-    """An adapted Conv1D of transformers (GPT-2): a linear layer whose weight lies the other way round, (in, out)."""
+    """An adapted Conv1D of transformers (GPT-2): a linear layer with a transposed weight, (in, out)."""
 
-    by_columns = True
+    transposed_weight = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Told by its name, so that transformers need not be imported."""
+        """Compare by name, so that transformers need not be imported."""
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
@@ -48,11 +48,11 @@ class LoRAConv1D(LoRALinear):
 class LoRAEmbedding(LoRAModule):
     """An adapted nn.Embedding: y = W[ids] + scaling · lora_A[:, ids]ᵀ lora_Bᵀ, see `ops.lora_embedding`.
 
-    As in PEFT there is no dropout here, and lora_A starts at zero and lora_B random.
+    As in PEFT there is no dropout, lora_A starts at zero, and lora_B is random.
     """
 
     base_type = nn.Embedding
-    by_columns = True
+    transposed_weight = True
     embedding = True
     takes_lora_bias = False
 
@@ -60,7 +60,7 @@ class LoRAEmbedding(LoRAModule):
 
     @classmethod
     def obstacle(cls, module: nn.Module, rank: int) -> str | None:
-        """Also: a table that changes itself when it is read, or that scales gradients by frequency."""
+        """Also reject a table that changes when it is read, or that scales gradients by frequency."""
         table = cast("nn.Embedding", module)
         if table.max_norm is not None:
             return "max_norm rewrites the table while it is read"
@@ -70,13 +70,13 @@ class LoRAEmbedding(LoRAModule):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """As PEFT does for embeddings: lora_A zero and lora_B standard normal."""
+        """Initialize as in PEFT: lora_A zero and lora_B standard normal."""
         self.lora_A.zero_()
         self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator, device=generator.device))
-        self.reset_beside()
+        self.reset_bias_and_magnitude()
 
-    def _with_added(self, ids: Tensor) -> Tensor:
-        """(...) ids → (..., hidden)."""
+    def _adapted_forward(self, ids: Tensor) -> Tensor:
+        """Map (...) ids to (..., hidden)."""
         y = lora_embedding(ids, self.weight, self.lora_A, self.lora_B, self.scaling, self.padding_idx)
         if self.lora_magnitude is not None:
             y = dora(y, self.lora_magnitude, self.dora_norm(), None, -1)
@@ -84,7 +84,10 @@ class LoRAEmbedding(LoRAModule):
 
 
 class _LoRAConv(LoRAModule):
-    """Adapted convolutions: y = x ∗ W + b + scaling · (dropout(x) ∗ lora_A) ∗ lora_B, see `ops.lora_conv`."""
+    """Base class of adapted convolutions, see `ops.lora_conv`.
+
+    y = x ∗ W + b + scaling · (dropout(x) ∗ lora_A) ∗ lora_B
+    """
 
     dimensions: ClassVar[int]
 
@@ -97,38 +100,40 @@ class _LoRAConv(LoRAModule):
 
     @classmethod
     def obstacle(cls, module: nn.Module, rank: int) -> str | None:
-        """Also: settings that the factors' own convolutions cannot have, here or in PEFT."""
+        """Also reject settings that the convolutions of the factors cannot have, here or in PEFT."""
         conv = cast("nn.Conv2d", module)
         if conv.padding_mode != "zeros":
             return f"padding_mode {conv.padding_mode!r} is not supported, only zeros"
         if rank % conv.groups:
             return f"its {conv.groups} groups do not divide the rank {rank}"
         if conv.padding == "same" and max(conv.dilation) > 1:
-            # PEFT leaves the dilation out of lora_A: other paddings fail there, "same" computes something else.
+            # PEFT omits the dilation in lora_A. Other paddings fail there, and "same" computes another function.
             return "it is dilated with padding 'same', for which PEFT's files mean another function"
         return super().obstacle(module, rank)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, rank: int) -> tuple[Shape, Shape]:
-        """(rank, in, *kernel), not grouped, and (out, rank / groups, 1 …)."""
+        """Return (rank, in, *kernel), not grouped, and (out, rank / groups, 1 …)."""
         groups = cast("nn.Conv2d", module).groups
         out_channels, in_per_group, *kernel = base_weight(module).shape
         return (rank, in_per_group * groups, *kernel), (out_channels, rank // groups, *(1 for _ in kernel))
 
     @classmethod
     def channel_shape(cls, module: nn.Module) -> Shape:
-        """(1, out, 1 …), as PEFT has it."""
+        """Return (1, out, 1 …), as in PEFT."""
         out_channels, *rest = base_weight(module).shape
         return (1, out_channels, *(1 for _ in rest[1:]))
 
     def delta_weight(self) -> Tensor:
-        """(out, in, *kernel).
+        """Return the update, (out, in, *kernel).
 
         Raises:
-            ValueError: a grouped convolution, whose update reads channels that its weight does not.
+            ValueError: for a grouped convolution, the update reads channels that the weight does not.
         """
         if self.groups > 1:
-            raise ValueError("the update of a grouped convolution reads all channels; its weight cannot hold that")
+            raise ValueError(
+                "the update of a grouped convolution reads all channels, and its weight reads only those of a group"
+            )
         delta = torch.einsum("or,r...->o...", self.lora_B.flatten(1), self.lora_A)
         return self.scaling * delta
 
@@ -136,21 +141,21 @@ class _LoRAConv(LoRAModule):
         y: Tensor = cast("Any", self._base_class)._conv_forward(self, x, self.weight, self.bias)
         return y
 
-    def _with_added(self, x: Tensor) -> Tensor:
-        """(batch, in, *L) or (in, *L) → (batch, out, *L') or (out, *L')."""
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        """Map (batch, in, *L) or (in, *L) to (batch, out, *L') or (out, *L')."""
         x, weight, bias = self._cast(x)
         batched = x.dim() == self.dimensions + 2
         x = x if batched else x.unsqueeze(0)
         padding = self.padding
         if isinstance(padding, str):
-            # "same" may need one place more on one side than on the other, which only padding beforehand can do.
+            # "same" may need one more element on one side, which is only possible by padding first.
             if padding == "same":
                 x = functional.pad(x, self._reversed_padding_repeated_twice)
             padding = (0,) * self.dimensions
         geometry = ConvGeometry(self.stride, padding, self.dilation, self.groups)
         if self.lora_magnitude is None:
             factors = self.lora_A, self.lora_B, self.scaling
-            y = lora_conv(x, weight, bias, *factors, geometry, self._drawn_dropout())
+            y = lora_conv(x, weight, bias, *factors, geometry, self._draw_dropout())
             if self.lora_bias is not None:
                 y = lora_bias(y, self.lora_bias, self.scaling, 1)
         else:
@@ -158,8 +163,8 @@ class _LoRAConv(LoRAModule):
         return y if batched else y.squeeze(0)
 
     def _rescaled(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-        """With DoRA, see `ops.dora_linear`: what dropout takes out of x still passes through the frozen kernel."""
-        dropout = self._drawn_dropout()
+        """Compute with DoRA, see `ops.dora_linear`: dropped elements of x still pass through the frozen kernel."""
+        dropout = self._draw_dropout()
         dropped = x if dropout is None else x * dropout_multiplier(x.shape, *dropout, dtype=x.dtype, device=x.device)
         z = lora_conv(dropped, weight, None, self.lora_A, self.lora_B, self.scaling, geometry, None)
         y = dora(z, not_none(self.lora_magnitude).flatten(), self.dora_norm(), bias, 1)
@@ -188,9 +193,9 @@ class LoRAConv3d(_LoRAConv):
 
 
 LORA_MODULES: tuple[type[LoRAModule], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
-"""Every kind there is."""
+"""All kinds."""
 
 
 def lora_class(module: nn.Module) -> type[LoRAModule] | None:
-    """The class that adapts modules of this type, or None if none does."""
+    """Return the class that adapts modules of this type, or None."""
     return next((kind for kind in LORA_MODULES if kind.fits(module)), None)

@@ -1,7 +1,8 @@
-"""An embedding, and the output head whose weight it is, with some rows trained as they are: see `ops.token_rows`.
+"""An embedding with trained rows, and the tied output head that shares them. See `ops.token_rows`.
 
-Each is the module it was, see `adapted_module`. The rows are a parameter of the embedding, and a tied head reads them
-there: both train the same rows, under one name in the state dict (safetensors stores no tensor under two).
+Each module stays the same object, see `nn.modules.adapted_module`. The rows are a parameter of the embedding, and a
+tied head reads them there. Both train the same rows under one name in the state dict, because safetensors stores no
+tensor under two names.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from backhand.nn.modules.functions import token_embedding, token_linear
 
 
 class TokenModule(AdaptedModule):
-    """A module with trained rows; made by `adapt`, never by its constructor."""
+    """A module with trained rows. It is created by `adapt`, never by a constructor."""
 
     base_type: ClassVar[type[nn.Module]]
-    own_buffers = ("token_ids",)
+    added_buffers = ("token_ids",)
 
     token_ids: Tensor  # (n,) int64
 
     @property
     def rows(self) -> nn.Parameter:
-        """(n, hidden), the trained rows."""
+        """Trained rows, (n, hidden)."""
         raise NotImplementedError
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:
-        """Why rows of this module cannot be trained, or None."""
+        """Return the reason why rows of this module cannot be trained, or None."""
         weight = module._parameters.get("weight")
         if type(module) is not cls.base_type:
             return f"rows of a {type(module).__qualname__} cannot be trained"
@@ -42,16 +43,19 @@ class TokenModule(AdaptedModule):
 
     @classmethod
     def _adapted(cls, module: nn.Module, token_ids: Tensor) -> Self:
-        """`module` with this class and its ids. Raises ValueError: there is an obstacle."""
+        """Return `module` with this class and its ids. Raises ValueError if there is an obstacle."""
         if (reason := cls.obstacle(module)) is not None:
             raise ValueError(reason)
-        adapted = cls._take_over(module)
+        adapted = cls._convert(module)
         adapted.register_buffer("token_ids", token_ids.to(adapted.weight.device), persistent=False)
         return adapted
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the rows into `weight`, which becomes a parameter of this module's own; the base weight is kept."""
+        """Write the rows into `weight`, which becomes a new parameter of this module.
+
+        The base weight is stored for `unmerge`.
+        """
         if self._unmerged is None:
             rows = self.rows.to(self.weight.dtype)
             self._keep_unmerged()
@@ -62,14 +66,14 @@ class TokenEmbedding(TokenModule):
     """An nn.Embedding with trained rows."""
 
     base_type = nn.Embedding
-    own_parameters = ("trainable_tokens",)
+    added_parameters = ("trainable_tokens",)
 
     trainable_tokens: nn.Parameter  # (n, hidden), the trained rows
     padding_idx: int | None
 
     @classmethod
     def adapt(cls, module: nn.Module, token_ids: Tensor) -> Self:
-        """Turn `module` into one with trained rows, in place; they start with what is there.
+        """Turn `module` into one with trained rows, in place. The rows start at the values of the table.
 
         Args:
             token_ids: (n,) int64.
@@ -78,18 +82,18 @@ class TokenEmbedding(TokenModule):
             ValueError: there is an obstacle.
         """
         adapted = cls._adapted(module, token_ids)
-        # In half precision a step of the optimizer would vanish in rounding.
+        # In half precision, optimizer steps would vanish in rounding.
         wide = torch.promote_types(adapted.weight.dtype, torch.float32)
         adapted.trainable_tokens = nn.Parameter(adapted.weight.detach()[adapted.token_ids].to(wide))
         return adapted
 
     @property
     def rows(self) -> nn.Parameter:
-        """(n, hidden), the trained rows."""
+        """Trained rows, (n, hidden)."""
         return self.trainable_tokens
 
-    def _with_added(self, ids: Tensor) -> Tensor:
-        """(...) ids → (..., hidden)."""
+    def _adapted_forward(self, ids: Tensor) -> Tensor:
+        """Map (...) ids to (..., hidden)."""
         return token_embedding(ids, self.weight, self.trainable_tokens, self.token_ids, self.padding_idx)
 
 
@@ -97,8 +101,8 @@ class TokenLinear(TokenModule):
     """An nn.Linear that shares the weight of an embedding with trained rows."""
 
     base_type = nn.Linear
-    own_parameters = ()
-    own_attributes = ("_embedding", *AdaptedModule.own_attributes)
+    added_parameters = ()
+    added_attributes = ("_embedding", *AdaptedModule.added_attributes)
 
     _embedding: tuple[TokenEmbedding]
 
@@ -115,10 +119,10 @@ class TokenLinear(TokenModule):
 
     @property
     def rows(self) -> nn.Parameter:
-        """(n, hidden), the embedding's trained rows."""
+        """Trained rows of the embedding, (n, hidden)."""
         return self._embedding[0].trainable_tokens
 
-    def _with_added(self, x: Tensor) -> Tensor:
-        """(..., hidden) → (..., vocab)."""
+    def _adapted_forward(self, x: Tensor) -> Tensor:
+        """Map (..., hidden) to (..., vocab)."""
         x, weight, bias = self._cast(x)
         return token_linear(x, weight, bias, self.rows, self.token_ids)

@@ -57,9 +57,9 @@ def _drawn_weight(
         return {"dense": draw.normal(parts[0][1], columns).float()}
     stored = {f"blocks {i}": torch.from_numpy(random_blocks(draw, *part, columns)) for i, part in enumerate(parts)}
     orders = [torch.randperm(rows, generator=draw.generator) for _, rows in parts if ordered]
-    by_columns = [torch.randperm(columns, generator=draw.generator) for _ in parts if columns_ordered]
+    transposed_weight = [torch.randperm(columns, generator=draw.generator) for _ in parts if columns_ordered]
     stored |= {f"order {i}": order for i, order in enumerate(orders)}
-    return stored | {f"column_order {i}": order for i, order in enumerate(by_columns)}
+    return stored | {f"column_order {i}": order for i, order in enumerate(transposed_weight)}
 
 
 def _stored(args: Arguments) -> list[StoredRows]:

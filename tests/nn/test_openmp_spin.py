@@ -13,56 +13,66 @@ import torch
 
 from backhand.cli.command import Prepared
 from backhand.cli.main import run_prepared
-from backhand.nn import waiting
-from backhand.nn.waiting import CALM_LOOKS, SPINS, UNWATCHED, WAITED_SHARE, Decision, briefly_beside_others, set_waiting
+from backhand.nn import openmp_spin
+from backhand.nn.openmp_spin import (
+    CALM_INTERVALS,
+    CONTENDED_SHARE,
+    SPINS,
+    UNWATCHED_SPINS,
+    ContentionPolicy,
+    adaptive_spinning,
+    set_spin_count,
+)
 
-needs_counts = pytest.mark.skipif(waiting._time_waited() is None, reason="this system does not count waiting for cores")
+needs_counts = pytest.mark.skipif(
+    openmp_spin._run_queue_wait_s() is None, reason="this system does not count waiting for cores"
+)
 
 
 def test_what_is_set(monkeypatch):
     environment: dict[str, str] = {}
-    monkeypatch.setattr(waiting, "_time_waited", lambda: 0.0)
-    set_waiting(environment)
+    monkeypatch.setattr(openmp_spin, "_run_queue_wait_s", lambda: 0.0)
+    set_spin_count(environment)
     assert environment == {"GOMP_SPINCOUNT": str(SPINS)}
 
 
 def test_threads_that_cannot_be_watched_wait_briefly(monkeypatch):
     environment: dict[str, str] = {}
-    monkeypatch.setattr(waiting, "_time_waited", lambda: None)
-    set_waiting(environment)
-    assert environment == {"GOMP_SPINCOUNT": str(UNWATCHED)}
+    monkeypatch.setattr(openmp_spin, "_run_queue_wait_s", lambda: None)
+    set_spin_count(environment)
+    assert environment == {"GOMP_SPINCOUNT": str(UNWATCHED_SPINS)}
 
 
 @pytest.mark.parametrize("given", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}])
 def test_what_the_environment_says_stays(given, monkeypatch):
     environment = dict(given)
-    set_waiting(environment)
+    set_spin_count(environment)
     assert environment == given
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with briefly_beside_others():
-        assert "waiting" not in [thread.name for thread in threading.enumerate()]
+    with adaptive_spinning():
+        assert "OpenMP contention" not in [thread.name for thread in threading.enumerate()]
 
 
 @needs_counts
 def test_ours_is_watched_until_the_end(monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", str(SPINS))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    with briefly_beside_others():
-        assert "waiting" in [thread.name for thread in threading.enumerate()]
-    assert "waiting" not in [thread.name for thread in threading.enumerate()]
+    with adaptive_spinning():
+        assert "OpenMP contention" in [thread.name for thread in threading.enumerate()]
+    assert "OpenMP contention" not in [thread.name for thread in threading.enumerate()]
 
 
 @needs_counts
 def test_a_command_is_watched_while_it_runs(monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    set_waiting()
+    set_spin_count()
     seen: list[str] = []
     run_prepared(Prepared(lambda: seen.extend(t.name for t in threading.enumerate()), None, lambda _: None))
-    assert "waiting" in seen
+    assert "OpenMP contention" in seen
     del os.environ["GOMP_SPINCOUNT"]  # what this test has not set, monkeypatch would put back
 
 
@@ -71,24 +81,24 @@ class Recorded:
 
     held = False
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         self.held = True
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self.held = False
 
 
 def test_others_count_at_once_and_calm_only_after_a_while():
     more = Recorded()
-    decide = Decision(more)
-    decide(WAITED_SHARE / 2)
+    decide = ContentionPolicy(more)
+    decide(CONTENDED_SHARE / 2)
     assert not more.held
-    decide(WAITED_SHARE * 2)
+    decide(CONTENDED_SHARE * 2)
     assert more.held
-    for _ in range(CALM_LOOKS - 1):
+    for _ in range(CALM_INTERVALS - 1):
         decide(0.0)
-    decide(WAITED_SHARE * 2)
-    for _ in range(CALM_LOOKS - 1):
+    decide(CONTENDED_SHARE * 2)
+    for _ in range(CALM_INTERVALS - 1):
         decide(0.0)
         assert more.held
     decide(0.0)
@@ -99,14 +109,14 @@ def test_the_time_waited_grows_where_threads_wait():
     """Two threads' worth of work for one core."""
     code = """
         import os, threading, time
-        from backhand.nn.waiting import _time_waited
+        from backhand.nn.openmp_spin import _run_queue_wait_s
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        before = _time_waited()
+        before = _run_queue_wait_s()
         child = os.fork()
         end = time.monotonic() + 0.4
         while time.monotonic() < end: pass
         if child:
-            print(None if before is None else _time_waited() - before)
+            print(None if before is None else _run_queue_wait_s() - before)
     """
     answer = _in_a_process(code)
     if answer == "None":
@@ -115,10 +125,10 @@ def test_the_time_waited_grows_where_threads_wait():
 
 
 def test_a_system_that_does_not_count(monkeypatch):
-    monkeypatch.setattr(waiting.Path, "read_text", lambda *_, **__: "0 0 0\n")
-    assert waiting._time_waited() is None
-    monkeypatch.setattr(waiting.os, "scandir", lambda _: (_ for _ in ()).throw(FileNotFoundError()))
-    assert waiting._time_waited() is None
+    monkeypatch.setattr(openmp_spin.Path, "read_text", lambda *_, **__: "0 0 0\n")
+    assert openmp_spin._run_queue_wait_s() is None
+    monkeypatch.setattr(openmp_spin.os, "scandir", lambda _: (_ for _ in ()).throw(FileNotFoundError()))
+    assert openmp_spin._run_queue_wait_s() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two cores of Linux")
@@ -128,7 +138,7 @@ def test_more_threads_than_cores_do_not_spin():
         import ctypes, os, time
         from pathlib import Path
         import torch
-        from backhand.nn.waiting import MoreThreads, _libgomp
+        from backhand.nn.openmp_spin import Oversubscription, _libgomp
         if _libgomp(torch) is None:
             print("none")
             raise SystemExit
@@ -145,13 +155,13 @@ def test_more_threads_than_cores_do_not_spin():
             return any(spent_asleep() < 0.02 for _ in range(20))
         def threads():
             return len(os.listdir("/proc/self/task"))
-        more = MoreThreads()
+        more = Oversubscription()
         first, count = spins(), threads()
-        more.hold()
-        more.hold()
+        more.acquire()
+        more.acquire()
         held, count_held = sleeps(), threads()
-        more.let_go()
-        more.let_go()
+        more.release()
+        more.release()
         time.sleep(0.3)  # they end by themselves
         last, count_last = spins(), threads()
         print(first, held, last, count_held > count, count_last == count)
@@ -174,22 +184,22 @@ def test_as_many_are_held_whatever_becomes_of_torch_s_threads_and_of_the_cores(t
         def omp_get_num_procs(self):
             return 2  # as many as are allowed by now
 
-    monkeypatch.setattr(waiting, "_libgomp", lambda _: OpenMP())
-    monkeypatch.setattr(waiting.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(openmp_spin, "_libgomp", lambda _: OpenMP())
+    monkeypatch.setattr(openmp_spin.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
-    more = waiting.MoreThreads()
-    more.hold()
-    more.let_go()
+    more = openmp_spin.Oversubscription()
+    more.acquire()
+    more.release()
     assert [team > 8 for team in teams] == [True]  # one of torch's threads holds all of the team but itself
 
 
 def test_nothing_is_held_where_there_is_no_libgomp(monkeypatch):
-    monkeypatch.setattr(waiting, "_libgomp", lambda _: None)
+    monkeypatch.setattr(openmp_spin, "_libgomp", lambda _: None)
     before = threading.active_count()
-    more = waiting.MoreThreads()
-    more.hold()
+    more = openmp_spin.Oversubscription()
+    more.acquire()
     assert threading.active_count() == before
-    more.let_go()
+    more.release()
 
 
 def _in_a_process(code: str, **environment: str) -> str:
