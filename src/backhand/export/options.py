@@ -21,7 +21,7 @@ ROUNDED_TOLERANCE = 0.1
 
 def _check_repository(where: str, value: object) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(str(value))

@@ -51,8 +51,17 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
         ResourceError: status.json cannot be written at the beginning or after a good end.
     """
     began = _now()
-    starts = {"process_start": process_start(os.getpid()), "launcher_start": process_start(os.getppid())}
-    status = RunStatus("running", total_steps, step(), os.getpid(), platform.node(), began, began, **starts)
+    status = RunStatus(
+        "running",
+        total_steps,
+        step(),
+        os.getpid(),
+        platform.node(),
+        began,
+        began,
+        process_start=process_start(os.getpid()),
+        launcher_start=process_start(os.getppid()),
+    )
 
     def write(state: State, reason: str = "") -> None:
         changed = replace(status, state=state, step=step(), changed=_now(), reason=reason)
