@@ -1,4 +1,4 @@
-"""Which route float32 products take, that asking changes nothing, and what the garbage collector looks through."""
+"""Compute settings: the library for float32 products, checks without side effects, and garbage collection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every field that transformers declares or reads is classed here; what it does not read changes nothing."""
+"""Every field that transformers declares or reads is classified. Fields that it does not read change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A token's blocks in one compiled call give what block by block gives, on every path of this machine."""
+"""One compiled call for all blocks computes the same as block by block, on every instruction set of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine trains besides plain LoRA, against transformers and PEFT: logits and every gradient."""
+"""All that the engine trains other than plain LoRA, against transformers and PEFT: logits and every gradient."""
 
 from __future__ import annotations
 

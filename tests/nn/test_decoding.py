@@ -307,8 +307,8 @@ def test_a_single_row_is_read_where_it_lies() -> None:
     state = IncrementalDecoder(adapted_decoder("gemma2"), capacity=4)
     cache = state.cache
     state.extend(cache.add_rows(1), [ids(PAGE + 3)])
-    for kept in (PAGE + 3, 5):
-        cache.truncate(0, kept)
+    for length in (PAGE + 3, 5):
+        cache.truncate(0, length)
         for new in ids(5 * PAGE):
             state.step([new])
         places = cache.places[:, 2 : cache.lengths[0]]

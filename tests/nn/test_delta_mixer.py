@@ -1,4 +1,4 @@
-"""Qwen3.5's mixer: documents of several chunks, prefixes, what transformers leaves out too, and how long it takes."""
+"""Qwen3.5's mixer: documents of several chunks, prefixes, tensors that transformers omits too, and its speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of experts: what is computed at all, ties, and the layouts that files have for the experts' matrices."""
+"""Layers of experts: which experts are computed, ties, and the layouts of the experts' matrices in files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every config field is used, neutral, or refused; well-known models' configs give what transformers computes."""
+"""Every config field is used, neutral, or refused. Configs of well-known models give transformers' results."""
 
 from __future__ import annotations
 

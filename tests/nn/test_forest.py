@@ -1,4 +1,4 @@
-"""Documents in segments, drawn at random, against each by itself: loss, every gradient, every log-probability."""
+"""Random prefix forests against separate documents: loss, every gradient, every log-probability."""
 
 from __future__ import annotations
 

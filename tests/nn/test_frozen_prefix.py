@@ -1,4 +1,4 @@
-"""Whether a batch's size changes a row's bits: looked at where there is something to compare, and never presumed."""
+"""Batch invariance of the frozen prefix is measured if there is something to compare, and never assumed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.decode_steps import adapted
 
 
 @pytest.mark.parametrize(("usual", "tokens"), [(64, 7), (64, 1), (5, 64), (3, 2)])
-def test_batches_without_a_whole_document_are_not_presumed_alike(usual: int, tokens: int) -> None:
+def test_batches_without_a_whole_document_are_not_assumed_equal(usual: int, tokens: int) -> None:
     lower = FrozenPrefix(adapted("llama", torch.float32))
     lower.set_usual_tokens(usual)
     with using(None):
@@ -19,7 +19,7 @@ def test_batches_without_a_whole_document_are_not_presumed_alike(usual: int, tok
         assert lower.is_batch_invariant(usual, 1)
 
 
-def test_what_differs_in_a_bit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_of_one_bit_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     lower = FrozenPrefix(adapted("llama", torch.float32))
     lower.set_usual_tokens(64)
     look = FrozenPrefix._probe

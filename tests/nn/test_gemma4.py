@@ -1,4 +1,4 @@
-"""Gemma 4: keys and values that layers share, inputs of each layer, and what its checkpoints hold beside them."""
+"""Gemma 4: shared keys and values, per-layer embeddings, and the other contents of its checkpoints."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_keys_that_nobody_reads_are_left_out(tmp_path: Path) -> None:
     assert relative_error(ours, full_logits(model, document)) <= 1e-5
 
 
-def test_a_pass_does_not_begin_above_keys_that_are_used_there() -> None:
+def test_a_pass_does_not_start_above_a_layer_whose_keys_are_used_there() -> None:
     config = decoder_config(tiny_config("gemma4_text").to_dict())
     assert [config.start_layer(layer) for layer in range(7)] == [0, 1, 1, 1, 1, 1, 1]
     assert decoder_config(tiny_config("gemma4-keys").to_dict()).start_layer(3) == 3

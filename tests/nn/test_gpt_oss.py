@@ -1,4 +1,4 @@
-"""gpt-oss: OpenAI's own checkpoints with experts in MXFP4 blocks, what its configurations say, and what sinks do."""
+"""gpt-oss: OpenAI's checkpoints with experts in MXFP4 blocks, their configurations, and the effect of sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapted modules: gradients against PEFT's own layers in float64, and what surrounds them in a real training loop."""
+"""Adapted modules: gradients against PEFT's layers in float64, and their behaviour in a real training loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights with an adapter merged in compute what base and adapter compute side by side."""
+"""Weights with a merged adapter compute the same as base and adapter separately."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def test_merged_logits_are_those_of_base_and_adapter(variant: str, targets: tupl
     ids = torch.arange(11)
     untouched = base.logits(ids)
     base.attach(lora)
-    beside = base.logits(ids)
+    unmerged = base.logits(ids)
     merge_into(merged, lora)
-    assert float((merged.logits(ids) - beside).norm() / beside.norm()) < 1e-5
-    assert float((untouched - beside).norm() / beside.norm()) > 0.01
+    assert float((merged.logits(ids) - unmerged).norm() / unmerged.norm()) < 1e-5
+    assert float((untouched - unmerged).norm() / unmerged.norm()) > 0.01
     base.detach()
     assert torch.equal(base.logits(ids), untouched)
     batch = PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), (11,))
     block_by_block = merged_logits(base, lora, batch)
-    assert float((merged.logits(ids) - block_by_block).norm() / beside.norm()) < 1e-6
+    assert float((merged.logits(ids) - block_by_block).norm() / unmerged.norm()) < 1e-6
     assert torch.equal(base.logits(ids), untouched)
 
 

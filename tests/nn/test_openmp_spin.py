@@ -1,4 +1,4 @@
-"""How long OpenMP's threads wait: what is set, when it is cut short, and that libgomp does as its manual says."""
+"""The spin count of OpenMP threads: its value, when it is reduced, and that libgomp behaves as its manual says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of unequal length in one pass: the same losses and gradients, and models for which it would not be so."""
+"""Padded rows have the same losses and gradients as separate ones. Models that do not allow padding are detected."""
 
 from __future__ import annotations
 

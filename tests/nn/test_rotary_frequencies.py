@@ -1,4 +1,4 @@
-"""Inverse frequencies equal transformers' own bit by bit."""
+"""Inverse frequencies equal those of transformers bit by bit."""
 
 from __future__ import annotations
 

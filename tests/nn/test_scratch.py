@@ -1,4 +1,4 @@
-"""Buffers that blocks share: one a name, apart from one another, in the room for the logits where there is any."""
+"""Buffers that blocks share: one per name, without overlap, in the memory reserved for the logits if there is any."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_name_is_one_buffer_until_it_is_let_go():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_buffers_stand_in_the_room_side_by_side(dtype):
+def test_buffers_do_not_overlap_in_the_reserved_memory(dtype):
     scratch, like = Scratch(), LIKE.to(dtype)
     scratch.reserve((100, 20), like)
     names = ("normed", "attended", "product")

@@ -1,4 +1,4 @@
-"""A pass that begins in the middle, at hidden states that are known: the same bits as one from the ids."""
+"""A pass that starts at cached hidden states gives the same bits as one that starts at the token ids."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_the_same_bits(variant: str, dropout: float, reco
         assert torch.equal(whole, from_the_middle)
 
 
-def test_nothing_below_is_looked_at() -> None:
+def test_no_lower_layer_is_read() -> None:
     decoder, batch = upper_layers("llama"), supervise(tiny_documents((23, 9)))
     entered = replace(batch, start=StartStates(LOWEST, decoder.layer_input(batch, LOWEST)))
     expected = decoder.loss_and_gradients(entered, 0.1)

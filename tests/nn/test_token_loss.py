@@ -1,4 +1,4 @@
-"""A loss of the tokens' log-probabilities, one weight a token: `Decoder.loss_and_gradients(…, token_loss=…)`."""
+"""A loss of the tokens' log-probabilities: `Decoder.loss_and_gradients(…, token_loss=…)`."""
 
 from __future__ import annotations
 

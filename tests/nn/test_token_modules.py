@@ -1,4 +1,4 @@
-"""Trained rows of an embedding whose weight is the output head's too: one parameter, which both compute with."""
+"""Trained rows of an embedding with a tied output head: one parameter that both use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for backward, counted in bytes of distinct storage."""
+"""Tensors that the forward pass saves for backward, counted in bytes of distinct storage."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from support.parity import decoder_like, supervise
 from support.tiny_models import attach_lora, tiny_documents, tiny_model
 
 RANK = 5
-# Torch's attention keeps a log-sum-exp a head of short documents; the compiled loop keeps none.
-HEADS_KEPT = 0 if kernels_available() else 6
+# torch's attention saves a log-sum-exp per head of short documents; the compiled kernel saves none.
+HEADS_SAVED = 0 if kernels_available() else 6
 
 
-def kept_outputs(dtype: torch.dtype) -> int:
-    """How often attention's output is kept: its loop gives it again in the backward, in float32."""
+def saved_outputs(dtype: torch.dtype) -> int:
+    """Return how often attention's output is saved: its float32 kernel recomputes it in the backward."""
     return 0 if kernels_available() and dtype == torch.float32 else 1
 
 
-def tensors_in(kept: object) -> Iterator[torch.Tensor]:
+def tensors_in(saved: object) -> Iterator[torch.Tensor]:
     """Every tensor in nested tuples."""
-    if isinstance(kept, torch.Tensor):
-        yield kept
-    elif isinstance(kept, tuple):
-        for part in kept:
+    if isinstance(saved, torch.Tensor):
+        yield saved
+    elif isinstance(saved, tuple):
+        for part in saved:
             yield from tensors_in(part)
 
 
-def kept_bytes_per_token(variant: str, recompute: str, dtype: torch.dtype, layer: int = 1) -> float:
-    """Bytes of all storages a block's saved tensors hold on to, per token, weights apart."""
+def saved_bytes_per_token(variant: str, recompute: str, dtype: torch.dtype, layer: int = 1) -> float:
+    """Return the bytes per token of all storages of a block's saved tensors, without weights."""
     adapted = attach_lora(tiny_model(variant, dtype=dtype), rank=RANK)
     decoder = decoder_like(adapted, 1.7, dtype=dtype)
     batch = supervise(tiny_documents((23, 9, 9)))
@@ -52,42 +52,42 @@ def kept_bytes_per_token(variant: str, recompute: str, dtype: torch.dtype, layer
     ("variant", "extra", "extra_factors"),
     [
         ("llama", 0, 0),
-        # q and k are kept before their norm instead of after it; one factor a head comes on top.
+        # q and k are saved before their norm instead of after it, together with one factor per head.
         ("qwen3", 0, 6 + 2),
-        # Sandwich norms keep the two normed outputs as they were before the norm, and their factors.
+        # With sandwich norms, the inputs of the two norms after the sublayers are saved, together with their factors.
         ("gemma3_text", 2 * 60, 6 + 2 + 2),
     ],
 )
-def test_kept_bytes_follow_the_formula(variant, extra, extra_factors, dtype):
+def test_saved_bytes_follow_the_formula(variant, extra, extra_factors, dtype):
     d, q, k, f = 60, 6 * 14, 2 * 14, 76
-    elements = 2 * d + (1 + kept_outputs(dtype)) * q + 2 * k + 2 * f + 7 * RANK + extra
-    expected = elements * dtype.itemsize + (HEADS_KEPT + 2 + extra_factors) * 4
-    assert kept_bytes_per_token(variant, "none", dtype) == expected
+    elements = 2 * d + (1 + saved_outputs(dtype)) * q + 2 * k + 2 * f + 7 * RANK + extra
+    expected = elements * dtype.itemsize + (HEADS_SAVED + 2 + extra_factors) * 4
+    assert saved_bytes_per_token(variant, "none", dtype) == expected
 
 
-def test_a_convolution_keeps_what_enters_and_leaves_it():
+def test_a_convolution_saves_its_input_and_output():
     d, f = 60, 72
     elements = 2 * d + 3 * d + d + 2 * f + 5 * RANK
-    assert kept_bytes_per_token("lfm2", "none", torch.float32, layer=2) == elements * 4 + 2 * 4
+    assert saved_bytes_per_token("lfm2", "none", torch.float32, layer=2) == elements * 4 + 2 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_delta_rule_keeps_its_output_before_and_behind_the_gate(dtype):
+def test_a_delta_rule_saves_its_output_before_and_after_the_gate(dtype):
     d, f, heads, values, channels = 60, 76, 6, 60, 60 + 40
     elements = 2 * d + (channels + values + 2 * heads) + 2 * values + 2 * f + 8 * RANK
     expected = elements * dtype.itemsize + (2 + heads) * 4
-    assert kept_bytes_per_token("qwen3_5_text", "none", dtype, layer=1) == expected
+    assert saved_bytes_per_token("qwen3_5_text", "none", dtype, layer=1) == expected
 
 
-def test_gated_attention_keeps_its_output_before_and_behind_the_gate():
+def test_gated_attention_saves_its_output_before_and_after_the_gate():
     d, q, k, f = 60, 6 * 14, 2 * 14, 76
     elements = 2 * d + (2 * q + 2 * k) + 2 * q + 2 * f + 7 * RANK
-    expected = elements * 4 + (HEADS_KEPT + 2 + 6 + 2) * 4
-    assert kept_bytes_per_token("qwen3_5_text", "none", torch.float32, layer=3) == expected
+    expected = elements * 4 + (HEADS_SAVED + 2 + 6 + 2) * 4
+    assert saved_bytes_per_token("qwen3_5_text", "none", torch.float32, layer=3) == expected
 
 
-def test_recompute_keeps_less():
+def test_recompute_saves_less():
     d, q, k = 60, 6 * 14, 2 * 14
-    mlp = (2 * d + (1 + kept_outputs(torch.float32)) * q + 2 * k + 5 * RANK) * 4 + (HEADS_KEPT + 2) * 4
-    assert kept_bytes_per_token("llama", "mlp", torch.float32) == mlp
-    assert kept_bytes_per_token("llama", "block", torch.float32) == d * 4
+    mlp = (2 * d + (1 + saved_outputs(torch.float32)) * q + 2 * k + 5 * RANK) * 4 + (HEADS_SAVED + 2) * 4
+    assert saved_bytes_per_token("llama", "mlp", torch.float32) == mlp
+    assert saved_bytes_per_token("llama", "block", torch.float32) == d * 4

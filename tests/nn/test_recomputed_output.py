@@ -1,4 +1,4 @@
-"""Attention's output, which its loop gives again in the backward: the same gradients as where it is kept."""
+"""The attention output recomputed in the backward pass gives the same gradients as a saved one."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gradients(
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """For each pass back through attention, whether it gave its output again."""
+    """For each pass back through attention, whether it recomputed its output."""
     seen: list[bool] = []
     right: Callable[..., Any] = attention_mixer.attention_backward
 
@@ -67,15 +67,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @needs_loops
 @pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "olmo2"])
-def test_gradients_are_those_of_a_kept_output(variant, recompute, monkeypatch):
+def test_gradients_are_those_of_a_saved_output(variant, recompute, monkeypatch):
     with torch_form():
-        kept = gradients(variant, LoRAConfig(rank=3), recompute, 5)
+        saved = gradients(variant, LoRAConfig(rank=3), recompute, 5)
     seen = counted(monkeypatch)
     with proving_kernels():
-        again = gradients(variant, LoRAConfig(rank=3), recompute, 5)
+        recomputed = gradients(variant, LoRAConfig(rank=3), recompute, 5)
     assert seen
     assert all(seen)
-    assert relative_error(again, kept) < 1e-12
+    assert relative_error(recomputed, saved) < 1e-12
 
 
 @needs_loops
@@ -92,15 +92,15 @@ def test_gradients_are_those_of_a_kept_output(variant, recompute, monkeypatch):
 )
 def test_every_adapter_of_the_output_projection_gets_its_gradient(adapter):
     with torch_form():
-        kept = gradients("llama", adapter, dropout_seed=7)
+        saved = gradients("llama", adapter, dropout_seed=7)
     with proving_kernels():
-        again = gradients("llama", adapter, dropout_seed=7)
-    assert kept.count_nonzero() > 0.9 * kept.numel()
-    assert relative_error(again, kept) < 1e-12
+        recomputed = gradients("llama", adapter, dropout_seed=7)
+    assert saved.count_nonzero() > 0.9 * saved.numel()
+    assert relative_error(recomputed, saved) < 1e-12
 
 
 @needs_loops
-def test_the_output_is_not_asked_for_where_nothing_needs_it(monkeypatch):
+def test_the_output_is_not_recomputed_if_nothing_needs_it(monkeypatch):
     seen = counted(monkeypatch)
     with proving_kernels():
         gradients("llama", LoRAConfig(rank=3, target_modules=("q_proj", "v_proj")))
@@ -110,7 +110,7 @@ def test_the_output_is_not_asked_for_where_nothing_needs_it(monkeypatch):
 
 @needs_loops
 @pytest.mark.parametrize("variant", ["gemma2", "qwen3_5_text"])
-def test_capped_and_gated_attention_keeps_its_output(variant, monkeypatch):
+def test_capped_and_gated_attention_saves_its_output(variant, monkeypatch):
     seen = counted(monkeypatch)
     with proving_kernels():
         gradients(variant, LoRAConfig(rank=3))
@@ -127,30 +127,30 @@ def attended(dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
 
 @needs_loops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_given_again_is_the_forward_s(dtype):
+def test_the_recomputed_output_has_the_bits_of_the_forward(dtype):
     saved, y, d_y = attended(dtype)
     assert can_recompute_output(saved.q) == (dtype == torch.float32)
-    again, other = torch.full_like(y, float("nan")), torch.full_like(y, float("nan"))
+    recomputed, other = torch.full_like(y, float("nan")), torch.full_like(y, float("nan"))
     plain = attention_backward(d_y, saved)
-    both = attention_backward(d_y, saved._replace(output=None), output_buffer=again)
+    both = attention_backward(d_y, saved._replace(output=None), output_buffer=recomputed)
     attention_backward(d_y, saved, output_buffer=other)
     assert all(torch.equal(one, two) for one, two in zip(plain, both, strict=True))
-    assert torch.equal(again, other)
-    assert relative_error(again, y) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(recomputed, other)
+    assert relative_error(recomputed, y) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_torch_s_form_gives_the_output_that_it_is_given_or_attends_once_more():
+def test_torch_s_form_returns_the_saved_output_or_recomputes_it():
     with torch_form():
         saved, y, d_y = attended(torch.float64)
         assert not can_recompute_output(saved.q)
-        again = torch.empty_like(y)
-        attention_backward(d_y, saved, output_buffer=again)
-        assert torch.equal(again, y)
+        recomputed = torch.empty_like(y)
+        attention_backward(d_y, saved, output_buffer=recomputed)
+        assert torch.equal(recomputed, y)
     with proving_kernels():  # keeps nothing that torch's form needs
         saved, y, d_y = attended(torch.float64)
     with torch_form():
-        attention_backward(d_y, saved._replace(output=None), output_buffer=again.zero_())
-    assert relative_error(again, y) < 1e-12
+        attention_backward(d_y, saved._replace(output=None), output_buffer=recomputed.zero_())
+    assert relative_error(recomputed, y) < 1e-12
 
 
 @pytest.mark.parametrize("dropout", [None, Dropout(0.4, 9)])
@@ -170,7 +170,7 @@ def test_only_lora_A_s_gradient_needs_the_input(dropout):
         assert relative_error(found, expected_one) < 1e-6
 
 
-def test_both_gradients_of_an_input_take_one_draw_of_its_mask(monkeypatch):
+def test_both_gradients_of_an_input_draw_the_mask_once(monkeypatch):
     generator = torch.Generator().manual_seed(2)
     x, weight, lora_A, lora_B, d_y, d_h = (
         torch.randn(*size, generator=generator) for size in ((7, 5), (6, 5), (3, 5), (6, 3), (7, 6), (7, 3))
