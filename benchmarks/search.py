@@ -117,10 +117,10 @@ class Replayed:
     def trials(self) -> list[Trial]:
         return list(self.all)
 
-    def hold(self, trial: Trial) -> bool:
+    def claim(self, trial: Trial) -> bool:
         return trial.number < len(self.all)
 
-    def begin(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
+    def add(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
         self.all.append(Trial(len(self.all), values, seed, repeats, goal))
         return self.all[-1]
 
@@ -153,7 +153,7 @@ def replay(found: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
     search = SearchOptions(over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
     schedule = Schedule(search, search.dimensions, {"learning_rate": rate}, seed)
     study: Any = Replayed(found, total, schedule.stages)
-    while isinstance(trial := schedule.next(study, may_begin=True), Trial):
+    while isinstance(trial := schedule.next(study, may_start=True), Trial):
         study.run(trial)
     best = min(run["best"] for run in found.values())
     chosen = best_of(study.all, schedule.last)

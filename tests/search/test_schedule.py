@@ -1,4 +1,4 @@
-"""The schedule on losses that are known beforehand: who is promoted, who goes on first, and how much is trained."""
+"""The schedule on known losses: which trials are promoted, which continue first, and how much is trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def work(search: Schedule, study: Study, steps: int = 10_000) -> float:
     trained = 0.0
     for _ in range(steps):
         with study.locked():
-            trial = search.next(study, may_begin=True)
+            trial = search.next(study, may_start=True)
         if trial is None:
             return trained
         assert trial != "wait"
@@ -41,8 +41,8 @@ def work(search: Schedule, study: Study, steps: int = 10_000) -> float:
         losses = [loss(trial, stage) for stage in range(1, trial.goal + 1)]
         with study.locked():
             found = {"losses": losses, "done": trial.goal, "steps": 1}
-            study.write(trial.number, found, over=trial.goal == search.last)
-        study.let_go(trial)
+            study.write(trial.number, found, finished=trial.goal == search.last)
+        study.release(trial)
     return trained
 
 
@@ -79,9 +79,9 @@ def test_a_search_that_is_cut_off_at_any_time_ends_in_the_same_trials(tmp_path: 
     for _ in range(50):
         again = Study(tmp_path / "cut", search.dimensions, GIVEN, search.last)  # another process each time
         with again.locked():
-            trial = search.next(again, may_begin=True)  # begun, and then killed
+            trial = search.next(again, may_start=True)  # begun, and then killed
         if isinstance(trial, Trial):
-            again.let_go(trial)
+            again.release(trial)
         work(search, cut, steps=1)
     assert cut.trials() == whole.trials()
 
@@ -101,18 +101,18 @@ def test_who_holds_a_trial_keeps_others_from_it_and_they_wait_for_the_last_ones(
     search = schedule(trials=2)
     one, two = (Study(tmp_path, search.dimensions, GIVEN, search.last) for _ in range(2))
     with one.locked():
-        first = search.next(one, may_begin=True)
+        first = search.next(one, may_start=True)
     with two.locked():
-        second = search.next(two, may_begin=True)
+        second = search.next(two, may_start=True)
     assert isinstance(first, Trial) and isinstance(second, Trial)
     assert (first.number, second.number) == (0, 1)
     with two.locked():
         two.write(1, {"losses": [loss(second, 1)], "done": 1, "steps": 1})
-        two.let_go(second)
-        assert search.next(two, may_begin=True) == "wait"
-    one.let_go(first)  # as a killed process does
+        two.release(second)
+        assert search.next(two, may_start=True) == "wait"
+    one.release(first)  # as a killed process does
     with two.locked():
-        assert search.next(two, may_begin=True) == first
+        assert search.next(two, may_start=True) == first
 
 
 def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_here(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_
 
     def begun(study: Study) -> Trial:
         with study.locked():
-            trial = search.next(study, may_begin=True)
+            trial = search.next(study, may_start=True)
         assert isinstance(trial, Trial)
         return trial
 
@@ -129,20 +129,20 @@ def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_
         with study.locked():
             losses = [loss(trial, stage) for stage in range(1, trial.goal + 1)]
             found = {"losses": losses, "done": trial.goal, "steps": 1}
-            study.write(trial.number, found, over=trial.goal == search.last)
+            study.write(trial.number, found, finished=trial.goal == search.last)
 
     held, other = begun(one), begun(two)
     best, given = sorted((held, other), key=lambda trial: loss(trial, 1))
     of_best, of_given = (one, two) if best == held else (two, one)
     written(of_best, best)
     written(of_given, given)
-    of_given.let_go(given)
+    of_given.release(given)
     with of_given.locked():
-        assert search.next(of_given, may_begin=True) == "wait"
-    of_best.let_go(best)
+        assert search.next(of_given, may_start=True) == "wait"
+    of_best.release(best)
     while (trial := begun(of_given)).number == best.number:
         written(of_given, trial)
-        of_given.let_go(trial)
+        of_given.release(trial)
     # The options as given go on to the end, for the comparison.
     assert trial.number == given.number == 0 and trial.goal == search.last
 
@@ -153,12 +153,12 @@ def test_the_options_as_given_may_be_held_a_moment_longer(tmp_path: Path) -> Non
     work(search, one, steps=1)
     work(search, two, steps=len(search.stages))
     with one.locked():
-        assert one.hold(one.trials()[0])
+        assert one.claim(one.trials()[0])
     with two.locked():
-        assert search.next(two, may_begin=True) == "wait"
-    one.let_go(one.trials()[0])
+        assert search.next(two, may_start=True) == "wait"
+    one.release(one.trials()[0])
     with two.locked():
-        trial = search.next(two, may_begin=True)
+        trial = search.next(two, may_start=True)
     assert isinstance(trial, Trial) and (trial.number, trial.goal) == (0, search.last)
 
 
@@ -167,7 +167,7 @@ def test_without_time_no_trial_begins_but_the_best_goes_on(tmp_path: Path) -> No
     study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     work(search, study, steps=3)
     with study.locked():
-        trial = search.next(study, may_begin=False)
+        trial = search.next(study, may_start=False)
     assert isinstance(trial, Trial)
     assert len(study.trials()) == 3 and trial.goal == 2
 
@@ -189,12 +189,12 @@ def test_values_of_a_trial_that_failed_are_not_tried_again_nearby(tmp_path: Path
     study = Study(tmp_path, search.dimensions, GIVEN, search.last)
     for _ in range(12):
         with study.locked():
-            trial = search.next(study, may_begin=True)
+            trial = search.next(study, may_start=True)
             assert isinstance(trial, Trial)
             failed = float(trial.values["learning_rate"]) > 2e-3
             found = {"failed": "not finite"} if failed else {"losses": [loss(trial, 1)], "done": 1, "steps": 1}
-            study.write(trial.number, found, over=not failed)
-            study.let_go(trial)
+            study.write(trial.number, found, finished=not failed)
+            study.release(trial)
     later = study.trials()[7:]
     assert sum(trial.failed is not None for trial in later) < len(later) / 2
 

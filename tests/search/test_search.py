@@ -146,7 +146,7 @@ def test_a_search_goes_on_with_more_trials_and_refuses_other_options(tiny: TinyR
     text = tiny.rows.read_text()
     tiny.rows.write_text(text.replace("json", "names"))
     try:
-        with pytest.raises(UsageError, match="not those that the search began with"):
+        with pytest.raises(UsageError, match="have changed since the search started"):
             search_command(again)
     finally:
         tiny.rows.write_text(text)

@@ -1,4 +1,4 @@
-"""A search on SmolLM2 that is killed, and gone on with by two processes at once: no trial is lost."""
+"""A search on SmolLM2 that is killed, then continued by two processes at once: no trial is lost."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A search over options of a run: Optuna proposes, and every trial is a run of its own that can be continued."""
+"""A search over the options of a run. Optuna proposes values; every trial is a run that can be resumed."""

@@ -1,7 +1,8 @@
-"""`backhand search`: a plan, trials until there is nothing left to do, the best adapter, and a page.
+"""`backhand search`: plan, train trials until the schedule ends, publish the best adapter, and write the report.
 
-Every trial is a run of `training.run.train` in a directory of its own, with what all of them have in common made once
-(`training.engine.Shared`). It stops at the end of a stage as after a signal, and is promoted by being resumed.
+Every trial is a run of `training.run.train` in its own directory. Model, rows and frozen weights are loaded once for
+all trials (`engines.engine.Shared`). A trial pauses at the end of a stage with a checkpoint, and a promoted trial is
+resumed from it.
 """
 
 from __future__ import annotations
@@ -46,51 +47,51 @@ SEARCH = "search.toml"
 ROWS = "rows.json"
 _CHANGEABLE = {"search": ("trials", "hours", "seeds"), "run": ("output", "resume", "quiet", "debug")}
 BELOW, ABOVE = 8, 4
-"""How far the usual range goes from the rate that `auto` stands for; docs/rates.md."""
+"""Default range of the learning rate: `auto`'s rate divided by BELOW, to the same times ABOVE. See docs/rates.md."""
 _POLL_S = 1.0
-_MEASURED_S = 3.0
+_CALIBRATION_S = 3.0
 
 
 def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) -> SearchResult:
-    """Search as `config` says; what is left behind stands in the output directory, see docs/search.md.
+    """Run or resume a search. docs/search.md describes the files in its output directory.
 
     Args:
-        config: the run, and what of it is varied.
-        typed: names of options that were given even where they have their default value.
+        config: the run and the options to vary.
+        typed: names of options on the command line, including those with their default value.
 
     Returns:
-        what came of it, as search.json has it.
+        the result, as in search.json.
 
     Raises:
-        UsageError, DataError, ArtifactError, ResourceError: before the first trial, or in it; each says what to do.
-        Interrupted: after a signal, with the trial that was in work saved.
+        UsageError, DataError, ArtifactError, ResourceError: before the first trial or in a trial.
+        Interrupted: after a signal. The trial that was being trained is saved.
     """
     optuna_installed()
     config = (_resumed(config, typed) if config.run.resume else _fresh(config)).validate()
     machine, shared = resolve_machine(config), Shared()
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-        with working("planning", quiet=config.run.quiet) as shown:
+        with working("planning", quiet=config.run.quiet) as show:
             outline = outline_run(largest(config.run_config, config.search.dimensions), machine, shared=shared)
-            search = Search(decided(config, outline), shared)
-            search.look_at(outline)
+            search = Search(resolved(config, outline), shared)
+            search.prepare(outline)
             if not config.run.resume:
-                shown("measuring this machine's speed")
-                speed = calibrate(outline, machine, budget_s=_MEASURED_S)
+                show("measuring this machine's speed")
+                speed = calibrate(outline, machine, budget_s=_CALIBRATION_S)
                 search.run_s = speed.train_s + speed.evaluate_s
-        search.tell_plan(outline)
+        search.print_plan(outline)
         try:
-            search.work()
+            search.train_trials()
         except KeyboardInterrupt:
-            stopped = Interrupted(signal.SIGINT, 0, f"go on with {search.again}")
-            stopped.what = "interrupted; every trial is kept as it was saved last"
+            stopped = Interrupted(signal.SIGINT, 0, f"continue with {search.resume_command}")
+            stopped.what = "interrupted; every trial has its last checkpoint"
             raise stopped from None
     return search.finish()
 
 
-def decided(config: SearchConfig, outline: Outline) -> SearchConfig:
-    """With the rows that are held out, and where the rate is varied with a number for `auto`.
+def resolved(config: SearchConfig, outline: Outline) -> SearchConfig:
+    """Return the configuration with resolved held-out rows and, if the learning rate is varied, its number for `auto`.
 
-    Unless it is said where it is varied, that is about this number.
+    Without `--over` the range of the learning rate is set around this number.
     """
     search, options = config.search, config.optimization
     if any(one.name == "learning_rate" for one in search.dimensions):
@@ -104,69 +105,70 @@ def decided(config: SearchConfig, outline: Outline) -> SearchConfig:
 def _fresh(config: SearchConfig) -> SearchConfig:
     if config.run.overwrite:
         raise UsageError(
-            "a search is not overwritten: it holds many runs",
+            "a search cannot be overwritten, since it contains many runs",
             where="overwrite",
             next_step="remove the directory yourself, or give another --output",
         )
     output = config.run.output
     if (output / SEARCH).exists():
         raise UsageError(
-            f"{output} holds a search already",
+            f"{output} already contains a search",
             where="output",
-            next_step="go on with it, or join in, with --resume; or give another directory",
+            next_step="continue or join it with --resume, or give another directory",
         )
     with opened(output, resume=False, overwrite=False):
         return config
 
 
 def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
-    """The stored options, with those that may change taken from what is given now."""
+    """Return the stored options, updated by the given ones that may change."""
     path = given.run.output / SEARCH
     if not path.exists():
         raise UsageError(f"there is no search in {given.run.output}", where="output", next_step="leave out --resume")
     stored = tables_as(SearchConfig, read_table(path), str(path))
     config, differences = taken_over(given, stored, typed, lambda part, name: name in _CHANGEABLE.get(part, ()))
     if differences:
-        told = [f"{name}: {before!r} in the search, {value!r} given" for name, before, value in differences]
+        changes = [f"{name}: {before!r} in the search, {value!r} given" for name, before, value in differences]
         raise UsageError(
-            "the search cannot be gone on with: " + "; ".join(told),
+            "the search cannot be continued: " + "; ".join(changes),
             where=str(given.run.output),
             why="its trials would not be comparable; only trials, hours and seeds may change",
             next_step="leave these options out, or give another --output",
         )
-    own = {name: getattr(given.run, name) for name in _CHANGEABLE["run"]}
-    return replace(config, run=replace(config.run, **own))
+    of_process = {name: getattr(given.run, name) for name in _CHANGEABLE["run"]}
+    return replace(config, run=replace(config.run, **of_process))
 
 
 @dataclass
 class Search:
-    """A search in its directory, as one process works on it."""
+    """One process's part of the search in a directory."""
 
-    config: SearchConfig  # of the search
-    shared: Shared  # what all trials have in common
-    rows: int = 0  # training rows
-    run_s: float | None = None  # what a run takes from beginning to end, as far as it is known
+    config: SearchConfig
+    shared: Shared  # model, rows and weights of all trials
+    rows: int = 0  # number of training rows
+    run_s: float | None = None  # estimated seconds of a complete run; None while unknown
 
     def __post_init__(self) -> None:
         self.directory = self.config.run.output
         dimensions = self.config.search.dimensions
         given = {one.name: value for one in dimensions if (value := one.of(self.config)) is not None}
         self.schedule = Schedule(self.config.search, dimensions, given, self.config.run.seed)
-        assert self.schedule.count  # a grid that is too large is told before anything is written
+        assert self.schedule.count  # raises for a grid that is too large, before a file is written
         self.study = Study(self.directory, dimensions, given, self.schedule.last)
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
         self._console = console(stderr=True, quiet=self.config.run.quiet, soft_wrap=True)
 
     @property
-    def again(self) -> str:
-        """The command that goes on, or joins in."""
+    def resume_command(self) -> str:
+        """The command that continues or joins this search."""
         return f"backhand search --resume --output {shlex.quote(str(self.directory))}"
 
-    def look_at(self, outline: Outline) -> None:
-        """Take from the largest trial what all of them have alike, and write it down.
+    def prepare(self, outline: Outline) -> None:
+        """Take the options that all trials share from the largest one, and write them with the digests of the rows.
 
         Raises:
-            UsageError: no rows are held out, or they are not those that the search began with.
+            UsageError: no rows are held out, or the rows have changed since the search started.
+            ArtifactError: the digests of the rows are damaged or missing.
         """
         if outline.held_out is None:
             raise UsageError(
@@ -180,10 +182,10 @@ class Search:
         known = os.path.lexists(path)
         if known and _row_digests(path) != digests:
             raise UsageError(
-                "the rows are not those that the search began with",
+                "the rows have changed since the search started",
                 where=str(self.directory),
-                why="trials before and after would not be comparable",
-                next_step="put the rows back, or give another --output",
+                why="earlier and later trials would not be comparable",
+                next_step="restore the rows, or give another --output",
             )
         if not known and self.config.run.resume:
             self._refuse_trials(path)
@@ -197,74 +199,73 @@ class Search:
             write_atomically(path, json_bytes(digests))
 
     def _refuse_trials(self, path: Path) -> None:
-        """Raise ArtifactError if there are trials, whose rows are not known without this file."""
+        """Raise ArtifactError if there are trials. Without this file their rows are unknown."""
         with self.study.locked():
             if self.study.trials():
                 raise ArtifactError(
                     "the digests of the rows are missing",
                     where=str(path),
-                    why="trials before and after might not be comparable",
-                    next_step="restore the file from a copy, or begin another search with another --output",
+                    why="earlier and later trials might not be comparable",
+                    next_step="restore the file from a copy, or start another search with another --output",
                 )
 
-    def tell_plan(self, outline: Outline) -> None:
-        """Say what is about to happen."""
+    def print_plan(self, outline: Outline) -> None:
+        """Print trials, time, memory and rows of the search."""
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
         runs = schedule.runs()
         time_s = "" if self.run_s is None else f", about {duration(runs * self.run_s)}"
-        what = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
+        trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
         lines = [
-            f"{what}; as many steps as {runs:.1f} runs{time_s}",
+            f"{trials}; steps of {runs:.1f} runs{time_s}",
             f"memory: about {in_words(outline.memory.peak_bytes)}, one model for all trials",
             f"rows: {self.rows:,} to train on, {len(outline.held_out.examples) if outline.held_out else 0:,} held out",
         ]
         if options.hours is not None:
-            lines.append(f"budget: {duration(options.hours * 3600)}; no trial begins that would not leave time to end")
+            lines.append(f"budget: {duration(options.hours * 3600)}; no trial starts without time to finish")
         for line in lines:
             self._console.print(line)
 
-    def work(self) -> None:
-        """Do what is to be done until nothing is left, or what is left is others' work and done as well."""
+    def train_trials(self) -> None:
+        """Train trials until the schedule ends, waiting for those of other processes."""
         while True:
             with self.study.locked():
-                trial = self.schedule.next(self.study, may_begin=self._may_begin())
+                trial = self.schedule.next(self.study, may_start=self._may_start())
             if trial is None:
                 return
             if trial == "wait":
-                with working("other processes are at work on the last trials", quiet=self.config.run.quiet):
+                with working("other processes train the last trials", quiet=self.config.run.quiet):
                     time.sleep(_POLL_S)
                 continue
             try:
-                self._run(trial)
+                self._train(trial)
             finally:
-                self.study.let_go(trial)
+                self.study.release(trial)
 
-    def _run(self, trial: Trial) -> None:
-        """Bring a trial to its goal, a stage at a time."""
+    def _train(self, trial: Trial) -> None:
+        """Train a trial to its goal and write its losses to the study."""
         config, stage = self.trial_config(trial), trial.goal
-        began, failed = time.monotonic(), None
+        started_at, failed = time.monotonic(), None
         pause_at = None if stage == self.schedule.last else self.step_of(config, stage)
         total = self.steps(config)
 
-        def where(step: int) -> str:
-            return f"{self.named(trial)}: step {step} of {total}"
+        def position(step: int) -> str:
+            return f"{self.describe(trial)}: step {step} of {total}"
 
         try:
-            with working(where(0), quiet=self.config.run.quiet) as show:
+            with working(position(0), quiet=self.config.run.quiet) as show:
 
-                def shown(record: Mapping[str, Any]) -> None:
-                    """On a terminal all the time, else where nothing was said for long."""
-                    if "loss" not in record:  # of an evaluation
+                def show_step(record: Mapping[str, Any]) -> None:
+                    if "loss" not in record:  # an evaluation
                         return
-                    show(where(record["step"]))
-                    if silent_for_s() > SILENCE_S / 2:
-                        self._console.print(where(record["step"]))
+                    show(position(record["step"]))
+                    if silent_for_s() > SILENCE_S / 2:  # where there is no status line
+                        self._console.print(position(record["step"]))
 
-                train(_as_typed(config), callbacks=[shown], shared=self.shared, pause_at=pause_at)
+                train(_start_or_resume(config), callbacks=[show_step], shared=self.shared, pause_at=pause_at)
         except Interrupted as error:
             if error.exit_code != _PAUSED:
-                raise Interrupted(error.exit_code - 128, error.step, f"go on with {self.again}") from None
+                raise Interrupted(error.exit_code - 128, error.step, f"continue with {self.resume_command}") from None
         except BackhandError as error:
             if not _is_due_to_values(error, trial, resumed=config.run.resume):
                 raise
@@ -275,24 +276,24 @@ class Search:
             raise ArtifactError(
                 "the evaluations of the trial are missing",
                 where=str(path),
-                next_step="restore the file from a copy, or remove the directory of the trial, which is then repeated",
+                next_step="restore the file from a copy, or remove the trial's directory to train it again",
             )
-        spent = {"spent_s": round(trial.spent_s + time.monotonic() - began, 3)}
-        found: dict[str, Any] = {"losses": losses, "done": stage, **spent, "steps": self.step_of(config, stage)}
+        spent = {"spent_s": round(trial.spent_s + time.monotonic() - started_at, 3)}
+        fields: dict[str, Any] = {"losses": losses, "done": stage, **spent, "steps": self.step_of(config, stage)}
         if failed is not None or not all(map(math.isfinite, losses)):
-            found = {"failed": failed or "its held-out loss is not finite", **spent}
+            fields = {"failed": failed or "its held-out loss is not finite", **spent}
         elif stage == self.schedule.last:
-            found = {"adapter": file_digests(config.run.output / ADAPTER), **found}
+            fields = {"adapter": file_digests(config.run.output / ADAPTER), **fields}
         with self.study.locked():
-            self.study.write(trial.number, found, over=stage == self.schedule.last)
+            self.study.write(trial.number, fields, finished=stage == self.schedule.last)
             trials = self.study.trials()
         self.run_s = _run_s(trials, self.steps(self.config)) or self.run_s
         if stage == self.schedule.last and failed is None:
             write_report(config.run.output)
-        self._tell(trials, trials[trial.number])
+        self._print_result(trials, trials[trial.number])
 
     def trial_config(self, trial: Trial) -> TrainConfig:
-        """The run of a trial: everything that is not varied is as the search has it."""
+        """Return the configuration of a trial's run."""
         config = applied(self.config.run_config, self.schedule.dimensions, trial.values)
         output, given = self.directory / TRIALS / trial.name, config.run
         run = replace(
@@ -307,12 +308,12 @@ class Search:
         return replace(config, run=run)
 
     def steps(self, config: TrainConfig) -> int:
-        """Steps of a run."""
+        """Return the number of steps of a run."""
         sampler = Sampler(self.rows, config.optimization.batch_rows, config.run.seed)
         return config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch
 
     def step_of(self, config: TrainConfig, stage: int) -> int:
-        """The evaluation that a stage ends with."""
+        """Return the step at which a stage ends, which has an evaluation."""
         total = self.steps(config)
         if stage == self.schedule.last:
             return total
@@ -329,28 +330,28 @@ class Search:
         until = ([loss for step, loss in measured if step <= end] for end in ends)
         return [min(losses) for losses in takewhile(bool, until)]
 
-    def _may_begin(self) -> bool:
-        """Whether one more trial leaves time to finish the best ones."""
+    def _may_start(self) -> bool:
+        """Return True if there is time for one more trial and for finishing the best one."""
         hours = self.config.search.hours
         if hours is None or self.run_s is None:
             return True
         needed = 1 + 2 * (self.schedule.options.seeds - 1)
-        return time.monotonic() - self.began + needed * self.run_s <= hours * 3600
+        return time.monotonic() - self.started_at + needed * self.run_s <= hours * 3600
 
-    def _tell(self, trials: list[Trial], trial: Trial) -> None:
-        """A line about a trial that has come to the end of a stage."""
+    def _print_result(self, trials: list[Trial], trial: Trial) -> None:
+        """Print a line about a trial that has ended a stage or failed."""
         config = self.trial_config(trial)
         if trial.failed is not None:
-            self._console.print(f"{self.named(trial)}: failed: {trial.failed}")
+            self._console.print(f"{self.describe(trial)}: failed: {trial.failed}")
             return
         at = "to the end" if trial.done == self.schedule.last else f"to step {trial.steps} of {self.steps(config)}"
         done = sum(one.steps / self.steps(self.trial_config(one)) for one in trials)
         left_s = (self.schedule.runs() - done) * (self.run_s or 0.0)
         left = f"  about {duration(left_s)} left" if left_s > 0 else ""
-        self._console.print(f"{self.named(trial)}, {at}: held-out loss {trial.losses[-1]:.4f}{left}")
+        self._console.print(f"{self.describe(trial)}, {at}: held-out loss {trial.losses[-1]:.4f}{left}")
 
-    def named(self, trial: Trial) -> str:
-        """A trial with its values."""
+    def describe(self, trial: Trial) -> str:
+        """Return name and values of a trial."""
         values = [f"{name} {value}" for name, value in trial.values.items()]
         if trial.number == 0:
             values.insert(0, "as given")
@@ -359,7 +360,7 @@ class Search:
         return f"trial {trial.name} ({', '.join(values)})"
 
     def finish(self) -> SearchResult:
-        """Publish the best adapter, write search.json and the page, and say what came of it."""
+        """Publish the best adapter, write search.json and the report, and print the result."""
         with self.study.locked():
             trials = self.study.trials()
             result = result_of(self.config, self.schedule, trials, self.steps(self.config))
@@ -373,9 +374,9 @@ _PAUSED = 128
 
 
 def _is_due_to_values(error: BackhandError, trial: Trial, *, resumed: bool) -> bool:
-    """Return True if other values would avoid this error, so that the trial has failed and the search goes on.
+    """Return True if the values caused this error: the trial has failed, and the search continues.
 
-    Every other error, of damaged files or a full disk for one, ends the search: the trial can go on once it is mended.
+    Other errors, such as a damaged file or a full disk, end the search. The trial can continue once they are repaired.
     """
     if isinstance(error, CheckError):
         return True
@@ -392,18 +393,18 @@ def _row_digests(path: Path) -> dict[str, str]:
         raise ArtifactError(
             "these are not the digests of a search's rows",
             where=str(path),
-            next_step="restore the file from a copy, or begin another search with another --output",
+            next_step="restore the file from a copy, or start another search with another --output",
         )
     return digests
 
 
-def _as_typed(config: TrainConfig) -> TrainConfig:
-    """The run to begin; or to go on with, whose options stand in its directory."""
+def _start_or_resume(config: TrainConfig) -> TrainConfig:
+    """Return the configuration to start a run, or to resume one with the options in its directory."""
     run = config.run
     return TrainConfig(run=RunOptions(output=run.output, resume=True, quiet=True)) if run.resume else config
 
 
 def _run_s(trials: list[Trial], steps: int) -> float | None:
-    """Seconds of a run from beginning to end, from what trials took so far."""
-    known = [trial.spent_s / trial.steps for trial in trials if trial.steps and trial.failed is None]
-    return sum(known) / len(known) * steps if known else None
+    """Estimate the seconds of a complete run from the trials so far; None if none has trained yet."""
+    step_s = [trial.spent_s / trial.steps for trial in trials if trial.steps and trial.failed is None]
+    return sum(step_s) / len(step_s) * steps if step_s else None

@@ -1,7 +1,7 @@
 """The journal of a search, `study.journal`: one JSON object per line, which Optuna's storage replays.
 
-Optuna's own file backend opens whatever has the name, and creates it. This one reads plain files only, refuses a line
-that is not a JSON object, and drops the half line that a killed process leaves at the end.
+Optuna's own file backend opens whatever has the name. This one reads plain files only, refuses a line that is not a
+JSON object, and drops the half line that a killed process leaves at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 
 
 class Journal:
-    """A backend for Optuna's `JournalStorage`. Whoever uses it holds the lock of the search.
+    """Backend for Optuna's `JournalStorage`. Its user holds the lock of the search.
 
     Raises:
         ArtifactError: the file cannot be read, or contains a line that is not a JSON object.
@@ -65,7 +65,7 @@ class Journal:
 
 def damaged_study(path: Path, why: str) -> ArtifactError:
     """Return the error for a journal that cannot be read or was not written by a search."""
-    step = "restore the file from a copy, or begin another search with another --output"
+    step = "restore the file from a copy, or start another search with another --output"
     return ArtifactError("the study is damaged", where=str(path), why=why, next_step=step)
 
 

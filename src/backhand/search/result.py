@@ -1,4 +1,4 @@
-"""What came of a search: the best values, by how much they beat the options as given, the adapter, and the page."""
+"""Result of a search: the best values, their gain over the options as given, the adapter, and the report."""
 
 from __future__ import annotations
 
@@ -30,54 +30,54 @@ from backhand.words import count_of, duration
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What came of a search. `search.json` holds these fields, and every trial."""
+    """Result of a search. `search.json` contains these fields and every trial."""
 
-    # output, adapter: the directory of the search, and the best adapter in it
+    # output, adapter: directory of the search, and directory of the best adapter in it
     output: str
     adapter: str
     best: int  # number of the best trial
     values: Values  # of the best trial
-    # loss, given_loss: held-out loss of the best trial, and of the options as they were given, mean over the seeds;
-    # None where these came to no end
+    # loss, given_loss: held-out loss of the best trial and of the options as given, each the mean over the seeds;
+    # None if the run with the options as given failed
     loss: float
     given_loss: float | None
-    differences: tuple[float, ...]  # the second minus the first, for each seed
-    sentence: str  # what to use, and by how much it is better
-    command: str  # that repeats the best trial
-    importance: dict[str, float]  # of each option, in all 1; empty where that cannot be told
-    # trials, failed: trials of their own, and those of them that could not be finished
+    differences: tuple[float, ...]  # given_loss - loss of each seed
+    sentence: str  # values to use, and their gain
+    command: str  # which repeats the best trial
+    importance: dict[str, float]  # share of each option, with the sum 1; empty if there are too few trials
+    # trials, failed: number of trials without repetitions, and how many of them failed
     trials: int
     failed: int
-    runs: float  # what all trials trained together, in runs from beginning to end
-    spent_s: float  # seconds that they took together
+    runs: float  # training of all trials together, in complete runs
+    spent_s: float  # of all trials together
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Return the lines for the terminal."""
         ranked = sorted(self.importance.items(), key=lambda one: -one[1])
         importance = ", ".join(f"{name} {share:.0%}" for name, share in ranked)
         return [
-            f"{count_of(self.trials, 'trial')}, as many steps as {self.runs:.1f} runs, in {duration(self.spent_s)}"
+            f"{count_of(self.trials, 'trial')} with the steps of {self.runs:.1f} runs, in {duration(self.spent_s)}"
             + (f"; {self.failed} failed" if self.failed else ""),
             self.sentence,
-            *([f"What decided: {importance}."] if importance else []),
+            *([f"Importance: {importance}."] if importance else []),
             f"Adapter: {self.adapter}",
-            f"Again: {self.command}",
+            f"Repeat: {self.command}",
         ]
 
 
 def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial], steps: int) -> SearchResult:
-    """Judge the trials.
+    """Compare the trials.
 
     Args:
-        steps: of a run with the options as given.
+        steps: number of steps of a run with the options as given.
 
     Raises:
-        CheckError: none of them came to its end.
+        CheckError: no trial finished.
     """
     best, given = best_of(trials, schedule.last), trials[0]
     if best is None:
         raise CheckError(
-            "no trial came to its end",
+            "no trial finished",
             where=str(config.run.output),
             why=next((trial.failed for trial in trials if trial.failed), None),
             next_step="narrow the ranges of --over, or give a lower --learning-rate",
@@ -90,7 +90,7 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
     differences = tuple(by_seed[1][seed] - by_seed[0][seed] for seed in seeds)
     loss = statistics.mean(by_seed[0][seed] for seed in seeds or by_seed[0])
     given_loss = statistics.mean(by_seed[1][seed] for seed in seeds) if seeds else None
-    output, own = config.run.output, [trial for trial in trials if trial.repeats is None]
+    output, firsts = config.run.output, [trial for trial in trials if trial.repeats is None]
     path = output / TRIALS / best.name / CONFIG
     return SearchResult(
         output=str(output),
@@ -103,8 +103,8 @@ def result_of(config: SearchConfig, schedule: Schedule, trials: Sequence[Trial],
         sentence=_sentence(best, loss, given_loss, differences),
         command=f"backhand train {shlex.quote(str(path))} --output runs/again",
         importance=schedule.importance(trials),
-        trials=len(own),
-        failed=sum(trial.failed is not None for trial in own),
+        trials=len(firsts),
+        failed=sum(trial.failed is not None for trial in firsts),
         runs=round(sum(trial.steps for trial in trials) / steps, 3),
         spent_s=round(sum(trial.spent_s for trial in trials), 1),
     )
@@ -120,21 +120,21 @@ def _sentence(best: Trial, loss: float, given_loss: float | None, differences: S
         return f"Keep {options}: no trial has a lower held-out loss than the options as given ({given_loss:.4f}{mean})."
     gain = given_loss - loss
     share = gain / abs(given_loss) if given_loss else 0.0
-    said = f"Use {options}: held-out loss {loss:.4f}, {share:.1%} lower than {given_loss:.4f} as given"
+    result = f"Use {options}: held-out loss {loss:.4f}, {share:.1%} lower than {given_loss:.4f} as given"
     if len(differences) < 2:
-        return f"{said}, with one seed each; --resume --seeds 3 tells whether that is more than chance."
+        return f"{result}, with one seed each; --resume --seeds 3 tests if that is more than chance."
     spread = statistics.stdev(differences)
-    kept = gain > 2 * spread / len(differences) ** 0.5
-    beyond = "more than" if kept else "within"
-    return f"{said}; the difference over {len(differences)} seeds is {gain:.4f} ± {spread:.4f}, {beyond} the spread."
+    significant = gain > 2 * spread / len(differences) ** 0.5
+    beyond = "more than" if significant else "within"
+    return f"{result}; the difference over {len(differences)} seeds is {gain:.4f} ± {spread:.4f}, {beyond} the spread."
 
 
 def write_result(result: SearchResult, config: SearchConfig, schedule: Schedule, trials: Sequence[Trial]) -> Path:
     """Publish the best adapter, write search.json and report.html; return the page's path.
 
     Raises:
-        ArtifactError: the best trial's adapter is not the one that it ended with; what was published before stays.
-        ResourceError: something cannot be written.
+        ArtifactError: the adapter of the best trial is damaged. The one published before stays.
+        ResourceError: a file cannot be written.
     """
     output = config.run.output
     RunDirectory(output.resolve(), FileLayer()).publish_adapter(checked_adapter(output, trials[result.best]))
@@ -153,11 +153,10 @@ def file_digests(directory: Path) -> dict[str, str]:
 def checked_adapter(output: Path, trial: Trial) -> dict[str, bytes]:
     """Return the files of a trial's adapter, compared with the digests from the end of the trial.
 
-    Trials of earlier versions have no digests in the study: their backhand.json has those of the tensors and the
-    configuration.
+    Trials of earlier versions have no digests in the study. Their backhand.json has those of tensors and configuration.
 
     Raises:
-        ArtifactError: a file is missing, or is not as it was written.
+        ArtifactError: a file is missing or has changed.
     """
     run = output / TRIALS / trial.name
     names = trial.adapter or (CONFIG_FILE, TENSOR_FILE, RECORD_FILE, CARD_FILE)
@@ -180,7 +179,7 @@ def checked_adapter(output: Path, trial: Trial) -> dict[str, bytes]:
     if changed:
         again = f"backhand train --resume --output {shlex.quote(str(run))}"
         raise ArtifactError(
-            f"the adapter of the best trial is not as it was written; {ADAPTER}/ of the search stays as it is",
+            f"the adapter of the best trial has changed since its end; {ADAPTER}/ of the search stays as it is",
             where=str(run / ADAPTER),
             why="; ".join(changed),
             next_step=f"{again} restores it from the trial's checkpoint; then resume the search",
@@ -188,22 +187,24 @@ def checked_adapter(output: Path, trial: Trial) -> dict[str, bytes]:
     return contents
 
 
-_MOST_SIDE_BY_SIDE = 4
+_MAX_COMPARED_RUNS = 4
 
 
 def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> bytes:
-    """The page as one HTML file."""
+    """Return the report as one HTML file."""
     output = Path(result.output)
-    measured = [trial for trial in trials if trial.losses and trial.failed is None]
-    ended = sorted((trial for trial in measured if trial.done == schedule.last), key=lambda trial: trial.losses[-1])
-    shown = sorted(ended[:_MOST_SIDE_BY_SIDE], key=lambda trial: trial.number)
+    with_losses = [trial for trial in trials if trial.losses and trial.failed is None]
+    finished = sorted(
+        (trial for trial in with_losses if trial.done == schedule.last), key=lambda trial: trial.losses[-1]
+    )
+    shown = sorted(finished[:_MAX_COMPARED_RUNS], key=lambda trial: trial.number)
     runs = [read_run(output / TRIALS / trial.name) for trial in shown]
     values = comparison_values(runs, [trial.label for trial in shown])
     for dimension in schedule.dimensions:
         rows = [
             {"x": trial.values[dimension.name], "loss": trial.losses[-1], "reached": schedule.reached(trial)}
             | {"trial": trial.label}
-            for trial in measured
+            for trial in with_losses
             if dimension.name in trial.values
         ]
         kind = "nominal" if dimension.choices else "log" if dimension.log else "linear"
@@ -217,7 +218,7 @@ def _page(result: SearchResult, schedule: Schedule, trials: Sequence[Trial]) -> 
             "result": result,
             "dimensions": [dimension.name for dimension in schedule.dimensions],
             "schedule": schedule,
-            # those that came farthest first, and of these the lowest loss
+            # Trials that reached the latest stage come first, in the order of their losses.
             "trials": sorted(trials, key=lambda one: (-one.done, one.losses[-1] if one.losses else 0.0, one.number)),
         },
     )

@@ -1,9 +1,9 @@
-"""What to do next in a search: go on with a trial, begin one, promote the best, repeat with other seeds, or be done.
+"""Choose the next trial of a search: continue one, start one, promote the best, repeat with other seeds, or end.
 
-With successive halving every trial first comes to an eighth of its steps; the best go on from there to a half, and the
-best of these to the end [arXiv:1502.07943]. To go on is to resume the run, exactly, so that a promoted trial is the run
-that it would have been alone. What the sampler learns from is the loss at the first stage, where all trials have come
-to the same share of their steps.
+With successive halving every trial is first trained for an eighth of its steps. The best are promoted to a half of
+them, and the best of these to the end [arXiv:1502.07943]. A promoted trial is resumed exactly: its bits are those of
+the same run made alone. The sampler learns from the losses at the first stage, which all trials reach after the same
+share of their steps.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from backhand.search.study import Study, Trial, distributions, optuna_installed
 
 
 class Stage(NamedTuple):
-    """Where trials stop: a share of their steps; and the share of the trials there that goes on (at least one)."""
+    """Point at which trials stop, and the share of them that is promoted from there (at least one trial)."""
 
-    share: float
-    goes_on: float
+    share: float  # of a trial's steps
+    promoted: float  # share of the trials
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name for the report."""
         return "to the end" if self.share == 1 else f"{self.share:.0%} of its steps"
 
 
@@ -38,110 +38,113 @@ STAGES: Mapping[str, tuple[Stage, ...]] = {
     "none": (Stage(1.0, 1.0),),
 }
 EVALUATIONS = 8
-"""Of a trial, unless `--eval-every` says otherwise: enough for every stage to end with one."""
+"""Evaluations per trial without `--eval-every`, enough for every stage to end with one."""
 
 Wait = Literal["wait"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The rules of one search."""
+    """Rules of one search."""
 
-    options: SearchOptions  # of the search
-    dimensions: tuple[Dimension, ...]  # what is varied
-    given: Values  # the values of the options as they are given, those of the first trial
-    seed: int  # of the run, and of the sampler
+    options: SearchOptions
+    dimensions: tuple[Dimension, ...]
+    given: Values  # values of the options as given, which are those of the first trial
+    seed: int  # of the runs and of the sampler
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Where trials stop."""
+        """Stages of every trial, in order."""
         return STAGES[self.options.prune]
 
     @property
     def last(self) -> int:
-        """Number of the last stage, from 1."""
+        """Number of the last stage, counted from 1."""
         return len(self.stages)
 
     @property
     def points(self) -> list[Values]:
-        """Of a grid."""
+        """Points of the grid, without the options as given."""
         return [one for one in grid(self.dimensions, self.options.trials) if one != self.given]
 
     @property
     def count(self) -> int:
-        """Trials of their own, the first one with the options as given."""
+        """Number of trials without repetitions. The first one has the options as given."""
         return 1 + len(self.points) if self.options.sampler == "grid" else self.options.trials
 
     def reached(self, trial: Trial) -> str:
-        """How far a trial has come, in words."""
+        """Return the name of the stage that a trial has reached."""
         return self.stages[trial.done - 1].name if trial.done else "nothing yet"
 
     def promoted(self, stage: int, count: int) -> int:
-        """How many of so many trials go on from this stage."""
-        return min(count, max(1, math.ceil(self.stages[stage - 1].goes_on * count)))
+        """Return how many of `count` trials are promoted from a stage."""
+        return min(count, max(1, math.ceil(self.stages[stage - 1].promoted * count)))
 
     def runs(self) -> float:
-        """What the whole search trains, in runs from beginning to end."""
-        at = self.count
-        total = at * self.stages[0].share
+        """Return the predicted training of the whole search, in complete runs."""
+        count = self.count
+        total = count * self.stages[0].share
         for stage in range(1, self.last):
-            at = self.promoted(stage, at)
-            total += at * (self.stages[stage].share - self.stages[stage - 1].share)
-        if self.last > 1:  # the first trial goes on to the end, for the comparison
+            count = self.promoted(stage, count)
+            total += count * (self.stages[stage].share - self.stages[stage - 1].share)
+        if self.last > 1:  # the first trial is trained to the end, for the comparison
             total += 1 - self.stages[0].share
         return total + 2 * (self.options.seeds - 1)
 
-    def next(self, study: Study, *, may_begin: bool) -> Trial | Wait | None:
-        """The trial to go on with, which is held now; `wait` where others work on what is to be known; None at the end.
+    def next(self, study: Study, *, may_start: bool) -> Trial | Wait | None:
+        """Return the next trial to train, claimed for this process.
 
         Args:
-            study: locked.
-            may_begin: whether there is time for one more trial.
+            study: the study, locked by the caller.
+            may_start: whether there is time for one more trial.
+
+        Returns:
+            `wait` while the next step depends on trials of other processes; None at the end of the search.
         """
         trials = study.trials()
         for trial in trials:
-            if trial.due and study.hold(trial):
+            if trial.due and study.claim(trial):
                 return trial
-        own = [trial for trial in trials if trial.repeats is None]
-        if len(own) < self.count and (may_begin or not own):
-            return study.begin(self.proposed(own), self.seed, goal=1)
+        firsts = [trial for trial in trials if trial.repeats is None]
+        if len(firsts) < self.count and (may_start or not firsts):
+            return study.add(self.propose(firsts), self.seed, goal=1)
         if any(trial.due for trial in trials):
             return "wait"
-        promoted = self._promote(study, own)
+        promoted = self._promote(study, firsts)
         return promoted or self._repeat(study, trials)
 
-    def _promote(self, study: Study, own: Sequence[Trial]) -> Trial | Wait | None:
+    def _promote(self, study: Study, firsts: Sequence[Trial]) -> Trial | Wait | None:
         for stage in range(1, self.last):
-            there = [trial for trial in own if trial.done >= stage and trial.failed is None]
-            ranked = sorted(there, key=lambda trial: trial.loss_at(stage))[: self.promoted(stage, len(there))]
+            arrived = [trial for trial in firsts if trial.done >= stage and trial.failed is None]
+            ranked = sorted(arrived, key=lambda trial: trial.loss_at(stage))[: self.promoted(stage, len(arrived))]
             new = [trial for trial in ranked if trial.goal == stage]
             for trial in new:
                 study.write(trial.number, {"goal": stage + 1})
             if new:
-                # Whoever has brought a trial to its stage holds it for a moment longer.
-                return next((trial for trial in study.trials() if trial.due and study.hold(trial)), "wait")
+                # The process that trained a trial to its stage releases it a moment later.
+                return next((trial for trial in study.trials() if trial.due and study.claim(trial)), "wait")
         return None
 
     def _repeat(self, study: Study, trials: Sequence[Trial]) -> Trial | Wait | None:
-        """What the best is compared with: the options as given to the end, and both with other seeds."""
+        """Return the next run for the comparison: the options as given to the end, then both with other seeds."""
         best = best_of(trials, self.last)
         if best is None:
             return None
         if trials[0].goal < self.last and trials[0].failed is None:
-            if not study.hold(trials[0]):
+            if not study.claim(trials[0]):
                 return "wait"
             study.write(0, {"goal": self.last})
             return replace(trials[0], goal=self.last)
-        there = {(trial.repeats, trial.seed) for trial in trials}
+        repeated = {(trial.repeats, trial.seed) for trial in trials}
         for more in range(1, self.options.seeds):
             for trial in (best, trials[0]):
-                if (trial.number, self.seed + more) not in there and trial.failed is None:
-                    return study.begin(trial.values, self.seed + more, self.last, repeats=trial.number)
+                if (trial.number, self.seed + more) not in repeated and trial.failed is None:
+                    return study.add(trial.values, self.seed + more, self.last, repeats=trial.number)
         return None
 
-    def proposed(self, own: Sequence[Trial]) -> Values:
-        """The values of the next trial; they follow from the trials that are there."""
-        number = len(own)
+    def propose(self, firsts: Sequence[Trial]) -> Values:
+        """Return the values of the next trial, determined by the existing trials and the seed."""
+        number = len(firsts)
         if number == 0:
             return self.given
         if self.options.sampler == "grid":
@@ -152,44 +155,44 @@ class Schedule:
         samplers, seed = optuna_installed().samplers, derived_seed(self.seed, "search", number) % 2**32
         random = self.options.sampler == "random"
         chosen = samplers.RandomSampler(seed=seed) if random else samplers.TPESampler(seed=seed, n_startup_trials=0)
-        study = self.measured(own, 1, chosen)
+        study = self.losses_at(1, firsts, chosen)
         values = study.ask(distributions(self.dimensions)).params
         return {one.name: one.rounded(values[one.name]) for one in self.dimensions}
 
-    def measured(self, own: Sequence[Trial], stage: int, sampler: Any = None) -> Any:
-        """Optuna's study of the losses at one stage, in memory, without trials outside of what is searched."""
+    def losses_at(self, stage: int, firsts: Sequence[Trial], sampler: Any = None) -> Any:
+        """Return an Optuna study, in memory, of the losses at one stage, without trials outside the dimensions."""
         optuna = optuna_installed()
         study = optuna.create_study(sampler=sampler)
-        known = [trial for trial in own if trial.losses[stage - 1 : stage] and trial.failed is None]
+        known = [trial for trial in firsts if trial.losses[stage - 1 : stage] and trial.failed is None]
         worst = max((trial.loss_at(stage) for trial in known), default=0.0)
-        for trial in own:
+        for trial in firsts:
             inside = all(one.name in trial.values and one.holds(trial.values[one.name]) for one in self.dimensions)
             if inside and (trial in known or trial.failed is not None):
-                value = trial.loss_at(stage) if trial in known else 2 * abs(worst) + 1  # nothing near one that failed
+                value = trial.loss_at(stage) if trial in known else 2 * abs(worst) + 1  # keeps the sampler away
                 spaces = distributions(self.dimensions)
                 study.add_trial(optuna.trial.create_trial(params=trial.values, distributions=spaces, value=value))
         return study
 
     def importance(self, trials: Sequence[Trial]) -> dict[str, float]:
-        """How much each option decides whether a trial is among the better ones, in all 1 [arXiv:2304.10255].
+        """Return each option's share in deciding if a trial is among the better ones [arXiv:2304.10255].
 
-        Empty where one option alone is varied, or trials are too few to tell.
+        The shares have the sum 1. The result is empty if only one option is varied or there are too few trials.
         """
-        own = [trial for trial in trials if trial.repeats is None and trial.losses and trial.failed is None]
-        if len(self.dimensions) < 2 or len(own) < _ENOUGH:
+        firsts = [trial for trial in trials if trial.repeats is None and trial.losses and trial.failed is None]
+        if len(self.dimensions) < 2 or len(firsts) < _MIN_TRIALS_FOR_IMPORTANCE:
             return {}
         optuna = optuna_installed()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a feature of Optuna that may change
+            warnings.simplefilter("ignore")  # Optuna marks the evaluator as experimental
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.3)
-            found = optuna.importance.get_param_importances(self.measured(own, 1), evaluator=evaluator)
-        return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+            shares = optuna.importance.get_param_importances(self.losses_at(1, firsts), evaluator=evaluator)
+        return {name: float(value) for name, value in shares.items() if math.isfinite(value)}
 
 
-_ENOUGH = 6
+_MIN_TRIALS_FOR_IMPORTANCE = 6
 
 
 def best_of(trials: Sequence[Trial], last: int) -> Trial | None:
-    """The trial with the lowest held-out loss of those that came to their end, repetitions aside."""
-    ended = [trial for trial in trials if trial.repeats is None and trial.loss_at(last) < math.inf]
-    return min(ended, key=lambda trial: trial.loss_at(last), default=None)
+    """Return the finished trial with the lowest held-out loss, repetitions excluded; None if no trial finished."""
+    finished = [trial for trial in trials if trial.repeats is None and trial.loss_at(last) < math.inf]
+    return min(finished, key=lambda trial: trial.loss_at(last), default=None)

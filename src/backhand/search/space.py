@@ -1,11 +1,11 @@
-"""What a search varies: `--over` as dimensions, their values in a configuration, and values for a trial.
+"""Dimensions of a search: parsing `--over`, values in a configuration, and values for a trial.
 
     learning_rate=1e-4:1e-2:log     a range, even on a logarithmic scale
     dropout=0:0.2                   a range
     rank=8,16,32                    choices
-    layers=last:8,last:16           choices too: no number stands before the colon
+    layers=last:8,last:16           choices as well: last is not a number
 
-The first trials of `tpe` are spread evenly, whatever their number: point n of d dimensions is
+The first trials of `tpe` are spread evenly for any number of trials. Point n in d dimensions is
 
     x_j = frac(1/2 + n g^-j),  j = 1 … d,   with g^(d+1) = g + 1     [Roberts, the R_d sequence; g is golden for d = 1]
 """
@@ -37,50 +37,50 @@ _LARGEST_GRID = 10_000
 
 @dataclass(frozen=True)
 class Dimension:
-    """One option that is varied."""
+    """One option to vary: a range or a set of choices."""
 
     name: str  # of the option
-    part: str  # the part of the configuration that it stands in
-    choices: tuple[Value, ...] = ()  # values as they are typed; empty for a range
-    # low, high: of a range
+    part: str  # part of the configuration that contains it
+    choices: tuple[Value, ...] = ()  # values as typed; empty for a range
+    # low, high: bounds of a range
     low: float = 0.0
     high: float = 0.0
-    log: bool = False  # whether a range is even on a logarithmic scale
-    whole: bool = False  # whether its values are whole numbers
+    log: bool = False  # whether the range is sampled evenly on a logarithmic scale
+    whole: bool = False  # whether the values are whole numbers
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """Values that must be allowed for all to be: both ends of a range, or every choice; the largest last."""
+        """Both bounds of a range, or every choice. If these are valid, every value is."""
         return tuple(map(self._number, (self.low, self.high))) if not self.choices else self.choices
 
-    def at(self, share: float) -> Value:
-        """The value at a share of the way, 0 to 1."""
+    def at(self, position: float) -> Value:
+        """Return the value at a position between 0 and 1."""
         if self.choices:
-            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+            return self.choices[min(int(position * len(self.choices)), len(self.choices) - 1)]
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        value = low + share * (high - low)
+        value = low + position * (high - low)
         return self._number(math.exp(value) if self.log else value)
 
     def holds(self, value: Value) -> bool:
-        """Whether a value is one of this dimension's."""
+        """Return True if a value lies within this dimension."""
         return value in self.choices if self.choices else self.low <= float(value) <= self.high
 
     def allows(self, value: Any) -> bool:
-        """Return True if a value from a file can be one of this dimension, as `at` and `rounded` make them."""
+        """Return True if a value from a file has a type of this dimension, and is one of its choices if it has any."""
         if self.choices:
             return value in self.choices
         kinds = (int,) if self.whole else (int, float)
         return type(value) in kinds and abs(value) <= sys.float_info.max
 
     def rounded(self, value: Value) -> Value:
-        """A number of a range with as many digits as one would type."""
+        """Return a number of a range with four significant digits."""
         return value if self.choices else min(max(self._number(float(value)), self.low), self.high)
 
     def _number(self, value: float) -> float:
         return round(value) if self.whole else float(f"{value:.4g}")
 
     def applied(self, config: TrainConfig, value: Value) -> TrainConfig:
-        """The configuration with this value. Raises UsageError for one of another type."""
+        """Return the configuration with this value. Raises UsageError for a value of another type."""
         hint = _hints()[self.name][1]
         several = any(kind in str(hint) for kind in ("tuple", "Sequence"))
         plain: Any = value.split("+") if several and isinstance(value, str) and value != "all-linear" else value
@@ -89,9 +89,9 @@ class Dimension:
         return dataclasses.replace(config, **{self.part: getattr(table, self.part)})
 
     def of(self, config: TrainConfig) -> Value | None:
-        """Return the value in a configuration as it would be typed; None if it could not be typed here.
+        """Return the value in a configuration as it would be typed; None if it cannot be typed in this dimension.
 
-        That is an option which is not given and has no default value, or is given as a word where numbers are varied.
+        An option without a value, such as `warmup_steps` by default, cannot, nor a word if numbers are varied.
         """
         value = getattr(getattr(config, self.part), self.name)
         if isinstance(value, tuple | list):
@@ -100,21 +100,22 @@ class Dimension:
 
 
 def parse_dimensions(over: Sequence[str]) -> tuple[Dimension, ...]:
-    """`--over` words as dimensions.
+    """Parse the values of `--over`.
 
     Raises:
-        UsageError: not of one of the forms, an option that is none or decides what is compared, or one named twice.
+        UsageError: a value has none of the forms, or names an option twice, an unknown one, or one that decides which
+            losses are compared.
     """
-    found = [_dimension(word) for word in over]
-    names = [dimension.name for dimension in found]
+    dimensions = [_dimension(word) for word in over]
+    names = [dimension.name for dimension in dimensions]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"{name} is given twice", where="over", next_step="give all of its values in one --over")
-    return tuple(found)
+    return tuple(dimensions)
 
 
 def _hints() -> Mapping[str, tuple[str, Any]]:
-    """Option to (part, type)."""
+    """Return part and type of every option that can be varied."""
     parts = get_type_hints(TrainConfig)
     return {name: (part, hint) for part in _PARTS for name, hint in get_type_hints(parts[part]).items()}
 
@@ -134,13 +135,13 @@ def _dimension(word: str) -> Dimension:
         raise UsageError(
             f"{name!r} is not an option that can be searched over",
             where="over",
-            why="options of the adapter and of the optimization can; others decide which losses are compared",
+            why="only options of the adapter and of the optimization can; others decide which losses are compared",
             next_step=f"did you mean {near[0]}?" if near else f"give one of {', '.join(sorted(known))}",
         )
     part, hint = known[name]
     kinds = {hint, *get_args(hint)}
     matched = _RANGE.fullmatch(text)
-    # An option that takes numbers has no word with a colon in it; `layers`, of words, has last:8.
+    # No option with numbers has a word that contains a colon. `layers` has words alone, such as last:8.
     if matched is None or not (kinds & {int, float} or all(map(_NUMBERS.fullmatch, matched.group(1, 2)))):
         choices = tuple(dict.fromkeys(_value(one) for one in text.split(",") if one.strip()))
         dimension = Dimension(name, part, choices=choices)
@@ -151,8 +152,8 @@ def _dimension(word: str) -> Dimension:
             low = high = math.nan
         log, whole = matched[3] is not None, int in kinds and float not in kinds
         if not low < high < math.inf or (log and low <= 0) or not kinds & {int, float}:
-            why, how = "a logarithmic range begins above 0" if log and low <= 0 else None, "write LOW:HIGH, or A,B,C"
-            raise UsageError(f"{text!r} is no range of {name}", where="over", why=why, next_step=how)
+            why, how = "a logarithmic range starts above 0" if log and low <= 0 else None, "write LOW:HIGH, or A,B,C"
+            raise UsageError(f"{text!r} is not a range of {name}", where="over", why=why, next_step=how)
         dimension = Dimension(name, part, low=low, high=high, log=log, whole=whole)
     for value in dimension.ends:
         try:
@@ -171,7 +172,7 @@ def _value(text: str) -> Value:
 
 
 def applied(config: TrainConfig, dimensions: Sequence[Dimension], values: Mapping[str, Value]) -> TrainConfig:
-    """The configuration with a trial's values."""
+    """Return the configuration with the values of a trial."""
     for dimension in dimensions:
         if dimension.name in values:
             config = dimension.applied(config, values[dimension.name])
@@ -179,7 +180,7 @@ def applied(config: TrainConfig, dimensions: Sequence[Dimension], values: Mappin
 
 
 def largest(config: TrainConfig, dimensions: Sequence[Dimension]) -> TrainConfig:
-    """The configuration with the largest number, or else the last choice, of every dimension."""
+    """Return the configuration with the largest number of every dimension, or the first choice of words."""
     return applied(config, dimensions, {one.name: max(one.ends, key=_size) for one in dimensions})
 
 
@@ -188,7 +189,7 @@ def _size(value: Value) -> float:
 
 
 def evenly(dimensions: Sequence[Dimension], number: int) -> Values:
-    """Point `number` of a sequence that is spread evenly at every length."""
+    """Return point `number` of a sequence of which every beginning is evenly spread."""
     g = 2.0
     for _ in range(50):
         g = (1 + g) ** (1 / (len(dimensions) + 1))
@@ -196,10 +197,10 @@ def evenly(dimensions: Sequence[Dimension], number: int) -> Values:
 
 
 def grid(dimensions: Sequence[Dimension], trials: int) -> list[Values]:
-    """All choices and even steps of the ranges, as many steps as fit into so many trials.
+    """Return all combinations of the choices and of even steps of the ranges, at most `trials` points.
 
     Raises:
-        UsageError: there are more combinations of choices and of the ends of ranges than trials.
+        UsageError: the choices and the bounds of the ranges alone have more combinations than `trials`.
     """
     ranges = sum(not one.choices for one in dimensions)
     choices = math.prod(len(one.choices) for one in dimensions if one.choices)

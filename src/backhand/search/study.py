@@ -1,13 +1,14 @@
-"""The study of a search: Optuna's journal in the output directory, which processes take work from under one lock.
+"""The study of a search: its trials in Optuna's journal, which several processes share under one lock.
 
-    config.toml     every option of the search, the run's included
-    study.journal   Optuna's: one trial a line of work, its values, and its held-out loss at each stage
-    trials/NAME/    a run directory each
-    adapter/        of the best trial
-    search.json     what came of it
+    search.toml     every option of the search, including those of the runs
+    rows.json       digests of the rows, which must stay the same
+    study.journal   Optuna's journal: values of each trial, and its held-out loss at each stage
+    trials/NAME/    one run directory per trial
+    adapter/        adapter of the best trial
+    search.json     result
 
-Whoever works on a trial holds `trials/NAME.lock` open, which the system lets go when the process ends, however it ends.
-A trial that was begun, is not done with and is held by nobody is somebody's who was killed: it is gone on with first.
+A process that trains a trial has a lock on `trials/NAME.lock`, which the system drops when the process ends. An
+unfinished trial without such a lock belongs to a process that was killed or stopped. It is continued first.
 """
 
 from __future__ import annotations
@@ -35,47 +36,47 @@ _NAME = "backhand"
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search, as the journal has it."""
+    """One run of a search, as stored in the journal."""
 
-    number: int  # of the trial, from 0; the first has the options as they are given
-    values: Values  # of what is varied
+    number: int  # counted from 0; the first trial has the options as given
+    values: Values  # of the dimensions; an option that has no value as given is missing
     seed: int  # of the run
-    repeats: int | None = None  # the trial whose values it has with another seed; None for one of its own
-    goal: int = 1  # the stage it is to come to, from 1
-    done: int = 0  # the stage it has come to; 0 for none
-    losses: tuple[float, ...] = ()  # the best held-out loss until each stage
+    repeats: int | None = None  # number of the trial that this one repeats with another seed, or None
+    goal: int = 1  # stage to train to, counted from 1
+    done: int = 0  # stage reached; 0 for none
+    losses: tuple[float, ...] = ()  # best held-out loss until each stage
     steps: int = 0  # optimizer steps done
-    spent_s: float = 0.0  # time it took so far
-    failed: str | None = None  # why it cannot go on, or None
+    spent_s: float = 0.0  # seconds spent so far
+    failed: str | None = None  # reason why it cannot continue, or None
     adapter: Mapping[str, str] = field(default_factory=dict)  # digest of each file of its adapter, once it is finished
 
     @property
     def name(self) -> str:
-        """Its directory's."""
+        """Name of its directory."""
         return trial_name(self.number)
 
     @property
     def label(self) -> str:
-        """Its name for people, with what it repeats."""
+        """Name for the report, with the trial that it repeats."""
         more = "" if self.repeats is None else f" (as {self.repeats:03d}, seed {self.seed})"
         return f"{self.name}{' as given' if self.number == 0 else ''}{more}"
 
     @property
     def due(self) -> bool:
-        """Whether there is something to do."""
+        """True if it has steps left until its goal."""
         return self.failed is None and self.done < self.goal
 
     def loss_at(self, stage: int) -> float:
-        """The best held-out loss until this stage; infinite for one that failed or has not come to it."""
+        """Return the best held-out loss until a stage; infinite if it failed or has not reached the stage."""
         return self.losses[stage - 1] if self.failed is None and len(self.losses) >= stage else math.inf
 
 
 class Study:
-    """The trials of one search; every method is to be called inside `locked`.
+    """The trials of one search. Except for `release`, its methods are called inside `locked`.
 
     Args:
-        given: the values of the options as they are given, which may lie outside. An option that has no value yet, such
-            as `warmup_steps`, is missing.
+        given: values of the options as given, which may lie outside the dimensions. An option without a value is
+            missing.
         last: number of the last stage.
 
     Raises:
@@ -88,11 +89,11 @@ class Study:
         self._dimensions, self._given, self._last = {one.name: one for one in dimensions}, given, last
         self._distributions = distributions(dimensions, given)
         self._optuna = optuna_installed()
-        self._held: dict[int, int] = {}
+        self._claims: dict[int, int] = {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process reads or writes the study."""
+        """Keep other processes from reading or writing the study."""
         make_directory(self.directory / TRIALS)
         descriptor = _open(self.directory / "search.lock")
         try:
@@ -119,12 +120,12 @@ class Study:
         return [self._trial(one) for one in self._study().get_trials(deepcopy=False)]
 
     def _trial(self, frozen: Any) -> Trial:
-        """Return a trial of the journal, every value of it checked."""
+        """Return a trial of the journal after a check of every field."""
         where, attributes = self.directory / STUDY, frozen.user_attrs
         if not isinstance(attributes, dict):
             raise damaged_study(where, f"trial {frozen.number}: its attributes are not an object")
         if wrong := [name for name, value in attributes.items() if not _well_typed(name, value)]:
-            raise damaged_study(where, f"trial {frozen.number}: {name_list(wrong)} is not of a trial")
+            raise damaged_study(where, f"trial {frozen.number}: {name_list(wrong)} is unknown or has a wrong type")
         if missing := {"seed", "goal"} - attributes.keys():
             raise damaged_study(where, f"trial {frozen.number}: {name_list(sorted(missing))} is missing")
         losses = tuple(attributes.get("losses", ()))
@@ -150,30 +151,30 @@ class Study:
             and not (finished and trial.due)
         )
 
-    def begin(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
-        """Add a trial, and hold it.
+    def add(self, values: Values, seed: int, goal: int, repeats: int | None = None) -> Trial:
+        """Add a trial and claim it.
 
         Raises:
-            ArtifactError: its directory exists: the journal has lost trials.
+            ArtifactError: its directory exists, so that the journal must have lost trials.
         """
         optuna, study = self._optuna, self._study()
         directory = self.directory / TRIALS / trial_name(len(study.get_trials(deepcopy=False)))
         if os.path.lexists(directory):
             raise damaged_study(self.directory / STUDY, f"{directory} exists, and the study does not know this trial")
         distributions = {name: kind for name, kind in self._distributions.items() if name in values}
-        made = {"params": values, "distributions": distributions, "state": optuna.trial.TrialState.RUNNING}
+        parameters = {"params": values, "distributions": distributions, "state": optuna.trial.TrialState.RUNNING}
         attributes = {"seed": seed, "goal": goal, "repeats": repeats}
-        study.add_trial(optuna.trial.create_trial(**made, user_attrs=attributes))
+        study.add_trial(optuna.trial.create_trial(**parameters, user_attrs=attributes))
         trial = self._trial(study.get_trials(deepcopy=False)[-1])
-        self.hold(trial)
+        self.claim(trial)
         return trial
 
-    def write(self, number: int, attributes: Mapping[str, Any], *, over: bool = False) -> None:
-        """Set what a trial's fields of these names are.
+    def write(self, number: int, attributes: Mapping[str, Any], *, finished: bool = False) -> None:
+        """Set fields of a trial.
 
         Args:
-            over: whether it has come to its end. One that stopped early has not, and Optuna has it as running: nothing
-                of a trial that is over can be changed any more.
+            finished: whether the trial has reached its last step. Optuna does not change a finished trial any more, so
+                that a trial which stopped early must stay a running one.
         """
         study, states = self._study(), self._optuna.trial.TrialState
         storage = study._storage
@@ -186,43 +187,43 @@ class Study:
             storage.set_trial_intermediate_value(trial._trial_id, stage, loss)
         if "failed" in attributes:
             storage.set_trial_state_values(trial._trial_id, states.FAIL)
-        elif over:
+        elif finished:
             storage.set_trial_state_values(trial._trial_id, states.COMPLETE, [min(attributes["losses"])])
 
-    def hold(self, trial: Trial) -> bool:
-        """Keep other processes from this trial; False where one has it."""
+    def claim(self, trial: Trial) -> bool:
+        """Lock a trial for this process; return False if another process has it."""
         descriptor = _open(self.directory / TRIALS / f"{trial.name}.lock")
         if not lock(descriptor):
             os.close(descriptor)
             return False
-        self._held[trial.number] = descriptor
+        self._claims[trial.number] = descriptor
         return True
 
-    def let_go(self, trial: Trial) -> None:
-        """Leave it to whoever comes."""
-        os.close(self._held.pop(trial.number))
+    def release(self, trial: Trial) -> None:
+        """Unlock a trial that `claim` or `add` locked."""
+        os.close(self._claims.pop(trial.number))
 
 
 def distributions(dimensions: Sequence[Dimension], values: Values | None = None) -> dict[str, Any]:
-    """Optuna's distributions; wide enough for these values too, where some are given."""
+    """Return Optuna's distributions of the dimensions, extended to contain `values`."""
     kinds = optuna_installed().distributions
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for one in dimensions:
         given = () if values is None or one.name not in values else (values[one.name],)
         if one.choices:
-            found[one.name] = kinds.CategoricalDistribution(tuple(dict.fromkeys((*one.choices, *given))))
+            result[one.name] = kinds.CategoricalDistribution(tuple(dict.fromkeys((*one.choices, *given))))
             continue
         low, high = min(one.low, *map(float, given), one.high), max(one.high, *map(float, given), one.low)
         log = one.log and low > 0
         if one.whole:
-            found[one.name] = kinds.IntDistribution(int(low), int(high), log=log)
+            result[one.name] = kinds.IntDistribution(int(low), int(high), log=log)
         else:
-            found[one.name] = kinds.FloatDistribution(low, high, log=log)
-    return found
+            result[one.name] = kinds.FloatDistribution(low, high, log=log)
+    return result
 
 
 def optuna_installed() -> Any:
-    """The package, with only its errors printed. Raises UsageError where it is not installed."""
+    """Return the package `optuna`, set to print errors only. Raises UsageError if it is not installed."""
     try:
         import optuna
         import optuna.storages.journal
@@ -263,7 +264,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    """Return True for a loss or a time: a number that sums and squares of do not overflow."""
+    """Return True for a loss or a time: a number whose square does not overflow."""
     return type(value) in (int, float) and abs(value) < 1e100
 
 
