@@ -1,12 +1,12 @@
-"""What gates in a gated linear unit, φ, and its derivative φ': SiLU, GELU in its tanh form, and σ.
+"""The activation of a gated linear unit, φ, and its derivative φ': SiLU, GELU in its tanh form, and σ.
 
 SiLU: φ(a) = a σ(a), φ'(a) = σ + a σ (1 - σ) = φ + σ (1 - φ): the line from φ to 1 at σ.
 GELU, tanh form: φ(a) = a (1 + t) / 2 with t = tanh(z), z = κ (a + 0.044715 a³), κ = √(2/π)      [arXiv:1606.08415, §2]
       φ'(a) = (1 + t) / 2 + a (1 - t²) κ (1 + 3 · 0.044715 a²) / 2.
 σ: φ(a) = 1 / (1 + e⁻ᵃ), φ'(a) = σ (1 - σ).
 
-The op that has an input for φ takes φ' (`glu`, whose cases prove both); its kernels hold neither. In torch's form the
-exponentials, the dearest part, are evaluated once for both.
+`glu` uses both, and its cases prove them; its kernels store neither. Torch's form evaluates the exponentials, the most
+expensive part, once for both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backhand.kernels.pieces import piece_size
 
 KAPPA = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
-# GELU's many steps run on chunks of rows: what lies between two reads of memory then stays in the second-level cache.
+# GELU's many steps run on chunks of rows, so that intermediate results stay in the second-level cache.
 CHUNK_ELEMENTS = 1 << 16
 
 
@@ -33,7 +33,7 @@ class Activated(NamedTuple):
 
 
 def activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
-    """φ(a), in `out` or a fresh tensor; torch.nn.functional has no `out`."""
+    """Compute φ(a) in `out` or a new tensor; torch.nn.functional has no `out`."""
     if out is None:
         out = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     if activation == "silu":
@@ -48,7 +48,7 @@ def activate(a: Tensor, activation: str, out: Tensor | None) -> Tensor:
 
 
 def activated(a: Tensor, activation: str) -> Activated:
-    """φ(a) and φ'(a), both fresh tensors, by the formulas of the module docstring."""
+    """Compute φ(a) and φ'(a) in new tensors, by the formulas of the module docstring."""
     if activation == "silu":
         sigmoid = torch.sigmoid(a)
         value = a * sigmoid

@@ -3,12 +3,12 @@
 For one document of n tokens and one query head (which shares its key/value head with its group):
     S = c Q Kᵀ + M,   P = softmax_rows(S) = exp(S - ℓ),   O = P V      [arXiv:1706.03762, eq. 1; 2305.13245 for groups]
 with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞
-elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no query meets a key of another one.
+elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no query sees a key of another document.
 
 Documents that begin with the same tokens have the same hidden states there, since attention is causal. Such a common
-beginning stands once, as a segment that others continue: a segment's queries are its own tokens, its K and V those of
-all segments before it in its documents, then its own. By the chain rule ∂L/∂K and ∂L/∂V of a segment are the sums over
-all that saw it, itself among them.
+beginning is stored once, as a segment that others continue. The queries of a segment are its own tokens. Its K and V
+are those of all segments before it in its documents, followed by its own. By the chain rule ∂L/∂K and ∂L/∂V of a
+segment are the sums over all segments that saw it, including itself.
 
 Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P ⊙ dS)):
     ∂L/∂V = Pᵀ G                                     (n, head_dim), summed over the group
@@ -17,21 +17,22 @@ Backward. Let G = ∂L/∂O. From dO = dP V + P dV and dP = P ⊙ (dS - rowsum(P
     ∂L/∂S = P ⊙ (∂L/∂P - δ)
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K = c (∂L/∂S)ᵀ Q      (n, head_dim); the latter summed over the group
 
-Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ tanh(c Q Kᵀ / κ) + M. Then (1 - tanh²) ⊙ ∂L/∂S takes
-the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K, as derived in `attention_blocks`.
+Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ tanh(c Q Kᵀ / κ) + M. Then (1 - tanh²) ⊙ ∂L/∂S
+replaces ∂L/∂S in ∂L/∂Q and ∂L/∂K, as derived in `attention_blocks`.
 
-Others have a sink for each head [arXiv:2309.17453, §3.3; as a number learned in gpt-oss]: a term e^σ more in the
-softmax's sum, of a key that has no value. Then
+Others have a sink σ per head [arXiv:2309.17453, §3.3; as a learned number in gpt-oss]: an additional term e^σ in the
+sum of the softmax, which belongs to a key without a value. Then
     P = exp(S - ℓ'),   ℓ' = log(e^σ + Σ_visible e^S),   dP = P ⊙ (dS - rowsum(P ⊙ dS))     with σ fixed
-as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS); so every formula above holds with this P, whose rows add up to
-1 - e^(σ - ℓ'), and δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Alone, a query's own key has a gradient through it.
+as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS). Every formula above therefore holds with this P, whose rows sum
+to 1 - e^(σ - ℓ'), and with δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Even a query that sees only its own key has a
+gradient through it.
 
-The kernel (native/attention.cpp) takes all documents at once, keeps no ℓ, and multiplies bfloat16 by the processor's
-own pairwise products where it has them. It has no use for O in the backward either, δ being a sum over P and ∂L/∂P:
-whoever wants O there for something else gets it once more from P V, for one product in six, and need not keep it
-(`can_recompute_output`). In torch's form (`attention_groups`) documents of about one length are attended together.
+The kernel (native/attention.cpp) takes all documents at once, saves no ℓ, and uses the processor's pairwise products of
+bfloat16 where it has them. Its backward does not need O, since δ is a sum over P and ∂L/∂P. A caller that needs O there
+can have it recomputed from P V, which is one product in six, and need not save it (`can_recompute_output`). Torch's
+form (`attention_groups`) attends documents of similar length together.
 
-Saved: Q, K, V, O perhaps, and ℓ (one float32 a token and head) of what torch's kernels attended.
+Saved: Q, K, V, O if it was kept, and ℓ (one float32 per token and head) of what torch's kernels attended.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ _NOWHERE = (0, 0, 0)
 class AttentionSaved(NamedTuple):
     """q, output (tokens, heads, head_dim); k, v (tokens, key/value heads, head_dim); log_sum_exp (≤ tokens · heads,).
 
-    log_sum_exp is float32 or wider, for what the kernels attended, in their order (documents, heads, tokens). output is
-    None where it was not kept.
+    log_sum_exp is float32 or wider, for what torch's kernels attended, in their order (documents, heads, tokens). If O
+    was not kept, output is None.
     """
 
     q: Tensor
@@ -78,7 +79,7 @@ class AttentionGrads(NamedTuple):
 
 
 def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
-    """Whether `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
+    """Return True if `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
 
     That is so in the kernel. In bfloat16, where O is half as large and P V takes as long as in float32, it is
     kept.
@@ -95,12 +96,12 @@ def attention_forward(
         q: (tokens, heads, head_dim).
         k: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
         v: of k's shape.
-        runs: the segments of all documents, covering all tokens, each behind those it continues.
+        runs: the segments of all documents, covering all tokens; each follows the segments that it continues.
         scores: c, the window, κ and σ.
         out: of q's shape and dtype, to receive the output, or None.
 
     Returns:
-        output (tokens, heads, head_dim) in q's dtype, and what backward needs.
+        output (tokens, heads, head_dim) in q's dtype, and the saved tensors.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     kernel = find_kernel(_FORWARD, q, k, v) if scores.cap is None else None
@@ -143,14 +144,14 @@ def attention_backward(
 
 
 def _heads(*tensors: Tensor) -> list[int]:
-    """Address and distances of tokens and heads, of each (tokens, heads, head_dim)."""
+    """Return the address, token stride and head stride of each tensor (tokens, heads, head_dim)."""
     return [number for x in tensors for number in (x.data_ptr(), x.stride(0), x.stride(1))]
 
 
 def _problem(saved: AttentionSaved) -> tuple[tuple[float | None, ...], Tensor | None]:
-    """What the kernels take behind the tensors, and a tensor among it that has to live as long.
+    """Return the kernels' arguments after the tensors, and the sinks, which must live until the call returns.
 
-    Without a window, one that reaches further than any document.
+    Without a window, the window reaches further than any document.
     """
     q, k, table, (scaling, window, _, sinks) = saved.q, saved.k, segment_table(saved.runs), saved.scores
     reach = q.shape[0] + 1 if window is None else window
@@ -165,7 +166,7 @@ def _check(outcome: int) -> None:
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scores: Scores) -> Tensor:
-    """The same output, segment by segment and head by head, with an explicit softmax over visible keys only."""
+    """Compute the same output, segment by segment and head by head, with an explicit softmax over visible keys only."""
     scaling, window, cap, sinks = scores
     documents = []
     group = q.shape[1] // k.shape[1]

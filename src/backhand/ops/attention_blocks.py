@@ -1,25 +1,26 @@
 """Attention by blocks of queries: the formulas of `attention` as a few batched products and two softmax kernels.
 
-For the queries at positions s … e of one document only the keys lo … e exist, where lo is s - window + 1 or 0; the
-block's part of the lower triangle is all that is ever formed, (queries · group, keys) for each key/value head. The
-queries may be fewer than the keys: they then stand at the document's last positions. The heads of a group lie in the
-rows, so that one product serves them all and their sum in ∂L/∂K and ∂L/∂V is the product's own:
+A block holds the queries at positions s … e of a document. It needs only the keys lo … e, where lo is s - window + 1 or
+0. This part of the lower triangle is all that is ever formed, as (queries · group, keys) per key/value head. If there
+are fewer queries than keys, they are the document's last positions. The rows hold the heads of a group, so that one
+product serves all of them and their sum in ∂L/∂K and ∂L/∂V is part of the product:
     P = softmax(c Q Kᵀ + M),  O = P V
     ∂L/∂V += Pᵀ G,   ∂L/∂P = G Vᵀ,   ∂L/∂S = P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)),
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K += c (∂L/∂S)ᵀ Q.
-P is normalised afresh in the backward pass, so that no log-sum-exp need be kept; ∂L/∂K and ∂L/∂V add up in float32.
+The backward computes P again from the scores, so that no log-sum-exp is saved. ∂L/∂K and ∂L/∂V are summed in float32.
 
 Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ T + M with T = tanh(c Q Kᵀ / κ), not c Q Kᵀ + M. Then
-dS = (1 - T²) ⊙ d(c Q Kᵀ), so that (1 - T²) ⊙ ∂L/∂S takes the place of ∂L/∂S in ∂L/∂Q and ∂L/∂K. T is recomputed
-with P; where a key is hidden P is zero, whatever T is.
+dS = (1 - T²) ⊙ d(c Q Kᵀ), so that (1 - T²) ⊙ ∂L/∂S replaces ∂L/∂S in ∂L/∂Q and ∂L/∂K. T is recomputed with P. Where a
+key is hidden P is zero, whatever T is.
 
-Some families have a sink σ_h for each head, one more term of the softmax's sum whose key has no value (`attention`): it
-stands before a block's keys as one more of them, of zeros with a value of zeros, and its scores are σ. Then P V is O as
-before and ∂L/∂P of its column is zero, so that no formula above changes, and no matrix of scores is copied for it.
+Some families have a sink σ_h per head, an additional term in the sum of the softmax whose key has no value
+(`attention`). It is computed as one more key before the block's keys: a key of zeros with a value of zeros, and with
+scores σ. Then P V is O as before and ∂L/∂P of its column is zero. No formula above changes, and no matrix of scores is
+copied for it.
 
-In bfloat16 the products run at the processor's bfloat16 rate, which torch's flash kernel does not reach on the CPU:
-forward and backward of 4 × 256 tokens take 11 ms in place of 18, of 2 × 512 tokens 15 in place of 30, with errors
-against float64 of the same size.
+In bfloat16 the products run at the processor's bfloat16 rate, which torch's flash kernel does not reach on the CPU.
+Forward and backward of 4 × 256 tokens take 11 ms instead of 18, and of 2 × 512 tokens 15 instead of 30. Errors against
+float64 are of the same size.
 """
 
 from __future__ import annotations
@@ -34,35 +35,34 @@ from torch import Tensor
 
 from backhand.kernels.pieces import piece_size
 
-# At most so many queries a block: larger ones compute what causality throws away, smaller ones run at a poor rate.
+# The most queries of a block: larger blocks compute more scores that causality hides, smaller ones run at a poor rate.
 BLOCK_TOKENS = 160
-# Blocks begin at multiples of this, so that documents of many lengths need few different shapes of products.
+# Blocks begin at multiples of this, so that documents of many lengths need few shapes of products.
 ALIGNMENT = 32
-# The forward pass takes so many bytes of scores at once, of one key/value head at least: a long prompt sees many keys.
+# The most bytes of scores that the forward forms at once, but at least those of one key/value head: a long prompt has
+# many keys.
 SCORES_BYTES = 64 << 20
-
-
-# Sums over more keys than so many are sums of as long parts: libraries of products and torch's softmax add up one key
-# behind the other.
+# Longer sums over keys are computed as sums of parts of this length: libraries and torch's softmax add the keys one
+# after another, so that their error grows with the length.
 KEYS_A_SUM = 4096
 
 
 class Scores(NamedTuple):
-    """What decides how much a query sees of a key, beside both."""
+    """The settings of attention scores."""
 
     scaling: float  # c, the multiplier of query-key products
-    window: int | None = None  # a query sees itself and window - 1 tokens before it; None for all before it
-    cap: float | None = None  # κ, which no score exceeds, or None
+    window: int | None = None  # a query sees itself and the window - 1 tokens before it; None for all tokens before it
+    cap: float | None = None  # κ, the largest score, or None
     sinks: Tensor | None = None  # σ, (heads,), frozen, or None
 
     @property
     def known_to_kernels(self) -> bool:
-        """Whether torch's kernels can attend: they know neither a cap nor sinks."""
+        """Return True if torch's kernels can compute the scores: they know neither a cap nor sinks."""
         return self.cap is None and self.sinks is None
 
 
 class AttentionBlocksSaved(NamedTuple):
-    """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); c, the window, κ and σ."""
+    """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); the score settings."""
 
     q: Tensor
     k: Tensor
@@ -79,7 +79,7 @@ class AttentionBlocksGrads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries start … stop see keys first … end, those from `masked` on under `mask`, M: 0 where visible, else -∞."""
+    """Queries start … stop see the keys first … end. Those from `masked` on have the mask M: 0 if visible, else -∞."""
 
     start: int
     stop: int
@@ -90,13 +90,16 @@ class Block(NamedTuple):
 
 
 def block_bounds(length: int) -> list[int]:
-    """Where blocks begin, and the end: blocks of about equal size, since a small rest runs at a poor rate."""
+    """Return the first query of each block, and the end.
+
+    Blocks are of about equal size, since a small rest would run at a poor rate.
+    """
     count = -(-length // BLOCK_TOKENS)
     return [round(length * index / count / ALIGNMENT) * ALIGNMENT for index in range(count)] + [length] if count else []
 
 
 def _blocks(queries: int, keys: int, window: int | None, group: int, like: Tensor) -> Iterator[Block]:
-    """The blocks of one document of `keys` tokens whose last `queries` ask."""
+    """Yield the blocks of the last `queries` tokens of a document of `keys` tokens."""
     skipped = keys - queries
     for start, stop in itertools.pairwise(block_bounds(queries)):
         begin, end = skipped + start, skipped + stop
@@ -114,19 +117,19 @@ def _blocks(queries: int, keys: int, window: int | None, group: int, like: Tenso
 
 @functools.lru_cache(maxsize=16)
 def _causal_mask(size: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """M of a block's own keys, (size · group, size); every layer asks for the same ones."""
+    """Return M of a block's own keys, (size · group, size); cached, since every layer uses the same masks."""
     triangle = torch.full((size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
     return triangle.repeat_interleave(group, 0)
 
 
 def _by_group(x: Tensor, kv_heads: int) -> Tensor:
-    """(documents, n, heads, head_dim) as a view (documents, kv_heads, n, group, head_dim)."""
+    """View (documents, n, heads, head_dim) as (documents, kv_heads, n, group, head_dim)."""
     grouped: Tensor = x.unflatten(2, (kv_heads, -1)).transpose(1, 2)
     return grouped
 
 
 def _rows(x: Tensor, kv_heads: int) -> Tensor:
-    """(documents, n, heads, head_dim) copied to (documents · kv_heads, n · group, head_dim)."""
+    """Copy (documents, n, heads, head_dim) to (documents · kv_heads, n · group, head_dim)."""
     documents, n, heads, head_dim = x.shape
     return _by_group(x, kv_heads).reshape(documents * kv_heads, n * heads // kv_heads, head_dim)
 
@@ -134,9 +137,11 @@ def _rows(x: Tensor, kv_heads: int) -> Tensor:
 def _probabilities(
     q: Tensor, k: Tensor, scaling: float, block: Block, cap: float | None, sink: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """P of one block, (documents · kv_heads, queries · group, keys), and T where scores are capped.
+    """Return P of one block, (documents · kv_heads, queries · group, keys), and T if scores are capped.
 
-    k: as `_seen` gives it; sink: σ of each row, (documents · kv_heads, queries · group), or None.
+    Args:
+        k: from `_seen`.
+        sink: σ of each row, (documents · kv_heads, queries · group), or None.
     """
     capped = None
     if cap is None:
@@ -152,12 +157,12 @@ def _probabilities(
 
 
 def _has_long_sums(p: Tensor) -> bool:
-    """Whether how P's rows are added up is seen beside the rounding of P itself."""
+    """Return True if the error of sums over P's rows would exceed the rounding of P itself."""
     return p.shape[-1] > piece_size(KEYS_A_SUM) and p.dtype in (torch.float32, torch.float64)
 
 
 def _softmax_backward(d_p: Tensor, p: Tensor) -> Tensor:
-    """P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)): of few keys in one pass over memory."""
+    """Compute P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)), for few keys in one pass over memory."""
     if not _has_long_sums(p):
         return torch._softmax_backward_data(d_p, p, -1, p.dtype)
     d_p *= p
@@ -165,24 +170,24 @@ def _softmax_backward(d_p: Tensor, p: Tensor) -> Tensor:
 
 
 def _over_keys(p: Tensor, values: Tensor, scaling: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """scaling · P V or alike, (b, queries, keys) times (b, keys, head_dim), perhaps into `out`."""
+    """Compute scaling · P V, (b, queries, keys) times (b, keys, head_dim), in `out` if it is given."""
     if not _has_long_sums(p):
         return torch.baddbmm(p.new_empty(1, 1, 1), p, values, beta=0, alpha=scaling, out=out)
     total = p.new_zeros(*p.shape[:2], values.shape[2]) if out is None else out.zero_()
     step = piece_size(KEYS_A_SUM)
-    for some, theirs in zip(p.split(step, -1), values.split(step, 1), strict=True):
-        total.baddbmm_(some, theirs, alpha=scaling)
+    for part, values_of_part in zip(p.split(step, -1), values.split(step, 1), strict=True):
+        total.baddbmm_(part, values_of_part, alpha=scaling)
     return total
 
 
 def _seen(x: Tensor, block: Block, sink: Tensor | None) -> Tensor:
-    """Keys or values that a block sees, (documents · kv_heads, keys, head_dim), the sink's zeros before them."""
+    """Return the keys or values of a block, (documents · kv_heads, keys, head_dim), after the zeros of a sink."""
     seen = x[:, block.first : block.end]
     return seen if sink is None else torch.cat([x.new_zeros(x.shape[0], 1, x.shape[2]), seen], dim=1)
 
 
 def _sink_of_rows(sinks: Tensor | None, like: Tensor, kv_heads: int, queries: int) -> Tensor | None:
-    """σ of each row of a block, (documents · kv_heads, queries · group), in q's dtype."""
+    """Return σ of each row of a block, (documents · kv_heads, queries · group), in q's dtype."""
     if sinks is None:
         return None
     by_group = sinks.to(like.dtype).view(1, kv_heads, 1, -1)
@@ -191,7 +196,7 @@ def _sink_of_rows(sinks: Tensor | None, like: Tensor, kv_heads: int, queries: in
 
 
 def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """scaling · left @ right, batch by batch; in low precision scaled before it is rounded."""
+    """Compute scaling · left @ right per batch entry; in low precision it is scaled before it is rounded."""
     return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scaling)
 
 
@@ -201,14 +206,14 @@ def attention_blocks_forward(
     """Attend within each document.
 
     Args:
-        q: (documents, m, heads, head_dim), of the last m positions of documents of equal length.
+        q: (documents, m, heads, head_dim), the last m positions of documents of equal length.
         k: (documents, n, key/value heads, head_dim), n ≥ m.
         v: of k's shape.
         scores: c, the window, κ and σ.
-        out: the shape of q, to receive O; a view is fine; or None.
+        out: of q's shape, to receive O, may be a view; or None.
 
     Returns:
-        O in the shape of q, and what backward needs.
+        O in the shape of q, and the saved tensors.
     """
     kv_heads, (scaling, window, cap, sinks) = k.shape[2], scores
     if out is None:
@@ -224,7 +229,7 @@ def attention_blocks_forward(
             own = slice(first, first + at_once)
             p, _ = _probabilities(queries[own], seen[own], scaling, block, cap, None if sink is None else sink[own])
             _over_keys(p, their_values[own], out=output[own])
-            del p  # before the next ones are there
+            del p  # free it before the next scores are formed
         target = _by_group(out[:, part], kv_heads)
         target.copy_(output.view(target.shape))
     return out, AttentionBlocksSaved(q, k, v, scores)
@@ -237,7 +242,7 @@ def attention_blocks_backward(
 
     Args:
         d_y: ∂L/∂O.
-        out: tensors (views are fine) to receive the gradients, or None.
+        out: tensors to receive the gradients, may be views; or None.
     """
     q, k, v, (scaling, window, cap, sinks) = saved
     kv_heads = k.shape[2]
@@ -245,7 +250,7 @@ def attention_blocks_backward(
         out = AttentionBlocksGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
     keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
     blocks = list(_blocks(q.shape[1], k.shape[1], window, q.shape[2] // kv_heads, q))
-    # A lone block that sees every key: its share of ∂L/∂K and ∂L/∂V is the whole.
+    # If a single block sees every key, its share of ∂L/∂K and ∂L/∂V is the whole.
     lone = len(blocks) == 1 and blocks[0].first == 0
     wide = torch.promote_types(q.dtype, torch.float32)
     d_keys, d_values = (keys, values) if lone else (torch.zeros_like(x, dtype=wide) for x in (keys, values))

@@ -1,11 +1,12 @@
-"""Attention in torch's form: one group of documents after another (`document_groups`), each in one of two ways.
+"""Torch's form of attention: one group of documents after another (`document_groups`), each in one of two ways.
 
-- By blocks of queries (`attention_blocks`), which normalises P afresh and keeps no ℓ.
-- By torch's flash kernels on the CPU, which keep ℓ and recompute P as exp(S - ℓ): for groups of few tokens, with
-  nothing before them, no cap and no sinks, whose many small steps cost more by blocks. bfloat16 is attended by the
-  float32 kernels, which are faster there than the bfloat16 ones (backward of 50-token documents 3.7 times). Float32
-  products routed to oneDNN (`set_float32_matmul_precision`) make these kernels up to three times slower, so then blocks
-  take the short ones too.
+- By blocks of queries (`attention_blocks`), which compute P again in the backward and save no ℓ.
+- By torch's flash kernels on the CPU, which save ℓ and recompute P as exp(S - ℓ). They take groups of few tokens that
+  continue no segment and have no cap and no sinks; by blocks, their many small steps would cost more.
+
+bfloat16 is attended by the float32 kernels, which are faster than the bfloat16 ones (backward of 50-token documents 3.7
+times). If float32 products are routed to oneDNN (`set_float32_matmul_precision`), these kernels are up to three times
+slower, so that blocks take the short groups too.
 
 The formulas are those of `attention`.
 """
@@ -28,11 +29,11 @@ from backhand.ops.attention_blocks import (
 from backhand.ops.document_groups import (
     Run,
     continued_end,
+    gather_documents,
+    gather_keys,
     groups,
-    kv_source,
     scatter_documents,
     scatter_key_grads,
-    together,
     uses_blocks,
 )
 
@@ -42,17 +43,17 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def grouped_forward(qkv: QKV, runs: tuple[Run, ...], scores: Scores, output: Tensor) -> Tensor:
-    """Fill `output`, (tokens, heads, head_dim), with O; returns ℓ of what torch's kernels attended, see `attention`."""
+    """Fill `output`, (tokens, heads, head_dim), with O and return ℓ of what torch's kernels attended."""
     q, k, v = qkv
     wide, plain = torch.promote_types(q.dtype, torch.float32), scores.known_to_kernels
     attended_together = groups(runs, q, plain)
-    kept = sum(group.tokens for group in attended_together if not uses_blocks(q, group, plain))
-    log_sum_exp = torch.empty(kept * q.shape[1], dtype=wide, device=q.device)
+    saved_tokens = sum(group.tokens for group in attended_together if not uses_blocks(q, group, plain))
+    log_sum_exp = torch.empty(saved_tokens * q.shape[1], dtype=wide, device=q.device)
     filled = 0
     for group in attended_together:
-        q_group, k_group, v_group = together(q, group), kv_source(k, group), kv_source(v, group)
+        q_group, k_group, v_group = gather_documents(q, group), gather_keys(k, group), gather_keys(v, group)
         if uses_blocks(q, group, plain):
-            in_place = together(output, group) if group.places is None else None
+            in_place = gather_documents(output, group) if group.places is None else None
             attended, _ = attention_blocks_forward(q_group, k_group, v_group, scores, out=in_place)
             if in_place is None:
                 scatter_documents(attended, group, output)
@@ -75,24 +76,24 @@ def grouped_backward(
     scores: Scores,
     grads: Sequence[Tensor],
 ) -> None:
-    """Fill `grads`, ∂L/∂Q, ∂L/∂K and ∂L/∂V in the shapes of q, k and v.
+    """Fill `grads` with ∂L/∂Q, ∂L/∂K and ∂L/∂V, in the shapes of q, k and v.
 
     Args:
         d_y: ∂L/∂O, (tokens, heads, head_dim).
-        attended: O, where it was kept, and ℓ, from `grouped_forward`; no ℓ where a kernel attended, which keeps none.
+        attended: O if it was kept, and ℓ from `grouped_forward`; ℓ is empty if our own kernel attended.
     """
     (q, k, v), (output, log_sum_exp), (d_q, d_k, d_v) = qkv, attended, grads
-    # What segments add to the gradients of those before them; rounded once.
+    # The gradients that segments add to those before them, rounded once at the end.
     wide, continued = torch.promote_types(q.dtype, torch.float32), continued_end(runs)
     shares_k, shares_v = (torch.zeros(continued, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
     filled, plain = 0, scores.known_to_kernels
     for group in groups(runs, q, plain):
-        q_group, k_group, v_group = together(q, group), kv_source(k, group), kv_source(v, group)
-        g_group = together(d_y, group, zero_behind=True)
+        q_group, k_group, v_group = gather_documents(q, group), gather_keys(k, group), gather_keys(v, group)
+        g_group = gather_documents(d_y, group, zero_padding=True)
         if log_sum_exp.numel() == 0 or uses_blocks(q, group, plain):  # blocks need no ℓ
             in_place = None
             if group.places is None and group.keys is None:
-                in_place = AttentionBlocksGrads(*(together(gradient, group) for gradient in grads))
+                in_place = AttentionBlocksGrads(*(gather_documents(gradient, group) for gradient in grads))
             in_blocks = AttentionBlocksSaved(q_group, k_group, v_group, scores)
             results = attention_blocks_backward(g_group, in_blocks, out=in_place)
             if in_place is None:
@@ -103,7 +104,7 @@ def grouped_backward(
         lse = log_sum_exp[filled : filled + group.tokens * q.shape[1]].view(group.documents, q.shape[1], group.length)
         filled += lse.numel()
         mask = _window_mask(group.length, scores.window, lse.dtype, q.device)
-        operands = _for_kernel(g_group, q_group, k_group, v_group, together(not_none(output), group))
+        operands = _for_kernel(g_group, q_group, k_group, v_group, gather_documents(not_none(output), group))
         from_kernel = _backward_kernel(*operands, lse, 0.0, mask is None, attn_mask=mask, scale=scores.scaling)
         for gradient, result in zip(grads, from_kernel, strict=True):
             scatter_documents(result.transpose(1, 2), group, gradient)
@@ -112,14 +113,14 @@ def grouped_backward(
 
 
 def _for_kernel(*documents: Tensor) -> list[Tensor]:
-    """As torch's kernels take them: float32 or wider, (documents, heads, length, head_dim)."""
+    """Convert to the layout of torch's kernels: float32 or wider, (documents, heads, length, head_dim)."""
     wide = torch.promote_types(documents[0].dtype, torch.float32)
     # Cast before the axes are swapped: the copy then runs along memory.
     return [x.to(wide).transpose(1, 2) for x in documents]
 
 
 def _window_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """M of one document, (length, length), where the window cuts something off; None where causality is all."""
+    """Return M of one document, (length, length), or None if the window hides nothing that causality shows."""
     if window is None or length <= window:
         return None
     positions = torch.arange(length, device=device)

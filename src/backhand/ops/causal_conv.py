@@ -1,19 +1,20 @@
-"""Causal depthwise convolution over packed documents, with SiLU behind it where a family has one.
+"""Causal depthwise convolution over packed documents, followed by SiLU in some families.
 
     c_t = Σ_s w_s ⊙ x_{t-s} + b,   s = 0 … J-1,   y = c, or y = c σ(c)          [arXiv:2312.00752, §3.4]
 
-for every channel on its own, w_s the tap for the token s places back. (Stored weights, (channels, 1, J), have the tap
-of the token itself last: w_s is column J-1-s.) Nothing reaches across documents: x_{t-s} is zero before a document's
-begin. Where documents begin alike, their common beginning is a segment that others continue (`document_groups`).
+for each channel separately, with w_s the tap for the token s places back. (In the stored weight, (channels, 1, J), the
+last tap is that of the token itself: w_s is column J-1-s.) No sum crosses documents: x_{t-s} is zero before the first
+token of a document. If documents begin alike, their common beginning is a segment that others continue
+(`document_groups`).
 
-Backward, w and b being frozen. With G = ∂L/∂y and C = G, or C = G ⊙ φ'(c), φ'(c) = σ + c σ (1 - σ):
+Backward, with w and b frozen. With G = ∂L/∂y and C = G, or C = G ⊙ φ'(c), φ'(c) = σ + c σ (1 - σ):
     dc_t = Σ_s w_s ⊙ dx_{t-s},   hence   ∂L/∂x_t = Σ_s w_s ⊙ C_{t+s}     (tokens, channels)
-where C_{t+s} is zero behind the document's end: the same taps, read forward in time. A token near a segment's end is
+where C_{t+s} is zero after the document's end: the same taps, read forward in time. A token near a segment's end is
 read by the first tokens of every segment that continues it, and its gradient is the sum over all of them.
 
-Saved: x; c is recomputed where SiLU's slope needs it, for J multiplications an element. The kernels
-(native/causal_conv.cpp) read each number once and round each sum once; torch's passes go over tiles of so many tokens
-that what lies between two of them stays in the caches.
+Saved: x. Where SiLU's slope needs c, it is recomputed, which takes J multiplications per element. The kernels
+(native/causal_conv.cpp) read each number once and round each sum once. Torch's form computes tiles of tokens, so that
+the intermediate results of a tile stay in the caches.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ _MATRIX = (POINTER, INT64)
 _PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
 _FORWARD = KernelSignature("backhand_causal_conv_forward", INT, INT, *_PROBLEM, *_MATRIX)
 _BACKWARD = KernelSignature("backhand_causal_conv_backward", INT, INT, *_PROBLEM, *_MATRIX, *_MATRIX)
-# As in native/causal_conv.cpp: what stands around the convolution, and the most taps.
+# As in native/causal_conv.cpp: the functions around the convolution, and the largest number of taps.
 PLAIN, WITH_SILU, GATED = range(3)
 MOST_TAPS = 8
 
-# Input and output of a tile stay in the second-level cache.
+# Elements of a tile, whose input and output then stay in the second-level cache.
 TILE_ELEMENTS = 1 << 16
 
 
 class Taps(NamedTuple):
-    """The frozen convolution: weight (channels, J), column J-1 the token itself, and bias (channels,) or None."""
+    """The frozen convolution: weight (channels, J), with the token's own tap last; bias (channels,) or None."""
 
     weight: Tensor
     bias: Tensor | None = None
 
 
 class CausalConvSaved(NamedTuple):
-    """x (tokens, channels), the taps, the documents' segments, and whether SiLU follows."""
+    """x (tokens, channels), the taps, the documents' segments, and True if SiLU follows."""
 
     x: Tensor
     taps: Taps
@@ -71,11 +72,11 @@ def causal_conv_forward(
     Args:
         x: (tokens, channels).
         taps: weight and bias.
-        runs: the segments of all documents, covering all tokens, each behind those it continues.
-        silu: whether y = c σ(c), else y = c.
+        runs: the segments of all documents, covering all tokens; each follows the segments that it continues.
+        silu: True for y = c σ(c), False for y = c.
 
     Returns:
-        y (tokens, channels) in x's dtype, and what backward needs.
+        y (tokens, channels) in x's dtype, and the saved tensors.
     """
     saved = CausalConvSaved(x, taps, runs, silu)
     c = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -108,18 +109,18 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
 
 
 def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], y: Tensor) -> bool:
-    """Whether the kernel applied; y (tokens, channels) is then filled.
+    """Fill y, (tokens, channels), by the kernel and return True; return False if it does not apply.
 
     Args:
         mode: PLAIN; WITH_SILU; or GATED, with x (tokens, 3 channels) as in `gated_conv`.
         taps: weight and bias.
-        y: to receive the result.
+        y: receives the result.
     """
     return _applies(_FORWARD, mode, x, taps, runs, y)
 
 
 def compiled_conv_back(mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> bool:
-    """Whether the kernel applied; d_x, of x's shape, is then filled. See `compiled_conv`."""
+    """Fill d_x, of x's shape, by the kernel and return True; return False if it does not apply."""
     return _applies(_BACKWARD, mode, x, taps, runs, d_y, d_x)
 
 
@@ -134,7 +135,7 @@ def _applies(
 
 
 def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[int | None, ...]:
-    """Input, taps and documents as the kernels take them."""
+    """Return the kernels' arguments for input, taps and documents."""
     (weight, bias), table = taps, segment_table(runs)
     return (
         *(*matrix(x), *matrix(weight), None if bias is None else bias.data_ptr()),
@@ -143,20 +144,20 @@ def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[int | None, 
 
 
 def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = False) -> Tensor:
-    """y of tokens that come behind others, for generation; what has been seen goes on with them.
+    """Compute y of tokens that continue documents, for generation, and update their last tokens.
 
     Args:
         x: (documents, new tokens, channels).
         taps: weight and bias.
-        seen: (documents, J-1, channels), x of each document's last tokens, zeros where it has fewer; overwritten by
-            those of the new end.
-        silu: whether y = c σ(c), else y = c.
+        seen: (documents, J-1, channels), x of each document's last tokens, or zeros if it has fewer. It is overwritten
+            by the last tokens including the new ones.
+        silu: True for y = c σ(c), False for y = c.
 
     Returns:
-        y (documents, new tokens, channels), perhaps a view.
+        y (documents, new tokens, channels), which may be a view.
     """
     documents, before = seen.shape[:2]
-    # The last tokens and the new ones are a document, of which the new ones' part is wanted.
+    # The last tokens and the new ones form a document, of which the new tokens' part is returned.
     own = torch.cat([seen, x], dim=1)
     whole = convolved(own.flatten(0, 1), taps, (Run(0, documents, own.shape[1]),))
     c = whole.unflatten(0, (documents, own.shape[1]))[:, before:]
@@ -165,19 +166,19 @@ def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = F
 
 
 def convolved(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
-    """c, (tokens, channels), a fresh tensor."""
+    """Return c, (tokens, channels), as a new tensor."""
     return causal_conv_forward(x, taps, runs)[0]
 
 
 def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
-    """∂L/∂x from ∂L/∂c, (tokens, channels), a fresh tensor."""
+    """Return ∂L/∂x from ∂L/∂c, (tokens, channels), as a new tensor."""
     return causal_conv_backward(d_c, CausalConvSaved(d_c, taps, runs, silu=False)).d_x
 
 
 def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> Tensor:
     """Write ∂L/∂x from ∂L/∂c to d_x, (tokens, channels), and return it."""
     weight, continued = taps.weight, continued_end(runs)
-    # What segments add to the gradients of those before them; rounded once.
+    # The gradients that segments add to those before them, rounded once at the end.
     wide = torch.promote_types(d_c.dtype, torch.float32)
     shares = torch.zeros(continued, d_c.shape[1], dtype=wide, device=d_c.device)
     for tile in _tiles(d_c, runs):
@@ -195,23 +196,23 @@ def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) 
 
 
 class _Tile(NamedTuple):
-    """Some tokens of some neighbouring segments of one length."""
+    """A range of tokens of several neighbouring segments of one length."""
 
-    start: int  # the first document's first token
-    number: int  # of documents
-    length: int  # of each
-    first: int  # the first of the tokens of each
-    last: int  # the one behind the last
-    before: tuple[Span, ...]  # what stands before each of them
+    start: int  # the first token of the first segment
+    number: int  # of segments
+    length: int  # of each segment
+    first: int  # the first token of the range, counted within each segment
+    last: int  # the end of the range
+    before: tuple[Span, ...]  # the segments before each of them
 
     def documents(self, x: Tensor) -> Tensor:
-        """x (tokens, channels) of the documents: (number, length, channels)."""
+        """View the segments' part of x, (tokens, channels), as (number, length, channels)."""
         tokens = slice(self.start, self.start + self.number * self.length)
         by_document: Tensor = x[tokens].unflatten(0, (self.number, self.length))
         return by_document
 
     def of(self, x: Tensor) -> Tensor:
-        """x of the tile: (number, last - first, channels)."""
+        """View the tile's part of x as (number, last - first, channels)."""
         return self.documents(x)[:, self.first : self.last]
 
 
@@ -221,14 +222,14 @@ def tile_tokens(channels: int) -> int:
 
 
 def _tiles(x: Tensor, runs: tuple[Run, ...]) -> Iterator[_Tile]:
-    """All tokens of x (tokens, channels): several segments at a time, or a part of one."""
+    """Yield the tiles of x, (tokens, channels): several segments at a time, or a part of one segment."""
     most = tile_tokens(x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     for start, count, length, before in runs:
         at_once = max(1, most // max(length, 1))
         for document in range(0, count, at_once):
-            there = start + document * length, min(at_once, count - document)
+            segments_of_tile = start + document * length, min(at_once, count - document)
             for first in range(0, length, most):
-                yield _Tile(*there, length, first, min(first + most, length), before)
+                yield _Tile(*segments_of_tile, length, first, min(first + most, length), before)
 
 
 def _convolve(x: Tensor, taps: Taps, tile: _Tile, out: Tensor) -> Tensor:
@@ -249,12 +250,12 @@ def _convolve(x: Tensor, taps: Taps, tile: _Tile, out: Tensor) -> Tensor:
 
 
 def _tap(weight: Tensor, s: int) -> Tensor:
-    """w_s, (channels,)."""
+    """Return w_s, (channels,)."""
     return weight[:, weight.shape[1] - 1 - s]
 
 
 def _before(s: int, tile: _Tile) -> tuple[slice, list[int]]:
-    """Which of a segment's tokens in the tile have the token s places back before the segment, and those tokens."""
+    """Return the range of a segment's tokens in the tile whose s-th predecessor is before the segment, and these."""
     before = tokens_of(tile.before)
     first = max(tile.first, s - len(before))
     last = max(first, min(s, tile.last))
@@ -262,7 +263,7 @@ def _before(s: int, tile: _Tile) -> tuple[slice, list[int]]:
 
 
 def causal_conv_reference(x: Tensor, taps: Taps, runs: tuple[Run, ...], *, silu: bool = False) -> Tensor:
-    """The same y by torch's convolution, segment by segment, each with all that stands before it."""
+    """Compute the same y by torch's convolution, segment by segment, each with all tokens before it."""
     channels, width = taps.weight.shape
     outputs = [x[:0] * taps.weight.sum()]
     for (start, stop), before in segments(runs):

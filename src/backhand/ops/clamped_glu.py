@@ -1,4 +1,4 @@
-"""The gated linear unit of gpt-oss: SwiGLU with a gain inside its sigmoid, both inputs clamped, and one added to u.
+"""The gated linear unit of gpt-oss: SwiGLU with clamped inputs, a gain inside its sigmoid, and one added to u.
 
     â = min(a, λ),   û = max(-λ, min(u, λ)),   y = (û + 1) ⊙ â ⊙ σ(κ â)      [arXiv:2508.10925, §2.2]
 
@@ -6,14 +6,14 @@ with κ = 1.702, for which a σ(κ a) is nearly GELU(a) [arXiv:1606.08415, §2],
 
 Backward. With σ' = σ (1 - σ) and G = ∂L/∂y, where nothing is clamped
     dy = (û + 1) ⊙ (σ + κ â σ') ⊙ da + â σ ⊙ du
-and what is clamped is constant, so that
+and clamped values are constant, so that
     ∂L/∂a = 1[a ≤ λ] ⊙ G ⊙ (û + 1) ⊙ (σ + κ â σ')      (..., n)
     ∂L/∂u = 1[|u| ≤ λ] ⊙ G ⊙ â σ                       (..., n)
 On the bound itself the gradient passes, as autograd has it.
 
-Saved: a and u, which are the columns of one buffer; all else is recomputed. In float32 or wider, chunk by chunk: what
-lies between two reads of memory then stays in the second-level cache, and needs no memory of the batch's size. There is
-torch's form alone and no kernel.
+Saved: a and u, which are the columns of one buffer; everything else is recomputed, in float32 or wider. It is computed
+in chunks, so that intermediate results stay in the second-level cache and need no memory of the batch's size. There is
+no kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from backhand.kernels.pieces import piece_size
 
-# At once: nine tensors of so many float32 numbers lie beside one another in backward, in the second-level cache.
+# Elements of a chunk. The backward has nine float32 tensors of this size in the second-level cache.
 CHUNK_ELEMENTS = 1 << 14
 
 
@@ -38,7 +38,7 @@ class Clamp(NamedTuple):
 
 
 class ClampedGLUSaved(NamedTuple):
-    """gate a and up u, (..., n) each (views are fine), and the two numbers."""
+    """gate a and up u, (..., n) each, which may be views, and the two constants."""
 
     gate: Tensor
     up: Tensor
@@ -53,7 +53,7 @@ class ClampedGLUGrads(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """â, û + 1 and σ(κ â) of a chunk, float32 or wider."""
+    """â, û + 1 and σ(κ â) of a chunk, in float32 or wider."""
 
     gate: Tensor
     up: Tensor
@@ -63,13 +63,13 @@ class _Parts(NamedTuple):
 def clamped_glu_forward(
     gate: Tensor, up: Tensor, clamp: Clamp, *, out: Tensor | None = None
 ) -> tuple[Tensor, ClampedGLUSaved]:
-    """y = (û + 1) ⊙ â ⊙ σ(κ â).
+    """Compute y = (û + 1) ⊙ â ⊙ σ(κ â).
 
     Args:
         gate: a, (..., n).
         up: u, (..., n).
         clamp: κ and λ.
-        out: the shape and dtype of gate, to receive y, or None.
+        out: of gate's shape and dtype, to receive y; or None.
     """
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     for a, u, part in _chunks(gate, up, y):
@@ -82,7 +82,7 @@ def clamped_glu_backward(d_y: Tensor, saved: ClampedGLUSaved, *, out: Tensor | N
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
-        out: (..., 2n) to receive [d_gate | d_up] side by side, or None.
+        out: (..., 2n) to receive [d_gate | d_up]; or None.
     """
     n, (gain, limit) = d_y.shape[-1], saved.clamp
     if out is None:
@@ -92,7 +92,7 @@ def clamped_glu_backward(d_y: Tensor, saved: ClampedGLUSaved, *, out: Tensor | N
         gate, up, sigmoid = _parts(a, u, saved.clamp)
         upstream, value = g.to(gate.dtype), gate * sigmoid
         d_u.copy_((upstream * value).masked_fill_((u < -limit) | (u > limit), 0.0))
-        # σ + κ â σ (1 - σ), with â σ at hand
+        # σ + κ â σ (1 - σ), where `value` is â σ
         slope = torch.addcmul(sigmoid, value, 1 - sigmoid, value=gain)
         d_a.copy_(slope.mul_(up).mul_(upstream).masked_fill_(a > limit, 0.0))
     return grads
@@ -105,7 +105,7 @@ def _parts(a: Tensor, u: Tensor, clamp: Clamp) -> _Parts:
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of all, a few entries of the first axis at a time; on other devices than the CPU all at once."""
+    """Yield views of all tensors, a few entries of the first axis at a time on the CPU, and all at once elsewhere."""
     first = tensors[0]
     if first.device.type != "cpu" or first.numel() == 0:
         yield tensors
@@ -115,7 +115,7 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def clamped_glu_reference(gate: Tensor, up: Tensor, clamp: Clamp) -> Tensor:
-    """The same y by branches: the constants where an input lies beyond the bound, the definitions elsewhere."""
+    """Compute the same y by branches: constants where an input exceeds its bound, the definitions elsewhere."""
     gain, limit = clamp
     limited = torch.where(gate > limit, torch.full_like(gate, limit), gate)
     within = torch.where(up.abs() > limit, limit * torch.sign(up), up)

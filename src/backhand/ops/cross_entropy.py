@@ -1,4 +1,4 @@
-"""Cross-entropy from logits, a loss for every row.
+"""Cross-entropy from logits, one loss per row.
 
     ℓ_i = logsumexp(Z_i) - Z_{i, t_i}      Z (rows, vocab), targets t (rows,)
 
@@ -6,9 +6,9 @@ Backward. dℓ_i = ⟨softmax(Z_i) - onehot(t_i), dZ_i⟩, so with G = ∂L/∂�
     ∂L/∂Z_i = G_i (softmax(Z_i) - onehot(t_i))      (rows, vocab)
 
 Softmax and losses are computed in float32 at least, whatever the dtype of the logits. Saved: softmax(Z) and the
-targets; the logits are not needed again. `linear_cross_entropy` computes the same without ever holding all logits, for
-a head that is frozen or has a plain adapter; this op is for chunks of any other head, and has its softmax in torch's
-form (`losses_in_place`).
+targets; the logits are not needed again. For a head that is frozen or has a plain adapter, `linear_cross_entropy`
+computes the same without ever holding all logits, by this file's torch form (`losses_in_place`). This op is for chunks
+of any other head.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from backhand.kernels.pieces import piece_size
 from backhand.ops.embedding import sums_dtype
 from backhand.ops.logits_rule import capped
 
-# Elements of float32 softmax at a time: 6 MB, which the last-level cache holds beside the logits it is made from.
+# Elements of float32 softmax at a time: 6 MB, which fits into the last-level cache together with its logits.
 SOFTMAX_ELEMENTS = 3 << 19
 
 
 class CrossEntropySaved(NamedTuple):
-    """What the forward keeps: softmax (rows, vocab) in float32 or wider, targets (rows,), the dtype of the logits."""
+    """Saved for the backward: softmax (rows, vocab) in float32 or wider, targets (rows,), the dtype of the logits."""
 
     probabilities: Tensor
     targets: Tensor
@@ -44,28 +44,28 @@ class CrossEntropyGrads(NamedTuple):
 def softmax_and_log_sum(logits: Tensor, out: Tensor) -> Tensor:
     """Write softmax(Z), (rows, n), to `out`; return logsumexp(Z), (rows, 1), in float64 where the device has it.
 
-    torch adds up a row's powers in a few numbers, so that beside a largest one thousands of tiny ones are lost. All its
-    shares then err by one factor: what they add up to, which torch's own sum forms pairwise.
+    torch adds a row's powers in few accumulators, so that thousands of tiny powers are lost next to a large one. All
+    probabilities then err by the same factor: their sum, which torch's `sum` computes pairwise.
 
-    logsumexp = z_j - log softmax_j for any j; the largest is the one whose logarithm is exact and never underflows.
+    logsumexp = z_j - log softmax_j for any j. The largest probability is used, whose logarithm never underflows.
     """
     torch.softmax(logits, dim=-1, dtype=out.dtype, out=out)
     wide = sums_dtype(out)
     total = out.sum(dim=-1, keepdim=True)
-    largest, its_share = (x.amax(dim=-1, keepdim=True).to(wide) for x in (logits, out))
+    largest, its_probability = (x.amax(dim=-1, keepdim=True).to(wide) for x in (logits, out))
     out.div_(total)
-    return largest - its_share.log_() + total.to(wide).log_()
+    return largest - its_probability.log_() + total.to(wide).log_()
 
 
 def cross_entropy_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, CrossEntropySaved]:
-    """ℓ of every row.
+    """Compute ℓ of every row.
 
     Args:
         logits: (rows, vocab).
         targets: (rows,) int64 in [0, vocab).
 
     Returns:
-        (rows,) losses in nats, float32 or wider, and what backward needs.
+        (rows,) losses in nats, float32 or wider, and the saved tensors.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     probabilities = torch.empty(logits.shape, dtype=wide, device=logits.device)
@@ -75,10 +75,10 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Cros
 
 
 def losses_in_place(logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None, *, gradient: bool) -> None:
-    """Write ℓ of a chunk of rows, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place.
+    """Write ℓ of a chunk of rows, (rows,), to `losses`; with `gradient`, replace the logits by ∂ℓ/∂Z.
 
     Args:
-        cap: κ, by which the logits are capped first (`logits_rule`), or None.
+        cap: κ, the cap of the logits (`logits_rule`), or None.
     """
     step = (
         max(1, piece_size(SOFTMAX_ELEMENTS) // logits.shape[1])
@@ -106,7 +106,7 @@ def cross_entropy_backward(d_y: Tensor, saved: CrossEntropySaved) -> CrossEntrop
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor) -> Tensor:
-    """The same losses from the definition, by exponentials and a one-hot product."""
+    """Compute the same losses from the definition, by exponentials and a one-hot product."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest = wide.amax(dim=-1, keepdim=True) if wide.numel() else wide[:, :1]
     one_hot = functional.one_hot(targets, logits.shape[1]).to(wide.dtype)

@@ -1,13 +1,13 @@
-"""The decay of a gated state, in logarithms: how much of it a token lets stand.
+"""The decay of a gated state, as a logarithm: the share of the state that a token retains.
 
     g = -e^A softplus(a + b),   softplus(z) = log(1 + e^z)      [arXiv:2312.00752, §3.2 and appendix C; 2412.06464, §3]
 
-with A and b one number a head, frozen, and a (tokens, heads) made of the token. g < 0: e^g is a share in (0, 1).
+with one frozen A and b per head, and a (tokens, heads) computed from the token. g < 0, so that e^g is in (0, 1).
 
 Backward. softplus' = σ, so with G = ∂L/∂g
     ∂L/∂a = -e^A G σ(a + b)      (tokens, heads)
 
-Saved: a, A and b. g is float32 or wider whatever a is: the state multiplies e^g hundreds of times.
+Saved: a, A and b. g is float32 or wider whatever a is, since the state is multiplied by e^g hundreds of times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DecayGateGrads(NamedTuple):
 
 
 def decay_gate_forward(a: Tensor, log_rate: Tensor, bias: Tensor) -> tuple[Tensor, DecayGateSaved]:
-    """g of every token and head.
+    """Compute g of every token and head.
 
     Args:
         a: (tokens, heads).
@@ -42,7 +42,7 @@ def decay_gate_forward(a: Tensor, log_rate: Tensor, bias: Tensor) -> tuple[Tenso
         bias: b, (heads,).
 
     Returns:
-        g (tokens, heads), float32 or wider, and what backward needs.
+        g (tokens, heads), float32 or wider, and the saved tensors.
     """
     saved = DecayGateSaved(a, log_rate, bias)
     rate, z = _rate_and_z(saved)
@@ -56,13 +56,13 @@ def decay_gate_backward(d_y: Tensor, saved: DecayGateSaved) -> DecayGateGrads:
 
 
 def _rate_and_z(saved: DecayGateSaved) -> tuple[Tensor, Tensor]:
-    """e^A (heads,) and a + b (tokens, heads), float32 or wider."""
+    """Return e^A (heads,) and a + b (tokens, heads), in float32 or wider."""
     wide = torch.promote_types(saved.a.dtype, torch.float32)
     return saved.log_rate.to(wide).exp(), saved.a.to(wide) + saved.bias.to(wide)
 
 
 def decay_gate_reference(a: Tensor, log_rate: Tensor, bias: Tensor) -> Tensor:
-    """The same g by the logarithm of a sum: log(e^0 + e^z)."""
+    """Compute the same g by the logarithm of a sum: log(e^0 + e^z)."""
     wide = torch.promote_types(a.dtype, torch.float32)
     z = a.to(wide) + bias.to(wide)
     return -torch.exp(log_rate.to(wide)) * torch.logaddexp(torch.zeros_like(z), z)

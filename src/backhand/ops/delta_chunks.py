@@ -1,7 +1,7 @@
-"""The gated delta rule's chunks in torch's form: the matrices of `gated_delta_rule`'s docstring, by their names there.
+"""Torch's form of the gated delta rule's chunks: the matrices of `gated_delta_rule`'s docstring, by their names there.
 
-Many documents' chunks are taken at once (`delta_steps`), and of the key heads as many as stay in the caches and in a
-bound of memory. Backward runs the chunks forward again and keeps, until it is through, the state before each chunk.
+The chunks of many documents are computed at once (`delta_steps`), and as many key heads as fit into the caches and a
+memory limit. The backward runs the chunks forward again, and saves the state before each chunk until it is done.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from backhand.ops.delta_steps import (
     scatter,
 )
 
-# How many key heads are taken at once, at least one: many small products run at a poor rate, but a step's tensors, of
-# so many elements each, should stay in the caches, and what backward keeps of these heads is memory.
+# Limits of how many key heads are computed at once, at least one. Many small products run at a poor rate, but each of a
+# step's tensors should stay in the caches (elements), and the backward saves tensors of these heads (bytes).
 STEP_ELEMENTS = 1 << 18
-KEPT_BYTES = 160 << 20
+SAVED_BYTES = 160 << 20
 
 
 class _Chunk(NamedTuple):
-    """A chunk of b documents, h key heads of r value heads each; see the module docstring."""
+    """A chunk of b documents and of h key heads with r value heads each; names as in `gated_delta_rule`."""
 
     qk: Tensor  # [Q; K] (b, h, 1, 2n, key width)
     v: Tensor  # (b, h, r, n, value width)
@@ -63,8 +63,8 @@ class _Solved(NamedTuple):
     update: Tensor
 
 
-class _Kept(NamedTuple):
-    """What backward keeps of one step: the chunk, its solution, the state before it (None for zero)."""
+class _StepSaved(NamedTuple):
+    """The tensors saved of one step: the chunk, its solution, and the state before it (None for zero)."""
 
     step: Step
     chunk: _Chunk
@@ -73,10 +73,10 @@ class _Kept(NamedTuple):
 
 
 class HeadBytes(NamedTuple):
-    """What backward holds for each token and key head of those that are taken at once."""
+    """Memory of the backward per token and key head, for the heads that are computed at once."""
 
-    kept: int  # from the chunks' forward to their backward
-    at_work: int  # of a token in the step that is being differentiated, beside
+    saved: int  # from the chunks' forward to their backward
+    at_work: int  # in addition, per token of the step that is being differentiated
 
 
 class HeadSizes(NamedTuple):
@@ -89,24 +89,24 @@ class HeadSizes(NamedTuple):
 
 
 def bytes_of_a_head(sizes: HeadSizes, dtype: torch.dtype, chunk: int = CHUNK_TOKENS) -> HeadBytes:
-    """By the sizes of what `_Kept` holds, and of what `_chunk_back` makes."""
+    """Return the bytes of the tensors in `_StepSaved` and of those that `_chunk_back` allocates."""
     _, group, key_width, value_width = sizes
     size = torch.promote_types(dtype, torch.float32).itemsize
-    kept = 2 * key_width + group * (3 * value_width + 4 * chunk + key_width * value_width // chunk)
+    saved = 2 * key_width + group * (3 * value_width + 4 * chunk + key_width * value_width // chunk)
     at_work = 4 * key_width + group * (5 * value_width + 2 * key_width + 4 * chunk) + 8 * chunk
-    return HeadBytes(kept * size, at_work * size)
+    return HeadBytes(saved * size, at_work * size)
 
 
-def heads_at_once(heads: int, tokens: int, step_tokens: int, width: int, kept: int, *, on_cpu: bool = True) -> int:
-    """How many key heads are taken at once: see STEP_ELEMENTS and KEPT_BYTES.
+def heads_at_once(heads: int, tokens: int, step_tokens: int, width: int, saved: int, *, on_cpu: bool = True) -> int:
+    """Return how many key heads are computed at once: see STEP_ELEMENTS and SAVED_BYTES.
 
     Args:
-        width: of the larger one of key and value, of a key head's whole group.
-        kept: bytes of a token and key head.
-        on_cpu: else there are no caches to stay in.
+        width: the larger of the key and value widths of a key head's whole group.
+        saved: bytes saved per token and key head.
+        on_cpu: False for devices without such caches.
     """
     in_caches = piece_size(STEP_ELEMENTS) // max(step_tokens * width, 1) if on_cpu else heads
-    return max(1, min(heads, in_caches, KEPT_BYTES // (max(tokens, 1) * kept)))
+    return max(1, min(heads, in_caches, SAVED_BYTES // (max(tokens, 1) * saved)))
 
 
 def forward_in_chunks(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> None:
@@ -125,20 +125,20 @@ def backward_in_chunks(d_y: Tensor, saved: GatedDeltaRuleSaved, grads: GatedDelt
     """Write the gradients of d_y, (tokens, value heads, value width), to `grads`."""
     levels = levels_of(saved.runs, saved.chunk, d_y.device)
     for part in _head_parts(saved):
-        kept: list[list[_Kept]] = [[] for _ in levels]
-        _scan_levels(saved, part, None, kept)
+        saved_steps: list[list[_StepSaved]] = [[] for _ in levels]
+        _scan_levels(saved, part, None, saved_steps)
         d_ends = None
         for depth in reversed(range(len(levels))):
-            d_begin, parents = _scan_back(d_y, saved, kept[depth], part, grads, d_ends), levels[depth].parents
+            d_begin, parents = _scan_back(d_y, saved, saved_steps[depth], part, grads, d_ends), levels[depth].parents
             if parents is not None and d_begin is not None:
                 d_ends = d_begin.new_zeros(levels[depth - 1].segments, *d_begin.shape[1:])
-                d_ends.index_add_(0, parents[kept[depth][0].step.order], d_begin)
+                d_ends.index_add_(0, parents[saved_steps[depth][0].step.order], d_begin)
 
 
 def _scan_levels(
-    saved: GatedDeltaRuleSaved, part: slice, out: Tensor | None, kept: list[list[_Kept]] | None = None
+    saved: GatedDeltaRuleSaved, part: slice, out: Tensor | None, saved_steps: list[list[_StepSaved]] | None = None
 ) -> None:
-    """Run through all segments, each from the last state of the one that it continues."""
+    """Run through all segments, each from the last state of the segment that it continues."""
     levels = levels_of(saved.runs, saved.chunk, saved.v.device)
     heads = (part.stop - part.start) * (saved.v.shape[1] // saved.k.shape[1])
     wide = torch.promote_types(saved.v.dtype, torch.float32)
@@ -146,20 +146,20 @@ def _scan_levels(
     for depth, level in enumerate(levels):
         begin = None if level.parents is None else before.index_select(0, level.parents)
         ends = saved.v.new_empty(level.segments, *sizes, dtype=wide) if depth + 1 < len(levels) else None
-        _scan(saved, level.steps, part, out, begin, ends, None if kept is None else kept[depth])
+        _scan(saved, level.steps, part, out, begin, ends, None if saved_steps is None else saved_steps[depth])
         before = before if ends is None else ends
 
 
 def _head_parts(saved: GatedDeltaRuleSaved) -> list[slice]:
-    """The key heads in parts."""
+    """Return the ranges of key heads that are computed at once."""
     heads, key_width, value_width = saved.k.shape[1], saved.k.shape[2], saved.v.shape[2]
     group = saved.v.shape[1] // heads
-    kept = bytes_of_a_head(HeadSizes(heads, group, key_width, value_width), saved.v.dtype, saved.chunk).kept
+    saved_bytes = bytes_of_a_head(HeadSizes(heads, group, key_width, value_width), saved.v.dtype, saved.chunk).saved
     levels = levels_of(saved.runs, saved.chunk, saved.v.device)
     tokens = max((step.documents * step.length for level in levels for step in level.steps), default=saved.chunk)
     on_cpu = saved.v.device.type == "cpu"
     width = group * max(key_width, value_width)
-    at_once = heads_at_once(heads, saved.v.shape[0], tokens, width, kept, on_cpu=on_cpu)
+    at_once = heads_at_once(heads, saved.v.shape[0], tokens, width, saved_bytes, on_cpu=on_cpu)
     return [slice(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
 
 
@@ -170,17 +170,17 @@ def _scan(
     out: Tensor | None,
     begin: Tensor | None,
     ends: Tensor | None,
-    kept: list[_Kept] | None = None,
+    saved_steps: list[_StepSaved] | None = None,
 ) -> None:
     """Run through steps that follow one another.
 
     Args:
-        part: which key heads.
-        out: o of all heads, to be written; or None.
-        begin: (documents, value heads of the part, key width, value width), the states before the documents; None for
-            zero.
-        ends: of begin's shape, perhaps begin, to receive those behind them; or None.
-        kept: a list to receive what backward needs, or None.
+        part: the key heads.
+        out: receives o of all heads; or None.
+        begin: the states before the documents, (documents, value heads of the part, key width, value width); None for
+            zeros.
+        ends: of begin's shape, receives the states after the documents; may be `begin`; or None.
+        saved_steps: a list to receive the saved tensors of each step, or None.
     """
     group = saved.v.shape[1] // saved.k.shape[1]
     state = None
@@ -189,8 +189,8 @@ def _scan(
             state = begin.index_select(0, step.order).unflatten(1, (-1, group))
         chunk = _chunk(saved, step, part)
         solved, read = _solve(chunk, state, reading=out is not None)
-        if kept is not None:
-            kept.append(_Kept(step, chunk, solved, state))
+        if saved_steps is not None:
+            saved_steps.append(_StepSaved(step, chunk, solved, state))
         if out is not None:
             o = chunk.attended @ solved.update
             if read is not None:
@@ -204,7 +204,7 @@ def _scan(
 
 
 def _chunk(saved: GatedDeltaRuleSaved, step: Step, part: slice) -> _Chunk:
-    """Gather a step's inputs and form what depends on no state."""
+    """Gather a step's inputs and compute the matrices that depend on no state."""
     group = saved.v.shape[1] // saved.k.shape[1]
     values = slice(part.start * group, part.stop * group)
     n = step.length
@@ -224,7 +224,7 @@ def _chunk(saved: GatedDeltaRuleSaved, step: Step, part: slice) -> _Chunk:
 
 
 def _of_values(x: Tensor, step: Step, group: int, dtype: torch.dtype) -> Tensor:
-    """x (tokens, value heads of the part, …) of the step: (documents, key heads, group, length, …)."""
+    """Gather the step's x, (tokens, value heads of the part, …), as (documents, key heads, group, length, …)."""
     out = x.new_empty(step.documents, x.shape[1], step.length, *x.shape[2:], dtype=dtype)
     gather(x, step, out)
     grouped: Tensor = out.unflatten(1, (-1, group))
@@ -233,7 +233,7 @@ def _of_values(x: Tensor, step: Step, group: int, dtype: torch.dtype) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _hidden(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-∞ above the diagonal, else 0."""
+    """Return a matrix with -∞ above the diagonal and 0 elsewhere."""
     return torch.full((n, n), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
@@ -243,7 +243,7 @@ def _one(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _solve(chunk: _Chunk, state: Tensor | None, *, reading: bool) -> tuple[_Solved, Tensor | None]:
-    """T, Y and U, and Q S, if reading, and unless the state is zero."""
+    """Return T, Y and U, and Q S if `reading` is True and the state is not zero."""
     n = chunk.v.shape[-2]
     system = chunk.below * chunk.beta.mT
     one = _one(n, system.dtype, system.device).expand(system.shape)
@@ -258,7 +258,7 @@ def _solve(chunk: _Chunk, state: Tensor | None, *, reading: bool) -> tuple[_Solv
 
 
 def _next_state(chunk: _Chunk, solved: _Solved, state: Tensor | None, documents: int) -> Tensor | None:
-    """S' of the first documents; None if there are none."""
+    """Return S' of the first documents, or None if `documents` is 0."""
     if not documents:
         return None
     added = chunk.k[:documents].mT @ (chunk.to_end * solved.update)[:documents]
@@ -268,19 +268,20 @@ def _next_state(chunk: _Chunk, solved: _Solved, state: Tensor | None, documents:
 def _scan_back(
     d_y: Tensor,
     saved: GatedDeltaRuleSaved,
-    kept: list[_Kept],
+    saved_steps: list[_StepSaved],
     part: slice,
     grads: GatedDeltaRuleGrads,
     d_ends: Tensor | None,
 ) -> Tensor | None:
-    """Back through steps that follow one another: S̄ before the first step's documents, None where S is zero there.
+    """Run back through steps that follow one another, and return S̄ before the documents, or None if S is zero there.
 
-    d_ends: S̄ behind each document, by its number; None for zero.
+    Args:
+        d_ends: S̄ after each document, by its index; None for zeros.
     """
     group = saved.v.shape[1] // saved.k.shape[1]
     values = slice(part.start * group, part.stop * group)
     d_state = None
-    for step, chunk, solved, state in reversed(kept):
+    for step, chunk, solved, state in reversed(saved_steps):
         if d_ends is not None:
             here = d_ends.index_select(0, step.order[0 if d_state is None else len(d_state) :])
             d_state = here if d_state is None else torch.cat([d_state, here])
@@ -297,9 +298,10 @@ def _scan_back(
 def _chunk_back(
     g: Tensor, chunk: _Chunk, solved: _Solved, state: Tensor | None, d_following: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """[dQ; dK] (b, h, 2n, key width), dV, dg (b, h, r, n), dβ, and dS or None, by the module docstring.
+    """Return [dQ; dK] (b, h, 2n, key width), dV, dg (b, h, r, n), dβ, and dS or None, as derived in `gated_delta_rule`.
 
-    `d_following` is S̄ of the first documents of the chunk; None where nothing follows.
+    Args:
+        d_following: S̄ of the first documents of the chunk; None if no chunk follows.
     """
     n = g.shape[-2]
     inverse, missing, update = solved
@@ -318,11 +320,11 @@ def _chunk_back(
     exponents.diagonal(0, -2, -1).zero_()
     d_c = exponents.sum(-1, dtype=torch.float64) - exponents.sum(-2, dtype=torch.float64)
     # [dQ; dK] by Q Kᵀ and K Kᵀ is a symmetric matrix times [Q; K].
-    beside = g.new_zeros(*g.shape[:2], 2 * n, 2 * n)
-    beside[..., :n, n:] = _over_group(d_attended.mul_(chunk.pairs))
-    beside[..., n:, n:] = _over_group(d_below.mul_(chunk.pairs).mul_(-chunk.beta.mT))
-    beside.diagonal(0, -2, -1).zero_()
-    beside = beside + beside.mT
+    symmetric = g.new_zeros(*g.shape[:2], 2 * n, 2 * n)
+    symmetric[..., :n, n:] = _over_group(d_attended.mul_(chunk.pairs))
+    symmetric[..., n:, n:] = _over_group(d_below.mul_(chunk.pairs).mul_(-chunk.beta.mT))
+    symmetric.diagonal(0, -2, -1).zero_()
+    symmetric = symmetric + symmetric.mT
     d_qk, d_before = None, None
     if state is not None:
         # [e^c ⊙ G; -e^c ⊙ dR], the gradient of [Q; K] S.
@@ -334,7 +336,7 @@ def _chunk_back(
         d_c += both[..., :n] + both[..., n:]
         d_before = chunk.qk.mT @ d_read
         d_qk = _over_group(by_state)
-    d_qk = _plus_product(d_qk, beside, chunk.qk.squeeze(2))
+    d_qk = _plus_product(d_qk, symmetric, chunk.qk.squeeze(2))
     d_decay = d_c.flip(-1).cumsum(-1).flip(-1)
     if d_following is not None:
         sent_on = chunk.to_end[there] * update[there]  # Û
@@ -351,7 +353,7 @@ def _chunk_back(
 
 
 def _plus_product(x: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """x + left @ right in x's place, (b, h, n, m); the product alone where x is None."""
+    """Add left @ right to x, (b, h, n, m), in place; return the product if x is None."""
     if x is None:
         return left @ right
     x.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
@@ -359,5 +361,5 @@ def _plus_product(x: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _over_group(x: Tensor) -> Tensor:
-    """The sum over the value heads of each key head, (b, h, r, …) → (b, h, …)."""
+    """Sum over the value heads of each key head, (b, h, r, …) → (b, h, …)."""
     return x.squeeze(2) if x.shape[2] == 1 else x.sum(2)

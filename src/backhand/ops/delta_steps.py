@@ -1,9 +1,11 @@
-"""Which chunks of which documents the gated delta rule computes together, and how they get there and back; its inputs.
+"""Steps of the gated delta rule: which chunks of which documents are computed together, and how tokens are copied.
 
-A document's chunks follow one another, but documents are independent: step i takes chunk i of every document that has
-one. Documents stand in order of their length, longest first, so that those with a chunk in the next step are always the
-first ones of this step. What lies behind a document's end is zero, and changes neither its state nor any gradient.
-Where documents begin alike, this holds of the segments of each level of their trees: those behind as many others.
+The chunks of a document follow one another, but documents are independent. Step i takes chunk i of every document that
+has one. Documents are sorted by length, longest first, so that the documents with a chunk in the next step are the
+first ones of this step. Places after a document's end hold zeros, which change neither its state nor any gradient.
+
+If documents begin alike, steps are made per level of their trees: the segments with the same number of segments before
+them.
 """
 
 from __future__ import annotations
@@ -43,39 +45,39 @@ class GatedDeltaRuleGrads(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One chunk of each of some documents, (documents, length)."""
+    """One chunk each of several documents, (documents, length)."""
 
-    order: Tensor  # the documents' numbers in their level, longest first
+    order: Tensor  # the indices of the documents in their level, longest first
     documents: int
     length: int
     start: int  # the first token of the first chunk
-    # from there to that of the next, where chunks are evenly spaced and full, as those of documents of one length: the
-    # step is then a view of the tokens
+    # The distance from there to the first token of the next chunk. If chunks are full and evenly spaced, for example in
+    # documents of one length, the step is a view of the tokens.
     stride: int
-    places: Places | None  # where they are not; else None
+    places: Places | None  # None if the step is a view
 
 
 class Level(NamedTuple):
-    """The steps of segments that continue as many others."""
+    """The steps of the segments that have the same number of segments before them."""
 
     steps: list[Step]
-    segments: int  # how many they are
-    parents: Tensor | None  # of each the number of that which it continues in the level before; None in the first one
+    segments: int  # the number of segments
+    parents: Tensor | None  # (segments,) the index in the level before of the one continued; None in the first
 
 
-# Every layer asks for the same steps, forward and backward; a few micro-batches in turn at most.
+# Cached, since every layer needs the same steps in forward and backward; a few micro-batches alternate at most.
 @functools.lru_cache(maxsize=4)
 def levels_of(runs: tuple[Run, ...], chunk: int, device: torch.device) -> list[Level]:
-    """The levels, from the segments that begin documents on."""
+    """Return the levels, the first of which are the segments that begin documents."""
     spans: list[list[Span]] = []
     parents: list[list[int]] = []
-    number_of: dict[int, int] = {}  # by a segment's end
+    number_of: dict[int, int] = {}  # index in its level, by a segment's end
     for start, count, length, before in runs:
         while len(spans) <= len(before):
             spans.append([])
             parents.append([])
         for first in (start + place * length for place in range(count)):
-            number_of.setdefault(first + length, len(spans[len(before)]))  # not of an empty one behind
+            number_of.setdefault(first + length, len(spans[len(before)]))  # an empty segment after it has the same end
             spans[len(before)].append((first, first + length))
             parents[len(before)].append(number_of[before[-1][1]] if before else -1)
     return [
@@ -86,7 +88,7 @@ def levels_of(runs: tuple[Run, ...], chunk: int, device: torch.device) -> list[L
 
 def _steps_of(documents: list[tuple[int, int]], chunk: int, device: torch.device) -> list[Step]:
     order = sorted(range(len(documents)), key=lambda number: documents[number][0] - documents[number][1])
-    found: list[Step] = []
+    steps: list[Step] = []
     longest = max((stop - start for start, stop in documents), default=0)
     for first in range(0, longest, chunk):
         taking = [number for number in order if documents[number][1] - documents[number][0] > first]
@@ -99,32 +101,32 @@ def _steps_of(documents: list[tuple[int, int]], chunk: int, device: torch.device
         if not full or len(strides) > 1 or min(strides, default=1) < 0:
             places = _places(torch.tensor(starts), torch.tensor(ends), length, device)
         numbers = torch.tensor(taking, dtype=torch.int64, device=device)
-        found.append(Step(numbers, len(taking), length, starts[0], min(strides, default=0), places))
-    return found
+        steps.append(Step(numbers, len(taking), length, starts[0], min(strides, default=0), places))
+    return steps
 
 
 def _places(starts: Tensor, ends: Tensor, length: int, device: torch.device) -> Places:
     token_at = starts[:, None] + torch.arange(length)
     inside = (token_at < ends[:, None]).flatten()
     token_at = token_at.minimum(ends[:, None] - 1).flatten()
-    filled, behind = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
-    return Places(*(x.to(device) for x in (filled, token_at, behind)))
+    filled, padding = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
+    return Places(*(x.to(device) for x in (filled, token_at, padding)))
 
 
 def _view(x: Tensor, step: Step) -> Tensor:
-    """The step's tokens of x (tokens, heads, …), evenly spaced and full: (documents, length, heads, …)."""
+    """View the step's tokens of x (tokens, heads, …) as (documents, length, heads, …)."""
     sizes = (step.documents, step.length, *x.shape[1:])
     offset = x.storage_offset() + step.start * x.stride(0)
     return x.as_strided(sizes, (step.stride * x.stride(0), *x.stride()), offset)
 
 
 def gather(x: Tensor, step: Step, out: Tensor) -> None:
-    """Write x (tokens, heads, …) of the step's tokens to `out`, (documents, heads, length, …), zero behind the ends."""
+    """Write the step's tokens of x, (tokens, heads, …), to `out`, (documents, heads, length, …), padded with zeros."""
     if step.places is None:
         out.copy_(_view(x, step).transpose(1, 2))
         return
     part = x.index_select(0, step.places.token_at)
-    part.index_fill_(0, step.places.behind, 0)
+    part.index_fill_(0, step.places.padding, 0)
     out.copy_(part.unflatten(0, (step.documents, step.length)).transpose(1, 2))
 
 

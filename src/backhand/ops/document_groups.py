@@ -1,11 +1,11 @@
-"""Which documents attention takes together, and how they get there from the packed tokens and back.
+"""Group packed documents for attention, and copy tokens to a group and back.
 
 Attention is computed for (documents, length) at once. Neighbouring documents of one length are a view of the packed
-tokens; short ones of about one length are copied, each with some token of its own repeated behind its end. Causality
-hides what stands there from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient.
+tokens. Short documents of similar length are copied, and padded with some token of their own after their end. Causality
+hides the padding from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient.
 
-Documents that begin alike are a tree of segments (`Run`): the queries of a segment are its own tokens, its keys those
-of all segments before it on the way from the root, then its own.
+Documents that begin alike are a tree of segments (`Run`). The queries of a segment are its own tokens. Its keys are
+those of all segments before it on the path from the root, followed by its own.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ Span = tuple[int, int]
 
 
 class Run(NamedTuple):
-    """Neighbouring segments of one length that continue the same tokens; documents where none continues them."""
+    """Neighbouring segments of one length that continue the same segments."""
 
-    start: int  # the first one's first token
-    number: int  # how many they are
-    length: int  # tokens of each
-    # what stands before them in their documents, segment by segment; empty where documents begin
-    before: tuple[Span, ...] = ()
+    start: int  # the first token of the first segment
+    number: int  # of segments
+    length: int  # of each segment, in tokens
+    before: tuple[Span, ...] = ()  # the segments before them in their documents; empty if they begin documents
 
 
-# Groups of fewer tokens go to torch's kernels.
+# Torch's kernels attend groups of fewer tokens.
 FEW_TOKENS = 128
-# Documents up to this length may be joined in a group, if at most this share of its tokens is added behind their ends.
-# In low precision their common length is rounded up likewise: softmax takes twice as long over rows of 55 as of 64.
+# Documents up to this length may form one group, if padding adds at most this share of its tokens. In low precision
+# their common length is rounded up within the same share: softmax takes twice as long over rows of 55 as of 64.
 JOINED_UP_TO_TOKENS = 160
 ADDED_SHARE = 0.35
 FLOAT32_BYTES = 4
 
 
 def segments(runs: tuple[Run, ...]) -> list[tuple[Span, list[int]]]:
-    """Every segment, (first token, end), with the tokens before it in its documents."""
+    """Return every segment, (first token, end), with the tokens before it in its documents."""
     return [
         ((start + index * length, start + (index + 1) * length), tokens_of(before))
         for start, number, length, before in runs
@@ -52,44 +51,45 @@ def segments(runs: tuple[Run, ...]) -> list[tuple[Span, list[int]]]:
 
 
 def tokens_of(spans: Iterable[Span]) -> list[int]:
-    """All of their tokens, in order."""
+    """Return all tokens of the spans, in order."""
     return [token for begin, end in spans for token in range(begin, end)]
 
 
 def continued_end(runs: tuple[Run, ...]) -> int:
-    """The end of the last segment that another one continues; 0 where none is."""
+    """Return the end of the last segment that another segment continues, or 0."""
     return max((run.before[-1][1] for run in runs if run.before), default=0)
 
 
 class Places(NamedTuple):
-    """Which token lies where, as rows to copy: torch copies rows by index far faster than it writes to indices."""
+    """Row indices that map tokens to places and back; torch reads rows by index far faster than it writes them."""
 
     of_token: Tensor  # (tokens,) the place of each token
-    token_at: Tensor  # (places,) the token at each place, and behind a document's end some token of it
-    behind: Tensor  # (places without a token,) these places
+    token_at: Tensor  # (places,) the token at each place; some token of the same document where there is padding
+    padding: Tensor  # the places of padding
 
 
 class Group(NamedTuple):
-    """Neighbouring segments attended together as (documents, length); what they hold is `tokens` from `start` on."""
+    """Neighbouring segments that are attended together as (documents, length): `tokens` tokens from `start` on."""
 
     start: int
     tokens: int
     documents: int
     length: int
-    before: tuple[Span, ...]  # what stands before each of them
-    places: Places | None  # where they do not fill documents · length places; else None
-    keys: Tensor | None  # (documents · (before + length),) the token of each key where something stands before
+    before: tuple[Span, ...]  # the segments before each of them
+    places: Places | None  # None if the tokens fill all documents · length places
+    keys: Tensor | None  # (documents · (before + length),) each key's token; None if `before` is empty
 
 
 def groups(runs: tuple[Run, ...], like: Tensor, kernels: bool = True) -> tuple[Group, ...]:
-    """The runs, with short ones of about one length behind the same tokens together where blocks attend them.
+    """Group the runs: short segments of similar length that continue the same tokens form one group of blocks.
 
-    kernels: whether torch's kernels can attend: they know neither a cap nor sinks.
+    Args:
+        kernels: True if torch's kernels can attend, which know neither a cap nor sinks.
     """
     return _groups(runs, _few_tokens(like, kernels), like.element_size() < FLOAT32_BYTES, like.device)
 
 
-# Every layer asks for the same groups, forward and backward; a few micro-batches in turn at most.
+# Cached, since every layer needs the same groups in forward and backward; a few micro-batches alternate at most.
 @functools.lru_cache(maxsize=4)
 def _groups(runs: tuple[Run, ...], few_tokens: int, aligned: bool, device: torch.device) -> tuple[Group, ...]:
     joined: list[list[Run]] = []
@@ -98,13 +98,13 @@ def _groups(runs: tuple[Run, ...], few_tokens: int, aligned: bool, device: torch
             joined[-1].append(run)
         else:
             joined.append([run])
-    found: list[Group] = []
+    result: list[Group] = []
     for neighbours in joined:
         if neighbours[0].before or _tokens(neighbours) >= few_tokens:
-            found.append(_group(neighbours, aligned, device))
+            result.append(_group(neighbours, aligned, device))
         else:
-            found.extend(_group([run], False, device) for run in neighbours)
-    return tuple(found)
+            result.extend(_group([run], False, device) for run in neighbours)
+    return tuple(result)
 
 
 def _tokens(runs: Sequence[Run]) -> int:
@@ -118,7 +118,7 @@ def _may_join(neighbours: list[Run], run: Run) -> bool:
 
 
 def _group(runs: Sequence[Run], aligned: bool, device: torch.device) -> Group:
-    """One group, its documents' common length aligned where that adds little."""
+    """Return one group, with its documents' common length aligned if that adds little padding."""
     start, documents, tokens = runs[0].start, sum(run.number for run in runs), _tokens(runs)
     before = tokens_of(runs[0].before)
     length = max(run.length for run in runs)
@@ -139,43 +139,42 @@ def _group(runs: Sequence[Run], aligned: bool, device: torch.device) -> Group:
 
 
 def uses_blocks(q: Tensor, group: Group, kernels: bool = True) -> bool:
-    """Whether a group is attended by blocks of queries, or by torch's kernels: see `ops.attention`."""
+    """Return True if a group is attended by blocks of queries, False if by torch's kernels (see `attention_groups`)."""
     return group.keys is not None or group.tokens >= _few_tokens(q, kernels)
 
 
 def _few_tokens(q: Tensor, kernels: bool) -> int:
-    """From how many tokens on blocks are the faster way, or the only one."""
+    """Return the number of tokens from which on a group is attended by blocks."""
     if not kernels:
         return 0
     kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return 0 if kernels_are_slow or q.device.type != "cpu" else FEW_TOKENS
 
 
-def together(x: Tensor, group: Group, *, zero_behind: bool = False) -> Tensor:
-    """The group's part of x, (documents, length, heads, head_dim): a view, or a copy where places stay empty.
+def gather_documents(x: Tensor, group: Group, *, zero_padding: bool = False) -> Tensor:
+    """Return the group's part of x, (documents, length, heads, head_dim): a view, or a copy if there is padding.
 
-    Behind a document's end stand numbers that no real query sees: any finite ones do for q, k and v, but a gradient
-    has to be zero there.
+    No real query sees the padding. For q, k and v it may hold any finite numbers, but in a gradient it must be zero.
     """
     part = x[group.start : group.start + group.tokens]
     if group.places is not None:
         part = part.index_select(0, group.places.token_at)
-        if zero_behind:
-            part.index_fill_(0, group.places.behind, 0)
+        if zero_padding:
+            part.index_fill_(0, group.places.padding, 0)
     documents: Tensor = part.unflatten(0, (group.documents, group.length))
     return documents
 
 
-def kv_source(x: Tensor, group: Group) -> Tensor:
-    """k or v of all that the group's queries may see, (documents, before + length, key/value heads, head_dim)."""
+def gather_keys(x: Tensor, group: Group) -> Tensor:
+    """Return k or v of what the group's queries may see, (documents, before + length, key/value heads, head_dim)."""
     if group.keys is None:
-        return together(x, group)
+        return gather_documents(x, group)
     documents: Tensor = x.index_select(0, group.keys).unflatten(0, (group.documents, -1))
     return documents
 
 
 def scatter_documents(x: Tensor, group: Group, out: Tensor) -> None:
-    """Write (documents, length, heads, head_dim) into the group's part of `out`, without what lies behind the ends."""
+    """Write (documents, length, heads, head_dim) to the group's part of `out`, without the padding."""
     part = out[group.start : group.start + group.tokens]
     if group.places is None:
         part.unflatten(0, (group.documents, group.length)).copy_(x)
@@ -184,12 +183,12 @@ def scatter_documents(x: Tensor, group: Group, out: Tensor) -> None:
 
 
 def scatter_key_grads(x: Tensor, group: Group, out: Tensor, shares: Tensor) -> None:
-    """The same for a gradient of `kv_source`; the part of what stands before is added to `shares`.
+    """Write the gradient of `gather_keys` to `out`, and add the part of the segments before the group to `shares`.
 
     Args:
         x: (documents, before + length, key/value heads, head_dim).
         out: (tokens, key/value heads, head_dim).
-        shares: (tokens that others continue, key/value heads, head_dim), float32 or wider, where they add up.
+        shares: (tokens of continued segments, key/value heads, head_dim), float32 or wider.
     """
     place = 0
     for begin, end in group.before:

@@ -1,20 +1,20 @@
-"""DoRA's magnitude: an adapted layer's output rescaled channel by channel, its weight of a trained length in each.
+"""DoRA's magnitude: an adapted layer's output rescaled per channel, so that each row of its weight has a trained norm.
 
     y = (m / c) ⊙ z + b,   z = V x,   V = W + s B A,   c_o = ‖V_o‖      [arXiv:2402.09353, eq. 5]
 
-m (out,) is trained and starts at ‖W_o‖, so that y is then what it was. z is the output of any adapted layer (linear,
+m (out,) is trained and starts at ‖W_o‖, so that y is unchanged at first. z is the output of any adapted layer (linear,
 embedding, convolution) without its bias; V_o is the part of the adapted weight that makes channel o.
 
-Backward. The paper (§4.3) and PEFT take c as a constant: its own gradient, which would need all of V, is left out. With
+Backward. The paper (§4.3) and PEFT treat c as a constant and omit its gradient, which would need all of V. With
 g = m / c and G = ∂L/∂y, and c and b fixed, dy = g ⊙ dz + dm ⊙ z / c, hence
     ∂L/∂z = g ⊙ G                          (…, out, …)
-    ∂L/∂m = (1 / c) ⊙ Σ G ⊙ z              (out,), summed over everything but the channel
+    ∂L/∂m = (1 / c) ⊙ Σ G ⊙ z              (out,), summed over all axes but the channel
 
-c is not read off V, which is never formed (`dora_norm`): with M = W Aᵀ (out, rank) and K = A Aᵀ (rank, rank),
+V is never formed; `dora_norm` computes c without it: with M = W Aᵀ (out, rank) and K = A Aᵀ (rank, rank),
     ‖W_o + s B_o A‖² = ‖W_o‖² + 2 s ⟨B_o, M_o⟩ + s² B_o K B_oᵀ
 in float32 at least.
 
-The sum over G ⊙ z runs in float32 at least. Saved: z, m and c; a caller that can compute z again may put it back.
+The sum over G ⊙ z runs in float32 at least. Saved: z, m and c; a caller may drop z and recompute it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_tiles
 
 
 class DoRASaved(NamedTuple):
-    """What the forward keeps: z (…, out, …), magnitude and norm (out,), the axis of the channels."""
+    """Saved for the backward: z (…, out, …), magnitude and norm (out,), the axis of the channels."""
 
     z: Tensor
     magnitude: Tensor
@@ -44,7 +44,7 @@ class DoRAGrads(NamedTuple):
 
 
 def dora_norm(weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """c, (out,): the lengths of the rows of W + s B A, in float32 at least.
+    """Return c, (out,): the norms of the rows of W + s B A, in float32 at least.
 
     Args:
         weight: (out, in).
@@ -60,26 +60,26 @@ def dora_norm(weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: flo
 
 
 def row_squares(weight: FrozenMatrix) -> Tensor:
-    """‖W_o‖², (out,), in float32 at least."""
+    """Return ‖W_o‖², (out,), in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    # Not vector_norm, whose error grows with the row: 1.6e-6 for 8,192 numbers, where sum, in pairs, has 1e-7.
+    # Not vector_norm, whose error grows with the row: 1.6e-6 for 8,192 numbers, while the pairwise `sum` has 1e-7.
     return torch.cat([tile.to(wide).square().sum(1) for _, tile in frozen_tiles(weight)])
 
 
 def dora_forward(
     z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, axis: int = -1
 ) -> tuple[Tensor, DoRASaved]:
-    """y = (m / c) ⊙ z + b.
+    """Compute y = (m / c) ⊙ z + b.
 
     Args:
         z: (…, out, …), an adapted layer's output without bias.
         magnitude: m, (out,).
         norm: c, (out,), a constant.
         bias: (out,) or None, frozen.
-        axis: where the channels lie in z.
+        axis: the axis of the channels in z.
 
     Returns:
-        y of z's shape and dtype, and what backward needs.
+        y of z's shape and dtype, and the saved tensors.
     """
     y = z * along(weight_scale(magnitude, norm, z.dtype), z, axis)
     if bias is not None:
@@ -98,19 +98,19 @@ def dora_backward(d_y: Tensor, saved: DoRASaved) -> DoRAGrads:
 
 
 def weight_scale(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """m / c, (out,), divided in the wider dtype and then cast."""
+    """Return m / c, (out,), divided in the wider dtype and then cast."""
     return (magnitude / norm).to(dtype)
 
 
 def along(channels: Tensor, z: Tensor, axis: int) -> Tensor:
-    """(out,) shaped so that it broadcasts over everything in z but its channel axis."""
+    """Reshape (out,) so that it broadcasts over all axes of z but the channel axis."""
     shape = [1] * z.dim()
     shape[axis] = channels.shape[0]
     return channels.view(shape)
 
 
 def dora_reference(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None = None, axis: int = -1) -> Tensor:
-    """The same y by a product with a diagonal matrix."""
+    """Compute the same y by a product with a diagonal matrix."""
     channels_last = z.movedim(axis, -1)
     y = channels_last @ torch.diag(magnitude / norm).to(z.dtype)
     return (y if bias is None else y + bias).movedim(-1, axis)

@@ -1,19 +1,19 @@
-"""DoRA linear: a frozen dense layer, a trainable low-rank update, and a trained length for every row of their sum.
+"""DoRA linear: a frozen dense layer, a trainable low-rank update, and a trained norm for every row of their sum.
 
     y = (m / c) ⊙ (x Vᵀ) + b,   V = W + s B A,   c_o = ‖V_o‖      [arXiv:2402.09353, eq. 5]
 
-With dropout PEFT drops in the rescaled part and leaves the frozen one whole: with x̃ = μ ⊙ x (μ the multiplier),
+With dropout, PEFT applies the mask to the rescaled part but not to the frozen one. With x̃ = μ ⊙ x (μ the multiplier),
     y = x Wᵀ + b + (m / c - 1) ⊙ (x̃ Wᵀ) + (m / c) ⊙ s (x̃ Aᵀ) Bᵀ
       = (m / c) ⊙ z + b + (x - x̃) Wᵀ,   z = x̃ Vᵀ
 which is the first line where x̃ = x.
 
-Backward, with c fixed as in the paper. z is `lora_linear` of x̃, so ∂L/∂z = (m / c) ⊙ G and ∂L/∂m by `dora`, and from
-∂L/∂z by `lora_linear`: ∂L/∂A (rank, in), ∂L/∂B (out, rank) and ∂L/∂x̃ (..., in). x reaches y through x̃ and directly:
+Backward, with c fixed as in the paper. z is `lora_linear` of x̃. `dora` gives ∂L/∂z = (m / c) ⊙ G and ∂L/∂m. From ∂L/∂z,
+`lora_linear` gives ∂L/∂A (rank, in), ∂L/∂B (out, rank) and ∂L/∂x̃ (..., in). x reaches y through x̃ and directly:
     ∂L/∂x = G W + μ ⊙ (∂L/∂x̃ - G W)      (..., in)
-or just ∂L/∂x̃ where there is no dropout.
+or just ∂L/∂x̃ without dropout.
 
-Saved: x, h = x̃ Aᵀ and references to the parameters. z, as large as y, is computed again for ∂L/∂m rather than kept: one
-more product of the frozen layer's size, for memory that plain LoRA does not take either. The mask is drawn again.
+Saved: x, h = x̃ Aᵀ and references to the parameters. z, as large as y, is recomputed for ∂L/∂m. This takes one more
+product of the frozen layer's size, and saves memory that plain LoRA does not need either. The mask is drawn again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class DoRALinearSaved(NamedTuple):
-    """What the forward keeps: x (..., in), the parameters, h (..., rank)."""
+    """Saved for the backward: x (..., in), the parameters, h (..., rank)."""
 
     x: Tensor
     weight: FrozenMatrix
@@ -55,7 +55,7 @@ class DoRALinearGrads(NamedTuple):
 
 
 class DoRAConstants(NamedTuple):
-    """What is neither trained nor an input: c (out,), from `dora.dora_norm`, s, and the dropout of what V sees."""
+    """The constants: c (out,), from `dora.dora_norm`, s, and the dropout of V's input."""
 
     norm: Tensor
     scaling: float
@@ -71,7 +71,7 @@ def dora_linear_forward(
     magnitude: Tensor,
     constants: DoRAConstants,
 ) -> tuple[Tensor, DoRALinearSaved]:
-    """y = (m / c) ⊙ (x̃ Vᵀ) + b + (x - x̃) Wᵀ.
+    """Compute y = (m / c) ⊙ (x̃ Vᵀ) + b + (x - x̃) Wᵀ.
 
     Args:
         x: (..., in).
@@ -83,7 +83,7 @@ def dora_linear_forward(
         constants: c, s, and dropout.
 
     Returns:
-        y (..., out) in x's dtype, and what backward needs.
+        y (..., out) in x's dtype, and the saved tensors.
     """
     norm, scaling, dropout = constants
     x_rows = rows(x)
@@ -101,7 +101,7 @@ def dora_linear_forward(
 
 
 def _rescaled(x: Tensor, weight: FrozenMatrix, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
-    """z = x Wᵀ + s h Bᵀ on rows: what the magnitude multiplies."""
+    """Compute z = x Wᵀ + s h Bᵀ, which the magnitude multiplies, from rows of x and h."""
     return frozen_linear(x, weight, updates=[LowRankUpdate(0, h, lora_B, scaling)])
 
 
@@ -137,7 +137,7 @@ def dora_linear_reference(
     constants: DoRAConstants,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The same y from the whole rescaled weight m V / c, with the dropout multiplier given explicitly."""
+    """Compute the same y from the whole rescaled weight m V / c; the dropout multiplier is given."""
     (lora_A, lora_B), (norm, scaling, _) = factors, constants
     adapted = (magnitude / norm).to(weight.dtype)[:, None] * (weight + scaling * (lora_B @ lora_A))
     if mask is None:

@@ -1,11 +1,11 @@
 """Direct preference optimisation, in every form of TRL's `loss_type` that is a closed formula of one pair.
 
-A pair is a prompt x with a chosen answer y⁺ and a rejected one y⁻. Its losses see
+A pair is a prompt x with a chosen answer y⁺ and a rejected one y⁻. Its losses depend on
 
     c = log π(y⁺|x) - log π_ref(y⁺|x),   r = log π(y⁻|x) - log π_ref(y⁻|x)      [arXiv:2305.18290, §4]
 
-sums over the answers' tokens, or (`AVERAGED`) means over them. With u = β c, v = β r, z = u - v, the logistic function
-σ and label smoothing ε:
+which are sums over the answers' tokens, or means over them for the forms in `AVERAGED`. With u = β c, v = β r, z = u -
+v, the logistic function σ and label smoothing ε:
 
     sigmoid, sigmoid_norm   -log σ(z)                                             [arXiv:2305.18290, eq. 7; 2411.15124]
     hinge        max(0, 1 - z)                                                              [arXiv:2309.06657]
@@ -28,7 +28,7 @@ Backward. σ'(t) = σ(t) σ(-t) and (log σ)'(t) = σ(-t), so ∂ℓ/∂z (then 
     apo_zero     -σ'(u),  σ'(v)               apo_down  σ'(u) - σ'(z),  σ'(z)
 and with G = ∂L/∂ℓ, (pairs,),   ∂L/∂c = β G ∂ℓ/∂u,   ∂L/∂r = β G ∂ℓ/∂v      (pairs,).
 
-Saved: u and v. Those of TRL's forms that sort the pairs of a batch (`aot`) are SimPO's formula of what is sorted.
+Saved: u and v. TRL's forms that sort the pairs of a batch (`aot`) apply SimPO's formula to the sorted values.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DPORule(NamedTuple):
 
 
 class DPOSaved(NamedTuple):
-    """What the forward keeps: u and v, (pairs,) in float32 or wider, the rule, and the dtype of c and r."""
+    """Saved for the backward: u and v, (pairs,) in float32 or wider, the rule, and the dtype of c and r."""
 
     u: Tensor
     v: Tensor
@@ -68,7 +68,7 @@ class DPOGrads(NamedTuple):
 
 
 AVERAGED = frozenset({"ipo", "sigmoid_norm"})
-"""Forms whose c and r are means over an answer's tokens."""
+"""The forms whose c and r are means over an answer's tokens."""
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -132,7 +132,7 @@ _FORMS["sigmoid_norm"] = _FORMS["sigmoid"]
 
 
 def dpo_forward(chosen: Tensor, rejected: Tensor, rule: DPORule) -> tuple[Tensor, DPOSaved]:
-    """ℓ of every pair.
+    """Compute ℓ of every pair.
 
     Args:
         chosen: c, (pairs,).
@@ -140,7 +140,7 @@ def dpo_forward(chosen: Tensor, rejected: Tensor, rule: DPORule) -> tuple[Tensor
         rule: the form and its parameters.
 
     Returns:
-        (pairs,) losses, float32 or wider, and what backward needs.
+        (pairs,) losses, float32 or wider, and the saved tensors.
     """
     wide = torch.promote_types(chosen.dtype, torch.float32)
     u, v = rule.beta * chosen.to(wide), rule.beta * rejected.to(wide)
@@ -156,7 +156,7 @@ def dpo_backward(d_y: Tensor, saved: DPOSaved) -> DPOGrads:
 
 
 def dpo_reference(chosen: Tensor, rejected: Tensor, rule: DPORule) -> Tensor:
-    """The same losses as the papers write them, by exponentials and logarithms of c and r."""
+    """Compute the same losses by the papers' formulas, with exponentials and logarithms of c and r."""
 
     def p(t: Tensor) -> Tensor:
         return 1 / (1 + torch.exp(-beta * t))

@@ -1,16 +1,16 @@
-"""Inverted dropout with a mask that is drawn from a seed, and never kept.
+"""Inverted dropout with a mask that is drawn from a seed and never saved.
 
     y = m ⊙ x,   m_i = 0 with probability p, else 1 / (1 - p), so that E[m_i] = 1      [arXiv:1207.0580; inverted form]
 
 Backward. m does not depend on x, so dy = m ⊙ dx and, the product being elementwise,
     ∂L/∂x = m ⊙ ∂L/∂y      (shape of x)
 
-Saved: p, the seed and the shape. The mask is drawn again in backward from the same seed, which costs about a
-nanosecond an element and saves a tensor as large as x. The seed makes a generator of its own, so that neither torch's
-global random state nor the order of calls plays a part.
+Saved: p, the seed and the shape. The backward draws the mask again from the same seed, which costs about a nanosecond
+per element and saves a tensor as large as x. The seed initialises a separate generator, so that the mask depends
+neither on torch's global random state nor on the order of calls.
 
-Drawing: sixteen bits an element out of 64-bit words, compared with a threshold; four times faster than
-`Tensor.bernoulli_`, at the price that p is met to within 2⁻¹⁷ ≈ 8e-6.
+Drawing compares 16 bits per element, taken from 64-bit words, with a threshold. It is four times faster than
+`Tensor.bernoulli_`, and p is exact to within 2⁻¹⁷ ≈ 8e-6.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ELEMENTS_PER_WORD = 4
 
 
 class DropoutSaved(NamedTuple):
-    """What the forward keeps: the means to draw the mask again."""
+    """Saved for the backward: the arguments that draw the mask again."""
 
     probability: float
     seed: int
@@ -41,9 +41,9 @@ class DropoutGrads(NamedTuple):
 
 
 def dropout_mask(shape: Sequence[int], probability: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Which elements stay: bool, of the given shape, each False with the given probability.
+    """Draw a boolean mask of the given shape, whose elements are False with the given probability.
 
-    The same arguments give the same mask (on the same kind of device).
+    The same arguments give the same mask on the same kind of device.
 
     Raises:
         ValueError: probability outside [0, 1); with 1 nothing could be scaled back.
@@ -62,32 +62,32 @@ def dropout_mask(shape: Sequence[int], probability: float, seed: int, device: to
 def dropout_multiplier(
     shape: Sequence[int], probability: float, seed: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """m: 0 where dropped, 1 / (1 - probability) where kept, in the given dtype; see `dropout_mask`."""
+    """Return m in the given dtype: 0 where `dropout_mask` is False, 1 / (1 - probability) elsewhere."""
     return dropout_mask(shape, probability, seed, device).to(dtype).mul_(1.0 / (1.0 - probability))
 
 
 def dropout_forward(x: Tensor, probability: float, seed: int) -> tuple[Tensor, DropoutSaved]:
-    """y = m ⊙ x.
+    """Compute y = m ⊙ x.
 
     Args:
         x: any shape, any floating dtype.
         probability: p in [0, 1).
-        seed: of the mask.
+        seed: the seed of the mask.
 
     Returns:
-        y of x's shape and dtype, and what backward needs.
+        y of x's shape and dtype, and the saved tensors.
     """
     saved = DropoutSaved(probability, seed, tuple(x.shape))
     return x * _multiplier(x, saved), saved
 
 
 def dropout_backward(d_y: Tensor, saved: DropoutSaved) -> DropoutGrads:
-    """Map d_y to the gradient derived in the module docstring, with the mask drawn again."""
+    """Map d_y to the gradient derived in the module docstring; the mask is drawn again."""
     return DropoutGrads(d_y * _multiplier(d_y, saved))
 
 
 def dropout_reference(x: Tensor, mask: Tensor, probability: float) -> Tensor:
-    """The same y with the mask (bool, True where kept) given explicitly: x / (1 - p) where it stays, 0 elsewhere."""
+    """Compute the same y from a given mask (bool): x / (1 - p) where it is True, else 0."""
     return torch.where(mask, x / (1.0 - probability), torch.zeros_like(x))
 
 

@@ -1,15 +1,15 @@
-"""A linear layer of every expert, frozen, with a low-rank update each, on rows sorted by expert.
+"""Frozen linear layers of all experts, each with a low-rank update, on rows sorted by expert.
 
     y_r = x_r W_eᵀ + b_e + s (x̃_r A_eᵀ) B_eᵀ      for the rows r of expert e      [arXiv:2106.09685, eq. 3, for each]
 
-with x̃ = x or, under dropout, m ⊙ x. An expert without rows is not computed, and its factors' gradients are zero.
+with x̃ = x or, under dropout, m ⊙ x. An expert without rows is skipped, and its factors' gradients are zero.
 
-Backward. The rows of an expert see its weights alone, so that each expert is `lora_linear` on its own rows:
+Backward. An expert's rows depend on its weights only, so that each expert is `lora_linear` on its own rows:
     ∂L/∂h = s G B_e               (rows of e, rank)
     ∂L/∂x = G W_e + m ⊙ ((∂L/∂h) A_e)
     ∂L/∂A_e = (∂L/∂h)ᵀ x̃          (rank, in)
     ∂L/∂B_e = s Gᵀ h              (out, rank)
-with the sums over the rows of e. Since rows lie together by expert, each of these is one product an expert.
+with the sums over the rows of e. Since rows are sorted by expert, each line is one product per expert.
 
 Saved: x (which a caller may gather again) and h.
 """
@@ -56,7 +56,7 @@ class ExpertLinearGrads(NamedTuple):
 
 
 def _present(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """The experts that have rows, and which."""
+    """Yield each expert that has rows, and their range."""
     start = 0
     for expert, count in enumerate(counts):
         if count:
@@ -72,18 +72,18 @@ def expert_linear_forward(
     biases: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, ExpertLinearSaved]:
-    """Each expert's layer on its rows.
+    """Apply each expert's layer to its rows.
 
     Args:
         x: (rows, in), sorted by expert.
-        weights: (out, in) of each expert, frozen: a tensor (experts, out, in), or one an expert.
+        weights: the frozen weights, as one tensor (experts, out, in) or one matrix (out, in) per expert.
         counts: rows of each expert.
         factors: the experts' adapters, or None.
         biases: (experts, out), frozen, or None.
-        dropout: of the low-rank branch's input: one mask for all rows.
+        dropout: dropout of the low-rank branch's input, with one mask for all rows.
 
     Returns:
-        y (rows, out) in x's dtype, and what backward needs.
+        y (rows, out) in x's dtype, and the saved tensors.
     """
     y = x.new_empty(x.shape[0], weights[0].shape[0])
     mask = None if factors is None else multiplier(x, dropout)
@@ -142,7 +142,7 @@ def expert_linear_reference(
     biases: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The same y with every expert computed on every row, and the row's own picked; the dropout multiplier given."""
+    """Compute the same y by applying every expert to every row and picking the row's own; m is given."""
     outputs = torch.einsum("ri,eoi->reo", x, weights)
     if biases is not None:
         outputs = outputs + biases

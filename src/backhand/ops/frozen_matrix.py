@@ -56,7 +56,7 @@ class FrozenLinearGrads(NamedTuple):
 def frozen_linear_forward(
     x: Tensor, weight: FrozenMatrix, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> tuple[Tensor, FrozenLinearSaved]:
-    """y = residual + x Wᵀ + bias.
+    """Compute y = residual + x Wᵀ + bias.
 
     Args:
         x: (..., in).

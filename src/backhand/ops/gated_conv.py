@@ -1,4 +1,4 @@
-"""The gated short convolution of LFM2: a causal depthwise convolution between two gates that are made of the input too.
+"""The gated short convolution of LFM2: a causal depthwise convolution between two gates computed from the same input.
 
     [B | C | x] = three projections of one input,   z = B ⊙ x,   c = conv(z),   y = C ⊙ c      [arXiv:2511.23404, §2]
 
@@ -9,8 +9,8 @@ with G = ∂L/∂y and Z = convᵀ(C ⊙ G)
     ∂L/∂C = G ⊙ c,   ∂L/∂B = Z ⊙ x,   ∂L/∂x = Z ⊙ B      (tokens, channels) each
 The convolution's weight and bias are frozen.
 
-Saved: the projections' output, [B | C | x]; z and c are recomputed, for a few multiplications an element. The kernels
-are those of `causal_conv`, which multiply by the gates on the way.
+Saved: the projections' output, [B | C | x]; z and c are recomputed, for a few multiplications per element. The kernels
+are those of `causal_conv`, which also multiply by the gates.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class GatedConvGrads(NamedTuple):
 
 
 def gated_conv_forward(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[Tensor, GatedConvSaved]:
-    """y = C ⊙ conv(B ⊙ x).
+    """Compute y = C ⊙ conv(B ⊙ x).
 
     Args:
-        bcx: [B | C | x] side by side, (tokens, 3 channels).
+        bcx: [B | C | x], (tokens, 3 channels).
         taps: weight (channels, J) and bias of the convolution.
-        runs: the documents, as in `causal_conv_forward`.
+        runs: the documents' segments; see `causal_conv_forward`.
 
     Returns:
-        y (tokens, channels) in bcx's dtype, and what backward needs.
+        y (tokens, channels) in bcx's dtype, and the saved tensors.
     """
     b, c, x = bcx.chunk(3, dim=-1)
     saved = GatedConvSaved(bcx, taps, runs)
@@ -77,7 +77,7 @@ def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | Non
 
 
 def gated_conv_reference(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
-    """The same y token by token, from the sum that defines the convolution."""
+    """Compute the same y token by token, from the definition of the convolution."""
     channels, width = taps.weight.shape
     b, c, x = bcx.unflatten(-1, (3, channels)).unbind(1)
     z = b * x

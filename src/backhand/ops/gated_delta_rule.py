@@ -1,40 +1,42 @@
-"""The gated delta rule, a linear attention whose state forgets and corrects itself, in chunks.
+"""The gated delta rule in chunks: a linear attention whose state decays and is corrected by each token.
 
 For each value head, with a state S (key width, value width) that is zero before a document's first token
 [arXiv:2412.06464, eq. 10]:
     S_t = α_t S_{t-1} + k_t u_tᵀ,   u_t = β_t (v_t - α_t S_{t-1}ᵀ k_t),   o_t = S_tᵀ q_t,   α_t = e^{g_t}
-so that u_t corrects what the decayed state says of v_t. A key head serves neighbouring value heads.
+so that u_t corrects what the decayed state predicts for v_t. A key head serves neighbouring value heads.
 
-In chunks. Let a chunk of n tokens begin with the state S, let c_i = g_1 + … + g_i in it, and stack its tokens in the
-rows of Q, K, V, U. Unrolled, the state behind token i is e^{c_i} S + Σ_{j≤i} e^{c_i - c_j} k_j u_jᵀ. So with
+In chunks. Let a chunk of n tokens start from the state S, let c_i = g_1 + … + g_i within it, and let the rows of Q, K,
+V, U be its tokens. Unrolled, the state after token i is e^{c_i} S + Σ_{j≤i} e^{c_i - c_j} k_j u_jᵀ. So with
     D_ij = e^{c_i - c_j} for j ≤ i, else 0,   L = (D ⊙ K Kᵀ) below the diagonal,   P = D ⊙ Q Kᵀ
     R = V - e^c ⊙ (K S),   Y = R - L U,   U = β ⊙ Y,   hence   (I + L diag β) Y = R,   Y = T R
     O = e^c ⊙ (Q S) + P U,   S' = e^{c_n} S + Kᵀ Û,   Û = e^{c_n - c} ⊙ U
-where T = (I + L diag β)⁻¹ is unit lower triangular: products of matrices do all but the inverse of an n × n triangle.
+where T = (I + L diag β)⁻¹ is unit lower triangular. Everything is a product of matrices except the inverse of an n × n
+triangle.
 
-Backward of a chunk, from G = ∂L/∂O and S̄ = ∂L/∂S' (zero behind the last chunk). With dP etc. for ∂L/∂P etc.:
-    W = Pᵀ G + e^{c_n - c} ⊙ (K S̄) is what U gets from O and S'. It gets -Lᵀ dY from Y too, so that
+Backward of a chunk, from G = ∂L/∂O and S̄ = ∂L/∂S' (zero after the last chunk). Writing dP etc. for ∂L/∂P etc.:
+    W = Pᵀ G + e^{c_n - c} ⊙ (K S̄) is the gradient of U through O and S'. Y contributes -Lᵀ dY, so that
     dU = W - Lᵀ dY and dY = β ⊙ dU,   hence   (I + L diag β)ᵀ dY = β ⊙ W,   dY = Tᵀ (β ⊙ W)
     dV = dR = dY,   dP = G Uᵀ,   dL = -dY Uᵀ = N diag β,   N = -dY Yᵀ
     dβ = rowsum(dU ⊙ Y) = rowsum(W ⊙ Y) + colsum(L ⊙ N),   for (Lᵀ dY)_i · Y_i = Σ_j L_ji dY_j · Y_i
     dS = Qᵀ (e^c ⊙ G) - Kᵀ (e^c ⊙ dR) + e^{c_n} S̄,    which is S̄ of the chunk before
     dQ = (D ⊙ dP) K + (e^c ⊙ G) Sᵀ
     dK = (D ⊙ dP)ᵀ Q + (D ⊙ dL + (D ⊙ dL)ᵀ) K - (e^c ⊙ dR) Sᵀ + Û S̄ᵀ
-each summed over the value heads of a key head. The decays stand in exponents, each a sum of some g: the gradient of
-such a sum is the product of what it multiplies and that one's gradient, and dg_i collects the sums that g_i is in. With
+where dQ and dK are summed over the value heads of a key head. The decays occur in exponents, each a sum of some g. The
+gradient of such an exponent is the product of the factor e^… and the gradient of that factor, and dg_i sums over the
+exponents that contain g_i. With
 E = P ⊙ dP + L ⊙ dL and F = rowsum(Q ⊙ (e^c ⊙ G) Sᵀ) - rowsum(K ⊙ (e^c ⊙ dR) Sᵀ), H = rowsum(Û ⊙ (K S̄))
     dg_i = Σ_{a ≥ i > b} E_ab + Σ_{a ≥ i} F_a + Σ_{b < i} H_b + e^{c_n} ⟨S, S̄⟩
-where the first sum is Σ_{a ≥ i} (rowsum(E) - colsum(E))_a: a difference in which all but what it means cancels, and
-exactly so only where sums are exact. They are taken in float64.
+where the first sum is Σ_{a ≥ i} (rowsum(E) - colsum(E))_a. In this difference all other terms cancel, but exactly only
+if the sums are exact, so they are computed in float64.
 
-Documents never meet: each begins with a zero state. A segment that others continue (`document_groups`) hands its last
-state to all of them, and its S̄ is the sum over them.
+Each document starts from a zero state. A segment that others continue (`document_groups`) passes its last state to all
+of them, and its S̄ is the sum over them.
 
-Saved: the inputs. Backward runs the chunks forward again and keeps, until it is through, the state before each chunk, a
-state in `chunk` tokens and never one a token. All in float32 or wider.
+Saved: the inputs. The backward runs the chunks forward again and saves the state before each chunk until it is done:
+one state per `chunk` tokens, never one per token. Everything is computed in float32 or wider.
 
-Torch's form of this is `delta_chunks`. The kernels (native/gated_delta_rule.cpp) take a head of a document at a
-time, whose matrices stay in the caches, solve the triangular systems without an inverse, and keep Y beside the states.
+Torch's form is `delta_chunks`. The kernels (native/gated_delta_rule.cpp) take one head of one document at a time, whose
+matrices stay in the caches. They solve the triangular systems without an inverse, and save Y in addition to the states.
 """
 
 from __future__ import annotations
@@ -72,19 +74,19 @@ def gated_delta_rule_forward(
     """Read and correct each document's state token by token, computed in chunks.
 
     Args:
-        q: (tokens, key heads, key width), normalised and scaled as the family does.
-        k: of q's shape, of norm 1 or less where β may be 1.
+        q: (tokens, key heads, key width), normalised and scaled by the family's rule.
+        k: of q's shape, with norms of at most 1 if β may be 1.
         v: (tokens, value heads, value width); value heads is a multiple of key heads.
         decay: g ≤ 0, (tokens, value heads).
         beta: β, (tokens, value heads).
-        runs: the segments of all documents, covering all tokens, each behind those it continues.
-        states: (documents, value heads, key width, value width), float32 or wider: the states before the first token of
-            each document, overwritten by those behind the last one; for generation, where none continues another. None
-            begins with zeros and forgets the end.
-        chunk: tokens of a chunk.
+        runs: the segments of all documents, covering all tokens; each follows the segments that it continues.
+        states: for generation, the states before the first token of each document, (documents, value heads, key width,
+            value width), float32 or wider. They are overwritten by the states after the last token. No segment may
+            continue another. None starts from zeros and discards the last states.
+        chunk: tokens per chunk.
 
     Returns:
-        o (tokens, value heads, value width) in v's dtype, and what backward needs.
+        o (tokens, value heads, value width) in v's dtype, and the saved tensors.
     """
     if states is not None and any(run.before for run in runs):
         raise ValueError("a segment that continues another begins with no state of its own")
@@ -106,8 +108,8 @@ def gated_delta_rule_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedD
 
 
 def _compiled_forward(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> bool:
-    """Whether the kernel applied; `out` is then filled, and `states` have gone on."""
-    kernel, inputs = find_kernel(_FORWARD, saved.v, saved.beta, out), _for_loops(saved)
+    """Fill `out` and advance `states` by the kernel, and return True; return False if it does not apply."""
+    kernel, inputs = find_kernel(_FORWARD, saved.v, saved.beta, out), _kernel_inputs(saved)
     if kernel is None or inputs is None:
         return False
     if states is not None and not (states.is_contiguous() and states.dtype == inputs[0].dtype):
@@ -119,18 +121,18 @@ def _compiled_forward(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Te
 
 
 def _compiled_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRuleGrads | None:
-    """The gradients by the kernel, or None where it does not apply."""
-    kernel, inputs = find_kernel(_BACKWARD, d_y, saved.v, saved.beta), _for_loops(saved)
+    """Return the gradients by the kernel, or None if it does not apply."""
+    kernel, inputs = find_kernel(_BACKWARD, d_y, saved.v, saved.beta), _kernel_inputs(saved)
     if kernel is None or inputs is None:
         return None
-    found = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
     problem = _problem(saved, inputs[0].dtype, backward=True)
-    kernel(problem.sizes, *_places(inputs), d_y.data_ptr(), *d_y.stride()[:2], *_places(found), *problem.where)
-    return GatedDeltaRuleGrads(*(x.to(given.dtype) for x, given in zip(found, saved[:5], strict=True)))
+    kernel(problem.sizes, *_places(inputs), d_y.data_ptr(), *d_y.stride()[:2], *_places(grads), *problem.where)
+    return GatedDeltaRuleGrads(*(x.to(given.dtype) for x, given in zip(grads, saved[:5], strict=True)))
 
 
-def _for_loops(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
-    """q, k, v, decay and beta as the kernels take them: q, k and decay in float32 or wider; None if they do not."""
+def _kernel_inputs(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
+    """Return q, k, v, decay and beta with q, k and decay in float32 or wider; None if kernels cannot take them."""
     q, k, v, decay, beta = saved[:5]
     wide = torch.promote_types(v.dtype, torch.float32)
     if find_kernel(_FORWARD, q, k, decay) is None or q.dtype not in (v.dtype, wide) or v.shape[1] % max(k.shape[1], 1):
@@ -139,13 +141,13 @@ def _for_loops(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
 
 
 def _places(tensors: list[Tensor]) -> tuple[Any, Any]:
-    """Addresses, and distances of tokens and heads, of (tokens, heads, …) each."""
+    """Return the addresses, and the token and head strides, of tensors (tokens, heads, …)."""
     distances = [distance for x in tensors for distance in x.stride()[:2]]
     return ((POINTER * len(tensors))(*(x.data_ptr() for x in tensors)), (INT64 * len(distances))(*distances))
 
 
 class _Problem(NamedTuple):
-    """Sizes, what the kernels take behind the tensors, and their workspace, to be held until they are done."""
+    """The kernels' sizes and last arguments, and the workspace, which must live until the call returns."""
 
     sizes: Any
     where: tuple[int, ...]
@@ -153,7 +155,7 @@ class _Problem(NamedTuple):
 
 
 def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -> _Problem:
-    """The segments, and as much memory as the kernels need for them."""
+    """Describe the segments and allocate the workspace."""
     k, v, table = saved.k, saved.v, segment_table(saved.runs)
     longest = max((run.length for run in saved.runs), default=0)
     group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, longest))
@@ -168,20 +170,22 @@ def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -
 def gated_delta_rule_reference(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: tuple[Run, ...]
 ) -> Tensor:
-    """The same o by the recurrence, token by token, in float32 or wider."""
+    """Compute the same o by the recurrence, token by token, in float32 or wider."""
     wide = torch.promote_types(v.dtype, torch.float32)
     group = v.shape[1] // k.shape[1]
     q, k = (x.to(wide).repeat_interleave(group, dim=1) for x in (q, k))
-    behind = {-1: torch.zeros(*k.shape[1:], v.shape[2], dtype=wide, device=v.device)}  # by the last token
+    state_after = {
+        -1: torch.zeros(*k.shape[1:], v.shape[2], dtype=wide, device=v.device)
+    }  # by the last token of a segment
     outputs = [v.to(wide)[:0]]
-    # Apart, since the gradient of indexing a tensor is as large as the tensor, for each token.
+    # Unbound, since the gradient of each indexing would be as large as the tensor.
     q_t, k_t, v_t, retained, rates = (x.unbind() for x in (q, k, v.to(wide), decay.to(wide).exp(), beta.to(wide)))
     for (start, stop), before in segments(runs):
-        state = behind[before[-1] if before else -1]
+        state = state_after[before[-1] if before else -1]
         for t in range(start, stop):
             state = state * retained[t][:, None, None]
             predicted = torch.einsum("hkv,hk->hv", state, k_t[t])
             state = state + torch.einsum("hk,hv->hkv", k_t[t], rates[t][:, None] * (v_t[t] - predicted))
             outputs.append(torch.einsum("hkv,hk->hv", state, q_t[t])[None])
-        behind[stop - 1] = state
+        state_after[stop - 1] = state
     return torch.cat(outputs).to(v.dtype)

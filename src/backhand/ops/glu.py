@@ -1,4 +1,4 @@
-"""Gated linear unit's elementwise part: SwiGLU, GeGLU, and the plain GLU that gates attention's output.
+"""Elementwise part of a gated linear unit: SwiGLU, GeGLU, and the plain GLU that gates attention's output.
 
     y = φ(a) ⊙ u,   φ = SiLU, GELU (tanh form) or σ      [arXiv:2002.05202, eq. 6]
 
@@ -7,10 +7,10 @@ Backward. dy = φ'(a) ⊙ u ⊙ da + φ(a) ⊙ du, so with G = ∂L/∂y
     ∂L/∂u = G ⊙ φ(a)           (..., n)
 
 φ and φ' are in `activation`.
-Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. The backward gives y again for little more than
-the writing, perhaps in G's place. What needs y before there is a G gets it from `glu_recompute`, in torch's form with φ
-and φ' beside it, so that the exponentials, the dearest part, are evaluated once for both. The kernels
-(native/glu.cpp) hold no φ and φ' at all: there an exponential costs less than memory does.
+Saved: a and u, which are the columns of one buffer; φ(a) is recomputed. The backward can also recompute y, at the cost
+of writing it, and may write it in G's place. A caller that needs y before it has G calls `glu_recompute`. In torch's
+form that also returns φ and φ' for the backward, so that the exponentials, the most expensive part, are evaluated once.
+The kernels (native/glu.cpp) store neither φ nor φ', since an exponential costs less than memory does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOWHERE = (0, 0)
 
 
 class GLUSaved(NamedTuple):
-    """gate a and up u, (..., n) each (views are fine), and the activation's name."""
+    """gate a and up u, (..., n) each, which may be views, and the activation's name."""
 
     gate: Tensor
     up: Tensor
@@ -47,13 +47,13 @@ class GLUGrads(NamedTuple):
 
 
 def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None = None) -> tuple[Tensor, GLUSaved]:
-    """y = φ(gate) ⊙ up.
+    """Compute y = φ(gate) ⊙ up.
 
     Args:
         gate: a, (..., n).
         up: u, (..., n).
         activation: `silu`, `gelu_tanh` or `sigmoid`.
-        out: the shape and dtype of gate, to receive y, or None.
+        out: of gate's shape and dtype, to receive y; or None.
     """
     saved = GLUSaved(gate, up, activation)
     y = _compiled_forward(saved, out)
@@ -61,7 +61,7 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
 
 
 def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
-    """y by the kernel, or None where it does not apply."""
+    """Compute y by the kernel; return None if it does not apply."""
     gate, up, activation = saved
     kernel = find_kernel(_FORWARD, gate, up, out)
     if kernel is None or activation not in ACTIVATIONS:
@@ -76,18 +76,18 @@ def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
 
 
 def _operands(*tensors: Tensor) -> list[int] | None:
-    """Address and distance of rows of each, or None where rows do not lie at equal distances."""
-    found = []
+    """Return the address and row stride of each tensor, or None if rows are not evenly spaced."""
+    operands = []
     for tensor in tensors:
         matrix = tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
         if matrix.data_ptr() != tensor.data_ptr():
             return None
-        found += [matrix.data_ptr(), matrix.stride(0)]
-    return found
+        operands += [matrix.data_ptr(), matrix.stride(0)]
+    return operands
 
 
 def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated | None]:
-    """y again, (..., n), and φ and φ' for the backward that follows; None for them where it has no use for them."""
+    """Recompute y, (..., n), and return φ and φ' for the backward; None if the kernel does not need them."""
     y = _compiled_forward(saved, None)
     if y is not None:
         return y, None
@@ -106,9 +106,9 @@ def glu_backward(
     """Map d_y, (..., n), to the gradients derived in the module docstring.
 
     Args:
-        ready: from `glu_recompute`, which saves evaluating φ and φ' again; its slope is overwritten.
-        out: (..., 2n) to receive [d_gate | d_up] side by side, perhaps where a and u stand; or None.
-        output_buffer: of d_y's shape and dtype, to receive y; perhaps d_y itself; or None.
+        ready: φ and φ' from `glu_recompute`, or None to evaluate them; its slope is overwritten.
+        out: (..., 2n) to receive [d_gate | d_up]; may be the buffer of a and u; or None.
+        output_buffer: of d_y's shape and dtype, to receive y; may be d_y itself; or None.
     """
     n = d_y.shape[-1]
     if out is None:
@@ -117,7 +117,7 @@ def glu_backward(
     if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, output_buffer):
         return GLUGrads(d_gate, d_up)
     value, slope = activated(saved.gate, saved.activation) if ready is None else ready
-    # Nothing is written before it is read for the last time: gradients may stand where a and u do, y where d_y does.
+    # Every tensor is read for the last time before it may be overwritten: a and u by the gradients, d_y by y.
     slope.mul_(d_y).mul_(saved.up)
     y = None if output_buffer is None else value * saved.up
     torch.mul(d_y, value, out=d_up)
@@ -130,7 +130,7 @@ def glu_backward(
 def _compiled_backward(
     d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, output_buffer: Tensor | None
 ) -> bool:
-    """Whether the kernel applied; d_gate, d_up and `output_buffer` are then filled."""
+    """Fill d_gate, d_up and `output_buffer` by the kernel and return True; return False if it does not apply."""
     gate, up, activation = saved
     kernel = find_kernel(_BACKWARD, d_y, gate, up, d_gate, output_buffer)
     places = (d_y, gate, up, d_gate, d_up)
@@ -145,7 +145,7 @@ def _compiled_backward(
 
 
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The same y from the definitions: a / (1 + e⁻ᵃ), 1 / (1 + e⁻ᵃ), or the tanh form written out."""
+    """Compute the same y from the definitions: a / (1 + e⁻ᵃ), 1 / (1 + e⁻ᵃ), or the tanh form written out."""
     if activation == "sigmoid":
         return up / (1 + torch.exp(-gate))
     if activation == "silu":

@@ -1,31 +1,32 @@
-"""Rewards of sampled answers: the clipped policy loss of GRPO and its kin, as a function of the tokens' log p.
+"""Clipped policy losses of GRPO and related methods, as a function of the tokens' log-probabilities.
 
-An answer i with |i| tokens has an advantage A_i (`group_advantages`) and a weight w_i (`answer_weights`). With p_t the
-log π of a token, o_t the same when it was sampled, q_t under the reference, and clip(r) = min(max(r, 1 - ε), 1 + ε_h):
+An answer i with |i| tokens has an advantage A_i (`group_advantages`) and a weight w_i (`answer_weights`). Let p_t be
+the log π of a token, o_t its value when it was sampled, q_t its value under the reference, and clip(r) = min(max(r, 1 -
+ε), 1 + ε_h):
 
     grpo, dr_grpo, dapo    y_i = w_i Σ_t (-min(r_t A_i, clip(r_t) A_i) + β r_t k_t),   r_t = e^(p_t - o_t)
                            k_t = e^(q_t - p_t) - (q_t - p_t) - 1                   [arXiv:2402.03300, eq. 3 and 4]
     rloo                   y_i = w_i (-min(ρ_i A_i, clip(ρ_i) A_i)),   ρ_i = e^(Σ_t (p_t - o_t))   [arXiv:2402.14740]
 
-and the loss of a step with N answers of T tokens together is Σ_i y_i, where
+and the loss of a step with N answers of T tokens in total is Σ_i y_i, where
 
     grpo      w_i = 1 / (N |i|),   A_i = (R_i - mean) / (std + 1e-4) over the group      [arXiv:2402.03300, §4.1]
     dr_grpo   w_i = 1 / (N M),     A_i = R_i - mean,   M the longest answer allowed      [arXiv:2503.20783, §3.1]
     dapo      w_i = 1 / T,         A_i as grpo's                                         [arXiv:2503.14476, eq. 8]
     rloo      w_i = 1 / N,         A_i = R_i - mean of the others' = (R_i - mean) G / (G - 1)
-              with β Σ_t (o_t - q_t) taken off R_i before                                [arXiv:2402.14740, eq. 8]
+              with β Σ_t (o_t - q_t) subtracted from R_i before                          [arXiv:2402.14740, eq. 8]
 
 R_i is the reward of answer i, G the size of its group; std is the unbiased one. The factor r_t before k_t makes
-its gradient that of the divergence KL(π | reference) itself [arXiv:2512.02556, §3.1]. All of it as TRL computes it.
+its gradient that of the divergence KL(π | reference) itself [arXiv:2512.02556, §3.1]. All forms agree with TRL's.
 
 Backward. Where the minimum is the clipped side, it is constant; a = [r A ≤ clip(r) A]. With k' = 1 - e^(q - p) and
-r' = r, what stands beside β is r k + r k' = -r (q - p), so
+r' = r, the derivative of r k is r k + r k' = -r (q - p), so
     ∂L/∂p_t = G_i w_i (-a_t r_t A_i + β r_t (p_t - q_t))      (tokens,),    G = ∂L/∂y (answers,)
     ∂L/∂p_t = -G_i w_i a_i ρ_i A_i                            of rloo, the same for all tokens of an answer.
 
-With one update for each batch r = ρ = 1, and what is left of the first term is -w_i A_i: known before the forward pass.
+With one update per batch r = ρ = 1, and the first term is -w_i A_i, which is known before the forward pass.
 
-Saved: a r A of every token (of rloo, of every answer), β r (p - q), and what they belong to.
+Saved: a r A of every token (for rloo, of every answer), β r (p - q), and the answers that own the tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class GRPORule(NamedTuple):
 
 
 class GRPOSaved(NamedTuple):
-    """What the forward keeps: a r A, (tokens,) or for rloo (answers,); β r (p - q) or None; w, owners, dtype."""
+    """Saved for the backward: a r A, (tokens,) or for rloo (answers,); β r (p - q) or None; w, owners, dtype."""
 
     pulled: Tensor
     d_divergence: Tensor | None
@@ -75,7 +76,7 @@ def grpo_forward(
     owners: Tensor,
     rule: GRPORule,
 ) -> tuple[Tensor, GRPOSaved]:
-    """The loss y of every answer.
+    """Compute the loss y of every answer.
 
     Args:
         log_p: p, (tokens,).
@@ -83,20 +84,20 @@ def grpo_forward(
         reference: q, (tokens,); None where β is 0, and for rloo.
         advantages: A, (answers,).
         weights: w, (answers,).
-        owners: the answer of every token, (tokens,) int64.
-        rule: the form and its numbers.
+        owners: the index of every token's answer, (tokens,) int64.
+        rule: the form and its constants.
 
     Returns:
-        (answers,) losses, float32 or wider, and what backward needs.
+        (answers,) losses, float32 or wider, and the saved tensors.
     """
     wide = torch.promote_types(log_p.dtype, torch.float32)
     p, advantages, weights = log_p.to(wide), advantages.to(wide), weights.to(wide)
     moved, by_answer = p - old.to(wide), rule.loss == "rloo"
     ratio = (_sums(moved, owners, len(advantages)) if by_answer else moved).exp()
-    gained = advantages if by_answer else advantages[owners]
+    advantage = advantages if by_answer else advantages[owners]
     free, clipped = (
-        ratio * gained,
-        ratio.clamp(1 - rule.epsilon, 1 + rule.epsilon_high) * gained,
+        ratio * advantage,
+        ratio.clamp(1 - rule.epsilon, 1 + rule.epsilon_high) * advantage,
     )
     losses = -torch.minimum(free, clipped)
     d_divergence = None
@@ -126,8 +127,8 @@ def grpo_reference(
     owners: Tensor,
     rule: GRPORule,
 ) -> Tensor:
-    """The same losses, answer by answer, as the papers write them."""
-    found = []
+    """Compute the same losses per answer, by the papers' formulas."""
+    losses_of_answers = []
     for number, (advantage, weight) in enumerate(zip(advantages, weights, strict=True)):
         own = owners == number
         ratio = (log_p[own] - old[own]).exp()
@@ -138,8 +139,8 @@ def grpo_reference(
         if reference is not None and rule.loss != "rloo":
             q_over_p = reference[own].exp() / log_p[own].exp()
             loss = loss + rule.beta * ratio * (q_over_p - q_over_p.log() - 1)
-        found.append(weight * loss.sum())
-    return torch.stack(found) if found else log_p.sum()[None][:0]
+        losses_of_answers.append(weight * loss.sum())
+    return torch.stack(losses_of_answers) if losses_of_answers else log_p.sum()[None][:0]
 
 
 def _sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -147,11 +148,11 @@ def _sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, loss: Loss, scaling: Scaling) -> Tensor:
-    """A of every answer, (groups, size) float64, from the rewards, (groups, size).
+    """Compute A of every answer, (groups, size) float64, from the rewards, (groups, size).
 
     Args:
-        rewards: of each group of answers to one prompt.
-        loss: of rloo the baseline is the mean of the others.
+        rewards: one row per group of answers to one prompt.
+        loss: the form; for rloo the baseline is the mean of the other answers.
         scaling: divide by the standard deviation of the `group`, of the whole `batch`, or by nothing.
     """
     scaled, scale = scale_down(rewards.double())
@@ -187,7 +188,7 @@ def scale_down(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def answer_weights(lengths: Tensor, loss: Loss, longest: int) -> Tensor:
-    """w of every answer of a step, (answers,) float64, from their tokens, (answers,), and the longest allowed."""
+    """Compute w of every answer of a step, (answers,) float64, from their numbers of tokens and the longest allowed."""
     lengths = lengths.double()
     count = max(1, len(lengths))
     if loss == "grpo":

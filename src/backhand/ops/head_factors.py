@@ -1,11 +1,11 @@
-"""A LoRA of the head, chunk by chunk of rows: what its factors add to the logits, and their gradients.
+"""LoRA of the head, computed in chunks of rows: the factors' part of the logits, and their gradients.
 
     Z += γ s h Bᵀ,   h = x̃ Aᵀ,   x̃ = m ⊙ x under dropout, else x          (`lora_linear`; γ of `logits_rule`)
 
 Backward, with D = ∂L/∂Z / (w γ) of a chunk, w γ of its rows, and ∂L/∂h = s w γ D B:
     ∂L/∂x += m ⊙ ((∂L/∂h) A),   ∂L/∂A += (∂L/∂h)ᵀ x̃,   ∂L/∂B += s w γ Dᵀ h
-What the chunks give adds up in float32, so that many round no more than few. The op is `linear_cross_entropy`, whose
-cases prove these lines.
+The chunks' gradients are summed in float32, so that many chunks round no more than few. The op is
+`linear_cross_entropy`, whose cases prove these lines.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class HeadFactors(NamedTuple):
 
 
 class AdaptedHead:
-    """The factors in one pass over the rows.
+    """The factors during one pass over the rows.
 
     Args:
-        x: (rows, hidden), all of them.
+        x: all rows, (rows, hidden).
 
     Attributes:
-        d_lora_A, d_lora_B: of the factors' shapes, float32 at least; zero until `add_gradients`.
+        d_lora_A, d_lora_B: of the factors' shapes, in float32 at least; the sums of the chunks so far.
     """
 
     def __init__(self, factors: HeadFactors, x: Tensor) -> None:
@@ -55,11 +55,11 @@ class AdaptedHead:
         """Add to ∂L/∂x of these rows, (part, hidden), and to the factors' gradients; h may be overwritten.
 
         Args:
-            d_x: to add to.
+            d_x: ∂L/∂x of these rows, which is added to.
             d_logits: D, (part, vocab).
             h: from `add_logits`.
             part: the rows.
-            w: w γ of all rows, or of each, (part, 1).
+            w: w γ, one number or one per row, (part, 1).
         """
         x, (lora_A, lora_B, scaling, _) = self._x[part], self._factors
         d_h = (d_logits @ lora_B).mul_(scaling * w)

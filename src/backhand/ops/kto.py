@@ -1,10 +1,10 @@
-"""KTO: single answers, each of them desirable or not, against what the model says of other answers.
+"""KTO: single answers, each desirable or not, compared with the model's divergence on other answers.
 
     ℓ = λ_D (1 - σ(β (ρ - z₀)))   of a desirable answer                                      [arXiv:2402.01306, eq. 7]
     ℓ = λ_U (1 - σ(β (z₀ - ρ)))   of an undesirable one
 
-with ρ = log π(y|x) - log π_ref(y|x), the sum over the answer's tokens, and z₀ ≥ 0 an estimate of how far π is from
-π_ref, the mean of the same sums over answers y' to other prompts; no gradient flows through z₀. With z₀ = 0 it is TRL's
+with ρ = log π(y|x) - log π_ref(y|x), summed over the answer's tokens. z₀ ≥ 0 estimates the divergence of π from π_ref
+by the mean of the same sums over answers y' to other prompts; no gradient flows through it. With z₀ = 0 this is TRL's
 `apo_zero_unpaired` [arXiv:2408.06266, eq. 7].
 
 Backward. With s = 1 for desirable answers and -1 for others, ℓ = λ σ(-s β (ρ - z₀)), and σ'(t) = σ(t) σ(-t) is even, so
@@ -30,7 +30,7 @@ class KTORule(NamedTuple):
 
 
 class KTOSaved(NamedTuple):
-    """What the forward keeps: β (ρ - z₀) and s λ, (rows,) in float32 or wider, β, and the dtype of ρ."""
+    """Saved for the backward: β (ρ - z₀) and s λ, (rows,) in float32 or wider, β, and the dtype of ρ."""
 
     apart: Tensor
     signed: Tensor
@@ -45,7 +45,7 @@ class KTOGrads(NamedTuple):
 
 
 def kto_forward(log_ratio: Tensor, desirable: Tensor, kl: Tensor, rule: KTORule) -> tuple[Tensor, KTOSaved]:
-    """ℓ of every row.
+    """Compute ℓ of every row.
 
     Args:
         log_ratio: ρ, (rows,).
@@ -54,7 +54,7 @@ def kto_forward(log_ratio: Tensor, desirable: Tensor, kl: Tensor, rule: KTORule)
         rule: β and the weights.
 
     Returns:
-        (rows,) losses, float32 or wider, and what backward needs.
+        (rows,) losses, float32 or wider, and the saved tensors.
     """
     wide = torch.promote_types(log_ratio.dtype, torch.float32)
     apart = rule.beta * (log_ratio.to(wide) - kl.to(wide))
@@ -70,7 +70,7 @@ def kto_backward(d_y: Tensor, saved: KTOSaved) -> KTOGrads:
 
 
 def kto_reference(log_ratio: Tensor, desirable: Tensor, kl: Tensor, rule: KTORule) -> Tensor:
-    """The same losses as the paper writes them, λ - v(x, y)."""
+    """Compute the same losses by the paper's formula, λ - v(x, y)."""
     good = rule.desirable_weight / (1 + torch.exp(-rule.beta * (log_ratio - kl)))
     bad = rule.undesirable_weight / (1 + torch.exp(-rule.beta * (kl - log_ratio)))
     return torch.where(desirable, rule.desirable_weight - good, rule.undesirable_weight - bad)

@@ -2,12 +2,12 @@
 
     y = x Wᵀ + b
 
-Backward. Let G = ∂L/∂y. Then dL = ⟨G, dy⟩ with dy = dx Wᵀ + x dWᵀ + 1 dbᵀ, where 1 is a column of ones, one a row.
-Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩, what stands beside each differential is
+Backward. Let G = ∂L/∂y. Then dL = ⟨G, dy⟩ with dy = dx Wᵀ + x dWᵀ + 1 dbᵀ, where 1 is a column of ones, one per row.
+Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩, the other factor of each differential is its gradient:
     ∂L/∂x = G W         (..., in)
     ∂L/∂W = Gᵀ x        (out, in)
     ∂L/∂b = Gᵀ 1        (out,), the sum of G over its rows
-with rows (all leading axes) summed in the last two.
+with the last two summed over rows (all leading axes).
 
 Saved: x and W; nothing is recomputed.
 """
@@ -23,7 +23,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LinearSaved(NamedTuple):
-    """What the forward keeps: x (..., in), weight (out, in), and whether there was a bias."""
+    """Saved for the backward: x (..., in), weight (out, in), and True if there was a bias."""
 
     x: Tensor
     weight: FrozenMatrix
@@ -31,7 +31,7 @@ class LinearSaved(NamedTuple):
 
 
 class LinearGrads(NamedTuple):
-    """d_x (..., in) or None when not asked for, d_weight (out, in), d_bias (out,) or None where there was no bias."""
+    """d_x (..., in), or None if skipped; d_weight (out, in); d_bias (out,), or None if there is no bias."""
 
     d_x: Tensor | None
     d_weight: Tensor
@@ -61,6 +61,6 @@ def linear_backward(d_y: Tensor, saved: LinearSaved, *, input_gradient: bool = T
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same y, each element as its sum over inputs: y[..., o] = Σ_i x[..., i] W[o, i] + b[o]."""
+    """Compute the same y element by element: y[..., o] = Σ_i x[..., i] W[o, i] + b[o]."""
     y = (x.unsqueeze(-2) * weight).sum(-1)
     return y if bias is None else y + bias

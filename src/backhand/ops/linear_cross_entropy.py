@@ -1,29 +1,30 @@
-"""The fused head: output projection and cross-entropy, chunk by chunk, full logits never formed.
+"""The fused head: output projection and cross-entropy in chunks of rows, without forming all logits.
 
     Z = γ (X Wᵀ + s (X Aᵀ) Bᵀ),   ℓ_i = logsumexp(Z_i) - Z_{i, t_i},   L = Σ_i ℓ_i
 
-with γ the logits' multiplier of families that have one (Granite), else 1; over supervised rows only (a caller selects
-them: a row without a target has no loss and no gradient). The low-rank part is there when the head itself is adapted;
-under dropout it sees m ⊙ X in place of X, and its share of ∂L/∂X passes through m again, as in `lora_linear`. Some
-families cap logits softly [arXiv:2408.00118, §2]: Z' = κ T, T = tanh(Z / κ), takes the place of Z in ℓ, and
-dZ' = (1 - T²) ⊙ dZ.
+over supervised rows only: the caller selects them, since a row without a target has no loss and no gradient. γ is the
+logits' multiplier of some families (Granite), else 1. The low-rank part exists if the head itself is adapted. Under
+dropout it sees m ⊙ X instead of X, and its share of ∂L/∂X is multiplied by m again, as in `lora_linear`. Some families
+cap logits softly [arXiv:2408.00118, §2]: ℓ then uses Z' = κ T, T = tanh(Z / κ), instead of Z, and dZ' = (1 - T²) ⊙ dZ.
 
 Backward. dℓ_i = ⟨softmax(Z'_i) - onehot(t_i), dZ'_i⟩, so with row i of D = w_i γ (softmax(Z'_i) - onehot(t_i)) ⊙
-(1 - T_i²) for a loss with ∂L/∂ℓ_i = w_i (and Z' = Z, no 1 - T² without a cap),
+(1 - T_i²) for a loss with ∂L/∂ℓ_i = w_i (without a cap Z' = Z, and there is no factor 1 - T²),
     ∂L/∂X = D W + (∂L/∂h) A       (rows, hidden),    ∂L/∂h = s D B      (rows, rank)
     ∂L/∂A = (∂L/∂h)ᵀ X            (rank, hidden)
     ∂L/∂B = s Dᵀ h                (vocab, rank),     h = X Aᵀ
 
-The mean of all ℓ has one w for every row, known beforehand. D then needs nothing but the chunk's own logits, and its
-gradient is computed in the same chunk, right after the forward: nothing is saved and no product is repeated. Any other
-function of the log-probabilities -ℓ (pairs, rewards) decides the w_i, one for each row: its ℓ come from the forward,
-and the backward computes each chunk's logits again, for they are never held whole. Memory: one chunk's logits, (chunk,
-vocab), in the compute dtype, and the softmax of a few of its rows in float32; both are reused. Chunks below 256 rows
-re-read W too often (64 rows: 1.4 to 1.8 times slower), while the softmax is fastest on as few rows as the caches hold.
-Every chunk reads W twice, and unpacks it where it is quantized: wide models, whose W is more than three times as large
-as 512 rows of logits, take so many, and with AMX, whose tiles multiply faster than W is read and packed, so do all
-models in bfloat16 (`chunk_rows`).
-The kernel (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row alone.
+The mean of all ℓ has the same w for every row, which is known in advance. D then depends on the chunk's own logits
+only, and its gradient is computed right after the chunk's forward: nothing is saved and no product is repeated. Any
+other function of the log-probabilities -ℓ (pairs, rewards) determines one w_i per row from the ℓ of the forward. The
+backward then computes each chunk's logits again, since they are never held as a whole.
+
+Memory: the logits of one chunk, (chunk, vocab), in the compute dtype, and the softmax of a few of its rows in float32;
+both are reused. Chunks below 256 rows read W too often (64 rows take 1.4 to 1.8 times as long), while the softmax is
+fastest on as few rows as fit into the caches. Every chunk reads W twice, and unpacks it if it is quantized. Wide
+models, whose W is more than three times as large as 512 rows of logits, therefore take chunks of 512 rows
+(`chunk_rows`). So do all models in bfloat16 with AMX, which multiplies faster than W is read and packed.
+
+The kernel (native/softmax_losses.cpp) takes one row at a time, and needs the float32 softmax of that row only.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class LinearCrossEntropyGrads(NamedTuple):
 
 
 def _logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor) -> Tensor:
-    """γ Z of one chunk, (rows, vocab), by the frozen head, written into `out`."""
+    """Write γ Z of one chunk, (rows, vocab), by the frozen head, to `out`."""
     frozen_linear(x, weight, out=out)
     return out if rule.scaling == 1.0 else out.mul_(rule.scaling)
 
@@ -68,7 +69,7 @@ def _logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor) -> T
 def _softmax_losses(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None = None, *, gradient: bool
 ) -> None:
-    """Write ℓ of one chunk, (rows,), into `losses`; with `gradient`, ∂ℓ/∂Z takes the logits' place."""
+    """Write ℓ of one chunk, (rows,), to `losses`; with `gradient`, replace the logits by ∂ℓ/∂Z."""
     kernel = find_kernel(_SOFTMAX_LOSSES, logits) if cap is None else None
     if kernel is not None and targets.is_contiguous():
         rows, vocab = logits.shape
@@ -81,32 +82,32 @@ def _softmax_losses(
 
 
 def losses_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """ℓ, (rows,) float32 or wider, of logits (rows, vocab) that are there, bit by bit as of the head's own."""
+    """Compute ℓ, (rows,) float32 or wider, of given logits (rows, vocab), with the bits of the fused head."""
     losses = torch.empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     _softmax_losses(logits, targets, losses, gradient=False)
     return losses
 
 
 def chunk_rows(hidden: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk in a model of this width and compute dtype: the same for a dense and a quantized head."""
-    by_tiles = dtype == torch.bfloat16 and amx_available(dtype)
-    return LONG_CHUNK_ROWS if hidden >= LONG_CHUNK_WIDTH or by_tiles else CHUNK_ROWS
+    """Return the rows per chunk for this width and compute dtype, the same for a dense and a quantized head."""
+    by_amx = dtype == torch.bfloat16 and amx_available(dtype)
+    return LONG_CHUNK_ROWS if hidden >= LONG_CHUNK_WIDTH or by_amx else CHUNK_ROWS
 
 
 def chunks(x: Tensor) -> list[slice]:
-    """Of the rows of x, (rows, hidden), those that go through the head at once."""
+    """Return the ranges of rows of x, (rows, hidden), that go through the head at once."""
     step = chunk_rows(x.shape[1], x.dtype)
     return [slice(start, min(start + step, x.shape[0])) for start in range(0, x.shape[0], step)]
 
 
 def chunk_shape(rows: int, weight: FrozenMatrix, dtype: torch.dtype) -> tuple[int, int]:
-    """(chunk, vocab) of the logits, of this dtype, that are there at once."""
+    """Return the shape (chunk, vocab) of one chunk's logits."""
     vocab, hidden = weight.shape
     return min(rows, chunk_rows(hidden, dtype)), vocab
 
 
 def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One chunk's logits, in a buffer that may be given, and the losses of all rows in float32 or wider."""
+    """Allocate one chunk's logits, unless `logits` is given, and the losses of all rows in float32 or wider."""
     if logits is None:
         logits = torch.empty(chunk_shape(x.shape[0], weight, x.dtype), dtype=x.dtype, device=x.device)
     return logits, torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -121,7 +122,7 @@ def linear_cross_entropy_forward(
     *,
     logits: Tensor | None = None,
 ) -> Tensor:
-    """ℓ of every row, without gradients.
+    """Compute ℓ of every row, without gradients.
 
     Args:
         x: (rows, hidden), the supervised rows.
@@ -129,7 +130,7 @@ def linear_cross_entropy_forward(
         targets: (rows,) int64 in [0, vocab).
         head: the head's adapter, or None.
         rule: the logits' multiplier and cap.
-        logits: of `chunk_shape` and x's dtype, to work in, or None.
+        logits: a buffer of `chunk_shape` and x's dtype, or None.
 
     Returns:
         (rows,) losses in nats, float32 or wider.
@@ -155,17 +156,17 @@ def linear_cross_entropy_backward(
     out: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, LinearCrossEntropyGrads]:
-    """ℓ of every row and the gradients of Σ w ℓ, forward and backward in one pass over the chunks.
+    """Compute ℓ of every row and the gradients of Σ w ℓ, forward and backward in one pass over the chunks.
 
     Args:
-        x: as in the forward, like weight, targets and head.
+        x: (rows, hidden), the supervised rows.
         weight: (vocab, hidden).
-        targets: (rows,).
-        head: the head's adapter, if it has one.
-        multiplier: w of every row, e.g. 1 / supervised tokens of the whole step; or each row's own, (rows,).
+        targets: (rows,) int64 in [0, vocab).
+        head: the head's adapter, or None.
+        multiplier: w of every row, e.g. 1 / supervised tokens of the whole step; or one w per row, (rows,).
         rule: the logits' multiplier and cap.
-        out: of x's shape and dtype, to receive d_x: perhaps x itself, where the head has no adapter.
-        logits: of `chunk_shape` and x's dtype, to work in, or None.
+        out: of x's shape and dtype, to receive d_x, or None; may be x itself if the head has no adapter.
+        logits: a buffer of `chunk_shape` and x's dtype, or None.
 
     Returns:
         (rows,) losses in nats (not multiplied), and the gradients of the module docstring.
@@ -181,7 +182,7 @@ def linear_cross_entropy_backward(
         chunk = _logits(x[part], weight, rule, logits[: part.stop - part.start])
         h = None if adapted is None else adapted.add_logits(chunk, part, rule.scaling)
         _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=True)
-        # D / (w γ) has taken the logits' place; w γ multiplies what is made from it, which has far fewer columns.
+        # The logits now hold D / (w γ). The factor w γ is applied to the products, which have far fewer columns.
         frozen_input_gradient(chunk, weight, out=d_x[part]).mul_(w)
         if adapted is not None and h is not None:
             adapted.add_gradients(d_x[part], chunk, h, part, w)
@@ -193,6 +194,6 @@ def linear_cross_entropy_backward(
 def linear_cross_entropy_reference(
     x: Tensor, weight: Tensor, targets: Tensor, head: HeadFactors | None = None, rule: LogitsRule = PLAIN
 ) -> Tensor:
-    """ℓ of every row with full logits and torch's cross-entropy."""
+    """Compute ℓ of every row with full logits and torch's cross-entropy."""
     full = weight if head is None else weight + head.scaling * (head.lora_B @ head.lora_A)
     return torch.nn.functional.cross_entropy(ruled_reference(x @ full.T, rule), targets, reduction="none")

@@ -2,13 +2,13 @@
 
     y = z + s β,   β (out,),   s = alpha / rank
 
-z is the output of a layer adapted by LoRA: in x Wᵀ + b + s (h Bᵀ + β) the offset stands inside the scaled branch.
+z is the output of a layer adapted by LoRA: in x Wᵀ + b + s (h Bᵀ + β) the offset is inside the scaled branch.
 
 Backward. dy = dz + s dβ in every row, so with G = ∂L/∂y
-    ∂L/∂z = G                    of z's shape: it is passed on as it is
-    ∂L/∂β = s Σ G                (out,), summed over everything but the channel, in float32 at least
+    ∂L/∂z = G                    of z's shape, passed on unchanged
+    ∂L/∂β = s Σ G                (out,), summed over all axes but the channel, in float32 at least
 
-Saved: s and where the channels lie; no tensor.
+Saved: s and the channel axis; no tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backhand.ops.dora import along
 
 
 class LoRABiasSaved(NamedTuple):
-    """What the forward keeps: s and the axis of the channels."""
+    """Saved for the backward: s and the axis of the channels."""
 
     scaling: float
     axis: int
@@ -38,17 +38,17 @@ class LoRABiasGrads(NamedTuple):
 def lora_bias_forward(
     z: Tensor, lora_bias: Tensor, scaling: float, axis: int = -1, *, out: Tensor | None = None
 ) -> tuple[Tensor, LoRABiasSaved]:
-    """y = z + s β.
+    """Compute y = z + s β.
 
     Args:
         z: (…, out, …).
         lora_bias: β, (out,).
         scaling: s.
-        axis: where the channels lie in z.
-        out: where y is written, z itself perhaps; a new tensor if None.
+        axis: the axis of the channels in z.
+        out: receives y, may be z itself; None for a new tensor.
 
     Returns:
-        y of z's shape and dtype, and what backward needs.
+        y of z's shape and dtype, and the saved tensors.
     """
     y = torch.add(z, along(lora_bias.to(z.dtype), z, axis), alpha=scaling, out=out)
     return y, LoRABiasSaved(scaling, axis)
@@ -63,6 +63,6 @@ def lora_bias_backward(d_y: Tensor, saved: LoRABiasSaved) -> LoRABiasGrads:
 
 
 def lora_bias_reference(z: Tensor, lora_bias: Tensor, scaling: float, axis: int = -1) -> Tensor:
-    """The same y, the offset as a product of a column of ones with β."""
+    """Compute the same y, with the offset as a product of a column of ones and β."""
     ones = torch.ones_like(z).movedim(axis, -1)
     return z + (ones * (scaling * lora_bias)).movedim(-1, axis)

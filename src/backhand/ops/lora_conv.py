@@ -7,19 +7,20 @@ dilation δ; B (out, rank/groups, 1 …) mixes channels at one place. x̃ = x, o
 the padded x̃, γ(o) the group of output channel o, and ρ running over the rank/groups rows of h that belong to it,
     h[n, r, l] = Σ_{i,k} A[r, i, k] x̂[n, i, σ l + δ k]
     y[n, o, l] = (x ∗ W + b)[n, o, l] + s Σ_ρ B[o, ρ] h[n, γ(o)·rank/groups + ρ, l]
-A is not grouped although W may be, as in PEFT: then the update reads channels that W does not, and cannot be merged.
+As in PEFT, A is not grouped although W may be: then the update reads channels that W does not, and cannot be merged.
 
 Backward. Let G = ∂L/∂y. y depends on B and h place by place, so in each group, summing over batch n and places l,
     ∂L/∂h[n, r, l] = s Σ_{o in r's group} B[o, ρ(r)] G[n, o, l]                    (batch, rank, *L')
     ∂L/∂B[o, ρ]    = s Σ_{n,l} G[n, o, l] h[n, γ(o)·rank/groups + ρ, l]            (out, rank/groups, 1 …)
 h depends on A[r, i, k] with factor x̂[n, i, σ l + δ k], so
     ∂L/∂A[r, i, k] = Σ_{n,l} ∂L/∂h[n, r, l] x̂[n, i, σ l + δ k]                     (rank, in, *K)
-For each place k of the kernel that is one product, over all n and l, with the slice of x̂ that starts at δ k and goes in
-steps of σ: the columns of an unfolded x̂, |K| times as large as x, are never formed. And x̂[n, i, p] goes into every
-(l, k) with σ l + δ k = p, with factor A[r, i, k] on the way to h and W[o, i, k] on the way to y:
+For each position k of the kernel this is one product, over all n and l, with the slice of x̂ that starts at δ k and has
+stride σ. The columns of an unfolded x̂, |K| times as large as x, are never formed.
+
+Each x̂[n, i, p] contributes to every (l, k) with σ l + δ k = p, with the factor A[r, i, k] in h and W[o, i, k] in y:
     ∂L/∂x[n, i, p] = Σ_{σ l + δ k = p} (Σ_o W[o, i, k] G[n, o, l] + m[n, i, p] Σ_r A[r, i, k] ∂L/∂h[n, r, l])
-These sums are transposed convolutions of G and ∂L/∂h with the same kernels; places of x behind the last step of the
-stride (`output_padding`) are in no sum but have a gradient, zero, so that shapes agree.
+These sums are transposed convolutions of G and ∂L/∂h with the same kernels. Positions of x after the last stride step
+contribute to no sum. Their gradient is zero, which `output_padding` provides.
 
 Saved: x, h and references to the parameters; the mask is drawn again from its seed.
 """
@@ -37,7 +38,7 @@ from backhand.ops.lora_linear import Dropout, multiplier
 
 
 class ConvGeometry(NamedTuple):
-    """How a kernel slides: stride, zero padding on both sides and dilation per dimension; channel groups of W and B."""
+    """Geometry of a convolution: stride, zero padding on both sides and dilation per dimension; groups of W and B."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -46,7 +47,7 @@ class ConvGeometry(NamedTuple):
 
 
 class LoRAConvSaved(NamedTuple):
-    """What the forward keeps: x (batch, in, *L), the parameters, h (batch, rank, *L')."""
+    """Saved for the backward: x (batch, in, *L), the parameters, h (batch, rank, *L')."""
 
     x: Tensor
     weight: Tensor
@@ -59,7 +60,7 @@ class LoRAConvSaved(NamedTuple):
 
 
 class LoRAConvGrads(NamedTuple):
-    """d_x (batch, in, *L) or None when not asked for, d_lora_A (rank, in, *K), d_lora_B (out, rank/groups, 1 …)."""
+    """d_x (batch, in, *L), or None if skipped; d_lora_A (rank, in, *K); d_lora_B (out, rank/groups, 1 …)."""
 
     d_x: Tensor | None
     d_lora_A: Tensor
@@ -76,7 +77,7 @@ def lora_conv_forward(
     geometry: ConvGeometry,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, LoRAConvSaved]:
-    """y = x ∗ W + b + s (x̃ ∗ A) ∗ B.
+    """Compute y = x ∗ W + b + s (x̃ ∗ A) ∗ B.
 
     Args:
         x: (batch, in, *L).
@@ -84,12 +85,12 @@ def lora_conv_forward(
         bias: (out,) or None, frozen.
         lora_A: (rank, in, *K), not grouped.
         lora_B: (out, rank/groups, 1 …).
-        scaling: s, the only multiplier the op sees.
+        scaling: s.
         geometry: stride, padding, dilation and groups.
-        dropout: None, or probability and seed of the mask on the low-rank branch's input.
+        dropout: dropout of the low-rank branch's input, or None.
 
     Returns:
-        y (batch, out, *L') in x's dtype, and what backward needs.
+        y (batch, out, *L') in x's dtype, and the saved tensors.
     """
     y = convolution(x, weight, bias, geometry)
     mask = multiplier(x, dropout)
@@ -129,9 +130,9 @@ def lora_conv_reference(
     geometry: ConvGeometry,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The same y as one convolution with the whole adapted kernel W + s B A, the dropout multiplier m given explicitly.
+    """Compute the same y as one convolution with the whole adapted kernel W + s B A; the dropout multiplier m is given.
 
-    The kernel is written without groups, with zeros where W reads nothing, since the update reads every channel.
+    The kernel has no groups, and zeros where W reads nothing, since the update reads every channel.
     """
     groups, outputs, rank = geometry.groups, weight.shape[0], lora_A.shape[0]
     per_group = torch.einsum(
@@ -151,13 +152,13 @@ def lora_conv_reference(
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    """x ∗ W + b, in as many dimensions as the kernel has."""
+    """Compute x ∗ W + b in the dimensions of the kernel."""
     stride, padding, dilation, groups = geometry
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
 
 def _transposed(d_y: Tensor, weight: Tensor, x: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Σ over (l, k) with σ l + δ k = p of W[o, i, k] d_y[n, o, l]: the adjoint of `convolution` in x, of x's shape."""
+    """Sum W[o, i, k] d_y[n, o, l] over (l, k) with σ l + δ k = p: the adjoint of `convolution` in x, of x's shape."""
     stride, padding, dilation, groups = geometry
     left_over = [
         (size + 2 * pad - step * (kernel - 1) - 1) % stride_
@@ -169,7 +170,7 @@ def _transposed(d_y: Tensor, weight: Tensor, x: Tensor, geometry: ConvGeometry) 
 
 
 def _kernel_gradient(x: Tensor, d_h: Tensor, lora_A: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Σ_{n,l} d_h[n, r, l] x̂[n, i, σ l + δ k], one product a place k of the kernel."""
+    """Sum d_h[n, r, l] x̂[n, i, σ l + δ k] over n and l, by one product per position k of the kernel."""
     padded = functional.pad(x, [pad for size in reversed(geometry.padding) for pad in (size, size)])
     rows = d_h.flatten(2)
     d_lora_A = torch.empty_like(lora_A, dtype=d_h.dtype)
@@ -186,11 +187,11 @@ def _kernel_gradient(x: Tensor, d_h: Tensor, lora_A: Tensor, geometry: ConvGeome
 
 
 def _grouped(channels: Tensor, groups: int) -> Tensor:
-    """(batch, c, *L) → (batch, groups, c/groups, places)."""
+    """Reshape (batch, c, *L) to (batch, groups, c/groups, positions)."""
     batch, count = channels.shape[:2]
     return channels.reshape(batch, groups, count // groups, channels.shape[2:].numel())
 
 
 def _grouped_B(lora_B: Tensor, groups: int) -> Tensor:
-    """(out, rank/groups, 1 …) → (groups, out/groups, rank/groups)."""
+    """Reshape (out, rank/groups, 1 …) to (groups, out/groups, rank/groups)."""
     return lora_B.reshape(groups, lora_B.shape[0] // groups, lora_B.shape[1])

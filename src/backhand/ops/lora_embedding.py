@@ -2,19 +2,19 @@
 
     y_t = W[i_t] + s B A[:, i_t]      t = 1 … tokens, s = alpha / rank      [arXiv:2106.09685, eq. 3, for x one-hot]
 
-with W (vocab, hidden) as an embedding stores it, A (rank, vocab), B (hidden, rank): the table becomes W + s (B A)ᵀ.
+with W (vocab, hidden) in the layout of an embedding, A (rank, vocab), B (hidden, rank): the table becomes W + s (B A)ᵀ.
 
 Backward. Row t of h is A[:, i_t]ᵀ, that is h = E Aᵀ with one-hot rows e_{i_t} of E. With W fixed,
-dy = s dh Bᵀ + s h dBᵀ and dh = E dAᵀ. Let G = ∂L/∂y. Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩, what stands beside each
-differential is
+dy = s dh Bᵀ + s h dBᵀ and dh = E dAᵀ. Let G = ∂L/∂y. Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩, the other factor
+of each differential is its gradient:
     ∂L/∂h = s G B             (tokens, rank)
     ∂L/∂A = (∂L/∂h)ᵀ E        (rank, vocab): ∂L/∂A[:, v] = Σ_{t: i_t = v} (∂L/∂h)_t
     ∂L/∂B = s Gᵀ h            (hidden, rank)
 Ids have no gradient. E is never formed: each row of ∂L/∂h is added to the column of its token, and columns of tokens
-that do not occur stay zero. As in torch.nn.Embedding, a padding token is read but its column learns nothing.
+that do not occur stay zero. As in torch.nn.Embedding, a padding token is read but its column has no gradient.
 
-The sums into A run in float32 at least: a frequent token adds up hundreds of terms, too many for bfloat16's eight bits.
-Saved: the ids, h and B; neither the table nor A is needed again.
+The sums of A's gradient run in float32 at least, since a frequent token sums hundreds of terms, too many for bfloat16's
+eight bits. Saved: the ids, h and B; neither the table nor A is needed again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LoRAEmbeddingSaved(NamedTuple):
-    """What the forward keeps: ids (tokens,), lora_B, h (tokens, rank), columns of lora_A, s, the padding token."""
+    """Saved for the backward: ids (tokens,), lora_B, h (tokens, rank), columns of lora_A, s, the padding token."""
 
     ids: Tensor
     lora_B: Tensor
@@ -50,18 +50,18 @@ class LoRAEmbeddingGrads(NamedTuple):
 def lora_embedding_forward(
     ids: Tensor, weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_id: int | None = None
 ) -> tuple[Tensor, LoRAEmbeddingSaved]:
-    """y = W[ids] + s A[:, ids]ᵀ Bᵀ.
+    """Compute y = W[ids] + s A[:, ids]ᵀ Bᵀ.
 
     Args:
         ids: (...) integers in [0, vocab).
         weight: (vocab, hidden), frozen.
         lora_A: (rank, vocab).
         lora_B: (hidden, rank).
-        scaling: s, the only multiplier the op sees.
+        scaling: s.
         padding_id: the token whose column of lora_A gets no gradient, or None.
 
     Returns:
-        y (..., hidden) in weight's dtype, and what backward needs.
+        y (..., hidden) in weight's dtype, and the saved tensors.
     """
     flat = ids.reshape(-1)
     h = lora_A.index_select(1, flat).T
@@ -84,7 +84,7 @@ def lora_embedding_backward(d_y: Tensor, saved: LoRAEmbeddingSaved) -> LoRAEmbed
 def lora_embedding_reference(
     ids: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, padding_id: int | None = None
 ) -> Tensor:
-    """The same y from the adapted table, by products with one-hot rows; a padding column of A is held constant."""
+    """Compute the same y by products of one-hot rows and the adapted table; a padding column of A is constant."""
     if padding_id is not None:
         is_padding = torch.arange(weight.shape[0], device=weight.device) == padding_id
         lora_A = torch.where(is_padding, lora_A.detach(), lora_A)

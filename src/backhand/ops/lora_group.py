@@ -1,25 +1,25 @@
-"""LoRA linears that share their input, as q/k/v and gate/up do, in few large products; one alone is a group of one.
+"""LoRA linears that share their input, such as q/k/v or gate/up, in few large products; a single one is a group of one.
 
-    y_i = r_i + x W_iᵀ + b_i + s_i (x̃ A_iᵀ) B_iᵀ,   i = 1 … n      [arXiv:2106.09685, eq. 3, for each adapter]
+    y_i = r_i + x W_iᵀ + b_i + s_i (x̃ A_iᵀ) B_iᵀ,   i = 1 … n      [arXiv:2106.09685, eq. 3, for each layer]
 
 Stacked: W = [W_1; …; W_n] (Σ out_i, in), A = [A_1; …; A_n] (Σ rank_i, in), so that y = [y_1 | … | y_n] and
-h = x̃ Aᵀ = [h_1 | … | h_n] take one product each; only the B_i differ in what they read and write:
+h = x̃ Aᵀ = [h_1 | … | h_n] take one product each. Only the B_i need separate products:
     y = r + x Wᵀ + b,   then   y_i += s_i h_i B_iᵀ.
 r is the residual, added within the product; its gradient is G itself. x̃ = m ⊙ x under dropout, else x.
 
-Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each adapter follows `lora_linear`, and gradients of what they share add up.
-It is three functions, since their inputs are there at different times; each is called as soon as they are:
-    hidden_gradient        ∂L/∂h_i = s_i G_i B_i                  of G and h; side by side in ∂L/∂h (..., Σ rank_i)
-                           ∂L/∂B_i = s_i G_iᵀ h_i                 (out_i, rank_i), from the same pass over G
-    group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        of G and ∂L/∂h; the adapters' sum is in the products
-    group_A_gradients      ∂L/∂A   = (∂L/∂h)ᵀ x̃                   of ∂L/∂h, once x is there, or the norm it came from;
-                                                                  one product, its row blocks are the ∂L/∂A_i
-Where all of this is there at once, `group_gradients` is the last two with one draw of m.
-Gradients of factors are added to tensors that the adapters name, as micro-batches add up in a flat buffer.
+Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each layer follows `lora_linear`, and the gradients of shared tensors are
+summed. There are three functions, since their inputs become available at different times:
+    hidden_gradient        ∂L/∂h_i = s_i G_i B_i                  from G and h, as the columns of ∂L/∂h (..., Σ rank_i)
+                           ∂L/∂B_i = s_i G_iᵀ h_i                 (out_i, rank_i), in the same pass over G
+    group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        from G and ∂L/∂h; the products sum over the layers
+    group_A_gradients      ∂L/∂A   = (∂L/∂h)ᵀ x̃                   from ∂L/∂h, once x or the norm that produced it is
+                                                                  there; its row blocks are the ∂L/∂A_i
+If everything is available at once, `group_gradients` combines the last two and draws m once. Gradients of factors are
+added to the buffers in `LoRAFactors`, which are views of a flat buffer that accumulates over micro-batches.
 
-A layer without an adapter takes part in W and G only. All adapters see the same dropout mask m, since they see the same
-x: one draw a group instead of one a adapter; each adapter's mask is as random as alone.
-Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x for the adapters.
+A layer without an adapter takes part in W and G only. All layers share one dropout mask m, since they share x: it is
+drawn once per group, and each layer's mask has the same distribution as a separate one.
+Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x per layer.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class LoRAGroup(NamedTuple):
-    """The adapted layers of one input, in the order of their columns, and the dropout of what their factors see."""
+    """The adapters of the layers of one input, in the order of their columns, and the dropout of their input."""
 
     adapters: tuple[LoRAFactors, ...] = ()
     dropout: Dropout | None = None
 
 
 class LoRAGroupSaved(NamedTuple):
-    """What the forward keeps: x (..., in), the stacked weight, the group, h (..., Σ rank)."""
+    """Saved for the backward: x (..., in), the stacked weight, the group, h (..., Σ rank)."""
 
-    x: Tensor | RMSNormSaved  # a caller may put what a norm saved in the place of what it gave
+    x: Tensor | RMSNormSaved  # a caller may replace a norm's output by its saved tensors
     weight: FrozenMatrix
     group: LoRAGroup
     h: Tensor
 
 
 class LoRAGroupGrads(NamedTuple):
-    """d_x (..., in) or None; of each adapter what was added to, d_lora_A (rank_i, in) and d_lora_B (out_i, rank_i)."""
+    """d_x (..., in) or None; the buffers d_lora_A (rank_i, in) and d_lora_B (out_i, rank_i) of each adapter."""
 
     d_x: Tensor | None
     d_lora_A: tuple[Tensor, ...]
@@ -65,28 +65,28 @@ class LoRAGroupGrads(NamedTuple):
 def lora_group_forward(
     x: Tensor, weight: FrozenMatrix, bias: Tensor | None, group: LoRAGroup, residual: Tensor | None = None
 ) -> tuple[Tensor, LoRAGroupSaved]:
-    """[y_1 | … | y_n] for the n layers.
+    """Compute [y_1 | … | y_n] of the n layers.
 
     Args:
         x: (..., in).
         weight: (Σ out_i, in), the layers' frozen weights stacked.
         bias: (Σ out_i,) or None.
-        group: the adapted ones.
+        group: their adapters.
         residual: (..., Σ out_i) or None.
 
     Returns:
-        y (..., Σ out_i), and what backward needs; with no adapter at all h has no columns.
+        y (..., Σ out_i), and the saved tensors; without any adapter h has no columns.
     """
     x_rows, adapters, lead = x.flatten(0, -2), group.adapters, x.shape[:-1]
     ranks = [len(adapter.lora_A) for adapter in adapters]
     mask = None if group.dropout is None or not adapters else multiplier(x_rows, group.dropout)
-    within = mask is None and fuse_down_projection(x_rows, weight.shape[0], sum(ranks))
-    if within or not adapters:
+    fused = mask is None and fuse_down_projection(x_rows, weight.shape[0], sum(ranks))
+    if fused or not adapters:
         h = torch.empty(x_rows.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
     else:  # before the large product, which would evict x from the caches
         h = down_projection(x_rows if mask is None else x_rows * mask, stacked_A(adapters))
     updates = [
-        LowRankUpdate(adapter.column, part, adapter.lora_B, adapter.scaling, adapter.lora_A if within else None)
+        LowRankUpdate(adapter.column, part, adapter.lora_B, adapter.scaling, adapter.lora_A if fused else None)
         for adapter, part in zip(adapters, h.split_with_sizes(ranks, dim=1), strict=True)
     ]
     y = frozen_linear(x_rows, weight, bias, None if residual is None else residual.flatten(0, -2), updates=updates)
@@ -94,10 +94,10 @@ def lora_group_forward(
 
 
 def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True) -> LoRAGroupGrads:
-    """Map d_y, (..., Σ out_i), to the gradients derived above; those of factors are added to what the adapters name.
+    """Map d_y, (..., Σ out_i), to the gradients derived above; those of factors are added to the adapters' buffers.
 
     Args:
-        d_y: ∂L/∂y, the layers' gradients side by side.
+        d_y: ∂L/∂y of all layers.
         input_gradient: False skips ∂L/∂x.
     """
     x, weight, group, h = saved
@@ -115,7 +115,7 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
 
 
 def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
-    """Add ∂L/∂A_i as `group_A_gradients` does, and return ∂L/∂x of `group_input_gradient`; m is drawn once."""
+    """Add ∂L/∂A_i like `group_A_gradients`, and return ∂L/∂x like `group_input_gradient`; m is drawn once."""
     rows = (x.x if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
     mask = None if group.dropout is None or not group.adapters else multiplier(rows, group.dropout)
     group_A_gradients(x, d_h, group, mask)
@@ -125,7 +125,7 @@ def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: Fr
 def group_input_gradient(
     g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup, mask: Tensor | None = None
 ) -> Tensor:
-    """∂L/∂x, (rows, in), of G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank); `mask` is m where it has been drawn."""
+    """Compute ∂L/∂x, (rows, in), from G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank); `mask` is m if already drawn."""
     if not group.adapters:
         return frozen_input_gradient(g, weight)
     lora_A = stacked_A(group.adapters)
@@ -137,7 +137,7 @@ def group_input_gradient(
 
 
 def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, mask: Tensor | None = None) -> None:
-    """Add ∂L/∂A_i to each `d_lora_A`, of x (..., in), or what a norm saved that gave it, and ∂L/∂h (rows, Σ rank)."""
+    """Add ∂L/∂A_i to each `d_lora_A`, from x (..., in) or the saved tensors of its norm, and ∂L/∂h (rows, Σ rank)."""
     grad_buffers = [adapter.d_lora_A for adapter in group.adapters]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
         add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, grad_buffers)
@@ -149,7 +149,7 @@ def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, m
 
 
 def stacked_A(adapters: Sequence[LoRAFactors]) -> Tensor:
-    """[A_1; …; A_n], (Σ rank, in), of at least one adapter."""
+    """Stack [A_1; …; A_n], (Σ rank, in), of at least one adapter."""
     return adapters[0].lora_A if len(adapters) == 1 else torch.cat([adapter.lora_A for adapter in adapters])
 
 
@@ -161,7 +161,7 @@ def lora_group_reference(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The same y, layer by layer and with the products formed; the dropout multiplier m is given, of x's shape."""
+    """Compute the same y per layer, with the products B A formed; the dropout multiplier m is given, of x's shape."""
     y = torch.nn.functional.linear(x, weight, bias)
     seen = x if mask is None else x * mask
     for column, lora_A, lora_B, scaling, *_ in group.adapters:

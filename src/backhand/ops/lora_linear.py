@@ -7,20 +7,20 @@ with x̃ = x, or, with dropout, x̃ = m ⊙ x where m is 0 with probability p an
 Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ. With W and b
 fixed, dL = ⟨G, dy⟩ where
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
-Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, the factor beside each differential is its
+Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, the other factor of each differential is its
 gradient:
     ∂L/∂h = s G B                       (..., rank)
     ∂L/∂x = G W + m ⊙ ((∂L/∂h) A)       (..., in)
     ∂L/∂A = (∂L/∂h)ᵀ x̃                  (rank, in)
     ∂L/∂B = s Gᵀ h                      (out, rank)
-with rows (all leading axes) summed in the last two.
+with the last two summed over rows (all leading axes).
 
-Saved: x, h and references to the weights. The mask m is drawn again from its seed, never kept. Gᵀ x, (out, in), and
-W + s B A are never formed: forward and backward together, an adapter adds 6 · rank · (in + out) floating-point
-operations a row to the frozen layer's two products, where training W would add a third product of the full size. W is
-a tensor, or a quantized matrix whose products `ops.frozen_matrix` computes.
+Saved: x, h and references to the weights. The mask m is drawn again from its seed, never saved. Gᵀ x, (out, in), and
+W + s B A are never formed. In forward and backward together, an adapter adds 6 · rank · (in + out) floating-point
+operations per row to the frozen layer's two products. Training W would add a third product of the full size. W is a
+tensor, or a quantized matrix whose products `ops.frozen_matrix` computes.
 
-This file is the idea in plain lines. A training step takes the same formulas from `ops.lora_group`, which computes
+This file states the idea in a few lines. A training step uses `ops.lora_group`, which applies the same formulas to
 several layers of one input in few large products.
 """
 
@@ -44,7 +44,7 @@ class Dropout(NamedTuple):
 
 
 class LoRASaved(NamedTuple):
-    """What `lora_linear_forward` keeps: x (..., in), weight (out, in), the factors as given, h = x̃ Aᵀ (..., rank)."""
+    """Saved for the backward: x (..., in), weight (out, in), the factors, h = x̃ Aᵀ (..., rank)."""
 
     x: Tensor
     weight: FrozenMatrix
@@ -56,7 +56,7 @@ class LoRASaved(NamedTuple):
 
 
 class LoRAGrads(NamedTuple):
-    """d_x (..., in) or None when not asked for, d_lora_A (rank, in), d_lora_B (out, rank)."""
+    """d_x (..., in), or None if skipped; d_lora_A (rank, in); d_lora_B (out, rank)."""
 
     d_x: Tensor | None
     d_lora_A: Tensor
@@ -64,12 +64,12 @@ class LoRAGrads(NamedTuple):
 
 
 def rows(x: Tensor) -> Tensor:
-    """All leading axes as one, a vector as one row: (..., n) → (rows, n)."""
+    """Flatten the leading axes, (..., n) → (rows, n); a vector becomes one row."""
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def multiplier(x: Tensor, dropout: Dropout | None) -> Tensor | None:
-    """The dropout multiplier m of x, (..., in), or None without dropout."""
+    """Return the dropout multiplier m of x, (..., in), or None without dropout."""
     if dropout is None or dropout.probability == 0.0:
         return None
     return dropout_multiplier(x.shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
@@ -84,7 +84,7 @@ def lora_linear_forward(
     scaling: float,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, LoRASaved]:
-    """y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ.
+    """Compute y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ.
 
     Args:
         x: (..., in).
@@ -92,11 +92,11 @@ def lora_linear_forward(
         bias: (out,) or None, frozen.
         lora_A: (rank, in).
         lora_B: (out, rank).
-        scaling: s, the only multiplier the op sees.
-        dropout: None, or probability and seed of the mask on the low-rank branch's input.
+        scaling: s.
+        dropout: dropout of the low-rank branch's input, or None.
 
     Returns:
-        y (..., out) in x's dtype, and what backward needs.
+        y (..., out) in x's dtype, and the saved tensors.
     """
     m = multiplier(x, dropout)
     h = (x if m is None else m * x) @ lora_A.T
@@ -134,7 +134,7 @@ def lora_linear_reference(
     scaling: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The same y by another route, x (W + s B A)ᵀ + b; the dropout multiplier m is given, of x's shape."""
+    """Compute the same y as x (W + s B A)ᵀ + b; the dropout multiplier m is given, of x's shape."""
     if mask is None:
         return torch.nn.functional.linear(x, weight + scaling * (lora_B @ lora_A), bias)
     delta = torch.einsum("...i,ri,or->...o", x * mask, lora_A, lora_B)

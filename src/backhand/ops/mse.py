@@ -2,15 +2,15 @@
 
     L = 1/n Σ_rows Σ_features (p − t)²      p predictions, t targets, n the number of rows
 
-All axes but the last are rows. With one feature this is `torch.nn.MSELoss()`; with more it is that times the number of
-features, so that the gradient of one row does not depend on how many numbers a row holds.
+All axes but the last are rows. With one feature this is `torch.nn.MSELoss()`; with more, it is that times the number of
+features, so that the gradient of a row does not depend on its number of features.
 
 Backward. dL = 1/n Σ 2 (p − t) (dp − dt), hence with the scalar g = ∂(anything)/∂L
     ∂L/∂p = g 2 (p − t) / n       (..., features)
     ∂L/∂t = −∂L/∂p                (..., features)
 
-Saved: the difference p − t, which both gradients need; p and t themselves are not kept. With no rows L is 0.
-The square is summed in float32 at least, so that a low-precision loss is rounded once.
+Saved: the difference p − t, which both gradients need; p and t themselves are not saved. Without rows L is 0.
+The squares are summed in float32 at least, so that a low-precision loss is rounded once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 
 class MSESaved(NamedTuple):
-    """What the forward keeps: difference (..., features) in float32 at least, the number of rows, the input dtypes."""
+    """Saved for the backward: difference (..., features) in float32 at least, the number of rows, the input dtypes."""
 
     difference: Tensor
     rows: int
@@ -39,7 +39,7 @@ class MSEGrads(NamedTuple):
 
 
 def mse_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, MSESaved]:
-    """Loss, 0-d and in the dtype of prediction, of prediction against target, both (..., features)."""
+    """Compute the loss, 0-d and in the dtype of prediction, from prediction and target, both (..., features)."""
     rows = _rows(prediction)
     compute_dtype = torch.promote_types(prediction.dtype, torch.float32)
     difference = prediction.to(compute_dtype) - target.to(compute_dtype)
@@ -55,7 +55,7 @@ def mse_backward(d_loss: Tensor, saved: MSESaved) -> MSEGrads:
 
 
 def mse_reference(prediction: Tensor, target: Tensor) -> Tensor:
-    """The same loss by `torch.nn.functional.mse_loss`, summed and divided by the rows."""
+    """Compute the same loss by `torch.nn.functional.mse_loss`, summed and divided by the rows."""
     return functional.mse_loss(prediction, target, reduction="sum") / max(_rows(prediction), 1)
 
 

@@ -1,4 +1,4 @@
-"""Every op by name. A line here, a file of cases and mutants in `verify/cases`, and `backhand verify` proves it."""
+"""All ops by name. `backhand verify` proves each op that has a line here and a file of cases in `verify/cases`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ OPS: dict[str, str] = {
 
 
 def op_module(name: str) -> ModuleType:
-    """The module of an op.
+    """Return the module of an op.
 
     Raises:
         KeyError: for a name that is not registered.

@@ -9,7 +9,7 @@ Let G = ∂L/∂y and g = (c + w) ⊙ G = ∂L/∂x̂. The matrix between dx and
     ∂L/∂x = ρ (g - x̂ (g · x̂) / n)      (..., n)
     ∂L/∂w = Σ_rows G ⊙ x̂               (n,)
 
-Saved: x and the factor ρ (one float32 a row); x̂ is recomputed, since keeping it would double what x already costs.
+Saved: x and the factor ρ (one float32 per row). x̂ is recomputed, since saving it would double the memory of x.
 Statistics and the backward run in float32 (float64 for float64 input), whatever the input's dtype. The kernel
 (native/rms_norm.cpp) reads each row once for the sum and once for the result, and rounds once.
 """
@@ -48,31 +48,31 @@ class RMSNormSaved(NamedTuple):
 
 
 class RMSNormGrads(NamedTuple):
-    """d_x (..., n); d_weight (n,), or None when not asked for."""
+    """d_x (..., n); d_weight (n,), or None if skipped."""
 
     d_x: Tensor
     d_weight: Tensor | None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything narrower is computed in float32."""
+    """Return float64 for float64, and float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
 ) -> tuple[Tensor, RMSNormSaved]:
-    """y = (offset + weight) ⊙ x / rms(x).
+    """Compute y = (offset + weight) ⊙ x / rms(x).
 
     Args:
         x: (..., n).
         weight: (n,).
         eps: ε inside the root.
         offset: c, added to the weight.
-        out: the shape and dtype of x, to receive y, or None.
+        out: of x's shape and dtype, to receive y; or None.
 
     Returns:
-        y (..., n) in x's dtype, and what backward needs.
+        y (..., n) in x's dtype, and the saved tensors.
     """
     compiled = _compiled_forward(x, weight, eps, offset, None, out)
     if compiled is not None:
@@ -88,7 +88,7 @@ def rms_norm_forward(
 
 
 def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
-    """y again from x and the saved factor: what the backward pass of a following layer needs."""
+    """Recompute y from x and the saved factor, for the backward of a following layer."""
     compiled = _compiled_forward(x, weight, 0.0, offset, factor, None)
     if compiled is not None:
         return compiled[0]
@@ -96,12 +96,12 @@ def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.
 
 
 def _times(x: Tensor, multiplier: Tensor) -> Tensor:
-    """x · multiplier in the multiplier's dtype; a copy made by the cast is multiplied in place."""
+    """Return x · multiplier in the multiplier's dtype; a copy made by the cast is multiplied in place."""
     return x * multiplier if x.dtype == multiplier.dtype else x.to(multiplier.dtype).mul_(multiplier)
 
 
 def weight_scale(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
-    """c + w in the wide dtype."""
+    """Return c + w in the given dtype."""
     wide = weight.to(dtype)
     return wide + offset if offset else wide
 
@@ -109,7 +109,7 @@ def weight_scale(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
 def _compiled_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """y and the factor by the kernel, or None where it does not apply; a given factor is taken as it is."""
+    """Compute y and the factor by the kernel, or return None if it does not apply; a given factor is used unchanged."""
     kernel, rows = find_kernel(_FORWARD, x, weight, out), _row_strides(x)
     if kernel is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
         return None
@@ -126,9 +126,9 @@ def _compiled_forward(
 
 
 def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
-    """(rows of the last leading axis, distance of the rows of the axis before it, of its own); None for other layouts.
+    """Return (length of the last leading axis, stride of the axis before it, its own stride); None for other layouts.
 
-    A matrix is one row of the last leading axis to each row; so is anything without gaps.
+    A matrix, and any tensor without gaps, counts as having a last leading axis of length 1.
     """
     if x.dim() == 2:
         return 1, x.stride(0), 0
@@ -149,8 +149,8 @@ def rms_norm_backward(
 
     Args:
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.
-        residual: (..., n) added to d_x, for the stream that went around the norm, or None.
-        out: (..., n) to receive d_x; it may be d_y itself.
+        residual: (..., n), the gradient of the residual stream, which is added to d_x; or None.
+        out: (..., n) to receive d_x; may be d_y itself; or None.
     """
     compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out)
     if compiled is not None:
@@ -171,7 +171,7 @@ def rms_norm_backward(
 def _compiled_backward(
     d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None, out: Tensor | None
 ) -> RMSNormGrads | None:
-    """The gradients by the kernels, or None where they do not apply."""
+    """Compute the gradients by the kernels, or return None if they do not apply."""
     x, weight, factor, offset = saved
     kernel, d_y_rows, x_rows = find_kernel(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
     dense = all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None)
@@ -180,7 +180,7 @@ def _compiled_backward(
     n = x.shape[-1]
     rows = x.numel() // max(n, 1)
     d_weight = None
-    if weight_gradient:  # first: d_x may take d_y's place
+    if weight_gradient:  # first, since d_x may overwrite d_y
         d_weight = torch.empty(weight.shape, dtype=weight.dtype)
         not_none(find_kernel(_WEIGHT_GRADIENT, d_y, x))(
             *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
@@ -194,6 +194,6 @@ def _compiled_backward(
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """The same y from the definition, by division."""
+    """Compute the same y from the definition, by division."""
     mean_square = (x * x).mean(dim=-1, keepdim=True)
     return x / torch.sqrt(mean_square + eps) * (weight + offset)

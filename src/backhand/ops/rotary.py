@@ -1,21 +1,21 @@
-"""Rotary position embedding: each pair of features turns by an angle proportional to the position.
+"""Rotary position embedding: each pair of features is rotated by an angle proportional to the position.
 
     y₁ = x₁ cos θ - x₂ sin θ
     y₂ = x₂ cos θ + x₁ sin θ,      θ_{t,j} = position_t · f_j      [arXiv:2104.09864, eq. 34]
 
-where x₁ is the first half of a head's features and x₂ the second (the half-split pairing of most Hugging Face weights),
-or x₁ the even features and x₂ the odd ones (`interleaved`, GLM), so that queries and keys meet at an angle that depends
-on the difference of their positions only. With fewer angles than pairs the first features alone turn, as many as the
-angles suffice for, and the others pass as they are (partial rotary).
+where x₁ is the first half of a head's features and x₂ the second (the pairing of most Hugging Face weights), or x₁ the
+even features and x₂ the odd ones (`interleaved`, GLM). The product of a query and a key then depends on the difference
+of their positions only. If there are fewer angles than pairs, only the first features are rotated and the others pass
+unchanged (partial rotary).
 
 A multiplier m of cosines and sines may depend on the token: y = m R x. Scaling rules that lengthen the rotated features
 (yarn, longrope) need it, and so do queries whose temperature grows with their position (llama 4, Ministral 3).
 
 Backward. R is orthogonal and R(θ)ᵀ = R(-θ), so y = m R x gives ∂L/∂x = m Rᵀ ∂L/∂y, the rotation by -θ:
     ∂L/∂x₁ =  G₁ m cos θ + G₂ m sin θ
-    ∂L/∂x₂ =  G₂ m cos θ - G₁ m sin θ       (tokens, heads, head_dim); where nothing turns, ∂L/∂x = G
+    ∂L/∂x₂ =  G₂ m cos θ - G₁ m sin θ       (tokens, heads, head_dim); where nothing is rotated, ∂L/∂x = G
 
-Saved: the table of cosines and sines, shared by all layers; neither x nor y. The kernel is native/rotary.cpp.
+Saved: the table of cosines and sines, which all layers share; neither x nor y. The kernel is native/rotary.cpp.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _ROTARY = KernelSignature(
 
 
 class RotaryTable(NamedTuple):
-    """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; also all that backward needs."""
+    """cos and sin of every token's angles, (tokens, ≤ head_dim / 2), float32 or wider; saved for the backward."""
 
     cos: Tensor
     sin: Tensor
-    interleaved: bool = False  # whether a pair are neighbours, or else features half the rotated ones apart
+    interleaved: bool = False  # True if a pair are neighbours, False if they are half of the rotated features apart
 
 
 class RotaryGrads(NamedTuple):
@@ -50,14 +50,14 @@ class RotaryGrads(NamedTuple):
 def rotary_table(
     positions: Tensor, frequencies: Tensor, attention_factor: float | Tensor = 1.0, *, interleaved: bool = False
 ) -> RotaryTable:
-    """Cosines and sines of position · frequency.
+    """Compute cosines and sines of position · frequency.
 
     Args:
         positions: (tokens,) integers, restarting at 0 in each document.
-        frequencies: (pairs,) radians a token, float32 or float64; or (tokens, pairs) where they differ from document
-            to document, as with longrope's two lists. Fewer pairs than head_dim / 2: only the first features turn.
+        frequencies: (pairs,) radians per token, float32 or float64; or (tokens, pairs) if they differ between
+            documents, like longrope's two lists. Fewer pairs than head_dim / 2 rotate only the first features.
         attention_factor: m, one number or (tokens,).
-        interleaved: whether the pairs are neighbours.
+        interleaved: True if the pairs are neighbours.
     """
     angles = positions.to(frequencies.dtype)[:, None] * frequencies
     table = RotaryTable(angles.cos(), angles.sin(), interleaved)
@@ -65,9 +65,9 @@ def rotary_table(
 
 
 def times(table: RotaryTable, multiplier: float | Tensor) -> RotaryTable:
-    """The table with m, one number or (tokens,), in its cosines and sines: for queries scaled by position.
+    """Multiply the table by m, one number or (tokens,), for queries scaled by position.
 
-    Only what turns is multiplied, so that for a partial rotary embedding this is no scaling of the whole query.
+    Only rotated features are multiplied, so that a partial rotary embedding does not scale the whole query.
     """
     if isinstance(multiplier, Tensor):
         multiplier = multiplier.to(table.cos.dtype)[:, None]
@@ -75,24 +75,23 @@ def times(table: RotaryTable, multiplier: float | Tensor) -> RotaryTable:
 
 
 class Frequencies(NamedTuple):
-    """What the angles of one set are made from, on their device."""
+    """The parameters of the angles of one set of layers, on their device."""
 
     short: Tensor  # (pairs,) float32
-    # the same for documents longer than `longest_short`; None where there is one list for every length
-    long: Tensor | None
-    longest_short: int | None  # tokens, or None likewise
+    long: Tensor | None  # the frequencies of documents longer than `longest_short`; None if they are the same
+    longest_short: int | None  # in tokens; None if `long` is None
     attention_factor: float  # m
-    interleaved: bool  # whether the pairs are neighbours
+    interleaved: bool  # True if the pairs are neighbours
 
 
 def angles(frequencies: Frequencies, positions: Tensor, dtype: torch.dtype, reach: Tensor) -> RotaryTable:
-    """Cosines and sines of every token.
+    """Compute cosines and sines of every token.
 
     Args:
-        frequencies: the set's.
+        frequencies: the parameters of the set.
         positions: (tokens,) int64.
-        dtype: of the result, float32 or wider.
-        reach: (tokens,) int64, how long each token's document is.
+        dtype: the result's, float32 or wider.
+        reach: (tokens,) int64, the length of each token's document.
     """
     used = frequencies.short.to(dtype)
     if frequencies.long is not None and frequencies.longest_short is not None:
@@ -101,10 +100,10 @@ def angles(frequencies: Frequencies, positions: Tensor, dtype: torch.dtype, reac
 
 
 def scaled_for_queries(table: RotaryTable, positions: Tensor, beta: float, length: float) -> RotaryTable:
-    """The table with 1 + β log(1 + ⌊position / length⌋) as m, for queries that grow with their position.
+    """Multiply the table by 1 + β log(1 + ⌊position / length⌋), for queries that grow with their position.
 
     Args:
-        table: of all their features.
+        table: the angles of the tokens.
         positions: (tokens,) int64.
         beta: β.
         length: in tokens.
@@ -114,12 +113,12 @@ def scaled_for_queries(table: RotaryTable, positions: Tensor, beta: float, lengt
 
 
 def rotary_forward(x: Tensor, table: RotaryTable, *, out: Tensor | None = None) -> tuple[Tensor, RotaryTable]:
-    """Turn every head of x by its token's angles.
+    """Rotate every head of x by its token's angles.
 
     Args:
         x: (tokens, heads, head_dim).
         table: the angles of the tokens.
-        out: where to write y; it may be x itself.
+        out: receives y, may be x itself; or None.
 
     Returns:
         y (tokens, heads, head_dim) in x's dtype, and the table.
@@ -128,22 +127,22 @@ def rotary_forward(x: Tensor, table: RotaryTable, *, out: Tensor | None = None) 
 
 
 def rotary_backward(d_y: Tensor, saved: RotaryTable, *, out: Tensor | None = None) -> RotaryGrads:
-    """Turn d_y, (tokens, heads, head_dim), back by the same angles; `out` may be d_y itself."""
+    """Rotate d_y, (tokens, heads, head_dim), back by the same angles; `out` may be d_y itself."""
     return RotaryGrads(_rotate(d_y, saved, out, back=True))
 
 
 def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) -> Tensor:
-    turning = 2 * table.cos.shape[-1]
-    if turning < x.shape[-1]:
+    rotated_width = 2 * table.cos.shape[-1]
+    if rotated_width < x.shape[-1]:
         if out is None:
             out = x.clone()
         elif out is not x:
             out.copy_(x)
-        _rotate(x[..., :turning], table, out[..., :turning], back=back)
+        _rotate(x[..., :rotated_width], table, out[..., :rotated_width], back=back)
         return out
     cos, sin = table.cos, table.sin
-    laid_out = cos.is_contiguous() and sin.is_contiguous() and cos.dtype == statistics_dtype(x.dtype)
-    kernel = find_kernel(_ROTARY, x, out) if laid_out and not table.interleaved else None
+    kernel_layout = cos.is_contiguous() and sin.is_contiguous() and cos.dtype == statistics_dtype(x.dtype)
+    kernel = find_kernel(_ROTARY, x, out) if kernel_layout and not table.interleaved else None
     if kernel is not None:
         y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
         kernel(
@@ -164,7 +163,7 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
 
 
 def rotary_reference(x: Tensor, table: RotaryTable) -> Tensor:
-    """The same y as a product of complex numbers."""
+    """Compute the same y as a product of complex numbers."""
     half = table.cos.shape[-1]
     first, second = slice(0, half), slice(half, 2 * half)
     if table.interleaved:

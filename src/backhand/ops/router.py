@@ -1,14 +1,14 @@
-"""The router of a mixture of experts: which experts a token goes to, and with what weights.
+"""The router of a mixture of experts, which chooses each token's experts and their weights.
 
     p = softmax(z),   the k largest of p are chosen,   w_c = p_c, or w_c = p_c / Σ_chosen p    [arXiv:2101.03961, eq. 1]
 
 for each token with router logits z (experts). In the second form every factor but e^{z_c} cancels: w is the softmax
 over the chosen logits alone.
 
-Backward. Which experts are chosen is a step function of z and has no gradient; between the steps, with v = ∂L/∂w
+Backward. The choice of experts is a step function of z and has no gradient. Between the steps, with v = ∂L/∂w
     chosen alone:  dw = w ⊙ (dz_c - Σ w dz_c),   ∂L/∂z_c = w ⊙ (v - Σ w v),   zero for what is not chosen
     of all:        dp = p ⊙ (dz - Σ p dz),       ∂L/∂z = p ⊙ (v̂ - Σ p v̂),     v̂ being v where chosen, else 0
-so that in the second case every expert's logit has a gradient, though only the chosen ones are computed.
+so that in the second case every expert's logit has a gradient, although only the chosen ones are computed.
 
 Saved: the choice and w, or p. Softmax in float32 or wider.
 """
@@ -38,15 +38,15 @@ class RouterGrads(NamedTuple):
 
 
 def router_forward(logits: Tensor, k: int, *, of_all: bool = False) -> tuple[Tensor, RouterSaved]:
-    """Choose and weigh.
+    """Choose each token's experts and compute their weights.
 
     Args:
         logits: z, (tokens, experts).
-        k: experts a token goes to.
-        of_all: whether a weight is the expert's share among all, else among the chosen.
+        k: the number of experts per token.
+        of_all: True if a weight is the expert's share among all experts, False if among the chosen ones.
 
     Returns:
-        w (tokens, k) in the logits' dtype, largest first, and what backward needs; `saved.chosen` says which experts.
+        w (tokens, k) in the logits' dtype, largest first, and the saved tensors, of which `chosen` names the experts.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     largest, chosen = wide.topk(k, dim=-1)
@@ -68,7 +68,7 @@ def router_backward(d_y: Tensor, saved: RouterSaved) -> RouterGrads:
 
 
 def router_reference(logits: Tensor, k: int, *, of_all: bool = False) -> Tensor:
-    """The same w from the definition: softmax over all experts, the largest, divided by their sum."""
+    """Compute the same w from the definition: softmax over all experts, the largest, divided by their sum."""
     shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     chosen = shares.argsort(dim=-1, descending=True)[:, :k]
     weights = shares.gather(1, chosen)

@@ -1,9 +1,9 @@
-"""SimPO: preference by the mean log-probability of an answer's tokens, without a reference, with a margin.
+"""SimPO: preference by the mean log-probability of an answer's tokens, with a margin and without a reference model.
 
     ℓ = -(1 - ε) log σ(z) - ε log σ(-z),   z = β (c - r) - γ      [arXiv:2405.14734, eq. 6; ε as in TRL's CPOTrainer]
 
-with c and r the means over the tokens of log π of the chosen and of the rejected answer, γ the margin by which their
-rewards β c and β r are to differ, and label smoothing ε.
+with c and r the means over the tokens of log π of the chosen and of the rejected answer, γ the target margin between
+their rewards β c and β r, and label smoothing ε.
 
 Backward. (log σ)'(t) = σ(-t), so ∂ℓ/∂z = ε σ(z) - (1 - ε) σ(-z) and with G = ∂L/∂ℓ, (pairs,),
     ∂L/∂c = β G ∂ℓ/∂z      (pairs,),     ∂L/∂r = -∂L/∂c
@@ -29,7 +29,7 @@ class SimPORule(NamedTuple):
 
 
 class SimPOSaved(NamedTuple):
-    """What the forward keeps: z (pairs,) in float32 or wider, the rule, and the dtype of c and r."""
+    """Saved for the backward: z (pairs,) in float32 or wider, the rule, and the dtype of c and r."""
 
     z: Tensor
     rule: SimPORule
@@ -44,7 +44,7 @@ class SimPOGrads(NamedTuple):
 
 
 def simpo_forward(chosen: Tensor, rejected: Tensor, rule: SimPORule) -> tuple[Tensor, SimPOSaved]:
-    """ℓ of every pair, (pairs,), float32 or wider, from mean log-probabilities c and r, (pairs,)."""
+    """Compute ℓ of every pair, (pairs,), float32 or wider, from mean log-probabilities c and r, (pairs,)."""
     wide = torch.promote_types(chosen.dtype, torch.float32)
     z = rule.beta * (chosen.to(wide) - rejected.to(wide)) - rule.simpo_gamma
     eps = rule.label_smoothing
@@ -60,6 +60,6 @@ def simpo_backward(d_y: Tensor, saved: SimPOSaved) -> SimPOGrads:
 
 
 def simpo_reference(chosen: Tensor, rejected: Tensor, rule: SimPORule) -> Tensor:
-    """The same losses as torch's cross-entropy of z as the logit of a label that is true with 1 - ε."""
+    """Compute the same losses as torch's binary cross-entropy with logits z and labels 1 - ε."""
     z = rule.beta * (chosen - rejected) - rule.simpo_gamma
     return binary_cross_entropy_with_logits(z, torch.full_like(z, 1 - rule.label_smoothing), reduction="none")

@@ -1,18 +1,18 @@
-"""Single rows of an embedding or an output head trained as they are, PEFT's `trainable_token_indices`.
+"""Trained rows of an embedding or an output head, PEFT's `trainable_token_indices`.
 
     W'_v = R_j where v is the j-th trained token, W_v elsewhere;   W, W' (vocab, hidden), R (n, hidden)
     embedding:  y_t = W'[i_t]              linear head:  y = x W'ᵀ
 
-R starts as the rows it replaces. W' is never formed: the other rows have no gradient, and a table is large.
+R starts as the rows it replaces. W' is never formed, since the other rows have no gradient and a table is large.
 
-Backward, with G = ∂L/∂y and p(v) the place of token v among the trained ones:
+Backward, with G = ∂L/∂y and p(v) the index of token v among the trained tokens:
     embedding   ∂L/∂R_j = Σ_{t: p(i_t) = j} G_t           (n, hidden), zero where the token does not occur
     head        ∂L/∂R   = (G restricted to the trained columns)ᵀ x      (n, hidden)
                 ∂L/∂x   = G W'  =  G₀ W + G_p R           (..., hidden), G₀ = G with the trained columns at zero
-The sum of the embedding runs in float32 at least. A caller whose embedding has a padding token, which torch reads but
-does not train, puts -1 into that token's places between forward and backward (`without_padding`).
+The sum of the embedding runs in float32 at least. torch reads a padding token but does not train it: a caller whose
+embedding has one calls `without_padding` between forward and backward.
 
-Saved: for the embedding, each token's place in R; for the head, x and references to the parameters.
+Saved: for the embedding, each token's row in R; for the head, x and references to the parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backhand.ops.embedding import sums_by_id
 
 
 class TokenEmbeddingSaved(NamedTuple):
-    """What the forward keeps: the place in R of each token, (tokens,), -1 where it is not trained; rows of R."""
+    """Saved for the backward: each token's row in R, (tokens,), -1 if it is not trained; the number of rows of R."""
 
     places: Tensor
     trained: int
@@ -40,7 +40,7 @@ class TokenEmbeddingGrads(NamedTuple):
 
 
 class TokenLinearSaved(NamedTuple):
-    """What the forward keeps: x (..., hidden), weight (vocab, hidden), token_rows (n, hidden), token_ids (n,)."""
+    """Saved for the backward: x (..., hidden), weight (vocab, hidden), token_rows (n, hidden), token_ids (n,)."""
 
     x: Tensor
     weight: Tensor
@@ -49,21 +49,21 @@ class TokenLinearSaved(NamedTuple):
 
 
 class TokenLinearGrads(NamedTuple):
-    """d_x (..., hidden) or None when not asked for, d_token_rows (n, hidden)."""
+    """d_x (..., hidden), or None if skipped; d_token_rows (n, hidden)."""
 
     d_x: Tensor | None
     d_token_rows: Tensor
 
 
 def token_places(ids: Tensor, token_ids: Tensor) -> Tensor:
-    """(tokens,) int64: the place of each id among token_ids, -1 where it is not among them."""
+    """Return the index of each id in token_ids, (tokens,) int64, or -1 if it is not among them."""
     ordered, order = token_ids.sort()
     found = torch.searchsorted(ordered, ids.reshape(-1)).clamp_(max=max(len(ordered) - 1, 0))
     return torch.where(ordered[found] == ids.reshape(-1), order[found], -1)
 
 
 def without_padding(saved: TokenEmbeddingSaved, ids: Tensor, padding_id: int | None) -> TokenEmbeddingSaved:
-    """What backward needs so that the padding token's row learns nothing here."""
+    """Return the saved tensors without the padding token, so that its row has no gradient."""
     if padding_id is None:
         return saved
     return saved._replace(places=saved.places.masked_fill(ids.reshape(-1) == padding_id, -1))
@@ -72,7 +72,7 @@ def without_padding(saved: TokenEmbeddingSaved, ids: Tensor, padding_id: int | N
 def token_embedding_forward(
     ids: Tensor, weight: Tensor, token_rows: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, TokenEmbeddingSaved]:
-    """y = W'[ids].
+    """Compute y = W'[ids].
 
     Args:
         ids: (...) integers in [0, vocab).
@@ -81,7 +81,7 @@ def token_embedding_forward(
         token_ids: (n,) int64, all different.
 
     Returns:
-        y (..., hidden) in weight's dtype, and what backward needs.
+        y (..., hidden) in weight's dtype, and the saved tensors.
     """
     flat = ids.reshape(-1)
     places = token_places(flat, token_ids)
@@ -98,7 +98,7 @@ def token_embedding_backward(d_y: Tensor, saved: TokenEmbeddingSaved) -> TokenEm
 
 
 def token_embedding_reference(ids: Tensor, weight: Tensor, token_rows: Tensor, token_ids: Tensor) -> Tensor:
-    """The same y from the whole table W', by products with one-hot rows."""
+    """Compute the same y from the whole table W', by products with one-hot rows."""
     one_hot = functional.one_hot(ids, weight.shape[0]).to(weight.dtype)
     return one_hot @ weight.index_copy(0, token_ids, token_rows.to(weight.dtype))
 
@@ -106,7 +106,7 @@ def token_embedding_reference(ids: Tensor, weight: Tensor, token_rows: Tensor, t
 def token_linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, token_rows: Tensor, token_ids: Tensor
 ) -> tuple[Tensor, TokenLinearSaved]:
-    """y = x W'ᵀ + b.
+    """Compute y = x W'ᵀ + b.
 
     Args:
         x: (..., hidden).
@@ -116,7 +116,7 @@ def token_linear_forward(
         token_ids: (n,) int64, all different.
 
     Returns:
-        y (..., vocab) in x's dtype, and what backward needs.
+        y (..., vocab) in x's dtype, and the saved tensors.
     """
     y = functional.linear(x, weight)
     y[..., token_ids] = functional.linear(x, token_rows)
@@ -136,7 +136,7 @@ def token_linear_backward(d_y: Tensor, saved: TokenLinearSaved, *, input_gradien
     d_token_rows = trained.reshape(-1, trained.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     if not input_gradient:
         return TokenLinearGrads(None, d_token_rows)
-    # G W' as G W plus what the trained columns differ by, so that no second d_y of full width is made.
+    # G W' is G W plus the difference in the trained columns, so that no second d_y of full width is allocated.
     d_x = d_y @ weight + trained @ (token_rows - weight[token_ids])
     return TokenLinearGrads(d_x, d_token_rows)
 
@@ -144,5 +144,5 @@ def token_linear_backward(d_y: Tensor, saved: TokenLinearSaved, *, input_gradien
 def token_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, token_rows: Tensor, token_ids: Tensor
 ) -> Tensor:
-    """The same y from the whole table W'."""
+    """Compute the same y from the whole table W'."""
     return functional.linear(x, weight.index_copy(0, token_ids, token_rows), bias)
