@@ -1,1 +1,1 @@
-"""Adapters on their own: combined, inspected, compared and compressed, from their factors."""
+"""Arithmetic on adapters: combine, inspect, compare and compress them from their factors alone."""

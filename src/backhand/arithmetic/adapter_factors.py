@@ -1,4 +1,4 @@
-"""The factors of an adapter from PEFT's files, module by module, without a model; and whether those of several fit."""
+"""Read an adapter's factors from PEFT's files, without a model, and check that several adapters fit one another."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list
 
-_WHOLE_MODULE = "a whole module trained beside the factors, which has no update to add"
+_WHOLE_MODULE = "a whole module trained in addition to the factors, which has no update to add"
 
 
 class Part(NamedTuple):
     """A kind of tensor in an adapter's file."""
 
     name: str
-    factor: str | None = None  # of a module, where it is one
-    not_added: str | None = _WHOLE_MODULE  # why nothing can be added that has it beside its factors
+    factor: str | None = None  # the factor of a module, None if the tensor is no factor
+    not_added: str | None = _WHOLE_MODULE  # why adapters with such a tensor cannot be added, None if they can
 
 
 PARTS = {
@@ -47,48 +47,48 @@ PARTS = {
         "magnitudes (DoRA)",
         not_added="DoRA scales the sum of base weight and update, which is no update that could be added",
     ),
-    ".lora_B.bias": Part("biases of lora_B", not_added="a trained bias beside the factors"),
+    ".lora_B.bias": Part("biases of lora_B", not_added="a trained bias in addition to the factors"),
     ".trainable_tokens_delta": Part("trained token rows", not_added="trained rows of an embedding"),
 }
-"""By the end of a tensor's name."""
+"""Kinds of tensors, by the suffix of the tensor's name."""
 _WHOLE = Part("whole modules")
 
 
 def part_of(key: str) -> Part:
-    """What a tensor of this name is."""
+    """Return the kind of the tensor with this name."""
     return next((part for end, part in PARTS.items() if key.endswith(end)), _WHOLE)
 
 
 @dataclass(frozen=True)
 class AdapterFactors:
-    """An adapter."""
+    """The factors of one adapter."""
 
-    # for titles and tables: the rank, after the directory's name or, where that is `adapter`, the run's; the name alone
-    # where it says the rank
+    # title in tables and pictures: the name of the directory (or of the run, if the directory is `adapter`) and the
+    # rank, unless the name contains it
     label: str
-    directory: Path  # where its files lie; a GGUF file itself
+    directory: Path  # the adapter's directory, or its GGUF file
     described: PEFTConfig
     modules: Mapping[str, ModuleFactors]  # by dotted path, in the order of the file
     targets: Sequence[Target]  # rank, alpha and scaling of the same modules, as the configuration gives them
-    stored_bytes: int  # size of the file of factors
-    # what the file holds besides factors, by its name there: base weights, magnitudes, whole modules
+    stored_bytes: int  # size of the file with the factors
+    # tensors of the file that are no factors, by name: base weights, magnitudes, whole modules
     others: Mapping[str, Tensor] = field(default_factory=dict)
-    part_bytes: Mapping[str, int] = field(default_factory=dict)  # size of each tensor in the file, by its name there
+    part_bytes: Mapping[str, int] = field(default_factory=dict)  # size of each tensor of the file, by name
     record: AdapterRecord | None = None
-    dtype: torch.dtype = torch.float32  # that all factors have in the file; float32 where they differ
+    dtype: torch.dtype = torch.float32  # of all factors in the file; float32 if they differ
 
     @property
     def element_count(self) -> int:
-        """Trained numbers."""
+        """The number of trained elements."""
         return sum(module.lora_A.numel() + module.lora_B.numel() for module in self.modules.values())
 
 
 def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle: bool = False) -> AdapterFactors:
-    """Read an adapter, and check it as completely as that goes without its model.
+    """Read an adapter, and check it as far as possible without its model.
 
     Raises:
-        UsageError: a GGUF file without the model.
-        ArtifactError: there is none, or it cannot be used; lists what is wrong.
+        UsageError: if it is a GGUF file and no model is given.
+        ArtifactError: if there is no adapter, or it cannot be used; lists the problems.
     """
     contents = read_adapter(path, source, allow_pickle=allow_pickle)
     if contents.problems:
@@ -97,10 +97,10 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
         raise ArtifactError(
             "adapts parameters that hold the matrices of several experts",
             where=str(contents.directory),
-            why="what is computed here from the factors of an adapter is computed module by module",
+            why="adapters are combined, compared and compressed module by module",
             next_step="merge it into its base; adapters of modules can be combined, compared and compressed",
         )
-    found, embeddings, others = _sorted_out(contents.tensors)
+    found, embeddings, others = _split_tensors(contents.tensors)
     if not found:
         raise ArtifactError("holds no factors", where=str(contents.directory))
     targets, problems = _adapted(contents, list(found))
@@ -134,10 +134,10 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
 def read_updates(
     paths: Sequence[Path], options: CombineOptions | DiffOptions | CompressOptions
 ) -> tuple[tuple[AdapterFactors, ...], ModelSource | None]:
-    """Adapters that are a ΔW for each of their modules and fit one another, and the base model if one is named.
+    """Return adapters that consist of a ΔW per module and fit one another, and the base model if it is given.
 
     Raises:
-        UsageError, ArtifactError: as `read_factors`, `refuse_more_than_factors` and `check_shapes`.
+        UsageError, ArtifactError: see `read_factors`, `refuse_more_than_factors` and `check_shapes`.
     """
     model = None if options.model is None else open_model(options.model)
     adapters = tuple(read_factors(path, model, allow_pickle=options.reading.allow_pickle) for path in paths)
@@ -148,12 +148,12 @@ def read_updates(
 
 
 def _label(name: str, rank: str) -> str:
-    """`runs/mine, rank 8`, but not `rank8, rank 8`."""
+    """Return a title such as `runs/mine, rank 8`, without repeating a rank that the name contains."""
     return name if re.search(rf"rank[-_]?{re.escape(rank)}$", name) else f"{name}, rank {rank}"
 
 
 def _factor_problem(lora_A: Tensor, lora_B: Tensor, rank: int) -> str | None:
-    """What is wrong with the shapes of a module's factors, if anything is."""
+    """Describe what is wrong with the shapes of a module's factors; None if they are right."""
     kernel = lora_B.shape[2:]
     if lora_A.dim() < 2 or lora_B.dim() < 2 or prod(kernel) != 1 or lora_A.shape[0] != lora_B.shape[1]:
         return f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not belong together"
@@ -162,8 +162,8 @@ def _factor_problem(lora_A: Tensor, lora_B: Tensor, rank: int) -> str | None:
     return None
 
 
-def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str], dict[str, Tensor]]:
-    """Factors by module, which modules are embeddings, and everything else."""
+def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str], dict[str, Tensor]]:
+    """Split an adapter's tensors into factors by module, names of embeddings, and all other tensors."""
     found: dict[str, dict[str, Tensor]] = {}
     embeddings, others = set(), {}
     for key, tensor in tensors.items():
@@ -180,7 +180,7 @@ def _sorted_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tens
 
 
 def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target], list[str]]:
-    """The modules of the file as the configuration has them, and a sentence for each that it does not adapt."""
+    """Return the configured targets among the file's modules, and a sentence for each module without one."""
     config = contents.described.config
     try:
         chosen = {target.name for target in resolve_targets(config, names, heads=(), strict=False)}
@@ -198,10 +198,10 @@ def _stored_bytes(path: Path) -> int:
 
 
 def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Tensor:
-    """The frozen weight of a module as (out, in), in the shape of its update.
+    """Return the frozen weight of a module as (out, in), in the shape of its update.
 
     Raises:
-        ArtifactError: the base model has no such weight, or one of another shape.
+        ArtifactError: if the base model has no such weight, or one of another shape.
     """
     name = base_weight_name(source, module)
     weight = source.load(name)
@@ -216,30 +216,30 @@ def base_weight(source: ModelSource, module: str, factors: ModuleFactors) -> Ten
 
 
 def _name(path: Path) -> str:
-    """`adapter` is what every run calls it: the run's name says more."""
+    """Return the directory's name, or the run's name for `adapter`, which every run uses."""
     path = path.resolve()
     name = path.stem if path.is_file() else path.name
     return (path.parent.name or name) if name == "adapter" else name
 
 
-# Whether the updates of adapters can be added at all: what their files hold, which base they belong to.
+# Checks that the updates of adapters can be added: the tensors in their files, and the base they belong to.
 
 _DIGESTS = {
     "base_digest": "base model: their adapted weights are not the same",
     "tokenizer_digest": "tokenizer: their tokens or merges are not the same",
     "chat_template_digest": "chat template: it is not the same",
 }
-_KEPT = (*_DIGESTS, "labels", "system", "model_config")
-"""What of the records goes into the new one where all have the same."""
+_COPIED_FIELDS = (*_DIGESTS, "labels", "system", "model_config")
+"""Fields that are copied into the new record if they are equal in all records."""
 
 
 def refuse_more_than_factors(adapter: AdapterFactors) -> None:
-    """Refuse an adapter that is more than a ΔW for each of its modules.
+    """Refuse an adapter that contains more than a ΔW per module.
 
-    A copy of a base weight beside the factors of an embedding or head is no part of the update, and passes.
+    A copy of a base weight next to the factors of an embedding or head is not part of the update, and is accepted.
 
     Raises:
-        UnusableAdapterError: an ArtifactError that names every part.
+        UnusableAdapterError: names every tensor that is not a factor.
     """
     reasons = {key.removeprefix(PREFIX): part_of(key).not_added for key in adapter.others}
     if problems := [f"{key}: {reason}" for key, reason in reasons.items() if reason]:
@@ -248,10 +248,10 @@ def refuse_more_than_factors(adapter: AdapterFactors) -> None:
 
 
 def check_shapes(adapters: Sequence[AdapterFactors]) -> None:
-    """Refuse adapters whose updates of one module are of different sizes or kinds.
+    """Refuse adapters whose updates of one module have different sizes or kinds.
 
     Raises:
-        ArtifactError: lists every module, with both shapes.
+        ArtifactError: lists every such module with both shapes.
     """
     first_of: dict[str, AdapterFactors] = {}
     problems = []
@@ -274,15 +274,15 @@ def check_shapes(adapters: Sequence[AdapterFactors]) -> None:
 def common_record(
     adapters: Sequence[AdapterFactors], source: ModelSource | None, *, force_base: bool
 ) -> tuple[AdapterRecord, tuple[str, ...]]:
-    """What backhand.json of a combination says of its base, and what a person should know.
+    """Return the record of the base for the combination's backhand.json, and notes for the user.
 
     Args:
-        adapters: of one base model, as far as their files tell; that is checked here.
-        source: the base model, if it is at hand: then the adapters are held against it.
-        force_base: go on where they belong to different ones, and say what differs.
+        adapters: checked here to belong to one base model, as far as their files tell.
+        source: the base model if it is available; the adapters are then checked against it.
+        force_base: return notes about different bases instead of raising.
 
     Raises:
-        ArtifactError: they belong to different base models, tokenizers or chat templates; names what differs.
+        ArtifactError: if the adapters belong to different base models, tokenizers or chat templates; names them.
     """
     notes: list[str] = []
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
@@ -291,11 +291,13 @@ def common_record(
         raise ArtifactError(
             "the adapters do not belong to the same model",
             why="; ".join(different),
-            next_step="combine adapters of one base model, or --force-base to do it all the same",
+            next_step="combine adapters of one base model, or give --force-base to combine them anyway",
         )
     notes += [f"combined by force: {sentence}" for sentence in different]
     records = [adapter.record or AdapterRecord() for adapter in adapters]
-    agreed: dict[str, Any] = {field: _common([getattr(record, field) for record in records]) for field in _KEPT}
+    agreed: dict[str, Any] = {
+        field: _common([getattr(record, field) for record in records]) for field in _COPIED_FIELDS
+    }
     if any(set(adapter.modules) != set(names) for adapter in adapters):
         agreed["base_digest"] = None
     origin = _common([record.origin for record in records])
@@ -318,13 +320,13 @@ def common_record(
 
 
 def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
-    """A sentence for each thing in which the adapters' own files contradict each other."""
+    """Return a sentence per difference between the adapters' own files."""
     found = []
     for name, sentence in _DIGESTS.items():
         by_digest: dict[str, str] = {}
         for adapter in adapters:
             digest = getattr(adapter.record, name, None)
-            # Digests of different sets of weights say nothing about each other.
+            # Digests of different sets of weights cannot be compared.
             comparable = name != "base_digest" or set(adapter.modules) == set(adapters[0].modules)
             if digest is not None and comparable:
                 by_digest.setdefault(digest, adapter.label)
@@ -342,5 +344,5 @@ def _differences(adapters: Sequence[AdapterFactors]) -> list[str]:
 
 
 def _common(values: Sequence[Any]) -> Any:
-    """The value that all have, None if they have not."""
+    """Return the value if all are equal, else None."""
     return values[0] if all(value == values[0] for value in values) else None

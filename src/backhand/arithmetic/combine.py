@@ -1,4 +1,4 @@
-"""`backhand combine`: one adapter from several, by arithmetic on their updates."""
+"""`backhand combine`: make one adapter from several by arithmetic on their updates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from backhand.words import show_notes
 
 @dataclass(frozen=True)
 class Combination:
-    """What came of it."""
+    """Result of a combination."""
 
     adapter: ComputedAdapter
     sources: tuple[AdapterFactors, ...]
@@ -56,10 +56,10 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
     """Read the adapters, compute the new one, and write it.
 
     Raises:
-        UsageError: an option out of range, or `output` exists.
-        ArtifactError: an adapter cannot be read, is more than a ΔW for each module, or does not fit the others.
-        ResourceError: `output` cannot be written.
-        CheckError: a value is not finite.
+        UsageError: if an option is out of range, or `output` exists.
+        ArtifactError: if an adapter cannot be read, contains more than a ΔW per module, or does not fit the others.
+        ResourceError: if `output` cannot be written.
+        CheckError: if a value is not finite.
     """
     options.validate()
     assert options.output is not None
@@ -85,10 +85,10 @@ def combine(options: CombineOptions, progress: Callable[[str], None] = lambda _:
 
 @torch.no_grad()
 def combined_module(options: CombineOptions, name: str, weighted: Weighted) -> ComputedModule:
-    """One module of the new adapter; `weighted` are the adapters that have it, each with its coefficient."""
+    """Compute one module of the new adapter from the adapters that have it, each with its coefficient."""
     if options.operation in ("ties", "dare"):
         return _by_entries(options, name, weighted)
-    # Of `scale` the one factor lora_A stays as it is.
+    # `scale` keeps lora_A and multiplies lora_B alone.
     as_they_are = options.operation == "concatenate" or (options.operation == "scale" and options.rank is None)
     return side_by_side(weighted) if as_they_are else reduced(weighted, options.rank)
 
@@ -116,7 +116,7 @@ def _description(options: CombineOptions, sources: Sequence[AdapterFactors]) -> 
 
 
 def combine_command(options: CombineOptions) -> Combination:
-    """`combine`, printed as a table, or as one JSON object with `json`."""
+    """Combine, and print a table, or one JSON object with `json`."""
     with working() as say:
         result = combine(options, say)
     show_notes(result.notes)
@@ -149,23 +149,22 @@ def _summary(result: Combination) -> Mapping[str, object]:
     }
 
 
-# Σ w_i ΔW_i from the factors alone, at the rank it has or at a smaller one.
+# Σ w_i ΔW_i from the factors alone, at its own rank or a smaller one.
 #
-# The sum of updates of rank r_i is, exactly, one update whose factors are the r_i side by side: rank Σ r_i. Its
-# singular value decomposition (`low_rank`) says what rank it really has, and gives the best approximation of any
-# smaller one.
+# The sum of updates of rank r_i is exactly one update of rank Σ r_i, whose factors are the concatenated factors. Its
+# singular value decomposition (`low_rank`) shows its true rank, and gives the best approximation of any smaller rank.
 
 Weighted = Sequence[tuple[float, ModuleFactors]]
 
 
 def side_by_side(weighted: Weighted) -> ComputedModule:
-    """Σ w ΔW with every factor as it is: rows of lora_A unchanged, columns of lora_B times weight and scaling."""
+    """Return Σ w ΔW with concatenated factors: lora_A unchanged, lora_B times weight and scaling."""
     left, right = terms(weighted)
     return measured(weighted, rounded_factors(right, left, weighted[0][1]))
 
 
 def reduced(weighted: Weighted, rank: int | None) -> ComputedModule:
-    """Σ w ΔW at its own rank, or at `rank` if that is smaller."""
+    """Return Σ w ΔW at its own rank, or at `rank` if that is smaller."""
     directions = product_directions(*terms(weighted))
     kept = directions.rank if rank is None else min(rank, directions.rank)
     lora_A, lora_B = writable_factors(directions, kept)
@@ -173,53 +172,53 @@ def reduced(weighted: Weighted, rank: int | None) -> ComputedModule:
 
 
 def measured(weighted: Weighted, written: ModuleFactors) -> ComputedModule:
-    """What is written in place of Σ w ΔW, and how far off it is: from the decomposition of the difference."""
+    """Return the factors to be written for Σ w ΔW with their error, from the decomposition of the difference."""
     lost = product_directions(*terms([*weighted, (-1.0, written)])).lost_beyond(0)
     return ComputedModule(written, product_directions(*terms(weighted)).norm, lost)
 
 
-# An adapter that was computed and not trained: its factors, what they lose, and its files.
+# An adapter that was computed, not trained: its factors, their error, and its files.
 #
-# Its scaling is 1 everywhere, alpha = rank: a reader that knows neither patterns nor rank-stabilised scaling computes
-# the right thing all the same.
+# The scaling is 1 in every module (alpha = rank), so that programs that support neither patterns nor rank-stabilised
+# scaling compute the right update.
 
 
 @dataclass(frozen=True)
 class ComputedModule:
-    """One module."""
+    """One module of a computed adapter."""
 
-    factors: ModuleFactors  # float32, or the narrower dtype they are written in; scaling 1
-    norm: float  # ‖ΔW‖_F of what was to be written
-    lost: float  # ‖ΔW − what is written‖_F, rounding included
+    factors: ModuleFactors  # in float32 or the narrower dtype of the file; scaling 1
+    norm: float  # ‖ΔW‖_F of the exact update
+    lost: float  # ‖ΔW − written update‖_F, rounding included
 
     @property
     def error(self) -> float:
-        """`lost` / `norm`; 0 for an update that is zero."""
+        """`lost` / `norm`, or 0 for a zero update."""
         return self.lost / self.norm if self.norm else 0.0
 
 
 @dataclass(frozen=True)
 class ComputedAdapter:
-    """A computed adapter: its modules by dotted path."""
+    """A computed adapter: modules by dotted path."""
 
     modules: Mapping[str, ComputedModule]
 
     @property
     def error(self) -> float:
-        """What is lost of all updates together, relative to their norm."""
+        """The error of all updates together, relative to their norm."""
         norm = math.hypot(*(module.norm for module in self.modules.values()))
         return math.hypot(*(module.lost for module in self.modules.values())) / norm if norm else 0.0
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks that occur, ascending."""
+        """The distinct ranks, ascending."""
         return sorted({module.factors.rank for module in self.modules.values()})
 
 
 def rounded_factors(
     lora_A: Tensor, lora_B: Tensor, like: ModuleFactors, dtype: torch.dtype = torch.float32
 ) -> ModuleFactors:
-    """Factors at scaling 1 in the dtype of a file, for a module of the same kind as `like`."""
+    """Return factors at scaling 1 in the file's dtype, for a module of the same kind as `like`."""
     return replace(like, lora_A=lora_A.to(dtype).contiguous(), lora_B=lora_B.to(dtype).contiguous(), scaling=1.0)
 
 
@@ -230,14 +229,14 @@ def computed_files(
     facts: Mapping[str, object],
     source: ModelSource | None = None,
 ) -> dict[str, bytes]:
-    """The adapter's files by name, in the order to write them.
+    """Return the adapter's files by name, in the order in which to write them.
 
     Args:
-        sources: the adapters that it was made of: base model, task and the names of modules are theirs.
-        source: the base model, if it is at hand: it is named where no adapter names one.
+        sources: the adapters it was computed from; base model, task and module names are taken from them.
+        source: the base model if it is available; it is recorded if no adapter names one.
 
     Raises:
-        CheckError: a value is not finite.
+        CheckError: if a value is not finite.
     """
     modules = computed.modules
     targets = [Target(name, module.factors.rank, float(module.factors.rank), 1.0) for name, module in modules.items()]
@@ -259,9 +258,9 @@ def computed_files(
 
 
 def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> dict[str, Any]:
-    """Fields of `LoRAConfig` that adapt exactly `names` on the sources' base model.
+    """Return fields of `LoRAConfig` that adapt exactly `names` on the sources' base model.
 
-    Where all sources say the same, that; where they differ by plain lists of names, the names of all; else whole paths.
+    They are the sources' own fields if these are equal, the union if these are plain lists of names, else full paths.
     """
     configs = [source.described.config for source in sources]
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -275,14 +274,14 @@ def _target_fields(sources: Sequence[AdapterFactors], names: Sequence[str]) -> d
 
 
 def check_new_directory(directory: Path, *, overwrite: bool) -> None:
-    """Refuse, before anything is computed, to write where something else is.
+    """Check, before anything is computed, that the output is free.
 
     Raises:
-        UsageError: it is a file, or holds something and is not to be overwritten.
+        UsageError: if it is a file, or a directory that is not empty and may not be overwritten.
     """
     if directory.exists() and not directory.is_dir():
         raise UsageError("this is a file, not a directory", where=str(directory))
     if not overwrite and directory.is_dir() and any(directory.iterdir()):
         raise UsageError(
-            "holds something already", where=str(directory), next_step="name another directory, or give --overwrite"
+            "the directory is not empty", where=str(directory), next_step="give another directory, or --overwrite"
         )

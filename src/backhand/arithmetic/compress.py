@@ -1,4 +1,4 @@
-"""`backhand compress`: an adapter at the smallest ranks that keep to a given error."""
+"""`backhand compress`: reduce an adapter to the smallest ranks within a given error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CURVE_ERRORS = np.geomspace(1e-3, 0.9, 60)
 
 
 def draw_compression(source: AdapterFactors, adapter: ComputedAdapter, error: float) -> bytes:
-    """compress.png: the new rank of every module, and how the size falls with the error allowed."""
+    """Draw compress.png: the new rank of every module, and the adapter's size over the allowed error."""
     figure = new_figure(12.5, 4.6)
     ranks, sizes = figure.subplots(1, 2)
     kept = {name: float(module.factors.rank) for name, module in adapter.modules.items()}
@@ -57,21 +57,21 @@ def draw_compression(source: AdapterFactors, adapter: ComputedAdapter, error: fl
 
 @dataclass(frozen=True)
 class Compression:
-    """What came of it."""
+    """Result of a compression."""
 
     source: AdapterFactors
     adapter: ComputedAdapter
     error: float
-    stored_bytes: int  # size of the new file of tensors
+    stored_bytes: int  # size of the new tensor file
 
 
 def compress_adapter(options: CompressOptions) -> Compression:
-    """Find the ranks, and write the smaller adapter if there is a place for it.
+    """Find the ranks, and write the smaller adapter if `output` is given.
 
     Raises:
-        UsageError: an option out of range, or `output` exists.
-        ArtifactError: the adapter cannot be read, or is more than a ΔW for each module.
-        ResourceError: `output` cannot be written.
+        UsageError: if an option is out of range, or `output` exists.
+        ArtifactError: if the adapter cannot be read, or contains more than a ΔW per module.
+        ResourceError: if `output` cannot be written.
     """
     options.validate()
     if options.output is not None:
@@ -89,7 +89,7 @@ def compress_adapter(options: CompressOptions) -> Compression:
 
 
 def compress_command(options: CompressOptions) -> Compression:
-    """`compress_adapter`, printed as a table, or as one JSON object with `json`; the picture if asked for."""
+    """Compress, and print a table, or one JSON object with `json`; draw the picture with `plot`."""
     result = compress_adapter(options)
     leave_findings(
         "compress",
@@ -146,9 +146,9 @@ def _print(result: Compression, options: CompressOptions) -> None:
 
 
 def compressed(adapter: AdapterFactors, error: float) -> ComputedAdapter:
-    """Every module at the smallest rank whose ΔW is off by at most `error` of its norm.
+    """Reduce every module to the smallest rank whose ΔW is off by at most `error` of its norm.
 
-    Factors are written in the dtype they came in if the error then still holds, else in float32.
+    Factors keep the dtype of their file if the error holds after rounding, else they are float32.
     """
     directions = {name: update_directions(module) for name, module in adapter.modules.items()}
     result = _at(adapter, directions, error, adapter.dtype)
@@ -168,7 +168,7 @@ def _at(
 
 
 def elements_at(adapter: AdapterFactors, errors: Sequence[float]) -> list[int]:
-    """How many numbers the adapter takes at each error."""
+    """Return the adapter's number of elements at each error."""
     directions = {name: update_directions(module) for name, module in adapter.modules.items()}
     return [
         sum(max(1, directions[name].needed_rank(error)) * sum(module.shape) for name, module in adapter.modules.items())

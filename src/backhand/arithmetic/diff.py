@@ -1,4 +1,4 @@
-"""`backhand diff`: how two adapters differ."""
+"""`backhand diff`: compare two adapters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from backhand.terminal import console_for_tables
 
 
 def draw_difference(found: AdapterDifference) -> bytes:
-    """diff.png: difference, cosine and largest angles of every module that both adapters have."""
+    """Draw diff.png: difference, cosine and largest angles of every module that both adapters have."""
     figure = new_figure(12.5, 8.4)
     (relative, cosine), (output, inputs) = figure.subplots(2, 2)
     figure.suptitle(f"{found.first.label} against {found.second.label}", fontsize="medium")
@@ -49,8 +49,8 @@ def diff_adapters(options: DiffOptions) -> AdapterDifference:
     """Compare two adapters.
 
     Raises:
-        UsageError: an option out of range.
-        ArtifactError: an adapter cannot be read, is more than a ΔW for each module, or does not fit the other.
+        UsageError: if an option is out of range.
+        ArtifactError: if an adapter cannot be read, contains more than a ΔW per module, or does not fit the other.
     """
     options.validate()
     adapters, _ = read_updates((options.first, options.second), options)
@@ -58,10 +58,10 @@ def diff_adapters(options: DiffOptions) -> AdapterDifference:
 
 
 def diff_command(options: DiffOptions) -> AdapterDifference:
-    """`diff_adapters`, printed as a table, or as one JSON object with `json`; files as asked for.
+    """Compare, and print a table, or one JSON object with `json`; write files as requested.
 
     Raises:
-        CheckError: a module differs by more than `error` allows. What was found is printed and written first.
+        CheckError: if a module differs by more than `error`. The result is printed and written first.
     """
     result = diff_adapters(options)
     leave_findings("diff", options, _summary(result), lambda: _print(result), lambda: draw_difference(result))
@@ -107,57 +107,57 @@ def _print(found: AdapterDifference) -> None:
         console.print(f"Largest relative difference: {largest[1]:.3g}, {largest[0]}", soft_wrap=True)
 
 
-# How two adapters differ, module by module: in size, and in the directions they read and write.
+# The difference of two adapters per module: in size, and in input and output directions.
 #
 #     ‖ΔW − ΔW′‖_F / max(‖ΔW‖_F, ‖ΔW′‖_F)    0 for equal updates, √2 for equally large ones at right angles, at most 2
 #     ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖)               the cosine between them as vectors
-#     principal angles                       between their column spaces (what they write, output) and between their
-#                                            row spaces (what they read, input); 0° where the smaller lies in the larger
+#     principal angles                       between their column spaces (output) and between their row spaces (input);
+#                                            0° if the smaller space lies in the larger
 #
-# Two random subspaces of rank r and r′ in d dimensions have a mean squared cosine of max(r, r′)/d: angles near 90° are
-# what chance gives, and a module that two adapters change alike shows far smaller ones.
+# Two random subspaces of rank r and r′ in d dimensions have a mean squared cosine of max(r, r′)/d. Angles near 90° are
+# therefore expected by chance; a module that two adapters change in the same way has far smaller angles.
 
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """One module that both adapters have."""
+    """The difference in one module that both adapters have."""
 
     module: str
-    ranks: tuple[int, int]  # of the two updates, as far as they are not zero
+    ranks: tuple[int, int]  # numerical ranks of the two updates
     norms: tuple[float, float]  # ‖ΔW‖_F of the two
     difference: float  # ‖ΔW − ΔW′‖_F
-    cosine: float | None  # between them as vectors; None where one is zero
-    # output_angles, input_angles: principal angles in degrees, ascending; empty where one is zero
+    cosine: float | None  # between the updates as vectors; None if one is zero
+    # output_angles, input_angles: principal angles in degrees, ascending; empty if an update is zero
     output_angles: tuple[float, ...]
     input_angles: tuple[float, ...]
 
     @property
     def relative(self) -> float:
-        """The difference over the larger norm; 0 where both are zero."""
+        """The difference relative to the larger norm, or 0 if both are zero."""
         return self.difference / max(self.norms) if max(self.norms) else 0.0
 
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """What was found between two adapters."""
+    """Result of the comparison of two adapters."""
 
     first: AdapterFactors
     second: AdapterFactors
     modules: tuple[ModuleDifference, ...]
-    # only_first, only_second: ‖ΔW‖_F of the modules that one alone has
+    # only_first, only_second: ‖ΔW‖_F of the modules of one adapter alone
     only_first: dict[str, float]
     only_second: dict[str, float]
 
     @property
     def largest(self) -> tuple[str, float] | None:
-        """The module that differs most, and by how much; one alone that is not zero differs by 1."""
+        """The module with the largest difference, and the difference; a nonzero module of one adapter differs by 1."""
         alone = {name: 1.0 for name, norm in (self.only_first | self.only_second).items() if norm}
         found = alone | {module.module: module.relative for module in self.modules}
         return max(found.items(), key=lambda entry: entry[1], default=None)
 
 
 def compare_updates(first: AdapterFactors, second: AdapterFactors) -> AdapterDifference:
-    """Compare adapters whose modules are of the same shapes, see `adapter_factors.check_shapes`."""
+    """Compare adapters whose modules have the same shapes; see `adapter_factors.check_shapes`."""
     common = [name for name in first.modules if name in second.modules]
     modules = tuple(compare_module(name, first.modules[name], second.modules[name]) for name in common)
     return AdapterDifference(first, second, modules, _norms(first, common), _norms(second, common))

@@ -1,4 +1,4 @@
-"""What a command leaves of its findings: a table or JSON on the terminal, JSON and a picture in a directory."""
+"""Output of results: a table or JSON on the terminal, JSON and a picture in a directory."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ def leave_findings(
     *,
     notes: Iterable[str] = (),
 ) -> None:
-    """Print, and write `<name>.json` and `<name>.png` as the options say; an adapter is left in `output` alone.
+    """Print the result, and write `<name>.json` and `<name>.png` as the options say.
+
+    An adapter that is already in `output` is not changed.
 
     Args:
-        picture: draws it; called only if it is wanted.
+        picture: draws the picture; called only if it is requested.
 
     Raises:
-        UsageError: `output` is a file.
-        ResourceError: it cannot be written.
+        UsageError: if `output` is a file.
+        ResourceError: if `output` cannot be written.
     """
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     written, output = [], options.output
@@ -67,7 +69,7 @@ _DPI = 110
 
 
 def label_axes(axes: Axes, title: str, x: str = "", y: str = "", /, *, grid: bool = True, **legend: Any) -> None:
-    """Say what is drawn; `legend` are options of matplotlib's."""
+    """Set the title, axis labels, grid and legend; `legend` are matplotlib's options."""
     axes.set_title(title, fontsize="medium")
     axes.set(xlabel=x, ylabel=y)
     if grid:
@@ -77,14 +79,14 @@ def label_axes(axes: Axes, title: str, x: str = "", y: str = "", /, *, grid: boo
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of this size in inches, whose parts make room for one another."""
+    """Return a figure of this size in inches with constrained layout."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as a .png file."""
+    """Return the figure as the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -94,12 +96,12 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def kind_of(module: str) -> str:
-    """What the module is in every layer: its last part, such as `q_proj`."""
+    """Return the kind of a module, the last component of its path, such as `q_proj`."""
     return module.rsplit(".", 1)[-1]
 
 
 def layer_of(module: str) -> int | None:
-    """The first number in the path, if there is one."""
+    """Return the first number in the path, or None."""
     match = _LAYER.search(module)
     return int(match[1]) if match else None
 
@@ -107,9 +109,9 @@ def layer_of(module: str) -> int | None:
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: int = 1
 ) -> None:
-    """One table: the first column, or `left` of them, to the left, numbers to the right; a wide title is not broken.
+    """Print a table with the first `left` columns left-aligned and the others right-aligned; titles are not wrapped.
 
-    A title that begins with a line break has an empty line before it.
+    A title that begins with a line break is preceded by an empty line.
     """
     table = Table()
     for number, name in enumerate(columns):
@@ -123,7 +125,7 @@ def print_table(
 
 
 def by_kind(modules: Iterable[str]) -> Mapping[str, list[str]]:
-    """Dotted paths by kind of module, in the order in which kinds first occur."""
+    """Group dotted paths by kind of module, in order of first occurrence."""
     kinds: dict[str, list[str]] = {}
     for module in modules:
         kinds.setdefault(kind_of(module), []).append(module)
@@ -132,18 +134,18 @@ def by_kind(modules: Iterable[str]) -> Mapping[str, list[str]]:
 
 T = TypeVar("T")
 Figures = Callable[[T], float | tuple[float, ...] | None]
-"""One figure of a module, or several that stand in one cell."""
+"""Returns one figure of a module, or several for one table cell."""
 
 
 def print_kinds(
     console: Console, title: str, modules: Mapping[str, T], figures: Mapping[str, Figures[T]], **formats: str
 ) -> None:
-    """A table with a line for each kind of module: how many there are, and the least and greatest of every figure.
+    """Print a table with a row per kind of module: the number of modules, and the range of every figure.
 
     Args:
         modules: by dotted path.
-        figures: by their headings.
-        formats: of figures, by the last word of the heading, as `str.format` takes them; three digits where none is.
+        figures: by column heading.
+        formats: format strings by the last word of the heading; three digits by default.
     """
     rows = [
         (
@@ -160,7 +162,7 @@ def print_kinds(
 
 
 def spread(values: Iterable[float | tuple[float, ...] | None], form: str = "{:.3g}") -> str:
-    """Values of several layers in one cell: the only one, or the least and the greatest; "" where there are none."""
+    """Format values of several layers for one cell: a single value, a range, or "" without values."""
     flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,)) if one is not None]
     shown = list(dict.fromkeys(form.format(value) for value in (sorted(flat)[:1] + sorted(flat)[-1:])))
     return " … ".join(shown)
@@ -176,9 +178,9 @@ def draw_map(
     vmin: float | None = None,
     vmax: float | None = None,
 ) -> None:
-    """A heat map of values by dotted path, white low and black high, with its title and colour bar; none of no values.
+    """Draw a heat map of values by dotted path, white low and black high, with title and colour bar.
 
-    What has no layer number stands in column 0; a place without a module stays white.
+    Modules without a layer number are in column 0. Cells without a module stay white. Without values, nothing is drawn.
     """
     axes.set_title(title, fontsize="medium")
     if not values:

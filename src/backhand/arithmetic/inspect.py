@@ -1,4 +1,4 @@
-"""`backhand inspect`: what is in an adapter."""
+"""`backhand inspect`: report the contents of an adapter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
 def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: float) -> bytes:
-    """inspect.png: size and effective rank of every module, singular values and needed rank of every kind."""
+    """Draw inspect.png: size and effective rank of every module, singular values and needed rank of every kind."""
     figure = new_figure(12.5, 8.4)
     (size, rank), (spectrum, needed) = figure.subplots(2, 2)
     of = {module.module: module for module in modules}
@@ -80,7 +80,7 @@ def draw_inspection(modules: Sequence[ModuleInspection], label: str, error: floa
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found."""
+    """Result of an inspection."""
 
     adapter: AdapterFactors
     modules: tuple[ModuleInspection, ...]
@@ -90,11 +90,11 @@ class Inspection:
 
 
 def inspect_adapter(options: InspectOptions) -> Inspection:
-    """Look at an adapter.
+    """Inspect an adapter.
 
     Raises:
-        UsageError: an option out of range.
-        ArtifactError: the adapter cannot be read, or it does not belong to `model`.
+        UsageError: if an option is out of range.
+        ArtifactError: if the adapter cannot be read, or does not belong to `model`.
     """
     options.validate()
     base = None if options.model is None else open_model(options.model)
@@ -102,7 +102,7 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
     notes = list(adapter.described.notes)
     try:
         known = base or _named_base(adapter)
-        by_force = [] if known is None else _hold_against(known, adapter, force=options.force_base)
+        by_force = [] if known is None else _check_weights_of(known, adapter, force=options.force_base)
         notes += by_force if base is not None else []
         modules = inspect_modules(adapter, options.error, _norms_in(known))
     except ArtifactError as error:
@@ -114,7 +114,7 @@ def inspect_adapter(options: InspectOptions) -> Inspection:
 
 
 def _named_base(adapter: AdapterFactors) -> ModelSource | None:
-    """The base model that the adapter names, if it is on this machine; nothing is fetched."""
+    """Return the base model that the adapter names, if it is on this machine; nothing is downloaded."""
     name = adapter.described.base_model
     if name is None:
         return None
@@ -122,12 +122,12 @@ def _named_base(adapter: AdapterFactors) -> ModelSource | None:
         try:
             return open_model(SMOLLM2)
         except ArtifactError:
-            pass  # then perhaps from the hub's cache
+            pass  # the next name may be in the hub's cache
     return open_model(name, revision=adapter.described.revision, fetch=False)
 
 
-def _hold_against(base: ModelSource, adapter: AdapterFactors, *, force: bool) -> list[str]:
-    """Refuse weights other than those the adapter was trained on; only they matter here."""
+def _check_weights_of(base: ModelSource, adapter: AdapterFactors, *, force: bool) -> list[str]:
+    """Refuse a base whose weights differ from those the adapter was trained on; nothing else matters here."""
     recorded = adapter.record.base_digest if adapter.record else None
     names = list(weight_names(adapter.modules, base.tensor_names()))
     if recorded is None or not names or base_digest(names, base.load) == recorded:
@@ -139,7 +139,7 @@ def _hold_against(base: ModelSource, adapter: AdapterFactors, *, force: bool) ->
 
 
 def inspect_command(options: InspectOptions) -> Inspection:
-    """`inspect_adapter`, printed as tables, or as one JSON object with `json`; files as asked for."""
+    """Inspect, and print tables, or one JSON object with `json`; write files as requested."""
     result = inspect_adapter(options)
     leave_findings(
         "inspect",
@@ -153,7 +153,7 @@ def inspect_command(options: InspectOptions) -> Inspection:
 
 
 def inspection_summary(result: Inspection) -> dict[str, Any]:
-    """Everything in numbers, as `--json` and inspect.json give it."""
+    """Return the result as the JSON object of `--json` and inspect.json."""
     return {
         "label": result.adapter.label,
         **{name.replace(" ", "_").replace("-", "_"): fact for name, fact in inspection_facts(result.adapter).items()},
@@ -196,16 +196,16 @@ def _print(result: Inspection) -> None:
     )
 
 
-# What is in an adapter: for each module the size and the shape of its update, and what the file is made of.
+# The contents of an adapter: the size and singular values of each module's update, and the parts of the file.
 #
-# With the singular values S_i of ΔW, effective rank = exp(−Σ p_i ln p_i), p_i = S_i / Σ S [Roy and Vetterli 2007]: the
-# rank if all are equal, 1 if one is everything. The needed rank is the smallest whose best approximation is off by at
-# most a given share of ‖ΔW‖_F; what the adapter has beyond it is wasted.
+# With the singular values S_i of ΔW, effective rank = exp(−Σ p_i ln p_i), p_i = S_i / Σ S [Roy and Vetterli 2007]. It
+# is the rank if all S_i are equal, and 1 if one dominates. The needed rank is the smallest one whose best approximation
+# is off by at most a given share of ‖ΔW‖_F; any further rank of the adapter is wasted.
 
 
 @dataclass(frozen=True)
 class ModuleInspection:
-    """One module."""
+    """Figures of one module."""
 
     module: str
     shape: tuple[int, int]  # (out, in) of ΔW
@@ -215,8 +215,8 @@ class ModuleInspection:
     norm: float  # ‖ΔW‖_F
     weight_norm: float | None  # ‖W‖_F of the base weight; None without a base model
     effective_rank: float  # 0 for a zero update
-    needed_rank: int  # for the error asked for
-    singular_values: tuple[float, ...]  # of ΔW, descending, as many as the rank and the shape allow
+    needed_rank: int  # for the requested error
+    singular_values: tuple[float, ...]  # of ΔW, descending; as many as the smallest of rank, in and out
 
     @property
     def relative_norm(self) -> float | None:
@@ -225,13 +225,13 @@ class ModuleInspection:
 
     @property
     def wasted_rank(self) -> int:
-        """What the rank is above the needed one."""
+        """The rank above the needed rank."""
         return self.rank - self.needed_rank
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """One kind of content of an adapter's file: how many tensors, how many bytes."""
+    """One kind of tensor in an adapter's file, with the number of tensors and bytes."""
 
     name: str
     tensors: int
@@ -239,14 +239,14 @@ class PartSize:
 
 
 def inspect_modules(adapter: AdapterFactors, error: float, weight_norm: WeightNorm) -> list[ModuleInspection]:
-    """Every module, in the order of the file.
+    """Inspect every module, in the order of the file.
 
     Args:
         error: for the needed rank, relative to ‖ΔW‖.
-        weight_norm: ‖W‖ of a module's base weight, None where it is not known.
+        weight_norm: returns ‖W‖ of a module's base weight, None if it is unknown.
 
     Raises:
-        ArtifactError: the base model has no weight of a module, or one of another shape.
+        ArtifactError: if the base model has no weight of a module, or one of another shape.
     """
     found = []
     for target in adapter.targets:
@@ -274,7 +274,7 @@ WeightNorm = Callable[[str, ModuleFactors], float | None]
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of singular values as shares of their sum; 0 if all are 0."""
+    """Return exp of the entropy of singular values as shares of their sum, or 0 if all are 0."""
     total = float(values.sum())
     if total == 0.0:
         return 0.0
@@ -292,7 +292,7 @@ def _norms_in(base: ModelSource | None) -> WeightNorm:
 
 
 def file_parts(adapter: AdapterFactors) -> list[PartSize]:
-    """What the file of tensors consists of; the sizes add up to that of the file."""
+    """Return the parts of the tensor file; their sizes add up to the size of the file."""
     parts: dict[str, list[int]] = {}
     for key, size in adapter.part_bytes.items():
         parts.setdefault(part_of(key).name, []).append(size)
@@ -302,7 +302,7 @@ def file_parts(adapter: AdapterFactors) -> list[PartSize]:
 
 
 def inspection_facts(adapter: AdapterFactors) -> Mapping[str, object]:
-    """What adapter_config.json and backhand.json say, for a person."""
+    """Return facts from adapter_config.json and backhand.json for display."""
     config, record = adapter.described.config, adapter.record
     targets = config.target_modules
     return {

@@ -1,4 +1,4 @@
-"""What `backhand combine`, `inspect`, `diff` and `compress` can be told; no torch, for the command line reads it."""
+"""Options of `backhand combine`, `inspect`, `diff` and `compress`. Imports no torch: the command line reads it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LARGEST_WEIGHT = 1e9
 
 
 def parse_weights(words: Sequence[str]) -> tuple[float, ...]:
-    """Numbers from the words behind `--weights`, with spaces or commas between them.
+    """Parse the numbers after `--weights`, separated by spaces or commas.
 
     Raises:
-        UsageError: a word that is none; names of adapters, perhaps, that an option cannot tell from its own words.
+        UsageError: if a word is not a number, such as an adapter that is named after the option.
     """
     found = []
     for word in ",".join(words).split(","):
@@ -35,7 +35,7 @@ def parse_weights(words: Sequence[str]) -> tuple[float, ...]:
             raise UsageError(
                 f"{word!r} is not a number",
                 where="weights",
-                why="every word behind --weights, up to the next option, is a weight",
+                why="every word after --weights, up to the next option, is a weight",
                 next_step="name the adapters first: backhand combine add A B --weights 0.7 0.3",
             ) from None
     return tuple(found)
@@ -48,18 +48,18 @@ def _check_weight(where: str, weight: Any) -> None:
         raise UsageError(
             f"weight {weight!r} is out of range",
             where=where,
-            why=f"it may be {1 / _LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}: float32 holds no more",
+            why=f"weights are {1 / _LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g}, so that float32 can store the result",
         )
 
 
 @dataclass(frozen=True)
 class CombineOptions(Options):
-    """What to make of which adapters; everything is said of ΔW = scaling · lora_B @ lora_A."""
+    """Options of `combine`. All operations are on the updates ΔW = scaling · lora_B @ lora_A."""
 
     operation: Operation
-    """`add`: Σ w ΔW. `subtract`: the first less the others. `average`: Σ w ΔW / Σ w. `scale`: one adapter times its
-    weight. `concatenate`: as `add`, the factors side by side as they are. `svd`: as `add`, at the smallest rank that
-    loses nothing, or at `rank`. `ties`, `dare`: entries chosen before they are added, see docs/adapters.md."""
+    """`add`: Σ w ΔW. `subtract`: the first minus the others. `average`: Σ w ΔW / Σ w. `scale`: one adapter times its
+    weight. `concatenate`: as `add`, with concatenated factors. `svd`: as `add`, at the smallest rank without loss, or
+    at `rank`. `ties`, `dare`: entries are selected before they are added, see docs/adapters.md."""
 
     adapters: tuple[Path, ...] = ()
     """The adapters: directories that training or PEFT wrote, or, with `model`, GGUF files."""
@@ -68,22 +68,22 @@ class CombineOptions(Options):
     """Directory for the new adapter, in PEFT's format."""
 
     weights: Annotated[tuple[Annotated[float, Check(_check_weight)], ...], Words(parse_weights)] = ()
-    """One number an adapter, behind the adapters: `combine add A B --weights 0.7 0.3`. Not given: 1 each; `scale` needs
-    its one."""
+    """One number per adapter, after the adapters: `combine add A B --weights 0.7 0.3`. Default: 1 each; required for
+    `scale`."""
 
     rank: Rank | None = None
-    """Largest rank of the new adapter. Not given: the rank of the result, so that nothing is lost; for `ties` and
-    `dare`, whose results have full rank, the largest rank among the adapters. What is lost is said."""
+    """Largest rank of the new adapter. Default: the rank of the result, so that nothing is lost; for `ties` and `dare`,
+    whose results have full rank, the largest rank of the adapters. The error is printed."""
 
     density: Annotated[float, Bound(above=0, at_most=1)] | None = None
-    """Share of the entries of ΔW that `ties` and `dare` keep; not given: 0.2 for `ties`, 0.1 for `dare`."""
+    """Share of the entries of ΔW that `ties` and `dare` keep. Default: 0.2 for `ties`, 0.1 for `dare`."""
 
     seed: int = 0
-    """Which entries `dare` keeps."""
+    """Random seed for the entries that `dare` keeps."""
 
     model: str | None = None
-    """Base model to hold the adapters against, and to record in the new one; not given: the adapters against each
-    other."""
+    """Base model to check the adapters against, and to record in the new one. Default: the adapters are checked against
+    each other."""
 
     force_base: bool = False
     """Combine adapters that were trained on different base models, tokenizers or chat templates."""
@@ -92,7 +92,7 @@ class CombineOptions(Options):
     """Replace an adapter that is already in `output`."""
 
     json: bool = False
-    """Print one JSON object in place of the table."""
+    """Print one JSON object instead of the table."""
 
     reading: AdapterReading = field(default_factory=AdapterReading)
 
@@ -128,7 +128,7 @@ class CombineOptions(Options):
             )
 
     def coefficients(self) -> tuple[float, ...]:
-        """What each adapter's ΔW is multiplied by."""
+        """Return the factor of each adapter's ΔW."""
         weights = self.weights or (1.0,) * len(self.adapters)
         if self.operation == "average":
             return tuple(weight / sum(weights) for weight in weights)
@@ -137,31 +137,31 @@ class CombineOptions(Options):
         return weights
 
     def kept_density(self) -> float:
-        """The density in force."""
+        """The given density, or the operation's default."""
         return self.density if self.density is not None else DEFAULT_DENSITY[self.operation]
 
 
 @dataclass(frozen=True)
 class InspectOptions(Options):
-    """What to look at, and what to leave."""
+    """Options of `inspect`."""
 
     adapter: Path
     """The adapter: the directory that training or PEFT wrote, or, with `model`, a GGUF file."""
 
     error: Share = 0.01
-    """How far ΔW may be off, relative to ‖ΔW‖, for a rank to count as enough; the rest of the rank is wasted."""
+    """Allowed error of ΔW, relative to ‖ΔW‖, for the needed rank; any rank above it counts as wasted."""
 
     model: str | None = None
-    """Base model to hold norms against; not given: the one the adapter names, if it is on this machine."""
+    """Base model to compare norms with. Default: the one that the adapter names, if it is on this machine."""
 
     force_base: bool = False
-    """Hold them against this base model although the adapter was trained on another."""
+    """Compare norms with this base model although the adapter was trained on another."""
 
     json: bool = False
-    """Print one JSON object in place of the tables."""
+    """Print one JSON object instead of the tables."""
 
     plot: bool = False
-    """Draw inspect.png, into `output` or, if that is not given, here."""
+    """Draw inspect.png into `output`, or into the current directory by default."""
 
     output: Path | None = None
     """Directory for inspect.json and the picture."""
@@ -171,26 +171,26 @@ class InspectOptions(Options):
 
 @dataclass(frozen=True)
 class DiffOptions(Options):
-    """What to compare, and what to leave."""
+    """Options of `diff`."""
 
     first: Path
-    """One adapter: a directory, or, with `model`, a GGUF file."""
+    """First adapter: a directory, or, with `model`, a GGUF file."""
 
     second: Path
-    """The other."""
+    """Second adapter."""
 
     error: Share | None = None
     """Largest difference allowed in any module, relative to the larger ‖ΔW‖ of the two; above it the command fails
-    with exit code 6. Not given: any."""
+    with exit code 6. Default: no limit."""
 
     model: str | None = None
-    """Base model, which adapters in GGUF files are read beside."""
+    """Base model, needed to read adapters in GGUF files."""
 
     json: bool = False
-    """Print one JSON object in place of the table."""
+    """Print one JSON object instead of the table."""
 
     plot: bool = False
-    """Draw diff.png, into `output` or, if that is not given, here."""
+    """Draw diff.png into `output`, or into the current directory by default."""
 
     output: Path | None = None
     """Directory for diff.json and the picture."""
@@ -200,27 +200,27 @@ class DiffOptions(Options):
 
 @dataclass(frozen=True)
 class CompressOptions(Options):
-    """What to make smaller, and how far it may be off."""
+    """Options of `compress`."""
 
     adapter: Path
     """The adapter: the directory that training or PEFT wrote, or, with `model`, a GGUF file."""
 
     error: Share = 0.05
-    """How far each module's ΔW may be off, relative to ‖ΔW‖: it gets the smallest rank that keeps to this."""
+    """Allowed error of each module's ΔW, relative to ‖ΔW‖: the module gets the smallest rank within this error."""
 
     output: Path | None = None
-    """Directory for the smaller adapter; not given: only say what it would be."""
+    """Directory for the smaller adapter. Default: only print the result."""
 
     model: str | None = None
-    """Base model, which an adapter in a GGUF file is read beside."""
+    """Base model, needed to read an adapter in a GGUF file."""
 
     overwrite: bool = False
     """Replace an adapter that is already in `output`."""
 
     json: bool = False
-    """Print one JSON object in place of the table."""
+    """Print one JSON object instead of the table."""
 
     plot: bool = False
-    """Draw compress.png, into `output` or, if that is not given, here."""
+    """Draw compress.png into `output`, or into the current directory by default."""
 
     reading: AdapterReading = field(default_factory=AdapterReading)
