@@ -33,7 +33,8 @@ import torch
 from machine import describe_machine
 from torch import Tensor
 
-from backhand.lab.sine.network import Points, Start, draw_start, make_points
+from backhand.lab.sine.network import Start, draw_start
+from backhand.lab.sine.points import Points, make_points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining, GradientDescent, Trained, train
 
 BASE_RATE, LORA_RATE, SCALING = 0.01, 0.001, 2.0

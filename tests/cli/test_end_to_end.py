@@ -89,7 +89,7 @@ def test_an_existing_run_is_not_touched(trained: Path) -> None:
 
 
 def test_the_adapter_means_the_same_in_peft(trained: Path) -> None:
-    from backhand.lab.demo import peft_parity
+    from backhand.lab.peft_parity import peft_parity
     from backhand.nn.loading import open_model
 
     ids = open_model("smollm2-135m").tokenizer()("The adapter means the same everywhere.")["input_ids"]

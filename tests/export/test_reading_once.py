@@ -165,7 +165,7 @@ def test_the_dtype_is_that_of_what_is_loaded(base: Path, tmp_path: Path, monkeyp
     def unpacks(*_: object, **__: object) -> None:
         raise AssertionError
 
-    for place in ("nn.loading.gguf_file", "kernels.quantized_matrix", "nn.loading.mxfp4_experts"):
+    for place in ("nn.loading.gguf_values", "kernels.quantized_matrix", "nn.loading.mxfp4_experts"):
         monkeypatch.setattr(f"backhand.{place}.dequantize", unpacks)
     for source, dtypes in zip(sources, wanted, strict=True):
         assert {name: source.dtype(name) for name in source.tensor_names()} == dtypes

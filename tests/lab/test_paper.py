@@ -173,7 +173,7 @@ def test_a_claim_that_fails_is_a_failed_check(tiny: TinyRun, monkeypatch: pytest
     with pytest.raises(CheckError, match="depends on the rank"):
         paper_command(options(tiny, analyses=("updates",)))
     monkeypatch.undo()
-    monkeypatch.setattr("backhand.lab.paper.optimizer_claims.EPSILON", 1e-2)
+    monkeypatch.setattr("backhand.lab.paper.adam_path.EPSILON", 1e-2)
     monkeypatch.setattr(paper_run, "UPDATE_RANKS", (1, 4))
     with pytest.raises(CheckError, match="path changes"):
         paper_command(options(tiny, analyses=("updates",)))

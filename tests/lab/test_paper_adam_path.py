@@ -3,19 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from backhand.lab.paper.optimizer_claims import (
+from backhand.lab.paper.adam_path import (
     ALPHA,
     LARGEST_DIFFERENCE,
     LEARNING_RATE,
-    NAME,
     RANK,
     AdamPath,
-    OneLayer,
     PathComparison,
     adam_path,
     compare_paths,
     path_differences,
 )
+from backhand.lab.paper.one_layer import NAME, OneLayer
 
 
 def layer() -> OneLayer:

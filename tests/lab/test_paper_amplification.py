@@ -9,7 +9,7 @@ import torch
 
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.arithmetic.low_rank import update_directions
-from backhand.lab.paper.directions import (
+from backhand.lab.paper.amplification import (
     Amplification,
     amplification,
     largest_norm_along,

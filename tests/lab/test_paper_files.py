@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from backhand.lab.paper.directions import (
-    Amplification,
-    ModuleSimilarity,
-    amplification_by_kind,
-    similarity_by_kind,
-    similarity_maps,
-)
+from backhand.lab.paper.amplification import Amplification, amplification_by_kind
+from backhand.lab.paper.similarity import ModuleSimilarity, similarity_by_kind, similarity_maps
 
 
 def test_amplification_of_a_kind_is_the_quotient_of_the_means_beside_it() -> None:

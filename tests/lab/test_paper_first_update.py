@@ -8,16 +8,15 @@ import pytest
 import scipy.stats
 import torch
 
-from backhand.lab.paper.optimizer_claims import (
+from backhand.lab.paper.adam_path import LEARNING_RATE
+from backhand.lab.paper.first_update import (
     FIRST_UPDATE_ALPHA,
     LARGEST_STANDARD_ERRORS,
-    LEARNING_RATE,
-    NAME,
     FirstUpdates,
-    OneLayer,
     first_updates,
     largest_disagreement,
 )
+from backhand.lab.paper.one_layer import NAME, OneLayer
 
 
 def layer() -> OneLayer:

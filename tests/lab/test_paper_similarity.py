@@ -15,7 +15,7 @@ from backhand.adapters.module_factors import ModuleFactors
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.arithmetic.adapter_factors import AdapterFactors
 from backhand.arithmetic.low_rank import input_directions, output_directions, subspace_similarity
-from backhand.lab.paper.directions import compare_adapters, expected_random_similarity, random_similarity
+from backhand.lab.paper.similarity import compare_adapters, expected_random_similarity, random_similarity
 
 
 def generator() -> torch.Generator:

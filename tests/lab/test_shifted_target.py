@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from backhand.errors import UsageError
-from backhand.lab.sine.experiment import ShiftedResult, ShiftedRow, run_shifted_target
-from backhand.lab.sine.network import make_points
 from backhand.lab.sine.options import ShiftedTargetOptions
+from backhand.lab.sine.points import make_points
+from backhand.lab.sine.shifted_target import ShiftedResult, ShiftedRow, run_shifted_target
 
 SHORT = ShiftedTargetOptions(
     shifted_widths=(12, 9), shifted_ranks=(3, 1), shifted_seeds=3, shifted_base_epochs=60, shifted_epochs=60

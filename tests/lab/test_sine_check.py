@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from backhand.errors import CheckError
-from backhand.lab.sine import walk as sine_walk
+from backhand.lab.sine import check as sine_check
+from backhand.lab.sine.check import check_gradients
 from backhand.lab.sine.command import sine_command
 from backhand.lab.sine.experiment import run_sine
-from backhand.lab.sine.network import Points, draw_start, make_points
+from backhand.lab.sine.network import draw_start
 from backhand.lab.sine.options import ShiftedTargetOptions, SineOptions
+from backhand.lab.sine.points import Points, make_points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
-from backhand.lab.sine.walk import Formula, check_gradients
+from backhand.lab.sine.walk import Formula
 
 CHAIN = ["dL", "do_seven", "dsquared_diff", "ddiff", "doutputs", "do3", "do2", "do1"]
 BASE_NAMES = [*CHAIN, "dl2w", "dl0bias", "dl0w"]
@@ -85,7 +87,7 @@ def test_more_layers_add_their_names() -> None:
 )
 def test_a_wrong_gradient_is_found(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part, _, name = name.rpartition(" ")
-    original = sine_walk.backward_by_hand
+    original = sine_check.backward_by_hand
 
     def spoiled(value: np.ndarray) -> np.ndarray:
         reversed_rows = value[::-1] if value.shape[0] > 1 else value[:, ::-1] if value.ndim > 1 else -value
@@ -97,7 +99,7 @@ def test_a_wrong_gradient_is_found(name: str, wrong: str, monkeypatch: pytest.Mo
             for gradient in original(training, points)
         ]
 
-    monkeypatch.setattr(sine_walk, "backward_by_hand", mutant)
+    monkeypatch.setattr(sine_check, "backward_by_hand", mutant)
     rows = check_gradients(adapter_training() if part else base_training(), points(), part or "base", 0)
     assert [row.name for row in rows if not row.passed] == [name]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from backhand.errors import DataError, UsageError
-from backhand.lab.sine.network import make_points
+from backhand.lab.sine.points import make_points
 
 
 def test_functions_and_frequencies() -> None:

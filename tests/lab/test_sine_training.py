@@ -11,7 +11,8 @@ from torch.nn.functional import relu
 
 from backhand.errors import CheckError
 from backhand.lab.sine.experiment import read_only
-from backhand.lab.sine.network import Network, Points, draw_start
+from backhand.lab.sine.network import Network, draw_start
+from backhand.lab.sine.points import Points
 from backhand.lab.sine.training import (
     Adam,
     AdapterTraining,

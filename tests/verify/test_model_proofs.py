@@ -22,7 +22,7 @@ from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
 from backhand.ops.document_groups import Run
 from backhand.verify import blockwise_step
-from backhand.verify import invariances as merged_model
+from backhand.verify import merging as merged_model
 from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.command import verify, verify_command
 from backhand.verify.measure import relative_error

@@ -14,7 +14,7 @@ from backhand.verify.runner import COMPILED, FLOAT64_BOUND, PROOF_FILES, forms, 
 from support.some_cases import some_cases
 
 ADDING = ("lora_group", "adapted_glu", "expert_linear")
-WHERE_TO_WRITE = ("out", "again")
+WHERE_TO_WRITE = ("out", "output_buffer")
 
 
 def _cloned(given):
@@ -62,7 +62,7 @@ def _adds(proof, case):
     seen = []
 
     def noting(d_y, saved, *args, **kwargs):
-        seen.append(kwargs.get("into") is not None)
+        seen.append(kwargs.get("accumulate_into") is not None)
         return proof.backward(d_y, saved, *args, **kwargs)
 
     case.run_manual(case.tensors, noting)

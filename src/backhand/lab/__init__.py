@@ -1,1 +1,1 @@
-"""Experiments to learn from: the sine experiment and the paper's analyses."""
+"""Experiments for learning: the sine experiment, the LoRA paper's analyses, and the demo."""

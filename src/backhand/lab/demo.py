@@ -1,4 +1,4 @@
-"""`backhand demo`: the sine experiment, then a real language model learns a task before your eyes.
+"""`backhand demo`: the sine experiment, then a language model that learns a task.
 
 rows from a seed → answers of the base → training → answers of the adapted model → the same adapter in PEFT
 """
@@ -8,19 +8,15 @@ from __future__ import annotations
 import json
 import shlex
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
-from backhand.adapters.loading import load_adapter_for
 from backhand.arithmetic.findings import new_figure, png_bytes, print_table
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
 from backhand.data.options import DataOptions, RowSources, TemplateOptions, system_option
@@ -30,11 +26,10 @@ from backhand.files import make_directory, write_atomically
 from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.lab.demo_options import DemoOptions
+from backhand.lab.peft_parity import BOUND, PeftParity, peft_parity
 from backhand.lab.sine.command import sine_command
 from backhand.lab.sine.options import SineOptions
 from backhand.loop.evaluate import evaluation_rows, exact_matches, score
-from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
@@ -42,15 +37,14 @@ from backhand.report.command import write_report
 from backhand.report.train import train
 from backhand.runs.directory import Proof, opened, proof_log
 from backhand.runs.summary import RunSummary, add_to_summary
-from backhand.system import install
 from backhand.terminal import console_for_tables, working
 from backhand.verify.command import prove_run
 
 RANK, ALPHA = 16, 32.0
 LEARNING_RATE, BATCH_ROWS = 1e-3, 8
-# The longest answer has about 40 tokens; a base model that does not stop is cut off soon after.
+# The longest answer has about 40 tokens. A base model that does not stop is cut off soon after.
 MAX_NEW_TOKENS = 56
-# With 400 rows: before the first step and after the last. 200 held-out rows take as long as ten steps.
+# With 400 rows this evaluates before the first step and after the last. An evaluation takes as long as ten steps.
 EVALUATE_EVERY = 50
 SHOWN_ANSWERS = 4
 PROBES = 8
@@ -58,15 +52,15 @@ PROVED_TOKENS = 48
 
 
 class Answered(NamedTuple):
-    """How well the held-out rows were answered: share exactly right, mean nats per supervised token."""
+    """Results on the held-out rows."""
 
-    exact_match: float
-    loss: float
+    exact_match: float  # share of answers that are exactly right
+    loss: float  # mean nats per supervised token
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo came to: one result for each way of answering, the run, PEFT's agreement if it was asked for."""
+    """Results of the demo: base, few-shot and adapted model, the run, and the comparison with PEFT if requested."""
 
     base: Answered
     few_shot: Answered
@@ -77,12 +71,12 @@ class DemoResult:
 
 
 def demo_command(options: DemoOptions) -> DemoResult:
-    """Run the demo; everything it leaves stands under `output`.
+    """Run the demo and write all files below `output`.
 
     Raises:
-        UsageError: an option out of range, or `output` exists and is not to be overwritten.
-        CheckError: the adapter does not mean the same in PEFT.
-        BackhandError: whatever training and evaluation raise.
+        UsageError: if an option is out of range, or `output` exists and may not be overwritten.
+        CheckError: if the adapter gives other logits in PEFT.
+        BackhandError: raised by training and evaluation.
     """
     options.validate()
     run_directory = options.output / "run"
@@ -141,9 +135,9 @@ def demo_command(options: DemoOptions) -> DemoResult:
 
 
 def _proved(run_directory: Path) -> str:
-    """Prove the gradients and the merging of what was trained on a few of its rows, and say so."""
+    """Prove gradients and merging of the trained adapter on a few rows, and return a sentence with the results."""
     report = prove_run(run_directory, max_tokens=PROVED_TOKENS)
-    # Not the one that holds the training dtype's whole gradient against float64's: that is no statement in float64.
+    # Only the proofs in float64, without the one that compares the training dtype's gradient with float64.
     gradients = [proof.measured for proof in report.model if proof.proof.endswith("= autograd's, float64")]
     merged = next(proof.measured for proof in report.model if proof.kind == "merge")
     return (
@@ -167,7 +161,7 @@ def _config(options: DemoOptions, train_file: Path, held_out_file: Path) -> Trai
 
 
 def _write_few_shot(path: Path, options: DemoOptions) -> Path:
-    """The held-out rows, each behind the same three worked examples from training."""
+    """Write the held-out rows, each after the same three examples from training."""
     examples = demo_rows(max(SHOTS, options.train_rows), options.seed)[:SHOTS]
     rows = demo_rows(options.held_out_rows, options.seed, held_out=True)
     text = "".join(json.dumps(few_shot(row, examples)) + "\n" for row in rows)
@@ -176,16 +170,16 @@ def _write_few_shot(path: Path, options: DemoOptions) -> Path:
 
 
 def _score(loaded: LoadedModel, data: Path, *, adapter: bool) -> Answered:
-    """Exact match and loss on a file of conversations."""
+    """Return exact match and loss on a file of conversations."""
     run = EvaluateRunOptions(max_new_tokens=MAX_NEW_TOKENS)
     rows = evaluation_rows(DataOptions(data=(str(data),)), loaded, run)
-    found = score(loaded, rows, run, adapter=adapter)
-    assert found.exact_match is not None, "every row has a reply"
-    return Answered(found.exact_match, found.loss)
+    scores = score(loaded, rows, run, adapter=adapter)
+    assert scores.exact_match is not None, "every row has a reply"
+    return Answered(scores.exact_match, scores.loss)
 
 
 def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[str]:
-    """Greedy answers to the prompts."""
+    """Return greedy answers to the prompts."""
     completions = complete_greedily(
         loaded.model,
         [prompt.input_ids.tolist() for prompt in prompts],
@@ -196,7 +190,7 @@ def _answers(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _write_summary(run_directory: Path, result: DemoResult, held_out_rows: int) -> None:
-    """The run's summary.json with what the demo adds."""
+    """Add the demo's results to the run's summary.json."""
     path = run_directory / "summary.json"
     added: dict[str, Any] = {
         "base_exact_match": result.base.exact_match,
@@ -223,8 +217,8 @@ def _print_answers(console: Console, data: Path, before: Sequence[str], after: S
 
 
 def _print_result(console: Console, options: DemoOptions, result: DemoResult) -> None:
-    asked = {"base": result.base, f"base, {SHOTS} examples in the prompt": result.few_shot, "adapted": result.adapted}
-    rows = [(name, f"{found.exact_match:.1%}", f"{found.loss:.4f}") for name, found in asked.items()]
+    models = {"base": result.base, f"base, {SHOTS} examples in the prompt": result.few_shot, "adapted": result.adapted}
+    rows = [(name, f"{answered.exact_match:.1%}", f"{answered.loss:.4f}") for name, answered in models.items()]
     columns = ("model", "exact match", "loss (nats per token)")
     print_table(console, f"\n{options.held_out_rows} held-out sentences", columns, rows)
     if result.peft is not None:
@@ -240,7 +234,7 @@ def _print_result(console: Console, options: DemoOptions, result: DemoResult) ->
 
 
 def save_loss_picture(metrics: Path, picture: Path) -> None:
-    """Training loss of every step and held-out loss of every evaluation, over steps; readable in black and white."""
+    """Draw training loss and held-out loss over the steps, readable in black and white."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -255,64 +249,3 @@ def save_loss_picture(metrics: Path, picture: Path) -> None:
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     write_atomically(picture, png_bytes(figure))
-
-
-BOUND = 1e-4
-"""Relative difference of float32 logits below which the two are the same; about 1e-6 is seen."""
-
-
-@dataclass(frozen=True)
-class PeftParity:
-    """How far PEFT's logits are from ours, in float32."""
-
-    relative: float  # ‖ours - PEFT's‖ / ‖PEFT's‖ over all positions
-    largest: float
-    effect: float  # ‖adapted - base‖ / ‖base‖ of our logits: what the adapter changes at all
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within `BOUND`, and far below what the adapter does."""
-        return self.relative <= BOUND and self.relative <= 0.01 * self.effect
-
-
-def peft_parity(model: str, adapter: Path, documents: Sequence[Sequence[int]]) -> PeftParity:
-    """Load the adapter's files here and in PEFT, over the same base weights, and compare logits in float32.
-
-    Args:
-        documents: token ids of the probes, at least one each.
-
-    Raises:
-        UsageError: PEFT is not installed.
-        ArtifactError: the adapter cannot be read, or is not of this base.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise UsageError(
-            "PEFT is not installed", where="peft", next_step=f"{install('peft')}, or run with --no-peft"
-        ) from None
-    from backhand.nn.loading.transformers_model import load_transformers_model
-
-    source = open_model(model)
-    decoder = Decoder.from_source(source, dtype=torch.float32)
-    base = _logits(decoder, documents)
-    decoder.attach(load_adapter_for(source, adapter, decoder.module_shapes()).parameters())
-    ours = _logits(decoder, documents)
-    del decoder
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        adapted: Any = peft.PeftModel.from_pretrained(
-            load_transformers_model(source, dtype=torch.float32, device="cpu"), str(adapter)
-        )
-    with torch.no_grad():
-        theirs = torch.cat([adapted(input_ids=torch.tensor([list(ids)])).logits[0] for ids in documents]).double()
-    return PeftParity(
-        relative=float((ours - theirs).norm() / theirs.norm()),
-        largest=float((ours - theirs).abs().max()),
-        effect=float((ours - base).norm() / base.norm()),
-    )
-
-
-def _logits(decoder: Decoder, documents: Sequence[Sequence[int]]) -> Tensor:
-    ids = torch.tensor([token for document in documents for token in document])
-    return decoder.logits(ids, [len(document) for document in documents]).double()

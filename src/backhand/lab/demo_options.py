@@ -1,4 +1,4 @@
-"""What `backhand demo` can be told. This file imports no torch: the command line reads it for its help."""
+"""Options of `backhand demo`. This file imports no torch, because the command line reads it for its help."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ class DemoOptions(Options):
     """The demo: the sine experiment, then SmolLM2 learns to turn sentences into strict JSON."""
 
     output: Path = Path("runs/demo")
-    """Directory for everything the demo leaves: `sine/`, `data/`, the run directory `run/`, pictures."""
+    """Directory for all files of the demo: `sine/`, `data/`, the run directory `run/`, pictures."""
 
     model: str = "smollm2-135m"
     """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`."""
 
     seed: Seed = 0
-    """Draws the rows, the adapter's first numbers and the order."""
+    """Seed of the rows, the adapter's initial values and the order."""
 
     train_rows: Count = 400
     """Sentences to train on."""
 
     held_out_rows: Count = 200
-    """Sentences to be asked before and after; none of their patterns and values occurs in training."""
+    """Held-out sentences for the comparison. None of their patterns and values occurs in training."""
 
     sine: bool = True
-    """Begin with the sine experiment."""
+    """Start with the sine experiment."""
 
     peft: bool = True
-    """End by loading the adapter in PEFT and comparing logits; needs PEFT installed."""
+    """Load the adapter in PEFT at the end and compare logits. Requires PEFT."""
 
     overwrite: bool = False
-    """Replace what an earlier demo left in `output`."""
+    """Replace the files of an earlier demo in `output`."""

@@ -1,9 +1,10 @@
-"""The analyses from options to numbers, without a word printed."""
+"""Run the analyses of `backhand paper`. Nothing is printed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,11 +12,14 @@ from backhand.adapters.gguf_adapter import is_gguf_file
 from backhand.adapters.loading import check_source, load_adapter_for
 from backhand.arithmetic.adapter_factors import AdapterFactors, base_weight, read_factors, refuse_more_than_factors
 from backhand.errors import ArtifactError, UsageError
-from backhand.lab.paper.directions import Amplification, ModuleSimilarity, amplification, compare_adapters
+from backhand.lab.paper.adam_path import PathComparison, compare_paths
+from backhand.lab.paper.amplification import Amplification, amplification
+from backhand.lab.paper.first_update import FirstUpdates, first_updates
 from backhand.lab.paper.memory import MemoryResult, measure_memory
 from backhand.lab.paper.merging import MergeResult, measure_merging
-from backhand.lab.paper.optimizer_claims import OneLayer, OptimizerClaims, compare_paths, first_updates
+from backhand.lab.paper.one_layer import OneLayer
 from backhand.lab.paper.options import PaperOptions
+from backhand.lab.paper.similarity import ModuleSimilarity, compare_adapters
 from backhand.lab.paper.sweep import SweepResult, run_sweep
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.decoder import Decoder
@@ -27,9 +31,16 @@ PATH_STEPS = 100
 PATH_FACTORS = ((4.0, 1.0), (1.0, 4.0), (8.0, 0.25), (3.0, 5.0))
 
 
+class OptimizerClaims(NamedTuple):
+    """Results for both claims about the optimizer."""
+
+    updates: list[FirstUpdates]
+    paths: list[PathComparison]
+
+
 @dataclass
 class PaperResult:
-    """What was found; None where an analysis was not asked for."""
+    """Results of the analyses, None for those that were not run."""
 
     adapters: tuple[AdapterFactors, ...]
     similarity: list[ModuleSimilarity] | None = None
@@ -38,21 +49,21 @@ class PaperResult:
     memory: MemoryResult | None = None
     claims: OptimizerClaims | None = None
     sweep: SweepResult | None = None
-    # what a person should know: where an adapter does not belong to the base, and was used by force
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # notes for the user, such as an adapter that is used on another base by force
 
 
 def run_paper(options: PaperOptions, progress: Callable[[str], None] = lambda _: None) -> PaperResult:
     """Run the chosen analyses.
 
     Raises:
-        UsageError: an option out of range, or adapters with no module in common.
-        ArtifactError: model or adapter cannot be read, do not belong together, or the adapter trains more than factors.
-        BackhandError: whatever the training runs of a sweep raise.
+        UsageError: if an option is out of range, or the adapters have no module in common.
+        ArtifactError: if model or adapter cannot be read or do not belong together, or the adapter trains more than
+            factors.
+        BackhandError: raised by the training runs of a sweep.
     """
     options.validate()
     chosen = options.run.chosen()
-    # Of PEFT's files the similarity of two adapters can be told without a model.
+    # The similarity of two PEFT adapters needs no model, but reading a GGUF adapter does.
     base = open_model(options.model.model) if any(map(is_gguf_file, options.run.adapter)) else None
     allow_pickle = options.model.allow_pickle
     result = PaperResult(tuple(read_factors(path, base, allow_pickle=allow_pickle) for path in options.run.adapter))
@@ -119,12 +130,12 @@ def _merging(options: PaperOptions, source: ModelSource) -> MergeResult:
         loaded = load_adapter_for(source, path, shapes, force_base=force, allow_pickle=model.allow_pickle)
         if loaded.beside:
             name, what = next(iter(loaded.beside.items()))
-            raise ArtifactError(f"the analysis is of plain LoRA; of {name}: {what}", where=str(path))
+            raise ArtifactError(f"the analysis supports only plain LoRA; {name}: {what}", where=str(path))
         return measure_merging(base, merged, loaded.parameters(device=device), seed=options.run.seed)
 
 
 def _some_weight(source: ModelSource, adapters: tuple[AdapterFactors, ...]) -> torch.Tensor:
-    """The weight of the first adapted module, or else the base's first matrix that is no embedding."""
+    """Return the weight of the first adapted module, or the base's first matrix that is not an embedding."""
     if adapters:
         name, factors = next(iter(adapters[0].modules.items()))
         return base_weight(source, name, factors)

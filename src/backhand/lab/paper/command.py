@@ -1,4 +1,4 @@
-"""`backhand paper`: tables on the terminal, and with `--output` pictures, every number as .csv, and summary.json."""
+"""`backhand paper`: print tables, and with `--output` write pictures, .csv files and summary.json."""
 
 from __future__ import annotations
 
@@ -18,25 +18,14 @@ from backhand.arithmetic.findings import print_table
 from backhand.errors import CheckError
 from backhand.files import csv_bytes, make_directory, write_with_summary
 from backhand.lab.paper import plots
-from backhand.lab.paper.analyses import PaperResult, run_paper
-from backhand.lab.paper.directions import (
-    NORMS,
-    ModuleSimilarity,
-    SimilarityMap,
-    amplification_by_kind,
-    similarity_by_kind,
-    similarity_maps,
-)
+from backhand.lab.paper.adam_path import LARGEST_DIFFERENCE
+from backhand.lab.paper.amplification import NORMS, amplification_by_kind
+from backhand.lab.paper.analyses import OptimizerClaims, PaperResult, run_paper
+from backhand.lab.paper.first_update import FIRST_UPDATE_ALPHA, LARGEST_STANDARD_ERRORS, largest_disagreement
 from backhand.lab.paper.memory import MemoryResult, StepMemory
 from backhand.lab.paper.merging import MergeResult, Ratio
-from backhand.lab.paper.optimizer_claims import (
-    FIRST_UPDATE_ALPHA,
-    LARGEST_DIFFERENCE,
-    LARGEST_STANDARD_ERRORS,
-    OptimizerClaims,
-    largest_disagreement,
-)
 from backhand.lab.paper.options import PaperOptions
+from backhand.lab.paper.similarity import ModuleSimilarity, SimilarityMap, similarity_by_kind, similarity_maps
 from backhand.lab.paper.sweep import MEASURED, SweepResult
 from backhand.terminal import console_for_tables, working
 from backhand.words import show_notes
@@ -46,13 +35,13 @@ _MEBIBYTE = 2**20
 
 
 def paper_command(options: PaperOptions) -> PaperResult:
-    """Run the chosen analyses; print tables, or one JSON object with `json`; write files to `output`.
+    """Run the chosen analyses, print tables or one JSON object, and write files to `output`.
 
     Raises:
-        UsageError: an option out of range, `output` is a file, or the adapters have no module in common.
-        ArtifactError: model or adapter cannot be read, or do not belong together.
-        ResourceError: `output` cannot be written.
-        CheckError: a claim about the optimizer does not hold. What was found is printed and written first.
+        UsageError: if an option is out of range, `output` is a file, or the adapters have no module in common.
+        ArtifactError: if model or adapter cannot be read or do not belong together.
+        ResourceError: if `output` cannot be written.
+        CheckError: if a claim about the optimizer does not hold. The results have been printed and written before.
     """
     options.validate()
     output = options.run.output
@@ -76,15 +65,15 @@ def paper_command(options: PaperOptions) -> PaperResult:
     return result
 
 
-def _raise_failures(found: Mapping[str, Any]) -> None:
-    if not found["means_agree"]:
-        apart = found["largest_disagreement_in_standard_errors"]
+def _raise_failures(updates: Mapping[str, Any]) -> None:
+    if not updates["means_agree"]:
+        distance = updates["largest_disagreement_in_standard_errors"]
         raise CheckError(
-            f"the mean first update depends on the rank: two means lie {apart:.1f} standard errors apart",
+            f"the mean first update depends on the rank: two means differ by {distance:.1f} standard errors",
             where="updates",
-            next_step="repeat with another --seed and more --update-seeds: chance does this once in a thousand times",
+            next_step="repeat with another --seed and more --update-seeds: this happens by chance once in 1000 times",
         )
-    for path in found["paths"]:
+    for path in updates["paths"]:
         if not path["passed"]:
             raise CheckError(
                 f"Adam's path changes under p = {path['p']:g}, q = {path['q']:g}",
@@ -94,10 +83,10 @@ def _raise_failures(found: Mapping[str, Any]) -> None:
 
 
 def paper_summary(result: PaperResult) -> dict[str, Any]:
-    """The findings in numbers, as summary.json and `--json` give them; None for an analysis that was not made."""
+    """Return the contents of summary.json and of `--json`, None for analyses that were not run."""
 
-    def of(found: Any, summary: Callable[[Any], Any]) -> Any:
-        return None if found is None else summary(found)
+    def of(result: Any, summary: Callable[[Any], Any]) -> Any:
+        return None if result is None else summary(result)
 
     adapters = [
         {
@@ -112,24 +101,24 @@ def paper_summary(result: PaperResult) -> dict[str, Any]:
     return {
         "adapters": adapters,
         "similarity": of(result.similarity, similarity_by_kind),
-        "amplification": of(result.amplification, lambda found: [amplification_by_kind(rows) for rows in found]),
+        "amplification": of(result.amplification, lambda adapters: [amplification_by_kind(rows) for rows in adapters]),
         "merging": of(result.merging, asdict),
         "memory": of(result.memory, MemoryResult.as_json),
         "updates": of(result.claims, _claims),
-        "sweep": of(result.sweep, lambda found: [asdict(row) for row in found.rows]),
+        "sweep": of(result.sweep, lambda sweep: [asdict(row) for row in sweep.rows]),
     }
 
 
 def _claims(claims: OptimizerClaims) -> dict[str, Any]:
-    apart = largest_disagreement(claims.updates)
+    distance = largest_disagreement(claims.updates)
     return {
         "ranks": [
             {"rank": of.rank, "mean": of.mean, "standard_error": of.standard_error, "standard_deviation": of.deviation}
             for of in claims.updates
         ],
         "seeds": len(claims.updates[0].along_descent),
-        "largest_disagreement_in_standard_errors": apart,
-        "means_agree": apart <= LARGEST_STANDARD_ERRORS,
+        "largest_disagreement_in_standard_errors": distance,
+        "means_agree": distance <= LARGEST_STANDARD_ERRORS,
         "paths": [
             {name: getattr(path, name) for name in ("p", "q", "difference", "control", "passed")}
             for path in claims.paths
@@ -138,7 +127,7 @@ def _claims(claims: OptimizerClaims) -> dict[str, Any]:
 
 
 def _files(result: PaperResult) -> dict[str, bytes]:
-    """Pictures and tables by name."""
+    """Return pictures and tables by file name."""
     files: dict[str, bytes] = {}
     labels = [adapter.label for adapter in result.adapters]
     if result.similarity is not None:
@@ -183,13 +172,13 @@ def _files(result: PaperResult) -> dict[str, bytes]:
 
 
 def _csv(rows: Iterable[Mapping[str, object]]) -> bytes:
-    """Rows that all have the same columns; one at least."""
+    """Return a .csv file of at least one row. All rows have the same columns."""
     lines = list(rows)
     return csv_bytes(list(lines[0]), (list(line.values()) for line in lines))
 
 
 def _map_rows(maps: Sequence[SimilarityMap]) -> Iterable[dict[str, object]]:
-    """Every cell of similarity.png; those of each layer alone would make a file of megabytes."""
+    """Iterate over the cells of similarity.png, which are means over layers, to keep the file small."""
     for each in maps:
         for (i, j), value in np.ndenumerate(each.similarity):
             numbers = {"similarity": value, "random": each.random[i, j], "expected_random": each.expected[i, j]}
@@ -198,7 +187,7 @@ def _map_rows(maps: Sequence[SimilarityMap]) -> Iterable[dict[str, object]]:
 
 
 def _layer_row(row: ModuleSimilarity) -> dict[str, object]:
-    """A cell of similarity_layers.png, with φ of the first directions and of all beside it."""
+    """Return a cell of similarity_layers.png, with φ of the first directions and of all directions."""
     first_rank, second_rank = row.similarity.shape
     first, full, chance = row.ends
     numbers = {"first_direction": first, "at_smaller_rank": row.at_smaller_rank, "all_directions": full}
@@ -209,7 +198,7 @@ def _layer_row(row: ModuleSimilarity) -> dict[str, object]:
 
 
 def _print_tables(console: Console, result: PaperResult, summary: Mapping[str, Any]) -> None:
-    """Every analysis that was made, in the paper's order of claims."""
+    """Print every analysis that was run, in the order of the paper's claims."""
     labels = [adapter.label for adapter in result.adapters]
     if result.sweep is not None:
         _print_sweep(console, result.sweep)
@@ -237,7 +226,7 @@ _AMPLIFICATION = (*NORMS, "factor", "random_factor")
 
 
 def _numbers(row: Mapping[str, Any], *names: str) -> list[str]:
-    """Four digits of each; nothing where there is no number."""
+    """Format numbers with four digits, and None as an empty string."""
     return ["" if row[name] is None else f"{row[name]:.4g}" for name in names]
 
 
@@ -267,7 +256,7 @@ def _print_merging(console: Console, result: MergeResult) -> None:
         (f"{of.documents} × {of.tokens} tokens", f"{1000 * of.base_s:.1f} ms", ratio(of.adapter), ratio(of.merged))
         for of in result.times
     ]
-    columns = ("forward pass", "base", "adapter beside it / base", "merged / base")
+    columns = ("forward pass", "base", "with adapter / base", "merged / base")
     print_table(console, "\nLatency before and after merging (median [quartiles])", columns, rows)
     console.print(
         f"Merged weights give the hidden states of base and adapter to {result.difference:.1e} of their size."
@@ -295,22 +284,22 @@ def _print_memory(console: Console, result: MemoryResult) -> None:
     print_table(console, "\nMemory of an optimizer step without activations, and what is stored", columns, rows)
 
 
-def _print_claims(console: Console, found: Mapping[str, Any]) -> None:
-    """What `_claims` gives."""
+def _print_claims(console: Console, claims: Mapping[str, Any]) -> None:
+    """Print the results of `_claims`."""
     title = (
         f"\nFirst update along the descent at alpha {FIRST_UPDATE_ALPHA:g}, scaling alpha / rank: "
-        f"{found['seeds']} fresh adapters each"
+        f"{claims['seeds']} fresh adapters each"
     )
     rows = [
         (f"{of['rank']}", f"{of['mean']:.6g}", f"{of['standard_error']:.2g}", f"{of['standard_deviation']:.2g}")
-        for of in found["ranks"]
+        for of in claims["ranks"]
     ]
     print_table(console, title, ("rank", "mean", "standard error", "standard deviation of one"), rows)
     how = (
-        f": the two furthest apart differ by {found['largest_disagreement_in_standard_errors']:.1f} standard errors "
+        f": the two furthest apart differ by {claims['largest_disagreement_in_standard_errors']:.1f} standard errors "
         f"of their difference (bound {LARGEST_STANDARD_ERRORS:g})."
     )
-    verdict = Text("agree") if found["means_agree"] else Text("DO NOT AGREE", style=_BAD)
+    verdict = Text("agree") if claims["means_agree"] else Text("DO NOT AGREE", style=_BAD)
     console.print(Text.assemble("The means ", verdict, how))
     compared: list[tuple[str | Text, ...]] = [
         (
@@ -319,8 +308,8 @@ def _print_claims(console: Console, found: Mapping[str, Any]) -> None:
             f"{path['control']:.2g}" if path["q"] != 1 else "",
             "same path" if path["passed"] else Text("ANOTHER PATH", style=_BAD),
         )
-        for path in found["paths"]
+        for path in claims["paths"]
     ]
     title = "\nAdam's path under alpha/(pq), p · lora_A, rates p and q times as large"
-    columns = ("p, q", "largest difference of ΔW", "lora_B's rate left as it was", f"bound {LARGEST_DIFFERENCE:g}")
+    columns = ("p, q", "largest difference of ΔW", "lora_B's rate unchanged", f"bound {LARGEST_DIFFERENCE:g}")
     print_table(console, title, columns, compared)

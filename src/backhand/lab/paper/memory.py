@@ -1,9 +1,9 @@
-"""Memory and checkpoint size of an adapter against full fine-tuning, measured [arXiv:2106.09685, section 4.2].
+"""Measure memory and checkpoint size of an adapter and of full fine-tuning [arXiv:2106.09685, section 4.2].
 
-What an optimizer step holds, besides activations: the frozen weights in the compute dtype, and for every trained number
-a float32 value, its gradient and Adam's two moments, 16 bytes. Full fine-tuning trains every weight. Each way is
-measured in a process of its own, which makes these tensors, takes one step as a run does (`training.step`), and tells
-its highest memory.
+Apart from activations, an optimizer step holds the frozen weights in the compute dtype, and 16 bytes per trained
+parameter: a float32 value, its gradient and Adam's two moments. Full fine-tuning trains every weight. Both are measured
+in separate processes. Each process allocates these tensors, takes one optimizer step as in `loop.step`, and prints its
+peak memory.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from backhand.safe_path import python_words, safe_environment
 RUNS = 3
 BYTES_PER_TRAINED = 16
 SMALLEST_MEASURABLE = 8 * 2**20
-"""Below this a process that grows says little: it lives on what it had, several hundred KiB of it."""
+"""Below this size the growth of a process says little, since it reuses several hundred KiB of earlier memory."""
 
 _MARGIN = 1.15
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """One way of training."""
+    """Memory of a step of adapter training or full fine-tuning."""
 
     trained: int
-    computed_bytes: int  # what the tensors hold
-    # what the process grew by, one value a run; empty where memory does not suffice to try
+    computed_bytes: int  # size of the tensors
+    # Growth of the process, one value per run; empty if there is not enough memory.
     measured_bytes: tuple[int, ...]
 
     @property
     def bytes(self) -> float | None:
-        """Median of what was measured, or what is computed where it was not; None if it is too small to measure."""
+        """Median of the measurements, or the computed size without any; None if it is too small to measure."""
         if self.computed_bytes < SMALLEST_MEASURABLE:
             return None
         return statistics.median(self.measured_bytes) if self.measured_bytes else float(self.computed_bytes)
@@ -47,9 +47,8 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """Memory of a step and size of what is stored, for the adapter and for every weight."""
+    """Memory of a step and size of the stored files, for the adapter and for all weights."""
 
-    # adapter, full: a step
     adapter: StepMemory
     full: StepMemory
     adapter_stored_bytes: int  # the adapter's file
@@ -57,28 +56,28 @@ class MemoryResult:
 
     @property
     def memory_ratio(self) -> float | None:
-        """Full over adapter; None if one of them is too small to measure."""
+        """Memory of full fine-tuning over that of the adapter, None if one of them is too small to measure."""
         if self.full.bytes is None or self.adapter.bytes is None:
             return None
         return self.full.bytes / self.adapter.bytes
 
     @property
     def stored_ratio(self) -> float:
-        """Full over adapter."""
+        """Stored size of all weights over that of the adapter."""
         return self.full_stored_bytes / self.adapter_stored_bytes
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, and both ratios."""
+        """Return all fields and both ratios."""
         return asdict(self) | {"memory_ratio": self.memory_ratio, "stored_ratio": self.stored_ratio}
 
 
 def measure_memory(
     base_elements: int, adapter_elements: int, adapter_stored_bytes: int, *, element_bytes: int, runs: int = RUNS
 ) -> MemoryResult:
-    """Measure both ways.
+    """Measure a step of the adapter and of full fine-tuning.
 
     Args:
-        element_bytes: of the frozen weights: 2 in bfloat16, 4 in float32.
+        element_bytes: bytes per element of the frozen weights, 2 in bfloat16 and 4 in float32.
     """
     free = available_bytes()
 
@@ -99,15 +98,15 @@ def _measure(frozen: int, trained: int, element_bytes: int) -> int:
     if ended.returncode != 0:
         lines = ended.stderr.strip().splitlines()
         raise ResourceError(
-            f"the memory of a step over {trained:,} trained numbers could not be measured",
-            why=lines[-1] if lines else f"the process ended with {ended.returncode}, perhaps for want of memory",
+            f"the memory of a step with {trained:,} trained parameters could not be measured",
+            why=lines[-1] if lines else f"the process exited with {ended.returncode}, perhaps because memory ran out",
             next_step="leave memory out of --analyses",
         )
     return int(json.loads(ended.stdout)["grown_bytes"])
 
 
 def _hold_a_step() -> None:
-    """In a process of its own: hold what one optimizer step holds, and print by how much the process grew."""
+    """Allocate the tensors of one optimizer step, take the step, and print by how much the process grew."""
     import torch
     from torch.optim.adamw import adamw
 
@@ -121,7 +120,7 @@ def _hold_a_step() -> None:
 
     frozen_elements, trained_elements, element_bytes = (int(word) for word in sys.argv[1:])
     torch.set_num_threads(1)
-    step(1000)  # what the first step of a process loads is no memory of this one
+    step(1000)  # the first step of a process loads code, which is not part of the measurement
     before = rss_bytes()
     frozen = torch.full((frozen_elements,), 0.5, dtype={2: torch.bfloat16, 4: torch.float32}[element_bytes])
     step(trained_elements)

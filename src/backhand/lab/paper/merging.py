@@ -1,8 +1,8 @@
-"""No added latency after merging, measured [arXiv:2106.09685, table 1].
+"""Measure that merging removes the adapter's latency [arXiv:2106.09685, table 1].
 
-Three forward passes in turns, of the same engine on the same tokens: the base, the base with the adapter beside it, and
-weights into which the adapter has been merged, W + s lora_B lora_A. What is reported is the time over that of the base
-in the same round, which drift of the machine hits alike: median and quartiles over the rounds.
+Each round times three forward passes of the same engine on the same tokens: the base, the base with an adapter, and the
+merged weights W + s lora_B lora_A. The result is the ratio to the base's time in the same round, since the speed of the
+machine may drift between rounds: median and quartiles over the rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backhand.nn.decoder.merging import merge_into
 from backhand.nn.lora_parameters import LoRAParameters
 
 SIZES = ((1, 1), (1, 64), (4, 64))
-"""(documents, tokens each) of a forward pass; one token is what each step of a generation computes beside its cache."""
+"""(documents, tokens per document) of a forward pass. One token is the size of a decoding step."""
 
 ROUNDS = 15
 WARM_UP_ROUNDS = 2
@@ -29,7 +29,7 @@ WARM_UP_ROUNDS = 2
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time over the base's in the same round: median and quartiles."""
+    """Ratio to the base's time in the same round: median and quartiles."""
 
     median: float
     lower: float
@@ -37,7 +37,7 @@ class Ratio:
 
     @classmethod
     def of(cls, times_s: Sequence[float], base_s: Sequence[float]) -> Ratio:
-        """From the rounds' times."""
+        """Compute the ratios of the rounds' times."""
         ratios = [ours / base for ours, base in zip(times_s, base_s, strict=True)]
         lower, median, upper = statistics.quantiles(ratios, n=4)
         return cls(median, lower, upper)
@@ -45,23 +45,21 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ForwardTimes:
-    """One size."""
+    """Times of a forward pass of one size."""
 
-    # documents, tokens: of the forward pass, tokens in each document
     documents: int
-    tokens: int
+    tokens: int  # tokens per document
     base_s: float  # median seconds of the base
-    # adapter, merged: over the base
-    adapter: Ratio
-    merged: Ratio
+    adapter: Ratio  # time with the adapter over that of the base
+    merged: Ratio  # time with merged weights over that of the base
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Times, and how far the merged weights' last hidden states are from those of base and adapter, relative norm."""
+    """Times, and the difference between merged weights and adapter."""
 
     times: tuple[ForwardTimes, ...]
-    difference: float
+    difference: float  # relative norm of the difference of the last hidden states
 
 
 @torch.no_grad()
@@ -74,13 +72,13 @@ def measure_merging(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> MergeResult:
-    """Merge, and measure.
+    """Merge the adapter, and time base, adapter and merged weights.
 
     Args:
-        base: the base; the adapter is attached and detached again.
-        merged: the same base once more, changed in place.
-        sizes: (documents, tokens each) to measure.
-        rounds: how many, besides the first ones that only warm up.
+        base: the base model. The adapter is attached and detached.
+        merged: a second copy of the base model, which is changed in place.
+        sizes: (documents, tokens per document) to measure.
+        rounds: number of rounds, in addition to the warm-up.
     """
     merge_into(merged, lora)
     generator = torch.Generator().manual_seed(seed)
@@ -90,16 +88,16 @@ def measure_merging(
     )
     batch = _batch(base, *sizes[-1], generator)
     base.attach(lora)
-    beside = base.hidden_states(batch).double()
+    adapted = base.hidden_states(batch).double()
     base.detach()
-    apart = merged.hidden_states(batch).double() - beside
-    return MergeResult(times, float(apart.norm() / beside.norm()))
+    difference = merged.hidden_states(batch).double() - adapted
+    return MergeResult(times, float(difference.norm() / adapted.norm()))
 
 
 def _forward_times(
     base: Decoder, merged: Decoder, lora: LoRAParameters, batch: PackedBatch, rounds: int
 ) -> ForwardTimes:
-    found: dict[str, list[float]] = {"base": [], "adapter": [], "merged": []}
+    times: dict[str, list[float]] = {"base": [], "adapter": [], "merged": []}
     for number in range(WARM_UP_ROUNDS + rounds):
         took = {"base": _timed(base, batch)}
         base.attach(lora)
@@ -108,17 +106,17 @@ def _forward_times(
         took["merged"] = _timed(merged, batch)
         if number >= WARM_UP_ROUNDS:
             for name, seconds in took.items():
-                found[name].append(seconds)
-    adapter, merged_ratio = (Ratio.of(found[name], found["base"]) for name in ("adapter", "merged"))
-    return ForwardTimes(len(batch.lengths), batch.lengths[0], statistics.median(found["base"]), adapter, merged_ratio)
+                times[name].append(seconds)
+    adapter, merged_ratio = (Ratio.of(times[name], times["base"]) for name in ("adapter", "merged"))
+    return ForwardTimes(len(batch.lengths), batch.lengths[0], statistics.median(times["base"]), adapter, merged_ratio)
 
 
 def _timed(decoder: Decoder, batch: PackedBatch) -> float:
-    """Seconds of one forward pass with the logits of every document's last token."""
+    """Return the seconds of one forward pass with the logits of every document's last token."""
     last = torch.tensor(batch.lengths, device=decoder.device).cumsum(0) - 1
     start = time.perf_counter()
     logits: Tensor = decoder.head(decoder.hidden_states(batch)[last])
-    logits.sum().item()  # waits for a device that computes on its own
+    logits.sum().item()  # waits for an asynchronous device
     return time.perf_counter() - start
 
 

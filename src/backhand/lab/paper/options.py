@@ -1,4 +1,4 @@
-"""What `backhand paper` can be told. This file imports no torch: the command line reads it for its help."""
+"""Options of `backhand paper`. This file imports no torch, because the command line reads it for its help."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ ANALYSES: tuple[Analysis, ...] = get_args(Analysis)
 
 @dataclass(frozen=True)
 class PaperRunOptions(Options):
-    """What to analyse, and where to leave it."""
+    """The analyses to run, and the directory for results."""
 
     adapter: tuple[Path, ...] = ()
-    """One adapter, or two whose subspaces are compared: those that runs leave, or anybody's from PEFT."""
+    """One adapter, or two adapters whose subspaces are compared, from runs or from PEFT."""
 
     output: Path | None = None
-    """Directory for the pictures, tables as .csv and summary.json; not given: only print. `sweep` needs one."""
+    """Directory for pictures, .csv tables and summary.json. Without it results are only printed. `sweep` needs it."""
 
     analyses: tuple[Analysis, ...] = ()
-    """Which analyses: `similarity` (needs two adapters), `amplification`, `merging`, `memory` (one), `updates` (none:
-    two claims about the optimizer, on a layer of the base model), `sweep` (trains). Not given: all that the adapters
-    allow, but `sweep`."""
+    """Analyses to run, with the number of adapters that each needs: `similarity` (two), `amplification`, `merging`,
+    `memory` (one), `updates` (none: two claims about the optimizer, on a layer of the base model), `sweep` (none:
+    trains). By default all that the number of adapters allows, except `sweep`."""
 
     directions: Count | None = None
-    """Leading directions of each update for `amplification`; not given: the adapter's rank."""
+    """Number of leading directions of each update for `amplification`, by default the adapter's rank."""
 
     update_seeds: Annotated[int, Bound(at_least=20)] = 32
     """Fresh adapters at each rank for `updates`."""
 
     json: bool = False
-    """Print one JSON object, the summary, in place of the tables."""
+    """Print the summary as one JSON object instead of the tables."""
 
     seed: Seed = 0
-    """Of random controls, tokens to time, and the runs of a sweep."""
+    """Seed of random controls, of the tokens for timing, and of the runs of a sweep."""
 
     def chosen(self) -> tuple[Analysis, ...]:
-        """The analyses to run, in their order."""
+        """Return the analyses to run, in their order."""
         if self.analyses:
             return tuple(analysis for analysis in ANALYSES if analysis in self.analyses)
         possible = {1: ANALYSES[1:5], 2: ANALYSES[:5]}
@@ -52,7 +52,7 @@ class PaperRunOptions(Options):
 
     def _check_together(self) -> None:
         if len(self.adapter) > 2:
-            raise UsageError(f"{len(self.adapter)} adapters are given, at most two are compared", where="adapter")
+            raise UsageError(f"{len(self.adapter)} adapters are given, at most two can be compared", where="adapter")
         if not self.chosen():
             raise UsageError(
                 "there is nothing to analyse",
@@ -67,7 +67,7 @@ class PaperRunOptions(Options):
                 where="adapter",
             )
         if "sweep" in self.analyses and self.output is None:
-            raise UsageError("a sweep keeps its runs in output", where="output", next_step="name a directory")
+            raise UsageError("a sweep stores its runs in output", where="output", next_step="give a directory")
 
 
 def _check_targets(where: str, targets: str) -> None:
@@ -77,10 +77,10 @@ def _check_targets(where: str, targets: str) -> None:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """A sweep over targets and ranks: which weights to adapt, and how small a rank suffices."""
+    """A sweep over targets and ranks, to compare adapted weights and to find the smallest sufficient rank."""
 
     sweep_ranks: Annotated[tuple[Rank, ...], several()] = (1, 2, 4, 8)
-    """Ranks to train, each on every one of `sweep_targets`."""
+    """Ranks to train, each with every set of `sweep_targets`."""
 
     sweep_targets: Annotated[tuple[Annotated[str, Check(_check_targets)], ...], several()] = (
         "q_proj",
@@ -91,26 +91,27 @@ class SweepOptions:
     """Sets of modules, each named as in `--target-modules` of `train`."""
 
     sweep_budget: Count | None = None
-    """Trained numbers that every target set may use in the comparison at a fixed budget: each gets the largest rank
-    within it. Not given: those of the second target set (the first, if there is one only) at the largest rank."""
+    """Largest number of trained parameters in the comparison at a fixed budget. Each target set gets the largest rank
+    within the budget. By default it is the number for the second target set (the first, if there is only one) at the
+    largest rank."""
 
     sweep_alpha: Alpha = 32.0
-    """Alpha of every adapter; with scaling alpha / rank the first steps are alike at every rank."""
+    """Alpha of every adapter. With scaling alpha / rank the first steps are similar at every rank."""
 
     max_new_tokens: Count = 64
-    """Longest greedy completion that is compared with a held-out row's last one."""
+    """Length limit of the greedy completion that is compared with the last reply of a held-out row."""
 
 
 @dataclass(frozen=True)
 class PaperOptions(Options):
-    """The findings of the LoRA paper, measured on adapters at hand.
+    """The findings of the LoRA paper, measured on given adapters.
 
     Attributes:
-        run: what to analyse.
-        sweep: what to train for `sweep`.
-        model: the base model and how it is computed.
-        data: rows for `sweep`; the demo's task if there are none.
-        optimization: how `sweep` trains.
+        run: the analyses to run.
+        sweep: the runs of `sweep`.
+        model: the base model and its compute settings.
+        data: rows for `sweep`, by default the demo's task.
+        optimization: optimizer settings of `sweep`.
     """
 
     run: PaperRunOptions = field(default_factory=PaperRunOptions)

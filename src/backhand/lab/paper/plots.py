@@ -1,6 +1,6 @@
-"""The pictures of the paper's analyses.
+"""Draw the pictures of the paper's analyses.
 
-Heat maps are grey, lines differ in style and bars in hatching: a picture says the same in print.
+Heat maps are grey, lines differ in style and bars in hatching, so that the pictures are readable in print.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from backhand.arithmetic.findings import draw_map, label_axes, new_figure, png_bytes
-from backhand.lab.paper.directions import Amplification, ModuleSimilarity, SimilarityMap, amplification_by_kind
+from backhand.lab.paper.adam_path import LARGEST_DIFFERENCE, PathComparison
+from backhand.lab.paper.amplification import Amplification, amplification_by_kind
+from backhand.lab.paper.first_update import FirstUpdates
 from backhand.lab.paper.memory import MemoryResult
 from backhand.lab.paper.merging import MergeResult
-from backhand.lab.paper.optimizer_claims import LARGEST_DIFFERENCE, FirstUpdates, PathComparison
+from backhand.lab.paper.similarity import ModuleSimilarity, SimilarityMap
 from backhand.lab.paper.sweep import SweepResult
 
 _HELD_OUT = "held-out loss (nats per token)"
@@ -28,7 +30,7 @@ _STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
 
 
 def draw_similarity(maps: Sequence[SimilarityMap], first: str, second: str) -> bytes:
-    """similarity.png: φ(i, j) for each kind of module, mean over the layers: each factor above its random control."""
+    """Draw similarity.png: mean φ(i, j) over the layers for each kind of module, and a random control per factor."""
     kinds = list(dict.fromkeys(each.kind for each in maps))
     by_place = {(each.kind, each.factor): each for each in maps}
     lines = [(factor, control) for factor in ("lora_A", "lora_B") for control in (False, True)]
@@ -37,12 +39,12 @@ def draw_similarity(maps: Sequence[SimilarityMap], first: str, second: str) -> b
     image = None
     for line, (factor, control) in zip(panels, lines, strict=True):
         for axes, kind in zip(line, kinds, strict=True):
-            found = by_place.get((kind, factor))
-            if found is None:
+            similarity_map = by_place.get((kind, factor))
+            if similarity_map is None:
                 axes.set_axis_off()
                 continue
-            grid = found.random if control else found.similarity
-            extent = 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5  # cells centred on i and j, which count from 1
+            grid = similarity_map.random if control else similarity_map.similarity
+            extent = 0.5, grid.shape[1] + 0.5, 0.5, grid.shape[0] + 0.5  # cells are centred on i and j, from 1
             image = axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)
             axes.set_title(f"{kind}\n{f'random for {factor}' if control else factor}", fontsize="small")
             axes.tick_params(labelsize="x-small")
@@ -55,7 +57,7 @@ def draw_similarity(maps: Sequence[SimilarityMap], first: str, second: str) -> b
 
 
 def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, second: str) -> bytes:
-    """similarity_layers.png: φ(i, i) at the smaller rank, for every layer and kind of module, and what chance gives."""
+    """Draw similarity_layers.png: φ(r, r) at the smaller rank r for every layer and kind of module, and by chance."""
     figure = new_figure(12, 4.8)
     panels = figure.subplots(1, 2, squeeze=False)[0]
     for axes, factor in zip(panels, ("lora_A", "lora_B"), strict=True):
@@ -67,7 +69,7 @@ def draw_similarity_by_layer(rows: Sequence[ModuleSimilarity], first: str, secon
 
 
 def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
-    """amplification.png: the factor of every module, and what the weight does along three sets of directions."""
+    """Draw amplification.png: the factor of every module, and ‖UᵀWV‖ along three sets of directions."""
     figure = new_figure(13, 4.8)
     layers, bars = figure.subplots(1, 2)
     values = {row.module: math.log10(row.factor) for row in rows if row.factor > 0}
@@ -93,12 +95,12 @@ def draw_amplification(rows: Sequence[Amplification], label: str) -> bytes:
 
 
 def draw_merging(result: MergeResult) -> bytes:
-    """merging.png: time of a forward pass over the base's, with the adapter beside it and merged."""
+    """Draw merging.png: time of a forward pass over the base's, with the adapter and with merged weights."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     places = np.arange(len(result.times))
-    ways = ("adapter", "adapter beside the weights", _HATCHED), ("merged", "merged into the weights", _WHITE)
-    for number, (name, label, style) in enumerate(ways):
+    variants = ("adapter", "with the adapter", _HATCHED), ("merged", "merged into the weights", _WHITE)
+    for number, (name, label, style) in enumerate(variants):
         ratios = [getattr(times, name) for times in result.times]
         medians = np.array([ratio.median for ratio in ratios])
         spread = [medians - [ratio.lower for ratio in ratios], [ratio.upper for ratio in ratios] - medians]
@@ -113,16 +115,18 @@ def draw_merging(result: MergeResult) -> bytes:
 
 
 def draw_memory(result: MemoryResult) -> bytes:
-    """memory.png: what an optimizer step holds and what is stored, for the adapter and for every weight."""
+    """Draw memory.png: memory of an optimizer step and stored size, for the adapter and for all weights."""
     figure = new_figure(9.6, 4.2)
     step, stored = figure.subplots(1, 2)
-    ways = (result.adapter, result.full)
+    memories = (result.adapter, result.full)
     places, names = np.arange(2), ["adapter", "every weight"]
-    computed = np.array([way.computed_bytes for way in ways]) / _MEBIBYTE
-    step.bar(places - 0.18, computed, 0.34, label="what the tensors hold", **_WHITE)
-    measured = [(place, way) for place, way in zip(places, ways, strict=True) if way.measured_bytes and way.bytes]
-    heights = np.array([way.bytes for _, way in measured]) / _MEBIBYTE
-    lows, highs = (np.array([bound(way.measured_bytes) for _, way in measured]) / _MEBIBYTE for bound in (min, max))
+    computed = np.array([memory.computed_bytes for memory in memories]) / _MEBIBYTE
+    step.bar(places - 0.18, computed, 0.34, label="size of the tensors", **_WHITE)
+    both = zip(places, memories, strict=True)
+    measured = [(place, memory) for place, memory in both if memory.measured_bytes and memory.bytes]
+    heights = np.array([memory.bytes for _, memory in measured]) / _MEBIBYTE
+    bounds = ([bound(memory.measured_bytes) for _, memory in measured] for bound in (min, max))
+    lows, highs = (np.array(values) / _MEBIBYTE for values in bounds)
     at, spread = [place + 0.18 for place, _ in measured], [heights - lows, highs - heights]
     step.bar(at, heights, 0.34, yerr=spread, capsize=4, label="measured (median, range)", **_HATCHED)
     step.set(ylabel="MiB", ylim=(0, 1.3 * max(computed.max(), *highs) if len(highs) else 1.3 * computed.max()))
@@ -143,7 +147,7 @@ def draw_memory(result: MemoryResult) -> bytes:
 
 
 def draw_sweep(result: SweepResult) -> bytes:
-    """sweep.png: held-out loss against rank for every target set, and at a fixed budget."""
+    """Draw sweep.png: held-out loss against rank for every target set, and at a fixed budget."""
     figure = new_figure(12.5, 4.6)
     ranks, budget = figure.subplots(1, 2)
     targets = list(dict.fromkeys(row.point.targets for row in result.rows))
@@ -176,7 +180,7 @@ def draw_sweep(result: SweepResult) -> bytes:
 
 
 def _chance(rows: Sequence[ModuleSimilarity]) -> str:
-    """E φ(r, r) = r / d of random subspaces at the smaller rank r: one number, or the range over the modules."""
+    """Format E φ(r, r) = r / d of random subspaces at the smaller rank r, as a number or a range over the modules."""
     expected = sorted({min(row.similarity.shape) / row.dimension for row in rows})
     if not expected:
         return "zero in one of the adapters"
@@ -186,11 +190,11 @@ def _chance(rows: Sequence[ModuleSimilarity]) -> str:
 
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _SMALLEST = 1e-16
-"""Differences below float64's own rounding are drawn there: a logarithmic axis has no zero."""
+"""Smallest drawn value for differences, since a logarithmic axis has no zero."""
 
 
 def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
-    """first_updates.png: the first update along the descent for every seed, and the mean of each rank."""
+    """Draw first_updates.png: the first update along the descent for every seed, and the mean of each rank."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     places = np.arange(len(updates))
@@ -207,20 +211,20 @@ def draw_first_updates(updates: Sequence[FirstUpdates]) -> bytes:
 
 
 def draw_adam_paths(paths: Sequence[PathComparison]) -> bytes:
-    """adam_path.png: how far each rescaled path is from the plain one after each step, and each control."""
+    """Draw adam_path.png: the difference of each rescaled path and each control from the plain path, per step."""
     figure = new_figure(7.2, 4.6)
     axes = figure.subplots()
     for number, path in enumerate(paths):
         steps = np.arange(1, len(path.differences) + 1)
         every = max(1, len(steps) // 8)
-        # Lines that lie on top of each other have their markers in turns.
+        # Lines that coincide have their markers at different steps.
         places = (number * every // len(paths), every)
         style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "markevery": places, "markersize": 5}
         label = f"p = {path.p:g}, q = {path.q:g}"
         axes.plot(steps, np.maximum(path.differences, _SMALLEST), "-", color="black", label=label, **style)
         if path.has_control:
             axes.plot(steps, np.maximum(path.control_differences, _SMALLEST), ":", color="#707070", **style)
-    axes.plot([], [], ":", color="#707070", label="lora_B's rate left as it was")
+    axes.plot([], [], ":", color="#707070", label="lora_B's rate unchanged")
     axes.axhline(LARGEST_DIFFERENCE, color="black", linestyle="--", linewidth=0.8)
     axes.text(1, 1.5 * LARGEST_DIFFERENCE, "bound", fontsize="small")
     axes.set_yscale("log")

@@ -1,7 +1,7 @@
-"""Which weights to adapt at a fixed budget, and how small a rank suffices [arXiv:2106.09685, tables 5 and 6].
+"""Compare target modules at a fixed budget, and ranks [arXiv:2106.09685, tables 5 and 6].
 
-Every point of the sweep is a training run of its own in `sweep/`, with the same rows, steps and seed. A run that is
-there and finished is not repeated, one that was cut off is continued: a sweep can be stopped at any time.
+Every point of the sweep is a training run in `sweep/`, with the same rows, steps and seed. A finished run is not
+repeated, and an interrupted run is continued, so that a sweep can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ MEASURED = ("base_eval_loss", "eval_loss", "exact_match", "train_s")
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One run to do."""
+    """One run of the sweep."""
 
     targets: str  # as given, such as `q_proj,v_proj`
     rank: int
-    trained_parameters: int  # what that makes on this model
-    ranks: bool = True  # whether it belongs to the comparison of ranks
-    budget: bool = False  # whether it belongs to the comparison at a fixed budget
+    trained_parameters: int
+    ranks: bool = True  # the run belongs to the comparison of ranks
+    budget: bool = False  # the run belongs to the comparison at a fixed budget
 
     @property
     def name(self) -> str:
-        """Its directory's name."""
+        """Name of the run's directory."""
         plain = re.fullmatch(r"[\w,.-]+", self.targets) is not None
         names = self.targets.replace(",", "+") if plain else hashlib.sha256(self.targets.encode()).hexdigest()[:12]
         return f"{names}-rank-{self.rank}"
@@ -61,31 +61,31 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A run that is done: held-out loss of the base and of the adapter, and exact match where rows have a reply."""
+    """Results of a finished run."""
 
     point: SweepPoint
-    base_eval_loss: float | None
-    eval_loss: float
-    exact_match: float | None
+    base_eval_loss: float | None  # held-out loss of the base
+    eval_loss: float  # held-out loss with the adapter
+    exact_match: float | None  # share of exactly right replies, None if no row has a reply
     train_s: float
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All rows, and the budget of the comparison at a fixed one."""
+    """Results of all runs."""
 
     rows: tuple[SweepRow, ...]
-    budget: int
+    budget: int  # number of trained parameters in the comparison at a fixed budget
 
 
 def plan_sweep(options: PaperOptions, shapes: Mapping[str, tuple[int, int]]) -> tuple[tuple[SweepPoint, ...], int]:
-    """The runs, ranks first, and the budget in trained numbers.
+    """Return the runs, those of the rank comparison first, and the budget in trained parameters.
 
     Args:
         shapes: (out, in) of every linear module of the model.
 
     Raises:
-        UsageError: a target that the model does not have, or a budget that no rank of any target set keeps to.
+        UsageError: if the model does not have a target, or no target set fits into the budget at rank 1.
     """
     sweep = options.sweep
     per_rank = {targets: _per_rank(targets, shapes) for targets in sweep.sweep_targets}
@@ -101,7 +101,7 @@ def plan_sweep(options: PaperOptions, shapes: Mapping[str, tuple[int, int]]) -> 
             points[targets, rank] = replace(known, budget=True)
     if not any(point.budget for point in points.values()):
         raise UsageError(
-            f"sweep_budget {budget:,} is less than rank 1 takes on any target set",
+            f"sweep_budget {budget:,} is less than the size of a rank 1 adapter on any target set",
             where="sweep_budget",
             why=", ".join(f"{targets}: {count:,}" for targets, count in per_rank.items()),
         )
@@ -109,7 +109,7 @@ def plan_sweep(options: PaperOptions, shapes: Mapping[str, tuple[int, int]]) -> 
 
 
 def _per_rank(targets: str, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """Trained numbers of an adapter of rank 1."""
+    """Return the number of trained parameters at rank 1."""
     slots = resolve_adapter(LoRAConfig(rank=1, target_modules=parse_modules((targets,))), shapes).slots
     return sum(slot.in_features + slot.out_features for slot in slots)
 
@@ -117,14 +117,14 @@ def _per_rank(targets: str, shapes: Mapping[str, tuple[int, int]]) -> int:
 def run_sweep(
     options: PaperOptions, source: ModelSource, directory: Path, progress: Callable[[str], None] = lambda _: None
 ) -> SweepResult:
-    """Train and evaluate every point that is not done yet.
+    """Train and evaluate every point that is not finished.
 
     Args:
-        directory: `sweep/`, where the runs are.
+        directory: `sweep/`, the directory of the runs.
 
     Raises:
-        UsageError: a target set that the model does not have, no held-out rows, or a run of other settings in the way.
-        BackhandError: whatever training and evaluation raise.
+        UsageError: if the model does not have a target set, no rows are held out, or a run with other settings exists.
+        BackhandError: raised by training and evaluation.
     """
     points, budget = plan_sweep(options, module_shapes(decoder_config(source.config)))
     make_directory(directory)
@@ -143,7 +143,7 @@ def _demo_data(options: PaperOptions, directory: Path) -> DataOptions:
 
 
 def _held_out(data: DataOptions, source: ModelSource, seed: int) -> EvaluationRows:
-    """The rows that every run holds out, as documents and as prompts."""
+    """Return the rows that every run holds out, as documents and as prompts."""
     tokenizer = source.tokenizer()
     _, held_out = prepare(data, tokenizer, seed=seed)
     if held_out is None:
@@ -155,8 +155,8 @@ def _held_out(data: DataOptions, source: ModelSource, seed: int) -> EvaluationRo
     names = data.eval_data or (() if data.eval_fraction else held_out_beside(data.data)) or data.data
     chosen = {example.source for example in held_out.examples}
     prompts, _ = prepare_prompts(replace(data, data=names), data, tokenizer)
-    asked = tuple(prompt for prompt in prompts if prompt.reply is not None and prompt.source in chosen)
-    return EvaluationRows(HeldOut(held_out.examples, EvaluateRunOptions().micro_batch_rows), len(chosen), asked)
+    with_reply = tuple(prompt for prompt in prompts if prompt.reply is not None and prompt.source in chosen)
+    return EvaluationRows(HeldOut(held_out.examples, EvaluateRunOptions().micro_batch_rows), len(chosen), with_reply)
 
 
 def _row(
@@ -171,8 +171,8 @@ def _row(
     done = _read_result(directory / RESULT_FILE, settings)
     if done is None:
         output = directory / "run"
-        begun = (output / CONFIG).exists()
-        run = replace(run, output=output, resume=begun, overwrite=output.exists() and not begun)
+        started = (output / CONFIG).exists()
+        run = replace(run, output=output, resume=started, overwrite=output.exists() and not started)
         done = _train_and_evaluate(options, replace(config, data=data, run=run), held_out)
         text = json.dumps({"settings": settings, "point": asdict(point), **done}, indent=2) + "\n"
         write_atomically(directory / RESULT_FILE, text.encode())
@@ -182,32 +182,32 @@ def _row(
 def _train_and_evaluate(options: PaperOptions, config: TrainConfig, held_out: EvaluationRows) -> dict[str, Any]:
     summary, data = train(config), config.data
     with loaded_model(options.model, summary.adapter, template=data) as loaded:
-        found = score(loaded, held_out, EvaluateRunOptions(max_new_tokens=options.sweep.max_new_tokens), adapter=True)
+        scores = score(loaded, held_out, EvaluateRunOptions(max_new_tokens=options.sweep.max_new_tokens), adapter=True)
     return {
         "base_eval_loss": summary.base_eval_loss,
-        "eval_loss": found.loss,
-        "exact_match": found.exact_match,
+        "eval_loss": scores.loss,
+        "exact_match": scores.exact_match,
         "train_s": summary.train_s,
     }
 
 
 def _read_result(path: Path, settings: str) -> dict[str, Any] | None:
-    """What a finished point came to; None where there is none.
+    """Return the results of a finished point, or None if there are none.
 
     Raises:
-        UsageError: it was trained with other settings.
-        ArtifactError: the file is damaged.
+        UsageError: if the run was trained with other settings.
+        ArtifactError: if the file is damaged.
     """
     try:
-        found = json.loads(read_settings(path))
-        done = {name: found[name] for name in MEASURED}
-        if found["settings"] == settings:
+        stored = json.loads(read_settings(path))
+        done = {name: stored[name] for name in MEASURED}
+        if stored["settings"] == settings:
             return done
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        next_step = "remove its directory; the run is done again"
-        raise ArtifactError("is damaged", where=str(path), next_step=next_step) from None
+        next_step = "remove its directory, so that the run is repeated"
+        raise ArtifactError("the result file is damaged", where=str(path), next_step=next_step) from None
     raise UsageError(
         "a run of this sweep was trained with other settings",
         where=str(path.parent),

@@ -1,1 +1,1 @@
-"""The experiment this project comes from: a net learns a sine, an adapter goes on from there, all by hand."""
+"""The experiment from which this project started: a network learns a sine, then an adapter continues, all by hand."""

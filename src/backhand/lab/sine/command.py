@@ -1,4 +1,4 @@
-"""`backhand sine`: runs the experiment, prints it, and leaves its files."""
+"""`backhand sine`: run the experiment, print its results and write its files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from rich.text import Text
 from backhand.arithmetic.findings import print_table
 from backhand.errors import CheckError
 from backhand.files import csv_bytes, json_bytes, make_directory, write_with_summary
+from backhand.lab.sine.check import BOUNDS, CheckRow
 from backhand.lab.sine.cost import TABLE_SIDE, break_even_rank, low_rank_first, parameter_counts, product_first
-from backhand.lab.sine.experiment import PartResult, ShiftedResult, SineResult, run_sine
+from backhand.lab.sine.experiment import PartResult, SineResult, run_sine
 from backhand.lab.sine.network import Start
 from backhand.lab.sine.options import SineOptions
 from backhand.lab.sine.plots import draw_losses, draw_predictions, draw_shifted_target
-from backhand.lab.sine.walk import BOUNDS, CheckRow, Formula
+from backhand.lab.sine.shifted_target import ShiftedResult
+from backhand.lab.sine.walk import Formula
 from backhand.terminal import console_for_tables, working
 
 _BAD = "bold red"
@@ -34,40 +36,41 @@ _TITLES = {"base": "Part 1, base", "lora": "Part 2, LoRA on layer 0"}
 
 
 def sine_command(options: SineOptions) -> SineResult:
-    """Run the experiment; print tables, or one JSON object with `json`; write files to `output`.
+    """Run the experiment, print tables or one JSON object, and write files to `output`.
 
     Raises:
-        UsageError: an option out of range, or `output` is a file.
-        DataError: `target` or `start` name a file that cannot be used.
-        ResourceError: `output` cannot be written.
-        CheckError: a comparison with autograd is out of bounds, a frozen weight moved, or a loss is not finite. What
-            was found is printed and written first.
+        UsageError: if an option is out of range, or `output` is a file.
+        DataError: if `target` or `start` name a file that cannot be used.
+        ResourceError: if `output` cannot be written.
+        CheckError: if a comparison with autograd fails, a frozen weight changed, or a loss becomes infinite or NaN. The
+            results of a failed comparison have been printed and written before.
     """
     options.validate()
     if options.output is not None:
-        make_directory(options.output)  # a name that cannot be written is found out before the work, not after it
+        make_directory(options.output)  # before the training, so that an unwritable name is an early error
     with working() if not options.json else nullcontext(lambda _: None) as say:
         result = run_sine(options, say)
-    found = summary(options, result)
+    numbers = summary(options, result)
     names = write_files(options.output, options, result) if options.output is not None else []
     if options.json:
-        found |= {"check": [row.as_json() for row in result.check], "files": names}
+        numbers |= {"check": [row.as_json() for row in result.check], "files": names}
         if options.step:
-            found["step"] = {part.part: [line.as_json() for line in part.walk] for part in (result.base, result.lora)}
-        sys.stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
+            parts = (result.base, result.lora)
+            numbers["step"] = {part.part: [line.as_json() for line in part.walk] for part in parts}
+        sys.stdout.write(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     else:
         console = console_for_tables()
-        _print_result(console, options, result, found)
+        _print_result(console, options, result, numbers)
         if options.output is not None:
             console.print()
             console.print(f"Written to {os.fspath(options.output)}: {', '.join(names)}", soft_wrap=True)
     if failed := result.failed_checks:
         worst = max(failed, key=lambda row: row.relative_error)
         raise CheckError(
-            f"{len(failed)} of {len(result.check)} gradients differ from autograd's, most of all {worst.name}",
+            f"{len(failed)} of {len(result.check)} gradients differ from autograd's, {worst.name} the most",
             where=f"{worst.part}, epoch {worst.epoch}",
             why=f"relative error {worst.relative_error:.3g} in {options.dtype}",
-            next_step="compare in float64 (--dtype float64): what differs there as well is wrong",
+            next_step="compare in float64 (--dtype float64): a gradient that differs there as well is wrong",
         )
     if not result.frozen_unchanged:
         raise CheckError("a frozen weight changed in part 2", where="part 2, LoRA")
@@ -75,7 +78,7 @@ def sine_command(options: SineOptions) -> SineResult:
 
 
 def write_files(directory: Path, options: SineOptions, result: SineResult) -> list[str]:
-    """Write every file; see `write_with_summary`."""
+    """Write every file and return their names, see `write_with_summary`."""
     files: dict[str, bytes] = {
         "losses.csv": csv_bytes(("part", "epoch", "loss"), _loss_lines(result, options.log_every)),
         "start.npz": _npz(result.start),
@@ -92,7 +95,7 @@ def write_files(directory: Path, options: SineOptions, result: SineResult) -> li
 
 
 def _loss_lines(result: SineResult, log_every: int) -> Iterable[tuple[str, int, float]]:
-    """(part, epoch, loss) every `log_every` epochs, first and last included."""
+    """Iterate over (part, epoch, loss) every `log_every` epochs, including the first and the last."""
     for part in (result.base, result.lora):
         last = len(part.losses) - 1
         for epoch in sorted({*range(0, last, log_every), last}):
@@ -108,7 +111,7 @@ def _shifted_lines(result: ShiftedResult, first_seed: int) -> Iterable[tuple[int
 
 
 def _npz(start: Start) -> bytes:
-    """The initial numbers under the names that `--start` reads."""
+    """Return an .npz file of the initial values with the names that `--start` reads."""
     arrays = {f"w{2 * number}": weight for number, weight in enumerate(start.network.weights)}
     arrays |= {"b0": start.network.bias, "B": start.lora_A.T, "A": start.lora_B.T}
     file = io.BytesIO()
@@ -117,7 +120,7 @@ def _npz(start: Start) -> bytes:
 
 
 def summary(options: SineOptions, result: SineResult) -> dict[str, Any]:
-    """The run in numbers, as summary.json and `--json` give it."""
+    """Return the contents of summary.json and of `--json`."""
     sizes = len(result.points.y), 1, options.widths[0]
     errors = [row.relative_error for row in result.check]
     checked = {
@@ -181,8 +184,8 @@ def _shifted(result: ShiftedResult) -> dict[str, Any]:
     }
 
 
-def _print_result(console: Console, options: SineOptions, result: SineResult, found: Mapping[str, Any]) -> None:
-    """Everything, in the order in which it was done."""
+def _print_result(console: Console, options: SineOptions, result: SineResult, numbers: Mapping[str, Any]) -> None:
+    """Print all results in the order of the experiment."""
     parts = (result.base, result.lora)
     for part in parts:
         if part.walk:
@@ -200,19 +203,19 @@ def _print_result(console: Console, options: SineOptions, result: SineResult, fo
         )
     title = f"\ny = {result.points.name}, {len(result.points.y)} points"
     columns = ("part", "trained", "epochs", "first loss", "final loss", "seconds", "ms/epoch")
-    print_table(console, title, columns, [_part_cells(title, found[name]) for name, title in _TITLES.items()])
+    print_table(console, title, columns, [_part_cells(title, numbers[name]) for name, title in _TITLES.items()])
     verdict = "not one bit moved" if result.frozen_unchanged else Text("THEY MOVED", style=_BAD)
     console.print()
     console.print("Frozen weights in part 2:", verdict)
     console.print(f"  SHA-256 before {result.digest_before}", soft_wrap=True)
     console.print(f"  SHA-256 after  {result.digest_after}", soft_wrap=True)
-    _print_cost(console, len(result.points.y), options, found["cost"])
+    _print_cost(console, len(result.points.y), options, numbers["cost"])
     if result.shifted is not None:
         _print_shifted(console, result.shifted)
 
 
 def _print_walk(console: Console, lines: Sequence[Formula]) -> None:
-    """The epoch formula by formula; a line that is too long for the terminal goes on in the next one."""
+    """Print the epoch formula by formula. Lines that are too long for the terminal are wrapped."""
     section = ""
     for line in lines:
         if line.section != section:
@@ -225,7 +228,7 @@ def _print_walk(console: Console, lines: Sequence[Formula]) -> None:
 
 
 def _print_check(console: Console, part: str, rows: Sequence[CheckRow]) -> None:
-    """One line a gradient, over the epochs that were compared."""
+    """Print one line per gradient, over all compared epochs."""
     epochs = sorted({row.epoch for row in rows})
     title = f"\n{part}: by hand against autograd, epochs {', '.join(f'{epoch:,}' for epoch in epochs)}"
     columns = ("gradient", "shape", "formula", "exact", "approximate", "largest difference", "relative error")

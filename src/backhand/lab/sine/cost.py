@@ -1,7 +1,6 @@
-"""What the low-rank product costs in either order, and where the break-even lies.
+"""Cost of the low-rank product in both orders, and the break-even rank.
 
-Multiply-adds of one epoch for n points and an (out, in) weight, without d_x (what lies below is frozen or is the
-data):
+Multiply-adds of one epoch for n points and an (out, in) weight, without d_x (all layers below are frozen):
 
     (X B) A     forward   n·r·in + n·r·out           z = X B, z A
                 backward  n·r·out + n·r·out + n·r·in  dA = zᵀ dh, dz = dh Aᵀ, dB = Xᵀ dz
@@ -33,26 +32,26 @@ class OrderCost(NamedTuple):
 
 
 def low_rank_first(points: int, inputs: int, outputs: int, rank: int) -> OrderCost:
-    """(X B) A: two thin products, and nothing of the weight's size."""
+    """Return the cost of (X B) A: two thin products, and no matrix of the weight's size."""
     return OrderCost(points * rank * (inputs + outputs), points * rank * (2 * outputs + inputs))
 
 
 def product_first(points: int, inputs: int, outputs: int, rank: int) -> OrderCost:
-    """X (B A): the product is formed, applied, and has a gradient of its own size."""
+    """Return the cost of X (B A): the product is formed and applied, and has a gradient of the same size."""
     return OrderCost((rank + points) * inputs * outputs, (points + 2 * rank) * inputs * outputs)
 
 
 def break_even_rank(points: int, inputs: int, outputs: int) -> float:
-    """The rank below which (X B) A takes fewer multiply-adds in the forward pass; infinite where it always does.
+    """Return the rank below which (X B) A takes fewer multiply-adds in the forward pass, infinite if it always does.
 
-    n·r·(in + out) = in·out·(n + r) solved for r.
+    This is n·r·(in + out) = in·out·(n + r) solved for r.
     """
     denominator = points * (inputs + outputs) - inputs * outputs
     return points * inputs * outputs / denominator if denominator > 0 else float("inf")
 
 
 def parameter_counts(inputs: int, outputs: int, ranks: tuple[int, ...] = TABLE_RANKS) -> list[dict[str, float]]:
-    """Trained numbers of an adapter of each rank, rank · (in + out), those of the weight, in · out, and their share."""
+    """Return the number of parameters of an adapter of each rank, rank · (in + out), and its share of in · out."""
     adapters, full = [rank * (inputs + outputs) for rank in ranks], inputs * outputs
     return [
         {"rank": rank, "adapter": adapter, "full": full, "share": adapter / full}

@@ -1,6 +1,6 @@
-"""What the sine experiment can be told: everything that the original script fixes, and what to leave behind.
+"""Options of the sine experiment: everything that is fixed in the original script, and the files to write.
 
-This file imports no torch: the command line reads the fields and their docstrings for its help.
+This file imports no torch, because the command line reads the fields and their docstrings for its help.
 """
 
 from __future__ import annotations
@@ -15,95 +15,95 @@ from backhand.errors import UsageError
 SineDType = Literal["float32", "float64"]
 
 
-# A rank above any layer's size is a slip; the arrays it would make could be larger than the memory.
+# A rank above any layer's size is a mistake, and its arrays could exceed the memory.
 SineRank = Annotated[int, Bound(at_least=1, at_most=4096)]
 
 
 @dataclass(frozen=True)
 class ShiftedTargetOptions(Options):
-    """The second experiment: an adapter on a square hidden layer, for a target that the base was not trained on."""
+    """The second experiment: an adapter on a square hidden layer for a target that the base has not learned."""
 
     shifted: bool = True
     """Also run the second experiment: a base with two hidden layers learns `target`, then adapters of several ranks on
     its square layer, and that whole layer, learn `shifted_target`."""
 
     shifted_target: str = "sin4"
-    """What the adapters learn, named as in `target`."""
+    """Target of the adapters, named as in `target`."""
 
     shifted_widths: Annotated[tuple[Count, ...], several(at_least=2)] = (64, 64)
-    """Hidden units of each layer; the adapter is on the weight between the first two."""
+    """Hidden units of each layer. The adapter is on the weight between the first two layers."""
 
     shifted_ranks: Annotated[tuple[SineRank, ...], several()] = (1, 2, 4, 8)
-    """Ranks to compare; a full update of the same layer is always run beside them."""
+    """Ranks to compare. A full update of the same layer is always compared as well."""
 
     shifted_scaling: Positive = 2.0
     """Scaling of the low-rank product, the same for every rank, as in the first experiment."""
 
     shifted_seeds: Annotated[int, Bound(at_least=2)] = 5
-    """How many times everything is repeated, each with another base; the table shows mean and spread."""
+    """Number of repetitions, each with another base. The table shows mean and spread."""
 
     shifted_base_epochs: Count = 2000
-    """Epochs of Adam for the base, learning rate falling linearly to 0."""
+    """Epochs of Adam for the base, with a learning rate that falls linearly to 0."""
 
     shifted_epochs: Count = 2000
-    """Epochs of Adam for each adapter and for the full update, learning rate falling linearly to 0."""
+    """Epochs of Adam for each adapter and for the full update, with a learning rate that falls linearly to 0."""
 
     shifted_base_learning_rate: Positive = 0.005
-    """First learning rate of the base."""
+    """Initial learning rate of the base."""
 
     shifted_learning_rate: Positive = 0.0005
-    """First learning rate of every adapter, whatever its rank."""
+    """Initial learning rate of every adapter, the same for all ranks."""
 
     shifted_full_learning_rate: Positive = 0.005
-    """First learning rate of the full update."""
+    """Initial learning rate of the full update."""
 
 
 @dataclass(frozen=True)
 class SineOptions(Options):
-    """A small network learns sin x by plain gradient descent; then an adapter on its first layer goes on, all by hand.
+    """A small network learns sin x by gradient descent, then an adapter on its first layer continues, all by hand.
 
     Raises:
         UsageError: from `validate`, never from the constructor.
     """
 
     output: Path | None = None
-    """Directory for losses.csv, summary.json and the pictures; not given: only print."""
+    """Directory for losses.csv, summary.json and the pictures. By default results are only printed."""
 
     start: Path | None = None
-    """Initial numbers to begin from instead of drawing them: an .npz file with w0 (width, 1), b0 (width,),
-    w2 (1, width), B (1, rank) and A (rank, width), B and A as in X·W + scaling·X·B·A."""
+    """Initial values instead of random ones: an .npz file with w0 (width, 1), b0 (width,), w2 (1, width), B (1, rank)
+    and A (rank, width), B and A as in X·W + scaling·X·B·A."""
 
     check: bool = False
-    """Compare every intermediate gradient with autograd at `check_epochs`, and fail where one differs."""
+    """Compare every intermediate gradient with autograd at `check_epochs`, and fail if one differs."""
 
     check_epochs: tuple[int, ...] = (0, 1, 100, -1)
-    """Epochs at which `check` compares, in each part that has them; negative ones count from the end."""
+    """Epochs at which `check` compares, in each part that has them. Negative epochs count from the end."""
 
     step: bool = False
-    """Walk through one epoch of each part, formula by formula with the numbers, as on paper."""
+    """Print one epoch of each part, formula by formula with the numbers, as on paper."""
 
     step_epoch: CountFromZero = 1
-    """Which epoch `step` walks through, from 0. (At 0 the product B·A is still zero, and with it the gradient of A.)"""
+    """The epoch that `step` prints, from 0. (At 0 the product B·A is still zero, and so is the gradient of A.)"""
 
     json: bool = False
-    """Print one JSON object, the summary (with `check` its table as well), instead of tables."""
+    """Print the summary as one JSON object instead of tables. With `check` it includes the comparisons."""
 
     dtype: SineDType = "float64"
-    """Numbers to compute with: float64, in which a comparison with autograd says most, or float32, as in the original
+    """Dtype of the computation: float64, for the most precise comparison with autograd, or float32, as in the original
     script."""
 
     seed: Seed = 0
     """Seed of the initial weights: the original script draws the same ones after torch.manual_seed(seed)."""
 
     target: str = "sin"
-    """What to learn: `sin`, `cos` or `square`, with a number for the frequency (`sin5` is sin 5x), on [0, 2π]; or a
+    """Target function: `sin`, `cos` or `square`, with a number for the frequency (`sin5` is sin 5x), on [0, 2π]; or a
     .csv file with two columns, x and y."""
 
     points: Annotated[int, Bound(at_least=2)] = 100
-    """Points on [0, 2π], ends included; a .csv file brings its own."""
+    """Number of points on [0, 2π], including both ends. Not used with a .csv file."""
 
     widths: Annotated[tuple[Count, ...], several()] = (20,)
-    """Hidden units of each layer. The first layer has a bias, the others none."""
+    """Hidden units of each layer. Only the first layer has a bias."""
 
     base_epochs: Count = 5000
     """Epochs of part 1, the base."""
@@ -118,13 +118,13 @@ class SineOptions(Options):
     """Multiplier of the low-rank product."""
 
     lora_epochs: Count = 100_000
-    """Epochs of part 2, the adapter; everything else is frozen."""
+    """Epochs of part 2, the adapter. Everything else is frozen."""
 
     lora_learning_rate: Positive = 0.001
     """Learning rate of part 2."""
 
     log_every: Count = 100
-    """Epochs between two lines of losses.csv; the first and the last epoch of a part are always there."""
+    """Epochs between two lines of losses.csv. The first and the last epoch of a part are always included."""
 
     second: ShiftedTargetOptions = field(default_factory=ShiftedTargetOptions)
 
@@ -136,11 +136,11 @@ class SineOptions(Options):
                 why=f"part 1 has {self.base_epochs} epochs and part 2 {self.lora_epochs}, counted from 0",
             )
         parts = {"part 1": self.base_epochs, "part 2": self.lora_epochs} if self.check else {}
-        for part, epochs in parts.items():  # each has one to compare at: else nothing would be proved of it
+        for part, epochs in parts.items():  # without a common epoch nothing would be compared in this part
             if not any(-epochs <= epoch < epochs for epoch in self.check_epochs):
                 raise UsageError(
-                    f"none of the epochs to compare at is one of {part}",
+                    f"none of the epochs to compare belongs to {part}",
                     where="check_epochs",
                     why=f"it has {epochs} epochs, counted from 0",
-                    next_step="give 0 or -1, the first or the last epoch, as well",
+                    next_step="also give 0 or -1, the first or the last epoch",
                 )

@@ -1,6 +1,6 @@
-"""The pictures: True against Predicted, loss curves, and error against rank.
+"""Draw the pictures: true and predicted values, loss curves, and error against rank.
 
-Lines differ in style and points in marker, so that a picture says the same without its colours.
+Lines differ in style and points in marker, so that the pictures are readable without colours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from backhand.arithmetic.findings import label_axes, new_figure, png_bytes
-from backhand.lab.sine.experiment import PartResult, ShiftedResult, SineResult
+from backhand.lab.sine.experiment import PartResult, SineResult
+from backhand.lab.sine.shifted_target import ShiftedResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ _DARK, _MIDDLE, _LIGHT = "#12355b", "#b8561b", "#8a8a8a"
 
 
 def draw_predictions(result: SineResult) -> bytes:
-    """predictions.png: True and Predicted for the base and the adapted network, and what remains of each."""
+    """Draw predictions.png: true and predicted values of the base and the adapted network, and the residuals."""
     figure, (base, lora, rest) = _panels(3)
     x, y = result.points.x[:, 0], result.points.y[:, 0]
     order = np.argsort(x)
@@ -40,7 +41,7 @@ def draw_predictions(result: SineResult) -> bytes:
 
 
 def draw_losses(result: SineResult) -> bytes:
-    """losses.png: the loss in each epoch of both parts."""
+    """Draw losses.png: the loss in each epoch of both parts."""
     figure, panels = _panels(2)
     parts = ((result.base, "Part 1: base"), (result.lora, "Part 2: adapter, base frozen"))
     for axes, (part, title) in zip(panels, parts, strict=True):
@@ -56,7 +57,7 @@ def draw_losses(result: SineResult) -> bytes:
 
 
 def draw_shifted_target(result: ShiftedResult) -> bytes:
-    """shifted_target.png: error against rank with every seed, and the fits of the first seed."""
+    """Draw shifted_target.png: error against rank for every seed, and the fits of the first seed."""
     figure, (errors, fits) = _panels(2)
     places = np.arange(len(result.rows))
     for number, row in enumerate(result.rows):
@@ -87,7 +88,7 @@ def draw_shifted_target(result: ShiftedResult) -> bytes:
 
 
 def _thinned(part: PartResult, points: int = 2000) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-    """Epochs to draw, evenly spread on a logarithmic axis: a line of 100,000 points only takes longer."""
+    """Return the epochs to draw, evenly spaced on a logarithmic axis, since 100,000 points would take long."""
     last = len(part.losses) - 1
     spread = np.geomspace(1, last + 1, min(points, last + 1)).astype(np.intp) - 1
     return np.unique(np.concatenate([spread, [last]])).astype(np.intp)

@@ -1,8 +1,7 @@
-"""What is trained: the whole base, an adapter on one layer, or a full update of that layer; and the loop.
+"""Train the whole base, an adapter on one layer, or a full update of that layer, without autograd.
 
-No autograd. The gradients are those of `ops/linear.py`, `ops/elementwise.py`, `ops/mse.py` and `ops/lora_linear.py`,
-here for one network whose frozen parts are computed once: what an adapted layer multiplies, and its output without the
-adapter, never change.
+The gradients are those of `ops/linear.py`, `ops/elementwise.py`, `ops/mse.py` and `ops/lora_linear.py`. Constants of a
+frozen network are computed once: the input of the adapted layer, and its output without the adapter.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.errors import CheckError
-from backhand.lab.sine.network import FloatArray, Network, Points
+from backhand.lab.sine.network import FloatArray, Network
+from backhand.lab.sine.points import Points
 
 
 class Head:
-    """All that follows one layer's output before its ReLU: ReLU, the layers above, the mean squared error; and back.
+    """Forward and backward from one layer's output before its ReLU to the mean squared error.
 
         post₀ = max(pre₀, 0),  pre_k = post_{k−1} W_kᵀ,  post_k = max(pre_k, 0),  outputs = post_last W_lastᵀ
         diff = outputs − y,    L = Σ diff² / n                                       (n points)
@@ -31,9 +31,9 @@ class Head:
         d_post_{k−1} = d_pre_k W_k
 
     Args:
-        weights: (out, in) of the layers above, the last one (1, width); read anew in each epoch.
+        weights: (out, in) weights of the following layers, the last one (1, width). They are read in each epoch.
         y: targets (points, 1).
-        weight_gradients: where to write ∂L/∂weight of each; not given: the weights are frozen.
+        weight_gradients: buffers for ∂L/∂weight of each layer, None for frozen weights.
 
     Attributes:
         pre, post, d_pre, d_post: (points, width) of each hidden layer.
@@ -51,7 +51,7 @@ class Head:
         self.pre, self.post, self.d_pre, self.d_post = ([y] * len(weights) for _ in range(4))
 
     def forward(self, pre: FloatArray) -> float:
-        """The loss where the layer below comes to `pre`, (points, width)."""
+        """Return the loss, given the previous layer's output `pre`, (points, width)."""
         for layer, weight in enumerate(self._weights):
             self.pre[layer], self.post[layer] = pre, np.maximum(pre, 0)
             pre = np.dot(self.post[layer], weight.T)
@@ -60,7 +60,7 @@ class Head:
         return float(np.dot(flat, flat)) / len(flat)
 
     def backward(self) -> FloatArray:
-        """∂L/∂pre₀ of the last `forward`; fills `d_pre`, `d_post` and, unless frozen, the gradients of the weights."""
+        """Return ∂L/∂pre₀ of the last forward. Fills `d_pre`, `d_post` and, unless frozen, the weights' gradients."""
         d_above = self.d_outputs = self.diff * (2 / len(self._y))
         for layer in reversed(range(len(self._weights))):
             if self._weight_gradients is not None:
@@ -71,12 +71,12 @@ class Head:
 
 
 class FlatParameters:
-    """Arrays as views of one flat buffer `values`, their gradients as views of `gradients`, which are zero at first.
+    """Arrays as views of one flat buffer `values`, and their gradients as views of `gradients`, initially zero.
 
-    One flat buffer makes an update two calls, however many arrays are trained.
+    With flat buffers an update takes two calls, whatever the number of arrays.
 
     Args:
-        initial: the arrays, all of one dtype; copied.
+        initial: the arrays, all of the same dtype. They are copied.
 
     Attributes:
         arrays, array_gradients: the views, in the order of `initial`.
@@ -93,14 +93,14 @@ class FlatParameters:
 
 
 class BaseTraining:
-    """The whole network.
+    """Training of the whole network.
 
-    x and a column of ones stand side by side, so that layer 0 is one product:
+    x is concatenated with a column of ones, so that layer 0 is one product:
 
-        o2 = [x 1] [W₀ᵀ; b₀],    hence d[W₀ᵀ; b₀] = [x 1]ᵀ do2    (2, width), the sum over rows of do2 below.
+        o2 = [x 1] [W₀ᵀ; b₀],    hence d[W₀ᵀ; b₀] = [x 1]ᵀ do2    (2, width), the last row is the sum over rows of do2.
 
     Args:
-        network: initial numbers; copied.
+        network: initial values, which are copied.
     """
 
     def __init__(self, network: Network, points: Points) -> None:
@@ -122,12 +122,12 @@ class BaseTraining:
 
     @property
     def network(self) -> Network:
-        """A copy of the present values."""
+        """Copy of the current values."""
         return _network(*self.parameters.arrays)
 
     @property
     def gradients(self) -> Network:
-        """A copy of the gradients, each where its parameter is in a network."""
+        """Copy of the gradients, in the layout of the network."""
         return _network(*self.parameters.array_gradients)
 
 
@@ -136,7 +136,7 @@ def _network(layer0: FloatArray, *above: FloatArray) -> Network:
 
 
 class _OneLayer:
-    """One layer of a frozen network, whose output without any update, `frozen_h` (points, out), is a constant."""
+    """Training of one layer of a frozen network, whose output without an update is `frozen_h` (points, out)."""
 
     def __init__(self, network: Network, layer: int, points: Points, *initial: FloatArray) -> None:
         self.network = network
@@ -147,17 +147,17 @@ class _OneLayer:
 
 
 class AdapterTraining(_OneLayer):
-    """lora_A and lora_B on one layer of a frozen network, the product applied as (x lora_Aᵀ) lora_Bᵀ.
+    """Training of lora_A and lora_B on one layer of a frozen network, applied as (x lora_Aᵀ) lora_Bᵀ.
 
         z = s x lora_Aᵀ,   h = x Wᵀ + z lora_Bᵀ (+ b₀ on layer 0)
-        d_lora_B = d_hᵀ z,   d_z = d_h lora_B,   d_lora_A = s d_zᵀ x        (d_x is not needed: all below is frozen)
+        d_lora_B = d_hᵀ z,   d_z = d_h lora_B,   d_lora_A = s d_zᵀ x    (d_x is not needed, all layers below are frozen)
 
     The product lora_B lora_A, (out, in), is never formed.
 
     Args:
-        network: the frozen base, whose arrays are used as they are.
-        lora_A: initial (rank, in); copied.
-        lora_B: initial (out, rank); copied.
+        network: the frozen base, whose arrays are not copied.
+        lora_A: initial (rank, in), which is copied.
+        lora_B: initial (out, rank), which is copied.
         scaling: s.
     """
 
@@ -185,15 +185,17 @@ class AdapterTraining(_OneLayer):
 
     @property
     def delta_weight(self) -> FloatArray:
-        """scaling · lora_B @ lora_A, (out, in)."""
+        """The update scaling · lora_B @ lora_A, (out, in)."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
 
 class FullUpdateTraining(_OneLayer):
-    """A full update D, zero at first, of one layer's weight in a frozen network: h = x (W + D)ᵀ, d_D = d_hᵀ x.
+    """Training of a full update D of one layer's weight in a frozen network: h = x (W + D)ᵀ, d_D = d_hᵀ x.
+
+    D is initially zero.
 
     Args:
-        network: the frozen base, whose arrays are used as they are.
+        network: the frozen base, whose arrays are not copied.
     """
 
     def __init__(self, network: Network, layer: int, points: Points) -> None:
@@ -210,11 +212,11 @@ class FullUpdateTraining(_OneLayer):
 
 
 Trained = BaseTraining | AdapterTraining | FullUpdateTraining
-"""What the loop sees: `forward` gives the loss, `backward` fills `parameters.gradients`."""
+"""Argument of the loop: `forward` returns the loss, and `backward` fills `parameters.gradients`."""
 
 
 class GradientDescent:
-    """values ← values − learning_rate · gradients."""
+    """Gradient descent: values ← values − learning_rate · gradients."""
 
     def __init__(self, parameters: FlatParameters, learning_rate: float) -> None:
         self._values, self._gradients = parameters.values, parameters.gradients
@@ -226,7 +228,7 @@ class GradientDescent:
 
 
 class Adam:
-    """Adam without weight decay, its learning rate falling linearly to 0 over `epochs` steps [arXiv:1412.6980, alg. 1].
+    """Adam without weight decay, and with a learning rate that falls linearly to 0 [arXiv:1412.6980, alg. 1].
 
         m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²
         values ← values − lr_t · m/(1 − β₁ᵗ) / (√(v/(1 − β₂ᵗ)) + ε)
@@ -264,13 +266,13 @@ def train(
     """Run the loop: forward, backward, update, `epochs` times.
 
     Args:
-        observe: called with the epoch after its backward and before its update, for `observe_epochs`.
+        observe: called with the epoch after its backward and before its update, for the epochs in `observe_epochs`.
 
     Returns:
-        (epochs,) the loss of each epoch, before its update.
+        The loss of each epoch before its update, (epochs,).
 
     Raises:
-        CheckError: the loss is not finite any more.
+        CheckError: if the loss becomes infinite or NaN.
     """
     losses = np.empty(epochs)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -280,8 +282,8 @@ def train(
                 raise CheckError(
                     f"the loss is not finite from epoch {epoch} on",
                     where=where,
-                    why="the steps overshoot: each makes the loss larger than the one before",
-                    next_step="give a smaller learning rate, or values of x and y that are closer to 1",
+                    why="the steps are too large: each one increases the loss",
+                    next_step="give a smaller learning rate, or values of x and y closer to 1",
                 )
             trained.backward()
             if observe is not None and epoch in observe_epochs:

@@ -1,63 +1,59 @@
-"""One epoch, formula by formula, with the numbers: what a student can follow on paper; and its gradients by autograd.
+"""One epoch, formula by formula, with numbers that a student can follow on paper.
 
-Every value is what the loop holds in its arrays, or follows from it as the original script has it: four names that the
-loop folds into d_outputs = 2 diff / n are formed here, link by link (dL, do_seven, dsquared_diff, ddiff), and so is
-dlora_w, which no loop needs. Each formula is worked out for one point and one hidden unit, and sums show their terms,
-all of them where they are few (`--points 3 --widths 2 --rank 1` shows every one).
+The values are those in the arrays of the loop. In addition, four intermediate gradients that the loop combines to
+d_outputs = 2 diff / n are computed separately (dL, do_seven, dsquared_diff, ddiff), as in the original script, and so
+is dlora_w. Each formula is evaluated for one point and one hidden unit. Sums show their terms, all of them if there are
+few: `--points 3 --widths 2 --rank 1` shows every term.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from backhand.lab.sine.network import FloatArray, Points
+from backhand.lab.sine.network import FloatArray
+from backhand.lab.sine.points import Points
 from backhand.lab.sine.training import AdapterTraining, BaseTraining
-from backhand.verify.comparison import compare
-from backhand.verify.measure import relative_error
-from backhand.words import finite_or_none
 
 SHOWN_TERMS = 4
 
 
 @dataclass(frozen=True)
 class Formula:
-    """`name = formula`, and what it comes to."""
+    """`name = formula`, and its value."""
 
     section: str  # `forward`, `backward` or `update`
-    name: str  # as in the original script, such as `do3` or `dl2w`
-    formula: str  # how it follows from the ones before
-    value: FloatArray  # the numbers, as they are in this epoch; weights as (out, in)
-    worked: str  # one of them, and what it is made of
+    name: str  # name in the original script, such as `do3` or `dl2w`
+    formula: str  # expression of earlier names
+    value: FloatArray  # values in this epoch; weights are (out, in)
+    worked: str  # one element of the value with its terms
 
     def as_json(self) -> dict[str, object]:
-        """What is printed of it."""
+        """Return the printed fields, and the shape instead of the value."""
         shown = {"section": self.section, "name": self.name, "formula": self.formula}
         return shown | {"shape": self.value.shape, "worked": self.worked}
 
 
 def walk(training: BaseTraining | AdapterTraining, points: Points, learning_rate: float) -> list[Formula]:
-    """The whole epoch: call after forward and backward, before the update."""
+    """Return the formulas of the whole epoch. Call it after forward and backward, before the update."""
     epoch = _Epoch(training, points)
     backward = [formula for formula in epoch.backward() if formula.name != "dlora_w"]
     return [*epoch.forward(), *backward, *epoch.update(learning_rate)]
 
 
 def backward_by_hand(training: BaseTraining | AdapterTraining, points: Points) -> list[Formula]:
-    """Every gradient, in the order of the backward pass, after `training.backward()`."""
+    """Return every gradient in the order of the backward pass. Call it after `training.backward()`."""
     return list(_Epoch(training, points).backward())
 
 
 class _Epoch:
-    """Works out formulas, all at the point i and unit j where most happens: where x, output and gradient are large.
+    """Evaluates the formulas at the point i and unit j at which x, output and gradient are large.
 
-    In part 2 they are written in the original's A = lora_Bᵀ and B = lora_Aᵀ.
+    In part 2 the formulas use the original's A = lora_Bᵀ and B = lora_Aᵀ.
     """
 
     def __init__(self, training: BaseTraining | AdapterTraining, points: Points) -> None:
@@ -167,27 +163,27 @@ class _Epoch:
 def _worked(
     section: str, name: str, formula: str, value: FloatArray, place: tuple[int, ...], terms: str = "", note: str = ""
 ) -> Formula:
-    """`name = formula`, and of the number at this place of the value what it is made of."""
+    """Return the formula with the terms of the value's element at `place`."""
     label = f"{name}[{','.join(map(str, place))}]" if place else name
     worked = " = ".join(part for part in (label, terms, number(value[place].item())) if part)
     return Formula(section, name, formula, value, worked + note)
 
 
 def number(value: float | np.floating[Any]) -> str:
-    """Six significant digits; negative ones in brackets, so that they can stand in a sum or product."""
+    """Format a number with six significant digits. Negative numbers are in brackets, for sums and products."""
     text = f"{float(value) + 0.0:.6g}".replace("e-0", "e-").replace("e+0", "e+")
     return f"({text.replace('-', '−', 1)})" if text.startswith("-") else text
 
 
 def products(left: Sequence[float] | FloatArray, right: Sequence[float] | FloatArray) -> str:
-    """`a·b + c·d + …`, terms that are zero left out, with how many there are where not all are shown."""
+    """Format `a·b + c·d + …` without zero terms. If not all terms are shown, their number is added."""
     return _terms(
         f"{number(a)}·{number(b)}" for a, b in zip(left, right, strict=True) if float(a) != 0 and float(b) != 0
     )
 
 
 def summed(values: Sequence[float] | FloatArray) -> str:
-    """`a + b + …`, as `products`."""
+    """Format `a + b + …` in the same way as `products`."""
     return _terms(number(value) for value in values if float(value) != 0)
 
 
@@ -198,89 +194,3 @@ def _terms(terms: Iterable[str]) -> str:
     if len(terms) <= SHOWN_TERMS:
         return " + ".join(terms)
     return " + ".join(terms[: SHOWN_TERMS - 1]) + f" + … ({len(terms)} terms)"
-
-
-# Every gradient by hand against autograd's.
-
-BOUNDS = {"float32": 1e-4, "float64": 1e-9}
-"""Largest relative error; in float32 also up to 8 times autograd's own error against float64, whichever is larger."""
-
-_WITHOUT_Z = {"dA": "(s X B)ᵀ @ dlora_o1", "dB": "s Xᵀ @ (dlora_o1 @ Aᵀ)"}
-"""Formulas in a table that has no line for z, which the original script does not name."""
-
-
-@dataclass(frozen=True)
-class CheckRow:
-    """One comparison with autograd."""
-
-    part: str  # `base` or `lora`
-    epoch: int  # counted from 0; before its update
-    name: str
-    formula: str
-    shape: tuple[int, ...]
-    exact: bool  # every element equal
-    approximate: bool  # every element within torch.allclose's tolerances
-    largest_difference: float  # over all elements
-    relative_error: float  # ‖by hand − autograd‖ / ‖autograd‖
-    passed: bool
-
-    def as_json(self) -> dict[str, object]:
-        """The row as JSON takes it: a difference that is not finite is null."""
-        return {name: finite_or_none(value) for name, value in asdict(self).items()}
-
-
-def check_gradients(training: BaseTraining | AdapterTraining, points: Points, part: str, epoch: int) -> list[CheckRow]:
-    """Compare a part's gradients with autograd's at the same numbers, after `training.backward()`."""
-    dtype = torch.from_numpy(points.y).dtype
-    theirs = autograd_gradients(training, points, dtype)
-    truth = theirs if dtype == torch.float64 else autograd_gradients(training, points, torch.float64)
-    rows = []
-    for by_hand in backward_by_hand(training, points):
-        name, key = by_hand.name, "loss" if by_hand.name == "dL" else by_hand.name[1:]
-        if name == "dz":  # which the original script does not name
-            continue
-        found = compare(name, torch.tensor(by_hand.value), theirs[key])
-        measured = found.shape, found.exact, found.approximate, found.largest_difference, found.relative_error
-        bound = max(BOUNDS[points.y.dtype.name], 8 * relative_error(theirs[key], truth[key]))
-        formula = _WITHOUT_Z.get(name, by_hand.formula)
-        rows.append(CheckRow(part, epoch, name, formula, *measured, passed=found.relative_error <= bound))
-    return rows
-
-
-def autograd_gradients(
-    training: BaseTraining | AdapterTraining, points: Points, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """∂L/∂name for every name of a part: l0w, l0bias, l2w, …, o1, o2, …, outputs, diff, squared_diff, o_seven, loss.
-
-    In part 2 lora_w, lora_o1, h and the original's A = lora_Bᵀ and B = lora_Aᵀ in place of the weights. This is the
-    original script's forward pass, line by line, for autograd to differentiate. It shares no code with the loops of
-    `training.py`; the low-rank product is formed here, as in the original.
-    """
-
-    def leaf(array: FloatArray, trained: bool = True) -> Tensor:
-        return torch.tensor(array, dtype=dtype, requires_grad=trained)
-
-    network, adapted = training.network, isinstance(training, AdapterTraining)
-    named = {f"l{2 * number}w": leaf(weight, not adapted) for number, weight in enumerate(network.weights)}
-    named["l0bias"] = leaf(network.bias, not adapted)
-    x = leaf(points.x, adapted)  # so that o1 has a gradient, though its weight is frozen
-    named["o1"] = x @ named["l0w"].T
-    if isinstance(training, AdapterTraining):
-        named["A"], named["B"] = leaf(training.lora_B.T), leaf(training.lora_A.T)
-        named["lora_w"] = training.scaling * named["B"] @ named["A"]
-        named["lora_o1"] = x @ named["lora_w"]
-        named["h"] = named["o1"] + named["lora_o1"]
-    named["o2"] = named["h" if adapted else "o1"] + named["l0bias"]
-    named["o3"] = torch.relu(named["o2"])
-    last = 2 * len(network.weights) - 2
-    for number in range(2, last, 2):
-        named[f"o{number + 2}"] = named[f"o{number + 1}"] @ named[f"l{number}w"].T
-        named[f"o{number + 3}"] = torch.relu(named[f"o{number + 2}"])
-    named["outputs"] = named[f"o{last + 1}"] @ named[f"l{last}w"].T
-    named["diff"] = named["outputs"] - leaf(points.y, trained=False)
-    named["squared_diff"] = named["diff"] ** 2
-    named["o_seven"] = named["squared_diff"].sum(0)
-    named["loss"] = named["o_seven"] / len(points.y)
-    wanted = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-    gradients = torch.autograd.grad(named["loss"].sum(), list(wanted.values()))
-    return dict(zip(wanted, gradients, strict=True))
