@@ -30,11 +30,11 @@ Ctrl-C          stop the answer
 
 
 def chat_command(options: ChatOptions) -> None:
-    """Talk until Ctrl-D, /exit or the end of what is piped in.
+    """Hold a conversation until Ctrl-D, /exit or the end of standard input.
 
     Raises:
         UsageError: an option is out of range, or the model has no chat template.
-        DataError: what is piped in is not UTF-8.
+        DataError: standard input is not UTF-8.
         ArtifactError: model and adapter cannot be read, or do not belong together.
     """
     options.validate()
@@ -50,7 +50,7 @@ def chat_command(options: ChatOptions) -> None:
         show_notes(loaded.missing_system(options.template.system))
         interactive = sys.stdin.isatty()
         if interactive:
-            say(f"{options.model.model}; /help lists what can be typed, Ctrl-D leaves")
+            say(f"{options.model.model}; /help lists the commands, Ctrl-D leaves")
             with suppress(ImportError):
                 import readline  # noqa: F401 - gives input() its line editing and history
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -92,10 +92,10 @@ def _talk(conversation: Conversation, interactive: bool) -> None:
 
 @dataclass
 class Voice:
-    """One that answers: the base model or the adapted one, each with the conversation as it went for that one."""
+    """The base model or the adapted one, with its own history of the conversation."""
 
-    label: str | None = None  # printed above its answers; None where it is the only one
-    begin: Callable[[], None] = lambda: None  # makes the model compute as this voice does
+    label: str | None = None  # heading of its answers; None if it is the only voice
+    begin: Callable[[], None] = lambda: None  # attaches or detaches the adapter
     messages: list[Message] = field(default_factory=list)  # system, user and assistant turns so far
 
 
@@ -105,22 +105,22 @@ def _print_note(text: str) -> None:
 
 @dataclass(eq=False)
 class Conversation:
-    """The messages so far, and what a typed line does to them."""
+    """The messages of a conversation, and the commands that a user can type."""
 
     session: GenerationSession
-    sampling: SamplingOptions  # how tokens are chosen; every turn goes on with the next seed
+    sampling: SamplingOptions  # sampling of the first turn; each later turn has the next seed
     _: KW_ONLY
-    system: str | None = None  # the system message, None for the template's own
-    voices: Sequence[Voice] = field(default_factory=lambda: [Voice()])  # who answers every turn, one after the other
-    write: Callable[[str], None] = write_answer  # given the answers' text
-    tell: Callable[[str], None] = _print_note  # given everything else
+    system: str | None = None  # the system message; None for the template's own
+    voices: Sequence[Voice] = field(default_factory=lambda: [Voice()])  # models that answer every turn, in this order
+    write: Callable[[str], None] = write_answer  # receives the text of the answers
+    tell: Callable[[str], None] = _print_note  # receives everything else
 
     def __post_init__(self) -> None:
         self._turns = 0
         self._reset()
 
     def take(self, line: str) -> bool:
-        """Do what a typed line says; False when it says to leave."""
+        """Run a typed command, or send a message. Return False if the line ends the conversation."""
         word, _, rest = line.strip().partition(" ")
         if not line.strip():
             return True
@@ -146,7 +146,7 @@ class Conversation:
             voice.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def say(self, text: str) -> None:
-        """Every voice answers this message, whatever it begins with."""
+        """Send a message to every voice; a leading slash has no meaning."""
         sampling = replace(self.sampling, seed=(self.sampling.seed + self._turns) % 2**63)
         self._turns += 1
         for voice in self.voices:
@@ -157,10 +157,10 @@ class Conversation:
 
     def _answer(self, messages: list[Message], text: str, sampling: SamplingOptions) -> None:
         messages.append({"role": "user", "content": text})
-        said: list[str] = []
+        pieces: list[str] = []
 
         def on_text(piece: str) -> None:
-            said.append(piece)
+            pieces.append(piece)
             self.write(piece)
 
         try:
@@ -171,14 +171,14 @@ class Conversation:
             self.tell("stopped")
         except BackhandError as error:
             messages.pop()
-            self.tell(f"error: {error}\n  (/reset begins anew)")
+            self.tell(f"error: {error}\n  (/reset starts again)")
             return
         else:
             self.write("\n")
             if answer.finish_reason == "length":
                 self.tell(f"cut off after {answer.tokens} tokens")
-        if said:
-            messages.append({"role": "assistant", "content": "".join(said)})
+        if pieces:
+            messages.append({"role": "assistant", "content": "".join(pieces)})
         else:
-            # An answer of nothing: two user turns in a row are what some templates refuse.
+            # After an empty answer, the next message would make two user turns in a row, which some templates refuse.
             messages.pop()

@@ -30,7 +30,7 @@ STDIN = "-"
 
 
 def generate_command(options: GenerateOptions) -> None:
-    """Answer a prompt on standard output, or every row of a file; everything else goes to standard error.
+    """Answer a prompt on standard output, or every row of a file. Everything else goes to standard error.
 
     Raises:
         UsageError: an option is out of range, or `output` exists.
@@ -50,7 +50,7 @@ def generate_command(options: GenerateOptions) -> None:
         if not prompt.strip():
             raise DataError("the prompt is empty", where="standard input", next_step="pipe a text into the command")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character shows another one; the answer goes on.
+        # A character that the terminal's encoding does not have must not end the answer.
         sys.stdout.reconfigure(errors="replace")
     one = prompt is not None
     with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
@@ -80,10 +80,10 @@ def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -
 
 
 def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSession) -> Labels:
-    """Those that answers are to be chosen from; nothing where they are free.
+    """Return the labels to choose answers from; empty if answers are free text.
 
     Raises:
-        UsageError: they are to be the adapter's, and its record names none; or the model cannot answer with one.
+        UsageError: `auto` is given and the adapter's record has no labels, or a label does not fit the model.
     """
     names = options.answer.labels
     if names != (AUTO,):
@@ -103,10 +103,16 @@ def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSe
 def _answer_one(
     session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions, labels: Labels, who: str = ""
 ) -> None:
-    """An answer as it comes; or the most probable label, and on standard error how probable each of them is.
+    """Write one answer while it is generated, or the most probable label.
+
+    The probabilities of all labels go to standard error.
 
     Args:
-        who: stands before the probabilities, of which there are two lines where models are compared.
+        session: the model.
+        prompt_ids: tokens of the prompt.
+        options: all options of the command.
+        labels: the labels to choose from; empty for free text.
+        who: prefix of the line of probabilities, which names the model when two are compared.
     """
     if labels:
         session.check(prompt_ids, PROMPT, longest_label(labels))
@@ -127,11 +133,11 @@ def _answer_one(
 
 
 def check_output(options: AnswerOptions) -> None:
-    """Whether `output` can be written, before anything is loaded; its directory is made if need be.
+    """Check that `output` can be written, before anything is loaded, and create its directory.
 
     Raises:
-        UsageError: it exists and is not to be overwritten, or is no plain file.
-        ResourceError: its directory cannot be made.
+        UsageError: it exists and --overwrite is not given, or it is not a plain file.
+        ResourceError: its directory cannot be created.
     """
     output = options.output
     if output is None:
@@ -142,16 +148,17 @@ def check_output(options: AnswerOptions) -> None:
         raise UsageError(
             f"{output} exists", where="output", next_step="name another file, or replace this one with --overwrite"
         )
-    replaceable_mode(output)  # now, and not when all answers are there
+    replaceable_mode(output)  # raises now instead of after all answers
     make_directory(output.parent)
 
 
 def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     """Answer every row of `data` and write a line for each: prompt, reference, completion and finish_reason.
 
-    `prompt` is the text as the model saw it, `reference` the row's own last reply or null. With `labels`, `completion`
-    is one of them, and in place of finish_reason stand its `probability` and the `probabilities` of all. With
-    `compare`, `base` and `adapted` hold what is there otherwise. The file appears when all answers are there.
+    `prompt` is the text that the model receives, `reference` the row's own last reply or null. With `labels`,
+    `completion` is a label, and the line has its `probability` and the `probabilities` of all labels instead of
+    `finish_reason`. With `compare`, `base` and `adapted` hold the answers of the two models. The file is written after
+    the last answer.
 
     Raises:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
@@ -162,7 +169,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     )
     session = GenerationSession(loaded, options.template)
     labels = _labels(options, loaded, session)
-    # A prompt that leaves no room for an answer is a bad row of this model, as a malformed one is of any.
+    # A prompt without room for an answer counts as a bad row, like a malformed one.
     bad = BadRows(options.rows.skip_bad)
     prompts: list[Prompt] = []
     for prompt in read:
@@ -226,14 +233,15 @@ def _answers(
 
 
 def read_text(read: Callable[[], str], what: str) -> str:
-    """What `read` takes from standard input.
+    """Read a text from standard input.
 
     Args:
-        read: may raise UnicodeDecodeError, or let bytes through as lone surrogates: Python does the one or the other
-            as the locale says.
+        read: reads it; depending on the locale, Python raises UnicodeDecodeError or returns lone surrogates for bytes
+            that are not valid.
+        what: noun phrase for the error.
 
     Raises:
-        DataError: it is not UTF-8.
+        DataError: the text is not UTF-8.
     """
     try:
         text = read()
@@ -247,6 +255,6 @@ def read_text(read: Callable[[], str], what: str) -> str:
     raise DataError(
         f"{what} is not UTF-8",
         where="standard input",
-        why=f"byte 0x{byte:02x} in it is none of UTF-8",
+        why=f"it contains the byte 0x{byte:02x}, which is not valid there",
         next_step="convert it first, for example with iconv -f latin1 -t utf-8",
     )

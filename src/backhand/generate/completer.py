@@ -1,7 +1,7 @@
-"""What sampling, chat and evaluation see of a model: prompts in, tokens out one by one, and the losses of texts.
+"""The interface of a model for sampling, chat and evaluation: completion of prompts, and losses of texts.
 
-Tokens are chosen, and answers ended, by the caller. The decoder engine as such a model remembers the last single
-prompt's keys and values.
+The caller chooses each token and decides when an answer is complete. `EngineCompleter` implements the interface for the
+decoder engine, and keeps the keys and values of the last single prompt.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from backhand.nn.decoder.decoding import IncrementalDecoder
 from backhand.nn.decoder.kv_cache import bytes_per_token, state_bytes
 
 Choose = Callable[[Sequence[int], Tensor], Sequence[int]]
-"""(numbers of prompts, their logits (prompts, vocab)) → the next token of each."""
+"""Maps numbers of prompts and their logits, (prompts, vocab), to the next token of each."""
 
 Finished = Callable[[int, int], bool]
-"""(number of a prompt, its new token) → whether its answer is complete; called once a token, in order."""
+"""Maps the number of a prompt and its new token to True if its answer is complete; called once per token, in order."""
 
 
 def require_finite(logits: Tensor) -> None:
-    """Raise CheckError where no token can be chosen: NaN or infinity among the logits (prompts, vocab)."""
+    """Raise CheckError if no token can be chosen because logits, (prompts, vocab), hold NaN or infinity."""
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         raise CheckError(
             "the model computes NaN or infinity",
@@ -41,30 +41,30 @@ def require_finite(logits: Tensor) -> None:
 
 
 class LanguageModel(Protocol):
-    """What tells how probable texts are."""
+    """A model that computes losses of texts."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives and where batches must be."""
+        """Device of the model and of its batches."""
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether documents of a batch may share what they begin with."""
+        """True if documents of a batch may share prefixes."""
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document in the batch's order, without gradients."""
+        """Compute (supervised tokens,) losses in nats, in the batch's order of documents, without gradients."""
 
 
 class Completer(LanguageModel, Protocol):
-    """A language model that continues prompts. The decoder engine and the transformers fallback both are one."""
+    """A language model that continues prompts: the decoder engine, or transformers."""
 
     @property
     def context_tokens(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Maximum number of tokens of a prompt and its answer together."""
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that a prompt may hold: ids below this."""
+        """Number of token ids that a prompt may contain."""
 
     def complete(
         self,
@@ -75,24 +75,28 @@ class Completer(LanguageModel, Protocol):
         max_new_tokens: int,
         batch_rows: int = 64,
     ) -> None:
-        """Continue every prompt until `finished` says so, or for `max_new_tokens`.
+        """Continue every prompt until `finished` returns True, or for `max_new_tokens`.
 
         Args:
             prompts: token ids, at least one each.
+            choose: chooses the next tokens.
+            finished: receives every new token, and decides whether the answer is complete.
+            max_new_tokens: maximum number of tokens per answer.
+            batch_rows: maximum number of prompts computed together.
         """
 
     def use_adapter(self, wanted: bool) -> None:
-        """Be the adapted model, as at first, or the base model. Raises ValueError if there is no adapter to use."""
+        """Compute with or without the adapter; initially with it. Raises ValueError if there is none."""
 
 
 class EngineCompleter:
     """A `Completer` over a decoder.
 
-    A single prompt that begins like the one before, as every turn of a conversation does, is computed from where the
-    two part; where a layer has a state in the place of keys and values, only if it begins with all of the one before.
+    A single prompt reuses the keys and values of the tokens that it has in common with the previous one, as every turn
+    of a conversation does. If a layer has a recurrent state, the prompt must continue all of the previous one.
 
     Args:
-        decoder: base weights, with the adapter, if any, attached.
+        decoder: the base model; an adapter, if any, is attached to it.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -101,15 +105,15 @@ class EngineCompleter:
         self.context_tokens, self.vocab_size = decoder.config.max_position_embeddings, decoder.config.vocab_size
         self._lora = decoder.lora
         self._state: IncrementalDecoder | None = None
-        # What the cache holds; behind the cache's own length it may be ahead of it, after an interruption.
-        self._seen: list[int] = []
+        # Tokens in the cache. After an interruption the list may be longer than the cache.
+        self._cached_ids: list[int] = []
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats; see `LanguageModel`."""
+        """Compute (supervised tokens,) losses in nats."""
         return self.decoder.token_losses(batch)
 
     def use_adapter(self, wanted: bool) -> None:
-        """Be the adapted model or the base model. Raises ValueError if there is none to use."""
+        """Attach or detach the adapter. Raises ValueError if there is none."""
         self._state = None
         if not wanted:
             self.decoder.detach()
@@ -127,7 +131,7 @@ class EngineCompleter:
         max_new_tokens: int,
         batch_rows: int = 64,
     ) -> None:
-        """Continue every prompt; see `Completer`."""
+        """Continue every prompt; a single one with the cache of the previous call."""
         if len(prompts) == 1:
             self._complete_one(prompts[0], choose, finished, max_new_tokens)
         else:
@@ -137,23 +141,23 @@ class EngineCompleter:
 
     def _complete_one(self, prompt: Sequence[int], choose: Choose, finished: Finished, max_new_tokens: int) -> None:
         if self._state is None:
-            self._state, self._seen = IncrementalDecoder(self.decoder), []
+            self._state, self._cached_ids = IncrementalDecoder(self.decoder), []
             self._state.cache.add_rows(1)
         state, cache = self._state, self._state.cache
-        kept = cache.truncate(0, _shared(self._seen[: cache.lengths[0]], prompt[:-1]))
-        self._seen = list(prompt)
+        kept = cache.truncate(0, _common_prefix(self._cached_ids[: cache.lengths[0]], prompt[:-1]))
+        self._cached_ids = list(prompt)
         logits = state.extend([0], [prompt[kept:]])
         for answered in range(1, max_new_tokens + 1):
             (token,) = choose([0], logits)
             if finished(0, token) or answered == max_new_tokens:
                 return
-            self._seen.append(token)
+            self._cached_ids.append(token)
             logits = state.step([token])
 
 
-# Keys, values and states of all rows together stay about below this, as long as one row does.
+# Approximate limit of the keys, values and states of all rows together. One row may exceed it.
 CACHE_BYTES = 1 << 30
-# A prefix that all prompts share is computed once if it has at least so many tokens.
+# Fewest tokens of a prefix of all prompts that is computed only once.
 SHORTEST_SHARED_PREFIX = 16
 
 
@@ -169,13 +173,19 @@ def complete_batch(
 ) -> None:
     """Continue every prompt; see `Completer.complete`.
 
-    A row's logits do not depend on the others but for rounding: no padding, no mask that spans rows. Equal prompts that
-    stand side by side are computed once, and their keys and values are there once, as long as one of their rows is in
-    use; where a layer has a state, only those that begin together.
+    The logits of a row depend on the other rows only through rounding: there is no padding and no mask across rows.
+    Neighbouring prompts that are equal are computed once. Their keys and values are stored once while a row uses them.
+    If a layer has a recurrent state, this holds only for prompts that start at the same time.
 
     Args:
-        as_trained: logits as the training pass computes them, in the compute dtype; what different prompts begin with
-            is then computed for each.
+        decoder: the model.
+        prompts: token ids, at least one each.
+        choose: chooses the next tokens.
+        finished: receives every new token, and decides whether the answer is complete.
+        max_new_tokens: maximum number of tokens per answer.
+        batch_rows: maximum number of prompts computed together.
+        as_trained: compute logits as the training pass does, in the compute dtype. Common prefixes of different prompts
+            are then computed for each prompt.
     """
     if prompts and max_new_tokens > 0:
         _Batch(decoder, prompts, choose, finished, max_new_tokens, batch_rows, as_trained).run()
@@ -194,17 +204,18 @@ class _Batch:
     def __post_init__(self) -> None:
         decoder, prompts = self.decoder, self.prompts
         self.shared = None if self.as_trained else _shared_prefix(decoder, prompts)
-        # Neighbours of like length cost the least: equal ones share kernel calls, unequal ones waste masked keys.
+        # Prompts of similar length are computed together: equal lengths share kernel calls, unequal ones mask keys.
         self.waiting = deque(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
         self.in_row: list[int] = []
         self.last_token: list[int] = []
         self.answered: list[int] = []
-        firsts = self._firsts(list(self.waiting))
-        # A prompt's keys and values are there once for all answers to it.
+        firsts = self._group_starts(list(self.waiting))
+        # All answers to a prompt share its keys and values.
         tokens = len(prompts[self.waiting[0]]) / (len(prompts) / len(firsts)) + self.max_new_tokens
-        of_one = tokens * bytes_per_token(decoder.config, decoder.dtype) + state_bytes(decoder.config, decoder.dtype)
-        rows = min(self.batch_rows, len(prompts), max(1, int(CACHE_BYTES / of_one)))
-        # Answers are usually far shorter than they may be: room grows when it is needed.
+        row_bytes = tokens * bytes_per_token(decoder.config, decoder.dtype)
+        row_bytes += state_bytes(decoder.config, decoder.dtype)
+        rows = min(self.batch_rows, len(prompts), max(1, int(CACHE_BYTES / row_bytes)))
+        # Most answers are far shorter than the limit, and the cache grows on demand.
         capacity = sum(len(prompts[self.waiting[place]]) for place in firsts if place < rows)
         capacity += rows * min(self.max_new_tokens, 64)
         head = Decoder.head if self.as_trained else None
@@ -220,7 +231,7 @@ class _Batch:
                 self._take(range(len(self.in_row)), self.state.step(self.last_token))
 
     def _admit(self, count: int) -> None:
-        count -= self._admit_again(count)
+        count -= self._admit_copies(count)
         if count == 0:
             return
         numbers = [self.waiting.popleft() for _ in range(count)]
@@ -232,7 +243,7 @@ class _Batch:
         self.in_row += numbers
         self.last_token += [0] * count
         self.answered += [0] * count
-        firsts = self._firsts(numbers)
+        firsts = self._group_starts(numbers)
         new = [self.prompts[numbers[place]][seen:] for place in firsts]
         logits = self.state.extend([rows[place] for place in firsts], new)
         copies = [end - begin for begin, end in zip(firsts, [*firsts[1:], count], strict=True)]
@@ -241,15 +252,19 @@ class _Batch:
                 self.state.cache.copy_row(self.state.cache, rows[place], rows[place + 1 : place + several])
         self._take(rows, logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0))
 
-    def _admit_again(self, most: int) -> int:
-        """Take in those whose prompt a row in use begins with, but for its last token, which the next step takes."""
+    def _admit_copies(self, most: int) -> int:
+        """Admit waiting prompts that equal the prompt of a row in use, with a copy of its keys and values.
+
+        The last token of the prompt is left to the next step. Return the number of admitted prompts.
+        """
         cache, prompt = self.state.cache, self.prompts[self.waiting[0]]
-        held = [row for row, number in enumerate(self.in_row) if self._alike(number, self.waiting[0])]
-        if not held or any(cache.states):
+        equal_rows = [row for row, number in enumerate(self.in_row) if self._same_prompt(number, self.waiting[0])]
+        if not equal_rows or any(cache.states):
             return 0
-        alike = sum(1 for _ in takewhile(lambda number: self._alike(number, self.in_row[held[0]]), self.waiting))
-        rows = cache.add_rows(min(most, alike))
-        cache.copy_row(cache, held[0], rows)
+        source = self.in_row[equal_rows[0]]
+        equal = sum(1 for _ in takewhile(lambda number: self._same_prompt(number, source), self.waiting))
+        rows = cache.add_rows(min(most, equal))
+        cache.copy_row(cache, equal_rows[0], rows)
         for row in rows:
             cache.truncate(row, len(prompt) - 1)
             self.in_row.append(self.waiting.popleft())
@@ -257,16 +272,16 @@ class _Batch:
             self.answered.append(0)
         return len(rows)
 
-    def _firsts(self, numbers: Sequence[int]) -> list[int]:
-        """At which of these places stands another prompt than at the one before."""
+    def _group_starts(self, numbers: Sequence[int]) -> list[int]:
+        """Return the indices at which the prompt differs from the previous one."""
         neighbours = pairwise(numbers)
-        return [0, *(place for place, pair in enumerate(neighbours, 1) if not self._alike(*pair))]
+        return [0, *(place for place, pair in enumerate(neighbours, 1) if not self._same_prompt(*pair))]
 
-    def _alike(self, one: int, other: int) -> bool:
+    def _same_prompt(self, one: int, other: int) -> bool:
         return self.prompts[one] is self.prompts[other] or self.prompts[one] == self.prompts[other]
 
     def _take(self, rows: Sequence[int], logits: Tensor) -> None:
-        """Choose the next token of these rows, and drop those that are complete with it."""
+        """Choose the next token of these rows, and remove the rows that it completes."""
         tokens = self.choose([self.in_row[row] for row in rows], logits)
         done = []
         for row, token in zip(rows, tokens, strict=True):
@@ -274,7 +289,7 @@ class _Batch:
             self.answered[row] += 1
             if self.finished(self.in_row[row], token) or self.answered[row] >= self.max_new_tokens:
                 done.append(row)
-        # From the last one on, so that the row that takes a place is never one of those still to be dropped.
+        # In descending order, so that the row that moves into a free place is not one that is still to be removed.
         for row in reversed(done):
             moved = self.state.cache.remove(row)
             for values in (self.in_row, self.last_token, self.answered):
@@ -284,7 +299,7 @@ class _Batch:
 
 
 def _shared_prefix(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> IncrementalDecoder | None:
-    """Keys and values of what all prompts begin with, None if that is too short to be worth it."""
+    """Compute keys and values of the common prefix of all prompts, or return None if it is too short."""
     length = shared_length(prompts)
     if len(prompts) < 2 or length < SHORTEST_SHARED_PREFIX:
         return None
@@ -294,13 +309,13 @@ def _shared_prefix(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> Increm
 
 
 def shared_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, leaving each at least one of its own."""
-    shared = _shared(min(prompts, key=tuple), max(prompts, key=tuple))
+    """Return the length of the common prefix of all prompts, which leaves each at least one token."""
+    shared = _common_prefix(min(prompts, key=tuple), max(prompts, key=tuple))
     return min(shared, min(map(len, prompts)) - 1)
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with."""
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common prefix of two prompts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
@@ -314,14 +329,16 @@ def complete_greedily(
     on_done: Callable[[int], None] | None = None,
     give_up: Callable[[int, Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """The likeliest continuation of every prompt, token by token, up to a stop token, which is left out.
+    """Complete every prompt greedily, up to a stop token, which is not returned.
 
     Args:
-        model: a decoder, with or without an attached adapter, or any other completing model.
+        model: a decoder, with or without an attached adapter, or any other completer.
         prompts: token ids, at least one each.
-        max_new_tokens: at most so many tokens a completion, the stop token among them.
-        on_done: told the number of each prompt when its completion is there.
-        give_up: asked with the number of a prompt and its tokens so far whether the rest is of no interest.
+        max_new_tokens: maximum number of tokens per completion, including the stop token.
+        stop_ids: tokens that end a completion.
+        batch_size: maximum number of prompts computed together.
+        on_done: receives the number of each prompt when it is complete.
+        give_up: receives the number of a prompt and its tokens so far; True ends the completion early.
     """
     completions: list[list[int]] = [[] for _ in prompts]
     stops = frozenset(stop_ids)

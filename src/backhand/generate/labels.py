@@ -1,14 +1,13 @@
-"""Answers that are one of a few labels: which these are, and how probable a model holds each.
+"""Answers that are one of a few labels: finding the labels, and their probabilities under a model.
 
     log p(label | prompt) = Σ log p(token | all before it),   over the label's tokens and the one that ends the answer
     p(label)              = p(label | prompt) / Σ p(other | prompt) over all labels
 
-The sum is not divided by the number of tokens: it is the probability that the model answers with this label and
-nothing else, so that the p are what sampling would give if all other answers were thrown away. The ending token is in
-it, or `good` would be as probable as all that begins with it.
+The sum is not divided by the number of tokens. It is the log-probability that the model answers with exactly this
+label, so p is the distribution of sampled answers if all other answers are rejected. The sum includes the token that
+ends the answer. Without it, `good` would be as probable as all answers that begin with `good`.
 
-A prompt is computed once for all labels, and what labels begin with in common once for these: the documents of a
-prompt share it (`data.packing`).
+A prompt is computed once for all labels, and so are the first tokens that labels have in common (`data.packing`).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from backhand.nn.batch import pad_to_bucket
 from backhand.words import shorten
 
 Labels = Mapping[str, Sequence[int]]
-"""By its text, stripped, the tokens of each label, the one that ends the answer last."""
+"""Tokens of each label by its stripped text; the last token is the one that ends the answer."""
 
 AUTO, NONE = "auto", "none"
 MOST_LABELS, LONGEST_LABEL, ROWS_A_LABEL = 64, 60, 3
@@ -44,12 +43,15 @@ RULE = (
 def found_labels(
     examples: Iterable[Example], tokenizer: Any, stop_ids: Collection[int], names: Collection[str] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """The labels of rows whose last answers are labels by `RULE`, sorted; none where they are not.
+    """Find the labels of rows whose last answers follow `RULE`, sorted; empty if they do not.
 
-    An answer that was cut before its end is passed over.
+    Answers that were cut before their end are ignored.
 
     Args:
-        names: of labels that are looked for, whatever the rule says.
+        examples: the rows.
+        tokenizer: decodes their answers.
+        stop_ids: tokens that end an answer.
+        names: look for these labels, and ignore the rule.
     """
     counts: Counter[tuple[int, ...]] = Counter()
     for example in examples:
@@ -61,7 +63,7 @@ def found_labels(
         if stop is not None:
             counts[tuple(ids[: stop + 1])] += 1
     labels: dict[str, tuple[int, ...]] = {}
-    for answer, _ in counts.most_common():  # of two ways to write a label, the usual one
+    for answer, _ in counts.most_common():  # if a label is tokenized in two ways, the frequent one
         labels.setdefault(str(tokenizer.decode(answer[:-1], skip_special_tokens=True)).strip(), answer)
     if names:
         return {name: labels[name] for name in names if name in labels}
@@ -71,7 +73,7 @@ def found_labels(
 
 
 def written_label(renderer: RowRenderer, text: str) -> tuple[int, ...]:
-    """The tokens of a label that no row has; without a chat template a space stands before it."""
+    """Tokenize a label that no row has; without a chat template, it begins with a space."""
     answer = text if renderer.has_template else f" {text}"
     (document,) = renderer.documents(Completion("?", answer, "", None, "labels"))
     example = encode_document(document, renderer.encoder)
@@ -80,10 +82,12 @@ def written_label(renderer: RowRenderer, text: str) -> tuple[int, ...]:
 
 
 def named_labels(names: Sequence[str], known: Labels, renderer: Callable[[], RowRenderer]) -> Labels:
-    """Return the labels of these names, each as it is known, or else as the model's template writes it.
+    """Return the labels of these names: known ones as they are, others as the chat template writes them.
 
     Args:
-        renderer: makes the template's renderer; called once, if a name is not known.
+        names: texts of the labels.
+        known: labels whose tokens are known, from rows or from an adapter's record.
+        renderer: creates a renderer of the chat template; called once, and only if a name is unknown.
     """
     unknown = [name for name in names if name not in known]
     made = renderer() if unknown else None
@@ -92,7 +96,7 @@ def named_labels(names: Sequence[str], known: Labels, renderer: Callable[[], Row
 
 
 def check_labels(labels: Labels, model: Completer) -> None:
-    """Raise UsageError for a label that the model cannot answer with: too long, or of tokens that it does not have."""
+    """Raise UsageError for a label that is longer than the context, or has tokens outside the vocabulary."""
     for name, ids in labels.items():
         if len(ids) >= model.context_tokens:
             raise UsageError(
@@ -116,11 +120,13 @@ def longest_label(labels: Labels) -> int:
 def label_log_probabilities(
     model: Completer, prompts: Sequence[Sequence[int]], labels: Labels, *, batch_rows: int = 16
 ) -> Tensor:
-    """(prompts, labels) log-probabilities in nats, float64, on the CPU, in the order of both.
+    """Return (prompts, labels) log-probabilities in nats, float64, on the CPU.
 
     Args:
+        model: the model.
         prompts: token ids, at least one each.
-        batch_rows: prompts in a pass; where documents share nothing, so many times a prompt with one label.
+        labels: the labels.
+        batch_rows: prompts per pass; without shared prefixes, pairs of a prompt and a label per pass.
 
     Raises:
         CheckError: the model computes NaN or infinity.
@@ -130,23 +136,23 @@ def label_log_probabilities(
     parts = [endings[start : start + together] for start in range(0, len(endings), together)]
     units = [(number, part) for number in range(len(prompts)) for part in range(len(parts))]
     lengths = [len(prompts[number]) + sum(map(len, parts[part])) for number, part in units]
-    found = torch.zeros(len(units), together, dtype=torch.float64)
+    log_p = torch.zeros(len(units), together, dtype=torch.float64)
     for group in micro_batches(range(len(units)), lengths, max_rows=batch_rows):
-        documents = [_asked(prompts[units[one][0]], ending) for one in group for ending in parts[units[one][1]]]
+        documents = [_document(prompts[units[unit][0]], ending) for unit in group for ending in parts[units[unit][1]]]
         batch = pad_to_bucket(pack(documents, share=model.shares_prefixes)).to(model.device)
         nats = model.token_losses(batch).double().cpu().split(batch.document_tokens)
-        found[group] = -torch.stack([one.sum() for one in nats]).view(len(group), together)
-    require_finite(found)
-    return found.view(len(prompts), len(endings))
+        log_p[group] = -torch.stack([losses.sum() for losses in nats]).view(len(group), together)
+    require_finite(log_p)
+    return log_p.view(len(prompts), len(endings))
 
 
 def choose_labels(model: Completer, prompts: Sequence[Sequence[int]], labels: Labels) -> list[dict[str, float]]:
-    """For each prompt the probability of every label, the most probable first; they sum to 1."""
+    """Return for each prompt the probabilities of all labels, the most probable first. They sum to 1."""
     probabilities = label_log_probabilities(model, prompts, labels).softmax(1).tolist()
     named = (dict(zip(labels, row, strict=True)) for row in probabilities)
     return [dict(sorted(row.items(), key=lambda label: -label[1])) for row in named]
 
 
-def _asked(prompt: Sequence[int], ending: np.ndarray[Any, Any]) -> Example:
+def _document(prompt: Sequence[int], ending: np.ndarray[Any, Any]) -> Example:
     ids = np.concatenate((np.asarray(prompt, dtype=np.int32), ending))
     return Example(ids, np.arange(len(ids)) >= len(prompt), "")

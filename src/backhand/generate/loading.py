@@ -1,4 +1,4 @@
-"""A base model, perhaps with an adapter, ready to complete prompts: by the decoder engine, or by transformers."""
+"""Loading a base model with an optional adapter to complete prompts, in the decoder engine or in transformers."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ from backhand.nn.model_options import BaseModelOptions
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that completes prompts, and what turns text into prompts and back."""
+    """A model that completes prompts, with its tokenizer and the adapter's record."""
 
-    model: Completer  # with the adapter, if one was asked for
+    model: Completer  # with the adapter, if one is given
     tokenizer: Any
     stop_ids: tuple[int, ...]  # tokens that end an answer
-    # what a person should know, a sentence each: which way the model is computed, what the adapter's files say
-    notes: tuple[str, ...] = ()
-    # that the adapter's record names, see `labels`; none where they are no tokens of this model
+    notes: tuple[str, ...] = ()  # sentences for the user about the engine and the adapter's files
+    # labels in the adapter's record; empty if their tokens are not in this model's vocabulary
     labels: Labels = field(default_factory=dict)
-    system: str | None = None  # that all rows had which the adapter was trained on, as its record has it
+    system: str | None = None  # system message of all rows that the adapter was trained on, from its record
 
     def missing_system(self, given: str | None) -> list[str]:
-        """A sentence where the adapter was trained with a system message and none is given, or rows bring others."""
+        """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
         if self.system is None or given is not None:
             return []
         how = system_option(self.system) or f" --system TEXT, its {len(self.system):,} characters are in backhand.json"
@@ -51,15 +50,17 @@ def loaded_model(
     template: TemplateOptions | None = None,
     one_at_a_time: bool = False,
 ) -> Iterator[LoadedModel]:
-    """Load a model, and compute with the options' threads as long as it is used.
+    """Load a model, and compute with the options' threads inside the block.
 
     Args:
-        adapter: directory of an adapter to put on it, or a GGUF file.
-        template: how the model is asked; the adapter's record is held against it. None where the template is not asked.
-        one_at_a_time: whether prompts come one after the other; a quantized base then stays so.
+        options: the base model, device and dtype.
+        adapter: directory of an adapter, or a GGUF file.
+        template: chat template and system message, which are compared with the adapter's record; None if no template
+            is used.
+        one_at_a_time: prompts are completed one by one, so a quantized base stays quantized.
 
     Raises:
-        ArtifactError: model, tokenizer or adapter cannot be read, or do not belong together.
+        ArtifactError: model, tokenizer or adapter cannot be read, or do not fit together.
         UsageError: the device or the template cannot be used.
     """
     device = resolve_device(options)
@@ -67,8 +68,8 @@ def loaded_model(
     with compute_settings(options, resolve_threads(options), dtype, device):
         source = open_model(options.model, quantize=options.quantize)
         tokenizer = source.tokenizer()
-        asked, pickle = template or TemplateOptions(), options.allow_pickle
-        checks: dict[str, Any] = {"chat_template": read_template(asked.chat_template, tokenizer)}
+        used_template, pickle = template or TemplateOptions(), options.allow_pickle
+        checks: dict[str, Any] = {"chat_template": read_template(used_template.chat_template, tokenizer)}
         checks |= {"template_args": template and template.template_args, "force_base": options.force_base}
 
         def by_engine() -> _Loaded:
@@ -103,7 +104,7 @@ def loaded_model(
             model, notes, record = by_transformers()
             reason = error.problems[0] if error.problems else error.what
             notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
-        stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, asked))
+        stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, used_template))
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system

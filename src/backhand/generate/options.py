@@ -1,4 +1,4 @@
-"""What `backhand generate` and `backhand chat` can be told.
+"""Options of `backhand generate` and `backhand chat`.
 
 This file imports no torch: the command line reads the fields and their docstrings for its help.
 """
@@ -50,33 +50,33 @@ LabelNames = Annotated[tuple[Text, ...], Check(_check_labels, "At most 1,000 of 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen, and where the answer ends."""
+    """Sampling, and the end of an answer."""
 
     greedy: bool = False
-    """Always take the likeliest token; nothing is drawn."""
+    """Always choose the most probable token."""
 
     temperature: Annotated[NotNegative, Check(_check_temperature)] = 0.7
-    """Divides the logits before drawing: below 1 likely tokens become likelier, 0 is the same as `greedy`."""
+    """Divide the logits by this before drawing: below 1 probable tokens become more probable; 0 is `greedy`."""
 
     top_p: Annotated[float, Bound(above=0, at_most=1)] = 0.95
-    """Draw only from the likeliest tokens that together reach this probability; 1 draws from all."""
+    """Draw only from the most probable tokens that together reach this probability; 1 draws from all tokens."""
 
     top_k: Count | None = None
-    """Draw only from so many likeliest tokens; not given: from all."""
+    """Draw only from this number of most probable tokens; not given: from all tokens."""
 
     seed: Seed = 0
-    """Of the draws. The same seed, model and prompt give the same answer."""
+    """Seed of the random numbers. The same seed, model and prompt give the same answer."""
 
     max_new_tokens: Count = 512
     """Longest answer, in tokens."""
 
     stop: tuple[Annotated[Text, given("a stop string is empty", "leave it out")], ...] = ()
-    """Strings that end the answer, besides the model's own end-of-turn tokens; they are not part of it."""
+    """Strings that end the answer, in addition to the model's own end-of-turn tokens; they are not part of it."""
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """Who answers."""
+    """Adapter and comparison."""
 
     adapter: Path | None = None
     """Adapter on the base model: the directory that training or PEFT wrote, or a GGUF file."""
@@ -85,7 +85,7 @@ class AdapterOptions:
     """Answer with the base model and with the adapter, both labelled."""
 
     def check_compare(self) -> None:
-        """Raise UsageError where there is nothing to compare."""
+        """Raise UsageError if `compare` is given without an adapter."""
         if self.compare and self.adapter is None:
             raise UsageError(
                 "there is nothing to compare the base model with", where="compare", next_step="give --adapter as well"
@@ -93,31 +93,31 @@ class AdapterOptions:
 
 
 def compared_labels(adapter: Path | None) -> tuple[tuple[str, bool], tuple[str, bool]]:
-    """What stands above each of two compared answers, and whether the adapter gives it."""
+    """Return the headings of two compared answers, each with True if the adapter gives the answer."""
     return ("base model", False), (f"with {adapter}", True)
 
 
 @dataclass(frozen=True)
 class AnswerOptions(AdapterOptions):
-    """What is asked, and where the answers go."""
+    """Prompt, labels and output."""
 
     prompt: Text | None = None
-    """What to answer; `-` reads it from standard input. A model without a chat template continues it as it stands. With
-    `data`, a text with columns in braces, `'{subject}\\n{body}'`: the prompt of each row."""
+    """The prompt; `-` reads it from standard input. A model without a chat template continues the text itself. With
+    `data`, a text with columns in braces, such as `'{subject}\\n{body}'`, is the prompt of each row."""
 
     output: Path | None = None
-    """With `data`: JSON Lines file for the answers, one line a row in the order of the rows; not given: standard
+    """With `data`: JSON Lines file for the answers, one line per row in the order of the rows; not given: standard
     output."""
 
     labels: LabelNames = ()
-    """Answer with the most probable of these labels, such as `yes,no`, and tell its probability; nothing is sampled.
-    `auto` takes those that the adapter was trained on."""
+    """Answer with the most probable of these labels, such as `yes,no`, and print its probability; nothing is sampled.
+    `auto` takes the labels that the adapter was trained on."""
 
     overwrite: bool = False
     """Replace the file `output` if it exists."""
 
     batch_rows: Count = 64
-    """With `data`: rows answered at once, fewer where their keys and values would take over a gigabyte."""
+    """With `data`: number of rows answered at once; fewer if their keys and values would exceed a gigabyte."""
 
     quiet: bool = False
     """Print answers and errors only."""
@@ -125,14 +125,14 @@ class AnswerOptions(AdapterOptions):
 
 @dataclass(frozen=True)
 class GenerateOptions(Options):
-    """One answer, or a file of them.
+    """Options of one answer, or of a file of answers.
 
     Attributes:
-        model: the base model and how it is computed.
-        answer: adapter, prompt, where answers go.
-        rows: a whole file of prompts.
-        template: how a prompt becomes a conversation.
-        sampling: how tokens are chosen.
+        model: the base model, device and dtype.
+        answer: adapter, prompt, labels and output.
+        rows: a file of prompts.
+        template: chat template and system message.
+        sampling: sampling of tokens, and the end of an answer.
     """
 
     answer: AnswerOptions = field(default_factory=AnswerOptions)
@@ -164,21 +164,21 @@ class GenerateOptions(Options):
 
 @dataclass(frozen=True)
 class TalkOptions(AdapterOptions):
-    """Who is talked with, and how it begins."""
+    """Adapter and first message."""
 
     prompt: Text | None = None
-    """What to say first; the conversation goes on from the answer."""
+    """The first message; the conversation continues from its answer."""
 
 
 @dataclass(frozen=True)
 class ChatOptions(Options):
-    """A conversation.
+    """Options of a conversation.
 
     Attributes:
-        model: the base model and how it is computed.
-        chat: the adapter, whether the base model answers as well, and the first message.
+        model: the base model, device and dtype.
+        chat: the adapter, the comparison with the base model, and the first message.
         template: chat template and system message.
-        sampling: how tokens are chosen.
+        sampling: sampling of tokens, and the end of an answer.
     """
 
     chat: TalkOptions = field(default_factory=TalkOptions)

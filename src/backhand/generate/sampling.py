@@ -1,17 +1,17 @@
-"""Several answers to each of many prompts, drawn with the log-probability of every token, as training will see it.
+"""Sampling of several answers per prompt, with the log-probability of every token as the training pass computes it.
 
-A token is drawn by inverting the distribution function, from one number of the answer's own generator:
+A token is drawn by inverting the distribution function at one number of the answer's own generator:
 
     token = min {v : Σ_{w ≤ v} p_w > u Σ_w p_w},   p = softmax(z / T),   u uniform in [0, 1)
 
-so an answer is a function of its prompt, its seed and the logits; what is computed beside it decides no more than the
-last bits of these. Logits are those of the training pass, rounded to the compute dtype as there (`Decoder.head`), and
-the temperature is part of the model on both sides (`at_temperature`): with the multiplier γ and the cap κ of a family's
-logits,
+An answer is therefore a function of its prompt, its seed and the logits. Other rows of the batch change at most the
+last bits of the logits. These are the logits of the training pass, rounded to the compute dtype (`Decoder.head`). The
+temperature is part of the model in sampling and in training (`at_temperature`). With the multiplier γ and the cap κ of
+a family's logits:
 
     κ tanh(γ z / κ) / T = κ' tanh(γ' z / κ'),   γ' = γ / T,   κ' = κ / T
 
-Where top-p cuts, tokens are drawn from what is left; the log-probability is that of all tokens, as in training.
+With top-p, tokens are drawn from the remaining ones. The log-probability still refers to all tokens, as in training.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ ROWS_AT_ONCE = 64
 
 @dataclass
 class Sampled:
-    """One answer."""
+    """One sampled answer."""
 
-    tokens: list[int] = field(default_factory=list)  # its ids, the stop token among them
-    log_p: list[float] = field(default_factory=list)  # of each, when it was drawn
-    entropy: float = 0.0  # Σ over its tokens of the entropy of what each was drawn from, in nats
-    stopped: bool = False  # whether it ended with a stop token
+    tokens: list[int] = field(default_factory=list)  # token ids, including the stop token
+    log_p: list[float] = field(default_factory=list)  # log-probability of each token when it was drawn, in nats
+    entropy: float = 0.0  # Σ over the tokens of the entropy of the distribution they were drawn from, in nats
+    stopped: bool = False  # True if the answer ended with a stop token
 
 
 @contextmanager
 def at_temperature(decoder: Decoder, temperature: float) -> Iterator[None]:
-    """Inside, the model is the one whose logits are divided by the temperature, in sampling and in training alike."""
+    """Divide the model's logits by the temperature inside the block, for sampling and for training."""
     config, rule = decoder.config, decoder.config.logits
     cap = None if rule.cap is None else rule.cap / temperature
     decoder.config = replace(config, logits=LogitsRule(rule.scaling / temperature, cap))
@@ -66,16 +66,16 @@ def sample(
     top_p: float = 1.0,
     batch_rows: int = ROWS_AT_ONCE,
 ) -> list[Sampled]:
-    """An answer to every prompt; equal prompts side by side are computed once.
+    """Sample an answer to every prompt. Neighbouring prompts that are equal are computed once.
 
     Args:
-        decoder: at its temperature, with the adapter if one is attached.
+        decoder: the model at its temperature, with the adapter if one is attached.
         prompts: token ids, at least one each.
-        seeds: of each answer.
-        max_new_tokens: at most so many tokens an answer, the stop token among them.
-        stop_ids: that end an answer.
-        top_p: of the likeliest tokens to draw from.
-        batch_rows: answers at once; finished ones leave, and the next prompts take their places.
+        seeds: seed of each answer.
+        max_new_tokens: maximum number of tokens per answer, including the stop token.
+        stop_ids: tokens that end an answer.
+        top_p: total probability of the tokens to draw from.
+        batch_rows: answers sampled at once; finished answers are replaced by the next prompts.
 
     Raises:
         CheckError: the model computes NaN or infinity.
@@ -113,7 +113,7 @@ def sample(
 
 
 class Drawn(NamedTuple):
-    """Tokens of rows, (rows,) int64, their log-probabilities, and the entropies of what they are drawn from."""
+    """Drawn tokens, (rows,) int64, their log-probabilities, and the entropies of their distributions."""
 
     tokens: Tensor
     log_p: Tensor
@@ -124,11 +124,16 @@ _BLOCK = 256
 
 
 def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
-    """A token for each row of logits, (rows, vocab), by its number in [0, 1).
+    """Draw a token for each row of logits, (rows, vocab).
 
-    The log-probability is by the kernel that training takes. With p = softmax(z) and v the token drawn, the entropy is
-    log Σ e^z - Σ p z = z_v - log p_v - Σ p z. The distribution function is summed up over blocks of the vocabulary
-    first, and then within one.
+    The log-probability comes from the kernel that training uses. With p = softmax(z) and the drawn token v, the entropy
+    is log Σ e^z - Σ p z = z_v - log p_v - Σ p z. The distribution function is summed over blocks of the vocabulary
+    first, and then within one block.
+
+    Args:
+        logits: (rows, vocab), any floating dtype.
+        uniform: a number in [0, 1) for each row.
+        top_p: total probability of the tokens to draw from.
     """
     logits = logits.cpu()
     z = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
@@ -144,7 +149,7 @@ def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
     places = block * _BLOCK + torch.arange(_BLOCK)
     inside = e.gather(1, places.clamp(max=e.shape[1] - 1)).double().masked_fill(places >= e.shape[1], 0.0)
     within = torch.searchsorted(inside.cumsum(-1), targets - before, right=True)
-    # Rounding may leave the target behind the last token of its block that has any probability.
+    # By rounding, the target may lie after the last token of its block with any probability.
     likely = (inside > 0).long().mul(torch.arange(_BLOCK)).amax(-1, keepdim=True)
     tokens = (block * _BLOCK + torch.minimum(within, likely)).squeeze(1)
     log_p = -losses_of_logits(logits, tokens)
@@ -152,7 +157,7 @@ def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
 
 
 def _blocks(e: Tensor) -> Tensor:
-    """Sums of (rows, vocab) from the first token to the end of each block, (rows, blocks) float64."""
+    """Return cumulative sums of (rows, vocab) at the end of each block, (rows, blocks) float64."""
     whole = e.shape[1] // _BLOCK * _BLOCK
     sums = e[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
     if whole < e.shape[1]:

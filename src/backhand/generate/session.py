@@ -1,4 +1,4 @@
-"""One model with its tokenizer, template and stop tokens: prompts from text, answers as text, streamed or in bulk."""
+"""A session with one model: it turns text into prompts, and answers into text, streamed or in bulk."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ PROMPT = "prompt"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said."""
+    """An answer of a model."""
 
     text: str  # without control tokens, stop tokens and stop strings
-    tokens: int  # how many were generated, the stop token among them
-    # `stop` where the model or a stop string ended it, `length` where it ran out of tokens
+    tokens: int  # number of generated tokens, including the stop token
+    # `stop` if a stop token or string ended the answer, `length` if it reached the limit of tokens
     finish_reason: Literal["stop", "length"]
 
 
 class GenerationSession:
-    """Asks one model.
+    """A model with its tokenizer, chat template and stop tokens.
 
     Raises:
-        UsageError: the chat template cannot be read, or a system message is given where no template could take it.
+        UsageError: the chat template cannot be read, or a system message is given and there is no template.
     """
 
     def __init__(self, loaded: LoadedModel, template: TemplateOptions | None = None) -> None:
@@ -47,15 +47,15 @@ class GenerationSession:
         self.has_template = self.renderer.has_template
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of one user turn and the beginning of its reply; without a chat template, of the text as it stands.
+        """Return the token ids of one user turn and the start of its reply; without a chat template, of the text.
 
         Raises:
-            DataError: the template refuses it, or nothing of it is left.
+            DataError: the template refuses the text, or the result is empty.
         """
         return self._encode(Completion(prompt, None, "", None, PROMPT))
 
     def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that ends with a user turn, and of the beginning of the reply.
+        """Return the token ids of a conversation that ends with a user turn, and of the start of the reply.
 
         Raises:
             DataError: there is no chat template, or it refuses the conversation.
@@ -68,13 +68,15 @@ class GenerationSession:
         """Answer one prompt.
 
         Args:
-            on_text: given every piece of the answer as soon as it is certain.
+            prompt_ids: token ids of the prompt.
+            options: sampling, and the end of the answer.
+            on_text: receives every piece of the answer as soon as it is certain.
 
         Raises:
             DataError: the prompt leaves no room for an answer.
         """
-        told = None if on_text is None else lambda _, text: on_text(text)
-        return self.answer_all([prompt_ids], options, on_text=told)[0]
+        on_piece = None if on_text is None else lambda _, text: on_text(text)
+        return self.answer_all([prompt_ids], options, on_text=on_piece)[0]
 
     def answer_all(
         self,
@@ -86,11 +88,15 @@ class GenerationSession:
         on_text: Callable[[int, str], None] | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answer prompts, many at once; each is drawn from its own generator, so that the others change nothing.
+        """Answer many prompts at once. Each answer has its own random generator, so it does not depend on the others.
 
         Args:
-            on_text: given (number of the prompt, piece of its answer) as soon as a piece is certain.
-            on_done: given the number of each prompt when its answer is complete.
+            prompts: token ids of each prompt.
+            options: sampling, and the end of an answer.
+            sources: places of the prompts, for errors.
+            batch_rows: maximum number of prompts computed together.
+            on_text: receives (number of the prompt, piece of its answer) as soon as a piece is certain.
+            on_done: receives the number of each prompt when its answer is complete.
 
         Raises:
             DataError: a prompt leaves no room for an answer, or holds tokens that the model does not know.
@@ -107,8 +113,8 @@ class GenerationSession:
         def choose(numbers: Sequence[int], logits: Tensor) -> list[int]:
             require_finite(logits)
             if options.greedy or options.temperature == 0:
-                likeliest: list[int] = logits.argmax(-1).tolist()
-                return likeliest
+                greedy: list[int] = logits.argmax(-1).tolist()
+                return greedy
             rows = zip(numbers, logits, strict=True)
             return [next_token(row_logits, options, generators[number]) for number, row_logits in rows]
 
@@ -135,10 +141,12 @@ class GenerationSession:
         """Check that a prompt can be answered.
 
         Args:
-            answer_tokens: tokens that the shortest possible answer needs room for.
+            prompt: token ids.
+            source: place of the prompt, for errors.
+            answer_tokens: number of tokens that must fit after the prompt.
 
         Raises:
-            DataError: it is empty, leaves no room for an answer, or holds tokens that the model does not know.
+            DataError: it is empty, leaves no room for an answer, or has tokens outside the vocabulary.
         """
         if not len(prompt):
             raise DataError("the prompt is empty", where=source)
@@ -157,12 +165,12 @@ class GenerationSession:
             )
 
     def _room(self, prompt: Sequence[int], max_new_tokens: int) -> int:
-        """Tokens that the answer to a prompt may have."""
+        """Return the maximum number of tokens of the answer to a prompt."""
         return max(0, min(max_new_tokens, self.model.context_tokens - len(prompt)))
 
 
 class _Reply:
-    """One answer as it comes."""
+    """An answer that is being generated."""
 
     def __init__(self, stream: TextStream, room: int) -> None:
         self.stream = stream
@@ -171,7 +179,7 @@ class _Reply:
         self._room = room
 
     def take(self, token: int, stop_ids: frozenset[int]) -> str:
-        """Take a token; return the text that has become certain, and set finish_reason when it was the last one."""
+        """Add a token. Return the text that has become certain, and set finish_reason after the last token."""
         self.tokens += 1
         if token in stop_ids:
             self.finish_reason = "stop"
@@ -185,36 +193,37 @@ class _Reply:
         return text
 
 
-# The next token from logits: greedy, or drawn after temperature, top-k and top-p, from an explicit generator.
+# The choice of the next token: greedy, or drawn from an explicit generator.
 #
-#     z' = z / temperature
-#     top-k:  z'_i ← -∞ unless z'_i is at least the k-th largest (ties with it stay)
-#     top-p:  p = softmax(z'), sorted descending; token i stays while Σ_{j before i} p_j < top_p
-#             [arXiv:1904.09751, §3.1]
-#     draw from softmax of what is left
+# Drawing has the steps of transformers. First, logits are divided by the temperature: z' = z / temperature. Then top-k
+# sets z'_i to -∞ unless it is at least the k-th largest; ties with it stay. Then top-p sorts p = softmax(z') in
+# descending order. Token i stays while Σ_{j before i} p_j < top_p [arXiv:1904.09751, §3.1]. The token is drawn from the
+# softmax of the remaining ones.
 #
-# in this order, which is transformers'. The result depends on logits, settings and generator only.
+# The result depends only on logits, settings and generator.
 
-# The nucleus is looked for among so many likeliest tokens first; sorting a whole vocabulary costs ten times as much.
+# The nucleus is searched in this number of most probable tokens first, because sorting a vocabulary takes ten times as
+# long.
 NUCLEUS_FIRST_LOOK = 256
 
 
 def next_token(logits: Tensor, sampling: SamplingOptions, generator: torch.Generator | None = None) -> int:
-    """Choose a token: the likeliest, the lowest id among equals, if greedy or at temperature 0; else a drawn one.
+    """Choose a token: if greedy or at temperature 0 the most probable one, the lowest id among equals; else draw one.
 
     Args:
         logits: (vocab,), any floating dtype.
-        generator: on the CPU, draws one number of torch.multinomial; only greedy goes without.
+        sampling: temperature, top-k and top-p.
+        generator: draws one number of torch.multinomial on the CPU; not needed if greedy.
     """
     if sampling.greedy or sampling.temperature == 0:
         return int(logits.argmax())
-    # Drawn on the CPU whatever the device, so that a seed means the same everywhere.
+    # Drawn on the CPU, so that a seed gives the same token on every device.
     probabilities = kept_probabilities(logits.float().cpu(), sampling)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def kept_probabilities(logits: Tensor, sampling: SamplingOptions) -> Tensor:
-    """(vocab,) probabilities that the token is drawn from; zero where top-k or top-p cut.
+    """Return the (vocab,) probabilities to draw from, which are 0 for tokens outside top-k or top-p.
 
     Args:
         logits: (vocab,) float32 or float64.
@@ -231,7 +240,7 @@ def kept_probabilities(logits: Tensor, sampling: SamplingOptions) -> Tensor:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The likeliest tokens that together reach top_p, at least one, their probabilities summing to 1 again."""
+    """Keep the most probable tokens that together reach top_p, at least one, and normalise their probabilities."""
     vocab = probabilities.shape[0]
     values, indices = probabilities.topk(min(NUCLEUS_FIRST_LOOK, vocab))
     if float(values.sum()) < top_p:
@@ -244,29 +253,33 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 REPLACEMENT = "\ufffd"
-# Tokens at least that are decoded again to the left of new ones: tokenizers treat the first of a text in their own way.
+# Fewest tokens that are decoded again before new ones, because tokenizers treat the first token of a text differently.
 CONTEXT_TOKENS = 4
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """All tokens to text, control tokens left out, nothing tidied up."""
+    """Decode tokens without control tokens and without cleaning up spaces."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class TextStream:
-    """Tokens in, text out as soon as it is certain; the parts put together are the decoded whole, up to a stop string.
+    """Incremental decoder of tokens that ends at a stop string.
+
+    It returns text as soon as it is certain. All parts together are the decoded tokens, up to the first stop string.
 
     Args:
+        tokenizer: decodes tokens.
         stop: strings that end the text; they are not part of it.
 
     Attributes:
-        stopped: whether a stop string was met; nothing comes after it.
+        text: all text so far.
+        stopped: True after a stop string; no text follows it.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(string for string in stop if string)
-        # Tokens whose text has been given out, in units that each ended with a whole character.
+        # Tokens whose text has been returned, in units that end at character boundaries.
         self._context: list[list[int]] = []
         self._pending: list[int] = []
         self._held = ""
@@ -274,13 +287,13 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Take one token; return the text that has become certain, often "" and sometimes several tokens' worth."""
+        """Add one token. Return the text that has become certain, which may be empty or span several tokens."""
         if self.stopped:
             return ""
         self._pending.append(token_id)
         decoded = self._decode_pending()
         if decoded.endswith(REPLACEMENT):
-            # Perhaps the first bytes of a character whose others are still to come.
+            # These may be the first bytes of a character that later tokens complete.
             return ""
         self._context.append(self._pending)
         self._pending = []
@@ -289,7 +302,7 @@ class TextStream:
         return self._release(decoded, final=False)
 
     def finish(self) -> str:
-        """The end: what was held back, unfinished characters as U+FFFD."""
+        """Return the text that was held back, with incomplete characters as U+FFFD."""
         if self.stopped:
             return ""
         return self._release(self._decode_pending() if self._pending else "", final=True)
@@ -312,7 +325,7 @@ class TextStream:
         return certain
 
     def _possible_stop(self) -> int:
-        """Characters at the end that a stop string may begin with."""
+        """Return the number of characters at the end that may be the start of a stop string."""
         longest = max((len(string) for string in self._stop), default=1) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(string.startswith(self._held[-length:]) for string in self._stop):

@@ -1,8 +1,8 @@
-"""A transformers model as one that completes prompts, for what the decoder engine does not compute.
+"""`Completer` over a transformers model, for models that the decoder engine does not compute.
 
-transformers' own `generate` runs the model, with whatever cache its architecture needs; which token comes next, and
-when an answer is complete, is decided here as everywhere: by a logits processor that leaves the chosen token alone, and
-a stopping criterion. Prompts of equal length share a batch, so that nothing is padded and no architecture needs a mask.
+transformers' `generate` runs the model with the cache that its architecture needs. The caller still chooses each token,
+through a logits processor that masks all other tokens, and ends answers, through a stopping criterion. Prompts of equal
+length share a batch, so no padding and no mask is needed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class TransformersCompleter:
     """A `Completer` over a causal language model of transformers.
 
     Args:
-        model: in evaluation mode; its generation settings are replaced, so that nothing but the caller's choice counts.
-        adapter: injected into it, or None.
+        model: the model in evaluation mode; its generation settings are replaced by neutral ones.
+        adapter: the adapter that is injected into the model, or None.
 
     Attributes:
-        shares_prefixes: no: each document goes through transformers whole.
+        shares_prefixes: False; transformers computes each document separately.
     """
 
     shares_prefixes = False
@@ -52,18 +52,18 @@ class TransformersCompleter:
         model.generation_config = GenerationConfig()
 
     def use_adapter(self, wanted: bool) -> None:
-        """Be the adapted model or the base model. Raises ValueError if there is no adapter to use."""
+        """Compute with or without the adapter. Raises ValueError if there is none."""
         if wanted and self.injected is None:
             raise ValueError("there is no adapter")
         self._use_adapter, self._pads = wanted, None
 
-    def _as_wanted(self) -> AbstractContextManager[None]:
+    def _adapter_state(self) -> AbstractContextManager[None]:
         return nullcontext() if self._use_adapter or self.injected is None else self.injected.disabled()
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats; see `completer.LanguageModel`."""
-        with self._as_wanted():
+        """Compute (supervised tokens,) losses in nats."""
+        with self._adapter_state():
             return batch.per_document(concat_losses(supervised_losses(self.model, batch, self._may_pad), self.device))
 
     def _may_pad(self) -> bool:
@@ -80,11 +80,11 @@ class TransformersCompleter:
         max_new_tokens: int,
         batch_rows: int = 64,
     ) -> None:
-        """Continue every prompt; see `completer.Completer`."""
+        """Continue every prompt, in batches of equal length."""
         if max_new_tokens < 1:
             return
         by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        with self._as_wanted():
+        with self._adapter_state():
             for _, group in groupby(by_length, key=lambda number: len(prompts[number])):
                 numbers = list(group)
                 for start in range(0, len(numbers), batch_rows):
@@ -101,7 +101,7 @@ class TransformersCompleter:
         done = [False] * len(numbers)
 
         def leave_chosen(_input_ids: Tensor, scores: Tensor) -> Tensor:
-            """(rows, vocab) scores, -∞ but for the chosen token of each row still going on, 0 for the others."""
+            """Return (rows, vocab) scores that leave only the chosen token of each unfinished row."""
             going_on = [row for row, over in enumerate(done) if not over]
             tokens = choose([numbers[row] for row in going_on], scores[going_on])
             result = torch.full_like(scores, float("-inf"))
@@ -112,7 +112,7 @@ class TransformersCompleter:
             return result
 
         def complete(input_ids: Tensor, _scores: object, **_: object) -> Tensor:
-            """(rows,) booleans: whose answer is complete with its newest token."""
+            """Return (rows,) booleans: True if the answer is complete with its newest token."""
             for row, token in enumerate(input_ids[:, -1].tolist()):
                 done[row] = done[row] or finished(numbers[row], token)
             return torch.tensor(done, device=input_ids.device)
