@@ -198,7 +198,7 @@ test-mps: $(VENV)/.test $(VENV)/.model
 	HF_HUB_OFFLINE=1 $(BIN)/backhand train --device mps --model smollm2-135m --data docs/recipes/tickets.jsonl \
 		--eval-data docs/recipes/tickets_held_out.jsonl --output runs/mps --overwrite
 
-# Hostile files of seven kinds, drawn from numbers, each read by a command in a child with limits; what fails is kept.
+# Hostile files, drawn from numbers, each read by a command in a child with limits; the files of failures are kept.
 # A minute on two cores; an hour by hand: make fuzz FUZZ_ARGS='--seconds 3600'. Linux alone.
 fuzz: $(VENV)/.test kernels
 	@PYTHONPATH=tests HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \

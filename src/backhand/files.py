@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backhand.errors import BackhandError, ResourceError, UsageError
-from backhand.system import PLAIN, open_unnamed, sync_directory
+from backhand.system import NO_WAIT, PLAIN, open_unnamed, sync_directory
 
 _WRITE_BYTES = 1 << 24
 
@@ -37,8 +37,8 @@ class FileLayer:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o666)
 
     def open_to_append(self, path: Path) -> int:
-        """Open a file for appending, creating it if need be; return its descriptor."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | PLAIN, 0o666)
+        """Open a file for appending, creating it if need be; return its descriptor. A pipe is not waited for."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | PLAIN, 0o666)
 
     def open_unnamed(self, directory: Path) -> int:
         """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
@@ -190,8 +190,8 @@ def taking_directory(path: Path) -> Iterator[None]:
         raise kind(f"{path} cannot hold a run", where="output", why=why, next_step=step) from error
 
 
-# EINVAL is what `reading.open_plain` raises for a pipe or a device.
-_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL)
+# For a pipe, `reading.open_plain` raises EINVAL, and `FileLayer.open_to_append` ENXIO.
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO)
 
 
 def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: str) -> BackhandError:

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fuzz import kinds as file_kinds
+from fuzz import read_back
 from fuzz.child import Attempt, run_attempts
 from fuzz.kinds import World, lay_out, make_world
 from fuzz.searches import make_search, search_case, yaml_case
 
-KINDS = {**file_kinds.KINDS, "search": search_case, "yaml": yaml_case}
+KINDS = {**file_kinds.KINDS, **read_back.KINDS, "search": search_case, "yaml": yaml_case}
 AT_ONCE = 56
 """Cases in one child."""
 
@@ -66,6 +67,7 @@ def _warm_up(world: World, place: Path) -> None:
 
     os.chdir(place)
     make_search(world)
+    read_back.make_files(world)
     for words in (
         ["lint", "--model", str(world.model), "--data", str(world.rows)],
         ["inspect", str(world.adapter)],

@@ -136,9 +136,12 @@ def test_other_settings_and_damage_are_refused(tiny: TinyRun, tmp_path: Path) ->
     other = replace(chosen, optimization=replace(chosen.optimization, learning_rate=1e-4))
     with pytest.raises(UsageError, match="other settings"):
         run_sweep(other, source, tmp_path / "sweep")
-    (tmp_path / "sweep" / row.point.name / "result.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="damaged"):
-        run_sweep(chosen, source, tmp_path / "sweep")
+    path = tmp_path / "sweep" / row.point.name / "result.json"
+    whole = json.loads(path.read_text())
+    for damaged in ({}, [], {**whole, "eval_loss": None}, {**whole, "train_s": "1"}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ArtifactError, match="damaged"):
+            run_sweep(chosen, source, tmp_path / "sweep")
 
 
 def test_held_out_rows_may_be_a_share_or_must_be_somewhere(tiny: TinyRun, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -208,3 +209,14 @@ def test_a_link_for_a_checkpoint_is_never_written_through(tiny: TinyRun, tmp_pat
     assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "nowhere").exists()
     with pytest.raises(UsageError, match="holds a run already"):
         train(config)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX alone has named pipes")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "proofs.jsonl"])
+def test_a_pipe_instead_of_a_file_of_lines_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    with opened(tmp_path / "run", resume=False, overwrite=False) as directory:
+        os.mkfifo(tmp_path / "run" / name)
+        with pytest.raises(UsageError, match="cannot be saved"):
+            directory.append(name, {"step": 1})
+        with pytest.raises(OSError, match="a pipe, not a plain file"):
+            directory.lines(name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from backhand.adapters.config import LoRAConfig, parse_modules
 from backhand.adapters.targets import resolve_adapter
@@ -33,7 +33,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.options.config_file import dump_config
-from backhand.reading import read_settings
+from backhand.reading import read_json
 from backhand.runs.directory import CONFIG
 from backhand.training.run import train
 
@@ -191,6 +191,16 @@ def _train_and_evaluate(options: PaperOptions, config: TrainConfig, held_out: Ev
     }
 
 
+class _Result(TypedDict):
+    """The contents of result.json, but for the point."""
+
+    settings: str
+    base_eval_loss: float | None
+    eval_loss: float
+    exact_match: float | None
+    train_s: float
+
+
 def _read_result(path: Path, settings: str) -> dict[str, Any] | None:
     """Return the results of a finished point, or None if there are none.
 
@@ -199,13 +209,12 @@ def _read_result(path: Path, settings: str) -> dict[str, Any] | None:
         ArtifactError: if the file is damaged.
     """
     try:
-        stored = json.loads(read_settings(path))
-        done = {name: stored[name] for name in MEASURED}
+        stored: Mapping[str, Any] = read_json(path, _Result)
         if stored["settings"] == settings:
-            return done
+            return {name: stored[name] for name in MEASURED}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         next_step = "remove its directory, so that the run is repeated"
         raise ArtifactError("the result file is damaged", where=str(path), next_step=next_step) from None
     raise UsageError(
