@@ -328,21 +328,21 @@ def test_threads_of_the_program_have_rooms_of_their_own(dtype):
 
 
 def test_the_room_grows_as_it_must_and_is_given_back(dtype, monkeypatch):
-    monkeypatch.setattr(module, "_KEPT", module._Kept())
+    monkeypatch.setattr(module, "_WORKSPACE", module._Workspace())
     small, large = problem(9, 33, 40, dtype), problem(70, 300, 1300, dtype, members=((300, 40, 1.7),))
     wanted = small(), large()
     drop_workspace()
-    assert module._KEPT.workspace.numel() == 0
+    assert module._WORKSPACE.buffer.numel() == 0
     assert torch.equal(small(), wanted[0])
-    first = module._KEPT.workspace
+    first = module._WORKSPACE.buffer
     assert first.numel() > 0
-    assert torch.equal(small(), wanted[0]) and module._KEPT.workspace is first
+    assert torch.equal(small(), wanted[0]) and module._WORKSPACE.buffer is first
     assert torch.equal(large(), wanted[1])
-    second = module._KEPT.workspace
+    second = module._WORKSPACE.buffer
     assert second.numel() > first.numel()
-    assert torch.equal(small(), wanted[0]) and module._KEPT.workspace is second
+    assert torch.equal(small(), wanted[0]) and module._WORKSPACE.buffer is second
     drop_scratch()
-    assert module._KEPT.workspace.numel() == 0, "with the tiles of quantized matrices"
+    assert module._WORKSPACE.buffer.numel() == 0, "with the tiles of quantized matrices"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

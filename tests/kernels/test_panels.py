@@ -166,12 +166,12 @@ def problem(matrix):
 
 
 def test_nothing_is_unpacked_to_memory(dtype, monkeypatch):
-    monkeypatch.setattr(weight_tiles, "_KEPT", weight_tiles._Scratch())
+    monkeypatch.setattr(weight_tiles, "_SCRATCH", weight_tiles._Scratch())
     matrix = matrix_of(MIXED, 512, dtype)
     x, d_y = problem(matrix)
     found, wanted = both_ways(matrix, x, d_y), both_ways(matrix.dense(), x, d_y)
     assert all(map(torch.equal, found, wanted))
-    assert not weight_tiles._KEPT.buffers
+    assert not weight_tiles._SCRATCH.buffers
     for start, stop in ((0, 5), (3, 40), (38, 136)):
         part = matrix.part(start, stop)
         assert torch.equal(frozen_linear(x, part), wanted[0][:, start:stop])

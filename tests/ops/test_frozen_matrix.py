@@ -204,11 +204,11 @@ def test_the_cases_for_sums_over_rows_go_by_rows(name, dtype):
 
 def test_a_tile_stands_in_large_pages(monkeypatch):
     by_library(monkeypatch)
-    monkeypatch.setattr(weight_tiles, "_KEPT", weight_tiles._Scratch())
+    monkeypatch.setattr(weight_tiles, "_SCRATCH", weight_tiles._Scratch())
     quantized, dense = pair([("Q8_0", 2048)], 1024, torch.bfloat16)
     x = torch.randn(9, 1024).bfloat16()
     assert torch.equal(frozen_linear(x, quantized), frozen_linear(x, dense))
-    (buffer,) = weight_tiles._KEPT.buffers.values()
+    (buffer,) = weight_tiles._SCRATCH.buffers.values()
     assert buffer.shape == (2048 * 1024,)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         assert buffer.data_ptr() % (2 << 20) == 0
@@ -224,10 +224,10 @@ def _no_room(*_arguments, **_options):
 
 def test_a_quantized_matrix_never_stands_there_in_full(monkeypatch):
     by_library(monkeypatch)
-    monkeypatch.setattr(weight_tiles, "_KEPT", weight_tiles._Scratch())
+    monkeypatch.setattr(weight_tiles, "_SCRATCH", weight_tiles._Scratch())
     quantized, _ = pair([("Q4_0", 512)], 2048, torch.bfloat16)
     with tiles_of(300_000):
         frozen_linear(torch.randn(3, 2048).bfloat16(), quantized)
         frozen_input_gradient(torch.randn(3, 512).bfloat16(), quantized)
-    (buffer,) = weight_tiles._KEPT.buffers.values()
+    (buffer,) = weight_tiles._SCRATCH.buffers.values()
     assert buffer.numel() * 2 <= 300_000

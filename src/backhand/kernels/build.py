@@ -1,16 +1,16 @@
-"""Compile the library: every C++ file of `native/`, one shared object an instruction set.
+"""Compile the library: every C++ file of `native/`, into one shared object per instruction set.
 
-Run by the wheel's build hook (`hatch_build.py`), by `make kernels` and by the sanitizer test, always as a file of its
-own: the standard library is all it needs, and nothing of the package is imported.
+The wheel's build hook (`hatch_build.py`), `make kernels` and the sanitizer test run this file directly. It needs the
+standard library only and imports nothing of the package.
 
     python src/backhand/kernels/build.py [--all] [--sanitize] [--force]
 
-Compiled is what this processor runs; with `--all`, and for a wheel that others install, every instruction set. A shared
-object is compiled again only when a source, a flag or the compiler has changed, which a digest beside it says. A stamp
-beside it names the sources it was compiled from and its own size and digest: it is opened only as it was made.
-Without a compiler nothing is built, one line says so, and everything computes through torch.
+By default the instruction sets of this processor are compiled; with `--all`, and for a wheel that others install, every
+instruction set. A shared object is compiled again only if a source, a flag or the compiler has changed, which a digest
+next to it records. A stamp next to it records its sources, its size and its own digest; it is opened only if these
+match. Without a compiler nothing is built, one line says so, and everything is computed by torch.
 
-All of it is plain C++ without headers of Python or torch, so that one build serves every version of both.
+The sources are plain C++ without headers of Python or torch, so that one build serves every version of both.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "native"
 BUILT = HERE / "lib"
 
-# Contracted or reordered sums would differ between instruction sets; fast-math would, besides, make older compilers
-# flush subnormal numbers in the whole process. Two bfloat16 side by side are read as one number of 32 bits.
+# Contracted or reordered sums would differ between instruction sets. In addition, fast-math makes older compilers flush
+# subnormal numbers in the whole process. No strict aliasing, since two bfloat16 are read as one number of 32 bits.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"),
     *("-fno-rtti", "-fno-strict-aliasing", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"),
@@ -45,7 +45,7 @@ _SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recov
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd", "-mprefer-vector-width=512")
 
-# The flags of each instruction set by the machine's name, the plainest first. Its name is that of the shared object.
+# The flags of each instruction set by the machine's name, the simplest first. Its name is part of the shared object's.
 INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "baseline": (),
@@ -54,59 +54,56 @@ INSTRUCTION_SETS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx512bf16": (*_AVX512, "-mavx512bf16"),
         "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
-    # NEON belongs to every 64-bit ARM processor, the products of pairs of bfloat16 to many.
+    # Every 64-bit ARM processor has NEON, and many have products of pairs of bfloat16.
     "aarch64": {"baseline": (), "neon_bf16": ("-march=armv8.2-a+bf16",)},
 }
-# Windows hands out no AMX registers to who asks as `library.cpp` does; no Mac has them, nor AVX-512's bfloat16.
+# Windows grants no AMX registers to the request in `library.cpp`. No Mac has AMX or AVX-512's bfloat16.
 _LEFT_OUT = {"win32": ("amx",), "darwin": ("avx512bf16", "amx")}
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 def machine() -> str:
-    """The processor's family, by one name for all systems."""
+    """Return the processor's family, by one name for all systems."""
     name = platform.machine().lower()
     return _SAME_MACHINE.get(name, name)
 
 
 class Toolchain(NamedTuple):
-    """A C++ compiler's command, the processor's family and system (`sys.platform`) it compiles for, and what links.
-
-    `spelling`: the flags of instruction sets that it has by another name.
-    """
+    """A C++ compiler and the platform that it compiles for."""
 
     command: tuple[str, ...]
-    machine: str
-    system: str
-    link: tuple[str, ...]
-    spelling: Mapping[str, str] = MappingProxyType({})
+    machine: str  # the processor's family
+    system: str  # as in `sys.platform`
+    link: tuple[str, ...]  # the command that links
+    spelling: Mapping[str, str] = MappingProxyType({})  # this compiler's names of the instruction sets' flags
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX, else the first that is there of those usual on this system."""
-    wanted = os.environ.get("CXX")
-    for name in (wanted,) if wanted else ("g++", "c++", "clang++"):
-        found = shutil.which(name)
-        if found is not None:
-            return found
+    """Return the C++ compiler: $CXX, else the first of g++, c++ and clang++ on the path."""
+    requested = os.environ.get("CXX")
+    for name in (requested,) if requested else ("g++", "c++", "clang++"):
+        compiler = shutil.which(name)
+        if compiler is not None:
+            return compiler
     return None
 
 
 def library_path(name: str, folder: Path = BUILT, system: str = sys.platform) -> Path:
-    """Where the shared object of an instruction set lies."""
+    """Return the path of an instruction set's shared object."""
     return folder / f"backhand_{name}.{'dll' if system == 'win32' else 'so'}"
 
 
 def sources_digest() -> str | None:
-    """SHA-256 of the C++ files; None where they are not there, as beside an installed library they need not be."""
+    """Return the SHA-256 of the C++ files, or None if there are none, which an installed package permits."""
     files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     parts = [part for path in files for part in (path.name, path.read_text(encoding="utf-8"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest() if files else None
 
 
 def fault(name: str, folder: Path = BUILT, system: str = sys.platform) -> str | None:
-    """Why a shared object that is there must not be opened; None where it is as its stamp says, or is not there.
+    """Return why a shared object must not be opened; None if it matches its stamp, or does not exist.
 
-    One of other sources has other functions; a part of one ends the process when it is opened, or later.
+    A library built from other sources has other functions. A truncated one ends the process when it is opened or later.
     """
     path, here = library_path(name, folder, system), sources_digest()
     if not path.exists():
@@ -119,12 +116,12 @@ def fault(name: str, folder: Path = BUILT, system: str = sys.platform) -> str | 
     if len(data) != size:
         return f"it has {len(data):,} bytes, and had {size:,}"
     if hashlib.sha256(data).hexdigest() != digest:
-        return "its bytes are others than were built"
+        return "its bytes differ from those that were built"
     return None if here in (None, sources) else "it was built from other sources"
 
 
 def stamp_path(name: str, folder: Path = BUILT) -> Path:
-    """What was built: digest of the sources, bytes and digest of the shared object."""
+    """Return the path of the stamp, which holds the sources' digest and the shared object's size and digest."""
     return folder / f"backhand_{name}.stamp"
 
 
@@ -135,7 +132,7 @@ def _stamp(name: str, folder: Path, system: str) -> None:
 
 
 def processor_runs(library: Path) -> list[str]:
-    """The instruction sets that this processor has, the plainest first, as a shared object of any of them says.
+    """Return the instruction sets of this processor, the simplest first, by asking any of the shared objects.
 
     Raises:
         OSError: the file is not there, or is no library of this system.
@@ -153,16 +150,16 @@ def build(
     force: bool = False,
     toolchain: Toolchain | None = None,
 ) -> list[str]:
-    """Compile what has changed; returns the instruction sets that are there afterwards, the plainest first.
+    """Compile what has changed, and return the instruction sets that are built, the simplest first.
 
-    An instruction set that the compiler does not know is left out, with its first complaint on standard error.
+    An instruction set that the compiler does not know is left out, with its first error on standard error.
 
     Args:
         folder: where the shared objects go.
-        every: for other processors too, not only what this one runs.
-        sanitize: with the address and the undefined-behaviour sanitizer in them.
-        force: compile whether or not something has changed.
-        toolchain: for another system, then every instruction set; None for this one's compiler.
+        every: compile for all processors, not only for this one.
+        sanitize: compile with the address and the undefined-behaviour sanitizer.
+        force: compile even if nothing has changed.
+        toolchain: a compiler for another system, which builds every instruction set; None for this system's compiler.
 
     Raises:
         FileNotFoundError: there is no compiler.
@@ -175,16 +172,16 @@ def build(
             raise FileNotFoundError("no C++ compiler found (g++, c++, clang++ or $CXX)")
         plain = ("-static-libgcc", "-Wl,--as-needed") if sys.platform == "linux" and not sanitize else ()
         toolchain = Toolchain((compiler,), machine(), sys.platform, (compiler, *plain))
-    sets, never = INSTRUCTION_SETS.get(toolchain.machine, {"baseline": ()}), _LEFT_OUT.get(toolchain.system, ())
-    wanted = {name: flags for name, flags in sets.items() if name not in never}
+    sets, unsupported = INSTRUCTION_SETS.get(toolchain.machine, {"baseline": ()}), _LEFT_OUT.get(toolchain.system, ())
+    selected = {name: flags for name, flags in sets.items() if name not in unsupported}
     folder.mkdir(parents=True, exist_ok=True)
-    if not every and len(wanted) > 1:
+    if not every and len(selected) > 1:
         runs = _asked_processor(toolchain.command, folder)
-        wanted = {name: flags for name, flags in wanted.items() if name in runs}
+        selected = {name: flags for name, flags in selected.items() if name in runs}
     with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
         jobs = {
             name: workers.submit(_build_one, toolchain, name, flags, folder, sanitize, force)
-            for name, flags in wanted.items()
+            for name, flags in selected.items()
         }
         complaints = {name: job.result() for name, job in jobs.items()}
     if complaints["baseline"] is not None:
@@ -197,7 +194,7 @@ def build(
 
 
 def _asked_processor(compiler: tuple[str, ...], folder: Path) -> list[str]:
-    """`processor_runs` by the one small file that asks; all of them where it does not compile, which will say so."""
+    """Return `processor_runs` of a build of one small file, or all sets if it does not compile."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         asking = Path(scratch) / "asking.so"
         defines = ("-O0", '-DBACKHAND_ISA=""', "-shared")
@@ -209,7 +206,7 @@ def _asked_processor(compiler: tuple[str, ...], folder: Path) -> list[str]:
 def _build_one(
     toolchain: Toolchain, name: str, flags: tuple[str, ...], folder: Path, sanitize: bool, force: bool
 ) -> str | None:
-    """None once the shared object is there, else what the compiler said."""
+    """Build one shared object; return None, or the compiler's message if it failed."""
     flags = tuple(toolchain.spelling.get(flag, flag) for flag in flags)
     command = [*toolchain.command, *FLAGS, *flags, *(_SANITIZERS if sanitize else ()), f'-DBACKHAND_ISA="{name}"']
     sources = sorted(SOURCES.glob("*.cpp"))
@@ -221,7 +218,7 @@ def _build_one(
     stamp.unlink(missing_ok=True)
     stamp_path(name, folder).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        # Written elsewhere and moved: a process that has the old one mapped keeps it.
+        # Written elsewhere and moved, so that a process that has mapped the old file keeps it.
         fresh, objects = Path(scratch) / target.name, [Path(scratch) / f"{source.stem}.o" for source in sources]
         steps = [[*command, "-c", str(source), "-o", str(made)] for source, made in zip(sources, objects, strict=True)]
         checks = _SANITIZERS if sanitize else ()
@@ -246,7 +243,7 @@ def _digest(compiler: tuple[str, ...], command: list[str], files: list[Path]) ->
 
 
 def main() -> None:
-    """The command line of this file."""
+    """Run the command line of this file."""
     parser = argparse.ArgumentParser(description="Compile Backhand's loops.")
     parser.add_argument("--all", action="store_true", help="for every processor, not only this one")
     parser.add_argument("--sanitize", action="store_true", help="with sanitizers, into lib/sanitized")

@@ -1,12 +1,12 @@
-"""Which build of the compiled library is in use: loaded once, for the widest instruction set of this processor.
+"""Choose and load the build of the compiled library: the widest instruction set of this processor by default.
 
-    BACKHAND_KERNELS=auto|none|baseline|avx2|avx512|avx512bf16|amx|neon_bf16      which build
+    BACKHAND_KERNELS=auto|none|baseline|avx2|avx512|avx512bf16|amx|neon_bf16
 
-where auto is the widest, and none is torch alone. What takes a kernel of it is `library`'s.
+where auto is the widest, and none uses torch alone. `kernels.library` decides which calls take a kernel.
 
-Kernels run on torch's own threads: libtorch_cpu exports the plain C function torch_parallel_for, whose pointer is
-handed over when the library is loaded, so that no second thread pool is in the process. What reads files by the library
-needs no torch, so that it is imported where it is used.
+Kernels run on torch's own threads: libtorch_cpu exports the plain C function torch_parallel_for. Its pointer is passed
+to the library when it is loaded, so that there is no second thread pool in the process. Code that reads files by the
+library does not need torch, so torch is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from backhand.words import show_notes
 
 VARIABLE = "BACKHAND_KERNELS"
 BUILDS = ("baseline", "avx2", "avx512", "avx512bf16", "amx", "neon_bf16")
-"""The plainest first, x86-64's before ARM's; each needs what those before it of its family need."""
+"""The builds, the simplest first, x86-64 before ARM. Each requires what the builds before it in its family require."""
 
 
 class Library:
     """One build of the library, loaded.
 
     Args:
-        path: of the shared object.
+        path: the shared object.
 
     Attributes:
         name: its instruction set.
@@ -51,28 +51,28 @@ class Library:
         self.name = name.decode()
 
     def function(self, name: str, types: Sequence[type[Any]], result: type[Any] | None = None) -> Any:
-        """The C function of this name; other Python threads run while it does.
+        """Return the C function of this name; other Python threads run while it does.
 
         Args:
-            name: as exported.
-            types: of its arguments.
-            result: of what it returns, None for void.
+            name: its exported name.
+            types: the types of its arguments.
+            result: the type of its result, None for void.
         """
-        found = self._functions.get(name)
-        if found is None:
-            found = self._functions[name] = getattr(self._handle, name)
-            found.argtypes, found.restype = tuple(types), result
-        return found
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = getattr(self._handle, name)
+            function.argtypes, function.restype = tuple(types), result
+        return function
 
 
 def library() -> Library | None:
-    """The build in use, or None where everything goes through torch."""
+    """Return the build in use, or None if torch computes everything."""
     return IN_USE.get()()
 
 
 @contextmanager
 def using(build: Library | None) -> Iterator[None]:
-    """Use this build, or none, inside; for tests and benchmarks."""
+    """Inside, use this build, or none; for tests and benchmarks."""
     before = IN_USE.set(lambda: build)
     try:
         yield
@@ -82,7 +82,7 @@ def using(build: Library | None) -> Iterator[None]:
 
 @functools.cache
 def load(name: str, folder: Path = BUILT) -> Library:
-    """A build by name, with torch's threads.
+    """Load a build by name, with torch's threads.
 
     Raises:
         OSError: it is not there.
@@ -96,14 +96,14 @@ BUILDER = Path(__file__).with_name("build.py")
 
 
 def remedy(build: Path = BUILDER) -> str:
-    """What builds the kernels here, where there is a C++ compiler: an installed package has no Makefile."""
+    """Return the command that builds the kernels; an installed package has no Makefile."""
     in_a_tree = (build.parents[3] / "Makefile").is_file()
     return "`make kernels`" if in_a_tree else f"`python {shlex.quote(str(build))}`"
 
 
 @functools.cache
 def usable(folder: Path = BUILT) -> tuple[str, ...]:
-    """The builds that are there and that this processor can run, the plainest first, up to what VARIABLE names."""
+    """Return the existing builds that this processor can run, the simplest first, up to the one that VARIABLE names."""
     if not _is_whole("baseline", folder):
         return ()
     try:
@@ -116,21 +116,21 @@ def usable(folder: Path = BUILT) -> tuple[str, ...]:
 
 
 def _is_whole(name: str, folder: Path) -> bool:
-    """Whether a build is there as it was made; says so where it is there and is not."""
+    """Return True if a build exists and matches its stamp; print a note if it exists and does not match."""
     wrong = fault(name, folder)
-    if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # one of a run's processes says it
+    if wrong is not None and os.environ.get("LOCAL_RANK", "0") == "0":  # only one of a run's processes prints it
         instead = "torch computes" if name == "baseline" else "plainer ones compute"
         show_notes([f"the compiled kernels for {name} are not used: {wrong}; {instead}, until {remedy()}"])
     return wrong is None and library_path(name, folder).exists()
 
 
 def describe() -> str:
-    """One line: which kernels run, and why not the compiled ones where they do not."""
-    wanted = os.environ.get(VARIABLE, "auto")
-    found = library()
-    if found is not None:
-        return f"compiled kernels: {found.name}" + ("" if wanted == "auto" else f" ({VARIABLE}={wanted})")
-    if wanted == "none":
+    """Describe in one line which kernels run, and why the compiled ones do not."""
+    setting = os.environ.get(VARIABLE, "auto")
+    build = library()
+    if build is not None:
+        return f"compiled kernels: {build.name}" + ("" if setting == "auto" else f" ({VARIABLE}={setting})")
+    if setting == "none":
         return f"compiled kernels: none ({VARIABLE}=none); everything goes through torch, slower"
     if (wrong := fault("baseline")) is not None:
         return f"compiled kernels: none ({wrong}: {remedy()}); everything goes through torch, slower"
@@ -139,7 +139,7 @@ def describe() -> str:
 
 @functools.cache
 def chosen() -> Library | None:
-    """The build that the environment asks for; the widest one unless it does."""
+    """Load the build that the environment names, else the widest one."""
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted == "none":
         return None
@@ -162,11 +162,11 @@ def chosen() -> Library | None:
 
 
 IN_USE: ContextVar[Callable[[], Library | None]] = ContextVar("in_use", default=chosen)
-"""What gives the build here and now: the choice, or what `using` has put in its place."""
+"""A function that returns the current build: `chosen`, or the one that `using` has set."""
 
 
 def _torch_parallel_for() -> int | None:
-    """The address of torch's parallel loop, None where this torch does not export it."""
+    """Return the address of torch's parallel loop, or None if this torch does not export it."""
     import torch
 
     name = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
@@ -179,11 +179,11 @@ def _torch_parallel_for() -> int | None:
 
 @contextmanager
 def torch_form() -> Iterator[None]:
-    """Inside, every op takes torch's form."""
+    """Inside, every op uses torch's form."""
     with using(None):
         yield
 
 
 def kernels_available() -> bool:
-    """Whether ops take kernels at all."""
+    """Return True if there is a build for ops to use."""
     return library() is not None

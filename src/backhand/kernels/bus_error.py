@@ -1,14 +1,14 @@
-"""A bus error at a mapped file ends the process with a message and a code, whoever was reading.
+"""A bus error at a mapped file ends the process with a message and an exit code.
 
-A file that is cut short while it is mapped, or whose disk fails, is a SIGBUS at the next read of a page that is gone:
-in a kernel, in torch, in NumPy, on any thread. Looking at the file's size before each read would leave the time
-between the look and the read, so the handler is what decides; it costs nothing until then. It cannot raise: the read
-has no value, and the thread may be anywhere. What is wrong without being a bus error (a changed byte, zeros behind a
-new end within its page) is found by `nn.loading.mapped_file` at every step.
+If a file is cut short while it is mapped, or its disk fails, the next read of a missing page is a SIGBUS: in a kernel,
+in torch, in NumPy, on any thread. Checking the file's size before each read would leave the time between the check and
+the read, so a signal handler decides; it costs nothing until then. It cannot raise, since the read has no value and the
+thread may be anywhere. `nn.loading.mapped_file` finds damage without a bus error at every step: a changed byte, or
+zeros after a new end within its page.
 
-The handler is in C (native/bus_error.cpp), where nothing but a write and an exit happens. Without the compiled library
-it is a Python function called through ctypes: the faulting thread takes the interpreter's lock, which a computing
-thread has given up, or holds itself.
+The handler is in C (native/bus_error.cpp) and does nothing but write and exit. Without the compiled library it is a
+Python function called through ctypes: the faulting thread takes the interpreter's lock, which a computing thread has
+released, or holds itself.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _lock = threading.Lock()
 
 
 def watch_mapping(owner: object, address: int, length: int, descriptor: int, path: str) -> Callable[[], object]:
-    """From now until the owner is gone, a bus error in this mapping is an error that names the file: exit code 4.
+    """Until the owner is freed, report a bus error in this mapping as an error that names the file, with exit code 4.
 
     Args:
-        owner: what keeps the mapping and the descriptor; nothing here keeps it.
-        address: of the mapping's first byte.
-        length: of the mapping in bytes, and of the file when it was mapped.
-        descriptor: of the open file.
-        path: of the file, for the message.
+        owner: the object that holds the mapping and the descriptor; it is not referenced here.
+        address: the mapping's first byte.
+        length: bytes of the mapping, and of the file when it was mapped.
+        descriptor: the open file.
+        path: the file's path, for the message.
 
     Returns:
-        what ends the watch, if it is to end before the owner.
+        a function that ends the watch before the owner is freed.
     """
     cut_short = ctypes.create_string_buffer(
         _text(path, f"it was cut short while it was in use; it had {length:,} bytes")
@@ -54,7 +54,7 @@ def watch_mapping(owner: object, address: int, length: int, descriptor: int, pat
         return weakref.finalize(owner, _watched.pop, descriptor, None)
     with _lock:
         place: int = build.function(*_WATCH)(address, length, descriptor, cut_short, unreadable)
-    if place < 0:  # no handler; the looks at every step remain
+    if place < 0:  # no handler; the checks at every step remain
         return weakref.finalize(owner, lambda: None)
 
     def forget(_texts: tuple[Any, Any]) -> None:
@@ -77,7 +77,7 @@ def _text(path: str, why: str) -> bytes:
 
 
 _watched: dict[int, tuple[int, bytes, bytes]] = {}
-"""By descriptor: the file's length when it was mapped, and the two messages."""
+"""The file's length when it was mapped, and the two messages, by descriptor."""
 _handlers: list[Any] = []
 
 
@@ -88,12 +88,12 @@ def _in_python(descriptor: int, length: int, cut_short: bytes, unreadable: bytes
     system = ctypes.CDLL(None)
     system.signal.argtypes, system.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_bus_error)
-    _handlers.append(handler)  # for as long as the process lasts
+    _handlers.append(handler)  # referenced until the process ends
     system.signal(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
 
 
 def _on_bus_error(_number: int) -> None:
-    """The address is not known here, so that the files are asked which of them is shorter."""
+    """Report the file that is shorter than when it was mapped, since the address is not known here."""
     unreadable = b"\nerror: a bus error outside all mapped files\n"
     for descriptor, (length, cut_short, text) in list(_watched.items()):
         unreadable = text

@@ -1,14 +1,14 @@
-"""A bfloat16 product with all that is added to it, by AMX's tiles: y = r + x W + b + Σ s h Fᵀ.
+"""Our own matrix product, with all that is added to it, for bfloat16 with AMX: y = r + x W + b + Σ s h Fᵀ.
 
-A library's product knows nothing of an adapter, so that y = x Wᵀ is written, read again, added to and written once
-more. Here the products with the factors go on with the same sums, and an element is rounded once
-(native/dense_product.h). A row's bits do not depend on how many rows, columns or threads there are.
+With a library's product, y = x Wᵀ is written, read again, added to an adapter's update, and written once more. Here the
+products with the factors continue the same sums, and an element is rounded once (native/dense_product.h). The bits of a
+row do not depend on the number of rows, columns or threads.
 
-A quantized W is unpacked where the product packs it, a few rows at a time within the cache (native/panels.h): the bits
-are those of the dense W, which never stands in memory.
+A quantized W is unpacked where the product packs it, a few rows at a time within the cache (native/panels.h). The bits
+are those of the dense W, which is never formed as a whole.
 
-Other instruction sets keep their library, which multiplies float32, and bfloat16 without tiles, at its processor's
-rate; with AMX oneDNN gives products of few outputs one thread of two.
+Other instruction sets use their library, which multiplies float32, and bfloat16 without AMX, at the processor's rate.
+With AMX, oneDNN uses one of two threads for products with few outputs.
 """
 
 from __future__ import annotations
@@ -52,31 +52,31 @@ class _Update(ctypes.Structure):
     )
 
 
-# Types of ctypes are made once.
+# ctypes array types are created once.
 _UPDATES = tuple(_Update * count for count in range(MOST_UPDATES + 1))
 _SCALINGS = tuple(DOUBLE * count for count in range(MOST_UPDATES + 1))
 _PARTS = tuple(INT64 * (NUMBERS_OF_PART * count) for count in range(MOST_PARTS + 1))
 
 
 class LowRankUpdate(NamedTuple):
-    """scaling · h factorᵀ, added to the columns from `column` on."""
+    """A low-rank update: scaling · h factorᵀ is added to the columns from `column` on."""
 
     column: int
     h: Tensor  # (rows, rank)
-    factor: Tensor  # (n, rank), as lora_B is
+    factor: Tensor  # (n, rank), like lora_B
     scaling: float = 1.0
-    lora_A: Tensor | None = None  # (rank, in), if h is to be formed first, x Aᵀ, and written; None if it is there
-    transposed: bool = False  # whether the factor is (rank, n), as lora_A is
+    lora_A: Tensor | None = None  # (rank, in), to compute and write h = x Aᵀ first; None if h is already computed
+    transposed: bool = False  # True if the factor is (rank, n), like lora_A
 
     @property
     def outputs(self) -> int:
-        """n."""
+        """The number of columns that the update changes, n."""
         return self.factor.shape[1 if self.transposed else 0]
 
 
 def amx_available(dtype: torch.dtype) -> bool:
-    """Whether products of this type go this way: bfloat16 by tiles, and float64 where kernels are proved."""
-    if dtype == torch.float32 or torch.compiler.is_compiling():  # what is traced has no addresses
+    """Return True if this product computes a dtype: bfloat16 with AMX, and float64 while kernels are proved."""
+    if dtype == torch.float32 or torch.compiler.is_compiling():  # traced tensors have no addresses
         return False
     build = library()
     if build is None:
@@ -94,19 +94,19 @@ def dense_product(
     *,
     transposed: bool = False,
 ) -> Tensor | None:
-    """residual + x W + bias + the updates, or None where a library has to do, or W has to be unpacked before.
+    """Compute residual + x W + bias + the updates; return None if a library has to, or if W has to be unpacked first.
 
     Args:
         x: (rows, in).
         weight: W, (in, out), or with `transposed` Wᵀ, (out, in); dense, or quantized and of x's dtype.
         bias: (out,) or None.
         residual: (rows, out) or None; may be `out`.
-        out: (rows, out) to write into; a new one if not given.
-        updates: `MOST_UPDATES` at most, in the order of their columns.
-        transposed: whether `weight` is Wᵀ.
+        out: (rows, out) to receive the result, or None for a new tensor.
+        updates: at most `MOST_UPDATES`, in the order of their columns.
+        transposed: True if `weight` is Wᵀ.
 
     Raises:
-        ValueError: parts of a quantized W take rows that are not there.
+        ValueError: parts of a quantized W refer to missing rows.
     """
     if not amx_available(x.dtype) or len(updates) > MOST_UPDATES or 0 in weight.shape:
         return None
@@ -147,32 +147,36 @@ def dense_product(
         *(table, _SCALINGS[len(updates)](*(update.scaling for update in updates))),
         *(rows, outputs, inputs, torch.get_num_threads()),
     )
-    needed = kernel(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
+    needed = kernel(*call, _WORKSPACE.buffer.data_ptr(), _WORKSPACE.buffer.numel())
     if needed < 0:
         raise ValueError(f"rows outside those of the stored matrix, or more than {tuple(weight.shape)} has")
     if needed:
-        drop_workspace()  # before there is a larger one
-        _KEPT.workspace = in_large_pages(needed, torch.uint8)
-        kernel(*call, _KEPT.workspace.data_ptr(), _KEPT.workspace.numel())
+        drop_workspace()  # before a larger one is allocated
+        _WORKSPACE.buffer = in_large_pages(needed, torch.uint8)
+        kernel(*call, _WORKSPACE.buffer.data_ptr(), _WORKSPACE.buffer.numel())
     return y
 
 
 def as_stored(factor: Tensor, transposed: bool = False) -> tuple[Tensor, bool]:
-    """A matrix as it lies row by row, and whether that is its transpose, as it is if its transpose is given."""
+    """Return a matrix or its transpose, whichever is stored row by row, and True if that is the transpose.
+
+    Args:
+        transposed: True if `factor` is already the transpose.
+    """
     rows, columns = factor.stride()
     return (factor, transposed) if columns == 1 or rows != 1 else (factor.T, not transposed)
 
 
-class _Kept(threading.local):
-    """The workspace of a thread's products, kept from one to the next."""
+class _Workspace(threading.local):
+    """The workspace of a thread's products, reused from one to the next."""
 
     def __init__(self) -> None:
-        self.workspace = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
 
 
-_KEPT = _Kept()
+_WORKSPACE = _Workspace()
 
 
 def drop_workspace() -> None:
-    """Give it back."""
-    _KEPT.workspace = torch.empty(0, dtype=torch.uint8)
+    """Free this thread's workspace."""
+    _WORKSPACE.buffer = torch.empty(0, dtype=torch.uint8)

@@ -1,9 +1,9 @@
-"""Rows of a stored matrix, in the blocks of a GGUF type, to float32 or bfloat16.
+"""Dequantise rows of a stored matrix, in the blocks of a GGUF type, to float32 or bfloat16.
 
-The kernels know the types that files are made of; every other type, and everything where there is no compiled
-library, goes through the gguf package, several times slower. Both give the same bits: the gguf package's float32, and
-that rounded once, to the nearest, for any other dtype. One exception: what is no number comes out as the one quiet
-NaN, since which NaN an instruction leaves is the compiler's choice (stored bfloat16 keeps its bits).
+The kernels know the common types. Every other type, and everything without a compiled library, goes through the gguf
+package, several times slower. Both give the same bits: the gguf package's float32, rounded once to nearest for any
+other dtype. The exception is NaN: it becomes the one quiet NaN, since the compiler decides which NaN an instruction
+produces (stored bfloat16 keeps its bits).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DEQUANTIZE = KernelSignature(
     "backhand_dequantize", *(INT, POINTER, INT64, INT64, POINTER, INT64, INT64, INT64, POINTER, INT64, INT), result=INT
 )
 
-# Values that the gguf package is given at a time: its intermediate results stay in the processor's cache.
+# Values passed to the gguf package at a time, so that its intermediate results stay in the processor's cache.
 _PIECE_VALUES = 1 << 17
 
 _NATIVE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -36,7 +36,7 @@ _BFLOAT16 = 30
 
 @functools.cache
 def block_shape(type_id: int) -> tuple[int, int]:
-    """Values and bytes of one block.
+    """Return the values and bytes of one block.
 
     Args:
         type_id: ggml's number of the type.
@@ -54,21 +54,21 @@ def block_shape(type_id: int) -> tuple[int, int]:
 
 
 def native_dtype(type_id: int) -> torch.dtype | None:
-    """The torch dtype that is stored, None for a quantized type."""
+    """Return the stored torch dtype, or None for a quantized type."""
     return _NATIVE.get(type_id)
 
 
 def type_name(type_id: int) -> str:
-    """ggml's name of a type, such as Q4_K."""
+    """Return ggml's name of a type, such as Q4_K."""
     from gguf.constants import GGMLQuantizationType
 
     return str(GGMLQuantizationType(type_id).name)
 
 
 def is_compiled(type_id: int) -> bool:
-    """Whether the kernels are there and know this type; otherwise the gguf package does it, slower."""
-    found = library()
-    return found is not None and type_id in _compiled_types(found.name)
+    """Return True if there are kernels for this type; otherwise the gguf package dequantises it, slower."""
+    build = library()
+    return build is not None and type_id in _compiled_types(build.name)
 
 
 @functools.cache
@@ -85,32 +85,32 @@ def _compiled_types(build: str) -> frozenset[int]:
 def dequantize(
     source: Bytes, type_id: int, out: Tensor, *, row_ids: Tensor | None = None, first_value: int = 0
 ) -> Tensor:
-    """Write rows of `source`, or a range of their columns, into `out`.
+    """Write rows of `source`, or a range of their columns, to `out`.
 
     Args:
-        source: (rows, bytes of a row), rows one behind the other.
+        source: (rows, bytes of a row), contiguous.
         type_id: ggml's number of the type.
-        out: (n, columns), any floating dtype and device; neighbouring columns lie side by side.
-        row_ids: (n,) int64 on the processor, the rows wanted; None for the first n.
+        out: (n, columns), any floating dtype and device, with contiguous rows.
+        row_ids: (n,) int64 on the processor, the rows to write; None for the first n.
         first_value: the column of the source that is `out`'s first.
 
     Returns:
         `out`.
 
     Raises:
-        ArtifactError: for a type that nothing here can dequantise.
-        ValueError: columns that are no whole blocks; rows or columns that the source does not have.
+        ArtifactError: neither the kernels nor the gguf package know the type.
+        ValueError: columns are not whole blocks, or the source lacks these rows or columns.
     """
     values, size = block_shape(type_id)
     n, columns = out.shape
     if source.ndim != 2 or (source.shape[0] and not source.flags.c_contiguous):
-        raise ValueError("the stored matrix is not rows of bytes one behind the other")
+        raise ValueError("the rows of the stored matrix are not contiguous bytes")
     if columns % values or first_value % values or first_value < 0:
-        raise ValueError(f"columns {first_value} to {first_value + columns} are no whole blocks of {values}")
+        raise ValueError(f"columns {first_value} to {first_value + columns} are not whole blocks of {values}")
     if columns > 1 and out.stride(1) != 1:
-        raise ValueError("the columns of the destination do not lie side by side")
+        raise ValueError("the rows of the destination are not contiguous")
     if row_ids is not None and (row_ids.dtype != torch.int64 or row_ids.shape != (n,) or not row_ids.is_contiguous()):
-        raise ValueError(f"{n} rows want as many int64 numbers of rows")
+        raise ValueError(f"{n} rows need {n} contiguous int64 row indices")
     first, blocks = first_value // values, columns // values
     if (first + blocks) * size > source.shape[1] or (row_ids is None and n > source.shape[0]):
         raise ValueError(f"the stored matrix, {source.shape[0]} rows of {source.shape[1]} bytes, has no such part")
@@ -129,7 +129,7 @@ def dequantize(
 
 
 def _by_pieces(source: Bytes, type_id: int, out: Tensor, row_ids: Tensor | None, first: int, blocks: int) -> Tensor:
-    """The same through float32 in pieces of whole rows: by the kernels for other dtypes, else by gguf."""
+    """Dequantise through float32 in pieces of whole rows, by the kernels for other dtypes, else by the gguf package."""
     values, size = block_shape(type_id)
     step = max(1, piece_size(_PIECE_VALUES) // (blocks * values))
     compiled = is_compiled(type_id)
@@ -160,10 +160,10 @@ def _by_pieces(source: Bytes, type_id: int, out: Tensor, row_ids: Tensor | None,
 
 
 def _by_gguf(stored: Bytes, type_id: int) -> Tensor:
-    """Values of whole blocks, flat, in float32 or the dtype that torch has for them."""
+    """Return the values of whole blocks, flat, in float32 or in the stored torch dtype."""
     dtype = _NATIVE.get(type_id)
     if dtype is not None:
-        # A copy: what is mapped for reading only is nothing that torch takes.
+        # A copy, since torch does not accept memory that is mapped read-only.
         return torch.from_numpy(stored.reshape(-1).copy()).view(dtype)
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize as dequantized
@@ -171,7 +171,7 @@ def _by_gguf(stored: Bytes, type_id: int) -> Tensor:
     kind = GGMLQuantizationType(type_id)
     try:
         with np.errstate(all="ignore"):
-            # Blocks do not care where rows begin; as one row they go through the package at once.
+            # Blocks are independent of rows, so that the package takes all of them as one row.
             return torch.from_numpy(dequantized(stored.reshape(1, -1), kind).reshape(-1))
     except NotImplementedError:
         raise ArtifactError(

@@ -1,7 +1,8 @@
-"""Few rows times a frozen matrix by the kernel: every row of the matrix is read once, in the blocks of its file.
+"""Products of few rows with a frozen matrix by a kernel that reads every row of the matrix once, in its file's blocks.
 
-A new token's product is bound by reading the matrix. A quantized one would be unpacked to memory and read again; here
-a few of its rows at a time are unpacked within the cache. A dense one of the same numbers goes through the same sums.
+The product of a new token is bound by reading the matrix. Without this kernel, a quantized matrix would be unpacked to
+memory and read again. Here a few of its rows at a time are unpacked within the cache. A dense matrix of the same
+numbers goes through the same sums.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from backhand.kernels.pieces import piece_size
 from backhand.kernels.quantized_matrix import QuantizedMatrix, dequantized_rows
 
 MOST_ROWS, MOST_TILED_ROWS = 8, 64
-"""More are faster by a library's product, over a piece that is unpacked for all of them; or, by AMX's tiles, by
-`dense_product`, which gives the same bits."""
+"""The largest numbers of rows, without and with AMX. More rows are faster by a library's product, after a piece is
+unpacked for all of them, or with AMX by `dense_product`, which gives the same bits."""
 
 QUICK_ROW: ContextVar[bool] = ContextVar("quick_row", default=False)
-"""Whether a single row need not have the bits that it has beside others: of a quantized matrix, or with an adapter.
+"""True if a single row may differ in its bits from the same row among others, for a quantized matrix or an adapter.
 
-AMX's tiles, by which training multiplies, take longer for one row than dot products do.
+AMX's tiles, which training uses, take longer for one row than dot products do.
 """
 
 _FEW_ROWS = KernelSignature(
@@ -32,12 +33,12 @@ _FEW_ROWS = KernelSignature(
     *(POINTER, INT64, INT64, POINTER, POINTER, INT64, POINTER, INT64, INT),
     result=INT,
 )
-# Of a type that the kernel does not know, or with columns in another order, unpacked at a time.
+# Rows unpacked at a time if the kernel does not know their type, or if columns are in another order.
 _ROWS_BY_PACKAGE = 4096
 
 
 class _Stored(NamedTuple):
-    """Rows as the kernel takes them: ggml's type or -1 for numbers as they are, and which row is which output."""
+    """The kernel's description of rows: ggml's type, or -1 for dense numbers, and the stored row of each output."""
 
     type_id: int
     address: int
@@ -49,14 +50,14 @@ class _Stored(NamedTuple):
 def few_rows_product(
     x: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None, residual: Tensor | None, out: Tensor | None
 ) -> Tensor | None:
-    """residual + x Wᵀ + bias, or None where the kernel does not apply.
+    """Compute residual + x Wᵀ + bias, or return None if the kernel does not apply.
 
     Args:
-        x: (rows, in), 1 to `MOST_ROWS`, or `MOST_TILED_ROWS` by tiles.
+        x: (rows, in), with 1 to `MOST_ROWS` rows, or `MOST_TILED_ROWS` with AMX.
         weight: (out, in), of x's dtype.
         bias: (out,) or None.
         residual: (rows, out) or None.
-        out: (rows, out) to write into; a new one if not given.
+        out: (rows, out) to receive the result, or None for a new tensor.
     """
     if weight.dtype != x.dtype or weight.device.type != "cpu":
         return None
@@ -68,7 +69,7 @@ def few_rows_product(
     tiles = isinstance(weight, Tensor) or x.shape[0] > 1 or not QUICK_ROW.get()
 
     def multiply(stored: _Stored, first: int, count: int) -> None:
-        """Outputs first to first + count, from as many rows."""
+        """Compute outputs first to first + count from the same number of stored rows."""
         status: int = kernel(
             *(stored.type_id, stored.address, stored.row_bytes, stored.rows),
             *(None if stored.ids is None else stored.ids.data_ptr(), count, x.shape[1]),
@@ -80,7 +81,7 @@ def few_rows_product(
             raise ValueError(f"a row outside the {stored.rows} of the stored matrix")
 
     if isinstance(weight, Tensor):
-        multiply(_as_they_are(weight), 0, weight.shape[0])
+        multiply(_dense_rows(weight), 0, weight.shape[0])
         return y
     first = 0
     for part in weight.parts:
@@ -97,10 +98,10 @@ def few_rows_product(
                 piece = part.part(start, min(start + step, part.row_count))
                 numbers = x.new_empty(piece.row_count, x.shape[1])
                 dequantized_rows(piece, numbers, piece.order)
-                multiply(_as_they_are(numbers), first + start, piece.row_count)
+                multiply(_dense_rows(numbers), first + start, piece.row_count)
         first += part.row_count
     return y
 
 
-def _as_they_are(numbers: Tensor) -> _Stored:
+def _dense_rows(numbers: Tensor) -> _Stored:
     return _Stored(-1, numbers.data_ptr(), numbers.stride(0) * numbers.element_size(), numbers.shape[0], None)

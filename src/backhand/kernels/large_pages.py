@@ -1,17 +1,17 @@
-"""Memory in large pages, where the system has such: small ones are looked up too often.
+"""Allocate memory in large pages where the system has them, since small pages cost many address translations.
 
-A page of 4 KiB is looked up whenever a row of a matrix lies on another one, and again whenever it was forgotten. What a
-look costs depends on the machine: little where the system runs on it alone, much in a virtual machine whose own memory
-lies in small pieces. There a float32 step took 1.1 to 1.5 times as long as in pages of 2 MiB (docs/log.md).
+A page of 4 KiB must be translated whenever a row of a matrix lies on another page, and again after its translation was
+evicted. The cost depends on the machine: it is low if the system runs on it directly, and high in a virtual machine
+whose own memory is fragmented. There a float32 step took 1.1 to 1.5 times as long as in pages of 2 MiB (docs/log.md).
 
-The heap. Weights, activations and gradients are torch's, which has them from glibc's malloc, which asks the system for
-the next piece of the heap, in small pages unless the environment said otherwise before the process began
-(GLIBC_TUNABLES, glibc.malloc.hugetlb). So the heap is made as long as there is memory, at once, and the system asked
-for large pages in it. Only addresses are taken: a page is there once it is first written to, as always.
+The heap. torch allocates weights, activations and gradients by glibc's malloc. That asks the system for the next piece
+of the heap in small pages, unless the environment requested large ones before the process started (GLIBC_TUNABLES,
+glibc.malloc.hugetlb). The heap is therefore extended once to the free memory's size, and the system asked for large
+pages in it. Only addresses are reserved: a page is allocated when it is first written to, as always.
 
-The heap grows by malloc itself, and `sbrk(0)` only tells where it ends: nothing else says which addresses malloc has
-just taken, and moving the end by `sbrk` ourselves would leave a hole that malloc never fills. What is freed at the end
-stays part of the heap, since `nn.compute` has told malloc to give nothing back.
+malloc itself extends the heap, and `sbrk(0)` only returns its end. No other call tells which addresses malloc has just
+taken, and moving the end by `sbrk` would leave a hole that malloc never fills. Memory freed at the end stays part of
+the heap, since `nn.compute` configures malloc to return nothing.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _BY_HEURISTIC_OR_ALWAYS = ("0", "1")
 
 
 def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
-    """(elements,) in the processor's own memory, uninitialised."""
+    """Allocate (elements,) in the processor's memory, uninitialised."""
     size = elements * dtype.itemsize
     if sys.platform == "linux" and size >= _LARGE_PAGE:
         try:
             room = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             room.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a system without them, or without the memory: torch says which
+        except OSError:  # there are no large pages, or no memory, which torch reports
             return torch.empty(elements, dtype=dtype)
         begin = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % _LARGE_PAGE
         return torch.frombuffer(room, dtype=dtype, count=elements, offset=begin)
@@ -48,21 +48,21 @@ def in_large_pages(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 def grow_heap_in_large_pages(largest_bytes: int, length_bytes: int) -> bool:
-    """Make the heap of glibc, which this process has, longer, in large pages; return whether it was made so.
+    """Extend the heap of glibc in large pages, and return True if that succeeded.
 
-    Not where addresses alone count as memory: under a limit of the process's (ulimit -v, -d), or where the system
-    promises no more than it has (vm.overcommit_memory 2); nor where a large page is larger than what is meant here.
+    It is not extended where reserved addresses count as memory: under a limit of the process (ulimit -v, -d), or if the
+    system does not overcommit (vm.overcommit_memory 2). Nor is it if the system's large pages exceed 2 MiB.
 
     Args:
-        largest_bytes: from this size on glibc takes buffers from elsewhere (M_MMAP_THRESHOLD).
-        length_bytes: at most so much longer; what may be allocated.
+        largest_bytes: the size from which on glibc allocates buffers outside the heap (M_MMAP_THRESHOLD).
+        length_bytes: the most bytes by which the heap is extended.
     """
     _heap.piece_bytes, _heap.pieces = largest_bytes // 2, length_bytes // (largest_bytes // 2)
     return grow_heap_again()
 
 
 def grow_heap_again() -> bool:
-    """The same once more, where its end has been given back since; nothing where it was not made so long before."""
+    """Extend the heap once more if its end was returned to the system; do nothing if it was never extended."""
     if sys.platform != "linux" or not _heap.pieces or not _may_take_addresses():
         return False
     libc = _libc()
@@ -73,7 +73,7 @@ def grow_heap_again() -> bool:
             break
         pieces.append(piece)
         if not begin <= piece + _heap.piece_bytes <= libc.sbrk(0):
-            break  # it fitted into what was there; or the heap ends here, or is another one, as a thread's is
+            break  # the piece fitted into the heap, or malloc used another heap, such as a thread's
     first, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, int(libc.sbrk(0))
     advised = end > first and libc.madvise(first, end - first, mmap.MADV_HUGEPAGE) == 0
     for piece in pieces:
@@ -82,7 +82,7 @@ def grow_heap_again() -> bool:
 
 
 class _Heap:
-    """It is made longer by so many pieces of so many bytes."""
+    """The number and size of the pieces by which the heap is extended."""
 
     pieces = piece_bytes = 0
 

@@ -1,17 +1,17 @@
-"""When a kernel of the compiled library is taken, and how it is called.
+"""Find the kernel of the compiled library for a call, and describe its C function.
 
-An op has two forms: torch's, which is the reference and the fallback, and a kernel of the compiled library. The op
-declares the C function beside it, and `loop` gives what to call, or None where torch's form has to do:
+An op has two forms: torch's form, which is the reference and the fallback, and a kernel of the compiled library. The op
+declares the C function, and `find_kernel` returns it, or None if torch's form has to compute:
 
-    _COUNT = KernelSignature("backhand_count", INT, POINTER, INT64)      # the number of the dtype first
+    _COUNT = KernelSignature("backhand_count", INT, POINTER, INT64)      # the dtype's number first
 
     count = find_kernel(_COUNT, out)
     if count is not None:
         count(out.data_ptr(), out.numel())
 
-The kernel is taken where the library is there (`builds`) and every tensor lies in the processor's own memory, in
-float32 or bfloat16, its last axis without gaps. float64 is for proofs: torch's form takes it, unless `proving_kernels`
-sends it to the very source of the kernels, instantiated for it.
+A kernel is used if the library is available (`builds`). Every tensor must be in the processor's memory, in float32 or
+bfloat16, and its last axis must have no gaps. float64 is for proofs. Torch's form computes it, unless `proving_kernels`
+sends it to the same kernel sources, instantiated for float64.
 """
 
 from __future__ import annotations
@@ -38,60 +38,62 @@ Type = type[Any]
 
 
 class KernelSignature:
-    """A C function of the library, whichever build is in use when it is asked for.
+    """Name and types of a C function, which is taken from the build that is in use at each call.
 
     Args:
-        name: as exported.
-        types: of its arguments.
-        result: of what it returns, None for void.
+        name: its exported name.
+        types: the types of its arguments.
+        result: the type of its result, None for void.
     """
 
     def __init__(self, name: str, *types: Type, result: Type | None = None) -> None:
         self.name, self.types, self.result = name, types, result
-        self._by_dtype: dict[tuple[Library, torch.dtype], Callable[..., Any]] = {}  # a step asks hundreds of times
+        self._by_dtype: dict[
+            tuple[Library, torch.dtype], Callable[..., Any]
+        ] = {}  # cached, since a step asks hundreds of times
 
     def function(self) -> Any | None:
-        """What to call, or None where everything goes through torch."""
-        found = library()
-        return None if found is None else found.function(self.name, self.types, self.result)
+        """Return the C function, or None if there is no build."""
+        build = library()
+        return None if build is None else build.function(self.name, self.types, self.result)
 
     def function_of(self, dtype: torch.dtype, build: Library) -> Callable[..., Any] | None:
-        """The one of this build with the number of the dtype filled in, or None where it has none."""
-        found = self._by_dtype.get((build, dtype))
-        if found is None and (number := _numbers().get(dtype)) is not None:
-            found = partial(build.function(self.name, self.types, self.result), number)
-            self._by_dtype[build, dtype] = found
-        return found
+        """Return the function of this build with the dtype's number filled in, or None if kernels lack the dtype."""
+        function = self._by_dtype.get((build, dtype))
+        if function is None and (number := _numbers().get(dtype)) is not None:
+            function = partial(build.function(self.name, self.types, self.result), number)
+            self._by_dtype[build, dtype] = function
+        return function
 
 
-_float64_too = ContextVar("float64_too", default=False)
+_float64_enabled = ContextVar("float64_enabled", default=False)
 
 
-def find_kernel(declared: KernelSignature, *tensors: Tensor | None) -> Callable[..., Any] | None:
-    """The C function with its dtype filled in, or None where torch's form has to do.
+def find_kernel(signature: KernelSignature, *tensors: Tensor | None) -> Callable[..., Any] | None:
+    """Return the C function with its dtype filled in, or None if torch's form has to compute.
 
     Args:
-        declared: takes the number of the dtype first.
-        tensors: all that it reads or writes in the storage dtype; None for what is not there.
+        signature: the function, whose first argument is the dtype's number.
+        tensors: all tensors that it reads or writes in the storage dtype; None for omitted ones.
     """
     import torch
 
     if torch.compiler.is_compiling():
-        return None  # what is traced has no addresses
+        return None  # traced tensors have no addresses
     build = IN_USE.get()()
-    dtype = None if build is None else _dtype_of_loopable(tensors)
-    if build is None or dtype is None or (dtype == torch.float64 and not _float64_too.get()):
+    dtype = None if build is None else _common_dtype(tensors)
+    if build is None or dtype is None or (dtype == torch.float64 and not _float64_enabled.get()):
         return None
-    return declared.function_of(dtype, build)
+    return signature.function_of(dtype, build)
 
 
 def kernel_can_read(tensor: Tensor) -> bool:
-    """Whether kernels may have its address: it lies in the processor's own memory, densely, and records nothing."""
-    return _dtype_of_loopable((tensor,)) is not None
+    """Return True if kernels may read a tensor: in the processor's memory, dense, and not recorded by autograd."""
+    return _common_dtype((tensor,)) is not None
 
 
-def _dtype_of_loopable(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
-    """The dtype of tensors whose addresses kernels may have; None for others, several dtypes, or no tensor."""
+def _common_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
+    """Return the common dtype of tensors that kernels may read; None for other tensors, mixed dtypes, or no tensor."""
     import torch
 
     dtype, recording = None, torch.is_grad_enabled()
@@ -111,13 +113,13 @@ def _dtype_of_loopable(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
 
 
 def matrix(x: Tensor) -> tuple[int, int]:
-    """Address, and how far rows are apart."""
+    """Return the address and the row stride."""
     return x.data_ptr(), x.stride(0)
 
 
 @functools.cache
 def _numbers() -> dict[torch.dtype, int]:
-    """As in native/dtypes.h."""
+    """Return the numbers of dtypes in native/dtypes.h."""
     import torch
 
     return {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
@@ -125,26 +127,26 @@ def _numbers() -> dict[torch.dtype, int]:
 
 @contextmanager
 def proving_kernels() -> Iterator[None]:
-    """Inside, float64 takes the kernels too, where the library is there."""
-    before = _float64_too.set(True)
+    """Inside, float64 uses the kernels too, if the library is available."""
+    before = _float64_enabled.set(True)
     try:
         yield
     finally:
-        _float64_too.reset(before)
+        _float64_enabled.reset(before)
 
 
 def kernels_take_float64() -> bool:
-    """Whether float64 takes the kernels here and now."""
-    return _float64_too.get()
+    """Return True if float64 currently uses the kernels."""
+    return _float64_enabled.get()
 
 
-# Every layer asks for the same ones.
+# Cached, since every layer needs the same tables.
 @functools.lru_cache(maxsize=16)
 def segment_table(runs: tuple[tuple[int, int, int, tuple[tuple[int, int], ...]], ...]) -> Tensor:
-    """Starts, lengths and parents of all segments, (3, segments) int64, as kernels take them; no parent is -1.
+    """Return starts, lengths and parents of all segments, (3, segments) int64; the parent is -1 if there is none.
 
     Args:
-        runs: (first token, segments behind one another, tokens of each, spans of the segments before each).
+        runs: (first token, number of segments, tokens of each, spans of the segments before each).
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The most that is taken at a time where work is cut into pieces, and a smaller limit for proofs.
+"""The largest piece of work that is computed at a time, and a smaller limit for proofs.
 
-An op cuts its work so that one piece stays in a cache or within a bound of memory. The cases of `backhand verify` are
-far smaller. Inside `small_pieces` they are cut nevertheless, so that the edges between pieces are proved.
+An op cuts its work so that one piece stays in a cache or within a memory limit. The cases of `backhand verify` are far
+smaller. Inside `small_pieces` they are cut nevertheless, so that the edges between pieces are proved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A frozen matrix in the blocks of its file: (out, in), dequantised piece by piece when a product needs it.
 
-Its rows are parts one below the other, each of a type of its own, as q/k/v and gate/up lie in real files. A part may
-store its rows in another order (llama's q and k), or its columns (Qwen3.5's delta rule): those of a piece are put in
-order when it is dequantised, since a block holds several. Nothing is copied: blocks are views, of a mapped file as a
-rule.
+It consists of parts whose rows are stacked, each with its own block type, since q/k/v and gate/up have different types
+in real files. A part may store its rows in another order (llama's q and k), or its columns (Qwen3.5's delta rule). A
+block holds several columns, so that columns are reordered after a piece is dequantised. Nothing is copied: blocks are
+views, usually of a mapped file.
 """
 
 from __future__ import annotations
@@ -21,48 +21,46 @@ from backhand.kernels.dequantize import Bytes, block_shape, dequantize, is_compi
 from backhand.kernels.pieces import piece_size
 
 NUMBERS_OF_PART = 6
-"""In `QuantizedMatrix.table`."""
+"""Integers per part in `QuantizedMatrix.table`."""
 
-# Rows that are dequantised at a time where their columns have to be put in order.
+# Rows that are dequantised at a time if their columns have to be reordered.
 _ROWS_IN_ORDER = 512
 
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """One part."""
+    """One part of the matrix."""
 
-    blocks: Bytes  # (rows, bytes of a row) uint8, rows one behind the other
+    blocks: Bytes  # (rows, bytes of a row) uint8, contiguous
     type_id: int  # ggml's number of the type
-    # (out,) int64, which stored row is row 0, 1, … of this part; None for all in their own order
-    order: Tensor | None = None
-    # (in,) int64, which stored column is column 0, 1, …; None for all in their own order
-    column_order: Tensor | None = None
+    order: Tensor | None = None  # (out,) int64, the stored row of row 0, 1, …; None for all rows in stored order
+    column_order: Tensor | None = None  # (in,) int64, the stored column of column 0, 1, …; None for stored order
 
     @property
     def row_count(self) -> int:
-        """Rows of this part."""
+        """The number of rows of this part."""
         return len(self.blocks) if self.order is None else len(self.order)
 
     @property
     def columns(self) -> int:
-        """Values of a row."""
+        """The number of values of a row."""
         values, size = block_shape(self.type_id)
         return int(self.blocks.shape[1]) // size * values
 
     def part(self, start: int, stop: int) -> StoredRows:
-        """Rows start to stop."""
+        """Return rows start to stop."""
         if self.order is not None:
             return replace(self, order=self.order[start:stop])
         return replace(self, blocks=self.blocks[start:stop])
 
 
 class QuantizedMatrix:
-    """Parts stacked, read as numbers of one dtype.
+    """Stacked parts, read as numbers of one dtype.
 
     Args:
-        parts: at least one, all with rows of the same length.
-        dtype: what its values are rounded to.
-        device: where products run; the blocks stay in the processor's memory.
+        parts: at least one part, all with rows of the same length.
+        dtype: the dtype to which values are rounded.
+        device: the device of products; the blocks stay in the processor's memory.
 
     Attributes:
         shape: (out, in).
@@ -83,23 +81,23 @@ class QuantizedMatrix:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of its blocks."""
+        """The bytes of the blocks."""
         return sum(part.row_count * int(part.blocks.shape[1]) for part in self.parts)
 
     def rows_into(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """Write rows start to stop into `out`, (stop - start, in), and return it."""
+        """Write rows start to stop to `out`, (stop - start, in), and return it."""
         for part, first, place in self._between(start, stop):
             _fill(part.part(first, first + place.stop - place.start), out[place], 0)
         return out
 
     def columns_into(self, start: int, stop: int, out: Tensor) -> Tensor:
-        """Write columns start to stop, whole blocks, into `out`, (out, stop - start), and return it."""
+        """Write columns start to stop, which are whole blocks, to `out`, (out, stop - start), and return it."""
         for part, _, place in self._between(0, self.shape[0]):
             _fill(part, out[place, : stop - start], start)
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The rows with these ids, (..., in).
+        """Return the rows with these ids, (..., in).
 
         Args:
             ids: (...) integers in [0, out).
@@ -121,7 +119,7 @@ class QuantizedMatrix:
         return out.view(*ids.shape, self.shape[1])
 
     def split(self, sizes: Sequence[int]) -> tuple[QuantizedMatrix, ...]:
-        """Matrices of so many rows each, top to bottom; they share the blocks.
+        """Split into matrices with these numbers of rows, which share the blocks.
 
         Raises:
             ValueError: sizes that do not add up to the rows.
@@ -132,23 +130,22 @@ class QuantizedMatrix:
         return tuple(self.part(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
     def part(self, start: int, stop: int) -> QuantizedMatrix:
-        """Rows start to stop; they share the blocks."""
+        """Return rows start to stop, which share the blocks."""
         parts = [
             part.part(first, first + place.stop - place.start) for part, first, place in self._between(start, stop)
         ]
         return QuantizedMatrix(parts or [self.parts[0].part(0, 0)], self.dtype, self.device)
 
     def dense(self) -> Tensor:
-        """All of it, (out, in)."""
+        """Return the whole matrix in dense form, (out, in)."""
         return self.rows_into(0, self.shape[0], torch.empty(self.shape, dtype=self.dtype, device=self.device))
 
     @cached_property
     def table(self) -> list[int] | None:
-        """What a kernel has to know that unpacks the blocks itself, for as long as the matrix is there; made once.
+        """The description for kernels that unpack the blocks themselves; valid while the matrix exists.
 
-        Returns:
-            of each part ggml's type, address, bytes of a row, stored rows, address of the order or 0, and rows; None
-            where no kernel can: columns in another order, or a type that is not compiled.
+        For each part: ggml's type, address, bytes of a row, stored rows, address of the order or 0, and rows. None if
+        no kernel can unpack it, because of columns in another order or a type that is not compiled.
         """
         numbers: list[int] = []
         for part in self.parts:
@@ -162,7 +159,7 @@ class QuantizedMatrix:
         return numbers
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[StoredRows, int, slice]]:
-        """(part, its first row that is wanted, where its rows go) for all parts of rows start to stop."""
+        """Yield (part, its first row, the range of its rows in the result) for all parts of rows start to stop."""
         first = bisect_right(self._ends, start)
         above = self._ends[first - 1] if first else 0
         for part in self.parts[first:]:
@@ -175,7 +172,7 @@ class QuantizedMatrix:
 
 
 def dequantized_rows(part: StoredRows, out: Tensor, ids: Tensor | None) -> Tensor:
-    """Write the part's stored rows with these numbers, None for all, into `out`, (rows, in), and return it."""
+    """Write the part's stored rows with these indices, or all for None, to `out`, (rows, in), and return it."""
     if part.column_order is None:
         return dequantize(part.blocks, part.type_id, out, row_ids=ids)
     count, step = len(out), piece_size(_ROWS_IN_ORDER)
