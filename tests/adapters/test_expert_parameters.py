@@ -95,7 +95,7 @@ def test_we_compute_the_same_from_pefts_files(name: str, variant: str, tmp_path:
     document = tiny_documents([23])[0]
     assert relative_error(decoder.logits(document), full_logits(adapted, document)) <= 1e-5
     assert {slot.name for slot in loaded.slots if slot.experts} == {
-        name for name, what in loaded.beside.items() if "experts" in what
+        name for name, what in loaded.beyond_factors.items() if "experts" in what
     }
 
 

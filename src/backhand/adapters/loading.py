@@ -179,7 +179,7 @@ class LoadedAdapter:
         return (*self.forced, *self.described.notes, *wide, *copies, *self._overlapping())
 
     @property
-    def beside(self) -> dict[str, str]:
+    def beyond_factors(self) -> dict[str, str]:
         """By module, what it has that is no plain factors of a linear module; who knows only those must refuse it."""
         kinds = {tensor.name.rpartition(".")[0]: "it is trained in full, or in single rows" for tensor in self.trained}
         for shape in self.shapes:

@@ -113,9 +113,9 @@ def inner_product(first: ModuleFactors, second: ModuleFactors) -> float:
 
 
 # Similarity of the input and output subspaces of two updates.
-#
+
 #     φ(i, j) = ‖U_iᵀ V_j‖_F² / min(i, j)  in [0, 1]        [arXiv:2106.09685, §7.2]
-#
+
 # U_i are the first i of one set of orthonormal columns, V_j the first j of another. φ is 1 if the smaller subspace lies
 # in the larger, and 0 if they are orthogonal. It is the mean squared cosine of the principal angles θ_1 ≤ θ_2 ≤ …
 # between the two. The angles contain more information: cos θ_k are the singular values of Uᵀ V [Björck and Golub 1973].
@@ -173,16 +173,16 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 
 # TIES and DARE: operations on single entries, for which ΔW is formed, one module at a time.
-#
+
 # TIES [arXiv:2306.01708, algorithm 1], with τ_i the i-th update as a matrix:
-#
+
 #     trim    τ̂_i   the `density` · n entries of τ_i largest in magnitude, the others 0
 #     elect   γ     = sgn(Σ_i τ̂_i), entry by entry
 #     merge   τ     = mean of the τ̂_i with the sign γ there; 0 where γ is
-#
+
 # DARE [arXiv:2311.03099, eq. 1–3]: every entry is kept with probability `density` and divided by it, so that the
 # expectation is the update itself. Then the updates are added.
-#
+
 # The result has full rank, and is reduced to rank r by the best approximation of a formed matrix D, (out, in):
 # with D Dᵀ = U Λ Uᵀ (the smaller side), U_r U_rᵀ D, whose factors are U_r and U_rᵀ D.
 

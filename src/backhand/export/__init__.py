@@ -1,1 +1,1 @@
-"""What leaves Backhand: adapters in other programs' formats and merged models, each proved by loading it again."""
+"""Export: adapters in other programs' formats and merged models, each proved by reading it back."""

@@ -1,4 +1,4 @@
-"""`backhand export`: an adapter in another program's format, written beside its place, proved, and put there."""
+"""`backhand export`: write an adapter in another program's format, prove it, and move it to its place."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from backhand.terminal import console
 
 
 def export_command(options: ExportOptions) -> Path:
-    """Export, and print what was proved.
+    """Export, and print the proofs.
 
     Raises:
-        UsageError: an option out of range, or `output` exists.
-        ArtifactError: model and adapter cannot be read, do not belong together, or the format cannot express them.
-        ResourceError: the output cannot be written, or not be uploaded; then it stays.
-        CheckError: what was written does not compute what the adapter does; it is removed.
+        UsageError: if an option is out of range, or `output` exists.
+        ArtifactError: if model or adapter cannot be read, do not belong together, or the format cannot express them.
+        ResourceError: if the output cannot be written, or cannot be uploaded; in the latter case it is kept.
+        CheckError: if the written files do not compute what the adapter does; they are removed.
     """
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
@@ -67,10 +67,10 @@ def export_command(options: ExportOptions) -> Path:
 
 
 def _how_to_run(options: ExportOptions, output: str, base: ModelSource | None) -> tuple[str, ...]:
-    """What to type next, where it is not Python.
+    """Return the commands to run next in other programs than Python.
 
     Args:
-        base: the model whose adapter was exported; None where it was merged.
+        base: the model whose adapter was exported, None if it was merged.
     """
     if options.to == "ollama":
         return (f"next: ollama create mine -f {output}/Modelfile", "      ollama run mine")
@@ -87,7 +87,7 @@ _ANSWER_S = 120.0
 
 
 _ODD_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
-"""What the library raises while it reads an answer that is not a hub's."""
+"""Exceptions of the library while it reads an answer that is not a hub's."""
 
 
 def _push(output: Path, repository: str) -> str:
@@ -124,7 +124,7 @@ def _push(output: Path, repository: str) -> str:
 
 def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
     prover.say_notes(opened.loaded)
-    # PEFT's files hold anything, and are proved here for nothing but factors.
+    # PEFT's files could contain more than factors, but the proofs here cover factors alone.
     refuse(str(options.to), _more_than_factors(options, opened))
     architecture = gguf_architecture(opened.source.config)
     if options.to in ("gguf", "ollama") and architecture:
@@ -136,17 +136,17 @@ def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path,
 
 
 def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[str, str]:
-    """By module, what no format takes; GGUF files take plain factors of embeddings and of experts."""
-    beside = opened.loaded.beside
+    """Return reasons by module that cannot be exported; GGUF files accept plain factors of embeddings and experts."""
+    refused = opened.loaded.beyond_factors
     if options.to in ("gguf", "ollama"):
         for shape in opened.loaded.shapes:
             if (shape.embedding or shape.experts) and shape.magnitude is None and shape.lora_bias is None:
-                del beside[shape.name]
-    return beside
+                del refused[shape.name]
+    return refused
 
 
 def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors:
-    """Write the output at `path`, and read it again."""
+    """Write the output at `path`, and read it back."""
     if options.to == "gguf":
         _write_gguf(opened, path)
         return _read(opened, path)
@@ -168,7 +168,7 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
 def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
     architecture = gguf_architecture(opened.source.config)
     if architecture is None:
-        raise UsageError(f"there are no GGUF files of {opened.config.family} models that we know", where="to")
+        raise UsageError(f"no GGUF format of {opened.config.family} models is known", where="to")
     write_gguf_adapter(
         path,
         opened.factors,
@@ -181,7 +181,7 @@ def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
 
 
 def _read(opened: OpenedAdapter, path: Path) -> Factors:
-    # The base has been compared already, or was forced: nothing of it is read again.
+    # The base has been compared already, or was forced, so that it is not read again.
     return factors_of(match_linear_adapter(read_adapter(path, opened.source), opened.shapes))
 
 
@@ -198,7 +198,7 @@ def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: P
 
 def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None:
     if options.to == "kohya":
-        raise UsageError("kohya's format holds adapters only", where="merge", next_step="leave out --merge")
+        raise UsageError("kohya's format supports adapters only", where="merge", next_step="leave out --merge")
     with staged(output) as path:
         if options.to == "ollama":
             path.mkdir()

@@ -1,8 +1,8 @@
-"""Writing an adapter as a GGUF file, for llama.cpp and Ollama; `adapters.gguf_adapter` has the format and reads it.
+"""Write an adapter as a GGUF file for llama.cpp and Ollama; `adapters.gguf_adapter` describes and reads the format.
 
-The reader knows one alpha and divides it by each module's own rank, so that scaling = alpha / rank holds there for
-plain LoRA, mixed ranks included, and lora_B keeps its bits. Anything else (rank-stabilised scaling, an alpha for some
-modules) is folded: lora_B · scaling · rank / alpha. Folded files state a whole alpha.
+The format has one alpha, which is divided by each module's own rank. For plain LoRA, mixed ranks included, scaling =
+alpha / rank therefore holds, and lora_B keeps its bits. Any other scaling (rank-stabilised, or an alpha of single
+modules) is folded into the factor: lora_B · scaling · rank / alpha. Folded files have an integer alpha.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def write_gguf_adapter(
     record: AdapterRecord | None = None,
     name: str | None = None,
 ) -> None:
-    """Write the file; a plain one, not in one step.
+    """Write the file at `path`, not atomically.
 
     Args:
-        factors: of linear modules, and of the embedding, whose lora_A the file holds transposed; experts' modules in
+        factors: of linear modules, and of the embedding, whose lora_A is transposed in the file; modules of experts in
             the order of the experts, all of a layer.
-        sizes: of the base model: how the rows of its matrices lie.
-        tied_head: whether the base model's head is its embedding, so that its files have no tensor for it.
-        record: what the adapter was trained with, for those who can compare; llama.cpp reads over it.
+        sizes: of the base model; they determine the order of the rows of its matrices.
+        tied_head: True if the base model's head is its embedding, so that its files have no tensor for the head.
+        record: the adapter's training record, which llama.cpp ignores.
 
     Raises:
-        ArtifactError: modules that the architecture has no tensor for, by name.
-        CheckError: a value is not finite in float32.
+        ArtifactError: names modules for which the architecture has no tensor.
+        CheckError: if a value is not finite in float32.
     """
     obstacles = {module: _obstacle(architecture, module, one, tied_head) for module, one in factors.items()}
     refuse("gguf", {module: reason for module, reason in obstacles.items() if reason is not None})
@@ -64,18 +64,18 @@ def write_gguf_adapter(
         names = gguf_names(architecture, module)
         folded = one.scaled_to(alpha / one.rank)
         A_layout, B_layout = layout(architecture, f"{module}.weight", sizes).factor_layouts
-        if parse_expert_name(f"{module}.weight") is not None:  # in the order of the experts, as their factors come
+        if parse_expert_name(f"{module}.weight") is not None:  # factors come in the order of the experts
             for letter, values in (("a", folded.lora_A), ("b", folded.lora_B)):
                 stacks.setdefault(f"{names[0]}.lora_{letter}", []).append(values.float().contiguous().numpy())
             continue
         lora_A = folded.lora_A.T if one.embedding else A_layout.to_gguf(folded.lora_A)
-        # Where a file has a module's weight in several tensors, each has the same lora_A and its own rows of lora_B.
+        # If a file has a module's weight in several tensors, each gets the same lora_A and its own rows of lora_B.
         for stored, lora_B in zip(names, folded.lora_B.float().chunk(len(names)), strict=True):
             tensors[f"{stored}.lora_a"] = lora_A.float().contiguous().numpy()
             tensors[f"{stored}.lora_b"] = B_layout.to_gguf(lora_B).contiguous().numpy()
     tensors |= {name: np.stack(each) for name, each in stacks.items()}
     if bad := [name for name, values in tensors.items() if not np.isfinite(values).all()]:
-        raise CheckError(f"{len(bad)} factors hold values that are not finite in float32", where=bad[0])
+        raise CheckError(f"{len(bad)} factors contain values that are not finite in float32", where=bad[0])
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -93,8 +93,8 @@ def write_gguf_adapter(
 
 
 def file_alpha(factors: Factors) -> float:
-    """The one alpha of the file: every module's own where that is one whole number, else the largest rank."""
-    # alpha as plain LoRA has it, without the last bit that dividing by the rank and multiplying again may cost
+    """Return the alpha of the file: that of all modules if it is one integer, else the largest rank."""
+    # Undo the last bit that dividing alpha by the rank and multiplying again may have cost.
     first, *others = {round(one.scaling * one.rank, 9) for one in factors.values()}
     return first if not others and first.is_integer() else float(max(one.rank for one in factors.values()))
 
@@ -114,22 +114,22 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
     return None
 
 
-# What llama.cpp does not compute of a model whose numbers a GGUF file can state.
+# Features of a model that a GGUF file can state and llama.cpp does not compute.
 #
-# It opens no file with a tensor, or with a shape, that the architecture does not have. A sliding window that the
-# architecture does not have is worse: it reads over it without a word, and every token sees all before it. Up to the
-# window's length that is the same thing, and its server takes no longer text than the context that the file states.
+# llama.cpp refuses files with a tensor or a shape that the architecture does not have. It silently ignores a sliding
+# window that the architecture does not have, so that every token attends to all tokens before it. Up to the length of
+# the window the result is the same, and its server accepts no text longer than the context that the file states.
 
 _LISTS_OF_FACTORS = ("llama3", "longrope")
 
 
 def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -> None:
-    """Do nothing if llama.cpp can compute the model up to `context_length`.
+    """Check that llama.cpp can compute the model up to `context_length`.
 
     Raises:
-        ArtifactError: lists what stands in the way.
+        ArtifactError: lists the features that it lacks.
     """
-    obstacles = [what for stands_in_the_way, what in _obstacles(config, architecture) if stands_in_the_way]
+    obstacles = [feature for missing, feature in _obstacles(config, architecture) if missing]
     if obstacles:
         raise ArtifactError(
             "llama.cpp cannot compute this model from a GGUF file",
@@ -140,7 +140,7 @@ def refuse_for_llama_cpp(config: DecoderConfig, architecture: str, where: str) -
 
 
 def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool, str]]:
-    """Whether each thing that some architecture does not have stands in the way, and what it is."""
+    """Yield, for each feature that some architecture lacks, whether this model needs it and its name."""
     scalings = [dict(rotary.scaling or ()) for rotary in config.rotary]
     rules = [scaling.get("rope_type") for scaling in scalings]
     for rule in rules if architecture not in ("llama", "exaone4", "phi3") else ():
@@ -184,7 +184,7 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         own = any(one.scaling is not None or one.theta != full.theta for one in sliding)
         yield own, "a rotary base or scaling of the sliding layers' own"
     if architecture == "gemma4":
-        # Layers that share take keys and values of the last two layers before them there: full ones of the last.
+        # There, layers that share take the keys and values of the last two layers before them: full layers of the last.
         sharing = [layer for layer in config.layers if layer.kv_source is not None]
         last = len(config.layers) - len(sharing)
         elsewhere = any(layer.kv_source != last - (1 if layer.window is None else 2) for layer in sharing)
@@ -206,12 +206,12 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
 
 
 def context_length(config: DecoderConfig, architecture: str) -> int:
-    """The longest text for which llama.cpp computes what the model does: the context a new file states."""
+    """Return the longest text for which llama.cpp computes what the model does; a new file states it as its context."""
     return unknown_window(config, architecture) or config.max_position_embeddings
 
 
 def unknown_window(config: DecoderConfig, architecture: str) -> int | None:
-    """A sliding window, shorter than the context, that files of this architecture are computed without; or None."""
+    """Return a sliding window, shorter than the context, that llama.cpp ignores for this architecture, or None."""
     windows = [layer.window for layer in config.layers if layer.window is not None]
     window = min(windows, default=config.max_position_embeddings)
     there = architecture in ("llama", "phi3", "mistral3") and window < config.max_position_embeddings
@@ -219,10 +219,10 @@ def unknown_window(config: DecoderConfig, architecture: str) -> int | None:
 
 
 def llama_cpp_notes(config: DecoderConfig, architecture: str, *, context_ends: bool) -> list[str]:
-    """What people should know of texts that llama.cpp computes otherwise.
+    """Return notes about texts for which llama.cpp computes something else.
 
     Args:
-        context_ends: whether the file's context ends with a sliding window that llama.cpp does not have.
+        context_ends: True if the file's context was limited to a sliding window that llama.cpp ignores.
     """
     notes = []
     if window := unknown_window(config, architecture):

@@ -1,6 +1,6 @@
-"""The metadata of a GGUF file for a model that comes from a Hugging Face directory, its vocabulary among them.
+"""Write GGUF metadata, vocabulary included, for a model from a Hugging Face directory.
 
-What a file cannot say is not noticed here: whoever writes one reads it again and compares the configurations.
+Features that a file cannot state are not detected here: callers read the file back and compare the configurations.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str]:
-    """Name, sizes, rotary angles, windows, and the vocabulary.
+    """Add name, sizes, rotary angles, windows, and the vocabulary.
 
     Returns:
-        tokens that have no row in the model, and that the file leaves out.
+        tokens that have no row in the model, which the file leaves out.
 
     Raises:
-        ArtifactError: the tokenizer is of a kind that is not written here, or llama.cpp cannot compute the model.
+        ArtifactError: if the kind of tokenizer is not supported, or llama.cpp cannot compute the model.
     """
     config = decoder_config(source.config)
     refuse_for_llama_cpp(config, writer.arch, str(source.path))
@@ -83,21 +83,21 @@ def add_model_metadata(writer: gguf.GGUFWriter, source: ModelSource) -> list[str
     if writer.arch == "gemma2" and config.attention_cap is not None and config.logits.cap is not None:
         writer.add_attn_logit_softcapping(config.attention_cap)
         writer.add_final_logit_softcapping(config.logits.cap)
-    # Others slide everywhere, or as their architecture says.
+    # In other architectures all layers slide, or the architecture determines which.
     if windows and writer.arch in ("gemma3", "olmo2", "exaone4"):
         writer.add_sliding_window_pattern([layer.window is not None for layer in config.layers])
     return add_vocabulary(writer, source.tokenizer(), config.vocab_size, str(source.path))
 
 
 def _once(numbers: list[int]) -> int | list[int]:
-    """A number of each layer, or the one that all have."""
+    """Return a list with a number per layer, or the number if all are equal."""
     return numbers if len({*numbers}) > 1 else numbers[0]
 
 
 def _add_gemma4(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
-    """The other size of head, which layers slide and which share, and the inputs of layers.
+    """Add the second head size, sliding and sharing layers, and sizes of the per-layer embeddings.
 
-    llama.cpp asks for all of it, also of a model where no layer slides; its window is the whole context then.
+    llama.cpp requires all of them, also if no layer slides; the window is then the whole context.
     """
     slides = [layer.window is not None for layer in config.layers]
     writer.add_key_length_swa(config.head_dim)
@@ -108,11 +108,11 @@ def _add_gemma4(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
     writer.add_sliding_window_pattern(slides)
     writer.add_shared_kv_layers(sum(layer.kv_source is not None for layer in config.layers))
     writer.add_embedding_length_per_layer_input(0 if config.per_layer is None else config.per_layer.width)
-    writer.add_final_logit_softcapping(config.logits.cap or 0.0)  # without a word llama.cpp caps at 30
+    writer.add_final_logit_softcapping(config.logits.cap or 0.0)  # llama.cpp's default is a cap of 30
 
 
 def _add_delta(writer: gguf.GGUFWriter, config: DecoderConfig, stated: Mapping[str, Any]) -> None:
-    """Sizes of the delta rule, the layers that have it, and which features turn by which place in an image."""
+    """Add sizes of the delta rule, its layers, and the sections of the rotary features for images."""
     sizes = not_none(config.delta)
     writer.add_ssm_conv_kernel(sizes.taps)
     writer.add_ssm_state_size(sizes.key_width)
@@ -128,9 +128,9 @@ def _add_delta(writer: gguf.GGUFWriter, config: DecoderConfig, stated: Mapping[s
 
 
 def _image_sections(config: DecoderConfig, stated: Mapping[str, Any]) -> list[int]:
-    """How many turning pairs go by time, height and width: as the config has it, else in thirds.
+    """Return the numbers of rotary pairs for time, height and width: as in the config, else thirds.
 
-    Of a text all three are alike; what is left over would turn by a fourth place, which is 0 there.
+    For text, all three positions are equal. Remaining pairs would use a fourth position, which is 0 for text.
     """
     pairs = (config.rotary[_full_rotary(config)].features or config.head_dim) // 2
     rule = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
@@ -141,7 +141,7 @@ def _image_sections(config: DecoderConfig, stated: Mapping[str, Any]) -> list[in
 
 
 def rope_factors(config: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """What divides the frequencies, (turning features / 2,) float32 by the tensor's name, where lists say it."""
+    """Return divisors of the frequencies, (rotary features / 2,) float32 by tensor name, if the config lists them."""
     parsed = decoder_config(config)
     rotary = parsed.rotary[_full_rotary(parsed)]
     scaling = dict(rotary.scaling or ())
@@ -182,7 +182,7 @@ def _add_rotary(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
             if not math.isclose(attention_factor, 1.0, rel_tol=1e-9):
                 writer.add_rope_scaling_attn_factors(attention_factor)
     if writer.arch == "phi3" and scaling.get("rope_type") == "longrope":
-        # Nobody reads the length where there is one list; a file without it has no place for it.
+        # The original length is not read if there is only one list of factors.
         writer.add_rope_scaling_orig_ctx_len(rotary.longest_short or config.max_position_embeddings)
         writer.add_rope_scaling_attn_factors(rotary.attention_factor)
     for index, local in enumerate(config.rotary):
@@ -191,23 +191,23 @@ def _add_rotary(writer: gguf.GGUFWriter, config: DecoderConfig) -> None:
 
 
 def _full_rotary(config: DecoderConfig) -> int:
-    """Index of the angles that layers with full attention turn by; of the only ones, where all layers slide."""
+    """Return the index of the rotary angles of layers with full attention, or of the only angles."""
     full = (layer.rotary for layer in config.layers if layer.window is None and layer.rotary is not None)
     return next(full, config.layers[0].rotary or 0)
 
 
 def _full_head_dim(config: DecoderConfig) -> int:
-    """Features of a head in layers with full attention, which in Gemma 4 are others than in sliding layers."""
+    """Return the head size of layers with full attention, which in Gemma 4 differs from that of sliding layers."""
     return config.rotary_dims[_full_rotary(config)]
 
 
-# A BPE tokenizer as a GGUF file's vocabulary: byte-level, or one of characters with ▁ for a space, as Gemma's.
+# A BPE tokenizer as a GGUF file's vocabulary: byte-level, or of characters with ▁ for a space, as Gemma's.
 #
-# Of a byte-level one the name under tokenizer.ggml.pre stands for the patterns by which text is cut; it is found by
-# comparing the tokenizer's own patterns with those of the names that are known. Anything else is refused, since a wrong
-# name gives other token ids without a word. llama.cpp cuts the second kind at line ends, where the tokenizer does not:
-# that is the same as long as no token is made of line ends and other characters. Sentencepiece vocabularies with a
-# space put in front have scores, which a fast tokenizer's file does not.
+# The patterns by which a byte-level tokenizer splits text are identified by a name under tokenizer.ggml.pre. It is
+# found by comparing the tokenizer's patterns with those of the known names. Any other patterns are refused: a wrong
+# name silently gives other token ids. Text for the second kind is split at line ends by llama.cpp, and not by the
+# tokenizer. The result is the same if no token contains line ends and other characters. SentencePiece vocabularies
+# with a space in front have scores, which a fast tokenizer's file lacks.
 
 
 _NORMALIZERS = (None, {"type": "NFC"})
@@ -218,31 +218,31 @@ _NO_CUTS = (
     {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
     {"type": "Split", "pattern": {"Regex": LINE_PATTERN}, "behavior": "Isolated", "invert": False},
 )
-"""Ways to cut where no space is left that make no difference, given what tokens consist of."""
+"""Pre-tokenizers without an effect on text without spaces, given the tokens' characters."""
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _ALWAYS_SHOWN = (
     *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
     '<|"|>',
 )
-"""Gemma 4's tokens that llama.cpp's chat must see in an answer, and that its converter therefore calls no control
+"""Gemma 4's tokens that llama.cpp's chat must see in an answer; its converter therefore does not mark them as control
 tokens."""
 
 
 def add_vocabulary(
     writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str
 ) -> list[str]:
-    """Tokens and their types, merges, special ids, what is put around a text, and the chat template.
+    """Add tokens and their types, merges, special ids, tokens around a text, and the chat template.
 
     Args:
         vocab_size: rows of the embedding; rows without a token get one that is marked unused.
 
     Returns:
-        added tokens behind the last row, which the model cannot read and the file leaves out: llama.cpp opens no file
-        with more tokens than rows.
+        added tokens after the last row, which the model cannot read. The file leaves them out, since llama.cpp refuses
+        files with more tokens than rows.
 
     Raises:
-        ArtifactError: another kind of tokenizer, one that cuts text in a way that has no name, or one whose other
-            tokens are more than the rows.
+        ArtifactError: if the kind of tokenizer is not supported, its patterns have no known name, or it has more other
+            tokens than there are rows.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     spaced = _is_spaced(described)
@@ -251,7 +251,7 @@ def add_vocabulary(
         raise ArtifactError(
             "its tokenizer cannot be written into a GGUF file here",
             where=where,
-            why="known are byte-level BPE tokenizers that cut text in one of the ways that have a name, and Gemma's",
+            why="supported are byte-level BPE tokenizers whose patterns have a known name, and Gemma's",
             next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
         )
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -259,10 +259,10 @@ def add_vocabulary(
     without_row = sorted(index for index in by_id if index >= vocab_size)
     if any(index not in added or index == tokenizer.eos_token_id for index in without_row):
         raise ArtifactError(
-            f"its tokenizer has tokens up to id {without_row[-1]}, and the model {vocab_size} rows for them",
+            f"its tokenizer has tokens up to id {without_row[-1]}, and the model has {vocab_size} rows for them",
             where=where,
-            why="only tokens that were added, and do not end a text, can be left out of a GGUF file",
-            next_step="take the tokenizer that belongs to the model",
+            why="only added tokens that do not end a text can be left out of a GGUF file",
+            next_step="use the tokenizer that belongs to the model",
         )
     writer.add_tokenizer_model(GEMMA4_KIND if pre is None else "gpt2")
     if pre is None:
@@ -272,7 +272,7 @@ def add_vocabulary(
     writer.add_token_list([by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)])
     writer.add_token_types([_token_type(index, by_id, added, spaced) for index in range(vocab_size)])
     merges = described["model"]["merges"]
-    if merges:  # an empty list has no type that could be written
+    if merges:  # an empty list has no item type
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
@@ -303,7 +303,7 @@ def _token_type(index: int, by_id: dict[int, str], added: dict[int, Any], spaced
 
 
 def _is_spaced(described: dict[str, Any]) -> bool:
-    """Whether it is of the kind that llama.cpp calls gemma4."""
+    """Return True if the tokenizer is of the kind that llama.cpp calls gemma4."""
     model = described["model"]
     if model.get("type") != "BPE" or not model.get("byte_fallback") or model.get("ignore_merges"):
         return False
@@ -324,7 +324,7 @@ def _pre_tokenizer_name(described: dict[str, Any]) -> str | None:
 
 
 def _patterns(step: Any) -> tuple[str, ...] | None:
-    """The patterns that a pre-tokenizer cuts by, one after another; None if it is none of the usual steps."""
+    """Return the patterns of a pre-tokenizer in their order, or None if it has another kind of step."""
     steps = step["pretokenizers"] if isinstance(step, dict) and step.get("type") == "Sequence" else [step]
     patterns: list[str] = []
     byte_level = False

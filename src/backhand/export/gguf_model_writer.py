@@ -1,9 +1,9 @@
-"""A merged model as a GGUF file, written tensor by tensor: nothing larger than one is in memory.
+"""Write a merged model as a GGUF file, tensor by tensor: at most one tensor is in memory.
 
-From a GGUF base the metadata are copied, and with `auto` every tensor that the adapter leaves alone keeps its bytes;
-merged ones keep their type if it is a floating one, and are float32 if it is quantized. From a Hugging Face directory
-they are made anew (`add_model_metadata`). Vectors are float32 in any case, and a matrix whose rows are no whole number
-of the type's blocks is float16, as llama.cpp's converter has it.
+From a GGUF base the metadata are copied. With `auto`, every tensor that the adapter does not change keeps its bytes;
+merged tensors keep a floating type, and become float32 if their type is quantized. For a Hugging Face directory the
+metadata are made by `add_model_metadata`. Vectors are always float32. A matrix whose row length is not a multiple of
+the type's block size is float16, as in llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ _BYTE = np.dtype(np.uint8)
 
 @dataclass(frozen=True)
 class _Planned:
-    """One tensor of the file: its name there, how it is laid out and stored, and its bytes if they are copied.
+    """One tensor of the file: its name, layout and storage type, and its bytes if they are copied.
 
-    Of a stack of experts' matrices there are several of ours, and copied bytes for each.
+    A stack of experts' matrices consists of several of our tensors, with copied bytes for each.
     """
 
     name: str
@@ -65,30 +65,30 @@ class _Planned:
     copied: tuple[_Bytes, ...] | None = None
 
     def shape(self, weights: MergedWeights) -> tuple[int, ...]:
-        """In the file."""
+        """Return the shape in the file."""
         one = self.layout.stored_shape(weights.shape(self.ours[0]))
         return one if parse_expert_name(self.ours[0]) is None else (len(self.ours), *one)
 
 
 def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, description: str) -> list[str]:
-    """Write the file; a plain one, not in one step.
+    """Write the file at `path`, not atomically.
 
     Args:
         dtype: a key of `TYPES`, or `auto`.
 
     Returns:
-        what people should know: matrices that the type cannot hold and that are float16, tokens that were left out,
-        and texts that llama.cpp computes otherwise.
+        notes: matrices that are float16 because their rows do not fit the type, tokens that were left out, and texts
+        for which llama.cpp computes something else.
 
     Raises:
-        ArtifactError: a base of which no GGUF file can be made here, or that llama.cpp cannot compute.
-        CheckError: a merged value that is not finite in the type.
-        OSError: from the disk.
+        ArtifactError: if no GGUF file can be made from the base, or llama.cpp cannot compute it.
+        CheckError: if a merged value is not finite in the type.
+        OSError: if writing fails.
     """
     source = weights.source
     architecture = gguf_architecture(source.config)
     if architecture is None:
-        raise ArtifactError(f"there are no GGUF files of {source.config.get('model_type')} models that we know")
+        raise ArtifactError(f"no GGUF format of {source.config.get('model_type')} models is known")
     planned = _plan(weights, architecture, TYPES.get(dtype))
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
         left_out = _write(writer, weights, planned, description)
@@ -151,14 +151,14 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
             planned.append(_Planned(name, members, how, StorageType(in_base[0].type_id), data))
             continue
         kind = storage if storage is not None else _own_type(weights, ours, in_base)
-        # llama.cpp's converter leaves routers as they are, too.
+        # Routers keep their type, as in llama.cpp's converter.
         kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
         planned.append(_Planned(name, members, how, _fitting(kind, weights.shape(ours))))
     return planned
 
 
 def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str, ...]]:
-    """Tensors of the file, and what each holds: one of ours, or the matrices of all experts in their order."""
+    """Map each tensor of the file to our tensor, or to the matrices of all experts in order."""
     found: dict[str, list[str]] = {}
     for ours in weights.names():
         name = gguf_name(architecture, ours)
@@ -169,15 +169,13 @@ def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str
             )
         found.setdefault(name, []).append(ours)
     return {
-        name: tuple(
-            sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1])
-        )  # by the number of the expert
+        name: tuple(sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1]))  # by expert number
         for name, members in found.items()
     }
 
 
 def _own_type(weights: MergedWeights, ours: str, in_base: tuple[GGUFTensor, _Bytes] | None) -> StorageType:
-    """The base's own floating type, float32 where it is quantized or float64."""
+    """Return the base's floating type, or float32 if it is quantized or float64."""
     if in_base is not None:
         tensor, _ = in_base
         return StorageType(tensor.type_id) if native_dtype(tensor.type_id) is not None else StorageType.F32
@@ -193,20 +191,20 @@ def _fitting(kind: StorageType, shape: tuple[int, ...]) -> StorageType:
 
 
 def _stored(weights: MergedWeights, one: _Planned) -> _Bytes:
-    """The tensor's bytes in the file."""
+    """Return the tensor's bytes in the file."""
     parts = [_stored_part(weights, one, place) for place in range(len(one.ours))]
     return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
 
 
 def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
-    """The bytes of one of ours."""
+    """Return the bytes of one of our tensors."""
     if one.copied is not None:
         weights.keep(one.ours[place])
         return one.copied[place]
     found: list[_Bytes] = []
 
     def rounded(tensor: Tensor) -> Tensor:
-        """Also keeps the bytes, so that a tensor is quantized once."""
+        """Round, and save the bytes, so that a tensor is quantized once."""
         found.append(_quantized(one.layout.to_gguf(tensor), one.storage))
         values = dequantized(found[0], one.storage.value)
         floating = one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16)
@@ -227,13 +225,13 @@ def _quantized(values: Tensor, storage: StorageType) -> _Bytes:
     if rows.ndim == 1:
         rows = rows[None]
     starts = range(0, len(rows), _BLOCK_ROWS)
-    with np.errstate(over="ignore"):  # what does not fit is infinite, and found by `_stored`
+    with np.errstate(over="ignore"):  # values out of range become infinite, which `_stored` detects
         pieces = [gguf.quants.quantize(rows[start : start + _BLOCK_ROWS], storage) for start in starts]
     return np.concatenate([piece.view(np.uint8).reshape(-1) for piece in pieces])
 
 
 def copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
-    """All that a file says of its model, but for what the writer says itself: architecture, types and parts."""
+    """Copy a file's metadata, except for those that the writer adds: architecture, types and parts."""
     changed = _without_prediction(file, writer.arch)
     for key in file:
         if key not in _NOT_COPIED and changed.get(key, ...) is not None:
@@ -247,7 +245,7 @@ def copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
 
 
 def _without_prediction(file: GGUFFile, architecture: str) -> dict[str, Any]:
-    """What else the metadata say without the blocks that predict further tokens, which are not opened; None to drop."""
+    """Return metadata changes for a model without its multi-token prediction blocks; None removes a key."""
     count = prediction_block_count(file, architecture)
     if not count:
         return {}
@@ -258,7 +256,7 @@ def _without_prediction(file: GGUFFile, architecture: str) -> dict[str, Any]:
 
 
 def _untouched(source: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Tensors of the file that are no weights: tables of rotary frequencies."""
+    """Return tensors of the file that are not weights: tables of rotary frequencies."""
     if not isinstance(source, GGUFModel):
         return rope_factors(source.config)
     return {

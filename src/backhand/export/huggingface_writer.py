@@ -1,8 +1,8 @@
-"""A merged model as a Hugging Face directory, written tensor by tensor: nothing larger than one is in memory.
+"""Write a merged model as a Hugging Face directory, tensor by tensor: at most one tensor is in memory.
 
-    8 bytes length of the header, JSON header, tensors one behind the other        [safetensors, docs of its format]
+    8 bytes length of the header, JSON header, tensors one after the other        [safetensors, docs of its format]
 
-The header is known before any tensor is made, so that a shard needs no memory of its own.
+The header is known before any tensor is computed, so that a shard is never in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-"""Beside the weights of a Hugging Face directory; they hold no code, and a merged model needs them as they are."""
+"""Files of a Hugging Face directory, other than weights, that contain no code and are copied unchanged."""
 
 
 def write_huggingface(
@@ -40,12 +40,12 @@ def write_huggingface(
     """Write config.json, weights, tokenizer files and README.md into a new directory.
 
     Args:
-        dtype: of all of them; None for each tensor's own, float32 if it is quantized in the base.
-        max_shard_bytes: a file is closed before it grows beyond this, unless one tensor alone does.
+        dtype: of all tensors; None for each tensor's own, float32 if it is quantized in the base.
+        max_shard_bytes: largest size of a file, unless a single tensor is larger.
 
     Raises:
-        CheckError: a merged weight does not fit the dtype's range.
-        OSError: from the disk.
+        CheckError: if a merged weight exceeds the dtype's range.
+        OSError: if writing fails.
     """
     directory.mkdir()
     quantized = not isinstance(weights.source, HuggingFaceDirectory)
@@ -64,7 +64,7 @@ def write_huggingface(
 
 
 class _Stored(NamedTuple):
-    """A tensor of the files: its name there, shape and dtype, and what it holds: one of ours, or a stack of them."""
+    """A tensor of the files: its name, shape and dtype, and our tensor or the stack of tensors that it contains."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class _Stored(NamedTuple):
 
     @property
     def byte_count(self) -> int:
-        """Bytes in the file."""
+        """Size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -91,7 +91,7 @@ def _tensors(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> list[
 
 
 def _shards(tensors: Sequence[_Stored], most: int) -> dict[str, list[_Stored]]:
-    """File names, and the tensors of each."""
+    """Return file names and the tensors of each file."""
     groups: list[list[_Stored]] = [[]]
     size = 0
     for tensor in tensors:
@@ -117,7 +117,7 @@ def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeigh
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         out.write(_bytes(_made(tensor, weights)))
@@ -128,7 +128,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
-    """The tensor, contiguous; of a stack every member, each in its place."""
+    """Return the contiguous tensor; a stack is filled with its members."""
     kind = weights.source.config.get("model_type")
     stack: Tensor | None = None
     pieces = dict(split_experts(tensor.name, tensor.shape, kind)) if len(tensor.ours) > 1 else {}
@@ -150,7 +150,7 @@ def _made(tensor: _Stored, weights: MergedWeights) -> Tensor:
 
 
 def _config(weights: MergedWeights, dtypes: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """The base's config.json, with the dtype of most elements and the head as it is now."""
+    """Return the base's config.json with the dtype of most elements, and the head tied or untied as it is now."""
     config = with_older_names(weights.source.config)
     elements: Counter[torch.dtype] = Counter()
     for name, dtype in dtypes.items():
@@ -179,17 +179,17 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
-# A model's rotary angles also under the names from before transformers 5, for programs that know no others.
+# Rotary angles are also written under their names before transformers 5, for programs that know no others.
 #
-# MLX-LM 0.32, for one, reads `rope_theta` and `rope_scaling` of Llama and Qwen2 models and takes its own default where
-# they are missing: with `rope_parameters` alone a model answers worse there, without an error.
+# MLX-LM 0.32, for example, reads `rope_theta` and `rope_scaling` of Llama and Qwen2 models, and uses its own default if
+# they are missing. With `rope_parameters` alone, a model gives worse answers there, without an error.
 
 
 def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Hugging Face config that says its `rope_parameters` twice; what it says already under an older name stays."""
+    """Return a config with its `rope_parameters` also under their older names; existing older names are kept."""
     said = dict(config)
     parameters = config.get("rope_parameters")
-    if not isinstance(parameters, dict) or config.get("model_type") == "gemma4_text":  # which never had older ones
+    if not isinstance(parameters, dict) or config.get("model_type") == "gemma4_text":  # it never had older names
         return said
     full = parameters.get("full_attention", parameters)  # Gemma 3 and OLMo 3 have two sets of angles
     older = {name: full.get(name) for name in ("rope_theta", "partial_rotary_factor")}

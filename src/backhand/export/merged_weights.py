@@ -1,12 +1,12 @@
-"""W' = W + scaling · lora_B lora_A, one tensor at a time, and what rounding W' to its stored type loses of the update.
+"""Compute W' = W + scaling · lora_B lora_A, one tensor at a time, and the share of the update that rounding W' loses.
 
     stored = type(W'),   share lost = ‖stored − W'‖ / ‖W' − W‖
 
-With DoRA every row of the sum is brought to its trained length m; a tensor trained in full takes the place of W.
+With DoRA every row of the sum is rescaled to its trained length m. A tensor trained in full replaces W.
 
-The sum is computed in float64 a few rows at a time, rounded to float32, and then to the stored type. Where W is a
-number of the stored type, the nearest one to W' is at least as near as W, so that the share is at most 1: all of the
-update is gone. Where W is not, as after dequantising, the rounding of W counts too, and the share may be above 1.
+The sum is computed in float64 a few rows at a time, rounded to float32, and then to the stored type. If W is exact in
+the stored type, the number nearest to W' is at least as near as W, so that the share is at most 1: the whole update is
+lost. If W is not exact, as after dequantization, the rounding of W counts too, and the share may be above 1.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 _ROWS = 512
 Rounding = Callable[[Tensor], Tensor]
-"""A tensor in Hugging Face's layout, of any floating dtype, as it will be read back: rounded to the stored type."""
+"""Rounds a tensor in Hugging Face's layout, of any floating dtype, to the stored type, as it will be read back."""
 
 
 @dataclass(frozen=True)
 class ModuleLoss:
-    """What one merged module's stored weight lost."""
+    """Rounding loss of one merged module."""
 
     name: str
     lost: float  # ‖stored − W'‖ / ‖update‖
@@ -47,27 +47,27 @@ class ModuleLoss:
 
 @dataclass
 class MergedWeights:
-    """The tensors of the merged model, made one by one from base and adapter."""
+    """The tensors of the merged model, computed one by one from base and adapter."""
 
     source: ModelSource
     factors: Factors
-    trained: Mapping[str, Tensor] = field(default_factory=dict)  # tensors that take the place of the base's, by name
-    keeps_head_tied: bool = False  # whether a head that is the embedding's matrix goes along with what becomes of that
-    # of what each tensor must read back as, by name, for tensors made so far
+    trained: Mapping[str, Tensor] = field(default_factory=dict)  # tensors that replace the base's, by name
+    keeps_head_tied: bool = False  # True if a tied head follows the changed embedding
+    # digests of the values that each tensor must have when it is read back, for tensors computed so far
     digests: dict[str, str] = field(default_factory=dict)
-    losses: list[ModuleLoss] = field(default_factory=list)  # of the merged modules so far
-    # through the base's blocks, which computes the probes' logits beside; what it has read is not read again
+    losses: list[ModuleLoss] = field(default_factory=list)  # of the modules merged so far
+    # pass through the base's blocks that also computes the probes' logits; its tensors are not read a second time
     walk: BlockWalk | None = None
 
     @property
     def unties_head(self) -> bool:
-        """Whether the head is the embedding in the base and a matrix of its own in the merged model."""
+        """Return True if the head is tied in the base and a matrix of its own in the merged model."""
         if HEAD_WEIGHT in self.source.tensor_names():
             return False
         return self.is_merged(HEAD_WEIGHT) or (self.is_merged(EMBEDDING_WEIGHT) and not self.keeps_head_tied)
 
     def names(self) -> list[str]:
-        """Hugging Face names of all tensors, in the order of the base, but for blocks, which follow one another."""
+        """Return the Hugging Face names of all tensors: the blocks in order, the others in the order of the base."""
         stated = [*self.source.tensor_names(), *([HEAD_WEIGHT] if self.unties_head else [])]
         layers = [layer_of(name) for name in stated]
         first = next((place for place, layer in enumerate(layers) if layer is not None), len(stated))
@@ -78,21 +78,21 @@ class MergedWeights:
         return sorted(stated, key=lambda name: places[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape in Hugging Face layout."""
+        """Return the shape in Hugging Face layout."""
         return self.source.shape(self._base_name(name))
 
     def is_merged(self, name: str) -> bool:
-        """Whether the adapter changes this tensor."""
+        """Return True if the adapter changes this tensor."""
         return name in self.trained or (name.removesuffix(".weight") in self.factors and name.endswith(".weight"))
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype of the tensor in the base; float32 if it is quantized there."""
+        """Return the dtype of the tensor in the base, or float32 if it is quantized."""
         return self.source.dtype(self._base_name(name))
 
     def make(self, name: str, rounded: Rounding) -> Tensor:
-        """The merged tensor as it will be read back, or the base's own if unchanged.
+        """Return the merged tensor as it will be read back, or the base's if it is unchanged.
 
-        It is rounded from float32 (float64 if the base is); what it must read back as, and what it loses, is noted.
+        It is rounded from float32 (from float64 if the base is). Its digest and its loss are recorded.
         """
         weight, module = self._load(self._base_name(name)), name.removesuffix(".weight")
         if not self.is_merged(name):
@@ -105,11 +105,11 @@ class MergedWeights:
         return stored
 
     def keep(self, name: str) -> None:
-        """Note of a tensor whose stored bytes are copied what it must read back as; it is never dense as a whole."""
+        """Record the digest of a tensor whose stored bytes are copied; it is never dense as a whole."""
         self.digests[name] = base_digest([name], self.source.load_in_pieces)
 
     def _load(self, name: str) -> Tensor:
-        if self.walk is None or self.source.dtype(name) == torch.float64:  # a walk is in float32
+        if self.walk is None or self.source.dtype(name) == torch.float64:  # the walk computes in float32
             return self.source.load(name)
         walked = self.walk.tensor(name)
         return self.source.load(name) if walked is None else walked
@@ -118,10 +118,10 @@ class MergedWeights:
         return EMBEDDING_WEIGHT if name == HEAD_WEIGHT and self.unties_head else name
 
     def wrong_tensors(self, written: ModelSource, walk: BlockWalk) -> list[str]:
-        """Names of tensors that are missing in `written`, too many, or do not read back bit by bit.
+        """Return the names of tensors that are missing in `written`, unexpected, or differ in a bit.
 
         Args:
-            walk: through its blocks, which reads them for this as well.
+            walk: pass through the blocks of `written`, from which the tensors are taken.
         """
 
         def read(name: str) -> FrozenMatrix:
@@ -135,14 +135,14 @@ class MergedWeights:
 
 
 def wider_dtype(widest: bool) -> str:
-    """What to do about a merged value that the dtype does not hold."""
+    """Return the next step for a merged value out of the dtype's range."""
     if widest:
         return "the adapter's update is too large for any dtype: `backhand inspect` shows it, or scale it by `combine`"
     return "give --dtype float32"
 
 
 def merged_weight(weight: Tensor, change: ModuleFactors | Tensor) -> Tensor:
-    """The weight with its update, or what takes its place: in float64, then float32 unless the weight is wider."""
+    """Return the merged or replaced weight: computed in float64, then float32 unless the weight is wider."""
     merged = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     for rows, exact in _exact_rows(weight, change):
         merged[rows] = exact.to(merged.dtype)
@@ -163,7 +163,7 @@ def _module_loss(name: str, weight: Tensor, change: ModuleFactors | Tensor, stor
 
 
 def _exact_rows(weight: Tensor, change: ModuleFactors | Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, W' of these rows) in float64, a few hundred rows at a time."""
+    """Yield (rows, W' of these rows) in float64, a few hundred rows at a time."""
     for start in range(0, weight.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         if isinstance(change, Tensor):
@@ -177,11 +177,11 @@ def _exact_rows(weight: Tensor, change: ModuleFactors | Tensor) -> Iterator[tupl
         yield rows, exact
 
 
-# A merged Granite 4 in the words of Granite 3, which its GGUF files have: gate and up one by one.
-#
+# A merged Granite 4 under the names of Granite 3, which its GGUF files use: gate and up as two matrices.
+
 #     input_linear = [gate; up]   (2f, hidden)        output_linear = down   (hidden, f)
-#
-# The rows of gate and up have their own rows of lora_B and of DoRA's lengths, and the same lora_A.
+
+# Gate and up have their own rows of lora_B and of DoRA's lengths, and share lora_A.
 
 
 _FUSED, _DOWN = ".shared_mlp.input_linear", ".shared_mlp.output_linear"
@@ -193,23 +193,23 @@ _OWN = (
     "num_local_experts",
     "num_experts_per_tok",
 )
-"""Fields of a Granite 4's configuration that Granite 3 has no use for."""
+"""Fields of a Granite 4's configuration that Granite 3 does not have."""
 
 
 def in_parts(weights: MergedWeights) -> MergedWeights:
-    """The same merged model as a Granite 3; any other model as it is.
+    """Return a merged Granite 4 as a Granite 3, and any other model unchanged.
 
     Raises:
-        ArtifactError: a Granite 4 in which nothing turns, which no Granite 3 can be.
+        ArtifactError: if it is a Granite 4 without rotary embeddings, which Granite 3 cannot express.
     """
     source = weights.source
     if source.config.get("model_type") != "granitemoehybrid":
         return weights
     if any(layer.rotary is None for layer in decoder_config(source.config).layers):
         raise ArtifactError(
-            "a Granite 4 without rotary embeddings becomes no GGUF file here",
+            "a Granite 4 without rotary embeddings cannot be written as a GGUF file",
             where=str(source.path),
-            why="llama.cpp's form of it is a file of architecture granite that says so, which is not read here",
+            why="llama.cpp writes it as architecture granite with a flag that is not supported here",
             next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
         )
     factors: dict[str, ModuleFactors] = {}
@@ -222,7 +222,7 @@ def in_parts(weights: MergedWeights) -> MergedWeights:
 
 
 def _there(name: str) -> list[tuple[str, int | None]]:
-    """The names that a module or a tensor has in a Granite 3, each with the half of the rows that it is, if not all."""
+    """Return the names of a module or tensor in a Granite 3, each with its half of the rows, or None for all rows."""
     if _FUSED in name:
         return [(name.replace(_FUSED, part), half) for half, part in enumerate(_PARTS)]
     return [(name.replace(_DOWN, _DOWN_THERE), None)]
@@ -233,7 +233,7 @@ def _rows(tensor: Tensor, half: int | None) -> Tensor:
 
 
 class _Granite3(ModelSource):
-    """A Granite 4's directory, opened as if it were a Granite 3's."""
+    """A Granite 4 directory that is presented as a Granite 3."""
 
     def __init__(self, source: ModelSource) -> None:
         self._source = source
@@ -244,7 +244,7 @@ class _Granite3(ModelSource):
         self._places = {part: (name, half) for name in source.tensor_names() for part, half in _there(name)}
 
     def tensor_names(self) -> tuple[str, ...]:
-        """Gate and up in the place of both."""
+        """Return the names, with gate and up instead of their joint matrix."""
         return tuple(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:

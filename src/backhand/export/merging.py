@@ -1,4 +1,4 @@
-"""Merging: the base with the adapter folded in, as a model of its own, proved against base and adapter side by side."""
+"""Merging: write the base with the adapter's updates as a model of its own, and prove it against base and adapter."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from backhand.terminal import console
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FLOAT32_NOISE = 3e-6
-"""Relative difference of logits that float32 itself makes: it says nothing about the merge."""
+"""Relative difference of logits that is due to float32 rounding alone."""
 
 
 def merge_command(options: MergeOptions) -> Path:
-    """Merge, print per layer what rounding lost, and prove what was written.
+    """Merge, print the rounding loss per layer, and prove the written model.
 
     Raises:
-        UsageError: an option out of range, or `output` exists.
-        ArtifactError: model and adapter cannot be read, or do not belong together.
-        ResourceError: the output cannot be written.
-        CheckError: what was written is not base plus adapter within the tolerance; it is removed.
+        UsageError: if an option is out of range, or `output` exists.
+        ArtifactError: if model or adapter cannot be read, or do not belong together.
+        ResourceError: if the output cannot be written.
+        CheckError: if the written model differs from base plus adapter by more than the tolerance; it is removed.
     """
     options.validate()
     adapter, output = given("adapter", options.adapter), given("output", options.output)
@@ -64,11 +64,11 @@ def merge_command(options: MergeOptions) -> Path:
 
 
 def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> None:
-    """Write the merged model at `path`, which does not exist, and prove it; `export --merge` calls this too.
+    """Write the merged model at `path`, which must not exist, and prove it; `export --merge` calls this too.
 
     Args:
-        options: what to merge and how; `output` is not looked at.
-        gguf: whether it becomes a GGUF file, else a Hugging Face directory.
+        options: `output` is ignored.
+        gguf: write a GGUF file instead of a Hugging Face directory.
 
     Raises:
         ArtifactError, CheckError: see `merge_command`.
@@ -106,7 +106,7 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:
-    """The tensors of the merged model. Raises ArtifactError: modules whose update no weight can hold, by name."""
+    """Return the tensors of the merged model. Raises ArtifactError with the modules that cannot be merged."""
     loaded = opened.loaded
     reasons = {}
     for shape in loaded.shapes:
@@ -127,7 +127,7 @@ def merged_weights(opened: OpenedAdapter) -> MergedWeights:
 def _prove(
     options: AdaptedModelOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover
 ) -> None:
-    """What was written, read once, against the digests and the logits of base and adapter."""
+    """Compare the written model, read once, with the digests, and with the logits of base and adapter."""
     base, wanted = not_none(weights.walk).logits()
     written = open_model(path)
     check_same_model(weights.source, written, untied=weights.unties_head)
@@ -137,7 +137,7 @@ def _prove(
     prover.check(statement, len(wrong), 0, "write it again; the disk may be faulty")
     (found,) = walk.logits()
     measured = difference(found, wanted, base)
-    # Stored in float32 or better, no merged tensor lost more than float32 rounding.
+    # In float32 or wider, no merged tensor lost more than float32 rounding.
     unrounded = all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
     exact = options.dtype == "float32" or (options.dtype == "auto" and unrounded)
     usual = FLOAT32_TOLERANCE if exact else ROUNDED_TOLERANCE
@@ -156,13 +156,13 @@ def _prove(
     )
 
 
-_BEHIND_ALL_LAYERS = 1 << 30
+_AFTER_ALL_LAYERS = 1 << 30
 _LONGER_THAN_ANY = 1 << 62
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def describe_base(source: ModelSource) -> str:
-    """Where the base came from and, if it is quantized, that the update was added to dequantized weights."""
+    """Describe the origin of the base and, if it is quantized, that the update was added to dequantized weights."""
     if not isinstance(source, GGUFModel):
         in_blocks = f"{source.origin}, experts quantized: MXFP4; the update was added to these dequantized weights"
         return in_blocks if source.quantized else source.origin
@@ -175,11 +175,11 @@ def describe_base(source: ModelSource) -> str:
 
 
 def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
-    """Per layer: the largest and the mean error of rounding over the update, and the update over the weights."""
+    """Print per layer the largest and mean rounding error relative to the update, and the update relative to W."""
     layers: dict[tuple[int, str], list[ModuleLoss]] = {}
     for loss in losses:
         match = _LAYER.search(loss.name)
-        place = (int(match[1]), f"layer {match[1]}") if match else (_BEHIND_ALL_LAYERS, loss.name)
+        place = (int(match[1]), f"layer {match[1]}") if match else (_AFTER_ALL_LAYERS, loss.name)
         layers.setdefault(place, []).append(loss)
     prover.say("error of rounding over the size of the update, by layer:")
     for (_, layer), members in sorted(layers.items()):
@@ -195,7 +195,7 @@ def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
 
 
 def merge_card(opened: OpenedAdapter, base: str) -> str:
-    """README.md of a merged model."""
+    """Return the README.md of a merged model."""
     hub_id, adapted = opened.source.hub_id, f"{len(opened.factors)} modules, folded into the weights by Backhand"
     of = f"base_model: {hub_id}\n" if hub_id else ""
     header = f'---\n{of}library_name: transformers\ntags: ["lora", "backhand"]\n---\n'
@@ -203,13 +203,13 @@ def merge_card(opened: OpenedAdapter, base: str) -> str:
 
 
 def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:
-    """Compare all but the weights.
+    """Compare everything except the weights.
 
     Args:
-        untied: whether the head was made a matrix of its own.
+        untied: True if the head was made a matrix of its own.
 
     Raises:
-        ArtifactError: a configuration or a tokenizer that the format cannot hold.
+        ArtifactError: if the format cannot express the configuration or the tokenizer.
     """
     ours = decoder_config(source.config)
     if isinstance(written, GGUFModel) and not isinstance(source, GGUFModel):
@@ -217,9 +217,9 @@ def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool)
     try:
         theirs = decoder_config(written.config)
     except UnsupportedModel as error:
-        raise _cannot_hold(written, f"what was read back has {'; '.join(error.problems)}") from None
+        raise _cannot_hold(written, f"the written model has {'; '.join(error.problems)}") from None
     if _comparable(ours, untied) != _comparable(theirs, untied) or not _same_angles(ours, theirs):
-        raise _cannot_hold(written, "what was read back describes another model")
+        raise _cannot_hold(written, "the written model has another configuration")
     try:
         tokenizer = source.tokenizer()
     except ArtifactError:
@@ -227,7 +227,7 @@ def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool)
     for text in neutral_texts():
         if list(tokenizer(text)["input_ids"]) != list(written.tokenizer()(text)["input_ids"]):
             raise ArtifactError(
-                "the tokenizer that was written gives other tokens",
+                "the written tokenizer gives other tokens",
                 where=written.path.name,
                 why=f"for {text[:60]!r}",
                 next_step="merge into a Hugging Face directory",
@@ -244,8 +244,8 @@ def _cannot_hold(written: ModelSource, why: str) -> ArtifactError:
 
 
 def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
-    # A file without windows does not say whether it is Llama's or Mistral's, and angles may be stated in several ways.
-    # Special ids are the config's here and the tokenizer's there; what the model computes does not depend on them.
+    # Without windows, the files of Llama and Mistral are equal, and angles may be stated in several ways. Special ids
+    # may come from the config or from the tokenizer, and do not change the computation.
     return replace(
         config, family="", rotary=(), eos_token_ids=(), padding_id=None, tied_head=config.tied_head and not untied
     )
@@ -255,7 +255,7 @@ def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:
     def same(one: RotaryConfig, other: RotaryConfig, head_dim: int) -> bool:
         if (one.features or head_dim, one.interleaved) != (other.features or head_dim, other.interleaved):
             return False
-        # Of a short document and of one longer than any list of factors is for.
+        # Compare a short document, and one that is longer than the original length of any list of factors.
         pairs = [
             tuple(inverse_frequencies(each, head_dim, length=length) for each in (one, other))
             for length in (0, _LONGER_THAN_ANY)

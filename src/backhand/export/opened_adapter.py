@@ -1,4 +1,4 @@
-"""The base model and the adapter of one command, checked against each other, without a weight in memory."""
+"""Open the base model and the adapter of a command and check them against each other, without reading weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _WITHOUT_ENGINE = (
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """What a command starts from."""
+    """A base model and an adapter that fit each other."""
 
     source: ModelSource
-    config: DecoderConfig  # its family as data
+    config: DecoderConfig  # of the base model
     shapes: dict[str, tuple[int, int]]  # (out, in) of every linear module
     loaded: LoadedAdapter
     factors: dict[str, ModuleFactors]
@@ -38,20 +38,20 @@ class OpenedAdapter:
 
     @property
     def base_name(self) -> str:
-        """An id or path by which other programs find the base."""
+        """An id or path under which other programs find the base."""
         return self.source.hub_id or str(self.source.path.resolve())
 
 
 def open_adapter(model: str, adapter: Path, *, force_base: bool, allow_pickle: bool = False) -> OpenedAdapter:
-    """Open both and hold them against each other.
+    """Open both and check them against each other.
 
     Args:
-        force_base: use the adapter whatever its files say of its base.
+        force_base: use the adapter even if its files name another base.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
-        UnsupportedModel: a base that the engine does not compute.
-        ArtifactError: base or adapter cannot be read, or do not belong together.
+        UnsupportedModel: if the engine does not compute the base.
+        ArtifactError: if base or adapter cannot be read, or do not belong together.
     """
     source = open_model(model)
     try:
@@ -68,9 +68,9 @@ _RANDOM_TOKENS = 32
 
 
 def probe_documents(source: ModelSource) -> list[list[int]]:
-    """A few sentences, and one document of any tokens at all; the same for the same vocabulary.
+    """Return a few sentences and one document of random tokens; the same for the same vocabulary.
 
-    A model without a tokenizer is probed with the latter alone.
+    For a model without a tokenizer, only the random document.
     """
     vocab = int(source.config["vocab_size"])
     documents = [torch.randint(vocab, (_RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -86,14 +86,14 @@ _SHOWN = 12
 
 
 def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> None:
-    """Do nothing if there is no reason.
+    """Raise if there are reasons to refuse modules.
 
     Args:
         target: the format, as `--to` names it.
-        merge: whether `--merge` would help.
+        merge: True if `--merge` would help.
 
     Raises:
-        ArtifactError: names the modules, why each cannot be expressed, and what to do.
+        ArtifactError: names the modules, the reasons, and the next step.
     """
     if not reasons:
         return
@@ -104,5 +104,5 @@ def refuse(target: str, reasons: Mapping[str, str], *, merge: bool = True) -> No
         f"{len(reasons)} adapted module{'s' if len(reasons) > 1 else ''} cannot be expressed in this format",
         where=f"to {target}",
         why="".join(f"\n    - {name_list(those, limit=_SHOWN)}: {reason}" for reason, those in by_reason.items()),
-        next_step="give --merge: a merged model holds any update" if merge else "export to another format",
+        next_step="give --merge: a merged model can contain any update" if merge else "export to another format",
     )

@@ -1,4 +1,4 @@
-"""What `backhand merge` and `backhand export` can be told. This file imports no torch: the command line reads it."""
+"""Options of `backhand merge` and `backhand export`. Imports no torch: the command line reads it."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ def _check_repository(where: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class AdaptedModelOptions:
-    """A base model, an adapter, and what is written of both."""
+    """Options for a base model, an adapter, and the output."""
 
     adapter: Path | None = None
     """Adapter to merge or export: the directory that training or PEFT wrote, or a GGUF file."""
 
     output: Path | None = None
-    """Where it goes; it must not exist. A merged model: a directory in Hugging Face's format, or a GGUF file if the
-    name ends in .gguf. An export: a directory, or a file for `gguf` and `kohya`."""
+    """Output path, which must not exist. A merged model is a directory in Hugging Face's format, or a GGUF file if the
+    name ends in .gguf. An export is a directory, or a file for `gguf` and `kohya`."""
 
     model: BaseModel = "smollm2-135m"
-    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`; `kohya` reads none."""
+    """Base model: a Hugging Face directory, a GGUF file, a hub id, or `smollm2-135m`; not used for `kohya`."""
 
     dtype: MergedType = "auto"
-    """How a merged model's weights are stored: `float32`, `float16`, `bfloat16`, or, in a GGUF file, `q8_0`, `q5_1`,
-    `q5_0`, `q4_1`, `q4_0`. `auto` keeps what the base has; where that is quantized, merged weights are float32, and in
-    a GGUF file all others stay as they are."""
+    """Storage type of a merged model's weights: `float32`, `float16`, `bfloat16`, or, in a GGUF file, `q8_0`, `q5_1`,
+    `q5_0`, `q4_1`, `q4_0`. `auto` keeps the base's types. If these are quantized, merged weights are float32, and in a
+    GGUF file all other weights keep their bytes."""
 
     tolerance: NotNegative | None = None
-    """How far a merged model's logits may be from those of base and adapter, as a share of what the adapter changes
-    in them; beyond that the command fails and leaves nothing. Not given: 0.001 in float32, 0.1 in other types."""
+    """Largest difference between a merged model's logits and those of base and adapter, as a share of the adapter's
+    effect on them; above it the command fails and leaves nothing. Default: 0.001 in float32, 0.1 in other types."""
 
     max_shard_bytes: Count = 5_000_000_000
-    """Most bytes of one safetensors file; a larger merged model is written as several."""
+    """Largest safetensors file, in bytes; a larger merged model is split into several files."""
 
     force_base: bool = False
     """Use a base model other than the one the adapter was trained on."""
@@ -70,7 +70,7 @@ class AdaptedModelOptions:
 
 @dataclass(frozen=True)
 class MergeOptions(AdaptedModelOptions, Options):
-    """A merged model."""
+    """Options of `merge`."""
 
     def _check_together(self) -> None:
         given("adapter", self.adapter)
@@ -85,25 +85,25 @@ class MergeOptions(AdaptedModelOptions, Options):
 
 @dataclass(frozen=True)
 class ExportOptions(AdaptedModelOptions, Options):
-    """An adapter, or a model with the adapter merged into it, in another program's format."""
+    """Options of `export`."""
 
     to: Format | None = None
-    """For which program: `peft` (and vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, or `kohya` (diffusion models)."""
+    """Target format: `peft` (also for vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, or `kohya` (diffusion models)."""
 
     uniform: bool = False
-    """With `peft`: one rank and one scaling for all modules, as vLLM needs it: smaller ranks are filled up with zeros,
-    alphas of single modules and rank-stabilised scaling go into lora_B."""
+    """With `peft`: one rank and one scaling for all modules, as vLLM requires. Smaller ranks are padded with zeros, and
+    alphas of single modules and rank-stabilised scaling are folded into lora_B."""
 
     text_model: bool = False
-    """With `peft`, where the base is the text model inside an image model: name the modules as in the text model alone,
-    for programs that load no other part."""
+    """With `peft`, if the base is the text model inside an image model: name the modules as in the text model alone,
+    for programs that load only this part."""
 
     merge: bool = False
-    """Merge the adapter into the model, and export that."""
+    """Merge the adapter into the model, and export the merged model."""
 
     push: Annotated[Text, Check(_check_repository)] | None = None
-    """Upload what was written to this repository of the Hugging Face hub, OWNER/NAME, with the token of
-    `hf auth login`; a new one is private."""
+    """Upload the output to this repository of the Hugging Face hub, OWNER/NAME, with the token of `hf auth login`.
+    A new repository is private."""
 
     def _check_together(self) -> None:
         given("adapter", self.adapter)
@@ -112,22 +112,22 @@ class ExportOptions(AdaptedModelOptions, Options):
             raise UsageError("no format is given", where="to", next_step=f"give one of {', '.join(FORMATS)}")
         for name in ("uniform", "text_model"):
             if getattr(self, name) and (self.to != "peft" or self.merge):
-                raise UsageError(f"{name} is of adapters in PEFT's format", where=name, next_step="give --to peft")
+                raise UsageError(f"{name} applies to adapters in PEFT's format", where=name, next_step="give --to peft")
         if not self.merge:
             for name, value, off in (("dtype", self.dtype, "auto"), ("tolerance", self.tolerance, None)):
                 if value != off:
-                    raise UsageError(f"{name} is of merged models", where=name, next_step="give --merge as well")
+                    raise UsageError(f"{name} applies to merged models", where=name, next_step="give --merge as well")
 
 
 def given(name: str, path: Path | None) -> Path:
-    """The path. Raises UsageError if there is none."""
+    """Return the path. Raises UsageError if it is None."""
     if path is None:
         raise UsageError(f"no {name} is given", where=name, next_step=f"give --{name} PATH")
     return path
 
 
 def new_output(output: Path | None) -> Path:
-    """The output. Raises UsageError if there is none, or if it is there already."""
+    """Return the output path. Raises UsageError if it is None, or if it exists."""
     output = given("output", output)
     if output.is_symlink() or output.exists():
         raise UsageError(f"{output} exists", where="output", next_step="give another name, or remove it first")

@@ -1,12 +1,12 @@
-"""An adapter in other programs' formats: MLX-LM's, Ollama's Modelfile, PEFT's again, and kohya's for diffusion models.
+"""Adapters in other programs' formats: MLX-LM's, Ollama's Modelfile, PEFT's, and kohya's for diffusion models.
 
-For MLX-LM: adapters.safetensors with transposed factors, and its own adapter_config.json.
+MLX-LM: adapters.safetensors with transposed factors, and its own adapter_config.json.
 
     y = x Wᵀ + scale · (x lora_a) lora_b,   lora_a (in, rank), lora_b (rank, out)        [mlx_lm/tuner/lora.py]
 
-MLX-LM makes one rank and one scale for all, adapts every module in `keys` in each of the last `num_layers` layers, and
-then loads what fits, silently. So the file holds every module that will be adapted there: smaller ranks are filled up
-with zeros, other scalings folded into lora_b, and modules that the adapter leaves alone are zero.
+MLX-LM uses one rank and one scale for all modules, adapts every module in `keys` in each of the last `num_layers`
+layers, and silently ignores tensors that do not fit. The file therefore contains every module that MLX-LM will adapt:
+smaller ranks are padded with zeros, other scalings are folded into lora_b, and modules without an update are zero.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def mlx_files(opened: OpenedAdapter) -> dict[str, bytes]:
-    """The two files, by name.
+    """Return the two files by name.
 
     Raises:
-        ArtifactError: modules that MLX cannot adapt, by name.
+        ArtifactError: names modules that MLX cannot adapt.
     """
     factors, module_shapes = opened.factors, opened.shapes
     if opened.config.tied_head and "lm_head" in factors:
@@ -78,10 +78,10 @@ def mlx_files(opened: OpenedAdapter) -> dict[str, bytes]:
 
 
 def read_mlx_files(directory: Path) -> dict[str, ModuleFactors]:
-    """Every module that MLX-LM would adapt, with what it would multiply.
+    """Read the factors of every module that MLX-LM would adapt.
 
     Raises:
-        ArtifactError: not what `mlx_files` writes.
+        ArtifactError: if the files are not those that `mlx_files` writes.
     """
     parameters = read_json_object(directory / CONFIG_FILE)["lora_parameters"]
     tensors = _tensors_of(directory / TENSOR_FILE)
@@ -99,10 +99,10 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-# What Ollama needs beside a GGUF file: a Modelfile that names the base and the adapter.
+# Ollama: a GGUF file, and a Modelfile that names the base and the adapter.
 #
-# `FROM` takes a GGUF file, a directory, or the name of a model that Ollama has; `ADAPTER` a file beside the Modelfile.
-# Ollama reads the prompt template out of the model's GGUF file.
+# `FROM` takes a GGUF file, a directory, or the name of one of Ollama's models, and `ADAPTER` a file next to the
+# Modelfile. Ollama reads the prompt template from the model's GGUF file.
 
 MODELFILE = "Modelfile"
 ADAPTER_FILE = "adapter.gguf"
@@ -110,7 +110,7 @@ MODEL_FILE = "model.gguf"
 
 
 def ollama_base(source: ModelSource) -> str:
-    """What follows FROM: Ollama's own name of the model where it was opened by that, else its file or directory."""
+    """Return the operand of FROM: Ollama's name of the model if it was opened by it, else its file or directory."""
     return source.origin.removeprefix(OLLAMA) if source.origin.startswith(OLLAMA) else str(source.path.resolve())
 
 
@@ -118,14 +118,14 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, s
     """Write `Modelfile` into a directory.
 
     Args:
-        base: what follows FROM.
-        system: the system message; one with quotes that would end it is left out.
+        base: the operand of FROM.
+        system: the system message; left out if it contains quotes that would end it.
 
     Raises:
-        UsageError: the base's name has several lines, of which the second would be an instruction of its own.
+        UsageError: if the base's name has several lines, of which the second would be another instruction.
     """
     if len(base.splitlines()) != 1:
-        raise UsageError(f"{base!r} cannot stand in a Modelfile", why="a name there ends with its line")
+        raise UsageError(f"{base!r} cannot be written to a Modelfile", why="a name there ends with its line")
     lines = [f"FROM {base}"]
     if adapter is not None:
         lines.append(f"ADAPTER ./{adapter}")
@@ -134,18 +134,17 @@ def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, s
     write_atomically(directory / MODELFILE, ("\n".join(lines) + "\n").encode("utf-8"))
 
 
-# An adapter in PEFT's format: as it is, in canonical form, or with one rank and one scaling for all modules.
+# PEFT: the adapter in canonical form, or with one rank and one scaling for all modules.
 #
-# vLLM multiplies by one lora_alpha / r for the whole adapter and reads over rank_pattern and alpha_pattern, silently.
-# The uniform form says the same without either: every rank filled up with zeros to the largest, every other scaling
-# folded into lora_B.
+# vLLM uses one lora_alpha / r for the whole adapter, and silently ignores rank_pattern and alpha_pattern. The uniform
+# form needs neither: every rank is padded with zeros to the largest, and every other scaling is folded into lora_B.
 
 
 def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_model: bool = False) -> dict[str, bytes]:
-    """The files, by name, in the order to write them; see `peft_saving.adapter_files`.
+    """Return the files by name in the order in which to write them; see `peft_saving.adapter_files`.
 
     Args:
-        text_model: names of the text model alone, where the base's files hold an image model around it.
+        text_model: use the names of the text model alone, if the base's files contain an image model around it.
     """
     loaded = opened.loaded
     described = replace(loaded.described, base_model=loaded.described.base_model or opened.base_name)
@@ -168,14 +167,14 @@ def peft_directory_files(opened: OpenedAdapter, *, uniform: bool = False, text_m
     return adapter_files(parts, record=loaded.record, module_names=names, wrapper=wrapper)
 
 
-# An adapter of a diffusion model in kohya's format, which A1111, ComfyUI and diffusers load.
-#
+# kohya: an adapter of a diffusion model, in the format that A1111, ComfyUI and diffusers load.
+
 #     lora_unet_<path with _ for .>.lora_down.weight    lora_A        lora_te_… for the text encoder
 #     lora_unet_<path with _ for .>.lora_up.weight      lora_B
 #     lora_unet_<path with _ for .>.alpha               one number: scaling = alpha / rank, for each module
-#
-# Every module has an alpha of its own there, so that patterns and rank-stabilised scaling need no folding. The names
-# are of Stable Diffusion's U-Net and CLIP text encoder; nothing else has any.
+
+# Every module has an alpha of its own, so that patterns and rank-stabilised scaling need no folding. The format has
+# names for modules of Stable Diffusion's U-Net and CLIP text encoder only.
 
 
 _UNET = re.compile(
@@ -187,10 +186,10 @@ _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
 def factors_without_model(contents: AdapterContents) -> dict[str, ModuleFactors]:
-    """Factors of the modules that the tensors name, when there is no model to hold them against.
+    """Return the factors of the modules that the tensors name, without a model to check them against.
 
     Raises:
-        ArtifactError: a tensor that is no factor of a linear or convolutional module, or one without its partner.
+        ArtifactError: if a tensor is no factor of a linear or convolutional module, or lacks its partner.
     """
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in contents.tensors.items()}
     if odd := [key for key in tensors if not key.endswith(_SUFFIXES)]:
@@ -212,7 +211,7 @@ def factors_without_model(contents: AdapterContents) -> dict[str, ModuleFactors]
 
 
 def kohya_bytes(factors: Factors) -> bytes:
-    """The file. Raises ArtifactError: modules that have no name there, by name."""
+    """Return the bytes of the file. Raises ArtifactError with the modules that have no name in the format."""
     keys = {module: kohya_name(module) for module in factors}
     reason = "only modules of Stable Diffusion's U-Net and CLIP text encoder have names in this format"
     refuse("kohya", {module: reason for module, key in keys.items() if key is None}, merge=False)
@@ -237,7 +236,7 @@ def kohya_bytes(factors: Factors) -> bytes:
 
 
 def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
-    """What the file holds of these modules. Raises ArtifactError: not what `kohya_bytes` writes."""
+    """Read the factors of these modules. Raises ArtifactError if `kohya_bytes` does not write such a file."""
     tensors = _tensors_of(path)
     found = {}
     for module in modules:
@@ -249,7 +248,7 @@ def read_kohya_file(path: Path, modules: Factors) -> dict[str, ModuleFactors]:
 
 
 def kohya_name(module: str) -> str | None:
-    """What comes before `.lora_down.weight`, None for a module that has no name there."""
+    """Return the prefix of `.lora_down.weight`, or None for a module without a name in the format."""
     for pattern, prefix in ((_UNET, "lora_unet_"), (_TEXT_ENCODER, "lora_te_")):
         if match := pattern.fullmatch(module):
             return prefix + match[1].replace(".", "_")

@@ -1,4 +1,4 @@
-"""Proofs of one export: how far logits are apart, printed, written to the adapter's run, and failing the command."""
+"""Proofs of one export: compare factors and logits, print and record the result, and fail the command."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from backhand.words import labelled, show_notes
 
 
 class Prover:
-    """Collects what was checked about one output.
+    """Collects the proofs of one output.
 
     Args:
-        console: for people; None prints nothing.
+        console: prints to the user; None prints nothing.
     """
 
     def __init__(self, command: Literal["merge", "export"], adapter: Path, console: Console | None) -> None:
@@ -50,21 +50,21 @@ class Prover:
         self._console = console
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line for the user."""
         if self._console is not None:
             self._console.print(text, soft_wrap=True)
 
     def say_notes(self, loaded: LoadedAdapter) -> None:
-        """What a person should know of an adapter; what is done by force is said in any case."""
+        """Print the notes of an adapter; forced actions are printed in any case."""
         show_notes(loaded.forced)
         for note in loaded.notes[len(loaded.forced) :]:
             self.say(labelled(note))
 
     def check(self, statement: str, value: float, bound: float, next_step: str, *, holds: bool | None = None) -> None:
-        """Note a proof: that `value` is at most `bound`, or what `holds` says of it.
+        """Record a proof: `value` is at most `bound`, or `holds` if it is given.
 
         Raises:
-            CheckError: it does not hold. All proofs so far have been written to the run then.
+            CheckError: if it does not hold. All proofs so far are written to the run before.
         """
         passed = value <= bound if holds is None else holds
         self.proofs.append(Proof(statement, passed, value, bound, self.command, self.command))
@@ -73,12 +73,12 @@ class Prover:
             self.write()
             raise CheckError(
                 f"does not hold: {statement}",
-                why=f"{value:.3g}, where at most {bound:.3g} is allowed; nothing was left at the output",
+                why=f"{value:.3g} is more than the allowed {bound:.3g}; the output was removed",
                 next_step=next_step,
             )
 
     def write(self) -> None:
-        """Append the proofs to the run's proofs.jsonl, if the adapter belongs to one that can be written to."""
+        """Append the proofs to the run's proofs.jsonl, if the adapter belongs to a writable run."""
         if self._run is None:
             return
         try:
@@ -91,12 +91,12 @@ class Prover:
 
 
 def run_of(adapter: Path | None) -> Path | None:
-    """The run directory that holds this adapter, or None."""
+    """Return the run directory that contains this adapter, or None."""
     if adapter is None:
         return None
     try:
         path = adapter.resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL character: reading it says so
+    except (OSError, RuntimeError, ValueError):  # a loop of links or a NUL character: reading raises the error
         return None
     parents = (path, *path.parents)[:4]
     return next((one for one in parents if (one / CONFIG).is_file() and (one / ADAPTER).is_dir()), None)
@@ -108,13 +108,13 @@ _REPORT = "report it with the adapter's configuration; the adapter itself is as 
 
 
 def prove_export(prover: Prover, exported: Factors, read: Factors, opened: OpenedAdapter | None = None) -> None:
-    """Every module's update as the file has it, and the probes' logits with it, against the adapter's.
+    """Compare every module's update in the file, and the probes' logits with it, with those of the adapter.
 
     Args:
-        opened: what the logits are computed from; None where there is no model.
+        opened: base and adapter for the logits, None without a model.
 
     Raises:
-        CheckError: a module is missing, its factors are others, or logits differ by more than float32 noise.
+        CheckError: if a module is missing, its factors differ, or logits differ by more than float32 noise.
     """
     error = factor_error(exported, read)
     prover.check("every factor read back from the file gives the adapter's update", error, FACTOR_BOUND, _REPORT)
@@ -128,10 +128,10 @@ def prove_export(prover: Prover, exported: Factors, read: Factors, opened: Opene
 
 
 def factor_error(exported: Factors, read: Factors) -> float:
-    """The largest relative difference of scaling · lora_B over the modules; infinite if anything else differs.
+    """Return the largest relative difference of scaling · lora_B over the modules; infinite if anything else differs.
 
-    lora_A must have the same bits; ranks may have been filled up with zeros, and modules that are not in the adapter
-    must have a factor of nothing but zeros.
+    lora_A must have the same bits. Ranks may be padded with zeros, and modules that are not in the adapter must have a
+    zero factor.
     """
     return max((_module_error(exported.get(name), read.get(name)) for name in {*exported, *read}), default=0.0)
 
@@ -154,20 +154,19 @@ def _module_error(wanted: ModuleFactors | None, found: ModuleFactors | None) -> 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far logits are from those they should be."""
+    """Differences between computed and expected logits."""
 
     relative: float  # ‖found − wanted‖ / ‖wanted‖
-    # ‖found − wanted‖ / ‖wanted − base‖, of what the adapter does at all; infinite where it does nothing and something
-    # differs
+    # ‖found − wanted‖ / ‖wanted − base‖, relative to the adapter's effect; infinite if only the numerator is not 0
     share: float
     largest: float
 
 
 def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
-    """Compare logits, (tokens, vocab) each; what is not finite is infinitely far away.
+    """Compare logits, (tokens, vocab) each; values that are not finite differ infinitely.
 
-    Summed in float64 over a few tokens at a time: with a large vocabulary three copies in float64 would be more than
-    all else that a merge holds.
+    Sums are in float64 over a few tokens at a time: with a large vocabulary, three copies in float64 would take more
+    memory than the rest of a merge.
     """
     distance = effect = size = largest = 0.0
     for rows in zip(*(logits.split(_ROWS) for logits in (found, wanted, base)), strict=True):
@@ -186,23 +185,23 @@ def difference(found: Tensor, wanted: Tensor, base: Tensor) -> Difference:
 _ROWS = 16
 
 
-# Logits of a model that is never in memory as a whole: block after block is read, used and dropped.
+# Logits of a model that is never in memory as a whole: one block after another is read, used and dropped.
 #
-# It takes one block in float32; of embedding and head, which stay as they are stored, rows and tiles.
-# Several adapters are computed side by side, and whoever writes the model meanwhile takes the block's tensors from
-# here, so that each is read and unpacked once for all of them.
+# One block is in memory in float32; rows and tiles of embedding and head are read as they are stored. Several adapters
+# are computed together, and the writer of the merged model takes the block's tensors from here, so that each tensor is
+# read and dequantized once.
 
 
 class BlockWalk:
-    """Goes through a model's blocks once.
+    """One pass through a model's blocks.
 
     Args:
         documents: token ids, at least one each.
         adapters: None for the base model itself.
 
     Raises:
-        UnsupportedModel: for a configuration that the engine does not compute exactly.
-        ArtifactError: for tensors that are missing or of another shape, here or in what follows.
+        UnsupportedModel: if the engine does not compute the configuration exactly.
+        ArtifactError: if tensors are missing or have another shape; its methods raise it too.
     """
 
     def __init__(
@@ -222,15 +221,15 @@ class BlockWalk:
         ids = torch.tensor([token for document in documents for token in document])
         batch = PackedBatch(ids, torch.full_like(ids, IGNORE_INDEX), tuple(len(document) for document in documents))
         self._states = [decoder.embed(ids) for decoder in self._decoders]
-        # Each of its own, since layers may share keys and values within a pass.
+        # One per adapter, since layers may share keys and values within a pass.
         self._contexts = [decoder.contexts(batch) for decoder in self._decoders]
         self._layer = -1
         self._views: dict[str, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor | None:
-        """A block's tensor, dense in float32; the walk goes on to this block.
+        """Advance to the tensor's block, and return the tensor, dense in float32.
 
-        None for what is no block's, and for a block that the walk has left behind.
+        Returns None for a tensor outside the blocks, or of a block that the walk has passed.
         """
         layer = layer_of(name)
         while layer is not None and self._layer < layer and self._step():
@@ -239,7 +238,7 @@ class BlockWalk:
 
     @torch.no_grad()
     def logits(self) -> list[Tensor]:
-        """One (tokens, vocab) tensor for each of the adapters, documents behind one another; the walk ends here."""
+        """Complete the walk, and return (tokens, vocab) logits per adapter, with concatenated documents."""
         while self._step():
             pass
         self._views = {}
@@ -247,8 +246,8 @@ class BlockWalk:
 
     @torch.no_grad()
     def _step(self) -> bool:
-        """Read the next block and compute it; False where there is none."""
-        self._views = {}  # before the next one is there
+        """Read and compute the next block; return False if there is none."""
+        self._views = {}  # freed before the next block is read
         layer = self._layer + 1
         if layer == len(self._config.layers):
             return False
@@ -263,14 +262,14 @@ class BlockWalk:
 
 
 def layer_of(name: str) -> int | None:
-    """The block that a tensor is of, by its Hugging Face name; None for one outside the blocks."""
+    """Return the block of a tensor by its Hugging Face name, or None for a tensor outside the blocks."""
     rest = name.removeprefix(_BLOCKS)
     return None if rest == name else int(rest.partition(".")[0])
 
 
 def _block_weights(source: ModelSource, config: DecoderConfig, layer: int) -> tuple[BlockWeights, dict[str, Tensor]]:
-    """A block, and its tensors by their names in the source."""
-    # A model of this one layer, whose embedding of one row and final norm are left unfilled.
+    """Return a block, and its tensors by their names in the source."""
+    # Built as a model of this one layer, whose embedding of one row and final norm are never filled.
     own = config.per_layer and config.per_layer._replace(layers=1, vocab_size=1)
     single = replace(config, layers=(config.layers[layer],), vocab_size=1, tied_head=True, per_layer=own)
     weights = empty_weights(single, torch.float32)

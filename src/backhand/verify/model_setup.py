@@ -90,7 +90,7 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
             allow_pickle=model.allow_pickle,
         )
         experts = {shape.name for shape in loaded.shapes if shape.experts}
-        if untested := [(name, what) for name, what in loaded.beside.items() if name not in experts]:
+        if untested := [(name, what) for name, what in loaded.beyond_factors.items() if name not in experts]:
             name, what = untested[0]
             raise UsageError(
                 f"--model proves plain LoRA, and this adapter trains more: {name}: {what}",

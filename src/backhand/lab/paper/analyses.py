@@ -128,8 +128,8 @@ def _merging(options: PaperOptions, source: ModelSource) -> MergeResult:
         base, merged = (Decoder.from_source(source, dtype=dtype, device=device) for _ in range(2))
         shapes, force = base.module_shapes(), model.force_base
         loaded = load_adapter_for(source, path, shapes, force_base=force, allow_pickle=model.allow_pickle)
-        if loaded.beside:
-            name, what = next(iter(loaded.beside.items()))
+        if loaded.beyond_factors:
+            name, what = next(iter(loaded.beyond_factors.items()))
             raise ArtifactError(f"the analysis supports only plain LoRA; {name}: {what}", where=str(path))
         return measure_merging(base, merged, loaded.parameters(device=device), seed=options.run.seed)
 
