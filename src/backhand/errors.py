@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TypeVar
 
 from backhand.printing import bounded
@@ -88,6 +90,26 @@ class CheckError(BackhandError):
     """A check failed: guard, proof, parity, non-finite values."""
 
     exit_code = 6
+
+
+def not_utf8(name: str, *, where: str, why: str, next_step: str) -> UsageError:
+    """Return the error for a name that cannot be written as UTF-8.
+
+    Args:
+        name: with surrogates for the bytes that could not be decoded.
+        why, next_step: for a name whose bytes are not UTF-8. The bytes may be, in a locale of which Python takes file
+            names for ASCII.
+    """
+    try:
+        meant = os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        return UsageError(f"{name!r} is not UTF-8", where=where, why=why, next_step=next_step)
+    return UsageError(
+        f"{meant!r} cannot be read in this locale",
+        where=where,
+        why=f"Python takes file names for {sys.getfilesystemencoding()} here (LC_ALL=C with PYTHONUTF8=0)",
+        next_step="set LC_ALL=C.UTF-8, or unset PYTHONUTF8",
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -215,6 +215,17 @@ def memory_limits() -> tuple[int | None, int | None]:
     return None, None
 
 
+def may_reserve(size: int) -> bool:
+    """Return True if this process may have so many bytes of addresses more, by the limit of `ulimit -v`."""
+    if sys.platform == "win32" or memory_limits()[0] is None:
+        return True
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+    except OSError:
+        return False
+    return True
+
+
 def exists(process: int) -> bool:
     """Whether there is a process of this number."""
     try:

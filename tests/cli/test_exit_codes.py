@@ -190,3 +190,38 @@ def test_what_the_system_says_is_no_bug() -> None:
     assert ending(OSError(errno.ENAMETOOLONG, "File name too long"), [])[0] == 2
     assert ending(ImportError("libtorch.so: failed to map segment from shared object"), [])[0] == 5
     assert ending(OSError("of a library, without a number"), [])[0] == 1
+
+
+@pytest.mark.parametrize("how", ["note", "usage"])
+@pytest.mark.parametrize("errors", ["full", "closed"])
+def test_standard_error_that_cannot_be_written_changes_no_exit_code(how: str, errors: str, tmp_path: Path) -> None:
+    """Nor does Python end with 120 because a line for standard error is still buffered."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stderr = os.open("/dev/full", os.O_WRONLY) if errors == "full" else writing
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", SCRIPT, "end", "--how", how]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, check=False)
+    assert (done.returncode, done.stdout) == ((0, b"the answer\n") if how == "note" else (2, b""))
+
+
+@pytest.mark.parametrize("kilobytes", [300_000, 600_000])
+def test_a_limit_of_addresses_below_the_imports_is_told(kilobytes: int, tmp_path: Path) -> None:
+    """OpenBLAS ends a process with 1 where it gets no memory; a command's help needs none of it."""
+    script = f'ulimit -v {kilobytes}; exec "$0" -m backhand "$@"'
+    for words, code, said in ((["lint", "--data", "x"], 5, "too low to load PyTorch"), (["lint", "--help"], 0, "")):
+        done = subprocess.run(
+            ["sh", "-c", script, sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+
+
+def test_a_name_of_utf8_in_an_ascii_locale_is_told_from_one_of_other_bytes(tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, said in (("e_ünï".encode(), "cannot be read in this locale"), (b"e_\xfc", "is not UTF-8")):
+        words = [sys.executable, "-m", "backhand", "train", "--model", "x", "--data", "x", "--output", name]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        error = done.stderr.decode()
+        assert done.returncode == 2 and said in error, error
+        assert ("PYTHONUTF8" in error) == (said != "is not UTF-8")

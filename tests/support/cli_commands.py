@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,9 @@ def run_end(options: Outer) -> int | None:
     match options.how:
         case "code":
             return options.inner.size
+        case "note":
+            print("a note", file=sys.stderr)
+            print("the answer")
         case "usage":
             raise UsageError("wrong", where="somewhere", why="because", next_step="do better")
         case "data":

@@ -316,6 +316,14 @@ def test_a_restarted_run_goes_on_by_itself_unless_it_was_stopped(straight: Train
     assert again.exit_codes() == [143, 143], again.said()
 
 
+def test_a_count_of_restarts_that_is_no_number_is_named(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "abc")
+    with pytest.raises(UsageError, match="environment: TORCHELASTIC_RESTART_COUNT is 'abc', no number"):
+        train(tiny.config(tmp_path / "run"))
+
+
 def test_a_signal_of_ones_own_after_anothers_is_no_second_one() -> None:
     with Interruption(lambda _text: None) as interruption, interruption.graceful():
         interruption.heard_elsewhere(signal.SIGTERM)

@@ -68,20 +68,24 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def test_workers_ctrl_c_and_a_killed_one(config: TrainConfig, tmp_path: Path) -> None:
-    several = with_options(config, workers=2)
-    run = started(several)
+    """The launcher leaves nothing in the directory for temporary files, however the run ends."""
+    several, temporary = with_options(config, workers=2), tmp_path / "temporary"
+    temporary.mkdir()
+    run = started(several, TMPDIR=str(temporary))
     wait_for_steps(config.run.output, 7)
     run.send_signal(signal.SIGINT)
     code, errors = ended(run)
     assert code == 130 and errors.count("everything up to it is saved") == 1
     assert "death signal" not in errors  # what torch's launcher logs
     there = steps_of(config.run.output)  # a quick machine has done more than was waited for
-    again = started(with_options(several, resume=True))
+    assert not list(temporary.iterdir())
+    again = started(with_options(several, resume=True), TMPDIR=str(temporary))
     wait_for_steps(config.run.output, there + 5)
     os.kill(children(again)[-1], signal.SIGKILL)
     code, errors = ended(again)
     assert code == 5 and "rank 1 (process " in errors and "was killed by SIGKILL" in errors
-    assert ended(started(with_options(several, resume=True)))[0] == 0
+    assert ended(started(with_options(several, resume=True), TMPDIR=str(temporary)))[0] == 0
+    assert not list(temporary.iterdir())
     train(with_options(config, output=tmp_path / "alone"))
     assert bits_of_several(config.run.output) == bits_of_several(tmp_path / "alone")
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backhand.arithmetic.options import CompressOptions, DiffOptions, InspectOptions
-from backhand.files import make_directory, write_atomically
+from backhand.files import made_directory, write_atomically
 from backhand.printing import say
 from backhand.words import show_notes
 
@@ -49,8 +49,8 @@ def leave_findings(
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     written, output = [], options.output
     if output is not None and not isinstance(options, CompressOptions):
-        make_directory(output)
-        write_atomically(output / f"{name}.json", text.encode())
+        with made_directory(output):
+            write_atomically(output / f"{name}.json", text.encode())
         written.append(output / f"{name}.json")
     if options.plot:
         path = (output or Path()) / f"{name}.png"

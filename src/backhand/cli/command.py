@@ -13,6 +13,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
@@ -25,7 +26,8 @@ from cyclopts import Group, Parameter, Token, convert
 from docstring_parser import parse_from_object
 
 from backhand.bounds import Also, Parse, hints_of, parse_of, sentence_of, split_hint, union_members
-from backhand.errors import UsageError
+from backhand.errors import ResourceError, UsageError
+from backhand.system import may_reserve
 from backhand.words import shorten
 
 if typing.TYPE_CHECKING:
@@ -191,6 +193,7 @@ def command(entry: Command) -> Callable[..., Prepared]:
             _check_paths(built, by_name)
             more = {"typed": frozenset(typed)} if entry.tell_typed else {}
             run = entry.report_of and entry.report_of(built)
+            _check_addresses()
             return Prepared(partial(imported(entry.function), built, **more), run, name_origin)
         except UsageError as error:
             name_origin(error)
@@ -219,6 +222,29 @@ def imported(place: Any) -> Any:
         return place
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+_IMPORTED_BYTES, _THREAD_BYTES = 576 << 20, 40 << 20
+"""Addresses that NumPy and PyTorch take when they are imported, and OpenBLAS for each of its threads (measured)."""
+
+
+def _check_addresses() -> None:
+    """Raise ResourceError under a `ulimit -v` too low for the imports: OpenBLAS would end the process with 1."""
+    if "torch" in sys.modules:
+        return
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        if (stated := os.environ.get(name, "")).isdecimal():
+            threads = min(threads, max(1, int(stated)))
+            break
+    needed = _IMPORTED_BYTES + threads * _THREAD_BYTES
+    if not may_reserve(needed):
+        raise ResourceError(
+            "the limit of this process's addresses is too low to load PyTorch",
+            where="ulimit -v",
+            why=f"NumPy and PyTorch alone take some {needed >> 20:,} MiB",
+            next_step="raise the limit (ulimit -v unlimited), or limit memory with --memory or a control group instead",
+        )
 
 
 LONGEST_PATH = 4000

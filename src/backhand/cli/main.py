@@ -14,11 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError, first_line
 from backhand.nn.openmp_spin import adaptive_spinning, set_spin_count
@@ -72,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `backhand`; those of this process if None.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    with _stderr_may_fail():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(words: list[str]) -> int:
     debug = "--debug" in words
     interrupted: list[float] = []
     set_spin_count()  # what is read later, `nn.compute` sets
@@ -185,15 +189,67 @@ def _report(error: BaseException, words: Sequence[str], debug: bool, interrupted
             print(
                 text.replace("error:", "\033[1;31merror:\033[0m", 1) if _stderr_in_colour() else text, file=sys.stderr
             )
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # what a program has put in its place, or has closed
-            try:
-                stream.flush()
-            except OSError:
-                # The reader has left, the terminal is closed, or the disk is full: what is still buffered must not
-                # raise again when Python closes its streams, which would end the command with 120.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with suppress(OSError, ValueError, AttributeError):  # what a program has put in its place, or has closed
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _write_no_more(sys.stdout)
     return code
+
+
+def _write_no_more(stream: TextIO) -> None:
+    """Let what is written to a stream go nowhere: the reader has left, the terminal is closed, or the disk is full.
+
+    What is still buffered must not raise again when Python closes its streams, which would end the command with 120.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class _StandardError:
+    """Standard error that drops what cannot be written: that a line is lost is no reason for a command to fail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _write_no_more(self._stream)
+            return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _write_no_more(self._stream)
+
+
+@contextmanager
+def _stderr_may_fail() -> Iterator[None]:
+    stream = sys.stderr
+    if stream is None:  # closed: `_open_closed_streams` opens one that goes nowhere
+        yield
+        return
+    guarded = cast("TextIO", _StandardError(stream))
+    sys.stderr = guarded
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # closed meanwhile
+            guarded.flush()
+        if sys.stderr is guarded:
+            sys.stderr = stream
 
 
 def _may_be_of_ctrl_c(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ import torch
 
 from backhand.adapters.record import installed_packages
 from backhand.distributed.communicator import Communicator
-from backhand.errors import BackhandError, ResourceError
+from backhand.errors import BackhandError, ResourceError, UsageError
 from backhand.nn.compute import available_cores
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import config_from_table, config_table, dump_config
@@ -43,6 +43,7 @@ from backhand.safe_path import python_words, safe_environment
 from backhand.system import process_start, stop_signals
 
 _TYPED = "BACKHAND_TYPED_OPTIONS"
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _SHUTDOWN_S = 600
 """How long a worker that was asked to stop has for its step and its checkpoint."""
 
@@ -63,8 +64,20 @@ def in_a_group() -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process again, after one of the run's had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    """Return True if torchrun has started this process again, after one of the run's had failed.
+
+    Raises:
+        UsageError: the variable is no number.
+    """
+    count = os.environ.get(_RESTARTS) or "0"
+    try:
+        return int(count) > 0
+    except ValueError:
+        raise UsageError(
+            f"{_RESTARTS} is {count!r}, no number",
+            where="environment",
+            next_step="unset it; torchrun sets it for the processes that it starts",
+        ) from None
 
 
 def typed_elsewhere() -> frozenset[str]:
@@ -83,7 +96,7 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
         WorkersEnded: with the exit code of the first that failed, which has said why.
         ResourceError: one was killed.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -102,6 +115,7 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
             max_restarts=0,
             local_addr="127.0.0.1",
             shutdown_timeout=_SHUTDOWN_S,
+            logs_specs=DefaultLogsSpecs(log_dir=directory),  # else in a directory of its own that nobody removes
         )
         # What the launcher logs of a worker that ended is said better by the worker, and by us.
         package = "torch.distributed.elastic"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from backhand.adapters.config import LoRAConfig
 from backhand.bounds import Bound, Check, Count, CountFromZero, NotNegative, Options, Positive, Seed, Share
 from backhand.data.options import DataOptions
-from backhand.errors import UsageError
+from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
@@ -303,8 +303,8 @@ def _check_utf8(part: Any) -> None:
             try:
                 str(text).encode("utf-8")
             except UnicodeEncodeError:
-                raise UsageError(
-                    f"{str(text)!r} is not UTF-8",
+                raise not_utf8(
+                    str(text),
                     where=option.name,
                     why="a run writes its options into config.toml, which is",
                     next_step="rename it, or give a link to it that has another name",

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from backhand.errors import UsageError
+from backhand.errors import UsageError, not_utf8
 from backhand.files import (
     FileLayer,
     remove_tree,
@@ -279,8 +279,8 @@ def _check_utf8(place: Path) -> None:
     try:
         str(place).encode("utf-8")
     except UnicodeEncodeError:
-        raise UsageError(
-            f"{str(place)!r} is not UTF-8",
+        raise not_utf8(
+            str(place),
             where="output",
             why="a run writes where it is into files that are",
             next_step="rename the directory, or work in another one",

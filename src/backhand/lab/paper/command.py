@@ -16,7 +16,7 @@ from rich.text import Text
 
 from backhand.arithmetic.findings import print_table
 from backhand.errors import CheckError
-from backhand.files import csv_bytes, make_directory, write_with_summary
+from backhand.files import csv_bytes, made_directory, write_with_summary
 from backhand.lab.paper import plots
 from backhand.lab.paper.adam_path import LARGEST_DIFFERENCE
 from backhand.lab.paper.amplification import NORMS, amplification_by_kind
@@ -45,13 +45,12 @@ def paper_command(options: PaperOptions) -> PaperResult:
     """
     options.validate()
     output = options.run.output
-    if output is not None:
-        make_directory(output)
-    with working() if not options.run.json else nullcontext(lambda _: None) as say:
-        result = run_paper(options, say)
-    show_notes(result.notes)
-    summary = paper_summary(result)
-    names = write_with_summary(output, _files(result), summary) if output is not None else []
+    with made_directory(output) if output is not None else nullcontext():
+        with working() if not options.run.json else nullcontext(lambda _: None) as say:
+            result = run_paper(options, say)
+        show_notes(result.notes)
+        summary = paper_summary(result)
+        names = write_with_summary(output, _files(result), summary) if output is not None else []
     if options.run.json:
         sys.stdout.write(json.dumps(summary | {"files": names}, indent=2, allow_nan=False) + "\n")
     else:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from backhand.arithmetic.findings import print_table
 from backhand.errors import CheckError
-from backhand.files import csv_bytes, json_bytes, make_directory, write_with_summary
+from backhand.files import csv_bytes, json_bytes, made_directory, write_with_summary
 from backhand.lab.sine.check import BOUNDS, CheckRow
 from backhand.lab.sine.cost import TABLE_SIDE, break_even_rank, low_rank_first, parameter_counts, product_first
 from backhand.lab.sine.experiment import PartResult, SineResult, run_sine
@@ -46,12 +46,12 @@ def sine_command(options: SineOptions) -> SineResult:
             results of a failed comparison have been printed and written before.
     """
     options.validate()
-    if options.output is not None:
-        make_directory(options.output)  # before the training, so that an unwritable name is an early error
-    with working() if not options.json else nullcontext(lambda _: None) as say:
-        result = run_sine(options, say)
-    numbers = summary(options, result)
-    names = write_files(options.output, options, result) if options.output is not None else []
+    # Before the training, so that an unwritable name is an early error.
+    with made_directory(options.output) if options.output is not None else nullcontext():
+        with working() if not options.json else nullcontext(lambda _: None) as say:
+            result = run_sine(options, say)
+        numbers = summary(options, result)
+        names = write_files(options.output, options, result) if options.output is not None else []
     if options.json:
         numbers |= {"check": [row.as_json() for row in result.check], "files": names}
         if options.step:
