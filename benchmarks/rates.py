@@ -302,7 +302,7 @@ def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator
         )
         began = time.perf_counter()
         try:
-            summary = train(one, shared=SHARED.setdefault(model, _shared()))
+            summary = train(one, run_cache=SHARED.setdefault(model, _shared()))
         except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001 - a rate that is much too high may end a run
@@ -514,9 +514,9 @@ SHARED: dict[str, Any] = {}
 
 
 def _shared() -> Any:
-    from backhand.engines.engine import Shared
+    from backhand.engines.engine import RunCache
 
-    return Shared()
+    return RunCache()
 
 
 def _key(rate: float | str) -> str:

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, settings
 
 from backhand.engines.memory import probe
 from backhand.loop import measuring
-from backhand.training import job_run
+from backhand.training import trainer as job_run
 from support import measured_once, processes
 from support.for_each import seed
 

@@ -19,7 +19,7 @@ from backhand.cli.main import main
 from backhand.engines import decoder_engine
 from backhand.errors import UsageError
 from backhand.files import FileLayer
-from backhand.loop.hidden_state_cache import StatesInMemory
+from backhand.loop.hidden_state_cache import MemoryStateStore
 from backhand.loop.state import STATE_FILE
 from backhand.nn.decoder import weights
 from backhand.options.config import TrainConfig
@@ -112,9 +112,9 @@ def test_hidden_states_below_the_lowest_adapted_layer_are_computed_once_for_all_
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
-    put = StatesInMemory.put
+    put = MemoryStateStore.put
     monkeypatch.setattr(
-        StatesInMemory, "put", lambda self, number, states: (kept.append(number), put(self, number, states))[1]
+        MemoryStateStore, "put", lambda self, number, states: (kept.append(number), put(self, number, states))[1]
     )
     options = {"layers": "last:1", "cache_frozen": "memory"}
     train(tiny.config(tmp_path / "alone", **{"eval_every": 3, **options}))

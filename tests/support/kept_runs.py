@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backhand.engines import decoder_engine
 from backhand.kernels.builds import library
-from backhand.loop.hidden_state_cache import KeptStates
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.loggers import Observer
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import forward_backward as forward_backward_module
@@ -83,15 +83,15 @@ class Computed:
 def watched() -> Iterator[Computed]:
     """Inside, what goes through the lower blocks is counted."""
     computed, in_step = Computed(), [False]
-    compute, step, block = KeptStates._compute, Decoder.loss_and_gradients, forward_backward_module.block_forward
-    compared = KeptStates._compared
+    compute, step, block = HiddenStateCache._compute, Decoder.loss_and_gradients, forward_backward_module.block_forward
+    compared = HiddenStateCache._compared
 
-    def watched_compute(self: KeptStates, rows: list[int], batch: PackedBatch) -> Tensor:
+    def watched_compute(self: HiddenStateCache, rows: list[int], batch: PackedBatch) -> Tensor:
         computed.rows.setdefault(len(self._packer.lengths), []).extend(rows)
         computed.passes[len(self._packer.lengths)] += 1
         return compute(self, rows, batch)
 
-    def watched_compared(self: KeptStates, *arguments: Any, **named: Any) -> Tensor:
+    def watched_compared(self: HiddenStateCache, *arguments: Any, **named: Any) -> Tensor:
         computed.compared += 1
         return compared(self, *arguments, **named)
 
@@ -123,8 +123,8 @@ def watched() -> Iterator[Computed]:
     watching: list[Any] = []
     load, look = decoder_engine.load_weights, FrozenPrefix._probe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KeptStates, "_compute", watched_compute)
-        patch.setattr(KeptStates, "_compared", watched_compared)
+        patch.setattr(HiddenStateCache, "_compute", watched_compute)
+        patch.setattr(HiddenStateCache, "_compared", watched_compared)
         patch.setattr(Decoder, "loss_and_gradients", watched_step)
         patch.setattr(FrozenPrefix, "_probe", watched_look)
         patch.setattr(decoder_engine, "load_weights", watched_load)

@@ -129,7 +129,7 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 
 _setup_privateuseone_for_python_backend(CARD)
-# Below every mode: `torch.tensor(numbers, device=…)` comes by here.
+# FrozenLayers every mode: `torch.tensor(numbers, device=…)` comes by here.
 _LIBRARY = torch.library.Library("aten", "IMPL")
 for _name, _function in (
     ("empty.memory_format", _empty),

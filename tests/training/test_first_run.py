@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+from backhand.adapters.base_facts import BaseFacts
 from backhand.errors import UsageError
 from backhand.loop.loggers import Observer, RunStart
 from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
 from backhand.nn.loading import open_model
-from backhand.nn.lora_parameters import LoRASlot
+from backhand.nn.lora_parameters import AdapterLayout, LoRASlot
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.config_file import config_from_table, load_config
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.training.advice import Curves, Until, advice, judged, rates_until
-from backhand.training.prepared import gain
+from backhand.training.inputs import scaled_matrices, weight_scale
 from backhand.training.run import train
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
 
@@ -101,13 +102,15 @@ def test_the_rate_follows_the_weights() -> None:
     assert rate(100.0, "dpo") == COMPARING_RATE
 
 
-def test_the_gain_is_that_of_the_adapted_matrices_in_the_file() -> None:
+def test_the_weight_scale_is_that_of_the_adapted_matrices_in_the_file() -> None:
     source = open_model("smollm2-135m")
     slots = [LoRASlot(f"model.layers.{layer}.self_attn.q_proj", 576, 576, 4, 2.0) for layer in (3, 4)]
     products = [source.load(f"{slot.name}.weight") @ torch.randn(576, 4000) for slot in slots]
     expected = [float(product.square().mean().sqrt()) for product in products]
-    assert gain(source, slots) == pytest.approx(math.sqrt(expected[0] * expected[1]), rel=0.03)
-    assert gain(source, [replace(slots[0], name="none")]) == 1.0
+    scale = weight_scale(scaled_matrices(source, AdapterLayout(tuple(slots))), BaseFacts(source))
+    assert scale == pytest.approx(math.sqrt(expected[0] * expected[1]), rel=0.03)
+    unnamed = AdapterLayout((replace(slots[0], name="none"),))
+    assert weight_scale(scaled_matrices(source, unnamed), BaseFacts(source)) == 1.0
 
 
 def even(steps: int) -> Until:

@@ -23,8 +23,8 @@ from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint
 from backhand.runs.directory import RunDirectory
 from backhand.runs.interruption import Interrupted
-from backhand.training.job_run import JobRun
 from backhand.training.run import train
+from backhand.training.trainer import Trainer
 from support.fault_table import documented
 from support.faulty_runs import temporary
 from support.held_runs import PLACES, held_train
@@ -142,7 +142,7 @@ def test_stopped_at_once_before_the_first_checkpoint(replacing: bool, straight: 
         run.send(signal.SIGTERM)
         assert run.told().startswith("stopping after this step")
         run.send(signal.SIGTERM)
-        back = "; the run that was here before is back"
+        back = "; the previous run has been restored"
         again = f": begin with backhand train --resume --output {output}"
         assert run.told() == f"stopped at once, before the first checkpoint{back if replacing else again}"
         assert run.exit_code() == 143
@@ -158,7 +158,7 @@ def test_a_run_that_has_not_begun_says_nothing_of_the_one_that_is_there(
 ) -> None:
     config = tiny.config(tmp_path / "run", max_steps=1)
     train(config)
-    monkeypatch.setattr(JobRun, "_begin", _interrupt)
+    monkeypatch.setattr(Trainer, "_begin", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(with_options(config, overwrite=True, quiet=False))
     assert "stopped at once" not in capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_what_goes_wrong_in_telling_what_is_left_hides_no_signal(
     def unreadable(*_: Any) -> list[int]:
         raise PermissionError
 
-    monkeypatch.setattr(JobRun, "_run_loop", _interrupt)
+    monkeypatch.setattr(Trainer, "_run_loop", _interrupt)
     monkeypatch.setattr(CheckpointStore, "steps", unreadable)
     with pytest.raises(KeyboardInterrupt):
         train(tiny.config(tmp_path / "run"))
@@ -213,7 +213,7 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from backhand.runs.interruption import Interrupted
-    from backhand.training import job_run
+    from backhand.training import trainer as job_run
 
     said: list[str] = []
     original = job_run.prove_resume

@@ -18,7 +18,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import CheckError, UsageError
 from backhand.files import FileLayer
-from backhand.loop.hidden_state_cache import KeptStates, StatesInMemory, StatesOnDisk, StateStore
+from backhand.loop.hidden_state_cache import DiskStateStore, HiddenStateCache, MemoryStateStore, StateStore
 from backhand.nn.batch import PackedBatch
 from backhand.ops import frozen_matrix
 from backhand.runs.directory import Proof
@@ -280,7 +280,7 @@ class Lower:
 
 def kept_of(
     lower: Lower, at_once: int = 0, disk: tuple[FileLayer, Path] | None = None
-) -> tuple[KeptStates, list[Proof], list[str]]:
+) -> tuple[HiddenStateCache, list[Proof], list[str]]:
     random = np.random.default_rng(0)
     examples = []
     for length in (20, 30, 40, 50):
@@ -291,10 +291,10 @@ def kept_of(
     lengths = [*packer.lengths.tolist(), packer.common]
     logged: list[Proof] = []
     noted: list[str] = []
-    store: StateStore = StatesInMemory(lengths, 3, torch.float32)
+    store: StateStore = MemoryStateStore(lengths, 3, torch.float32)
     if disk is not None:
-        store = StatesOnDisk(*disk, lengths, 3, torch.float32, noted.append)
-    kept = KeptStates(lower, 2, packer, store, at_once=at_once, log=logged.append, noted=noted.append)
+        store = DiskStateStore(*disk, lengths, 3, torch.float32, noted.append)
+    kept = HiddenStateCache(lower, 2, packer, store, tokens_per_pass=at_once, log=logged.append, notify=noted.append)
     return kept, logged, noted
 
 
@@ -384,7 +384,7 @@ def test_rows_do_not_go_along_where_the_disk_takes_no_more(taken: int, tmp_path:
 
 
 def test_the_file_has_no_name_and_gives_back_what_was_put(tmp_path: Path) -> None:
-    store = StatesOnDisk(FileLayer(), tmp_path, [5, 0, 7], 3, torch.bfloat16, pytest.fail)
+    store = DiskStateStore(FileLayer(), tmp_path, [5, 0, 7], 3, torch.bfloat16, pytest.fail)
     rows = {number: torch.randn(tokens, 3).bfloat16() for number, tokens in ((2, 7), (0, 5))}
     for number, states in rows.items():
         store.put(number, states)

@@ -15,7 +15,7 @@ from backhand.engines.machine import crowded_note
 from backhand.errors import ArtifactError
 from backhand.loop.loggers import Observer
 from backhand.options.config import TrainConfig
-from backhand.training import job_run as run_module
+from backhand.training import trainer as run_module
 from backhand.training.run import train
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model

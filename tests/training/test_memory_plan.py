@@ -115,9 +115,9 @@ def test_where_nothing_fits_shorter_rows_are_proposed_if_they_do() -> None:
 
 def test_a_second_model_counts() -> None:
     alone, watched = chosen(None), chosen(None, watched=True)
-    assert alone.beside_bytes == 0
-    assert watched.beside_bytes == second_model_bytes(SIZE, PROCESS, 1024) > PROCESS + SIZE.weight_bytes
-    assert watched.total_bytes == watched.peak_bytes + watched.beside_bytes
+    assert alone.second_model_bytes == 0
+    assert watched.second_model_bytes == second_model_bytes(SIZE, PROCESS, 1024) > PROCESS + SIZE.weight_bytes
+    assert watched.total_bytes == watched.peak_bytes + watched.second_model_bytes
     with pytest.raises(ResourceError, match="live view"):
         chosen(1000, watched=True)
 

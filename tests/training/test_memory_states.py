@@ -17,7 +17,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import MoreBlocks, ShortModel
-from backhand.engines.memory.plan import Below, MemoryPlan, keep_states, kept_tokens
+from backhand.engines.memory.plan import FrozenLayers, MemoryPlan, cached_tokens, plan_hidden_states
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import ResourceError, UsageError
 from backhand.kernels.builds import library, torch_form
@@ -30,12 +30,14 @@ from backhand.training.calibration import mean_block, whole
 from support.tiny_models import WINDOW, save_tiny, tiny_model
 from support.tiny_run import TinyRun
 
-BELOW, STEP = Below(20, 576, 1152), MemoryPlan(4, "none", StepShape(16, 8), {"process": 1 << 30})
+BELOW, STEP = FrozenLayers(20, 576, 1152), MemoryPlan(4, "none", StepShape(16, 8), {"process": 1 << 30})
 NEEDED = 1152 << 20
 
 
-def choice(asked: Any, *, below: Below = BELOW, tokens: int = 1 << 20, budget: int | None = None, disk: int = 0) -> Any:
-    return keep_states(asked, below, tokens, STEP, budget_bytes=budget, disk_bytes=disk)
+def choice(
+    asked: Any, *, below: FrozenLayers = BELOW, tokens: int = 1 << 20, budget: int | None = None, disk: int = 0
+) -> Any:
+    return plan_hidden_states(asked, below, tokens, STEP, budget_bytes=budget, disk_bytes=disk)
 
 
 def test_auto_takes_memory_while_it_lasts_then_the_disk() -> None:
@@ -48,18 +50,18 @@ def test_auto_takes_memory_while_it_lasts_then_the_disk() -> None:
 
 
 def test_auto_keeps_nothing_where_there_is_nothing_to_keep() -> None:
-    assert choice("auto", below=Below()).note is None
+    assert choice("auto", below=FrozenLayers()).note is None
     assert choice("auto", tokens=0).where == "off"
-    dependent = choice("auto", below=Below(20, 576, 1152, "its rows meet"))
+    dependent = choice("auto", below=FrozenLayers(20, 576, 1152, "its rows meet"))
     assert dependent.where == "off" and "its rows meet" in str(dependent.note)
 
 
 def test_what_is_asked_for_and_cannot_be_is_an_error() -> None:
-    with pytest.raises(UsageError, match="nothing that it could keep") as found:
-        choice("memory", below=Below())
+    with pytest.raises(UsageError, match="nothing to cache") as found:
+        choice("memory", below=FrozenLayers())
     assert "--layers last:8" in str(found.value.next_step)
-    with pytest.raises(UsageError, match="nothing that it could keep"):
-        choice("disk", below=Below(20, 576, 1152, "its rows meet"))
+    with pytest.raises(UsageError, match="nothing to cache"):
+        choice("disk", below=FrozenLayers(20, 576, 1152, "its rows meet"))
     with pytest.raises(ResourceError, match="may be used") as short:
         choice("memory", budget=1 << 30)
     assert "--cache-frozen disk" in str(short.value.next_step)
@@ -67,7 +69,7 @@ def test_what_is_asked_for_and_cannot_be_is_an_error() -> None:
         choice("disk", disk=NEEDED - 1)
     with pytest.raises(UsageError, match="backhand engine only"):
         ModelOptions(engine="transformers", cache_frozen="memory").validate()
-    assert choice("off", below=Below()).where == "off"
+    assert choice("off", below=FrozenLayers()).where == "off"
 
 
 @pytest.mark.parametrize(
@@ -89,9 +91,9 @@ def test_where_the_engine_promises_states_of_a_rows_own(
     engine = DecoderEngine(source, torch.bfloat16)
     layout = engine.layout(LoRAConfig(rank=2, layers="last:1"))
     with nullcontext() if loops else torch_form():
-        below = engine.below(layout, longest)
+        below = engine.frozen_layers(layout, longest)
     assert (below.layer, below.width, below.token_bytes) == (3, 60, 120)
-    assert below.dependent is None if why is None else why in str(below.dependent)
+    assert below.batch_dependent is None if why is None else why in str(below.batch_dependent)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,8 @@ def test_what_all_rows_begin_with_is_counted_once() -> None:
     packer = RowPacker(rows, share_prefixes=True)
     # The shorter one is the beginning of the longer, its answer included.
     assert (packer.common, packer.lengths.tolist()) == (56, [59, 56])
-    assert kept_tokens(packer) == 59
-    assert kept_tokens(RowPacker(rows, share_prefixes=False)) == 59 + 56
+    assert cached_tokens(packer) == 59
+    assert cached_tokens(RowPacker(rows, share_prefixes=False)) == 59 + 56
 
 
 def test_blocks_below_take_half_of_those_above() -> None:

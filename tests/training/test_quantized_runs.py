@@ -31,7 +31,7 @@ from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions, PlanRunOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.runs.directory import Proof
-from backhand.training.job import build_job
+from backhand.training.loaded_run import load_run
 from backhand.training.plan_command import plan
 from backhand.training.run import train
 from backhand.verify.command import verify
@@ -114,9 +114,9 @@ def test_a_process_holds_the_base_as_the_first_one_does(
 ) -> None:
     monkeypatch.setattr(bases, "ENOUGH_TOKENS", 1 << 20)
     config = tiny.config(tmp_path / "run")
-    assert build_job(config, resolve_machine(config)).memory.base == "dense", "by its own rule"
-    job = build_job(config, resolve_machine(config), processes=Following())
-    found = job.memory
+    assert load_run(config, resolve_machine(config)).plan.memory.base == "dense", "by its own rule"
+    job = load_run(config, resolve_machine(config), processes=Following())
+    found = job.plan.memory
     assert (found.micro_batch_rows, found.recompute, found.base) == (2, "mlp", "quantized")
     assert job.config.model.base == "quantized"
 
@@ -225,7 +225,7 @@ def test_the_loss_of_the_quantized_base_is_told(tmp_path: Path) -> None:
     told = []
     for kind in ("q8_0", "q4_0"):
         config = run.config(tmp_path / kind, quantize=kind)
-        (note,) = [note for note in build_job(config, resolve_machine(config)).notes if "on reading" in note]
+        (note,) = [note for note in load_run(config, resolve_machine(config)).notes if "on reading" in note]
         after, before, change = map(float, re.findall(r"[-+]?\d+\.\d{4}", note))
         told.append((before, abs(change)))
         assert change == pytest.approx(after - before, abs=1.1e-4)

@@ -31,7 +31,7 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
-from backhand.training import prepared
+from backhand.training import plan as run_plan
 from backhand.training.plan_command import plan
 from backhand.training.run import train
 from support.ranks import bits_of_several, start_ranks
@@ -183,21 +183,20 @@ def test_lint_and_plan_know_rows_and_functions_of_rewards(tiny: TinyRun, functio
 def test_the_plan_counts_a_prompts_keys_and_values_once(
     tiny: TinyRun, functions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[int] = []
-    shapes = prepared._shapes
+    sampled_tokens: dict[int, None] = {}
+    choose = run_plan.choose
 
-    def seen(*arguments: Any) -> Any:
-        made = shapes(*arguments)
-        found.extend({shape.sampled_tokens for shape in made.values()})
-        return made
+    def watched(size: Any, parts: Any, shapes: Any, **options: Any) -> Any:
+        sampled_tokens.update(dict.fromkeys(shape.sampled_tokens for shape in shapes.values()))
+        return choose(size, parts, shapes, **options)
 
-    monkeypatch.setattr(prepared, "_shapes", seen)
+    monkeypatch.setattr(run_plan, "choose", watched)
     for group in (6, 12):
         plan(PlanOptions(**vars(config(tiny, functions, tmp_path / "run", group=group))))
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text(json.dumps({"prompt": "what? " * 9, "completion": "7"}) + "\n")
     plan(PlanOptions(**vars(config(tiny, functions, tmp_path / "run", eval_data=(str(held_out),)))))
-    six, twelve, longer = found
+    six, twelve, longer = sampled_tokens
     assert twelve - six == 4 * 6 * 10 < six, "four prompts with six more answers of ten tokens each"
     assert longer > six, "a held-out prompt is longer than those that are trained on"
 

@@ -13,9 +13,9 @@ from backhand.adapters.peft_saving import AdapterParts, adapter_files
 from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_adapter
 from backhand.adapters.trained_tensors import tied_notes
-from backhand.engines.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.engines.engine import BoundModel, Engine, RunCache, ShortModel
 from backhand.engines.memory.parts import ModelSize, decoder_size
-from backhand.engines.memory.plan import Below, HeldBase
+from backhand.engines.memory.plan import FrozenLayers, HeldBase
 from backhand.engines.short_decoder import short_decoder
 from backhand.errors import UsageError
 from backhand.generate.completer import EngineCompleter
@@ -62,7 +62,7 @@ class DecoderEngine(Engine):
         """(out, in) of every linear module by dotted path."""
         return module_shapes(self.config)
 
-    def below(self, layout: AdapterLayout, longest: int) -> Below:
+    def frozen_layers(self, layout: AdapterLayout, longest: int) -> FrozenLayers:
         """What lies below the lowest adapted layer.
 
         Compiled kernels compute each document by itself, its sums in an order of its own. Torch's forms do not: what is
@@ -71,22 +71,24 @@ class DecoderEngine(Engine):
         its chunks anew, and their bounds decide the order of its sums.
         """
         lowest = backward_end(layout, self.layers).layer
-        layer, dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
+        layer, batch_dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
         if not kernels_available():
-            dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
+            batch_dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
         elif self.config.attention_cap is not None:
-            dependent = "with capped attention scores a row's last bits depend on the rows beside it"
+            batch_dependent = "with capped attention scores a row's last bits depend on the rows beside it"
         elif any(one.experts for one in self.config.layers[:layer]):
-            dependent = "an expert takes the rows that chose it together, and their last bits depend on one another"
+            batch_dependent = (
+                "an expert takes the rows that chose it together, and their last bits depend on one another"
+            )
         elif any(one.mixer == GATED_DELTA for one in self.config.layers[:layer]):
-            dependent = "the delta rule's chunks begin where a beginning that rows share ends"
+            batch_dependent = "the delta rule's chunks begin where a beginning that rows share ends"
         elif longest > min(windows, default=longest):
-            dependent = (
+            batch_dependent = (
                 f"rows are longer than a window of {min(windows)} tokens, and rows beside them share its beginning"
             )
         width = self.config.hidden_size
-        return Below(layer, width, width * self._dtype.itemsize, dependent)
+        return FrozenLayers(layer, width, width * self._dtype.itemsize, batch_dependent)
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
         """What the memory plan needs to know."""
@@ -102,7 +104,7 @@ class DecoderEngine(Engine):
         device: torch.device,
         recompute: str,
         base: HeldBase,
-        shared: Shared,
+        run_cache: RunCache,
         *,
         examine: Callable[[Sequence[str]], None] | None = None,
     ) -> BoundModel:
@@ -114,7 +116,7 @@ class DecoderEngine(Engine):
             return load_weights(self._source, self.config, self._dtype, device, quantized=quantized, examine=examine)
 
         of_these = (self._source.path, self._dtype, device, base)
-        weights = shared.once("weights", of_these, read, only_newest=True)
+        weights = run_cache.get_or_create("weights", of_these, read, only_newest=True)
         decoder = Decoder(self.config, weights, recompute=recompute)
         lora = LoRAParameters(slots, trained=trained, device=device)
         decoder.attach(lora)
@@ -148,7 +150,7 @@ class _BoundDecoder(BoundModel):
         return EngineCompleter(self._decoder)
 
     @property
-    def lower(self) -> FrozenPrefix:
+    def frozen_prefix(self) -> FrozenPrefix:
         return FrozenPrefix(self._decoder)
 
     def _start_beside_factors(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
 from backhand.engines.memory.parts import ModelSize
-from backhand.engines.memory.plan import Below, HeldBase
+from backhand.engines.memory.plan import FrozenLayers, HeldBase
 from backhand.generate.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
@@ -98,8 +98,8 @@ class BoundModel(ABC):
         self.base_name = source.hub_id or str(source.path.resolve())  # as adapter_config.json has it
 
     @property
-    def lower(self) -> FrozenPrefix | None:
-        """The model as one whose lower blocks can be computed by themselves; None where that cannot be."""
+    def frozen_prefix(self) -> FrozenPrefix | None:
+        """The blocks below the lowest adapted one, which can be computed separately; None if that is impossible."""
         return None
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -140,40 +140,42 @@ class BoundModel(ABC):
 T = TypeVar("T")
 
 
-class Shared:
-    """What several runs of one process have in common, made once: file, rows, measured memory, weights, kept states.
+class RunCache:
+    """Objects that several runs of one process share: model file, rows, measured memory, weights, hidden states.
 
-    A run alone has one of its own. A search hands the same one to all of its trials, each of which then begins in a
-    fraction of the time and holds no second base. Nothing that a run changes is in it: the frozen weights are, the
-    decoder around them, with its adapter, is made for each run.
+    A single run has a cache of its own. A search passes one cache to all trials. Each trial then starts quickly and
+    needs no second base. The cache contains nothing that a run changes: the frozen weights are shared, but every run
+    has its own decoder and adapter.
     """
 
     def __init__(self) -> None:
-        self._made: dict[str, dict[str, Any]] = {}
+        self._objects: dict[str, dict[str, Any]] = {}
 
-    def once(
-        self, kind: str, key: object, make: Callable[[], T], *, only_newest: bool = False, renew: bool = False
+    def get_or_create(
+        self, kind: str, key: object, create: Callable[[], T], *, only_newest: bool = False, renew: bool = False
     ) -> T:
-        """What was made for an equal key, or what `make` makes now.
+        """Return the object of this kind and key, and create it if necessary.
 
         Args:
-            key: everything that decides the result; its `repr` is compared.
-            only_newest: let the others of this kind go first, since they are large.
-            renew: make it again.
+            kind: name of the kind of object.
+            key: everything that determines the object; its `repr` is compared.
+            create: returns a new object.
+            only_newest: drop other objects of this kind first, because they are large.
+            renew: create a new object in any case.
         """
-        made = self._made.setdefault(kind, {})
+        objects = self._objects.setdefault(kind, {})
         name = repr(key)
-        if renew or name not in made:
+        if renew or name not in objects:
             if only_newest:
-                made.clear()
-            made[name] = make()
-        found: T = made[name]
-        return found
+                objects.clear()
+            objects[name] = create()
+        result: T = objects[name]
+        return result
 
     @property
     def holds_weights(self) -> bool:
-        """Whether a base is in memory, so that what is free and what the process takes are no longer what they were."""
-        return "weights" in self._made
+        """True if a base is in memory. Free memory and the process's memory have changed since then."""
+        return "weights" in self._objects
 
 
 class Engine(ABC):
@@ -214,13 +216,13 @@ class Engine(ABC):
         """(out, in) of every linear module by dotted path; None where the weights have to be there."""
         return None
 
-    def below(self, layout: AdapterLayout, longest: int) -> Below:  # noqa: ARG002 - nothing is known of either
+    def frozen_layers(self, layout: AdapterLayout, longest: int) -> FrozenLayers:  # noqa: ARG002 - nothing is known of either
         """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
 
         Args:
             longest: tokens of the longest row.
         """
-        return Below()
+        return FrozenLayers()
 
     @abstractmethod
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
@@ -233,7 +235,7 @@ class Engine(ABC):
         device: torch.device,
         recompute: str,
         base: HeldBase,
-        shared: Shared,
+        run_cache: RunCache,
         *,
         examine: Callable[[Sequence[str]], None] | None = None,
     ) -> BoundModel:

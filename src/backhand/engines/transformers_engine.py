@@ -24,7 +24,7 @@ from backhand.adapters.inject import InjectedAdapter, inject
 from backhand.adapters.injection_plan import plan_injection
 from backhand.adapters.loading import read_adapter
 from backhand.adapters.record import AdapterRecord
-from backhand.engines.engine import BoundModel, Engine, Shared, ShortModel
+from backhand.engines.engine import BoundModel, Engine, RunCache, ShortModel
 from backhand.engines.memory.parts import ModelSize, transformers_size
 from backhand.engines.memory.plan import HeldBase
 from backhand.errors import UsageError, not_none
@@ -239,7 +239,7 @@ class TransformersEngine(Engine):
         device: torch.device,
         recompute: str,  # noqa: ARG002 - autograd keeps everything
         base: HeldBase,  # noqa: ARG002 - there is no other
-        shared: Shared,  # noqa: ARG002 - the adapter's modules are put into the model
+        run_cache: RunCache,  # noqa: ARG002 - the adapter's modules are put into the model
         *,
         examine: Callable[[Sequence[str]], None] | None = None,  # noqa: ARG002 - transformers reads the files itself
     ) -> BoundModel:
@@ -252,7 +252,7 @@ class TransformersEngine(Engine):
 
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
         """The model itself: what a block is, only its own code knows."""
-        bound = self.load(config, device, recompute, base, Shared())
+        bound = self.load(config, device, recompute, base, RunCache())
         bound.lora.refresh_compute(self._dtype)
         return ShortModel(bound.model)
 

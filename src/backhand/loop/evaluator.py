@@ -35,7 +35,7 @@ from backhand.words import finite_or_none, name_list
 
 
 @dataclass(eq=False)
-class Judge:
+class Evaluator:
     """Judges one run, from wherever its state stands."""
 
     model: Trainable  # with the state's adapter attached

@@ -19,8 +19,9 @@ rows. So each number of tokens is compared with the usual number before it is fi
 What all rows of a set begin with is kept once. A filler's states are never read by another document and carry no loss;
 zeros stand for them.
 
-Since rows need not be computed in the batch that they are trained in, a pass through the layers below takes rows of the
-batches that come next along, up to `at_once` tokens: each weight is read, unpacked and packed once for all of them.
+Rows need not be computed in the batch that they are trained in. A pass through the frozen layers therefore includes
+rows of the next batches, up to `tokens_per_pass` tokens. Each weight is then read, unpacked and packed once for all of
+them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from backhand.runs.directory import Proof, ProofLog
 from backhand.system import read_at
 
 
-class StatesInMemory:
+class MemoryStateStore:
     """One tensor for all rows, in the compute dtype; pages are taken as they are written.
 
     Args:
@@ -70,7 +71,7 @@ class StatesInMemory:
 
 
 @dataclass(eq=False)
-class StatesOnDisk:
+class DiskStateStore:
     """The same in a file without a name, which is gone when the process is, however that ends.
 
     A disk that takes no more ends the keeping and not the run: checkpoints need the room.
@@ -84,7 +85,7 @@ class StatesOnDisk:
     lengths: Sequence[int]  # tokens of each number
     width: int
     dtype: torch.dtype
-    noted: Callable[[str], None]  # told in a sentence where it takes no more
+    notify: Callable[[str], None]  # told in a sentence where it takes no more
 
     def __post_init__(self) -> None:
         self._starts = [0, *(self.width * self.dtype.itemsize * tokens for tokens in accumulate(self.lengths))]
@@ -113,7 +114,7 @@ class StatesOnDisk:
             write_all(self.files, self._descriptor, states.contiguous().view(-1).view(torch.uint8).numpy().data)
             self._there.add(number)
         except OSError as error:
-            self.noted(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+            self.notify(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
             self.close()
 
     def close(self) -> None:
@@ -125,12 +126,12 @@ class StatesOnDisk:
                 self.files.close(descriptor)
 
 
-StateStore = StatesInMemory | StatesOnDisk
+StateStore = MemoryStateStore | DiskStateStore
 """Hidden states by a row's number, (tokens, hidden) each; behind the rows comes what all of them begin with."""
 
 
 @dataclass(eq=False)
-class KeptStates:
+class HiddenStateCache:
     """A set of rows whose hidden states are kept."""
 
     model: FrozenPrefix
@@ -138,9 +139,9 @@ class KeptStates:
     rows: RowPacker
     store: StateStore  # by the rows' numbers, and behind them what all rows begin with
     _: KW_ONLY
-    at_once: int = 0  # tokens that a pass through the lower blocks may have where its own batch has fewer
+    tokens_per_pass: int = 0  # tokens that a pass through the lower blocks may have where its own batch has fewer
     log: ProofLog  # told that what is kept was found to be what is computed
-    noted: Callable[[str], None]  # told in a sentence where it is not
+    notify: Callable[[str], None]  # told in a sentence where it is not
 
     def __post_init__(self) -> None:
         self._packer, self._common = self.rows.by_document, self.rows.common
@@ -194,12 +195,12 @@ class KeptStates:
     def _with_coming(self, missing: list[int], coming: Iterable[Sequence[int]]) -> list[int]:
         """These rows, and as many of those that come next as one pass takes, in order."""
         wanted, tokens = list(missing), self._common + sum(self._packer.lengths[row] - self._common for row in missing)
-        later = chain.from_iterable(map(self.rows.documents, coming)) if tokens < self.at_once else ()
+        later = chain.from_iterable(map(self.rows.documents, coming)) if tokens < self.tokens_per_pass else ()
         for row in later:
             own = self._packer.lengths[row] - self._common
             if own > 0 and row not in self.store:
                 tokens += own
-                if tokens > self.at_once:
+                if tokens > self.tokens_per_pass:
                     break
                 wanted.append(row)
         together = len(wanted) > len(missing) and self._keeps(bucket_size(self._packer.positions(wanted)))
@@ -209,7 +210,7 @@ class KeptStates:
         """`_keeps`, and where it does not, that is said once."""
         if not self._keeps(size) and not self._told:
             self._told = True
-            self.noted(
+            self.notify(
                 f"products of {size} rows end in other bits than those of others on this machine: "
                 f"batches of such sizes go through the layers below {self.layer} in each epoch"
             )
@@ -252,7 +253,7 @@ class KeptStates:
             )
         if different:
             self._useful = False
-            self.noted(
+            self.notify(
                 f"a row's last bits depend on the rows beside it here: the layers below {self.layer} are computed in "
                 "each epoch"
             )

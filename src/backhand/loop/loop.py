@@ -18,8 +18,8 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
-from backhand.loop.evaluator import Judge
-from backhand.loop.hidden_state_cache import KeptStates
+from backhand.loop.evaluator import Evaluator
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.loggers import Observer
 from backhand.loop.objectives.objective import Objective
 from backhand.loop.rewards.steps import RewardedSteps
@@ -38,14 +38,14 @@ class TrainingLoop:
     packer: RowPacker  # holds the training rows, and packs those of a micro-batch
     sampler: Sampler
     plan: StepPlan
-    judge: Judge  # of the steps: evaluations, guards, and whether the run is over
+    evaluator: Evaluator  # of the steps: evaluations, guards, and whether the run is over
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)
     memory: MemoryKeeper | None = None  # holds the process to its plan; None where the allocator is left alone
     processes: Communicator = field(default_factory=Communicator)  # that share each step
     # the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed in each
     # step
-    kept: KeptStates | None = None
+    hidden_states: HiddenStateCache | None = None
     objective: Objective | None = None  # of the training rows; None for the loss of answers
     # samples, judges and trains on answers to the training rows; None where rows have their own
     rewarded: RewardedSteps | None = None
@@ -62,17 +62,17 @@ class TrainingLoop:
         Raises:
             CheckError: a guard fired; the state before it has been saved.
         """
-        progress, judge = self.state.progress, self.judge
-        judge.begin()
+        progress, evaluator = self.state.progress, self.evaluator
+        evaluator.begin()
         while not progress.finished and (until_step is None or progress.step < until_step):
             if self.processes.should_stop:
-                judge.save(False)
+                evaluator.save(False)
                 return False
             self._step()
-            better = judge.evaluate_if_due()
-            if judge.finish_if_done() or better or progress.step % not_none(self.plan.run.save_every) == 0:
-                judge.before_checkpoint()
-                judge.save(better)
+            better = evaluator.evaluate_if_due()
+            if evaluator.finish_if_done() or better or progress.step % not_none(self.plan.run.save_every) == 0:
+                evaluator.before_checkpoint()
+                evaluator.save(better)
         return True
 
     def _step(self) -> None:
@@ -88,15 +88,15 @@ class TrainingLoop:
             if self.objective is not None:
                 self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
             result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
-        self.judge.check_files()  # before anything of this step is reported or saved
+        self.evaluator.check_files()  # before anything of this step is reported or saved
         seconds = time.perf_counter() - began
-        self.judge.count(result, tokens, seconds)
+        self.evaluator.count(result, tokens, seconds)
         if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
             measured = {} if self.objective is None else self.objective.measured(self.processes)
             measured = measured if self.rewarded is None else self.rewarded.measured
-            self.observer.stepped(self.judge.record(result, rate, tokens, seconds, epoch, measured))
-        self.judge.judge(result)
+            self.observer.stepped(self.evaluator.record(result, rate, tokens, seconds, epoch, measured))
+        self.evaluator.judge(result)
         if self.memory is not None:
             self.memory.after_step()
 
@@ -106,7 +106,7 @@ class TrainingLoop:
         try:
             rewarded.write(self.model, step, rows)
         except CheckError:
-            self.judge.save(False)  # nothing has moved yet
+            self.evaluator.save(False)  # nothing has moved yet
             raise
         return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
@@ -127,9 +127,9 @@ class TrainingLoop:
         return micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
 
     def _packed(self, groups: Sequence[Sequence[int]], number: int) -> PackedBatch:
-        if self.kept is None:
+        if self.hidden_states is None:
             return self.packer.packed(groups[number], self.model.device)
-        return self.kept.packed(groups[number], self._coming(groups, number))
+        return self.hidden_states.packed(groups[number], self._coming(groups, number))
 
     def _coming(self, groups: Sequence[Sequence[int]], number: int) -> Iterator[Sequence[int]]:
         """This process's micro-batches after this one, to the end of the epoch."""

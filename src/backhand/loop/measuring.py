@@ -17,7 +17,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import not_none
 from backhand.generate.completer import LanguageModel
-from backhand.loop.hidden_state_cache import KeptStates
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.step import sequential_sum
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
@@ -40,20 +40,22 @@ class HeldOut:
 
     Args:
         examples: at least one.
-        kept: keeps their hidden states below the lowest adapted layer from one `loss` to the next.
+        hidden_states: keeps their hidden states below the lowest adapted layer from one `loss` to the next.
 
     Attributes:
         measured: what the newest `loss` found beside, under the names of metrics.jsonl.
         said: what the model said then, by where the row stands, of a few rows; where it is asked for answers.
     """
 
-    def __init__(self, examples: Sequence[Example], micro_batch_rows: int, kept: KeptStates | None = None) -> None:
+    def __init__(
+        self, examples: Sequence[Example], micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
+    ) -> None:
         self.supervised_tokens = sum(example.supervised_tokens for example in examples)
         self.measured: dict[str, float] = {}
         self.said: dict[str, str] = {}
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
-        self._kept = kept
+        self._hidden_states = hidden_states
         self._batches: list[_Packed] = []
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
@@ -67,9 +69,10 @@ class HeldOut:
 
         def nats(number: int) -> float:
             rows, _, batch = batches[number]
-            found = float(model.loss(batch.to(model.device) if self._kept is None else self._kept.packed(rows)))
+            cache = self._hidden_states
+            loss = float(model.loss(batch.to(model.device) if cache is None else cache.packed(rows)))
             done()
-            return found
+            return loss
 
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
         own = len(processes.assign(tokens)[processes.rank])

@@ -1,7 +1,7 @@
 """`backhand search`: plan, train trials until the schedule ends, publish the best adapter, and write the report.
 
 Every trial is a run of `training.run.train` in its own directory. Model, rows and frozen weights are loaded once for
-all trials (`engines.engine.Shared`). A trial pauses at the end of a stage with a checkpoint, and a promoted trial is
+all trials (`engines.engine.RunCache`). A trial pauses at the end of a stage with a checkpoint, and a promoted trial is
 resumed from it.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from backhand.adapters.contents import read_json_object
 from backhand.data.packing import Sampler
-from backhand.engines.engine import Shared
+from backhand.engines.engine import RunCache
 from backhand.engines.machine import resolve_machine
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, UsageError
 from backhand.files import FileLayer, json_bytes, make_directory, write_atomically
@@ -38,7 +38,7 @@ from backhand.search.space import applied, largest
 from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
 from backhand.training.calibration import calibrate
-from backhand.training.prepared import Outline, outline_run
+from backhand.training.plan import RunPlan, plan_run
 from backhand.training.resume import taken_over
 from backhand.training.run import train
 from backhand.words import count_of, duration, in_words
@@ -68,17 +68,17 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
     """
     optuna_installed()
     config = (_resumed(config, typed) if config.run.resume else _fresh(config)).validate()
-    machine, shared = resolve_machine(config), Shared()
+    machine, run_cache = resolve_machine(config), RunCache()
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
         with working("planning", quiet=config.run.quiet) as show:
-            outline = outline_run(largest(config.run_config, config.search.dimensions), machine, shared=shared)
-            search = Search(resolved(config, outline), shared)
-            search.prepare(outline)
+            plan = plan_run(largest(config.run_config, config.search.dimensions), machine, run_cache=run_cache)
+            search = Search(resolved(config, plan), run_cache)
+            search.prepare(plan)
             if not config.run.resume:
                 show("measuring this machine's speed")
-                speed = calibrate(outline, machine, budget_s=_CALIBRATION_S)
+                speed = calibrate(plan, machine, budget_s=_CALIBRATION_S)
                 search.run_s = speed.train_s + speed.evaluate_s
-        search.print_plan(outline)
+        search.print_plan(plan)
         try:
             search.train_trials()
         except KeyboardInterrupt:
@@ -88,18 +88,18 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
     return search.finish()
 
 
-def resolved(config: SearchConfig, outline: Outline) -> SearchConfig:
+def resolved(config: SearchConfig, plan: RunPlan) -> SearchConfig:
     """Return the configuration with resolved held-out rows and, if the learning rate is varied, its number for `auto`.
 
     Without `--over` the range of the learning rate is set around this number.
     """
     search, options = config.search, config.optimization
     if any(one.name == "learning_rate" for one in search.dimensions):
-        rate, _ = outline.rate(replace(options, learning_rate="auto"))
-        options = replace(options, learning_rate=outline.rate(options)[0])
+        rate, _ = plan.inputs.learning_rate(replace(options, learning_rate="auto"))
+        options = replace(options, learning_rate=plan.inputs.learning_rate(options)[0])
         if not search.over:
             search = replace(search, over=(f"learning_rate={rate / BELOW:.4g}:{rate * ABOVE:.4g}:log",))
-    return replace(config, search=search, optimization=options, data=outline.config.data)
+    return replace(config, search=search, optimization=options, data=plan.inputs.config.data)
 
 
 def _fresh(config: SearchConfig) -> SearchConfig:
@@ -144,7 +144,7 @@ class Search:
     """One process's part of the search in a directory."""
 
     config: SearchConfig
-    shared: Shared  # model, rows and weights of all trials
+    run_cache: RunCache  # model, rows and weights of all trials
     rows: int = 0  # number of training rows
     run_s: float | None = None  # estimated seconds of a complete run; None while unknown
 
@@ -163,21 +163,21 @@ class Search:
         """The command that continues or joins this search."""
         return f"backhand search --resume --output {shlex.quote(str(self.directory))}"
 
-    def prepare(self, outline: Outline) -> None:
+    def prepare(self, plan: RunPlan) -> None:
         """Take the options that all trials share from the largest one, and write them with the digests of the rows.
 
         Raises:
             UsageError: no rows are held out, or the rows have changed since the search started.
             ArtifactError: the digests of the rows are damaged or missing.
         """
-        if outline.held_out is None:
+        if plan.inputs.held_out is None:
             raise UsageError(
                 "a search compares held-out losses, and no rows are held out",
                 where="eval_fraction",
                 next_step="give --eval-fraction 0.1, or --eval-data",
             )
-        self.rows = len(outline.train.examples)
-        digests = {"data": outline.train.digest, "held_out": outline.held_out.digest}
+        self.rows = len(plan.inputs.train.examples)
+        digests = {"data": plan.inputs.train.digest, "held_out": plan.inputs.held_out.digest}
         path = self.directory / ROWS
         known = os.path.lexists(path)
         if known and _row_digests(path) != digests:
@@ -189,7 +189,7 @@ class Search:
             )
         if not known and self.config.run.resume:
             self._refuse_trials(path)
-        memory = outline.memory
+        memory = plan.memory
         model = replace(self.config.model, base=memory.base, recompute=memory.recompute)
         self.config = replace(self.config, model=model)
         if not self.config.run.resume:
@@ -209,7 +209,7 @@ class Search:
                     next_step="restore the file from a copy, or start another search with another --output",
                 )
 
-    def print_plan(self, outline: Outline) -> None:
+    def print_plan(self, plan: RunPlan) -> None:
         """Print trials, time, memory and rows of the search."""
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
@@ -218,8 +218,8 @@ class Search:
         trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
         lines = [
             f"{trials}; steps of {runs:.1f} runs{time_s}",
-            f"memory: about {in_words(outline.memory.peak_bytes)}, one model for all trials",
-            f"rows: {self.rows:,} to train on, {len(outline.held_out.examples) if outline.held_out else 0:,} held out",
+            f"memory: about {in_words(plan.memory.peak_bytes)}, one model for all trials",
+            f"rows: {self.rows:,} to train on, {len(plan.inputs.held_out_examples):,} held out",
         ]
         if options.hours is not None:
             lines.append(f"budget: {duration(options.hours * 3600)}; no trial starts without time to finish")
@@ -262,7 +262,7 @@ class Search:
                     if silent_for_s() > SILENCE_S / 2:  # where there is no status line
                         self._console.print(position(record["step"]))
 
-                train(_start_or_resume(config), callbacks=[show_step], shared=self.shared, pause_at=pause_at)
+                train(_start_or_resume(config), callbacks=[show_step], run_cache=self.run_cache, pause_at=pause_at)
         except Interrupted as error:
             if error.exit_code != _PAUSED:
                 raise Interrupted(error.exit_code - 128, error.step, f"continue with {self.resume_command}") from None

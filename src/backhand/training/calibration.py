@@ -25,7 +25,7 @@ from backhand.loop.step_plan import five_times
 from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
-from backhand.training.prepared import Outline
+from backhand.training.plan import RunPlan
 
 BUDGET_S = 10.0
 _FORWARD_SHARE = 0.5
@@ -43,7 +43,7 @@ class Speed:
     kept_s: float = 0.0  # that keeping hidden states spares; it is in neither of the other times
 
 
-def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
+def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
     """Measure micro-batches of the run's first steps, and tell what all of it will take.
 
     Args:
@@ -51,24 +51,26 @@ def calibrate(outline: Outline, machine: Machine, *, budget_s: float = BUDGET_S)
         budget_s: seconds it may take; on a slow or busy machine fewer tokens are measured.
     """
     began = time.perf_counter()
-    token = _token(outline, machine, began + budget_s)
-    optimizer_s = _optimizer_s(outline.layout, machine)
-    steps = [outline.sampler.rows_of(step) for step in range(min(outline.total_steps, _STEPS_COUNTED))]
-    tokens = sum(outline.packer.tokens(rows) for rows in steps) / len(steps) * outline.total_steps
+    token = _token(plan, machine, began + budget_s)
+    optimizer_s = _optimizer_s(plan.inputs.layout, machine)
+    steps = [plan.inputs.sampler.rows_of(step) for step in range(min(plan.inputs.total_steps, _STEPS_COUNTED))]
+    tokens = sum(plan.inputs.packer.tokens(rows) for rows in steps) / len(steps) * plan.inputs.total_steps
     positions, largest = (
-        sum(of_steps) / len(steps) for of_steps in zip(*_positions(outline, machine, steps), strict=True)
+        sum(of_steps) / len(steps) for of_steps in zip(*_positions(plan, machine, steps), strict=True)
     )
-    held_out = sum(trained_length(example) for example in outline.held_out_rows)
+    held_out = sum(trained_length(example) for example in plan.inputs.held_out_examples)
     # Before the first step, at every interval, and at the end.
-    evaluations = 1 + -(-outline.total_steps // (outline.config.run.eval_every or five_times(outline.total_steps)))
-    computed, measured = positions * outline.total_steps, held_out * evaluations
+    evaluations = 1 + -(
+        -plan.inputs.total_steps // (plan.inputs.config.run.eval_every or five_times(plan.inputs.total_steps))
+    )
+    computed, measured = positions * plan.inputs.total_steps, held_out * evaluations
     # Positions of training and of evaluations whose hidden states are there already when their rows come.
     spared = (0.0, 0.0)
-    if outline.states.where != "off":
-        again = max(0, outline.total_steps - outline.sampler.steps_per_epoch)
+    if plan.hidden_states.where != "off":
+        again = max(0, plan.inputs.total_steps - plan.inputs.sampler.steps_per_epoch)
         spared = positions * again, held_out * (evaluations - 1.0)
     computed_s = computed * token.trained_s + (computed - spared[0]) * token.below_s
-    train_s = largest / positions * computed_s + optimizer_s * outline.total_steps
+    train_s = largest / positions * computed_s + optimizer_s * plan.inputs.total_steps
     evaluate_s = measured * _FORWARD_SHARE * token.trained_s + (measured - spared[1]) * token.below_s
     return Speed(
         tokens_per_s=tokens / train_s,
@@ -89,20 +91,20 @@ class _Token(NamedTuple):
     below_s: float
 
 
-def _positions(outline: Outline, machine: Machine, steps: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
     """What all processes compute of each step, where rows share tokens each once; and what the busiest of them does."""
-    packer = outline.packer
+    packer = plan.inputs.packer
     for rows in steps:
-        groups = micro_batches(rows, packer.lengths, max_rows=outline.memory.micro_batch_rows)
+        groups = micro_batches(rows, packer.lengths, max_rows=plan.memory.micro_batch_rows)
         positions = [packer.positions(group) for group in groups]
         shares = assign(positions, machine.world_size)
         yield sum(positions), max(sum(positions[number] for number in share) for share in shares)
 
 
-def _token(outline: Outline, machine: Machine, deadline: float) -> _Token:
+def _token(plan: RunPlan, machine: Machine, deadline: float) -> _Token:
     """A training pass of the whole model, per token."""
-    memory, vocab_size = outline.memory, outline.engine.vocab_size
-    short = outline.engine.short(outline.config.adapter, machine.device, memory.recompute, memory.base)
+    memory, vocab_size = plan.memory, plan.inputs.engine.vocab_size
+    short = plan.inputs.engine.short(plan.inputs.config.adapter, machine.device, memory.recompute, memory.base)
     models = [short.model, *(more.model for more in short.more)]
     probe = memory.shape.cut(_PROBE_TOKENS)
     seconds = fastest(models, probe.batch(vocab_size, machine.device), 0.0)

@@ -24,7 +24,7 @@ from backhand.loop.loggers import Observer, RunStart
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
 from backhand.runs.summary import RunSummary, forgetting
 from backhand.terminal import console
-from backhand.training.job import Job
+from backhand.training.loaded_run import LoadedRun
 from backhand.words import count_of, duration, in_words, labelled, name_list
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -269,33 +269,35 @@ def _exp(loss: float) -> str:
 _STEPS_COUNTED = 200
 
 
-def opening_facts(job: Job, continued: bool, processes: Communicator) -> tuple[str, ...]:
+def opening_facts(run: LoadedRun, continued: bool, processes: Communicator) -> tuple[str, ...]:
     """The lines.
 
     Args:
         continued: whether it goes on from a checkpoint.
     """
-    model, options = job.config.model, job.config.optimization
-    lora, report = job.bound.lora, job.train.report
+    model, options = run.config.model, run.config.optimization
+    lora, report = run.bound.lora, run.inputs.train.report
     threads = f"{model.threads} thread{'s' if model.threads != 1 else ''} on {model.device}"
     ranks = sorted({slot.rank for slot in lora.slots.values()})
     rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    cut = f"{job.memory.micro_batch_rows} at a time, recompute {job.memory.recompute}"
-    computed = f"{model.dtype}, {job.engine.name} engine, {job.memory.base} base, {threads}"
-    facts = [f"model: {model.model} ({job.source.origin}), {computed}"]
-    if job.engine.note:
-        facts.append(f"SLOWER: {job.engine.note}")
-    if library() is None and job.engine.name == "backhand":
+    cut = f"{run.plan.memory.micro_batch_rows} at a time, recompute {run.plan.memory.recompute}"
+    computed = f"{model.dtype}, {run.inputs.engine.name} engine, {run.plan.memory.base} base, {threads}"
+    facts = [f"model: {model.model} ({run.inputs.source.origin}), {computed}"]
+    if run.inputs.engine.note:
+        facts.append(f"SLOWER: {run.inputs.engine.note}")
+    if library() is None and run.inputs.engine.name == "backhand":
         facts.append(describe())
-    facts += [labelled(note) for note in (*job.engine.notes, *job.notes)]
-    for what, places in label_spellings(job.source.tokenizer(), job.train.examples, job.held_out_rows):
+    facts += [labelled(note) for note in (*run.inputs.engine.notes, *run.notes)]
+    for what, places in label_spellings(
+        run.inputs.source.tokenizer(), run.inputs.train.examples, run.inputs.held_out_examples
+    ):
         facts.append(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )
-    rewarded = job.config.objective.objective == "grpo"
+    rewarded = run.config.objective.objective == "grpo"
     facts += [f"data: {line}" for line in report.lines(prompts=rewarded)]
-    if job.held_out is not None:
-        facts += [f"held out: {line}" for line in job.held_out.report.lines(prompts=rewarded)]
+    if run.inputs.held_out is not None:
+        facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(prompts=rewarded)]
     facts.append(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}"
@@ -303,22 +305,22 @@ def opening_facts(job: Job, continued: bool, processes: Communicator) -> tuple[s
         * (not rewarded)
     )
     facts.append(
-        f"plan: {count_of(job.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
-        f"peak memory about {in_words(job.memory.peak_bytes)}"
+        f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
+        f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
     )
     # Of the first steps; where rows share what they begin with, fewer tokens are computed than are trained on.
-    packer = job.packer
-    steps = [job.sampler.rows_of(step) for step in range(min(job.total_steps, _STEPS_COUNTED))]
+    packer = run.inputs.packer
+    steps = [run.inputs.sampler.rows_of(step) for step in range(min(run.inputs.total_steps, _STEPS_COUNTED))]
     tokens = sum(packer.tokens(rows) for rows in steps)
-    groups = [micro_batches(rows, packer.lengths, max_rows=job.memory.micro_batch_rows) for rows in steps]
+    groups = [micro_batches(rows, packer.lengths, max_rows=run.plan.memory.micro_batch_rows) for rows in steps]
     if (positions := sum(map(packer.positions, chain.from_iterable(groups)))) != tokens:
         alike = f"{1 - positions / tokens:.0%} of their tokens are computed once for a whole micro-batch"
         facts.append(f"rows begin alike: {alike}")
-    if (kept := job.states.line()) is not None:
+    if (kept := run.plan.hidden_states.line()) is not None:
         facts.append(f"kept: {kept}")
     if processes.world_size > 1:
-        each = f"each takes about {in_words(job.memory.peak_bytes)}"
-        how = "add up in the order of micro-batches" if job.config.run.reduce == "ordered" else "add up in one sum"
+        each = f"each takes about {in_words(run.plan.memory.peak_bytes)}"
+        how = "add up in the order of micro-batches" if run.config.run.reduce == "ordered" else "add up in one sum"
         facts.append(
             f"processes: {processes.world_size}, {processes.local_world_size} of them on this machine, where {each}; "
             f"gradients {how}"

@@ -28,41 +28,41 @@ from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.summary import RunSummary, forgotten_nats
 from backhand.system import memory_bytes, peak_rss_bytes
-from backhand.training.job import Job
+from backhand.training.loaded_run import LoadedRun
 
 SHOWN_ROWS = 3
 SHOWN_TOKENS = 400
 _BINS = 32
 
 
-def run_facts(job: Job) -> dict[str, Any]:
+def run_facts(run: LoadedRun) -> dict[str, Any]:
     """Everything in facts.json, as JSON has it.
 
     Of the rows it holds the first few, token by token, and no others. Norms are Frobenius norms of the base weights in
     the compute dtype, None where a module has no weight of its own.
     """
-    tokenizer, names = job.source.tokenizer(), job.source.config.get("architectures")
+    tokenizer, names = run.inputs.source.tokenizer(), run.inputs.source.config.get("architectures")
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "total_steps": job.total_steps,
+        "total_steps": run.inputs.total_steps,
         "model": {
-            "name": job.config.model.model,
-            "origin": job.source.origin,
-            "hub_id": job.source.hub_id,
-            "file": str(job.source.path) if isinstance(job.source, GGUFModel) else None,
+            "name": run.config.model.model,
+            "origin": run.inputs.source.origin,
+            "hub_id": run.inputs.source.hub_id,
+            "file": str(run.inputs.source.path) if isinstance(run.inputs.source, GGUFModel) else None,
             "architecture": str(names[0]) if isinstance(names, list) and names else None,
-            "engine": job.engine.name,
-            "note": job.engine.note,
-            "dtype": job.config.model.dtype,
-            "base": job.memory.base,
+            "engine": run.inputs.engine.name,
+            "note": run.inputs.engine.note,
+            "dtype": run.config.model.dtype,
+            "base": run.plan.memory.base,
         },
-        "modules": _modules(job),
-        "memory": {"predicted_bytes": job.memory.peak_bytes, "parts": dict(job.memory.parts)},
+        "modules": _modules(run),
+        "memory": {"predicted_bytes": run.plan.memory.peak_bytes, "parts": dict(run.plan.memory.parts)},
         "data": {
-            "train": _rows(job.train, tokenizer, shown=SHOWN_ROWS),
-            "held_out": None if job.held_out is None else _rows(job.held_out, tokenizer, shown=0),
+            "train": _rows(run.inputs.train, tokenizer, shown=SHOWN_ROWS),
+            "held_out": None if run.inputs.held_out is None else _rows(run.inputs.held_out, tokenizer, shown=0),
         },
-        "digests": job.identity.facts,
+        "digests": run.identity.facts,
         "packages": installed_packages(),
         "machine": machine(),
     }
@@ -79,8 +79,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _modules(job: Job) -> list[dict[str, Any]]:
-    weights = dict(job.bound.model.frozen_tensors())
+def _modules(run: LoadedRun) -> list[dict[str, Any]]:
+    weights = dict(run.bound.model.frozen_tensors())
     return [
         {
             "name": name,
@@ -90,7 +90,7 @@ def _modules(job: Job) -> list[dict[str, Any]]:
             "scaling": slot.scaling,
             "weight_norm": _norm(frozen_dense(weights[f"{name}.weight"])) if f"{name}.weight" in weights else None,
         }
-        for name, slot in job.bound.lora.slots.items()
+        for name, slot in run.bound.lora.slots.items()
     ]
 
 
@@ -141,7 +141,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
+def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
     """The summary of a run that is over."""
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
@@ -153,25 +153,25 @@ def summarise(job: Job, state: RunState, directory: RunDirectory, world_size: in
         **counted | {"train_s": round(progress.train_s, 3)},
         output=str(directory.path),
         adapter=str(directory.adapter),
-        model=job.config.model.model,
-        engine=job.engine.name,
-        engine_note=job.engine.note,
-        dtype=job.config.model.dtype,
-        base=job.memory.base,
+        model=run.config.model.model,
+        engine=run.inputs.engine.name,
+        engine_note=run.inputs.engine.note,
+        dtype=run.config.model.dtype,
+        base=run.plan.memory.base,
         steps=progress.step,
         tokens_per_s=round(progress.tokens / progress.train_s, 1) if progress.train_s else 0.0,
         peak_rss_bytes=peak_rss_bytes(),
-        predicted_rss_bytes=job.memory.peak_bytes,
+        predicted_rss_bytes=run.plan.memory.peak_bytes,
         trained_parameters=state.lora.element_count,
         adapted_modules=len(state.lora.slots),
-        rows=len(job.train.examples),
-        held_out_rows=0 if job.held_out is None else len(job.held_out.examples),
-        malformed_rows=job.train.report.skipped_bad,
+        rows=len(run.inputs.train.examples),
+        held_out_rows=0 if run.inputs.held_out is None else len(run.inputs.held_out.examples),
+        malformed_rows=run.inputs.train.report.skipped_bad,
         world_size=world_size,
-        objective=job.config.objective.objective,
+        objective=run.config.objective.objective,
         held_out_pairs=next((one for one in pairs if None not in one.values()), None),
         forgotten_nats=forgotten_nats(lines, progress.best_step),
-        reading=reading_options(job.config.data),
-        asking=asking_options(job.config.data, job.train.report.system),
-        system=job.train.report.system,
+        reading=reading_options(run.config.data),
+        asking=asking_options(run.config.data, run.inputs.train.report.system),
+        system=run.inputs.train.report.system,
     )

@@ -19,7 +19,7 @@ from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
 from backhand.terminal import console, table_of, working
 from backhand.training.calibration import Speed, calibrate
-from backhand.training.prepared import Outline, outline_run
+from backhand.training.plan import RunPlan, plan_run
 from backhand.words import duration, in_words
 
 _ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
@@ -28,10 +28,10 @@ _ESTIMATED = "kept activations and workspace are estimated from the model's size
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """A run that was looked at."""
+class PlanReport:
+    """Result of `backhand plan`."""
 
-    outline: Outline  # model, adapter, rows, steps and memory
+    plan: RunPlan  # model, adapter, rows, steps and memory
     machine: Machine  # where it computes
     speed: Speed | None  # None where it was not measured
     notes: tuple[str, ...]  # what a person should know, a sentence each
@@ -39,17 +39,17 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values; sizes in bytes, times in seconds."""
-        outline, memory = self.outline, self.outline.memory
+        plan, memory = self.plan, self.plan.memory
         return {
-            "model": outline.config.model.model,
-            "engine": outline.engine.name,
+            "model": plan.inputs.config.model.model,
+            "engine": plan.inputs.engine.name,
             "dtype": str(self.machine.dtype).removeprefix("torch."),
             "threads": self.machine.threads,
             "processes": self.machine.here,
-            "rows": len(outline.train.examples),
-            "held_out_rows": 0 if outline.held_out is None else len(outline.held_out.examples),
-            "steps": outline.total_steps,
-            "trained_parameters": outline.size.adapter_elements,
+            "rows": len(plan.inputs.train.examples),
+            "held_out_rows": 0 if plan.inputs.held_out is None else len(plan.inputs.held_out.examples),
+            "steps": plan.inputs.total_steps,
+            "trained_parameters": plan.size.adapter_elements,
             "micro_batch_rows": memory.micro_batch_rows,
             "recompute": memory.recompute,
             "base": memory.base,
@@ -58,18 +58,18 @@ class RunPlan:
                     "peak_bytes": one.peak_bytes,
                     "micro_batch_rows": one.micro_batch_rows,
                     "recompute": one.recompute,
-                    "fits": base in outline.bases.fitting,
+                    "fits": base in plan.bases.fitting,
                 }
-                for base, one in outline.bases.plans.items()
+                for base, one in plan.bases.plans.items()
             },
             "parts": dict(memory.parts),
             "peak_bytes": memory.peak_bytes,
-            "live_view_bytes": memory.beside_bytes,
-            "budget_bytes": outline.budget_bytes,
+            "live_view_bytes": memory.second_model_bytes,
+            "budget_bytes": plan.budget_bytes,
             "kept_states": {
-                "where": outline.states.where,
-                "layer": outline.states.below.layer,
-                "bytes": outline.states.bytes,
+                "where": plan.hidden_states.where,
+                "layer": plan.hidden_states.frozen.layer,
+                "bytes": plan.hidden_states.bytes,
             },
             **(asdict(self.speed) if self.speed else dict.fromkeys(Speed.__dataclass_fields__)),
             "notes": list(self.notes),
@@ -80,7 +80,7 @@ class RunPlan:
         }
 
 
-def plan(options: PlanOptions) -> RunPlan:
+def plan(options: PlanOptions) -> PlanReport:
     """Look at a run: nothing is written, and no weight is read.
 
     Raises:
@@ -93,43 +93,43 @@ def plan(options: PlanOptions) -> RunPlan:
             pass  # they are there
     machine = resolve_machine(config)
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-        outline = outline_run(config, machine, assumed_rows=True, watched=options.plan.watch)
-        speed = calibrate(outline, machine) if options.plan.calibrate else None
-    notes = [*([outline.engine.note] if outline.engine.note else []), *outline.engine.notes]
+        run_plan = plan_run(config, machine, assumed_rows=True, watched=options.plan.watch)
+        speed = calibrate(run_plan, machine) if options.plan.calibrate else None
+    notes = [*([run_plan.inputs.engine.note] if run_plan.inputs.engine.note else []), *run_plan.inputs.engine.notes]
     if not config.data.data:
         notes.append(_ASSUMED.format(length=config.data.max_length))
     else:
-        notes += outline.train.report.lines()
-    if not outline.size.measured:
+        notes += run_plan.inputs.train.report.lines()
+    if not run_plan.size.measured:
         notes.append(_ESTIMATED)
-    examples = outline.train.examples
+    examples = run_plan.inputs.train.examples
     longest = examples.take(np.argsort(-examples.column("tokens"), kind="stable")[: options.plan.show])
-    return RunPlan(outline, machine, speed, (*notes, *outline.notes), tuple(longest))
+    return PlanReport(run_plan, machine, speed, (*notes, *run_plan.notes), tuple(longest))
 
 
-def plan_command(options: PlanOptions) -> RunPlan:
+def plan_command(options: PlanOptions) -> PlanReport:
     """`plan`, printed as tables, or as one JSON object with `json`."""
     with nullcontext() if options.plan.json else working("planning"):
-        found = plan(options)
+        report = plan(options)
     if options.plan.json:
-        sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(report.to_json(), indent=2) + "\n")
     else:
-        _print(console(), found)
-    return found
+        _print(console(), report)
+    return report
 
 
-def _print(console: Console, found: RunPlan) -> None:
-    outline, memory, machine = found.outline, found.outline.memory, found.machine
-    dtype = str(machine.dtype).removeprefix("torch.")
+def _print(console: Console, report: PlanReport) -> None:
+    plan, memory, machine = report.plan, report.plan.memory, report.machine
+    config, dtype = plan.inputs.config, str(machine.dtype).removeprefix("torch.")
     threads = f"{machine.threads} thread{'s' if machine.threads != 1 else ''}"
     cut = f"{memory.micro_batch_rows} at a time, recompute {memory.recompute}"
     facts = (
-        f"model: {outline.config.model.model}, {dtype}, {outline.engine.name} engine, {threads} on {machine.device}",
-        *(f"data: {note}" for note in found.notes),
-        f"adapter: {outline.size.adapter_elements:,} parameters in {len(outline.layout.slots)} modules",
-        f"base: {_bases(outline)}",
-        f"step: {outline.config.optimization.batch_rows} rows, {cut}",
-        *(f"kept: {line}" for line in (outline.states.line(),) if line is not None),
+        f"model: {config.model.model}, {dtype}, {plan.inputs.engine.name} engine, {threads} on {machine.device}",
+        *(f"data: {note}" for note in report.notes),
+        f"adapter: {plan.size.adapter_elements:,} parameters in {len(plan.inputs.layout.slots)} modules",
+        f"base: {_bases(plan)}",
+        f"step: {config.optimization.batch_rows} rows, {cut}",
+        *(f"kept: {line}" for line in (plan.hidden_states.line(),) if line is not None),
     )
     for fact in facts:
         console.print(fact, soft_wrap=True)
@@ -141,39 +141,39 @@ def _print(console: Console, found: RunPlan) -> None:
         shown.add_row(name, in_words(size))
     shown.add_section()
     shown.add_row("predicted peak", in_words(memory.peak_bytes), style="bold")
-    if memory.beside_bytes:
-        shown.add_row(f"{LIVE_VIEW}, a second model", in_words(memory.beside_bytes))
-    if outline.budget_bytes is not None:
-        shown.add_row("may be used", in_words(outline.budget_bytes))
+    if memory.second_model_bytes:
+        shown.add_row(f"{LIVE_VIEW}, a second model", in_words(memory.second_model_bytes))
+    if plan.budget_bytes is not None:
+        shown.add_row("may be used", in_words(plan.budget_bytes))
     console.print(shown)
-    if found.longest:
+    if report.longest:
         rows = table_of("longest documents", "tokens", "supervised", right=("tokens", "supervised"))
-        for example in found.longest:
+        for example in report.longest:
             rows.add_row(example.source, f"{len(example):,}", f"{int(example.supervised.sum()):,}")
         console.print(rows)
-    if found.speed is not None:
-        _print_speed(console, found, found.speed)
+    if report.speed is not None:
+        _print_speed(console, report, report.speed)
 
 
-def _bases(outline: Outline) -> str:
+def _bases(plan: RunPlan) -> str:
     """The base that is taken, and what the other would take."""
 
     def told(base: HeldBase) -> str:
-        one = outline.bases.plans[base]
-        fits = "" if base in outline.bases.fitting else ", which is not free"
+        one = plan.bases.plans[base]
+        fits = "" if base in plan.bases.fitting else ", which is not free"
         return f"{in_words(one.peak_bytes)}, {one.micro_batch_rows} at a time, recompute {one.recompute}{fits}"
 
-    taken = outline.memory.base
-    others = [f"{base} would take {told(base)}" for base in outline.bases.plans if base != taken]
+    taken = plan.memory.base
+    others = [f"{base} would take {told(base)}" for base in plan.bases.plans if base != taken]
     return "; ".join([f"{taken} takes {told(taken)}", *others])
 
 
-def _print_speed(console: Console, found: RunPlan, speed: Speed) -> None:
-    outline = found.outline
-    of_all = "" if found.machine.here == 1 else f" of {found.machine.here} processes"
+def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
+    plan = report.plan
+    of_all = "" if report.machine.here == 1 else f" of {report.machine.here} processes"
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
-        f"{outline.total_steps:,} steps take about {duration(speed.train_s)}"
+        f"{plan.inputs.total_steps:,} steps take about {duration(speed.train_s)}"
     )
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"

@@ -30,24 +30,25 @@ from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
 from backhand.loop.guards import tensor_digest
-from backhand.loop.hidden_state_cache import KeptStates
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.objective import Objective, document_sums
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
-from backhand.training.job import Job, Keeping
+from backhand.training.hidden_states import HiddenStateCaches
+from backhand.training.loaded_run import LoadedRun
 from backhand.words import name_list
 
-_Set = tuple[RowPacker, KeptStates | None]
+_Set = tuple[RowPacker, HiddenStateCache | None]
 """Rows whose documents the reference model is asked about, and what keeps their hidden states."""
 
 
 def run_objectives(
-    job: Job,
+    run: LoadedRun,
     directory: RunDirectory,
     processes: Communicator,
     frozen_digest: str,
-    kept: Keeping,
+    caches: HiddenStateCaches,
     begun_from: str | None,
     log: ProofLog,
     noted: Callable[[str], None],
@@ -55,7 +56,7 @@ def run_objectives(
     """The objectives of the training and of the held-out rows; None for the loss of answers, and without such rows.
 
     Args:
-        job: with its model and adapter, which stay as they are.
+        run: with its model and adapter, which stay as they are.
         begun_from: the adapter that the run was started from, if any.
         log: told that what was kept is what is computed.
         noted: told in a sentence where something is computed anew.
@@ -63,22 +64,22 @@ def run_objectives(
     Raises:
         CheckError: what was kept is not what is computed now.
     """
-    options = job.config.objective
+    options = run.config.objective
     if options.purpose in ("answers", "prompts"):
         return None, None
-    packed = partial(RowPacker, share_prefixes=job.engine.shares_prefixes)
-    sets: dict[str, _Set] = {"train": (job.packer, kept.train)}
-    if job.held_out is not None:
-        sets["held_out"] = packed(job.held_out.examples), kept.held_out
+    packed = partial(RowPacker, share_prefixes=run.inputs.engine.shares_prefixes)
+    sets: dict[str, _Set] = {"train": (run.inputs.packer, caches.train)}
+    if run.inputs.held_out is not None:
+        sets["held_out"] = packed(run.inputs.held_out.examples), caches.held_out
     if options.form == "kto":
         for name, (rows, _) in list(sets.items()):
-            sets[f"{name}_others"] = packed(mismatched(rows.examples, job.config.data.max_length)), None
+            sets[f"{name}_others"] = packed(mismatched(rows.examples, run.config.data.max_length)), None
     found: dict[str, Tensor] = {}
     if options.has_reference:
-        with _started(job.bound, job.config.model.allow_pickle, begun_from):
-            start = None if begun_from is None else tensor_digest(job.bound.lora.values).hex()
-            digests = _pass_digest(job, frozen_digest), start
-            found = _reference(job, directory, processes, sets, digests, log, noted)
+        with _started(run.bound, run.config.model.allow_pickle, begun_from):
+            start = None if begun_from is None else tensor_digest(run.bound.lora.values).hex()
+            digests = _pass_digest(run, frozen_digest), start
+            found = _reference(run, directory, processes, sets, digests, log, noted)
 
     def objective(name: str) -> Objective | None:
         if name not in sets:
@@ -110,15 +111,15 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> I
             lora.refresh_compute(bound.model.dtype)
 
 
-def _pass_digest(job: Job, frozen_digest: str) -> str:
+def _pass_digest(run: LoadedRun, frozen_digest: str) -> str:
     """SHA-256 over all that decides the bits of a forward pass of the base over the rows, and over the settings."""
-    identity = job.identity.facts
+    identity = run.identity.facts
     facts = {
         "frozen": frozen_digest,
         "model_config": identity["model_config"],
         **{name: identity[f"{name}_digest"] for name in ("data", "held_out", "settings")},
-        "dtype": str(job.dtype),
-        "threads": job.config.model.threads,
+        "dtype": str(run.dtype),
+        "threads": run.config.model.threads,
         "versions": versions(),
         "loops": describe(),
     }
@@ -126,7 +127,7 @@ def _pass_digest(job: Job, frozen_digest: str) -> str:
 
 
 def _reference(
-    job: Job,
+    run: LoadedRun,
     directory: RunDirectory,
     processes: Communicator,
     sets: Mapping[str, _Set],
@@ -138,15 +139,15 @@ def _reference(
     counts = {name: len(packer.by_document.lengths) for name, (packer, _) in sets.items()}
     mine = _kept(directory, digests, counts, noted) if processes.is_main_process else None
     there: dict[str, list[float]] | None = processes.broadcast_object(mine)
-    rows = job.memory.micro_batch_rows
+    rows = run.plan.memory.micro_batch_rows
     if there is not None:
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in there.items()}
-        _compare_sample(job, sets, found, processes, log)
+        _compare_sample(run, sets, found, processes, log)
         return found
     found = {}
     for name, (packer, kept) in sets.items():
         everything = range(len(packer.lengths))
-        found[name] = not_none(document_sums(job.bound.model, packer, everything, rows, processes, kept=kept))
+        found[name] = not_none(document_sums(run.bound.model, packer, everything, rows, processes, hidden_states=kept))
     if processes.is_main_process:
         values = {name: sums.tolist() for name, sums in found.items()}
         stored = {"start": digests[1], **values}
@@ -208,20 +209,20 @@ _COMPARED_MICRO_BATCHES = 8
 
 
 def _compare_sample(
-    job: Job, sets: Mapping[str, _Set], stored: Mapping[str, Tensor], processes: Communicator, log: ProofLog
+    run: LoadedRun, sets: Mapping[str, _Set], stored: Mapping[str, Tensor], processes: Communicator, log: ProofLog
 ) -> None:
     """Compare the stored values of some micro-batches of every set with what the model computes now.
 
     Raises:
         CheckError: some value differs.
     """
-    apart, most = 0.0, job.memory.micro_batch_rows
+    apart, most = 0.0, run.plan.memory.micro_batch_rows
     for name, (packer, states) in sets.items():
         groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=most)
         count = min(len(groups), _COMPARED_MICRO_BATCHES)
         places = sorted({round(number * (len(groups) - 1) / max(1, count - 1)) for number in range(count)})
         rows = [row for place in places for row in groups[place]]
-        sums = not_none(document_sums(job.bound.model, packer, rows, most, processes, kept=states))
+        sums = not_none(document_sums(run.bound.model, packer, rows, most, processes, hidden_states=states))
         apart = max(apart, float((sums - stored[name][packer.documents(rows)]).abs().max()))
     log(Proof("the reference's log-probabilities, as kept, are those computed again", apart == 0, apart, 0))
     if apart:

@@ -23,7 +23,7 @@ from backhand.engines.decoder_engine import choose_engine
 from backhand.errors import CheckError, UsageError
 from backhand.generate.labels import Labels, found_labels
 from backhand.loop.answers import stop_ids
-from backhand.loop.evaluator import Judge
+from backhand.loop.evaluator import Evaluator
 from backhand.loop.loop import TrainingLoop
 from backhand.loop.state import Progress, RunState
 from backhand.loop.step import AdapterOptimizer
@@ -310,9 +310,9 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     again = RunState(lora, AdapterOptimizer(lora, finished.state.optimizer.options), Progress())
     again.restore(checkpoint, finished.model.dtype)
     model, plan, processes = finished.model, finished.plan, finished.processes
-    judge = Judge(model, again, plan, held_out=finished.judge.held_out, processes=processes)
+    evaluator = Evaluator(model, again, plan, held_out=finished.evaluator.held_out, processes=processes)
     loop = TrainingLoop(
-        *(model, again, finished.packer, finished.sampler, plan, judge),
+        *(model, again, finished.packer, finished.sampler, plan, evaluator),
         processes=processes,
         objective=finished.objective,
         rewarded=finished.rewarded and finished.rewarded.repeated(),

@@ -1,6 +1,6 @@
 """`backhand train`: one run from its configuration to its summary, or from where it was stopped.
 
-run directory locked → configuration → job (rows, model, adapter) → `JobRun`: loop → summary
+run directory locked → configuration → job (rows, model, adapter) → `Trainer`: loop → summary
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backhand.distributed.launch import (
     typed_elsewhere,
     versions,
 )
-from backhand.engines.engine import Shared
+from backhand.engines.engine import RunCache
 from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
@@ -37,9 +37,9 @@ from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import TerminalObserver
-from backhand.training.job import build_job
-from backhand.training.job_run import JobRun
+from backhand.training.loaded_run import load_run
 from backhand.training.resume import begun_from, decisive_settings, resumed_config
+from backhand.training.trainer import Trainer
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
     callbacks: Iterable[Callback] = (),
     files: FileLayer | None = None,
     typed: frozenset[str] = frozenset(),
-    shared: Shared | None = None,
+    run_cache: RunCache | None = None,
     pause_at: int | None = None,
 ) -> RunSummary:
     """Train as `config` says; what is left behind stands in the run directory, see docs.
@@ -62,7 +62,7 @@ def train(
         files: the file layer, for tests.
         typed: names of options that were given even where they have their default value; matters when resuming,
             and when starting from an adapter.
-        shared: what other runs of this process have left for this one, and the other way round.
+        run_cache: what other runs of this process have left for this one, and the other way round.
         pause_at: stop after this step as after a signal; the run can be continued.
 
     Returns:
@@ -78,7 +78,7 @@ def train(
         if config.run.workers > 1:
             return launched(config, typed)
         given = typed | typed_elsewhere()
-        return _train(config, callbacks, files, given, Communicator(), shared, pause_at)
+        return _train(config, callbacks, files, given, Communicator(), run_cache, pause_at)
     from backhand.distributed.process_group import joined
 
     with joined(config.run.reduce) as processes:
@@ -91,7 +91,7 @@ def _train(
     files: FileLayer | None,
     typed: frozenset[str],
     processes: Communicator,
-    shared: Shared | None = None,
+    run_cache: RunCache | None = None,
     pause_at: int | None = None,
 ) -> RunSummary:
     """One process's part of `train`."""
@@ -138,18 +138,18 @@ def _train(
             checkpoint = shared_checkpoint(checkpoint, processes)
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
-                shared = shared or Shared()
-                job = build_job(config, machine, typed, processes, shared)
+                run_cache = run_cache or RunCache()
+                loaded = load_run(config, machine, typed, processes, run_cache)
                 told = Observers([*everyone, *([metrics_file(directory)] if processes.is_main_process else [])])
-                job_run = JobRun(job, directory, told, interruption, checkpoint, processes, shared, pause_at)
+                trainer = Trainer(loaded, directory, told, interruption, checkpoint, processes, run_cache, pause_at)
                 try:
-                    return job_run.train()
+                    return trainer.train()
                 except BaseException as error:
                     with suppress(OSError, BackhandError):  # nothing here takes the place of what ended the run
                         # The run that was here stays until this one has a checkpoint.
                         back = processes.is_main_process and run.overwrite and directory.put_back()
-                        if processes.is_main_process and by_signal(error) and (back or job_run.begun):
-                            terminal.noted(job_run.left(back=back))
+                        if processes.is_main_process and by_signal(error) and (back or trainer.owns_directory):
+                            terminal.noted(trainer.stop_message(restored=back))
                     raise
     finally:
         for observer in everyone:

@@ -49,7 +49,7 @@ class MemoryPlan:
     recompute: Recompute  # what the backward pass computes again
     shape: StepShape  # the largest micro-batch of so many rows
     parts: Mapping[str, int] = field(default_factory=dict)  # bytes by part, process included
-    beside_bytes: int = 0  # of another process that runs beside this one
+    second_model_bytes: int = 0  # of another process, which answers prompts during training
     base: HeldBase = "dense"  # how the frozen weights are held
 
     @property
@@ -60,7 +60,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """With what runs beside it."""
-        return self.peak_bytes + self.beside_bytes
+        return self.peak_bytes + self.second_model_bytes
 
     @property
     def recompute_cost(self) -> float:
@@ -74,7 +74,7 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """The parts in words, largest first."""
-        parts = {**self.parts, LIVE_VIEW: self.beside_bytes}
+        parts = {**self.parts, LIVE_VIEW: self.second_model_bytes}
         ordered = sorted(parts.items(), key=lambda part: -part[1])
         return [f"{name}: {in_words(size)}" for name, size in ordered if size]
 
@@ -111,7 +111,7 @@ def choose(
         return budget_bytes is None or candidate.total_bytes <= MARGIN * budget_bytes
 
     def plan(way: MemoryPlan) -> MemoryPlan:
-        return replace(way, parts=parts(way.shape, way.recompute), beside_bytes=beside)
+        return replace(way, parts=parts(way.shape, way.recompute), second_model_bytes=beside)
 
     def ways(rows_options: Iterable[int], modes: Iterable[Recompute]) -> Iterator[MemoryPlan]:
         found = [MemoryPlan(rows, mode, shapes[rows]) for mode in modes for rows in rows_options]
@@ -229,115 +229,118 @@ def choose_base(
     return BaseChoice(chosen, plans | {base: plan(base, False) for base in others if base not in plans}, fitting)
 
 
-Kept = Literal["memory", "disk", "off"]
+CachePlace = Literal["memory", "disk", "off"]
 STATES = "hidden states of frozen layers"
 _SHARE_OF_DISK = 0.5
 
 
 @dataclass(frozen=True)
-class Below:
-    """What lies below the lowest adapted layer."""
+class FrozenLayers:
+    """The layers below the lowest adapted layer."""
 
-    layer: int = 0  # its number; 0 where nothing lies below it
+    layer: int = 0  # number of the lowest adapted layer, which is the number of layers below it
     width: int = 0  # hidden size
-    token_bytes: int = 0  # of one token's hidden states
-    dependent: str | None = None  # why a row's hidden states may depend on the rows beside it; None where they do not
+    token_bytes: int = 0  # bytes of one token's hidden state
+    batch_dependent: str | None = None  # why a row's hidden states may depend on the other rows of its batch, or None
 
 
 @dataclass(frozen=True)
-class StatesPlan:
-    """Where the hidden states that enter the lowest adapted layer are kept."""
+class HiddenStatePlan:
+    """Where the hidden states that enter the lowest adapted layer are cached."""
 
-    where: Kept = "off"  # in memory, on the disk, or not at all
-    below: Below = Below()  # what they spare a row that is computed again
-    tokens: int = 0  # that are kept, of training and held-out rows
-    note: str | None = None  # why nothing is kept although rows come again, or None
+    where: CachePlace = "off"  # in memory, on the disk, or not at all
+    frozen: FrozenLayers = FrozenLayers()  # the layers that a cached row need not pass again
+    tokens: int = 0  # number of cached tokens, of training and held-out rows
+    note: str | None = None  # why nothing is cached although rows are used more than once, or None
 
     @property
     def bytes(self) -> int:
-        """Of all that is kept."""
-        return 0 if self.where == "off" else self.tokens * self.below.token_bytes
+        """Number of cached bytes."""
+        return 0 if self.where == "off" else self.tokens * self.frozen.token_bytes
 
-    def beside(self, memory: MemoryPlan) -> MemoryPlan:
-        """The plan of a step with what is kept in memory."""
+    def added_to(self, memory: MemoryPlan) -> MemoryPlan:
+        """Return the memory plan of a step including a cache in memory."""
         return replace(memory, parts={**memory.parts, STATES: self.bytes}) if self.where == "memory" else memory
 
     def line(self) -> str | None:
-        """In words; None where there is nothing to keep."""
+        """Return a description, or None without a cache."""
         if self.where == "off":
             return None
         place = "in memory" if self.where == "memory" else "in the run directory"
-        layer = self.below.layer
+        layer = self.frozen.layer
         return (
             f"hidden states that enter layer {layer}, {place}, {in_words(self.bytes)}: each row goes through the "
             f"{layer} layers below once"
         )
 
 
-def kept_tokens(packer: RowPacker) -> int:
-    """Tokens of all rows, what they begin with once."""
+def cached_tokens(packer: RowPacker) -> int:
+    """Return the number of tokens of all rows, with the prefix that all rows share counted once."""
     return int(packer.lengths.sum()) - max(0, len(packer.by_document.lengths) - 1) * packer.common
 
 
-def keep_states(
+def plan_hidden_states(
     asked: CacheFrozen,
-    below: Below,
+    frozen: FrozenLayers,
     tokens: int,
     memory: MemoryPlan,
     *,
     budget_bytes: int | None,
     disk_bytes: int | None,
     processes_here: int = 1,
-) -> StatesPlan:
-    """Where to keep the hidden states.
+) -> HiddenStatePlan:
+    """Decide where to cache the hidden states.
 
     Args:
-        asked: as the option has it.
-        budget_bytes: what the process may take in all; None for no limit.
-        disk_bytes: free in the run directory; None where that is not known.
-        processes_here: that share the disk.
+        asked: the option's value.
+        frozen: the layers below the lowest adapted one.
+        tokens: number of tokens to cache.
+        memory: plan of a step without the cache.
+        budget_bytes: memory that the process may use in total; None for no limit.
+        disk_bytes: free bytes in the run directory; None if unknown.
+        processes_here: number of processes that share the disk.
 
     Raises:
-        UsageError: they are asked for where there is nothing to keep, or where a row has none of its own.
-        ResourceError: the memory or the disk that is asked for does not hold them.
+        UsageError: a cache is requested, but there are no frozen layers, or a row's hidden states depend on its batch.
+        ResourceError: the requested memory or disk is too small.
     """
-    if asked == "off" or (asked == "auto" and not below.layer) or (below.layer and not tokens):
-        return StatesPlan(below=below)
-    impossible = "the lowest adapted layer is the first one" if not below.layer else below.dependent
+    if asked == "off" or (asked == "auto" and not frozen.layer) or (frozen.layer and not tokens):
+        return HiddenStatePlan(frozen=frozen)
+    impossible = "the lowest adapted layer is the first one" if not frozen.layer else frozen.batch_dependent
     if asked == "auto" and impossible is not None:
-        return StatesPlan(below=below, note=_not_kept(below, impossible))
+        return HiddenStatePlan(frozen=frozen, note=_not_cached(frozen, impossible))
     if impossible is not None:
-        upper = "" if below.layer else ", or adapt upper layers alone: --layers last:8"
+        upper = "" if frozen.layer else ", or adapt upper layers alone: --layers last:8"
         raise UsageError(
-            f"cache_frozen {asked!r} has nothing that it could keep",
+            f"cache_frozen {asked!r} has nothing to cache",
             where="cache_frozen",
             why=impossible,
             next_step=f"leave out --cache-frozen{upper}",
         )
-    needed = tokens * below.token_bytes
+    needed = tokens * frozen.token_bytes
     in_memory = budget_bytes is None or memory.total_bytes + needed <= MARGIN * budget_bytes
     on_disk = needed * processes_here
     if asked == "memory" and not in_memory:
         raise ResourceError(
-            f"hidden states of {tokens:,} tokens take {in_words(needed)} beside the {in_words(memory.total_bytes)} of "
-            f"a step, and {in_words(budget_bytes or 0)} may be used",
+            f"hidden states of {tokens:,} tokens take {in_words(needed)} in addition to the "
+            f"{in_words(memory.total_bytes)} of a step, but only {in_words(budget_bytes or 0)} may be used",
             where="cache_frozen",
             next_step="give --cache-frozen disk, a smaller --micro-batch-rows, or more memory with --memory",
         )
     if asked == "disk" and disk_bytes is not None and on_disk > disk_bytes:
         raise ResourceError(
-            f"hidden states of {tokens:,} tokens take {in_words(on_disk)}, and {in_words(disk_bytes)} are free",
+            f"hidden states of {tokens:,} tokens take {in_words(on_disk)}, but only {in_words(disk_bytes)} are free",
             where="cache_frozen",
             next_step="free space, give another --output, or leave out --cache-frozen",
         )
     if asked == "memory" or (asked == "auto" and in_memory):
-        return StatesPlan("memory", below, tokens)
+        return HiddenStatePlan("memory", frozen, tokens)
     if asked == "disk" or (disk_bytes is not None and on_disk <= _SHARE_OF_DISK * disk_bytes):
-        return StatesPlan("disk", below, tokens)
-    why = f"neither memory nor disk have {in_words(needed)} free"
-    return StatesPlan(below=below, note=_not_kept(below, why))
+        return HiddenStatePlan("disk", frozen, tokens)
+    why = f"neither memory nor disk has {in_words(needed)} free"
+    return HiddenStatePlan(frozen=frozen, note=_not_cached(frozen, why))
 
 
-def _not_kept(below: Below, why: str) -> str:
-    """The note of a run that keeps nothing."""
-    return f"the layers below {below.layer} are computed in each epoch: {why}"
+def _not_cached(frozen: FrozenLayers, why: str) -> str:
+    """Return the note of a run without a cache."""
+    return f"the layers below {frozen.layer} are computed in each epoch: {why}"

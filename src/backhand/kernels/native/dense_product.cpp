@@ -4,25 +4,25 @@
 namespace {
 
 struct Shares {
-  bool transposed_weight;
+  bool by_columns;
   int64_t count, each;  // shares, and the blocks of 32 of one
 };
 
 inline Shares shares_of(bool stored, int64_t m, int64_t n, int64_t k, int64_t threads) {
   // Each thread packs the other operand for itself; W is packed at half the speed, unpacked at a fraction of that, and
   // columns have to suffice.
-  const bool transposed_weight = n >= m || ((stored ? 8 : 2) * n >= m && n >= 4 * threads * BLOCK);
-  const int64_t blocks = std::max<int64_t>(1, ((transposed_weight ? n : m) + BLOCK - 1) / BLOCK);
+  const bool by_columns = n >= m || ((stored ? 8 : 2) * n >= m && n >= 4 * threads * BLOCK);
+  const int64_t blocks = std::max<int64_t>(1, ((by_columns ? n : m) + BLOCK - 1) / BLOCK);
   const int64_t worth = 1 + static_cast<int64_t>(static_cast<double>(m) * n * k / FEWEST_MULTIPLICATIONS);
   const int64_t wanted = std::max<int64_t>(1, std::min({threads, blocks, worth}));
   const int64_t each = (blocks + wanted - 1) / wanted;
-  return {transposed_weight, (blocks + each - 1) / each, each};
+  return {by_columns, (blocks + each - 1) / each, each};
 }
 
 template <class Op, class T>
 inline Cut<Op> cut_of(const DenseProduct<T>& p, const Shares& shares, int64_t term_steps) {
   const int64_t own = shares.each * BLOCK;
-  return Cut<Op>(p.w, shares.transposed_weight ? p.m : std::min(p.m, own), shares.transposed_weight ? std::min(p.n, own) : p.n, p.k,
+  return Cut<Op>(p.w, shares.by_columns ? p.m : std::min(p.m, own), shares.by_columns ? std::min(p.n, own) : p.n, p.k,
                  term_steps, p.down_ranks(), shares.count);
 }
 
@@ -50,7 +50,7 @@ inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operan
     for (int64_t share = begin; share < end; ++share) {
       const int64_t first = share * shares.each * BLOCK, last = first + shares.each * BLOCK;
       char* own = workspace + share * apart;
-      if (shares.transposed_weight) {
+      if (shares.by_columns) {
         dense_part<Operands<T>, T>(p, 0, p.m, first, std::min(p.n, last), cut, own);
       } else {
         dense_part<Operands<T>, T>(p, first, std::min(p.m, last), 0, p.n, cut, own);

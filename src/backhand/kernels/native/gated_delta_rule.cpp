@@ -187,7 +187,7 @@ struct DeltaBackward {
     m.d_ends = pieces.take((rule.most_segments() - 1) * sizes.state());
     m.g_and_d_v = pieces.take(2 * most * values);
     m.w = pieces.take(most * values);
-    m.rope_regimes = pieces.take(values * std::max(keys, tokens));
+    m.sides = pieces.take(values * std::max(keys, tokens));
     m.by_missing = pieces.take(2 * most * tokens);
     m.d_attended = pieces.take(most * tokens);
     m.d_below = pieces.take(most * tokens);
@@ -277,16 +277,16 @@ struct DeltaBackward {
       put(d_beta.at(at + i, head), dot(m.w + i * values, missing + i * values, values));
       write_row(d_missing + i * values, d_v.at(at + i, head), rule.sizes.value_width);
     }
-    chunk.turned(missing, n, values, m.rope_regimes);
-    multiply(2 * n, tokens, values, g, values, m.rope_regimes, tokens, m.by_missing, tokens, false);
+    chunk.turned(missing, n, values, m.sides);
+    multiply(2 * n, tokens, values, g, values, m.sides, tokens, m.by_missing, tokens, false);
     pairs_back(m, r > 0);
     if (state != nullptr) {
       for (int64_t i = 0; i < n; ++i) {
         scaled(chunk.to_here[i], g + i * values, m.read + i * values, values);
         scaled(-chunk.to_here[i], d_missing + i * values, m.read + (n + i) * values, values);
       }
-      transpose(state, values, keys, values, m.rope_regimes, keys);
-      multiply(2 * n, keys, values, m.read, values, m.rope_regimes, keys, m.by_state, keys, false);
+      transpose(state, values, keys, values, m.sides, keys);
+      multiply(2 * n, keys, values, m.read, values, m.sides, keys, m.by_state, keys, false);
       for (int64_t i = 0; i < n; ++i)
         m.d_sums[i] += dot(m.by_state + i * keys, chunk.qk + i * keys, keys) +
                        MUTATED("gated_delta_rule: decay of the correction forgotten",
@@ -297,8 +297,8 @@ struct DeltaBackward {
     if (following) {
       for (int64_t i = 0; i < n; ++i)
         scaled(chunk.to_end[i] * chunk.beta[i], missing + i * values, chunk.sent + i * values, values);
-      transpose(d_state, values, keys, values, m.rope_regimes, keys);
-      multiply(n, keys, values, chunk.sent, values, m.rope_regimes, keys, m.d_qk + n * keys, keys,
+      transpose(d_state, values, keys, values, m.sides, keys);
+      multiply(n, keys, values, chunk.sent, values, m.sides, keys, m.d_qk + n * keys, keys,
                MUTATED("gated_delta_rule: key gradients overwritten", true, false));
       if (state != nullptr) {
         for (int64_t i = 0; i < keys; ++i) whole += dot(state + i * values, d_state + i * values, values);

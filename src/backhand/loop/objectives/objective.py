@@ -24,7 +24,7 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.generate.completer import LanguageModel
-from backhand.loop.hidden_state_cache import KeptStates
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.step import sequential_sum
 from backhand.nn.batch import TokenLoss
@@ -114,19 +114,24 @@ class HeldOutObjective(HeldOut):
     Args:
         objective: the objective of these rows.
         micro_batch_rows: rows per forward pass.
-        kept: cache of the rows' hidden states, used by every call of `loss`.
+        hidden_states: cache of the rows' hidden states, used by every call of `loss`.
     """
 
-    def __init__(self, objective: Objective, micro_batch_rows: int, kept: KeptStates | None = None) -> None:
-        super().__init__(objective.packer.examples, micro_batch_rows, kept)
+    def __init__(
+        self, objective: Objective, micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
+    ) -> None:
+        super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
         self._objective = objective
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Return the mean loss of a row, or None if the evaluation was interrupted."""
         objective, rows = self._objective, range(len(self._examples))
         objective.before(model, rows, processes, self._micro_batch_rows)
-        size, kept = self._micro_batch_rows, self._kept
-        sums = document_sums(model, objective.packer, rows, size, processes, kept=kept, interruptible=interruptible)
+        sums = document_sums(
+            *(model, objective.packer, rows, self._micro_batch_rows, processes),
+            hidden_states=self._hidden_states,
+            interruptible=interruptible,
+        )
         if sums is None:
             return None
         result = objective.of_sums(rows, sums)
@@ -148,14 +153,14 @@ def document_sums(
     micro_batch_rows: int,
     processes: Communicator,
     *,
-    kept: KeptStates | None = None,
+    hidden_states: HiddenStateCache | None = None,
     interruptible: bool = False,
 ) -> Tensor | None:
     """Compute s of every document of these rows, (documents,) float64, equal for any number of processes.
 
     Args:
         model: the model; it computes without gradients and without dropout.
-        kept: cache of the rows' hidden states.
+        hidden_states: cache of the rows' hidden states.
         interruptible: return None if a process has been asked to stop.
     """
     groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
@@ -165,7 +170,7 @@ def document_sums(
     def sums(number: int) -> list[float]:
         group = groups[number]
         later = (groups[own] for own in mine if own > number)
-        batch = packer.packed(group, "cpu") if kept is None else kept.packed(group, later)
+        batch = packer.packed(group, "cpu") if hidden_states is None else hidden_states.packed(group, later)
         losses = model.token_losses(batch.to(model.device)).double().cpu()
         owner, counts = token_owners(packer, group)
         result: list[float] = (-torch.zeros(len(counts), dtype=torch.float64).index_add_(0, owner, losses)).tolist()

@@ -1,0 +1,196 @@
+"""First stage of a run: model, adapter layout, rows and steps, before memory is planned and before a weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from backhand.adapters.base_facts import BaseFacts
+from backhand.adapters.targets import in_numbers
+from backhand.data.examples import DataReport, Example, check_vocabulary
+from backhand.data.packing import RowPacker, Sampler
+from backhand.data.prepare import prepare
+from backhand.data.stored_examples import PreparedData, summed
+from backhand.engines.decoder_engine import DecoderEngine, choose_engine
+from backhand.engines.engine import Engine, RunCache
+from backhand.engines.machine import Machine
+from backhand.errors import UsageError
+from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.objectives.compared import check_answers_differ
+from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
+from backhand.loop.step_plan import chosen_rate
+from backhand.nn.loading import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout
+from backhand.options.config import OptimizationOptions, TrainConfig
+from backhand.training.starting_adapter import adapter_config, start_notes
+
+_MATRICES_IN_SCALE = 8
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Model, adapter layout, rows and steps of a run."""
+
+    config: TrainConfig  # with the adapter's final configuration; other options may still be open
+    source: ModelSource
+    engine: Engine
+    layout: AdapterLayout
+    train: PreparedData
+    held_out: PreparedData | None
+    packer: RowPacker  # of the training rows
+    sampler: Sampler  # assigns training rows to steps
+    total_steps: int
+    neutral: ForgettingMeter  # without texts if forgetting is not measured
+    notes: tuple[str, ...]  # messages for the user
+    base_facts: BaseFacts  # computed when the base's tensors are read
+
+    @property
+    def held_out_examples(self) -> Sequence[Example]:
+        """The held-out rows, or an empty sequence."""
+        return () if self.held_out is None else self.held_out.examples
+
+    def learning_rate(self, options: OptimizationOptions) -> tuple[float, str | None]:
+        """Return the learning rate under these options, and the reason for it, or None if it was given."""
+        return chosen_rate(options, self.config.objective.objective, self.weight_scale)
+
+    def weight_scale(self) -> float:
+        """Return `weight_scale` of the adapted matrices."""
+        return weight_scale(scaled_matrices(self.source, self.layout), self.base_facts)
+
+    def longest_prompt_and_answer(self) -> int:
+        """Return the number of tokens of the longest prompt with an answer, over training and held-out rows."""
+        assert isinstance(self.packer, PromptPacker)
+        return _longest(self.packer, self.held_out_examples, self.config.rewards.max_new_tokens)
+
+
+def read_inputs(
+    config: TrainConfig, machine: Machine, typed: frozenset[str], run_cache: RunCache, *, assumed_rows: bool = False
+) -> RunInputs:
+    """Open the model and prepare the rows.
+
+    Args:
+        config: validated; for a resumed run, the stored configuration.
+        machine: of this process.
+        typed: names of the options that the user gave explicitly.
+        run_cache: shared with other runs of this process.
+        assumed_rows: without `data`, assume rows of `max_length` tokens that are all supervised.
+
+    Raises:
+        UsageError, DataError, ArtifactError: each says what to do.
+    """
+    model = config.model
+    source = run_cache.get_or_create(
+        "source", (model.model, model.quantize), lambda: open_model(model.model, quantize=model.quantize)
+    )
+    engine = choose_engine(config.model, source, machine.dtype)
+    config = replace(config, adapter=adapter_config(config, source, engine, typed))
+    layout = engine.layout(config.adapter)
+    config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
+    notes = start_notes(config, source, engine, layout)
+    tokenizer = source.tokenizer()
+    if assumed_rows and not config.data.data:
+        train, held_out = _assumed_rows(config), None
+    else:
+        data, seed, purpose = config.data, config.run.seed, config.objective.purpose
+        train, held_out = run_cache.get_or_create(
+            "rows",
+            (data, seed, purpose),
+            lambda: prepare(data, tokenizer, seed=seed, purpose=purpose),
+            only_newest=True,
+        )
+        if purpose in ("pairs", "labels"):
+            check_answers_differ(train)
+        config = replace(config, data=replace(data, eval_fraction=train.held_out_share))
+    if config.run.early_stopping is not None and held_out is None:
+        raise UsageError(
+            f"early_stopping {config.run.early_stopping} needs held-out rows, but there are none",
+            where="early_stopping",
+            next_step="give eval_data or eval_fraction as well, or leave out early_stopping",
+        )
+    sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
+    measures_forgetting = held_out is not None or config.run.max_forgetting is not None
+    neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
+    inputs = RunInputs(
+        config=config,
+        source=source,
+        engine=engine,
+        layout=layout,
+        train=train,
+        held_out=held_out,
+        packer=_packer(config, train.examples, () if held_out is None else held_out.examples, engine, layout),
+        sampler=sampler,
+        total_steps=config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch,
+        neutral=neutral,
+        notes=tuple(notes),
+        base_facts=run_cache.get_or_create("base facts", (model.model, model.quantize), lambda: BaseFacts(source)),
+    )
+    beyond = (data.examples.beyond(engine.vocab_size) for data in (train, held_out) if data is not None)
+    texts = ((text.numpy(), "neutral_texts.txt") for text in neutral.documents)
+    check_vocabulary(chain(*beyond, texts), engine.vocab_size, tokenizer)
+    return inputs
+
+
+def weight_scale(inputs: Mapping[str, int], base_facts: BaseFacts) -> float:
+    """Return rms(W) √in, the geometric mean over matrices; 1 if there are none.
+
+    If the entries of W are independent of x, rms(W) √in is rms(W x) / rms(x).
+
+    Args:
+        inputs: number of inputs per matrix, by its name in the base's file.
+        base_facts: mean squares of the base's tensors.
+    """
+    squares = ((base_facts.mean_square(name), size) for name, size in inputs.items())
+    logs = [0.5 * math.log(max(square, 1e-12) * size) for square, size in squares]
+    return math.exp(sum(logs) / max(1, len(logs)))
+
+
+def scaled_matrices(source: ModelSource, layout: AdapterLayout) -> dict[str, int]:
+    """Map the names of the matrices in `RunInputs.weight_scale`, a few from the middle, to their number of inputs."""
+    stored = set(source.tensor_names())
+    inputs = [(name, slot.in_features) for slot in layout.slots if (name := f"{slot.name}.weight") in stored]
+    first = max(0, (len(inputs) - _MATRICES_IN_SCALE) // 2)
+    return dict(inputs[first : first + _MATRICES_IN_SCALE])
+
+
+def _packer(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    engine: Engine,
+    layout: AdapterLayout,
+) -> RowPacker:
+    has_dropout = any(slot.dropout > 0 for slot in layout.slots)
+    share_prefixes = engine.shares_prefixes and not has_dropout
+    if config.objective.purpose != "prompts":
+        return RowPacker(examples, share_prefixes=share_prefixes)
+    if not isinstance(engine, DecoderEngine):
+        raise UsageError(
+            "answers of this model cannot be sampled and trained on by the same computation",
+            where="objective",
+            why=engine.note,
+            next_step="choose a model that the backhand engine supports (backhand models)",
+        )
+    options = config.rewards
+    packer = PromptPacker(examples, options.group, options.max_new_tokens, share_prefixes=share_prefixes)
+    check_context(_longest(packer, held_out, options.max_new_tokens), engine.config.max_position_embeddings)
+    return packer
+
+
+def _longest(packer: PromptPacker, held_out: Sequence[Example], new_tokens: int) -> int:
+    return max((packer.longest, *(len(prompt_of(example)) + new_tokens for example in held_out)))
+
+
+def _assumed_rows(config: TrainConfig) -> PreparedData:
+    """Return the rows of one step with the largest length, all supervised. No real rows need more memory."""
+    length, count = config.data.max_length, config.optimization.batch_rows
+    supervised = np.ones(length, dtype=np.bool_)
+    supervised[0] = False
+    row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
+    if config.objective.purpose == "pairs":
+        row = replace(row, rejected=row)
+    return summed([row] * count, DataReport())

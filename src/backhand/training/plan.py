@@ -1,0 +1,201 @@
+"""Second stage of a run: memory, micro-batches and the caches, planned before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from backhand.data.packing import RowPacker
+from backhand.engines.engine import RunCache, ShortModel
+from backhand.engines.machine import Machine, memory_budget
+from backhand.engines.memory.parts import ModelSize
+from backhand.engines.memory.plan import (
+    BaseChoice,
+    HeldBase,
+    HiddenStatePlan,
+    MemoryPlan,
+    cached_tokens,
+    choose,
+    choose_base,
+    plan_hidden_states,
+    wanted_bases,
+)
+from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes
+from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
+from backhand.files import free_bytes
+from backhand.generate.sampling import ROWS_AT_ONCE
+from backhand.loop.process_memory import settled_rss_bytes
+from backhand.loop.rewards.rollout import PromptPacker
+from backhand.options.config import Recompute, TrainConfig
+from backhand.training.inputs import RunInputs, read_inputs
+
+_STEPS_EXAMINED = 2000
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run's inputs and the memory that it will need."""
+
+    inputs: RunInputs
+    size: ModelSize  # of the model, for the memory formulas
+    budget_bytes: int | None  # that the process may use; None for no limit
+    memory: MemoryPlan  # of a step
+    bases: BaseChoice  # memory with a dense and with a quantized base
+    hidden_states: HiddenStatePlan  # cache of the hidden states that enter the lowest adapted layer
+    notes: tuple[str, ...]  # messages for the user
+
+
+def plan_run(
+    config: TrainConfig,
+    machine: Machine,
+    *,
+    assumed_rows: bool = False,
+    watched: bool = False,
+    typed: frozenset[str] = frozenset(),
+    run_cache: RunCache | None = None,
+) -> RunPlan:
+    """Plan a run. Nothing is written.
+
+    Args:
+        config: validated; for a resumed run, the stored configuration.
+        machine: from `resolve_machine`.
+        assumed_rows: without `data`, assume rows of `max_length` tokens that are all supervised.
+        watched: include the memory of a second model, which answers prompts while this one trains.
+        typed: names of the options that the user gave explicitly.
+        run_cache: shared with other runs of this process.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: each says what to do.
+    """
+    run_cache = run_cache or RunCache()
+    inputs = read_inputs(config, machine, typed, run_cache, assumed_rows=assumed_rows)
+    engine = inputs.engine
+    bases, budget_bytes = _plan_bases(inputs, machine, run_cache, engine.bases if assumed_rows else (), watched=watched)
+    hidden_states = _plan_hidden_states(inputs, machine, bases.chosen, budget_bytes)
+    notes = list(inputs.notes)
+    if bases.chosen.base == "quantized" and (slow := inputs.source.slow_types):
+        notes.append(
+            f"{', '.join(slow)}: no compiled kernel unpacks this type here; the gguf package does, several times slower"
+        )
+    if hidden_states.note is not None:
+        notes.append(hidden_states.note)
+    return RunPlan(
+        inputs=inputs,
+        size=engine.size(inputs.layout, bases.chosen.base),
+        budget_bytes=budget_bytes,
+        memory=hidden_states.added_to(bases.chosen),
+        bases=bases,
+        hidden_states=hidden_states,
+        notes=tuple(notes),
+    )
+
+
+def _plan_hidden_states(
+    inputs: RunInputs, machine: Machine, memory: MemoryPlan, budget_bytes: int | None
+) -> HiddenStatePlan:
+    config, engine = inputs.config, inputs.engine
+    held_out = RowPacker(inputs.held_out_examples, share_prefixes=engine.shares_prefixes)
+    longest = max(int(np.max(packer.by_document.lengths, initial=0)) for packer in (inputs.packer, held_out))
+    frozen = engine.frozen_layers(inputs.layout, longest)
+    if machine.device.type != "cpu" and frozen.batch_dependent is None:
+        reason = f"on {machine.device.type} the last bits of a row depend on the other rows of its batch"
+        frozen = replace(frozen, batch_dependent=reason)
+    # Rows that are computed more than once: training rows from the second epoch on, and held-out rows.
+    repeated = cached_tokens(inputs.packer) if inputs.total_steps > inputs.sampler.steps_per_epoch else 0
+    return plan_hidden_states(
+        "off" if config.objective.purpose == "prompts" else config.model.cache_frozen,
+        frozen,
+        repeated + cached_tokens(held_out),
+        memory,
+        budget_bytes=budget_bytes,
+        disk_bytes=free_bytes(config.run.output.absolute()),
+        processes_here=machine.here,
+    )
+
+
+def _plan_bases(
+    inputs: RunInputs, machine: Machine, run_cache: RunCache, others: Sequence[HeldBase], *, watched: bool
+) -> tuple[BaseChoice, int | None]:
+    """Choose how the base is held and how a step is divided: the fastest way that fits.
+
+    Args:
+        others: further ways to hold the base, to report their memory.
+        watched: include the memory of a second model that answers prompts.
+
+    Returns:
+        the choice, and the bytes that the process may use in total.
+    """
+    config, source, engine, shapes = inputs.config, inputs.source, inputs.engine, _step_shapes(inputs, machine)
+    dtype = machine.dtype
+    measure = partial(settled_rss_bytes, dtype)
+    process = run_cache.get_or_create("process", dtype, lambda: ProcessBytes(measure, lambda: run_cache.holds_weights))
+    answering_bytes = process.now if watched else None  # the second model takes no step
+
+    def budget(base: HeldBase) -> int | None:
+        size = engine.size(inputs.layout, base)
+        mapped = min(source.mapped_bytes, size.weight_bytes) if base == "quantized" else 0
+        compute = partial(memory_budget, config, machine, process.now, mapped)
+        key = (base, config.model.memory)
+        return run_cache.get_or_create("budget", key, compute, renew=not run_cache.holds_weights)
+
+    def measured(base: HeldBase) -> MeasuredMemory:
+        def short(recompute: Recompute) -> ShortModel:
+            return engine.short(config.adapter, machine.device, recompute, base)
+
+        size = engine.size(inputs.layout, base)
+        return MeasuredMemory(size, short, engine.vocab_size, process, source.drop_mapped_pages, budget(base))
+
+    def plan(base: HeldBase, limited: bool) -> MemoryPlan:
+        key = (base, config.adapter, config.objective)
+        memory = run_cache.get_or_create("measured", key, partial(measured, base))
+        chosen = choose(
+            memory.size,
+            memory.parts,
+            shapes,
+            budget_bytes=budget(base) if limited else None,
+            micro_batch_rows=config.optimization.micro_batch_rows,
+            recompute=config.model.recompute,
+            answering_bytes=answering_bytes,
+        )
+        return replace(chosen, base=base)
+
+    requested = "quantized" if config.model.quantize else config.model.base
+    candidates = wanted_bases(requested, source, machine.device, shapes)
+    candidates = [base for base in candidates if base in engine.bases]
+    choose_base(candidates, plan, others)  # The first pass measures. Only then is the memory of the process known.
+    bases = choose_base(candidates, plan, others)
+    return bases, budget(bases.chosen.base)
+
+
+def _step_shapes(inputs: RunInputs, machine: Machine) -> Mapping[int, StepShape]:
+    """Return the largest micro-batch of the run for each possible number of rows."""
+    config, packer, sampler = inputs.config, inputs.packer, inputs.sampler
+    options = config.optimization
+    step_rows = min(options.batch_rows, len(inputs.train.examples))
+    rows_per_process = -(-step_rows // machine.world_size)  # so that every process has a micro-batch
+    powers = {1 << power for power in range(rows_per_process.bit_length()) if 1 << power <= rows_per_process}
+    rows_options = powers | {rows_per_process}
+    if options.micro_batch_rows is not None:
+        rows_options = {1, options.micro_batch_rows}
+    examined = min(inputs.total_steps, max(sampler.steps_per_epoch, _STEPS_EXAMINED))
+    shapes = largest_shapes((sampler.rows_of(step) for step in range(examined)), packer, rows_options)
+    sampled_rows = sampled_tokens = 0
+    if isinstance(packer, PromptPacker):
+        sampled_rows = min(ROWS_AT_ONCE, rows_per_process * config.rewards.group)
+        answer = config.rewards.max_new_tokens
+        prompt = inputs.longest_prompt_and_answer() - answer
+        sampled_tokens = min(rows_per_process, sampled_rows) * prompt + sampled_rows * answer
+    ordered = config.run.reduce == "ordered"
+    return {
+        rows: replace(
+            shape,
+            gradient_copies=gradient_copies(-(-step_rows // rows), machine.world_size, ordered=ordered),
+            neutral_tokens=max(inputs.neutral.lengths, default=0),
+            sampled_rows=sampled_rows,
+            sampled_tokens=sampled_tokens,
+        )
+        for rows, shape in shapes.items()
+    }

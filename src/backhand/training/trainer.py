@@ -1,0 +1,408 @@
+"""Last stage of a run: train from the first step or a checkpoint to the summary.
+
+directory → guards → loop with evaluations and checkpoints → summary → proof of resuming → answers
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from backhand.distributed.communicator import Communicator
+from backhand.distributed.launch import alike, shared_checkpoint
+from backhand.engines.engine import RunCache
+from backhand.engines.machine import MemoryKeeper, crowded_note
+from backhand.errors import not_none
+from backhand.kernels.quantized_matrix import QuantizedMatrix
+from backhand.loop.answers import answers_file, measured_answers, stop_ids
+from backhand.loop.evaluator import Evaluator
+from backhand.loop.guards import BaseGuard, LearningGuard
+from backhand.loop.loggers import Observers, RunStart
+from backhand.loop.loop import TrainingLoop
+from backhand.loop.measuring import HeldOut
+from backhand.loop.objectives.objective import HeldOutObjective, Objective
+from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
+from backhand.loop.rewards.process import RewardProcess
+from backhand.loop.rewards.rollout import Rollout
+from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
+from backhand.loop.state import Progress, RunState, Saver
+from backhand.loop.step import AdapterOptimizer
+from backhand.loop.step_plan import StepPlan, derived_seed
+from backhand.nn.available_memory import available_bytes
+from backhand.nn.compute import gc_frozen
+from backhand.options.config_file import config_table, dump_config
+from backhand.runs.checkpoint import Checkpoint, CheckpointStore
+from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Proof, ProofLog, RunDirectory, proof_log
+from backhand.runs.interruption import Interrupted, Interruption
+from backhand.runs.status import status_kept
+from backhand.runs.summary import RunSummary, read_summary
+from backhand.training.advice import Curves, advice
+from backhand.training.console import opening_facts
+from backhand.training.facts import run_facts, summarise
+from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
+from backhand.training.loaded_run import LoadedRun
+from backhand.training.reference import run_objectives
+from backhand.training.resume import (
+    begun_from,
+    frozen_differences,
+    proof_begin,
+    prove_resume,
+    refuse_differences,
+    run_differences,
+    state_digests,
+)
+from backhand.words import name_list
+
+
+@dataclass
+class Trainer:
+    """Trains a loaded run and writes its directory."""
+
+    run: LoadedRun
+    directory: RunDirectory  # locked by rank 0; the other processes only know its path
+    observer: Observers  # receives the events of the run
+    interruption: Interruption  # receives signals
+    checkpoint: Checkpoint | None  # to resume from; None for a new run
+    processes: Communicator
+    run_cache: RunCache = field(default_factory=RunCache)  # shared with other runs of this process
+    pause_at: int | None = None  # step to stop after, with a checkpoint; None to run to the end
+    owns_directory: bool = False  # True once the directory's contents are this run's
+    _frozen_digest: str | None = None
+
+    def train(self) -> RunSummary:
+        """Train to the end. Returns and raises the same as `run.train`."""
+        run, config = self.run, self.run.config
+        optimizer = AdapterOptimizer(run.bound.lora, config.optimization)
+        state = RunState(run.bound.lora, optimizer, Progress())
+        plan = StepPlan.of(config, run.inputs.total_steps)
+        memory = MemoryKeeper(run.plan.memory.peak_bytes) if config.model.tune_allocator else None
+        with self.interruption.graceful(), ExitStack() as resources:
+            store = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted)
+            proof_start: int | None = None  # step from which the proof of resuming repeats the run
+            if self.processes.is_main_process:
+                proof_start = proof_begin(store, self.checkpoint, config.run.prove_resume, run.inputs.total_steps)
+            proof_start = self.processes.broadcast_object(proof_start)
+            saver = Saver(
+                self.directory,
+                store,
+                state,
+                lambda: run.bound.adapter_files(run.identity.record(), self._card(state.progress)),
+                lambda step: {
+                    **run.identity.facts,
+                    "frozen_digest": self._frozen_digest,
+                    "sampler": run.inputs.sampler.position(step),
+                },
+                keep=config.run.keep,
+                best_only=run.inputs.held_out is not None,
+                protected=frozenset(() if proof_start is None else {proof_start}),
+                make_room=memory.make_room if memory else lambda: None,
+            )
+            unfinished = self.checkpoint is None or self.checkpoint.step < run.inputs.total_steps
+            if self.processes.is_main_process and unfinished:
+                saver.require_room()
+            self._prepare(store, state, saver)
+            self.owns_directory = True
+            finished_before = state.progress.finished
+            log = proof_log(self.directory) if self.processes.is_main_process else _unwritten
+            base_guard = BaseGuard(run.bound.model, log)
+            digest = self._frozen_digest = base_guard.digest
+            if self.checkpoint is not None and self.processes.is_main_process:
+                self._refuse(frozen_differences(self.checkpoint.facts, digest))
+            self._assert_equal_processes(state)
+            save = partial(self._save, saver, state)
+            caches = resources.enter_context(
+                hidden_state_caches(
+                    run, self.directory, digest, log=log, notify=self.observer.noted, run_cache=self.run_cache
+                )
+            )
+            objective, held_out_objective = self._objectives(caches, log)
+            rewarded = self._rewarded(resources, log)
+            evaluator = Evaluator(
+                run.bound.model,
+                state,
+                plan,
+                held_out=self._held_out(caches, held_out_objective, rewarded),
+                meter=run.inputs.neutral if run.inputs.neutral.documents else None,
+                base_guard=base_guard,
+                learning_guard=LearningGuard(run.bound.lora, optimizer, log),
+                check_files=self._check_files(),
+                observer=self.observer,
+                save=save,
+                processes=self.processes,
+            )
+            loop = TrainingLoop(
+                *(run.bound.model, state, run.inputs.packer, run.inputs.sampler, plan, evaluator),
+                observer=self.observer,
+                memory=memory,
+                processes=self.processes,
+                hidden_states=caches.train,
+                objective=objective,
+                rewarded=rewarded,
+            )
+            if memory is not None:
+                memory.make_room()  # loading and digests fragment the heap
+            status = status_kept(self.directory, run.inputs.total_steps, lambda: loop.state.progress.step)
+            with status if self.processes.is_main_process else nullcontext():
+                facts = opening_facts(run, self.checkpoint is not None, self.processes)
+                options = {
+                    f"{part}.{name}": value
+                    for part, table in config_table(config).items()
+                    for name, value in table.items()
+                }
+                start = RunStart(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options)
+                self.observer.started(start)
+                if not self._run_loop(loop, save, proof_start):
+                    raise self._interrupted(state, f"continue with {self._resume_command()}")
+                if rewarded is not None and not finished_before:
+                    rewarded.logprob_check.finished()
+                summary = self._summary(state, keep=finished_before)
+                if proof_start is not None:
+                    self._prove_resume(loop, store, proof_start, log)
+                summary = self._answer(summary)
+        self.observer.ended(summary)
+        return summary
+
+    def _assert_equal_processes(self, state: RunState) -> None:
+        """Check that all processes have read the same inputs and start from the same adapter. Raises ArtifactError."""
+        identity = self.run.identity.facts
+        facts = {name: value for name, value in identity.items() if name.endswith("_digest")}
+        del facts["settings_digest"]  # the settings themselves are more specific
+        facts |= {f"model_config.{name}": value for name, value in identity["model_config"].items()}
+        facts |= alike(identity["settings"])
+        self.processes.assert_equal(
+            {**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]}
+        )
+
+    def _save(self, saver: Saver, state: RunState, better: bool) -> None:
+        """Save a checkpoint in rank 0, after checking that all processes have the same adapter."""
+        self.processes.assert_equal_adapters(lambda: state_digests(state)["adapter"], state.progress.step)
+        if self.processes.is_main_process:
+            saver.save(better)
+            self.directory.settle()
+
+    def _answer(self, summary: RunSummary) -> RunSummary:
+        """Generate answers to held-out rows with base and adapter. Afterwards, the adapter of `adapter/` is attached.
+
+        Returns:
+            the summary with the number of correct answers.
+        """
+        run = self.run
+        if run.inputs.held_out is None or not run.config.run.answers or not self.processes.is_main_process:
+            return summary
+        if self.processes.stop_requested:
+            self.observer.noted("stop requested: no answers are generated for the report")
+            return summary
+        run.bound.fill(str(self.directory.adapter))
+        arguments = run.bound, run.inputs.source, run.inputs.held_out.examples, run.config
+        self.directory.write(ANSWERS, answers_file(*arguments))
+        if summary.adapted_exact_match is None and (
+            measured := measured_answers(
+                *arguments, run.identity.labels, summary.tokens, lambda: self.processes.stop_requested
+            )
+        ):
+            summary = replace(summary, **measured)
+            self.directory.write(SUMMARY, summary.to_json())
+        return summary
+
+    def _prepare(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:
+        """Prepare the directory, and restore the state if the run is resumed."""
+        run, config = self.run, self.run.config
+        if not self.processes.is_main_process:
+            if self.checkpoint is not None:
+                state.restore(self.checkpoint, run.bound.model.dtype)
+            return
+        if not config.run.resume:
+            if config.run.overwrite:
+                self.directory.put_aside()
+            # A later run from this file must not overwrite a directory by itself.
+            written = replace(config, run=replace(config.run, overwrite=False))
+            self.directory.write(CONFIG, dump_config(written))
+        else:
+            if self.checkpoint is not None:
+                self._refuse(run_differences(self.checkpoint.facts, run.identity))
+            self.directory.mend()
+        self.directory.make_checkpoints()
+        self.directory.write(FACTS, json.dumps(run_facts(run), indent=1) + "\n")
+        if not config.run.resume:
+            return
+        store.clean()
+        if self.checkpoint is None:
+            self.observer.noted("there is no checkpoint yet; the run starts at its first step")
+            self.directory.forget_after(-1)
+            return
+        state.restore(self.checkpoint, run.bound.model.dtype)
+        saver.restored(self.checkpoint.contents)
+        self.directory.forget_after(self.checkpoint.step, evaluates_again=state.progress.evaluation_outstanding)
+
+    def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], proof_start: int | None) -> bool:
+        """Run the loop, with a checkpoint at the step from which the proof of resuming starts.
+
+        Returns:
+            False if a signal or `pause_at` ended the loop.
+        """
+        with gc_frozen():
+            if proof_start is not None and loop.state.progress.step <= proof_start:
+                if not loop.run(until_step=proof_start):
+                    return False
+                save(False)
+            if self.pause_at is None:
+                return loop.run()
+            if not loop.run(until_step=self.pause_at):
+                return False
+            save(False)  # without effect if this step has been saved
+            return loop.state.progress.finished
+
+    def _check_files(self) -> Callable[[], None]:
+        """Return a check, called at every step, that mapped files of the base have not changed.
+
+        Notifies the observer if these files do not fit into memory.
+        """
+        source = self.run.inputs.source
+        if not any(isinstance(tensor, QuantizedMatrix) for _, tensor in self.run.bound.model.frozen_tensors()):
+            return lambda: None  # a dense base is in memory
+        note = crowded_note(source.mapped_bytes, available_bytes())
+        if note is not None:
+            self.observer.noted(note)
+        return source.check_unchanged
+
+    def _refuse(self, differences: list[str]) -> None:
+        refuse_differences(differences, self.directory.path, self.run.config.model.force_base, self.observer.noted)
+
+    def _interrupted(self, state: RunState, next_step: str) -> Interrupted:
+        return Interrupted(self.interruption.requested or 0, state.progress.step, next_step)
+
+    def _summary(self, state: RunState, *, keep: bool) -> RunSummary:
+        """Write and return the summary. Keep the stored one of a run that was already finished."""
+        path = self.directory.path / SUMMARY
+        if keep and (stored := read_summary(path)) is not None:
+            return stored
+        summary = summarise(self.run, state, self.directory, self.processes.world_size)
+        if self.processes.is_main_process:
+            curves = Curves.of(self.directory.lines(METRICS))
+            rate, _ = self.run.inputs.learning_rate(replace(self.run.config.optimization, learning_rate="auto"))
+            suggestion = advice(self.run.config, curves, self.run.inputs.total_steps, rate, self.directory.path)
+            summary = replace(summary, advice=suggestion and suggestion[0], try_next=suggestion and suggestion[1])
+            self.directory.write(SUMMARY, summary.to_json())
+        return summary
+
+    def _prove_resume(self, loop: TrainingLoop, store: CheckpointStore, start: int, log: ProofLog) -> None:
+        if loop.state.progress.step < self.run.inputs.total_steps:
+            self.observer.noted("the run ended early; the proof of resuming is skipped")
+            return
+        checkpoint = not_none(
+            shared_checkpoint(store.load(start) if self.processes.is_main_process else None, self.processes)
+        )
+        if not prove_resume(loop, checkpoint, log):
+            command = f"{self._resume_command()} --prove-resume {self.run.config.run.prove_resume}"
+            raise self._interrupted(loop.state, f"the run is finished but not yet proved: {command}")
+        self.observer.noted(f"resumed at step {start}, the run ended in the same bits")
+
+    def _objectives(self, caches: HiddenStateCaches, log: ProofLog) -> tuple[Objective | None, Objective | None]:
+        """Return the objectives of training and held-out rows, with the reference model's log-probabilities."""
+        assert self._frozen_digest is not None
+        started_from = self.run.config.run.from_adapter
+        if self.run.config.run.resume and self.processes.is_main_process:
+            started_from = begun_from(self.directory.path)
+        started_from = self.processes.broadcast_object(started_from)
+        return run_objectives(
+            self.run,
+            self.directory,
+            self.processes,
+            self._frozen_digest,
+            caches,
+            started_from,
+            log,
+            self.observer.noted,
+        )
+
+    def _rewarded(self, resources: ExitStack, log: ProofLog) -> RewardedSteps | None:
+        """Return the sampling and rewarding of answers, or None for an objective without rewards."""
+        run, processes = self.run, self.processes
+        if run.config.objective.purpose != "prompts":
+            return None
+        options, seed = run.config.rewards, run.config.run.seed
+        functions = RewardProcess(options.reward, options.reward_timeout) if processes.is_main_process else None
+        rollout = Rollout(
+            options,
+            None if functions is None else resources.enter_context(functions),
+            run.inputs.source.tokenizer(),
+            stop_ids(run.inputs.source, run.config.data),
+            lambda step, row, number: derived_seed(seed, "answer", step, row, number),
+            processes,
+        )
+        guard = RewardGuard(self.observer.noted)
+        lines = self.directory.lines(METRICS) if processes.is_main_process else []
+        earlier = [line for line in lines if "no_gradient_groups" in line]  # steps of a resumed run
+        for measured in processes.broadcast_object(earlier):
+            guard.remember(measured)
+        return RewardedSteps(
+            rollout,
+            run.inputs.train.examples,
+            run.config.objective.strength,
+            run.plan.memory.micro_batch_rows,
+            LogprobCheck(BOUNDS[run.dtype], log),
+            guard,
+        )
+
+    def _held_out(
+        self, caches: HiddenStateCaches, objective: Objective | None, rewarded: RewardedSteps | None
+    ) -> HeldOut | None:
+        run = self.run
+        if run.inputs.held_out is None:
+            return None
+        if rewarded is not None:
+            return HeldOutRewards(run.inputs.held_out.examples, rewarded.rollout, run.config.run.answers)
+        if objective is not None:
+            return HeldOutObjective(objective, run.plan.memory.micro_batch_rows, caches.held_out)
+        return HeldOut(run.inputs.held_out.examples, run.plan.memory.micro_batch_rows, caches.held_out)
+
+    def _card(self, progress: Progress) -> dict[str, object]:
+        model = self.run.config.model
+        form = "quantized" if self.run.plan.memory.base == "quantized" else "dense"
+        form += f", quantized to {model.quantize} on reading" if model.quantize else ""
+        base = _published_name(self.run.inputs.source.origin or model.model)
+        card: dict[str, object] = {
+            "base as trained": f"{base}, {form}, computed in {model.dtype}",
+            "data": name_list(map(_published_name, self.run.config.data.data)),
+            "training rows": f"{len(self.run.inputs.train.examples):,}",
+            "steps": f"{progress.step:,}",
+        }
+        if system := self.run.inputs.train.report.system:
+            card["system message of every row"] = f"{len(system):,} characters, see backhand.json"
+        if progress.eval_loss is not None and progress.base_eval_loss is not None:
+            name = self.run.config.objective.objective
+            unit = "nats per token" if name == "sft" else f"({name})"
+            card["held-out loss"] = f"{progress.base_eval_loss:.4f} → {progress.eval_loss:.4f} {unit}"
+            if name == "grpo":
+                card["held-out reward"] = f"{-progress.base_eval_loss:.4f} → {-progress.eval_loss:.4f}"
+                del card["held-out loss"]
+        return card
+
+    def stop_message(self, *, restored: bool) -> str:
+        """Describe the directory after an immediate stop.
+
+        Args:
+            restored: True if the run that was to be overwritten has been restored.
+        """
+        if restored:
+            return "stopped at once, before the first checkpoint; the previous run has been restored"
+        steps = CheckpointStore(self.directory.checkpoints, self.directory.files, self.observer.noted).steps()
+        after = f"after the checkpoint of step {steps[-1]}: continue" if steps else "before the first checkpoint: start"
+        return f"stopped at once, {after} with {self._resume_command()}"
+
+    def _resume_command(self) -> str:
+        return f"backhand train --resume --output {shlex.quote(str(self.directory.path))}"
+
+
+def _published_name(name: str) -> str:
+    """Return the last part of a path, because cards are published; return other names, such as hub ids, unchanged."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def _unwritten(_proof: Proof) -> None:
+    """Ignore the proof, which rank 0 writes."""
