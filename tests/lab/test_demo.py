@@ -1,4 +1,4 @@
-"""What the demo says of its proofs; the whole demo is typed by tests/docs/test_examples.py."""
+"""The demo's sentence about its proofs. tests/docs/test_examples.py runs the whole demo."""
 
 from __future__ import annotations
 

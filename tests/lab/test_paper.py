@@ -157,7 +157,7 @@ def test_another_base_is_refused(tiny: TinyRun, adapters: tuple[Path, Path], tmp
 def test_more_than_factors_is_refused_where_it_would_count(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A magnitude (DoRA) is no part of lora_B lora_A: what it does to the weight would be left out."""
+    """DoRA's magnitude is not part of lora_B lora_A, so its effect on the weight would be omitted."""
     for name in ("one", "other"):
         train(tiny.config(tmp_path / name, target_modules=("q_proj",), max_steps=1, use_dora=True))
     both = tmp_path / "one" / "adapter", tmp_path / "other" / "adapter"

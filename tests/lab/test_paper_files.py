@@ -1,4 +1,4 @@
-"""What stands in a line of a table: means over the layers of one kind of module."""
+"""Lines of the tables are means over the layers of one kind of module."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_means_agree_and_single_runs_differ() -> None:
 
 
 def test_rank_stabilised_scaling_would_be_found() -> None:
-    """With alpha / √r in place of alpha / r the update is √r times as large."""
+    """With alpha / √r instead of alpha / r the update is √r times as large."""
     stabilised = [
         FirstUpdates(update.rank, tuple(value * math.sqrt(update.rank) for value in update.along_descent))
         for update in first_updates(layer(), (1, 4, 16), seeds=40)

@@ -62,7 +62,7 @@ def test_bounds_identity_and_right_angles() -> None:
 
 
 def test_the_other_singular_vectors_would_say_nothing() -> None:
-    """Those of the rank × rank side are a basis of everything: φ at full rank is 1 whatever the factors are."""
+    """Directions of the rank × rank side span a full basis: φ at full rank is 1 for any factors."""
     square = [output_directions(torch.randn(5, 40, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
     assert float(subspace_similarity(*square)[-1, -1]) == pytest.approx(1)
     right = [input_directions(torch.randn(5, 40, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]

@@ -48,7 +48,7 @@ def test_budget_that_is_given_and_one_that_is_too_small() -> None:
     found = plan(sweep_ranks=(2,), sweep_targets=("q_proj", "q_proj,v_proj"), sweep_budget=40)
     assert found["q_proj-rank-1"] == (36, False, True)
     assert not any(budget for name, (_, _, budget) in found.items() if name != "q_proj-rank-1")
-    with pytest.raises(UsageError, match="less than rank 1"):
+    with pytest.raises(UsageError, match="less than the size of a rank 1 adapter"):
         plan(sweep_targets=("q_proj",), sweep_budget=35)
     with pytest.raises(UsageError, match="w_proj"):
         plan(sweep_targets=("w_proj",))

@@ -9,7 +9,7 @@ from backhand.lab.sine.cost import break_even_rank, low_rank_first, parameter_co
 
 
 def multiply_adds(*shapes: tuple[tuple[int, int], tuple[int, int]]) -> int:
-    """Counted from products that are really formed: each element of the result is a sum over the inner size."""
+    """Count the products that are formed: each element of the result is a sum over the inner size."""
     total = 0
     for left, right in shapes:
         product = torch.zeros(left) @ torch.zeros(right)

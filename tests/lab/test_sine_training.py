@@ -1,4 +1,4 @@
-"""The loops' gradients against autograd and finite differences, on networks where no two sizes are alike."""
+"""The loops' gradients against autograd and finite differences, on networks in which all sizes differ."""
 
 from __future__ import annotations
 

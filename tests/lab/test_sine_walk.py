@@ -1,4 +1,4 @@
-"""The numbers of the walk work out on paper: every `a = b = c` line is evaluated again from what it prints."""
+"""The printed numbers are consistent: every `a = b = c` line is evaluated again from its text."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_json_holds_every_proof(capsys):
 
 @pytest.fixture
 def broken_glu(monkeypatch):
-    """An op whose backward forgets something, and one mutant that is none."""
+    """An op with a wrong backward, and a mutant without a mistake."""
     (proof,) = load_proofs("glu")
     wrong = Mutant("half", "d_up", lambda _g, _s, right: right.d_up / 2).spoil(proof.backward)
     unnoticed = Mutant("changes nothing", "d_gate", lambda _g, _s, right: right.d_gate)

@@ -1,4 +1,4 @@
-"""The families of the block and decoder cases, which `backhand verify` proves: nothing in them hides a mistake."""
+"""The tiny families of the block and decoder cases have no sizes or values that hide a mistake."""
 
 from __future__ import annotations
 

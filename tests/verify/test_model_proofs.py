@@ -1,4 +1,4 @@
-"""`backhand verify --model`: on tiny models of the families, and what it says about a broken engine."""
+"""`backhand verify --model`: on tiny models of the families, and its results for a broken engine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, t
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Directory of a tiny model of each family, made when asked for."""
+    """Directory of a tiny model of each family, created on demand."""
     made = {}
 
     def directory(variant):
@@ -132,7 +132,7 @@ def test_a_head_with_dropout_is_proved_and_its_merging_too(variant, models, rows
 
 @pytest.mark.filterwarnings("ignore:.*tied:UserWarning")
 def test_a_head_whose_dropout_is_forgotten_is_found(models, rows, tmp_path, monkeypatch):
-    """The step without dropout on the head: each part alone is right, the step's gradient is not."""
+    """Without dropout on the head each part is right, but the step's gradient is wrong."""
     adapted = attach_lora(tiny_model("llama"), target_modules=["lm_head"], dropout=0.3)
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     right = adapted_head.linear_cross_entropy_backward
@@ -182,7 +182,7 @@ def test_a_wrong_gradient_between_blocks_is_found(models, rows, monkeypatch):
 
 
 def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
-    """All below is proved with what the head passes down, so that only the head's own comparison can tell."""
+    """The blocks are proved with the head's d_x, so that only the head's comparison reveals the mistake."""
     right = blockwise_step.linear_cross_entropy_backward
 
     def wrong(*args):
@@ -196,7 +196,7 @@ def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
 
 
 def test_a_step_put_together_wrongly_is_found(models, rows, monkeypatch):
-    """Each block is right, but the step forgets what a block in the middle does to the gradient."""
+    """Each block is right, but the step skips the backward of a block in the middle."""
     right = forward_backward_module.block_backward
     calls = []
 
@@ -279,7 +279,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path)
 
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):
-    """Every document's rotary angles go on a little from where the one before it ended."""
+    """Every document's rotary angles continue slightly from the previous document."""
     right = forward_backward_module.angles
 
     def leaking(frequencies, positions, dtype, reach):
@@ -327,13 +327,13 @@ def test_a_wrong_merge_of_a_faint_adapter_is_found_in_float64(target, models, ro
 
 
 def test_the_logits_error_is_measured_against_float64(models, rows):
-    """A few units of rounding, in each dtype its own, and the adapter's effect far above it."""
+    """The difference is a few units of rounding in each dtype, far below the adapter's effect."""
     for dtype, low, high in (("float32", 1e-8, 1e-5), ("bfloat16", 1e-3, 5e-2)):
         merged = verify(options(models("llama"), rows, dtype=dtype)).model[-1]
-        told = re.fullmatch(
+        detail = re.fullmatch(
             r"the adapter changes the logits by (\S+) of their norm; (\S+) of .* is lost", merged.detail
         )
-        effect, lost = told.groups()
+        effect, lost = detail.groups()
         assert float(effect) > 3 * merged.bound
         assert float(lost) * float(effect) == pytest.approx(merged.measured, rel=0.1)
         assert low < merged.bound / 3 < high and merged.measured > low

@@ -1,4 +1,4 @@
-"""Mutants run behind the right backward: what it overwrites must be theirs as it was, or they are rejected for that."""
+"""Mutants run after the right backward and must see the values that it overwrites, not be rejected because of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHERE_TO_WRITE = ("out", "output_buffer")
 
 
 def _cloned(given):
-    """Tensors anywhere in tuples and lists as they are now; all else itself."""
+    """Clone tensors in nested tuples and lists, and return anything else unchanged."""
     if isinstance(given, torch.Tensor):
         return given.clone()
     if isinstance(given, (tuple, list)):
@@ -28,16 +28,16 @@ def _cloned(given):
 
 
 def _unchanged(backward, gradients):
-    """Mutants without a mistake, all at once: the right backward's gradients, run once more on what was given."""
+    """Return a backward whose gradients come from a second run of the right backward on the same inputs."""
 
-    def once_more(d_y, saved, *args, **kwargs):
+    def second_run(d_y, saved, *args, **kwargs):
         given_d_y = d_y.clone()  # as `Mutant.spoil` does
         given = {name: _cloned(kwargs[name]) for name in kwargs if name not in WHERE_TO_WRITE}
         right = backward(d_y, saved, *args, **kwargs)
         again = _cloned(backward(given_d_y, saved, *args, **given))
         return right._replace(**{name: getattr(again, name) for name in gradients if getattr(right, name) is not None})
 
-    return once_more
+    return second_run
 
 
 @pytest.mark.parametrize("op", PROOF_FILES)
@@ -58,14 +58,14 @@ def test_a_mutant_without_a_mistake_is_not_rejected(op):
 
 
 def _adds(proof, case):
-    """Whether gradients of this case are added to what is there, which mutants leave out."""
+    """Return True if the case adds gradients to existing values, which mutants overwrite."""
     seen = []
 
-    def noting(d_y, saved, *args, **kwargs):
+    def recording(d_y, saved, *args, **kwargs):
         seen.append(kwargs.get("accumulate_into") is not None)
         return proof.backward(d_y, saved, *args, **kwargs)
 
-    case.run_manual(case.tensors, noting)
+    case.run_manual(case.tensors, recording)
     return any(seen)
 
 

@@ -1,4 +1,4 @@
-"""The checker itself fails where it should."""
+"""The checker fails on wrong backward passes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST = CASES[0]
 
 
 def with_mistake(gradient, value):
-    """The op with a wrong backward in the place of its own."""
+    """Return the op with a wrong backward."""
     return replace(LORA_LINEAR, backward=Mutant("mistake", gradient, value).spoil(LORA_LINEAR.backward))
 
 
@@ -90,7 +90,7 @@ def test_rounding_above_its_bound_is_judged_over_eight_inputs(ours, tried, passe
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_needless_loss_of_precision_fails(dtype):
-    """A backward whose result has many fewer digits than its dtype is not excused as rounding."""
+    """A result with much lower precision than its dtype fails."""
     coarse = {"float32": torch.bfloat16, "bfloat16": torch.float8_e5m2}[dtype]
 
     def rounded(_g, _s, right):
@@ -135,7 +135,7 @@ def test_a_wrong_forward_fails():
     ],
 )
 def test_differences_leave_a_backward_out_where_the_output_does_not_come_from_it(op, word, alone):
-    """A decoder's step gives loss and gradients at once, and the loss that is computed alone has the same bits."""
+    """A decoder's step returns loss and gradients together. The loss computed alone has the same bits."""
     (proof,) = load_proofs(op)
     called = []
 
@@ -180,15 +180,15 @@ def test_the_case_that_rejected_a_mistake_is_tried_first():
     assert len(mistakes) > 1
     by_hand = []
 
-    def noting(case):
+    def recording(case):
         def run(tensors, backward):
             by_hand.append(case.name)
             return case.run_manual(tensors, backward)
 
         return replace(case, run_manual=run)
 
-    noted = replace(proof, cases=tuple(map(noting, proof.cases)), mutants=tuple(mistakes))
-    rejections = list(reject_mutants(noted))
+    recorded = replace(proof, cases=tuple(map(recording, proof.cases)), mutants=tuple(mistakes))
+    rejections = list(reject_mutants(recorded))
     assert all(rejection.passed for rejection in rejections)
     first = rejections[0].case
     assert by_hand[-(len(rejections) - 1) :] == [first] * (len(rejections) - 1)

@@ -1,4 +1,4 @@
-"""The scaffold of the cases notices what a declaration gets wrong, and calls functions by their parameters' names."""
+"""The scaffold rejects wrong declarations, and calls functions with arguments by parameter names."""
 
 from __future__ import annotations
 

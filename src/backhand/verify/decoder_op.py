@@ -211,10 +211,10 @@ def rebuilt(
 
 def with_slots(lora: LoRAParameters, change: Callable[[LoRASlot], LoRASlot]) -> LoRAParameters:
     """Return the same factors with changed slots."""
-    made = LoRAParameters(map(change, lora.slots.values()), device=lora.values.device, dtype=lora.values.dtype)
-    made.values.copy_(lora.values)
-    made.refresh_compute(lora.compute_values.dtype)
-    return made
+    changed = LoRAParameters(map(change, lora.slots.values()), device=lora.values.device, dtype=lora.values.dtype)
+    changed.values.copy_(lora.values)
+    changed.refresh_compute(lora.compute_values.dtype)
+    return changed
 
 
 def with_weights(weights: BlockWeights, changes: Mapping[str, Callable[[Any], Any]]) -> BlockWeights:

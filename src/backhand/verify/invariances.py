@@ -62,10 +62,10 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
     before = decoder.recompute
     try:
         decoder.recompute = "none"
-        kept = _gradient(decoder, [whole])
+        not_recomputed = _gradient(decoder, [whole])
         for mode in ("mlp", "block"):
             decoder.recompute = mode
-            yield _same(f"recomputed ({mode}) = kept, gradient", _gradient(decoder, [whole]), kept, bound)
+            yield _same(f"recomputed ({mode}) = kept, gradient", _gradient(decoder, [whole]), not_recomputed, bound)
     finally:
         decoder.recompute = before
 

@@ -68,11 +68,11 @@ def _block_error(step: BlockwiseStep, layer: int, x0: Tensor, x2: Tensor) -> flo
 
 def _inputs_error(step: BlockwiseStep, x: Tensor) -> float:
     """Return the relative error of the per-layer inputs with the merged projection against the adapted ones."""
-    own, config = step.decoder.weights.per_layer, step.decoder.config
+    per_layer, config = step.decoder.weights.per_layer, step.decoder.config
     unmerged = step.cross_layer.ple
-    assert own is not None and unmerged is not None
-    merged = merged_weight(frozen_dense(own.projection).double(), step.lora, PER_LAYER_MODEL)
-    weights = own._replace(projection=merged, norm=own.norm.double())
+    assert per_layer is not None and unmerged is not None
+    merged = merged_weight(frozen_dense(per_layer.projection).double(), step.lora, PER_LAYER_MODEL)
+    weights = per_layer._replace(projection=merged, norm=per_layer.norm.double())
     return relative_error(ple_inputs_forward(x, step.batch.input_ids, weights, config, None)[0], unmerged)
 
 

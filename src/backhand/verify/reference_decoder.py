@@ -130,8 +130,8 @@ class ReferenceAdapter:
         if slot is None:
             return functional.linear(x, weight)
         lora_A, lora_B = self._factors(name)
-        own = lora_A[expert * slot.rank : (expert + 1) * slot.rank], lora_B[:, expert :: slot.experts]
-        return _adapted_linear(x, weight, None, *own, slot.scaling)
+        factors = lora_A[expert * slot.rank : (expert + 1) * slot.rank], lora_B[:, expert :: slot.experts]
+        return _adapted_linear(x, weight, None, *factors, slot.scaling)
 
     def _mask(self, x: Tensor, slot: LoRASlot, loss_positions: Tensor | None, layers: int | None) -> Tensor | None:
         """Return the dropout multiplier of x's shape, zero outside loss_positions, or None without dropout."""
@@ -224,7 +224,7 @@ def reference_loss(
     """
     batch = (
         unshare_prefixes(batch) if batch.parents else batch
-    )  # else in its own order, in which dropout's masks are drawn
+    )  # a batch without prefixes keeps its order, in which dropout masks are drawn
     weights = adapter.weights(weights, config.tied_head) if adapter.trained else weights
     x = reference_embedding(weights, config, batch.input_ids, adapter)
     layers = len(config.layers)
@@ -281,13 +281,13 @@ def reference_head(
 
 def reference_block(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Apply one block to x (tokens, hidden), at all positions."""
-    own = at.config.layers[at.number]
-    config = at.config.at(own)
+    layer = at.config.layers[at.number]
+    config = at.config.at(layer)
     at, times = at._replace(config=config), config.residual_multiplier
-    branch = _MIXERS.get(own.mixer, _attention)(at.norm(x, config.norms.before_attention), at)
+    branch = _MIXERS.get(layer.mixer, _attention)(at.norm(x, config.norms.before_attention), at)
     x = x + at.norm(branch, config.norms.after_attention) * times
     branch = at.norm(x, config.norms.before_mlp)
-    if own.experts:
+    if layer.experts:
         return x + at.norm(_experts(branch, at), config.norms.after_mlp) * times
     gate, up = torch.cat([at.linear(branch, part, loss_positions_only=True) for part in config.groups[2]], -1).chunk(
         2, -1
@@ -312,19 +312,19 @@ def _experts(x: Tensor, at: ReferenceLayer) -> Tensor:
     router = f"{at.name}.{mixture.router}"
     logits = functional.linear(x, weights[f"{router}.weight"], weights.get(f"{router}.bias"))
     shares = torch.softmax(logits, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    kept = torch.zeros_like(shares).scatter(-1, shares.topk(mixture.chosen).indices, 1.0)
-    shares = shares * kept if mixture.of_all else shares * kept / (shares * kept).sum(-1, keepdim=True)
+    chosen = torch.zeros_like(shares).scatter(-1, shares.topk(mixture.chosen).indices, 1.0)
+    shares = shares * chosen if mixture.of_all else shares * chosen / (shares * chosen).sum(-1, keepdim=True)
     y = torch.zeros_like(x)
     for expert in range(mixture.experts):
-        own = f"{all_experts}.{expert}"
-        both = at.adapter.expert(x, f"{all_experts}.gate_up_proj", expert, _gate_up(weights, own, "weight", mixture))
+        name = f"{all_experts}.{expert}"
+        both = at.adapter.expert(x, f"{all_experts}.gate_up_proj", expert, _gate_up(weights, name, "weight", mixture))
         if mixture.bias:
-            both = both + _gate_up(weights, own, "bias", mixture)
+            both = both + _gate_up(weights, name, "bias", mixture)
         gate, up = both.unflatten(-1, (-1, 2)).unbind(-1) if mixture.interleaved else both.chunk(2, dim=-1)
         product = _activated(gate, at.config) * up if mixture.clamp is None else _clamped(gate, up, *mixture.clamp)
-        output = at.adapter.expert(product, f"{all_experts}.down_proj", expert, weights[f"{own}.down_proj.weight"])
+        output = at.adapter.expert(product, f"{all_experts}.down_proj", expert, weights[f"{name}.down_proj.weight"])
         if mixture.bias:
-            output = output + weights[f"{own}.down_proj.bias"]
+            output = output + weights[f"{name}.down_proj.bias"]
         y = y + output * shares[:, expert, None].to(x.dtype)
     return y
 
@@ -349,9 +349,9 @@ def _norm(x: Tensor, weight: Tensor, config: DecoderConfig) -> Tensor:
 
 def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Return attention's output, (tokens, hidden), from the normed x. Keys and values may be another layer's."""
-    config, own = at.config, at.config.layers[at.number]
-    rotary = None if own.rotary is None else config.rotary[own.rotary]
-    parts = config.mixers[own.mixer].groups[0]
+    config, layer = at.config, at.config.layers[at.number]
+    rotary = None if layer.rotary is None else config.rotary[layer.rotary]
+    parts = config.mixers[layer.mixer].groups[0]
     q, *others = (at.linear(x, part) for part in parts)
     if parts == (FUSED_QKV,):
         heads = [config.num_heads, config.num_key_value_heads, config.num_key_value_heads]
@@ -368,19 +368,19 @@ def _attention(x: Tensor, at: ReferenceLayer) -> Tensor:
     q = rotated(q, config.qk_norms[0])
     if (scaling := config.query_scaling) is not None:
         q = at.by_document(lambda one: one * _query_scale(one, scaling), q)
-    if own.kv_source is None:
+    if layer.kv_source is None:
         v = others[-1].unflatten(-1, (-1, config.head_dim))  # projected of keys in some layers, which have nothing else
         v = _norm(v, torch.ones(config.head_dim).to(v), config) if config.value_norm else v
         shared_kv = rotated(others[0], config.qk_norms[1]), v
         if at.cross_layer is not None:
             at.cross_layer.shared_kv[at.number] = shared_kv
     else:
-        shared_kv = not_none(at.cross_layer).shared_kv[own.kv_source]
+        shared_kv = not_none(at.cross_layer).shared_kv[layer.kv_source]
     rest = config.attention_scaling, config.attention_cap, at.weights.get(f"{at.name}.{SINKS}")
 
     def attended(*qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(0, 1) for part in qkv)
-        one = softmax_attention(q, k, v, visible(q.shape[1], own.window, q.device), *rest)
+        one = softmax_attention(q, k, v, visible(q.shape[1], layer.window, q.device), *rest)
         return one.transpose(0, 1).flatten(1)
 
     output = at.by_document(attended, q, *shared_kv)

@@ -86,10 +86,10 @@ def _gemma4_layer(*, slides: bool, mixer: str = VALUE_NORMED, kv_source: int | N
     return LayerConfig(WINDOW if slides else None, int(slides), mixer=mixer, sizes=sizes, kv_source=kv_source)
 
 
-def _gemma4(**own: Any) -> DecoderConfig:
-    own |= {"tied_head": True, "attention_scaling": 0.55, "norm_eps": 0.05, "embedding_scaling": 3.7}
+def _gemma4(**overrides: Any) -> DecoderConfig:
+    overrides |= {"tied_head": True, "attention_scaling": 0.55, "norm_eps": 0.05, "embedding_scaling": 3.7}
     full = RotaryConfig(1000.0, rule("proportional", share=0.5, factor=1.0))
-    return _tiny("gemma4_text", logits=LogitsRule(cap=2.3), rotary=(full, RotaryConfig(10.0)), **own)
+    return _tiny("gemma4_text", logits=LogitsRule(cap=2.3), rotary=(full, RotaryConfig(10.0)), **overrides)
 
 
 _THREES = {"num_heads": 6, "num_key_value_heads": 3}

@@ -15,7 +15,7 @@ from backhand.ops.frozen_matrix import frozen_linear
 
 
 def read(path: Path, how: str, left: int, kernels: str, said: Path) -> None:
-    """In a process of its own, with these kernels; "read" comes out for a read that went well.
+    """Read in a separate process with these kernels, and print "read" if the read succeeds.
 
     Args:
         how: it is read.

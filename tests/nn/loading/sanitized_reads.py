@@ -1,4 +1,4 @@
-"""Tensors of damaged files through builds with sanitizers: run by test_damaged_gguf.py, with the sanitizers' runtime.
+"""Read tensors of damaged files with sanitizer builds: run by test_damaged_gguf.py, with the sanitizers' runtime.
 
 Each file `number-type-rows` is one tensor's bytes, read into memory of exactly its size. No torch here: its libraries
 do not like the sanitizer.

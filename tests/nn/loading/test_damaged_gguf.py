@@ -1,4 +1,4 @@
-"""A GGUF file damaged in every field of its header and at 200 random places: an error, or the numbers that stand there.
+"""A GGUF file damaged in every field of its header and at 200 random places: an error, or the values of its bytes.
 
 What is opened is read as a quantized base is, through the compiled kernels, and compared with the gguf package on bytes
 that were read by hand: whatever the header says, no read leaves the tensor that it describes. `sanitized_reads.py`
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def header_fields(content: bytes) -> Iterator[tuple[int, int]]:
-    """(place, bytes) of every number of the header: counts, lengths, types, values, sizes and offsets.
+    """Return (offset, bytes) of every number of the header: counts, lengths, types, values, sizes and offsets.
 
     Of long arrays only the first and the last item.
     """
@@ -96,7 +96,7 @@ def header_fields(content: bytes) -> Iterator[tuple[int, int]]:
 
 
 def damaged_headers(content: bytes) -> Iterator[bytes]:
-    """One field changed at a time, to each of its values."""
+    """Change one field at a time, to each of its values."""
     for place, size in header_fields(content):
         for value in VALUES.get(size, VALUES[1]):
             changed = content[:place] + value.to_bytes(max(size, 1), "little") + content[place + size :]
@@ -105,7 +105,7 @@ def damaged_headers(content: bytes) -> Iterator[bytes]:
 
 
 def damaged_places(content: bytes) -> Iterator[bytes]:
-    """A byte at each of so many random places, in the header and in the blocks."""
+    """Change one byte at random places in the header and in the blocks."""
     draw = random.Random(4)
     for place in draw.sample(range(len(content)), PLACES):
         changed = bytearray(content)
@@ -114,7 +114,7 @@ def damaged_places(content: bytes) -> Iterator[bytes]:
 
 
 def outcome(path: Path) -> str:
-    """`refused`, or `read` once every matrix was read and is what its bytes say; anything else is raised."""
+    """Return `refused`, or `read` if every matrix has the values of its bytes. Any other error is raised."""
     content = path.read_bytes()
     try:
         model = GGUFModel(path)
@@ -207,7 +207,7 @@ def test_no_read_outside_the_file_with_sanitizers(whole: Path, tmp_path: Path) -
 
 
 def readable_tensors(files: list[bytes], folder: Path) -> set[tuple[int, int, bytes]]:
-    """(type, rows, bytes) of every matrix of a damaged file that opens, each once."""
+    """Return (type, rows, bytes) of every matrix of the damaged files that open, without duplicates."""
     found = set()
     for content in files:
         path = folder / "model.gguf"

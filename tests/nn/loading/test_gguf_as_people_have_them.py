@@ -1,4 +1,4 @@
-"""GGUF files as llama.cpp's quantiser and the usual publishers leave them: opened with the right values, or refused."""
+"""GGUF files of llama.cpp's quantizer and of common publishers open with the right values, or are refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SIZES: dict[str, Any] = {
 
 
 def _mixture(body: str, *, v: str = "", down: str = "", o: str = "", embedding: str = "", output: str = "") -> Mixture:
-    """One type for the blocks; attn_v, half of ffn_down, attn_output, embedding and head may have others."""
+    """Use one type for the blocks. attn_v, half of ffn_down, attn_output, embedding and head may have others."""
 
     def kind(name: str) -> StorageType:
         part = name.split(".")[-2]
@@ -75,7 +75,7 @@ MIXTURES: dict[str, Mixture] = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixed_files_hold_what_llama_cpp_has_stored(name: str, tmp_path: Path) -> None:
-    """Every tensor is what the gguf package makes of llama.cpp's blocks, in Hugging Face's order."""
+    """Every tensor equals the gguf package's dequantization of llama.cpp's blocks, in Hugging Face's order."""
     model = tiny_model("llama", **_SIZES)
     path = write_tiny_gguf(model, tmp_path / "tiny.gguf", storage=MIXTURES[name])
     source = open_model(path)
@@ -103,7 +103,7 @@ def _our_name(stored: str) -> str:
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "IQ4_XS", "Q2_K"])
 def test_llama_cpp_computes_the_same_from_these_files(name: str, tmp_path: Path) -> None:
-    """It rounds activations to 8 bits beside such weights, so that only the ranking and the rough values agree."""
+    """llama.cpp rounds activations to 8 bits for such weights, so that only ranking and approximate values agree."""
     path = write_tiny_gguf(tiny_model("llama", **_SIZES), tmp_path / "tiny.gguf", storage=MIXTURES[name])
     ids = tiny_documents([24], vocab_size=300)[0]
     ours = Decoder.from_source(open_model(path), dtype=torch.float32).logits(ids)[-1].double().log_softmax(-1)
@@ -240,7 +240,7 @@ def test_an_image_part_beside_the_model_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_not_understood_is_no_other_model_for_transformers(tmp_path: Path) -> None:
-    """The config alone would be a plain model, and its weights would fit."""
+    """Without the unread key the config would describe a plain model that fits the weights."""
     path = write_tiny_gguf(tiny_model("llama"), tmp_path / "tiny.gguf", extra={"llama.attention.clamp_kqv": 3})
     source = open_model(path)
     with pytest.raises(UnsupportedModel, match=r"clamp_kqv = 3"):
@@ -267,7 +267,7 @@ class _ChangedFile:
     "family", ["llama", "qwen2", "qwen3", "gemma3_text", "olmo2", "exaone4", "phi3", "glm4", "ministral3"]
 )
 def test_every_key_of_the_gguf_package_is_used_neutral_or_in_the_way(family: str, tmp_path: Path) -> None:
-    """A new version of the package, which knows more keys, shows here what nobody has classed: it is refused."""
+    """A newer gguf package may declare keys that are not classified. They are refused, and listed here."""
     file = GGUFFile(write_tiny_gguf(tiny_model(family), tmp_path / "tiny.gguf"))
     architecture = file.value("general.architecture")
     plain = decoder_config(huggingface_config(file, architecture, {}))

@@ -113,7 +113,7 @@ _DAMAGED = {
         _header(entries=1) + _string(b"general.alignment") + struct.pack("<II", 4, 24),
         "not a power of two",
     ),
-    "tensor behind the end": (_header(tensors=1) + _tensor(offset=1 << 40) + bytes(256), "ends at byte"),
+    "tensor past the end": (_header(tensors=1) + _tensor(offset=1 << 40) + bytes(256), "ends at byte"),
     "tensor too large": (_header(tensors=1) + _tensor(sizes=(1 << 40, 1 << 40)) + bytes(256), "ends at byte"),
     "tensor without rows": (_header(tensors=1) + _tensor(sizes=(0, 4)) + bytes(256), "is empty"),
     "nine dimensions": (_header(tensors=1) + _tensor(sizes=(1,) * 9) + bytes(256), "9 dimensions"),

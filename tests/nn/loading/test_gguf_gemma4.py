@@ -1,4 +1,4 @@
-"""Gemma 4's files: what they leave out, what they have that nobody reads, and what no model has."""
+"""Gemma 4's files: omitted keys, unused tensors, and metadata that no model has."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_what_a_file_leaves_out_and_linear_scaling_are_as_in_llama_cpp(
     path = _file(tmp_path, without=without, extra=dict(extra))
     assert _difference(path) < 2e-2
     ids = tiny_documents([33])[0]
-    plain, told = (
+    plain, stated = (
         Decoder.from_source(open_model(one), dtype=torch.float32).logits(ids)
         for one in (write_tiny_gguf(tiny_model("gemma4_text", **_AS_LLAMA_CPP), tmp_path / "plain.gguf"), path)
     )
     differs = bool(extra) or "gemma4.final_logit_softcapping" in without
-    assert (relative_error(told, plain) > 0.01) is differs
+    assert (relative_error(stated, plain) > 0.01) is differs
 
 
 def test_a_cap_of_zero_is_none_and_no_cap_is_thirty(tmp_path: Path) -> None:

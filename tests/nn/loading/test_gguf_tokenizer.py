@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF files give llama.cpp's ids on texts made to tell tokenizers apart."""
+"""Tokenizers from GGUF files give llama.cpp's ids on texts that distinguish tokenizers."""
 
 from __future__ import annotations
 

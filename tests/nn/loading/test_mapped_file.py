@@ -1,4 +1,4 @@
-"""A file that changes, shrinks or vanishes while it is mapped: an error that names it, never a crash without a word."""
+"""A file that changes, shrinks or vanishes while it is mapped: an error that names it, never a silent crash."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 
 class Done(NamedTuple):
-    """How a process ended, and what it said."""
+    """Exit status and output of a process."""
 
     returncode: int
     stdout: str
@@ -65,7 +65,7 @@ def test_a_file_cut_short_while_it_is_read(path: Path, how: str, kernels: str) -
 
 
 def test_a_file_that_is_whole_is_read(path: Path) -> None:
-    """Otherwise the test above could not fail."""
+    """Check that the test above can fail."""
     done = read(path, "product", path.stat().st_size, NEWEST)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["read"], "")
 

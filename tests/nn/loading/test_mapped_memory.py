@@ -1,4 +1,4 @@
-"""Files that were read do not stay in memory beside the weights made of them."""
+"""Files that were read do not stay in memory in addition to the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "intermed
 
 
 def resident_bytes(file: Path) -> int:
-    """Bytes of the file's mappings that are in this process's memory."""
+    """Return the resident bytes of the file's mappings."""
     total, counting = 0, False
     for line in SMAPS.read_text(encoding="utf-8").splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):

@@ -23,7 +23,7 @@ def test_special_end_of_turn_tokens_count_and_plain_ones_do_not() -> None:
 
 
 def test_what_ends_a_thought_does_not_end_the_answer() -> None:
-    """<|end|> ends a turn of Phi-3, and in gpt-oss's answers what stands before <|return|>."""
+    """<|end|> ends a turn of Phi-3, and in gpt-oss only a part of the answer before <|return|>."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     assert tokenizer.convert_tokens_to_ids("<|end|>") in stop_token_ids(tokenizer, [])

@@ -1,4 +1,4 @@
-"""The models that Ollama, LM Studio, llama.cpp and Hugging Face keep: found under their names, and never touched."""
+"""Models stored by Ollama, LM Studio, llama.cpp and Hugging Face are found by name and never changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gguf_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home in which nothing of this machine's own is found."""
+    """A home directory without this machine's stores."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("OLLAMA_MODELS", "LLAMA_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

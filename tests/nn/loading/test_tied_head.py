@@ -1,4 +1,4 @@
-"""A head that is stored beside the embedding is a matrix of its own where it differs, whatever the config says."""
+"""A stored head that differs from the embedding is a separate matrix, whatever the config says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIED = {"llama-tied": {}, "gemma3_text": {"query_pre_attn_scalar": 14, "tie_wor
 
 
 def _with_head(variant: str, directory: Path, head: Any, *, silent: bool = False) -> Path:
-    """A directory whose config ties the head, or says nothing of it, and whose file has one: `head(embedding)`."""
+    """Write a directory with the stored head `head(embedding)`, whose config ties the head or does not mention it."""
     save_tiny(tiny_model(variant, **_TIED[variant]), directory)
     file = directory / "model.safetensors"
     tensors = load_file(file)

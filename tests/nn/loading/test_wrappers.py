@@ -1,4 +1,4 @@
-"""The text model inside an image model opens alone, and computes what the whole computes without images."""
+"""The text model of an image model opens alone, and computes the same as the image model without images."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_names_of_both_kinds_of_checkpoint() -> None:
 
 
 def test_a_short_text_config_has_the_defaults_of_its_class() -> None:
-    """As the hub has Gemma 3 4B: five fields, the ends of a text outside."""
+    """Gemma 3 4B's config on the hub has five fields, and the end tokens in the outer config."""
     config, wrapper = unwrap_config(
         {
             "architectures": ["Gemma3ForConditionalGeneration"],

@@ -160,9 +160,9 @@ def _of_product(g: Tensor, s: AdaptedGLUSaved, gradient: str, whole: Any) -> Any
     d_lora_B: list[Tensor] = []
     parts = s.h.split([one.lora_B.shape[1] for one in s.gate_up_group.adapters], dim=-1)
     for (column, _, lora_B, scaling, *_), part in zip(s.gate_up_group.adapters, parts, strict=True):
-        own = torch.cat([g, g], dim=-1)[..., column : column + len(lora_B)]
-        h.append(scaling * own @ lora_B)
-        d_lora_B.append(scaling * flat_rows(own).T @ flat_rows(part))
+        d_factor = torch.cat([g, g], dim=-1)[..., column : column + len(lora_B)]
+        h.append(scaling * d_factor @ lora_B)
+        d_lora_B.append(scaling * flat_rows(d_factor).T @ flat_rows(part))
     if gradient == "d_lora_B":
         return tuple(d_lora_B)
     return torch.cat(h, dim=-1) if h else whole

@@ -26,10 +26,10 @@ def _baseline(args: Arguments) -> Tensor:
 
 OP = Op(
     "attention_blocks",
-    attention.attention_inputs("documents asked heads head_dim", "documents n kv_heads head_dim"),
+    attention.attention_inputs("documents query_count heads head_dim", "documents n kv_heads head_dim"),
     dict(documents=..., n=..., heads=6, kv_heads=3, head_dim=5, queries=None) | attention.OPTIONS,
     baseline=_baseline,
-    derived={"asked": lambda n, queries: n if queries is None else queries} | attention.DERIVED,
+    derived={"query_count": lambda n, queries: n if queries is None else queries} | attention.DERIVED,
 )
 
 CASES = (
@@ -85,8 +85,8 @@ def _packed(
         runs = (Run(0, documents, n),)
         packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scores)
         packed_grads = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
-        apart: Tensor = spoil(g.flatten(0, 1), packed, packed_grads).unflatten(0, (documents, n))
-        return apart[:, n - m :] if gradient == "d_q" else apart
+        separate: Tensor = spoil(g.flatten(0, 1), packed, packed_grads).unflatten(0, (documents, n))
+        return separate[:, n - m :] if gradient == "d_q" else separate
 
     return spoiled
 

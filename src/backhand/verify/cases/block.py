@@ -89,8 +89,10 @@ def block_gradients(d_y: Tensor, inputs: BlockInputs) -> BlockGrads:
 @cache
 def _config(family: str, layer: int) -> DecoderConfig:
     """Return the configuration of a decoder with only this layer."""
-    own = family_of(family).layers[layer]
-    return replace(family_of(family), layers=(own if own.kv_source is None else replace(own, kv_source=KV_SOURCE),))
+    config = family_of(family).layers[layer]
+    return replace(
+        family_of(family), layers=(config if config.kv_source is None else replace(config, kv_source=KV_SOURCE),)
+    )
 
 
 @cache
@@ -138,7 +140,7 @@ def _reference(x0: Tensor, documents: tuple[int, ...], rows: tuple[int, ...] | N
 # `recompute`: as in `block_forward`. `rows`: indices of the rows with loss, None for all.
 OP = Op(
     "block",
-    dict(x0="tokens hidden", d_y="asked hidden", weights=lambda draw, config: random_weights(config, draw))
+    dict(x0="tokens hidden", d_y="outputs hidden", weights=lambda draw, config: random_weights(config, draw))
     | dict(factors=lambda draw, slots: random_factors(slots, draw))
     | dict(k="tokens *lent", v="tokens *lent", inputs="tokens *of_layers"),
     dict(family=..., layer=0, documents=(9, 4, 4, 1), targets=None, dropout=0.0, recompute="none", rows=None),
@@ -146,7 +148,7 @@ OP = Op(
         "config": _config,
         "slots": _slots,
         "tokens": lambda documents: sum(documents),
-        "asked": lambda tokens, rows: tokens if rows is None else len(rows),
+        "outputs": lambda tokens, rows: tokens if rows is None else len(rows),
         "hidden": lambda config: config.hidden_size,
         "lent": _lent,
         "of_layers": lambda config: config.per_layer[:2][::-1] if config.per_layer else (None, None),
@@ -318,8 +320,8 @@ def _side_by_side(config: DecoderConfig) -> Mixture | None:
 
 
 def _twice_the_bound(config: DecoderConfig) -> Mixture | None:
-    own = config.mixture
-    return own and own._replace(clamp=own.clamp and own.clamp._replace(limit=2 * own.clamp.limit))
+    mixture = config.mixture
+    return mixture and mixture._replace(clamp=mixture.clamp and mixture.clamp._replace(limit=2 * mixture.clamp.limit))
 
 
 MUTANTS = (

@@ -146,20 +146,20 @@ AccumulateGrad = Callable[[CrossLayer, int, Tensor, Tensor], None]
 """A wrong `CrossLayer.accumulate_grad`, called with ∂L/∂k and ∂L/∂v of one layer that uses shared keys and values."""
 
 
-def _last_user_alone(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-    own.pop_grad(layer)
-    CrossLayer.accumulate_grad(own, layer, d_k, d_v)
+def _last_user_alone(shared: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    shared.pop_grad(layer)
+    CrossLayer.accumulate_grad(shared, layer, d_k, d_v)
 
 
-def _first_user_alone(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-    if own.grad(layer) is None:
-        CrossLayer.accumulate_grad(own, layer, d_k, d_v)
+def _first_user_alone(shared: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    if shared.grad(layer) is None:
+        CrossLayer.accumulate_grad(shared, layer, d_k, d_v)
 
 
-def _last_layers_input(own: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
-    CrossLayer.accumulate_grad(own, layer, d_k, d_v)
-    if own.d_ple is not None:
-        own.d_ple[:, layer + 1 :] = 0.0
+def _last_layers_input(shared: CrossLayer, layer: int, d_k: Tensor, d_v: Tensor) -> None:
+    CrossLayer.accumulate_grad(shared, layer, d_k, d_v)
+    if shared.d_ple is not None:
+        shared.d_ple[:, layer + 1 :] = 0.0
 
 
 def _accumulating(name: str, gradients: str, accumulate_grad: AccumulateGrad) -> tuple[Mutant, ...]:
@@ -188,11 +188,11 @@ def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
     """Run the step on the batch with other properties of its segments."""
     other = type("Other", (PackedBatch,), {key: property(make) for key, make in properties.items()})
 
-    def batch(s: DecoderInputs) -> PackedBatch:
-        made: PackedBatch = other(**{part.name: getattr(s.batch, part.name) for part in fields(PackedBatch)})
-        return made
+    def changed_batch(s: DecoderInputs) -> PackedBatch:
+        batch: PackedBatch = other(**{part.name: getattr(s.batch, part.name) for part in fields(PackedBatch)})
+        return batch
 
-    return OP.perturb(name, gradients, batch=batch)
+    return OP.perturb(name, gradients, batch=changed_batch)
 
 
 def _restarting(batch: PackedBatch) -> Tensor:
@@ -211,7 +211,9 @@ MUTANTS = (
     OP.perturb("loss scaling forgotten", "d_lora_A", loss_scaling=1.0),
     wrong("mean for sum", "d_lora_B", lambda s, whole: per_token(whole, s)),
     _batch(
-        "documents see each other", BOTH, lambda own: {"lengths": (sum(own.lengths),), "parents": (), "documents": None}
+        "documents see each other",
+        BOTH,
+        lambda batch: {"lengths": (sum(batch.lengths),), "parents": (), "documents": None},
     ),
     _batch("mask of the labels ignored", "d_lora_A", _all_supervised),
     _batch("labels shifted by one", "d_lora_B", lambda batch: {"labels": batch.labels.roll(1)}),
@@ -222,23 +224,25 @@ MUTANTS = (
     OP.perturb("dropout ignored", "d_lora_A", dropout_seed=None),
     OP.perturb("dropout of another seed", "d_lora_B", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
     OP.perturb("head's dropout ignored", BOTH, lora=lambda s: with_slots(s.lora, _head_without_dropout)),
-    _layers("window off by one", "d_lora_A", lambda own: replace(own, window=own.window and own.window + 1)),
+    _layers("window off by one", "d_lora_A", lambda layer: replace(layer, window=layer.window and layer.window + 1)),
     _family("rotary bases swapped", "d_lora_A", rotary=lambda config: config.rotary[::-1]),
     _blocks("taps reversed", "d_lora_A", conv=lambda conv: conv.flip(2)),
     _accumulating("last user of keys alone", BOTH, _last_user_alone),
     _accumulating("first user of keys alone", "d_lora_B", _first_user_alone),
     _accumulating("keys without users", "d_lora_A", lambda _own, _layer, _d_k, _d_v: None),
     _accumulating(
-        "users' values forgotten", "d_lora_B", lambda own, n, d_k, _: CrossLayer.accumulate_grad(own, n, d_k, 0 * d_k)
+        "users' values forgotten",
+        "d_lora_B",
+        lambda shared, n, d_k, _: CrossLayer.accumulate_grad(shared, n, d_k, 0 * d_k),
     ),
     _accumulating("inputs of some layers", "d_lora_A", _last_layers_input),
     _layers("windows of the other kind", "d_lora_A", _window_of_the_other_kind),
     _rotary("standing pairs rotated", "d_lora_B", _all_pairs_rotated),
     _blocks("layer scalars ignored", "d_lora_A", layer_scalar=torch.ones_like),
-    _layers("rotated without rotary", "d_lora_A", lambda own: replace(own, rotary=own.rotary or 0)),
-    _rotary("rotary scaling ignored", "d_lora_B", lambda own: replace(own, scaling=None)),
-    _rotary("attention factor ignored", "d_lora_A", lambda own: replace(own, attention_factor=1.0)),
-    _rotary("halves rotated for neighbours", "d_lora_A", lambda own: replace(own, interleaved=False)),
+    _layers("rotated without rotary", "d_lora_A", lambda layer: replace(layer, rotary=layer.rotary or 0)),
+    _rotary("rotary scaling ignored", "d_lora_B", lambda rotary: replace(rotary, scaling=None)),
+    _rotary("attention factor ignored", "d_lora_A", lambda rotary: replace(rotary, attention_factor=1.0)),
+    _rotary("halves rotated for neighbours", "d_lora_A", lambda rotary: replace(rotary, interleaved=False)),
     _family("queries not scaled", "d_lora_B", query_scaling=None),
     _rotary("every feature rotated", "d_lora_A", _every_feature),
     _rotary("short documents rotated as long ones", "d_lora_B", _as_long),

@@ -40,9 +40,9 @@ CASES = (
 
 def _first_piece(g: Tensor, s: EmbeddingSaved) -> Tensor:
     """Omit the rows of later pieces."""
-    there = torch.arange(s.ids.numel()) < piece_size(ROWS_AT_ONCE)
+    in_first = torch.arange(s.ids.numel()) < piece_size(ROWS_AT_ONCE)
     ids, rows = s.ids.reshape(-1), g.reshape(-1, g.shape[-1])
-    return s.scaling * rows.new_zeros(s.vocab, rows.shape[1]).index_add_(0, ids[there], rows[there])
+    return s.scaling * rows.new_zeros(s.vocab, rows.shape[1]).index_add_(0, ids[in_first], rows[in_first])
 
 
 MUTANTS = (

@@ -37,8 +37,8 @@ def _baseline(args: Arguments) -> Tensor:
     factors: ExpertFactors | None = args["factors"]
     outputs = [x @ weights[0].T][:0]
     parts = (part.split(args["counts"]) for part in (x, x if mask is None else x * mask))
-    for expert, (own, low) in enumerate(zip(*parts, strict=True)):
-        y = own @ weights[expert].T
+    for expert, (rows, low) in enumerate(zip(*parts, strict=True)):
+        y = rows @ weights[expert].T
         if biases is not None:
             y = y + biases[expert]
         if factors is not None:

@@ -14,13 +14,13 @@ def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float
     """Draw the constants of the loss. Neighbouring tokens belong to different answers."""
     count, tokens = len(lengths), sum(lengths)
     owners = torch.arange(count).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-    found = {
+    constants = {
         "old": log_p + draw.normal(tokens, size=moved),
         "advantages": draw.normal(count),
         "weights": draw.normal(count).abs() + 0.2,
         "owners": owners.roll(1),
     }
-    return found | ({"reference": log_p + draw.normal(tokens, size=0.3)} if rule.beta else {})
+    return constants | ({"reference": log_p + draw.normal(tokens, size=0.3)} if rule.beta else {})
 
 
 RULE = GRPORule("grpo", 0.2, 0.3, 0.13)

@@ -37,7 +37,7 @@ EPS, OFFSET = 0.03, 0.7
 
 def regrouped(group: LoRAGroup, **changes: Callable[[LoRAFactors], Any]) -> LoRAGroup:
     """Return the group with changed fields of every member."""
-    members = (one._replace(**{field: made(one) for field, made in changes.items()}) for one in group.adapters)
+    members = (one._replace(**{field: change(one) for field, change in changes.items()}) for one in group.adapters)
     return group._replace(adapters=tuple(members))
 
 
