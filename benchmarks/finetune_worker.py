@@ -37,7 +37,7 @@ def run_backhand(task: FineTune, output: Path, *, engine: str = "backhand") -> d
     import backhand
     from backhand.adapters.config import LoRAConfig
     from backhand.data.options import DataOptions
-    from backhand.loop.loggers import Observer
+    from backhand.loop.observers import Observer
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 
     class Watch(Observer):

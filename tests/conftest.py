@@ -28,7 +28,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from backhand.engines.memory import probe
-from backhand.loop import measuring
+from backhand.loop import forgetting
 from backhand.training import trainer as job_run
 from support import measured_once, processes
 from support.for_each import seed
@@ -46,7 +46,7 @@ os.fsync = lambda descriptor: None
 # A run gives its freed memory back around each save, and would only take it again: 2 % of a tiny run's time.
 job_run.MemoryKeeper = partial(job_run.MemoryKeeper, release=lambda: None)  # type: ignore[misc,assignment]
 
-measuring.neutral_texts = measured_once.two_neutral_texts
+forgetting.neutral_texts = measured_once.two_neutral_texts
 
 # What a test frees stays for the next one. By default buffers go back to the system as soon as they are freed, and each
 # of their pages is made anew for the next test: a tenth of the time of those that compute.

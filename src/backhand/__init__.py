@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.loop.evaluate import evaluate
-    from backhand.loop.loggers import Observer
+    from backhand.loop.observers import Observer
     from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.options.objectives import ObjectiveOptions
@@ -48,7 +48,7 @@ _HOMES = {
     "LoRAConfig": "backhand.adapters.config",
     "ModelOptions": "backhand.options.config",
     "ObjectiveOptions": "backhand.options.objectives",
-    "Observer": "backhand.loop.loggers",
+    "Observer": "backhand.loop.observers",
     "OptimizationOptions": "backhand.options.config",
     "RunOptions": "backhand.options.config",
     "TrainConfig": "backhand.options.config",

@@ -21,7 +21,7 @@ from backhand.distributed.communicator import Communicator
 from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import LoadedModel, loaded_model
 from backhand.loop import evaluate as evaluation
-from backhand.loop.evaluate import CERTAIN_NATS, certain_replies
+from backhand.loop.certain_replies import CERTAIN_NATS, certain_replies
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.training.run import train

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from backhand.errors import ArtifactError, CheckError, UsageError
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.report.page import SECTIONS, run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train

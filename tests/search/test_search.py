@@ -249,7 +249,7 @@ def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: P
 
 def test_ctrl_c_saves_the_trial_that_is_in_work_and_says_how_to_go_on(tiny: TinyRun, tmp_path: Path) -> None:
     config = search_config(tiny, tmp_path / "search", epochs=40)
-    from backhand.loop.loggers import Observer
+    from backhand.loop.observers import Observer
 
     class Stop(Observer):
         def stepped(self, record: Any) -> None:

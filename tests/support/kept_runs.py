@@ -15,7 +15,7 @@ from torch import Tensor
 from backhand.engines import decoder_engine
 from backhand.kernels.builds import library
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.decoder import Decoder

@@ -12,7 +12,7 @@ from typing import Any
 
 from backhand.adapters.config import LoRAConfig
 from backhand.data.options import DataOptions
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.loop.state import PROGRESS_FILE, STATE_FILE
 from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 from backhand.runs.checkpoint import load_checkpoint

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as StorageType
 
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.huggingface import HuggingFaceDirectory
 from backhand.training.run import train

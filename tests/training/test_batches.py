@@ -15,7 +15,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.engines.memory.shapes import largest_shapes
 from backhand.engines.transformers_engine import TransformersModel
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.nn.batch import PackedBatch, bucket_size, pad_to_bucket
 from backhand.training.run import train
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error

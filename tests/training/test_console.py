@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backhand.loop.loggers import RunStart
+from backhand.loop.observers import RunStart
 from backhand.training.console import TerminalObserver, sparkline
 from backhand.training.run import train
 from support.tiny_run import TinyRun

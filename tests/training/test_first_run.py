@@ -14,7 +14,7 @@ import torch
 
 from backhand.adapters.base_facts import BaseFacts
 from backhand.errors import UsageError
-from backhand.loop.loggers import Observer, RunStart
+from backhand.loop.observers import Observer, RunStart
 from backhand.loop.step_plan import COMPARING_RATE, HIGHEST_RATE, RATE, chosen_rate
 from backhand.nn.loading import open_model
 from backhand.nn.lora_parameters import AdapterLayout, LoRASlot

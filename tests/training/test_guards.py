@@ -13,9 +13,9 @@ from torch import Tensor
 
 from backhand.errors import CheckError
 from backhand.generate.completer import complete_greedily
+from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.guards import is_finite, smoothed
-from backhand.loop.loggers import Observer
-from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.observers import Observer
 from backhand.loop.state import STATE_FILE
 from backhand.loop.step import AdapterOptimizer
 from backhand.nn.decoder.decoder import Decoder

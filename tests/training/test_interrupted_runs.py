@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from backhand.errors import UsageError
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import dump_config
 from backhand.runs.checkpoint import CheckpointStore, load_checkpoint

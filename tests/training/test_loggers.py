@@ -15,7 +15,8 @@ import pytest
 
 from backhand.errors import UsageError
 from backhand.loop import loggers as choice
-from backhand.loop.loggers import LoggerObserver, Observer, RunStart, figures
+from backhand.loop.loggers import LoggerObserver, figures
+from backhand.loop.observers import Observer, RunStart
 from backhand.options.config import Logger
 from backhand.training.run import train
 from support.tiny_run import TinyRun

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as StorageType
 from backhand.cli.main import main
 from backhand.engines.machine import crowded_note
 from backhand.errors import ArtifactError
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.options.config import TrainConfig
 from backhand.training import trainer as run_module
 from backhand.training.run import train

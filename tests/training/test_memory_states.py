@@ -17,7 +17,8 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import MoreBlocks, ShortModel
-from backhand.engines.memory.plan import FrozenLayers, MemoryPlan, cached_tokens, plan_hidden_states
+from backhand.engines.memory.hidden_states import FrozenLayers, cached_tokens, plan_hidden_states
+from backhand.engines.memory.plan import MemoryPlan
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import ResourceError, UsageError
 from backhand.kernels.builds import library, torch_form

@@ -22,7 +22,7 @@ from backhand.data.rows import Asked, Completion
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.generate import sampling
 from backhand.loop.evaluate import evaluate_command
-from backhand.loop.loggers import Observer
+from backhand.loop.observers import Observer
 from backhand.loop.rewards.guards import RewardGuard
 from backhand.loop.rewards.process import RewardInput, RewardProcess
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions, PlanOptions

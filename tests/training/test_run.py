@@ -14,11 +14,11 @@ import backhand
 from backhand.adapters.contents import read_adapter_directory
 from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, DataError, ResourceError, UsageError
-from backhand.loop.loggers import Observer
-from backhand.loop.measuring import Forgetting, ForgettingMeter
+from backhand.loop.forgetting import Forgetting, ForgettingMeter
+from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.options.config_file import load_config
-from backhand.training.resume import settings_digest
+from backhand.training.identity import settings_digest
 from backhand.training.run import train
 from support.no_autograd import autograd_raises
 from support.tiny_models import save_tiny, tiny_model

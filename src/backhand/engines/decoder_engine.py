@@ -14,8 +14,9 @@ from backhand.adapters.record import AdapterRecord
 from backhand.adapters.targets import resolve_adapter
 from backhand.adapters.trained_tensors import tied_notes
 from backhand.engines.engine import BoundModel, Engine, RunCache, ShortModel
+from backhand.engines.memory.hidden_states import FrozenLayers
 from backhand.engines.memory.parts import ModelSize, decoder_size
-from backhand.engines.memory.plan import FrozenLayers, HeldBase
+from backhand.engines.memory.plan import HeldBase
 from backhand.engines.short_decoder import short_decoder
 from backhand.errors import UsageError
 from backhand.generate.completer import EngineCompleter

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.record import AdapterRecord
+from backhand.engines.memory.hidden_states import FrozenLayers
 from backhand.engines.memory.parts import ModelSize
-from backhand.engines.memory.plan import FrozenLayers, HeldBase
+from backhand.engines.memory.plan import HeldBase
 from backhand.generate.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix

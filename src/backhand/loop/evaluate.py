@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
@@ -44,16 +44,14 @@ from backhand.generate.labels import (
     named_labels,
 )
 from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.loop.certain_replies import certain_replies
+from backhand.loop.evaluate_rewards import evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.compared import PairObjective
 from backhand.loop.objectives.objective import document_sums, means
-from backhand.loop.rewards.process import RewardProcess
-from backhand.loop.rewards.rollout import Rollout, check_context, prompt_of
-from backhand.loop.rewards.steps import HeldOutRewards
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
-from backhand.options.rewards import RewardOptions
 from backhand.printing import counting, going_on
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, name_list, shorten, show_notes
@@ -364,93 +362,3 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
             said = ", ".join(f"{what} {value:.4g}" for what, value in found.pairs.items())
             console_for_tables().print(f"pairs, {name}: {said}", soft_wrap=True)
     return result
-
-
-# Which rows greedy decoding surely answers right, told by the losses that were measured anyway, without decoding.
-#
-#     ℓ = -log p(target | what the row says before it)
-#
-# Where every token of a row's reply, and the token that ends it, has p = e^-ℓ > 1/2, each of them is the likeliest
-# one after the very tokens that greedy decoding has chosen before: the completion is the reply. The converse does not
-# hold (p may be below 1/2 and still the largest), so every other row has to be decoded.
-
-# p > 0.78, so that the target's logit is 1.26 above any other: more than the roundings of a bfloat16 model, whose
-# logits decoding computes from other shapes of products.
-CERTAIN_NATS = 0.25
-
-
-def certain_replies(
-    rows: Mapping[str, Sequence[tuple[Example, Tensor]]],
-    prompts: Sequence[Prompt],
-    *,
-    text: Callable[[Sequence[int]], str],
-    stop_ids: Collection[int],
-    max_new_tokens: int,
-) -> list[bool]:
-    """For each prompt whether its greedy completion surely is its reply.
-
-    Args:
-        rows: documents by their source, each with its supervised tokens' losses in nats, (supervised,).
-        max_new_tokens: at most so many tokens a completion, the stop token among them.
-    """
-
-    def certain(prompt: Prompt, example: Example, losses: Tensor) -> bool:
-        start = len(prompt.input_ids)
-        if not np.array_equal(example.input_ids[:start], prompt.input_ids):
-            return False
-        said = example.input_ids[start : start + max_new_tokens].tolist()
-        end = next((place for place, token in enumerate(said) if token in stop_ids), None)
-        if end is None or text(said[:end]).strip() != (prompt.reply or "").strip():
-            return False
-        supervised = example.supervised
-        if not supervised[start : start + end + 1].all():
-            return False
-        first = int(supervised[:start].sum())
-        return float(losses[first : first + end + 1].max()) < CERTAIN_NATS
-
-    return [any(certain(prompt, *row) for row in rows.get(prompt.source, ())) for prompt in prompts]
-
-
-def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, float]]]:
-    """Rows, and what is measured of the base model's greedy answers and, with an adapter, of the adapted one's.
-
-    Raises:
-        UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
-        CheckError: a reward function failed.
-    """
-    run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
-    rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
-    with (
-        RewardProcess(run.reward, rewards.reward_timeout) as functions,
-        loaded_model(options.model, run.adapter, template=data) as loaded,
-    ):
-        show_notes(loaded.notes)
-        prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
-        show_notes(prepared.report.left_out())
-        examples = prepared.examples
-        check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
-        longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
-        check_context(longest, loaded.model.context_tokens)
-        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Communicator())
-        held_out = HeldOutRewards(examples, rollout, 0)
-        found = []
-        for adapter in (False, True)[: 1 if run.adapter is None else 2]:
-            loaded.model.use_adapter(adapter)
-            held_out.loss(loaded.model, Communicator(), interruptible=False)
-            found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
-    return len(examples), found
-
-
-def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
-    """The same, printed as a table or as one JSON object."""
-    with working("evaluating"):
-        rows, found = evaluate_rewards(options)
-    if options.run.json:
-        base, adapted = (*found, None)[:2]
-        sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
-        return found
-    shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
-    for name, measured in zip(("base", "adapted"), found, strict=False):
-        shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))
-    console_for_tables().print(shown)
-    return found

@@ -15,6 +15,7 @@ import torch
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError, not_none
+from backhand.loop.forgetting import NO_FORGETTING, ForgettingMeter
 from backhand.loop.guards import (
     JUDGED_AFTER_STEPS,
     MOST_SHOWN,
@@ -24,8 +25,8 @@ from backhand.loop.guards import (
     named_unusable,
     smoothed,
 )
-from backhand.loop.loggers import Observer
-from backhand.loop.measuring import NO_FORGETTING, ForgettingMeter, HeldOut
+from backhand.loop.measuring import HeldOut
+from backhand.loop.observers import Observer
 from backhand.loop.state import RunState
 from backhand.loop.step import StepResult
 from backhand.loop.step_plan import StepPlan

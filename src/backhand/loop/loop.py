@@ -20,8 +20,8 @@ from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.loggers import Observer
 from backhand.loop.objectives.objective import Objective
+from backhand.loop.observers import Observer
 from backhand.loop.rewards.steps import RewardedSteps
 from backhand.loop.state import RunState
 from backhand.loop.step import StepResult, StepWork, training_step

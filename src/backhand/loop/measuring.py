@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
-from backhand.data.stored_examples import neutral_texts
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.errors import not_none
 from backhand.generate.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.step import sequential_sum
@@ -23,7 +19,6 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.loading.source import ModelSource
-from backhand.nn.lora_parameters import LoRAParameters
 from backhand.printing import counting
 
 
@@ -95,84 +90,6 @@ class HeldOut:
                 examples = [packer.by_document.examples[place] for place in packer.documents(group)]
                 self._batches.append(_Packed(group, examples, packer.packed(group, "cpu")))
         return self._batches
-
-
-# The forgetting meter: how far the adapted model has drifted from the base on a few neutral texts.
-#
-# Over every token of texts that have nothing to do with the task:
-#     rise = mean(-log p_adapted(token)) - mean(-log p_base(token))
-#     KL   = mean(Σ_v p_base(v) (log p_base(v) - log p_adapted(v)))
-# The texts ship with the package; together they are about a hundred tokens, so that a measurement costs less than a
-# step.
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """Both in nats per token: the rise of the loss, and the KL divergence of the adapted from the base model."""
-
-    rise_nats: float
-    kl_nats: float
-
-
-NO_FORGETTING = Forgetting(0.0, 0.0)
-"""Of an adapter that changes nothing."""
-
-
-class ForgettingMeter:
-    """Measures on documents of token ids.
-
-    Args:
-        documents: (tokens,) int64 each; those of fewer than two tokens are left out.
-    """
-
-    def __init__(self, documents: Sequence[Tensor]) -> None:
-        self.documents = [document for document in documents if document.shape[0] > 1]
-
-    @classmethod
-    def for_tokenizer(cls, tokenizer: Any) -> ForgettingMeter:
-        """On the texts of the package, as this transformers tokenizer reads them."""
-        return cls([torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in neutral_texts()])
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document."""
-        return tuple(document.shape[0] for document in self.documents)
-
-    @torch.no_grad()
-    def measure(self, model: Trainable, lora: LoRAParameters, processes: Communicator) -> Forgetting:
-        """Compare the model with and without its adapter, which is attached before and after.
-
-        Each process takes a share of the documents; what they find adds up in the order of the documents.
-        """
-
-        def measured(number: int) -> list[tuple[float, float]]:
-            input_ids = self.documents[number].to(model.device)
-            adapted = model.logits(input_ids)
-            model.detach()
-            try:
-                base = model.logits(input_ids)
-            finally:
-                model.attach(lora)
-            return [
-                _compared(adapted[rows], base[rows], input_ids[rows + 1])
-                for rows in torch.arange(input_ids.shape[0] - 1).split(_ROWS)
-            ]
-
-        found = not_none(processes.parallel_map(self.lengths, measured))
-        risen, diverged = zip(*chain.from_iterable(found), strict=True)
-        tokens = sum(length - 1 for length in self.lengths)
-        return Forgetting(sequential_sum(risen) / tokens, sequential_sum(diverged) / tokens)
-
-
-_ROWS = 8
-"""So few at a time, since float32 logits of a large vocabulary take as much memory as a training step."""
-
-
-def _compared(adapted: Tensor, base: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Rise and KL divergence, both summed over the rows of logits (rows, vocab)."""
-    adapted, base = (torch.log_softmax(logits.float(), dim=-1) for logits in (adapted, base))
-    rise = (base - adapted).gather(1, targets[:, None]).sum(dtype=torch.float64)
-    return float(rise), float((base.exp() * (base - adapted)).sum(dtype=torch.float64))
 
 
 def spread(rows: int, count: int) -> list[int]:

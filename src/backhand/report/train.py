@@ -11,7 +11,7 @@ from pathlib import Path
 from backhand.bounds import check_kind
 from backhand.distributed.launch import in_a_group
 from backhand.errors import BackhandError, UsageError
-from backhand.loop.loggers import Callback, Observer, RunStart
+from backhand.loop.observers import Callback, Observer, RunStart
 from backhand.options.config import TrainConfig
 from backhand.printing import say, visible
 from backhand.runs.summary import RunSummary

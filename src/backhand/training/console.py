@@ -20,7 +20,7 @@ from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
-from backhand.loop.loggers import Observer, RunStart
+from backhand.loop.observers import Observer, RunStart
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
 from backhand.runs.summary import RunSummary, forgetting
 from backhand.terminal import console

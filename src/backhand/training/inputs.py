@@ -19,7 +19,7 @@ from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.engine import Engine, RunCache
 from backhand.engines.machine import Machine
 from backhand.errors import UsageError
-from backhand.loop.measuring import ForgettingMeter
+from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.objectives.compared import check_answers_differ
 from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate

@@ -14,9 +14,9 @@ from backhand.engines.machine import Machine
 from backhand.loop.measuring import quantization_notes
 from backhand.loop.step_plan import default_warmup_steps, five_times
 from backhand.options.config import TrainConfig
+from backhand.training.identity import Identity
 from backhand.training.inputs import RunInputs, scaled_matrices
 from backhand.training.plan import RunPlan, plan_run
-from backhand.training.resume import Identity
 from backhand.training.starting_adapter import set_values
 
 

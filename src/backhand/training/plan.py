@@ -11,18 +11,9 @@ import numpy as np
 from backhand.data.packing import RowPacker
 from backhand.engines.engine import RunCache, ShortModel
 from backhand.engines.machine import Machine, memory_budget
+from backhand.engines.memory.hidden_states import HiddenStatePlan, cached_tokens, plan_hidden_states
 from backhand.engines.memory.parts import ModelSize
-from backhand.engines.memory.plan import (
-    BaseChoice,
-    HeldBase,
-    HiddenStatePlan,
-    MemoryPlan,
-    cached_tokens,
-    choose,
-    choose_base,
-    plan_hidden_states,
-    wanted_bases,
-)
+from backhand.engines.memory.plan import BaseChoice, HeldBase, MemoryPlan, choose, choose_base, wanted_bases
 from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes
 from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.files import free_bytes

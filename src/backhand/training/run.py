@@ -26,7 +26,8 @@ from backhand.engines.engine import RunCache
 from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
-from backhand.loop.loggers import Callback, Observers, as_observers, chosen_loggers, metrics_file
+from backhand.loop.loggers import chosen_loggers
+from backhand.loop.observers import Callback, Observers, as_observers, metrics_file
 from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
@@ -37,8 +38,9 @@ from backhand.runs.interruption import Interruption
 from backhand.runs.status import by_signal
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import TerminalObserver
+from backhand.training.identity import decisive_settings
 from backhand.training.loaded_run import load_run
-from backhand.training.resume import begun_from, decisive_settings, resumed_config
+from backhand.training.resume import begun_from, resumed_config
 from backhand.training.trainer import Trainer
 
 

@@ -22,10 +22,10 @@ from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.answers import answers_file, measured_answers, stop_ids
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
-from backhand.loop.loggers import Observers, RunStart
 from backhand.loop.loop import TrainingLoop
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.objective import HeldOutObjective, Objective
+from backhand.loop.observers import Observers, RunStart
 from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
 from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.rewards.rollout import Rollout

@@ -1,0 +1,65 @@
+"""`backhand evaluate --reward`: the rewards of a model's greedy answers, with and without an adapter."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from backhand.data.examples import check_vocabulary
+from backhand.data.prepare import prepare
+from backhand.distributed.communicator import Communicator
+from backhand.generate.loading import loaded_model
+from backhand.loop.rewards.process import RewardProcess
+from backhand.loop.rewards.rollout import Rollout, check_context, prompt_of
+from backhand.loop.rewards.steps import HeldOutRewards
+from backhand.options.command_options import EvaluateOptions
+from backhand.options.rewards import RewardOptions
+from backhand.terminal import console_for_tables, table_of, working
+from backhand.words import show_notes
+
+
+def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, float]]]:
+    """Rows, and what is measured of the base model's greedy answers and, with an adapter, of the adapted one's.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
+        CheckError: a reward function failed.
+    """
+    run, data = options.run, replace(options.data, eval_data=(), eval_fraction=0.0)
+    rewards = RewardOptions(reward=run.reward, max_new_tokens=run.max_new_tokens)
+    with (
+        RewardProcess(run.reward, rewards.reward_timeout) as functions,
+        loaded_model(options.model, run.adapter, template=data) as loaded,
+    ):
+        show_notes(loaded.notes)
+        prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
+        show_notes(prepared.report.left_out())
+        examples = prepared.examples
+        check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
+        longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
+        check_context(longest, loaded.model.context_tokens)
+        rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Communicator())
+        held_out = HeldOutRewards(examples, rollout, 0)
+        found = []
+        for adapter in (False, True)[: 1 if run.adapter is None else 2]:
+            loaded.model.use_adapter(adapter)
+            held_out.loss(loaded.model, Communicator(), interruptible=False)
+            found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
+    return len(examples), found
+
+
+def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
+    """The same, printed as a table or as one JSON object."""
+    with working("evaluating"):
+        rows, found = evaluate_rewards(options)
+    if options.run.json:
+        base, adapted = (*found, None)[:2]
+        sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
+        return found
+    shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
+    for name, measured in zip(("base", "adapted"), found, strict=False):
+        shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))
+    console_for_tables().print(shown)
+    return found

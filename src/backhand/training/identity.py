@@ -1,0 +1,108 @@
+"""The identity of a run: digests of its base model, tokenizer, chat template, rows and configuration.
+
+Every checkpoint's manifest contains the digests, and a resumed run compares them. The adapter's backhand.json contains
+them as well. A digest is computed when it is first needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from backhand.adapters.base_facts import BaseFacts
+from backhand.adapters.loading import weight_names
+from backhand.adapters.record import AdapterRecord, text_digest, tokenizer_digest
+from backhand.data.chat import read_template
+from backhand.data.stored_examples import PreparedData
+from backhand.generate.labels import Labels, found_labels
+from backhand.loop.answers import stop_ids
+from backhand.nn.decoder.config_facts import config_facts, recorded_facts
+from backhand.nn.loading.source import ModelSource
+from backhand.options.config import TrainConfig
+from backhand.options.config_file import config_from_table, config_table
+
+# Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
+FREE_OPTIONS = frozenset(
+    f"{part}.{name}"
+    for part, names in {
+        "model": "model memory cache_frozen tune_allocator force_base allow_pickle",
+        "data": "data eval_data",
+        "run": "output save_every keep resume overwrite from_adapter log_every max_bad_steps prove_resume answers "
+        "report_to workers quiet debug",
+    }.items()
+    for name in names.split()
+)
+
+
+@dataclass(eq=False)
+class Identity:
+    """The digests of one run."""
+
+    config: TrainConfig
+    source: ModelSource
+    modules: Sequence[str]
+    train: PreparedData
+    held_out: PreparedData | None
+    base_facts: BaseFacts
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """For a checkpoint's manifest: all digests, and the options that decide the trained bits.
+
+        That of the base is of the adapted tensors (`adapters.record`); None where their names in the files are not
+        known. Those of the rows are of every token and its supervision, in order.
+        """
+        source, settings = self.source, decisive_settings(self.config)
+        names = list(weight_names(self.modules, source.tensor_names()))
+        return {
+            "base_digest": self.base_facts.digest(names),
+            "model_config": config_facts(source),
+            "tokenizer_digest": tokenizer_digest(source.tokenizer()),
+            "chat_template_digest": text_digest(read_template(self.config.data.chat_template, source.tokenizer())),
+            "data_digest": self.train.digest,
+            "held_out_digest": None if self.held_out is None else self.held_out.digest,
+            "settings_digest": settings_digest(settings),
+            "settings": settings,
+        }
+
+    def record(self) -> AdapterRecord:
+        """For backhand.json."""
+        facts = self.facts
+        return AdapterRecord(
+            origin=self.source.origin,
+            model_config=recorded_facts(facts["model_config"]),
+            **{name: facts[name] for name in ("base_digest", "tokenizer_digest", "chat_template_digest")},
+            data_digest=f"sha256:{facts['data_digest']}",
+            run_digest=facts["settings_digest"],
+            config=facts["settings"],
+            labels=self.labels,
+            system=self.train.report.system,
+        )
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Of the training rows, where these are learnt as answers and have labels."""
+        if self.config.objective.objective != "sft":
+            return {}
+        return found_labels(self.train.examples, self.source.tokenizer(), stop_ids(self.source, self.config.data))
+
+
+def decisive_settings(config: TrainConfig) -> dict[str, Any]:
+    """All options but `FREE_OPTIONS`, `table.name` to a value that JSON holds; those that are None are left out."""
+    # Once through the types of the fields, so that an alpha of 5 and one of 5.0, as a file has it, are the same.
+    table = config_table(config_from_table(config_table(config), "configuration"))
+    return {
+        f"{part}.{name}": value
+        for part, options in table.items()
+        for name, value in options.items()
+        if f"{part}.{name}" not in FREE_OPTIONS
+    }
+
+
+def settings_digest(decisive: Mapping[str, Any]) -> str:
+    """SHA-256 over `decisive_settings`."""
+    return "sha256:" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
