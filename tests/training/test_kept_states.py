@@ -413,7 +413,7 @@ def test_states_that_change_end_the_run() -> None:
     kept, logged, _ = kept_of(Lower(from_call=4))
     for rows in ([0, 1], [2, 3], *[[0, 2]] * 31):
         kept.packed(rows)
-    with pytest.raises(CheckError, match="kept hidden states are not those that are computed now") as found:
+    with pytest.raises(CheckError, match="cached hidden states differ from the computed ones") as found:
         kept.packed([0, 3])
     assert "--cache-frozen off" in str(found.value.next_step)
     assert [proof.passed for proof in logged] == [True, False]

@@ -1,7 +1,7 @@
-"""Held-out rows, answered at the end of a run: a few for people to compare, and how many are right.
+"""Answers to held-out rows at the end of a run: examples for answers.jsonl, and the exact match for the summary.
 
-In answers.jsonl a row is asked up to where its last supervised stretch begins, and that stretch is what it should say.
-Of plain text, where everything is supervised, the first half is given and the second half is what comes next.
+The prompt of a row is everything before its last supervised span, and that span is the reference answer. If a row is
+plain text, all of it is supervised. Then the first half is the prompt and the second half is the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from backhand.generate.completer import complete_greedily
 from backhand.generate.labels import Labels, longest_label
 from backhand.generate.loading import LoadedModel
 from backhand.loop.evaluate import EvaluationRows, score
-from backhand.loop.measuring import HeldOut, spread
+from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.nn.loading.source import ModelSource
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import TrainConfig
@@ -36,66 +36,72 @@ _LONGEST_PROMPT = 1024
 
 @dataclass(frozen=True)
 class HeldOutAnswer:
-    """One row of answers.jsonl."""
+    """One line of answers.jsonl."""
 
-    source: str  # where the row stands
-    prompt: str  # what was asked, as the model sees it, with control tokens
-    # the same as [text, whether it is control tokens], so that people can be shown less of these
-    prompt_parts: tuple[tuple[str, bool], ...]
-    reference: str  # what the row says, cut to as many tokens as answers may have
-    # base, adapted: greedy answers, without control tokens
+    source: str  # file and line of the row
+    prompt: str  # the prompt including control tokens
+    prompt_parts: tuple[tuple[str, bool], ...]  # the prompt in parts of (text, True for control tokens)
+    reference: str  # the row's own answer, truncated to the largest number of new tokens
+    # base, adapted: greedy answers without control tokens
     base: str
     adapted: str
-    rejected: str | None = None  # of a pair, what it should not say; None elsewhere
+    rejected: str | None = None  # the rejected answer of a pair; None for other rows
 
 
 def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig) -> str:
-    """answers.jsonl: as many rows as `config` wants, each with its answers, a line each.
+    """Return the contents of answers.jsonl: one line for each of `config.run.answers` rows.
 
     Args:
-        bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
+        bound: the model with the adapter to answer with, which is attached again afterwards.
+        source: the model's files.
+        examples: the held-out rows.
+        config: the configuration of the run.
     """
     answers = held_out_answers(bound, examples, source.tokenizer(), stop_ids(source, config.data), config.run.answers)
     return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
 
 
 def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
-    """Tokens that end an answer."""
+    """Return the tokens that end an answer."""
     return (*source.stop_token_ids(), *stopping_role_ids(source.tokenizer(), template))
 
 
 def held_out_answers(
     bound: BoundModel, examples: Sequence[Example], tokenizer: Any, stop_ids: Collection[int], count: int
 ) -> Iterator[HeldOutAnswer]:
-    """Answer some rows, evenly spread over those there are; the adapter is attached before and after.
+    """Yield the answers to `count` evenly spaced rows.
 
     Args:
-        bound: the model with its adapter, its values those to answer with.
+        bound: the model with the adapter to answer with, which is attached again afterwards.
+        examples: the rows.
+        tokenizer: a transformers tokenizer.
+        stop_ids: tokens that end an answer.
+        count: number of rows.
     """
     model = bound.completer()
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
-    chosen = [examples[place] for place in spread(len(examples), count)]
+    chosen = [examples[number] for number in evenly_spaced(len(examples), count)]
     parts = [part for part in ((example, *_parts(example, longest)) for example in chosen) if len(part[1])]
     prompts = [prompt.tolist() for _, prompt, _ in parts]
-    said_by: list[list[list[int]]] = []
+    completions: list[list[list[int]]] = []
     try:
         for adapter in (True, False):
             model.use_adapter(adapter)
             with counting("answers for the report", len(prompts)) as done:
-                said = complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids, on_done=done)
-            said_by.append(said)
+                ids = complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids, on_done=done)
+            completions.append(ids)
     finally:
         bound.model.attach(bound.lora)
     special = set(tokenizer.all_special_ids)
-    for (example, _, reference), prompt, of_adapted, of_base in zip(parts, prompts, *said_by, strict=True):
-        said = [reference[:new_tokens].tolist(), of_base, of_adapted]
+    for (example, _, reference), prompt, of_adapted, of_base in zip(parts, prompts, *completions, strict=True):
+        answers = [reference[:new_tokens].tolist(), of_base, of_adapted]
         if example.rejected is not None:
-            said.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
-        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
+            answers.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
+        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
         if example.asked is not None:
             decoded[0] = example.asked.reference or ""
-        runs = itertools.groupby(prompt, key=special.__contains__)  # of control tokens, and of text between them
+        runs = itertools.groupby(prompt, key=special.__contains__)  # alternating control tokens and text
         yield HeldOutAnswer(
             example.source,
             str(tokenizer.decode(prompt)),
@@ -105,11 +111,11 @@ def held_out_answers(
 
 
 _SHORT_TOKENS = 128
-_BEHIND_ANSWERS = 8
-"""Tokens behind the longest answer, so that one that goes on is told apart from one that ends."""
+_EXTRA_TOKENS = 8
+"""Number of tokens that an answer may be longer than the longest reference, to detect answers that do not end."""
 _FEWEST_ROWS, _MOST_ROWS = 16, 500
 _SHARE_OF_TRAINING = 4
-"""Rows are asked for one in so many of the tokens trained on, less than their evaluations take during the run."""
+"""The answered rows have at most 1 / 4 of the trained tokens, fewer than the run's evaluations."""
 
 
 def measured_answers(
@@ -121,29 +127,32 @@ def measured_answers(
     trained_tokens: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Exact match of the base model and with the adapter, and their labels if rows have them, as summary.json has it.
+    """Return the fields of summary.json on exact match and label scores, of the base model and of the adapted one.
 
-    Measured on held-out rows with short answers, evenly spread over those that leave room for one; nothing where some
-    answer is long, or rows are plain text or no answers to learn.
+    The rows are evenly spaced among the held-out rows whose prompt leaves room for an answer. The result is empty if
+    an answer is long, if the rows are plain text, or if the objective is not SFT.
 
     Args:
-        bound: the model with its adapter, its values those to answer with; the adapter is attached afterwards.
-        labels: of the training rows; nothing where these have none.
-        trained_tokens: of the run, which bounds how many rows are asked.
-        stopped: asked before each of the two models answers; where it is so, nothing is told.
+        bound: the model with the adapter to answer with, which is attached again afterwards.
+        source: the model's files.
+        examples: the held-out rows.
+        config: the configuration of the run.
+        labels: the labels of the training rows; empty if these have none.
+        trained_tokens: number of tokens that the run has trained on, which limits the number of rows.
+        stopped: returns True if the measurement is to stop. It is called before each of the two models.
     """
     spans = [example.last_answer for example in examples]
     if config.objective.objective != "sft" or not all(0 < end - begin <= _SHORT_TOKENS for begin, end in spans):
         return {}
-    model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + _BEHIND_ANSWERS
+    model, new_tokens = bound.completer(), max(end - begin for begin, end in spans) + _EXTRA_TOKENS
     examples = [
         one for one, (begin, _) in zip(examples, spans, strict=True) if begin + new_tokens <= model.context_tokens
     ]
     if not examples:
         return {}
     affordable = trained_tokens * len(examples) // (_SHARE_OF_TRAINING * sum(map(len, examples)))
-    places = spread(len(examples), min(_MOST_ROWS, max(_FEWEST_ROWS, affordable)))
-    chosen, tokenizer = [examples[place] for place in places], source.tokenizer()
+    numbers = evenly_spaced(len(examples), min(_MOST_ROWS, max(_FEWEST_ROWS, affordable)))
+    chosen, tokenizer = [examples[number] for number in numbers], source.tokenizer()
     prompts = []
     for example in chosen:
         begin, end = example.last_answer
@@ -155,14 +164,14 @@ def measured_answers(
     rows = EvaluationRows(HeldOut(chosen, run.micro_batch_rows), len(chosen), tuple(prompts), labels=labels)
     loaded = LoadedModel(model, tokenizer, stop_ids(source, config.data))
     try:
-        # No more rows at once than a training step has, whose memory is planned.
+        # Answer at most as many rows at once as a micro-batch has, because the memory plan covers these.
         scores = []
         for adapter in (False, True):
             if stopped():
                 return {}
             scores.append(score(loaded, rows, run, adapter=adapter, answered=run.micro_batch_rows))
         base, adapted = scores
-    except CheckError:  # nothing finite: the run has said so, and is over
+    except CheckError:  # the loss is not finite, which the run has reported already
         return {}
     finally:
         bound.model.attach(bound.lora)
@@ -176,7 +185,7 @@ def measured_answers(
 
 
 def _parts(example: Example, longest: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Token ids of what is asked, its last `longest` ones, and of what should be answered."""
+    """Return the token ids of the prompt, at most its last `longest` ones, and of the reference answer."""
     ids, (begin, end) = example.input_ids, example.last_answer
     if not end:
         end = int(np.flatnonzero(example.supervised)[-1]) + 1

@@ -17,8 +17,8 @@ from torch import Tensor
 from backhand.data.examples import Example
 from backhand.data.prepare import Prompt
 
-# p > 0.78, so that the target's logit is 1.26 above any other: more than the roundings of a bfloat16 model, whose
-# logits decoding computes from other shapes of products.
+# The threshold is p > 0.78 instead of 1/2. The token's logit is then at least 1.26 above every other logit. This
+# margin exceeds the rounding differences of a bfloat16 model: decoding multiplies matrices of other shapes.
 CERTAIN_NATS = 0.25
 
 
@@ -30,20 +30,23 @@ def certain_replies(
     stop_ids: Collection[int],
     max_new_tokens: int,
 ) -> list[bool]:
-    """For each prompt whether its greedy completion surely is its reply.
+    """Return for each prompt True if its greedy completion is certainly its reply.
 
     Args:
-        rows: documents by their source, each with its supervised tokens' losses in nats, (supervised,).
-        max_new_tokens: at most so many tokens a completion, the stop token among them.
+        rows: documents by source, each with the losses of its supervised tokens, (supervised,) in nats.
+        prompts: the prompts with their replies.
+        text: decodes token ids.
+        stop_ids: tokens that end a completion.
+        max_new_tokens: the largest number of tokens per completion, including the stop token.
     """
 
     def certain(prompt: Prompt, example: Example, losses: Tensor) -> bool:
         start = len(prompt.input_ids)
         if not np.array_equal(example.input_ids[:start], prompt.input_ids):
             return False
-        said = example.input_ids[start : start + max_new_tokens].tolist()
-        end = next((place for place, token in enumerate(said) if token in stop_ids), None)
-        if end is None or text(said[:end]).strip() != (prompt.reply or "").strip():
+        reply_ids = example.input_ids[start : start + max_new_tokens].tolist()
+        end = next((position for position, token in enumerate(reply_ids) if token in stop_ids), None)
+        if end is None or text(reply_ids[:end]).strip() != (prompt.reply or "").strip():
             return False
         supervised = example.supervised
         if not supervised[start : start + end + 1].all():

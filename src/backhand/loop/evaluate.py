@@ -1,12 +1,13 @@
 """`backhand evaluate`: loss, perplexity, exact match and labels on rows, of the base model and of the adapted one.
 
-loss        = Σ nats / supervised tokens,   perplexity = e^loss
-exact match = share of rows whose greedy completion, stripped, equals the row's last completion, which of a chat is all
-              that the template writes of the last reply; the losses tell it of most rows that are right
-              (`certain_replies`), only the others are decoded
-labels      = the most probable of a few, where these are all that rows answer (`label_scores`)
+    loss        = Σ nats / supervised tokens,   perplexity = e^loss
+    exact match = share of rows whose stripped greedy completion equals the row's last completion
+    labels      = the most probable label of each row, if every row answers with one of a few labels (`label_scores`)
 
-With `--reward` it is what reward functions say of a model's answers, before training and after it.
+In a chat, the last completion is everything that the template writes for the last reply. For most correct rows the
+losses already prove the exact match (`certain_replies`). Only the other rows are decoded.
+
+With `--reward`, `evaluate_rewards` measures the rewards of the model's answers instead.
 """
 
 from __future__ import annotations
@@ -59,57 +60,55 @@ from backhand.words import count_of, name_list, shorten, show_notes
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on the rows."""
+    """The scores of one model on the rows. For pairs, all but `pairs` is about the chosen answers."""
 
     loss: float  # mean nats per supervised token
     perplexity: float  # e^loss
-    exact_match: float | None  # share of completions that are exactly right; None for plain text, or when not asked for
-    supervised_tokens: int  # over which the loss is the mean
-    labels: LabelScore | None = None  # of rows that answer with labels; None elsewhere
-    # of rows that are pairs, whose chosen answers the rest is about: mean log-probabilities of both sides' answers, and
-    # of an adapted model the rewards against the base, under TRL's names; None elsewhere
+    exact_match: float | None  # share of exactly correct completions; None for plain text or if not requested
+    supervised_tokens: int  # number of tokens in the mean of the loss
+    labels: LabelScore | None = None  # None if the rows have no labels
+    # None if the rows are no pairs. Otherwise the mean log-probabilities of the chosen and rejected answers and, for an
+    # adapted model, the rewards relative to the base. The keys are TRL's names.
     pairs: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The rows that were measured, and the scores of the base and, if an adapter was given, of the adapted model."""
+    """The scores of the base model and of the adapted model on the same rows."""
 
-    rows: int
+    rows: int  # number of rows
     base: Score
-    adapted: Score | None
+    adapted: Score | None  # None without an adapter
 
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """The same rows twice: as documents with supervised tokens, and as prompts with the replies they should get."""
+    """The same rows in two forms: documents with supervised tokens, and prompts with their expected replies."""
 
     held_out: HeldOut
-    rows: int  # how many rows they were made from
-    prompts: tuple[Prompt, ...]  # of the rows that end in a reply
-    notes: tuple[str, ...] = ()  # what of the rows is not measured, a sentence each
-    pairs: tuple[Example, ...] = ()  # the rows, where they are pairs
-    # that all prompts are answered with; nothing where these are no labels
-    labels: Labels = field(default_factory=dict)
+    rows: int  # number of rows
+    prompts: tuple[Prompt, ...]  # one for each row that ends in a reply
+    notes: tuple[str, ...] = ()  # one sentence for each part of the rows that is not measured
+    pairs: tuple[Example, ...] = ()  # the rows if they are pairs, else empty
+    labels: Labels = field(default_factory=dict)  # the labels of all replies; empty if the replies are no labels
 
 
 def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOptions) -> EvaluationRows:
-    """Read the rows once for everything that is measured on them.
+    """Read the rows once for all measurements.
 
     Raises:
-        UsageError, DataError: as `data.prepare`; DataError also for a token that the model does not have.
+        UsageError, DataError: see `data.prepare`. DataError also for a token that the model does not have.
     """
-    # Every row that is named is evaluated: what would hold rows out of training does not apply here.
-    data = replace(data, eval_data=(), eval_fraction=0.0)
-    found: list[Prompt] = []
-    examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=found if run.completions else None)
-    prompts = tuple(prompt for prompt in found if prompt.reply is not None)
+    data = replace(data, eval_data=(), eval_fraction=0.0)  # evaluate every given row and hold none out
+    all_prompts: list[Prompt] = []
+    examples, _ = prepare(data, loaded.tokenizer, purpose=None, prompts=all_prompts if run.completions else None)
+    prompts = tuple(prompt for prompt in all_prompts if prompt.reply is not None)
     vocab_size = loaded.model.vocab_size
-    asked = ((prompt.input_ids, prompt.source) for prompt in prompts)
-    check_vocabulary(chain(examples.examples.beyond(vocab_size), asked), vocab_size, loaded.tokenizer)
+    prompt_ids = ((prompt.input_ids, prompt.source) for prompt in prompts)
+    check_vocabulary(chain(examples.examples.beyond(vocab_size), prompt_ids), vocab_size, loaded.tokenizer)
     notes = examples.report.left_out()
-    if unasked := len(found) - len(prompts):
-        notes.append(f"{count_of(unasked, 'row')} without a reply at the end: no exact match, the loss alone")
+    if without_reply := len(all_prompts) - len(prompts):
+        notes.append(f"{count_of(without_reply, 'row')} without a reply at the end: no exact match, the loss alone")
     rows = len(np.unique(examples.examples.column("source_digest")))
     pairs = tuple(example for example in examples.examples if example.rejected is not None)
     answers = [replace(example, rejected=None) for example in examples.examples]
@@ -121,11 +120,11 @@ def evaluation_rows(data: DataOptions, loaded: LoadedModel, run: EvaluateRunOpti
 def _labels(
     names: Sequence[str], data: DataOptions, loaded: LoadedModel, examples: Sequence[Example], prompts: Sequence[Prompt]
 ) -> Labels:
-    """Return the labels to judge by, empty if answers are not judged as labels.
+    """Return the labels of the replies, or an empty mapping if the replies are not evaluated as labels.
 
     Raises:
         UsageError: the model cannot answer with a label.
-        DataError: labels are asked for, and a row does not answer with one, or has no room for one.
+        DataError: labels are requested, but a row's reply is no label, or the context has no room for one.
     """
     if tuple(names) == (NONE,) or not prompts:
         return {}
@@ -136,12 +135,13 @@ def _labels(
 
     if named and (other := unlabelled(frozenset(named))):
         raise _no_label(other, named)
-    found = found_labels(examples, loaded.tokenizer, loaded.stop_ids, named)
+    labels_of_rows = found_labels(examples, loaded.tokenizer, loaded.stop_ids, named)
     if named:
-        candidates = [named_labels(names, {**found, **loaded.labels}, lambda: RowRenderer(loaded.tokenizer, data))]
+        known_labels = {**labels_of_rows, **loaded.labels}
+        candidates = [named_labels(names, known_labels, lambda: RowRenderer(loaded.tokenizer, data))]
         check_labels(candidates[0], loaded.model)
     else:
-        candidates = [loaded.labels, found]
+        candidates = [loaded.labels, labels_of_rows]
     other = None
     for labels in filter(None, candidates):
         if (other := unlabelled(labels)) is not None:
@@ -166,14 +166,14 @@ def _no_label(other: Prompt | None, labels: Sequence[str]) -> DataError:
         "the rows have no labels" if other is None else f"the answer {shorten(other.reply or '')!r} is no label",
         where="labels" if other is None else other.source,
         why=f"the labels are {name_list(map(shorten, labels))}" if labels else RULE,
-        next_step="name all that rows answer with (--labels A,B,…), or leave --labels out",
+        next_step="name every label (--labels A,B,…), or leave --labels out",
     )
 
 
 def compared(
     loaded: LoadedModel, rows: EvaluationRows, run: EvaluateRunOptions, scores: Sequence[Score]
 ) -> list[Score]:
-    """The scores of the base and, perhaps, of the adapted model with what the two say of pairs."""
+    """Return the scores of the base model and, if present, of the adapted model with `Score.pairs` filled in."""
     packer = RowPacker(rows.pairs, share_prefixes=loaded.model.shares_prefixes)
     with_pairs: list[Score] = []
     reference: Tensor | None = None
@@ -196,7 +196,7 @@ def score(
 
     Args:
         rows: from `evaluation_rows` of the same model.
-        answered: rows answered at once.
+        answered: number of prompts per batch of completions.
 
     Raises:
         CheckError: the loss is not finite.
@@ -227,8 +227,8 @@ def score(
     return Score(nats, perplexity, exact_match, rows.held_out.supervised_tokens, labels)
 
 
-_BEHIND_LABELS = 8
-"""Tokens of a free answer that may follow where the longest label ends, so that people see what was invented."""
+_EXTRA_TOKENS = 8
+"""Number of tokens that a free answer may be longer than the longest label, so that an invented answer is readable."""
 
 
 def _judged(
@@ -239,10 +239,10 @@ def _judged(
     answered: int,
     who: str,
 ) -> tuple[float, LabelScore]:
-    """Exact match of free answers, of which those to `open_prompts` have to be decoded, and what labels are given."""
-    longest = max(map(len, rows.labels.values())) + _BEHIND_LABELS
+    """Return the exact match of the free answers and the label scores. Only `open_prompts` need decoding."""
+    longest = max(map(len, rows.labels.values())) + _EXTRA_TOKENS
     with counting(f"{who}: answers", len(open_prompts)) as done:
-        said = complete_greedily(
+        completions = complete_greedily(
             loaded.model,
             [prompt.input_ids.tolist() for prompt in open_prompts],
             max_new_tokens=min(longest, run.max_new_tokens),
@@ -251,18 +251,18 @@ def _judged(
             on_done=done,
         )
     right = [(prompt.reply or "").strip() for prompt in rows.prompts]
-    decoded = {id(one): _text(loaded, ids).strip() for one, ids in zip(open_prompts, said, strict=True)}
+    decoded = {id(one): _text(loaded, ids).strip() for one, ids in zip(open_prompts, completions, strict=True)}
     free = [decoded.get(id(one), reply) for one, reply in zip(rows.prompts, right, strict=True)]
     prompts = [prompt.input_ids.tolist() for prompt in rows.prompts]
     with going_on(f"{who}: labels of {count_of(len(prompts), 'row')}"):
-        found = label_log_probabilities(loaded.model, prompts, rows.labels, batch_rows=run.micro_batch_rows)
+        log_p = label_log_probabilities(loaded.model, prompts, rows.labels, batch_rows=run.micro_batch_rows)
     names = list(rows.labels)
-    score = label_score(right, [names[place] for place in found.argmax(1).tolist()], names, free)
+    score = label_score(right, [names[label] for label in log_p.argmax(1).tolist()], names, free)
     return sum(one == reply for one, reply in zip(free, right, strict=True)) / len(right), score
 
 
 def _losses(loaded: LoadedModel, rows: EvaluationRows, max_new_tokens: int, who: str) -> tuple[float, list[bool]]:
-    """Mean nats per supervised token, and for each prompt whether its reply surely is what greedy decoding gives."""
+    """Return the mean nats per supervised token and, per prompt, whether greedy decoding certainly gives its reply."""
     nats = 0.0
     by_source = defaultdict[str, list[tuple[Example, Tensor]]](list)
     with counting(f"{who}: losses", rows.rows) as done:
@@ -288,14 +288,19 @@ def _text(loaded: LoadedModel, ids: Sequence[int]) -> str:
 def exact_matches(
     loaded: LoadedModel, prompts: Sequence[Prompt], max_new_tokens: int, at_once: int = 64, who: str = "model"
 ) -> int:
-    """How many of the prompts, so many of them at once, the model completes greedily with exactly the reply."""
+    """Return the number of prompts whose greedy completion is exactly the reply.
+
+    Args:
+        at_once: number of prompts per batch.
+        who: name of the model in the progress line.
+    """
     replies = [(prompt.reply or "").strip() for prompt in prompts]
 
     def already_wrong(number: int, ids: Sequence[int]) -> bool:
-        # The last token may be part of a character, which then shows as a replacement.
+        # If the last token is a part of a character, the decoded text ends with a replacement character.
         return not replies[number].startswith(_text(loaded, ids).rstrip("\ufffd").strip())
 
-    # A tokenizer that tidies spaces may change what it has decoded when more follows.
+    # A tokenizer that cleans up spaces may change decoded text when more tokens follow. A prefix then proves nothing.
     tidies = getattr(loaded.tokenizer, "clean_up_tokenization_spaces", False)
     with counting(f"{who}: answers", len(prompts)) as done:
         completions = complete_greedily(
@@ -311,10 +316,10 @@ def exact_matches(
 
 
 def evaluate(options: EvaluateOptions) -> Evaluation:
-    """Measure the base model, and the adapted one if there is an adapter.
+    """Evaluate the base model and, if an adapter is given, the adapted model.
 
     Raises:
-        UsageError, DataError, ArtifactError: each says what to do.
+        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
     """
     check_kind("options", options, EvaluateOptions)
     options.validate()
@@ -331,34 +336,34 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 
 
 def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]]:
-    """`evaluate`, printed as a table, or as one JSON object with `json`; with `reward` what answers are worth."""
+    """Run `evaluate` and print a table, or one JSON object with `json`. With `reward`, evaluate rewards instead."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())
     with working("evaluating"):
         result = evaluate(options)
     if options.run.json:
-        told = asdict(result)
-        for found in filter(None, (told["base"], told["adapted"])):
+        values = asdict(result)
+        for scores in filter(None, (values["base"], values["adapted"])):
             for name in ("labels", "pairs"):
-                if found[name] is None:
-                    del found[name]
-        sys.stdout.write(json.dumps(told) + "\n")
+                if scores[name] is None:
+                    del scores[name]
+        sys.stdout.write(json.dumps(values) + "\n")
         return result
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
     columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)
     title = f"{result.rows:,} rows, {result.base.supervised_tokens:,} supervised tokens"
     shown = table_of("model", *columns, right=columns, title=title)
-    measured = [(name, found) for name, found in (("base", result.base), ("adapted", result.adapted)) if found]
-    for name, found in measured:
-        match = "" if found.exact_match is None else f"{found.exact_match:.1%}"
-        judged = found.labels
-        of_labels = (f"{judged.accuracy:.1%}", f"{judged.f1_macro:.3f}", f"{judged.invented:,}") if judged else ()
-        shown.add_row(name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", match, *of_labels)
+    measured = [(name, one) for name, one in (("base", result.base), ("adapted", result.adapted)) if one]
+    for name, one in measured:
+        match = "" if one.exact_match is None else f"{one.exact_match:.1%}"
+        labels = one.labels
+        of_labels = (f"{labels.accuracy:.1%}", f"{labels.f1_macro:.3f}", f"{labels.invented:,}") if labels else ()
+        shown.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.3f}", match, *of_labels)
     console_for_tables().print(shown)
-    if judged := measured[-1][1].labels:
-        print_labels(measured[-1][0], judged)
-    for name, found in measured:
-        if found.pairs is not None:
-            said = ", ".join(f"{what} {value:.4g}" for what, value in found.pairs.items())
-            console_for_tables().print(f"pairs, {name}: {said}", soft_wrap=True)
+    if labels := measured[-1][1].labels:
+        print_labels(measured[-1][0], labels)
+    for name, one in measured:
+        if one.pairs is not None:
+            values_text = ", ".join(f"{key} {value:.4g}" for key, value in one.pairs.items())
+            console_for_tables().print(f"pairs, {name}: {values_text}", soft_wrap=True)
     return result

@@ -21,7 +21,7 @@ from backhand.words import show_notes
 
 
 def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, float]]]:
-    """Rows, and what is measured of the base model's greedy answers and, with an adapter, of the adapted one's.
+    """Return the number of rows and the measured values of the base model and, with an adapter, of the adapted model.
 
     Raises:
         UsageError, DataError, ArtifactError: an option, the rows or the model cannot be used.
@@ -42,24 +42,24 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
         check_context(longest, loaded.model.context_tokens)
         rollout = Rollout(rewards, functions, loaded.tokenizer, loaded.stop_ids, lambda *_: 0, Communicator())
         held_out = HeldOutRewards(examples, rollout, 0)
-        found = []
+        measured = []
         for adapter in (False, True)[: 1 if run.adapter is None else 2]:
             loaded.model.use_adapter(adapter)
             held_out.loss(loaded.model, Communicator(), interruptible=False)
-            found.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
-    return len(examples), found
+            measured.append({name.removeprefix("eval_"): value for name, value in held_out.measured.items()})
+    return len(examples), measured
 
 
 def evaluate_rewards_command(options: EvaluateOptions) -> Sequence[dict[str, float]]:
-    """The same, printed as a table or as one JSON object."""
+    """Run `evaluate_rewards` and print a table, or one JSON object with `json`."""
     with working("evaluating"):
-        rows, found = evaluate_rewards(options)
+        rows, measured = evaluate_rewards(options)
     if options.run.json:
-        base, adapted = (*found, None)[:2]
+        base, adapted = (*measured, None)[:2]
         sys.stdout.write(json.dumps({"rows": rows, "base": base, "adapted": adapted}) + "\n")
-        return found
-    shown = table_of("model", *found[0], right=found[0], title=f"{rows:,} rows, each answered once")
-    for name, measured in zip(("base", "adapted"), found, strict=False):
-        shown.add_row(name, *(f"{value:.4g}" for value in measured.values()))
+        return measured
+    shown = table_of("model", *measured[0], right=measured[0], title=f"{rows:,} rows, each answered once")
+    for name, values in zip(("base", "adapted"), measured, strict=False):
+        shown.add_row(name, *(f"{value:.4g}" for value in values.values()))
     console_for_tables().print(shown)
-    return found
+    return measured

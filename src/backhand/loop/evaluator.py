@@ -1,6 +1,7 @@
-"""What becomes of the steps of a run: counts and records, evaluations, the guards' verdicts, and whether it is over.
+"""Work after each step of a run: counters and records, evaluations, guards, and the end of the run.
 
-A signal ends an evaluation early. The checkpoint then marks it as pending, and the resumed run begins with it.
+A signal ends an evaluation early. The checkpoint then marks the evaluation as pending, and the resumed run begins with
+it.
 """
 
 from __future__ import annotations
@@ -37,30 +38,30 @@ from backhand.words import finite_or_none, name_list
 
 @dataclass(eq=False)
 class Evaluator:
-    """Judges one run, from wherever its state stands."""
+    """Counts, records, evaluates and checks the steps of one run, new or resumed."""
 
-    model: Trainable  # with the state's adapter attached
+    model: Trainable  # the model with the state's adapter attached
     state: RunState  # adapter, optimizer, counters
     plan: StepPlan  # the numbers of the steps
     _: KW_ONLY
-    held_out: HeldOut | None = None  # rows that are evaluated and not trained on; None where there are none
-    meter: ForgettingMeter | None = None  # of the loss on neutral texts; None where forgetting is not measured
-    # checks that the base does not change; None in repetitions of steps that were guarded before
+    held_out: HeldOut | None = None  # held-out rows, or None
+    meter: ForgettingMeter | None = None  # measures the loss on neutral texts; None if forgetting is not measured
+    # base_guard checks that the base does not change, learning_guard that every factor has a gradient and changes. Both
+    # are None if the steps repeat steps that were checked before.
     base_guard: BaseGuard | None = None
-    learning_guard: LearningGuard | None = None  # checks that every factor has a gradient and changes; None likewise
-    # raises ArtifactError once the base's mapped files are no longer what they were
-    check_files: Callable[[], None] = lambda: None
+    learning_guard: LearningGuard | None = None
+    check_files: Callable[[], None] = lambda: None  # raises ArtifactError if a mapped file of the base has changed
     observer: Observer = field(default_factory=Observer)
-    # makes a checkpoint of the state as it is; told whether the newest evaluation was the best so far
+    # Saves a checkpoint of the current state. The argument is True if the most recent evaluation is the best so far.
     save: Callable[[bool], None] = lambda _better: None
-    processes: Communicator = field(default_factory=Communicator)  # that share each evaluation
+    processes: Communicator = field(default_factory=Communicator)  # the processes that share each evaluation
 
     def __post_init__(self) -> None:
         begin = self.state.progress.step
         self._sampled_steps = range(begin + 1, begin + JUDGED_AFTER_STEPS + 1)
 
     def count(self, result: StepResult, tokens: int, seconds: float) -> None:
-        """Count a step that was made of so many tokens in so long."""
+        """Update the counters after a step of `tokens` tokens that took `seconds`."""
         progress = self.state.progress
         progress.step += 1
         progress.tokens += tokens
@@ -83,12 +84,12 @@ class Evaluator:
         epoch: float,
         measured: Mapping[str, float],
     ) -> dict[str, Any]:
-        """The step just counted, as metrics.jsonl has it; `measured` is what its objective shows of it."""
-        several = {}
+        """Return the most recent step's record for metrics.jsonl, including the values `measured` of its objective."""
+        per_process = {}
         if self.processes.world_size > 1:
-            several["computed_s"] = [round(computed, 4) for computed in result.totals.computed_s]
-            several["waited_s"] = [round(waited, 4) for waited in result.totals.waited_s]
-            several["computed_tokens"] = list(result.computed_tokens)
+            per_process["computed_s"] = [round(computed, 4) for computed in result.totals.computed_s]
+            per_process["waited_s"] = [round(waited, 4) for waited in result.totals.waited_s]
+            per_process["computed_tokens"] = list(result.computed_tokens)
         return {
             "step": self.state.progress.step,
             "epoch": round(epoch, 4),
@@ -101,11 +102,11 @@ class Evaluator:
             "rss_bytes": rss_bytes(),
             "time_s": round(self.state.progress.train_s, 3),
             **{name: finite_or_none(value) for name, value in measured.items()},
-            **several,
+            **per_process,
         }
 
     def begin(self) -> None:
-        """The evaluation before the first step, or the one that a run to be continued left pending."""
+        """Make the evaluation before the first step, or the pending evaluation of a resumed run."""
         progress = self.state.progress
         if progress.pending_evaluation or (self.held_out and progress.evaluation_outstanding):
             with going_on(
@@ -116,15 +117,15 @@ class Evaluator:
                 self.finish_if_done()
                 self.save(better)
         if progress.step >= self.plan.total_steps:
-            self.finish_if_done()  # resumed after its last step
+            self.finish_if_done()  # the run was resumed after its last step
 
     def before_checkpoint(self) -> None:
-        """Sample the base once more; at the end all of it was checked."""
+        """Check one more tensor of the base. At the end of the run, the whole base has been checked already."""
         if self.base_guard is not None and not self.state.progress.finished:
             self.base_guard.sample()
 
     def judge(self, result: StepResult) -> None:
-        """Hold a step's result against the guards. Raises CheckError: one of them fired."""
+        """Check the result of a step. Raises CheckError if a guard fails."""
         progress = self.state.progress
         if result.taken:
             progress.smooth_loss, warning = smoothed(result.loss, progress.smooth_loss)
@@ -149,7 +150,7 @@ class Evaluator:
         progress, lora = self.state.progress, self.state.lora
         unusable = [f"base weight {name}" for name in named_unusable(self.model.frozen_tensors())]
         if is_finite(lora.values):
-            self.save(False)  # the values before the first of these steps, which has moved nothing
+            self.save(False)  # skipped steps have not changed the values
         else:
             unusable += named_unusable(lora.named_tensors())
         raise CheckError(
@@ -160,7 +161,7 @@ class Evaluator:
         )
 
     def evaluate_if_due(self) -> bool:
-        """Evaluate where this step ends with it; whether it has the best loss so far."""
+        """Evaluate if an evaluation is due after this step. Return True if its loss is the best so far."""
         progress = self.state.progress
         if self.held_out is None and self.meter is None:
             return False
@@ -170,11 +171,11 @@ class Evaluator:
         return self.evaluate()
 
     def evaluate(self) -> bool:
-        """Measure the held-out loss and the forgetting; return whether it is the best loss so far."""
+        """Measure the held-out loss and the forgetting. Return True if the loss is the best so far."""
         progress = self.state.progress
         loss = None if self.held_out is None else self.held_out.loss(self.model, self.processes)
         if self.held_out is not None and loss is None:
-            return False  # asked to stop: the evaluation stays pending
+            return False  # interrupted by a signal: the evaluation stays pending
         record: dict[str, Any] = {"step": progress.step}
         if loss is not None and self.held_out is not None:
             record["eval_loss"] = finite_or_none(loss)
@@ -200,7 +201,7 @@ class Evaluator:
         return progress.record_evaluation(loss)
 
     def _record_first(self, loss: float) -> None:
-        """The loss before the first step; the base's own where the run begins from an adapter."""
+        """Record the loss before the first step, and the base's own loss if the run starts from an adapter."""
         progress = self.state.progress
         progress.first_eval_loss = progress.eval_loss = loss
         progress.base_eval_loss = loss
@@ -218,7 +219,7 @@ class Evaluator:
             )
 
     def _is_fresh(self) -> bool:
-        """Whether the adapter surely changes nothing yet: lora_A and lora_B alone, and every lora_B zero."""
+        """Return True if the adapter certainly changes nothing yet: only factors are trained, and every lora_B is 0."""
         lora_B = (tensor for name, tensor in self.state.lora.named_tensors() if name.endswith(".lora_B"))
         return self.state.lora.plain and not any(bool(torch.any(tensor)) for tensor in lora_B)
 
@@ -235,7 +236,7 @@ class Evaluator:
         )
 
     def finish_if_done(self) -> bool:
-        """Whether the run is over; before it ends, all of the base is checked once more."""
+        """Return True if the run is over. Before it ends, the whole base is checked once more."""
         progress, patience = self.state.progress, self.plan.run.early_stopping
         if progress.finished or progress.pending_evaluation:
             return progress.finished
@@ -245,7 +246,7 @@ class Evaluator:
         elif progress.step < self.plan.total_steps:
             return False
         if progress.bad_steps_in_a_row:
-            self._give_up()  # the last steps were skipped: that is no good end
+            self._give_up()  # a run whose last steps were skipped has failed
         if self.base_guard is not None:
             self.base_guard.check()
         progress.finished = True

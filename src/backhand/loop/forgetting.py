@@ -27,21 +27,21 @@ from backhand.nn.lora_parameters import LoRAParameters
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Both in nats per token: the rise of the loss, and the KL divergence of the adapted from the base model."""
+    """The drift of the adapted model from the base model."""
 
-    rise_nats: float
-    kl_nats: float
+    rise_nats: float  # rise of the loss, nats per token
+    kl_nats: float  # KL divergence of the adapted model from the base model, nats per token
 
 
 NO_FORGETTING = Forgetting(0.0, 0.0)
-"""Of an adapter that changes nothing."""
+"""The result for an adapter that changes nothing."""
 
 
 class ForgettingMeter:
-    """Measures on documents of token ids.
+    """Measures forgetting on documents of token ids.
 
     Args:
-        documents: (tokens,) int64 each; those of fewer than two tokens are left out.
+        documents: (tokens,) int64 each. Documents of fewer than two tokens are ignored.
     """
 
     def __init__(self, documents: Sequence[Tensor]) -> None:
@@ -49,19 +49,24 @@ class ForgettingMeter:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any) -> ForgettingMeter:
-        """On the texts of the package, as this transformers tokenizer reads them."""
+        """Return a meter for the package's neutral texts, encoded by this transformers tokenizer."""
         return cls([torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64) for text in neutral_texts()])
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each document."""
+        """Number of tokens per document."""
         return tuple(document.shape[0] for document in self.documents)
 
     @torch.no_grad()
     def measure(self, model: Trainable, lora: LoRAParameters, processes: Communicator) -> Forgetting:
-        """Compare the model with and without its adapter, which is attached before and after.
+        """Compare the model with and without its adapter.
 
-        Each process takes a share of the documents; what they find adds up in the order of the documents.
+        The documents are split across processes, and their results are summed in the order of the documents.
+
+        Args:
+            model: the model with `lora` attached; it is attached again afterwards.
+            lora: the adapter.
+            processes: the processes that share the documents.
         """
 
         def measured(number: int) -> list[tuple[float, float]]:
@@ -77,18 +82,18 @@ class ForgettingMeter:
                 for rows in torch.arange(input_ids.shape[0] - 1).split(_ROWS)
             ]
 
-        found = not_none(processes.parallel_map(self.lengths, measured))
-        risen, diverged = zip(*chain.from_iterable(found), strict=True)
+        results = not_none(processes.parallel_map(self.lengths, measured))
+        rises, divergences = zip(*chain.from_iterable(results), strict=True)
         tokens = sum(length - 1 for length in self.lengths)
-        return Forgetting(sequential_sum(risen) / tokens, sequential_sum(diverged) / tokens)
+        return Forgetting(sequential_sum(rises) / tokens, sequential_sum(divergences) / tokens)
 
 
 _ROWS = 8
-"""So few at a time, since float32 logits of a large vocabulary take as much memory as a training step."""
+"""Number of positions per comparison. Float32 logits of more positions would take as much memory as a step."""
 
 
 def _compared(adapted: Tensor, base: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Rise and KL divergence, both summed over the rows of logits (rows, vocab)."""
+    """Return the rise of the loss and the KL divergence, both summed over the rows of logits (rows, vocab)."""
     adapted, base = (torch.log_softmax(logits.float(), dim=-1) for logits in (adapted, base))
     rise = (base - adapted).gather(1, targets[:, None]).sum(dtype=torch.float64)
     return float(rise), float((base.exp() * (base - adapted)).sum(dtype=torch.float64))

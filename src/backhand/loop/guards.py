@@ -1,9 +1,11 @@
-"""Does the run train anything? Looked at before the first step, and judged after the third that was taken.
+"""Guards of a run: every factor of the adapter is trained, and the frozen base does not change.
 
-A fresh adapter has lora_B = 0, so the first step's gradient of every lora_A is zero, as it should be; from the second
-step on, each factor of each module must have had a finite gradient that is not zero, and must have moved. What goes
-wrong in practice: an adapter that the optimizer does not hold, a graph cut by checkpointing, targets that the forward
-pass does not use, a rate that rounds to nothing.
+`LearningGuard` decides after the third step. A fresh adapter has lora_B = 0, so the gradient of every lora_A is zero in
+the first step. Later, each factor must have had a finite, non-zero gradient and must have changed. Typical failures are
+parameters that the optimizer does not contain, an autograd graph cut by checkpointing, target modules that the forward
+pass does not use, and a learning rate that is lost in rounding.
+
+`BaseGuard` compares digests of the base's tensors, one tensor in each of the first steps and all of them at the end.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from backhand.words import name_list
 JUDGED_AFTER_STEPS = 3
 SPIKE_FACTOR = 3.0
 _SMOOTHING = 0.9
-MOST_SHOWN = 5  # names, in a message
+MOST_SHOWN = 5  # largest number of names in a message
 _QUERY_OR_KEY = re.compile(r"(.*\.)?(q_proj|k_proj|query|key)")
 
 
 class LearningGuard:
-    """Watches the first three steps of a run, or of its continuation; skipped ones do not count."""
+    """Checks that the first three steps of a run or of a resumed run train every factor. Skipped steps do not count."""
 
     def __init__(self, lora: LoRAParameters, optimizer: AdapterOptimizer, log: ProofLog) -> None:
         self._lora, self._log = lora, log
@@ -41,7 +43,7 @@ class LearningGuard:
         }
         self._had_gradient = {name: False for name, _ in lora.named_tensors()}
         self._steps = self._steps_with_pairs = 0
-        self._pairs_beside_lora_B = self._judged = False
+        self._pairs_after_first_step = self._judged = False
         held = optimizer.values.numel()
         same = (
             held == optimizer.gradients.numel() == lora.element_count
@@ -51,26 +53,26 @@ class LearningGuard:
         log(Proof("the optimizer holds exactly the adapter's elements", same, held, lora.element_count))
         if not same:
             raise CheckError(
-                f"the optimizer holds {held:,} elements of its own, which are not the adapter's {lora.element_count:,}",
+                f"the optimizer's {held:,} elements are not the adapter's {lora.element_count:,} elements",
                 why="part of the adapter would never move, or something else would",
                 next_step="report this; it should not happen",
             )
 
     def judge_if_due(self, *, attends: bool, taken: bool, last: bool = False) -> list[str]:
-        """Look at the gradients that a step has left in the buffer: clipping makes none zero that was not.
+        """Check the gradients in the buffer after a step, and decide after the third step or the last one.
 
-        After the third step, or the last one of a shorter run: raise if the run does not train everything.
+        The gradients are clipped already, but clipping makes no non-zero gradient zero.
 
         Args:
-            attends: whether some supervised position of the step has one before it.
-            taken: whether the adapter was moved; a skipped step, not being finite, says nothing.
-            last: whether no step will follow.
+            attends: True if at least one supervised position of the step has a position before it.
+            taken: False for a skipped step, whose gradient is not finite and proves nothing.
+            last: True if no step will follow.
 
         Returns:
-            Sentences about modules whose gradient is zero by nature; empty if there are none or it is not time yet.
+            One sentence if modules necessarily have a zero gradient; empty otherwise, and until the guard decides.
 
         Raises:
-            CheckError: names the modules and the likely cause.
+            CheckError: a factor is not trained. Names the modules and the likely cause.
         """
         if self._judged:
             return []
@@ -79,16 +81,16 @@ class LearningGuard:
             reached = [name for name, gradient in named_gradients(self._lora) if bool(gradient.any())]
             self._had_gradient |= dict.fromkeys(reached, True)
             self._steps_with_pairs += attends
-            self._pairs_beside_lora_B |= attends and self._steps > 1  # in the first step lora_B may be zero
+            self._pairs_after_first_step |= attends and self._steps > 1  # in the first step lora_B may be zero
         if (self._steps < JUDGED_AFTER_STEPS and not last) or self._steps == 0:
             return []
         self._judged = True
         silent = [name for name, had in self._had_gradient.items() if not had]
-        # Embedding rows of tokens that have not come up yet have none.
+        # Embedding rows of tokens that have not occurred yet have no gradient.
         silent = [name for name in silent if not name.endswith(f".{TOKENS}")]
-        if self._steps == 1:  # while one factor is zero, the other has no gradient
+        if self._steps == 1:  # while one factor of a module is zero, the other has no gradient
             silent = [name for name in silent if name not in self._reached_later]
-        # Rounding leaves such gradients near zero and not at it: what the batches were decides, not the numbers.
+        # Rounding makes such gradients almost zero, so the batches decide whether they are, not the numbers.
         natural = {name for name in self._had_gradient if self._zero_by_nature(name)}
         silent = [name for name in silent if name not in natural]
         moved = self._lora.values != self._start
@@ -127,16 +129,17 @@ class LearningGuard:
     def _zero_by_nature(self, name: str) -> bool:
         module, _, factor = name.rpartition(".")
         if self._steps == 1 and factor == "lora_A":
-            return False  # nothing is expected of it yet
-        seen = self._pairs_beside_lora_B if factor == "lora_A" else self._steps_with_pairs > 0
+            return False  # no gradient is expected yet
+        seen = self._pairs_after_first_step if factor == "lora_A" else self._steps_with_pairs > 0
         return not seen and _QUERY_OR_KEY.fullmatch(module) is not None
 
 
 def smoothed(loss: float, mean: float | None) -> tuple[float, str | None]:
-    """The running mean of the loss, part of the run's progress, with that of a step; a warning if this is far above it.
+    """Return the running mean of the loss after a step, and a warning if the step's loss is far above the mean.
 
     Args:
-        mean: so far; None before the first step.
+        loss: the loss of the step.
+        mean: the running mean before it; None before the first step.
     """
     if mean is None:
         return loss, None
@@ -146,7 +149,7 @@ def smoothed(loss: float, mean: float | None) -> tuple[float, str | None]:
 
 
 def named_gradients(lora: LoRAParameters) -> list[tuple[str, Tensor]]:
-    """(`<module>.lora_A` or `<module>.lora_B`, gradient) of every factor."""
+    """Return (`<module>.lora_A` or `<module>.lora_B`, gradient) of every factor."""
     return _named_views(lora, lora.gradients)
 
 
@@ -162,14 +165,15 @@ def _modules(names: list[str]) -> str:
 
 
 class BaseGuard:
-    """Remembers the digests of the base's tensors.
+    """Checks that the base's tensors do not change, by their SHA-256 digests.
 
     Args:
-        model: its `frozen_tensors` are read once now.
+        model: the model. Its `frozen_tensors` are read once at construction.
+        log: receives the proofs.
 
     Raises:
-        CheckError: a tensor holds NaN or infinity. Logits would not show it: torch's CPU attention turns NaN queries
-            of short documents into zeros.
+        CheckError: a tensor contains NaN or infinity. Logits would not show it, because torch's CPU attention turns NaN
+            queries of short documents into zeros.
     """
 
     def __init__(self, model: Trainable, log: ProofLog) -> None:
@@ -192,20 +196,20 @@ class BaseGuard:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the names and digests of all tensors as they were at the start, in the compute dtype."""
+        """SHA-256 of the names and initial digests of all tensors, in the compute dtype."""
         whole = hashlib.sha256()
         for name in sorted(self._digests):
             whole.update(name.encode() + b"\0" + self._digests[name])
         return whole.hexdigest()
 
     def sample(self) -> None:
-        """Look at one tensor, the next one each time. Raises CheckError if it has moved."""
+        """Check the next tensor. Raises CheckError if it has changed."""
         tensors = list(self._model.frozen_tensors())
         self._compare([tensors[self._next_sample % len(tensors)]], "a sample")
         self._next_sample += 1
 
     def check(self) -> None:
-        """Look at every tensor, and log the proof. Raises CheckError naming those that have moved."""
+        """Check every tensor and log the proof. Raises CheckError with the names of changed tensors."""
         self._compare(self._model.frozen_tensors(), "all")
         self._log(Proof("the frozen base has not moved by one bit (SHA-256)", True, 0, 0))
 
@@ -222,7 +226,7 @@ class BaseGuard:
 
 
 def tensor_digest(tensor: FrozenMatrix) -> bytes:
-    """SHA-256 of the bytes of a tensor; of a quantized matrix those that are stored, as its file has them."""
+    """Return the SHA-256 of a tensor's bytes, or of a quantized matrix's stored bytes."""
     if isinstance(tensor, Tensor):
         return hashlib.sha256(byte_view(tensor)).digest()
     whole = hashlib.sha256()
@@ -234,21 +238,21 @@ def tensor_digest(tensor: FrozenMatrix) -> bytes:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    """Return the bytes of a tensor. A contiguous CPU tensor is not copied."""
     flat = tensor.detach().to("cpu").contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def is_finite(tensor: FrozenMatrix) -> bool:
-    """Whether a tensor or matrix holds neither NaN nor infinity; integers always do not."""
+    """Return True if a tensor or matrix contains neither NaN nor infinity. Integer tensors never do."""
     if not isinstance(tensor, Tensor):
         return all(is_finite(tile) for _, tile in frozen_tiles(tensor))
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor)  # NaN comes through both; no mask of the tensor's size is made
+    low, high = torch.aminmax(tensor)  # propagates NaN, and needs no mask of the tensor's size
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def named_unusable(tensors: Iterable[tuple[str, FrozenMatrix]]) -> Iterator[str]:
-    """Names of the tensors that are not finite."""
+    """Yield the names of the tensors that are not finite."""
     return (name for name, tensor in tensors if not is_finite(tensor))

@@ -1,9 +1,11 @@
-"""How well a model tells labels apart, by the most probable label of each row; see `generate.labels`.
+"""Scores of a model as a classifier, from the most probable label of each row (see `generate.labels`).
 
-precision = right among the rows it gave the label,   recall = right among the rows that have it
-F1        = 2 · precision · recall / (precision + recall),   0 where nothing is right
-accuracy  = right / rows,   macro F1 = mean F1 of the labels that some row has or was given
-                                       [scikit-learn's f1_score(average="macro"), zero_division=0]
+precision = share of correct rows among those predicted to have the label
+recall    = share of correct rows among those that have the label
+F1        = 2 · precision · recall / (precision + recall), 0 if no row is correct
+accuracy  = correct rows / rows
+macro F1  = mean F1 of the labels that occur as the true or the predicted label of a row
+            [scikit-learn's f1_score(average="macro"), zero_division=0]
 """
 
 from __future__ import annotations
@@ -17,27 +19,28 @@ from backhand.terminal import console_for_tables, table_of
 
 @dataclass(frozen=True)
 class LabelScore:
-    """What a model makes of rows whose answers are labels."""
+    """The scores of one model on rows whose answers are labels."""
 
     accuracy: float
     f1_macro: float
-    # precision, recall, f1 and support (rows that have it) of each label, also of those without rows
+    # precision, recall, f1 and support (number of rows that have the label) of each label, also of labels without rows
     per_label: dict[str, dict[str, float]]
-    confusion: dict[str, dict[str, int]]  # of each label that rows have, how many of them were given which label
-    invented: int  # rows whose free, greedy answer is none of the labels
-    inventions: dict[str, int]  # the most frequent of these answers, cut, and how often each was given
+    confusion: dict[str, dict[str, int]]  # number of rows by true label, then by predicted label
+    invented: int  # number of rows whose free, greedy answer is none of the labels
+    inventions: dict[str, int]  # the most frequent of these answers with their counts
 
 
 _INVENTIONS = 5
 
 
 def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str], free: Iterable[str]) -> LabelScore:
-    """Judge the labels given to rows.
+    """Compute the scores.
 
     Args:
-        right: what each row says, among `labels`; at least one row.
-        given: the label that was found the most probable for each.
-        free: the greedy answers of the rows.
+        right: the true label of each row, at least one row.
+        given: the most probable label of each row.
+        labels: all labels.
+        free: the greedy answer to each row.
     """
     labels = tuple(labels)
     pairs = Counter(zip(right, given, strict=True))
@@ -62,20 +65,21 @@ def label_score(right: Sequence[str], given: Sequence[str], labels: Iterable[str
 
 
 def mistaken_for(score: LabelScore, label: str) -> str:
-    """What the rows of a label were taken for, such as `shipping 3, praise 1`, the most frequent first."""
+    """Return the wrong predictions for a label's rows, most frequent first, such as `shipping 3, praise 1`."""
     others = Counter(score.confusion.get(label, {}))
     del others[label]
     return ", ".join(f"{other} {count}" for other, count in others.most_common())
 
 
 def print_labels(model: str, score: LabelScore) -> None:
-    """A table on the terminal, a line a label: how well it is told from the others, and what it is taken for."""
+    """Print a table with one line per label: its scores and its most frequent wrong predictions."""
     figures = ("rows", "precision", "recall", "F1")
     shown = table_of("label", *figures, "taken for", right=figures, title=f"labels, {model} model")
     for label, one in score.per_label.items():
-        shares = (f"{one[what]:.3f}" for what in ("precision", "recall", "f1"))
+        shares = (f"{one[name]:.3f}" for name in ("precision", "recall", "f1"))
         shown.add_row(label, f"{one['support']:,}", *shares, mistaken_for(score, label))
     console_for_tables().print(shown)
     if score.inventions:
-        said = ", ".join(f"{text!r} {count}" for text, count in score.inventions.items())
-        console_for_tables().print(f"free answers that are no label: {score.invented}, such as {said}", soft_wrap=True)
+        examples = ", ".join(f"{text!r} {count}" for text, count in score.inventions.items())
+        line = f"free answers that are no label: {score.invented}, such as {examples}"
+        console_for_tables().print(line, soft_wrap=True)

@@ -25,59 +25,62 @@ from backhand.system import install
 
 
 class Logger(Protocol):
-    """Something that keeps figures over steps. Its methods may raise anything."""
+    """A logger of numbers by step. Its methods may raise any exception."""
 
     def begin(self, start: RunStart) -> None:
-        """A run begins, or is continued from `start.step`."""
+        """Begin a run, or continue it from `start.step`."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Keep these finite figures of a step."""
+        """Log the finite values of a step."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """The run is over; `summary` is as in summary.json, empty where the run did not reach its end."""
+        """End the run. `summary` has the contents of summary.json, or is empty if the run has not finished."""
 
 
 class LoggerObserver(Observer):
-    """Tells a logger of a run."""
+    """Passes the events of a run to a logger, and drops the logger if it fails.
 
-    def __init__(self, name: str, logger: Logger, note: Callable[[str], None]) -> None:
-        self._name, self._note, self._begun = name, note, False
+    Args:
+        name: the logger's name.
+        logger: the logger.
+        notify: receives a sentence if the logger fails.
+    """
+
+    def __init__(self, name: str, logger: Logger, notify: Callable[[str], None]) -> None:
+        self._name, self._notify, self._started = name, notify, False
         self._logger: Logger | None = logger
         self._summary: Mapping[str, Any] = {}
 
     def started(self, start: RunStart) -> None:
-        """Begin."""
-        self._begun = True
-        self._tell(lambda logger: logger.begin(start))
+        self._started = True
+        self._call(lambda logger: logger.begin(start))
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """Log the figures of a step or an evaluation."""
-        self._tell(lambda logger: logger.log(figures(record), record["step"]))
+        self._call(lambda logger: logger.log(figures(record), record["step"]))
 
     evaluated = stepped
 
     def ended(self, summary: RunSummary) -> None:
-        """Keep the summary for the end."""
         self._summary = asdict(summary)
 
     def closed(self) -> None:
-        """End, if the run ever began."""
-        if self._begun:
-            self._begun = False
-            self._tell(lambda logger: logger.end(self._summary))
+        """End the logger's run if it has been started."""
+        if self._started:
+            self._started = False
+            self._call(lambda logger: logger.end(self._summary))
 
-    def _tell(self, call: Callable[[Logger], None]) -> None:
+    def _call(self, method: Callable[[Logger], None]) -> None:
         if self._logger is None:
             return
         try:
-            call(self._logger)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on
+            method(self._logger)
+        except Exception as error:  # noqa: BLE001 - the run goes on after any error of a logger
             self._logger = None
-            self._note(f"{self._name} failed and is left out from here on: {type(error).__name__}: {error}")
+            self._notify(f"{self._name} failed and is left out from here on: {type(error).__name__}: {error}")
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a record but the step, which is their place."""
+    """Return the finite numbers of a record, except the step."""
     return {
         key: value
         for key, value in record.items()
@@ -85,13 +88,12 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-_PROJECT = "backhand"  # or experiment
-# MLflow refuses longer values of parameters.
-_LONGEST_VALUE = 6000
+_PROJECT = "backhand"  # default name of the project or experiment
+_LONGEST_VALUE = 6000  # MLflow rejects longer values of parameters
 
 
 class _MLflow:
-    """A run of the experiment `backhand`, or of MLFLOW_EXPERIMENT_NAME."""
+    """A run in the experiment MLFLOW_EXPERIMENT_NAME, by default `backhand`."""
 
     def begin(self, start: RunStart) -> None:
         from mlflow import MlflowClient
@@ -124,7 +126,7 @@ class _MLflow:
 
 
 class _TensorBoard:
-    """Writes scalars, and the configuration as a text."""
+    """Event files with scalars and the configuration as text."""
 
     def begin(self, start: RunStart) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -145,12 +147,12 @@ class _TensorBoard:
 
 
 class _Trackio:
-    """A run named like the directory; a continued run goes on in the same one."""
+    """A run with the name of the directory. A resumed run continues it."""
 
     def begin(self, start: RunStart) -> None:
         import trackio
 
-        # It prints greetings to standard output, which belongs to the command.
+        # trackio prints messages to standard output, which is reserved for the output of the command.
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
@@ -173,7 +175,7 @@ class _Trackio:
 
 
 class _Wandb:
-    """A run of the project `backhand`, or of WANDB_PROJECT; a continued run is another one in the same group."""
+    """A run in the project WANDB_PROJECT, by default `backhand`. A resumed run is a new run in the same group."""
 
     def begin(self, start: RunStart) -> None:
         import wandb
@@ -198,7 +200,7 @@ class _Wandb:
         self._run.finish(exit_code=0 if summary else 1)
 
 
-# An extra's package by the name of its logger.
+# The keys are the names of the loggers, of their packages and of Backhand's extras.
 _LOGGERS: Mapping[str, Callable[[], Logger]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
@@ -207,11 +209,11 @@ _LOGGERS: Mapping[str, Callable[[], Logger]] = {
 }
 
 
-def chosen_loggers(names: Iterable[str], note: Callable[[str], None]) -> list[LoggerObserver]:
-    """An observer for each name. Raises UsageError: its package is not installed."""
+def chosen_loggers(names: Iterable[str], notify: Callable[[str], None]) -> list[LoggerObserver]:
+    """Return an observer for each name. Raises UsageError if a package is not installed."""
     observers = []
     for name in dict.fromkeys(names):
         if find_spec(name) is None:
             raise UsageError(f"{name} is not installed", where="report_to", next_step=install(f"'backhand[{name}]'"))
-        observers.append(LoggerObserver(name, _LOGGERS[name](), note))
+        observers.append(LoggerObserver(name, _LOGGERS[name](), notify))
     return observers

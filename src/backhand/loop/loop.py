@@ -1,10 +1,13 @@
-"""The training loop: steps, evaluations, checkpoints, until the last step, early stopping, an interruption or a guard.
+"""The training loop: steps, evaluations and checkpoints until the last step, early stopping, a signal or a guard.
 
-`step.training_step` is the step itself, and `TrainingLoop` what leads to it. The numbers it uses (learning rates,
-seeds, intervals) are `step_plan`'s, evaluations and guards `judging`'s.
+`TrainingLoop` prepares each step, and `step.training_step` computes it. Learning rates, seeds and intervals are in
+`step_plan`; evaluations and guards are in `evaluator`.
 
-After every step, in this order: evaluate, if it is due; save a checkpoint, if it is due or the evaluation was the best
-so far; stop, if asked to.
+After every step, the loop does the following in this order:
+
+- evaluate, if an evaluation is due;
+- save a checkpoint, if one is due or the evaluation is the best so far;
+- stop, if a signal has been received.
 """
 
 from __future__ import annotations
@@ -31,36 +34,34 @@ from backhand.nn.batch import PackedBatch
 
 @dataclass(eq=False)
 class TrainingLoop:
-    """One run, from wherever its state stands to its end."""
+    """The steps of one run, new or resumed."""
 
-    model: Trainable  # with the state's adapter attached, see `training_step`
+    model: Trainable  # the model with the state's adapter attached, see `training_step`
     state: RunState  # adapter, optimizer, counters; changed by every step
-    packer: RowPacker  # holds the training rows, and packs those of a micro-batch
-    sampler: Sampler
-    plan: StepPlan
-    evaluator: Evaluator  # of the steps: evaluations, guards, and whether the run is over
+    packer: RowPacker  # contains the training rows and packs micro-batches
+    sampler: Sampler  # returns the rows of each step
+    plan: StepPlan  # the numbers of the steps
+    evaluator: Evaluator  # evaluates and checks the steps, and decides when the run is over
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)
-    memory: MemoryKeeper | None = None  # holds the process to its plan; None where the allocator is left alone
-    processes: Communicator = field(default_factory=Communicator)  # that share each step
-    # the cache of the training rows' hidden states below the lowest adapted layer; None where they are computed in each
-    # step
+    memory: MemoryKeeper | None = None  # keeps the process within its memory plan; None if the allocator is not tuned
+    processes: Communicator = field(default_factory=Communicator)  # the processes that share each step
+    # cache of the hidden states that enter the lowest adapted layer; None if they are computed in every step
     hidden_states: HiddenStateCache | None = None
-    objective: Objective | None = None  # of the training rows; None for the loss of answers
-    # samples, judges and trains on answers to the training rows; None where rows have their own
-    rewarded: RewardedSteps | None = None
+    objective: Objective | None = None  # objective of the training rows; None for cross-entropy
+    rewarded: RewardedSteps | None = None  # trains on sampled answers; None if the rows contain the answers
 
     def __post_init__(self) -> None:
         self._drops = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
 
     def run(self, until_step: int | None = None) -> bool:
-        """Train to the end, or until this step is done.
+        """Train to the end of the run, or until `until_step` steps are done.
 
         Returns:
-            False if it stopped because it was asked to, after a checkpoint.
+            False if a signal stopped the loop, after a checkpoint.
 
         Raises:
-            CheckError: a guard fired; the state before it has been saved.
+            CheckError: a guard failed. The state before the failure has been saved.
         """
         progress, evaluator = self.state.progress, self.evaluator
         evaluator.begin()
@@ -76,7 +77,7 @@ class TrainingLoop:
         return True
 
     def _step(self) -> None:
-        """Train on the next rows; then count, report and judge the result."""
+        """Train on the rows of the next step, then count, report and check the result."""
         progress = self.state.progress
         began = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
@@ -101,12 +102,12 @@ class TrainingLoop:
             self.memory.after_step()
 
     def _rewarded_step(self, rewarded: RewardedSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
-        """What the step did, and the tokens of its prompts and answers."""
+        """Return the result of the step and the number of tokens of its prompts and answers."""
         step = self.state.progress.step
         try:
             rewarded.write(self.model, step, rows)
         except CheckError:
-            self.evaluator.save(False)  # nothing has moved yet
+            self.evaluator.save(False)  # the step has changed nothing yet
             raise
         return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
@@ -132,10 +133,10 @@ class TrainingLoop:
         return self.hidden_states.packed(groups[number], self._coming(groups, number))
 
     def _coming(self, groups: Sequence[Sequence[int]], number: int) -> Iterator[Sequence[int]]:
-        """This process's micro-batches after this one, to the end of the epoch."""
+        """Yield this process's later micro-batches, to the end of the epoch."""
         step, per_epoch = self.state.progress.step, self.sampler.steps_per_epoch
         for later in range(step, min(self.plan.total_steps, (step // per_epoch + 1) * per_epoch)):
             if later > step:
                 groups, number = self._groups(self.sampler.rows_of(later)), -1
             shares = self.processes.assign([self.packer.positions(group) for group in groups])
-            yield from (groups[own] for own in shares[self.processes.rank] if own > number)
+            yield from (groups[later_one] for later_one in shares[self.processes.rank] if later_one > number)

@@ -1,4 +1,4 @@
-"""The held-out loss, mean nats per supervised token; what the base forgets, and what quantizing it on reading costs."""
+"""The held-out loss in mean nats per supervised token, and the change of the base's loss by quantization on reading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from backhand.printing import counting
 
 
 class _Packed(NamedTuple):
-    """Rows by their numbers, their documents, and the batch."""
+    """A packed batch with the numbers of its rows and its documents."""
 
     rows: Sequence[int]
     examples: list[Example]
@@ -31,15 +31,17 @@ class _Packed(NamedTuple):
 
 
 class HeldOut:
-    """Held-out rows, packed once.
+    """Held-out rows. Packs them once and measures their loss.
 
     Args:
-        examples: at least one.
-        hidden_states: keeps their hidden states below the lowest adapted layer from one `loss` to the next.
+        examples: the rows, at least one.
+        micro_batch_rows: number of rows per forward pass.
+        hidden_states: cache of the hidden states that enter the lowest adapted layer, or None.
 
     Attributes:
-        measured: what the newest `loss` found beside, under the names of metrics.jsonl.
-        said: what the model said then, by where the row stands, of a few rows; where it is asked for answers.
+        measured: further values of the most recent `loss`, with the names of metrics.jsonl.
+        said: sampled answers of a few rows in the most recent `loss`, by the row's source; empty unless rewards are
+            measured.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class HeldOut:
         self._batches: list[_Packed] = []
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
-        """Mean nats per supervised token with the adapter that is attached, the same with any number of processes.
+        """Return the mean nats per supervised token with the attached adapter.
+
+        The result does not depend on the number of processes: the batches are summed in order.
 
         Args:
-            processes: that share the batches; the sum is that of one process, in its order.
-            interruptible: whether to come back with None where a process has been asked to stop.
+            processes: the processes that share the batches.
+            interruptible: return None if a process has received a signal to stop.
         """
         batches = self._packed(model.shares_prefixes)
 
@@ -70,47 +74,53 @@ class HeldOut:
             return loss
 
         tokens = [packed.batch.input_ids.shape[0] for packed in batches]
-        own = len(processes.assign(tokens)[processes.rank])
-        with counting("held-out loss", own, "batches") as done:
-            found = processes.parallel_map(tokens, nats, interruptible=interruptible)
-        return None if found is None else sequential_sum(found) / self.supervised_tokens
+        share = len(processes.assign(tokens)[processes.rank])
+        with counting("held-out loss", share, "batches") as done:
+            losses = processes.parallel_map(tokens, nats, interruptible=interruptible)
+        return None if losses is None else sequential_sum(losses) / self.supervised_tokens
 
     def token_losses(self, model: LanguageModel) -> Iterator[tuple[Example, Tensor]]:
-        """Every document with its supervised tokens' losses in nats, (supervised,), float32 or wider; not in order."""
+        """Yield every document with the losses of its supervised tokens, (supervised,) in nats, float32 or wider.
+
+        The documents come in the order of the packed batches.
+        """
         for _, examples, batch in self._packed(model.shares_prefixes):
             losses = model.token_losses(batch.to(model.device)).cpu()
             documents = zip(examples, losses.split(batch.document_tokens), strict=True)
-            yield from ((example, own) for example, own in documents if own.numel())
+            yield from ((example, of_document) for example, of_document in documents if of_document.numel())
 
     def _packed(self, share_prefixes: bool) -> list[_Packed]:
         if not self._batches:
             packer = RowPacker(self._examples, share_prefixes=share_prefixes)
             groups = micro_batches(range(len(self._examples)), packer.lengths, max_rows=self._micro_batch_rows)
             for group in groups:
-                examples = [packer.by_document.examples[place] for place in packer.documents(group)]
+                examples = [packer.by_document.examples[document] for document in packer.documents(group)]
                 self._batches.append(_Packed(group, examples, packer.packed(group, "cpu")))
         return self._batches
 
 
-def spread(rows: int, count: int) -> list[int]:
-    """Up to `count` different places among so many rows, the first one among them."""
+def evenly_spaced(rows: int, count: int) -> list[int]:
+    """Return up to `count` different, evenly spaced numbers below `rows`, beginning with 0."""
     count = min(rows, count)
     return [number * rows // count for number in range(count)]
 
 
 _SUPERVISED_TOKENS = 2000
-"""Of the rows that are measured: the difference of two means over the same tokens is small beside either's spread."""
+"""Number of supervised tokens to measure. Both losses are means over the same tokens, so a few thousand are enough."""
 
 
 def quantization_notes(
     source: ModelSource, examples: Iterable[Example], micro_batch_rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, ...]:
-    """A sentence on the change of the base's loss; nothing where the source is not quantized on reading.
+    """Return one sentence about the change of the base's loss, or nothing if the source is not quantized on reading.
 
-    Both bases stay as they are stored while they are measured, so that neither takes its dense size.
+    Both bases are measured in their stored form, so neither needs the memory of dense weights.
 
     Args:
-        examples: the run's rows, the held-out ones first.
+        source: the base model's files.
+        examples: the run's rows, held-out rows first.
+        micro_batch_rows: number of rows per forward pass.
+        dtype, device: of the computation.
     """
     if not isinstance(source, QuantizingSource):
         return ()

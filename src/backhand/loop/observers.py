@@ -17,49 +17,48 @@ from backhand.runs.summary import RunSummary
 
 @dataclass(frozen=True)
 class RunStart:
-    """What is known before the first step."""
+    """Facts about a run before its first step."""
 
-    total_steps: int
-    step: int  # steps done before, in a run that is continued
-    facts: tuple[str, ...]  # lines for a reader: model, engine, data, adapter, plan
-    directory: Path
-    # every option by the name of its part and its own, such as `optimization.learning_rate`
-    config: Mapping[str, Any] = field(default_factory=dict)
+    total_steps: int  # number of steps of the run
+    step: int  # number of steps done before; positive in a resumed run
+    facts: tuple[str, ...]  # lines for people: model, engine, data, adapter, plan
+    directory: Path  # the run directory
+    config: Mapping[str, Any] = field(default_factory=dict)  # every option, such as `optimization.learning_rate`
 
 
 class Observer:
-    """Base of all observers; each method does nothing. Records have the keys of metrics.jsonl."""
+    """Base class of all observers. Its methods do nothing. Records have the keys of metrics.jsonl."""
 
     def started(self, start: RunStart) -> None:
-        """The run is about to make its first step."""
+        """Called before the first step."""
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """A step is done: step, epoch, loss, learning_rate, grad_norm, tokens, supervised_tokens, tokens_per_s, …."""
+        """Called after a logged step: step, epoch, loss, learning_rate, grad_norm, tokens, tokens_per_s, …."""
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        """A held-out evaluation is done: step, eval_loss."""
+        """Called after an evaluation: step, eval_loss, …."""
 
     def noted(self, text: str) -> None:
-        """Something worth a line: a warning, a checkpoint that is skipped."""
+        """Called with a line for people, such as a warning or a skipped checkpoint."""
 
     def ended(self, summary: RunSummary) -> None:
-        """The run is over."""
+        """Called when the run has finished."""
 
     def closed(self) -> None:
-        """Nothing will come after this, whatever happened."""
+        """Called last, also after an error."""
 
 
 class Observers(Observer):
-    """Several observers as one, told in the order given."""
+    """Several observers as one. Each event is passed to them in order."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self.observers = tuple(observers)
         for method in ("started", "stepped", "evaluated", "noted", "ended", "closed"):
-            setattr(self, method, partial(self._tell, method))
+            setattr(self, method, partial(self._notify, method))
 
-    def _tell(self, method: str, *told: object) -> None:
+    def _notify(self, method: str, *args: object) -> None:
         for observer in self.observers:
-            getattr(observer, method)(*told)
+            getattr(observer, method)(*args)
 
 
 Callback = Observer | Callable[[Mapping[str, Any]], object]
@@ -76,10 +75,10 @@ class _RecordFunction(Observer):
 
 
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
-    """Functions wrapped, observers as they are."""
+    """Return an observer for each callback. A function is called with the records of steps and evaluations."""
     return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
 
 
 def metrics_file(directory: RunDirectory) -> Observer:
-    """Appends a line to the run's metrics.jsonl for each logged step and each evaluation."""
+    """Return an observer that appends a line to metrics.jsonl for each logged step and each evaluation."""
     return _RecordFunction(partial(directory.append, METRICS))

@@ -1,6 +1,6 @@
-"""Saving a run as it stands: the checkpoint, the published adapter, and the checkpoints that are no longer needed.
+"""Save the state of a run: write the checkpoint, publish the adapter, and remove old checkpoints.
 
-An adapter that holds NaN or infinity is never saved: whatever is on the disk can be used.
+An adapter with NaN or infinity is never saved, so every adapter on the disk is usable.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ PROGRESS_FILE = "progress.json"
 
 @dataclass(eq=False)
 class RunState:
-    """Adapter, moments and counters.
+    """Adapter, moments and counters: the complete state of a run between two steps.
 
-    There is no random state and no place in the data to store: the order of rows and every dropout mask follow from the
-    seed, the epoch and the step. There is no half-filled accumulation window either: checkpoints lie between steps.
+    No random state and no position in the data are needed, because the order of rows and every dropout mask follow from
+    the seed, the epoch and the step. No accumulated gradient is needed, because checkpoints are made between steps.
     """
 
-    lora: LoRAParameters
-    optimizer: AdapterOptimizer
-    progress: Progress
+    lora: LoRAParameters  # the adapter
+    optimizer: AdapterOptimizer  # its optimizer with the moments
+    progress: Progress  # the counters
 
     def contents(self, adapter_files: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
-        """The files of a checkpoint: the adapter as PEFT reads it, and beside it what else the next step needs."""
+        """Return the files of a checkpoint: the adapter in PEFT's format, the optimizer's state and the counters.
+
+        Args:
+            adapter_files: returns the files of the adapter.
+        """
         from safetensors.torch import save
 
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.optimizer.moments().items()}
@@ -54,11 +58,11 @@ class RunState:
         """Continue from a checkpoint.
 
         Args:
-            checkpoint: of what `contents` returned.
-            dtype: the compute dtype, for the copy of the factors that the model uses.
+            checkpoint: a checkpoint whose files `contents` returned.
+            dtype: the compute dtype. The factors are copied to this dtype for the model.
 
         Raises:
-            ArtifactError: a file is missing, or is not of this adapter and optimizer.
+            ArtifactError: a file is missing, or belongs to another adapter or optimizer.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -71,15 +75,15 @@ class RunState:
             tensors: dict[str, Tensor] = load(contents[STATE_FILE])
         except (SafetensorError, ValueError) as error:
             raise ArtifactError("the state is not a safetensors file", where=STATE_FILE, why=str(error)) from None
-        own = {"values": self.lora.values, **self.optimizer.moments()}
-        for name, tensor in own.items():
-            given = tensors.get(name)
-            if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
-                found = "nothing" if given is None else f"{tuple(given.shape)} {given.dtype}"
+        targets = {"values": self.lora.values, **self.optimizer.moments()}
+        for name, tensor in targets.items():
+            stored = tensors.get(name)
+            if stored is None or stored.shape != tensor.shape or stored.dtype != tensor.dtype:
+                actual = "nothing" if stored is None else f"{tuple(stored.shape)} {stored.dtype}"
                 raise ArtifactError(
                     "the checkpoint is one of another adapter",
                     where=STATE_FILE,
-                    why=f"its {name!r} is {found}, expected {tuple(tensor.shape)} {tensor.dtype}",
+                    why=f"its {name!r} is {actual}, expected {tuple(tensor.shape)} {tensor.dtype}",
                 )
         progress = Progress.from_json(contents[PROGRESS_FILE])
         if progress.step != checkpoint.step:
@@ -88,7 +92,7 @@ class RunState:
                 where=PROGRESS_FILE,
             )
         self.progress = progress
-        for name, tensor in own.items():
+        for name, tensor in targets.items():
             tensor.copy_(tensors[name])
         self.lora.gradients.zero_()
         self.lora.refresh_compute(dtype)
@@ -96,30 +100,29 @@ class RunState:
 
 @dataclass(eq=False)
 class Saver:
-    """Makes checkpoints of one run."""
+    """Saves the checkpoints of one run."""
 
-    directory: RunDirectory
-    store: CheckpointStore
-    state: RunState
-    adapter_files: Callable[[], Mapping[str, bytes]]
-    facts: Callable[[int], Mapping[str, Any]]
+    directory: RunDirectory  # the run directory
+    store: CheckpointStore  # its checkpoints
+    state: RunState  # the state to save
+    adapter_files: Callable[[], Mapping[str, bytes]]  # returns the files of the adapter
+    facts: Callable[[int], Mapping[str, Any]]  # returns the manifest's facts of a step
     _: KW_ONLY
-    keep: int
-    best_only: bool  # whether `adapter/` is the best by held-out loss; else it is the newest
-    protected: frozenset[int] = frozenset()
-    # called before the buffers of a checkpoint are made, and when they are no longer needed
-    make_room: Callable[[], object] = lambda: None
+    keep: int  # number of checkpoints to keep
+    best_only: bool  # True if `adapter/` has the lowest held-out loss; otherwise it is the newest adapter
+    protected: frozenset[int] = frozenset()  # steps whose checkpoints are never removed
+    make_room: Callable[[], object] = lambda: None  # called before and after the buffers of a checkpoint exist
 
     def __post_init__(self) -> None:
         self._saved: bytes | None = None
 
     def require_room(self) -> None:
-        """Whether the disk has room for one checkpoint, asked before hours go into what could not be saved.
+        """Check before training that the disk has room for one checkpoint.
 
         Raises:
-            ResourceError: with the bytes needed and free.
+            ResourceError: it has not. Names the required and the free bytes.
         """
-        # Values and two moments in state.safetensors, and the values as PEFT reads them; the rest is small.
+        # state.safetensors contains the values and two moments, and the PEFT file the values. The rest is small.
         values = self.state.lora.values
         needed = 4 * values.numel() * values.element_size()
         free = free_bytes(self.directory.path)
@@ -127,21 +130,21 @@ class Saver:
             raise ResourceError(
                 f"a checkpoint of this run takes {needed:,} bytes, and {free:,} are free",
                 where=str(self.directory.path),
-                why="nothing of it could be saved; nothing has been trained yet",
+                why="the adapter could not be saved; nothing has been trained yet",
                 next_step="free space, give another --output, or train less: a smaller --rank, fewer --target-modules",
             )
 
     def save(self, better: bool) -> None:
-        """Save the state, unless it is saved already; publish the adapter if it is the one to publish.
+        """Save the state unless it is saved already, and publish the adapter.
 
-        Until some held-out loss is the best so far, the newest adapter is published.
+        With `best_only`, the adapter is published if `better`, or if no held-out loss has been the best yet.
 
         Args:
-            better: whether the newest held-out loss is the best so far.
+            better: True if the most recent held-out loss is the best so far.
 
         Raises:
-            ResourceError: with the bytes needed and free; what was saved before is intact.
-            CheckError: the adapter is not finite; nothing is saved.
+            ResourceError: the disk is full. Names the required and the free bytes. Earlier checkpoints are intact.
+            CheckError: the adapter is not finite, and is not saved.
         """
         progress = self.state.progress
         if self._saved == progress.to_json():
@@ -155,12 +158,12 @@ class Saver:
         if better or not self.best_only or progress.best_step is None:
             self.directory.publish_adapter(adapter_part(contents))
         del contents
-        self.make_room()  # a step's buffers would not lie where these did
+        self.make_room()  # the buffers of a step do not fit the gaps that these large buffers leave
         best = set() if progress.best_step is None else {progress.best_step}
         self.store.prune(progress.step, self.keep, {progress.step} | best | self.protected)
 
     def _require_finite(self) -> None:
-        """Look at the tensors themselves: a loss can be finite while they are not."""
+        """Check the tensors, because the loss can be finite while they are not."""
         if not is_finite(self.state.lora.values):
             unusable = list(named_unusable(self.state.lora.named_tensors()))
             raise CheckError(
@@ -172,7 +175,7 @@ class Saver:
             )
 
     def restored(self, contents: Mapping[str, bytes]) -> None:
-        """Take note of the checkpoint that the state was restored from, and restore `adapter/` as well."""
+        """Record the files of the checkpoint that the state was restored from, and restore `adapter/`."""
         self._saved = contents[PROGRESS_FILE]
         restore_adapter(self.directory, self.store, contents, self.state.progress)
 
@@ -182,22 +185,26 @@ def restore_adapter(
 ) -> bool:
     """Publish the adapter of the best checkpoint unless `adapter/` contains its files already; return True if it did.
 
-    A crash may have come between a checkpoint and the adapter that belongs to it, or a file was damaged since.
+    They differ if the process was killed between writing the checkpoint and publishing its adapter, or if a file was
+    damaged later.
 
     Args:
-        contents: files of the newest checkpoint, whose progress is `progress`.
+        directory: the run directory.
+        store: its checkpoints.
+        contents: files of the newest checkpoint.
+        progress: the counters in the newest checkpoint.
 
     Raises:
-        ResourceError: it cannot be written.
+        ResourceError: the files cannot be written.
     """
-    wanted, best_step = contents, progress.best_step
+    best_step = progress.best_step
     if best_step is not None and best_step != progress.step:
         try:
-            wanted = store.load(best_step).contents
+            contents = store.load(best_step).contents
         except ArtifactError as error:
             store.warn(f"adapter/ is left as it is: {error.what}")
             return False
-    files = adapter_part(wanted)
+    files = adapter_part(contents)
     try:
         same = all(read_plain(directory.adapter / name) == data for name, data in files.items())
     except OSError:
@@ -208,37 +215,37 @@ def restore_adapter(
 
 
 def adapter_part(contents: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Those files of a checkpoint that are the adapter."""
+    """Return the files of a checkpoint that belong to the adapter."""
     return {name: data for name, data in contents.items() if name not in (STATE_FILE, PROGRESS_FILE)}
 
 
 @dataclass
 class Progress:
-    """The counters of a run. They are what a checkpoint holds as progress.json."""
+    """The counters of a run, saved as progress.json in a checkpoint."""
 
-    step: int = 0  # optimizer steps done, skipped ones included
-    # tokens, supervised_tokens: trained on so far
+    step: int = 0  # number of optimizer steps done, including skipped steps
+    # tokens, supervised_tokens: number of tokens trained on so far
     tokens: int = 0
     supervised_tokens: int = 0
-    train_s: float = 0.0
-    # first_loss, last_loss: mean nats per supervised token of the first and of the newest step
+    train_s: float = 0.0  # seconds of all steps
+    # first_loss, last_loss: mean nats per supervised token of the first and of the most recent step
     first_loss: float | None = None
     last_loss: float | None = None
-    smooth_loss: float | None = None  # running mean of the loss, which spikes are measured against
+    smooth_loss: float | None = None  # running mean of the loss, to detect spikes
     base_eval_loss: float | None = None  # held-out loss of the base model
-    # held-out loss before the first step; the base's unless the run began from an adapter
+    # held-out loss before the first step; equals base_eval_loss unless the run started from an adapter
     first_eval_loss: float | None = None
-    # eval_loss, best_eval_loss, best_step: newest and lowest held-out loss, and the step of the lowest
+    # eval_loss, best_eval_loss, best_step: most recent and lowest held-out loss, and the step of the lowest
     eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
     evaluations_without_improvement: int = 0  # in a row, for early stopping
-    # bad_steps_in_a_row, skipped_steps: with a non-finite loss or gradient
+    # bad_steps_in_a_row, skipped_steps: number of steps with a non-finite loss or gradient
     bad_steps_in_a_row: int = 0
     skipped_steps: int = 0
-    pending_evaluation: bool = False  # the evaluation of this step was due and has not been made
+    pending_evaluation: bool = False  # True if the evaluation of this step was due and has not been made
     stopped_because: str | None = None  # why the run ended before its last step, or None
-    finished: bool = False
+    finished: bool = False  # True once the run is over
 
     @property
     def evaluation_outstanding(self) -> bool:
@@ -246,12 +253,12 @@ class Progress:
         return self.pending_evaluation or (self.step == 0 and self.first_eval_loss is None)
 
     def to_json(self) -> bytes:
-        """As JSON, every float to the last bit."""
+        """Return the counters as JSON. Every float is restored exactly."""
         return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Progress:
-        """What `to_json` wrote. Raises ArtifactError: it is something else."""
+        """Return the counters from the output of `to_json`. Raises ArtifactError for other data."""
         try:
             values = load(data, dict[str, Any])
             if set(values) != {field.name for field in dataclasses.fields(cls)}:
@@ -267,7 +274,7 @@ class Progress:
         return progress
 
     def record_evaluation(self, loss: float) -> bool:
-        """Count a held-out loss; return whether it is the best so far."""
+        """Record a held-out loss. Return True if it is the best so far."""
         self.eval_loss = loss
         self.pending_evaluation = False
         better = math.isfinite(loss) and (self.best_eval_loss is None or loss < self.best_eval_loss)

@@ -1,7 +1,7 @@
-"""The resolved numbers of a run's steps: how many there are, what is due when, rates and seeds.
+"""The resolved numbers of a run's steps: their count, the intervals of evaluations and checkpoints, rates and seeds.
 
-They follow from the configuration and the step alone, so that a resumed run needs no other state than the adapter, its
-moments and a count.
+These numbers follow from the configuration and the step number. Therefore a resumed run needs only the adapter, its
+moments and a step count.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ DEFAULT_WARMUP_SHARE = 0.03
 
 
 def default_warmup_steps(total_steps: int) -> int:
-    """3 % of all steps, rounded up, but never the whole of a one-step run."""
+    """Return 3 % of all steps, rounded up, but fewer than all steps."""
     return min(math.ceil(DEFAULT_WARMUP_SHARE * total_steps), total_steps - 1)
 
 
 def chosen_rate(
     options: OptimizationOptions, objective: str, weight_scale: Callable[[], float]
 ) -> tuple[float, str | None]:
-    """The learning rate of a run, and why this one; None where it was given as a number.
+    """Return the learning rate of a run, and the reason for it, or None if the rate was given as a number.
 
         rate = c √g,   at most `HIGHEST_RATE`
 
-    What an adapter adds to W x matters by its share of it, so that larger frozen weights bear a higher rate. c and the
-    root were measured, and so was what the rate does not follow: rank, steps, and supervised tokens of a step
-    (docs/rates.md).
+    The effect of an adapter depends on the size of its update relative to W x, so larger frozen weights allow a higher
+    rate. The constant c and the root were measured. Measurements also show that the best rate does not depend on the
+    adapter's rank, the number of steps, or the supervised tokens per step (docs/rates.md).
 
     Args:
-        weight_scale: g, rms(W) √in of the adapted matrices: how much larger W x is than x where they have nothing in
-            common.
+        options: the options of the optimizer.
+        objective: the name of the objective.
+        weight_scale: returns g = rms(W) √in of the adapted matrices, which is |W x| / |x| for an x unrelated to W.
     """
     rate = options.learning_rate
     if rate != "auto":
@@ -52,14 +53,14 @@ COMPARING_RATE = 2e-4
 
 
 def five_times(total_steps: int) -> int:
-    """An interval at which something happens five times a run."""
+    """Return the interval of an event that happens five times per run."""
     return max(1, -(-total_steps // 5))
 
 
 def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """An independent 63-bit seed for one purpose, e.g. the dropout of one micro-batch of one step.
+    """Return an independent 63-bit seed for one purpose, e.g. the dropout of one micro-batch of one step.
 
-    All of them come from the run's one seed, so nothing random has a state that a checkpoint would have to keep.
+    All seeds are derived from the run's seed, so a checkpoint needs no random state.
     """
     text = "/".join(str(part) for part in (seed, purpose, *numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
@@ -70,12 +71,12 @@ class StepPlan:
     """The resolved numbers that the loop uses."""
 
     run: RunOptions  # intervals and limits
-    micro_batch_rows: int  # rows per forward and backward pass
-    rate: LearningRate  # of every step
+    micro_batch_rows: int  # number of rows per forward and backward pass
+    rate: LearningRate  # the learning rate of every step
 
     @classmethod
     def of(cls, config: TrainConfig, total_steps: int) -> StepPlan:
-        """From a resolved configuration, in which nothing is left to choose."""
+        """Return the plan of a resolved configuration. Raises ValueError if an option is unresolved."""
         options, run = config.optimization, config.run
         chosen = (run.eval_every, run.save_every, options.micro_batch_rows, options.warmup_steps)
         if None in chosen or options.learning_rate == "auto":
@@ -85,5 +86,5 @@ class StepPlan:
 
     @property
     def total_steps(self) -> int:
-        """Of the run."""
+        """Number of steps of the run."""
         return self.rate.total_steps

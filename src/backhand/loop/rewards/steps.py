@@ -30,7 +30,7 @@ from backhand.engines.engine import Trainable
 from backhand.errors import CheckError, not_none
 from backhand.generate.completer import Completer, complete_greedily
 from backhand.generate.sampling import Sampled, at_temperature
-from backhand.loop.measuring import HeldOut, spread
+from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.loop.objectives.objective import token_owners
 from backhand.loop.rewards.guards import LogprobCheck, RewardGuard
 from backhand.loop.rewards.rollout import Judged, Rollout, prompt_of
@@ -261,7 +261,7 @@ class HeldOutRewards(HeldOut):
 
     def __init__(self, examples: Sequence[Example], rollout: Rollout, shown: int) -> None:
         super().__init__(examples, _ROWS_AT_ONCE)
-        self._rollout, self._shown = rollout, spread(len(examples), shown)
+        self._rollout, self._shown = rollout, evenly_spaced(len(examples), shown)
 
     def loss(
         self, model: Trainable | Completer, processes: Communicator, *, interruptible: bool = True
