@@ -1,1 +1,1 @@
-"""What is trained: configuration, target matching, injection into any module, PEFT's files."""
+"""Adapters: configuration, target matching, injection into any module, and PEFT files."""

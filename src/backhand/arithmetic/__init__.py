@@ -1,1 +1,1 @@
-"""Arithmetic on adapters: combine, inspect, compare and compress them from their factors alone."""
+"""Adapter arithmetic: combine, inspect, compare and compress adapters from their factors alone."""

@@ -1,1 +1,1 @@
-"""The command line: parses, calls one typed function, maps errors to exit codes."""
+"""Command line: parse arguments, call one typed function, map errors to exit codes."""

@@ -1,1 +1,1 @@
-"""From rows to packed batches: readers, forms, chat templates, loss masks, order."""
+"""Training data: row formats, chat templates, loss masks, shuffling and packing into batches."""

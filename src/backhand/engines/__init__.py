@@ -1,1 +1,1 @@
-"""Training engines and the memory that a step takes."""
+"""Training engines, and the memory of a training step."""

@@ -1,1 +1,1 @@
-"""Export: adapters in other programs' formats and merged models, each proved by reading it back."""
+"""Adapters in formats of other programs and merged models, each verified by reading it back."""

@@ -1,1 +1,1 @@
-"""Compiled kernels: a small C++ library with one build per instruction set, chosen when it is loaded."""
+"""Compiled kernels: a small C++ library with one build per instruction set, chosen at load time."""

@@ -1,1 +1,1 @@
-"""The decoder engine, the LoRA parameters, modules for any net, and loading of base models."""
+"""Decoder engine, LoRA parameters, modules for any network, and loading of base models."""

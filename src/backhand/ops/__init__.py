@@ -1,1 +1,1 @@
-"""The mathematics: one file an op, with forward, backward and reference; they know tensors and nothing else."""
+"""Mathematics: one file per op with derivation, forward, backward and reference."""

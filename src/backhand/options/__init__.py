@@ -1,1 +1,1 @@
-"""Options of a run, for command line, TOML and documentation."""
+"""Options of a run, for the command line, TOML files and documentation."""

@@ -1,1 +1,1 @@
-"""Pictures and the run report."""
+"""Plots and the HTML report of a run."""

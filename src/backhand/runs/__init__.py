@@ -1,1 +1,1 @@
-"""A run's own directory: what stands in it, how it is written, read and kept whole."""
+"""Run directory: checkpoints, status, summary, proofs, locking and interruption."""

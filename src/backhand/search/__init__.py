@@ -1,1 +1,1 @@
-"""A search over the options of a run. Optuna proposes values; every trial is a run that can be resumed."""
+"""Hyper-parameter search with Optuna. Every trial is a run that can be resumed."""

@@ -1,1 +1,1 @@
-"""Proofs: every op, block and model against autograd and finite differences."""
+"""Proofs: compare every op, block and model with autograd and finite differences."""
