@@ -79,7 +79,7 @@ def test_the_delta_rule_keeps_nothing(four: TinyRun, tmp_path: Path) -> None:
     """Its chunks are counted anew behind a shared prefix."""
     model = save_tiny(tiny_model("qwen3_5_text", num_hidden_layers=6), tmp_path / "model")
     config = config_of(four, tmp_path / "run", model=str(model), layers="last:5", cache_frozen="memory")
-    with pytest.raises(UsageError, match="nothing that it could keep") as found:
+    with pytest.raises(UsageError, match="has nothing to cache") as found:
         train(config)
     assert "the delta rule's chunks" in str(found.value.why)
 
@@ -302,11 +302,11 @@ def test_sizes_whose_products_differ_are_computed_as_ever() -> None:
     """Rows of 19, 29, 39 and 49 tokens, filled up to 48 and 96, then to 64 and 80; one row alone to 32."""
     lower = Lower(sizes=[80, 32])
     kept, logged, noted = kept_of(lower)
-    assert kept.packed([0, 3]).entering is None, "80 tokens are not kept"
+    assert kept.packed([0, 3]).start is None, "80 tokens are not kept"
     for rows, size in (([0, 1], 48), ([2, 3], 96), ([0, 2], 64), ([0, 2], 64)):
-        entering = kept.packed(rows).entering
+        entering = kept.packed(rows).start
         assert entering is not None and entering.states.shape == (size, 3)
-    assert kept.packed([1, 3]).entering is None, "and 80 tokens are not put together"
+    assert kept.packed([1, 3]).start is None, "and 80 tokens are not put together"
     assert lower.calls == 3, "two that are computed, and the first that is put together"
     assert len(noted) == 1 and "products of 80 rows end in other bits" in noted[0]
     assert [proof.passed for proof in logged] == [True]
@@ -316,9 +316,9 @@ def test_a_row_that_is_missing_is_not_computed_in_such_a_size() -> None:
     lower = Lower(sizes=[32])
     kept, _, _ = kept_of(lower)
     kept.packed([0, 2])
-    assert kept.packed([0, 1]).entering is None, "row 1 alone has 29 tokens"
+    assert kept.packed([0, 1]).start is None, "row 1 alone has 29 tokens"
     assert lower.calls == 1
-    assert kept.packed([1, 3]).entering is not None
+    assert kept.packed([1, 3]).start is not None
 
 
 def states_of(batch: PackedBatch) -> Tensor:
@@ -378,7 +378,7 @@ def test_rows_do_not_go_along_where_the_disk_takes_no_more(taken: int, tmp_path:
     kept, _, noted = kept_of(lower, at_once=1000, disk=(InterceptedFiles(before), tmp_path))
     coming = [[1], [2], [3]]
     for number in range(4):
-        assert kept.packed([number], coming[number:]).entering is None
+        assert kept.packed([number], coming[number:]).start is None
     assert (lower.calls, records[0]) == (1, taken + 1)
     assert len(noted) == 1 and "no more hidden states are kept" in noted[0]
 
@@ -406,7 +406,7 @@ def test_states_that_are_others_in_the_first_batch_are_not_used() -> None:
     assert torch.equal(batch.start.states, batch.input_ids[:, None].float().expand(-1, 3) + 2e-3), "as computed"
     assert len(noted) == 1 and "the layers below 2 are computed in each epoch" in noted[0]
     assert [proof.passed for proof in logged] == [False]
-    assert kept.packed([0, 1]).entering is None, "from here on they are computed as part of the step"
+    assert kept.packed([0, 1]).start is None, "from here on they are computed as part of the step"
 
 
 def test_states_that_change_end_the_run() -> None:

@@ -80,7 +80,7 @@ def test_a_file_that_does_not_fit_is_warned_of_with_figures(
     train(tiny.config(tmp_path / "run", model=str(whole), base="quantized", quiet=False))
     said = capsys.readouterr().err
     assert "is larger than the memory that is free, " in said
-    assert "read from the disk again in each pass" in said
+    assert "from the disk again, and is as slow as the disk" in said
 
 
 def test_what_is_said_of_files_that_fit_or_not() -> None:

@@ -161,7 +161,7 @@ def test_later_steps_are_laid_out_where_they_may_be_the_largest(monkeypatch: pyt
     whole = shapes_of(steps, rows, [1, 2, 5])
     laid_out, forest = [], rows.forest
     monkeypatch.setattr(rows, "forest", lambda group: laid_out.append(group) or forest(group))
-    monkeypatch.setattr("backhand.engines.memory.shapes._STEPS_LAID_OUT", 3)
+    monkeypatch.setattr("backhand.engines.memory.shapes._STEPS_PACKED", 3)
     few = shapes_of(steps, rows, [1, 2, 5])
     assert len(laid_out) < 100 < 300 + 180 + 60
     for count, shape in few.items():

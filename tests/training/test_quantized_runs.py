@@ -15,7 +15,7 @@ from backhand.data.options import DataOptions
 from backhand.distributed.communicator import Communicator
 from backhand.engines.machine import resolve_machine
 from backhand.engines.memory import plan as bases
-from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose_base, wanted_bases
+from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose_base, preferred_bases
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import CheckError, ResourceError, UsageError
 from backhand.kernels.builds import library, torch_form
@@ -129,12 +129,12 @@ def _shapes(tokens: int) -> dict[int, StepShape]:
 def test_blocks_are_kept_where_unpacking_them_costs_little(tiny: TinyRun) -> None:
     source, cpu = open_model(tiny.model), torch.device("cpu")
     blocks, dense = ["quantized", "dense"], ["dense", "quantized"]
-    assert wanted_bases("auto", source, cpu, _shapes(256)) == blocks
-    assert wanted_bases("auto", source, cpu, _shapes(255)) == dense
-    assert wanted_bases("auto", source, torch.device("meta"), _shapes(256)) == dense, "on a card"
+    assert preferred_bases("auto", source, cpu, _shapes(256)) == blocks
+    assert preferred_bases("auto", source, cpu, _shapes(255)) == dense
+    assert preferred_bases("auto", source, torch.device("meta"), _shapes(256)) == dense, "on a card"
     with torch_form():
-        assert wanted_bases("auto", source, cpu, _shapes(256)) == dense, "unpacked slowly"
-    assert wanted_bases("dense", source, cpu, _shapes(256)) == ["dense"]
+        assert preferred_bases("auto", source, cpu, _shapes(256)) == dense, "unpacked slowly"
+    assert preferred_bases("dense", source, cpu, _shapes(256)) == ["dense"]
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Training engines, and the memory of a training step."""
+"""Training engines, and the memory plan of a step."""

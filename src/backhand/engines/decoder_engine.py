@@ -1,4 +1,4 @@
-"""The decoder engine as a way to train: every gradient by hand, no autograd graph at all; and when it is taken."""
+"""The decoder engine for training: hand-written gradients without an autograd graph, and the choice of an engine."""
 
 from __future__ import annotations
 
@@ -36,8 +36,12 @@ from backhand.options.config import ModelOptions
 class DecoderEngine(Engine):
     """The decoder engine for one model.
 
+    Args:
+        source: the model's files.
+        dtype: the compute dtype.
+
     Raises:
-        UnsupportedModel: for a configuration that the engine does not compute exactly.
+        UnsupportedModel: the engine does not compute models of this configuration exactly.
     """
 
     name = "backhand"
@@ -48,51 +52,47 @@ class DecoderEngine(Engine):
         self.config = config = decoder_config(source.config)
         self.notes = (*self.notes, *config.notes)
         self.layers = len(config.layers)
-        self.shares_prefixes = not config.length_limits  # angles would depend on how long the document is
+        self.shares_prefixes = not config.length_limits  # with a limit, rotary angles depend on the document's length
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
         return self.config.vocab_size
 
     def layout(self, config: LoRAConfig) -> AdapterLayout:
-        """What the adapter will consist of."""
         return resolve_adapter(config, module_shapes(self.config))
 
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(out, in) of every linear module by dotted path."""
         return module_shapes(self.config)
 
     def frozen_layers(self, layout: AdapterLayout, longest: int) -> FrozenLayers:
-        """What lies below the lowest adapted layer.
+        """Describe the layers below the lowest adapted one, and why their hidden states may depend on the batch.
 
-        Compiled kernels compute each document by itself, its sums in an order of its own. Torch's forms do not: what is
-        attended together, and where a vector's end falls, decides their order. Within a window the order of a sum
-        follows the block of queries, whose bounds a shared prefix moves. Behind a shared prefix the delta rule counts
-        its chunks anew, and their bounds decide the order of its sums.
+        The compiled kernels compute each document separately, and its sums in a fixed order. There are exceptions, in
+        which the order of a sum depends on the batch:
+
+        - Torch's own operations choose the order by the rows that are computed together and by the end of a vector.
+        - With a sliding window, the order depends on the block of queries. A shared prefix shifts the blocks.
+        - The delta rule counts its chunks from the end of a shared prefix.
         """
         lowest = backward_end(layout, self.layers).layer
         layer, batch_dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
         windows = [one.window for one in self.config.layers[:layer] if one.window is not None]
         if not kernels_available():
-            batch_dependent = "without the compiled kernels a row's last bits depend on the rows beside it"
+            batch_dependent = "without the compiled kernels a row's last bits depend on the other rows of its batch"
         elif self.config.attention_cap is not None:
-            batch_dependent = "with capped attention scores a row's last bits depend on the rows beside it"
+            batch_dependent = "with capped attention scores a row's last bits depend on the other rows of its batch"
         elif any(one.experts for one in self.config.layers[:layer]):
-            batch_dependent = (
-                "an expert takes the rows that chose it together, and their last bits depend on one another"
-            )
+            batch_dependent = "an expert computes all its rows together, and their last bits depend on one another"
         elif any(one.mixer == GATED_DELTA for one in self.config.layers[:layer]):
-            batch_dependent = "the delta rule's chunks begin where a beginning that rows share ends"
+            batch_dependent = "the delta rule's chunks begin where a prefix that rows share ends"
         elif longest > min(windows, default=longest):
             batch_dependent = (
-                f"rows are longer than a window of {min(windows)} tokens, and rows beside them share its beginning"
+                f"rows are longer than a window of {min(windows)} tokens, and other rows of a batch share their prefix"
             )
         width = self.config.hidden_size
         return FrozenLayers(layer, width, width * self._dtype.itemsize, batch_dependent)
 
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
-        """What the memory plan needs to know."""
         source, quantized = self._source, None
         if base == "quantized":
             names = (name for name in source.tensor_names() if len(source.shape(name)) == 2)
@@ -109,22 +109,21 @@ class DecoderEngine(Engine):
         *,
         examine: Callable[[Sequence[str]], None] | None = None,
     ) -> BoundModel:
-        """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero."""
         slots, trained = self.layout(config)
 
         def read() -> DecoderWeights:
             quantized = base == "quantized"
             return load_weights(self._source, self.config, self._dtype, device, quantized=quantized, examine=examine)
 
-        of_these = (self._source.path, self._dtype, device, base)
-        weights = run_cache.get_or_create("weights", of_these, read, only_newest=True)
+        key = (self._source.path, self._dtype, device, base)
+        weights = run_cache.get_or_create("weights", key, read, only_newest=True)
         decoder = Decoder(self.config, weights, recompute=recompute)
         lora = LoRAParameters(slots, trained=trained, device=device)
         decoder.attach(lora)
         return _BoundDecoder(decoder, lora, config, self._source)
 
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
-        """A few blocks: dense ones of random numbers, so that no weight is read; quantized ones are the file's."""
+        """Return a model of a few blocks. Dense blocks are random and need no file; quantized ones are the file's."""
 
         def load(first: DecoderConfig) -> DecoderWeights:
             return load_weights(self._source, first, self._dtype, device, quantized=True)
@@ -154,7 +153,7 @@ class _BoundDecoder(BoundModel):
     def frozen_prefix(self) -> FrozenPrefix:
         return FrozenPrefix(self._decoder)
 
-    def _start_beside_factors(self) -> None:
+    def _start_other_values(self) -> None:
         self._decoder.start_values(self.lora)
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:
@@ -165,12 +164,12 @@ class _BoundDecoder(BoundModel):
 
 
 def choose_engine(options: ModelOptions, source: ModelSource, dtype: torch.dtype) -> Engine:
-    """As asked, or the decoder engine where it computes the model exactly.
+    """Return the requested engine, or by default the decoder engine if it computes the model exactly.
 
     Raises:
-        UnsupportedModel: the decoder engine is asked for and does not know the model, or transformers could only guess
-            what a GGUF file means.
-        UsageError: recomputation is asked for, which the decoder engine alone can do, and it does not know the model.
+        UnsupportedModel: the decoder engine is requested but does not support the model, or transformers would have to
+            guess the meaning of a GGUF file.
+        UsageError: an option requires the decoder engine, which does not support the model.
     """
     if options.engine == "transformers":
         return _transformers(source, dtype, None)
@@ -203,7 +202,7 @@ _SHOWN_PROBLEMS = 3
 
 
 COST = "That takes 1.3 to 2.2 times the time and up to twice the memory (measured on SmolLM2-135M)"
-"""As benchmarks/train_step.py and finetune.py have it: long rows, and short ones that begin alike."""
+"""Measured by benchmarks/train_step.py (long rows) and finetune.py (short rows with a common prefix)."""
 
 
 def _transformers(source: ModelSource, dtype: torch.dtype, note: str | None) -> Engine:

@@ -1,10 +1,10 @@
-"""The two ways a model is computed, behind one protocol: the decoder engine, and transformers with autograd.
+"""The interfaces of the two engines: the decoder engine, and transformers with autograd.
 
-    Engine      before a weight is read: what can be adapted, how large the model is, what it cannot do
-    BoundModel  loaded, with an adapter: its values, its files, its answers
-    Trainable   what the training loop sees: a batch in, the loss and the adapter's gradients out
+    Engine      before the weights are read: adaptable modules, memory sizes, limitations
+    BoundModel  the loaded model with an adapter: initialization, adapter files, completions
+    Trainable   the training loop's view: takes a batch, returns the loss, adds gradients
 
-`decoder_engine.choose_engine` makes the choice. Nothing else in training asks which of the two it has.
+`decoder_engine.choose_engine` chooses the engine. No other code of training depends on the choice.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Trainable(LanguageModel, Protocol):
         """Use and train this adapter. Raises ValueError for a slot that does not fit the model."""
 
     def detach(self) -> None:
-        """Back to the base model."""
+        """Compute the base model without an adapter."""
 
     def frozen_tensors(self) -> Iterator[tuple[str, FrozenMatrix]]:
-        """(name, tensor) of everything that must not move."""
+        """Yield (name, tensor) of every tensor that must not change."""
 
     def loss_and_gradients(
         self,
@@ -56,39 +56,49 @@ class Trainable(LanguageModel, Protocol):
         dropout_seed: int | None = None,
         token_loss: TokenLoss | None = None,
     ) -> Tensor:
-        """Add ∂(loss_scaling · loss)/∂(lora_A, lora_B) to `lora.gradients`; return the loss, 0-d float64.
+        """Add ∂(loss_scaling · loss)/∂(lora_A, lora_B) to `lora.gradients` and return the loss, 0-d float64.
 
-        The loss is Σ nats, or what `token_loss` makes of the supervised tokens' log-probabilities.
+        Args:
+            batch: the micro-batch.
+            loss_scaling: factor of the gradients.
+            dropout_seed: seed of the dropout masks; None for no dropout.
+            token_loss: maps the log-probabilities of the supervised tokens to the loss and its gradient; None for
+                cross-entropy, the sum of nats.
         """
 
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Σ nats over the supervised positions, 0-d float64, without gradients and without dropout."""
+        """Return the sum of nats over the supervised positions, 0-d float64, without gradients and dropout."""
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """(tokens, vocab) logits of every position of a document, without dropout."""
+        """Return the logits of every position of a document, (tokens, vocab), without dropout."""
 
 
 class MoreBlocks(NamedTuple):
-    """The short model and one more block of a kind."""
+    """The short model with one more block of one kind."""
 
-    model: Trainable  # that
-    blocks: int  # of this kind, that an adapter keeps something of, in the whole model
-    missing: int  # of these, how many the short model lacks
+    model: Trainable  # the short model with that block
+    blocks: int  # number of trained blocks of this kind in the whole model
+    missing: int  # number of these blocks that the short model lacks
 
 
 class ShortModel(NamedTuple):
-    """What is measured in place of the whole model."""
+    """A model of a few blocks. It is measured, and the result is extrapolated to the whole model."""
 
-    model: Trainable  # the head and a few blocks; or the whole
-    more: Sequence[MoreBlocks] = ()  # for each kind of block
-    below: int = 0  # blocks of the whole model under the lowest adapted one
+    model: Trainable  # the head and a few blocks, or the whole model
+    more: Sequence[MoreBlocks] = ()  # one for each kind of block
+    below: int = 0  # number of blocks of the whole model below the lowest adapted one
 
 
 class BoundModel(ABC):
     """A loaded model with its adapter attached.
 
     Attributes:
-        notes: what may interest a person, such as weights that training unties.
+        model: computes losses and gradients.
+        lora: the adapter's flat buffers.
+        config: the adapter's configuration.
+        source: the model's files.
+        notes: sentences for people, for example about weights that training unties.
+        base_name: name of the base model for adapter_config.json.
     """
 
     def __init__(
@@ -96,7 +106,7 @@ class BoundModel(ABC):
     ) -> None:
         self.model, self.lora, self.config, self.source = model, lora, config, source
         self.notes = tuple(notes)
-        self.base_name = source.hub_id or str(source.path.resolve())  # as adapter_config.json has it
+        self.base_name = source.hub_id or str(source.path.resolve())
 
     @property
     def frozen_prefix(self) -> FrozenPrefix | None:
@@ -104,34 +114,35 @@ class BoundModel(ABC):
         return None
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw fresh factors; whatever else is trained starts from the base model, which nothing changes yet."""
+        """Draw fresh factors, and set all other trained values so that the adapter does not change the base model."""
         self.lora.initialise(generator)
-        self._start_beside_factors()
+        self._start_other_values()
         self.lora.refresh_compute(self.model.dtype)
 
     def fill(self, directory: str, allow_pickle: bool = False) -> None:
-        """Copy the values of an adapter of the same modules and ranks.
+        """Load the values of an adapter with the same modules and ranks.
 
         Args:
-            allow_pickle: whether it may be a pickle.
+            directory: the adapter's directory.
+            allow_pickle: True if the file may be a pickle.
 
         Raises:
-            UnusableAdapterError: an ArtifactError that lists every problem.
+            UnusableAdapterError: the adapter does not fit. Lists every problem.
         """
         self._fill(directory, allow_pickle)
         self.lora.refresh_compute(self.model.dtype)
 
     @abstractmethod
     def adapter_files(self, record: AdapterRecord, card: Mapping[str, object]) -> dict[str, bytes]:
-        """The adapter as PEFT reads it: files by name."""
+        """Return the adapter in PEFT's format, as file contents by name."""
 
     @abstractmethod
     def completer(self) -> Completer:
-        """The same model as one that completes prompts, with the adapter and without it."""
+        """Return the same model for completing prompts, with or without the adapter."""
 
     @abstractmethod
-    def _start_beside_factors(self) -> None:
-        """Set what in a fresh adapter starts from the base model."""
+    def _start_other_values(self) -> None:
+        """Set the trained values other than factors, such as DoRA's magnitudes, from the base model."""
 
     @abstractmethod
     def _fill(self, directory: str, allow_pickle: bool) -> None:
@@ -180,16 +191,16 @@ class RunCache:
 
 
 class Engine(ABC):
-    """A way to compute a model, known before its weights are read."""
+    """An engine for one model, before the weights are read."""
 
-    name: Literal["backhand", "transformers"]  # as `--engine` has it
-    # why not the decoder engine, what that costs and what would change it; None where it is taken, or transformers was
-    # asked for
+    name: Literal["backhand", "transformers"]  # value of `--engine`
+    # why the decoder engine was not chosen, the cost, and the remedy; None if it was chosen, or if transformers was
+    # requested
     note: str | None = None
-    notes: tuple[str, ...]  # what a person should know of the model, such as fields of its configuration without effect
-    shares_prefixes: bool = False  # whether documents of a batch may share what they begin with
-    layers: int = 1  # blocks of the whole model; 1 where that is not known
-    bases: tuple[HeldBase, ...] = ("dense",)  # how the frozen weights can be held
+    notes: tuple[str, ...]  # sentences for people, for example about ignored fields of the model's configuration
+    shares_prefixes: bool = False  # True if documents of a batch may share a prefix
+    layers: int = 1  # number of blocks; 1 if unknown
+    bases: tuple[HeldBase, ...] = ("dense",)  # the supported forms of the frozen weights
 
     def __init__(self, source: ModelSource, dtype: torch.dtype) -> None:
         self._source = source
@@ -203,31 +214,32 @@ class Engine(ABC):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
+        """Size of the vocabulary: token ids are below it."""
 
     @abstractmethod
     def layout(self, config: LoRAConfig) -> AdapterLayout:
-        """What the adapter will consist of.
+        """Return the adapted modules and other trained tensors of an adapter.
 
         Raises:
-            UsageError: a target matches nothing, or what is trained does not go together.
+            UsageError: a target matches nothing, or options contradict each other.
         """
 
     def module_shapes(self) -> Mapping[str, tuple[int, int]] | None:
-        """(out, in) of every linear module by dotted path; None where the weights have to be there."""
+        """Return (out, in) of every linear module by dotted path; None if that requires the weights."""
         return None
 
-    def frozen_layers(self, layout: AdapterLayout, longest: int) -> FrozenLayers:  # noqa: ARG002 - nothing is known of either
-        """What lies below the lowest adapted layer, and whether its hidden states are a row's own.
+    def frozen_layers(self, layout: AdapterLayout, longest: int) -> FrozenLayers:  # noqa: ARG002 - the default ignores both
+        """Describe the layers below the lowest adapted one, and why their hidden states may depend on the batch.
 
         Args:
-            longest: tokens of the longest row.
+            layout: the adapter.
+            longest: number of tokens of the longest row.
         """
         return FrozenLayers()
 
     @abstractmethod
     def size(self, layout: AdapterLayout, base: HeldBase = "dense") -> ModelSize:
-        """What the memory plan needs to know."""
+        """Return the sizes for the memory plan."""
 
     @abstractmethod
     def load(
@@ -240,10 +252,15 @@ class Engine(ABC):
         *,
         examine: Callable[[Sequence[str]], None] | None = None,
     ) -> BoundModel:
-        """Read the weights, or take those that `shared` holds, and attach an adapter whose values are still zero.
+        """Read the weights, or take them from `run_cache`, and attach an adapter whose values are zero.
 
         Args:
-            examine: called with the names of tensors just before they are copied into memory.
+            config: the adapter's configuration.
+            device: where to compute.
+            recompute: activations to recompute in the backward pass: `none`, `mlp` or `block`.
+            base: form of the frozen weights.
+            run_cache: objects that several runs of this process share.
+            examine: called with the names of tensors just before these are copied into memory.
 
         Raises:
             UsageError: a target matches nothing, or cannot be adapted.
@@ -252,4 +269,4 @@ class Engine(ABC):
 
     @abstractmethod
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
-        """A few of the model's blocks, to measure in place of the whole."""
+        """Return a model of a few blocks, which is measured instead of the whole model."""

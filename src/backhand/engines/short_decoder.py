@@ -1,12 +1,14 @@
-"""A model cut down to a few blocks, for what is measured before a run: the rest follows from how many blocks there are.
+"""A model of a few blocks, which is measured before a run and extrapolated to the number of blocks.
 
-Blocks of one kind are alike, so that memory and time of all n of them are affine in n:
+All blocks of a kind take the same memory and time, so memory and time are affine in the number of blocks of each kind:
 
     f(model) = f(short) + Σ_kinds (n_kind - n_kind in short) (f(short and one more of the kind) - f(short))
 
-The short model has the lowest adapted layer, which needs no gradient of its input; the last one, which computes most of
-its lines for supervised tokens alone; and between them every kind of layer once, in the order in which they end. The
-head is the whole model's.
+The short model contains three kinds of layers in the order of the model, and the whole head:
+
+- the lowest adapted layer, which needs no gradient of its input;
+- the last layer of each kind between the lowest and the last one;
+- the last layer, which computes its MLP sublayer for supervised tokens only.
 """
 
 from __future__ import annotations
@@ -37,39 +39,42 @@ def short_decoder(
     recompute: str,
     load: Callable[[DecoderConfig], DecoderWeights] | None = None,
 ) -> ShortModel:
-    """Few blocks with the adapter as the whole model has it, filled with small random numbers.
+    """Return the short model, with the adapter that the whole model would have in these blocks.
 
     Args:
-        recompute: as the decoder takes it.
-        load: reads the weights of the first layers, as many as a configuration has; None for random ones.
+        config: the configuration of the whole model.
+        layout: its adapter.
+        dtype, device: of the computation.
+        recompute: see `Decoder`.
+        load: reads the weights of a configuration's layers, the first layers of the file; None for small random ones.
     """
     count = len(config.layers)
     lowest = min(backward_end(layout, count).layer, count - 1)
     kinds = [_kind(config, layer) for layer in range(count)]
     region = range(lowest, count)
     weight_of = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
-    adapted = Counter[int]()  # how much is trained in a layer
+    adapted = Counter[int]()  # number of trained elements per layer
     for slot in layout.slots:
         if slot.name.startswith(_BLOCKS):
             adapted[int(slot.name.split(".")[2])] += slot.element_count
     trained = {kind: max((n for n in region if kinds[n] == kind), key=adapted.__getitem__) for kind in kinds[lowest:]}
-    between = {kinds[layer]: layer for layer in region[1:-1]}  # each kind at its last place
+    between = {kinds[layer]: layer for layer in region[1:-1]}  # the last layer of each kind
     chosen = sorted({lowest, count - 1, *between.values()})
-    lenders = {lender for layer in chosen if (lender := config.layers[layer].kv_source) is not None}
-    chosen = sorted({*chosen, *lenders})
-    own = sorted({weight_of[kinds[layer]] for layer in chosen})
-    needed = own[-1] + 1
+    kv_sources = {source for layer in chosen if (source := config.layers[layer].kv_source) is not None}
+    chosen = sorted({*chosen, *kv_sources})
+    weight_layers = sorted({weight_of[kinds[layer]] for layer in chosen})
+    needed = weight_layers[-1] + 1
     if load is not None:
         weights = load(replace(config, layers=config.layers[:needed]))
     else:
-        few = replace(config, layers=tuple(config.layers[layer] for layer in own))
+        few = replace(config, layers=tuple(config.layers[layer] for layer in weight_layers))
         weights = empty_weights(few, dtype, device)
         _fill(weights, few)
-        blocks = dict(zip(own, weights.blocks, strict=True))
+        blocks = dict(zip(weight_layers, weights.blocks, strict=True))
         weights = replace(weights, blocks=[blocks.get(layer, weights.blocks[0]) for layer in range(needed)])
 
-    def made(layers: Sequence[int]) -> Decoder:
-        """Of these layers of the whole model, one of them perhaps twice."""
+    def decoder_of(layers: Sequence[int]) -> Decoder:
+        """Return a decoder of these layers of the whole model. A layer may occur twice."""
         stored = [weight_of[kinds[layer]] for layer in layers]
         adapters = [trained.get(kinds[layer], layer) for layer in layers]
         short = tuple(
@@ -88,42 +93,42 @@ def short_decoder(
 
     more = []
     for kind in trained:
-        first = next(place for place, layer in enumerate(chosen) if kinds[layer] == kind)
+        first = next(number for number, layer in enumerate(chosen) if kinds[layer] == kind)
         blocks_of_kind = sum(kinds[layer] == kind for layer in region)
-        there = sum(kinds[layer] == kind for layer in chosen)
-        with_one = made([*chosen[: first + 1], *chosen[first:]])
-        more.append(MoreBlocks(with_one, blocks_of_kind, blocks_of_kind - there))
-    below = sum(layer < lowest for layer in range(count) if layer not in lenders)
-    return ShortModel(made(chosen), more, below)
+        in_short = sum(kinds[layer] == kind for layer in chosen)
+        with_one_more = decoder_of([*chosen[: first + 1], *chosen[first:]])
+        more.append(MoreBlocks(with_one_more, blocks_of_kind, blocks_of_kind - in_short))
+    below = sum(layer < lowest for layer in range(count) if layer not in kv_sources)
+    return ShortModel(decoder_of(chosen), more, below)
 
 
 def _kind(config: DecoderConfig, number: int) -> tuple[object, ...]:
-    """What two layers must have in common to take the same memory; a lender is of a kind of its own."""
+    """Return a key that is equal for layers of the same memory and time. Each layer with shared KV has its own key."""
     layer = config.layers[number]
-    lender = number if number in config.kv_sources else None
-    return layer.mixer, layer.sizes, layer.experts, layer.window, layer.kv_source, lender
+    kv_source = number if number in config.kv_sources else None
+    return layer.mixer, layer.sizes, layer.experts, layer.window, layer.kv_source, kv_source
 
 
 Named = TypeVar("Named", LoRASlot, TrainedTensor)
 
 
 def _renamed(parts: Sequence[Named], adapters: Sequence[int]) -> list[Named]:
-    """What stands outside the blocks, and what these layers have under the numbers of their places."""
-    found = [part for part in parts if not part.name.startswith(_BLOCKS)]
-    for place, layer in enumerate(adapters):
-        own = f"{_BLOCKS}{layer}."
-        found += [
-            replace(part, name=f"{_BLOCKS}{place}.{part.name.removeprefix(own)}")
+    """Return the parts outside the blocks and those of layers `adapters`, renumbered from 0 in this order."""
+    renamed = [part for part in parts if not part.name.startswith(_BLOCKS)]
+    for number, layer in enumerate(adapters):
+        prefix = f"{_BLOCKS}{layer}."
+        renamed += [
+            replace(part, name=f"{_BLOCKS}{number}.{part.name.removeprefix(prefix)}")
             for part in parts
-            if part.name.startswith(own)
+            if part.name.startswith(prefix)
         ]
-    return found
+    return renamed
 
 
 def _fill(weights: DecoderWeights, config: DecoderConfig) -> None:
-    """Small numbers everywhere; with zeros or denormals a processor may be faster or slower than with weights."""
+    """Fill all weights with small random numbers, because zeros or denormals may change the speed of a processor."""
     parts = [tensor for _, tensor in dense_views(weights, config)]
-    # Drawn once and repeated: a large vocabulary would take seconds to draw.
+    # Random numbers are drawn once and repeated, because drawing a large embedding takes seconds.
     generator = torch.Generator(device=parts[0].device).manual_seed(0)
     count = min(_DRAWN, max(tensor.numel() for tensor in parts))
     drawn = torch.empty(count, dtype=parts[0].dtype, device=parts[0].device).normal_(std=0.02, generator=generator)

@@ -1,11 +1,11 @@
-"""Any causal language model that transformers can load: adapters by `inject`, autograd for the rest.
+"""The transformers engine: any causal language model of transformers, with injected adapters and autograd.
 
-It costs what autograd costs: more time and several times the memory of the decoder engine. What is the same: the loop,
-the data, the flat buffers, the files, and the hand-written backward of every adapted layer.
+It takes more time and several times the memory of the decoder engine. The training loop, the data, the flat buffers,
+the files and the hand-written backward of every adapted layer are the same.
 
-Documents never see each other: rows of a micro-batch are one pass of shape (documents, longest), padded on the right
-without a mask, where the model's logits show that nothing looks ahead; see `nn.right_padding`. The output head sees the
-supervised positions alone.
+Documents never attend to each other. The rows of a micro-batch are one pass of shape (documents, longest), padded on
+the right without a mask, if the model's logits show that no position depends on later ones (`nn.right_padding`). The
+output head computes the supervised positions only.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class TransformersModel:
     """A transformers causal language model and at most one adapter.
 
     Args:
-        model: in evaluation mode; its own dropout stays off.
+        model: the model. It is put into evaluation mode, so its own dropout is off.
 
     Attributes:
         lora: the attached adapter's flat buffers, or None.
         injected: the adapter inside the model, after `inject`.
-        shares_prefixes: no: each document goes through transformers whole.
+        shares_prefixes: False, because transformers computes each document as a whole.
     """
 
     shares_prefixes = False
@@ -57,7 +57,7 @@ class TransformersModel:
 
     @cached_property
     def padding_obstacle(self) -> str | None:
-        """Why rows of unequal length are not computed together; None where they are."""
+        """Why rows of different lengths are not computed together, or None if they are."""
         with nullcontext() if self.injected is None else self.injected.disabled():
             return padding_obstacle(self.model)
 
@@ -68,7 +68,7 @@ class TransformersModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device of the model's parameters."""
         return next(parameter.device for _, parameter in self._base_parameters())
 
     def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -76,25 +76,25 @@ class TransformersModel:
         return ((name, parameter) for name, parameter in self.model.named_parameters() if id(parameter) not in adapter)
 
     def frozen_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every base parameter; a tied one appears once."""
+        """Yield (name, tensor) of every base parameter. A tied parameter occurs once."""
         return ((name, parameter.detach()) for name, parameter in self._base_parameters())
 
     def inject(self, config: LoRAConfig) -> AdapterLayout:
-        """Put the adapter's modules into the model; `attach` then ties them to flat buffers of this layout.
+        """Insert the adapter's modules into the model and return its layout. `attach` connects them to flat buffers.
 
         Raises:
-            UsageError: a value out of range, modules that match nothing or cannot be adapted, or whole modules to train
-                in a model whose dtype is not the buffers'.
+            UsageError: a value is out of range, a target matches nothing or cannot be adapted, or whole modules are to
+                be trained in a model whose dtype is not float32.
         """
         _check_saved_modules(config, self.dtype)
         self.injected = inject(self.model, config)
         return self.injected.layout
 
     def attach(self, lora: LoRAParameters) -> None:
-        """Use and train this adapter: the modules' parameters become views of its buffers.
+        """Use and train this adapter. The parameters of the injected modules become views of its buffers.
 
         Raises:
-            ValueError: its slots are not those that `inject` returned.
+            ValueError: its slots differ from the injected modules.
         """
         injected = self._injected()
         if list(lora.slots) != list(injected.modules):
@@ -107,7 +107,7 @@ class TransformersModel:
         injected.enable()
 
     def detach(self) -> None:
-        """Back to the base model; the modules stay, and do nothing."""
+        """Compute the base model without an adapter. The injected modules remain but are disabled."""
         self.lora = None
         self._injected().enable(False)
 
@@ -123,10 +123,10 @@ class TransformersModel:
         dropout_seed: int | None = None,
         token_loss: TokenLoss | None = None,
     ) -> Tensor:
-        """See `Decoder.loss_and_gradients`; with a `token_loss`, all of the batch's graph is held at once.
+        """Add the gradients and return the loss, see `Trainable`. With `token_loss`, the whole graph exists at once.
 
         Raises:
-            ValueError: without an attached adapter.
+            ValueError: no adapter is attached.
         """
         if self.lora is None:
             raise ValueError("there is no adapter to train: attach one first")
@@ -146,7 +146,6 @@ class TransformersModel:
 
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> Tensor:
-        """Σ nats over the supervised positions, 0-d float64."""
         total = torch.zeros((), dtype=torch.float64)
         for losses in self._losses(batch):
             total += losses.sum().double().cpu()
@@ -154,7 +153,6 @@ class TransformersModel:
 
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> Tensor:
-        """(supervised tokens,) losses in nats, document by document."""
         return batch.per_document(concat_losses(self._losses(batch), self.device))
 
     def _losses(self, batch: PackedBatch) -> Iterator[Tensor]:
@@ -162,7 +160,6 @@ class TransformersModel:
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """(tokens, vocab) logits of every position of a document."""
         reset_dynamic_rope(self.model)
         logits: Tensor = self.model(input_ids=input_ids[None], use_cache=False).logits
         return logits[0]
@@ -173,16 +170,16 @@ def _check_saved_modules(config: LoRAConfig, dtype: torch.dtype) -> None:
         raise UsageError(
             f"modules_to_save cannot be trained by transformers in {dtype}",
             where="modules_to_save",
-            why="the trained values are float32, and the modules compute with them as they are",
+            why="the trained values are float32, and the modules compute with them directly",
             next_step="give --dtype float32",
         )
 
 
 @contextmanager
 def _dropout(injected: InjectedAdapter, seed: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, the adapter drops elements as the seed says; nothing is dropped without one.
+    """Use dropout with this seed inside the context; None for no dropout.
 
-    The modules draw from torch's global generator, whose state is put back afterwards.
+    The modules draw from torch's global generator, whose state is restored afterwards.
     """
     if seed is None:
         yield
@@ -199,10 +196,12 @@ def _dropout(injected: InjectedAdapter, seed: int | None, device: torch.device) 
 
 
 class TransformersEngine(Engine):
-    """transformers and autograd for one model, which is counted whole: what a block is, only its own code knows.
+    """transformers and autograd for one model. Its memory is estimated as a whole, because its blocks are unknown.
 
     Args:
-        note: why not the decoder engine; None where transformers was asked for.
+        source: the model's files.
+        dtype: the compute dtype.
+        note: why the decoder engine was not chosen; None if transformers was requested.
     """
 
     name = "transformers"
@@ -213,12 +212,11 @@ class TransformersEngine(Engine):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that documents may hold: ids below this."""
         model: Any = transformers_skeleton(self._source, dtype=self._dtype)
         return int(model.get_input_embeddings().weight.shape[0])
 
     def layout(self, config: LoRAConfig) -> AdapterLayout:
-        """What the adapter will consist of, from the model's modules without their weights."""
+        """Return the layout from the model's modules without their weights."""
         _check_saved_modules(config, self._dtype)
         skeleton = transformers_skeleton(self._source, dtype=self._dtype)
         return plan_injection(skeleton, config, None, skeleton=True).layout
@@ -226,9 +224,8 @@ class TransformersEngine(Engine):
     def size(
         self,
         layout: AdapterLayout,
-        base: HeldBase = "dense",  # noqa: ARG002 - there is no other
+        base: HeldBase = "dense",  # noqa: ARG002 - the only form
     ) -> ModelSize:
-        """What the memory plan needs to know."""
         source = self._source
         elements = sum(math.prod(source.shape(name)) for name in source.tensor_names())
         return transformers_size(source.config, elements, layout, self._dtype.itemsize)
@@ -237,13 +234,13 @@ class TransformersEngine(Engine):
         self,
         config: LoRAConfig,
         device: torch.device,
-        recompute: str,  # noqa: ARG002 - autograd keeps everything
-        base: HeldBase,  # noqa: ARG002 - there is no other
-        run_cache: RunCache,  # noqa: ARG002 - the adapter's modules are put into the model
+        recompute: str,  # noqa: ARG002 - autograd saves all activations
+        base: HeldBase,  # noqa: ARG002 - the only form
+        run_cache: RunCache,  # noqa: ARG002 - runs cannot share a model with injected modules
         *,
         examine: Callable[[Sequence[str]], None] | None = None,  # noqa: ARG002 - transformers reads the files itself
     ) -> BoundModel:
-        """Read the weights, and attach an adapter whose values are still zero; nothing is ever recomputed."""
+        """Read the weights and attach an adapter whose values are zero."""
         model = TransformersModel(load_transformers_model(self._source, dtype=self._dtype, device=device))
         slots, trained = model.inject(config)
         lora = LoRAParameters(slots, trained=trained, device=device)
@@ -251,7 +248,7 @@ class TransformersEngine(Engine):
         return _BoundTransformers(model, not_none(model.injected), lora, config, self._source)
 
     def short(self, config: LoRAConfig, device: torch.device, recompute: str, base: HeldBase) -> ShortModel:
-        """The model itself: what a block is, only its own code knows."""
+        """Return the whole model, because its blocks are unknown."""
         bound = self.load(config, device, recompute, base, RunCache())
         bound.lora.refresh_compute(self._dtype)
         return ShortModel(bound.model)
@@ -267,7 +264,7 @@ class _BoundTransformers(BoundModel):
         source: ModelSource,
     ) -> None:
         why = model.padding_obstacle
-        notes = [] if why is None else [f"rows of equal length alone are computed together: {why}"]
+        notes = [] if why is None else [f"only rows of equal length are computed together: {why}"]
         super().__init__(model, lora, config, source, (*injected.notes, *notes))
         self._model, self._injected = model, injected
 
@@ -278,7 +275,7 @@ class _BoundTransformers(BoundModel):
     def completer(self) -> TransformersCompleter:
         return TransformersCompleter(self._model.model, self._injected)
 
-    def _start_beside_factors(self) -> None:
+    def _start_other_values(self) -> None:
         self._injected.reset_bias_and_magnitude()
 
     def _fill(self, directory: str, allow_pickle: bool) -> None:

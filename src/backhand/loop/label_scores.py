@@ -1,11 +1,12 @@
 """Scores of a model as a classifier, from the most probable label of each row (see `generate.labels`).
 
-precision = share of correct rows among those predicted to have the label
-recall    = share of correct rows among those that have the label
-F1        = 2 · precision · recall / (precision + recall), 0 if no row is correct
-accuracy  = correct rows / rows
-macro F1  = mean F1 of the labels that occur as the true or the predicted label of a row
-            [scikit-learn's f1_score(average="macro"), zero_division=0]
+    precision = share of correct rows among those predicted to have the label
+    recall    = share of correct rows among those that have the label
+    F1        = 2 · precision · recall / (precision + recall), 0 if no row is correct
+    accuracy  = correct rows / rows
+    macro F1  = mean F1 of the labels that occur as the true or the predicted label of a row
+
+These are the definitions of scikit-learn's f1_score with average="macro" and zero_division=0.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.memory.parts import estimated_step, parts_of
-from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose, choose_base, wanted_bases
+from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose, choose_base, preferred_bases
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import BackhandError, ResourceError
 from backhand.kernels.dequantize import type_name
@@ -196,7 +196,7 @@ def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> t
         return replace(found, base=base)
 
     try:
-        return choose_base(wanted_bases("auto", source, torch.device("cpu"), shapes), plan).chosen, True
+        return choose_base(preferred_bases("auto", source, torch.device("cpu"), shapes), plan).chosen, True
     except ResourceError:
         return plan("quantized" if source.quantized else "dense", False), False
 

@@ -13,7 +13,7 @@ from backhand.engines.engine import RunCache, ShortModel
 from backhand.engines.machine import Machine, memory_budget
 from backhand.engines.memory.hidden_states import HiddenStatePlan, cached_tokens, plan_hidden_states
 from backhand.engines.memory.parts import ModelSize
-from backhand.engines.memory.plan import BaseChoice, HeldBase, MemoryPlan, choose, choose_base, wanted_bases
+from backhand.engines.memory.plan import BaseChoice, HeldBase, MemoryPlan, choose, choose_base, preferred_bases
 from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes
 from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.files import free_bytes
@@ -103,7 +103,7 @@ def _plan_hidden_states(
         memory,
         budget_bytes=budget_bytes,
         disk_bytes=free_bytes(config.run.output.absolute()),
-        processes_here=machine.here,
+        processes_here=machine.local_world_size,
     )
 
 
@@ -154,7 +154,7 @@ def _plan_bases(
         return replace(chosen, base=base)
 
     requested = "quantized" if config.model.quantize else config.model.base
-    candidates = wanted_bases(requested, source, machine.device, shapes)
+    candidates = preferred_bases(requested, source, machine.device, shapes)
     candidates = [base for base in candidates if base in engine.bases]
     choose_base(candidates, plan, others)  # The first pass measures. Only then is the memory of the process known.
     bases = choose_base(candidates, plan, others)

@@ -45,7 +45,7 @@ class PlanReport:
             "engine": plan.inputs.engine.name,
             "dtype": str(self.machine.dtype).removeprefix("torch."),
             "threads": self.machine.threads,
-            "processes": self.machine.here,
+            "processes": self.machine.local_world_size,
             "rows": len(plan.inputs.train.examples),
             "held_out_rows": 0 if plan.inputs.held_out is None else len(plan.inputs.held_out.examples),
             "steps": plan.inputs.total_steps,
@@ -133,9 +133,9 @@ def _print(console: Console, report: PlanReport) -> None:
     )
     for fact in facts:
         console.print(fact, soft_wrap=True)
-    if machine.here > 1:
+    if machine.local_world_size > 1:
         each = "each of which takes what follows; a mapped base is there once"
-        console.print(f"processes: {machine.here} on this machine, {each}", soft_wrap=True)
+        console.print(f"processes: {machine.local_world_size} on this machine, {each}", soft_wrap=True)
     shown = table_of("memory", "size", right=("size",))
     for name, size in memory.parts.items():
         shown.add_row(name, in_words(size))
@@ -170,7 +170,7 @@ def _bases(plan: RunPlan) -> str:
 
 def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     plan = report.plan
-    of_all = "" if report.machine.here == 1 else f" of {report.machine.here} processes"
+    of_all = "" if report.machine.local_world_size == 1 else f" of {report.machine.local_world_size} processes"
     text = (
         f"{speed.tokens_per_s:,.0f} tokens/s{of_all} (measured for {speed.measured_s:.0f} s): "
         f"{plan.inputs.total_steps:,} steps take about {duration(speed.train_s)}"

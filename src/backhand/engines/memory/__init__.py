@@ -1,1 +1,1 @@
-"""What a run takes in memory and time, predicted before it begins."""
+"""Memory of a run, predicted before it begins."""

@@ -34,7 +34,7 @@ class FrozenLayers:
 
 @dataclass(frozen=True)
 class HiddenStatePlan:
-    """Where the hidden states that enter the lowest adapted layer are cached."""
+    """The place and size of the cache of hidden states that enter the lowest adapted layer."""
 
     where: CachePlace = "off"  # in memory, on the disk, or not at all
     frozen: FrozenLayers = FrozenLayers()  # the layers that a cached row need not pass again
@@ -68,7 +68,7 @@ def cached_tokens(packer: RowPacker) -> int:
 
 
 def plan_hidden_states(
-    asked: CacheFrozen,
+    option: CacheFrozen,
     frozen: FrozenLayers,
     tokens: int,
     memory: MemoryPlan,
@@ -80,7 +80,7 @@ def plan_hidden_states(
     """Decide where to cache the hidden states.
 
     Args:
-        asked: the option's value.
+        option: the value of `cache_frozen`.
         frozen: the layers below the lowest adapted one.
         tokens: number of tokens to cache.
         memory: plan of a step without the cache.
@@ -92,15 +92,15 @@ def plan_hidden_states(
         UsageError: a cache is requested, but there are no frozen layers, or a row's hidden states depend on its batch.
         ResourceError: the requested memory or disk is too small.
     """
-    if asked == "off" or (asked == "auto" and not frozen.layer) or (frozen.layer and not tokens):
+    if option == "off" or (option == "auto" and not frozen.layer) or (frozen.layer and not tokens):
         return HiddenStatePlan(frozen=frozen)
     impossible = "the lowest adapted layer is the first one" if not frozen.layer else frozen.batch_dependent
-    if asked == "auto" and impossible is not None:
+    if option == "auto" and impossible is not None:
         return HiddenStatePlan(frozen=frozen, note=_not_cached(frozen, impossible))
     if impossible is not None:
         upper = "" if frozen.layer else ", or adapt upper layers alone: --layers last:8"
         raise UsageError(
-            f"cache_frozen {asked!r} has nothing to cache",
+            f"cache_frozen {option!r} has nothing to cache",
             where="cache_frozen",
             why=impossible,
             next_step=f"leave out --cache-frozen{upper}",
@@ -108,22 +108,22 @@ def plan_hidden_states(
     needed = tokens * frozen.token_bytes
     in_memory = budget_bytes is None or memory.total_bytes + needed <= MARGIN * budget_bytes
     on_disk = needed * processes_here
-    if asked == "memory" and not in_memory:
+    if option == "memory" and not in_memory:
         raise ResourceError(
             f"hidden states of {tokens:,} tokens take {in_words(needed)} in addition to the "
             f"{in_words(memory.total_bytes)} of a step, but only {in_words(budget_bytes or 0)} may be used",
             where="cache_frozen",
             next_step="give --cache-frozen disk, a smaller --micro-batch-rows, or more memory with --memory",
         )
-    if asked == "disk" and disk_bytes is not None and on_disk > disk_bytes:
+    if option == "disk" and disk_bytes is not None and on_disk > disk_bytes:
         raise ResourceError(
             f"hidden states of {tokens:,} tokens take {in_words(on_disk)}, but only {in_words(disk_bytes)} are free",
             where="cache_frozen",
             next_step="free space, give another --output, or leave out --cache-frozen",
         )
-    if asked == "memory" or (asked == "auto" and in_memory):
+    if option == "memory" or (option == "auto" and in_memory):
         return HiddenStatePlan("memory", frozen, tokens)
-    if asked == "disk" or (disk_bytes is not None and on_disk <= _SHARE_OF_DISK * disk_bytes):
+    if option == "disk" or (disk_bytes is not None and on_disk <= _SHARE_OF_DISK * disk_bytes):
         return HiddenStatePlan("disk", frozen, tokens)
     why = f"neither memory nor disk has {in_words(needed)} free"
     return HiddenStatePlan(frozen=frozen, note=_not_cached(frozen, why))

@@ -1,12 +1,14 @@
-"""Memory of a training run by part: what is known from headers, and what a step takes, measured or estimated.
+"""Memory of a training run by part: sizes from file headers, and the memory of a step, measured or estimated.
 
-From headers alone weights and adapter are exact, and the rest is coarse: for lists of models, and for the bounds of
-what `memory.probe` measures. Of a token each block keeps, in elements of the compute dtype (d hidden, m the widths of
-its mixer's input and output, f the feed-forward width of what a token passes),
+From headers, the sizes of weights and adapter are exact. The memory of a step is a coarse estimate, for lists of models
+and as a bound of the measurements of `memory.probe`. Per token, the saved tensors of a block have the following number
+of elements of the compute dtype, by recompute mode:
 
     none    2d + m + 2f + ranks        mlp     2d + m + ranks        block   d
 
-and while a block's backward runs 4d + 2m + 2f are alive, with recomputation what was not kept as well.
+Here d is the hidden size, m the sum of the widths of the mixer's input and output, and f the intermediate size of the
+MLP or of the experts that a token passes. During a block's backward, 4d + 2m + 2f elements per token are alive, in
+addition to recomputed tensors.
 """
 
 from __future__ import annotations
@@ -31,53 +33,50 @@ from backhand.ops.linear_cross_entropy import chunk_rows
 from backhand.options.config import Recompute
 
 FLOAT32_BYTES = 4
-# values, gradients, two moments, and the copy that the learning guard compares the values with
-_COPIES_OF_ADAPTER = 5
-# a checkpoint's adapter and its state (values and moments), each as tensors' bytes and once more as a file
-_CHECKPOINT_COPIES = 8
-# logits with and without the adapter
-_SAMPLING_COPIES = 8  # of the logits of what is sampled at once
-_NEUTRAL_COPIES = 2
+_COPIES_OF_ADAPTER = 5  # values, gradients, two moments, and the learning guard's copy of the initial values
+_CHECKPOINT_COPIES = 8  # a checkpoint's adapter and state (values and two moments), each as tensors and as a file
+_SAMPLING_COPIES = 8  # of the logits of all answers that are sampled together
+_NEUTRAL_COPIES = 2  # logits with and without the adapter
 
 
 GAPS, WIDE_GAPS = 0.08, 0.25
 _GAPS_BYTES = 32 << 20
-"""Freed buffers leave gaps that no other fits, and what the kernels take for themselves is in no tensor: at most.
+"""Upper bounds of the gaps between freed buffers and of the kernels' own memory, which is in no tensor.
 
-Masks of dropout, what DoRA makes of each module, and what is computed again come and go between what is kept: measured,
-0.23, 0.16 and 0.2.
+The gaps are a share of a step's memory. With dropout masks, DoRA's tensors or recomputed tensors, which are freed
+between saved tensors, the measured shares are 0.23, 0.16 and 0.2. `WIDE_GAPS` is for these cases.
 """
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What is known of a model and its adapter from headers alone; what is per token only coarsely."""
+    """Sizes of a model and its adapter from file headers. Sizes per token are coarse estimates."""
 
-    dtype_bytes: int  # of the compute dtype
-    weight_bytes: int  # of all frozen weights as they are held
-    adapter_elements: int  # trained elements
-    kept_bytes: Mapping[Recompute, int]  # per token, by recompute mode, of all blocks together
-    block_bytes: Mapping[Recompute, int]  # per token, of what is alive while a block's backward runs, by recompute mode
-    stream_bytes: int  # per token, of the batch and the residual stream
-    head_row_bytes: int  # per supervised token, of the head's input and its gradient
-    chunk_rows: int  # of logits that are there at once in a training pass
-    logits_bytes: int  # of one position's logits
-    cache_bytes: int  # per token of a conversation, of keys and values
-    mixer_state_bytes: int = 0  # of a conversation of any length, of what other mixers than attention go on from
-    kernels: int = 0  # that a library compiles for each size of a pass, at most; those that it keeps are counted
-    measured: bool = True  # whether a step's memory can be measured before the run
-    gaps: float = GAPS  # that freed buffers leave, over what a step takes: or `WIDE_GAPS`
+    dtype_bytes: int  # bytes per element of the compute dtype
+    weight_bytes: int  # bytes of all frozen weights in the form in which the run uses them
+    adapter_elements: int  # number of trained elements
+    kept_bytes: Mapping[Recompute, int]  # bytes per token of the saved tensors of all blocks, by recompute mode
+    block_bytes: Mapping[Recompute, int]  # bytes per token that are alive in a block's backward, by recompute mode
+    stream_bytes: int  # bytes per token of the batch and the residual stream
+    head_row_bytes: int  # bytes per supervised token of the head's input and its gradient
+    chunk_rows: int  # number of rows of logits that exist at the same time in a training pass
+    logits_bytes: int  # bytes of one position's logits
+    cache_bytes: int  # bytes per token of keys and values in a conversation
+    mixer_state_bytes: int = 0  # bytes per conversation of the states of mixers other than attention
+    kernels: int = 0  # largest number of kernels that a library compiles for each size of a pass
+    measured: bool = True  # True if a step's memory can be measured before the run
+    gaps: float = GAPS  # gaps between freed buffers as a share of a step's memory: `GAPS` or `WIDE_GAPS`
 
 
 class StepBytes(NamedTuple):
-    """What one forward and backward pass takes besides weights and adapter."""
+    """Memory of one forward and backward pass, without weights and adapter."""
 
-    kept: int  # by the blocks, for the backward pass
-    workspace: int  # at the fullest moment besides
+    kept: int  # bytes of the blocks' saved tensors
+    workspace: int  # peak of all other bytes
 
 
 def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> StepBytes:
-    """Coarsely, from headers."""
+    """Estimate the memory of a pass from the model's sizes."""
     chunk = min(shape.supervised_tokens, size.chunk_rows) * size.logits_bytes
     head = shape.supervised_tokens * size.head_row_bytes + chunk
     at_work = max(head, shape.tokens * size.block_bytes[recompute])
@@ -85,7 +84,7 @@ def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> S
 
 
 def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> dict[str, int]:
-    """What is there whatever a step is like; exact but for the process."""
+    """Return the bytes that do not depend on the step, by part. They are exact except for the process."""
     narrow = size.dtype_bytes if size.dtype_bytes != FLOAT32_BYTES else 0
     copies = (_COPIES_OF_ADAPTER - 2 + gradient_copies) * FLOAT32_BYTES + narrow
     return {
@@ -97,10 +96,10 @@ def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> di
 
 
 def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: int) -> dict[str, int]:
-    """Bytes by part at the moment of a run when most is held; they add up to the peak."""
+    """Return the bytes by part at the moment of the peak. Their sum is the peak."""
     checkpoint = size.adapter_elements * _CHECKPOINT_COPIES * FLOAT32_BYTES
-    # Keys and values that grow take an eighth more than they must, and those of a layer are there twice for a moment.
-    # Of its pages a row wastes one at most, and it has another in which it parts from those that begin like it.
+    # A growing cache of keys and values is an eighth larger than necessary, and one layer's part exists twice while it
+    # is copied. A row wastes at most one page at its end, and one page where it diverges from a shared prefix.
     tokens = shape.sampled_tokens + 2 * PAGE * shape.sampled_rows
     cached = min(tokens * size.cache_bytes, CACHE_BYTES) * 5 // 4
     sampling = cached + shape.sampled_rows * _SAMPLING_COPIES * size.logits_bytes
@@ -108,28 +107,28 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between
-    # What oneDNN keeps where the environment names no other limit.
-    stated = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
-    most_kernels = int(stated) if stated.isdecimal() else 1024
-    found = {
+    capacity = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    most_kernels = int(capacity) if capacity.isdecimal() else 1024  # oneDNN's default
+    parts = {
         **fixed_parts(size, shape.gradient_copies, process_bytes),
         "kept activations": step.kept,
         fullest: most,
         "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * _KERNEL_BYTES,
     }
-    return {**found, "gaps between buffers": round(size.gaps * (step.kept + most)) + _GAPS_BYTES}
+    return {**parts, "gaps between buffers": round(size.gaps * (step.kept + most)) + _GAPS_BYTES}
 
 
 _KERNEL_BYTES = 700_000
-"""Of a kernel that oneDNN keeps, with what those leave behind that were compiled before in its place."""
+"""Bytes of a cached oneDNN kernel, including the gaps that evicted kernels leave."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
-    """A process that answers with the base model and the newest adapter while this one trains.
+    """Return the memory of a process that answers prompts with the base model and the newest adapter during training.
 
     Args:
-        process_bytes: interpreter, libraries and tokenizer.
-        tokens: of the longest conversation.
+        size: the sizes of the model.
+        process_bytes: bytes of interpreter, libraries and tokenizer.
+        tokens: number of tokens of the longest conversation.
     """
     adapter = size.adapter_elements * (FLOAT32_BYTES + size.dtype_bytes)
     conversation = tokens * size.cache_bytes + size.mixer_state_bytes
@@ -139,35 +138,39 @@ def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
 def decoder_size(
     config: DecoderConfig, layout: AdapterLayout, dtype: torch.dtype, quantized_bytes: int | None = None
 ) -> ModelSize:
-    """The decoder engine's.
+    """Return the sizes of a model in the decoder engine.
 
     Args:
-        quantized_bytes: of the matrices in their blocks, where they stay in them.
+        config: the configuration of the model.
+        layout: the adapter.
+        dtype: the compute dtype.
+        quantized_bytes: bytes of the quantized matrices; None for a dense base.
     """
     d, b, layers = config.hidden_size, dtype.itemsize, config.layers
     views = named_views(empty_weights(config, dtype, "meta"), config)
     matrices = sum(math.prod(view.shape) for _, view in views if len(view.shape) == 2)
-    # A table with trained rows is a copy of its own; a tensor trained in full has its gradient once beside the buffer.
-    beside = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
-    beside += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
+    # A fully trained tensor needs a second gradient outside the buffer. An embedding with trained rows is copied.
+    copied = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
+    copied += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
     adapted = layers[backward_end(layout, len(layers)).layer :]
     ranks = sum(slot.rank for slot in layout.slots if slot.name.startswith("model.layers."))
-    # Elements per token of what enters and leaves a mixer; and of the gate, or of those of the experts that it goes to.
+    # `mixers` has the width of each mixer's input and output together. `widths` has the intermediate size of each MLP
+    # or of the experts that a token passes.
     mixers = [sum(one.sizes) + one.width for one in (config.at(layer).mixers[layer.mixer] for layer in adapted)]
     chosen = 0 if config.mixture is None else config.mixture.chosen * config.mixture.width
     widths = [chosen if layer.experts else config.at(layer).intermediate_size for layer in adapted]
     mlp = sum(2 * d + mixer for mixer in mixers) + ranks
     block = max((4 * d + 2 * mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
-    again = max((d + mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
+    recomputed = max((d + mixer + 2 * width for mixer, width in zip(mixers, widths, strict=True)), default=0)
     return ModelSize(
         dtype_bytes=b,
-        weight_bytes=beside * b + (matrices * b if quantized_bytes is None else quantized_bytes),
+        weight_bytes=copied * b + (matrices * b if quantized_bytes is None else quantized_bytes),
         adapter_elements=layout.element_count,
         kept_bytes={"none": (mlp + 2 * sum(widths)) * b, "mlp": mlp * b, "block": len(adapted) * d * b},
         block_bytes={
             "none": block * b,
             "mlp": (block + 2 * max(widths, default=0)) * b,
-            "block": (block + again) * b,
+            "block": (block + recomputed) * b,
         },
         stream_bytes=d * b + 32,
         head_row_bytes=3 * d * b,
@@ -185,7 +188,7 @@ def _gaps(layout: AdapterLayout) -> float:
 
 
 def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
-    """Products of a pass that oneDNN compiles for its size; those of experts have another size in every pass."""
+    """Return the number of products of a pass that oneDNN compiles for its size. Experts differ in size per pass."""
     if dtype_bytes == FLOAT32_BYTES:
         return 0
     return 1 << 20 if experts else 16
@@ -194,15 +197,22 @@ def _kernels(dtype_bytes: int, *, experts: bool = False) -> int:
 def transformers_size(
     config: Mapping[str, object], weight_elements: int, layout: AdapterLayout, dtype_bytes: int
 ) -> ModelSize:
-    """Under autograd: per token and block about 18 hidden widths, and whole rows of logits three times.
+    """Estimate the sizes of a model in the transformers engine.
 
-    Rows of unequal length stand in one pass, padded to the longest by a quarter of their tokens at most
-    (`nn.right_padding`); padding has no label, and so no logits.
+    Autograd saves about 18 hidden widths per token and block, and three copies of the logits. Rows of different lengths
+    are padded to the longest in one pass, by a quarter of their tokens at most (`nn.right_padding`). Padding has no
+    labels and therefore no logits.
+
+    Args:
+        config: the fields of config.json.
+        weight_elements: number of elements of all weights.
+        layout: the adapter.
+        dtype_bytes: bytes per element of the compute dtype.
     """
 
     def number(*names: str, default: int) -> int:
-        found = (config.get(name) for name in names)
-        return next((value for value in found if isinstance(value, int)), default)
+        values = (config.get(name) for name in names)
+        return next((value for value in values if isinstance(value, int)), default)
 
     d = number("hidden_size", "n_embd", "d_model", default=1024)
     layers = number("num_hidden_layers", "n_layer", "num_layers", default=24)

@@ -1,18 +1,18 @@
-"""What a step takes, measured before the run: passes of a few of the model's blocks, on tokens that mean nothing.
+"""Measure the memory of a step before the run, by passes of a few of the model's blocks on arbitrary tokens.
 
-The bytes of all tensors that are alive are counted as torch makes them and lets them go: a number that follows from
-shapes alone, whatever else the machine does. They are affine in the number of blocks, so that a pass of the short model
-(`short_decoder`) and one with a block more give those of the whole:
+The measurement counts the bytes of all tensors that are alive, as torch allocates and frees them. This number follows
+from shapes alone and does not depend on other programs. It is affine in the number of blocks, so passes of the short
+model (`short_decoder`), with and without one more block, give the peak of the whole model:
 
     peak(model) = peak(short) + Σ_kinds missing (peak(short and one more) - peak(short))
 
-Where the run's largest micro-batch has more tokens than are worth measuring, 1,024 are measured in its place. What
-blocks take then grows with the tokens, by s each (from a pass with one supervised token, in which no head comes
-between), and what the head takes besides with the supervised ones, by r each:
+If the run's largest micro-batch has more than 1,024 tokens, 1,024 of them are measured. The memory of the blocks grows
+by s per token. The memory of the head grows by r per supervised token. A pass with one supervised token, in which the
+head is negligible, gives s:
 
     peak(T, S) = peak(T₁, S₁) + (T - T₁) s + (S - S₁) r,    s = peak(T₁, 1) / T₁
 
-which is no less than it is, since the head is fullest while less is at work than in a block.
+This is an upper bound, because less memory of blocks is alive at the peak of the head than at the peak of a block.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from backhand.ops.weight_tiles import drop_scratch
 from backhand.options.config import Recompute
 
 PROBED_TOKENS = 1024
-_FIRST = StepShape(16, 8)
-"""What is made once is made in a pass of its own."""
-_SURELY = 0.5
-"""No step takes less than this share of what is estimated."""
+_WARM_UP = StepShape(16, 8)
+"""A first pass of this shape allocates everything that is allocated once."""
+_LEAST_SHARE = 0.5
+"""No step takes less than this share of the estimate."""
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of what torch makes meanwhile, as long as it is alive.
+    """Context in which the bytes of all living tensors are counted that torch allocates in it.
 
     Attributes:
-        held: now.
-        most: at once so far.
+        held: current number of bytes.
+        most: the peak so far.
     """
 
     def __init__(self) -> None:
@@ -55,42 +55,42 @@ class TensorBytes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing here is compiled; otherwise torch imports its compiler, half a second, only to disable it."""
+        """Return False, because otherwise torch would import its compiler for half a second to disable it."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call it, and count the storages of its results that are new."""
-        given = func(*args, **(kwargs or {}))
-        for storage in _storages(given):
-            place = storage._cdata
-            if place not in self._alive:
+        """Call `func` and count the new storages of its results."""
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            address = storage._cdata
+            if address not in self._alive:
                 before = _storages((args, tuple((kwargs or {}).values())))
-                if all(place != storage._cdata for storage in before):
-                    self._count(place, storage)
-        return given
+                if all(address != storage._cdata for storage in before):
+                    self._count(address, storage)
+        return result
 
-    def _count(self, place: int, storage: torch.UntypedStorage) -> None:
+    def _count(self, address: int, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
 
-        def let_go(_: object) -> None:
-            self._alive.pop(place, None)
+        def freed(_: object) -> None:
+            self._alive.pop(address, None)
             self.held -= size
 
-        self._alive[place] = weakref.ref(storage, let_go)
+        self._alive[address] = weakref.ref(storage, freed)
         self.held += size
         self.most = max(self.most, self.held)
 
 
-def _storages(given: object) -> Iterator[torch.UntypedStorage]:
-    if isinstance(given, Tensor):
-        yield given.untyped_storage()
-    elif isinstance(given, (tuple, list)):
-        for one in given:
-            yield from _storages(one)
+def _storages(value: object) -> Iterator[torch.UntypedStorage]:
+    if isinstance(value, Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _storages(item)
 
 
 def peak_of(model: Trainable, shapes: Sequence[StepShape], vocab_size: int) -> int:
-    """Most bytes of tensors that passes of these shapes hold at once, above what was held before."""
+    """Return the peak of tensor bytes in passes of these shapes, in addition to tensors that existed before."""
     batches = [shape.batch(vocab_size, model.device) for shape in shapes]
     with TensorBytes() as counted:
         for batch in batches:
@@ -102,12 +102,14 @@ def peak_of(model: Trainable, shapes: Sequence[StepShape], vocab_size: int) -> i
 def step_bytes(
     short: ShortModel, shape: StepShape, vocab_size: int, row_bytes: int, limit: int = PROBED_TOKENS
 ) -> StepBytes:
-    """What a pass of the whole model takes.
+    """Return the memory of a pass of the whole model.
 
     Args:
-        short: what is measured.
-        row_bytes: r, of the head's rows.
-        limit: tokens of a pass that is measured, at most.
+        short: the model to measure.
+        shape: the micro-batch.
+        vocab_size: size of the vocabulary.
+        row_bytes: r, the bytes of the head per supervised token.
+        limit: largest number of tokens of a measured pass.
     """
 
     def peak(model: Trainable, *shapes: StepShape) -> int:
@@ -115,16 +117,16 @@ def step_bytes(
 
     whole = shape.cut(limit)
     blocks = replace(whole, supervised_tokens=1)
-    most = peak(short.model, _FIRST, whole)
-    of_blocks = peak(short.model, blocks)  # what is made once is there from the passes before
+    most = peak(short.model, _WARM_UP, whole)
+    of_blocks = peak(short.model, blocks)  # earlier passes have allocated everything that is allocated once
     most += (shape.tokens - whole.tokens) * of_blocks // whole.tokens
     kept = of_last = 0
     for more in short.more:
-        block = max(0, peak(more.model, _FIRST, blocks) - of_blocks) * shape.tokens // whole.tokens
+        block = max(0, peak(more.model, _WARM_UP, blocks) - of_blocks) * shape.tokens // whole.tokens
         most += more.missing * block
         kept += more.blocks * block
         of_last = max(of_last, block // shape.tokens)
-    # Of supervised tokens alone the last block keeps all that the others keep of every one.
+    # The last block saves its tensors for supervised tokens only, but as many per token as other blocks.
     most += (shape.supervised_tokens - whole.supervised_tokens) * (row_bytes + of_last)
     return StepBytes(min(kept, most), most - min(kept, most))
 
@@ -155,22 +157,22 @@ class ProcessBytes:
 
 @dataclass(eq=False)
 class MeasuredMemory:
-    """Parts of a run with one base, each way to cut it measured once."""
+    """Measures the memory of a run with one form of the base. Each combination of options is measured once."""
 
-    size: ModelSize
-    short: Callable[[Recompute], ShortModel]  # makes what is measured, for a recompute mode
-    vocab_size: int
-    process: ProcessBytes  # what the process takes already; measuring adds to it, for every base
-    forget: Callable[[], None]  # gives back what measuring has read of the model's files
-    budget_bytes: int | None  # what may be taken in all; None for no limit
+    size: ModelSize  # the sizes of the model
+    short: Callable[[Recompute], ShortModel]  # returns the model to measure in a recompute mode
+    vocab_size: int  # size of the vocabulary
+    process: ProcessBytes  # memory of the process, which grows when a step is measured
+    forget: Callable[[], None]  # releases pages of the model's files that were read for measuring
+    budget_bytes: int | None  # memory that may be used in total; None for no limit
     _steps: dict[tuple[StepShape, Recompute], StepBytes] = field(default_factory=dict)
 
     def parts(self, shape: StepShape, recompute: Recompute) -> dict[str, int]:
-        """Bytes by part."""
+        """Return the bytes by part. They are estimated if measuring is impossible, or if they cannot fit anyway."""
         key = shape, recompute
         size = self.size if recompute == "none" else replace(self.size, gaps=WIDE_GAPS)
         estimate = estimated_step(size, shape, recompute)
-        least = sum(fixed_parts(size, shape.gradient_copies, self.process.now).values()) + _SURELY * sum(estimate)
+        least = sum(fixed_parts(size, shape.gradient_copies, self.process.now).values()) + _LEAST_SHARE * sum(estimate)
         if not size.measured or (self.budget_bytes is not None and least > MARGIN * self.budget_bytes):
             return parts_of(size, shape, estimate, self.process.now)
         if key not in self._steps:
@@ -178,7 +180,7 @@ class MeasuredMemory:
             self._steps[key] = step_bytes(short, shape, self.vocab_size, size.head_row_bytes)
             del short
             self.forget()
-            # What a step loads and compiles when it is first taken is there now, and the short model is not.
+            # The code and kernels of a step are now loaded and compiled, and the short model is freed.
             self.process.grown()
-            drop_scratch()  # the run may hold its base otherwise
+            drop_scratch()  # the run may use another form of the base
         return parts_of(size, shape, self._steps[key], self.process.now)

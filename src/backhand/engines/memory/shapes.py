@@ -1,4 +1,4 @@
-"""The micro-batches of a run as far as its memory depends on them, for any number of rows in one."""
+"""The shapes of a run's largest micro-batches, which determine its memory, for several numbers of rows."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch, bucket_size
 
 @dataclass(frozen=True)
 class StepShape:
-    """The micro-batches of a run under some number of rows."""
+    """The micro-batches of a run with a given number of rows."""
 
-    # tokens, supervised_tokens: of the largest one, at most
+    # tokens, supervised_tokens: upper bounds for the largest micro-batch
     tokens: int
     supervised_tokens: int
-    lengths: tuple[int, ...] = ()  # of the largest one's segments; a filler counts as well
-    parents: tuple[int, ...] = ()  # of these segments, as in `PackedBatch`
-    mean_tokens: float = 0.0  # of all of them, or of those of the first steps
-    sizes: int = 1  # how many numbers of tokens, or of supervised tokens where these are more, they come in
-    gradient_copies: int = 0  # buffers that adding up the micro-batches of a step takes
-    neutral_tokens: int = 0  # of the longest neutral text; 0 where forgetting is not measured
-    # sampled_rows, sampled_tokens: answers that are sampled at once, and their tokens, those of a prompt once
+    lengths: tuple[int, ...] = ()  # number of tokens per segment of the largest micro-batch, including padding
+    parents: tuple[int, ...] = ()  # parents of these segments, see `PackedBatch`
+    mean_tokens: float = 0.0  # mean number of tokens per micro-batch in the first steps
+    sizes: int = 1  # number of different sizes of micro-batches, in tokens or in supervised tokens
+    gradient_copies: int = 0  # number of additional gradient buffers for summing micro-batches
+    neutral_tokens: int = 0  # number of tokens of the longest neutral text; 0 if forgetting is not measured
+    # sampled_rows, sampled_tokens: number of answers that are sampled together, and of their tokens, prompts once
     sampled_rows: int = 0
     sampled_tokens: int = 0
 
     def cut(self, limit: int) -> StepShape:
-        """The longest documents that come to no more than so many tokens, or a part of the longest one.
+        """Return the longest documents that have at most `limit` tokens together, or a part of the longest document.
 
-        Of documents that share segments, all of these, each as much shorter.
+        If documents share segments, keep all segments and shorten each by the same factor.
         """
         if self.tokens <= limit:
             return self
@@ -41,18 +41,18 @@ class StepShape:
             lengths[0] += limit - sum(lengths)
             supervised = min(self.supervised_tokens, limit)
             return replace(self, tokens=limit, supervised_tokens=supervised, lengths=tuple(lengths))
-        left, taken = limit, list[int]()
+        remaining, taken = limit, list[int]()
         for length in sorted(self.lengths or (self.tokens,), reverse=True):
-            if length <= left:
+            if length <= remaining:
                 taken.append(length)
-                left -= length
-        lengths = sorted(taken) or [left]
+                remaining -= length
+        lengths = sorted(taken) or [remaining]
         tokens = sum(lengths)
         supervised = min(self.supervised_tokens, tokens)
         return replace(self, tokens=tokens, supervised_tokens=supervised, lengths=tuple(lengths), parents=())
 
     def batch(self, vocab_size: int, device: torch.device) -> PackedBatch:
-        """Such a micro-batch, of tokens one like another; its last positions carry loss."""
+        """Return a micro-batch of this shape with arbitrary tokens. Its last positions are supervised."""
         ids = torch.arange(self.tokens, device=device) % vocab_size
         labels = torch.full_like(ids, IGNORE_INDEX)
         labels[self.tokens - min(self.supervised_tokens, self.tokens) :] = 0
@@ -66,22 +66,23 @@ def gradient_copies(micro_batches: int, processes: int, *, ordered: bool) -> int
     """
     if processes == 1:
         return 2 * int(micro_batches > 1)
-    own = -(-micro_batches // processes)
-    return 2 * own + 3 if ordered else 1
+    per_process = -(-micro_batches // processes)
+    return 2 * per_process + 3 if ordered else 1
 
 
 def largest_shapes(
     steps: Iterable[Sequence[int]], packer: RowPacker, rows_options: Iterable[int]
 ) -> dict[int, StepShape]:
-    """For each number of rows per micro-batch, what micro-batches these steps will make.
+    """Return the shape of the steps' micro-batches for each number of rows per micro-batch.
 
-    Those of the first steps are laid out, and what is counted of all is counted of them. A later one has at most the
-    tokens of its rows, with what all rows begin with once: it is laid out where that, or what it supervises, is more
-    than the most so far.
+    All micro-batches of the first steps are packed, and means and counts are over these. For a later micro-batch, an
+    upper bound of its tokens is computed first, with the prefix of all rows counted once. It is packed only if this
+    bound or its supervised tokens exceed the largest so far.
 
     Args:
         steps: row numbers of each step.
-        rows_options: numbers of rows to look at.
+        packer: the rows.
+        rows_options: the numbers of rows per micro-batch.
     """
     cut: dict[int, list[StepShape]] = {count: [] for count in rows_options}
     later: dict[int, list[StepShape]] = {count: [] for count in cut}
@@ -93,13 +94,13 @@ def largest_shapes(
                 most = packer.tokens(group) - (shared if shared >= MIN_SAVED_TOKENS else 0)
                 tokens, supervised = largest[count]
                 more = bucket_size(most) > tokens or packer.supervised_tokens(group) > supervised
-                if number < _STEPS_LAID_OUT or more:
+                if number < _STEPS_PACKED or more:
                     lengths, parents, *_ = packer.forest(group)
-                    if filler := bucket_size(sum(lengths)) - sum(lengths):
-                        lengths, parents = (*lengths, filler), (*parents, -1) if parents else ()
-                    targets = min(packer.supervised_tokens(group), sum(lengths) - filler)
+                    if padding := bucket_size(sum(lengths)) - sum(lengths):
+                        lengths, parents = (*lengths, padding), (*parents, -1) if parents else ()
+                    targets = min(packer.supervised_tokens(group), sum(lengths) - padding)
                     shape = StepShape(sum(lengths), targets, lengths, parents)
-                    (shapes if number < _STEPS_LAID_OUT else later[count]).append(shape)
+                    (shapes if number < _STEPS_PACKED else later[count]).append(shape)
                     largest[count] = max(tokens, shape.tokens), max(supervised, shape.supervised_tokens)
     return {
         count: replace(
@@ -113,6 +114,6 @@ def largest_shapes(
     }
 
 
-_STEPS_LAID_OUT = 1000
+_STEPS_PACKED = 1000
 _OTHER_SIZES = 8
-"""Of held-out rows and neutral texts."""
+"""Number of further sizes, of held-out rows and neutral texts."""
