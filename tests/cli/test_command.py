@@ -152,7 +152,7 @@ def test_defaults_pass_where_pydantic_is_loaded_as_loggers_load_it(capsys: pytes
         ),
         (
             ["--warmup-steps=0.1"],
-            "--warmup-steps: 0.1 is not a whole number\n  next: give a whole number: it counts steps",
+            "--warmup-steps: 0.1 is not a whole number\n  next: give a whole number: it is a number of steps",
         ),
         (["--seed", "1.5"], "--seed: 1.5 is"),
         (["--layers-to-transform", "1", "3.5"], "--layers-to-transform: 3.5 is"),

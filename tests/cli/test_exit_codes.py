@@ -13,7 +13,7 @@ import pytest
 
 from backhand.cli import commands
 from backhand.cli import main as cli
-from backhand.cli.main import ending
+from backhand.cli.exit_status import exit_status
 from backhand.errors import UsageError
 from support.cli_commands import END
 
@@ -51,7 +51,7 @@ def start(*words: str, **options: object) -> subprocess.Popen[str]:
         ("well", 0, ""),
         ("usage", 2, "error: somewhere: wrong\n  why: because\n  next: do better\n"),
         ("data", 3, "error: rows.jsonl:3: bad row\n  next: correct the file, or give another one\n"),
-        ("artifact", 4, "error: torn file\n  next: fetch or make it again, or give another one\n"),
+        ("artifact", 4, "error: torn file\n  next: download or make it again, or give another one\n"),
         ("resource", 5, "error: too large\n"),
         ("check", 6, "error: not equal\n"),
         ("stopped", 143, "terminated after step 3\n  next: go on with --resume\n"),
@@ -64,7 +64,9 @@ def test_each_kind_of_end(end, how: str, code: int, text: str) -> None:
 
 
 def test_an_error_of_usage_without_advice_names_the_help() -> None:
-    text = ending(UsageError("rank 0 is not an integer of at least 1", where="--rank"), ["train", "--rank", "0"])[1]
+    text = exit_status(UsageError("rank 0 is not an integer of at least 1", where="--rank"), ["train", "--rank", "0"])[
+        1
+    ]
     assert text.endswith("\n  next: backhand train --help explains every option")
 
 
@@ -179,17 +181,17 @@ def test_a_device_out_of_memory_is_known_by_name() -> None:
         """As torch names it."""
 
     error = OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    code, text = ending(error, [])
+    code, text = exit_status(error, [])
     assert code == 5
     assert "Tried to allocate" in text
 
 
 def test_what_the_system_says_is_no_bug() -> None:
-    assert ending(OSError(errno.EIO, "Input/output error"), [])[0] == 5
-    assert ending(FileNotFoundError(errno.ENOENT, "No such file"), [])[0] == 2
-    assert ending(OSError(errno.ENAMETOOLONG, "File name too long"), [])[0] == 2
-    assert ending(ImportError("libtorch.so: failed to map segment from shared object"), [])[0] == 5
-    assert ending(OSError("of a library, without a number"), [])[0] == 1
+    assert exit_status(OSError(errno.EIO, "Input/output error"), [])[0] == 5
+    assert exit_status(FileNotFoundError(errno.ENOENT, "No such file"), [])[0] == 2
+    assert exit_status(OSError(errno.ENAMETOOLONG, "File name too long"), [])[0] == 2
+    assert exit_status(ImportError("libtorch.so: failed to map segment from shared object"), [])[0] == 5
+    assert exit_status(OSError("of a library, without a number"), [])[0] == 1
 
 
 @pytest.mark.parametrize("how", ["note", "usage"])

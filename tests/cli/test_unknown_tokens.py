@@ -43,7 +43,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(
     output = ["--output", str(tmp_path / "run"), "--quiet"] if command == "train" else []
     assert main([command, *words, *output]) == 3
     said = capsys.readouterr().err
-    assert f"{data}:2: token 300, {NEW!r}, is not among the 300 that the model knows" in said
+    assert f"{data}:2: token 300, {NEW!r}, is outside the model's vocabulary of 300 tokens" in said
     assert "resize_token_embeddings" in said
 
 

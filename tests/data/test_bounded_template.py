@@ -133,7 +133,7 @@ ENDLESS = {
     "filtered loops": "{% for a in range(99999) %}{% for b in range(99999) if b == -a %}x{% endfor %}{% endfor %}",
     "long bodies": "{% for i in range(99999) %}" + "{{ messages[0].content }}" * 2000 + "{% endfor %}",
     "calls twice": "{% macro f(n) %}{% if n > 0 %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(100) }}",
-    "calls itself": "{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(1) }}",
+    "recurses": "{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(1) }}",
     "recursive loop": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "lazy filters": "{% for i in range(99999) %}{% if 'x' in range(99999)|map('string') %}{% endif %}{% endfor %}",
     "lengths of loops": "{% for x in range(99999) %}{% for y in range(99999)|map('string') %}{{ loop.length }}"
@@ -234,7 +234,7 @@ def test_ends_and_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_bounds, "MOST_BYTES", 2**28)
     template = BoundedTemplate({**ENDLESS, **HUGE}[name])
     with pytest.raises(
-        TemplateLimitError, match=r"^it (takes|makes|pads|computes|calls|nests|rounds|reads|adds|writes)"
+        TemplateLimitError, match=r"^it (needs|creates|pads|computes|recurses|nests|rounds|reads|sums|contains|writes)"
     ):
         template.render(variables())
 
@@ -246,7 +246,7 @@ def test_many_conversations_share_what_one_may_take(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(template_bounds, "SECONDS_TOGETHER", 0.01)
     monkeypatch.setattr(template_bounds, "SECONDS_EACH", 0.0)
     given = [variables() for _ in range(1000)]
-    with pytest.raises(TemplateLimitError, match=r"^it takes 0\.\d s for \d+ conversations$"):
+    with pytest.raises(TemplateLimitError, match=r"^it needs 0\.\d s for \d+ conversations$"):
         list(map(template.render, given))
     another = BoundedTemplate("{% for i in range(2000) %}{{ i }}{% endfor %}")
     assert another.render(variables()).startswith("0123"), "of the same source, with a count of its own"
@@ -305,7 +305,7 @@ def test_a_run_names_the_template_and_not_the_rows(tmp_path: Path) -> None:
         (FORBIDDEN["class"], "unsafe"),
     ):
         tokenizer.chat_template = template
-        with pytest.raises(ArtifactError, match="asks for more than a template may have") as raised:
+        with pytest.raises(ArtifactError, match="exceeds the limits for templates") as raised:
             prepare(DataOptions(data=(str(rows),), skip_bad=True), tokenizer)
         assert raised.value.where == "tokenizer"
         assert reason in str(raised.value.why)

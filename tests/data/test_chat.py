@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from backhand.data.chat import ChatRenderer, Document, read_template
+from backhand.data.messages import read_conversation
 from backhand.data.options import TemplateOptions
-from backhand.data.rows import Conversation, read_conversation
+from backhand.data.rows import Conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, DataError, UsageError
 from support.tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
@@ -130,7 +131,7 @@ def test_template_args_reach_the_template() -> None:
 def test_a_reply_under_another_header_than_the_one_asked_with_is_refused() -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     chat = renderer(template + "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}")
-    with pytest.raises(DataError, match="does not render this reply as it asks for one") as raised:
+    with pytest.raises(DataError, match="does not continue the generation prompt") as raised:
         chat.documents(talk("u:q", "a:x"))
     assert "model" in str(raised.value.why) and "assistant" in str(raised.value.why)
     assert raised.value.where == "f:1"
@@ -195,7 +196,7 @@ def test_tool_calls_that_the_template_leaves_out_are_refused(weight: int) -> Non
     ]
     conversation = read_conversation("messages", messages, {}, "f:1")
     for take in (renderer().documents, renderer().prompt, lambda c: renderer().documents(c, train_on_all=True)):
-        with pytest.raises(DataError, match="does not write down the tool calls") as raised:
+        with pytest.raises(DataError, match="does not render the tool calls") as raised:
             take(conversation)
         assert "'look_up'" in str(raised.value.why)
 

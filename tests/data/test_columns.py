@@ -15,9 +15,9 @@ import pytest
 
 from backhand.data.columns import ColumnReader
 from backhand.data.forms import detect
-from backhand.data.options import DataOptions, NamedColumns, as_typed, asking_options, reading_options
+from backhand.data.options import DataOptions, NamedColumns, asking_options, reading_options, shell_quoted
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
-from backhand.data.rows import BadRows, RawRow
+from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.errors import DataError, UsageError
 from backhand.loop.evaluate import evaluate
 from backhand.options.command_options import EvaluateOptions
@@ -45,7 +45,7 @@ def test_the_options_that_read_other_rows_alike_can_be_pasted() -> None:
     assert asking_options(data) == r" --prompt $'subject …\nbody …'"
     assert (reading_options(DataOptions()), asking_options(DataOptions())) == ("", " --prompt '…'")
     for text in ("it's\nso \\n", "plain", "a b"):
-        shell = subprocess.run(["bash", "-c", f"printf %s {as_typed(text)}"], capture_output=True, check=True)
+        shell = subprocess.run(["bash", "-c", f"printf %s {shell_quoted(text)}"], capture_output=True, check=True)
         assert shell.stdout.decode() == text
 
 
@@ -163,13 +163,17 @@ def test_usual_names_are_understood_where_nothing_is_doubtful(tmp_path: Path, he
 
 def test_text_beside_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
     _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"))
-    assert notes[-1].endswith("not read: the column label; to learn it as the answer: --prompt text --completion label")
+    assert notes[-1].endswith(
+        "not read: the column label; to train on it as the answer: --prompt text --completion label"
+    )
 
 
 def test_few_different_short_values_beside_a_text_may_be_learnt(tmp_path: Path) -> None:
     rows = "".join(f"{i},text {i},{'ab'[i % 2]}\n" for i in range(8))
     _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"))
-    assert notes[-1].endswith("columns id, Section; to learn Section as the answer: --prompt text --completion Section")
+    assert notes[-1].endswith(
+        "columns id, Section; to train on Section as the answer: --prompt text --completion Section"
+    )
     _, notes = asked(written(tmp_path / "t.csv", f"id,text,Split\n{rows}"))
     assert notes[-1].endswith("not read: the columns id, Split")  # which says where a row belongs, not what it is
     _, notes = asked(written(tmp_path / "t.csv", "text,author\n" + "".join(f"t,{i}\n" for i in range(8))))
@@ -187,7 +191,7 @@ def test_few_different_short_values_beside_a_text_may_be_learnt(tmp_path: Path) 
 def test_an_option_that_the_form_would_leave_unread_is_refused(
     row: dict[str, Any], given: dict[str, str], missing: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="would not be used") as raised:
+    with pytest.raises(DataError, match="would be ignored") as raised:
         asked(written(tmp_path / "t.jsonl", json.dumps(row) + "\n"), **given)
     assert f"with --{missing}" in (raised.value.next_step or "")
 
@@ -195,7 +199,7 @@ def test_an_option_that_the_form_would_leave_unread_is_refused(
 def test_a_completion_is_not_passed_over_among_pairs() -> None:
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "completion": "x"}
     assert detect(RawRow(pair, "f:1"), purpose=None, named={"completion": "completion"}).name == "prompt/completion"
-    with pytest.raises(DataError, match="--completion would not be used"):
+    with pytest.raises(DataError, match="--completion would be ignored"):
         detect(RawRow(pair, "f:1"), purpose="pairs", named={"completion": "completion"})
 
 
@@ -218,7 +222,7 @@ def test_a_row_keeps_its_own_system_message(tmp_path: Path) -> None:
 def test_cells_of_other_types_are_text_and_nan_is_empty(tmp_path: Path) -> None:
     cells: list[Any] = [dt.date(2024, 5, 1), Decimal("1.50"), math.nan, b"x", [dt.date(2024, 5, 1)]]
     raws = [RawRow({"q": "when", "a": cell}, f"f:{number}") for number, cell in enumerate(cells)]
-    bad = BadRows(skip_bad=True)
+    bad = RowErrors(skip_bad=True)
     found = list(ColumnReader(NamedColumns(prompt="q", completion="{a}!")).rows(iter(raws), bad))
     assert [row.values["completion"] for row in found] == ["2024-05-01!", "1.50!", '["2024-05-01"]!']
     assert [error.where for error in bad.errors] == ["f:2", "f:3"]

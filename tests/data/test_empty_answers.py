@@ -45,7 +45,7 @@ def test_a_file_without_an_answer_is_an_error(row: dict[str, Any], column: str, 
         with pytest.raises(DataError, match="every answer is empty, in 2 rows") as raised:
             look(options, tiny_tokenizer())
         assert raised.value.where == options.data[0]
-        assert f"taken from {column}, " in str(raised.value.why)
+        assert f"read from {column}, " in str(raised.value.why)
         assert str(raised.value.why).endswith(f"other columns: {others}")
         assert raised.value.next_step
 
@@ -64,14 +64,14 @@ def test_pairs_with_an_empty_side_are_an_error_that_names_the_side(
     options = rows(tmp_path / "rows.jsonl", row, row)
     with pytest.raises(DataError, match=what) as raised:
         prepare(options, tiny_tokenizer(), purpose="pairs")
-    assert "taken from chosen and rejected, since" in str(raised.value.why)
+    assert "read from chosen and rejected, since" in str(raised.value.why)
 
 
 def test_labelled_answers_that_are_empty_are_those_of_the_completion(tmp_path: Path) -> None:
     row = {"prompt": "q", "completion": "", "label": True}
     with pytest.raises(DataError, match="every answer is empty") as raised:
         prepare(rows(tmp_path / "rows.jsonl", row, row), tiny_tokenizer(), purpose="labels")
-    assert "taken from completion, since" in str(raised.value.why)
+    assert "read from completion, since" in str(raised.value.why)
 
 
 def test_one_answer_is_enough_and_the_others_are_counted(tmp_path: Path) -> None:

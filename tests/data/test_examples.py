@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from backhand.data.chat import Document
-from backhand.data.examples import CutRows, DataReport, Example, cut, encode_document
+from backhand.data.data_report import DataReport, TruncationStats
+from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.options import DataOptions
-from backhand.data.stored_examples import summed
+from backhand.data.stored_examples import with_totals
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
 from support.tokenizer_kinds import byte_level, sentence_pieces
@@ -82,29 +83,29 @@ def test_an_end_of_sequence_token_that_does_not_exist_is_named() -> None:
 
 
 def test_long_documents_keep_their_head_or_are_left_out() -> None:
-    cut_rows = CutRows()
+    truncation = TruncationStats()
     long = example(10, 3, 9)
-    kept = cut(long, DataOptions(max_length=5), cut_rows)
+    kept = truncate(long, DataOptions(max_length=5), truncation)
     assert kept is not None
     assert kept.input_ids.tolist() == long.input_ids[:5].tolist()
     assert kept.supervised.tolist() == [False, False, False, True, False]
-    assert cut(long, DataOptions(max_length=3), cut_rows) is None
-    assert cut(long, DataOptions(max_length=9, long_rows="drop"), cut_rows) is None
-    assert cut(long, DataOptions(max_length=10, long_rows="drop"), cut_rows) is long
-    assert cut(example(4), DataOptions(), cut_rows) is None
-    assert (cut_rows.truncated, cut_rows.dropped_long) == (["f:1"], ["f:1"] * 2)
-    assert cut_rows.dropped_unsupervised == ["f:1"]
+    assert truncate(long, DataOptions(max_length=3), truncation) is None
+    assert truncate(long, DataOptions(max_length=9, long_rows="drop"), truncation) is None
+    assert truncate(long, DataOptions(max_length=10, long_rows="drop"), truncation) is long
+    assert truncate(example(4), DataOptions(), truncation) is None
+    assert (truncation.truncated, truncation.dropped_long) == (["f:1"], ["f:1"] * 2)
+    assert truncation.dropped_unsupervised == ["f:1"]
 
 
 def test_sums_and_digest() -> None:
-    data = summed([example(3, 2), example(5, 1, 2)], DataReport(rows=2, truncated=1))
+    data = with_totals([example(3, 2), example(5, 1, 2)], DataReport(rows=2, truncated=1))
     report = data.report
     assert (report.documents, report.tokens, report.supervised_tokens, report.longest) == (2, 8, 3, 5)
     assert (report.rows, report.truncated) == (2, 1)
-    same = summed([example(3, 2, source="g:9"), example(5, 1, 2)], DataReport())
+    same = with_totals([example(3, 2, source="g:9"), example(5, 1, 2)], DataReport())
     assert data.digest == same.digest
     for other in ([example(5, 1, 2), example(3, 2)], [example(3, 1), example(5, 1, 2)], [example(3, 2)]):
-        assert summed(other, DataReport()).digest != data.digest
+        assert with_totals(other, DataReport()).digest != data.digest
 
 
 def test_the_report_in_words() -> None:

@@ -5,16 +5,17 @@ from typing import Any
 
 import pytest
 
-from backhand.data.forms import FormReader
-from backhand.data.rows import BadRows, Completion, Conversation, PlainText, RawRow, Row
+from backhand.data.form_reader import FormReader
+from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.rows import Completion, Conversation, PlainText, Row
 from backhand.errors import DataError
 
 USER = {"role": "user", "content": "q"}
 REPLY = {"role": "assistant", "content": "a"}
 
 
-def read(values: dict[str, Any], *, may_ask: bool = False) -> Row:
-    return FormReader(may_ask=may_ask).read(RawRow(values, "f:1"))
+def read(values: dict[str, Any], *, allow_prompts: bool = False) -> Row:
+    return FormReader(allow_prompts=allow_prompts).read(RawRow(values, "f:1"))
 
 
 def conversation(values: dict[str, Any]) -> Conversation:
@@ -23,8 +24,8 @@ def conversation(values: dict[str, Any]) -> Conversation:
     return row
 
 
-def completion(values: dict[str, Any], *, may_ask: bool = False) -> Completion:
-    row = read(values, may_ask=may_ask)
+def completion(values: dict[str, Any], *, allow_prompts: bool = False) -> Completion:
+    row = read(values, allow_prompts=allow_prompts)
     assert isinstance(row, Completion)
     return row
 
@@ -150,10 +151,10 @@ def test_a_form_may_call_its_system_message_something_else() -> None:
 
 
 def test_rows_that_only_ask_are_for_generation() -> None:
-    assert completion({"prompt": "p"}, may_ask=True).completion is None
-    assert completion({"instruction": "i", "input": "x"}, may_ask=True).prompt == "i\n\nx"
+    assert completion({"prompt": "p"}, allow_prompts=True).completion is None
+    assert completion({"instruction": "i", "input": "x"}, allow_prompts=True).prompt == "i\n\nx"
     for values in ({"prompt": "p"}, {"prompt": "p", "completion": None}, {"instruction": "i", "output": None}):
-        with pytest.raises(DataError, match=r"has (prompt|instruction), but"):
+        with pytest.raises(DataError, match=r"has (prompt|instruction) but"):
             read(values)
 
 
@@ -214,7 +215,7 @@ def test_what_is_wrong_is_named(values: dict[str, Any], said: str) -> None:
 def test_capital_letters_and_spaces_in_names_of_columns_are_pointed_out() -> None:
     with pytest.raises(DataError) as raised:
         read({"Prompt": "p", " Response": "r"})
-    assert raised.value.next_step == "write prompt and response in small letters"
+    assert raised.value.next_step == "write prompt and response in lower case"
 
 
 def test_another_form_in_the_same_file_names_both_rows() -> None:
@@ -224,14 +225,14 @@ def test_another_form_in_the_same_file_names_both_rows() -> None:
         reader.read(RawRow({"text": "t"}, "f:7"))
     assert raised.value.where == "f:7"
     assert "text" in raised.value.what and "f:1" in raised.value.what
-    with pytest.raises(DataError, match="completion is not there"):
+    with pytest.raises(DataError, match="completion is missing"):
         reader.read(RawRow({"prompt": "p"}, "f:8"))
     with pytest.raises(DataError, match="completion is null"):
         reader.read(RawRow({"prompt": "p", "completion": None}, "f:9"))
 
 
 def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
-    bad = BadRows(skip_bad=True)
+    bad = RowErrors(skip_bad=True)
     reader = FormReader()
     raws = [RawRow({"text": ""}, "f:1"), RawRow({"prompt": "p", "completion": "c"}, "f:2")]
     assert len(list(reader.read_all(raws, bad))) == 1
@@ -242,10 +243,10 @@ def test_bad_rows_before_the_first_good_one_do_not_fix_the_form() -> None:
 @pytest.mark.parametrize(
     ("values", "remedy"),
     [
-        ({"question": "q", "output": "a", "system_prompt": "s"}, "call the column output answer"),
-        ({"instruction": "q", "answer": "a"}, "call the column answer output"),
-        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen, and call it messages"),
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and call it completion"),
+        ({"question": "q", "output": "a", "system_prompt": "s"}, "rename the column output to answer"),
+        ({"instruction": "q", "answer": "a"}, "rename the column answer to output"),
+        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "keep chosen and rename it to messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "keep prompt and chosen, and rename chosen to completion"),
     ],
 )
 def test_what_to_rename_is_said(values: dict[str, Any], remedy: str) -> None:

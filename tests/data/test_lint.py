@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from backhand.data.examples import token_lines, view_tokens
-from backhand.data.lint import LintReport, find_mojibake, lint, probe_template
+from backhand.data.lint import LintReport, lint
+from backhand.data.mojibake import find_mojibake
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
+from backhand.data.template_report import describe_template
+from backhand.data.token_view import token_lines, view_tokens
 from backhand.errors import DataError
 from support.tiny_tokenizer import CHAT_TEMPLATE
 from support.tokenizer_kinds import (
@@ -128,26 +130,26 @@ def test_what_stops_everything_is_still_an_error(tmp_path: Path) -> None:
         (CHAT_TEMPLATE, []),
         (RETHINKING, ["rewrites earlier replies"]),
         (ALTERNATING, ["trims white space", "refuses a system message"]),
-        (WITHOUT_END, ["does not end replies"]),
+        (WITHOUT_END, ["ends replies with no control token"]),
         ("none", ["no chat template"]),
-        ("{{ raise_exception('never') }}", ["refuses a single question"]),
+        ("{{ raise_exception('never') }}", ["refuses a single user message"]),
         (CHAT_TEMPLATE.partition("{% if add_generation_prompt")[0], ["'<|im_start|>assistant\\n' carries loss"]),
-        ("<|im_start|>system\nBe brief, please<|im_end|>\n" + CHAT_TEMPLATE, ["its own words"]),
-        (CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>"), ["not the end of sequence"]),
+        ("<|im_start|>system\nBe brief, please<|im_end|>\n" + CHAT_TEMPLATE, ["adds text"]),
+        (CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>"), ["not the end-of-sequence token"]),
         (
             CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>' }}"),
             [],
         ),
         (
             CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\nOK: ' }}"),
-            ["does not render this reply as it asks for one"],
+            ["does not continue the generation prompt"],
         ),
     ],
 )
 def test_habits_of_templates(template: str, said: list[str]) -> None:
-    habits = probe_template(byte_level(), DataOptions(chat_template=template))
-    assert len(habits) == len(said)
-    assert all(words in habit for words, habit in zip(said, habits, strict=True))
+    properties = describe_template(byte_level(), DataOptions(chat_template=template))
+    assert len(properties) == len(said)
+    assert all(words in text for words, text in zip(said, properties, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_good_rows_pass(lint: Lint) -> None:
     code, out, err = lint(GOOD)
     assert (code, err) == (0, "")
     assert "prompt/completion" in out and "3 training documents" in out
-    assert "nothing is wrong with these rows" in out
+    assert "no problems found" in out
     for kind, (words, *_) in CHECKS.items():
         (line,) = (line for line in out.splitlines() if words in line)
         assert ("no held-out rows" if kind == "overlap" else "none") in line
@@ -59,14 +59,14 @@ def test_what_would_stop_training_is_named_and_is_an_error(lint: Lint, tmp_path:
         )
         assert what in out.splitlines()[place]
         assert out.splitlines()[place + 1].startswith("  next: ")
-    assert f"{tmp_path}/rows.jsonl:4: training would stop here: 2 malformed rows" in err
+    assert f"{tmp_path}/rows.jsonl:4: training would stop: 2 malformed rows" in err
 
 
 def test_bad_rows_that_are_left_out_stop_nothing(lint: Lint) -> None:
     code, out, err = lint([*GOOD, "{"], "--skip-bad")
     assert (code, err) == (0, "")
     assert "warning: " in out and "error" not in out
-    assert "training can begin; 1 kind of problems" in out
+    assert "training can start; 1 kind of problems" in out
 
 
 def test_warnings_are_no_errors(lint: Lint, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_warnings_are_no_errors(lint: Lint, tmp_path: Path) -> None:
     code, out, _ = lint([*GOOD, GOOD[0], garbled], "--eval-data", str(held))
     assert code == 0
     assert f"warning: {tmp_path}/rows.jsonl:4 = {tmp_path}/rows.jsonl:1: 1 document equal to an earlier one" in out
-    assert f"warning: {held}:1: 1 document also trained on" in out
+    assert f"warning: {held}:1: 1 document also in the training data" in out
     assert f"warning: {tmp_path}/rows.jsonl:5: 1 document with text that looks wrongly decoded, such as 'Ã©'" in out
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from backhand.data.examples import CutRows, Example
-from backhand.data.forms import FormReader
+from backhand.data.data_report import TruncationStats
+from backhand.data.examples import Example
+from backhand.data.form_reader import FormReader
 from backhand.data.lint import Finding, lint
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker, pack
 from backhand.data.prepare import prepare
-from backhand.data.rows import Completion, Conversation, Labelled, Pair, RawRow
+from backhand.data.raw_rows import RawRow
+from backhand.data.rows import Completion, Conversation, Pair, UnpairedRow
 from backhand.errors import DataError
 from support.tiny_tokenizer import tiny_tokenizer
 
@@ -90,12 +92,12 @@ def test_an_implied_prompt_is_trls() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"prompt": "p", "completion": "c"}, "not those of pairs"),
-        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": "no"}, "one is text"),
+        ({"prompt": "p", "completion": "c"}, "do not fit pairs"),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": "no"}, "one of chosen and rejected is text"),
         ({"chosen": "yes", "rejected": "no"}, "no common prompt"),
         ({"chosen": "same", "rejected": "same"}, "chosen and rejected are the same text"),
-        ({"chosen": "Q", "rejected": "Q and more"}, "chosen is the beginning of rejected, so it holds no answer"),
-        ({"chosen": "Q and more", "rejected": "Q"}, "rejected is the beginning of chosen, so it holds no answer"),
+        ({"chosen": "Q", "rejected": "Q and more"}, "chosen is a prefix of rejected, so it contains no answer"),
+        ({"chosen": "Q and more", "rejected": "Q"}, "rejected is a prefix of chosen, so it contains no answer"),
         ({"chosen": [{**ASKED, "content": "x"}, GOOD], "rejected": [ASKED, BAD]}, "no question"),
         ({"prompt": "p", "chosen": 3, "rejected": "no"}, "chosen is the number 3"),
         ({"prompt": [ASKED], "chosen": [], "rejected": [BAD]}, "chosen is an empty list"),
@@ -111,13 +113,13 @@ def test_what_is_no_pair_is_refused(values: dict[str, Any], said: str) -> None:
 )
 def test_labels(label: object, found: bool) -> None:
     row = read({"prompt": "p", "completion": "c", "label": label}, "labels")
-    assert isinstance(row, Labelled) and row.desirable is found
+    assert isinstance(row, UnpairedRow) and row.desirable is found
 
 
 def test_a_label_that_is_none_is_refused() -> None:
     with pytest.raises(DataError, match="neither true nor false"):
         read({"prompt": "p", "completion": "c", "label": "maybe"}, "labels")
-    with pytest.raises(DataError, match="not those of labels"):
+    with pytest.raises(DataError, match="do not fit labels"):
         read({"prompt": "p", "completion": "c"}, "labels")
 
 
@@ -212,7 +214,7 @@ def test_lint_finds_labels_of_one_kind_and_answers_cut_off(tmp_path: Path) -> No
     ]
     assert "one_label" in found(tmp_path / "rows.jsonl", rows, "labels")
     assert not found(tmp_path / "rows.jsonl", [*rows, {**rows[0], "completion": [BAD], "label": False}], "labels")
-    cut = CutRows()
+    cut = TruncationStats()
     (kept,) = prepared(tmp_path / "rows.jsonl", rows[:1], "labels")
     longer = {
         "prompt": [{"role": "user", "content": "a much longer question " * 9}],
@@ -220,5 +222,5 @@ def test_lint_finds_labels_of_one_kind_and_answers_cut_off(tmp_path: Path) -> No
         "label": False,
     }
     options = written(tmp_path / "rows.jsonl", [rows[0], longer])
-    train, _ = prepare(replace(options, max_length=len(kept)), tiny_tokenizer(), purpose="labels", cut_rows=cut)
+    train, _ = prepare(replace(options, max_length=len(kept)), tiny_tokenizer(), purpose="labels", truncation=cut)
     assert len(train.examples) == 1 and cut.dropped_long == [f"{tmp_path / 'rows.jsonl'}:2"]

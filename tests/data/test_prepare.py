@@ -57,8 +57,8 @@ def test_without_a_template_prompt_and_completion_are_joined_as_they_stand(tmp_p
     assert supervised_text(example, tokenizer).strip() == "no</s>"
     assert whole_text(example, tokenizer).replace(" ", "") == "<s>yes</s>no</s>"
     assert data.report.notes == (
-        "1 row joined as they stand, for want of a chat template",
-        "1 row with control tokens of the model in their text, read as plain text",
+        "1 row joined without rendering, because there is no chat template",
+        "1 row with control tokens of the model in their text, which are read as plain text",
     )
 
 
@@ -75,7 +75,7 @@ def test_rows_that_are_rendered_already_keep_their_control_tokens(tmp_path: Path
     row = {"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "yes<|im_end|>"}
     data = prepared(tmp_path, [row], chat_template="none")
     assert data.digest == prepared(tmp_path, [CHAT]).digest
-    assert data.report.notes == ("1 row joined as they stand, control tokens included",)
+    assert data.report.notes == ("1 row joined without rendering, control tokens included",)
 
 
 def test_text_rows_are_documents_of_their_own(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_text_rows_are_documents_of_their_own(tmp_path: Path) -> None:
     assert [ids[0] for ids in (plain.input_ids, written.input_ids)] == [1, 1], "no second begin-of-sequence token"
     assert [ids.tolist().count(2) for ids in (plain.input_ids, written.input_ids)] == [1, 1]
     assert all(example.supervised.tolist() == [False] + [True] * (len(example) - 1) for example in data.examples)
-    assert "count as such" in data.report.notes[0]
+    assert "encoded as control tokens" in data.report.notes[0]
 
 
 def test_training_on_all_tokens(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_held_out_rows_from_a_file_with_a_warning_for_those_that_were_trained_on
     assert held_out is not None
     assert (len(train.examples), len(held_out.examples)) == (4, 3)
     assert (
-        f"1 of 3 held-out documents also stand in the training data, for example {held}:1" in held_out.report.notes[0]
+        f"1 of 3 held-out documents also occur in the training data, for example {held}:1" in held_out.report.notes[0]
     )
 
 
@@ -296,7 +296,7 @@ def test_tools_that_the_template_leaves_out_are_counted_once_for_a_prompt(tmp_pa
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     options = DataOptions(data=(write(tmp_path / "rows.jsonl", [{**CHAT, "tools": tools}]),))
     _, report = prepare_prompts(options, options, byte_level())
-    assert report.notes == ("1 row with tools that the chat template does not write down for the model",)
+    assert report.notes == ("1 row with tools that the chat template does not render",)
 
 
 def test_a_date_in_the_template_is_pointed_out(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_what_carries_no_loss_is_explained_by_its_own_cause(tmp_path: Path) -> N
     turns = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "q"}]
     with pytest.raises(DataError, match="nothing in the data carries loss") as raised:
         prepared(tmp_path, [{"messages": turns}])
-    assert raised.value.why == "1 without a supervised token, 1 row beginning with a reply, which carries no loss"
+    assert raised.value.why == "1 without a supervised token, 1 row starting with a reply, which carries no loss"
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     with pytest.raises(DataError, match="nothing in the data carries loss") as raised:

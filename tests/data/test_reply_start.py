@@ -8,10 +8,11 @@ import pytest
 
 from backhand.data.chat import ChatRenderer
 from backhand.data.lint import lint
+from backhand.data.messages import read_conversation
 from backhand.data.options import DataOptions, TemplateOptions
 from backhand.data.prepare import prepare, prepare_prompts
-from backhand.data.rows import Conversation, read_conversation
-from backhand.data.template_habits import switches
+from backhand.data.rows import Conversation
+from backhand.data.template_probe import switches
 from backhand.data.text_encoder import TextEncoder
 from support.tokenizer_kinds import byte_level
 
@@ -115,9 +116,9 @@ def test_switches_are_whole_words_that_the_arguments_have_not_set() -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (OPENING, ("2 replies learnt right behind the role's header", repr("<think>\n"), "--chat-template FILE")),
+        (OPENING, ("2 replies trained on directly after the role's header", repr("<think>\n"), "--chat-template FILE")),
         (WRITING, ("2 replies without thoughts", repr("<think>\n\n</think>\n\n"))),
-        (CLOSING, ("2 replies that the chat template asks for", "--template-args enable_thinking=false")),
+        (CLOSING, ("2 replies which the chat template renders only with", "--template-args enable_thinking=false")),
     ],
 )
 def test_the_run_and_lint_say_what_it_means_at_generation(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from backhand.data.rows import BadRows
-from backhand.data.sources import expand, held_out_beside, read_rows
+from backhand.data.raw_rows import RowErrors
+from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.errors import DataError, UsageError
 
 
@@ -18,13 +18,13 @@ def make(folder: Path, *names: str) -> None:
 def test_a_folder_with_a_training_file_stands_for_that_file(tmp_path: Path) -> None:
     make(tmp_path, "test.jsonl", "train.jsonl", "valid.jsonl", "notes.md")
     assert expand([str(tmp_path)]) == (str(tmp_path / "train.jsonl"),)
-    assert held_out_beside([str(tmp_path)]) == (str(tmp_path / "valid.jsonl"),)
+    assert neighbouring_held_out([str(tmp_path)]) == (str(tmp_path / "valid.jsonl"),)
 
 
 def test_any_other_folder_stands_for_all_its_data_files(tmp_path: Path) -> None:
     make(tmp_path, "b.jsonl", "a.csv.gz", "valid.jsonl", "notes.md")
     assert expand([str(tmp_path)]) == tuple(str(tmp_path / name) for name in ("a.csv.gz", "b.jsonl", "valid.jsonl"))
-    assert held_out_beside([str(tmp_path)]) == ()
+    assert neighbouring_held_out([str(tmp_path)]) == ()
 
 
 def test_missing_names_and_empty_folders_are_errors(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_parquet_rows(tmp_path: Path) -> None:
         "n": list(range(3000)),
     }
     parquet.write_table(pa.table(table), path)
-    rows = list(read_rows(str(path), BadRows()))
+    rows = list(read_rows(str(path), RowErrors()))
     assert len(rows) == 3000
     assert rows[2999].values["n"] == 2999
     assert rows[2999].values["messages"][1] == {"role": "assistant", "content": "yo"}
@@ -66,7 +66,7 @@ def test_arguments_that_only_other_rows_have_are_not_padded_with_nulls(tmp_path:
     parquet.write_table(pa.Table.from_pylist([*rows, {"messages": None}]), path)
     stored = parquet.read_table(path).to_pylist()
     assert stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["zone"] is None
-    *read, empty = (raw.values for raw in read_rows(str(path), BadRows()))
+    *read, empty = (raw.values for raw in read_rows(str(path), RowErrors()))
     assert read == rows
     assert empty == {"messages": None}
 
@@ -81,7 +81,7 @@ def test_a_cut_parquet_file_is_an_error(tmp_path: Path) -> None:
     for length in range(4, len(whole), 97):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="Parquet"):
-            list(read_rows(str(path), BadRows(skip_bad=True)))
+            list(read_rows(str(path), RowErrors(skip_bad=True)))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_hub_names(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert expand([name]) == (name,)
-    (row,) = read_rows(name, BadRows(), held_out=held_out)
+    (row,) = read_rows(name, RowErrors(), held_out=held_out)
     assert calls == [asked]
     assert (row.values, row.source) == ({"text": "a"}, source)
 
@@ -118,7 +118,7 @@ def test_a_hub_data_set_without_the_split_lists_what_it_has(monkeypatch: pytest.
     only = datasets.DatasetDict(extra=datasets.Dataset.from_list([{"text": "a"}]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: only)
     with pytest.raises(DataError) as raised:
-        list(read_rows("owner/name", BadRows()))
+        list(read_rows("owner/name", RowErrors()))
     assert "owner/name:extra" in str(raised.value.next_step)
 
 
@@ -130,7 +130,7 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError) as raised:
-        list(read_rows("owner/name", BadRows()))
+        list(read_rows("owner/name", RowErrors()))
     assert raised.value.why == "ConnectionError: no network"
 
 
@@ -138,7 +138,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError) as raised:
-        list(read_rows("owner/name", BadRows()))
+        list(read_rows("owner/name", RowErrors()))
     assert "pip install" in str(raised.value.next_step)
 
 

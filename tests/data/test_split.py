@@ -3,8 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from backhand.data.examples import DataReport, Example
-from backhand.data.stored_examples import PreparedData, overlap, random_order, split, summed
+from backhand.data.data_report import DataReport
+from backhand.data.examples import Example
+from backhand.data.held_out import overlap, split
+from backhand.data.random_order import random_order
+from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.errors import DataError
 
 
@@ -15,7 +18,7 @@ def example(first: int, source: str, *, supervised: int = 1) -> Example:
 
 
 def data(count: int) -> PreparedData:
-    return summed([example(i, f"f:{i}") for i in range(count)], DataReport(rows=count))
+    return with_totals([example(i, f"f:{i}") for i in range(count)], DataReport(rows=count))
 
 
 def test_random_order_is_a_fixed_permutation() -> None:
@@ -40,7 +43,7 @@ def test_a_split_holds_every_row_on_one_side_in_order() -> None:
 def test_each_side_counts_its_own_rows_and_what_was_left_out_is_told_once() -> None:
     several = [example(i, f"f:{i // 2}") for i in range(20)]
     read = DataReport(rows=10, truncated=3, skipped_bad=1, bad_rows=(DataError("bad", where="f:11"),))
-    train, held = split(summed(several, read), 0.2, seed=3)
+    train, held = split(with_totals(several, read), 0.2, seed=3)
     assert (train.report.rows, held.report.rows) == (8, 2)
     assert (train.report.documents, held.report.documents) == (16, 4)
     assert (train.report.truncated, train.report.skipped_bad) == (3, 1)
@@ -58,13 +61,13 @@ def test_both_sides_keep_a_row(fraction: float, held: int) -> None:
 def test_documents_of_a_row_and_equal_rows_stay_together() -> None:
     examples = [example(i % 10, f"f:{i}") for i in range(30)]
     examples += [example(100 + i, f"f:{i}") for i in range(0, 30, 10)]
-    train, held = split(summed(examples, DataReport()), 0.4, seed=1)
+    train, held = split(with_totals(examples, DataReport()), 0.4, seed=1)
     assert not overlap(train.examples, held.examples)
     assert not {e.source for e in train.examples} & {e.source for e in held.examples}
 
 
 def test_one_distinct_row_cannot_be_split() -> None:
-    twice = summed([example(1, "f:1"), example(1, "f:2")], DataReport())
+    twice = with_totals([example(1, "f:1"), example(1, "f:2")], DataReport())
     with pytest.raises(DataError, match="too few"):
         split(twice, 0.5, seed=0)
 

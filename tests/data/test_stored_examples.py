@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from backhand.data import stored_examples
-from backhand.data.examples import DataReport, Example
+from backhand.data.data_report import DataReport
+from backhand.data.examples import Example
+from backhand.data.held_out import _groups, overlap
 from backhand.data.packing import RowPacker, trained_length
-from backhand.data.rows import Asked, Completion
-from backhand.data.stored_examples import _groups, overlap, stored, summed
+from backhand.data.rows import Completion, PromptRow
+from backhand.data.stored_examples import stored, with_totals
 from backhand.errors import ResourceError
 
 
@@ -29,9 +31,9 @@ def one(draw: random.Random, source: str) -> Example:
 def mixed(count: int) -> list[Example]:
     draw = random.Random(4)
     made = [one(draw, os.fsdecode(b"\xff:%d" % (i // 2))) for i in range(count)]
-    prompt = Asked(Completion("?", None, "", None, "q"), "?", {"answer": 4}, "q")
+    prompt = PromptRow(Completion("?", None, "", None, "q"), "?", {"answer": 4}, "q")
     ways: list[Any] = [{}, {"rejected": one(draw, "the other")}, {"desirable": False}, {"desirable": True}]
-    ways += [{"asked": prompt}]
+    ways += [{"prompt_row": prompt}]
     return [replace(example, **way) for example, way in zip(made, itertools.cycle(ways), strict=False)]
 
 
@@ -39,7 +41,7 @@ def facts(example: Example | None) -> tuple[Any, ...] | None:
     if example is None:
         return None
     own = example.input_ids.tolist(), example.supervised.tolist(), example.input_ids.dtype, example.supervised.dtype
-    return (*own, example.source, example.desirable, example.asked, facts(example.rejected))
+    return (*own, example.source, example.desirable, example.prompt_row, facts(example.rejected))
 
 
 @pytest.mark.parametrize("in_memory_bytes", [2**23, 100])
@@ -61,9 +63,13 @@ def test_what_is_asked_for_is_what_was_added(in_memory_bytes: int, monkeypatch: 
 
 def test_sums_digest_and_tokens_beyond_a_vocabulary() -> None:
     examples = mixed(20)
-    whole = summed(examples, DataReport())
+    whole = with_totals(examples, DataReport())
     assert whole.report.supervised_tokens == sum(example.supervised_tokens for example in examples)
-    assert whole.digest == summed(iter(examples), DataReport()).digest != summed(examples[::-1], DataReport()).digest
+    assert (
+        whole.digest
+        == with_totals(iter(examples), DataReport()).digest
+        != with_totals(examples[::-1], DataReport()).digest
+    )
     beyond = list(whole.examples.beyond(3))
     expected = [(part.input_ids.tolist(), part.source) for e in examples for part in e.documents if 3 in part.input_ids]
     assert [(ids.tolist(), source) for ids, source in beyond] == expected and expected
@@ -129,7 +135,7 @@ def test_the_last_bytes_may_find_no_room(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", 100)
     monkeypatch.setattr(stored_examples.mmap, "mmap", full)
-    with pytest.raises(ResourceError, match="no room") as raised:
+    with pytest.raises(ResourceError, match="no disk space") as raised:
         stored(mixed(20))
     assert "TMPDIR" in str(raised.value.next_step)
 
@@ -140,5 +146,5 @@ def test_no_room_for_rows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stored_examples, "_IN_MEMORY_BYTES", 100)
     monkeypatch.setattr("tempfile.TemporaryFile", full)
-    with pytest.raises(ResourceError, match="no room"):
+    with pytest.raises(ResourceError, match="no disk space"):
         stored(mixed(20))

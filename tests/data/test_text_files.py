@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from backhand.data.rows import BadRows, RawRow
+from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.sources import read_rows
 from backhand.errors import DataError
 
 
 def read(path: Path, *, skip_bad: bool = False) -> list[RawRow]:
-    return list(read_rows(str(path), BadRows(skip_bad)))
+    return list(read_rows(str(path), RowErrors(skip_bad)))
 
 
 def write(path: Path, content: bytes | str) -> Path:
@@ -80,7 +80,7 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, said: str) 
     assert error.where == f"{path}:3"
     assert said in error.what
     assert error.next_step is not None
-    bad = BadRows(skip_bad=True)
+    bad = RowErrors(skip_bad=True)
     assert [row.values["text"] for row in read_rows(str(path), bad)] == ["a", "b"]
     assert bad.count == 1
     assert bad.errors[0].where == f"{path}:3"
@@ -91,18 +91,18 @@ def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: bytes, said: str) 
     [
         ("{'text': 'a'}", "JSON has double quotes"),
         ('{"text": "it\'s", \'n\': 1}', "JSON has double quotes"),
-        ('{"text":', "call the file .json"),
-        ("{", "call the file .json"),
+        ('{"text":', "name the file .json"),
+        ("{", "name the file .json"),
         ('{"text": "a",}', None),
-        ('{"text": "a"', "call the file .json"),
-        ('{"text": "a"},', "end the line behind the }"),
-        ('{"text": "a"}{"text": "b"} ', "end the line behind the }"),
+        ('{"text": "a"', "name the file .json"),
+        ('{"text": "a"},', "end the line after the }"),
+        ('{"text": "a"}{"text": "b"} ', "end the line after the }"),
         ('{"text": tru', None),
     ],
 )
 def test_usual_slips_in_json_have_their_remedy(tmp_path: Path, line: str, remedy: str | None) -> None:
     path = write(tmp_path / "rows.jsonl", f"{line}\n")
-    said = BadRows(skip_bad=True)
+    said = RowErrors(skip_bad=True)
     assert list(read_rows(str(path), said)) == []
     found = said.errors[0].next_step
     assert found is None if remedy is None else remedy in str(found)
@@ -203,7 +203,7 @@ def test_json_files_may_also_hold_objects_one_after_the_other(tmp_path: Path) ->
         ('[{"text": "a"},\n', 2, "closed"),
         ('[{"text": "a"}\n{"text": "b"}]', 2, "comma"),
         ('[{"text": "a"},\n]', 2, "not valid JSON"),
-        ('[{"text": "a"}]\n{"text": "b"}', 2, "follows the end"),
+        ('[{"text": "a"}]\n{"text": "b"}', 2, "after the end"),
         ('[\n{"text": "a"},\n3]', 3, "the number 3"),
         ('{"text": "a"}\n{"text": "\xe9"}'.encode("latin-1"), 2, "not UTF-8"),
     ],
@@ -255,7 +255,7 @@ def test_a_bad_csv_row_is_named_or_counted(tmp_path: Path, bad_line: bytes, said
     error = failure(path)
     assert error.where == f"{path}:3"
     assert said in error.what
-    bad = BadRows(skip_bad=True)
+    bad = RowErrors(skip_bad=True)
     assert [row.values["prompt"] for row in read_rows(str(path), bad)] == ["1", "3"]
     assert bad.count == 1
 

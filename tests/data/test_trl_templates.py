@@ -9,8 +9,9 @@ import pytest
 
 from backhand.data.chat import ChatRenderer, Document
 from backhand.data.documents import RowRenderer
+from backhand.data.messages import read_conversation
 from backhand.data.options import TemplateOptions
-from backhand.data.rows import Conversation, read_conversation
+from backhand.data.rows import Conversation
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError
 from support.trl_templates import marked_spans, pair_names, template_names, template_source, tokenizer_for
@@ -117,7 +118,7 @@ def test_spans_are_those_that_trl_marks(capsys: pytest.CaptureFixture[str]) -> N
             except DataError as error:
                 refused_plain += [(name, kind, str(error))] if kind in PLAIN else []
                 unwritten = not any("look_up" in text for _, text in marked)
-                agrees = kind == "tool calls" and unwritten and "does not write down the tool calls" in str(error)
+                agrees = kind == "tool calls" and unwritten and "does not render the tool calls" in str(error)
             agreeing += agrees
             others += [] if agrees else [f"{name}, {kind}"]
     with capsys.disabled():

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backhand.data import kept_rows
+from backhand.data import prepared_cache
 from backhand.data.stored_examples import RECORD
 from backhand.options.objectives import ObjectiveOptions
 from backhand.report.train import train
@@ -49,10 +49,10 @@ def make_files(world: World) -> None:
     config = tiny.config(place / _STOPPED / "run", max_steps=4, save_every=1, micro_batch_rows=2, eval_every=4)
     with pytest.raises(StopAfter.Stopped):
         train(replace(config, objective=ObjectiveOptions(objective="dpo")), callbacks=[StopAfter(3)])
-    kept_rows.LEAST_BYTES = 1
-    os.environ[kept_rows.VARIABLE] = str(place / _ROWS_CACHE)
+    prepared_cache.LEAST_BYTES = 1
+    os.environ[prepared_cache.VARIABLE] = str(place / _ROWS_CACHE)
     assert main([*_prepare(world)[:-1], str(place / "made")]) == 0
-    os.environ[kept_rows.VARIABLE] = "out"  # of a case; there are none but where a case has one
+    os.environ[prepared_cache.VARIABLE] = "out"  # of a case; there are none but where a case has one
 
 
 def _prepare(world: World) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
-from backhand.data import kept_rows
+from backhand.data import prepared_cache
 from backhand.options.config import TrainConfig
 from backhand.runs.status import read_status
 from backhand.search.command import search_command
@@ -228,8 +228,8 @@ def examples(run: Path) -> int:
 @pytest.mark.parametrize("kind", CLOCKS)
 def test_kept_rows(kind: str, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are found by their contents; files of another time are neither trusted nor removed for it."""
-    monkeypatch.setenv(kept_rows.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(kept_rows, "LEAST_BYTES", 1)
+    monkeypatch.setenv(prepared_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(prepared_cache, "LEAST_BYTES", 1)
     (tmp_path / "rows.jsonl").write_bytes((tiny.model.parent / "rows.jsonl").read_bytes())
     config = tiny.config(tmp_path / "first", data=(str(tmp_path / "rows.jsonl"),), max_steps=1, epochs=1)
     with clock_set(CLOCKS[kind]()):

@@ -161,7 +161,7 @@ def test_a_working_directory_that_was_deleted(more: list[str], world: World, tmp
     words = [str(word) for word in world.train(str(tmp_path / "run"), *more)]
     assert run(in_a_deleted_directory, words, str(tmp_path)) == 2
     said = (tmp_path / "said").read_text()
-    assert "current directory is not there" in said and str(tmp_path / "gone") in said and "next:" in said
+    assert "current directory does not exist" in said and str(tmp_path / "gone") in said and "next:" in said
 
 
 @pytest.mark.parametrize(

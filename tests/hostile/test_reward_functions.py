@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backhand.data.rows import Asked, Completion
+from backhand.data.rows import Completion, PromptRow
 from backhand.errors import CheckError, UsageError
 from backhand.loop.rewards.functions import load_function
 from backhand.loop.rewards.process import RewardInput, RewardProcess
@@ -17,7 +17,7 @@ from backhand.options.rewards import RewardOptions
 
 
 def answers(*texts: str) -> list[RewardInput]:
-    asked = Asked(Completion("a", None, "", None, "rows:1"), "7", {}, "rows:1")
+    asked = PromptRow(Completion("a", None, "", None, "rows:1"), "7", {}, "rows:1")
     return [RewardInput(asked, text, list(range(len(text)))) for text in texts]
 
 

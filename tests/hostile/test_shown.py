@@ -17,7 +17,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from backhand.cli.main import ending
+from backhand.cli.exit_status import exit_status
 from backhand.errors import DataError
 from backhand.printing import show_what_libraries_say, visible, write_answer
 from backhand.terminal import console
@@ -183,7 +183,12 @@ def test_consoles_and_errors(text: str) -> None:
     table.add_row(TEXTS[text])
     on.print(TEXTS[text], Text(TEXTS[text]), table)
     error = DataError(TEXTS[text], where=TEXTS[text], why=TEXTS[text], next_step=TEXTS[text])
-    said = [str(error), error.one_line, ending(error, [])[1], ending(ValueError(TEXTS[text]), [TEXTS[text]])[1]]
+    said = [
+        str(error),
+        error.one_line,
+        exit_status(error, [])[1],
+        exit_status(ValueError(TEXTS[text]), [TEXTS[text]])[1],
+    ]
     for one in (*said, shown.getvalue()):
         assert visible(one, "\n") == one
     assert len(str(error).splitlines()) == 3

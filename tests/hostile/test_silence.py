@@ -13,7 +13,7 @@ import pytest
 
 from backhand import printing
 from backhand.cli.main import main
-from backhand.data.rows import BadRows
+from backhand.data.raw_rows import RowErrors
 from backhand.data.sources import read_rows
 from backhand.distributed import rendezvous as meeting
 from backhand.errors import ResourceError, UsageError
@@ -80,7 +80,7 @@ def flooded(place: Path, line: bytes, count: int, suffix: str = "jsonl.gz") -> P
 @pytest.mark.parametrize("line", [b"\n", b"\r\n", b" \t\n"])
 def test_empty_lines_are_passed_over_and_counted(line: bytes, world: World, tmp_path: Path) -> None:
     """Two million in a fraction of a second; every line's number stays right."""
-    path, bad = flooded(tmp_path, line, 2_000_000), BadRows()
+    path, bad = flooded(tmp_path, line, 2_000_000), RowErrors()
     began = time.process_time()
     found = list(read_rows(str(path), bad))
     assert time.process_time() - began < 5
@@ -101,7 +101,7 @@ def test_a_flood_of_empty_lines_is_told_of(world: World, tmp_path: Path) -> None
 def test_white_space_between_values_of_a_list(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text("[" + " " * 10_000_000 + '{"text": "a"}' + "\n" * 10_000_000 + "]")
     began = time.process_time()
-    assert len(list(read_rows(str(tmp_path / "rows.json"), BadRows()))) == 1
+    assert len(list(read_rows(str(tmp_path / "rows.json"), RowErrors()))) == 1
     assert time.process_time() - began < 5
 
 

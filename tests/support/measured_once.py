@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from backhand.data import stored_examples
+from backhand.data import held_out
 from backhand.engines.engine import ShortModel
 from backhand.engines.memory import probe
 from backhand.engines.memory.parts import StepBytes
@@ -44,8 +44,8 @@ def step_bytes(short: ShortModel, *shape: Any) -> StepBytes:
 
 
 def two_neutral_texts() -> list[str]:
-    """The first of `stored_examples.neutral_texts`; still two, so that processes can share them."""
-    return stored_examples.neutral_texts()[:2]
+    """The first of `held_out.neutral_texts`; still two, so that processes can share them."""
+    return held_out.neutral_texts()[:2]
 
 
 def _decisive(model: Any) -> str:

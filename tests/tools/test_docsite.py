@@ -13,8 +13,8 @@ from docsite.command_pages import command_pages, toml_page
 from docsite.error_page import CLASSES, raised_errors
 from docsite.mathematics import derivation, typeset
 
-from backhand.cli.command import option_fields
 from backhand.cli.commands import COMMANDS
+from backhand.cli.option_fields import option_fields
 from backhand.ops.registry import OPS
 from backhand.options.config import TrainConfig
 

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from backhand.cli.command import option_fields
 from backhand.cli.main import main
+from backhand.cli.option_fields import option_fields
 from backhand.options.config import TrainConfig
 from backhand.options.other_names import _NAMES, translate_option
 

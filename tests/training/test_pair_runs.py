@@ -305,7 +305,7 @@ def test_rows_of_another_kind_are_refused(tiny: TinyRun, rows: dict[str, Path], 
     assert "--objective dpo" in str(raised.value.next_step)
     for objective, data in (("dpo", labels), ("kto", pairs)):
         made = config(tiny, rows, tmp_path / "run", objective, data=(data,), eval_data=())
-        with pytest.raises(DataError, match="the columns are not those of"):
+        with pytest.raises(DataError, match="these columns do not fit"):
             train(made)
     with pytest.raises(UsageError, match="compares answers"):
         train(config(tiny, rows, tmp_path / "run", train_on="all"))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from backhand.data.lint_command import lint_command
 from backhand.data.options import DataOptions, LintOptions, LintRunOptions
-from backhand.data.rows import Asked, Completion
+from backhand.data.rows import Completion, PromptRow
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.generate import sampling
 from backhand.loop.evaluate import evaluate_command
@@ -352,9 +352,9 @@ def test_the_certificate_ends_a_bfloat16_run(
 
 
 def answers(*texts: str, **columns: Any) -> list[RewardInput]:
-    def asked(number: int) -> Asked:
+    def asked(number: int) -> PromptRow:
         question = Completion("how many?", None, "", None, f"rows:{number}")
-        return Asked(question, "how many?", {"answer": "7 of 12", **columns}, f"rows:{number}")
+        return PromptRow(question, "how many?", {"answer": "7 of 12", **columns}, f"rows:{number}")
 
     return [RewardInput(asked(number), text, list(range(len(text)))) for number, text in enumerate(texts)]
 
@@ -493,5 +493,5 @@ def test_a_held_out_prompt_beyond_the_context_is_refused_before_the_first_step(
 
 def test_rows_without_a_prompt_are_refused(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "no question"}\n')
-    with pytest.raises(DataError, match="not those of prompts"):
+    with pytest.raises(DataError, match="do not fit prompts"):
         train(config(tiny, functions, tmp_path / "run", data=(str(tmp_path / "text.jsonl"),)))

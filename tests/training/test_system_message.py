@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backhand.adapters.contents import read_adapter_directory
-from backhand.data.options import LONGEST_TYPED, DataOptions, as_typed, asking_options
+from backhand.data.options import LONGEST_TYPED, DataOptions, asking_options, shell_quoted
 from backhand.data.prepare import prepare
 from backhand.export.other_formats import MODELFILE, write_modelfile
 from backhand.generate.chat import chat_command
@@ -66,7 +66,7 @@ def test_it_is_told_wherever_the_adapter_is_asked(
     rows = rows_with(tmp_path / "rows.jsonl", SYSTEM)
     made = tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1)
     summary = train(made)
-    adapter, option = Path(summary.adapter), f" --system {as_typed(SYSTEM)}"
+    adapter, option = Path(summary.adapter), f" --system {shell_quoted(SYSTEM)}"
     assert any(line.startswith("Next: ") and option in line for line in closing_lines(summary))
     record = read_adapter_directory(adapter).record
     assert record is not None and record.system == SYSTEM
@@ -122,7 +122,7 @@ def test_a_modelfile_has_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_message_from_rows_comes_through_a_shell_as_it_is(text: str) -> None:
-    typed = as_typed(text)
+    typed = shell_quoted(text)
     assert typed.isprintable() and visible(typed) == typed
     bash = subprocess.run(["bash", "-c", f"printf %s {typed}"], capture_output=True, check=True)
     assert bash.stdout.decode() == text
@@ -132,7 +132,7 @@ def test_a_message_from_rows_comes_through_a_shell_as_it_is(text: str) -> None:
 
 def test_the_rows_own_message_goes_before_the_option() -> None:
     assert asking_options(DataOptions(system="given"), "rows'").endswith(
-        f" --system {as_typed(chr(114) + 'ows' + chr(39))}"
+        f" --system {shell_quoted(chr(114) + 'ows' + chr(39))}"
     )
     assert "--system" not in asking_options(DataOptions(system="given"), "long" * LONGEST_TYPED)
     assert asking_options(DataOptions(system="given")).endswith(" --system given")

@@ -9,8 +9,9 @@ from typing import Any, get_args, get_origin
 from cyclopts import Group, Parameter
 
 from backhand.bounds import union_members
-from backhand.cli.command import command, option_fields
+from backhand.cli.command import command
 from backhand.cli.commands import COMMANDS, Command
+from backhand.cli.option_fields import option_fields
 from backhand.options.config import TrainConfig
 
 

@@ -1,14 +1,10 @@
-"""An options dataclass as a command: each field an option; what was typed is set, over a TOML file if one was named.
+"""Turn an options dataclass into a command: each field is an option. Typed options override those of a TOML file.
 
-A field whose type is itself a dataclass is a section: its fields stand beside those of the others on the command line,
-under its name in the help, and in a table of its name in a TOML file. Field names are unique over all sections.
-
-Nothing runs here. What is parsed is a `Prepared`: a function with its options, which `cli.main` calls.
+Nothing runs here. A parsed command line is a `Prepared`: a function with its options, which `cli.main` calls.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import os
@@ -18,14 +14,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import MISSING
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from cyclopts import Group, Parameter, Token, convert
-from docstring_parser import parse_from_object
 
-from backhand.bounds import Also, Parse, hints_of, parse_of, sentence_of, split_hint, union_members
+from backhand.bounds import union_members
+from backhand.cli.option_fields import OptionField, build, is_mapping, option_fields, takes_several, value_of
 from backhand.errors import ResourceError, UsageError
 from backhand.system import may_reserve
 from backhand.words import shorten
@@ -33,136 +29,29 @@ from backhand.words import shorten
 if typing.TYPE_CHECKING:
     from backhand.cli.commands import Command
 
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptionField:
-    """One field of an options dataclass."""
-
-    name: str  # the field's name, unique over all sections; `--` and dashes make it an option
-    section: tuple[str, ...]  # names of the dataclass fields that lead to it, () at the top
-    title: str  # heading of its section in the help: how the docstring of the section's dataclass begins
-    hint: Any
-    default: Any  # its default value, `dataclasses.MISSING` where it has none
-    help: str  # the docstring under the field, and the range that stands beside it
-    parse: Parse | None  # makes its value of the words given, for a type that no command line knows
-    also: tuple[str, ...] = ()  # other names that the command line takes for it, as they are typed
-
-    @property
-    def option(self) -> str:
-        """The field as an option of the command line."""
-        return as_option(self.name)
-
-
-def as_option(name: str) -> str:
-    """A field's name as an option of the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionField, ...]:
-    """All fields of `options` and of the dataclasses in it, in order.
-
-    Raises:
-        TypeError: two fields of the same name, or a field without a docstring.
-        OSError: the source, which has the docstrings, cannot be read.
-    """
-    hints = typing.get_type_hints(options)
-    docs = _docs_of(options)
-    title = re.split(r"[.,:;]", inspect.cleandoc(options.__doc__ or ""), maxsplit=1)[0] if section else "Options"
-    found: list[OptionField] = []
-    for field in dataclasses.fields(options):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            found += option_fields(hint, (*section, field.name))
-            continue
-        if field.name not in docs:
-            Path(inspect.getfile(options)).open("rb").close()  # the parser hides that it could not read the source
-            raise TypeError(f"{options.__name__}.{field.name} has no docstring under it")
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        said = hints_of(options)[field.name]
-        text = f"{docs[field.name]} {sentence_of(said)}".rstrip()
-        also = tuple(rule.option for rule in split_hint(said)[1] if isinstance(rule, Also))
-        found.append(OptionField(field.name, section, title, hint, default, text, parse_of(said), also))
-    names = [field.name for field in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise TypeError(f"{options.__name__} has two fields named {', '.join(sorted(twice))}")
-    return tuple(found)
-
-
-def build(options: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
-    """Make `options`, and the dataclasses in it, of flat `values`; other fields are those of `base`, else defaults."""
-    hints = typing.get_type_hints(options)
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        hint = hints[field.name]
-        base_value = getattr(base, field.name, None)
-        if dataclasses.is_dataclass(hint):
-            assert isinstance(hint, type)
-            arguments[field.name] = build(hint, values, base_value)
-        elif field.name in values:
-            arguments[field.name] = values[field.name]
-        elif base is not None:
-            arguments[field.name] = base_value
-    return options(**arguments)
-
-
-def value_of(options: Any, field: OptionField) -> Any:
-    """The value of one field in an instance of the outermost dataclass."""
-    for section in field.section:
-        options = getattr(options, section)
-    return getattr(options, field.name)
-
-
-def takes_several(hint: Any) -> bool:
-    """Whether an option of this type takes any number of words: tuples and mappings do."""
-    return any(_is_kind(member, (tuple, list, Mapping)) for member in union_members(hint))
-
-
-def is_mapping(hint: Any) -> bool:
-    """Whether the type is a mapping, written as NAME=VALUE words on a command line and as a table in a TOML file."""
-    return any(_is_kind(member, (Mapping,)) for member in union_members(hint))
-
-
-def _is_kind(hint: Any, kinds: tuple[Any, ...]) -> bool:
-    kind = get_origin(hint) or hint
-    return isinstance(kind, type) and any(issubclass(kind, wanted) for wanted in kinds)
-
-
-@cache
-def _docs_of(options: type) -> dict[str, str]:
-    """The docstring under each field, those of base classes included, lines joined into one paragraph."""
-    docs: dict[str, str] = {}
-    for base in reversed(options.__mro__[:-1]):
-        for described in parse_from_object(base).params:
-            if described.description:
-                docs[described.arg_name] = " ".join(described.description.split())
-    return docs
-
 
 CONFIG_FILE = "config_file"
-_CONFIG_FILE_HELP = "TOML or .yaml file of options, in tables as in a run's config.toml; the command line wins over it."
+_CONFIG_FILE_HELP = "TOML or .yaml file of options, in tables as in a run's config.toml. Typed options override it."
 _DEBUG_HELP = "Show a traceback with an error."
 
 
 _YIELDS = {"eval_fraction": "eval_data"}
-"""What gives way in a file where another option is typed: a run's config.toml holds the share that the run chose."""
+"""Options of a file that are ignored if another option is typed. A run's config.toml contains the default share."""
 
 
 class Prepared(NamedTuple):
-    """A command line that was parsed: all that is left is to run it."""
+    """A parsed command line, ready to run."""
 
-    function: Callable[[], object]  # takes nothing; a number that it returns is the exit code, anything else is 0
-    report_of: Path | None  # the run about which it proves something, if any: its report is written again
-    name_origin: Callable[[UsageError], None]  # makes an error about an option say where the user wrote it
+    function: Callable[[], object]  # an integer that it returns is the exit code; any other result means 0
+    report_of: Path | None  # the run that the command proves something about, or None; its report is updated
+    name_origin: Callable[[UsageError], None]  # replaces a field's name in an error with the place where it was written
 
 
 def command(entry: Command) -> Callable[..., Prepared]:
-    """Make the function that cyclopts parses the command line for; it runs nothing, and returns what is to run.
+    """Return a function whose signature cyclopts parses. It runs nothing and returns the prepared command.
 
     Raises:
-        TypeError: the options are not what `option_fields` takes.
+        TypeError: `option_fields` refuses the options.
     """
     options, load, positional = imported(entry.options), entry.file, entry.positional
     by_name = {field.name: field for field in option_fields(options)}
@@ -174,13 +63,13 @@ def command(entry: Command) -> Callable[..., Prepared]:
         typed = {name: value for name, value in given.items() if name in by_name}
 
         def name_origin(error: UsageError) -> None:
-            """Say where the user wrote a value that was refused: the option, its place, or file and key."""
+            """Replace the name of a refused field with the option, its position, or the file and key."""
             name, bracket, rest = (error.where or "").partition("[")
             if (field := by_name.get(name)) is None:
                 return
             if base is not None and name not in typed and value_of(base, field) != field.default:
                 error.where = f"{file}: {'.'.join((*field.section, name))}{bracket}{rest}"
-            else:  # as the help names it
+            else:  # the name in the help
                 error.where = name.upper() if name in positional else f"{field.option}{bracket}{rest}"
 
         try:
@@ -193,7 +82,7 @@ def command(entry: Command) -> Callable[..., Prepared]:
             _check_paths(built, by_name)
             more = {"typed": frozenset(typed)} if entry.tell_typed else {}
             run = entry.report_of and entry.report_of(built)
-            _check_addresses()
+            _check_address_space()
             return Prepared(partial(imported(entry.function), built, **more), run, name_origin)
         except UsageError as error:
             name_origin(error)
@@ -217,7 +106,7 @@ def command(entry: Command) -> Callable[..., Prepared]:
 
 
 def imported(place: Any) -> Any:
-    """What `module:name` names; anything but a text as it is."""
+    """Import what `module:name` names; any other value is returned unchanged."""
     if not isinstance(place, str):
         return place
     module, _, name = place.partition(":")
@@ -225,11 +114,11 @@ def imported(place: Any) -> Any:
 
 
 _IMPORTED_BYTES, _THREAD_BYTES = 576 << 20, 40 << 20
-"""Addresses that NumPy and PyTorch take when they are imported, and OpenBLAS for each of its threads (measured)."""
+"""Address space that importing NumPy and PyTorch needs, and that OpenBLAS needs per thread, in bytes (measured)."""
 
 
-def _check_addresses() -> None:
-    """Raise ResourceError under a `ulimit -v` too low for the imports: OpenBLAS would end the process with 1."""
+def _check_address_space() -> None:
+    """Raise ResourceError if `ulimit -v` is too low for the imports: OpenBLAS would end the process with code 1."""
     if "torch" in sys.modules:
         return
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -240,9 +129,9 @@ def _check_addresses() -> None:
     needed = _IMPORTED_BYTES + threads * _THREAD_BYTES
     if not may_reserve(needed):
         raise ResourceError(
-            "the limit of this process's addresses is too low to load PyTorch",
+            "the limit of this process's address space is too low to load PyTorch",
             where="ulimit -v",
-            why=f"NumPy and PyTorch alone take some {needed >> 20:,} MiB",
+            why=f"NumPy and PyTorch alone need some {needed >> 20:,} MiB",
             next_step="raise the limit (ulimit -v unlimited), or limit memory with --memory or a control group instead",
         )
 
@@ -252,7 +141,7 @@ MOST_PARTS = 256
 
 
 def _check_paths(built: Any, by_name: Mapping[str, OptionField]) -> None:
-    """Raise UsageError for a path that no system opens: making a directory of a thousand parts fails in many ways."""
+    """Raise UsageError for a path that no system can open. Creating such directories fails in many ways."""
     for name, field in by_name.items():
         value = value_of(built, field)
         for path in value if isinstance(value, tuple) else (value,):
@@ -266,9 +155,9 @@ def _check_paths(built: Any, by_name: Mapping[str, OptionField]) -> None:
                 or "\0" in text
             ):
                 raise UsageError(
-                    f"{shorten(text)!r} cannot be a path",
+                    f"{shorten(text)!r} is not a possible path",
                     where=name,
-                    why=f"it has at most {MOST_PARTS} names of 255 bytes, {LONGEST_PATH:,} characters, no zero byte",
+                    why=f"it may have {MOST_PARTS} names of 255 bytes, {LONGEST_PATH:,} characters, and no zero byte",
                 )
 
 
@@ -291,7 +180,7 @@ def _parsed(value: Any, field: OptionField) -> Any:
 
 
 def _words_in_file(base: Any, by_name: Mapping[str, OptionField]) -> dict[str, Any]:
-    """Fields with a parser that a TOML file gives as one text, such as "q_proj,v_proj", read as on the command line."""
+    """Parse fields with a parser that a TOML file gives as text, such as "q_proj,v_proj", as on the command line."""
     if base is None:
         return {}
     values = {name: value_of(base, field) for name, field in by_name.items() if field.parse is not None}
@@ -305,13 +194,13 @@ def _parameter(
 
 
 def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
-    default = field.default  # shown as one would type it, the words of a tuple side by side
+    default = field.default  # displayed as typed: the words of a tuple separated by spaces
     silent = default in (None, (), {}, "") or default is MISSING or default is False
     said = Parameter(
         name=(field.option, *field.also) if field.also else None,
         help=_help(field, names),
         group=group,
-        # A flag that is off by default is turned off again, over a TOML file, with --flag=false.
+        # --flag=false turns off a flag that is off by default, if a TOML file turned it on.
         negative=None if default is True else (),
         converter=_whole_numbers(field) if int in _types_in(field.hint) else None,
         consume_multiple=takes_several(field.hint) or None,
@@ -323,12 +212,12 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
 
 _FOR_A_FRACTION = {
     "epochs": "; --max-steps ends a run within an epoch",
-    "warmup_steps": ": it counts steps, and is no share of them; left out, it is 3 % of them",
+    "warmup_steps": ": it is a number of steps, not a share; the default is 3 % of all steps",
 }
 
 
 def _whole_numbers(field: OptionField) -> Callable[[Any, Sequence[Token]], Any]:
-    """What cyclopts converts whole numbers by: left to itself, it rounds a fraction."""
+    """Return a converter that refuses fractions, which cyclopts would round to whole numbers."""
 
     def converted(hint: Any, tokens: Sequence[Token]) -> Any:
         for token in tokens:
@@ -345,12 +234,12 @@ def _whole_numbers(field: OptionField) -> Callable[[Any, Sequence[Token]], Any]:
 
 
 def _types_in(hint: Any) -> set[Any]:
-    """A type, and all that it is made of."""
+    """Return a type and all types inside it."""
     return {hint}.union(*map(_types_in, get_args(hint)))
 
 
 def _metavar(field: OptionField) -> str | None:
-    """What stands for the value in the help, where it is not the name of the type that is converted to."""
+    """Return the placeholder of the value in the help, or None for the name of the converted type."""
     if is_mapping(field.hint):
         return "NAME=VALUE"
     words = [word for member in get_args(field.hint) for word in get_args(member) if get_origin(member) is Literal]
@@ -360,9 +249,9 @@ def _metavar(field: OptionField) -> str | None:
 
 
 def _help(field: OptionField, names: Set[str]) -> str:
-    """The field's docstring, other fields named as the options they are here; words that are values stay."""
+    """Return the field's docstring with the names of other fields as options. Names that are also values stay."""
     members = union_members(field.hint)
-    # Literals may also stand within a tuple.
+    # A tuple may contain literals too.
     literals = (*members, *(inner for member in members for inner in get_args(member)))
     values = {str(value) for literal in literals for value in get_args(literal)}
 
@@ -374,7 +263,7 @@ def _help(field: OptionField, names: Set[str]) -> str:
 
 
 def _default_on_command_line(field: OptionField) -> Any:
-    """The field's default, of the type that is typed: cyclopts holds one against the other if pydantic is loaded."""
+    """Return the field's default in the type that is typed: cyclopts compares the two if pydantic is loaded."""
     if field.default is MISSING:
         return inspect.Parameter.empty
     if _typed_on_command_line(field) == tuple[str, ...] and not isinstance(field.default, tuple):
@@ -383,7 +272,7 @@ def _default_on_command_line(field: OptionField) -> Any:
 
 
 def _typed_on_command_line(field: OptionField) -> Any:
-    """The type cyclopts converts to: words for what a parser takes over, the field's own type otherwise."""
+    """Return the type that cyclopts converts to: words for fields with a parser, otherwise the field's own type."""
     several = takes_several(field.hint) and (field.parse is not None or str in get_args(field.hint))
     return tuple[str, ...] if several or is_mapping(field.hint) else field.hint
 

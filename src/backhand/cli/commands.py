@@ -1,7 +1,7 @@
-"""Every command is one entry: name, one sentence, an example, its options and its function. The README lists them.
+"""Table of commands: name, summary, example, options and function. The README lists them.
 
-An entry names modules as text, so that a command's options are imported when it is named, and its function, with torch,
-when it runs.
+Modules are named as text, so that the options of a command are imported when the command is named, and its function,
+with torch, when it runs.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand."""
+    """A subcommand."""
 
     name: str
     summary: str
-    example: str  # a complete command line that works as it stands (with the user's own rows in rows.jsonl)
-    # a dataclass whose fields, each with a docstring under it, are the options, and what gets it; a number that that
-    # returns is the exit code; as `module:name` they are imported when the command is named, and when it runs
+    example: str  # a complete command line that works, if the user's rows are in rows.jsonl
+    # Dataclass of the options, each with a docstring under its field, and the function that takes it. `module:name` is
+    # imported when the command is named or run. An integer that the function returns is the exit code.
     options: str | type
     function: str | Callable[..., object]
     positional: tuple[str, ...] = ()
-    file: Callable[[Path], Any] | None = None  # reads a TOML file that may be named first
-    tell_typed: bool = False  # whether the function also gets the names of the fields that were typed, as `typed`
-    # the run, if any, about which the command proves something: its report is written again
+    file: Callable[[Path], Any] | None = None  # reads a TOML file, the command's first argument
+    tell_typed: bool = False  # pass the names of the typed fields to the function, as `typed`
+    # Returns the run that the command proves something about, or None. Its report is updated.
     report_of: Callable[[Any], Path | None] | None = None
 
 
 def __getattr__(name: str) -> Any:
-    """The function of a command, which cyclopts asks this module for when the command is named."""
+    """Return the function of a command; cyclopts imports it from this module when the command is named."""
     for entry in COMMANDS:
         if entry.name == name:
             from backhand.cli.command import command
@@ -47,7 +47,7 @@ def _run_of_adapter(options: Any) -> Path | None:
 
 
 def _tables(options: str) -> Callable[[Path], Any]:
-    """Reads options from a TOML file in tables, as in a run's config.toml."""
+    """Return a reader of options from the tables of a TOML file, as in a run's config.toml."""
 
     def load(path: Path) -> Any:
         from backhand.cli.command import imported
@@ -59,7 +59,7 @@ def _tables(options: str) -> Callable[[Path], Any]:
 
 
 def _rows_of_config(path: Path) -> Any:
-    """The rows, the model and the seed of a run's configuration; the rest of it has nothing to do with rows."""
+    """Read the rows, the model and the seed from a run's configuration; `lint` ignores its other options."""
     from backhand.data.options import LintOptions, LintRunOptions
 
     config = _tables(_TRAIN)(path)
@@ -73,7 +73,7 @@ _PLAN = "backhand.options.command_options:PlanOptions"
 COMMANDS = (
     Command(
         "train",
-        "Fine-tune a language model on rows of text or chat, and leave an adapter that PEFT loads.",
+        "Fine-tune a language model on rows of text or chat, and write an adapter that PEFT loads.",
         "backhand train --data rows.jsonl --output runs/mine",
         _TRAIN,
         "backhand.report.train:train",
@@ -82,7 +82,7 @@ COMMANDS = (
     ),
     Command(
         "search",
-        "Find the best learning rate, or any options, by runs that stop early where they are not the best.",
+        "Find the best learning rate, or any other options, with runs that stop early if they are not the best.",
         "backhand search --data rows.jsonl --eval-fraction 0.2 --output runs/search",
         _SEARCH,
         "backhand.search.command:search_command",
@@ -91,7 +91,7 @@ COMMANDS = (
     ),
     Command(
         "plan",
-        "Tell what a run will take in memory and time, and how it will be cut to fit, before it is made.",
+        "Estimate the memory and time of a run, and how its batches are divided to fit, before it starts.",
         "backhand plan --data rows.jsonl",
         _PLAN,
         "backhand.training.plan_command:plan_command",
@@ -99,7 +99,7 @@ COMMANDS = (
     ),
     Command(
         "models",
-        "List the models on this machine, which of them can be trained, and what that would take in memory and time.",
+        "List the models on this machine, which of them can be trained, and the memory and time that needs.",
         "backhand models",
         "backhand.options.command_options:ModelsOptions",
         "backhand.training.models_command:models_command",
@@ -107,7 +107,7 @@ COMMANDS = (
     ),
     Command(
         "lint",
-        "Look at rows as a model's tokenizer and chat template read them, and name every problem with its remedy.",
+        "Check rows as a model's tokenizer and chat template read them, and report every problem with its remedy.",
         "backhand lint --data rows.jsonl",
         "backhand.data.options:LintOptions",
         "backhand.data.lint_command:lint_command",
@@ -122,14 +122,14 @@ COMMANDS = (
     ),
     Command(
         "generate",
-        "Answer a prompt, or a whole file of them, by the base model or with an adapter.",
+        "Answer a prompt, or a file of prompts, with the base model or with an adapter.",
         'backhand generate --adapter runs/mine/adapter --prompt "What is the capital of France?"',
         "backhand.generate.options:GenerateOptions",
         "backhand.generate.command:generate_command",
     ),
     Command(
         "chat",
-        "Talk with the base model or with an adapter.",
+        "Chat with the base model or with an adapter.",
         "backhand chat --adapter runs/mine/adapter",
         "backhand.generate.options:ChatOptions",
         "backhand.generate.chat:chat_command",
@@ -144,7 +144,7 @@ COMMANDS = (
     ),
     Command(
         "merge",
-        "Fold an adapter into its base: a model of its own, proved against base and adapter.",
+        "Merge an adapter into its base model, and prove the result against base and adapter.",
         "backhand merge --adapter runs/mine/adapter --output runs/mine/merged",
         "backhand.export.options:MergeOptions",
         "backhand.export.merging:merge_command",
@@ -160,21 +160,21 @@ COMMANDS = (
     ),
     Command(
         "sine",
-        "The experiment this project comes from: a net learns a sine, an adapter goes on from there, all by hand.",
+        "Run the first experiment: a network learns a sine, and an adapter continues, with hand-written gradients.",
         "backhand sine --check --output runs/sine",
         "backhand.lab.sine.options:SineOptions",
         "backhand.lab.sine.command:sine_command",
     ),
     Command(
         "paper",
-        "The LoRA paper's own findings on your adapters: subspaces, amplification, merging, memory, ranks.",
+        "Repeat the LoRA paper's analyses on your adapters: subspaces, amplification, merging, memory, ranks.",
         "backhand paper --adapter runs/mine/adapter --output runs/paper",
         "backhand.lab.paper.options:PaperOptions",
         "backhand.lab.paper.command:paper_command",
     ),
     Command(
         "combine",
-        "Add, average, subtract, concatenate, merge or reduce adapters, exactly, or saying what is lost.",
+        "Add, average, subtract, concatenate, merge or reduce adapters, exactly or with the error reported.",
         "backhand combine add runs/one/adapter runs/two/adapter --output runs/both",
         "backhand.arithmetic.options:CombineOptions",
         "backhand.arithmetic.combine:combine_command",
@@ -182,7 +182,7 @@ COMMANDS = (
     ),
     Command(
         "inspect",
-        "Show what is in an adapter: ranks, sizes, singular values, and how much of the rank is used.",
+        "Show an adapter's ranks, sizes and singular values, and how much of the rank is used.",
         "backhand inspect runs/mine/adapter",
         "backhand.arithmetic.options:InspectOptions",
         "backhand.arithmetic.inspect:inspect_command",
@@ -198,7 +198,7 @@ COMMANDS = (
     ),
     Command(
         "compress",
-        "Give every module of an adapter the smallest rank that keeps to an error.",
+        "Give every module of an adapter the smallest rank within an error bound.",
         "backhand compress runs/mine/adapter --error 0.05 --output runs/small",
         "backhand.arithmetic.options:CompressOptions",
         "backhand.arithmetic.compress:compress_command",
@@ -206,7 +206,7 @@ COMMANDS = (
     ),
     Command(
         "report",
-        "One self-contained page about a run, or about several side by side.",
+        "Write one self-contained page about a run, or about several runs side by side.",
         "backhand report runs/mine",
         "backhand.report.options:ReportOptions",
         "backhand.report.command:report_command",
@@ -214,7 +214,7 @@ COMMANDS = (
     ),
     Command(
         "watch",
-        "The report of a run while it trains, on this machine only, with a box to try a prompt on base and adapter.",
+        "Show the report of a run while it trains, on this machine only, with a box for prompts to base and adapter.",
         "backhand watch runs/mine",
         "backhand.report.options:WatchOptions",
         "backhand.report.watch:watch_command",
@@ -222,7 +222,7 @@ COMMANDS = (
     ),
     Command(
         "demo",
-        "The sine experiment, then SmolLM2 learns to turn sentences into strict JSON: answers before and after.",
+        "Run the sine experiment, then train SmolLM2 to turn sentences into strict JSON: answers before and after.",
         "backhand demo --output runs/demo",
         "backhand.lab.demo_options:DemoOptions",
         "backhand.lab.demo:demo_command",

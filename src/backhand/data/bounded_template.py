@@ -1,19 +1,20 @@
-"""Chat templates under limits: a template is a program inside a model's files, and may ask for all time and memory.
+"""Render chat templates with limits: a template is a program in a model's files and could use all time and memory.
 
-Jinja's sandbox keeps a template away from the machine, but not from its processor: three nested loops over
-`range(99999)` never end, `'a' * 20000000000` is one instruction, and a text that is joined to itself forty times is a
-terabyte. Stopping a render from outside would need a process of its own for it, which costs more than plain templates
-take to render (docs/log.md has the figures). So the template is rewritten before it is compiled, and counts for itself:
+Jinja's sandbox keeps a template away from the machine but does not limit its work. Three nested loops over
+`range(99999)` never end, `'a' * 20000000000` is one instruction, and a text that is doubled forty times has a terabyte.
+A limit from outside would need a process per render, which costs more than rendering a simple template
+(docs/log.md has the measurements). So the template's syntax tree is rewritten before compilation, to count and limit
+the template's own work:
 
-- **Every value is bounded when it is made.** What makes a text or a list longer than what it is made of (operators,
-  literals, filters, methods) first asks how large the result will be, lists by all that they hold. So no single
-  operation takes long.
-- **Every step is counted.** The body of a loop and of a macro counts its own size whenever it is entered; operations
-  on texts and lists count by their lengths.
-- **Now and then a look at the clock and at the memory**: processor seconds of this thread, and how far the peak of the
-  process has moved.
+- **Values are bounded before they are created.** Operators, literals, filters and methods that can create a longer text
+  or list first compute the size of the result. The size of a list includes all its items. So no single operation takes
+  long.
+- **Steps are counted.** The body of a loop or macro counts its size each time it is entered. Operations on texts and
+  lists count in proportion to their length.
+- **Time and memory are checked at intervals**: CPU seconds of this thread, and the increase of the process's peak
+  memory.
 
-What is here besides is what templates of the Hub are written for: the environment that transformers gives them.
+The rest of this file is the environment that transformers provides to templates of the hub.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ from backhand.data.template_bounds import (
 )
 
 LONGEST_SOURCE = 2**18
-"""Characters of a template. The longest ones in use have about 30,000."""
+"""Largest number of characters of a template. The longest ones in use have about 30,000."""
 
 
 class BoundedTemplate:
-    """A template with counts and limits of its own.
+    """A compiled template that counts and limits its own work.
 
     Raises:
         jinja2.TemplateSyntaxError: it is not valid Jinja.
@@ -73,37 +74,37 @@ class BoundedTemplate:
         self._rendered, self._seconds = 0, 0.0
         self._environment = _Environment()
         try:
-            globals_ = dict(self._environment.make_globals(None))  # a chain of tables is slow, and read at every render
+            globals_ = dict(self._environment.make_globals(None))  # a plain dict, because a ChainMap is slow to read
             self._template = self._environment.template_class.from_code(self._environment, _code(source), globals_)
         except (RecursionError, MemoryError):
             raise TemplateLimitError("it is nested too deeply") from None
-        except SyntaxError as error:  # of the Python that it is compiled to: too many blocks in one another
+        except SyntaxError as error:  # the generated Python has too many nested blocks
             raise TemplateLimitError(f"it is nested too deeply: {error.msg}") from None
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The text.
+        """Return the rendered text.
 
         Args:
-            variables: by name; the template gets plain copies of lists, tables, texts and numbers, and of anything
-                else the name of its type.
+            variables: by name. The template gets plain copies of lists, tables, texts and numbers; other values become
+                the name of their type.
 
         Raises:
-            TemplateLimitError: it asks for too much, or renders what is no text.
-            jinja2.SecurityError: it asks for what templates must not have.
-            Exception: whatever its expressions raise; jinja2.TemplateError where it refuses the conversation.
+            TemplateLimitError: the template exceeds a limit, or its result is not valid text.
+            jinja2.SecurityError: the template uses something that templates may not use.
+            Exception: any error of its expressions; jinja2.TemplateError if it refuses the conversation.
         """
         plain = {name: _plain(value) for name, value in variables.items()}
         with self._lock:
             if self._seconds > template_bounds.SECONDS_TOGETHER + template_bounds.SECONDS_EACH * self._rendered:
-                raise TemplateLimitError(f"it takes {self._seconds:.1f} s for {self._rendered} conversations")
+                raise TemplateLimitError(f"it needs {self._seconds:.1f} s for {self._rendered} conversations")
             self._environment.work.begin()
             began = time.thread_time()
             try:
                 text = self._template.render(plain)
             except RecursionError:
-                raise TemplateLimitError("it calls itself without end, or reads values nested without end") from None
+                raise TemplateLimitError("it recurses without end, or reads endlessly nested values") from None
             except MemoryError:
-                raise TemplateLimitError("it asks for more memory than there is") from None
+                raise TemplateLimitError("it needs more memory than there is") from None
             finally:
                 self._rendered += 1
                 self._seconds += time.thread_time() - began
@@ -117,12 +118,12 @@ class BoundedTemplate:
 
 @lru_cache(maxsize=8)
 def _code(source: str) -> types.CodeType:
-    """The compiled form, for all templates of one source: limits and filters are those of what runs it."""
+    """Compile a template. Instances share the code; limits and filters belong to the environment that runs it."""
     return _Environment().compile(source)
 
 
 def _plain(value: Any) -> Any:
-    """A copy of nothing but plain types: methods of any other could be called by the template."""
+    """Return a copy of plain types only, because the template could call methods of any other type."""
     kind = type(value)
     if kind is str or value is None or kind is bool or kind is int or kind is float:
         return value
@@ -138,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks what the assistant says, for those who look for it; here only its content counts."""
+    """`{% generation %}`, which marks assistant text for other programs. Only its content is rendered here."""
 
     tags = {"generation"}  # noqa: RUF012 - as the class above has it
 
@@ -152,9 +153,9 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """A namespace whose names are the template's own."""
+    """A namespace with attributes of the template only."""
 
-    def __init__(self, /, *arguments: Any, **values: Any) -> None:  # a template may name an attribute `self`
+    def __init__(self, /, *arguments: Any, **values: Any) -> None:  # positional, since an attribute may be named `self`
         attributes = dict(*arguments, **values)
         for name in attributes:
             _check_attribute(name)
@@ -165,7 +166,7 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # what namespaces hold is not weighed
+        return "<Namespace>"  # `weight` does not count the printed contents of a namespace
 
 
 def _check_attribute(name: object) -> None:
@@ -174,7 +175,7 @@ def _check_attribute(name: object) -> None:
 
 
 class _Dict:
-    """`dict` for templates: it makes tables, and is not the class itself."""
+    """`dict` for templates, which creates tables but is not the class itself."""
 
     def __call__(self, *arguments: Any, **values: Any) -> dict[Any, Any]:
         return dict(*arguments, **values)
@@ -189,8 +190,8 @@ def _raise_exception(message: Any) -> None:
 
 def _strftime_now(form: str) -> str:
     if len(form) > 200:
-        raise TemplateLimitError("it asks for a date in a form of more than 200 characters")
-    return datetime.now().strftime(form)  # noqa: DTZ005 - the user's own clock is what templates mean
+        raise TemplateLimitError("it uses a date format of more than 200 characters")
+    return datetime.now().strftime(form)  # noqa: DTZ005 - templates expect the user's local time
 
 
 def _tojson(
@@ -199,8 +200,8 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-_LEFT_OUT = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-"""Filters and functions for web pages whose cost has no simple bound; no chat template needs them."""
+_REMOVED = ("lipsum", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+"""Filters and functions for web pages that have no simple bound of cost. No chat template needs them."""
 _COMPARING_TESTS = (
     *("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan", "<=", "le"),
     *("lower", "upper"),
@@ -209,7 +210,7 @@ _HOLDING: tuple[Any, ...] = (list, tuple, dict, set, frozenset, *VIEWS)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with operators, calls, filters, tests and output that count."""
+    """The sandbox with operators, calls, filters, tests and output that are counted."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -217,7 +218,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.work = Work()
         self.concat = self._concat  # type: ignore[method-assign]
-        for name in _LEFT_OUT:
+        for name in _REMOVED:
             self.filters.pop(name, None)
             self.globals.pop(name, None)
         self.filters["tojson"] = _tojson
@@ -232,13 +233,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name in _COMPARING_TESTS:
             plain_test: Any = self.tests[name]
             self.tests[name] = self._bounded_test(plain_test)
-        # What the rewritten template calls.
+        # Filters that the rewritten template calls.
         self.filters |= {_STEP: self._step, _COUNTED: self._counted_operand, _JOINED: self._joined}
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Rewriter().visit(source), *args, **kwargs)
 
-    # With a context, so that Jinja does not call them while it compiles.
+    # Jinja does not evaluate functions with a context at compile time.
 
     @pass_context
     def _step(self, _context: Any, count: int) -> None:
@@ -262,7 +263,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def _counted(self, value: Any) -> Any:
-        """A value that was made, or that is looked at as a whole: counted, and refused where it is too large."""
+        """Count a value that was created or is read as a whole, and return it. Raise if it is too large."""
         cost = 0
         if isinstance(value, str):
             check_size(len(value))
@@ -282,7 +283,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield self._counted(item)
 
     def call_binop(self, _context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operator that may make more of what it is given."""
+        """Apply an operator after checking the size of its result."""
         if operator == "%" and isinstance(left, str):
             check_form(left, "%", right)
         elif operator == "*":
@@ -294,17 +295,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self._counted(self.binop_table[operator](left, right))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Anything that the template calls."""
+        """Call a function for the template and count it."""
         self.work.step(2)
         method = getattr(obj, "__wrapped__", obj)  # Jinja wraps `format`
-        if isinstance(method, types.BuiltinMethodType | types.MethodType):  # those of Markup are Python's
+        if isinstance(method, types.BuiltinMethodType | types.MethodType):  # methods of Markup are written in Python
             self._check_method(method.__self__, method.__name__, args, kwargs)
         return self._counted(super().call(context, obj, *args, **kwargs))
 
     def _check_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if isinstance(owner, str) and name in TEXT_METHODS:
-            # Jinja passes what a loop or block has set beside the arguments, and takes it out again itself; of `format`
-            # all names are the template's own.
+            # Jinja adds internal keyword arguments of loops and blocks, which start with an underscore, and removes
+            # them again. All keyword arguments of `format` are the template's.
             given = kwargs if name == "format" else {key: kwargs[key] for key in kwargs if not key.startswith("_")}
             check_call(f".{name}", owner, args, given)
             self.work.step(len(owner) if name.startswith("format") else len(owner) >> 8)
@@ -344,14 +345,14 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 _STEP, _COUNTED, _JOINED = "step of", "counted value", "joined texts"
-"""Filters of the environment. Their names hold a space, so that no template can mean them."""
+"""Internal filters. Their names contain a space, so no template can call them."""
 
 
 class _Rewriter(NodeTransformer):
-    """Puts counting into a parsed template, where an operation of Python's own would go uncounted."""
+    """Insert counting into a parsed template wherever Python itself would do uncounted work."""
 
     def visit_For(self, node: Any) -> Any:
-        """Count at each turn, and at each that is left out."""
+        """Count each iteration, and each item that the loop's condition skips."""
         test_steps = 1 + _size([node.test]) if node.test is not None else 0
         node = self._with_steps(node)
         if node.test is not None:
@@ -359,7 +360,7 @@ class _Rewriter(NodeTransformer):
         return node
 
     def _with_steps(self, node: Any) -> Any:
-        """Count whenever the body is entered."""
+        """Count each entry into the body."""
         steps = _called(_STEP, nodes.Const(1 + _size(node.body)))
         node = self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(steps))
@@ -368,22 +369,22 @@ class _Rewriter(NodeTransformer):
     visit_Macro = visit_CallBlock = visit_Block = _with_steps
 
     def visit_Concat(self, node: Any) -> Any:
-        """`~` makes a text."""
+        """Bound the text that `~` creates."""
         self.generic_visit(node)
         return _called(_JOINED, nodes.Tuple(node.nodes, "load"))
 
     def visit_List(self, node: Any) -> Any:
-        """A literal makes a list."""
+        """Bound the list that a literal creates."""
         constant = _is_literal(node)
         node = self.generic_visit(node)
         return node if constant else _called(_COUNTED, node)
 
     def visit_Tuple(self, node: Any) -> Any:
-        """A literal makes a tuple; a target of an assignment does not."""
+        """Bound the tuple that a literal creates, but not the target of an assignment."""
         return self.visit_List(node) if node.ctx == "load" else node
 
     def visit_Dict(self, node: Any) -> Any:
-        """A literal makes a table; its keys are hashed."""
+        """Bound the table that a literal creates, and its keys, which are hashed."""
         node = self.generic_visit(node)
         for pair in node.items:
             if not isinstance(pair.key, nodes.Const):
@@ -392,7 +393,7 @@ class _Rewriter(NodeTransformer):
         return node if constant else _called(_COUNTED, node)
 
     def visit_Getitem(self, node: Any) -> Any:
-        """A slice makes a copy; a key is hashed."""
+        """Bound the copy that a slice creates, and a key, which is hashed."""
         node = self.generic_visit(node)
         if isinstance(node.arg, nodes.Slice):
             return _called(_COUNTED, node)
@@ -401,7 +402,7 @@ class _Rewriter(NodeTransformer):
         return node
 
     def visit_Compare(self, node: Any) -> Any:
-        """Comparing with a literal is short; with anything else it counts by the length, in a table by its key."""
+        """Count comparisons by the length of their operands. Comparing with a literal or a table's key is short."""
         operands = [node.expr, *(operand.expr for operand in node.ops)]
         plain = all(
             _is_literal(right) or (isinstance(left, nodes.Const) and operand.op not in ("in", "notin"))
@@ -415,14 +416,14 @@ class _Rewriter(NodeTransformer):
         return node
 
     def visit_Const(self, node: Any) -> Any:
-        """Numbers of any length can be written."""
+        """Refuse long numbers."""
         if isinstance(node.value, int) and node.value.bit_length() > LONGEST_NUMBER:
-            raise TemplateLimitError("it writes a number of hundreds of digits")
+            raise TemplateLimitError("it contains a number of hundreds of digits")
         return node
 
     def visit_Include(self, _node: Any) -> Any:
-        """There are no other templates."""
-        raise jinja2.exceptions.SecurityError("it asks for another template, and chat templates stand alone")
+        """Refuse other templates."""
+        raise jinja2.exceptions.SecurityError("it includes another template, which chat templates may not do")
 
     visit_Import = visit_FromImport = visit_Extends = visit_Include
 
@@ -434,7 +435,7 @@ def _is_literal(node: nodes.Node) -> bool:
 
 
 def _size(parts: Iterable[nodes.Node]) -> int:
-    """Steps that the parts of a template count for, each time they are run."""
+    """Return the number of steps that parts of a template count each time they run."""
     return sum(1 + sum(1 for _ in part.find_all(nodes.Node)) for part in parts) // 4
 
 

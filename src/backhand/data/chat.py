@@ -1,17 +1,16 @@
-"""Conversations to text by the chat template, with the spans that carry loss, found by rendering alone.
+"""Render conversations with the chat template, and find the spans that carry loss.
 
-The reply at message i begins where the rendering of the messages before it, with the generation prompt, ends, and ends
-where the rendering up to and with it ends: that is what a model sees and what it then has to write. The reply's last
-control token, its end of turn, belongs to it; white space that the template puts behind that does not, since generation
-has stopped by then.
+Spans are found by rendering alone. The reply at message i starts at the end of the rendering of the messages before it,
+with the generation prompt. It ends at the end of the rendering of the messages up to it. So the model is trained on the
+text that it has to generate. The reply includes its last control token, the end of turn. It includes no white space
+after it, since generation stops at the end of turn.
 
-A template that ends no turn (GLM-4) leaves it to the next role's token to stop generation; then that token belongs to
-the reply. What a template asks for and what it renders may differ where thoughts are concerned:
-`backhand.data.template_habits`.
+Some templates, such as GLM-4's, end no turn. There the token of the next role stops generation, and that token belongs
+to the reply. With thoughts, the generation prompt and the rendered reply may differ: see `data.reply_start`.
 
-Where the template renders a turn differently once others follow (Qwen3 takes the thoughts out of earlier turns), what
-is rendered up to that turn is no beginning of the whole, and the turn becomes a document of its own, with its own past.
-White space and an end of text that are only written behind the last turn (Phi-3) make no such difference.
+Some templates render a turn differently once other turns follow: Qwen3 removes the thoughts of earlier turns. Then the
+rendering up to that turn is no prefix of the whole rendering, and the turn becomes a separate document. Differences in
+white space, and an end of text that is written only after the last turn (Phi-3), do not count.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backhand.data.options import TemplateOptions
+from backhand.data.reply_start import ReplyStart, find_start
 from backhand.data.rows import Conversation, Message
-from backhand.data.template_habits import ReplyStart, TemplateHabits, find_start
+from backhand.data.template_probe import TemplateProbe
 from backhand.data.text_encoder import TextEncoder
 from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
@@ -40,18 +40,18 @@ NO_TEMPLATE = "none"
 class Document:
     """Text that becomes one sequence of tokens."""
 
-    text: str  # rendered, with `mark` behind the first character of every control token that came from data
-    spans: tuple[tuple[int, int], ...]  # (start, end) places in `text`, ascending, whose tokens carry loss
+    text: str  # with `mark` after the first character of every control token that came from data
+    spans: tuple[tuple[int, int], ...]  # (start, end) indices in `text`, ascending, of the tokens that carry loss
     mark: str | None  # see `backhand.data.text_encoder`
-    # the text does not end as a turn or a document does, so the end-of-sequence token is added to it, with loss if a
-    # span reaches the end
+    # True if the text ends neither with an end of turn nor with an end of sequence. The end-of-sequence token is
+    # appended, with loss if a span reaches the end of the text.
     append_eos: bool
-    prefix: bool  # put the tokenizer's begin-of-sequence token first (a chat template writes its own)
+    prefix: bool  # prepend the tokenizer's begin-of-sequence token; a chat template writes its own
     source: str
 
 
 def read_template(option: str | None, tokenizer: Any) -> str | None:
-    """The chat template to use: the option's file or text, else the tokenizer's own; None if there is none.
+    """Return the chat template: the option's file or text, else the tokenizer's own, or None if there is none.
 
     Raises:
         UsageError: the option is neither a file nor a template.
@@ -76,11 +76,11 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
 
 
 def stopping_role_ids(tokenizer: Any, options: TemplateOptions) -> tuple[int, ...]:
-    """Ids of the tokens at which replies end because the next role begins with them; none where turns have an end.
+    """Return the ids of role tokens that end replies; empty for templates that end each turn.
 
     Raises:
-        ArtifactError: the tokenizer does not stand on the `tokenizers` library.
-        UsageError, ArtifactError: the template cannot be read, is not valid Jinja, or asks for more than it may have.
+        ArtifactError: the tokenizer is not based on the `tokenizers` library.
+        UsageError, ArtifactError: the template cannot be read, is not valid Jinja, or exceeds its limits.
     """
     template = read_template(options.chat_template, tokenizer)
     if template is None:
@@ -93,15 +93,15 @@ class ChatRenderer:
     """The chat template of one model, with its arguments.
 
     Args:
-        template: source of the template; the tokenizer's own if the options did not say otherwise. Where they did, its
-            errors are the user's.
+        template: source of the template: the option's, or the tokenizer's own. Errors of the option's template are
+            usage errors.
 
     Attributes:
-        seen: how often something was found so far that the user should know: replies that carry no loss because nothing
-            stands before them (`leading`), conversations that became several documents (`split`), whose tools the
-            template does not write down (`tools`), replies whose thoughts it does not write down (`thoughts`).
-        starts: how many replies begin in which way, by `ReplyStart.how` and `ReplyStart.detail`; only those where the
-            template does not render what it asks for.
+        seen: counts of events that the user should know. `leading`: replies without loss, because nothing precedes
+            them. `split`: conversations that became several documents. `tools`: conversations whose tools the template
+            does not render. `thoughts`: replies whose thoughts it does not render.
+        starts: number of replies per `ReplyStart.how` and `ReplyStart.detail`. Only replies that do not continue the
+            generation prompt are counted.
     """
 
     def __init__(self, tokenizer: Any, encoder: TextEncoder, template: str, options: TemplateOptions) -> None:
@@ -115,16 +115,16 @@ class ChatRenderer:
         self._compiled_templates: dict[str, BoundedTemplate] = {}
         self.seen: Counter[str] = Counter()
         self.starts: Counter[tuple[str, str]] = Counter()
-        self._habits = TemplateHabits(template, self._tried_as_they_stand, encoder.special, self.template_args)
+        self._probe = TemplateProbe(template, self._render_unchanged, encoder.special, self.template_args)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
-        """The documents of a conversation: one, or one for each turn that the template rewrites later.
+        """Return the documents of a conversation: one, or one for each turn that the template rewrites later.
 
         Args:
-            train_on_all: every token carries loss, not only those of the replies.
+            train_on_all: supervise every token, not only the replies.
 
         Raises:
-            DataError: the template refuses the conversation, or renders a reply otherwise than it asks for one.
+            DataError: the template refuses the conversation, or a reply does not continue the generation prompt.
         """
         conversation, mark = self._prepared(conversation)
         messages = conversation.messages
@@ -157,7 +157,7 @@ class ChatRenderer:
         return documents[::-1]
 
     def prompt(self, conversation: Conversation) -> Document:
-        """The conversation with the beginning of a reply, for generation; no span carries loss.
+        """Return the conversation with the generation prompt. No span carries loss.
 
         Raises:
             DataError: the template refuses the conversation.
@@ -169,10 +169,10 @@ class ChatRenderer:
         return Document(text, (), mark, False, False, conversation.source)
 
     def prompt_and_reply(self, conversation: Conversation) -> tuple[Document, Document]:
-        """What stands before the last message, a reply that others precede, as it is trained on; and the whole.
+        """Split a conversation before its last message, a reply, at the place where training starts it.
 
         Returns:
-            The prompt, no span of which carries loss, and the document whose span is what a model has to say there.
+            The prompt, in which no span carries loss, and the whole document, whose span is the reply.
 
         Raises:
             DataError: as `documents`.
@@ -181,17 +181,17 @@ class ChatRenderer:
         turn = self._turn(conversation, len(conversation.messages) - 1)
         assert turn is not None
         self._look_for_tools(conversation, turn[0])
-        asked = Document(turn[0][: turn[1]], (), mark, False, False, conversation.source)
-        return asked, self._document(turn, [turn[1:]], mark, conversation.source)
+        prompt = Document(turn[0][: turn[1]], (), mark, False, False, conversation.source)
+        return prompt, self._document(turn, [turn[1:]], mark, conversation.source)
 
     def stopping_role_tokens(self) -> list[str]:
-        """The tokens that stop generation because the next role begins with them, where the template ends no turn."""
-        if self._habits.ends_turns:
+        """Return the role tokens that stop generation, if the template ends no turn."""
+        if self._probe.ends_turns:
             return []
-        return sorted({self._habits.next_token(role).strip() for role in ("user", "tool")} - {""})
+        return sorted({self._probe.next_token(role).strip() for role in ("user", "tool")} - {""})
 
     def _prepared(self, conversation: Conversation) -> tuple[Conversation, str | None]:
-        """With the system message, and with the control tokens of its text broken apart."""
+        """Add the system message, and break the control tokens in the text of the conversation."""
         if self._system is not None and conversation.messages[0]["role"] != "system":
             conversation = replace(
                 conversation,
@@ -209,13 +209,13 @@ class ChatRenderer:
         return replace(conversation, messages=messages, tools=tools), mark
 
     def _turn(self, conversation: Conversation, index: int) -> tuple[str, int, int] | None:
-        """(text up to and with the reply, where the reply starts, where it ends); None if nothing stands before it."""
+        """Return (text up to and with the reply, start of the reply, its end), or None if nothing precedes it."""
         messages = conversation.messages
         if index == 0:
             self.seen["leading"] += 1
             return None
-        begun = self._start(conversation, index)
-        text, start = begun.text, begun.start
+        reply_start = self._start(conversation, index)
+        text, start = reply_start.text, reply_start.start
         _check_calls(messages[: index + 1], text, conversation.source)
         if "tool_calls" in messages[index]:
             _check_calls(messages[index : index + 1], text[start:], conversation.source)
@@ -227,34 +227,34 @@ class ChatRenderer:
         return text, start, len(text) if end is None else end
 
     def _start(self, conversation: Conversation, index: int) -> ReplyStart:
-        """The rendering up to and with a reply, and where it begins."""
+        """Return the rendering up to and with a reply, and the start of the reply."""
         messages = conversation.messages
-        asked = self._render(conversation, messages[:index], generation_prompt=True)
+        prompt = self._render(conversation, messages[:index], generation_prompt=True)
         text = self._render(conversation, messages[: index + 1])
-        if text.startswith(asked):
-            return ReplyStart(text, len(asked))
+        if text.startswith(prompt):
+            return ReplyStart(text, len(prompt))
 
         def can_have(empty: str, wanted: str) -> bool:
             content = messages[index]["content"]
             for shorter in dict.fromkeys((content, content.lstrip(), content.strip())):
                 reply = {**messages[index], "content": empty + shorter}
-                if self._tried(conversation, (*messages[:index], reply)) == wanted:
+                if self._try_render(conversation, (*messages[:index], reply)) == wanted:
                     return True
             return False
 
         def ask(args: Mapping[str, Any]) -> str | None:
-            return self._tried(conversation, messages[:index], generation_prompt=True, **args)
+            return self._try_render(conversation, messages[:index], generation_prompt=True, **args)
 
-        begun = find_start(self._habits, asked, text, can_have=can_have, ask=ask)
-        if begun is not None:
-            self.starts[begun.how, begun.detail] += 1
-            return begun
-        alike = begin_alike(asked, text)
+        reply_start = find_start(self._probe, prompt, text, can_have=can_have, ask=ask)
+        if reply_start is not None:
+            self.starts[reply_start.how, reply_start.detail] += 1
+            return reply_start
+        alike = begin_alike(prompt, text)
         raise DataError(
-            "the chat template does not render this reply as it asks for one, so where it starts is not known",
+            "this reply does not continue the generation prompt of the chat template, so its start is unknown",
             where=conversation.source,
-            why=f"it asks with {_around(asked, alike)!r} and renders {_around(text, alike)!r} (reply {index})",
-            next_step="use a template that renders them alike (--chat-template, --template-args)",
+            why=f"the prompt has {_around(prompt, alike)!r} and the rendering {_around(text, alike)!r} (reply {index})",
+            next_step="use a template that renders both alike (--chat-template, --template-args)",
         )
 
     def _look_for_tools(self, conversation: Conversation, text: str) -> None:
@@ -263,12 +263,12 @@ class ChatRenderer:
         self.seen["tools"] += bool(names) and not any(str(name) in text for name in names)
 
     def _end_of_turn(self, text: str, start: int = 0) -> int | None:
-        """Behind the last control token from `start` on, if only white space follows that; else None."""
+        """Return the end of the last control token after `start` if only white space follows it, else None."""
         end = max((match.end() for match in self._encoder.special.finditer(text, start)), default=0)
         return end if end and not text[end:].strip() else None
 
     def _end_inside(self, whole: str, turn: tuple[str, int, int]) -> int | None:
-        """Where a turn ends in the rendering of more turns; None if that does not begin with it."""
+        """Return the end of a turn in a rendering of more turns, or None if the turn is no prefix of it."""
         text, start, end = turn
         text = text[:end]
         if whole.startswith(text):
@@ -280,10 +280,10 @@ class ChatRenderer:
         return len(body) if len(body) > start and whole.startswith(body) else None
 
     def _missing_end(self, conversation: Conversation, index: int) -> str:
-        """The next role's token, behind a reply whose turn nothing ends; empty if the template writes none."""
+        """Return the next role's token, which ends a reply without an end of turn, or "" if the template has none."""
         after = conversation.messages[index + 1 : index + 2]
         calls = "tool_calls" in conversation.messages[index]
-        return self._habits.next_token(after[0]["role"] if after else "tool" if calls else "user")
+        return self._probe.next_token(after[0]["role"] if after else "tool" if calls else "user")
 
     def _document(
         self, turn: tuple[str, int, int], spans: Sequence[tuple[int, int]], mark: str | None, source: str
@@ -293,16 +293,16 @@ class ChatRenderer:
         return Document(text, tuple(spans), mark, self._end_of_turn(text) is None, False, source)
 
     def _render(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str:
-        return self._apply(conversation, self._habits.shaped(messages), **how)
+        return self._apply(conversation, self._probe.normalize_messages(messages), **how)
 
-    def _tried(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str | None:
-        """As `_render`; None where the template refuses."""
+    def _try_render(self, conversation: Conversation, messages: Sequence[Message], **how: Any) -> str | None:
+        """Render the messages, or return None if the template refuses them."""
         try:
             return self._render(conversation, messages, **how)
         except DataError:
             return None
 
-    def _tried_as_they_stand(self, messages: Sequence[Message]) -> str | None:
+    def _render_unchanged(self, messages: Sequence[Message]) -> str | None:
         try:
             return self._apply(Conversation(tuple(messages), (), None, "chat template"), messages)
         except DataError:
@@ -339,7 +339,7 @@ class ChatRenderer:
         return self._compiled_templates[source]
 
     def _template_for(self, tools: list[Any] | None) -> str:
-        """A tokenizer may have a second template for conversations with tools."""
+        """Return the template for these tools: a tokenizer may have a second one for conversations with tools."""
         own = self._tokenizer.chat_template
         if tools and not self._from_option and isinstance(own, dict) and "tool_use" in own:
             return str(own["tool_use"])
@@ -361,7 +361,7 @@ class ChatRenderer:
             )
         if isinstance(error, TemplateLimitError | jinja2.exceptions.SecurityError):
             return ArtifactError(
-                "the chat template asks for more than a template may have",
+                "the chat template exceeds the limits for templates",
                 where=where,
                 why=shorten(str(error), 200),
                 next_step="give another template with --chat-template",
@@ -375,7 +375,7 @@ class ChatRenderer:
 
 
 def _is_unseen(message: Message, text: str) -> bool:
-    """Whether a reply has thoughts that are not in what was rendered of it."""
+    """Return True if a reply has thoughts that its rendering does not contain."""
     thoughts: str = message.get("reasoning_content", "")
     if not thoughts and "</think>" in message["content"]:
         thoughts = message["content"].partition("</think>")[0].rpartition("<think>")[2]
@@ -383,16 +383,16 @@ def _is_unseen(message: Message, text: str) -> bool:
 
 
 def _check_calls(messages: Sequence[Message], text: str, source: str) -> None:
-    """Raise DataError where a template leaves tool calls out, as those do that know of no tools."""
+    """Raise DataError if a template omits tool calls, as templates without tool support do."""
     for message in messages:
         for call in message.get("tool_calls", ()):
             name = call["function"]["name"]
             if name not in text:
                 raise DataError(
-                    "the chat template does not write down the tool calls of this conversation",
+                    "the chat template does not render the tool calls of this conversation",
                     where=source,
-                    why=f"{name!r} is called, and stands nowhere in the text that it renders",
-                    next_step="use a template that knows tool calls (--chat-template), or write the calls as content",
+                    why=f"the rendered text does not contain the called function {name!r}",
+                    next_step="use a template that supports tool calls (--chat-template), or write calls as content",
                 )
 
 

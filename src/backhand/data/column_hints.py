@@ -1,4 +1,4 @@
-"""What a user may have meant by columns: options to paste where rows fit no form, and columns that hold classes."""
+"""Hints about columns: options to suggest when rows fit no form, and columns that may contain class labels."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from backhand.data.options import columns_named
 
 COUNTING = frozenset(("", "id", "index", "no", "nr", "number", "row", "unnamed: 0", "date", "time", "timestamp"))
-"""Names, in small letters, of columns that tell rows apart and say nothing."""
+"""Names, in lower case, of columns that number or date rows."""
 _WANTED = frozenset(("completion", "answer", "response", "output", "reply", "accepted", "chosen", "preferred"))
 _ABOUT_ROWS = frozenset(("split", "subset", "fold", "dataset", "file"))
 CLASSES = frozenset(("label", "labels", "class", "category", "intent", "sentiment", "target"))
 _UNWANTED = frozenset(("rejected", "refused", "dispreferred", "negative"))
-"""Columns, in small letters, that hold what a model should say; where a row belongs; the class of a text; and what the
-model should not say."""
+"""Names, in lower case, of columns with expected answers (`_WANTED`), the file or split of a row, the class of a text,
+and rejected answers (`_UNWANTED`)."""
 
 
 def suggestion(prompts: Sequence[str], others: Iterable[str], given: Mapping[str, str]) -> str | None:
-    """Options that would read these columns, to be pasted; None where there are none.
+    """Return command-line options that would read these columns, or None.
 
     Args:
-        prompts: columns that ask; empty for all but the answer.
-        given: what the user said already, which stays.
+        prompts: columns of a prompt. If it is empty, all columns but the answer form the prompt.
+        given: options that the user gave, which stay.
     """
     read = {column for text in given.values() for column in columns_named(text)}
     small = {name: name.strip().lower() for name in others if name not in (*read, *given, *prompts)}
@@ -48,19 +48,19 @@ _MOST, _LONGEST = 20, 40
 
 
 class ClassColumns:
-    """Which columns beside a text may be there to be learnt: by their name, or of few different short values."""
+    """Find columns next to a text that may contain its class: by their names, or by few distinct short values."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, set[str]] = {}  # the first different values of each, cut short
+        self._seen: dict[str, set[str]] = {}  # the first distinct values per column, truncated
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Look at a row."""
+        """Record the values of a row."""
         for name, value in values.items():
             if value is not None and len(seen := self._seen.setdefault(name, set())) <= _MOST:
                 seen.add(str(value)[: _LONGEST + 1])
 
     def names(self, rows: int) -> list[str]:
-        """Those of so many rows that may be classes; each value must be there twice, on average."""
+        """Return the columns that may be classes, given the number of rows. Each value must occur twice on average."""
         return [
             name
             for name, seen in self._seen.items()

@@ -1,7 +1,7 @@
-r"""Columns by name: `--prompt '{subject}\n{body}' --completion team`, and a spreadsheet's usual names without it.
+r"""Rename columns: by options such as `--prompt '{subject}\n{body}' --completion team`, or by common spreadsheet names.
 
-A row is renamed before its form is told (`data.forms`): what an option names becomes `prompt`, `completion`, `system`
-or `messages`. The columns stay beside these, since reward functions and labels read them.
+Renaming comes before the form of a row is detected (`data.forms`). The column that an option names becomes `prompt`,
+`completion`, `system` or `messages`. The original columns are kept too, since reward functions and labels read them.
 """
 
 from __future__ import annotations
@@ -14,46 +14,47 @@ from typing import Any
 
 from backhand.data.column_hints import COUNTING
 from backhand.data.forms import fits
-from backhand.data.options import PIECES, WRITTEN, NamedColumns, columns_named, has_places
-from backhand.data.rows import BadRows, RawRow
+from backhand.data.options import PIECES, WRITTEN, NamedColumns, columns_named, has_columns
+from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names
 
 _DECIDING = ("messages", "conversations", "conversation")
-"""Columns that would be taken before a prompt."""
+"""Columns that take precedence over a prompt when the form is detected."""
 
 _PROMPTS = frozenset(("prompt", "question", "query", "instruction", "input", "request", "user"))
 _ANSWERS = frozenset(("completion", "answer", "response", "output", "reply", "assistant"))
-"""In small letters, as what they are read where each stands alone, beside nothing but a row's number."""
+"""Common names of prompts and answers, in lower case. They are used if a file has one of each and no other columns but
+row numbers and the like."""
 
 
 class ColumnReader:
-    """The rows of one file under the names that `data.forms` knows.
+    """Rename the columns of one file to the names that `data.forms` knows.
 
     Args:
-        system: what `--system` says; filled in where it holds the name of a column in braces.
-        guess: whether names of a spreadsheet may be understood.
+        system: the value of `--system`. Columns in braces are filled in.
+        guess: recognize common names of spreadsheet columns.
 
     Attributes:
-        given: what options name, by option.
-        used: columns that something was made of.
-        note: what was guessed, in words; None if nothing was.
+        given: column or template by option.
+        used: columns that were read.
+        note: sentence about guessed columns, or None.
     """
 
     def __init__(self, named: NamedColumns, system: str | None = None, *, guess: bool = False) -> None:
         self.given: dict[str, str] = {
             name: text for name in ("prompt", "completion", "messages") if (text := getattr(named, name)) is not None
         }
-        self._system = system if self.given and system is not None and has_places(system) else None
+        self._system = system if self.given and system is not None and has_columns(system) else None
         self._guess = guess and not self.given
         self.used: frozenset[str] = frozenset()
         self.note: str | None = None
 
-    def rows(self, raws: Iterator[RawRow], bad: BadRows) -> Iterator[RawRow]:
-        """Every row, renamed.
+    def rows(self, raws: Iterator[RawRow], bad: RowErrors) -> Iterator[RawRow]:
+        """Yield every row with its columns renamed.
 
         Raises:
-            UsageError: the first row has no column of a name that was given.
+            UsageError: the first row lacks a column that an option names.
         """
         first = next(raws, None)
         if first is None:
@@ -98,7 +99,7 @@ class ColumnReader:
                     where=option,
                     why=f"{row.source} has {name_list(row.values)}",
                     next_step=(f"did you mean {' or '.join(near)}? " if near else "")
-                    + "A column is named in braces; braces of the text itself are doubled: {{ and }}",
+                    + "Write columns in braces, and double the braces that belong to the text: {{ and }}",
                 )
 
     def _guess_from(self, row: RawRow) -> None:
@@ -128,21 +129,21 @@ def _filled(option: str, text: str, raw: RawRow) -> Any:
 
 
 def _piece(match: re.Match[str], raw: RawRow, *, keep: bool = False) -> str:
-    """What stands for a piece of a template. With `keep`, braces around anything but a column stay."""
+    """Return the text for a piece of a template. With `keep`, braces around an unknown column are left unchanged."""
     if match[1] is None:
         return WRITTEN[match[0]]
     return match[0] if keep and match[1] not in raw.values else _as_text(raw.values[match[1]], raw.source)
 
 
 def _is_empty(value: Any) -> bool:
-    """Null, no text, or the NaN that stands for an empty cell of a table of numbers."""
+    """Return True for null, empty text, and the NaN of an empty cell in a table of numbers."""
     return bool(value is None or value == "" or value != value)
 
 
 def _as_text(value: Any, source: str) -> str:
-    """A cell as text: nothing where it is empty, numbers, lists and tables as JSON writes them, dates as they print."""
+    """Return a cell as text: empty cells as "", numbers, lists and tables as JSON, dates as `str` prints them."""
     if isinstance(value, bytes):
-        raise DataError("a cell holds bytes, which are no text", where=source, next_step="write the column as text")
+        raise DataError("a cell contains bytes, not text", where=source, next_step="write the column as text")
     if isinstance(value, str) or _is_empty(value):
         return value if isinstance(value, str) else ""
     plain = isinstance(value, int | float | list | tuple | Mapping)

@@ -1,11 +1,11 @@
-"""The demo task: an order in a sentence becomes one line of strict JSON, always with the same keys in the same order.
+"""The demo task: turn an order in a sentence into one line of strict JSON, always with the same keys in the same order.
 
     Ada Berg from Oslo ordered 12 blue lamps.
     {"name": "Ada Berg", "item": "blue lamps", "quantity": 12, "city": "Oslo"}
 
-Everything is drawn from a seed. Held-out rows are made of other sentence patterns and other words: neither a pattern
-nor a name, an item, a number or a city of theirs, nor any word of those, occurs in training. What has to be learned is
-the form of the answer and which part of a sentence is which, not the words.
+All rows are drawn from a seed. Held-out rows share no sentence pattern and no name, item, number or city with the
+training rows, nor any word of these. So the model has to learn the form of the answer and the roles of the parts of a
+sentence, not the words.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ TRAIN_ROWS = 640
 HELD_OUT_ROWS = 200
 SHOTS = 3
 ChatRow = dict[str, list[dict[str, Any]]]
-"""One row in the form `messages`: system, user, assistant."""
+"""A row of the form `messages`: system, user, assistant."""
 
 
 def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]:
-    """Rows with distinct sentences; the same seed gives the same rows.
+    """Return rows with distinct sentences. The same seed gives the same rows.
 
     Args:
-        held_out: from the patterns and words that training never sees.
+        held_out: use the patterns and words that do not occur in training.
     """
     words = HELD_OUT if held_out else TRAINING
     random = Random(f"backhand demo {'held out' if held_out else 'training'} {seed}")
     rows: dict[str, ChatRow] = {}
     while len(rows) < count:
-        # Patterns take turns, so that each has its share of rows.
+        # Patterns alternate, so that all have the same share of rows.
         pattern = words.patterns[len(rows) % len(words.patterns)]
         values = _draw(words, random)
         sentence = pattern.format(**values)
@@ -51,10 +51,10 @@ def demo_rows(count: int, seed: int, *, held_out: bool = False) -> list[ChatRow]
 
 
 def few_shot(row: ChatRow, examples: Sequence[ChatRow]) -> ChatRow:
-    """The row with the sentences and answers of `examples` as turns before its own."""
+    """Return the row with the sentences and answers of `examples` as earlier turns."""
     system, *turns = row["messages"]
     shown = [
-        message | ({"weight": 0} if message["role"] == "assistant" else {})  # only shown, it carries no loss
+        message | ({"weight": 0} if message["role"] == "assistant" else {})  # demonstrations carry no loss
         for example in examples
         for message in example["messages"][1:]
     ]
@@ -64,10 +64,10 @@ def few_shot(row: ChatRow, examples: Sequence[ChatRow]) -> ChatRow:
 def write_demo_data(
     folder: str | Path, *, seed: int = 0, train_rows: int = TRAIN_ROWS, held_out_rows: int = HELD_OUT_ROWS
 ) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `valid.jsonl` into `folder`, which is made if it is not there.
+    """Write `train.jsonl` and `valid.jsonl` into `folder`, which is created if necessary.
 
     Raises:
-        ResourceError: they cannot be written.
+        ResourceError: a file cannot be written.
     """
     folder = Path(folder)
     paths = folder / "train.jsonl", folder / "valid.jsonl"
@@ -77,7 +77,7 @@ def write_demo_data(
         for path, rows in zip(paths, sides, strict=True):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
-        raise ResourceError("the demo's rows cannot be written", where=str(folder), why=str(error)) from None
+        raise ResourceError("the rows of the demo cannot be written", where=str(folder), why=str(error)) from None
     return paths
 
 
@@ -92,7 +92,7 @@ def _draw(words: DemoWords, random: Random) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DemoWords:
-    """What sentences are made of. A person is a first and a last name, an item an adjective and a plural noun."""
+    """Parts of sentences. A person has a first and a last name, an item an adjective and a plural noun."""
 
     patterns: tuple[str, ...]
     first_names: tuple[str, ...]
@@ -104,7 +104,7 @@ class DemoWords:
 
     @classmethod
     def of(cls, table: dict[str, Any]) -> DemoWords:
-        """From a table of demo_words.toml."""
+        """Create the words from a table of demo_words.toml."""
         digits = table.pop("quantity_digits")
         lists = {name: tuple(words.split() if isinstance(words, str) else words) for name, words in table.items()}
         return cls(quantities=tuple(n for n in range(2, 100) if n % 10 in digits), **lists)

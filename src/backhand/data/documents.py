@@ -1,4 +1,4 @@
-"""Any row to the documents it becomes for one model: through its chat template, or joined as it stands."""
+"""Render rows into documents: through a chat template, or joined as plain text."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from backhand.data.text_encoder import TextEncoder
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of
 
-_STARTS = {
-    "emptied": "without thoughts, where the generation prompt begins one: the empty thought {shown} is written before "
-    "the reply, as the prompt or the chat template writes it",
-    "switched": "that the chat template asks for with {detail} only: generate with --template-args {detail} (other "
-    "programs call them chat_template_kwargs), or the prompt is another than the one trained on",
-    "headed": "learnt right behind the role's header, because the generation prompt then writes {shown} and the chat "
-    "template renders no such thing in a reply: a model that is asked with that template as it stands begins with what "
-    "it was not trained on; take that piece out of its generation prompt and give the file to training and generation "
+_REPLY_START_NOTES = {
+    "emptied": "without thoughts, although the generation prompt opens one: the empty thought {shown} is inserted "
+    "before the reply, as the prompt or the chat template writes it",
+    "switched": "which the chat template renders only with {detail}: generate with --template-args {detail} (other "
+    "programs call them chat_template_kwargs), so that the prompt is the one trained on",
+    "headed": "trained on directly after the role's header, because the generation prompt then writes {shown} and the "
+    "chat template renders no such text in a reply. With the unchanged template, generation starts from a prompt that "
+    "was never trained on. Remove that text from the generation prompt and give the file to training and generation "
     "(--chat-template FILE)",
 }
-"""Of the ways in which a reply may begin, by `ReplyStart.how`, those of which the user should know, and why."""
+"""Notes on replies that do not continue the generation prompt, by `ReplyStart.how`."""
 
 
-_SEEN = {
-    "joined": "joined as they stand, {why_joined}",
-    "protected": "with control tokens of the model in their text, read as plain text",
-    "control": "of plain text with control tokens of the model in it, which count as such",
+_RENDERING_NOTES = {
+    "joined": "joined without rendering, {why_joined}",
+    "protected": "with control tokens of the model in their text, which are read as plain text",
+    "control": "of plain text containing control tokens of the model, which are encoded as control tokens",
     "eos": "whose last reply has no end-of-turn token: the end-of-sequence token is added",
-    "system": "of plain text, which do not take the system message",
+    "system": "of plain text, to which the system message is not added",
     "split": "made into several documents, because the chat template rewrites earlier turns",
-    "leading": "beginning with a reply, which carries no loss",
-    "tools": "with tools that the chat template does not write down for the model",
-    "thoughts": "with thoughts in a reply that the chat template does not write down",
+    "leading": "starting with a reply, which carries no loss",
+    "tools": "with tools that the chat template does not render",
+    "thoughts": "with thoughts in a reply that the chat template does not render",
 }
-"""What is counted while rendering, and said of so many rows."""
+"""Notes on events that are counted while rows are rendered; each follows the number of rows."""
 
 
 class RowRenderer:
-    """Makes documents of rows, as one model and one set of options want them.
+    """Render rows into documents for one tokenizer and one set of options.
 
-    Conversations need a chat template. A prompt with its completion, or an instruction with its output, is rendered as
-    a user turn and its reply where there is a template, and joined where there is none: prompt and completion as they
-    stand, instruction, input and output with blank lines between them, then the end-of-sequence token. A text row is a
-    document of its own: control tokens that are written in it count as such, since there is no other way to write them.
+    Conversations need a chat template. With a template, a prompt with its completion, or an instruction with its
+    output, becomes a user turn and its reply. Without one they are joined: prompt and completion without a separator,
+    instruction, input and output with blank lines between them. The end-of-sequence token follows. A text row is one
+    document. Control tokens in it are encoded as control tokens, since text rows have no other way to contain them.
 
     Args:
-        train_on_all: every token of a row carries loss, not only those of replies and completions.
+        train_on_all: supervise every token of a row, not only replies and completions.
 
     Attributes:
-        encoder: turns the documents into token ids.
-        has_template: whether conversations can be rendered.
+        encoder: encodes the documents.
+        has_template: True if conversations can be rendered.
 
     Raises:
-        UsageError: the chat template cannot be read, or a system message is given where no template could take it.
+        UsageError: the chat template cannot be read, or a system message is given without a template that could use it.
     """
 
     def __init__(self, tokenizer: Any, options: TemplateOptions, *, train_on_all: bool = False) -> None:
@@ -83,7 +83,7 @@ class RowRenderer:
             )
 
     def documents(self, row: OneText) -> list[Document]:
-        """The documents that a row is trained on as; none if nothing in it could carry loss.
+        """Return the documents of a row to train on; none if nothing in it could carry loss.
 
         Raises:
             DataError: the chat template is missing or refuses the row.
@@ -98,11 +98,11 @@ class RowRenderer:
         return documents
 
     def prompt(self, row: OneText) -> tuple[Document, str | None]:
-        """What a model sees of the row before its last reply, and that reply; for a text row the text and None.
+        """Return the part of the row before its last reply as a document, and the reply; (text, None) for a text row.
 
-        The prompt ends where the reply begins in training. Of a chat template the reply is all that it writes from
-        there (thoughts and tool calls with the content), without control tokens; the content as it stands where the
-        template refuses it.
+        The prompt ends where the reply starts in training. With a chat template, the reply is everything that the
+        template renders after that place, including thoughts and tool calls, without control tokens. If the template
+        refuses the reply, it is the unrendered content.
 
         Raises:
             DataError: the chat template is missing or refuses the row.
@@ -112,33 +112,33 @@ class RowRenderer:
             return Document(document.text, (), None, False, document.prefix, row.source), None
         if isinstance(row, Completion) and self._chat is None:
             prompt, _, mark = self._parts(row)
-            return Document(prompt, (), mark, False, not self._begun(prompt), row.source), row.completion
+            return Document(prompt, (), mark, False, not self._starts_with_bos(prompt), row.source), row.completion
         conversation = _as_conversation(row)
         last = max((i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"), default=0)
         if last == 0 or last < len(conversation.messages) - 1:
             return self._renderer(row).prompt(conversation), None
         try:
-            asked, document = self._renderer(row).prompt_and_reply(conversation)
+            prompt_document, document = self._renderer(row).prompt_and_reply(conversation)
         except DataError:
             before = replace(
                 conversation, messages=conversation.messages[:last], supervised=conversation.supervised[:last]
             )
             return self._renderer(row).prompt(before), str(conversation.messages[last]["content"])
-        return asked, self._said(document)
+        return prompt_document, self._said(document)
 
     def _said(self, document: Document) -> str:
-        """A reply, read from its tokens as completions are."""
+        """Decode a reply from its tokens, as completions are decoded at generation."""
         example = encode_document(document, self.encoder)
         said = example.input_ids[example.supervised].tolist()
         return str(self._tokenizer.decode(said, skip_special_tokens=True)).strip()
 
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of the rendering, a sentence each."""
+        """Return one sentence per event of rendering that the user should know."""
         chat = self._chat
-        why_joined = "control tokens included" if self._rendered_already else "for want of a chat template"
+        why_joined = "control tokens included" if self._rendered_already else "because there is no chat template"
         notes = [
             f"{count_of(count, 'row')} {what.format(why_joined=why_joined)}"
-            for kind, what in _SEEN.items()
+            for kind, what in _RENDERING_NOTES.items()
             if (count := self._seen[kind])
         ]
         notes += _about_starts(chat.starts) if chat else []
@@ -153,7 +153,7 @@ class RowRenderer:
             "this row is a conversation, but there is no chat template",
             where=row.source,
             why="--chat-template none" if self._rendered_already else "the model's tokenizer has none",
-            next_step="take the Instruct variant of the model, give --chat-template FILE, or write the rows as "
+            next_step="use the Instruct variant of the model, give --chat-template FILE, or write the rows as "
             "prompt and completion",
         )
 
@@ -161,7 +161,12 @@ class RowRenderer:
         self._seen["control"] += self.encoder.special.search(row.text) is not None
         self._seen["system"] += self._system is not None
         return Document(
-            row.text, ((0, len(row.text)),), None, not self._ended(row.text), not self._begun(row.text), row.source
+            row.text,
+            ((0, len(row.text)),),
+            None,
+            not self._ends_with_eos(row.text),
+            not self._starts_with_bos(row.text),
+            row.source,
         )
 
     def _joined(self, row: Completion) -> Document:
@@ -170,29 +175,29 @@ class RowRenderer:
         self._seen["protected"] += mark is not None
         text = prompt + completion
         span = (0 if self._train_on_all else len(prompt), len(text))
-        return Document(text, (span,), mark, not self._ended(text), not self._begun(text), row.source)
+        return Document(text, (span,), mark, not self._ends_with_eos(text), not self._starts_with_bos(text), row.source)
 
     def _parts(self, row: Completion) -> tuple[str, str, str | None]:
-        """Prompt and completion as they are joined, and the mark that breaks the control tokens in them, if any."""
+        """Return prompt and completion as they are joined, and the mark that breaks their control tokens, if any."""
         prompt = row.prompt + row.separator if not row.system else f"{row.system}\n\n{row.prompt}{row.separator}"
         completion = row.completion or ""
         mark = None if self._rendered_already else self.encoder.mark_for(prompt, completion)
         protect = self.encoder.protect
         return protect(prompt, mark, written=False), protect(completion, mark, written=False), mark
 
-    def _ended(self, text: str) -> bool:
+    def _ends_with_eos(self, text: str) -> bool:
         eos = self.encoder.eos
         return eos is not None and text.rstrip().endswith(eos)
 
-    def _begun(self, text: str) -> bool:
+    def _starts_with_bos(self, text: str) -> bool:
         bos = self.encoder.bos
         return bos is not None and text.startswith(bos)
 
 
 def _about_starts(starts: Counter[tuple[str, str]]) -> list[str]:
-    """What it means at generation that replies do not go on from the generation prompt, a sentence for each way."""
+    """Return one note per way in which replies do not continue the generation prompt."""
     notes = []
-    for how, what in _STARTS.items():
+    for how, what in _REPLY_START_NOTES.items():
         details = Counter({detail: count for (other, detail), count in starts.items() if other == how})
         if details:
             ((detail, _),) = details.most_common(1)

@@ -1,4 +1,4 @@
-"""`backhand lint`: rows as a model's tokenizer and chat template read them, and everything that is wrong with them."""
+"""`backhand lint`: print rows as a model's tokenizer and chat template read them, and their problems."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backhand.data.examples import DataReport, token_lines, view_tokens
+from backhand.data.data_report import DataReport
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
+from backhand.data.token_view import token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
 from backhand.printing import say, visible
@@ -21,11 +22,11 @@ from backhand.words import count_of
 
 
 def lint_command(options: LintOptions) -> LintReport:
-    """Look at the rows and print what was found: tables, or one JSON object with `json`.
+    """Check the rows and print the report: tables, or one JSON object with `json`.
 
     Raises:
-        UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer cannot be used.
-        DataError: rows that training would stop at; the report is printed first.
+        UsageError, DataError, ArtifactError: an option, the data as a whole or the tokenizer is unusable.
+        DataError: training would stop at malformed rows. The report is printed first.
     """
     options.validate()
     source = open_model(options.lint.model)
@@ -40,13 +41,13 @@ def lint_command(options: LintOptions) -> LintReport:
     )
     shown = train.examples.documents[: options.lint.show]
     if options.lint.json:
-        found: dict[str, Any] = report.to_json()
+        values: dict[str, Any] = report.to_json()
         if shown:
-            found["shown"] = [
+            values["shown"] = [
                 {"source": example.source, "tokens": [vars(token) for token in view_tokens(example, tokenizer)]}
                 for example in shown
             ]
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
     else:
         print_lint(console_for_tables(), report)
         for example in shown:
@@ -54,10 +55,10 @@ def lint_command(options: LintOptions) -> LintReport:
     if report.errors:
         stops = [finding for finding in report.findings if finding.severity == "error"]
         raise DataError(
-            f"training would stop here: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
+            f"training would stop: {report.errors:,} malformed row{'s' if report.errors > 1 else ''} in all",
             where=stops[0].where[0],
             why=stops[0].what,
-            next_step="correct them, or leave them out of training with --skip-bad",
+            next_step="correct them, or leave them out with --skip-bad",
         )
     return report
 
@@ -66,7 +67,7 @@ _STYLES = {"error": "bold red", "warning": "yellow"}
 
 
 def print_lint(console: Console, report: LintReport) -> None:
-    """Tables of what was looked at, then the problems, errors first."""
+    """Print tables of the data and the checks, then the problems, errors first."""
     sources = table_of("file", "form", "rows", "used for", right=("rows",))
     train, held_out = report.train, report.held_out
     parts: list[tuple[str, DataReport]] = [("training", train)]
@@ -82,7 +83,7 @@ def print_lint(console: Console, report: LintReport) -> None:
         f"{train.supervised_tokens:,} of them supervised{held}"
     )
     columns = tuple(dict.fromkeys(name for quantiles in report.lengths.values() for name in quantiles))
-    lengths = table_of("a document has", *columns, right=columns)
+    lengths = table_of("per document", *columns, right=columns)
     for name, quantiles in report.lengths.items():
         lengths.add_row(name, *(f"{quantiles[column]:,}" for column in columns))
     console.print(lengths)
@@ -95,14 +96,14 @@ def print_lint(console: Console, report: LintReport) -> None:
 
 
 def _checks(report: LintReport) -> Table:
-    table = table_of("looked for", "found", right=("found",))
+    table = table_of("check", "found", right=("found",))
     for kind, check in CHECKS.items():
-        found = [finding for finding in report.findings if finding.kind == kind]
-        count = sum(finding.count for finding in found)
+        findings = [finding for finding in report.findings if finding.kind == kind]
+        count = sum(finding.count for finding in findings)
         if kind in report.not_checked:
             cell = Text(report.not_checked[kind])
         else:
-            cell = Text(f"{count:,}", style=_STYLES[found[0].severity]) if count else Text("none", style="green")
+            cell = Text(f"{count:,}", style=_STYLES[findings[0].severity]) if count else Text("none", style="green")
         table.add_row(check.words, cell)
     return table
 
@@ -123,5 +124,5 @@ def _verdict(report: LintReport) -> Text:
     if report.errors:
         return Text(f"training would stop: {count_of(report.errors, 'malformed row')}", style=_STYLES["error"])
     if warnings:
-        return Text(f"training can begin; {count_of(warnings, 'kind')} of problems to look at", style="yellow")
-    return Text("nothing is wrong with these rows", style="bold green")
+        return Text(f"training can start; {count_of(warnings, 'kind')} of problems to look at", style="yellow")
+    return Text("no problems found", style="bold green")

@@ -1,6 +1,6 @@
-"""Which rows to train on and how they become tokens.
+"""Options of rows and of their conversion to tokens.
 
-This file imports no torch: the command line reads the fields and their docstrings for its help.
+This file imports no torch, because the command line reads the fields and their docstrings for its help.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESERVED_TEMPLATE_ARGS = frozenset(
         *("tokenize", "tokenizer_kwargs", "tools", "truncation"),
     )
 )
-"""Names that the renderer itself fills in."""
+"""Arguments of a template that the renderer itself sets."""
 
 
 def check_sources(where: str, sources: object) -> None:
@@ -39,10 +39,10 @@ def check_sources(where: str, sources: object) -> None:
 
 
 def parse_template_args(values: str | Iterable[str]) -> dict[str, Any]:
-    """What a command line gives for `template_args`: one JSON object, or `NAME=VALUE` with JSON or plain values.
+    """Parse `template_args` of a command line: one JSON object, or `NAME=VALUE` with JSON or plain values.
 
     Raises:
-        UsageError: a value of neither form.
+        UsageError: a value has neither form.
     """
     parsed: dict[str, Any] = {}
     for value in [values] if isinstance(values, str) else values:
@@ -65,7 +65,7 @@ def parse_template_args(values: str | Iterable[str]) -> dict[str, Any]:
 
 
 def named_value(text: str) -> tuple[str, Any]:
-    """NAME=VALUE as name and value, read as JSON, or else as it stands."""
+    """Split NAME=VALUE; the value is parsed as JSON if it is valid JSON, else it stays text."""
     name, _, value = text.partition("=")
     try:
         return name.strip(), json.loads(value)
@@ -74,31 +74,32 @@ def named_value(text: str) -> tuple[str, Any]:
 
 
 def _check_names(where: str, args: Any) -> None:
-    """Raise UsageError for a name that the renderer itself fills in."""
+    """Raise UsageError for an argument that the renderer itself sets."""
     for name in RESERVED_TEMPLATE_ARGS.intersection(args if isinstance(args, Mapping) else ()):
-        raise UsageError(f"{name!r} is given to the template by the data, not by {where}", where=where)
+        raise UsageError(f"{name!r} is set by the renderer, so {where} may not contain it", where=where)
 
 
 PIECES = re.compile(r"\{\{|\}\}|\\[nt]|\{([^{}]*)\}")
-"""What is more than text in a text with columns: doubled braces, a line break, a tab, a column in braces."""
+"""Pieces of a template that are not plain text: doubled braces, a line break, a tab, a column in braces."""
 WRITTEN = {"{{": "{", "}}": "}", r"\n": "\n", r"\t": "\t"}
-"""What stands for those of them that are no column."""
+"""Text of the pieces that are not columns."""
 
 
-def has_places(text: str) -> bool:
-    """Whether a text has the name of a column in braces."""
+def has_columns(text: str) -> bool:
+    """Return True if a text contains the name of a column in braces."""
     return any(match[1] is not None for match in PIECES.finditer(text))
 
 
 def columns_named(text: str) -> list[str]:
-    """The columns that a text names: those in braces; without any the text is a column's name."""
+    """Return the columns in braces of a text; a text without braces is itself a column's name."""
     return [match[1] for match in PIECES.finditer(text) if match[1] is not None] or [text] * bool(text)
 
 
-def as_typed(text: str) -> str:
-    """A text for a shell, on one line and with nothing in it that a terminal would not show as it is.
+def shell_quoted(text: str) -> str:
+    """Quote a text for a shell, on one line and without characters that a terminal would interpret.
 
-    It may come from rows. No sign in it ends the quotes, also where a shell does not know $'…' and takes it as it is.
+    The text may come from rows. No character of it ends the quotes, not even in a shell without $'…', which takes it
+    literally.
     """
     if visible(text) == text:
         return shlex.quote(text)
@@ -108,31 +109,33 @@ def as_typed(text: str) -> str:
 
 
 def reading_options(data: DataOptions) -> str:
-    """The options, each after a blank, without which other files of the same columns would be read otherwise."""
+    """Return the options that determine how columns are read, each after a space, for commands on other files."""
     given = {name: getattr(data, name) for name in ("prompt", "completion", "messages", "system", "chat_template")}
-    return "".join(f" --{name.replace('_', '-')} {as_typed(text)}" for name, text in given.items() if text is not None)
+    return "".join(
+        f" --{name.replace('_', '-')} {shell_quoted(text)}" for name, text in given.items() if text is not None
+    )
 
 
 LONGEST_TYPED = 500
-"""Characters of a system message that is part of a command to type."""
+"""Largest number of characters of a system message in a suggested command."""
 
 
 def system_option(system: str | None) -> str:
-    """The option, after a blank, that asks with this system message; nothing where there is none to type."""
-    typed = None if system is None else as_typed(system)
+    """Return the option with this system message, after a space, or "" if there is none or it is too long."""
+    typed = None if system is None else shell_quoted(system)
     return "" if typed is None or len(typed) > LONGEST_TYPED else f" --system {typed}"
 
 
 def asking_options(data: DataOptions, system: str | None = None) -> str:
-    """The same for one prompt that is typed, and what the prompts of the rows look like.
+    """Return the options for a single typed prompt, with a placeholder in the form of the rows' prompts.
 
     Args:
-        system: the system message that all rows have.
+        system: the system message that all rows have, or None.
     """
-    template = data.prompt if data.prompt is not None and has_places(data.prompt) else "…"
+    template = data.prompt if data.prompt is not None and has_columns(data.prompt) else "…"
     prompt = PIECES.sub(lambda piece: f"{piece[1]} …" if piece[1] is not None else WRITTEN[piece[0]], template)
     if system is None:
-        system = None if data.system is None or has_places(data.system) else data.system
+        system = None if data.system is None or has_columns(data.system) else data.system
     elif not system_option(system):
         system = None
     alone = replace(data, prompt=prompt, completion=None, messages=None, system=system)
@@ -144,42 +147,42 @@ Sources = Annotated[tuple[str, ...], Check(check_sources)]
 
 @dataclass(frozen=True)
 class RowSources:
-    """Which rows to read."""
+    """Rows to read."""
 
     data: Sources = ()
     """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
-    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`); or the
+    `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`). Also the
     tasks of `reasoning_gym:TASK:size=200,seed=1` (`backhand[rewards]`)."""
 
     max_rows: Count | None = None
-    """Read no more than this many rows, the first ones."""
+    """Read at most this many rows, the first ones."""
 
     skip_bad: bool = False
-    """Leave malformed rows out and count them, instead of stopping at the first one."""
+    """Leave out malformed rows and count them, instead of stopping at the first one."""
 
 
 @dataclass(frozen=True)
 class NamedColumns:
-    """Which columns are what, where their names do not say it."""
+    """Columns by name, where Backhand cannot recognize them."""
 
     prompt: Text | None = None
-    """The column that holds the prompt, or a text with columns in braces: `'{subject}\\n{body}'`, where `\\n` is a line
-    break and `{{` a brace."""
+    """The column of the prompt, or a text with columns in braces: `'{subject}\\n{body}'`, where `\\n` is a line break
+    and `{{` a brace."""
 
     completion: Text | None = None
-    """The column that holds the completion, or a text with columns in braces as for `prompt`."""
+    """The column of the completion, or a text with columns in braces as for `prompt`."""
 
     messages: Text | None = None
-    """The column that holds a conversation as a list of messages."""
+    """The column of a conversation as a list of messages."""
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How a conversation becomes text."""
+    """Rendering of conversations as text."""
 
     chat_template: Text | None = None
-    """A Jinja chat template to use in place of the tokenizer's own: a file, or the template itself; or `none` for rows
-    that are rendered already: prompt and completion are then joined as they stand, control tokens included."""
+    """A Jinja chat template to use instead of the tokenizer's own: a file, or the template itself. `none` is for rows
+    that are already rendered: prompt and completion are then joined unchanged, control tokens included."""
 
     template_args: Annotated[Mapping[str, Any], Check(_check_names), Words(parse_template_args)] = field(
         default_factory=dict
@@ -187,84 +190,83 @@ class TemplateOptions:
     """Variables for the chat template, as a JSON object or as `NAME=VALUE`: for example `enable_thinking=false`."""
 
     system: Text | None = None
-    """A system message put before every conversation that does not begin with one of its own. Where `prompt`,
-    `completion` or `messages` names a column, columns in braces are filled in as there, for rows without a `system`
-    column of their own."""
+    """A system message for every conversation that does not start with its own. If `prompt`, `completion` or `messages`
+    names a column, columns in braces are filled in here too, for rows without a `system` column."""
 
 
 @dataclass(frozen=True)
 class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
-    """The rows, and how they become token ids with some of them supervised.
+    """Rows, and their conversion to token ids with a mask of supervised tokens.
 
     Raises:
-        UsageError: from `validate`, never from the constructor, so that every value can be shown before it is judged.
+        UsageError: from `validate`, never from the constructor, so that invalid values can be displayed.
     """
 
     eval_data: Sources = ()
-    """Held-out rows, named as in `data`. They are never trained on."""
+    """Held-out rows, in the form of `data`. They are never trained on."""
 
     eval_fraction: Share | None = None
-    """Share of the rows of `data` to hold out, drawn from the seed, when there is no `eval_data`; with 0 only a
-    `valid.*` beside a `train.*` is held out. Not given: a tenth, at most 500, of 50 rows or more; none where answers
-    are rewarded."""
+    """Share of the rows of `data` to hold out, drawn with the seed, if there is no `eval_data`. With 0, only a
+    `valid.*` next to a `train.*` is held out. Default: a tenth, at most 500, of 50 rows or more; none if answers are
+    rewarded."""
 
     max_length: Annotated[int, Bound(at_least=2)] = 2048
-    """Longest document in tokens. What is longer is treated as `long_rows` says, and counted."""
+    """Longest document in tokens. `long_rows` determines what happens to longer ones; they are counted."""
 
     long_rows: Literal["truncate", "drop"] = "truncate"
     """A document longer than `max_length`: `truncate` keeps its first `max_length` tokens, `drop` leaves it out."""
 
     train_on: Literal["completions", "all"] = "completions"
-    """What carries loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the row).
-    Plain `text` rows are always supervised as a whole."""
+    """Tokens that carry loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the
+    row). In plain `text` rows, every token carries loss."""
 
     def _check_together(self) -> None:
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise UsageError(
-                "messages hold prompt and completion already",
+                "messages already contain prompt and completion",
                 where="messages",
                 next_step="give --messages COLUMN, or --prompt and --completion",
             )
         if self.eval_data and self.eval_fraction:
             raise UsageError(
-                f"eval_data is given, and eval_fraction {self.eval_fraction!r} would hold out rows of data as well",
+                f"eval_data and eval_fraction {self.eval_fraction!r} are both given",
                 where="eval_fraction",
-                next_step="give one of them",
+                next_step="give only one of them",
             )
 
 
 @dataclass(frozen=True)
 class LintRunOptions:
-    """What to look with, and what to print."""
+    """Model and output of the check."""
 
     model: BaseModel = "smollm2-135m"
     """The base model whose tokenizer and chat template read the rows: a Hugging Face directory, a GGUF file, a hub id,
     or `smollm2-135m`. Its weights are not read."""
 
     seed: Seed = 0
-    """Draws the rows that `eval_fraction` holds out, as in training."""
+    """Seed of the random split of `eval_fraction`, as in training."""
 
     labels: bool = False
-    """The rows are answers with a label, `prompt`, `completion` and `label`, for `--objective kto`; pairs are known by
-    their columns."""
+    """Read the rows as answers with a label, `prompt`, `completion` and `label`, for `--objective kto`. Pairs are
+    recognized by their columns."""
 
     prompts: bool = False
-    """The rows are prompts for `--objective grpo`: the model answers them itself."""
+    """Read the rows as prompts for `--objective grpo`, which the model answers itself."""
 
     show: CountFromZero = 0
-    """Also print the first so many training documents token by token, a `*` before each token that carries loss."""
+    """Number of training documents to print token by token, with `*` before each token that carries loss."""
 
     json: bool = False
-    """Print one JSON object in place of the tables."""
+    """Print one JSON object instead of tables."""
 
 
 @dataclass(frozen=True)
 class LintOptions(Options):
-    """One look at rows.
+    """Options of `backhand lint`.
 
     Attributes:
-        lint: the model that reads them, and what to print.
-        data: the rows, as for training.
+        lint: model and output.
+        data: rows, as for training.
     """
 
     lint: LintRunOptions = field(default_factory=LintRunOptions)

@@ -19,7 +19,8 @@ import torch
 
 from backhand.data.examples import Example
 from backhand.data.prefix_forest import Forest, SignedTokens, inputs_and_labels, mismatch, prefix_forest, worth_sharing
-from backhand.data.stored_examples import random_order, stored
+from backhand.data.random_order import random_order
+from backhand.data.stored_examples import stored
 from backhand.nn.batch import PackedBatch, pad_to_bucket
 
 Lengths = Sequence[int] | npt.NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""How large a result of a template may be, asked before there is one, and how much work: see `bounded_template`."""
+"""Limits of templates: the size of each result, checked before it is created, and the work per render."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import jinja2
 from backhand.system import highest_rss_bytes
 
 LARGEST_VALUE = 2**26
-"""Characters of a text; a list or table counts `ITEM` for everything in it, and the characters of its texts."""
+"""Largest number of characters of a text. A list or table counts `ITEM` per item plus the characters of its texts."""
 ITEM = 64
 LONGEST_NUMBER = 1024
-"""Bits of a whole number that a template writes or multiplies."""
+"""Largest number of bits of an integer that a template contains or multiplies."""
 _DEEPEST = 100
 _WIDEST = 10_000
 
 
 class TemplateLimitError(Exception):
-    """The template asks for more than it may; its text is the reason."""
+    """The template exceeds a limit, which the text of the error states."""
 
 
 _VIEWS_OF_NONE: Any = ({}.keys(), {}.values(), {}.items())
 VIEWS: tuple[Any, ...] = tuple(map(type, _VIEWS_OF_NONE))
 ONCE: tuple[Any, ...] = (types.GeneratorType, *(type(reversed(one)) for one in ([], (), {}, range(0), *_VIEWS_OF_NONE)))
-"""What can be gone through once, and has no length: also what the filter `reverse` gives."""
+"""Types that can be iterated only once and have no length; the filter `reverse` returns one of them."""
 
 
 def weight(value: Any) -> int:
-    """The size of a value with all that it holds, in the measure of `LARGEST_VALUE`.
+    """Return the size of a value with all its contents, in the unit of `LARGEST_VALUE`.
 
     Raises:
         TemplateLimitError: it is larger than that, or nested too deeply.
@@ -66,13 +66,13 @@ def _weight_and_depth(value: Any) -> tuple[int, int]:
 
 
 def check_size(size: int) -> None:
-    """Raise TemplateLimitError for a result that would be too large."""
+    """Raise TemplateLimitError if a result of this size would be too large."""
     if size > LARGEST_VALUE:
-        raise TemplateLimitError(f"it makes a value of more than {LARGEST_VALUE:,} characters")
+        raise TemplateLimitError(f"it creates a value of more than {LARGEST_VALUE:,} characters")
 
 
 def check_product(left: Any, right: Any) -> None:
-    """Raise TemplateLimitError for a product too large: a number of thousands of digits, a text many times over."""
+    """Raise TemplateLimitError if a product would be a number of thousands of digits or too long a text."""
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() + right.bit_length())
         return
@@ -82,7 +82,7 @@ def check_product(left: Any, right: Any) -> None:
 
 
 def check_power(base: Any, exponent: Any) -> None:
-    """Raise TemplateLimitError for a power of thousands of digits."""
+    """Raise TemplateLimitError if a power would have thousands of digits."""
     if isinstance(base, int) and isinstance(exponent, int):
         _check_bits(base.bit_length() * abs(exponent))
 
@@ -93,18 +93,18 @@ def _check_bits(bits: int) -> None:
 
 
 def refuse_method(owner: Any) -> None:
-    """Raise SecurityError for a method that templates have no use for, or whose cost has no bound."""
-    raise jinja2.exceptions.SecurityError(f"this method of a {type(owner).__name__} is not for templates")
+    """Raise SecurityError for a method that templates do not need or whose cost has no bound."""
+    raise jinja2.exceptions.SecurityError(f"templates may not call this method of a {type(owner).__name__}")
 
 
 def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str, Any]) -> None:
-    """What a call could make of a value, before it is made.
+    """Check the size of a call's result before the call.
 
     Args:
-        name: of a filter, or of a text's method, with a dot before it.
+        name: name of a filter, or of a method of a text with a dot before it.
 
     Raises:
-        TemplateLimitError: too much.
+        TemplateLimitError: the result would be too large.
     """
     reach = sum(map(_reach, (*args, *values.values())))
     first: Any = args[0] if args else None
@@ -122,7 +122,7 @@ def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str
         case "split" | "rsplit" | "splitlines":
             more = ITEM * (value.count(first) if isinstance(first, str) and first else len(value) // 2)
         case "strip" | "lstrip" | "rstrip" | "trim":
-            more = reach * _WIDEST  # every character is held against these
+            more = reach * _WIDEST  # every character is compared with these
         case "batch" | "slice":
             more = ITEM * reach
         case "list" if isinstance(value, str):
@@ -131,7 +131,7 @@ def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str
             more = ITEM * weight(value)
         case "join" if name == ".join":
             if isinstance(first, ONCE):
-                raise TemplateLimitError("it joins what has no length; the filter `join` does that")
+                raise TemplateLimitError("it joins an iterator without a length; use the filter `join`")
             more = reach + (len(first) if hasattr(first, "__len__") else 0) * len(value)
         case "join":
             more = (len(value) if hasattr(value, "__len__") else 0) * reach
@@ -145,12 +145,12 @@ def check_call(name: str, value: Any, args: tuple[Any, ...], values: Mapping[str
         case "int" | "float" if isinstance(value, str) and len(value) > LONGEST_NUMBER:
             raise TemplateLimitError("it reads a number of hundreds of digits")
         case "sum" if not isinstance(values.get("start", (*args, 0, 0)[1]), int | float):
-            raise TemplateLimitError("it adds up what are no numbers")
+            raise TemplateLimitError("it sums values that are not numbers")
     check_size((len(value) if isinstance(value, str) else weight(value)) + more)
 
 
 def _reach(value: Any) -> int:
-    """What an argument may put at one place: a number so many characters, anything else itself."""
+    """Return the characters that an argument can add at one place: the value of a number, the size of other values."""
     if isinstance(value, int):
         return abs(value)
     return 0 if value is None else len(value) if isinstance(value, str) else weight(value)
@@ -163,7 +163,7 @@ _TOO_WIDE = {
 
 
 def check_form(form: str, place: str, *values: Any) -> None:
-    """A text with places for values, each of which takes no more than all of them and the widest padding."""
+    """Check a format string: each place needs at most the size of all values plus the widest padding."""
     check_size(len(form) + form.count(place) * (weight(values) + _WIDEST))
     if len(form) > LARGEST_VALUE // ITEM or _TOO_WIDE[place].search(form):
         raise TemplateLimitError("it pads a value without a bound")
@@ -178,31 +178,32 @@ TEXT_METHODS = frozenset(
         *("split", "splitlines", "startswith", "strip", "swapcase", "title", "upper", "zfill"),
     )
 )
-"""All that templates may call."""
+"""Methods of text that templates may call."""
 GROWING = frozenset(
     (
         *("batch", "center", "float", "format", "indent", "int", "join", "list", "replace", "round", "slice", "sum"),
         *("tojson", "trim", "urlencode"),
     )
 )
-"""Filters that may make more of a value than it is."""
+"""Filters whose result may be larger than their value."""
 ALL_AT_ONCE = frozenset(
     ("dictsort", "groupby", "join", "list", "max", "min", "replace", "sort", "string", "sum", "tojson", "unique")
 )
-"""Filters that read all of a value: what they are given is weighed, and a generator made a list before."""
+"""Filters that read the whole value. Its size is counted, and a generator is made a list first."""
 
 
 MOST_STEPS = 2**25
+"""Largest number of steps per conversation."""
 MOST_SECONDS = 4
-"""Of the processor, for one conversation; the plainest take a hundred-thousandth of that."""
+"""CPU seconds per conversation. The simplest templates need a hundred-thousandth of that."""
 SECONDS_TOGETHER, SECONDS_EACH = 1.0, 0.05
-"""Of the processor, for many conversations: so much once, and so much for each of them."""
+"""CPU seconds for many conversations: a fixed amount, plus an amount per conversation."""
 MOST_BYTES = 2**30
 _STEPS_BETWEEN_LOOKS = 2**16
 
 
 class Work:
-    """What one render may still do."""
+    """The remaining work of one render."""
 
     __slots__ = ("_began", "_bytes", "left", "next_look")
 
@@ -210,22 +211,22 @@ class Work:
         self.begin()
 
     def begin(self) -> None:
-        """A new render."""
+        """Reset the counts for a new render."""
         self.left = MOST_STEPS
         self.next_look = MOST_STEPS - _STEPS_BETWEEN_LOOKS
         self._began, self._bytes = time.thread_time(), highest_rss_bytes()
 
     def step(self, count: int) -> None:
-        """Count steps. Raises TemplateLimitError: they are too many, or took too long or too much memory."""
+        """Count steps. Raises TemplateLimitError: the steps, the CPU time or the memory exceed their limits."""
         self.left -= count
         if self.left < self.next_look:
             self._look()
 
     def _look(self) -> None:
         if self.left < 0:
-            raise TemplateLimitError(f"it takes more than {MOST_STEPS:,} steps for one conversation")
+            raise TemplateLimitError(f"it needs more than {MOST_STEPS:,} steps for one conversation")
         self.next_look = self.left - _STEPS_BETWEEN_LOOKS
         if time.thread_time() - self._began > MOST_SECONDS:
-            raise TemplateLimitError(f"it takes more than {MOST_SECONDS} s for one conversation")
+            raise TemplateLimitError(f"it needs more than {MOST_SECONDS} s for one conversation")
         if highest_rss_bytes() - self._bytes > MOST_BYTES:
-            raise TemplateLimitError(f"it takes more than {MOST_BYTES >> 30} GiB of memory for one conversation")
+            raise TemplateLimitError(f"it needs more than {MOST_BYTES >> 30} GiB of memory for one conversation")

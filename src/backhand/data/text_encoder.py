@@ -1,15 +1,15 @@
-"""Text to token ids with the place of each token, where only the template may write control tokens.
+"""Encode text to token ids with the position of each token. Only the template may write control tokens.
 
-A tokenizer turns the characters `<|im_end|>` into the control token wherever they stand, so a user who types them ends
-his own turn. `protect` therefore breaks them apart in everything that comes from data, with a mark behind their first
-character: a private-use character that the text does not hold. A second copy of the tokenizer knows the mark as a
-token of its own; it splits there, as it does at every such token, and the mark's id is taken out again. What is left
-decodes to the user's own text and holds no control token. Text without such characters, which is nearly all text, goes
-through the tokenizer itself. (A tokenizer that puts a space before every piece, as some sentencepiece ones do, puts
-one at the break too.)
+A tokenizer encodes the characters `<|im_end|>` as the control token wherever they occur, so a user who types them would
+end the turn. Therefore `protect` inserts a mark after the first character of each control token in text from data. The
+mark is a private-use character that does not occur in the text. A second copy of the tokenizer has the mark as a
+special token and splits the text there; the id of the mark is removed afterwards. The remaining ids decode to the
+user's text and contain no control token. Nearly all text contains no such characters, and is encoded by the tokenizer
+itself.
+Sentencepiece tokenizers that put a space before every piece also put one at the mark.
 
-The same mark, put between a prompt and its answer, keeps a token from straddling the two: at generation the prompt ends
-there too.
+The same mark between a prompt and its answer prevents a token from crossing the boundary, because at generation the
+prompt ends there too.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from backhand.data.rows import strings_of
+from backhand.data.raw_rows import strings_of
 from backhand.errors import ArtifactError, DataError, short_reason
 
 TokenIds = npt.NDArray[np.int32]
 LONGEST_TEXT = 2**23
 _FIRST_MARK, _LAST_MARK = 0xE000, 0xF8FF
-"""The private use area of Unicode's basic plane."""
+"""The private-use area of Unicode's basic plane."""
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """Token ids and where in the text each stands."""
+    """Token ids and their positions in the text."""
 
     input_ids: TokenIds  # (tokens,) int32
-    # (tokens,) int32, one behind the last character of each token. (Starts are not kept: some tokenizers move them past
-    # white space.)
+    # (tokens,) int32, index after the last character of each token. Starts are not stored, because some tokenizers
+    # move them past white space.
     ends: npt.NDArray[np.int32]
 
 
 class TextEncoder:
-    """A tokenizer that can be told which of the control tokens in a text count as such.
+    """A tokenizer with control over which control tokens in a text are encoded as such.
 
     Args:
-        tokenizer: a transformers tokenizer that stands on the `tokenizers` library.
-        template: source of the chat template in use; the added tokens that it writes, such as `<tool_call>`, are
-            control tokens for `protect` as well.
+        tokenizer: a transformers tokenizer that is based on the `tokenizers` library.
+        template: source of the chat template. The added tokens that it contains, such as `<tool_call>`, are
+            control tokens for `protect` too.
 
     Attributes:
         special: matches every special token of the tokenizer.
         eos_id: id of the end-of-sequence token, or None.
-        prefix_ids: what the tokenizer puts before every text, usually nothing or the begin-of-sequence token.
+        prefix_ids: ids that the tokenizer puts before every text, usually none or the begin-of-sequence token.
 
     Raises:
-        ArtifactError: the tokenizer does not stand on the `tokenizers` library.
+        ArtifactError: the tokenizer is not based on the `tokenizers` library.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
@@ -64,7 +64,7 @@ class TextEncoder:
             raise ArtifactError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer",
                 where="tokenizer",
-                why="the place of each token in the text is needed, which only the tokenizers library gives",
+                why="only the tokenizers library returns the position of each token in the text, which is needed",
             )
         self._backend = backend
         if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
@@ -82,7 +82,7 @@ class TextEncoder:
         self._breaks_written = _starts_of(written | special.keys())
         self._written = _any_of(written | special.keys())
         unknown = getattr(backend.model, "unk_token", tokenizer.unk_token)
-        # A tokenizer with a token for unknown characters may write that one for any text.
+        # A tokenizer may write its token for unknown characters for any text, so that token is not guarded.
         self._guarded_ids = frozenset(index for token, index in special.items() if token != unknown)
         self.eos_id: int | None = tokenizer.eos_token_id
         self.eos: str | None = tokenizer.eos_token
@@ -90,18 +90,18 @@ class TextEncoder:
         self.prefix_ids = _prefix_ids(self._backend)
 
     def mark_for(self, *values: object) -> str | None:
-        """A mark that stands nowhere in `values`, if any of their strings has to be protected; else None."""
+        """Return a mark that does not occur in `values` if any of their strings needs protection; else None."""
         if not any(map(self._written.search, strings_of(values))):
             return None
         return unused_mark(strings_of(values))
 
     def protect(self, value: Any, mark: str | None, *, written: bool) -> Any:
-        """`value` with every control token in its strings broken apart by `mark`; None leaves it as it is.
+        """Break every control token in the strings of `value` with `mark`; None leaves the value unchanged.
 
         Args:
             value: a string, or lists and tables with strings in them.
-            written: also break what the template writes without its being special (`<tool_call>`, `<think>`). An
-                assistant's own text may hold these.
+            written: also break tokens that the template writes but that are not special (`<tool_call>`, `<think>`).
+                An assistant's own text may contain these.
         """
         if mark is None:
             return value
@@ -109,7 +109,7 @@ class TextEncoder:
         return _map_strings(value, lambda text: pattern.sub(rf"\g<0>{mark}", text))
 
     def encode_plain(self, documents: Sequence[Any]) -> list[Any]:
-        """For each document without a mark what `encode` takes as `encoding`, made at once on all cores; else None."""
+        """Encode all documents without a mark at once, on all cores, for `encode`. Other documents get None."""
         plain = [document.mark is None and len(document.text) <= LONGEST_TEXT for document in documents]
         texts = [document.text for document, is_plain in zip(documents, plain, strict=True) if is_plain]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
@@ -118,22 +118,22 @@ class TextEncoder:
     def encode(
         self, text: str, *, source: str, mark: str | None = None, breaks: Sequence[int] = (), encoding: Any = None
     ) -> EncodedText:
-        """Token ids of `text` without the mark; control tokens that are not protected count as such.
+        """Return the token ids of `text` without the mark. Unprotected control tokens are encoded as such.
 
         Args:
-            text: with marks in it, if `mark` is given.
-            breaks: places in `text` that no token may straddle.
-            encoding: of the text, from `encode_plain`.
+            text: text, with marks in it if `mark` is given.
+            breaks: places in `text` that no token may cross.
+            encoding: result of `encode_plain` for the text, or None.
 
         Raises:
-            DataError: a control token comes about that is not written in the text, because the tokenizer rewrites it.
+            DataError: the tokenizer turns other characters into a control token.
         """
         if len(text) > LONGEST_TEXT:
             raise DataError(
-                f"this row makes a text of {len(text):,} characters; up to {LONGEST_TEXT:,} can be made tokens at once",
+                f"this row makes a text of {len(text):,} characters; at most {LONGEST_TEXT:,} can be encoded at once",
                 where=source,
-                why="a tokenizer takes some three hundred bytes a character",
-                next_step="cut it into several rows",
+                why="a tokenizer needs some three hundred bytes per character",
+                next_step="divide it into several rows",
             )
         if mark is None and not breaks:
             encoding = encoding or self._backend.encode(text, add_special_tokens=False)
@@ -144,9 +144,9 @@ class TextEncoder:
         expected = sum(1 for _ in self.special.finditer(text))
         if sum(map(self._guarded_ids.__contains__, input_ids.tolist())) > expected:
             raise DataError(
-                "a control token comes about that is not written in the row",
+                "the row contains no control token, but its encoding does",
                 where=source,
-                why="the tokenizer rewrites some of its characters (full-width or combining forms) into it",
+                why="the tokenizer turns some characters (full-width or combining forms) into a control token",
             )
         return EncodedText(input_ids, ends)
 
@@ -175,25 +175,25 @@ class TextEncoder:
 
 
 def _token_ids(ids: Sequence[int]) -> TokenIds:
-    """As an array. Raises ArtifactError: one is larger than any vocabulary."""
+    """Return the ids as an array. Raises ArtifactError: an id is larger than any vocabulary."""
     try:
         return np.array(ids, dtype=np.int32)
     except OverflowError:
         raise ArtifactError(
-            f"a token has the number {max(ids):,}",
+            f"a token has the id {max(ids):,}",
             where="tokenizer",
-            why="no model has so many",
-            next_step="take the tokenizer that the model came with",
+            why="no model has that many tokens",
+            next_step="use the tokenizer of the model",
         ) from None
 
 
 def unused_mark(texts: Iterable[str]) -> str:
-    """The first private-use character that stands in none of `texts`. Raises DataError: all 6400 of them do."""
+    """Return the first private-use character that occurs in none of `texts`. Raises DataError if all 6400 occur."""
     used = {character for text in texts if not text.isascii() for character in text}
     for code in range(_FIRST_MARK, _LAST_MARK + 1):
         if chr(code) not in used:
             return chr(code)
-    raise DataError("the row uses every private-use character of Unicode, and none is left as a mark")
+    raise DataError("the row uses every private-use character of Unicode, so none is left as a mark")
 
 
 def _copy(backend: Any) -> Any:
@@ -203,10 +203,10 @@ def _copy(backend: Any) -> Any:
         copy = Tokenizer.from_str(backend.to_str())
     except Exception as error:  # tokenizers raises bare Exception
         raise ArtifactError(
-            "the tokenizer contradicts itself: what it writes cannot be read again",
+            "the tokenizer is inconsistent: its saved form cannot be loaded",
             where="tokenizer.json",
             why=short_reason(error),
-            next_step="save it again with the library that made it, or take the model's own from where it comes from",
+            next_step="save it again with the library that made it, or download the model's tokenizer again",
         ) from error
     copy.no_truncation()
     copy.no_padding()
@@ -219,7 +219,7 @@ def _ends(offsets: list[tuple[int, int]]) -> npt.NDArray[np.int32]:
 
 
 def _prefix_ids(backend: Any) -> tuple[int, ...]:
-    """What the post-processor puts before a text: the ids before those that the text has on its own."""
+    """Return the ids that the post-processor puts before a text."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     extra = len(whole) - len(plain)
@@ -233,7 +233,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _starts_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches the first character of every occurrence, overlapping ones too."""
+    """Return a pattern for the first character of every occurrence, including overlapping ones."""
     return re.compile(f"(?=(?:{_any_of(tokens).pattern}))[\\s\\S]")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from gguf import GGMLQuantizationType
 
-from backhand.data.stored_examples import neutral_texts
+from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError, not_none
 from backhand.export.gguf_adapter_writer import context_length
 from backhand.export.gguf_model_writer import write_gguf_model

@@ -10,7 +10,7 @@ import torch
 
 from backhand.adapters.loading import LoadedAdapter, load_adapter_for
 from backhand.adapters.module_factors import ModuleFactors, factors_of
-from backhand.data.stored_examples import neutral_texts
+from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.family import DecoderConfig

@@ -14,7 +14,7 @@ from typing import Any
 
 from backhand.data.options import NamedColumns
 from backhand.data.prepare import Prompt, prepare_prompts
-from backhand.data.rows import BadRows
+from backhand.data.raw_rows import RowErrors
 from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generate.labels import AUTO, NONE, RULE, Labels, check_labels, choose_labels, longest_label, named_labels
@@ -170,7 +170,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
     session = GenerationSession(loaded, options.template)
     labels = _labels(options, loaded, session)
     # A prompt without room for an answer counts as a bad row, like a malformed one.
-    bad = BadRows(options.rows.skip_bad)
+    bad = RowErrors(options.rows.skip_bad)
     prompts: list[Prompt] = []
     for prompt in read:
         try:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from backhand.adapters.config import parse_names
 from backhand.bounds import Bound, Check, Count, NotNegative, Options, Seed, Text, Words, given
-from backhand.data.options import RowSources, TemplateOptions, has_places
+from backhand.data.options import RowSources, TemplateOptions, has_columns
 from backhand.errors import UsageError
 from backhand.nn.model_options import BaseModelOptions
 from backhand.words import shorten
@@ -144,7 +144,7 @@ class GenerateOptions(Options):
     def _check_together(self) -> None:
         self.answer.check_compare()
         prompt, data = self.answer.prompt, self.rows.data
-        if (prompt is None and not data) or (prompt is not None and data and not has_places(prompt)):
+        if (prompt is None and not data) or (prompt is not None and data and not has_columns(prompt)):
             what = "there is nothing to answer" if prompt is None else "prompt and data are both given"
             raise UsageError(
                 what,

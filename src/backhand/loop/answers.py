@@ -99,8 +99,8 @@ def held_out_answers(
         if example.rejected is not None:
             answers.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
         decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-        if example.asked is not None:
-            decoded[0] = example.asked.reference or ""
+        if example.prompt_row is not None:
+            decoded[0] = example.prompt_row.reference or ""
         runs = itertools.groupby(prompt, key=special.__contains__)  # alternating control tokens and text
         yield HeldOutAnswer(
             example.source,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.data.stored_examples import neutral_texts
+from backhand.data.held_out import neutral_texts
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import not_none

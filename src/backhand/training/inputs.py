@@ -11,10 +11,11 @@ import numpy as np
 
 from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.targets import in_numbers
-from backhand.data.examples import DataReport, Example, check_vocabulary
+from backhand.data.data_report import DataReport
+from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
-from backhand.data.stored_examples import PreparedData, summed
+from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.engine import Engine, RunCache
 from backhand.engines.machine import Machine
@@ -193,4 +194,4 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
     if config.objective.purpose == "pairs":
         row = replace(row, rejected=row)
-    return summed([row] * count, DataReport())
+    return with_totals([row] * count, DataReport())

@@ -15,9 +15,9 @@ from backhand.adapters.loading import load_adapter_for
 from backhand.adapters.targets import resolve_adapter
 from backhand.data.chat import read_template
 from backhand.data.examples import Example, check_vocabulary
+from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
-from backhand.data.stored_examples import neutral_texts
 from backhand.errors import DataError, UsageError
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.config_fields import UnsupportedModel

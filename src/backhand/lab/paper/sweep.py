@@ -20,7 +20,7 @@ from backhand.adapters.targets import resolve_adapter
 from backhand.data.demo_task import write_demo_data
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare, prepare_prompts
-from backhand.data.sources import held_out_beside
+from backhand.data.sources import neighbouring_held_out
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import make_directory, write_atomically
 from backhand.generate.loading import loaded_model
@@ -152,7 +152,7 @@ def _held_out(data: DataOptions, source: ModelSource, seed: int) -> EvaluationRo
             where="eval_fraction",
             next_step="give --eval-data, or --eval-fraction 0.1",
         )
-    names = data.eval_data or (() if data.eval_fraction else held_out_beside(data.data)) or data.data
+    names = data.eval_data or (() if data.eval_fraction else neighbouring_held_out(data.data)) or data.data
     chosen = {example.source for example in held_out.examples}
     prompts, _ = prepare_prompts(replace(data, data=names), data, tokenizer)
     with_reply = tuple(prompt for prompt in prompts if prompt.reply is not None and prompt.source in chosen)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from backhand.data.rows import Asked
+from backhand.data.rows import PromptRow
 from backhand.errors import CheckError, ResourceError, UsageError
 from backhand.options.rewards import NO_PROCESS
 from backhand.printing import LONGEST_LINE, bounded, say
@@ -87,7 +87,7 @@ class _OutputReader:
 class RewardInput:
     """An answer with its row, as reward functions receive it."""
 
-    asked: Asked  # the row
+    asked: PromptRow  # the row
     text: str  # the answer without control tokens
     token_ids: Sequence[int]  # the answer's tokens, with the stop token
 

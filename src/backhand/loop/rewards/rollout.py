@@ -74,9 +74,9 @@ class Rollout:
         result: dict[str, Any] = {}
         if self.functions is not None:
             inputs = [
-                RewardInput(example.asked, text, answer.tokens)
+                RewardInput(example.prompt_row, text, answer.tokens)
                 for example, text, answer in zip(examples, texts, answers, strict=True)
-                if example.asked is not None
+                if example.prompt_row is not None
             ]
             try:
                 result = {"rewards": self.functions.rewards(inputs)}

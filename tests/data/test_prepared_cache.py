@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backhand.data import kept_rows, stored_examples
+from backhand.data import prepared_cache, stored_examples
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare
 from backhand.data.stored_examples import RECORD
@@ -27,8 +27,8 @@ PAIRS = [{"prompt": f"q {i}", "chosen": "good", "rejected": "bad"} for i in rang
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(kept_rows.VARIABLE, str(tmp_path / "cache"))
-    monkeypatch.setattr(kept_rows, "LEAST_BYTES", 1)
+    monkeypatch.setenv(prepared_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(prepared_cache, "LEAST_BYTES", 1)
     return tmp_path / "cache"
 
 
@@ -40,7 +40,7 @@ def prepared(path: Path, rows: list[dict[str, Any]], tokenizer: Any = None, **op
 @pytest.mark.parametrize("rows", [ROWS, PAIRS, [{"text": "ein Wörtchen"}]])
 def test_what_is_read_again_is_what_was_made(rows: list[dict[str, Any]], tmp_path: Path, cache: Path) -> None:
     first, again = (prepared(tmp_path / "rows.jsonl", rows) for _ in range(2))
-    assert "for the next run" in first.report.notes[-1] and "prepared before" in again.report.notes[-1]
+    assert "for the next run" in first.report.notes[-1] and "from the cache" in again.report.notes[-1]
     assert first.digest == again.digest and len(list(cache.iterdir())) == 1
     assert [example.source for example in first.examples] == [example.source for example in again.examples]
     assert first.report.sources == again.report.sources and first.report.lines()[:-1] == again.report.lines()[:-1]
@@ -67,7 +67,7 @@ def test_a_damaged_file_is_made_again_and_room_is_made(
         file.write_bytes(damaged)
         assert prepared(tmp_path / "rows.jsonl", ROWS).digest == digest
         assert file.read_bytes() == whole
-    monkeypatch.setattr(kept_rows, "MOST_KEPT_BYTES", len(whole))
+    monkeypatch.setattr(prepared_cache, "MOST_KEPT_BYTES", len(whole))
     prepared(tmp_path / "rows.jsonl", ROWS[:-1])
     assert len(list(cache.iterdir())) == 1
 
@@ -75,8 +75,8 @@ def test_a_damaged_file_is_made_again_and_room_is_made(
 def test_nothing_is_kept_where_it_is_turned_off_or_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "file" / "cache"
     place.parent.write_text("")
-    for where, notes in (("off", ()), (str(place), (f"prepared rows are not kept in {place}: Not a directory",))):
-        monkeypatch.setenv(kept_rows.VARIABLE, where)
+    for where, notes in (("off", ()), (str(place), (f"prepared rows are not cached in {place}: Not a directory",))):
+        monkeypatch.setenv(prepared_cache.VARIABLE, where)
         assert prepared(tmp_path / "rows.jsonl", ROWS).report.notes == notes
 
 
@@ -139,7 +139,7 @@ def test_a_file_with_a_right_digest_and_other_contents_is_made_again(name: str, 
     assert file.read_bytes() != whole
     again = prepared(path, ROWS)
     assert again.digest == digest and file.read_bytes() == whole
-    assert f"the prepared rows in {file} are not used" in again.report.notes[-2]
+    assert f"the cached rows in {file} are not used" in again.report.notes[-2]
 
 
 def test_a_source_that_is_no_text_is_shown_with_what_it_has(tmp_path: Path, cache: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_folder_that_others_may_write_to_is_left_alone(mode: int, tmp_path: Pa
     before = file.stat()
     cache.chmod(mode)
     (note,) = prepared(tmp_path / "rows.jsonl", ROWS).report.notes
-    assert note == f"prepared rows are not kept in {cache}: another user owns it or may write to it"
+    assert note == f"prepared rows are not cached in {cache}: another user owns it or may write to it"
     assert file.stat() == before and list(cache.iterdir()) == [file]
 
 
@@ -206,14 +206,14 @@ def test_rows_are_whole_where_their_file_is_cut_short_meanwhile(
     (file,) = cache.iterdir()
     os.truncate(file, 0)
     assert [one.input_ids.tolist() for one in again.examples] == [one.input_ids.tolist() for one in first.examples]
-    assert "prepared before" in again.report.notes[-1]
+    assert "from the cache" in again.report.notes[-1]
 
 
 def test_what_is_kept_is_for_nobody_else_and_rows_held_out_do_not_matter(tmp_path: Path, cache: Path) -> None:
     prepared(tmp_path / "rows.jsonl", ROWS)
     (file,) = cache.iterdir()
     assert cache.stat().st_mode & 0o777 == 0o700 and file.stat().st_mode & 0o777 == 0o600
-    assert "prepared before" in prepared(tmp_path / "rows.jsonl", ROWS, eval_fraction=0.0).report.notes[-1]
+    assert "from the cache" in prepared(tmp_path / "rows.jsonl", ROWS, eval_fraction=0.0).report.notes[-1]
 
 
 def test_rows_that_change_while_they_are_read_are_not_kept(
@@ -229,7 +229,7 @@ def test_rows_that_change_while_they_are_read_are_not_kept(
         path.write_text(json.dumps(ROWS[1]))
         return made
 
-    kept_rows.kept(make, DataOptions(data=(str(path),)), [str(path)], byte_level())
+    prepared_cache.cached(make, DataOptions(data=(str(path),)), [str(path)], byte_level())
     assert not list(cache.iterdir())
 
 
@@ -246,12 +246,12 @@ def test_a_name_that_is_not_utf8_is_kept_and_what_was_left_goes(tmp_path: Path, 
     (left := cache / ".x.rows.1.tmp").mkdir()
     os.utime(left, (0, 0))
     first, again = (prepared(tmp_path / os.fsdecode(b"r\xff.jsonl"), ROWS) for _ in range(2))
-    assert "prepared before" in again.report.notes[-1] and not left.exists()
+    assert "from the cache" in again.report.notes[-1] and not left.exists()
     assert [one.source for one in first.examples] == [one.source for one in again.examples]
 
 
 def test_an_empty_variable_means_the_usual_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kept_rows.VARIABLE)
+    monkeypatch.delenv(prepared_cache.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     prepared(tmp_path / "rows.jsonl", ROWS)

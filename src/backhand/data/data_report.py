@@ -1,0 +1,103 @@
+"""Statistics of prepared rows, for the user and for `lint`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from backhand.errors import DataError
+from backhand.words import count_of
+
+
+@dataclass(frozen=True)
+class SourceForm:
+    """A file or hub data set, the form of its rows, and the number of its valid rows."""
+
+    source: str
+    form: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Statistics of prepared rows. Each count is a number of rows unless its name says otherwise.
+
+    Attributes:
+        sources: the form detected in each file.
+        rows: valid rows that were read.
+        documents: documents in use. They outnumber the rows if a conversation became several documents.
+        tokens, supervised_tokens: totals of the documents in use.
+        longest: number of tokens of the longest document in use.
+        truncated, dropped_long: documents cut to `max_length`, or left out because of it.
+        dropped_unsupervised: documents left out because they have no supervised token.
+        first_cut: location of the first document of each of these three kinds, or "".
+        empty_answers: rows with an answer of only white space.
+        skipped_bad: malformed rows left out under `skip_bad`.
+        system: the system message, if all rows have the same one; else None.
+        notes: other information for the user, one sentence each.
+    """
+
+    sources: tuple[SourceForm, ...] = ()
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    dropped_long: int = 0
+    dropped_unsupervised: int = 0
+    first_cut: tuple[str, str, str] = ("", "", "")
+    empty_answers: int = 0
+    skipped_bad: int = 0
+    bad_rows: tuple[DataError, ...] = ()
+    system: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def lines(self, *, prompts: bool = False) -> list[str]:
+        """Return the report as text, one fact per line. Prompts have no count of supervised tokens."""
+        lines = [f"{form.source}: {form.form}, {count_of(form.rows, 'row')}" for form in self.sources]
+        supervised = "" if prompts else f"{self.supervised_tokens:,} of them supervised, "
+        lines.append(
+            f"{count_of(self.documents, 'prompt' if prompts else 'document')} with {count_of(self.tokens, 'token')}, "
+            f"{supervised}the longest {self.longest:,}"
+        )
+        return [*lines, *self.left_out(), *self.notes]
+
+    def left_out(self) -> list[str]:
+        """Return one line per reason for which documents or rows were cut or left out."""
+        counted = (
+            (self.truncated, "truncated to max_length"),
+            (self.dropped_long, "longer than max_length, left out"),
+            (self.dropped_unsupervised, "without a supervised token, left out"),
+        )
+        lines = [
+            f"{count_of(count, 'document')} {what}"
+            + (f": {place}" if count == 1 else f", the first: {place}") * bool(place)
+            for (count, what), place in zip(counted, self.first_cut, strict=True)
+            if count
+        ]
+        if self.skipped_bad:
+            lines.append(
+                f"{count_of(self.skipped_bad, 'malformed row')} left out, the first: {self.bad_rows[0].one_line}"
+            )
+        return lines
+
+
+@dataclass
+class TruncationStats:
+    """Locations of the documents that `truncate` cut or left out; a row may occur once per document."""
+
+    truncated: list[str] = field(default_factory=list)
+    dropped_long: list[str] = field(default_factory=list)
+    dropped_unsupervised: list[str] = field(default_factory=list)
+
+    @property
+    def firsts(self) -> tuple[str, str, str]:
+        """The first location of each kind, or ""."""
+        one, other, third = (next(iter(all_), "") for all_ in vars(self).values())
+        return one, other, third
+
+    def add(self, other: TruncationStats) -> None:
+        """Append the locations of `other`."""
+        self.truncated += other.truncated
+        self.dropped_long += other.dropped_long
+        self.dropped_unsupervised += other.dropped_unsupervised

@@ -1,0 +1,250 @@
+"""Read the rows of a file, which all have one form, into conversations, completions, texts, pairs or prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from backhand.data.column_hints import ClassColumns
+from backhand.data.forms import _PREFERENCE, Form, detect
+from backhand.data.messages import read_conversation, read_turns
+from backhand.data.raw_rows import RawRow, RowErrors, describe
+from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
+from backhand.errors import DataError
+from backhand.words import begin_alike
+
+
+class FormReader:
+    """Read the rows of one file, which must all have the form of its first valid row.
+
+    Args:
+        may_ask, purpose, named: see `detect`.
+
+    Attributes:
+        form: the form of the file, or None before the first valid row.
+        columns: names of all columns so far, in order.
+        class_columns: columns of plain-text rows that may contain classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        allow_prompts: bool = False,
+        purpose: Purpose | None = "answers",
+        named: Mapping[str, str] | None = None,
+    ) -> None:
+        self._purpose: Purpose | None = purpose
+        self._detect = partial(detect, allow_prompts=allow_prompts, purpose=purpose, named=named)
+        self.form: Form | None = None
+        self.columns: dict[str, None] = {}
+        self._first_source = ""
+        self.class_columns = ClassColumns()
+
+    def read(self, raw: RawRow) -> Row:
+        """Read one row.
+
+        Raises:
+            DataError: the row has another form than the rows before it, a missing column, or a value of a wrong type.
+        """
+        form = self.form or self._detect(raw)
+        if self.form is not None:
+            self._check_same(raw)
+        row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
+        if self.form is None:
+            self.form, self._first_source = form, raw.source
+        if form.kind == "text":
+            self.class_columns.add(raw.values)
+        if not self.columns.keys() >= raw.values.keys():
+            self.columns |= dict.fromkeys(raw.values)
+        return row
+
+    def read_all(self, raws: Iterable[RawRow], bad: RowErrors) -> Iterator[Row]:
+        """Yield every valid row; `bad` raises or counts the errors of the others."""
+        for raw in raws:
+            try:
+                row = self.read(raw)
+            except DataError as error:
+                bad.add(error)
+                continue
+            yield row
+
+    def _check_same(self, raw: RawRow) -> None:
+        assert self.form is not None
+        missing = [column for column in self.form.columns if raw.values.get(column) is None]
+        if not missing:
+            return
+        try:
+            other = self._detect(raw)
+        except DataError:
+            other = None
+        if other is not None and other != self.form:
+            raise DataError(
+                f"this row has the form {other.name}, but {self._first_source} has the form {self.form.name}",
+                where=raw.source,
+                next_step="keep one form per file; several files may have different forms",
+            )
+        state = "null" if missing[0] in raw.values else "missing"
+        raise DataError(f"{missing[0]} is {state}, in a file of the form {self.form.name}", where=raw.source)
+
+
+def _read(form: Form, raw: RawRow) -> Row:
+    values, source = _under_usual_names(form, raw), raw.source
+    if form.kind == "conversation":
+        return read_conversation(form.columns[0], values[form.columns[0]], values, source)
+    if form.kind == "text":
+        text = _text(values, "text", source)
+        if not text.strip():
+            raise DataError("text is empty", where=source)
+        return PlainText(text, source)
+    if form.kind == "instruction":
+        return _read_instruction(form, values, source)
+    if form.kind == "pair":
+        return _read_pair(form, values, source)
+    if form.kind == "labelled":
+        answer = _read_completion(form.columns[:2], values, source)
+        return UnpairedRow(answer, _label(values[form.columns[-1]], form.columns[-1], source), source)
+    return _read_completion(form.columns, values, source)
+
+
+def _prompt_row(form: Form, raw: RawRow) -> PromptRow:
+    question = _read(form, raw)
+    assert isinstance(question, Conversation | Completion)
+    prompt = question.prompt if isinstance(question, Completion) else raw.values[form.columns[0]]
+    columns = {name: value for name, value in raw.values.items() if name not in (form.columns[0], "prompt")}
+    return PromptRow(question, prompt, columns, raw.source)
+
+
+def _read_completion(columns: Sequence[str], values: Mapping[str, Any], source: str) -> Conversation | Completion:
+    prompt, *completions = columns
+    if isinstance(values[prompt], list):  # lists of messages as in TRL: only the completion carries loss
+        conversation = read_conversation(prompt, values[prompt], values, source)
+        turns = [(message, False) for message in conversation.messages]
+        for column in completions:
+            turns += read_turns(column, values[column], source)
+        messages, supervised = zip(*turns, strict=True)
+        return Conversation(messages, supervised, conversation.tools, source)
+    completion = _text(values, completions[0], source) if completions else None
+    return Completion(_text(values, prompt, source), completion, "", _optional(values, "system", source), source)
+
+
+def _under_usual_names(form: Form, raw: RawRow) -> Mapping[str, Any]:
+    """Return a row's columns, with the form's own name of the system message replaced with `system`."""
+    own = None if form.system is None else _optional(raw.values, form.system, raw.source)
+    if own is None:
+        return raw.values
+    if raw.values.get("system") is not None:
+        raise DataError(
+            f"the row has two system messages, in system and in {form.system}",
+            where=raw.source,
+            next_step="keep one of these columns",
+        )
+    return {**raw.values, "system": own}
+
+
+def _read_instruction(form: Form, values: Mapping[str, Any], source: str) -> Completion:
+    prompt = _text(values, form.columns[0], source)
+    extra = _optional(values, form.optional[0], source)
+    if extra and extra.strip():
+        prompt = f"{prompt}\n\n{extra}"
+    if not prompt.strip():
+        raise DataError(f"{form.columns[0]} is empty", where=source)
+    output = _text(values, form.columns[1], source) if len(form.columns) > 1 else None
+    return Completion(prompt, output, "\n\n", _optional(values, "system", source), source)
+
+
+def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
+    """Read a pair. Its prompt is in a column of its own, or is the common beginning of both sides."""
+    chosen, rejected = (values[column] for column in _PREFERENCE)
+    prompt = values[form.columns[0]] if len(form.columns) > len(_PREFERENCE) else None
+    if isinstance(chosen, list) != isinstance(rejected, list):
+        raise DataError("one of chosen and rejected is text, the other a list of messages", where=source)
+    if not isinstance(chosen, list):
+        chosen, rejected = (_text(values, column, source) for column in _PREFERENCE)
+        if prompt is None:
+            begin = _common_text(chosen, rejected, source)
+            values = {**values, "prompt": chosen[:begin], "chosen": chosen[begin:], "rejected": rejected[begin:]}
+    elif isinstance(prompt, str) and _answers_at_once(chosen) and _answers_at_once(rejected):
+        values = {**values, form.columns[0]: [{"role": "user", "content": prompt}]}
+    elif not isinstance(prompt, list) or all(prompt and side[: len(prompt)] == prompt for side in (chosen, rejected)):
+        # Both sides contain the whole conversation, so an additional prompt is not prepended.
+        one, other = (read_conversation(column, values[column], values, source) for column in _PREFERENCE)
+        begin = _common_messages(one, other, source)
+        return Pair(_supervised_from(one, begin), _supervised_from(other, begin), source)
+    column = form.columns[0] if prompt is not None else "prompt"
+    good, bad = (_read_completion((column, side), values, source) for side in _PREFERENCE)
+    return Pair(good, bad, source)
+
+
+def _supervised_from(side: Conversation, begin: int) -> Conversation:
+    return replace(side, supervised=tuple(carries and i >= begin for i, carries in enumerate(side.supervised)))
+
+
+def _answers_at_once(messages: list[Any]) -> bool:
+    first = messages[0] if messages else None
+    return isinstance(first, Mapping) and (first.get("role") or first.get("from")) in ("assistant", "gpt")
+
+
+def _common_text(chosen: str, rejected: str, source: str) -> int:
+    """Return the number of characters that both sides share. As in TRL, a space before the answers belongs to them."""
+    common = begin_alike(chosen, rejected)
+    if common and chosen[common - 1] == " ":
+        common -= 1
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same text", where=source, next_step="remove the row")
+    if not common:
+        raise _no_prompt("nothing", source)
+    if common in (len(chosen), len(rejected)):
+        one, other = ("chosen", "rejected") if common == len(chosen) else ("rejected", "chosen")
+        raise DataError(
+            f"{one} is a prefix of {other}, so it contains no answer after the prompt",
+            where=source,
+            why="without a column prompt, the prompt is the common beginning of both sides",
+            next_step="add the prompt in a column prompt",
+        )
+    return common
+
+
+def _common_messages(chosen: Conversation, rejected: Conversation, source: str) -> int:
+    """Return the number of messages that both sides share, not counting the last message of either."""
+    both = list(zip(chosen.messages[:-1], rejected.messages[:-1], strict=False))
+    common = next((i for i, (one, other) in enumerate(both) if one != other), len(both))
+    if not any(message["role"] not in ("system", "assistant") for message in chosen.messages[:common]):
+        raise _no_prompt("no question", source)
+    return common
+
+
+def _no_prompt(common: str, source: str) -> DataError:
+    return DataError(
+        f"chosen and rejected have no common prompt: they share {common} at their beginning",
+        where=source,
+        why="a pair is two answers to one prompt",
+        next_step="add the prompt in a column prompt, or the same question at the beginning of both sides",
+    )
+
+
+def _label(value: object, column: str, source: str) -> bool:
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if found is None:
+        raise DataError(
+            f"{column} is {describe(value)}, neither true nor false",
+            where=source,
+            next_step="write true for a desirable answer, false for an undesirable one",
+        )
+    return found
+
+
+def _text(values: Mapping[str, Any], column: str, source: str) -> str:
+    value = values[column]
+    if not isinstance(value, str):
+        raise DataError(
+            f"{column} is {describe(value)}, not text",
+            where=source,
+            next_step=f"write {column} in quotes" if isinstance(value, int | float) else None,
+        )
+    return value
+
+
+def _optional(values: Mapping[str, Any], column: str, source: str) -> str | None:
+    return None if values.get(column) is None else _text(values, column, source)

@@ -1,0 +1,108 @@
+"""Rows for evaluation: a random split of the training rows, the overlap of two data sets, and neutral texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backhand.data.data_report import DataReport
+from backhand.data.examples import Example
+from backhand.data.random_order import random_order
+from backhand.data.stored_examples import PreparedData, StoredExamples, stored, with_totals
+from backhand.errors import DataError
+from backhand.words import count_of
+
+_STREAM = "held-out split"
+
+
+def split(data: PreparedData, fraction: float, seed: int) -> tuple[PreparedData, PreparedData]:
+    """Split into training and held-out examples, each in the order of the file.
+
+    All documents of a row, and all rows that have a document in common, are on the same side.
+
+    Args:
+        fraction: share of the distinct rows to hold out, in (0, 1); each side gets at least one row.
+
+    Raises:
+        DataError: there are fewer than two distinct rows.
+    """
+    examples, groups = data.examples, _groups(data.examples)
+    distinct = np.unique(groups)
+    if len(distinct) < 2:
+        raise DataError(
+            f"{len(distinct)} distinct row is too few to hold out a part of them",
+            where="eval_fraction",
+            next_step="give more rows, or --eval-data",
+        )
+    count = min(max(round(len(distinct) * fraction), 1), len(distinct) - 1)
+    held = np.isin(groups, distinct[random_order(len(distinct), seed, _STREAM)[:count]])
+    sides = [examples.take(side) for side in (~held, held)]
+    trained_on, held_out = (len(np.unique(side.column("source_digest"))) for side in sides)
+    # Rows that were left out or cut are reported once, with the training data.
+    drawn = DataReport(rows=held_out, notes=(f"{held_out:,} of these {count_of(trained_on + held_out, 'row')}",))
+    train = replace(with_totals(sides[0], replace(data.report, rows=trained_on)), held_out_share=fraction)
+    return train, with_totals(sides[1], drawn)
+
+
+USUAL_SHARE = 0.1
+
+
+FEWEST_ROWS = 50
+
+
+MOST_HELD_OUT = 500
+
+
+def default_held_out_share(data: PreparedData) -> float:
+    """Return the default share of rows to hold out: a tenth, at most 500 rows, and none of fewer than 50 rows.
+
+    Five held-out rows are enough to find the best evaluation of a run, but too few to measure how good it is
+    (docs/rates.md).
+    """
+    distinct = len(np.unique(_groups(data.examples)))
+    return 0.0 if distinct < FEWEST_ROWS else min(USUAL_SHARE, MOST_HELD_OUT / distinct)
+
+
+def overlap(train: Iterable[Example], held_out: Iterable[Example]) -> StoredExamples:
+    """Return the held-out examples whose tokens also occur in the training data, whichever of them are supervised."""
+    examples = stored(held_out)
+    return examples.take(np.isin(examples.column("token_digest"), stored(train).column("token_digest")))
+
+
+def neutral_texts() -> list[str]:
+    """Return the lines of neutral_texts.txt: short texts of the package that are unrelated to any task."""
+    text = resources.files("backhand.data").joinpath("neutral_texts.txt").read_text(encoding="utf-8")
+    return text.splitlines()
+
+
+def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:
+    """(examples,) the first example of each example's group. Equal rows and equal tokens join groups (union-find)."""
+    parents: dict[int, int] = {}  # only of examples that are not the first of their group
+
+    def root(i: int) -> int:
+        while (parent := parents.get(i, i)) != i:
+            parents[i] = i = parents.get(parent, parent)
+        return i
+
+    for name in ("source_digest", "token_digest"):
+        for one, other in zip(*equal_neighbours(examples.column(name)), strict=True):
+            first, second = sorted((root(one), root(other)))
+            if first != second:
+                parents[second] = first
+    groups = np.arange(len(examples))
+    for i in parents:
+        groups[i] = root(i)
+    return groups
+
+
+def equal_neighbours(values: npt.NDArray[Any]) -> tuple[list[int], list[int]]:
+    """Return pairs of indices with equal values: each occurrence of a value with the next one, ascending."""
+    order = np.argsort(values, kind="stable")
+    values = values[order]
+    again = np.flatnonzero(values[1:] == values[:-1])
+    return order[again].tolist(), order[again + 1].tolist()

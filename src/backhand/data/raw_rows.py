@@ -1,0 +1,112 @@
+"""Raw rows of files, the policy for malformed rows, and checks of their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from backhand.errors import DataError
+from backhand.words import shorten
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row of a file as read."""
+
+    values: Mapping[str, Any]  # column name to value, of JSON types
+    # Unique location: `file:line`, `name row N` for files without lines, or both if several rows share a line.
+    source: str
+
+
+@dataclass
+class RowErrors:
+    """Policy for malformed rows: raise their errors, or count them under `skip_bad`."""
+
+    skip_bad: bool = False  # count errors instead of raising them
+    count: int = 0
+    empty_lines: int = 0  # lines of only white space so far
+    errors: list[DataError] = field(default_factory=list)  # the first `keep` errors
+    keep: int = 5
+    # first error in the current file; the reader of the next file resets it to None
+    first_of_file: DataError | None = None
+
+    def add(self, error: DataError) -> None:
+        """Raise `error`, or count it."""
+        if not self.skip_bad:
+            if error.next_step is None:
+                remedy = "correct the row, or leave bad rows out with --skip-bad"
+                error.next_step = f"{remedy}; `backhand lint` lists all such rows at once"
+            raise error
+        self.count += 1
+        self.first_of_file = self.first_of_file or error
+        if len(self.errors) < self.keep:
+            self.errors.append(error)
+
+
+def checked_row(values: object, source: str, *, not_utf8: bool = False) -> RawRow:
+    """Return a row after checking that its values are a table of well-formed text.
+
+    Args:
+        not_utf8: lone surrogates represent bytes that are not UTF-8 (Python's surrogateescape).
+
+    Raises:
+        DataError: the row is no table with names, or a string that no tokenizer can read.
+    """
+    if not isinstance(values, Mapping):
+        raise DataError(
+            f"this row is {describe(values)}, not a table of names and values",
+            where=source,
+            next_step='write each row as an object, such as {"prompt": "…", "completion": "…"}',
+        )
+    for text in strings_of(values):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            if not_utf8:
+                raise latin1_error(source)
+            raise DataError(
+                f"{shorten(text)!r} contains half of a surrogate pair, which is not a character",
+                where=source,
+                why="\\ud800 to \\udfff are characters only in pairs; one half was cut off",
+            )
+    return RawRow(values, source)
+
+
+def latin1_error(source: str, byte: int | None = None) -> DataError:
+    """Return the error for a line that is not UTF-8."""
+    shown = "" if byte is None else f" (byte 0x{byte:02x})"
+    return DataError(
+        f"this line is not UTF-8{shown}; it looks like Latin-1 or Windows-1252",
+        where=source,
+        next_step="convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW, or leave such rows out with --skip-bad",
+    )
+
+
+def strings_of(value: object) -> Iterator[str]:
+    """Yield every string inside `value`, including the names of tables, without recursion."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict | Mapping):  # checking for dict first is fast, and nearly all tables are dicts
+            waiting.extend(item)
+            waiting.extend(item.values())
+        elif isinstance(item, list | tuple):
+            waiting.extend(item)
+
+
+def describe(value: object) -> str:
+    """Describe `value` for an error message: its JSON type and a short excerpt."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"the truth value {str(value).lower()}"
+    if isinstance(value, str):
+        return f"the text {shorten(value)!r}"
+    if isinstance(value, int | float):
+        return f"the number {shorten(repr(value))}"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return "a table"
+    return f"a value of type {type(value).__name__}"

@@ -1,0 +1,197 @@
+"""Read rows from sources, encode their documents in batches, and collect statistics."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from backhand.data.chat import Document
+from backhand.data.columns import ColumnReader
+from backhand.data.data_report import DataReport, SourceForm
+from backhand.data.examples import Example, encode_document
+from backhand.data.form_reader import FormReader
+from backhand.data.options import NamedColumns, RowSources
+from backhand.data.raw_rows import RowErrors
+from backhand.data.rows import (
+    Conversation,
+    PromptRow,
+    Purpose,
+    Row,
+    empty_answers,
+    system_of,
+    texts_of,
+)
+from backhand.data.sources import expand, read_rows
+from backhand.data.text_encoder import TextEncoder
+from backhand.errors import DataError
+from backhand.words import count_of, name_list, shorten
+
+_FEW_EMPTY_LINES = 1000
+
+
+PendingRow = tuple[list[Document], Callable[[list[Example]], None]]
+"""The documents of a row, and a function that takes them once they are encoded."""
+
+
+_BATCH_ROWS, _BATCH_CHARACTERS = 512, 2**17
+"""Limits of a batch that is encoded at once, on all cores. A tokenizer needs some 300 bytes per character."""
+
+
+def _in_batches(
+    rows: Iterator[Row], most: int | None, begin: Callable[[Row], PendingRow], encoder: TextEncoder, bad: RowErrors
+) -> Iterator[Row]:
+    """Yield the first `most` valid rows, each after its encoded documents were passed on.
+
+    Errors are raised in the order of the rows.
+    """
+    failure: DataError | None = None
+    done, more = 0, True
+    while more and failure is None and done != most:
+        pending: list[tuple[Row, PendingRow]] = []
+        characters = 0
+        try:
+            for _ in range(_BATCH_ROWS if most is None else min(_BATCH_ROWS, most - done)):
+                if characters > _BATCH_CHARACTERS or not (more := (row := next(rows, None)) is not None):
+                    break
+                assert row is not None
+                try:
+                    pending.append((row, begin(row)))
+                    characters += sum(len(document.text) for document in pending[-1][1][0])
+                except DataError as error:
+                    bad.add(error)
+        except DataError as error:
+            failure = error  # raised after the pending rows, which come before it
+        encoded = iter(encoder.encode_plain([document for _, (documents, _) in pending for document in documents]))
+        for row, (documents, finish) in pending:
+            pairs = zip(documents, list(islice(encoded, len(documents))), strict=True)
+            try:
+                finish([encode_document(document, encoder, encoding) for document, encoding in pairs])
+            except DataError as error:
+                bad.add(error)
+                continue
+            done += 1
+            yield row
+    if failure is not None:
+        raise failure
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Read rows from sources: columns, forms and statistics. The caller makes examples or prompts of them."""
+
+    sources: RowSources
+    named: NamedColumns
+    system: str | None
+    bad: RowErrors
+    purpose: Purpose | None = "answers"
+    held_out: bool = False
+    allow_prompts: bool = False
+    teaches: bool = False  # only answers are learned, so a file without answers is an error
+
+    def of_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
+        """Return the readers of a file's columns and form, and its valid rows."""
+        named = ColumnReader(self.named, self.system, guess=self.purpose in ("answers", None))
+        reader = FormReader(allow_prompts=self.allow_prompts, purpose=self.purpose, named=named.given)
+        raws = read_rows(name, self.bad, held_out=self.held_out)
+        return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
+
+    def read_into(self, begin: Callable[[Row], PendingRow], encoder: TextEncoder, names: Sequence[str]) -> DataReport:
+        """Pass every valid row's documents on, count a DataError as a malformed row, and return the statistics."""
+        bad, most = self.bad, self.sources.max_rows
+        forms: list[SourceForm] = []
+        total = empty = 0
+        unread: dict[str, None] = {}
+        classes: set[str] = set()
+        systems: set[str | None] = set()
+        notes: list[str] = []
+        skipped_before, kept_before, empty_lines_before = bad.count, len(bad.errors), bad.empty_lines
+        for name in expand(names):
+            if total == most:
+                break
+            rows = answered = 0
+            empty_sides: set[int] = set()
+            bad_before, bad.first_of_file = bad.count, None
+            conversation = rewarded = False
+            named, reader, read = self.of_file(name)
+            for row in _in_batches(read, None if most is None else most - total, begin, encoder, bad):
+                rows += 1
+                answered += not (sides := empty_answers(row))
+                empty_sides.update(sides)
+                if len(systems) < 2:
+                    systems.add(system_of(row, self.system))
+                rewarded |= isinstance(row, PromptRow)
+                conversation |= isinstance(texts_of(row)[0], Conversation)
+            if reader.form is None:
+                raise _no_rows(name, bad, bad.count - bad_before)
+            if self.teaches and rows and not answered:
+                raise _no_answers(name, reader, rows, empty_sides)
+            empty += rows - answered
+            if not rewarded:  # reward functions are given every column
+                others = [column for column in reader.columns if column not in named.used]
+                unread |= dict.fromkeys(reader.form.unread(others, conversation=conversation))
+                classes.update(reader.class_columns.names(rows))
+            if named.note is not None:
+                notes.append(named.note)
+            forms.append(SourceForm(name, reader.form.name, rows))
+            total += rows
+        if unread:
+            columns = list(unread)
+            taught = ""
+            labels = [column for column in columns if column in classes]
+            if {form.form for form in forms} == {"text"} and len(labels) == 1:
+                it = "it" if len(columns) == 1 else labels[0]
+                taught = f"; to train on {it} as the answer: --prompt text --completion {shlex.quote(labels[0])}"
+            several = "s" if len(columns) > 1 else ""
+            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{taught}")
+        empty_lines = bad.empty_lines - empty_lines_before
+        if empty_lines > max(_FEW_EMPTY_LINES, total):
+            notes.append(f"{empty_lines:,} empty lines were skipped")
+        return DataReport(
+            tuple(forms),
+            rows=total,
+            empty_answers=empty,
+            skipped_bad=bad.count - skipped_before,
+            bad_rows=tuple(bad.errors[kept_before:]),
+            system=systems.pop() if len(systems) == 1 else None,
+            notes=tuple(notes),
+        )
+
+
+def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collection[int]) -> DataError:
+    form = reader.form
+    assert form is not None
+    conversation = form.kind == "conversation"
+    others = form.unread(reader.columns, conversation=conversation)
+    columns = " and ".join(form.answer_columns)
+    what, next_step = f"every answer is empty, in {count_of(rows, 'row')}", "fill in the answers, or leave out the file"
+    if form.kind == "pair":
+        sides = [form.answer_columns[side] for side in sorted(empty_sides)]
+        what = f"{' or '.join(sides)} is empty in every pair, in {count_of(rows, 'row')}"
+    elif not conversation:
+        next_step = f"rename the column of the answers to {columns}, or leave out the file"
+    return DataError(
+        what,
+        where=name,
+        why=f"answers are read from {'the replies in ' if conversation else ''}{columns}, since the columns have "
+        f"the form {form.name}; other columns: {', '.join(others) or 'none'}",
+        next_step=next_step,
+    )
+
+
+def _no_rows(name: str, bad: RowErrors, count: int) -> DataError:
+    first = bad.first_of_file
+    if first is None:
+        return DataError(
+            "there is no row in the file",
+            where=name,
+            why=f"{bad.empty_lines:,} empty lines were skipped" if bad.empty_lines else None,
+            next_step="give a file with one row per line, or leave out the file",
+        )
+    return DataError(
+        f"no row is usable: {count:,} malformed",
+        where=name,
+        why="; ".join(part for part in (f"the first: {first.where}: {first.what}", first.why) if part),
+        next_step=first.next_step or "correct the file; --skip-bad is for a few bad rows among good ones",
+    )
