@@ -191,10 +191,10 @@ def base_types_section() -> str:
 def _limited_line(limited: dict[str, Any]) -> str:
     seconds = ", ".join(f"{step:.0f}" for step in limited["step_s"])
     return (
-        f"Three steps of {limited['rows']} × {limited['length']} tokens on the shape of an 8B, a file of "
-        f"{limited['file_bytes'] / 1e9:.2f} GB, under a limit of {limited['limit_bytes'] / 1e9:.0f} GB "
-        f"({limited['limit_kind']}), stopped after the first and resumed: {seconds} s; the highest resident memory was "
-        f"{limited['peak_bytes'] / 1e9:.2f} GB, the file's pages in it."
+        f"Three steps of {limited['rows']} × {limited['length']} tokens on the shape of an 8B "
+        f"({limited['file_bytes'] / 1e9:.2f} GB), stopped after the first and resumed: {seconds} s. "
+        f"The limit was {limited['limit_bytes'] / 1e9:.0f} GB ({limited['limit_kind']}). The highest resident memory, "
+        f"including the file's pages, was {limited['peak_bytes'] / 1e9:.2f} GB."
     )
 
 
