@@ -142,8 +142,10 @@ def storage_section() -> str:
     weights = [kind for kind in known if kind.name not in whole]
     readable = [f"`{kind.name}`" for kind in weights if is_readable(int(kind))]
     others = [f"`{kind.name}`" for kind in weights if not is_readable(int(kind))]
-    text = f"Types that are read: {', '.join(readable)}; files mix them as they like."
-    return text + (f" Refused when the file is opened: {', '.join(others)}." if others else "")
+    rows = [f"| read, in any mix | {', '.join(readable)} |"]
+    if others:
+        rows.append(f"| refused when the file is opened | {', '.join(others)} |")
+    return "\n".join(["| storage types | |", "|---|---|", *rows])
 
 
 def fallback_section() -> str:
