@@ -54,9 +54,9 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
         parts = (POINTER * 1)(receiver[0]), (INT64 * 1)(receiver[1]), (INT64 * 1)(rank)
         for build in builds:
             for name, types, arguments in (
-                ("shrink", (*_MATRIX, *_MATRIX, *_MATRIX, *_SIZES), (*v, *factor, *h, rows, n, rank)),
+                ("down", (*_MATRIX, *_MATRIX, *_MATRIX, *_SIZES), (*v, *factor, *h, rows, n, rank)),
                 (
-                    "expand",
+                    "up",
                     (*_MATRIX, *_MATRIX, *_MATRIX, INT, *_SIZES, DOUBLE),
                     (*added, transposed, rows, n, rank, 0.5),
                 ),
@@ -67,7 +67,7 @@ def low_rank(builds: list[Library], generator: np.random.Generator, rounds: int)
                     (*v, *h, *d_h, 1, layer, (DOUBLE * 1)(0.5), 1, int(generator.integers(2)), rows),
                 ),
             ):
-                if name != "expand" and transposed == (name == "backward"):
+                if name != "up" and transposed == (name == "backward"):
                     continue  # takes lora_B as it is; the others lora_A
                 function = build.function(f"backhand_low_rank_{name}", (INT, *types), INT)
                 assert function(number, *arguments) == 0

@@ -16,7 +16,7 @@ struct Activated {
   Vector<C> value, slope;
 };
 
-// Whether results are rounded further when they are stored, which leaves room for a cheaper exponential and division.
+// True if results are rounded further when they are stored, which permits a cheaper exponential and division.
 template <class T, class C>
 constexpr bool rounded = sizeof(T) < sizeof(C);
 
@@ -39,7 +39,7 @@ inline Vector<C> divided(Vector<C> a, Vector<C> b) {
 template <int activation, class T, class C>
 inline Activated<C> activated(Vector<C> a) {
   const Vector<C> power = power_of<activation, T, C>(a), sigmoid = divided<T, C>(all<C>(1), 1 + power);
-  // A second division rounds once less, which shows where nothing is rounded further.
+  // A second division rounds once less, which matters only if results are not rounded further.
   const Vector<C> value = rounded<T, C> ? a * sigmoid : divided<T, C>(a, 1 + power);
   if constexpr (activation == SILU) {
     return {value, fma(value, MUTATED("glu: inner derivative missing", 1 - sigmoid, Vector<C>{}), sigmoid)};

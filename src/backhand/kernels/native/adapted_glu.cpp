@@ -1,17 +1,17 @@
-// A gated unit's backward between the factors around it: the formulas of ops/adapted_glu.py.
+// Backward of a gated unit together with the factors before and after it: the formulas of ops/adapted_glu.py.
 //
-// Memory is what each of these passes waits for alone: the gradients of a and u, and p again for ∂L/∂A behind the unit,
-// would be written and read once more for the products with the factors. Here a few rows and columns at a time are made,
-// are multiplied while they are near the processor, and p is never written at all.
+// Each of these passes alone is bound by memory: the gradients of a and u, and p recomputed for ∂L/∂A of the down
+// projection, would be written and read again for the products with the factors. Here a few rows and columns at a time
+// are computed and multiplied while they are in the cache, and p is never written.
 //
-// A task is a part of the rows, whose number does not depend on that of the threads: it has sums of its own of all
-// gradients of factors, which are added in the order of the parts.
+// A task is a part of the rows. The number of parts does not depend on the number of threads. Each part has its own
+// sums of all gradients of factors, which are added in the order of the parts.
 #include "activations.h"
 #include "low_rank.h"
 
 namespace {
 
-// A factor beside one half of the unit: gate and up with h, F = lora_B and what they give, ∂L/∂h and ∂L/∂F (n, rank).
+// The factor of gate or up: h, F = lora_B, and their gradients ∂L/∂h and ∂L/∂F (n, rank).
 template <class T>
 struct Side {
   Matrix<const T> h, factor;
@@ -20,7 +20,7 @@ struct Side {
   double scaling;
 };
 
-// What stands behind the unit: t = p Aᵀ, of which ∂L/∂t is given and ∂L/∂A (rank, n) wanted.
+// The factor of the down projection: t = p Aᵀ, with ∂L/∂t given and ∂L/∂A (rank, n) computed.
 template <class T>
 struct Behind {
   Matrix<const T> d_t;
@@ -31,10 +31,10 @@ struct Behind {
 template <int activation, class C>
 struct AdaptedGLU {
   typedef Plain<C> Op;
-  // So much is at work at a time.
+  // Rows and columns that are computed at a time.
   static constexpr int64_t ROWS = 48, COLUMNS = 64, SIDES = 2;
 
-  // Rows of a block as the left operand: their distance is known, which spares the compiler a register for each of them.
+  // Rows of a block as the left operand. Their constant distance saves the compiler a register per row.
   struct Block {
     const C* data;
     const C* from(int64_t i) const { return data + i * COLUMNS; }
@@ -49,14 +49,14 @@ struct AdaptedGLU {
 
   static int64_t across(int64_t rank) { return rounded_up(rank, lanes<C>); }
   int64_t width() const { return rounded_up(n, FEWEST_COLUMNS); }
-  // Sums of one part: of each side's gradient and of that behind, (rounded up rank, width) each.
+  // Sums of one part: the gradients of gate's, up's and down's factors, (rounded up rank, width) each.
   static int64_t high(int64_t rank) { return rounded_up(rank, TILE); }
   int64_t sums_of_part() const { return (high(sides[0].rank) + high(sides[1].rank) + high(behind.rank)) * width(); }
 
-  // A block of both gradients and of p, a row of each behind another, zeros behind n; asks for the next block of columns.
+  // Compute a block of both gradients and of p, row by row, with zeros after n; prefetch the next block of columns.
   void make(int64_t t, int64_t count, int64_t j, int64_t wide, C* of_gate, C* of_up, C* p) const {
     const int64_t there = std::min(wide, n - j), left = rows - t - ROWS;
-    // The first columns of the next rows behind the last ones.
+    // After the last columns, prefetch the first columns of the next rows.
     const bool on = j + COLUMNS < n;
     const int64_t to = on ? j + COLUMNS : 0;
     for (int64_t y = 0; y < count; ++y, of_gate += COLUMNS, of_up += COLUMNS, p += COLUMNS) {
@@ -103,7 +103,8 @@ struct AdaptedGLU {
 
   static void ask(const C* place) { __builtin_prefetch(place, 0, 2); }
 
-  // The rows first … last - 1; `sums` are the part's own, `factors` those of the sides with whole registers a row.
+  // Compute the rows first … last - 1. `sums` are the part's; `factors` are those of gate and up with whole registers
+  // per row.
   void part(int64_t first, int64_t last, const BlockSums<C>& sums, const Rows<C>* factors, C* added) const {
     alignas(64) C of_gate[ROWS * COLUMNS], of_up[ROWS * COLUMNS], p[ROWS * COLUMNS];
     const C* const made[SIDES] = {of_gate, of_up};
@@ -151,7 +152,7 @@ struct AdaptedGLU {
     }
   }
 
-  // Columns first … last - 1 of the sums of all parts, added to the gradients.
+  // Add the columns first … last - 1 of the sums of all parts to the gradients.
   void add_up(C* sums, int64_t parts, int64_t first, int64_t last) const {
     const int64_t apart = sums_of_part(), there = std::min(last, n) - first;
     for (int64_t s = 0; s < SIDES; ++s) {
@@ -172,7 +173,7 @@ struct AdaptedGLU {
     const RowParts parts(rows);
     const int64_t added = ROWS * (across(sides[0].rank) + across(sides[1].rank));
     const int64_t one = parts.count * sums_of_part();
-    // A square may begin in the last row.
+    // A square of the transposition may begin in the last row.
     const int64_t numbers = BlockSums<C>::numbers(one, rows / parts.count, ROWS) + TILE * width();
     size_t bytes = static_cast<size_t>(numbers + parts.count * added) * sizeof(C);
     for (int64_t s = 0; s < SIDES; ++s) bytes += static_cast<size_t>(n * across(sides[s].rank)) * sizeof(C) + 64;
@@ -232,11 +233,11 @@ int adapted_glu(const int64_t* numbers, const double* scalings, int64_t rows, in
 
 }  // namespace
 
-// For float and double. `numbers`: address and distance of rows of d_y, gate, up, d_gate and d_up (rows, n), the last two
-// perhaps where gate and up are; of gate's factor and then up's: the same of h (rows, rank), B (n, rank), d_h and the
-// gradient of B, and the rank, zeros where there is none; of the factor behind: the same of d_t (rows, rank) and of the
-// gradient of A (rank, n), and the rank. Gradients of factors are added to. Returns 1 when there is no memory or for
-// another type, else 0.
+// For float and double. `numbers` holds pairs of an address and a row stride. First those of d_y, gate, up, d_gate and
+// d_up (rows, n), the last two of which may be gate and up. Then, for gate's factor and for up's: those of h (rows,
+// rank), B (n, rank), d_h and the gradient of B, and the rank; zeros if there is no factor. Then, for down's factor:
+// those of d_t (rows, rank) and the gradient of A (rank, n), and the rank. Gradients of factors are added to. Returns 1
+// if there is no memory or for another type, else 0.
 BACKHAND_EXPORT int backhand_adapted_glu_backward(int dtype, int activation, const int64_t* numbers,
                                                   const double* scalings, int64_t rows, int64_t n) {
   const bool silu = activation == SILU;

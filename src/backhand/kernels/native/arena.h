@@ -1,4 +1,4 @@
-// Working memory of a loop.
+// Working memory of a kernel.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ class Arena {
   size_t bytes_, used_ = 0;
 };
 
-// Numbers, or structs of them, one behind the other; a std::vector that needs no C++ library where it is loaded.
+// Consecutive numbers or structs of them: a std::vector that needs no C++ library at run time.
 template <class T>
 class List {
  public:

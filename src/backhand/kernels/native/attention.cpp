@@ -1,14 +1,14 @@
 // Causal grouped-query attention over packed documents, forward and backward: the formulas of ops/attention.py.
 //
-// One task is one segment and one key/value head with the query heads that share it (or one of these, where tasks are
-// few). It packs the keys and values once, then takes block by block of queries: the block's scores against all keys
-// that it sees, their softmax, and the products that follow, while all of it lies in the second-level cache. Keys
-// behind the block's last query, and before its window, are never multiplied. The backward normalises P afresh and
-// works on transposed blocks (keys, queries), so that every product finds its operands as packed, and sums over keys
-// run down the lanes. Where it is asked to, it gives O once more from the same P, for one product in six.
+// A task is one segment and one key/value head with the query heads that share it (or one of these heads, if there are
+// few tasks). It packs the keys and values once and then computes block by block of queries: the block's scores against
+// all keys that it sees, their softmax, and the following products, while all of it is in the second-level cache. Keys
+// after the block's last query and before its window are never multiplied. The backward computes P again and works on
+// transposed blocks (keys, queries), so that every product finds its operands packed and sums over keys run down the
+// lanes. On request it also recomputes O from the same P, which is one product in six.
 //
-// Results do not depend on the number of threads: each task writes places of its own, and what several add up (∂L/∂K and
-// ∂L/∂V of segments that others continue, and those of a group whose heads are tasks) goes to buffers, added in a fixed
+// Results do not depend on the number of threads. Each task writes separate places. What several tasks sum (∂L/∂K and
+// ∂L/∂V of continued segments, and those of a group whose heads are tasks) goes to buffers that are added in a fixed
 // order.
 #include <algorithm>
 #include <cstdlib>
@@ -50,8 +50,8 @@ int forward(const Forward<Op, T>& run) {
   return enough ? 0 : 1;
 }
 
-// Neighbouring segments of one tree that a task takes. It adds up ∂L/∂K and ∂L/∂V of the tree's continued segments, of
-// so many rows, in a buffer of its own; so many rows of buffers stand before it.
+// Neighbouring segments of one tree that a task computes. It sums ∂L/∂K and ∂L/∂V of the tree's continued segments, of
+// `rows` rows, in its own buffer, which begins after `place` rows of other buffers.
 struct Piece {
   int64_t first, last, rows, place;
 };
@@ -64,7 +64,7 @@ struct Continued {
 struct Plan {
   List<Piece> pieces;
   List<Continued> continued;
-  List<int64_t> row_of;  // of each token, -1 where nothing continues its segment
+  List<int64_t> row_of;  // of each token, -1 if no segment continues its segment
   int64_t rows = 0;      // of all buffers
 
   explicit Plan(const Segments& segments) {
@@ -75,7 +75,7 @@ struct Plan {
     }
     for (int64_t first = 0, last; first < segments.count; first = last) {
       last = segments.tree_end(first);
-      // Few trees: several tasks for each.
+      // With few trees, each is divided into several tasks.
       const int64_t count = std::min(last - first, std::max<int64_t>(1, MOST_PIECES / std::max<int64_t>(trees, 1)));
       const int64_t piece = pieces.size();
       int64_t own = 0;
@@ -101,7 +101,7 @@ int backward(const Backward<Op, T>& run) {
   const int64_t width = shape.width(), group = shape.group(), most_keys = documents.longest();
   const int64_t padded = rounded_up(most_keys, KEYS), tokens = plan.row_of.size();
   const int64_t pieces = plan.pieces.size();
-  // Few tasks: each head of a group is one, with a buffer of its own for all tokens.
+  // With few tasks, each head of a group is a task, with its own buffer for all tokens.
   const bool split = plan.rows == 0 && group > 1 && pieces * shape.kv_heads < FEW_TASKS &&
                      tokens * shape.heads * width * 2 * static_cast<int64_t>(sizeof(C)) <= SPLIT_BYTES;
   const int64_t heads = split ? 1 : group, parts = split ? group : 1;
@@ -112,7 +112,7 @@ int backward(const Backward<Op, T>& run) {
     shares = static_cast<C*>(std::malloc(static_cast<size_t>(all_rows * width * 2) * sizeof(C)));
     if (shares == nullptr) return 1;
   }
-  // A buffer of so many rows behind others.
+  // A buffer of `rows` rows after `before` rows of others.
   const auto buffer = [=](int64_t before, int64_t rows) {
     C* d_k = shares + before * width * 2;
     return Accumulated<C>{d_k, d_k + rows * width};
@@ -201,9 +201,9 @@ int backward(const Backward<Op, T>& run) {
 
 }  // namespace
 
-// output (tokens, heads, head_dim) from q, k and v, each given by its address and the distances of its tokens and of
-// its heads. table: (3, segments), see segments.h. A query sees itself and window - 1 keys before it. sinks: (heads,) or
-// null. Returns 1 when there is no memory, else 0.
+// Compute output (tokens, heads, head_dim) from q, k and v, each given by its address and the strides of its tokens and
+// heads. table: (3, segments), see segments.h. A query sees itself and window - 1 keys before it. sinks: (heads,) or
+// null. Returns 1 if there is no memory, else 0.
 BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k,
                                                int64_t k_token, int64_t k_head, const void* v, int64_t v_token,
                                                int64_t v_head, void* output, int64_t output_token, int64_t output_head,
@@ -220,8 +220,8 @@ BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t
   });
 }
 
-// The gradients of q, k and v from d_y, the gradient of the output; the output once more in `again`, if that is not
-// null. The rest as in the forward.
+// Compute the gradients of q, k and v from d_y, the gradient of the output, and the output itself in `again` if that is
+// not null. The other arguments are those of the forward.
 BACKHAND_EXPORT int backhand_attention_backward(
     int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,

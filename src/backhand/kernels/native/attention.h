@@ -1,4 +1,4 @@
-// What attention's passes share: its problem, and rows of heads as the products take them; see attention.cpp.
+// Shared by the passes of attention: the problem, and rows of heads in the layout of the products; see attention.cpp.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ struct Shape {
   Segments segments;
   int64_t heads, kv_heads, head_dim, window;
   double scaling;
-  const double* sinks;  // of each head one more term of the softmax's sum, whose key has no value; or null
+  const double* sinks;  // per head, an additional term of the softmax's sum, whose key has no value; or null
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return rounded_up(head_dim, SIDE); }
 };
@@ -38,7 +38,7 @@ class Documents {
       longest_ = std::max(longest_, before + length);
       reach_[i] = before + length;
       if (!segments.continued(i)) continue;
-      // The parent's tokens, then its own, for those that continue it.
+      // For segments that continue it: the parent's tokens, then its own.
       for (int64_t j = 0; j < before; ++j) tokens_.push_back(tokens_[ends_[parent] - before + j]);
       for (int64_t j = 0; j < length; ++j) tokens_.push_back(segments.start(i) + j);
       ends_[i] = tokens_.size();
@@ -53,7 +53,7 @@ class Documents {
 
  private:
   Segments segments_;
-  List<int64_t> tokens_, ends_, reach_;  // paths behind one another; of each segment the end of its path, and its tokens
+  List<int64_t> tokens_, ends_, reach_;  // the paths of all segments; each segment's end of its path, and its tokens
   int64_t longest_ = 0;
 };
 
@@ -61,13 +61,13 @@ class Documents {
 constexpr int64_t KEYS = 32;
 constexpr int64_t LONG = 2048;
 
-// Queries of a block: fewer where a block's scores would not stay in the cache.
+// Queries per block: fewer if the scores of a block would not stay in the cache.
 inline int64_t block_of(int64_t keys) { return keys <= LONG ? 64 : 32; }
 
-// So many keys are added up before what they come to is added to what others have come to.
+// Keys per partial sum, which is then added to the sum of the previous ones.
 constexpr int64_t KEYS_A_SUM = 128;
 
-// What the queries first … first + count - 1 (positions) may see: keys low … high - 1, both multiples of `KEYS`.
+// The queries first … first + count - 1 (positions) may see the keys low … high - 1, both multiples of `KEYS`.
 struct Range {
   int64_t low, high;
 };
@@ -76,8 +76,8 @@ inline Range seen(const Shape& shape, int64_t first, int64_t count) {
   return {low / KEYS * KEYS, rounded_up(first + count, KEYS)};
 }
 
-// Rows of a head lie as far apart as tokens, mostly in pages of their own, where the processor guesses nothing: each is
-// asked for, into the second-level cache, so many rows before its turn.
+// Rows of a head are as far apart as tokens, mostly on different pages, which the processor does not prefetch. Each row
+// is prefetched into the second-level cache this many rows before it is read.
 constexpr int64_t ROWS_AHEAD = 4;
 
 // count rows of one head, widened or kept, with zeros up to (padded, width).
@@ -94,7 +94,7 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
       for (int64_t j = 0; j < head_dim; j += STEP) __builtin_prefetch(later + j, 0, 2);
     }
     if constexpr (sizeof(E) == sizeof(T)) {
-      // A line at a time: for so few bytes a call of a function costs more than it copies.
+      // One cache line at a time: for so few bytes a function call costs more than the copy.
       int64_t j = 0;
       for (; j + STEP <= head_dim; j += STEP) std::memcpy(to + j, from + j, LINE);
       if (j < head_dim) std::memcpy(to + j, from + j, static_cast<size_t>(head_dim - j) * sizeof(T));
@@ -106,7 +106,7 @@ inline void pack_rows(Heads<const T> x, int64_t head, const Document& doc, int64
   std::fill(rows + count * width, rows + padded * width, E(0));
 }
 
-// Rows (count, columns) as units along the rows' own number, where they are not that already: in `spare`.
+// Convert rows (count, columns) to units along the row index, in `spare`, unless they have that layout already.
 template <class Op>
 inline const typename Op::Unit* by_places(const typename Op::Element* rows, int64_t columns, int64_t count,
                                           typename Op::Unit* spare) {

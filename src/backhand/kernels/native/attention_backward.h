@@ -7,7 +7,7 @@
 
 namespace {
 
-// ∂L/∂K and ∂L/∂V in the type that they add up in: (rows, width) each.
+// ∂L/∂K and ∂L/∂V in the type of their sums: (rows, width) each.
 template <class C>
 struct Accumulated {
   C *d_k, *d_v;
@@ -20,7 +20,7 @@ struct Backward {
   typedef typename Op::Unit U;
   Shape shape;
   Heads<const T> q, k, v, d_y;
-  Heads<T> d_q, d_k, d_v, again;  // the last one's data is null where O is not wanted
+  Heads<T> d_q, d_k, d_v, again;  // the data of the last one is null if O is not requested
 
   size_t scratch(int64_t keys) const {
     const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
@@ -28,7 +28,7 @@ struct Backward {
     return static_cast<size_t>(numbers) * sizeof(C) + 33 * 64;
   }
 
-  // Adds to `into` (keys, width); writes ∂L/∂Q, and O where it is wanted.
+  // Add to `into` (keys, width); write ∂L/∂Q, and O if it is requested.
   void task(const Document& doc, int64_t kv_head, int64_t first_head, int64_t last_head, Arena& arena,
             Accumulated<C> into) const {
     const int64_t n = rounded_up(doc.keys(), KEYS), width = shape.width(), units = width / Op::PACK;
@@ -36,8 +36,7 @@ struct Backward {
     E *k_rows = arena.take<E>(n * width), *v_rows = arena.take<E>(n * width);
     C *scores = arena.take<C>(std::max(n, width) * block), *d_p = arena.take<C>(n * block);
     C* sums = arena.take<C>(width * block);
-    // Where they are stored alike, P takes the place of the scores, unless a result is turned there, and ∂L/∂S that of
-    // ∂L/∂P.
+    // If the types are equal, P overwrites the scores, unless a result is transposed there, and ∂L/∂S overwrites ∂L/∂P.
     E* p = Op::PACK == 1 && !by_corners<Op> ? reinterpret_cast<E*>(scores) : arena.take<E>(n * block);
     E* d_s = Op::PACK == 1 ? reinterpret_cast<E*>(d_p) : arena.take<E>(n * block);
     const auto spare = [&](int64_t count) { return Op::PACK == 1 ? nullptr : arena.take<U>(count); };
@@ -71,7 +70,7 @@ struct Backward {
         pack_rows<Op>(d_y, head, doc, first, count, queries, shape.head_dim, width, g_rows);
         transpose(reinterpret_cast<const U*>(q_rows), units, queries, units, q_turned, block);
         transpose(reinterpret_cast<const U*>(g_rows), units, queries, units, g_turned, block);
-        // (keys, queries) from rows of keys and turned queries.
+        // (keys, queries) from rows of keys and transposed queries.
         const auto multiply = [&](const E* rows, const U* turned, C* result) {
           scores_by_keys<Op>(span, queries, units, reinterpret_cast<const U*>(rows + range.low * width), turned, block,
                              result, block, diagonal);
@@ -115,8 +114,8 @@ struct Backward {
 
   static constexpr int CHUNK = 2;  // registers of queries at a time
 
-  // P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries, from position `first` on: of keys `low` and
-  // the next, so many of which some of them see, with zeros behind up to `end`. Results may take the operands' places.
+  // Compute P and ∂L/∂S = P ⊙ (∂L/∂P - δ), scaled, of `CHUNK` registers of queries from position `first` on. Some of
+  // these queries see keys from `low` on; the rest up to `end` is set to zero. Results may overwrite the operands.
   void softmax_columns(C* scores, C* d_p, E* p, E* d_s, int64_t row, int64_t first, int64_t low, int64_t span,
                        int64_t end, int64_t head) const {
     constexpr int W = lanes<C>;
@@ -137,7 +136,7 @@ struct Backward {
       const int32_t key = static_cast<int32_t>(j);
       return (at >= MUTATED("attention: causal mask off by one", key, key - 1)) & (at < key + reach);
     };
-    // body(row, whether some of the queries do not see its key): those that all see stand between others.
+    // body(row, true if some of the queries do not see its key); keys that all queries see are between the others.
     const int64_t all_see = std::min(std::max<int64_t>(0, last - reach + 1 - low), span);
     const int64_t some_see = std::min(std::max(all_see, first + 1 - low), span);
     const auto each_key = [=](int64_t i, int64_t end_of_keys, const auto& body) {
@@ -154,20 +153,20 @@ struct Backward {
     });
     for (int c = 0; c < CHUNK && sinks; ++c)
       sums[c].sum = MUTATED("attention: sink missing in backward", Op::power(sink - most[c]), Vector<C>{});
-    // In steps that begin at the same keys wherever the block's first one stands.
+    // Steps begin at the same keys for every position of the block's first key.
     for (int64_t begin = 0; begin < span;) {
       const int64_t next = (low + begin) / KEYS_A_SUM * KEYS_A_SUM + KEYS_A_SUM - low;
       const int64_t last = std::min(span, MUTATED("attention: naive sums of columns", next, span));
       Vector<C> sum[CHUNK] = {}, of_deltas[CHUNK] = {};
       each_key(begin, last, [&](int64_t i, auto masked) {
         for (int c = 0; c < CHUNK; ++c) {
-          // Rounded as for the largest, whose power is then one exactly: alone, a key takes no gradient from δ.
+          // Rounded like the largest, whose power is then exactly one: a key that is alone gets no gradient from δ.
           const int64_t place = i * row + c * W;
           Vector<C> e = Op::power(load<C>(scores + place) * powers - most[c]), d_share = load<C>(d_p + place);
           if (masked()) {
             const Bits<C> seen_by = visible(low + i, position[c]);
             e = seen_by ? e : Vector<C>{};
-            d_share = seen_by ? d_share : Vector<C>{};  // where there may be anything
+            d_share = seen_by ? d_share : Vector<C>{};  // which may be undefined
             store(d_p + place, d_share);
           }
           store(scores + place, e);
@@ -182,7 +181,7 @@ struct Backward {
       begin = last;
     }
     for (int c = 0; c < CHUNK; ++c) {
-      // Behind the last query stand some that may see nothing at all.
+      // Padding queries after the last query may see no key at all.
       const Vector<C> sum = sums[c].sum;
       inverse[c] = sum > 0 ? 1 / sum : Vector<C>{};
       inverse[c] = sum == sum ? inverse[c] : sum;

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Turned keys lie so many units further apart than there are: powers of two would share a few places of a cache.
+// Padding between transposed keys: with distances that are powers of two they would share few places of a cache.
 constexpr int64_t APART = 16;
 
 template <class Op, class T>

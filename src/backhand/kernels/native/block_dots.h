@@ -1,9 +1,9 @@
-// One row of x times rows of quantized blocks that are unpacked in registers: for bfloat16 where the processor
-// multiplies pairs of them, and for the types that most files are made of.
+// Dot products of one row of x with rows of quantized blocks, which are unpacked in registers: for bfloat16 on
+// processors that multiply pairs of it, and for the most common block types.
 //
-// A block's numbers are those that expand.h gives, rounded to bfloat16 alike, 32 of them a register, and sums take them
-// in the order of the row: so that the bits are those of the same numbers in memory. None is smaller than a normal
-// number, since scales and minima are multiples of 2⁻²⁴; what is not finite makes the sum so, as it would from memory.
+// A block's numbers are those of expand.h, rounded to bfloat16 in the same way, 32 per register, and are summed in the
+// order of the row. The bits are therefore those of the same numbers in memory. No number is subnormal, since scales
+// and minima are multiples of 2⁻²⁴. Numbers that are not finite make the sum so, as they would from memory.
 #pragma once
 
 #include "formats.h"
@@ -27,20 +27,20 @@ inline __m512 sixteen(const int8_t* levels) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels))));
 }
 
-// What 32 codes of 4 bits, in bytes, stand for in a table of 16.
+// Look up 32 codes of 4 bits, in bytes, in a table of 16.
 inline __m512i looked_up(__m256i codes, __m512 table) {
   const __m512i narrow = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(table));
   return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), narrow);
 }
 
-// 16 integers times one scale, 16 times another.
+// Multiply 16 integers by one scale and 16 by another.
 inline __m512i from_signed(__m256i q, __m512 low_scale, __m512 high_scale) {
   const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
   const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)));
   return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(high_scale, high), _mm512_mul_ps(low_scale, low));
 }
 
-// Σ block · x onto `sum`, for a type's block.
+// Add Σ block · x to `sum`, for the block type.
 template <class Format>
 struct BlockDot;
 
@@ -53,7 +53,7 @@ struct BlockDot<FourBits<Levels, Minimum>> {
     const __m256i codes = _mm256_and_si256(both, _mm256_set1_epi8(15));
     int32_t both_halves;
     std::memcpy(&both_halves, block, 4);
-    const __m128 scale = _mm_cvtph_ps(_mm_cvtsi32_si128(both_halves));  // and what is added, if there is any
+    const __m128 scale = _mm_cvtph_ps(_mm_cvtsi32_si128(both_halves));  // and the minimum that is added, if there is one
     __m512 table = _mm512_mul_ps(_mm512_broadcastss_ps(scale), sixteen(Levels));
     if (Minimum) table = _mm512_add_ps(table, _mm512_broadcastss_ps(_mm_movehdup_ps(scale)));
     return plus_products(sum, looked_up(codes, table), x);
@@ -99,7 +99,7 @@ struct BlockDot<Q6_K> {
       const __m256i* low = reinterpret_cast<const __m256i*>(block + 64 * n);
       const __m256i a = _mm256_loadu_si256(low), b = _mm256_loadu_si256(low + 1);
       const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 128 + 32 * n));
-      // The fifth and sixth bit of each come from two bits of `two`, in bytes.
+      // The fifth and sixth bit of each code come from two bits of `two`, in bytes.
       const __m256i tops[4] = {_mm256_slli_epi16(two, 4), _mm256_slli_epi16(two, 2), two, _mm256_srli_epi16(two, 2)};
       const __m256i lows[4] = {a, b, _mm256_srli_epi16(a, 4), _mm256_srli_epi16(b, 4)};
       for (int k = 0; k < 4; ++k) {
@@ -133,7 +133,7 @@ void block_dots(const uint8_t* const* w, int64_t columns, const bfloat16* x, Vec
   }
 }
 
-// Whether the type is one of these; then the sums of `ROWS` rows are added up.
+// Return true if the type is one of these, after adding the sums of `ROWS` rows.
 template <int ROWS>
 inline bool take_block_dots(int type, const uint8_t* const* w, int64_t columns, const bfloat16* x,
                             Vector<float>* sums) {

@@ -1,11 +1,11 @@
-// A mapped file that is cut short, or whose disk fails, is a SIGBUS at the next read of the missing page: in whichever
-// loop, library and thread that happens to be. Which addresses belong to which file is told here, and the handler ends
-// the process with that file's message in place of the system's silence. It touches nothing but the stack and the table.
+// If a mapped file is cut short, or its disk fails, the next read of the missing page is a SIGBUS, in any kernel,
+// library and thread. This table records which addresses belong to which file, and the handler ends the process with
+// that file's message. It uses only the stack and the table.
 #include "common.h"
 
 #if defined(_WIN32)
 
-// Windows knows no such signal, and keeps a mapped file from being cut: nothing is watched.
+// Windows has no such signal, and prevents a mapped file from being cut: nothing is watched.
 BACKHAND_EXPORT int backhand_watch_mapping(const void*, int64_t, int, const char*, const char*) { return -1; }
 BACKHAND_EXPORT void backhand_forget_mapping(int) {}
 
@@ -23,7 +23,7 @@ struct Mapping {
   std::atomic<uintptr_t> begin;  // 0: a free place
   uintptr_t end;
   int descriptor;
-  const char *cut_short, *unreadable;  // whole messages
+  const char *cut_short, *unreadable;  // complete messages
 };
 
 constexpr int kPlaces = 1024, kExitCode = 4;  // the code of an ArtifactError
@@ -31,7 +31,7 @@ Mapping mappings[kPlaces];
 struct sigaction before;
 bool installed = false;
 
-// Never again once a write has failed: nothing here can be told of it.
+// Not repeated after a write has failed, since the failure cannot be reported.
 void say(const char* text) {
   size_t length = 0;
   while (text[length] != 0) ++length;
@@ -53,7 +53,7 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
     say(shorter ? mapping.cut_short : mapping.unreadable);
     _exit(kExitCode);
   }
-  // Nobody's file: what was there before decides, as if this handler did not exist.
+  // The address belongs to no watched file: the previous handler decides.
   if (before.sa_flags & SA_SIGINFO) {
     before.sa_sigaction(number, info, context);
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
@@ -75,11 +75,11 @@ bool install() {
 
 }  // namespace
 
-// From now on a bus error within the `length` bytes from `address` ends the process with exit code 4, after writing
-// `cut_short` to standard error where the file of `descriptor` has become shorter, else `unreadable`.
+// Watch the `length` bytes from `address`: a bus error there writes `cut_short` to standard error if the file of
+// `descriptor` has become shorter, else `unreadable`, and ends the process with exit code 4.
 //
-// Both texts and the descriptor must last until `backhand_forget_mapping`. Returns the mapping's place, or -1 where
-// there is none left or the system refuses the handler. To be called by one thread at a time, and not by a handler.
+// Both texts and the descriptor must last until `backhand_forget_mapping`. Returns the mapping's index, or -1 if the
+// table is full or the system refuses the handler. Must be called by one thread at a time, and not by a handler.
 BACKHAND_EXPORT int backhand_watch_mapping(const void* address, int64_t length, int descriptor, const char* cut_short,
                                            const char* unreadable) {
   if (!install()) return -1;

@@ -1,9 +1,9 @@
-// Causal depthwise convolution over packed documents, forward and backward: plain or with SiLU behind it, by the
-// formulas of ops/causal_conv.py, or between two gates, by those of ops/gated_conv.py.
+// Causal depthwise convolution over packed documents, forward and backward. Plain or followed by SiLU, by the formulas
+// of ops/causal_conv.py; or between two gates, by those of ops/gated_conv.py.
 //
-// A piece of work is a block of channels of all documents, token by token: of the input the last few rows are at work,
-// of the backward's C as many, and both stay in the first-level cache. Sums are rounded once. What segments add to the
-// gradient of the one that they continue is added in their order.
+// A task is a block of channels of all documents, token by token. It uses the last few rows of the input, and in the
+// backward the last few rows of C, which stay in the first-level cache. Sums are rounded once. The gradients that
+// segments add to the segment they continue are added in the order of the segments.
 #include <algorithm>
 
 #include "activations.h"
@@ -18,7 +18,7 @@ constexpr int64_t CHANNELS = 256, MOST_TAPS = 8;
 
 template <class T>
 struct Convolution {
-  const T* x;  // rows of `channels` numbers, or, gated, of [B | C | x]
+  const T* x;  // rows of `channels` numbers, or of [B | C | x] if gated
   int64_t x_row;
   const T* weight;  // (channels, taps), the tap of the token itself last
   int64_t weight_row;
@@ -27,7 +27,7 @@ struct Convolution {
   int64_t channels, taps;
 };
 
-// A segment, and the tokens so many places before its first one, as many as there are and taps reach.
+// A segment, and the tokens 1, 2, … places before its first one, as far as there are tokens and taps.
 struct Place {
   int64_t number, start, length, before;
   int64_t earlier[MOST_TAPS];
@@ -105,7 +105,7 @@ class Block {
         }
         const int64_t at = t - reach;
         if (at < 0) continue;
-        // Until all that continue it have been there.
+        // Kept until all segments that continue it are done.
         const bool kept = tail_of[place.number] >= 0 && at >= length - reach;
         C* sum = kept ? tail(place.number, reach + at - length) : sum_;
         if (!kept) std::fill(sum_, sum_ + CHANNELS, C(0));
@@ -137,7 +137,7 @@ class Block {
 
   const T* row(int64_t token) const { return op_.x + token * op_.x_row + first_; }
 
-  // finish(j, count, c) for the channels j … of the block, c at token t of a segment.
+  // Call finish(j, count, c) for the channels j … of the block, with c at token t of a segment.
   template <class Finish>
   void summed(const Place& place, int64_t t, const Finish& finish) const {
     const T* rows[MOST_TAPS];
@@ -149,7 +149,7 @@ class Block {
     summed_of<0>(rows, seen, finish);
   }
 
-  // Of so many rows, or, 0, of `seen`.
+  // Sum over ROWS rows, or over `seen` rows if ROWS is 0.
   template <int ROWS, class Finish>
   void summed_of(const T* const* rows, int64_t seen, const Finish& finish) const {
     for (int64_t j = 0; j < width_; j += lanes<C>) {
@@ -164,7 +164,7 @@ class Block {
     }
   }
 
-  // ∂L/∂c at token t, into its row of d_c_; and what the gate behind the convolution gets.
+  // Compute ∂L/∂c at token t in its row of d_c_, and the gradient of the output gate.
   void through_activation(Rows<const T> d_y, Rows<T> d_x, const Place& place, int64_t t) {
     const int64_t start = place.start;
     const T* up = d_y.at(start + t) + first_;
@@ -238,8 +238,8 @@ void by_mode(int mode, const Convolution<T>& op, const Body& body) {
 
 }  // namespace
 
-// y (tokens, channels) of x (tokens, channels), or (tokens, 3 channels) with mode 2; rows of each so many numbers
-// apart. table: (3, segments), see segments.h. At most eight taps.
+// Compute y (tokens, channels) from x (tokens, channels), or (tokens, 3 channels) with mode 2. The row strides are in
+// numbers. table: (3, segments), see segments.h. At most eight taps.
 BACKHAND_EXPORT void backhand_causal_conv_forward(int dtype, int mode, const void* x, int64_t x_row, const void* weight,
                                                   int64_t weight_row, const void* bias, const int64_t* table,
                                                   int64_t segments, int64_t channels, int64_t taps, void* y,
@@ -251,7 +251,7 @@ BACKHAND_EXPORT void backhand_causal_conv_forward(int dtype, int mode, const voi
   });
 }
 
-// d_x, shaped as x; tokens that are in no document get nothing.
+// Compute d_x, of x's shape; rows of tokens that belong to no document are not written.
 BACKHAND_EXPORT void backhand_causal_conv_backward(int dtype, int mode, const void* x, int64_t x_row,
                                                    const void* weight, int64_t weight_row, const void* bias,
                                                    const int64_t* table, int64_t segments, int64_t channels,

@@ -1,12 +1,12 @@
 // Products of a block of queries with keys, of which causality leaves a part, on operands packed as in products.h.
 //
-// Query q, a row or column of the block, sees key k, counted from the block's first key, where k ≤ q + diagonal. Sums
-// that nobody sees are not computed, and terms that are zero by it are left out, both by whole tiles: a tile takes what
-// its last query sees, and so needs zeros in place of what its other queries do not. AMX's tiles leave out one corner,
+// Query q, a row or column of the block, sees key k, counted from the block's first key, if k ≤ q + diagonal. Sums that
+// no query sees are not computed, and terms that are zero by causality are skipped, both in whole tiles. A tile reads
+// what its last query sees, and therefore needs zeros where its other queries see nothing. AMX's tiles skip one corner,
 // the block's first `SIDE` queries with its last `SIDE` keys.
 //
-// A sum over keys takes them one after the other from the first on, `LONGEST_SUM` at a time, whatever the tile: so that
-// a row's bits do not depend on where its block begins.
+// A sum over keys adds them in order from the first on, `LONGEST_SUM` at a time, whatever the tile. The bits of a row
+// therefore do not depend on where its block begins.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace {
 
-// Whether one corner is left out. Proofs in float64 take tiles of registers as float32 does; defined, all take corners,
-// for a test that shows those to be right.
+// True if one corner is skipped. Proofs in float64 use tiles of registers like float32. If BACKHAND_CORNERS is defined,
+// all types skip corners, for a test that proves them.
 template <class Op>
 #if defined(BACKHAND_CORNERS)
 constexpr bool by_corners = true;
@@ -25,17 +25,17 @@ constexpr bool by_corners = true;
 constexpr bool by_corners = by_tiles<Op>;
 #endif
 
-// How many keys behind those that a query sees its tile's last query may see: that many zeros are read.
+// How many keys after those of a query its tile's last query may see; as many zeros are read.
 constexpr int64_t BEHIND = 16;
 
-// The corner's side, 0 where a block has none.
+// The corner's side, or 0 if the block has none.
 inline int64_t corner_of(int64_t queries, int64_t keys, int64_t diagonal) {
   const int64_t least = diagonal + MUTATED("attention: corner cut too early", SIDE, int64_t{0});
   return queries > SIDE && keys - SIDE >= least ? SIDE : 0;
 }
 
-// Keys, of so many, that are read of queries up to `last` where they lie side by side: what they do not see of these
-// has to be zero.
+// The number of keys, out of `keys`, that are read for queries up to `last`. Those that a query does not see must be
+// zero.
 template <class Op>
 inline int64_t keys_read(int64_t queries, int64_t keys, int64_t diagonal, int64_t last) {
   if constexpr (by_corners<Op>) {
@@ -45,8 +45,8 @@ inline int64_t keys_read(int64_t queries, int64_t keys, int64_t diagonal, int64_
   return std::min(keys, last + diagonal + 1 + BEHIND);
 }
 
-// Rows begin … m - 1, of which `VECTORS` registers from column on are wanted, from row `end` on without the first of
-// them, W rows later without the second, and so on.
+// Compute rows begin … m - 1 of `VECTORS` registers from `column` on. From row `end` on the first register is skipped,
+// W rows later the second one, and so on.
 template <class Op, int VECTORS>
 inline void descending(int64_t begin, int64_t end, int64_t m, int64_t k_units, Rows<typename Op::Unit> a,
                        const typename Op::Unit* b, int64_t b_row, int64_t column, const Onto<typename Op::Sum>& onto) {
@@ -56,7 +56,7 @@ inline void descending(int64_t begin, int64_t end, int64_t m, int64_t k_units, R
     if (end < m) descending<Op, VECTORS - 1>(end, end + W, m, k_units, a, b, b_row, column + W, onto);
 }
 
-// Rows begin … m - 1 of which the first register from column on is wanted, from row `end` on one more, and so on.
+// Compute rows begin … m - 1 of the first register from `column` on; from row `end` on one more register, and so on.
 template <class Op, int VECTORS, int MOST>
 inline void ascending(int64_t begin, int64_t end, int64_t m, int64_t k_units, Rows<typename Op::Unit> a,
                       const typename Op::Unit* b, int64_t b_row, int64_t column, const Onto<typename Op::Sum>& onto) {
@@ -162,8 +162,8 @@ inline void sum_over_keys(int64_t queries, int64_t n, int64_t keys, Left a, cons
   }
 }
 
-// C (n, queries) = A (n, keys) B (keys, queries), over the keys that a query sees: by AMX's tiles, for which sums over
-// keys are turned.
+// C (n, queries) = A (n, keys) B (keys, queries), over the keys that a query sees, by AMX's tiles, for which sums over
+// keys are transposed.
 template <class Op>
 inline void turned_sum_over_keys(int64_t queries, int64_t n, int64_t keys, const typename Op::Unit* a, int64_t a_row,
                                  const typename Op::Unit* b, int64_t b_row, typename Op::Sum* c, int64_t c_row,

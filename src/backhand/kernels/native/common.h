@@ -1,7 +1,7 @@
-// What every file of the library shares: exported names, threads, and bfloat16.
+// Shared by every file of the library: exported names, threads, and bfloat16.
 //
 // Plain C interface, no headers of Python or torch. Everything here is in an anonymous namespace: each file has its own
-// copy, compiled for the instruction set of the shared object it becomes part of.
+// copy, compiled for the instruction set of its shared object.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,7 @@
 #define BACKHAND_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// torch's own threads. The pointer is handed in when the library is loaded (kernels/builds.py); without it every loop
+// torch's own threads. The pointer is passed when the library is loaded (kernels/builds.py); without it every kernel
 // runs on the calling thread.
 typedef void (*BackhandRange)(int64_t begin, int64_t end, void* context);
 typedef int32_t (*BackhandParallelFor)(int64_t begin, int64_t end, int64_t grain, BackhandRange range, void* context);
@@ -22,7 +22,8 @@ extern BackhandParallelFor backhand_parallel_for;
 
 namespace {
 
-// body(begin, end) on pieces of [0, count), none but the last shorter than `grain`, side by side where threads are.
+// Call body(begin, end) on pieces of [0, count), in parallel if there are threads. Only the last piece may be shorter
+// than `grain`.
 template <class Body>
 inline void parallel(int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
@@ -36,7 +37,7 @@ inline void parallel(int64_t count, int64_t grain, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Tasks in parallel, whichever thread is free takes the next one.
+// Run tasks in parallel; each free thread takes the next one.
 template <class Body>
 inline void by_turns(int64_t tasks, const Body& body) {
   std::atomic<int64_t> next{0};
@@ -60,7 +61,7 @@ inline float float_of(uint32_t bits) {
 inline float widened(float value) { return value; }
 inline float widened(bfloat16 value) { return float_of(static_cast<uint32_t>(value) << 16); }
 
-// To the nearest, ties to even. A NaN of a payload in its low half alone would become an infinity: callers that can
+// Round to nearest, ties to even. A NaN with a payload in its low half only would become an infinity: callers that may
 // meet one test for it.
 inline bfloat16 to_bfloat16(float value) {
   const uint32_t bits = bits_of(value);

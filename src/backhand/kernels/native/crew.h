@@ -1,13 +1,13 @@
-// Threads that go through a sequence of phases together, without going to sleep between them.
+// Threads that go through a sequence of phases together without going to sleep between them.
 //
-// A token's forward has hundreds of short phases, each of which needs all of the one before. A region of threads for each
-// would put threads to sleep and wake them hundreds of times, which costs more than the work. Here every thread enters
-// once and runs the same sequence; of each phase the tasks are taken one by one by whoever is there, and nobody goes on
-// before all of them are done. One thread alone does everything, another one that comes late finds phases done and goes
-// through: so that it is no matter whether, when and how many threads really come.
+// A token's forward has hundreds of short phases, each of which needs the results of the one before. One parallel
+// region per phase would put threads to sleep and wake them hundreds of times, which costs more than the work. Here
+// every thread enters once and runs the same sequence. The tasks of a phase are taken one by one, and no thread
+// continues before all of them are done. A single thread does everything; a thread that arrives late finds phases done
+// and passes through them. The result therefore does not depend on whether, when and how many threads arrive.
 //
-// A task's results may depend on its number alone, and what lies between phases is the same for every thread and writes
-// nothing that others see.
+// A task's results may depend on its number only. Code between phases is the same for every thread and writes nothing
+// that other threads see.
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,7 @@ extern "C" __declspec(dllimport) int SwitchToThread();
 
 namespace {
 
-// To another thread or program that has work: C's, since nothing else here calls a C++ library.
+// Yield to another thread or program by C's functions, since nothing else here calls a C++ library.
 inline void give_way() {
 #if defined(_WIN32)
   SwitchToThread();
@@ -39,12 +39,12 @@ struct alignas(64) Phase {
   std::atomic<int64_t> taken{0}, done{0};
 };
 
-// One thread's way through the phases; all of a crew have the same `phases`, which begin with zeros.
+// One thread's position in the phases. All threads of a crew share `phases`, which start as zeros.
 class Worker {
  public:
   explicit Worker(Phase* phases) : next_(phases) {}
 
-  // task(i) for i in [0, count), once each; everything that any of them wrote is there when this returns.
+  // Run task(i) once for each i in [0, count); everything that any of them wrote is visible when this returns.
   template <class Task>
   void phase(int64_t count, const Task& task) {
     Phase& phase = *next_++;

@@ -1,13 +1,13 @@
-// A new token of each row through all blocks of a decoder, against the keys and values of those before it: the forward
-// of nn/decoder/block.py for a Llama-like family, by the loops of its ops, in one region of threads (crew.h).
+// One new token of each row through all blocks of a decoder, with the keys and values of the tokens before it. This is the
+// forward of nn/decoder/block.py for a Llama-like family, by the kernels of its ops, in one parallel region (crew.h).
 //
 //     n₁ = norm(x)     [q k v] = n₁ Wᵀ     q, k normed and rotated; k, v into the cache
 //     o  = softmax(c q Kᵀ) V               x += m · norm(o Wᵀ)
 //     n₂ = norm(x)     [a u] = n₂ Wᵀ       x += m · norm((φ(a) ⊙ u) Wᵀ)
 //
-// each W with its bias and its adapter, y += s (x Aᵀ) Bᵀ, norms where the family has them, m its residual multiplier.
-// What an op rounds to the storage type is rounded to it here too; scores and their softmax stay in `Wide` of it. With
-// AMX products and attention are those of a training pass, and so are a row's bits.
+// Each W has its bias and its adapter, y += s (x Aᵀ) Bᵀ. Norms exist where the family has them, and m is its residual
+// multiplier. What an op rounds to the storage type is rounded to it here too; scores and their softmax stay in `Wide` of
+// it. With AMX, products and attention are those of a training pass, and so are the bits of a row.
 #include "arena.h"
 #include "attention_forward.h"
 #include "crew.h"
@@ -16,12 +16,12 @@
 #include "rms_norm.h"
 #include "rotary.h"
 
-// As nn/decoder/decode_step.py declares them. Addresses are 0 where there is nothing.
+// Declared in nn/decoder/decode_step.py. The address of an omitted array is 0.
 struct StoredRows {
   int64_t type;  // ggml's number, -1 for numbers of the storage type
   const uint8_t* weight;
   int64_t row_bytes;
-  const int64_t* row_ids;  // which stored row is output 0, 1, …, or null
+  const int64_t* row_ids;  // the stored row of output 0, 1, …; or null
   int64_t outputs;
 };
 
@@ -31,14 +31,14 @@ struct LowRank {  // of outputs first … first + outputs
   double scaling;
 };
 
-struct Projection {  // modules that share an input, one below the other
+struct Projection {  // stacked modules that share an input
   const StoredRows* parts;
   int64_t part_count;
   const LowRank* adapters;
   int64_t adapter_count;
   const void* bias;
   int64_t inputs, outputs;
-  int64_t apart;  // whether a training pass makes h by itself
+  int64_t apart;  // true if a training pass computes h separately
 };
 
 struct Layer {
@@ -46,18 +46,18 @@ struct Layer {
   const void *attention_norm, *after_attention_norm, *mlp_norm, *after_mlp_norm, *q_norm, *k_norm;
   const void *cosines, *sines, *query_cosines, *query_sines;  // (rows, pairs) of each token's position
   void *keys, *values;  // (key/value heads, places, head_dim)
-  int64_t pairs, window;  // 0: nothing turns, everything is seen
+  int64_t pairs, window;  // 0: nothing is rotated; every token is seen
 };
 
 struct Model {
   const Layer* layers;
   int64_t layer_count, hidden, heads, kv_heads, head_dim, width;
-  int64_t norm_over_heads;  // whether the q/k norms go over all heads at once
+  int64_t norm_over_heads;  // true if the q/k norms span all heads
   int64_t activation, most_ranks;
-  int64_t places;           // for tokens, of all rows together
-  const int64_t* place_of;  // of each row's tokens, where they lie: rows may share what they begin with
-  int64_t capacity;         // numbers of a row of that
-  int64_t quick_row;        // whether a single row need not have the bits that it has beside others
+  int64_t places;           // for tokens, in total for all rows
+  const int64_t* place_of;  // the place of each row's tokens; rows may share their first tokens
+  int64_t capacity;         // numbers per row of place_of
+  int64_t quick_row;        // true if a single row may differ in its bits from the same row among others
   double eps, offset, attention_scaling, attention_cap, residual_multiplier;
 };
 
@@ -68,7 +68,7 @@ constexpr int64_t PHASES_A_LAYER = 24;
 constexpr int64_t GLU_PIECE = 512;
 constexpr int64_t MOST_MEMBERS = 4;  // adapters of one projection
 
-// What a pass works in, of all rows.
+// The workspace of a pass, for all rows.
 template <class T>
 struct Workspace {
   T *normed, *qkv, *attended, *h, *gate_up, *product, *joined, *scaled;
@@ -81,10 +81,10 @@ struct Workspace {
     for (const int64_t n : {m.hidden, m.width}) most = n > most ? n : most;
     return most;
   }
-  // Numbers of s h as tiles take them, of a row.
+  // Numbers of s h per row in the layout of tiles.
   static int64_t of_terms(const Model& m) { return 2 * m.most_ranks + MOST_MEMBERS * 2 * 32; }
 
-  // take(count, place) gives a piece of so many.
+  // take(count, place) sets `place` to a piece of `count` numbers.
   template <class Take>
   Workspace(const Take& take, const Model& m, int64_t rows) {
     const int64_t blocks = rows + 15;  // whole tiles of 16 rows
@@ -103,7 +103,7 @@ struct Workspace {
   }
 };
 
-// eˢ of scores s in place, scaled and perhaps capped, each relative to the largest; returns their sum.
+// Replace scores s by eˢ, scaled and possibly capped, relative to the largest; return their sum.
 template <class C>
 C powers_of_scores(C* scores, int64_t count, C scaling, C cap) {
   Vector<C> most = all<C>(-__builtin_inf());
@@ -148,7 +148,7 @@ C powers_of_scores(C* scores, int64_t count, C scaling, C cap) {
   return sum_of<C>(sum.sum) + rest;
 }
 
-// o = softmax(c q Kᵀ) V of one head, whose keys lie at `places`; `scores` has room for a number of each.
+// o = softmax(c q Kᵀ) V of one head, whose keys are at `places`; `scores` has room for one number per key.
 template <class T>
 void attend(const T* q, const T* keys, const T* values, const int64_t* places, int64_t count, int64_t head_dim,
             Wide<T> scaling, Wide<T> cap, Wide<T>* scores, T* out) {
@@ -211,7 +211,7 @@ struct Step {
   int64_t rows;
   const int64_t* positions;
   T* x;
-  std::atomic<int64_t>* there;  // threads that have memory to work in
+  std::atomic<int64_t>* there;  // threads that have workspace
   int64_t longest;              // keys of a row
 
   static const T* of(const void* place) { return static_cast<const T*>(place); }
@@ -222,7 +222,7 @@ struct Step {
 
   static int64_t tasks_of(int64_t outputs, int64_t each) { return (outputs + each - 1) / each; }
 
-  // One of a few neighbours that `task` belongs to, each of so many tasks; what is left of `task` is its own number.
+  // The neighbour that `task` belongs to, each of which has `tasks` tasks; `task` becomes the number within it.
   template <class Count>
   static int64_t member_of(int64_t& task, const Count& count) {
     int64_t member = 0;
@@ -230,12 +230,12 @@ struct Step {
     return member;
   }
 
-  // A single row of a quantized matrix is sooner multiplied than brought into tiles.
+  // For a single row, multiplying a quantized matrix directly is faster than converting it to tiles.
   bool by_tiles_of(const Projection& p) const {
     return TILES && !(model.quick_row != 0 && rows == 1 && p.part_count > 0 && p.parts[0].type >= 0);
   }
 
-  // y = residual + in Wᵀ + bias, and the adapters' s h Bᵀ on it, h = in Aᵀ.
+  // y = residual + in Wᵀ + bias, plus the adapters' s h Bᵀ, h = in Aᵀ.
   void project(Worker& worker, const Projection& p, const T* in, const T* residual, T* y) const {
     const bool by_tiles = by_tiles_of(p);
     const int64_t unit = by_tiles ? 64 : SIDE_BY_SIDE;
@@ -290,7 +290,7 @@ struct Step {
   void turn(const U* in, int64_t row, int64_t columns, uint32_t* to) const {
     if constexpr (sizeof(U) == 2) turn_rows(in, row, rows, columns, to);
   }
-  // s h of all adapters as tiles take it.
+  // s h of all adapters in the layout of tiles.
   Tiled turned_terms(Worker& worker, const Projection& p, int64_t ranks) const {
     Tiled tiled = {};
     tiled.used = true;
@@ -333,8 +333,8 @@ struct Step {
   void multiply_by_tiles(const Others&...) const {}
 #endif
 
-  // Outputs start … start + count of one part, or as many as there are; returns how many. `before` of its projection's
-  // outputs stand before the part.
+  // Compute outputs start … start + count of one part, or as many as it has, and return their number. `before` outputs
+  // of the projection precede the part.
   int64_t rows_of(const StoredRows& part, int64_t inputs, const T* in, const T* bias, const T* residual,
                   int64_t residual_row, T* y, int64_t y_row, int64_t start, int64_t count, const Tiled& tiled,
                   int64_t before, bool apart) const {
@@ -350,7 +350,7 @@ struct Step {
     return end - start;
   }
 
-  // y += s h Bᵀ for outputs begin … end of the group, as far as they are this adapter's.
+  // y += s h Bᵀ for those of the group's outputs begin … end that belong to this adapter.
   static void expand(const LowRank& adapter, const T* h, int64_t begin, int64_t end, T* y) {
     if (begin < adapter.first) begin = adapter.first;
     if (end > adapter.first + adapter.outputs) end = adapter.first + adapter.outputs;
@@ -394,11 +394,11 @@ struct Step {
   }
 
   int64_t qkv_width() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
-  // Where a row's tokens lie, and where keys or values of a head begin.
+  // The places of a row's tokens, and the address of a head's keys or values.
   const int64_t* places_of(int64_t row) const { return model.place_of + row * model.capacity; }
   int64_t begin_of(int64_t head) const { return head * model.places * model.head_dim; }
 
-  // q and k of a row normed and rotated in their place, k and v into the cache.
+  // Norm and rotate q and k of a row in place, and write k and v to the cache.
   void prepare(const Layer& layer, int64_t row) const {
     const int64_t d = model.head_dim, queries = model.heads * d, keys = model.kv_heads * d;
     T *q = workspace.qkv + row * qkv_width(), *k = q + queries, *v = k + keys;
@@ -420,13 +420,13 @@ struct Step {
     return {{nullptr, 0}, model.heads, model.kv_heads, model.head_dim, window, model.attention_scaling, nullptr};
   }
   bool as_documents() const { return TILES && model.attention_cap == 0; }
-  // What a thread needs for a row of so many keys.
+  // The workspace of a thread for a row of `keys` keys.
   size_t bytes_for(int64_t keys) const {
     if (!as_documents()) return static_cast<size_t>(keys) * sizeof(C) + 64;
     return Forward<Operands<T>, T>{shape_of(keys), {}, {}, {}, {}}.scratch(keys);
   }
 
-  // The queries of a row that share a key/value head.
+  // Attend with the queries of a row that share a key/value head.
   void attend_row(const Layer& layer, int64_t row, int64_t kv_head, Arena& arena) const {
     const int64_t d = model.head_dim, group = model.heads / model.kv_heads, seen = positions[row] + 1;
     const int64_t window = MUTATED("decode step: window ignored", layer.window, int64_t{0});
@@ -438,7 +438,7 @@ struct Step {
     T* attended = workspace.attended + row * model.heads * d;
     const int64_t last = MUTATED("decode step: the token does not see itself", seen, seen - 1);
     if (as_documents()) {
-      // Without the whole steps of keys before the window, which a pass would not read either.
+      // Skip the whole steps of keys before the window, which a training pass would not read either.
       const int64_t skipped = first / KEYS * KEYS, token = last - 1 - skipped;
       const Shape shape = shape_of(window > 0 ? window : seen + 1);
       const Forward<Operands<T>, T> run{shape, {queries, 0, d}, {keys, d, 0}, {values, d, 0}, {attended, 0, d}};
@@ -474,7 +474,7 @@ struct Step {
 
   void operator()(int64_t, int64_t) const {
     Arena arena(bytes_for(longest));
-    if (!arena.there()) return;  // the others do it
+    if (!arena.there()) return;  // the other threads compute
     there->fetch_add(1);
     const TilesOf<Operands<T>> tiles;
     Worker worker(workspace.phases);
@@ -484,14 +484,14 @@ struct Step {
 
 }  // namespace
 
-// x (rows, hidden) = the last block's output of a token of each row, which has so many before it in the cache.
+// x (rows, hidden) = the last block's output of one token of each row, whose earlier tokens are in the cache.
 //
-//   x          what enters the first block
+//   x          the input of the first block
 //   positions  (rows), of the tokens
-//   threads    how many to ask for
+//   threads    the number of threads to use
 //
-// Returns 0, or 1 where the cache has no room for a token, 2 where there is no memory to work in, 3 for a projection of
-// more adapters than it takes.
+// Returns 0; 1 if the cache has no room for a token, 2 if there is no memory for the workspace, 3 if a projection has too
+// many adapters.
 BACKHAND_EXPORT int backhand_decode_step(int dtype, const Model* model, void* x, int64_t rows, const int64_t* positions,
                                          int64_t threads) {
   int64_t longest = 0;

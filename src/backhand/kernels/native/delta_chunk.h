@@ -1,8 +1,8 @@
-// One chunk of the gated delta rule, in the memory of one worker: the matrices of ops/gated_delta_rule.py by their
-// names there, and the triangular system, which is solved by substitution; its inverse is never formed.
+// One chunk of the gated delta rule in the memory of one worker: the matrices of ops/gated_delta_rule.py by their names
+// there, and the triangular system, which is solved by substitution without its inverse.
 //
-// Matrices lie row by row, columns rounded up to whole registers with zeros behind, so that every product finds its
-// operands as they lie: the left one may be read transposed, the right one is transposed where it has to be.
+// Matrices are stored row by row. Columns are rounded up to whole registers with zeros, so that every product can use
+// its operands directly: the left operand may be read transposed, and the right one is transposed first if necessary.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int64_t COLUMNS = 16;  // a multiple of every register's lanes
-constexpr int64_t BLOCK = 16;    // rows of the triangle that are solved one after the other
+constexpr int64_t BLOCK = 16;    // rows of the triangle per block of the substitution
 
 struct DeltaSizes {
   int64_t key_heads, group, key_width, value_width, chunk;
@@ -25,7 +25,7 @@ struct DeltaSizes {
   int64_t state() const { return group * keys() * values(); }
 };
 
-// Pieces of memory that was handed in, or, from null, how much there has to be.
+// Pieces of given memory; starting from null, it only counts the memory that is needed.
 template <class C>
 class Pieces {
  public:
@@ -48,7 +48,7 @@ inline void multiply(int64_t m, int64_t n, int64_t depth, const C* a, int64_t a_
   product<Plain<C>>(m, n, depth, a, a_row, b, b_row, c, c_row, add);
 }
 
-// The same with Aᵀ (depth, m) in the place of A.
+// The same with Aᵀ (depth, m) instead of A.
 template <class C>
 inline void multiply_turned(int64_t m, int64_t n, int64_t depth, const C* a, int64_t a_row, const C* b, int64_t b_row,
                             C* c, int64_t c_row, bool add) {
@@ -72,7 +72,7 @@ inline void scaled(C by, const C* from, C* to, int64_t n, bool add = false) {
   }
 }
 
-// n numbers, widened, zeros behind them up to `room`.
+// Read n numbers, widened, with zeros up to `room`.
 template <class C, class T>
 inline void read_row(const T* from, C* to, int64_t n, int64_t room) {
   along<C>(
@@ -81,8 +81,8 @@ inline void read_row(const T* from, C* to, int64_t n, int64_t room) {
   for (int64_t j = rounded_up(n, lanes<C>); j < room; j += lanes<C>) store(to + j, Vector<C>{});
 }
 
-// eˣ of a decay, and nothing where that is below 10⁻²⁹ (10⁻²⁴² in double): products with it would be numbers smaller
-// than normal ones, on which processors take a hundred times as long.
+// eˣ of a decay, or 0 below 10⁻²⁹ (10⁻²⁴² in double): products with it would be subnormal, which takes processors a
+// hundred times as long.
 template <class C>
 inline Vector<C> decayed(Vector<C> x) {
   const Vector<C> share = exponential<C>(x);
@@ -91,7 +91,7 @@ inline Vector<C> decayed(Vector<C> x) {
 
 template <class C>
 struct Chunk {
-  int64_t n, keys, values, tokens;  // tokens: of a row of D and the like, n rounded up
+  int64_t n, keys, values, tokens;  // tokens: the columns of D etc., n rounded up
   C *qk, *k_turned, *similar;       // [Q; K] (2n, keys), Kᵀ (keys, tokens), [Q Kᵀ; K Kᵀ] (2n, tokens)
   C *pairs, *attended, *below;      // D, P, L (n, tokens)
   C *beta, *sum, *to_here, *to_end; // β, c, e^c, e^{c_n - c} (tokens)
@@ -113,7 +113,7 @@ struct Chunk {
   const C* k() const { return qk + n * keys; }
   C over() const { return to_here[n - 1]; }
 
-  // What all value heads of a key head share, of `count` tokens from `first` on.
+  // Compute what all value heads of a key head share, for `count` tokens from `first` on.
   void read_keys(const DeltaSizes& sizes, Heads<const C> queries, Heads<const C> all_keys, int64_t head, int64_t first,
                  int64_t count) {
     n = count;
@@ -126,13 +126,13 @@ struct Chunk {
     multiply(2 * n, tokens, keys, qk, keys, k_turned, tokens, similar, tokens, false);
   }
 
-  // (n, columns) to (columns, tokens), zeros behind the n.
+  // Transpose (n, columns) to (columns, tokens), with zeros after the n columns.
   void turned(const C* from, int64_t rows, int64_t columns, C* to) const {
     if (rows < tokens) std::fill(to, to + columns * tokens, C(0));
     transpose(from, columns, rows, columns, to, tokens);
   }
 
-  // D, P, L and what else depends on the decays and rates of a value head.
+  // Compute D, P, L and the other matrices that depend on the decays and rates of a value head.
   template <class T>
   void read_rates(Heads<const C> decays, Heads<const T> rates, int64_t head, int64_t first) {
     double total = 0;
@@ -165,14 +165,14 @@ struct Chunk {
       }
   }
 
-  // Which lanes are among the first `count`.
+  // A mask of the first `count` lanes.
   template <class Number>
   static Bits<Number> before(int64_t count) {
     return counted_from<Number>(0) < static_cast<decltype(Bits<Number>{}[0] + 0)>(count);
   }
 
-  // Solve (I + L diag β) Y = R in R's place, and U = β ⊙ Y; or, `back`, (I + L diag β)ᵀ: with W in the place of R,
-  // dU in that of Y and dY in that of U.
+  // Solve (I + L diag β) Y = R in place, and compute U = β ⊙ Y; or, with `back`, solve (I + L diag β)ᵀ with W instead
+  // of R, dU instead of Y and dY instead of U.
   template <bool back>
   void substitute(C* y, C* u) const {
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;
@@ -218,7 +218,8 @@ struct Chunk {
     }
   }
 
-  // Y (n, values) and U from v and the state S before the chunk, null for zero; [Q; K] S with `reading`, else K S.
+  // Compute Y (n, values) and U from v and the state S before the chunk, null for zero; also [Q; K] S with `reading`,
+  // else K S.
   template <class T>
   void solve(Heads<const T> v, int64_t head, int64_t first, int64_t width, const C* state, bool reading, C* missing) {
     for (int64_t i = 0; i < n; ++i) read_row(v.at(first + i, head), missing + i * values, width, values);
@@ -233,7 +234,7 @@ struct Chunk {
     substitute<false>(missing, update);
   }
 
-  // S' from S, which may be null for zero, or be S' itself.
+  // Compute S' from S, which may be null for zero, or S' itself.
   void advance(const C* state, C* next) {
     for (int64_t i = 0; i < n; ++i)
       scaled(MUTATED("gated_delta_rule: updates not decayed", to_end[i], C(1)), update + i * values, sent + i * values,

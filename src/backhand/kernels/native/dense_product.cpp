@@ -1,4 +1,4 @@
-// A product with all that is added to it, by torch's threads; see dense_product.h.
+// A product with all that is added to it, on torch's threads; see dense_product.h.
 #include "dense_product.h"
 
 namespace {
@@ -9,8 +9,8 @@ struct Shares {
 };
 
 inline Shares shares_of(bool stored, int64_t m, int64_t n, int64_t k, int64_t threads) {
-  // Each thread packs the other operand for itself; W is packed at half the speed, unpacked at a fraction of that, and
-  // columns have to suffice.
+  // Each thread packs the other operand for itself. W is packed at half the speed, and unpacked at a fraction of it, so
+  // that each thread needs enough columns.
   const bool by_columns = n >= m || ((stored ? 8 : 2) * n >= m && n >= 4 * threads * BLOCK);
   const int64_t blocks = std::max<int64_t>(1, ((by_columns ? n : m) + BLOCK - 1) / BLOCK);
   const int64_t worth = 1 + static_cast<int64_t>(static_cast<double>(m) * n * k / FEWEST_MULTIPLICATIONS);
@@ -26,7 +26,7 @@ inline Cut<Op> cut_of(const DenseProduct<T>& p, const Shares& shares, int64_t te
                  term_steps, p.down_ranks(), shares.count);
 }
 
-// The parts of a stored matrix (rows, columns) of the table below; false for what cannot be.
+// Read the parts of a stored matrix (rows, columns) from the table described below; return false if they are invalid.
 inline bool stored_rows(const int64_t* table, int64_t count, int64_t rows, int64_t columns, StoredRows* parts) {
   int64_t before = 0;
   for (StoredRows* part = parts; part < parts + count; ++part, table += 6) {
@@ -63,16 +63,17 @@ inline void run(const DenseProduct<T>& p, const Shares& shares, const Cut<Operan
 
 // y (m, n) = residual + x W + bias + Σ scalingᵢ hᵢ Fᵢᵀ, with x (m, k) and W (k, n), or (n, k) if `transposed`.
 //
-//   w         numbers, w_row apart; not read where there are stored parts
-//   stored    of a W in blocks 6 numbers a part, one below the other as W lies: ggml's type, address, bytes of a row, how
-//             many rows there are, address of the numbers of those that are taken (int64; 0 for all), how many are
-//   residual  (m, n), or null; may be y itself.    bias  (n), or null
-//   table     10 numbers a term: first column, n and rank; address and row of h (m, rank); of F, (n, rank), or of its
-//             transpose if the number behind them is not 0; of A (rank, k), if h is to be written, x Aᵀ, else 0 and 0
-//   workspace   of `workspace_bytes`, for what threads work with
+//   w           numbers with row stride w_row; not read if there are stored parts
+//   stored      6 numbers per part of a W in blocks, in the order of its rows: ggml's type, address, bytes of a row, number
+//               of stored rows, address of the row indices (int64; 0 for all rows), number of rows of this part
+//   residual    (m, n), or null; may be y itself
+//   bias        (n), or null
+//   table       10 numbers per term: first column, n and rank; address and row stride of h (m, rank); those of F, (n, rank),
+//               or of its transpose if the next number is not 0; those of A (rank, k) if h = x Aᵀ is to be written, else 0
+//   workspace   `workspace_bytes` bytes for the threads
 //
-// Returns the bytes of workspace that it needs where it was given fewer, and then does nothing; else 0; -1 for too many
-// terms or parts, -2 for a part of a type it does not know, or with rows or columns that are not there.
+// Returns the needed bytes of workspace if fewer were given, and does nothing then; else 0. Returns -1 for too many terms
+// or parts, and -2 for a part of an unknown type, or with missing rows or columns.
 BACKHAND_EXPORT int64_t backhand_dense_product(int dtype, const void* x, int64_t x_row, const void* w, int64_t w_row,
                                                int transposed, int64_t part_count, const int64_t* stored, void* y,
                                                int64_t y_row, const void* residual, int64_t residual_row,

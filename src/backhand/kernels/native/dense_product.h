@@ -1,10 +1,10 @@
-// y (m, n) = r + x W + b + Σ s h Fᵀ: one product with all that is added to it, W packed a panel at a time. Where an h is
-// x Aᵀ of the same x, it is made on the way.
+// One product with all that is added to it, y (m, n) = r + x W + b + Σ s h Fᵀ, which packs W one panel at a time. If an
+// h is x Aᵀ of the same x, it is computed at the same time.
 //
-// W's panel, as many columns as stay in the second-level cache, is brought into units along K (panels.h), which AMX
-// multiplies without rearranging; 32 rows of x pass along it. The products with an adapter's factors go on with the same sums, as
-// further places of K, and each element is rounded once. Its sum runs along K in one order, whatever the number of rows
-// and threads and wherever a panel begins.
+// A panel of W has as many columns as stay in the second-level cache. It is converted to units along K (panels.h),
+// which AMX multiplies without rearranging, and is multiplied by 32 rows of x at a time. The products with an adapter's
+// factors continue the same sums, like further positions of K, and each element is rounded once. The sum along K has
+// one order, whatever the number of rows and threads and the beginning of a panel.
 #pragma once
 
 #include <cmath>
@@ -13,19 +13,19 @@
 
 namespace {
 
-// What a panel of W may take of the second-level cache, and the places of K of one: a longer sum waits in memory, of so
+// The bytes of a panel of W in the second-level cache, and its positions of K. Longer sums wait in memory, for this
 // many rows at a time.
 constexpr int64_t PANEL_BYTES = 11 << 17, LONGEST_PART = 1536, WAITING_ROWS = 1024;
-// The same of a stored W: unpacking costs more than what is saved, so that it is done for more rows, but of many threads
-// for no more, and panels whose columns must be whole blocks are larger.
+// The same for a stored W. Unpacking costs more than a second pass saves, so that it serves more rows. With many
+// threads it serves no more rows. Panels whose columns must be whole blocks are larger.
 constexpr int64_t PANEL_BYTES_OF_BLOCKS = 12 << 17, WAITING_ROWS_OF_BLOCKS = 4096;
-// A result of so many bytes is written past the caches.
+// Results of at least this size are written past the caches.
 constexpr int64_t FEWEST_BYTES_PAST = 2 << 20;
-// Multiplications that are worth a thread of their own.
+// The fewest multiplications that justify another thread.
 constexpr int64_t FEWEST_MULTIPLICATIONS = 1 << 21;
 
-// s h Fᵀ of one layer, added to the columns first … first + n - 1; F is (n, rank), or stored as its transpose. With A
-// (rank, k), h is written: x Aᵀ, rounded as it is there.
+// s h Fᵀ of one layer, which is added to the columns first … first + n - 1. F is (n, rank), or stored as its transpose.
+// If A (rank, k) is given, h = x Aᵀ is computed and written, and rounded to the storage type.
 template <class T>
 struct Term {
   int64_t first, n, rank;
@@ -46,7 +46,7 @@ struct DenseProduct {
   const Term<T>* terms;
   int64_t term_count, m, n, k;
 
-  // Columns of all h that are made on the way, side by side.
+  // The number of columns of all h that are computed here.
   int64_t down_ranks() const {
     int64_t ranks = 0;
     for (const Term<T>* term = terms; term < terms + term_count; ++term) ranks += term->lora_A.data ? term->rank : 0;
@@ -54,7 +54,7 @@ struct DenseProduct {
   }
 };
 
-// s h in the units' own type loses nothing where s only moves the point; elsewhere what it loses is a summand of its own.
+// s h is exact in the units' type if s is a power of two; otherwise the rounding error is a second summand.
 template <class Op>
 inline int64_t summands_of(double scaling) {
   int exponent;
@@ -65,12 +65,12 @@ inline int64_t steps_of(const Term<T>& term) {
   return rounded_up(summands_of<Op>(term.scaling) * units_of<Op>(term.rank), STEP_UNITS) / STEP_UNITS;
 }
 
-// How a thread's share is cut.
+// How a thread's share is divided.
 template <class Op>
 struct Cut {
-  int64_t part, parts;    // places of K at a time, in elements, and how often
-  int64_t columns, edge;  // of a panel, and at what multiples one ends
-  int64_t rows;           // that wait at a time
+  int64_t part, parts;    // positions of K at a time, in elements, and the number of such parts
+  int64_t columns, edge;  // of a panel; panels end at multiples of `edge`
+  int64_t rows;           // whose sums wait in memory at a time
   int64_t term_steps, down_ranks;
 
   template <class T>
@@ -87,7 +87,7 @@ struct Cut {
     const int64_t waiting = w.stored() ? of_blocks : WAITING_ROWS;
     rows = rounded_up(parts == 1 && ranks == 0 ? m : std::min(m, waiting), BLOCK);
   }
-  // Where the panel from this column on ends.
+  // The end of the panel that begins at this column.
   int64_t panel_end(int64_t column) const { return (column + columns) / edge * edge; }
   int64_t right_units() const { return columns * (part / Op::PACK); }
   int64_t term_units() const { return columns * term_steps * STEP_UNITS; }
@@ -100,7 +100,7 @@ struct Cut {
   }
 };
 
-// Pieces of workspace that somebody else owns, each on a cache line of its own.
+// Pieces of a workspace that the caller owns, each on its own cache line.
 struct Workspace {
   char* next;
   template <class U>
@@ -112,7 +112,7 @@ struct Workspace {
   }
 };
 
-// Two registers side by side; `past` the caches, where `to` is a cache line of its own.
+// Store two registers, `past` the caches if `to` is a whole cache line.
 template <class T, class V>
 inline void store_two(T* to, V low, V high, bool past) {
   (void)past;
@@ -123,7 +123,7 @@ inline void store_two(T* to, V low, V high, bool past) {
 inline void store_two(bfloat16* to, Vector<float> low, Vector<float> high, bool past) {
   const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
   if (past) {
-    // Not by its intrinsic: Clang makes one store of both, and that one goes to the caches.
+    // Not by the intrinsic, since Clang merges both stores into one that goes to the caches.
     __asm__ volatile("vmovntdq %1, %0" : "=m"(*reinterpret_cast<__m512i*>(to)) : "v"(values));
   } else {
     _mm512_storeu_si512(to, values);
@@ -134,7 +134,7 @@ inline void end_of_stores() { _mm_sfence(); }
 inline void end_of_stores() {}
 #endif
 
-// Sums (32, 32) on their way to y: with the residual and the bias, rounded once.
+// Write sums (32, 32) to y with the residual and the bias, rounded once.
 template <class T>
 struct Epilogue {
   const Wide<T>* sums = nullptr;
@@ -185,7 +185,7 @@ struct Epilogue {
   }
 };
 
-// Rows of x that come next: a line of each is asked for at every step.
+// The next rows of x, of which one cache line is prefetched per step.
 struct Prefetch {
   const char* place = nullptr;
   int64_t row_bytes = 0, rows = 0;
@@ -195,9 +195,10 @@ struct Prefetch {
   }
 };
 
-// sums (32, 32) = or += left right, then on along the terms' steps; beside it others leave and come. Of the left
-// operand a step's units stand row by row, of the right one place by place. Part of its caller, and so is a row that
-// leaves, or what the rows share would go through memory at each step.
+// sums (32, 32) = or += left right, continued along the terms' steps. Meanwhile other sums are written, and other rows
+// prefetched. A step's units of the left operand are stored row by row, those of the right one position by position.
+// This function and the one that writes a row are inlined into their caller, or what the rows share would go through
+// memory at each step.
 template <class Op, class T>
 __attribute__((always_inline))
 inline void block(int64_t steps, const typename Op::Unit* left, const typename Op::Unit* right, int64_t term_steps,
@@ -245,7 +246,7 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
     return;
   }
 #endif
-  (void)prefetch;  // the processor's own guesses do
+  (void)prefetch;  // the processor prefetches by itself
   epilogue.all_rows();
   const auto along_steps = [=](int64_t count, const U* a, const U* b, bool onto) {
     for (int64_t s = 0; s < count; ++s, a += STEP, b += STEP, onto = true)
@@ -256,7 +257,7 @@ inline void block(int64_t steps, const typename Op::Unit* left, const typename O
   along_steps(term_steps, term_left, term_right, MUTATED("dense_product: terms alone", true, false));
 }
 
-// Rows i … i + count - 1 of x, the places k0 … k0 + length - 1, a step behind another.
+// Pack rows i … i + count - 1 of x at the positions k0 … k0 + length - 1, one step after another.
 template <class Op, class T>
 inline void pack_rows(const DenseProduct<T>& p, int64_t i, int64_t count, int64_t k0, int64_t length,
                       typename Op::Unit* to) {
@@ -274,8 +275,8 @@ inline void pack_rows(const DenseProduct<T>& p, int64_t i, int64_t count, int64_
   }
 }
 
-// The same of s h, of one term behind another: the left operand behind x. Sums that `made` holds, (32, 32) for 32 ranks,
-// are the h of those that are made on the way; `out` says whether this thread writes them.
+// Pack s h of the terms in the same way, after x. The sums in `made`, (32, 32) per 32 ranks, are the h that are
+// computed here; `out` is true if this thread writes them.
 template <class Op, class T>
 inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, const typename Op::Sum* made, bool out,
                            typename Op::Unit* to, int64_t steps) {
@@ -319,7 +320,7 @@ inline void pack_term_rows(const DenseProduct<T>& p, int64_t i, int64_t count, c
   }
 }
 
-// Of all A, one below another, the places k0 … k0 + length - 1: (units, 32) for 32 ranks each.
+// Pack the positions k0 … k0 + length - 1 of all stacked A: (units, 32) per 32 ranks.
 template <class Op, class T>
 inline void pack_down(const DenseProduct<T>& p, int64_t k0, int64_t length, int64_t ranks, typename Op::Unit* to,
                          int64_t block_units) {
@@ -342,7 +343,7 @@ inline void pack_down(const DenseProduct<T>& p, int64_t k0, int64_t length, int6
     }
 }
 
-// The factors' part for the block of columns from j on: (steps · 16 units, 32) of the terms that reach into it.
+// Pack the factors for the block of columns from j on: (steps · 16 units, 32) of the terms that overlap it.
 template <class Op, class T>
 inline void pack_factors(const DenseProduct<T>& p, int64_t j, int64_t all_steps, typename Op::Unit* to,
                          int64_t& first_step, int64_t& steps) {
@@ -350,7 +351,7 @@ inline void pack_factors(const DenseProduct<T>& p, int64_t j, int64_t all_steps,
   typedef typename Op::Element E;
   first_step = steps = 0;
   int64_t before = 0;
-  std::fill(to, to + all_steps * STEP_UNITS * BLOCK, U(0));  // also of what stands between two that reach into it
+  std::fill(to, to + all_steps * STEP_UNITS * BLOCK, U(0));  // also for terms between two that overlap it
   for (const Term<T>* term = p.terms; term < p.terms + p.term_count; ++term) {
     const int64_t own = steps_of<Op>(*term), units = units_of<Op>(term->rank);
     const int64_t begin = std::max(j, term->first), end = std::min(j + BLOCK, term->first + term->n);
@@ -379,7 +380,7 @@ inline void pack_factors(const DenseProduct<T>& p, int64_t j, int64_t all_steps,
   }
 }
 
-// The rows row_begin … row_end - 1 and the columns column_begin … column_end - 1.
+// Compute the rows row_begin … row_end - 1 and the columns column_begin … column_end - 1.
 template <class Op, class T>
 void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
                 const Cut<Op>& cut, char* workspace) {
@@ -392,10 +393,10 @@ void dense_part(const DenseProduct<T>& p, int64_t row_begin, int64_t row_end, in
   C* waiting = pieces.take<C>(cut.parts == 1 ? 0 : cut.rows * cut.columns);
   const int64_t down_blocks = cut.down_ranks / BLOCK;
   U* down_right = pieces.take<U>(cut.down_ranks * (cut.part / Op::PACK));
-  C* made = pieces.take<C>(cut.rows * cut.down_ranks);  // x Aᵀ of all rows at hand, for every panel
+  C* made = pieces.take<C>(cut.rows * cut.down_ranks);  // x Aᵀ of the current rows, for every panel
   alignas(64) C sums[BLOCK * BLOCK];
   const TilesOf<Op> tiles;
-  // Written past the caches, y need not be read before: what stays in none of them anyway.
+  // If y is written past the caches, which would not hold it anyway, it is not read before.
   const int64_t line_bytes = p.y.row * static_cast<int64_t>(sizeof(T));
   const bool past = p.m * p.n * static_cast<int64_t>(sizeof(T)) >= FEWEST_BYTES_PAST && line_bytes % LINE == 0 &&
                     reinterpret_cast<uintptr_t>(p.y.data) % LINE == 0;

@@ -1,5 +1,5 @@
-// Rows of quantized blocks → float32 or bfloat16, by all threads: a range of rows or the rows listed, and of each row a
-// range of blocks. What a block means is in formats.h, the arithmetic in expand.h.
+// Rows of quantized blocks → float32 or bfloat16, on all threads: a range of rows or listed rows, and of each row a
+// range of blocks. The blocks are defined in formats.h, the arithmetic in expand.h.
 #include "formats.h"
 #include "kinds.h"
 
@@ -69,10 +69,10 @@ const Kind kinds[] = {
     levels<MXFP4>(39),
 };
 
-const int64_t kPiece = 8192;   // values of a row that one thread takes at a time
+const int64_t kPiece = 8192;   // values of a row that a thread computes at a time
 const int64_t kGrain = 16384;  // values below which a second thread costs more than it brings
-// Stored bytes are asked for so long before they are read, those of so many values at a time: of a range of columns the
-// processor sees no pattern, and of whole rows its own guesses end with the page.
+// The distance in bytes at which stored bytes are prefetched, for this many values at a time. The processor sees no
+// pattern in a range of columns, and its own prefetching of whole rows ends with the page.
 const int64_t kBytesAhead = 2048, kAsked = 256;
 
 inline void ask_for(const uint8_t* place, int64_t bytes) {
@@ -88,7 +88,7 @@ const Kind* kind_of(int type) {
   return nullptr;
 }
 
-// The ggml types that this library knows, into `types` (room for `room` of them); returns how many there are.
+// Write the ggml types that this library knows to `types` (room for `room` of them), and return their number.
 BACKHAND_EXPORT int backhand_dequantize_types(int* types, int room) {
   int count = 0;
   for (const Kind& known : kinds) {
@@ -101,13 +101,13 @@ BACKHAND_EXPORT int backhand_dequantize_types(int* types, int room) {
 // rows × blocks of a stored matrix, written to `out`.
 //
 //   type         ggml's number
-//   source       its first row; rows lie `row_bytes` apart, and there are `source_rows` of them
-//   row_ids      which rows, int64, or null for the first `rows`
-//   first_block  the first block of each row that is wanted, `blocks` how many
-//   out          rows of `blocks` times the block's values, `out_stride` elements apart
+//   source       its first row, of `source_rows` rows with a stride of `row_bytes`
+//   row_ids      the rows to write, int64, or null for the first `rows`
+//   first_block  the first of the `blocks` blocks of each row
+//   out          rows of `blocks` times the block's values, with a stride of `out_stride` elements
 //   narrow       0: float32, 1: bfloat16
 //
-// Returns 0, or 1 for a type it does not know, 2 for a row or a block outside the source; then nothing is written.
+// Returns 0; 1 for an unknown type, 2 for a row or a block outside the source. Nothing is written then.
 BACKHAND_EXPORT int backhand_dequantize(int type, const uint8_t* source, int64_t row_bytes, int64_t source_rows,
                                         const int64_t* row_ids, int64_t rows, int64_t first_block, int64_t blocks,
                                         void* out, int64_t out_stride, int narrow) {

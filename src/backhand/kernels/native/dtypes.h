@@ -1,12 +1,12 @@
-// The storage types of loops over tensors, by number: as kernels/library.py gives them.
+// The storage types of kernels over tensors, by the numbers in kernels/library.py.
 #pragma once
 
 #include "common.h"
 
 enum : int { FLOAT32 = 0, BFLOAT16 = 1, FLOAT64 = 2 };
 
-// The block, with `name` standing for the type of that number. A test's build may have float or double alone, and ends
-// the process for another one.
+// Run the block with `name` as the type of that number. A test's build may support only float or double, and ends the
+// process for another type.
 #ifdef BACKHAND_ONE_DTYPE
 #define BY_DTYPE(dtype, name, ...)                                      \
   do {                                                                  \

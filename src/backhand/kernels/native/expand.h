@@ -1,19 +1,19 @@
-// The arithmetic of dequantising, by instruction set: small integers q with one scale and one minimum become
+// The arithmetic of dequantising per instruction set: small integers q with one scale and one minimum become
 //
 //     value = scale · q - minimum        float32, two roundings (never contracted), then one more to bfloat16
 //
-// in the order of operations of the gguf package, so that the results are its own, bit for bit, on every path. Formats
-// that add their minimum hand in its negative, those without one +0: x - (+0) is x, the sign of a zero included.
+// in the gguf package's order of operations, so that the results are the same bit for bit on every path. Formats that add
+// their minimum pass its negative, those without one +0: x - (+0) is x, including the sign of a zero.
 //
-//   expand_levels   32 codes of 4 bits that name one of 16 integers. The 16 values are computed and rounded once and then
+//   expand_levels   32 codes of 4 bits that index one of 16 integers. The 16 values are computed and rounded once and then
 //                   looked up: by a permutation of words (AVX-512), or of their low and high bytes (AVX2, NEON).
-//   expand_nibbles  64 codes that stand for themselves: the low halves of 32 bytes in one group, the high ones in the
-//                   next. One register holds the values of both groups; with AVX-512 alone.
+//   expand_nibbles  64 codes that are integers: the low halves of 32 bytes form one group, the high halves the next one. One
+//                   register holds the values of both groups; AVX-512 only.
 //   expand_signed   16 integers of 8 bits, each multiplied.
-//   expand_halves, expand_floats    16 stored numbers as they are.
+//   expand_halves, expand_floats    16 stored numbers.
 //
-// The first three ask for a finite scale and minimum. `expand_careful` takes any, and makes every NaN the same one: which NaN an
-// instruction gives depends on the order of its operands, and so on the compiler.
+// The first three require a finite scale and minimum. `expand_careful` accepts any, and makes every NaN the same one: which
+// NaN an instruction returns depends on the order of its operands, and so on the compiler.
 #pragma once
 
 #include "common.h"
@@ -51,7 +51,7 @@ inline __m256i rounded16(__m512 values) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
 }
 
-// The same of values that are zero or normal, for which the processor's own instruction does it.
+// The same for values that are zero or normal, for which the processor has an instruction.
 inline __m256i rounded16_normal(__m512 values) {
 #if defined(__AVX512BF16__)
   return (__m256i)_mm512_cvtneps_pbh(values);
@@ -161,7 +161,7 @@ inline void expand_levels(const uint8_t* codes, const int8_t* levels, float scal
   T table[16];
   expand_signed(levels, scale, minimum, table);
 #if defined(__ARM_NEON)
-  if (sizeof(T) == 2) {  // never run on a machine of ours
+  if (sizeof(T) == 2) {  // never run by us
     const uint8x16x2_t planes = vld2q_u8(reinterpret_cast<const uint8_t*>(table));  // low bytes, high bytes
     for (int half = 0; half < 2; ++half) {
       const uint8x16_t narrow = vld1q_u8(codes + 16 * half);
@@ -176,7 +176,7 @@ inline void expand_levels(const uint8_t* codes, const int8_t* levels, float scal
 #endif
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-// Scales and minima are of half precision, times integers: what comes out is zero or normal.
+// Scales and minima are half-precision numbers times integers, so that the result is zero or normal.
 inline void expand_nibbles(const uint8_t* packed, const float* scales, const float* minima, bfloat16* out) {
   const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 values[2];
@@ -200,7 +200,7 @@ inline float half_to_float(const uint8_t* place) {
 #if defined(__F16C__)
   return _cvtsh_ss(half);
 #else
-  // A subnormal half is a normal float, 2⁻²⁴ each unit.
+  // A subnormal half is a normal float with units of 2⁻²⁴.
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
   if (exponent == 0) return float_of(sign | bits_of(static_cast<float>(fraction) * 5.9604644775390625e-8f));
   if (exponent == 31) return float_of(sign | 0x7f800000u | (fraction << 13));

@@ -1,4 +1,4 @@
-// Few rows times a frozen matrix as a loop of its own, by all threads; see few_rows.h.
+// Few rows times a frozen matrix on all threads; see few_rows.h.
 #include "arena.h"
 #include "few_rows_tiles.h"
 
@@ -11,7 +11,7 @@ bool by_tiles_of_rows(const FewRows<T>&, int64_t) {
   return false;
 }
 #if defined(__AMX_BF16__)
-// Rows of bfloat16; false where there is no memory to turn them in.
+// Rows of bfloat16; returns false if there is no memory to transpose them.
 bool by_tiles_of_rows(const FewRows<bfloat16>& p, int64_t values) {
   const int64_t units = tile_blocks(p.rows) * tile_steps(p.columns) * TILE * TILE;
   Arena arena(static_cast<size_t>(units) * sizeof(uint32_t));
@@ -32,15 +32,15 @@ bool by_tiles_of_rows(const FewRows<bfloat16>& p, int64_t values) {
 
 // y (rows, outputs) = residual + x Wᵀ + bias.
 //
-//   type          ggml's number of W's rows; -1 where they hold numbers of `dtype`
-//   weight        its first stored row; rows lie `weight_row` bytes apart, and there are `stored_rows` of them
-//   row_ids       which of them is output 0, 1, …, int64, or null for their own order
-//   x, y          rows of `columns` and `outputs` numbers, x_row and y_row numbers apart
+//   type          ggml's number of W's rows; -1 if they hold numbers of `dtype`
+//   weight        its first stored row, of `stored_rows` rows with a stride of `weight_row` bytes
+//   row_ids       the stored row of output 0, 1, …, int64, or null for stored order
+//   x, y          rows of `columns` and `outputs` numbers, with strides of x_row and y_row numbers
 //   bias          (outputs), or null
-//   residual      (rows, outputs), residual_row numbers apart, or null
-//   tiles         whether AMX's may be taken: of a few rows quicker, of a single one of a quantized W slower
+//   residual      (rows, outputs), with a stride of residual_row numbers, or null
+//   tiles         true if AMX may be used: faster for a few rows, slower for a single row of a quantized W
 //
-// Returns 0, or 1 for a type it does not know, 2 for rows or columns that are not there; then nothing is written.
+// Returns 0; 1 for an unknown type, 2 for missing rows or columns. Nothing is written then.
 BACKHAND_EXPORT int backhand_few_rows(int dtype, int type, const uint8_t* weight, int64_t weight_row,
                                       int64_t stored_rows, const int64_t* row_ids, int64_t outputs, int64_t columns,
                                       const void* x, int64_t x_row, int64_t rows, const void* bias,

@@ -1,8 +1,8 @@
-// Few rows times a frozen matrix, y = r + x Wᵀ + b: each row of W is read once, and a quantized one never leaves the
-// cache. The product of a new token is bound by reading W; torch unpacks a whole piece first, or reads no faster.
+// Few rows times a frozen matrix, y = r + x Wᵀ + b. Each row of W is read once, and a quantized row never leaves the
+// cache. The product of a new token is bound by reading W; torch would unpack a whole piece first, or read no faster.
 //
-// A row of W is taken in pieces, several rows side by side, and multiplied by every row of x while it is there. Sums are
-// kept in `Wide` of the storage type; a dense and a quantized W of the same numbers go through the same sums.
+// Several rows of W are read in pieces and multiplied by every row of x while they are in the cache. Sums are in `Wide`
+// of the storage type. A dense and a quantized W of the same numbers go through the same sums.
 #pragma once
 
 #include "block_dots.h"
@@ -16,7 +16,7 @@ namespace {
 constexpr int SIDE_BY_SIDE = 4;     // rows of W
 constexpr int64_t MOST_ROWS = 8;    // of x, at a time
 
-// What is multiplied and added at a time, `STEP` numbers.
+// Multiply and add `STEP` numbers at a time.
 template <class T>
 struct Dot {
   typedef Wide<T> C;
@@ -47,10 +47,11 @@ inline Vector<Wide<T>> some(const T* w, const T* x, int64_t count, Vector<Wide<T
   return Dot<T>::whole(few_w, few_x, sum);
 }
 
-// Registers of products that are added up before what they come to is added to the sum.
+// Registers of products per partial sum, which is then added to the sum.
 constexpr int64_t LONGEST_DOT = 64;
 
-// sums[r] += Σ w[r] x over `count` numbers, for `ROWS` rows of W and one of x; `AHEAD`: W is read from memory, once.
+// sums[r] += Σ w[r] x over `count` numbers, for `ROWS` rows of W and one of x. With `AHEAD`, W is prefetched from
+// memory.
 template <class T, int ROWS, bool AHEAD = false>
 inline void multiply(const T* const* w, const T* x, int64_t count, Vector<Wide<T>>* sums) {
   constexpr int64_t STEP = Dot<T>::STEP;
@@ -79,7 +80,7 @@ inline void multiply(const T* const* w, const T* x, int64_t count, Vector<Wide<T
 
 template <class T>
 struct FewRows {
-  const Kind* kind;  // of W's rows; null where they hold T themselves
+  const Kind* kind;  // of W's rows; null if they hold T
   const uint8_t* weight;
   int64_t weight_row;  // bytes
   const int64_t* row_ids;
@@ -109,7 +110,7 @@ struct FewRows {
     return weight + (row_ids == nullptr ? output : row_ids[output]) * weight_row;
   }
 
-  // A piece of rows at a time, as numbers in memory.
+  // Unpack one piece of rows at a time to memory.
   template <int ROWS>
   void sums_by_pieces(int64_t first, int64_t row, int64_t count_of_x, Vector<Wide<T>> (*sums)[ROWS]) const {
     alignas(64) T room[ROWS][PIECE];

@@ -1,6 +1,6 @@
-// Few rows of x, up to 64, times a frozen matrix by AMX's tiles, y = r + x Wᵀ + b + Σ s h Fᵀ, W read once where it lies:
-// a tile is 16 rows of W as they are in memory, and x is turned instead. Places of K, the factors behind them and what is
-// added stand in the order of dense_product.h, so that a row has the bits that it has among many.
+// Few rows of x, up to 64, times a frozen matrix by AMX's tiles, y = r + x Wᵀ + b + Σ s h Fᵀ. W is read once in place:
+// a tile is 16 rows of W in memory, and x is transposed instead. Positions of K, the factors and what is added have the
+// order of dense_product.h, so that a row has the same bits as among many rows.
 #pragma once
 
 #include "few_rows.h"
@@ -10,13 +10,14 @@
 
 namespace {
 
-// Rows of x that one pass over W takes: a tile of sums for each 16.
+// Rows of x per pass over W, with one tile of sums per 16 rows.
 constexpr int64_t MOST_TILED_ROWS = 4 * TILE;
 
 inline int64_t tile_steps(int64_t columns) { return (columns + TILE_LENGTH - 1) / TILE_LENGTH; }
 inline int64_t tile_blocks(int64_t rows) { return (rows + TILE - 1) / TILE; }
 
-// Rows (count, columns) of x by 16: for each 32 columns a tile (16 pairs of columns, 16 rows), zeros where nothing is.
+// Convert rows (count, columns) of x in groups of 16: per 32 columns one tile (16 pairs of columns, 16 rows), padded
+// with zeros.
 inline void turn_rows(const bfloat16* x, int64_t x_row, int64_t rows, int64_t columns, uint32_t* to) {
   alignas(64) bfloat16 tile[TILE * TILE_LENGTH];
   for (int64_t first = 0; first < rows; first += TILE)
@@ -27,15 +28,15 @@ inline void turn_rows(const bfloat16* x, int64_t x_row, int64_t rows, int64_t co
     }
 }
 
-// s h Fᵀ of the outputs first … first + outputs - 1, F (outputs, rank): s h turned, and what its rounding leaves where s
-// does more than move the point.
+// s h Fᵀ of the outputs first … first + outputs - 1, F (outputs, rank): s h transposed, and its rounding error unless s
+// is a power of two.
 struct TiledTerm {
   int64_t first, outputs, rank;
   const bfloat16* factor;
   double scaling;
   const uint32_t* turned;
 
-  // The exponent alone: no digit behind the first one.
+  // Only an exponent: the mantissa is zero.
   bool two() const {
     uint64_t bits;
     std::memcpy(&bits, &scaling, 8);
@@ -44,7 +45,7 @@ struct TiledTerm {
   int64_t padded() const { return (rank + 1) / 2 * 2; }
   int64_t columns() const { return (two() ? 2 : 1) * padded(); }
 
-  // One row of s h as `turn_rows` takes it, `columns` numbers.
+  // One row of s h in the layout of `turn_rows`, `columns` numbers.
   void scale(const bfloat16* h, bfloat16* to) const {
     constexpr int64_t W = lanes<float>;
     std::memset(to, 0, static_cast<size_t>(columns()) * sizeof(bfloat16));
@@ -55,9 +56,9 @@ struct TiledTerm {
       if (two()) store_some<float>(to + padded() + r, value - load_some<float>(to + r, count), count);
     }
   }
-  // The places k … k + 31 of 16 outputs from `output` on, zeros where they are not its own.
+  // The positions k … k + 31 of 16 outputs from `output` on, zeros for outputs of other terms.
   void factor_tile(int64_t output, int64_t k, bfloat16* tile) const {
-    const auto line = [=](const bfloat16* row, int64_t from) {  // its numbers at the places from … from + rank - 1
+    const auto line = [=](const bfloat16* row, int64_t from) {  // its numbers at the positions from … from + rank - 1
       const int64_t low = from > k ? from - k : 0, high = from + rank - k < TILE_LENGTH ? from + rank - k : TILE_LENGTH;
       if (low >= high) return _mm512_setzero_si512();
       const uint64_t mask = (uint64_t{1} << high) - (uint64_t{1} << low);
@@ -79,7 +80,7 @@ struct TiledRows {
   FewRows<bfloat16> p;
   const uint32_t* turned;  // all of x
   const TiledTerm* terms;
-  int64_t term_count, before;  // outputs of a term's group that stand before this matrix's
+  int64_t term_count, before;  // outputs of a term's group before those of this matrix
 
   // Groups of 16 outputs, from begin to end.
   void operator()(int64_t begin, int64_t end) const {
@@ -128,7 +129,7 @@ struct TiledRows {
       if (lies) {
         const uint8_t* w = p.row_of(first);
         for (int64_t s = 0; s < steps; ++s) {
-          // The same places of the next 16 rows.
+          // The same positions of the next 16 rows.
           if (group + 1 < end)
             for (int64_t y = 0; y < TILE; ++y) __builtin_prefetch(w + (TILE + y) * line + s * 64, 0, 2);
           step<BLOCKS>(w + s * 64, line, x + s * TILE * TILE, apart);
@@ -160,7 +161,7 @@ struct TiledRows {
     }
   }
 
-  // The same of a factor A whose h is made by itself in a training pass: four sums take turns, as in `shrink_tile`.
+  // The same for a factor A whose h a training pass computes separately: four sums alternate, as in `shrink_tile`.
   void by_turns(int64_t begin, int64_t end) const {
     alignas(64) bfloat16 room[TILE * TILE_LENGTH];
     alignas(64) float parts[4 * TILE * TILE];
@@ -200,7 +201,7 @@ struct TiledRows {
       }
   }
 
-  // `length` numbers of an output from `start` on, zeros behind them up to `row`.
+  // `length` numbers of an output from `start` on, with zeros up to `row`.
   void unpack(int64_t output, int64_t length, int64_t start, int64_t row, bfloat16* to) const {
     if (length > 0 && p.kind != nullptr) {
       const uint8_t* blocks = p.row_of(output) + start / p.kind->values * p.kind->bytes;
@@ -213,7 +214,7 @@ struct TiledRows {
     std::memset(to + length, 0, static_cast<size_t>(row - length) * sizeof(bfloat16));
   }
 
-  // Sums (16 outputs, 16 rows of x) with what is added to them, each rounded once.
+  // Write sums (16 outputs, 16 rows of x) with what is added to them, each rounded once.
   void write(float* sums, int64_t first, int64_t count, int64_t row) const {
     alignas(64) float by_row[TILE * TILE];
     transpose_square(reinterpret_cast<const uint32_t*>(sums), TILE, reinterpret_cast<uint32_t*>(by_row), TILE);

@@ -1,10 +1,10 @@
-// The blocks of GGUF's types, unpacked: for each type a struct with
+// The blocks of GGUF's types, unpacked: a struct per type with
 //
 //     values, bytes         of one block
 //     expand(block, out)    its values, in the order of the row, float32 or bfloat16 (blocks of 32: see there)
 //
-// Every struct first reads its scales, then spreads the packed integers of the block over bytes by loops that compilers
-// turn into wide instructions, then leaves the arithmetic to expand.h. Layouts: the gguf package's quants.py.
+// Every struct first reads its scales, then spreads the block's packed integers over bytes by loops that compilers turn into
+// wide instructions, and passes them to expand.h. Layouts: the gguf package's quants.py.
 #pragma once
 
 #include "common.h"
@@ -47,8 +47,8 @@ inline void groups_of_signed(int groups, const int8_t* q, const float* scales, c
   }
 }
 
-// 16 bytes → 32 codes: the low halves, then the high halves. Left to themselves compilers take such short runs of bytes
-// apart one by one.
+// 16 bytes → 32 codes: the low halves, then the high halves. Written explicitly, since compilers split such short runs
+// of bytes.
 inline void halves(const uint8_t* packed, uint8_t* codes) {
 #if defined(__SSE2__)
   const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)), mask = _mm_set1_epi8(15);
@@ -65,7 +65,7 @@ inline void halves(const uint8_t* packed, uint8_t* codes) {
 #endif
 }
 
-// 32 integers of 5 bits: their low four in 16 bytes, their fifth in 32 bits; `offset` is taken off each.
+// 32 integers of 5 bits: their low four in 16 bytes, their fifth in 32 bits; `offset` is subtracted from each.
 inline void fives(const uint8_t* fifth, const uint8_t* packed, int offset, int8_t* q) {
 #if defined(__SSE2__)
   int32_t word;
@@ -103,8 +103,8 @@ inline void six_bits(const uint8_t* packed, uint8_t* scales, uint8_t* minima) {
 
 // ---- blocks of 32 ----------------------------------------------------------------------------------------------------
 
-// Eight of them at a time, like the eight groups of the larger blocks: a group alone would wait for its own bytes. Each
-// has `unpack`, which gives one block's integers, scale and minimum, and whether both are finite.
+// Eight blocks are computed at a time, like the eight groups of the larger blocks, since a single group would wait for
+// its own bytes. `unpack` returns one block's integers, scale and minimum, and true if both are finite.
 
 template <const int8_t* Levels, bool Minimum>
 struct FourBits {  // Q4_0, Q4_1, IQ4_NL
@@ -122,7 +122,7 @@ struct MXFP4 {
   static constexpr int values = 32, bytes = 17;
   static constexpr const int8_t* levels = kE2M1;
   static bool unpack(const uint8_t* block, uint8_t* codes, float& scale, float& minimum) {
-    const uint32_t exponent = block[0];  // of a power of two, perhaps a subnormal one
+    const uint32_t exponent = block[0];  // a power of two, which may be subnormal
     scale = float_of(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23);
     minimum = 0.0f;
     halves(block + 1, codes);
@@ -220,7 +220,7 @@ struct Q3_K {
     for (int n = 0; n < 2; ++n) {
       for (int s = 0; s < 4; ++s) {
         for (int i = 0; i < 32; ++i) {
-          const int set = (high[i] >> (4 * n + s)) & 1;  // a set bit takes nothing off
+          const int set = (high[i] >> (4 * n + s)) & 1;  // a set bit subtracts nothing
           q[128 * n + 32 * s + i] = static_cast<int8_t>(((packed[32 * n + i] >> (2 * s)) & 3) - 4 + 4 * set);
         }
       }

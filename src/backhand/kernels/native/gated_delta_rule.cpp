@@ -1,12 +1,12 @@
 // The gated delta rule in chunks, forward and backward: the formulas of ops/gated_delta_rule.py.
 //
-// One task is a document and a key head with the value heads that it serves; where documents begin alike, a key head and
-// all segments of the tree, one after the other. It takes chunk by chunk, while all matrices of one lie in the second-level
-// cache. The backward first runs forward and keeps the state before each chunk and its solution Y; what else it needs
-// is made again. Workers bring no memory: each has a part of what is handed in, however many tasks it takes.
+// A task is a document and a key head with its value heads; if documents begin alike, it is a key head and all segments
+// of the tree in order. A task computes chunk by chunk, while all matrices of a chunk are in the second-level cache.
+// The backward first runs forward and saves the state before each chunk and its solution Y; everything else is
+// recomputed. Workers allocate no memory: each uses its part of the given workspace, however many tasks it takes.
 //
-// Results do not depend on the number of threads: each task writes places of its own, and sums over segments are taken
-// in their order.
+// Results do not depend on the number of threads: each task writes separate places, and sums over segments are in their
+// order.
 #include <atomic>
 
 #include "arena.h"
@@ -26,7 +26,7 @@ struct DeltaRule {
   Segments segments;
 
   int64_t chunks(int64_t i) const { return (segments.length(i) + sizes.chunk - 1) / sizes.chunk; }
-  // Segments and chunks of the document that has the most.
+  // The largest numbers of segments and of chunks in a document.
   int64_t most_segments() const {
     int64_t most = 0;
     for (int64_t i = 0; i < segments.count; ++i) {
@@ -46,7 +46,7 @@ struct DeltaRule {
     return most;
   }
 
-  // of(key head, first segment, last) of each tree, by workers with `each` numbers of memory.
+  // Call of(key head, first segment, last) for each tree, by workers with `each` numbers of memory.
   template <class Of>
   void by_turns(C* memory, int64_t workers, int64_t each, const Of& of) const {
     List<int64_t> roots;
@@ -73,7 +73,7 @@ struct DeltaForward {
 
   struct Memory {
     Chunk<C> chunk;
-    C *ends, *state, *missing, *result;  // the states behind the segments before one's own; the others
+    C *ends, *state, *missing, *result;  // the states after the segments before the current one; the others
   };
 
   Memory lay_out(Pieces<C>& pieces) const {
@@ -86,7 +86,7 @@ struct DeltaForward {
     return m;
   }
 
-  // A document from the state `from`, null for zero; the state behind it is left in `to` if it is `wanted`.
+  // Compute a document from the state `from`, null for zero; write the state after it to `to` if `wanted`.
   void scan(Memory& m, int64_t key_head, int64_t start, int64_t length, const C* from, C* to, bool wanted) const {
     const DeltaSizes& sizes = rule.sizes;
     Chunk<C>& chunk = m.chunk;
@@ -110,7 +110,7 @@ struct DeltaForward {
     }
   }
 
-  // The state of a document in the caller's layout, to or from that of the products.
+  // Copy a document's state from the caller's layout to that of the products, or back.
   void move_state(Memory& m, int64_t document, int64_t key_head, bool in) const {
     const DeltaSizes& sizes = rule.sizes;
     for (int64_t r = 0; r < sizes.group; ++r)
@@ -163,7 +163,7 @@ struct DeltaBackward {
   struct Memory {
     Chunk<C> chunk;
     C *states, *missing;        // before each chunk but the first, and Y of each chunk; by value heads
-    C *d_state, *d_ends;        // S̄, and its sum over those that continue a segment, by their depth
+    C *d_state, *d_ends;        // S̄, and its sum over the segments that continue a segment, by depth
     C *g_and_d_v;               // [G; dV] (2n, values)
     C *w;                       // W, then dU (n, values)
     C *sides;                   // Yᵀ, Sᵀ or S̄ᵀ
@@ -171,7 +171,7 @@ struct DeltaBackward {
     C *d_attended, *d_below;    // D ⊙ dP, D ⊙ dL (n, tokens), summed over value heads
     C *read, *by_state, *d_qk;  // [e^c ⊙ G; -e^c ⊙ dV] (2n, values); that times Sᵀ, and [dQ; dK] (2n, keys)
     double *columns, *d_sums;   // (tokens)
-    C* by_sent;                 // U · what U gets from S' (tokens)
+    C* by_sent;                 // U · the gradient of U through S' (tokens)
   };
 
   Memory lay_out(Pieces<C>& pieces) const {
@@ -209,7 +209,7 @@ struct DeltaBackward {
     return m.missing + (number * rule.sizes.group + r) * rule.sizes.chunk * rule.sizes.values();
   }
 
-  // Run a document's chunks forward, the first of them number `number` of those kept.
+  // Run a document's chunks forward; the first of them has the index `number` among the saved ones.
   void scan(Memory& m, int64_t key_head, int64_t start, int64_t length, int64_t number, bool wanted) const {
     const DeltaSizes& sizes = rule.sizes;
     Chunk<C>& chunk = m.chunk;
@@ -226,8 +226,8 @@ struct DeltaBackward {
     }
   }
 
-  // Back through a document's chunks; m.d_state holds S̄ behind the last, if `following`, and then that before the
-  // first, where there is a state.
+  // Run back through a document's chunks. m.d_state holds S̄ after the last one, if `following`, and afterwards S̄
+  // before the first one, if there is a state.
   void scan_back(Memory& m, int64_t key_head, int64_t start, int64_t length, int64_t number, bool following) const {
     const DeltaSizes& sizes = rule.sizes;
     for (int64_t c = (length + sizes.chunk - 1) / sizes.chunk - 1; c >= 0; --c) {
@@ -255,7 +255,7 @@ struct DeltaBackward {
     }
   }
 
-  // One value head: adds to m.d_qk, writes or adds m.d_attended and m.d_below, takes m.d_state to the chunk before.
+  // One value head: add to m.d_qk, write or add m.d_attended and m.d_below, and move m.d_state to the chunk before.
   void chunk_back(Memory& m, int64_t number, int64_t key_head, int64_t r, int64_t at, bool following) const {
     const Chunk<C>& chunk = m.chunk;
     const int64_t n = chunk.n, keys = chunk.keys, values = chunk.values, tokens = chunk.tokens;
@@ -320,7 +320,8 @@ struct DeltaBackward {
     }
   }
 
-  // D ⊙ dP and D ⊙ dL, and what the decays get by P and L: rowsum(E) - colsum(E), exactly enough only in double.
+  // D ⊙ dP and D ⊙ dL, and the decays' gradient through P and L: rowsum(E) - colsum(E), which is accurate only in
+  // double.
   void pairs_back(Memory& m, bool add) const {
     constexpr int W = lanes<C>;
     const Chunk<C>& chunk = m.chunk;
@@ -340,7 +341,7 @@ struct DeltaBackward {
         const Vector<C> by_below = load<C>(chunk.below + place) * d_below;
         Vector<C> exponents = fma(load<C>(chunk.attended + place), d_attended, -by_below);
         Vector<C> under = -(pair * d_below);
-        if (j + W > i) {  // on the diagonal D is one and L is none of it
+        if (j + W > i) {  // on the diagonal D is one and L is zero
           const Bits<C> there = Chunk<C>::template before<C>(i - j);
           exponents = there ? exponents : Vector<C>{};
           under = there ? under : Vector<C>{};
@@ -373,8 +374,8 @@ struct DeltaBackward {
     subtree(m, key_head, root, 0, 0);
   }
 
-  // A segment and all that continue it, behind so many chunks and segments; returns the next segment. m.d_state then
-  // holds S̄ before it.
+  // Compute a segment and all that continue it, after `chunks` chunks and `depth` segments; return the next segment.
+  // m.d_state then holds S̄ before it.
   int64_t subtree(Memory& m, int64_t key_head, int64_t i, int64_t number, int64_t depth) const {
     const Segments& segments = rule.segments;
     const int64_t start = segments.start(i), length = segments.length(i), size = rule.sizes.state();
@@ -413,7 +414,7 @@ DeltaRule<T> rule_of(const DeltaSizes& sizes, const void* const* inputs, const i
 
 }  // namespace
 
-// How many numbers of the type that is computed in (float, or double for double) each worker needs.
+// The numbers that each worker needs, of the type that is computed in (float, or double for double).
 BACKHAND_EXPORT int64_t backhand_gated_delta_rule_memory(int dtype, int backward, const int64_t* sizes,
                                                          const int64_t* table, int64_t segments) {
   const DeltaSizes all{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
@@ -425,11 +426,10 @@ BACKHAND_EXPORT int64_t backhand_gated_delta_rule_memory(int dtype, int backward
   });
 }
 
-// sizes: key heads, value heads of each, key width, value width, tokens of a chunk. inputs: q, k, v, decay, beta, where
-// q, k and decay are float (double for double); rows: for each in turn the distances of its tokens and of its heads.
-// states: (segments, value heads, key width, value width), of the type of q, or null; then none continues another.
-// table: (3, segments), see segments.h. memory:
-// `workers` times as many numbers as backhand_gated_delta_rule_memory says.
+// sizes: key heads, value heads per key head, key width, value width, tokens per chunk. inputs: q, k, v, decay, beta,
+// where q, k and decay are float (double for double). rows: the token stride and head stride of each input. states:
+// (segments, value heads, key width, value width), of q's type, or null; if given, no segment continues another. table:
+// (3, segments), see segments.h. memory: `workers` times the numbers that backhand_gated_delta_rule_memory returns.
 BACKHAND_EXPORT void backhand_gated_delta_rule_forward(int dtype, const int64_t* sizes, const void* const* inputs,
                                                        const int64_t* rows, void* output, int64_t output_token,
                                                        int64_t output_head, void* states, const int64_t* table,

@@ -1,4 +1,4 @@
-// The loops of gated units, forward (glu.h) and backward: the formulas of ops/glu.py.
+// The kernels of gated units, forward (glu.h) and backward: the formulas of ops/glu.py.
 #include "glu.h"
 
 namespace {
@@ -38,7 +38,7 @@ void backward(const T* d_y, int64_t d_y_row, const T* gate, int64_t gate_row, co
 
 }  // namespace
 
-// y = φ(gate) ⊙ up; each tensor (rows, n) with rows so many numbers apart.
+// y = φ(gate) ⊙ up; each tensor is (rows, n) with its row stride in numbers.
 BACKHAND_EXPORT void backhand_glu_forward(int dtype, int activation, const void* gate, int64_t gate_row,
                                           const void* up, int64_t up_row, void* y, int64_t y_row, int64_t rows,
                                           int64_t n) {
@@ -48,7 +48,7 @@ BACKHAND_EXPORT void backhand_glu_forward(int dtype, int activation, const void*
   });
 }
 
-// The gradients of gate and up, and y once more in `again`, which may be d_y itself, or null.
+// The gradients of gate and up, and y in `again`, which may be d_y itself, or null.
 BACKHAND_EXPORT void backhand_glu_backward(int dtype, int activation, const void* d_y, int64_t d_y_row,
                                            const void* gate, int64_t gate_row, const void* up, int64_t up_row,
                                            void* d_gate, int64_t d_gate_row, void* d_up, int64_t d_up_row,

@@ -1,11 +1,11 @@
-// Tensors of tokens and heads, and their rows, for loops that take a head at a time.
+// Tensors of tokens and heads, and their rows, for kernels that compute one head at a time.
 #pragma once
 
 #include "vectors.h"
 
 namespace {
 
-// Heads of so many numbers: token t, head h lies at data + t · token + h · head.
+// Heads: token t, head h begins at data + t · token + h · head.
 template <class T>
 struct Heads {
   T* data;

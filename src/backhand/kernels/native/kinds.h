@@ -1,4 +1,4 @@
-// The types of stored matrices, and how a run of whole blocks of each becomes numbers. The table is in dequantize.cpp.
+// The types of stored matrices, and the conversion of whole blocks to numbers. The table is in dequantize.cpp.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ struct Kind {
   void (*to_bfloat16)(const uint8_t* source, int64_t blocks, bfloat16* out);
 };
 
-// Null for a type that is not known.
+// Null for an unknown type.
 const Kind* kind_of(int type);
 
 namespace {

@@ -25,7 +25,7 @@ BACKHAND_EXPORT void backhand_set_parallel_for(void* function) {
 BACKHAND_EXPORT const char* backhand_instruction_set() { return BACKHAND_ISA; }
 
 #if defined(__x86_64__)
-// Linux hands out AMX's registers on request, once for the whole process.
+// Linux grants AMX's registers on request, once for the whole process.
 static bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
@@ -36,8 +36,8 @@ static bool may_use_tiles() {
 }
 #endif
 
-// Whether the processor, and the system's saving of registers, allow a build: bit 0 avx2, 1 avx512, 2 avx512bf16,
-// 3 amx; of ARM, bit 0 neon_bf16.
+// Bits of the builds that the processor, and the system's saving of registers, allow: 0 avx2, 1 avx512, 2 avx512bf16, 3
+// amx; on ARM, 0 neon_bf16.
 BACKHAND_EXPORT uint32_t backhand_processor() {
   uint32_t found = 0;
 #if defined(__x86_64__)
@@ -66,7 +66,7 @@ BACKHAND_EXPORT uint32_t backhand_processor() {
   return found;
 }
 
-// count numbers `begin`, begin + 1, … into out, by all threads: whether loops run, and on which of them, can be tested.
+// Write count numbers `begin`, begin + 1, … to out on all threads, to test whether kernels run and on which threads.
 BACKHAND_EXPORT void backhand_count(int64_t* out, int64_t count, int64_t begin, int64_t grain) {
   parallel(count, grain, [=](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) out[i] = begin + i;

@@ -1,11 +1,11 @@
-// Products with the factors of an adapter, whose rank is small beside all else: the formulas of ops/low_rank.py.
+// Products with the factors of an adapter, whose rank is small: the formulas of ops/low_rank.py.
 //     down_projection   H = V F          (rows, rank)
 //     up_projection     Y += s H Fᵀ      (rows, n)
 //     gather            += Hᵀ V          (rank, n)
-// V of a gather may be given as a norm's input X, V = ρ X ⊙ (c + w): then += (ρ H)ᵀ X ⊙ (c + w), and V is never made.
-// F of a down-projection is stored as its transpose, (rank, n), as lora_A is; that of an up-projection so or as (n, rank),
-// as lora_B is. V and Y are large and are read (and written) once; a sum is rounded once, when it is whole, and does not
-// depend on the number of threads.
+// V of a gather may be given as a norm's input X, V = ρ X ⊙ (c + w): then += (ρ H)ᵀ X ⊙ (c + w), and V is never formed. F of
+// a down-projection is stored as its transpose, (rank, n), like lora_A; that of an up-projection is stored so, or as
+// (n, rank), like lora_B. V and Y are large and are read (and written) once. A sum is rounded once, when it is complete, and
+// does not depend on the number of threads.
 #include "low_rank.h"
 
 namespace {
@@ -46,7 +46,7 @@ inline void up_projection_rows(Matrix<T> y, Rows<typename Op::Unit> left, const 
         const int64_t full = std::min(EXPANDED_COLUMNS, whole - j);
         for (int64_t line = 0; line < std::min(TILE, end - i); ++line) {
           T* place = y.at(i + line, j);
-          // The same place 16 rows on.
+          // The same place 16 rows later.
           __builtin_prefetch(place + TILE * y.row, 1);
           __builtin_prefetch(place + TILE * y.row + TILE_LENGTH, 1);
           const C* sum = sums + line * EXPANDED_COLUMNS;
@@ -88,7 +88,7 @@ int up_projection(Matrix<T> y, Matrix<const T> h, const Factor<T>& factor, int64
   std::fill(packed + units * width, packed + padded * width, U(0));
   Rows<U> left{copy, padded};
   if constexpr (by_tiles<Op>) {
-    // Of each 16 rows one tile behind another.
+    // One tile per 16 rows, one after another.
     for (int64_t i = 0; i < rows; i += TILE)
       for (int64_t k = 0; k < padded; k += TILE)
         copy_tile(h.at(i, k * Op::PACK), h.row, std::min(TILE, rows - i),
@@ -103,14 +103,14 @@ int up_projection(Matrix<T> y, Matrix<const T> h, const Factor<T>& factor, int64
   return 0;
 }
 
-// One of several results that stand side by side: the columns first … first + rank - 1 of H belong to it.
+// One of several results: the columns first … first + rank - 1 of H belong to it.
 template <class O>
 struct Part {
   Matrix<O> out;
   int64_t first, rank;
 };
 
-// What makes V of X: a factor ρ for each row, and c + w for each column; or null and null.
+// The norm that turns X into V: a factor ρ per row, and c + w per column; or null and null.
 template <class T>
 struct Norm {
   const Wide<T>* factor;
@@ -118,7 +118,7 @@ struct Norm {
   double offset;
 };
 
-// H with each row multiplied by its factor.
+// Multiply each row of H by its factor.
 template <class T>
 inline Matrix<const T> times_factors(Matrix<const T> h, const Wide<T>* factor, int64_t rows, int64_t rank, T* copy) {
   typedef Wide<T> C;
@@ -133,7 +133,7 @@ inline Matrix<const T> times_factors(Matrix<const T> h, const Wide<T>* factor, i
   return {copy, rank};
 }
 
-// Columns first … last - 1 of sums (rank, width) times c + w.
+// Multiply the columns first … last - 1 of sums (rank, width) by c + w.
 template <class T>
 inline void times_gain(const Norm<T>& norm, Wide<T>* sums, int64_t width, int64_t rank, int64_t first, int64_t last) {
   typedef Wide<T> C;
@@ -145,8 +145,8 @@ inline void times_gain(const Norm<T>& norm, Wide<T>* sums, int64_t width, int64_
   }
 }
 
-// Gathered by columns, each thread goes through all rows; by parts of the rows, which are read as they lie, and perhaps by
-// the thread that has written them, it has sums of its own.
+// By columns, each thread reads all rows. By parts of the rows, which are read in memory order and possibly by the
+// thread that wrote them, each part has its own sums.
 template <class Op, class T, class O>
 int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t part_count, bool by_parts, int64_t rows,
            int64_t n, const Norm<T>& norm) {
@@ -166,7 +166,7 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
   if (norm.factor != nullptr) h = times_factors(h, norm.factor, rows, rank, arena.take<T>(copied));
   const Left<Op> left = left_of<Op>(h, rows, rank, arena);
   C* sums = arena.take<C>(numbers);
-  // The columns first … last - 1 of sums of the rows begin … end - 1.
+  // Sum the rows begin … end - 1 in the columns first … last - 1.
   const auto add_up = [=](int64_t part, int64_t begin, int64_t end, int64_t first, int64_t last) {
     alignas(64) U right[GATHERED_ROWS<Op> / Op::PACK * GATHERED_COLUMNS];
     const BlockSums<C> own(sums + part * one, count * one, MUTATED("low_rank: naive sum", rows / count, 0), step);
@@ -225,8 +225,8 @@ int gather_parts(Matrix<const T> v, Matrix<const T> h, int64_t count, void* cons
 
 }  // namespace
 
-// h (rows, rank) = v factorᵀ, v (rows, n), factor (rank, n). Rows of each are so many numbers apart. Returns 1 when there
-// is no memory, else 0, as do the others.
+// h (rows, rank) = v factorᵀ, v (rows, n), factor (rank, n). Row strides are in numbers. Like the other functions, it
+// returns 1 if there is no memory, else 0.
 BACKHAND_EXPORT int backhand_low_rank_down(int dtype, const void* v, int64_t v_row, const void* factor,
                                              int64_t factor_row, void* h, int64_t h_row, int64_t rows, int64_t n,
                                              int64_t rank) {
@@ -247,10 +247,10 @@ BACKHAND_EXPORT int backhand_low_rank_up(int dtype, void* y, int64_t y_row, cons
   });
 }
 
-// += hᵀ v, with v (rows, n) and h (rows, Σ ranks), in `count` parts below one another: outs[i] is (ranks[i], n), float
-// (double for double) if `wide`, else of the storage dtype. Where `factor` is not null, v is x of a norm: its factor
-// (rows,) in the wide type, its weight (n,) and offset make v of it. Tasks are parts of the rows if `by_parts` and there
-// are several, else columns of v.
+// += hᵀ v, with v (rows, n) and h (rows, Σ ranks), in `count` stacked parts: outs[i] is (ranks[i], n), in float (double
+// for double) if `wide`, else in the storage type. If `factor` is not null, v is the input x of a norm with this factor
+// (rows,) in the wide type, weight (n,) and offset. Tasks are parts of the rows if `by_parts` and there are several,
+// else columns of v.
 BACKHAND_EXPORT int backhand_low_rank_gather(int dtype, const void* v, int64_t v_row, const void* h, int64_t h_row,
                                              int64_t count, void* const* outs, const int64_t* out_rows,
                                              const int64_t* ranks, int wide, int by_parts, int64_t rows, int64_t n,

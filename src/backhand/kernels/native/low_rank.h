@@ -1,4 +1,4 @@
-// What loops over the factors of an adapter share: their operands as `products.h` takes them, and gradients in place.
+// Shared by the kernels of an adapter's factors: operands in the layout of `products.h`, and gradients in place.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 
 namespace {
 
-// Of the large operand, so much is at work at a time: a block of rows, whose sums and operands stay near the processor.
+// The block of the large operand that is computed at a time, so that its sums and operands stay in the cache.
 constexpr int64_t SHRUNK_ROWS = 24, SHRUNK_RANKS = 64, GATHERED_COLUMNS = 64;
 template <class Op>
 constexpr int64_t GATHERED_ROWS = by_tiles<Op> ? 128 : 48;
-// Threads divide the columns of a gathered product in these, and the rows of the others by tiles.
+// Threads divide a gathered product by these columns, and the others by tiles of rows.
 constexpr int64_t FEWEST_COLUMNS = 32;
 
-// Multiplications that are worth a thread of their own; tiles do them several times as fast.
+// The fewest multiplications that justify another thread; AMX computes them several times as fast.
 template <class Op>
 inline int64_t grain_of(int64_t multiplications) {
   return 1 + (int64_t{1} << (by_tiles<Op> ? 20 : 18)) / std::max<int64_t>(multiplications, 1);
@@ -42,7 +42,7 @@ inline int64_t units_of(int64_t elements) {
   return (elements + Op::PACK - 1) / Op::PACK;
 }
 
-// The first n elements of a row, zeros behind them up to `padded`.
+// Copy the first n elements of a row, with zeros up to `padded`.
 template <class Op, class T>
 inline void copy_row(const T* from, int64_t n, typename Op::Element* to, int64_t padded) {
   typedef typename Op::Element E;
@@ -54,7 +54,7 @@ inline void copy_row(const T* from, int64_t n, typename Op::Element* to, int64_t
   for (int64_t j = n; j < padded; ++j) to[j] = E(0);
 }
 
-// Rows of n elements as units: where they lie, if they can be read as that, else a copy.
+// Rows of n elements as units: in place if possible, else a copy.
 template <class Op, class T>
 inline Rows<typename Op::Unit> rows_as_units(Matrix<const T> x, int64_t rows, int64_t n, typename Op::Element* copy) {
   typedef typename Op::Unit U;
@@ -67,7 +67,7 @@ inline Rows<typename Op::Unit> rows_as_units(Matrix<const T> x, int64_t rows, in
   return {reinterpret_cast<const U*>(copy), units};
 }
 
-// The first `count` numbers of a register, or all of it, added to what stands at `to`.
+// Add the first `count` numbers of a register, or all of it, to `to`.
 template <class C, class O>
 inline void add_some(O* to, Vector<C> value, int64_t count) {
   if (count >= lanes<C>) {
@@ -77,7 +77,7 @@ inline void add_some(O* to, Vector<C> value, int64_t count) {
   }
 }
 
-// s · sumsᵀ, (columns, rank), added; sums is (rank, columns), its rows and columns there up to the next sixteen.
+// Add s · sumsᵀ, (columns, rank); sums is (rank, columns) with rows and columns rounded up to multiples of 16.
 template <class C, class O>
 inline void add_turned(const C* sums, int64_t width, int64_t columns, int64_t rank, C s, O* out, int64_t out_row) {
   constexpr int64_t STEP = 16;
@@ -91,7 +91,7 @@ inline void add_turned(const C* sums, int64_t width, int64_t columns, int64_t ra
     }
 }
 
-// body(first row, last row) on parts of all rows, side by side where threads are.
+// Call body(first row, last row) on parts of all rows, in parallel if there are threads.
 template <class Op, class Body>
 inline void by_rows(int64_t rows, int64_t multiplications, const Body& body) {
   constexpr int64_t STEP = by_tiles<Op> ? TILE : 1;
@@ -101,7 +101,7 @@ inline void by_rows(int64_t rows, int64_t multiplications, const Body& body) {
   });
 }
 
-// (rows, columns) as units along the columns' number: (units, to_row ≥ rows), zeros behind the rows.
+// Convert (rows, columns) to units along the columns: (units, to_row ≥ rows), with zeros after the rows.
 template <class Op, class T>
 inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::Unit* to, int64_t to_row) {
   typedef typename Op::Element E;
@@ -114,7 +114,7 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
     for (int64_t k = 0; k < units; k += STEP) {
       const int64_t there = std::min(LENGTH, columns - k * Op::PACK);
 #if defined(__AVX512BF16__)
-      // A whole square goes by registers alone.
+      // A whole square is transposed in registers.
       if constexpr (Op::PACK == 2)
         if (i + STEP <= rows && there == LENGTH && x.row % Op::PACK == 0) {
           transpose_square(reinterpret_cast<const U*>(x.at(i, k * Op::PACK)), x.row / Op::PACK, to + k * to_row + i,
@@ -147,7 +147,8 @@ inline void turn(Matrix<const T> x, int64_t rows, int64_t columns, typename Op::
     }
 }
 
-// A factor as units along n, (rounded up to whole tiles, width), zeros behind n and the rank; null without memory.
+// Convert a factor to units along n, (rounded up to whole tiles, width), with zeros after n and the rank; null without
+// memory.
 template <class Op, class T>
 inline typename Op::Unit* units_along_n(const Factor<T>& factor, int64_t n, int64_t rank, int64_t width, Arena& arena) {
   typedef typename Op::Unit U;
@@ -207,7 +208,7 @@ inline void shrink_rows(Matrix<const T> v, const typename Op::Unit* packed, int6
   }
 }
 
-// Hᵀ as the left operand of a gathered product: units along the rows, of one rank after another or, for tiles, transposed.
+// Hᵀ as the left operand of a gathered product: units along the rows, one rank after another, or transposed for tiles.
 template <class Op>
 struct Left {
   const typename Op::Unit* data;
@@ -238,8 +239,8 @@ inline Left<Op> left_of(Matrix<const T> h, int64_t rows, int64_t rank, Arena& ar
   }
 }
 
-// Parts of the rows, whose number does not depend on that of the threads: each has sums of its own, added in their order.
-// Fewer than `FEWEST` of them leave threads without work.
+// Parts of the rows, whose number does not depend on the number of threads. Each part has its own sums, which are added
+// in order. Fewer than `FEWEST` parts would leave threads without work.
 struct RowParts {
   static constexpr int64_t ROWS = 256, MOST = 8, FEWEST = 2, STEP = TILE_LENGTH;
   int64_t rows, count;
@@ -248,14 +249,14 @@ struct RowParts {
   int64_t begin(int64_t part) const { return std::min(rows, (rows + STEP - 1) / STEP * part / count * STEP); }
 };
 
-// Sums over rows, (rank, width), of one block of rows after the other. Where there are many blocks, those of the last few
-// stand apart before they are added, compensated, to those of all before: so that many rows round no more than few.
+// Sums over rows, (rank, width), of one block of rows after another. If there are many blocks, the sums of the last few
+// are kept separately and then added, compensated, to those of all before, so that many rows round no more than few.
 template <class C>
 struct BlockSums {
   static constexpr int64_t FEW = 16;
   C *all, *recent, *lost;
 
-  // Of so many numbers of one, how many three take where there are many blocks.
+  // The numbers of all three sums if there are many blocks, else those of one.
   static int64_t numbers(int64_t one, int64_t rows, int64_t rows_a_block) {
     return rows > FEW * rows_a_block ? 3 * one : one;
   }
@@ -264,9 +265,9 @@ struct BlockSums {
     recent = memory + one;
     lost = recent + one;
   }
-  // Whether the sums of this block, counted from 0, are added to what is recent.
+  // True if the sums of this block, counted from 0, are added to the recent ones.
   bool adds(int64_t block) const { return lost == nullptr ? block > 0 : block % FEW > 0; }
-  // Behind the block: the columns first … last - 1 of `rank` rows from number `offset` on.
+  // Call after the block, for the columns first … last - 1 of `rank` rows from number `offset` on.
   void behind(int64_t block, bool is_last, int64_t offset, int64_t width, int64_t rank, int64_t first,
               int64_t last) const {
     if (lost == nullptr || (block % FEW < FEW - 1 && !is_last)) return;
@@ -283,12 +284,12 @@ struct BlockSums {
   }
 };
 
-// How many times `FEWEST_COLUMNS` columns are worth a thread of their own where so many numbers of each are added up.
+// How many times `FEWEST_COLUMNS` columns justify another thread if `numbers` numbers of each are added.
 inline int64_t grain_of_sums(int64_t numbers) {
   return 1 + (int64_t{1} << 14) / std::max<int64_t>(numbers * FEWEST_COLUMNS, 1);
 }
 
-// Columns first … last - 1 of the first sums += those of the other parts, each `apart` numbers from the one before.
+// Add the columns first … last - 1 of all parts' sums to those of the first, each `apart` numbers after the one before.
 template <class C>
 inline void add_parts(C* sums, int64_t parts, int64_t apart, int64_t width, int64_t rank, int64_t first, int64_t last) {
   for (int64_t part = 1; part < parts; ++part)
@@ -300,16 +301,16 @@ inline void add_parts(C* sums, int64_t parts, int64_t apart, int64_t width, int6
       }
 }
 
-// Asks for one of `shares` of up to `count` rows from `first` on, row by row: a block that is read in narrow columns next
-// comes sooner so, since memory likes what lies behind one another.
+// Prefetch one of `shares` of up to `count` rows from `first` on, row by row. A block that is read in narrow columns
+// next arrives sooner this way, since memory favours consecutive addresses.
 template <class T>
 inline void fetch_share(Matrix<const T> v, int64_t first, int64_t count, int64_t n, int64_t share, int64_t shares) {
   for (int64_t i = first + count * share / shares; i < first + count * (share + 1) / shares; ++i)
     for (int64_t j = 0; j < n; j += LINE / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(v.at(i, j), 0, 2);
 }
 
-// Columns j … of sums (rank, width) = or += Hᵀ V over the rows t … t + count - 1, at most a block of each; the next block
-// begins `next` numbers behind this one.
+// Columns j … of sums (rank, width) = or += Hᵀ V over the rows t … t + count - 1, at most one block; the next block
+// begins `next` numbers later.
 template <class Op, class T>
 inline void gather_block(Matrix<const T> v, const Left<Op>& left, int64_t t, int64_t count, int64_t j, int64_t wide,
                          int64_t n, int64_t next, typename Op::Unit* right, typename Op::Sum* sums, int64_t width,

@@ -1,14 +1,15 @@
 // ∂L/∂h = s G B (rows, rank) and ∂L/∂B += s Gᵀ h (n, rank) in one pass over G (rows, n), for all layers that share an
-// input, each of which has columns of G: the formulas of ops/low_rank.py.
+// input, each of which owns columns of G: the formulas of ops/low_rank.py.
 //
-// A task takes some columns of G. It copies a few rows of them at a time to where both products find them near the
-// processor. Its rows of ∂L/∂B are its own; what it adds to ∂L/∂h goes to a buffer, and these are added in the order of
+// A task is a range of columns of G. It copies a few rows of them at a time into the cache, where both products read
+// them. Its rows of ∂L/∂B are its own. Its part of ∂L/∂h goes to a buffer, and the buffers are added in the order of
 // the columns, so that nothing depends on the number of threads.
 #include "low_rank.h"
 
 namespace {
 
-// One of several layers with a common input: its columns of G, its factor, and of h and ∂L/∂h the columns from `first`.
+// One of several layers with a common input: its columns of G, its factor, and the columns of h and ∂L/∂h from `first`
+// on.
 template <class T, class O>
 struct Member {
   Matrix<const T> g, factor, h;
@@ -18,7 +19,7 @@ struct Member {
   double scaling;
 };
 
-// Some columns of a member, for one thread; what they add to ∂L/∂h goes to `partial`, (rows, width).
+// A range of columns of a layer, for one thread; its part of ∂L/∂h goes to `partial`, (rows, width).
 template <class T, class O>
 struct Piece {
   const Member<T, O>* member;
@@ -33,13 +34,13 @@ struct Backward {
   typedef typename Op::Element E;
   typedef typename Op::Unit U;
   static constexpr bool AS_IT_IS = Op::PACK == 1 && sizeof(E) == sizeof(T);
-  // So much of G is at work at a time, and so many columns are a task.
+  // The block of G that is computed at a time, and the columns of a task.
   static constexpr int64_t ROWS = 48, COLUMNS = 64, TASK = 2 * COLUMNS;
 
   static int64_t width(int64_t rank) { return rounded_up(rank, lanes<C>); }
   static int64_t pieces_of(int64_t n) { return std::max<int64_t>(1, (n + TASK - 1) / TASK); }
 
-  // Bytes of one thread's own: the factor's rows of a piece, h of all rows, the sums of a piece.
+  // Bytes of one thread: the factor's rows of a piece, h of all rows, the sums of a piece.
   static size_t scratch(int64_t rows, int64_t rank) {
     const int64_t units = units_of<Op>(TASK) * width(rank) + units_of<Op>(rows) * rank;
     const int64_t numbers = BlockSums<C>::numbers((rank + 16) * TASK, rows, ROWS);
@@ -89,7 +90,7 @@ struct Backward {
     add_turned(sums.all, TASK, there, rank, s, member.gradient.at(here.column), member.gradient.row);
   }
 
-  // ∂L/∂h of some rows: what the pieces have, added in their order.
+  // Add the pieces' parts of ∂L/∂h for some rows, in order.
   static void add_up(const Piece<T, O>* pieces, int64_t count, int64_t begin, int64_t end) {
     for (int64_t p = 0; p < count;) {
       const Member<T, O>& member = *pieces[p].member;
@@ -143,9 +144,9 @@ struct Backward {
   }
 };
 
-// The same by parts of the rows, for tiles, which multiply faster than they are fed: blocks of rows are read for the first
-// product and are still near the processor for the second. Parts, whose number does not depend on that of the threads,
-// have sums of ∂L/∂B of their own, added in their order.
+// The same by parts of the rows, for AMX, which multiplies faster than it is supplied: blocks of rows are read for the
+// first product and are still in the cache for the second. The number of parts does not depend on the number of
+// threads. Each part has its own sums of ∂L/∂B, which are added in order.
 template <class T, class O>
 struct ByParts {
   typedef Operands<T> Op;
@@ -153,7 +154,7 @@ struct ByParts {
   typedef typename Op::Unit U;
   static constexpr int64_t MOST_ROWS = 128;
 
-  // A member's operands as units, and the sums of all parts, (parts, rounded up rank, width).
+  // A layer's operands as units, and the sums of all parts, (parts, rounded up rank, width).
   struct Packed {
     const U* factor;
     Left<Op> h;
@@ -222,7 +223,7 @@ struct ByParts {
     return 0;
   }
 
-  // Both products of the rows t … t + count - 1 with one member's factor and h; `next` rows come behind them.
+  // Both products of the rows t … t + count - 1 with one layer's factor and h; `next` rows follow.
   static void rows_of(const Member<T, O>& member, const Packed& packed, C* sums, int64_t t, int64_t count, int64_t next,
                       bool add) {
     alignas(64) U right[MOST_ROWS / Op::PACK * GATHERED_COLUMNS];
@@ -239,7 +240,7 @@ struct ByParts {
     }
   }
 
-  // Adds blocks begin … end - 1 of `FEWEST_COLUMNS` columns of all parts to the gradient.
+  // Add blocks begin … end - 1 of `FEWEST_COLUMNS` columns of all parts to the gradient.
   static void add_up(const Member<T, O>& member, C* sums, int64_t parts, int64_t begin, int64_t end) {
     const int64_t first = begin * FEWEST_COLUMNS, last = end * FEWEST_COLUMNS, row = width(member);
     add_parts(sums, parts, high(member) * row, row, member.rank, first, last);
@@ -274,10 +275,10 @@ int backward_of_members(Matrix<const T> g, Matrix<const T> h, Matrix<T> d_h, int
 
 }  // namespace
 
-// Of `count` layers that share their input: d_h (rows, Σ rank) = s g B, and += s gᵀ h, of B's shape, (n, rank). A layer
-// is seven numbers: its first column of g, n, its rank; address of B and distance of its rows; the same of the gradient
-// of B, float (double for double) if `wide`, else of the storage dtype. Tasks are parts of the rows if `by_parts`, else
-// columns of g. Returns 1 when there is no memory, else 0.
+// For `count` layers that share their input: d_h (rows, Σ rank) = s g B, and += s gᵀ h, of B's shape, (n, rank). Each
+// layer is given by seven numbers: its first column of g, n, its rank; address and row stride of B; the same of the
+// gradient of B, in float (double for double) if `wide`, else in the storage type. Tasks are parts of the rows if
+// `by_parts`, else columns of g. Returns 1 if there is no memory, else 0.
 BACKHAND_EXPORT int backhand_low_rank_backward(int dtype, const void* g, int64_t g_row, const void* h, int64_t h_row,
                                                void* d_h, int64_t d_h_row, int64_t count, const int64_t* numbers,
                                                const double* scalings, int wide, int by_parts, int64_t rows) {

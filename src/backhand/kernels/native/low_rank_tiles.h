@@ -1,7 +1,7 @@
-// What the products with an adapter's factors do on AMX: tiles of 16 rows by 16 columns, along 32 bfloat16 at a time.
+// AMX's part of the products with an adapter's factors: tiles of 16 rows by 16 columns, along 32 bfloat16 at a time.
 //
-// The large operand lies as it is in memory wherever a tile is whole, so that it is read once. A sum depends on its own
-// row and column alone, not on where the tile begins.
+// The large operand is read in place if a tile is whole, so that it is read once. A sum depends on its row and column
+// only, not on where the tile begins.
 #pragma once
 
 #include <type_traits>
@@ -13,14 +13,14 @@ namespace {
 constexpr int64_t TILE = 16, TILE_LENGTH = 32;
 
 struct NoTiles {
-  NoTiles() {}  // nothing to set
+  NoTiles() {}  // no configuration
 };
-// What a thread holds while it multiplies in such units.
+// The tile configuration that a thread holds while it multiplies these units.
 template <class Op>
 using TilesOf = typename std::conditional<by_tiles<Op>, Tiles, NoTiles>::type;
 
 #if defined(__AMX_BF16__)
-// Up to 16 rows of up to 32 numbers as a tile of its own, zeros behind them.
+// Copy up to 16 rows of up to 32 numbers to a tile, with zeros after them.
 inline void copy_tile(const bfloat16* from, int64_t row, int64_t count, int64_t n, bfloat16* tile) {
   const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
   for (int64_t y = 0; y < TILE; ++y) {
@@ -29,8 +29,8 @@ inline void copy_tile(const bfloat16* from, int64_t row, int64_t count, int64_t 
   }
 }
 
-// sums (16, 16) = v F of up to 16 rows of v (count, n), F as units (n / 2, width) with zeros up to a whole tile. Four
-// tiles take turns along n, since each has to wait for its own sum.
+// sums (16, 16) = v F of up to 16 rows of v (count, n), with F as units (n / 2, width) padded with zeros to a whole
+// tile. Four tiles alternate along n, since each waits for its own sum.
 inline void shrink_tile(const bfloat16* v, int64_t row, int64_t count, int64_t n, const uint32_t* units, int64_t width,
                         float* sums) {
   alignas(64) bfloat16 edge[TILE * TILE_LENGTH];
@@ -43,7 +43,7 @@ inline void shrink_tile(const bfloat16* v, int64_t row, int64_t count, int64_t n
   _tile_zero(3);
   int64_t k = 0;
   for (; k + 4 <= whole; k += 4, v += 4 * TILE_LENGTH, units += 4 * step) {
-    // The rows of the next tile, which the processor does not guess when they are many.
+    // The rows of the next tile, which the processor does not prefetch if there are many.
     for (int64_t y = TILE; y < 2 * TILE; ++y)
       for (int64_t x = 0; x < 4; ++x) __builtin_prefetch(v + y * row + x * TILE_LENGTH, 0, 2);
     LOAD_TILE(4, v, bytes);
@@ -86,7 +86,7 @@ inline void shrink_tile(const bfloat16* v, int64_t row, int64_t count, int64_t n
   }
 }
 
-// sums (16, 64) = h Fᵀ of 16 rows: h as `steps` tiles one behind another, Fᵀ as units (16 · steps, width).
+// sums (16, 64) = h Fᵀ of 16 rows, with h as `steps` consecutive tiles and Fᵀ as units (16 · steps, width).
 inline void up_projection_tiles(int64_t steps, const uint32_t* h, const uint32_t* units, int64_t width, float* sums) {
   const int64_t unit_bytes = width * 4;
   _tile_zero(0);
@@ -110,8 +110,8 @@ inline void up_projection_tiles(int64_t steps, const uint32_t* h, const uint32_t
   _tile_stored(3, sums + 3 * TILE, 256);
 }
 
-// `interleave` of up to 64 columns, which asks for those that come next, `next` numbers on: so few lines of a row the
-// processor does not guess.
+// `interleave` of up to 64 columns, which prefetches the next ones, `next` numbers later: the processor does not
+// prefetch so few lines of a row.
 inline void interleave_block(const bfloat16* v, int64_t row, int64_t count, int64_t columns, int64_t next,
                              uint32_t* units) {
   constexpr int64_t COLUMNS = 2 * TILE_LENGTH;

@@ -1,4 +1,4 @@
-// Wrong versions of the loops, for the test that shows they are noticed; in any other build only the right ones exist.
+// Wrong versions of the kernels, for the test that shows they are noticed; other builds contain only the right ones.
 //
 //     along = MUTATED("rms_norm: projection missing", sum / n, 0)
 #pragma once
@@ -15,7 +15,7 @@ constexpr uint32_t name_hash(const char* name) {
   return hash;
 }
 
-// The terms' lanes onto the sum's first one, one behind the other.
+// Add the lanes of `terms` to the first lane of the sum, one after another.
 template <class V>
 inline V one_by_one(V sum, V terms) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(terms[0]); ++i) sum[0] += terms[i];

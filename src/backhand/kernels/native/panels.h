@@ -1,5 +1,5 @@
-// Panels of a product's right operand W, in units along K: of numbers as they lie in memory, or of a stored matrix, of
-// whose blocks a few rows at a time are unpacked within the first-level cache. Both give the same units.
+// Panels of a product's right operand W, in units along K: of dense numbers, or of a stored matrix, whose blocks are
+// unpacked a few rows at a time within the first-level cache. Both give the same units.
 #pragma once
 
 #include "kinds.h"
@@ -9,25 +9,25 @@ namespace {
 
 // Rows and columns that are summed at once, and units along K in a step.
 constexpr int64_t BLOCK = 32, STEP_UNITS = 16;
-// Numbers of a row that are unpacked at a time, whole blocks of every type, and how far rows of them are apart: not a
-// power of two, which the cache would keep in few places.
+// Numbers of a row that are unpacked at a time, which are whole blocks of every type, and the row stride: not a power
+// of two, which would share few places of the cache.
 constexpr int64_t UNPACKED = 256, UNPACKED_ROW = UNPACKED + 32;
-// Stored rows are asked for so many before they are unpacked, where they are taken one by one.
+// The distance in rows at which stored rows are prefetched if they are read one by one.
 constexpr int64_t ROWS_AHEAD = 12;
 
-// Rows of a stored matrix in blocks of one type: first … last - 1 of W as it lies.
+// Rows of a stored matrix in blocks of one type: first … last - 1 of W in stored layout.
 struct StoredRows {
   const Kind* kind;
   const uint8_t* blocks;
   int64_t row_bytes;
-  const int64_t* ids;  // which stored row is the first, the second, …; null for their own order
+  const int64_t* ids;  // the stored row of the first row, the second, …; null for stored order
   int64_t first, last;
 
   const uint8_t* place(int64_t row, int64_t column) const {
     const int64_t own = row - first, stored = ids == nullptr ? own : MUTATED("panels: order of rows ignored", ids[own], own);
     return blocks + stored * row_bytes + column / kind->values * kind->bytes;
   }
-  // `values` numbers of a row from `column` on: whole blocks. The row `ahead` of it is asked for.
+  // Unpack `values` numbers of a row from `column` on, in whole blocks, and prefetch the row `ahead` of it.
   template <class T>
   void unpack(int64_t row, int64_t column, int64_t values, int64_t ahead, T* out) const {
     if (row + ahead < last) {
@@ -39,22 +39,22 @@ struct StoredRows {
   }
 };
 
-// W (k, n): numbers, or parts of a stored matrix one below the other.
+// W (k, n): numbers, or stacked parts of a stored matrix.
 template <class T>
 struct RightOperand {
   Matrix<const T> numbers;
-  bool transposed;  // it lies as (n, k)
+  bool transposed;  // it is stored as (n, k)
   const StoredRows* parts;
   int64_t part_count;
 
   bool stored() const { return part_count > 0; }
-  // The part of a row, from that of another one on.
+  // The part of a row, starting the search at another part.
   static const StoredRows* part_of(const StoredRows* part, int64_t row) {
     while (row >= part->last) ++part;
     while (row < part->first) --part;
     return part;
   }
-  // Where parts of K may begin, and panels should: at whole blocks.
+  // Multiples at which parts of K may begin, and panels should: whole blocks.
   int64_t k_edge(int64_t step) const { return stored() && transposed ? UNPACKED : step; }
   int64_t column_edge() const {
     int64_t values = 1;
@@ -63,7 +63,7 @@ struct RightOperand {
   }
 };
 
-// Of a W of numbers.
+// Pack a W of numbers.
 template <class Op, class T>
 inline void pack_numbers(const RightOperand<T>& w, int64_t k0, int64_t length, int64_t j, int64_t columns,
                          typename Op::Unit* to, int64_t block_units) {
@@ -73,11 +73,12 @@ inline void pack_numbers(const RightOperand<T>& w, int64_t k0, int64_t length, i
       turn<Op>(Matrix<const T>{w.numbers.at(j + i, k0), w.numbers.row}, std::min(BLOCK, columns - i), length, to, BLOCK);
     return;
   }
-  // Rows outermost: that is how they lie in memory.
+  // Rows are outermost, which is their order in memory.
   for (int64_t u = 0; u < units; ++u)
     for (int64_t i = 0; i < columns; i += BLOCK) {
 #if defined(BACKHAND_PAIRS)
-      // Nearly all of W, and it waits for memory: the masks of the rest would have the processor see fewer rows ahead.
+      // This is nearly all of W and bound by memory. The masks of the rest would make the processor see fewer rows
+      // ahead.
       if constexpr (Op::PACK == 2)
         if (length - u * Op::PACK >= Op::PACK && columns - i >= BLOCK) {
           const T* from = w.numbers.at(k0 + u * Op::PACK, j + i);
@@ -91,7 +92,7 @@ inline void pack_numbers(const RightOperand<T>& w, int64_t k0, int64_t length, i
     }
 }
 
-// Of a stored W.
+// Pack a stored W.
 template <class Op, class T>
 inline void pack_stored(const RightOperand<T>& w, int64_t k0, int64_t length, int64_t j, int64_t columns,
                         typename Op::Unit* to, int64_t block_units) {
@@ -110,7 +111,7 @@ inline void pack_stored(const RightOperand<T>& w, int64_t k0, int64_t length, in
       }
     return;
   }
-  // Columns outermost: of few blocks at a time the panel's lines stay near.
+  // Columns are outermost, so that the panel's lines of few blocks stay in the cache.
   for (int64_t c = j / UNPACKED * UNPACKED; c < j + columns; c += UNPACKED) {
     const int64_t begin = std::max(c, j), end = std::min(c + UNPACKED, j + columns);
     for (int64_t k = 0; k < length; k += Op::PACK) {
@@ -129,7 +130,8 @@ inline void pack_stored(const RightOperand<T>& w, int64_t k0, int64_t length, in
   }
 }
 
-// The places k0 … k0 + length - 1 of the columns j … j + columns - 1: (units, 32) a block, zeros up to whole steps.
+// The positions k0 … k0 + length - 1 of the columns j … j + columns - 1: (units, 32) per block, zeros up to whole
+// steps.
 template <class Op, class T>
 inline void pack_panel(const RightOperand<T>& w, int64_t k0, int64_t length, int64_t j, int64_t columns,
                        typename Op::Unit* to, int64_t block_units) {

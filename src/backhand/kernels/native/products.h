@@ -1,9 +1,10 @@
 // Small matrix products of one thread, C (M, N) = or += A (M, K) B (K, N), on operands that the caller has packed.
 //
-// An operand is stored as elements, `PACK` of which along K are one unit: the numbers themselves, or pairs of bfloat16,
-// which AVX512-BF16 and ARM's BFDOT multiply and add at once, in float. A holds its rows' units side by side; B (K, N) holds for each
-// unit of K the units of all columns. N is a multiple of 16, whatever the instruction set; with AMX, whose tiles multiply
-// 16 rows by 16 columns along 16 pairs at once, M, N and K are multiples of 32 (`SIDE`), and it takes two by two tiles.
+// An operand is stored as elements, `PACK` of which along K are one unit: a number, or a pair of bfloat16, which
+// AVX512-BF16 and ARM's BFDOT multiply and add at once, in float. A stores the units of each row consecutively. B (K,
+// N) stores, for each unit of K, the units of all columns. N is a multiple of 16 for every instruction set. AMX's tiles
+// multiply 16 rows by 16 columns along 16 pairs at once; with AMX, M, N and K are multiples of 32 (`SIDE`), and two by
+// two tiles are computed.
 #pragma once
 
 #include <type_traits>
@@ -20,7 +21,7 @@ constexpr int64_t SIDE = 16;
 
 inline int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Numbers as they are: float, or double.
+// Plain numbers: float, or double.
 template <class C>
 struct Plain {
   typedef C Sum;
@@ -48,7 +49,7 @@ struct Pairs {
   static inline Vector<float> multiply_add(__m512i a, __m512i b, Vector<float> c) {
     return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
   }
-  // To the nearest, ties to even; what is smaller than a normal number becomes zero, as in the products themselves.
+  // Round to nearest, ties to even. Subnormal numbers become zero, as in the products themselves.
   static inline void put(bfloat16* place, Vector<float> value) {
     const __m256bh halves = _mm512_cvtneps_pbh(value);
     std::memcpy(place, &halves, sizeof halves);
@@ -56,7 +57,7 @@ struct Pairs {
 #else
   static inline uint32x4_t spread(uint32_t unit) { return vdupq_n_u32(unit); }
   static inline uint32x4_t units(const uint32_t* place) { return vld1q_u32(place); }
-  // BFDOT takes what is smaller than a normal number as zero, and rounds inexact sums to odd numbers.
+  // BFDOT reads subnormal numbers as zero, and rounds inexact sums to odd numbers.
   static inline Vector<float> multiply_add(uint32x4_t a, uint32x4_t b, Vector<float> c) {
     return vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
   }
@@ -67,7 +68,7 @@ struct Pairs {
 };
 #endif
 
-// Whether products in such units go by AMX's tiles.
+// True if products of these units use AMX's tiles.
 template <class Op>
 #if defined(__AMX_BF16__)
 constexpr bool by_tiles = Op::PACK == 2;
@@ -75,8 +76,8 @@ constexpr bool by_tiles = Op::PACK == 2;
 constexpr bool by_tiles = false;
 #endif
 
-// The left operand of a product: units row by row, or, as `interleave` leaves them, those of all rows at one place of K
-// after those at the place before.
+// The left operand of a product: units row by row, or, in `interleave`'s layout, the units of all rows at one position
+// of K after those at the position before.
 template <class Unit>
 struct Rows {
   const Unit* data;
@@ -94,14 +95,15 @@ struct Interleaved {
   Interleaved behind(int64_t k) const { return {data + k * place, place}; }
 };
 
-// Receives the sums of one tile, a register at a time: those of row i from column j on. A function of its own: inside
-// larger ones the compiler runs out of registers and keeps sums in memory, which costs a quarter of the time.
+// Receives the sums of one tile, one register at a time: those of row i from column j on. It is a separate function,
+// since inside larger ones the compiler runs out of registers and keeps sums in memory, which costs a quarter of the
+// time.
 template <class Op, int ROWS, int VECTORS, class Left, class Finish>
 __attribute__((noinline)) void tile(int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row, int64_t row,
                                     int64_t column, const Finish& given) {
   typedef typename Op::Sum C;
   constexpr int W = lanes<C>;
-  const Finish finish = given;  // by itself, so that what it stores cannot change where the next register goes
+  const Finish finish = given;  // by itself, so that a store cannot change the address of the next register
   const typename Op::Unit* first = a.from(row);
   b += column;
   Vector<C> sums[ROWS][VECTORS];
@@ -126,7 +128,7 @@ __attribute__((noinline)) void tile(int64_t k_units, Left a, const typename Op::
     for (int j = 0; j < VECTORS; ++j) finish(row + i, column + j * W, sums[i][j]);
 }
 
-// Rows of a tile of so many registers' width: with one row of the right operand, its sums fill the registers.
+// The rows of a tile of `vectors` registers' width: with one row of the right operand, its sums fill the registers.
 constexpr int tile_rows(int vectors) {
 #if defined(__AVX512F__)
   return vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
@@ -140,7 +142,7 @@ constexpr int tile_rows(int vectors) {
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// body(rows of a tile, its first row) for rows begin … m - 1.
+// Call body(rows of a tile, its first row) for rows begin … m - 1.
 template <int VECTORS, class Body>
 inline void by_tile_rows(int64_t begin, int64_t m, const Body& body) {
   constexpr int ROWS = tile_rows(VECTORS);
@@ -152,7 +154,7 @@ inline void by_tile_rows(int64_t begin, int64_t m, const Body& body) {
   if (i < m) body(Constant<1>(), i);
 }
 
-// body(registers of a tile, its first column) for n columns.
+// Call body(registers of a tile, its first column) for n columns.
 template <class Op, class Body>
 inline void by_panels(int64_t n, const Body& body) {
   constexpr int W = lanes<typename Op::Sum>;
@@ -170,7 +172,7 @@ inline void by_panels(int64_t n, const Body& body) {
   for (; j + W <= n; j += W) body(Constant<1>(), j);
 }
 
-// Rows begin … m - 1 of so many registers from `column` on.
+// Rows begin … m - 1 of `VECTORS` registers from `column` on.
 template <class Op, int VECTORS, class Left, class Finish>
 inline void columns(int64_t begin, int64_t m, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
                     int64_t column, const Finish& finish) {
@@ -179,14 +181,14 @@ inline void columns(int64_t begin, int64_t m, int64_t k_units, Left a, const typ
   });
 }
 
-// A product whose sums stay in registers until they are finished; of it, `finish` gets all rows and columns.
+// A product whose sums stay in registers until they are complete; `finish` receives all rows and columns.
 template <class Op, class Left, class Finish>
 inline void finished_product(int64_t m, int64_t n, int64_t k_units, Left a, const typename Op::Unit* b, int64_t b_row,
                              const Finish& finish) {
   by_panels<Op>(n, [&](auto vectors, int64_t j) { columns<Op, vectors()>(0, m, k_units, a, b, b_row, j, finish); });
 }
 
-// Sums into C, or onto what stands there: that comes last, so that long sums round no more than short ones and their
+// Write sums to C, or add them to C. The addition comes last, so that long sums round no more than short ones and their
 // number.
 template <class C>
 struct Onto {
@@ -208,8 +210,8 @@ inline void product_of_part(int64_t m, int64_t n, int64_t k_units, Left a, const
 constexpr int64_t LONGEST_SUM = 128;
 
 #if defined(__AMX_BF16__)
-// Loads a tile. GCC's own `_tile_loadd` does not say that it reads memory: stores before it, as to a local array in a
-// loop, may end up behind it.
+// Load a tile. GCC's own `_tile_loadd` does not declare that it reads memory, so that stores before it, such as to a
+// local array in a loop, may be moved after it.
 #define LOAD_TILE(tile, from, bytes)   \
   do {                                 \
     __asm__ volatile("" ::: "memory"); \
@@ -217,7 +219,7 @@ constexpr int64_t LONGEST_SUM = 128;
     __asm__ volatile("" ::: "memory"); \
   } while (0)
 
-// While it lives, this thread's tiles are 16 rows of 64 bytes each.
+// During its lifetime, this thread's tiles are 16 rows of 64 bytes each.
 class Tiles {
  public:
   Tiles() {
@@ -272,7 +274,7 @@ inline void product_by_tiles(int64_t m, int64_t n, int64_t k_units, const uint32
 }
 #else
 struct Tiles {
-  Tiles() {}  // nothing to set
+  Tiles() {}  // no configuration
 };
 #endif
 
@@ -318,7 +320,7 @@ inline void transpose_square(const uint32_t* from, int64_t from_row, uint32_t* t
 }
 #endif
 
-// (rows, columns) units to (columns, rows), the rows of the result `to_row` apart.
+// Transpose (rows, columns) units to (columns, rows), with a row stride of `to_row`.
 template <class Unit>
 inline void transpose(const Unit* from, int64_t from_row, int64_t rows, int64_t columns, Unit* to, int64_t to_row) {
   constexpr int64_t STEP = 16;
@@ -339,7 +341,7 @@ inline void transpose(const Unit* from, int64_t from_row, int64_t rows, int64_t 
 }
 
 #if defined(__AVX512BF16__)
-// 32 columns of two rows, each column's two numbers side by side: those of the first 16 and of the last.
+// Interleave 32 columns of two rows, so that each column's two numbers are adjacent: the first 16 columns and the last.
 struct TwoRows {
   __m512i low, high;
 };
@@ -354,7 +356,7 @@ inline void interleave_two(const bfloat16* even, const bfloat16* odd, uint32_t* 
   _mm512_storeu_si512(to, two.low);
   _mm512_storeu_si512(to + 16, two.high);
 }
-// The same of up to 32 columns; zeros for the second row if it is not there.
+// The same for up to 32 columns; zeros for a missing second row.
 inline void interleave_some(const bfloat16* even, const bfloat16* odd, int64_t columns, uint32_t* to) {
   const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
   const __m512i second = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, odd);
@@ -376,8 +378,8 @@ inline void interleave_some(const bfloat16* even, const bfloat16* odd, int64_t c
 }
 #endif
 
-// Rows as units along the rows' own number: rows 2 i and 2 i + 1 side by side where units are pairs. The result's rows
-// are `to_row` apart, with zeros behind the columns.
+// Rows as units along the row index: rows 2 i and 2 i + 1 are interleaved if units are pairs. The result has a row
+// stride of `to_row`, with zeros after the columns.
 template <class Op, class T>
 inline void interleave(const T* rows, int64_t row, int64_t count, int64_t columns, typename Op::Unit* to,
                        int64_t to_row) {
@@ -410,7 +412,7 @@ template <>
 struct OperandsOf<bfloat16> {
   typedef Pairs type;
 };
-// In which units the products of a storage type are computed.
+// The units of a storage type's products.
 template <class T>
 using Operands = typename OperandsOf<T>::type;
 #else

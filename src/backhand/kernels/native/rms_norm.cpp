@@ -1,4 +1,4 @@
-// RMSNorm's loops, forward (rms_norm.h) and backward: the formulas of ops/rms_norm.py.
+// RMSNorm's kernels, forward (rms_norm.h) and backward: the formulas of ops/rms_norm.py.
 #include "rms_norm.h"
 
 namespace {
@@ -46,7 +46,7 @@ void backward(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows, const 
   });
 }
 
-// d_weight = Σ_rows d_y ⊙ x ρ, column by column, so that the order of the sum is no matter of threads.
+// d_weight = Σ_rows d_y ⊙ x ρ, column by column, so that the order of the sum does not depend on threads.
 template <class T>
 void weight_gradient(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows, const Wide<T>* factor, T* d_weight,
                      int64_t rows, int64_t n) {
@@ -75,7 +75,7 @@ void weight_gradient(const T* d_y, Strides d_y_rows, const T* x, Strides x_rows,
 
 }  // namespace
 
-// y (rows, n), contiguous, from x whose rows lie as `Strides` says; `given` takes the factors as they are.
+// y (rows, n), contiguous, from x, whose rows are described by `Strides`; `given` uses the given factors.
 BACKHAND_EXPORT void backhand_rms_norm_forward(int dtype, const void* x, int64_t inner_count, int64_t x_outer,
                                                int64_t x_inner, const void* weight, void* y, void* factor, int given,
                                                int64_t rows, int64_t n, double eps, double offset) {

@@ -1,4 +1,4 @@
-// RMSNorm forward: the formulas of ops/rms_norm.py, one reading of a row for the sum, one for the result.
+// RMSNorm forward: the formulas of ops/rms_norm.py, with one read of a row for the sum and one for the result.
 #pragma once
 
 #include "dtypes.h"
@@ -13,12 +13,12 @@ struct Strides {
   int64_t operator()(int64_t row) const { return row / inner_count * outer + row % inner_count * inner; }
 };
 
-// At least so many numbers a piece of work: below, waking a thread costs more than it brings.
+// The fewest numbers per task: for less, waking a thread costs more than it brings.
 constexpr int64_t NORM_GRAIN = 16384;
 
 inline int64_t rows_a_piece(int64_t n) { return 1 + NORM_GRAIN / (n > 0 ? n : 1); }
 
-// Σ term(i) over n numbers; term(i, count) is of a partial register, zeros behind.
+// Σ term(i) over n numbers; term(i, count) computes a partial register, with zeros after it.
 template <class C, class Whole, class Part>
 inline C total(int64_t n, const Whole& whole, const Part& part) {
   constexpr int W = lanes<C>;

@@ -1,4 +1,4 @@
-// Rotary embedding: the formulas of ops/rotary.py, any number of heads by their token's angles, in place or not.
+// Rotary embedding: the formulas of ops/rotary.py, for any number of heads by their token's angles, in place or not.
 #pragma once
 
 #include "dtypes.h"

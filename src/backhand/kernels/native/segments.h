@@ -1,12 +1,12 @@
-// Documents in segments: each continues its parent, and documents that begin alike share what they begin with.
+// Documents in segments: each segment continues its parent, and documents that begin alike share their first segments.
 #pragma once
 
 #include <cstdint>
 
 namespace {
 
-// starts, lengths and parents, -1 for none, of each segment. Parents stand before those that continue them, with nothing
-// between but others that do, and theirs.
+// Starts, lengths and parents (-1 for none) of the segments. A parent precedes the segments that continue it; between
+// them there are only others that continue it, directly or not.
 struct Segments {
   const int64_t* table;
   int64_t count;

@@ -1,5 +1,5 @@
-// Softmax and cross-entropy of a chunk of logits: the formulas of ops/linear_cross_entropy.py, a row at a time, so that
-// its three passes find it in the second-level cache.
+// Softmax and cross-entropy of a chunk of logits: the formulas of ops/linear_cross_entropy.py, one row at a time, so
+// that its three passes find it in the second-level cache.
 #include <atomic>
 #include <cstdlib>
 
@@ -36,9 +36,9 @@ inline C largest(const T* z, int64_t n) {
   return found;
 }
 
-// e^(z - most) of a row into `powers`; returns their sum, in double over stretches. Within a stretch each lane keeps what
-// its sum rounds off: beside the largest term, which is 1, a plain float sum would lose thousands of tiny ones, and 1 - p
-// of a token that is nearly certain is made of just these.
+// Write e^(z - most) of a row to `powers`, and return their sum, in double over stretches. Within a stretch each lane
+// keeps its rounding error: next to the largest term, which is 1, a plain float sum would lose thousands of tiny terms,
+// and 1 - p of a nearly certain token consists of these.
 template <class C, class T>
 inline double powers_of(const T* z, int64_t n, C most, C* powers) {
   constexpr int W = lanes<C>;
@@ -98,7 +98,7 @@ int losses_of(T* z, int64_t row_stride, const int64_t* targets, Wide<T>* losses,
       losses[row] = static_cast<C>(static_cast<double>(most) - static_cast<double>(at_target) + logarithm(sum));
       if (!gradient) continue;
       const C inverse = static_cast<C>(1 / sum);
-      // One rounding: where the target's share is near one, it is subtracted from before that.
+      // Rounded once: 1 is subtracted from the target's probability first, since that may be near one.
       const C share = static_cast<C>(static_cast<double>(powers[target]) / sum -
                                      MUTATED("softmax_losses: one-hot forgotten", 1.0, 0.0));
       along<C>(
@@ -113,8 +113,8 @@ int losses_of(T* z, int64_t row_stride, const int64_t* targets, Wide<T>* losses,
 
 }  // namespace
 
-// losses (rows,) in the wide type from logits z (rows, n); with `gradient`, softmax - onehot takes the place of z.
-// Returns 0, or 1 without memory for a row, 2 for a target outside of [0, n).
+// losses (rows,) in the wide type from logits z (rows, n); with `gradient`, softmax - onehot replaces z. Returns 0; 1
+// without memory for a row, 2 for a target outside [0, n).
 BACKHAND_EXPORT int backhand_softmax_losses(int dtype, void* z, int64_t row_stride, const int64_t* targets,
                                             void* losses, int64_t rows, int64_t n, int gradient) {
   if (rows <= 0 || n <= 0) return rows > 0 ? TARGET_OUTSIDE : DONE;

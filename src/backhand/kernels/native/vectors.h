@@ -1,8 +1,8 @@
-// A register full of numbers, for whatever instruction set the file is compiled for, by the compiler's vector types.
+// A register of numbers for the instruction set of the file, by the compiler's vector types.
 //
-// Loops are templates over the storage type (float, bfloat16, double) and compute in `Wide` of it: float, or double for
-// double, in which `backhand verify` proves the same source to 1e-12. Only fused multiply-add is spelled by hand, since
-// contraction is off in the whole library. The exponential needs no library of mathematics.
+// Kernels are templates over the storage type (float, bfloat16, double) and compute in `Wide` of it: float, or double
+// for double, in which `backhand verify` proves the same source to 1e-12. Only fused multiply-add is written
+// explicitly, since contraction is disabled in the whole library. The exponential needs no mathematical library.
 #pragma once
 
 #include "common.h"
@@ -13,7 +13,7 @@
 #include <arm_neon.h>
 #endif
 
-// Whether the processor multiplies pairs of bfloat16 and adds them up in float.
+// True if the processor multiplies pairs of bfloat16 and adds them in float.
 #if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define BACKHAND_PAIRS
 #endif
@@ -39,7 +39,7 @@ struct WideOf<double> {
 inline double widened(double value) { return value; }
 inline void put(double* place, double value) { *place = value; }
 
-// What a storage type is computed in.
+// The type in which a storage type is computed.
 template <class T>
 using Wide = typename WideOf<T>::type;
 
@@ -93,8 +93,8 @@ inline void store(C* place, Vector<C> value) {
   std::memcpy(place, &value, sizeof value);
 }
 
-// To the nearest, ties to even; a NaN stays one. Where AVX-512 rounds by itself, what is smaller than a normal number
-// becomes zero; ARM keeps it.
+// Round to nearest, ties to even; a NaN stays one. Where AVX-512 rounds by itself, subnormal numbers become zero; ARM
+// keeps them.
 inline void store(bfloat16* place, Vector<float> value) {
 #if defined(__AVX512BF16__)
   const __m256bh halves = _mm512_cvtneps_pbh(value);
@@ -111,14 +111,14 @@ inline void store(bfloat16* place, Vector<float> value) {
   std::memcpy(place, &halves, sizeof halves);
 }
 
-// What is read once, row by row, is asked for this long before: the processor's own guesses end with the page, and a
-// wait for memory costs more than the sums of a row. A place that is not there is no error.
+// The distance at which data that is read once, row by row, is prefetched: the processor's own prefetching ends with
+// the page, and a wait for memory costs more than the sums of a row. An invalid address is no error.
 constexpr int64_t BYTES_AHEAD = 4096, LINE = 64;
 inline void fetch_ahead(const void* place) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(place) + BYTES_AHEAD));
 }
 
-// The first `count` numbers, zeros behind them.
+// The first `count` numbers, with zeros after them.
 template <class C, class T>
 inline Vector<C> load_some(const T* place, int64_t count) {
   T part[lanes<C>] = {};
@@ -133,7 +133,7 @@ inline void store_some(T* place, Vector<C> value, int64_t count) {
   std::memcpy(place, part, static_cast<size_t>(count) * sizeof(T));
 }
 
-// whole(i) for every full register of n numbers, then part(i, count) for those behind.
+// Call whole(i) for every full register of n numbers, then part(i, count) for the rest.
 template <class C, class Whole, class Part>
 inline void along(int64_t n, const Whole& whole, const Part& part) {
   int64_t i = 0;
@@ -141,7 +141,7 @@ inline void along(int64_t n, const Whole& whole, const Part& part) {
   if (i < n) part(i, n - i);
 }
 
-// a b + c, rounded once where the processor can.
+// a b + c, rounded once if the processor can.
 inline Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -161,7 +161,7 @@ inline V larger(V a, V b) {
   return a > b ? a : b;
 }
 
-// value, or the bound where it is beyond; NaN stays NaN, since of an unordered pair the instructions give the second.
+// value, or the bound if it is exceeded; NaN stays NaN, since of an unordered pair the instructions return the second.
 inline Vector<float> at_least(Vector<float> bound, Vector<float> value) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(bound, value);
@@ -177,7 +177,7 @@ inline Vector<float> at_most(Vector<float> bound, Vector<float> value) {
 #endif
 }
 
-// A sum of parts that keeps what it rounds off [Kahan 1965]: its error is that of the parts, however many there are.
+// A compensated sum of parts [Kahan 1965]: its error is that of the parts, whatever their number.
 template <class V>
 struct Compensated {
   V sum = {}, lost = {};
@@ -188,7 +188,7 @@ struct Compensated {
   }
 };
 
-// The same where the sum and what it has lost lie in memory.
+// The same for a sum and its lost part in memory.
 template <class C>
 inline void add_compensated(C* sum, C* lost, Vector<C> part) {
   Compensated<Vector<C>> kept = {load<C>(sum), load<C>(lost)};
@@ -197,7 +197,7 @@ inline void add_compensated(C* sum, C* lost, Vector<C> part) {
   store(lost, kept.lost);
 }
 
-// The sum of all lanes, halves onto halves.
+// The sum of all lanes, by adding halves.
 template <class C>
 inline C sum_of(Vector<C> value) {
   C part[lanes<C>];
@@ -217,7 +217,7 @@ inline C largest_of(Vector<C> value) {
 }
 
 #if defined(__AVX__)
-// The same without leaving the registers, halves onto halves; the compiler would go through memory.
+// The same in registers, by adding halves; the compiler would go through memory.
 template <>
 inline float sum_of<float>(Vector<float> value) {
 #if defined(__AVX512F__)
@@ -270,14 +270,14 @@ constexpr C reciprocal_factorial(int k) {
   return static_cast<C>(value);
 }
 
-// eˣ by x = n ln 2 + r, |r| ≤ ln 2 / 2, and the series of eʳ; about one unit of rounding. Outside of the range in which
-// the result is a normal number, the result at its end; NaN stays NaN.
+// eˣ by x = n ln 2 + r, |r| ≤ ln 2 / 2, and the series of eʳ, to about one unit of rounding. Outside the range in which
+// the result is a normal number, the result at the end of the range; NaN stays NaN.
 template <class C>
 inline Vector<C> exponential(Vector<C> x) {
   typedef Exponential<C> E;
   x = x < E::LOWEST ? all<C>(E::LOWEST) : x;
   x = x > E::HIGHEST ? all<C>(E::HIGHEST) : x;
-  // Adding the magic number rounds to an integer, which then stands in the lowest bits.
+  // Adding the magic number rounds to an integer, which is then in the lowest bits.
   const Vector<C> shifted = fma(x, all<C>(static_cast<C>(1.44269504088896340736)), all<C>(E::MAGIC));
   const Vector<C> n = shifted - E::MAGIC;
   Vector<C> r = fma(n, all<C>(-E::LN2_HIGH), x);
@@ -294,7 +294,8 @@ inline Vector<C> exponential(Vector<C> x) {
   return result;
 }
 
-// 2ᵗ to 2.4e-6: for what bfloat16 rounds next. Below the smallest normal number, that; above 2¹²⁶, that; NaN stays NaN.
+// 2ᵗ to 2.4e-6, for values that are rounded to bfloat16 next. Below the smallest normal number, that number; above
+// 2¹²⁶, 2¹²⁶; NaN stays NaN.
 inline Vector<float> rough_power_of_two(Vector<float> t) {
   typedef Exponential<float> E;
   constexpr float LN2 = 0.693147181f;
@@ -314,9 +315,9 @@ inline Vector<float> rough_power_of_two(Vector<float> t) {
   return result;
 }
 
-// a / b, where b and its reciprocal are normal numbers and a is finite; else perhaps NaN or 0. Where the processor knows
-// a reciprocal roughly, that made finer: a division of such long registers takes as long as sixteen products, and this,
-// which errs by a twentieth of a unit more, a third of it. What two quotients by one b share is computed once.
+// a / b, if b and its reciprocal are normal numbers and a is finite; otherwise possibly NaN or 0. A rough reciprocal of
+// the processor is refined: a division of such long registers takes as long as sixteen products, and this takes a third
+// of it with an error larger by a twentieth of a unit. Two quotients by one b share the reciprocal.
 inline Vector<double> quotient(Vector<double> a, Vector<double> b) { return a / b; }
 inline Vector<float> quotient(Vector<float> a, Vector<float> b) {
 #if defined(__AVX512F__)
@@ -328,7 +329,7 @@ inline Vector<float> quotient(Vector<float> a, Vector<float> b) {
 #endif
 }
 
-// 1 / x to a few units of rounding, for normal numbers whose reciprocal is one.
+// 1 / x to a few units of rounding, for normal numbers whose reciprocal is normal.
 inline Vector<float> rough_reciprocal(Vector<float> x) {
 #if defined(__AVX512F__)
   const Vector<float> estimate = _mm512_rcp14_ps(x);
