@@ -118,7 +118,7 @@ def test_there_are_mutants_of_every_loop():
 
 @pytest.mark.parametrize("by_parts", [False, True])
 def test_without_one_the_same_build_is_right(spoilable, by_parts, monkeypatch):
-    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
+    monkeypatch.setattr("backhand.kernels.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     library, choose = spoilable
     choose("")
     with using(library), proving_kernels():
@@ -129,7 +129,7 @@ def test_without_one_the_same_build_is_right(spoilable, by_parts, monkeypatch):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_loop_is_noticed(spoilable, mutant, monkeypatch):
     by_parts = mutant.startswith("low_rank_rows:")
-    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
+    monkeypatch.setattr("backhand.kernels.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     library, choose = spoilable
     choose(mutant)
     try:

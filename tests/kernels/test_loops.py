@@ -8,10 +8,10 @@ import itertools
 import pytest
 import torch
 
+from backhand.kernels import rms_norm
 from backhand.kernels.builds import load, torch_form, usable, using
 from backhand.kernels.library import find_kernel, proving_kernels
 from backhand.nn.batch import document_runs
-from backhand.ops import rms_norm
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.attention import attention_backward, attention_forward
 from backhand.ops.attention_blocks import Scores
@@ -233,7 +233,7 @@ def test_rotary_of_any_size(build, both_forms, dtype, tokens, half):
     ],
 )
 def test_low_rank_products_of_any_size(build, both_forms, dtype, rows, n, rank, transposed, by_parts, monkeypatch):
-    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
+    monkeypatch.setattr("backhand.kernels.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     v, h, y = gapped((rows, n), dtype, 0), gapped((rows, rank), dtype, 1), gapped((rows, n), dtype, 2)
     factor = gapped((rank, n), dtype, 3, size=max(n, 1) ** -0.5) if transposed else gapped((n, rank), dtype, 3)
     out, wide = gapped((rows, rank), dtype, 4), torch.promote_types(dtype, torch.float32)
@@ -274,7 +274,7 @@ def test_low_rank_products_of_any_size(build, both_forms, dtype, rows, n, rank, 
 def test_both_products_with_a_gradient_of_any_size(
     build, both_forms, dtype, same, by_parts, rows, sizes, ranks, monkeypatch
 ):
-    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
+    monkeypatch.setattr("backhand.kernels.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     g, h = gapped((rows, sum(sizes) + 2), dtype, 0), gapped((rows, sum(ranks)), dtype, 1)
     factors = [gapped(size, dtype, 2 + i) for i, size in enumerate(zip(sizes, ranks, strict=True))]
     wide = dtype if same else torch.promote_types(dtype, torch.float32)
@@ -491,7 +491,7 @@ def test_delta_rule_of_any_shape(build, both_forms, dtype, documents, shared, he
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("by_parts", [False, True], ids=["columns", "rows"])
 def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, monkeypatch):
-    monkeypatch.setattr("backhand.ops.low_rank.by_parts_of_rows", lambda dtype: by_parts)
+    monkeypatch.setattr("backhand.kernels.low_rank.by_parts_of_rows", lambda dtype: by_parts)
     attend = [
         attention_of((130, 70, 90), 6, 2, 32, dtype),
         attention_of((300,), 3, 1, 32, dtype),

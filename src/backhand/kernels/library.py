@@ -35,6 +35,8 @@ INT = ctypes.c_int
 INT64 = ctypes.c_int64
 DOUBLE = ctypes.c_double
 Type = type[Any]
+SegmentRuns = tuple[tuple[int, int, int, tuple[tuple[int, int], ...]], ...]
+"""Runs of segments as in `ops.document_groups`, for `segment_table`."""
 
 
 class KernelSignature:
@@ -117,6 +119,13 @@ def matrix(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.stride(0)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which kernels compute: float64 for float64, else float32."""
+    import torch
+
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @functools.cache
 def _numbers() -> dict[torch.dtype, int]:
     """Return the numbers of dtypes in native/dtypes.h."""
@@ -142,7 +151,7 @@ def kernels_take_float64() -> bool:
 
 # Cached, since every layer needs the same tables.
 @functools.lru_cache(maxsize=16)
-def segment_table(runs: tuple[tuple[int, int, int, tuple[tuple[int, int], ...]], ...]) -> Tensor:
+def segment_table(runs: SegmentRuns) -> Tensor:
     """Return starts, lengths and parents of all segments, (3, segments) int64; the parent is -1 if there is none.
 
     Args:

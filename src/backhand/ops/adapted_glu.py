@@ -23,42 +23,18 @@ the separate passes are faster, since other units of the processor multiply it.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, KernelSignature, find_kernel
-from backhand.ops.glu import ACTIVATIONS, GLUSaved, glu_backward, glu_forward, glu_reference
+from backhand.kernels import adapted_glu as kernels
+from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_reference
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, stacked_A
 from backhand.ops.lora_linear import multiplier
-from backhand.ops.low_rank import LoRAFactors, add_up_projection, down_projection, hidden_gradient
+from backhand.ops.low_rank import add_up_projection, down_projection, hidden_gradient
 
-_BACKWARD = KernelSignature("backhand_adapted_glu_backward", INT, INT, POINTER, POINTER, INT64, INT64, result=INT)
 _NO_GROUP = LoRAGroup()
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (("address", INT64), ("row", INT64))
-
-    @classmethod
-    def of(cls, x: Tensor, column: int = 0) -> _Matrix:
-        """Describe x from this column on."""
-        return cls(x.data_ptr() + column * x.element_size(), x.stride(0))
-
-
-class _Side(ctypes.Structure):
-    _fields_ = (*((name, _Matrix) for name in ("h", "lora_B", "d_h", "d_lora_B")), ("rank", INT64))
-
-
-class _Unit(ctypes.Structure):
-    _fields_ = (
-        *((name, _Matrix) for name in ("d_y", "gate", "up", "d_gate", "d_up")),
-        *(("gate_side", _Side), ("up_side", _Side)),
-        *(("d_t", _Matrix), ("d_lora_A", _Matrix), ("down_rank", INT64)),
-    )
 
 
 class AdaptedGLUSaved(NamedTuple):
@@ -124,7 +100,10 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
     n, adapters, down_group = g.shape[1], saved.gate_up_group.adapters, saved.down_group
     out = torch.empty_like(saved.gate_up) if out is None else out
     d_gate_up, d_t = out.flatten(0, -2), None if saved.d_t is None else saved.d_t.flatten(0, -2)
-    d_h = None if down_group.dropout is not None else _by_kernel(g, gate_up, saved, h, d_t, d_gate_up)
+    d_h = None
+    if down_group.dropout is None:
+        down = () if d_t is None else tuple(x for adapter in down_group.adapters for x in (d_t, adapter.d_lora_A))
+        d_h = kernels.adapted_glu_gradients(g, gate_up, saved.activation, adapters, h, down, d_gate_up)
     if d_h is None:
         # One pass per line of the docstring. p takes G's place and is needed for ∂L/∂A alone.
         unit = GLUSaved(gate_up[:, :n], gate_up[:, n:], saved.activation)
@@ -134,47 +113,6 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
         d_h = hidden_gradient(d_gate_up, h, adapters)
     d_lora_A = () if d_t is None else tuple(adapter.d_lora_A for adapter in down_group.adapters)
     return AdaptedGLUGrads(out, d_h.view(saved.h.shape), tuple(adapter.d_lora_B for adapter in adapters), d_lora_A)
-
-
-def _by_kernel(
-    g: Tensor, gate_up: Tensor, saved: AdaptedGLUSaved, h: Tensor, d_t: Tensor | None, d_gate_up: Tensor
-) -> Tensor | None:
-    """Compute all gradients by the kernel and return ∂L/∂h; None if the kernel does not apply."""
-    n, adapters = g.shape[1], saved.gate_up_group.adapters
-    down = [] if d_t is None else [each for adapter in saved.down_group.adapters for each in (d_t, adapter.d_lora_A)]
-    factors = [each for adapter in adapters for each in (adapter.lora_B, adapter.d_lora_B)]
-    operands = (g, gate_up, h, d_gate_up, *down, *factors)
-    separate = all(adapter.column in (0, n) and len(adapter.lora_B) == n for adapter in adapters)
-    if g.dtype == torch.bfloat16 or not g.numel() or not separate or not (adapters or down):
-        return None
-    kernel = find_kernel(_BACKWARD, *operands) if saved.activation in ACTIVATIONS else None
-    # The strides of an h without columns mean nothing.
-    if kernel is None or any(x.stride(1) != 1 for x in operands if x.shape[1] > 1):
-        return None
-    d_h = torch.empty(h.shape, dtype=h.dtype)
-    unit = _Unit(
-        *(_Matrix.of(g), _Matrix.of(gate_up), _Matrix.of(gate_up, n), _Matrix.of(d_gate_up), _Matrix.of(d_gate_up, n)),
-        *_sides(adapters, h, d_h, n),
-    )
-    if down:
-        unit.d_t, unit.d_lora_A, unit.down_rank = _Matrix.of(down[0]), _Matrix.of(down[1]), down[0].shape[1]
-    scalings = {adapter.column: adapter.scaling for adapter in adapters}
-    both = (DOUBLE * 2)(scalings.get(0, 0.0), scalings.get(n, 0.0))
-    if kernel(ACTIVATIONS[saved.activation], ctypes.addressof(unit), both, len(g), n):
-        raise MemoryError("a gated unit's backward: no memory for its workspace")
-    return d_h
-
-
-def _sides(adapters: Sequence[LoRAFactors], h: Tensor, d_h: Tensor, n: int) -> tuple[_Side, _Side]:
-    """Describe the factors of gate and of up; zeros for a side without factors."""
-    sides, first = {0: _Side(), n: _Side()}, 0
-    for adapter in adapters:
-        rank, matrix = adapter.lora_B.shape[1], _Matrix.of
-        sides[adapter.column] = _Side(
-            matrix(h, first), matrix(adapter.lora_B), matrix(d_h, first), matrix(adapter.d_lora_B), rank
-        )
-        first += rank
-    return sides[0], sides[n]
 
 
 def adapted_glu_reference(

@@ -42,16 +42,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, KernelSignature, find_kernel, segment_table
+from backhand.kernels import attention as kernels
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.attention_groups import grouped_backward, grouped_forward
 from backhand.ops.document_groups import Run, segments
-
-_HEADS = (POINTER, INT64, INT64)
-_PROBLEM = (POINTER, *(INT64,) * 5, DOUBLE, POINTER)
-_FORWARD = KernelSignature("backhand_attention_forward", INT, *_HEADS * 4, *_PROBLEM, result=INT)
-_BACKWARD = KernelSignature("backhand_attention_backward", INT, *_HEADS * 8, *_PROBLEM, result=INT)
-_NOWHERE = (0, 0, 0)
 
 
 class AttentionSaved(NamedTuple):
@@ -81,10 +75,9 @@ class AttentionGrads(NamedTuple):
 def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
     """Return True if `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
 
-    That is so in the kernel. In bfloat16, where O is half as large and P V takes as long as in float32, it is
-    kept.
+    The kernel does. In bfloat16, O is half as large and P V takes as long as in float32, so that O is saved.
     """
-    return cap is None and q.dtype != torch.bfloat16 and find_kernel(_BACKWARD, q) is not None
+    return cap is None and q.dtype != torch.bfloat16 and kernels.applies(q)
 
 
 def attention_forward(
@@ -104,14 +97,11 @@ def attention_forward(
         output (tokens, heads, head_dim) in q's dtype, and the saved tensors.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    kernel = find_kernel(_FORWARD, q, k, v) if scores.cap is None else None
-    if kernel is None:
+    if scores.cap is None and kernels.attention(q, k, v, output, runs, *scores.of_kernels):
+        log_sum_exp = torch.empty(0, dtype=torch.float32)
+    else:
         log_sum_exp = grouped_forward((q, k, v), runs, scores, output)
-        return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scores)
-    saved = AttentionSaved(q, k, v, output, torch.empty(0, dtype=torch.float32), runs, scores)
-    problem, _held = _problem(saved)
-    _check(kernel(*_heads(q, k, v, output), *problem))
-    return output, saved
+    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scores)
 
 
 def attention_backward(
@@ -121,7 +111,7 @@ def attention_backward(
 
     Args:
         d_y: ∂L/∂O.
-        out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v] side by side, or None.
+        out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v]; or None.
         output_buffer: (tokens, heads, head_dim) to receive O, or None.
     """
     q, k, v, output, log_sum_exp, runs, scores = saved
@@ -129,11 +119,7 @@ def attention_backward(
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
-    kernel = find_kernel(_BACKWARD, q, k, v, d_y, out, output_buffer) if scores.cap is None else None
-    if kernel is not None:
-        output_place = _NOWHERE if output_buffer is None else _heads(output_buffer)
-        problem, _held = _problem(saved)
-        _check(kernel(*_heads(q, k, v, d_y, *grads), *output_place, *problem))
+    if scores.cap is None and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *scores.of_kernels):
         return grads
     if output_buffer is not None:
         if output is None:
@@ -141,28 +127,6 @@ def attention_backward(
         output_buffer.copy_(output)
     grouped_backward(d_y, (q, k, v), (output, log_sum_exp), runs, scores, grads)
     return grads
-
-
-def _heads(*tensors: Tensor) -> list[int]:
-    """Return the address, token stride and head stride of each tensor (tokens, heads, head_dim)."""
-    return [number for x in tensors for number in (x.data_ptr(), x.stride(0), x.stride(1))]
-
-
-def _problem(saved: AttentionSaved) -> tuple[tuple[float | None, ...], Tensor | None]:
-    """Return the kernels' arguments after the tensors, and the sinks, which must live until the call returns.
-
-    Without a window, the window reaches further than any document.
-    """
-    q, k, table, (scaling, window, _, sinks) = saved.q, saved.k, segment_table(saved.runs), saved.scores
-    reach = q.shape[0] + 1 if window is None else window
-    sinks = None if sinks is None else sinks.to(torch.float64).contiguous()
-    sizes = (table.shape[1], q.shape[1], k.shape[1], q.shape[2], reach, scaling)
-    return (table.data_ptr(), *sizes, None if sinks is None else sinks.data_ptr()), sinks
-
-
-def _check(outcome: int) -> None:
-    if outcome:
-        raise MemoryError("no memory for one document's attention")
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scores: Scores) -> Tensor:

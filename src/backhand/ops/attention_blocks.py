@@ -56,6 +56,11 @@ class Scores(NamedTuple):
     sinks: Tensor | None = None  # σ, (heads,), frozen, or None
 
     @property
+    def of_kernels(self) -> tuple[float, int | None, Tensor | None]:
+        """The settings that our own kernel takes, which knows no cap: c, the window and σ."""
+        return self.scaling, self.window, self.sinks
+
+    @property
     def known_to_kernels(self) -> bool:
         """Return True if torch's kernels can compute the scores: they know neither a cap nor sinks."""
         return self.cap is None and self.sinks is None

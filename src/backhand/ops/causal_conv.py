@@ -25,18 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel, matrix, segment_table
+from backhand.kernels import causal_conv as kernels
 from backhand.kernels.pieces import piece_size
 from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
 from backhand.ops.elementwise import InputSaved, silu_backward
-
-_MATRIX = (POINTER, INT64)
-_PROBLEM = (*_MATRIX, *_MATRIX, POINTER, POINTER, *(INT64,) * 3)
-_FORWARD = KernelSignature("backhand_causal_conv_forward", INT, INT, *_PROBLEM, *_MATRIX)
-_BACKWARD = KernelSignature("backhand_causal_conv_backward", INT, INT, *_PROBLEM, *_MATRIX, *_MATRIX)
-# As in native/causal_conv.cpp: the functions around the convolution, and the largest number of taps.
-PLAIN, WITH_SILU, GATED = range(3)
-MOST_TAPS = 8
 
 # Elements of a tile, whose input and output then stay in the second-level cache.
 TILE_ELEMENTS = 1 << 16
@@ -80,7 +72,7 @@ def causal_conv_forward(
     """
     saved = CausalConvSaved(x, taps, runs, silu)
     c = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if compiled_conv(WITH_SILU if silu else PLAIN, x, taps, runs, c):
+    if kernels.causal_conv(kernels.WITH_SILU if silu else kernels.PLAIN, x, *taps, runs, c):
         return c, saved
     for tile in _tiles(x, runs):
         part = _convolve(x, taps, tile, tile.of(c))
@@ -97,7 +89,7 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
     """
     x, taps, runs, silu = saved
     out = torch.empty(x.shape, dtype=d_y.dtype, device=d_y.device) if out is None else out
-    if compiled_conv_back(WITH_SILU if silu else PLAIN, d_y, x, taps, runs, out):
+    if kernels.causal_conv_gradient(kernels.WITH_SILU if silu else kernels.PLAIN, d_y, x, *taps, runs, out):
         return CausalConvGrads(out)
     d_c = d_y
     if silu:
@@ -106,41 +98,6 @@ def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | N
             c = _convolve(x, taps, tile, torch.empty_like(tile.of(x)))
             tile.of(d_c).copy_(silu_backward(tile.of(d_y), InputSaved(c)).d_x)
     return CausalConvGrads(_convolve_back(d_c, taps, runs, out))
-
-
-def compiled_conv(mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], y: Tensor) -> bool:
-    """Fill y, (tokens, channels), by the kernel and return True; return False if it does not apply.
-
-    Args:
-        mode: PLAIN; WITH_SILU; or GATED, with x (tokens, 3 channels) as in `gated_conv`.
-        taps: weight and bias.
-        y: receives the result.
-    """
-    return _applies(_FORWARD, mode, x, taps, runs, y)
-
-
-def compiled_conv_back(mode: int, d_y: Tensor, x: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> bool:
-    """Fill d_x, of x's shape, by the kernel and return True; return False if it does not apply."""
-    return _applies(_BACKWARD, mode, x, taps, runs, d_y, d_x)
-
-
-def _applies(
-    declared: KernelSignature, mode: int, x: Tensor, taps: Taps, runs: tuple[Run, ...], *others: Tensor
-) -> bool:
-    kernel = find_kernel(declared, x, *taps, *others)
-    if kernel is None or taps.weight.shape[1] > MOST_TAPS:
-        return False
-    kernel(mode, *_problem(x, taps, runs), *(number for other in others for number in matrix(other)))
-    return True
-
-
-def _problem(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[int | None, ...]:
-    """Return the kernels' arguments for input, taps and documents."""
-    (weight, bias), table = taps, segment_table(runs)
-    return (
-        *(*matrix(x), *matrix(weight), None if bias is None else bias.data_ptr()),
-        *(table.data_ptr(), table.shape[1], *weight.shape),
-    )
 
 
 def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = False) -> Tensor:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.causal_conv import GATED, Taps, compiled_conv, compiled_conv_back, convolved, convolved_back
+from backhand.kernels import causal_conv as kernels
+from backhand.ops.causal_conv import Taps, convolved, convolved_back
 from backhand.ops.document_groups import Run, segments
 
 
@@ -52,7 +53,7 @@ def gated_conv_forward(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[
     b, c, x = bcx.chunk(3, dim=-1)
     saved = GatedConvSaved(bcx, taps, runs)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if compiled_conv(GATED, bcx, taps, runs, y):
+    if kernels.causal_conv(kernels.GATED, bcx, *taps, runs, y):
         return y, saved
     return torch.mul(convolved(b * x, taps, runs), c, out=y), saved
 
@@ -66,7 +67,7 @@ def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | Non
     bcx, taps, runs = saved
     b, c, x = bcx.chunk(3, dim=-1)
     out = torch.empty_like(bcx) if out is None else out
-    if compiled_conv_back(GATED, d_y, bcx, taps, runs, out):
+    if kernels.causal_conv_gradient(kernels.GATED, d_y, bcx, *taps, runs, out):
         return GatedConvGrads(out)
     d_b, d_c, d_x = out.chunk(3, dim=-1)
     torch.mul(d_y, convolved(b * x, taps, runs), out=d_c)

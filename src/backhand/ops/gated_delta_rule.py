@@ -41,23 +41,13 @@ matrices stay in the caches. They solve the triangular systems without an invers
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from backhand.errors import not_none
-from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel, segment_table
+from backhand.kernels import gated_delta_rule as kernels
 from backhand.ops.delta_chunks import backward_in_chunks, forward_in_chunks
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
 from backhand.ops.document_groups import Run, segments
-
-_INPUTS = (POINTER, POINTER, POINTER)
-_OUTPUT = (POINTER, INT64, INT64)
-_WHERE = (POINTER, INT64, POINTER, INT64)
-_FORWARD = KernelSignature("backhand_gated_delta_rule_forward", INT, *_INPUTS, *_OUTPUT, POINTER, *_WHERE)
-_BACKWARD = KernelSignature("backhand_gated_delta_rule_backward", INT, *_INPUTS, *_OUTPUT, POINTER, POINTER, *_WHERE)
-_MEMORY = KernelSignature("backhand_gated_delta_rule_memory", INT, INT, POINTER, POINTER, INT64, result=INT64)
 
 
 def gated_delta_rule_forward(
@@ -92,79 +82,19 @@ def gated_delta_rule_forward(
         raise ValueError("a segment that continues another begins with no state of its own")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     saved = GatedDeltaRuleSaved(q, k, v, decay, beta, runs, chunk)
-    if not _compiled_forward(saved, states, out):
+    if not kernels.gated_delta_rule(*saved, states, out):
         forward_in_chunks(saved, states, out)
     return out, saved
 
 
 def gated_delta_rule_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRuleGrads:
     """Map d_y, (tokens, value heads, value width), to the gradients derived in the module docstring."""
-    compiled = _compiled_backward(d_y, saved)
+    compiled = kernels.gated_delta_rule_gradients(d_y, *saved)
     if compiled is not None:
-        return compiled
+        return GatedDeltaRuleGrads(*compiled)
     grads = GatedDeltaRuleGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in saved[:5]))
     backward_in_chunks(d_y, saved, grads)
     return grads
-
-
-def _compiled_forward(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> bool:
-    """Fill `out` and advance `states` by the kernel, and return True; return False if it does not apply."""
-    kernel, inputs = find_kernel(_FORWARD, saved.v, saved.beta, out), _kernel_inputs(saved)
-    if kernel is None or inputs is None:
-        return False
-    if states is not None and not (states.is_contiguous() and states.dtype == inputs[0].dtype):
-        return False
-    problem = _problem(saved, inputs[0].dtype, backward=False)
-    begin = None if states is None else states.data_ptr()
-    kernel(problem.sizes, *_places(inputs), out.data_ptr(), *out.stride()[:2], begin, *problem.where)
-    return True
-
-
-def _compiled_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRuleGrads | None:
-    """Return the gradients by the kernel, or None if it does not apply."""
-    kernel, inputs = find_kernel(_BACKWARD, d_y, saved.v, saved.beta), _kernel_inputs(saved)
-    if kernel is None or inputs is None:
-        return None
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
-    problem = _problem(saved, inputs[0].dtype, backward=True)
-    kernel(problem.sizes, *_places(inputs), d_y.data_ptr(), *d_y.stride()[:2], *_places(grads), *problem.where)
-    return GatedDeltaRuleGrads(*(x.to(given.dtype) for x, given in zip(grads, saved[:5], strict=True)))
-
-
-def _kernel_inputs(saved: GatedDeltaRuleSaved) -> list[Tensor] | None:
-    """Return q, k, v, decay and beta with q, k and decay in float32 or wider; None if kernels cannot take them."""
-    q, k, v, decay, beta = saved[:5]
-    wide = torch.promote_types(v.dtype, torch.float32)
-    if find_kernel(_FORWARD, q, k, decay) is None or q.dtype not in (v.dtype, wide) or v.shape[1] % max(k.shape[1], 1):
-        return None
-    return [q.to(wide), k.to(wide), v, decay.to(wide), beta]
-
-
-def _places(tensors: list[Tensor]) -> tuple[Any, Any]:
-    """Return the addresses, and the token and head strides, of tensors (tokens, heads, …)."""
-    distances = [distance for x in tensors for distance in x.stride()[:2]]
-    return ((POINTER * len(tensors))(*(x.data_ptr() for x in tensors)), (INT64 * len(distances))(*distances))
-
-
-class _Problem(NamedTuple):
-    """The kernels' sizes and last arguments, and the workspace, which must live until the call returns."""
-
-    sizes: Any
-    where: tuple[int, ...]
-    memory: Tensor
-
-
-def _problem(saved: GatedDeltaRuleSaved, wide: torch.dtype, *, backward: bool) -> _Problem:
-    """Describe the segments and allocate the workspace."""
-    k, v, table = saved.k, saved.v, segment_table(saved.runs)
-    longest = max((run.length for run in saved.runs), default=0)
-    group, chunk = v.shape[1] // max(k.shape[1], 1), max(1, min(saved.chunk, longest))
-    sizes = (INT64 * 5)(k.shape[1], group, k.shape[2], v.shape[2], chunk)
-    memory_of = not_none(find_kernel(_MEMORY, v))
-    workers = max(1, min(torch.get_num_threads(), k.shape[1] * int((table[2] < 0).sum())))
-    memory = torch.empty(workers * memory_of(backward, sizes, table.data_ptr(), table.shape[1]), dtype=wide)
-    where = (table.data_ptr(), table.shape[1], memory.data_ptr(), workers)
-    return _Problem(sizes, where, memory)
 
 
 def gated_delta_rule_reference(

@@ -15,20 +15,13 @@ The kernels (native/glu.cpp) store neither φ nor φ', since an exponential cost
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
+from backhand.kernels import glu as kernels
 from backhand.ops.activation import CUBIC, KAPPA, Activated, activate, activated
-
-_FORWARD = KernelSignature("backhand_glu_forward", INT, INT, *(POINTER, INT64) * 3, INT64, INT64)
-_BACKWARD = KernelSignature("backhand_glu_backward", INT, INT, *(POINTER, INT64) * 6, INT64, INT64)
-# As in native/glu.cpp.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-_NOWHERE = (0, 0)
 
 
 class GLUSaved(NamedTuple):
@@ -55,40 +48,13 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
         activation: `silu`, `gelu_tanh` or `sigmoid`.
         out: of gate's shape and dtype, to receive y; or None.
     """
-    saved = GLUSaved(gate, up, activation)
-    y = _compiled_forward(saved, out)
-    return (activate(gate, activation, out).mul_(up) if y is None else y), saved
-
-
-def _compiled_forward(saved: GLUSaved, out: Tensor | None) -> Tensor | None:
-    """Compute y by the kernel; return None if it does not apply."""
-    gate, up, activation = saved
-    kernel = find_kernel(_FORWARD, gate, up, out)
-    if kernel is None or activation not in ACTIVATIONS:
-        return None
-    y = torch.empty(gate.shape, dtype=gate.dtype) if out is None else out
-    operands = _operands(gate, up, y)
-    if operands is None:
-        return None
-    n = gate.shape[-1]
-    kernel(ACTIVATIONS[activation], *operands, gate.numel() // max(n, 1), n)
-    return y
-
-
-def _operands(*tensors: Tensor) -> list[int] | None:
-    """Return the address and row stride of each tensor, or None if rows are not evenly spaced."""
-    operands = []
-    for tensor in tensors:
-        matrix = tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-        if matrix.data_ptr() != tensor.data_ptr():
-            return None
-        operands += [matrix.data_ptr(), matrix.stride(0)]
-    return operands
+    y = kernels.glu(gate, up, activation, out)
+    return (activate(gate, activation, out).mul_(up) if y is None else y), GLUSaved(gate, up, activation)
 
 
 def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated | None]:
     """Recompute y, (..., n), and return φ and φ' for the backward; None if the kernel does not need them."""
-    y = _compiled_forward(saved, None)
+    y = kernels.glu(*saved)
     if y is not None:
         return y, None
     ready = activated(saved.gate, saved.activation)
@@ -114,7 +80,7 @@ def glu_backward(
     if out is None:
         out = torch.empty(*d_y.shape[:-1], 2 * n, dtype=d_y.dtype, device=d_y.device)
     d_gate, d_up = out[..., :n], out[..., n:]
-    if ready is None and _compiled_backward(d_y, saved, d_gate, d_up, output_buffer):
+    if ready is None and kernels.glu_gradients(d_y, *saved, d_gate, d_up, output_buffer):
         return GLUGrads(d_gate, d_up)
     value, slope = activated(saved.gate, saved.activation) if ready is None else ready
     # Every tensor is read for the last time before it may be overwritten: a and u by the gradients, d_y by y.
@@ -125,23 +91,6 @@ def glu_backward(
     if output_buffer is not None and y is not None:
         output_buffer.copy_(y)
     return GLUGrads(d_gate, d_up)
-
-
-def _compiled_backward(
-    d_y: Tensor, saved: GLUSaved, d_gate: Tensor, d_up: Tensor, output_buffer: Tensor | None
-) -> bool:
-    """Fill d_gate, d_up and `output_buffer` by the kernel and return True; return False if it does not apply."""
-    gate, up, activation = saved
-    kernel = find_kernel(_BACKWARD, d_y, gate, up, d_gate, output_buffer)
-    places = (d_y, gate, up, d_gate, d_up)
-    operands = _operands(*places) if output_buffer is None else _operands(*places, output_buffer)
-    if kernel is None or operands is None or activation not in ACTIVATIONS:
-        return False
-    if output_buffer is None:
-        operands += _NOWHERE
-    n = d_y.shape[-1]
-    kernel(ACTIVATIONS[activation], *operands, d_y.numel() // max(n, 1), n)
-    return True
 
 
 def glu_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:

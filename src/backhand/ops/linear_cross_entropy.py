@@ -34,19 +34,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from backhand.kernels import softmax_losses as kernels
 from backhand.kernels.dense_product import amx_available
-from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
 from backhand.ops.cross_entropy import losses_in_place
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.head_factors import AdaptedHead, HeadFactors
 from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled_reference
 from backhand.ops.weight_tiles import FrozenMatrix
-
-_SOFTMAX_LOSSES = KernelSignature(
-    "backhand_softmax_losses", INT, POINTER, INT64, POINTER, POINTER, INT64, INT64, INT, result=INT
-)
-# As in native/softmax_losses.cpp.
-_OUTCOMES: dict[int, type[Exception]] = {1: MemoryError, 2: IndexError}
 
 CHUNK_ROWS, LONG_CHUNK_ROWS = 256, 512
 LONG_CHUNK_WIDTH = 3 * LONG_CHUNK_ROWS
@@ -70,14 +64,7 @@ def _softmax_losses(
     logits: Tensor, targets: Tensor, losses: Tensor, cap: float | None = None, *, gradient: bool
 ) -> None:
     """Write ℓ of one chunk, (rows,), to `losses`; with `gradient`, replace the logits by ∂ℓ/∂Z."""
-    kernel = find_kernel(_SOFTMAX_LOSSES, logits) if cap is None else None
-    if kernel is not None and targets.is_contiguous():
-        rows, vocab = logits.shape
-        where = (logits.data_ptr(), logits.stride(0), targets.data_ptr(), losses.data_ptr())
-        outcome = kernel(*where, rows, vocab, gradient)
-        if outcome:
-            raise _OUTCOMES[outcome](f"a row of {vocab} logits: no memory for it, or a target that is none of them")
-    else:
+    if cap is not None or not kernels.softmax_losses(logits, targets, losses, gradient=gradient):
         losses_in_place(logits, targets, losses, cap, gradient=gradient)
 
 

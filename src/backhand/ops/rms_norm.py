@@ -21,21 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.errors import not_none
-from backhand.kernels.library import DOUBLE, INT, INT64, POINTER, KernelSignature, find_kernel
-
-_FORWARD = KernelSignature(
-    *("backhand_rms_norm_forward", INT, POINTER, INT64, INT64, INT64, POINTER, POINTER, POINTER, INT),
-    *(INT64, INT64, DOUBLE, DOUBLE),
-)
-_BACKWARD = KernelSignature(
-    *("backhand_rms_norm_backward", INT, POINTER, INT64, INT64, INT64, POINTER, INT64, INT64),
-    *(POINTER, POINTER, POINTER, POINTER, INT64, INT64, DOUBLE),
-)
-_WEIGHT_GRADIENT = KernelSignature(
-    *("backhand_rms_norm_weight_gradient", INT, POINTER, INT64, INT64, INT64, POINTER, INT64, INT64),
-    *(POINTER, POINTER, INT64, INT64),
-)
+from backhand.kernels import rms_norm as kernels
+from backhand.kernels.library import wide_dtype
 
 
 class RMSNormSaved(NamedTuple):
@@ -54,11 +41,6 @@ class RMSNormGrads(NamedTuple):
     d_weight: Tensor | None
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, and float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, *, out: Tensor | None = None
 ) -> tuple[Tensor, RMSNormSaved]:
@@ -74,11 +56,11 @@ def rms_norm_forward(
     Returns:
         y (..., n) in x's dtype, and the saved tensors.
     """
-    compiled = _compiled_forward(x, weight, eps, offset, None, out)
+    compiled = kernels.rms_norm(x, weight, eps, offset, out=out)
     if compiled is not None:
         y, factor = compiled
         return y, RMSNormSaved(x, weight, factor, offset)
-    wide = x.to(statistics_dtype(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     normed = torch.mul(wide, factor, out=out) if wide is x else wide.mul_(factor)
@@ -89,7 +71,7 @@ def rms_norm_forward(
 
 def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
     """Recompute y from x and the saved factor, for the backward of a following layer."""
-    compiled = _compiled_forward(x, weight, 0.0, offset, factor, None)
+    compiled = kernels.rms_norm(x, weight, 0.0, offset, factor)
     if compiled is not None:
         return compiled[0]
     return _times(x, factor).mul_(weight_scale(weight, offset, factor.dtype)).to(x.dtype)
@@ -104,37 +86,6 @@ def weight_scale(weight: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
     """Return c + w in the given dtype."""
     wide = weight.to(dtype)
     return wide + offset if offset else wide
-
-
-def _compiled_forward(
-    x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None, out: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Compute y and the factor by the kernel, or return None if it does not apply; a given factor is used unchanged."""
-    kernel, rows = find_kernel(_FORWARD, x, weight, out), _row_strides(x)
-    if kernel is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
-        return None
-    y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    given = factor is not None
-    if factor is None:
-        factor = torch.empty(*x.shape[:-1], 1, dtype=statistics_dtype(x.dtype))
-    elif not factor.is_contiguous():
-        return None
-    n = x.shape[-1]
-    places = (x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr())
-    kernel(*places, given, x.numel() // max(n, 1), n, eps, offset)
-    return y, factor
-
-
-def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
-    """Return (length of the last leading axis, stride of the axis before it, its own stride); None for other layouts.
-
-    A matrix, and any tensor without gaps, counts as having a last leading axis of length 1.
-    """
-    if x.dim() == 2:
-        return 1, x.stride(0), 0
-    if x.dim() == 3:
-        return x.shape[1], x.stride(0), x.stride(1)
-    return (1, x.shape[-1], 0) if x.is_contiguous() and x.dim() > 0 else None
 
 
 def rms_norm_backward(
@@ -152,10 +103,10 @@ def rms_norm_backward(
         residual: (..., n), the gradient of the residual stream, which is added to d_x; or None.
         out: (..., n) to receive d_x; may be d_y itself; or None.
     """
-    compiled = _compiled_backward(d_y, saved, weight_gradient, residual, out)
-    if compiled is not None:
-        return compiled
     x, weight, factor, offset = saved
+    compiled = kernels.rms_norm_gradients(d_y, *saved, weight_gradient=weight_gradient, residual=residual, out=out)
+    if compiled is not None:
+        return RMSNormGrads(*compiled)
     x_hat = _times(x, factor)
     d_weight = None
     if weight_gradient:
@@ -166,31 +117,6 @@ def rms_norm_backward(
     if residual is not None:
         d_x = d_x.add_(residual)
     return RMSNormGrads(d_x.to(x.dtype) if out is None else out.copy_(d_x), d_weight)
-
-
-def _compiled_backward(
-    d_y: Tensor, saved: RMSNormSaved, weight_gradient: bool, residual: Tensor | None, out: Tensor | None
-) -> RMSNormGrads | None:
-    """Compute the gradients by the kernels, or return None if they do not apply."""
-    x, weight, factor, offset = saved
-    kernel, d_y_rows, x_rows = find_kernel(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
-    dense = all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None)
-    if kernel is None or d_y_rows is None or x_rows is None or not dense:
-        return None
-    n = x.shape[-1]
-    rows = x.numel() // max(n, 1)
-    d_weight = None
-    if weight_gradient:  # first, since d_x may overwrite d_y
-        d_weight = torch.empty(weight.shape, dtype=weight.dtype)
-        not_none(find_kernel(_WEIGHT_GRADIENT, d_y, x))(
-            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
-        )
-    d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    kernel(
-        *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
-        *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
-    )
-    return RMSNormGrads(d_x, d_weight)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:

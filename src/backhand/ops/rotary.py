@@ -25,12 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_kernel
-from backhand.ops.rms_norm import statistics_dtype
-
-_ROTARY = KernelSignature(
-    "backhand_rotary", INT, *(POINTER, INT64, INT64) * 2, POINTER, POINTER, INT64, INT64, INT64, INT
-)
+from backhand.kernels import rotary as kernels
 
 
 class RotaryTable(NamedTuple):
@@ -140,17 +135,11 @@ def _rotate(x: Tensor, table: RotaryTable, out: Tensor | None, *, back: bool) ->
             out.copy_(x)
         _rotate(x[..., :rotated_width], table, out[..., :rotated_width], back=back)
         return out
-    cos, sin = table.cos, table.sin
-    kernel_layout = cos.is_contiguous() and sin.is_contiguous() and cos.dtype == statistics_dtype(x.dtype)
-    kernel = find_kernel(_ROTARY, x, out) if kernel_layout and not table.interleaved else None
-    if kernel is not None:
-        y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-        kernel(
-            *(x.data_ptr(), x.stride(0), x.stride(1), y.data_ptr(), y.stride(0), y.stride(1)),
-            *(cos.data_ptr(), sin.data_ptr(), x.shape[0], x.shape[1], x.shape[2] // 2, back),
-        )
-        return y
-    cos, sin = cos[:, None, :], (-sin if back else sin)[:, None, :]
+    if not table.interleaved:
+        y = kernels.rotary(x, table.cos, table.sin, out, back=back)
+        if y is not None:
+            return y
+    cos, sin = table.cos[:, None, :], (-table.sin if back else table.sin)[:, None, :]
     # (tokens, heads, 2, pairs), or (tokens, heads, pairs, 2): a view of each side either way.
     sizes, axis = ((cos.shape[-1], 2), -1) if table.interleaved else ((2, cos.shape[-1]), -2)
     wide = x.to(cos.dtype).unflatten(-1, sizes)
