@@ -21,7 +21,7 @@ from backhand.files import FileLayer, resource_error, saving, staged, write_file
         (errno.EFBIG, "raise the limit (ulimit -f)"),
         (errno.EROFS, "make the directory writable"),
         (errno.EACCES, "make the directory writable"),
-        (errno.EIO, "look after the disk"),
+        (errno.EIO, "check the disk"),
     ],
 )
 def test_the_remedy_is_that_of_the_reason(number: int, remedy: str, tmp_path: Path) -> None:
@@ -65,4 +65,4 @@ def test_a_directory_that_is_gone_is_no_full_disk(tmp_path: Path) -> None:
         write_file(FileLayer(), run / "metrics.jsonl", b"x")
     assert caught.value.where == str(run)
     assert "it was removed or renamed while this command ran" in str(caught.value.why)
-    assert "intact" not in str(caught.value.next_step) and "put it back" in str(caught.value.next_step)
+    assert "intact" not in str(caught.value.next_step) and "restore it" in str(caught.value.next_step)

@@ -1,11 +1,10 @@
-"""What an option may be, said once, beside its field: the check, its error, the help and the docs come from it.
+"""Option ranges, declared next to each field. Validation, help and docs are generated from them.
 
     rank: Annotated[int, Bound(at_least=1)] = 16
     dtype: Literal["auto", "float32"] = "auto"
 
-`check_fields` is the one walker: it looks at every field of an options dataclass, and of the dataclasses in it, as its
-annotation wants it. What several fields say to one another is left to the dataclass's own `_check_together`. This file
-imports no torch.
+`check_fields` compares every field of an options dataclass, and of the dataclasses in it, with its annotation. Rules
+about several fields are in the dataclass's `_check_together`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from backhand.errors import UsageError
 
 Parse = Callable[[Sequence[str]], Any]
-"""Turns the words that follow an option into the value of a field whose type no command line knows."""
+"""Converts the words after an option into the value of a field whose type the command line does not support."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The range of a number; whether it is whole is said by the annotated type."""
+    """The range of a number. The annotated type says whether it is an integer."""
 
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    noun: str = ""  # what an error calls the value; the field's name if empty
-    why: str | None = None  # why nothing larger is allowed
-    next_step: str | None = None  # what to do about a larger one
+    noun: str = ""  # the value's name in an error; the field's name if empty
+    why: str | None = None  # the reason for the upper limit
+    next_step: str | None = None  # what to do about a larger value
 
     def check_number(self, where: str, value: Any, *, whole: bool) -> None:
-        """Raise UsageError unless `value` is a number, whole if it must be, within the range."""
+        """Raise UsageError unless `value` is a number in the range, and an integer if `whole`."""
         noun = self.noun or where.partition("[")[0]
         if not _is_number(value, whole=whole) or self._too_small(value) or (self._too_large(value) and self._interval):
-            raise UsageError(f"{noun} {value!r} is not {self._wanted(whole=whole)}", where=where)
+            raise UsageError(f"{noun} {value!r} is not {self._expected(whole=whole)}", where=where)
         if self._too_large(value):
             limit = f"above {self.at_most}" if self.at_most is not None else f"not below {_power(self.below)}"
             raise UsageError(f"{noun} {value} is {limit}", where=where, why=self.why, next_step=self.next_step)
 
     @property
     def sentence(self) -> str:
-        """The range for the help: `At least 1.`, `1 to 1024.`, `In [0, 1).`."""
+        """Return the range for the help: `At least 1.`, `1 to 1024.`, `In [0, 1).`."""
         if self._interval:
             return f"In {self._interval}."
         if self.at_most is not None:
@@ -60,14 +59,14 @@ class Bound:
 
     @property
     def _interval(self) -> str:
-        """The range as an interval of real numbers, where that is how one says it: both ends between 0 and 1."""
+        """Return the range as an interval if its ends are 0 and 1, otherwise ""."""
         low = self.above if self.above is not None else self.at_least
         high = self.below if self.below is not None else self.at_most
         if low != 0 or high != 1:
             return ""
         return f"{'[' if self.above is None else '('}0, 1{']' if self.below is None else ')'}"
 
-    def _wanted(self, *, whole: bool) -> str:
+    def _expected(self, *, whole: bool) -> str:
         if self._interval:
             return f"a number in {self._interval}"
         low = f"above {self.above}" if self.above is not None else f"of at least {self.at_least}"
@@ -82,14 +81,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class Check:
-    """A rule in words of its own."""
+    """A rule with its own check and sentence."""
 
-    check: Callable[[str, Any], None]  # gets the field's name and value, and raises UsageError
-    sentence: str = ""  # what the help says of it
+    check: Callable[[str, Any], None]  # called with the field's name and value; raises UsageError
+    sentence: str = ""  # for the help
 
 
 def several(at_least: int = 1) -> Check:
-    """A list that may not be too short."""
+    """Return a rule for the shortest length of a list."""
 
     def check(where: str, value: Any) -> None:
         if isinstance(value, tuple | list) and len(value) >= at_least:
@@ -102,7 +101,7 @@ def several(at_least: int = 1) -> Check:
 
 
 def given(what: str, next_step: str) -> Check:
-    """A text that may not be empty; what an error says of one that is."""
+    """Return a rule that a text is not empty, with the error's message and next step."""
 
     def check(where: str, value: Any) -> None:
         if not value:
@@ -113,21 +112,21 @@ def given(what: str, next_step: str) -> Check:
 
 @dataclass(frozen=True)
 class Also:
-    """Another name of an option on the command line, as users of other programs know it."""
+    """Another name of an option on the command line, which users of other programs know."""
 
-    name: str  # as a field would have it
+    name: str  # with underscores, like a field's name
 
     sentence = ""
 
     @property
     def option(self) -> str:
-        """As it is typed."""
+        """Return the option as it is typed."""
         return "--" + self.name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Words:
-    """How the command line, and a TOML file's one text, are read for a type that no command line knows."""
+    """The parser of a type that the command line does not support, also for a single text in a TOML file."""
 
     parse: Parse
 
@@ -142,7 +141,7 @@ def check_text(where: str, text: Any) -> None:
     encoding = sys.getfilesystemencoding()
     if not "\udc80" <= half <= "\udcff":
         raise UsageError(f"{where} holds half of a surrogate pair, which no tokenizer can read", where=where)
-    # What Python makes of a byte of the command line that it cannot read.
+    # Python represents a byte of the command line that it cannot decode by such a character.
     raise UsageError(
         f"{where} cannot be read",
         where=where,
@@ -164,27 +163,27 @@ BaseModel = Annotated[str, given("no base model is given", "give a directory, a 
 
 
 class Options:
-    """A dataclass of options that checks itself."""
+    """Base class of option dataclasses that can be validated."""
 
     def validate(self) -> Self:
-        """Check every field by itself and against the others, before anything is read; return self.
+        """Check every field by itself, then the fields together; return self.
 
         Raises:
-            UsageError: names the field, its value and the range it must lie in.
+            UsageError: with the field, its value and its range.
         """
         check_fields(self)
         self._check_together()
         return self
 
     def _check_together(self) -> None:
-        """Raise UsageError for what several fields say to one another."""
+        """Raise UsageError if the values of several fields contradict one another."""
 
 
 def check_fields(options: Any) -> None:
-    """Check every field of a dataclass as its annotation wants it; a dataclass within it checks itself.
+    """Check every field of a dataclass against its annotation; a nested dataclass validates itself.
 
     Raises:
-        UsageError: for the first field, in their order, that is out of range: names it, its value and the range.
+        UsageError: with the first field that is out of range, its value and its range.
     """
     for name, hint in hints_of(options.__class__).items():
         value = getattr(options, name)
@@ -197,14 +196,14 @@ def check_fields(options: Any) -> None:
 
 
 def check_value(where: str, value: Any, hint: Any) -> None:
-    """Check one value as an annotation wants it.
+    """Check one value against an annotation.
 
     Args:
-        where: the field's name; `name['key']` for a value of a mapping.
-        hint: the annotation, its `Annotated` kept.
+        where: the field's name; `name['key']` for a value in a mapping.
+        hint: the annotation, including `Annotated`.
 
     Raises:
-        UsageError: it is not allowed.
+        UsageError: the value is not allowed.
     """
     plain, rules = split_hint(hint)
     members = union_members(plain)
@@ -245,7 +244,7 @@ def check_value(where: str, value: Any, hint: Any) -> None:
 
 
 def check_kind(name: str, value: object, kind: type) -> None:
-    """Raise UsageError where a program gives something else than the dataclass that is wanted."""
+    """Raise UsageError if a program passes an object of another class than the expected dataclass."""
     if not isinstance(value, kind):
         raise UsageError(
             f"{name} is a {type(value).__name__}, not a {kind.__name__}",
@@ -255,7 +254,7 @@ def check_kind(name: str, value: object, kind: type) -> None:
 
 
 def sentence_of(hint: Any) -> str:
-    """What the help says of the range an annotation allows, "" for nothing."""
+    """Return the help's sentence on the range of an annotation, or ""."""
     plain, rules = split_hint(hint)
     said = [rule.sentence for rule in rules if not isinstance(rule, Words)]
     numbers = [member for member in union_members(plain) if get_origin(member) is not Literal]
@@ -267,19 +266,19 @@ def sentence_of(hint: Any) -> str:
 
 
 def parse_of(hint: Any) -> Parse | None:
-    """How words are read for this annotation, None where the command line knows the type."""
+    """Return the parser of an annotation, or None if the command line supports the type."""
     return next((rule.parse for rule in split_hint(hint)[1] if isinstance(rule, Words)), None)
 
 
 @functools.cache
 def hints_of(options: type) -> Mapping[str, Any]:
-    """Annotations of a dataclass's fields, resolved, with what `Annotated` says, in their order."""
+    """Return the resolved annotations of a dataclass's fields, including `Annotated`, in their order."""
     hints = typing.get_type_hints(options, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
 def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type, and what stands beside it as `Annotated`."""
+    """Split an annotation into its type and the metadata of `Annotated`."""
     if get_origin(hint) is Annotated:
         plain, *rules = get_args(hint)
         return plain, tuple(rules)
@@ -287,14 +286,14 @@ def split_hint(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """The types that `hint` allows, None left out: (int,) for `int` and for `int | None`."""
+    """Return the types that `hint` allows except None: (int,) for `int` and for `int | None`."""
     if isinstance(hint, types.UnionType) or get_origin(hint) is typing.Union:
         return tuple(member for member in get_args(hint) if member is not type(None))
     return (hint,)
 
 
 def first_of_each(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The first key with each value, all of them for values that are no numbers: many keys share few ranks."""
+    """Drop keys whose number another key already has: many keys share few ranks, and each is checked once."""
     numbers: dict[tuple[type, float], str] = {}
     return {
         key: one
@@ -304,7 +303,7 @@ def first_of_each(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_checked(hint: Any) -> bool:
-    """Whether elements of this type are looked at: names and paths are taken as they come."""
+    """Return True if elements of this type are checked; names and paths are not."""
     plain, rules = split_hint(hint)
     return bool(rules) or plain in (int, float, bool) or get_origin(plain) is Literal
 

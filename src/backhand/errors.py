@@ -1,4 +1,4 @@
-"""The one exception family. Each class carries the exit code of the command line; see docs/errors.md."""
+"""Exceptions of the package. Each class carries the exit code of the command line, see docs/errors.md."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def not_none(value: T | None) -> T:
 
 
 class BackhandError(Exception):
-    """A problem the user can act on: what happened, where, why, and what to do next.
+    """A problem that the user can act on: what happened, where, why, and what to do next.
 
     Args:
-        what: one sentence, without a full stop, showing the user's own input.
+        what: one sentence without a full stop that shows the user's own input.
         where: `file:line`, a configuration key or a tensor name.
-        why: the reason, when it is not evident from `what`.
+        why: the reason, if `what` does not make it obvious.
         next_step: what to type or change.
     """
 
     exit_code = 1
     said_elsewhere = False
-    """Whether another process of the run prints the same."""
+    """True if another process of the run prints the same error."""
 
     def __init__(
         self,
@@ -58,36 +58,36 @@ class BackhandError(Exception):
 
     @property
     def one_line(self) -> str:
-        """The same as one sentence of a list."""
+        """The whole error on one line, for a list of errors."""
         return "; ".join(bounded(part) for part in (self._said(), self.why, self.next_step) if part)
 
 
 class UsageError(BackhandError):
-    """Usage or configuration: unknown option, value out of range, target that matches nothing, output that exists."""
+    """Wrong usage or configuration: unknown option, value out of range, target without a match, existing output."""
 
     exit_code = 2
 
 
 class DataError(BackhandError):
-    """Data not found, unreadable, malformed, or with nothing supervised in it."""
+    """Data that is missing, unreadable, malformed or without a supervised token."""
 
     exit_code = 3
 
 
 class ArtifactError(BackhandError):
-    """A model, adapter, checkpoint or tokenizer that is incompatible, corrupt or not to be found."""
+    """A model, adapter, checkpoint or tokenizer that is incompatible, corrupt or missing."""
 
     exit_code = 4
 
 
 class ResourceError(BackhandError):
-    """Memory, disk or permissions do not suffice."""
+    """Too little memory or disk space, or missing permissions."""
 
     exit_code = 5
 
 
 class CheckError(BackhandError):
-    """A check failed: guard, proof, parity, non-finite values."""
+    """A failed check: guard, proof, parity or non-finite values."""
 
     exit_code = 6
 
@@ -113,19 +113,19 @@ def not_utf8(name: str, *, where: str, why: str, next_step: str) -> UsageError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its kind if it has none, or if its `__str__` raises."""
+    """Return the first line of an exception's message, or its type if it has none or its `__str__` raises."""
     try:
         text = str(error).strip()
-    except Exception:  # noqa: BLE001 - a class of somebody else's
+    except Exception:  # noqa: BLE001 - a foreign exception class
         text = ""
     return (text.splitlines() or [type(error).__name__])[0]
 
 
 def short_reason(error: BaseException) -> str:
-    """An exception of somebody else's library in one line, for `why`.
+    """Return the message of another library's exception on one line, for `why`.
 
-    Its first line; the second one as well where the first only leads to it; with the exception's kind where what it
-    says is a bare name, as of a KeyError.
+    The second line is included if the first ends with a colon. A KeyError's message, which is a bare key, is preceded
+    by the type.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

@@ -1,8 +1,8 @@
-"""Every file that Backhand writes: whole or not at all, synced.
+"""All file writing: atomic and fsynced.
 
-`FileLayer` is every call by which the disk is changed, one method each, so that tests can fail any of them. A crash may
-come between any two calls, and the system may lose what was not synced: `write_file` and `FileLayer.rename` with
-`sync_directory` are all that checkpoints are built from.
+`FileLayer` has one method per call that changes the disk, so that tests can make any of them fail. A crash may happen
+between any two calls, and the system may lose data that was not synced. Checkpoints are built from `write_file`,
+`FileLayer.rename` and `FileLayer.sync_directory` alone.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _WRITE_BYTES = 1 << 24
 
 
 class FileLayer:
-    """Calls of the operating system that change files, and nothing else; each may raise OSError."""
+    """The calls of the operating system that change files. Each may raise OSError."""
 
     def make_directory(self, path: Path) -> None:
         """Create a directory that does not exist yet."""
         path.mkdir()
 
     def open_new(self, path: Path) -> int:
-        """Create a file that does not exist yet, its mode following the umask; return its descriptor."""
+        """Create a file that does not exist yet, with the umask's mode; return its descriptor."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o666)
 
     def open_to_append(self, path: Path) -> int:
-        """Open a file for appending, creating it if need be; return its descriptor. A pipe is not waited for."""
+        """Open a file for appending, or create it; return its descriptor. A pipe is not waited for."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | PLAIN, 0o666)
 
     def open_unnamed(self, directory: Path) -> int:
-        """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
+        """Open a temporary file that disappears when it is closed; return its descriptor."""
         return open_unnamed(directory)
 
     def set_mode(self, descriptor: int, mode: int) -> None:
-        """Give a file these permission bits, where the system has such."""
+        """Set a file's permission bits, if the system has them."""
         if hasattr(os, "fchmod"):
             os.fchmod(descriptor, mode)
 
     def write(self, descriptor: int, data: memoryview) -> int:
-        """Write some of `data`; return how many bytes."""
+        """Write some of `data`; return the number of bytes."""
         return os.write(descriptor, data)
 
     def sync(self, descriptor: int) -> None:
@@ -62,7 +62,7 @@ class FileLayer:
         os.close(descriptor)
 
     def size(self, path: Path) -> int:
-        """Bytes in a file."""
+        """Return the size of a file in bytes."""
         return path.stat().st_size
 
     def sync_directory(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class FileLayer:
         sync_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file or directory a new name; an existing file is replaced in one step."""
+        """Rename a file or directory. An existing file is replaced atomically."""
         source.replace(target)
 
     def remove_file(self, path: Path) -> None:
@@ -83,9 +83,9 @@ class FileLayer:
 
 
 def write_file(files: FileLayer, path: Path, data: bytes, mode: int | None = None) -> None:
-    """Create a file with these bytes, synced and of the right size; its mode follows the umask if it is None.
+    """Create a file, sync it and check its size. The mode is the umask's if it is None.
 
-    Raises OSError, perhaps with part of it there.
+    Raises OSError; part of the file may then exist.
     """
     descriptor = files.open_new(path)
     try:
@@ -97,11 +97,11 @@ def write_file(files: FileLayer, path: Path, data: bytes, mode: int | None = Non
         files.close(descriptor)
     written = files.size(path)
     if written != len(data):
-        raise OSError(errno.EIO, f"{written} bytes are there of {len(data)} written", str(path))
+        raise OSError(errno.EIO, f"the file has {written} bytes after {len(data)} were written", str(path))
 
 
 def write_all(files: FileLayer, descriptor: int, data: bytes | memoryview) -> None:
-    """Write every byte, in as many calls as it takes. Raises OSError."""
+    """Write all bytes, in several calls if necessary. Raises OSError."""
     rest = memoryview(data)
     while rest:
         written = files.write(descriptor, rest[:_WRITE_BYTES])
@@ -111,7 +111,7 @@ def write_all(files: FileLayer, descriptor: int, data: bytes | memoryview) -> No
 
 
 def sync_file(files: FileLayer, path: Path) -> None:
-    """Wait until what has been appended to a file is on the disk; nothing there is fine. Raises OSError."""
+    """Wait until a file is on the disk, if it exists. Raises OSError."""
     if not path.exists():
         return
     descriptor = files.open_to_append(path)
@@ -122,13 +122,13 @@ def sync_file(files: FileLayer, path: Path) -> None:
 
 
 def replace_file(files: FileLayer, path: Path, data: bytes, mode: int | None = None) -> None:
-    """Put a file in place of another in one step: after a crash there is the old one or the new one. Raises OSError."""
+    """Replace a file atomically: after a crash, either the old file or the new file exists. Raises OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     remove_tree(files, temporary)
     try:
         write_file(files, temporary, data, mode)
         files.rename(temporary, path)
-    except BaseException:  # a second Ctrl-C among them
+    except BaseException:  # including a second Ctrl-C
         with suppress(OSError):
             remove_tree(files, temporary)
         raise
@@ -136,10 +136,7 @@ def replace_file(files: FileLayer, path: Path, data: bytes, mode: int | None = N
 
 
 def remove_tree(files: FileLayer, path: Path) -> None:
-    """Remove a file, or a directory with all that is in it; links are removed, not followed. Nothing there is fine.
-
-    Raises OSError.
-    """
+    """Remove a file or a directory tree, if it exists. Links are removed, not followed. Raises OSError."""
     try:
         is_directory = stat.S_ISDIR(path.lstat().st_mode)
     except FileNotFoundError:
@@ -156,11 +153,11 @@ def remove_tree(files: FileLayer, path: Path) -> None:
 def saving(
     what: str, path: Path, needed_bytes: int, *, again: str = "run the same command with --resume"
 ) -> Iterator[None]:
-    """Turn an OSError while saving into our error, with the bytes needed against those that are free.
+    """Convert an OSError while saving into a BackhandError that gives the bytes needed and free.
 
     Raises:
-        ResourceError: disk full, quota, file-size limit, not writable, input/output error.
-        UsageError: something else than a directory is in the way.
+        ResourceError: disk full, quota, file-size limit, missing permission, input/output error.
+        UsageError: a file of another type blocks the path.
     """
     try:
         yield
@@ -170,54 +167,54 @@ def saving(
 
 @contextmanager
 def taking_directory(path: Path) -> Iterator[None]:
-    """Turn an OSError while a run directory is made, read or locked into our error: nothing has been trained yet.
+    """Convert an OSError while a run directory is created, read or locked into a BackhandError.
 
     Raises:
-        ResourceError: disk full, quota, not writable, input/output error.
-        UsageError: something else than a directory is in the way.
+        ResourceError: disk full, quota, missing permission, input/output error.
+        UsageError: a file of another type blocks the path.
     """
     try:
         yield
     except OSError as error:
-        kind: type[BackhandError] = UsageError if error.errno in _IN_THE_WAY else ResourceError
-        if error.errno in _IN_THE_WAY:
-            why, remedy = f"{error.strerror}: {error.filename or path}", "move away what is in its place"
+        kind: type[BackhandError] = UsageError if error.errno in _BLOCKED else ResourceError
+        if error.errno in _BLOCKED:
+            why, remedy = f"{error.strerror}: {error.filename or path}", "move that file"
         else:
-            why, remedy = reason(error), _remedy(error, otherwise="look after the disk")
+            why, remedy = reason(error), _remedy(error, otherwise="check the disk")
             if error.errno == errno.EACCES and error.filename and Path(error.filename) != path:
                 why = f"{error.strerror}: {error.filename}"
         step = f"{remedy}, or give another --output"
-        raise kind(f"{path} cannot hold a run", where="output", why=why, next_step=step) from error
+        raise kind(f"{path} cannot be used as a run directory", where="output", why=why, next_step=step) from error
 
 
 # For a pipe, `reading.open_plain` raises EINVAL, and `FileLayer.open_to_append` ENXIO.
-_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO)
+_BLOCKED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO)
 
 
 def _explained(what: str, path: Path, needed_bytes: int, error: OSError, again: str) -> BackhandError:
-    if error.errno in _IN_THE_WAY:
+    if error.errno in _BLOCKED:
         return UsageError(
             f"{what} cannot be saved",
             where=str(error.filename or path),
             why=error.strerror,
-            next_step=f"move away what is in its place, then {again}",
+            next_step=f"move that file, then {again}",
         )
     if error.errno == errno.ENOENT and not path.exists():
         return ResourceError(
             f"{what} cannot be saved",
             where=str(path),
             why="the directory is gone: it was removed or renamed while this command ran",
-            next_step=f"put it back under this name, then {again}; if it is lost, begin anew",
+            next_step=f"restore it under this name, then {again}; if it is lost, start again",
         )
     why = reason(error)
     if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
         why += f"; {needed_bytes:,} bytes are needed{_free(path)}"
-    remedy = _remedy(error, otherwise="look after the disk, or copy the run to another one")
+    remedy = _remedy(error, otherwise="check the disk, or copy the run to another one")
     return ResourceError(
         f"{what} cannot be saved",
         where=str(path),
         why=why,
-        next_step=f"what was saved before is intact: {remedy}, then {again}",
+        next_step=f"earlier checkpoints are intact: {remedy}, then {again}",
     )
 
 
@@ -240,7 +237,7 @@ def _free(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that are free on the disk of a path, which need not exist yet; None where the system does not tell."""
+    """Return the free bytes on the disk of a path, which need not exist yet; None if the system does not report it."""
     for place in (path, *path.parents):
         with suppress(OSError):
             return shutil.disk_usage(place).free
@@ -258,7 +255,7 @@ _REASONS = {
 
 
 def make_directory(directory: Path) -> None:
-    """Create a directory and its parents; an existing one is fine.
+    """Create a directory and its parents, if they do not exist.
 
     Raises:
         UsageError: the path, or a parent, is a file.
@@ -275,13 +272,13 @@ def make_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, flush it to the disk, and put it in place in one step.
+    """Write a file atomically, through a temporary file in the same directory.
 
-    The mode follows the umask, or, where a file is replaced, that of the old file.
+    A replaced file keeps its mode; a new one has the umask's.
 
     Raises:
-        UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
-        ResourceError: disk full, not writable, file-size limit; the old file is as it was, nothing is left beside it.
+        UsageError: `path` is no regular file. Replacing a link or a device would destroy it.
+        ResourceError: disk full, missing permission, file-size limit. The old file is unchanged, without leftovers.
     """
     mode = replaceable_mode(path)
     try:
@@ -291,20 +288,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_together(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files that belong together: each beside its place, and put in place when all of them are on the disk.
+    """Write files that belong together: first all temporary files, then all renames.
 
-    What they replace is there until then, and a directory that was made for them is removed again if they fail.
+    A directory that was created for them is removed again if writing fails.
 
     Raises:
-        UsageError: the directory is a file, or something else than a plain file is in the place of one.
-        ResourceError: disk full, not writable, file-size limit; what was there is as it was.
+        UsageError: the directory is a file, or one of the paths is no regular file.
+        ResourceError: disk full, missing permission, file-size limit. Existing files are unchanged.
     """
     modes = {name: replaceable_mode(directory / name) for name in contents}
     places = {name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
     with made_directory(directory):
         try:
             for name, data in contents.items():
-                with suppress(FileNotFoundError):  # left by a process of the same number that was killed
+                with suppress(FileNotFoundError):  # from a killed process with the same number
                     places[name].unlink()
                 write_file(FileLayer(), places[name], data, modes[name])
             for name in contents:
@@ -321,7 +318,7 @@ def write_together(directory: Path, contents: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def made_directory(directory: Path) -> Iterator[None]:
-    """A directory for the block, with its parents; those that were made and are empty go again where the block fails.
+    """Create a directory and its parents for the block; if the block fails, remove those created that are empty.
 
     Raises:
         UsageError: the path, or a parent, is a file.
@@ -339,15 +336,15 @@ def made_directory(directory: Path) -> Iterator[None]:
 
 
 def replaceable_mode(path: Path) -> int | None:
-    """Permission bits of the plain file at `path`; None where there is nothing, or its directory cannot be looked into.
+    """Return the permission bits of the regular file at `path`, or None if there is none or it cannot be examined.
 
     Raises:
-        UsageError: `path` is something else than a plain file: replacing a link or a device would destroy it.
+        UsageError: `path` is no regular file. Replacing a link or a device would destroy it.
     """
     try:
         mode = path.lstat().st_mode
     except OSError:
-        return None  # whether a file can be made there is for the writing to find out
+        return None  # a missing permission is found when the file is written
     if not stat.S_ISREG(mode):
         kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a plain file"
         raise UsageError(
@@ -357,21 +354,21 @@ def replaceable_mode(path: Path) -> int | None:
 
 
 def _short_write(error: OSError) -> bool:
-    """Whether NumPy wrote less than it should: its `tofile` keeps the system's reason to itself."""
+    """Return True for NumPy's error about a short write: its `tofile` does not report the system's reason."""
     return error.errno is None and re.search(r"\d requested and \d|^Not enough free space", str(error)) is not None
 
 
 def reason(error: OSError) -> str:
-    """Why the system did not write, in words."""
+    """Return the reason of a failed write in words."""
     if _short_write(error):
         return "the disk is full, or the file-size limit is reached"
     return _REASONS.get(error.errno or 0, error.strerror or str(error))
 
 
 def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int | None = None) -> ResourceError:
-    """Our error for what the system said about writing to `path`."""
+    """Convert the system's error about writing to `path`."""
     needed = f"; {needed_bytes:,} bytes are needed" if needed_bytes is not None else ""
-    remedy = _remedy(error, otherwise="look after the disk")
+    remedy = _remedy(error, otherwise="check the disk")
     return ResourceError(
         what, where=str(path), why=reason(error) + needed, next_step=f"{remedy}, or choose another directory"
     )
@@ -379,9 +376,9 @@ def resource_error(what: str, path: Path, error: OSError, *, needed_bytes: int |
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of its own beside `output`; what stands there at the end becomes `output`.
+    """Yield a path in a temporary folder next to `output`; at the end, rename it to `output`.
 
-    Whatever ends the block by an exception, a failed proof among them, leaves neither `output` nor the folder.
+    If the block raises, for example because a proof fails, neither `output` nor the folder is left.
 
     Raises:
         UsageError: `output` exists, or lies below a file.
@@ -391,12 +388,12 @@ def staged(output: Path) -> Iterator[Path]:
     make_directory(output.parent)
     folder = output.parent / f".{output.name}.{os.getpid()}.tmp"
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process of the same number that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # from a killed process with the same number
         folder.mkdir()
         yield folder / output.name
         _sync(folder / output.name)
         if output.is_symlink() or output.exists():
-            raise UsageError(f"{output} exists", where="output", why="it was made while this command ran")
+            raise UsageError(f"{output} exists", where="output", why="it was created while this command ran")
         (folder / output.name).rename(output)
         sync_directory(output.parent)
     except OSError as error:
@@ -406,18 +403,18 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or a directory with all that is in it, is on the disk. Raises OSError."""
+    """Wait until a file or a directory tree is on the disk. Raises OSError."""
     if path.is_dir():
         for child in path.iterdir():
             _sync(child)
         sync_directory(path)
         return
-    with path.open("rb" if os.name == "posix" else "r+b") as file:  # Windows syncs what can be written alone
+    with path.open("rb" if os.name == "posix" else "r+b") as file:  # Windows syncs only files that are open for writing
         os.fsync(file.fileno())
 
 
 def csv_bytes(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes:
-    """A table as a .csv file."""
+    """Return a table as the bytes of a .csv file."""
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(header)
@@ -426,11 +423,11 @@ def csv_bytes(header: Sequence[str], lines: Iterable[Sequence[object]]) -> bytes
 
 
 def write_with_summary(directory: Path, files: Mapping[str, bytes], summary: Mapping[str, object]) -> list[str]:
-    """Write every file, each in one step over an older one of its name, and summary.json with their names; returns all.
+    """Write each file atomically, and a summary.json that lists them; return all names.
 
     Raises:
         UsageError: `directory` is a file.
-        ResourceError: it cannot be written.
+        ResourceError: a file cannot be written.
     """
     make_directory(directory)
     names = [*files, "summary.json"]
@@ -440,5 +437,5 @@ def write_with_summary(directory: Path, files: Mapping[str, bytes], summary: Map
 
 
 def json_bytes(value: object) -> bytes:
-    """A summary as a .json file, for people as well. Raises ValueError for NaN and infinity, which JSON lacks."""
+    """Return a summary as indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

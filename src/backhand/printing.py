@@ -1,11 +1,11 @@
-"""What people are told: text from outside made visible, and at least a line every ten seconds.
+"""Printing: control characters in foreign text are escaped, and a long command prints a line every ten seconds.
 
-Names, paths, rows, settings of a file and messages of libraries come from outside. A terminal obeys some of their
-characters: ESC and the other control characters colour, move and delete, direction marks (U+202E, U+2066 …) reorder
-what is read, a line break begins a line that looks like ours. `visible` writes each of them out, as Python's `repr`
-does; everything that is printed goes through it here, in `terminal.console` or in `errors.bounded`.
+Names, paths, rows, settings in files and messages of libraries are foreign text. A terminal obeys some of its
+characters. ESC and other control characters colour, move and delete; direction marks (U+202E, U+2066 …) reorder the
+text; a line break starts a line that looks like one of Backhand's. `visible` escapes each of them as Python's `repr`
+does. Everything that is printed goes through it: in this module, in `terminal.console` or in `bounded`.
 
-Whoever prints says so by `said`. Within `never_silent` a thread says what goes on when nothing else was said.
+Every printing function calls `said`. Within `never_silent`, a thread prints the current activity after a silence.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 _UNSEEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-"""Categories of characters that show nothing themselves: control, format, surrogates, line and paragraph breaks."""
-_OF_TEXTS = "\n\t\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
-"""What a text may hold without changing more than itself: Persian and emoji have joiners, Hebrew has marks."""
+"""Unicode categories without a visible form: control, format, surrogates, line and paragraph separators."""
+_HARMLESS_IN_TEXT = "\n\t\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+"""Invisible characters that affect only their own text, such as the joiners of Persian and the marks of Hebrew."""
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with every character written out that commands a terminal, or that shows nothing itself.
+    """Escape every character that controls a terminal or has no visible form.
 
     Args:
-        text: anybody's.
-        keep: characters that stay as they are, such as a line break.
+        text: any text.
+        keep: characters that are not escaped, such as a line break.
     """
     if text.isprintable():
         return text
@@ -44,11 +44,11 @@ LONGEST_TEXT = 8000
 
 
 _ITEM = "\n    - "
-"""The one line break of an error's part that is ours: every other one came from outside."""
+"""The only line break that Backhand itself writes in a part of an error; any other one is foreign."""
 
 
 def bounded(text: str) -> str:
-    """What is said of anybody's input, visible and bounded, each line and all of them: beginning and end are kept."""
+    """Escape a message and limit the length of each list item and of the whole; start and end are kept."""
     items = text[: 4 * LONGEST_TEXT].split(_ITEM) if _ITEM in text else [text]
     return _cut(_ITEM.join(visible(_cut(item, LONGEST_LINE)) for item in items), LONGEST_TEXT)
 
@@ -61,24 +61,24 @@ def _cut(text: str, most: int) -> str:
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines, on standard error if no file is given; a line break within one is written out."""
+    """Print lines, to standard error if no file is given. A line break within a line is escaped."""
     for line in lines:
         print(visible(line), file=sys.stderr if file is None else file, flush=True)
     said()
 
 
 def write_answer(text: str) -> None:
-    """Write a model's own text on standard output: as it is into a pipe or a file.
+    """Write a model's answer to standard output, unchanged if that is a pipe or a file.
 
-    On a terminal all that commands it is written out. Line breaks, tabs, and the joiners and marks of scripts stay.
+    On a terminal, control characters are escaped. Line breaks, tabs, and the joiners and marks of scripts are kept.
     """
-    sys.stdout.write(visible(text, _OF_TEXTS) if sys.stdout.isatty() else text)
+    sys.stdout.write(visible(text, _HARMLESS_IN_TEXT) if sys.stdout.isatty() else text)
     sys.stdout.flush()
     said()
 
 
 def show_what_libraries_say() -> None:
-    """From now on what libraries log or warn of is made visible, too."""
+    """Escape the log records and warnings of libraries from now on."""
     import logging
     import warnings
 
@@ -98,42 +98,42 @@ def show_what_libraries_say() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A bound on silence.
+# A limit on silence.
 
 
 SILENCE_S = 10.0
 _LOOK_S = 0.25
 
 _last_said = time.monotonic()
-_going_on: list[str | Callable[[], str]] = []
-"""What takes its time, innermost last."""
+_activities: list[str | Callable[[], str]] = []
+"""Descriptions of the current activities, innermost last."""
 _may_be_silent = 0
 
 
 def said() -> None:
-    """Something was printed just now."""
+    """Record that something was printed now."""
     global _last_said  # noqa: PLW0603 - one process has one terminal
     _last_said = time.monotonic()
 
 
 def silent_for_s() -> float:
-    """Seconds since something was printed."""
+    """Return the seconds since something was printed."""
     return time.monotonic() - _last_said
 
 
 @contextmanager
 def going_on(what: str | Callable[[], str]) -> Iterator[None]:
-    """Within, `what` is what takes its time; a function is called when it is to be said."""
-    _going_on.append(what)
+    """Make `what` the current activity within the block. A function is called whenever the activity is printed."""
+    _activities.append(what)
     try:
         yield
     finally:
-        _going_on.remove(what)
+        _activities.remove(what)
 
 
 @contextmanager
 def counting(what: str, total: int, many: str = "rows") -> Iterator[Callable[..., None]]:
-    """Within, `what` takes its time; yields what is called for each of so many that is done."""
+    """Make `what` the current activity within the block, and yield a function to call after each of `total` parts."""
     done = 0
 
     def count(*_: object) -> None:
@@ -145,17 +145,17 @@ def counting(what: str, total: int, many: str = "rows") -> Iterator[Callable[...
 
 
 def now() -> str:
-    """What takes its time, the innermost; nothing where it cannot be told."""
+    """Return the innermost current activity, or "" if there is none or its function raises."""
     try:
-        innermost = _going_on[-1]
+        innermost = _activities[-1]
         return innermost if isinstance(innermost, str) else innermost()
-    except Exception:  # noqa: BLE001 - what it looks at may be changed meanwhile
+    except Exception:  # noqa: BLE001 - another thread may change its data meanwhile
         return ""
 
 
 @contextmanager
 def may_be_silent() -> Iterator[None]:
-    """Within, nothing is said by itself: a person is waited for, a bar moves, or others speak."""
+    """Print no activity within the block: it waits for a person, moves a bar, or another process prints."""
     global _may_be_silent  # noqa: PLW0603 - as above
     _may_be_silent += 1
     try:
@@ -167,7 +167,7 @@ def may_be_silent() -> Iterator[None]:
 
 @contextmanager
 def never_silent(command: str) -> Iterator[None]:
-    """Within, a line on standard error says what goes on whenever nothing was said for `SILENCE_S`."""
+    """Within the block, print the current activity to standard error after each `SILENCE_S` without output."""
     ended = threading.Event()
     began = time.monotonic()
 
@@ -175,7 +175,7 @@ def never_silent(command: str) -> Iterator[None]:
         while not ended.wait(_LOOK_S):
             if _may_be_silent or silent_for_s() < SILENCE_S - 2 * _LOOK_S:
                 continue
-            with suppress(OSError, ValueError):  # nobody is left to read it
+            with suppress(OSError, ValueError):  # standard error is closed
                 say(f"still at work after {time.monotonic() - began:.0f} s: {now() or command}")
             said()
 

@@ -1,7 +1,7 @@
-"""Files that are given: what each really is, read within bounds, and none that is about to be replaced.
+"""Reading files: type detection, size limits, and a check that no input lies inside the output.
 
-A name may lead to a pipe that nobody writes to, or to a device that never ends: nothing here waits for the former, or
-reads the latter.
+A path may name a pipe without a writer or a device that never ends. These functions neither wait for the former nor
+read the latter.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from backhand.system import NO_LINK, NO_WAIT, PLAIN, others_can_write, wait_for_
 T = TypeVar("T")
 
 MAX_SETTINGS_BYTES = 8 * 2**20
-"""Of files that hold settings, and not tensors or rows."""
+"""Size limit of files that contain settings, as opposed to tensors or rows."""
 MAX_TABLES_BYTES = 2**28
-"""Of files that hold lists of names: tokenizers, indices of weights."""
+"""Size limit of files that contain lists of names: tokenizers and indices of weights."""
 _PIPE_WAIT_S = 30
 
 
 def open_plain(path: Path | str, *, or_pipe: bool = False, private: bool = False) -> io.BufferedReader:
-    """Open a file for reading, and wait for nothing: what is no plain file is refused, also behind a link.
+    """Open a regular file for reading, without waiting. A link is followed.
 
     Args:
-        or_pipe: take a pipe as well, as `<(command)` is one, if something comes out of it within half a minute.
+        or_pipe: also accept a pipe, such as `<(command)`, if it has data within half a minute.
         private: refuse a link, and a file that another user owns or may write to.
 
     Raises:
-        OSError: with a `strerror` that says what it is; ValueError for a path that holds a zero character.
+        OSError: it cannot be opened, or it is no regular file; `strerror` names the type.
+        ValueError: the path contains a zero character.
     """
     descriptor = os.open(path, os.O_RDONLY | NO_WAIT | PLAIN | (NO_LINK if private else 0))
     try:
@@ -68,13 +69,13 @@ def _check_private(status: os.stat_result, path: Path | str) -> None:
 
 
 def read_plain(path: Path | str, most: int | None = None) -> bytes:
-    """The bytes of a plain file, as far as they were there when it was opened.
+    """Return the bytes of a regular file.
 
     Args:
-        most: bytes that such a file may have; None for as many as the file says it has.
+        most: the largest size; None for the size of the file when it is opened.
 
     Raises:
-        OSError: as `open_plain`, and where it is larger, or grows while it is read.
+        OSError: as `open_plain`, and if the file is larger or grows while it is read.
     """
     with open_plain(path) as file:
         limit = os.fstat(file.fileno()).st_size if most is None else most
@@ -86,12 +87,12 @@ def read_plain(path: Path | str, most: int | None = None) -> bytes:
 
 
 def read_settings(path: Path | str) -> str:
-    """The text of a small file; bytes that are no UTF-8 become U+FFFD. Raises OSError as `read_plain`."""
+    """Return the text of a small file; invalid UTF-8 becomes U+FFFD. Raises OSError as `read_plain`."""
     return read_plain(path, MAX_SETTINGS_BYTES).decode("utf-8", "replace")
 
 
 def read_json(path: Path | str, shape: type[T]) -> T:
-    """Read a small JSON file that must have a shape (`json_shape`). Raises OSError as `read_plain`, and ValueError."""
+    """Read a small JSON file of a shape, see `json_shape`. Raises OSError as `read_plain`, and ValueError."""
     return json_shape.load(read_plain(path, MAX_SETTINGS_BYTES), shape)
 
 
@@ -116,15 +117,15 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
 
 
 def kind_of(head: bytes) -> str | None:
-    """The kind of file that begins with `head` (a few hundred bytes), if it is one of those often mistaken for another.
+    """Return the type of a file that is often given by mistake, from its first few hundred bytes.
 
     Returns:
-        a noun phrase for an error message, or None when nothing is recognised.
+        A noun phrase for an error message, or None if the type is not recognised.
     """
     if not head:
         return "an empty file"
     if head[4:9] == b"\0\0\0\0{":
-        # The length of a safetensors header and its first brace; the length may look like anything, 640 like a pickle.
+        # The length of a safetensors header and its first brace. A length of 640 would look like a pickle.
         return None
     if kind := next((kind for magic, kind in _MAGIC if head.startswith(magic)), None):
         return kind
@@ -138,22 +139,22 @@ def kind_of(head: bytes) -> str | None:
 def refuse_inputs_inside(
     output: Path, inputs: Mapping[str, Path | str | None], *, owned: Collection[str] | None = None
 ) -> None:
-    """Refuse an input that is, or lies in, what is about to be replaced.
+    """Refuse an input that is, or lies in, a directory that is about to be replaced.
 
     Args:
-        owned: names in `output` that are replaced; all of it if not given.
+        owned: names in `output` that are replaced; all names if None.
 
     Raises:
-        UsageError: names the first of them.
+        UsageError: an input would be replaced; the first one is named.
     """
-    there = _resolved(output)
+    root = _resolved(output)
     for option, given in inputs.items():
         if given is None or not os.path.lexists(given):
             continue
         for place in (_resolved(Path(given)), Path(os.path.abspath(given))):  # noqa: PTH100 - a link is an input too
-            if not place.is_relative_to(there):
+            if not place.is_relative_to(root):
                 continue
-            parts = place.relative_to(there).parts
+            parts = place.relative_to(root).parts
             if not parts or owned is None or parts[0] in owned:
                 raise UsageError(
                     f"{given} is part of what --overwrite replaces",

@@ -1,7 +1,7 @@
-"""What systems do each in its own way, in all its forms: no other file names a call that one of them does not have.
+"""Platform-specific calls (Linux, macOS, Windows).
 
-`make types` looks at the package as Linux and as Windows see it. What the kernels know of processors is
-`kernels.build`'s; what is asked of Linux alone, and left out elsewhere, stays where it is used.
+`make types` checks the package as Linux and as Windows would run it. Knowledge of processors is in `kernels.build`, and
+calls that only Linux has and that are optional are next to their use.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ else:
     import select
 
 PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-"""With every `os.open`: not for programs that are started, and bytes as they are."""
+"""For every `os.open`: child processes do not inherit the descriptor, and Windows does not translate line ends."""
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
 def install(what: str) -> str:
-    """What to type to have packages where this program is: its environment may be one that uv or pipx has made."""
+    """Return the command that installs packages into this program's environment, which uv or pipx may have made."""
     if Path(sys.prefix, "pipx_metadata.json").exists():
         return f"pipx runpip backhand install {what}"
-    if find_spec("pip") is None:  # as in every environment of uv
+    if find_spec("pip") is None:  # uv creates environments without pip
         python = f'"{sys.executable}"' if sys.platform == "win32" else shlex.quote(sys.executable)
         return f"uv pip install --python {python} {what}"
     return f"pip install {what}"
@@ -49,8 +49,8 @@ def install(what: str) -> str:
 
 @cache
 def version_of(package: str) -> str | None:
-    """The version of an installed package, None where it is not there; read once."""
-    from importlib import metadata  # a tenth of the time of --help
+    """Return the version of an installed package, or None if it is not installed. Cached."""
+    from importlib import metadata  # takes a tenth of the time of --help
 
     try:
         return metadata.version(package)
@@ -59,13 +59,13 @@ def version_of(package: str) -> str | None:
 
 
 def stop_signals() -> tuple[int, ...]:
-    """Those by which a process is asked to end, as far as the system has them."""
+    """Return the signals that ask a process to end, as far as the system has them."""
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
     return tuple(int(getattr(signal, name)) for name in names if hasattr(signal, name))
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now; the peak where the system does not tell."""
+    """Return the resident memory of this process, or its peak if the system reports only that."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
     except (OSError, ValueError, IndexError):
@@ -75,7 +75,7 @@ def rss_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident memory since the process began."""
+    """Return the highest resident memory since the process started."""
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         line = next(line for line in lines if line.startswith("VmHWM:"))
@@ -84,14 +84,14 @@ def peak_rss_bytes() -> int:
 
 
 _LOCKED_BYTE = 2**30
-"""On Windows, where a file is locked: far behind what is written, so that who reads it is not kept from it."""
+"""Offset of the locked byte on Windows. It is far after the contents, which other processes can thus still read."""
 
 
 def lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or the process ends, however it ends; False where another one has it.
+    """Lock an open file until it is closed or the process ends. Return False if another process holds the lock.
 
     Args:
-        wait: until it is free.
+        wait: wait until the lock is free.
     """
     if sys.platform == "win32":
         while True:
@@ -126,7 +126,7 @@ def others_can_write(status: os.stat_result) -> bool:
 
 
 def open_unnamed(directory: Path) -> int:
-    """Open a file that is gone when it is closed, to be written and read; return its descriptor."""
+    """Open a temporary file that disappears when it is closed; return a descriptor to write and read it."""
     descriptor, name = tempfile.mkstemp(prefix=".tmp-", dir=directory)
     if sys.platform == "win32":
         os.close(descriptor)
@@ -136,7 +136,7 @@ def open_unnamed(directory: Path) -> int:
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk, where that is not the system's to see to. Raises OSError."""
+    """Wait until the names in a directory are on the disk; Windows does that by itself. Raises OSError."""
     if sys.platform != "win32":
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -149,7 +149,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_at(descriptor: int, data: bytearray, place: int) -> int:
-    """Fill `data` with a file's bytes from a place on; return how many. On Windows for one thread at a time."""
+    """Read into `data` from an offset of a file; return the number of bytes. Not thread-safe on Windows."""
     if sys.platform == "win32":
         os.lseek(descriptor, place, os.SEEK_SET)
         done = 0
@@ -161,7 +161,7 @@ def read_at(descriptor: int, data: bytearray, place: int) -> int:
 
 
 def wait_for_pipe(descriptor: int, seconds: float) -> bool:
-    """Whether a pipe has something to read, or its writers have left, in time; not one never opened to write."""
+    """Return True if a pipe has data or loses its writers within a time; False if it is never opened for writing."""
     until = time.monotonic() + seconds
     if sys.platform == "win32":
         there = ctypes.c_ulong(0)
@@ -178,11 +178,11 @@ def wait_for_pipe(descriptor: int, seconds: float) -> bool:
             if time.monotonic() > until:
                 return False
         os.set_blocking(descriptor, True)
-    return True  # also where there is no pipe any more
+    return True  # also if the pipe is gone
 
 
 def highest_rss_bytes() -> int:
-    """Highest resident memory, by one quick call; in a program that was started, perhaps that of its starter."""
+    """Return the highest resident memory by one fast call. In a child process it may include the parent's."""
     if sys.platform == "win32":
         peak = int(psutil.Process().memory_info().peak_wset)
     else:
@@ -191,14 +191,14 @@ def highest_rss_bytes() -> int:
 
 
 def free_bytes() -> int | None:
-    """Memory that may be allocated, where it does not stand in /proc; None where the system does not tell."""
+    """Return the memory that may be allocated, or None on systems that report it in /proc or not at all."""
     if sys.platform == "win32":
         return int(psutil.virtual_memory().available)
     return None
 
 
 def memory_bytes() -> int | None:
-    """Memory of this machine; None where the system does not tell."""
+    """Return the memory of this machine, or None if the system does not report it."""
     if sys.platform == "win32":
         return int(psutil.virtual_memory().total)
     with suppress(OSError, ValueError):
@@ -207,7 +207,7 @@ def memory_bytes() -> int | None:
 
 
 def memory_limits() -> tuple[int | None, int | None]:
-    """Bytes of addresses and of data that this process may have; None for as many as there are."""
+    """Return the limits on this process's address space and data, in bytes; None for no limit."""
     if sys.platform != "win32":
         limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
         addresses, data = (None if limit == resource.RLIM_INFINITY else limit for limit in limits)
@@ -216,7 +216,7 @@ def memory_limits() -> tuple[int | None, int | None]:
 
 
 def may_reserve(size: int) -> bool:
-    """Return True if this process may have so many bytes of addresses more, by the limit of `ulimit -v`."""
+    """Return True if the limit of `ulimit -v` allows this process another `size` bytes of addresses."""
     if sys.platform == "win32" or memory_limits()[0] is None:
         return True
     try:
@@ -227,22 +227,22 @@ def may_reserve(size: int) -> bool:
 
 
 def exists(process: int) -> bool:
-    """Whether there is a process of this number."""
+    """Return True if there is a process with this number."""
     try:
         if sys.platform == "win32":
             return bool(psutil.pid_exists(process))
         os.kill(process, 0)
     except PermissionError:
-        return True  # it exists, and is somebody else's
+        return True  # it exists, and belongs to another user
     except (ProcessLookupError, OverflowError, TypeError, ValueError):
         return False
     return True
 
 
 def process_start(process: int) -> str | None:
-    """Return what distinguishes a process from later ones with its number; None if it has ended, or is not known.
+    """Return a text that distinguishes a process from later ones with its number, or None if it ended or is unknown.
 
-    It is no time of the clock, which may be set while the process runs.
+    It is not a time of the clock, which may be set while the process runs.
     """
     if sys.platform == "win32":
         with suppress(psutil.Error, OSError, TypeError, ValueError):
@@ -258,10 +258,10 @@ def process_start(process: int) -> str | None:
 
 
 def end_with_parent() -> None:
-    """Have this process killed when the one that started it ends, however it ends, and whatever this one does.
+    """Have this process killed when its parent ends, whatever either of them is doing.
 
-    A thread would not do: what hangs in a function may hold the interpreter's lock, as a search by `re` does. Where
-    there is fork, it is the end of standard input that tells: whatever ended the one that holds its other end.
+    A thread could not do that: a function that hangs may hold the interpreter's lock, as a search by `re` does. A
+    second process watches instead. On POSIX it watches standard input, whose other end closes with the parent.
     """
     if sys.platform == "win32":
         watch = (
@@ -275,16 +275,16 @@ def end_with_parent() -> None:
         words = [sys.executable, "-c", watch, *numbers]
         subprocess.Popen(words, stdin=nowhere, stdout=nowhere, stderr=nowhere, creationflags=hidden)
     else:
-        ours, held = os.pipe()  # ends with this process
-        served = os.getpid()
+        read_end, write_end = os.pipe()  # the write end closes with this process
+        main_process = os.getpid()
         if os.fork():
-            os.close(ours)
+            os.close(read_end)
             return
-        os.close(held)
+        os.close(write_end)
         os.close(1)
         ends = select.poll()
-        for descriptor in (0, ours):
-            ends.register(descriptor, 0)  # nothing but that the other end is closed
-        if ours not in dict(ends.poll()):
-            os.kill(served, signal.SIGKILL)
+        for descriptor in (0, read_end):
+            ends.register(descriptor, 0)  # reports only that the other end is closed
+        if read_end not in dict(ends.poll()):
+            os.kill(main_process, signal.SIGKILL)
         os._exit(0)

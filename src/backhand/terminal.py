@@ -1,4 +1,4 @@
-"""Consoles for people. Names, paths and rows are text: nothing in them is markup, an emoji, a link or a command."""
+"""Consoles that print names, paths and rows as plain text: no markup, emoji, links or control characters."""
 
 from __future__ import annotations
 
@@ -17,54 +17,52 @@ WIDTH_WITHOUT_TERMINAL = 120
 
 
 class _Console(Console):
-    """A console for text from outside, whose reader may leave: rich would end the program with 1, as if it were a bug.
+    """Console for foreign text.
 
-    A string is one line, also in a table's cell; a line break in it is written out. What is put together as rich's
-    `Text` keeps its line breaks, and whoever does so makes its parts visible.
+    A string is one line, also in a table's cell, and a line break in it is escaped. A rich `Text` keeps its line
+    breaks, so its author has to escape its parts. A closed pipe raises BrokenPipeError; rich would exit with 1, as if
+    there were a bug.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's."""
         return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich's."""
         for segment in super().render(renderable, options):
             text = segment.text
             plain = segment.control is not None or text.isprintable() or text == "\n"
             yield segment if plain else segment._replace(text=visible(text, "\n"))
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's."""
         super().print(*objects, **options)
         said()
 
     def on_broken_pipe(self) -> None:
-        """Leave it to whoever prints. Raises BrokenPipeError."""
+        """Raise BrokenPipeError for the caller to handle."""
         raise BrokenPipeError
 
 
 def console(**options: Any) -> Console:
-    """A console that takes text for text; `options` are those of rich's."""
+    """Return a console for plain text; `options` are those of `rich.console.Console`."""
     return _Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def console_for_tables(width: int = WIDTH_WITHOUT_TERMINAL) -> Console:
-    """The same for tables, which keep their columns in a pipe or a file too: these have no width of their own."""
-    found = console()
-    return found if found.is_terminal else console(width=width)
+    """Return a console for tables. A pipe or a file has no width, so that `width` is used."""
+    own_width = console()
+    return own_width if own_width.is_terminal else console(width=width)
 
 
 def table_of(*columns: str, right: Collection[str] = (), **options: Any) -> Table:
-    """A table with these columns, those named in `right` to the right; `options` are those of rich's."""
-    made = Table(**options)
+    """Return a table whose columns in `right` are right-aligned; `options` are those of `rich.table.Table`."""
+    table = Table(**options)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
-    return made
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
 
 
 class _Now:
-    """What takes its time, as it is whenever it is shown."""
+    """The current activity at the time it is rendered."""
 
     def __rich__(self) -> Text:
         return Text(visible(now()))
@@ -72,10 +70,10 @@ class _Now:
 
 @contextmanager
 def working(text: str = "", *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Say on standard error what takes its time: at once on a terminal, else when it takes long; nothing if `quiet`.
+    """Show the current activity on standard error: at once on a terminal, else after a silence. Nothing if `quiet`.
 
     Yields:
-        what changes the text.
+        A function that changes the text.
     """
     if quiet:
         yield lambda _: None

@@ -1,4 +1,4 @@
-"""Numbers, durations, cut texts and near names, in words."""
+"""Text for people: numbers, durations, sizes, shortened texts and similar names."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ SHOWN_CHARACTERS = 60
 
 
 def shorten(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """At most `characters` of `text`, with an ellipsis where it was cut."""
+    """Return at most `characters` of `text`, ending with an ellipsis if it was cut."""
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def count_of(count: float, what: str) -> str:
-    """The number with its noun, in the plural unless it is one."""
+    """Return the number with its noun, in the plural unless the number is 1."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `0.4 s`, `48 s`, `12 min 5 s`, `3 h 20 min`."""
+    """Format a time, such as `0.4 s`, `48 s`, `12 min 5 s` or `3 h 20 min`."""
     if 0 < seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -34,17 +34,17 @@ def duration(seconds: float) -> str:
 
 
 def in_words(size: int) -> str:
-    """A number of bytes for people: 812 MiB, 3.4 GiB."""
+    """Format a number of bytes, such as `812 MiB` or `3.4 GiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def finite_or_none(value: Any) -> Any:
-    """A number as strict JSON can hold it: None for one that is not finite; what is no float as it is."""
+    """Return None for a float that is not finite, which strict JSON cannot represent, and any other value unchanged."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def begin_alike(one: str, other: str) -> int:
-    """With how many characters both texts begin."""
+    """Return the length of the longest common prefix of two texts."""
     both = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
 
@@ -53,9 +53,10 @@ _MAX_COMPARED = 2000
 
 
 def nearest_names(name: str, candidates: Iterable[str], *, count: int = 3) -> list[str]:
-    """Up to `count` candidates most like `name`, best first; ends of dotted paths count as names of their own.
+    """Return up to `count` candidates that are most similar to `name`, best first.
 
-    Only the first 2000 distinct candidates are compared: the cost grows with their number.
+    The last part of a dotted path is a candidate of its own. Only the first 2000 distinct candidates are compared,
+    since the cost grows with their number.
     """
     known = list(dict.fromkeys(candidates))[:_MAX_COMPARED]
     if "." not in name:
@@ -64,17 +65,17 @@ def nearest_names(name: str, candidates: Iterable[str], *, count: int = 3) -> li
 
 
 def name_list(names: Iterable[str], *, limit: int = 8) -> str:
-    """Names for an error message: at most `limit` of them, and how many more there are."""
+    """Join names for an error message: at most `limit` of them, and the number of the others."""
     given = list(names)
     shown = ", ".join(given[:limit])
     return shown if len(given) <= limit else f"{shown} and {len(given) - limit} more"
 
 
 def show_notes(notes: Iterable[str]) -> None:
-    """A line each on standard error."""
+    """Print each note on a line of standard error."""
     say(*(bounded(labelled(note)) for note in notes))
 
 
 def labelled(note: str) -> str:
-    """The line for a note; what was done by force is louder."""
+    """Prefix a note. Forced actions are marked as warnings."""
     return f"{'WARNING' if ' by force: ' in note else 'note'}: {note}"

@@ -85,7 +85,7 @@ def watch_until_killed(config: TrainConfig, tmp_path: Path, open_page: OpenPage,
             until(page, lambda: points(page, "loss") > before + 3)
             page.wait_for_selector("#try-ask:enabled")
             # What it will take is said before anything is loaded.
-            until(page, lambda: " of memory, beside the training" in page.locator("#try-state").inner_text())
+            until(page, lambda: " of memory, in addition to the training" in page.locator("#try-state").inner_text())
             page.fill("#try-prompt", "<b>the user</b> asks <script>window.hurt=1</script>")
             page.click("#try-ask")
             page.wait_for_selector("#try-answers:not([hidden])")

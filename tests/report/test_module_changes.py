@@ -20,8 +20,8 @@ def test_norms_of_a_real_run_are_those_of_its_base(finished: Path, tiny: TinyRun
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny.model)
-    changes, source, beside = changes_of(read_run(finished))
-    assert source == "adapter" and len(changes) == 14 and beside == ()
+    changes, source, also_trained = changes_of(read_run(finished))
+    assert source == "adapter" and len(changes) == 14 and also_trained == ()
     for change in changes:
         weight = model.get_submodule(change.module).weight.detach().double()
         assert change.relative_norm is not None and math.isfinite(change.relative_norm)
@@ -58,10 +58,10 @@ def test_every_kind_of_adapter_is_shown_and_what_the_norms_leave_out_is_said(
     options: dict[str, object], modules: int, said: str | None, tiny: TinyRun, tmp_path: Path
 ) -> None:
     train(tiny.config(tmp_path / "run", max_steps=1, **options))
-    changes, source, beside = changes_of(read_run(tmp_path / "run"))
+    changes, source, also_trained = changes_of(read_run(tmp_path / "run"))
     assert source == "adapter" and len(changes) == modules
     assert all(change.relative_norm is not None and change.relative_norm > 0 for change in changes)
-    assert beside == (() if said is None else (said,))
+    assert also_trained == (() if said is None else (said,))
     section = Page(run_page(read_run(tmp_path / "run"))).one("section", id="adapter").text
     assert f"of {modules} modules moved" in section
-    assert ("no part of" in section) == (said is not None) and (said or "") in section
+    assert ("not part of" in section) == (said is not None) and (said or "") in section

@@ -97,7 +97,7 @@ def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun)
     (finished / "answers.jsonl").write_text(json.dumps(answer) + "\n")
     section = Page(run_page(read_run(finished))).one("section", id="answers")
     assert [mark.text for mark in (e for e in section.all() if e.tag == "mark")] == ["green", "grey"]
-    assert "= what the row says" in section.text and answer["prompt"] in section.text
+    assert "= expected answer" in section.text and answer["prompt"] in section.text
     # Control tokens are told from what a person asked.
     control = [span.text for span in section.all() if span.attributes.get("class") == "control"]
     asked = lines(tiny.held_out)[0]["prompt"]

@@ -1,4 +1,4 @@
-"""`watch` beside a run on two processes, held in its third step and when it is over; report.html likewise."""
+"""Runs on two processes: `watch` while the third step is held and after the end, and report.html."""
 
 from __future__ import annotations
 

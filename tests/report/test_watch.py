@@ -130,7 +130,7 @@ def test_base_and_adapter_answer_and_nothing_is_loaded_before(
         return real(*arguments, **options)
 
     monkeypatch.setattr(prompt_box, "loaded_model", counted)
-    server.box._needs.result()
+    server.box._needed.result()
     said = json.loads(ask(server, f"/{server.token}/state")[1])["box"]
     assert said["ready"] and "loaded when you first ask: about" in said["text"] and not loads
     status, text, _ = prompt(server, "the user asks")
@@ -285,7 +285,7 @@ def test_an_answer_that_is_being_given_holds_up_no_end(finished: Path, monkeypat
     box.close()
     asking.join()
     assert time.monotonic() - began < 10
-    assert "has been ended" in str(refused[0])
+    assert "has ended" in str(refused[0])
 
 
 def test_the_end_waits_for_the_loading_that_is_under_way_and_no_more(
@@ -324,7 +324,7 @@ def test_the_end_waits_for_the_loading_that_is_under_way_and_no_more(
         thread.join()
     asked()
     assert len(loads) == 1
-    assert [str(error) for error in refused] == ["`backhand watch` has been ended"] * 4
+    assert [str(error) for error in refused] == ["`backhand watch` has ended"] * 4
 
 
 def test_ctrl_c_ends_it_well(finished: Path) -> None:

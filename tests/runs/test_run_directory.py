@@ -207,7 +207,7 @@ def test_a_link_for_a_checkpoint_is_never_written_through(tiny: TinyRun, tmp_pat
     (output / "checkpoints" / "step-3").symlink_to(tmp_path / "nowhere")
     assert train(with_options(TrainConfig(), output=output, resume=True, quiet=True)).steps == 3
     assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "nowhere").exists()
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         train(config)
 
 

@@ -26,7 +26,7 @@ def status_after(error: BaseException, place: Path) -> RunStatus:
 def test_a_second_signal_is_told_in_a_sentence(error: BaseException, tmp_path: Path) -> None:
     status = status_after(error, tmp_path / "run")
     assert status.state == "interrupted"
-    assert status.reason == "stopped at once by a signal; what came after the last checkpoint is lost"
+    assert status.reason == "stopped at once by a signal; steps after the last checkpoint are lost"
 
 
 def test_a_program_that_leaves_is_no_signal(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_forgetting_is_said_in_words(ended: RunSummary) -> None:
     run = read_run(Path(ended.output))
     assert ended.forgotten_nats is not None and ended.forgotten_nats < 0.5
     assert "forgot" not in headline(run) + " ".join(closing_lines(ended))
-    forgot = "on neutral texts the loss rose by 1.26 nats a token"
+    forgot = "on neutral texts the loss rose by 1.26 nats per token"
     assert forgot in headline(with_forgetting(run, 0.0, 1.26, 0.1)), "at the best evaluation, whose adapter is kept"
     assert "forgot" not in headline(with_forgetting(run, 0.0, 0.5, 9.0))
     assert "forgot" not in headline(with_forgetting(run, None, None, None))

@@ -334,5 +334,5 @@ def test_a_signal_of_ones_own_after_anothers_is_no_second_one() -> None:
 
 
 def test_callbacks_do_not_go_to_processes_that_are_started(straight: TrainConfig) -> None:
-    with pytest.raises(UsageError, match="callbacks cannot go along to 2 processes"):
+    with pytest.raises(UsageError, match="callbacks cannot be passed to 2 worker processes"):
         backhand.train(with_options(straight, workers=2), callbacks=[lambda _record: None])

@@ -204,7 +204,7 @@ def test_a_second_process_is_refused_while_the_first_is_loading(straight: TrainC
             train(config)
         run.let_go()
         assert run.exit_code() == 0
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         train(config)
     assert final_bits(tmp_path / "run") == final_bits(straight.run.output)
 

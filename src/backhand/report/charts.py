@@ -1,7 +1,7 @@
-"""The report's charts as Vega-Lite specifications: data and what is drawn of it, no drawing of our own.
+"""The report's charts as Vega-Lite specifications.
 
-Every text in a specification that is not written here is a value in its data, never part of an expression. Colours of
-text and axes are the page's own (`currentColor`), so that light, dark and print need no second chart.
+Foreign text is always a value in a specification's data, never part of an expression. Text and axes have the page's
+colour (`currentColor`), so that the same chart serves light mode, dark mode and print.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from backhand.runs.records import LengthBin
 
 Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
-# The source of each chart's data carries this name, under which a live page replaces it.
+# Name of each chart's data source, under which a live page replaces the data.
 DATA = "rows"
-# More points than a screen is wide only cost time: neighbours are averaged.
+# A screen shows no more points than this; neighbours are averaged.
 MAX_POINTS = 1200
 MAX_TICKS = 16
-# Told apart in grey and by the usual colour blindnesses, and readable on white and on near-black.
+# Distinguishable in grey and with common colour blindness, and readable on white and on near-black.
 COLOURS = ("#4c8dd6", "#e08a1e", "#2f9e6e", "#b45fc0", "#c9503f", "#8a8f98")
 _LOG_FROM_RATIO = 20.0
 
@@ -51,7 +51,7 @@ CONFIG: Spec = {
 
 
 def run_charts(run: RunRecord) -> dict[str, Spec]:
-    """The curves of a run, by the end of their id; a chart without data is left out."""
+    """Return the curves of a run, by the last part of their id. A chart without data is left out."""
     predicted = run.facts.get("memory", {}).get("predicted_bytes")
     memory = _series(run.steps, "rss_bytes", "used", factor=2**-20)
     if memory and is_number(predicted):
@@ -63,7 +63,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
     )
     unit = "nats per supervised token" if run.objective == "sft" else "loss of a row"
     if run.objective == "grpo":
-        losses = []  # near zero in every step, whatever is learnt
+        losses = []  # near zero in every step, whatever the model learns
     functions = [name for name in (run.steps or [{}])[0] if name.startswith("rewards/") and name.endswith("/mean")]
     each = [row for name in functions for row in _series(run.steps, name, name.split("/")[1])]
     divergence = _series(run.steps, "kl", "divergence from the base") + _series(run.steps, "entropy", "entropy")
@@ -95,7 +95,7 @@ def _both(run: RunRecord, name: str) -> Rows:
 
 
 def loss_comparison(runs: Sequence[tuple[str, RunRecord]], key: str) -> Spec:
-    """One curve for each run: of training rows (`loss`) or held-out rows (`eval_loss`)."""
+    """Return a chart with one curve per run, of training rows (`loss`) or held-out rows (`eval_loss`)."""
     lines = [(name, run.steps if key == "loss" else run.evaluations) for name, run in runs]
     rows = [row for name, of_run in lines for row in _series(of_run, key, name)]
     return curve(rows, "nats per supervised token", height=260, log="auto", dots="all" if key == "eval_loss" else "")
@@ -111,13 +111,13 @@ def curve(
     dots: str = "",
     numbers: str = ".6~g",
 ) -> Spec:
-    """Values over steps, a line for each series, with the nearest step's value under the pointer.
+    """Return a chart of values over steps, with a line per series and the value of the step under the pointer.
 
     Args:
         rows: {"step", "value", "series"}.
         height: in pixels.
-        log: `auto` for a logarithmic axis where the values span more than a factor of 20.
-        dots: the series, or `all`, whose values are few and marked.
+        log: `auto` for a logarithmic axis if the values span more than a factor of 20.
+        dots: the series whose few values are marked, or `all`.
         numbers: format of the value axis.
     """
     series = list(dict.fromkeys(row["series"] for row in rows))
@@ -128,8 +128,8 @@ def curve(
     scale = {"domain": series, "range": [COLOURS[number % len(COLOURS)] for number in range(len(series))]}
     colour = {"field": "series", "type": "nominal", "scale": scale, "legend": {} if several else None}
     x = _whole("step", "optimizer step")
-    # Of several series a point is found by a wide disc of its own, not as the nearest: with `nearest` Vega-Lite looks
-    # for a text's field in the wrong place, and the name of the series would be `undefined`.
+    # With several series, each point has a large invisible disc instead of `nearest`. Vega-Lite would look up the name
+    # of the series in the wrong object then, and show `undefined`.
     select = {"type": "point", "on": "pointerover", "nearest": not several, "clear": "pointerout"}
     hover = {"name": "hover", "select": select}
     tooltip = [
@@ -153,7 +153,7 @@ def curve(
 
 
 def module_heat_map(changes: Iterable[ModuleInspection], field: str, title: str, numbers: str) -> Spec:
-    """Layer × kind of module, coloured by a field of the change; modules outside layers stand at `–`."""
+    """Return a heat map of layer × kind of module, coloured by a field. Modules outside layers have the layer `–`."""
     measures = ("rank", "norm", "relative_norm", "effective_rank")
     rows: Rows = [
         {"name": change.module, "layer": layer_of(change.module), "kind": kind_of(change.module)}
@@ -183,7 +183,7 @@ def module_heat_map(changes: Iterable[ModuleInspection], field: str, title: str,
 
 
 def spectra(changes: Sequence[ModuleInspection]) -> Spec:
-    """The singular values of every module's ΔW, largest first, a line a module."""
+    """Return a chart of the singular values of every module's ΔW, largest first, with a line per module."""
     rows = [
         {"name": change.module, "kind": kind_of(change.module), "index": index + 1, "value": float(f"{value:.5g}")}
         for change in changes
@@ -192,11 +192,11 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
     ]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     numbers = range(1, max((len(change.singular_values) for change in changes), default=0) + 1)
-    ticks = {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}  # every number of a few, every so many of more
+    ticks = {"values": list(numbers[:: -(-len(numbers) // MAX_TICKS)])}  # all numbers, or every n-th one
     x = _whole("index", "number of the singular value, the largest first")
     return {
         **_base(rows, 260),
-        # The transparent rim of a point is what the pointer finds.
+        # The transparent border of a point makes it easier to point at.
         "mark": {
             "type": "line",
             "strokeWidth": 1,
@@ -218,13 +218,13 @@ def spectra(changes: Sequence[ModuleInspection]) -> Spec:
 
 
 def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
-    """Held-out losses of a search's trials against one of its settings.
+    """Return a chart of the held-out losses of a search's trials against one setting.
 
     Args:
         rows: {"x", "loss", "reached", "trial"}.
-        name: of the setting.
-        kind: of its axis: `nominal`, `linear` or `log`.
-        reached: how far trials may have come, in order.
+        name: the setting's name.
+        kind: the axis: `nominal`, `linear` or `log`.
+        reached: the stages that trials can reach, in order.
     """
     x = _measure("x", {"format": ".2~g", "tickCount": 6}, log=kind == "log")
     if kind == "nominal":
@@ -250,7 +250,7 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
 
 
 def lengths(bins: Sequence[LengthBin], title: str) -> Spec:
-    """How many documents have how many tokens; `bins` as facts.json has them."""
+    """Return a histogram of the documents' lengths in tokens, from the bins in facts.json."""
     rows = [
         {"from": one["from"], "to": one["to"], "last": one["to"] - 1, "documents": one["documents"]} for one in bins
     ]
@@ -271,18 +271,18 @@ def lengths(bins: Sequence[LengthBin], title: str) -> Spec:
 
 
 def _measure(field: str, axis: Spec, *, log: bool = False, zero: bool = False) -> Spec:
-    """An axis of numbers; what they are, with their unit, stands in the caption."""
+    """Return an axis of numbers without a title: the caption names the quantity and its unit."""
     scale: Spec = {"type": "log", "nice": False} if log else {"zero": zero}
     return {"field": field, "type": "quantitative", "title": None, "scale": scale, "axis": axis}
 
 
 def _choice(field: str, title: str | None, **more: Any) -> Spec:
-    """What is told apart by name."""
+    """Return an axis of categories."""
     return {"field": field, "type": "nominal", "title": title, **more}
 
 
 def _whole(field: str, title: str) -> Spec:
-    """An axis of whole numbers."""
+    """Return an axis of integers."""
     return {"field": field, "type": "quantitative", "title": title, "axis": {"tickMinStep": 1, "format": ",d"}}
 
 
@@ -297,7 +297,7 @@ def _base(rows: Rows, height: int) -> Spec:
 
 
 def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: float = 1.0) -> Rows:
-    """Finite values of a key over steps, averaged over neighbours where there are too many."""
+    """Return the finite values of a key over steps, averaged over neighbours if there are too many."""
     points = [(line["step"], line[key] * factor) for line in lines if is_number(line.get(key))]
     width = -(-len(points) // MAX_POINTS)
     groups = [points[start : start + width] for start in range(0, len(points), max(1, width))]
@@ -308,5 +308,5 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str, name: str, factor: flo
 
 
 def _spans(values: Sequence[float]) -> bool:
-    """Whether all values are positive and far apart."""
+    """Return True if all values are positive and span a large factor."""
     return bool(values) and min(values) > 0 and max(values) > _LOG_FROM_RATIO * min(values)

@@ -1,4 +1,4 @@
-"""`backhand report`: the page of one run, or of several side by side."""
+"""`backhand report`: the page of one run, or a comparison of several runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ COMPARISON = "comparison.html"
 
 
 def report_command(options: ReportOptions) -> Path:
-    """Write the page, and say where it is; return its path.
+    """Write the page and print its path; return the path.
 
     Raises:
-        UsageError: no run, or one that is none; what stands at `output` is no plain file.
+        UsageError: no run is given, a directory contains no run, or `output` is no regular file.
         ArtifactError: a run's configuration cannot be read.
         ResourceError: the page cannot be written.
     """
     options.validate()
     runs = [read_run(path) for path in options.runs]
     if len(runs) == 1:
-        page, usual = run_page(runs[0]), runs[0].path / REPORT
+        page, default = run_page(runs[0]), runs[0].path / REPORT
     else:
-        page, usual = comparison_page(runs), Path(COMPARISON)
-    target = usual if options.output is None else options.output
+        page, default = comparison_page(runs), Path(COMPARISON)
+    target = default if options.output is None else options.output
     make_directory(target.parent)
     write_page(target, page)
     say(f"Report: {shlex.quote(str(target))}", file=sys.stdout)
@@ -42,10 +42,10 @@ def report_command(options: ReportOptions) -> Path:
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into a run directory, in place of one that is there; return its path.
+    """Write or replace `report.html` in a run directory; return its path.
 
     Raises:
-        UsageError: there is no run, or report.html is something else than a plain file.
+        UsageError: there is no run, or report.html is no regular file.
         ArtifactError: its configuration cannot be read.
         ResourceError: it cannot be written.
     """
@@ -56,9 +56,9 @@ def write_report(run: Path) -> Path:
 
 @contextmanager
 def report_kept(run: Path | None) -> Iterator[None]:
-    """Write a run's report.html again if its proofs.jsonl has grown meanwhile, also where a proof failed.
+    """Rewrite a run's report.html after the block if its proofs.jsonl has changed, even if the block raises.
 
-    A run without a page gets none. A page that cannot be written takes nothing from what was proved: it is said.
+    A run without report.html gets none. An error while the page is written is printed and does not end the command.
     """
     before = _proofs_version(run)
     try:
@@ -80,10 +80,10 @@ def _proofs_version(run: Path | None) -> tuple[int, int] | None:
 
 
 def write_page(target: Path, page: bytes) -> None:
-    """Write a page; after a crash there is the old one or the new one.
+    """Write a page atomically.
 
     Raises:
-        UsageError: `target` is something else than a plain file, such as a link or a pipe.
+        UsageError: `target` is no regular file, but for example a link or a pipe.
         ResourceError: it cannot be written.
     """
     replaceable_mode(target)

@@ -1,4 +1,4 @@
-"""Several runs on one page: their figures, where their configurations differ, their curves, their answers."""
+"""Comparison of several runs on one page: figures, configuration differences, curves and answers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from backhand.report.proof_tables import proof_tables
 from backhand.report.rendering import NOT_KNOWN, figure, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
 
-# Where these differ, the runs do not: where files lie, and what was shown meanwhile.
-_OF_NO_INTEREST = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
+# Options that do not affect a run's result.
+_IRRELEVANT_OPTIONS = frozenset({"run.output", "run.resume", "run.overwrite", "run.quiet", "run.debug"})
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> bytes:
-    """The page as one HTML file; the runs keep their order."""
+    """Return the page as one HTML file. The runs keep their order."""
     values = comparison_values(runs, short_names([run.path for run in runs]))
     return render("comparison.html.j2", values | {"title": f"{len(runs)} runs compared"})
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The paths without what all of them begin with."""
+    """Return the paths without their common beginning."""
     absolute = [str(path.resolve()) for path in paths]
     return [os.path.relpath(path, os.path.commonpath(absolute)) for path in absolute]
 
 
 def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any]:
-    """What the template shows of these runs under these names, but for the title."""
+    """Return the template's values for these runs under these names, except the title."""
     named = list(zip(names, runs, strict=True))
     keys = {"held-out": "eval_loss", "training": "loss"}
-    drawn = {name: charts.loss_comparison(named, key) for name, key in keys.items()}
+    specs = {name: charts.loss_comparison(named, key) for name, key in keys.items()}
     return {
         "names": names,
         "headlines": [(name, headline(run)) for name, run in named],
@@ -42,7 +42,7 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
         "figures": [(label, [value(run) for run in runs]) for label, value in _FIGURES.items()],
         "options": _differing_options(runs),
         "answers": _answers(named),
-        "charts": {name: spec for name, spec in drawn.items() if spec["data"]["values"]},
+        "charts": {name: spec for name, spec in specs.items() if spec["data"]["values"]},
     }
 
 
@@ -89,13 +89,13 @@ def _differing_options(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
         {f"{part}.{name}": value for part, options in run.config.items() for name, value in options.items()}
         for run in runs
     ]
-    names = dict.fromkeys(name for table in tables for name in table if name not in _OF_NO_INTEREST)
+    names = dict.fromkeys(name for table in tables for name in table if name not in _IRRELEVANT_OPTIONS)
     rows = [(name, [str(table.get(name, NOT_KNOWN)) for table in tables]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
 def _answers(named: Sequence[tuple[str, RunRecord]]) -> list[dict[str, Any]]:
-    """Rows that every run was asked, each answer marked where it differs from the first run's."""
+    """Return the rows that every run answered, with the differences from the first run's answer marked."""
     by_run = [{(line.get("source"), line.get("prompt")): line for line in run.answers} for _, run in named]
     found = []
     for key, first in by_run[0].items():

@@ -1,4 +1,4 @@
-"""The first sentence of a report: what was trained on what, what came of it, and by how much it helped."""
+"""The first sentence of a report: the model, the rows, the state of the run, and the effect of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backhand.words import count_of
 
 
 def verdict(run: RunRecord) -> str:
-    """`helped`, `hurt` or `unknown`."""
+    """Return `helped`, `hurt` or `unknown`."""
     base, best = base_and_best(run)
     if base is None or best is None:
         return "unknown"
@@ -19,7 +19,7 @@ def verdict(run: RunRecord) -> str:
 
 
 def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
-    """Held-out loss of the base model and the lowest after a step; None where it was not measured."""
+    """Return the held-out loss of the base model and the lowest one after a step; None if not measured."""
     losses = run.held_out_losses()
     base = run.summary.get("base_eval_loss")
     if not is_number(base):
@@ -28,27 +28,27 @@ def base_and_best(run: RunRecord) -> tuple[float | None, float | None]:
 
 
 def headline(run: RunRecord) -> str:
-    """One sentence."""
+    """Return the sentence."""
     state = run.status.state if run.status else "finished" if run.summary else "killed"
-    said = f"{_rows(run)}{_outcome(run)}{_forgot(run)}{_where(run)}{_slower(run)}"
-    return f"{model_name(run)} {_verb(run, state)} {said}."
+    rest = f"{_rows(run)}{_outcome(run)}{_forgot(run)}{_adapter_place(run)}{_slower(run)}"
+    return f"{model_name(run)} {_verb(run, state)} {rest}."
 
 
 def _forgot(run: RunRecord) -> str:
-    """Where the adapter that is kept has cost the base much of what it knew."""
+    """Return a clause if the loss on neutral texts has risen much, otherwise ""."""
     best = min(((loss, step) for step, loss in run.held_out_losses() if step > 0), default=(0.0, None))[1]
     nats = forgotten_nats(run.evaluations, best)
     return f"; {forgetting(nats)}" if is_number(nats) and forgetting(nats) else ""
 
 
 def _slower(run: RunRecord) -> str:
-    """Where the decoder engine could not take the model."""
+    """Return a clause if the decoder engine could not train the model, otherwise ""."""
     note = run.summary.get("engine_note") or run.facts.get("model", {}).get("note")
-    return f"; slower than it need be: {str(note).rstrip('.')}" if note else ""
+    return f"; slower than necessary: {str(note).rstrip('.')}" if note else ""
 
 
 def model_name(run: RunRecord) -> str:
-    """The base model as people call it."""
+    """Return the short name of the base model."""
     model = run.facts.get("model", {})
     name = str(model.get("hub_id") or run.config.get("model", {}).get("model") or "the base model")
     return name.rstrip("/").rpartition("/")[2] or name
@@ -79,7 +79,7 @@ def _rows(run: RunRecord) -> str:
 def _outcome(run: RunRecord) -> str:
     base, best = base_and_best(run)
     if base is None or best is None:
-        return "; nothing was held out, so whether it helped is not known" if not run.held_out_losses() else ""
+        return "; nothing was held out, so it is not known whether it helped" if not run.held_out_losses() else ""
     change = f"the loss on held-out rows went from {base:.3f} to {best:.3f}"
     if run.objective == "grpo":
         return f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}"
@@ -93,27 +93,27 @@ def _verdict(base: float, best: float) -> str:
 
 
 def _by_how_much(run: RunRecord, base: float, best: float) -> str:
-    """In the measure that fits the rows: pairs, answers, or plain text, of which every token carries loss."""
+    """Return the improvement in the measure for the kind of rows: pairs, answers or plain text."""
     if best >= base:
         return ""
     ordered = next((line.get("eval_rewards/accuracies") for line in run.metrics if line.get("eval_loss") == best), None)
     if is_number(ordered):
-        return f": {ordered:.0%} of the held-out pairs are ordered rightly"
+        return f": {ordered:.0%} of the held-out pairs are ordered correctly"
     if run.objective != "sft":
         return ""
     if all(part["form"] == "text" for part in run.rows.get("sources", ())):
         return f": the perplexity is {1 - math.exp(best - base):.0%} lower"
-    return f": a token of the right answer is given {_exp(-best):.0%} in place of {_exp(-base):.0%}"
+    return f": a token of the right answer has a probability of {_exp(-best):.0%} instead of {_exp(-base):.0%}"
 
 
-def _where(run: RunRecord) -> str:
+def _adapter_place(run: RunRecord) -> str:
     if not run.adapter.is_dir():
         return "; there is no adapter yet" if run.status and run.status.state == "running" else "; it left no adapter"
     return f"; the adapter is in {run.adapter}"
 
 
 def perplexity(loss: float) -> str:
-    """exp(loss), in words."""
+    """Format exp(loss)."""
     value = _exp(loss)
     if value >= 1e6:
         return f"{value:.1e}"

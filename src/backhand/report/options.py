@@ -1,4 +1,4 @@
-"""What `backhand report` can be told. This file imports no torch: the command line reads it for its help."""
+"""Options of `backhand report` and `backhand watch`. This module does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from backhand.errors import UsageError
 
 @dataclass(frozen=True)
 class ReportOptions(Options):
-    """Which runs, and where the page goes."""
+    """Options of `backhand report`."""
 
     runs: tuple[Path, ...] = ()
-    """Run directories. One makes the report of that run, several a page that compares them."""
+    """Run directories. One run gives its report, several runs a page that compares them."""
 
     output: Path | None = None
-    """HTML file to write, in place of one that is there; not given: `report.html` in the run directory, or
-    `comparison.html` here when several runs are compared."""
+    """HTML file to write or replace. Default: `report.html` in the run directory, or `comparison.html` in the current
+    directory if several runs are compared."""
 
     def _check_together(self) -> None:
         if not self.runs:
@@ -33,16 +33,16 @@ class ReportOptions(Options):
 
 @dataclass(frozen=True)
 class WatchOptions(Options):
-    """A run's page while it trains, on this machine only."""
+    """Options of `backhand watch`."""
 
     run: Path = Path("run")
-    """Run directory, of a run that is going on or over."""
+    """Directory of a current or finished run."""
 
     port: Annotated[int, Bound(at_least=0, at_most=65535)] = 0
     """Port on 127.0.0.1; 0 takes any free one."""
 
     threads: Count = 1
-    """Threads to answer prompts with; training keeps the others."""
+    """Threads that answer prompts; training uses the others."""
 
     max_new_tokens: Count = 128
     """Longest answer to a prompt, in tokens."""

@@ -36,8 +36,8 @@ def run_page(run: RunRecord) -> bytes:
 
 
 def page_values(run: RunRecord) -> dict[str, Any]:
-    """What the templates of a run show, besides what they read in its record."""
-    changes, source, beside = changes_of(run)
+    """Return the values that the templates of a run show in addition to its record."""
+    changes, source, also_trained = changes_of(run)
     tables = proof_tables(run.proofs, run=shlex.quote(str(run.path)), adapter=shlex.quote(str(run.adapter)))
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
@@ -54,7 +54,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "processes": _processes(run),
         "changes": sorted(changes, key=lambda one: -(one.relative_norm or one.norm))[:_MOST_MOVED],
         "change_source": source,
-        "beside": beside,
+        "also_trained": also_trained,
         "movement": _movement(changes),
         "proofs": tables,
         "charts": drawn,
@@ -62,7 +62,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
 
 
 def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str, str]]:
-    """(figure, what it is, whether it is `good` or `bad`)."""
+    """Return (value, label, colour) per tile; the colour is `good`, `bad` or ""."""
     summary, steps = run.summary, run.steps
     base, best = base_and_best(run)
     spent = summary.get("train_s", steps[-1].get("time_s") if steps else None)
@@ -98,9 +98,9 @@ def _short(value: float) -> str:
 
 
 def _over_time(run: RunRecord, line: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """(step, what was answered then) at every evaluation of a run on rewards."""
-    said = ((one["step"], (one.get("answers") or {}).get(line.get("source"))) for one in run.evaluations)
-    return [(step, str(text)) for step, text in said if text is not None]
+    """Return (step, answer) per evaluation of a run on rewards."""
+    answers = ((one["step"], (one.get("answers") or {}).get(line.get("source"))) for one in run.evaluations)
+    return [(step, str(text)) for step, text in answers if text is not None]
 
 
 def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,16 +118,12 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_parts(line: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """A prompt of answers.jsonl as (text, whether it is control tokens); one part where the run is older than these."""
-    parts = line.get("prompt_parts")
-    try:
-        return [(str(text), control is True) for text, control in parts or ()] or [(str(line.get("prompt", "")), False)]
-    except (TypeError, ValueError):
-        return [(str(line.get("prompt", "")), False)]
+    """Return (text, True for control tokens) per part of a prompt; earlier versions recorded a single text."""
+    return [(text, control) for text, control in line.get("prompt_parts") or [(line.get("prompt", ""), False)]]
 
 
-# Part of a tensor's name in PEFT's files, and what it holds.
-_BESIDE = (
+# Part of a tensor's name in PEFT's files, and a phrase for its contents.
+_OTHER_TENSORS = (
     ("lora_magnitude_vector", "the lengths of the rows of {} weight{} (DoRA)"),
     (".lora_B.bias", "the bias of lora_B in {} module{}"),
     ("token_adapter.trainable_tokens", "single rows of {} embedding{}"),
@@ -135,19 +131,19 @@ _BESIDE = (
 
 
 class AdapterChanges(NamedTuple):
-    """How far an adapter has moved each module, from its factors alone: see `arithmetic.inspect`.
+    """The change of each module by an adapter's factors, see `arithmetic.inspect`.
 
-    What it trains beside its factors (DoRA's magnitudes, biases, whole modules, single rows of an embedding) is no part
-    of ΔW, and is named beside it.
+    ΔW does not contain the other trained tensors: DoRA's magnitudes, biases, whole modules, single rows of an
+    embedding. They are listed by kind.
     """
 
-    modules: list[ModuleInspection]  # in forward order; empty where nothing can be read
-    source: str  # which adapter of the run it is, or why there is none to read
-    beside: tuple[str, ...] = ()  # what else is trained that ΔW leaves out, a phrase each
+    modules: list[ModuleInspection]  # in forward order; empty if no adapter can be read
+    source: str  # the adapter's path in the run, or the reason why none can be read
+    also_trained: tuple[str, ...] = ()  # a phrase for each kind of other trained tensors
 
 
 def changes_of(run: RunRecord) -> AdapterChanges:
-    """The changes of a run's adapter: of `adapter/`, or of the newest checkpoint's until that is there."""
+    """Return the changes by the run's adapter, or by the newest checkpoint's if there is no `adapter/` yet."""
     recorded = run.facts.get("modules") or []
     measured = ((module["name"], module.get("weight_norm")) for module in recorded)
     norms = tuple((name, norm if is_number(norm) else None) for name, norm in measured)
@@ -156,10 +152,10 @@ def changes_of(run: RunRecord) -> AdapterChanges:
             continue
         try:
             written_ns = (directory / TENSOR_FILE).stat().st_mtime_ns
-            changes, beside = _read(directory, written_ns, norms)
+            changes, also_trained = _read(directory, written_ns, norms)
         except (BackhandError, OSError) as error:
             return AdapterChanges([], f"the adapter cannot be read: {error}")
-        return AdapterChanges(list(changes), str(directory.relative_to(run.path)), beside)
+        return AdapterChanges(list(changes), str(directory.relative_to(run.path)), also_trained)
     return AdapterChanges([], "there is no adapter yet")
 
 
@@ -167,24 +163,24 @@ def changes_of(run: RunRecord) -> AdapterChanges:
 def _read(
     directory: Path, _written_ns: int, norms: tuple[tuple[str, float | None], ...]
 ) -> tuple[tuple[ModuleInspection, ...], tuple[str, ...]]:
-    """The changes of the adapter in a directory; a page that is watched asks every few seconds for the same files."""
+    """Return the changes by the adapter in a directory. Cached, since `watch` asks for them every few seconds."""
     adapter, recorded = read_factors(directory), dict(norms)
-    # A file is sorted by name; the run has recorded its modules as they follow one another.
+    # The file is sorted by name, and the modules in facts.json are in forward order.
     order = {name: number for number, name in enumerate(recorded)}
     changes = inspect_modules(adapter, 0.0, lambda name, _module: recorded.get(name))
     changes.sort(key=lambda change: order.get(change.module, len(order)))
-    return tuple(changes), trained_beside(adapter.others)
+    return tuple(changes), _phrases(adapter.others)
 
 
-def trained_beside(others: Iterable[str]) -> tuple[str, ...]:
-    """What is trained beside factors, a phrase for each kind, from the names of a file's other tensors."""
-    found: Counter[str] = Counter()
-    for name in others:
+def _phrases(tensor_names: Iterable[str]) -> tuple[str, ...]:
+    """Return a phrase for each kind of trained tensors that are not factors."""
+    counts: Counter[str] = Counter()
+    for name in tensor_names:
         if name.endswith(".base_layer.weight"):
-            continue  # a copy of the frozen weight, which PEFT puts beside the factors of embeddings and heads
-        kind = next((kind for part, kind in _BESIDE if part in name), "{} tensor{} trained in full")
-        found[kind] += 1
-    return tuple(kind.format(count, "" if count == 1 else "s") for kind, count in found.items())
+            continue  # a copy of the frozen weight, which PEFT adds to the factors of embeddings and heads
+        kind = next((kind for part, kind in _OTHER_TENSORS if part in name), "{} tensor{} trained in full")
+        counts[kind] += 1
+    return tuple(kind.format(count, "" if count == 1 else "s") for kind, count in counts.items())
 
 
 def _newest_checkpoint(run: Path) -> Path | None:
@@ -197,16 +193,16 @@ def _adapter_charts(changes: Sequence[ModuleInspection]) -> dict[str, charts.Spe
         return {}
     relative = any(change.relative_norm is not None for change in changes)
     field, title, numbers = ("relative_norm", "‖ΔW‖ / ‖W‖", ".2~%") if relative else ("norm", "‖ΔW‖", ".2~g")
-    found = {
+    specs = {
         "moved": charts.module_heat_map(changes, field, title, numbers),
         "effective-rank": charts.module_heat_map(changes, "effective_rank", "effective rank", ".1f"),
     }
     spectra = charts.spectra(changes)
-    return found | ({"spectra": spectra} if spectra["data"]["values"] else {})
+    return specs | ({"spectra": spectra} if spectra["data"]["values"] else {})
 
 
 def _movement(changes: Sequence[ModuleInspection]) -> str:
-    """Which modules moved, in a sentence."""
+    """Return a sentence about the modules that changed."""
     still = [change for change in changes if not change.norm]
     moved = len(changes) - len(still)
     text = f"{moved} of {count_of(len(changes), 'module')} moved"
@@ -220,30 +216,30 @@ def _movement(changes: Sequence[ModuleInspection]) -> str:
 
 
 def _data_charts(run: RunRecord) -> dict[str, charts.Spec]:
-    drawn = {}
+    specs = {}
     if bins := run.rows.get("lengths"):
-        drawn["lengths"] = charts.lengths(bins, "tokens")
+        specs["lengths"] = charts.lengths(bins, "tokens")
     if bins := run.rows.get("supervised"):
-        drawn["supervised"] = charts.lengths(bins, "supervised tokens")
-    return drawn
+        specs["supervised"] = charts.lengths(bins, "supervised tokens")
+    return specs
 
 
 def _processes(run: RunRecord) -> list[tuple[str, str, str, str]]:
-    """(rank, time computed, tokens/s in it, share of the time waited) of each process; none of a run that had one."""
+    """Return (rank, time computed, tokens/s in it, share of time waited) per process, if the run has several."""
     steps = [line for line in run.steps if _are_numbers(line.get("computed_s")) and _are_numbers(line.get("waited_s"))]
     rows = []
     for rank in range(max((len(line["computed_s"]) for line in steps), default=0)):
-        met = [line for line in steps if rank < min(len(line["computed_s"]), len(line["waited_s"]))]
-        computed, waited = (sum(line[name][rank] for line in met) for name in ("computed_s", "waited_s"))
+        recorded = [line for line in steps if rank < min(len(line["computed_s"]), len(line["waited_s"]))]
+        computed, waited = (sum(line[name][rank] for line in recorded) for name in ("computed_s", "waited_s"))
         share = _SHARE(waited / ((computed + waited) or 1.0))
-        rows.append((f"rank {rank}", time_taken(computed), _speed(met, rank), share))
+        rows.append((f"rank {rank}", time_taken(computed), _speed(recorded, rank), share))
     return rows
 
 
 def _speed(steps: Sequence[Mapping[str, Any]], rank: int) -> str:
-    """Tokens that a process computed in a second of computing; runs of before do not tell how many these were."""
-    told = [line for line in steps if _are_numbers(counts := line.get("computed_tokens")) and rank < len(counts)]
-    tokens, seconds = (sum(line[name][rank] for line in told) for name in ("computed_tokens", "computed_s"))
+    """Return the tokens per second of computing of a process. Earlier versions did not record the tokens."""
+    recorded = [line for line in steps if _are_numbers(counts := line.get("computed_tokens")) and rank < len(counts)]
+    tokens, seconds = (sum(line[name][rank] for line in recorded) for name in ("computed_tokens", "computed_s"))
     return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else NOT_KNOWN
 
 
@@ -253,19 +249,20 @@ def _are_numbers(values: object) -> TypeGuard[list[float]]:
 
 _PIECES = re.compile(r"\w+|\s+|[^\w\s]")
 Segments = list[tuple[bool, str]]
-"""(whether it differs, text), in order; the texts together are the answer."""
+"""(True if it differs, text), in order; the joined texts are the answer."""
 
 
 def differences(one: str, other: str) -> tuple[Segments, Segments]:
-    """Both answers in segments."""
+    """Split two answers into segments that are equal or differ."""
     ones, others = _PIECES.findall(one), _PIECES.findall(other)
     left: Segments = []
     right: Segments = []
-    found = SequenceMatcher(None, ones, others, autojunk=False).get_opcodes()
-    for number, (what, start, stop, other_start, other_stop) in enumerate(found):
-        # Signs between two differences that happen to be the same would only break the marks into crumbs.
-        crumb = 0 < number < len(found) - 1 and not any(re.match(r"\w", piece) for piece in ones[start:stop])
-        differs = what != "equal" or crumb
+    operations = SequenceMatcher(None, ones, others, autojunk=False).get_opcodes()
+    for number, (operation, start, stop, other_start, other_stop) in enumerate(operations):
+        # Equal punctuation between two differences is marked as well: many tiny marks would be hard to read.
+        inner = 0 < number < len(operations) - 1
+        punctuation = inner and not any(re.match(r"\w", piece) for piece in ones[start:stop])
+        differs = operation != "equal" or punctuation
         _add(left, differs, "".join(ones[start:stop]))
         _add(right, differs, "".join(others[other_start:other_stop]))
     return left, right

@@ -1,6 +1,6 @@
-"""A prompt, answered by the base model and with the newest checkpoint's adapter; nothing is loaded before it is asked.
+"""The prompt box of `backhand watch`: answers by the base model and with the newest checkpoint's adapter.
 
-All work on the model is done by one thread: it is loaded there, and answers one prompt after the other.
+The model is loaded for the first prompt. One thread loads it and answers one prompt after the other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from backhand.words import in_words
 
 @dataclass(frozen=True)
 class BoxAnswer:
-    """Both answers, and the step whose adapter gave the second."""
+    """Both answers, and the step of the adapter."""
 
     base: str
     adapted: str
@@ -58,65 +58,65 @@ class PromptBox:
         self._loaded: LoadedModel | None = None
         self._step = -1
         self._closing = threading.Event()
-        self._needs: Future[int] = self._worker.submit(self._weigh)
+        self._needed: Future[int] = self._worker.submit(self._needed_bytes)
 
     def close(self) -> None:
-        """End the answer that is being given and those that wait, and let the model go; loading is waited for."""
+        """Stop current and waiting answers, wait for a load in progress, and release the model."""
         self._closing.set()
         self._worker.submit(self._held.close).result()
         self._worker.shutdown()
 
     def state(self) -> dict[str, Any]:
-        """What the box says of itself: whether it can be asked, and a sentence."""
+        """Return whether the box accepts prompts (`ready`), and a sentence (`text`)."""
         ready, text = True, "The model is loaded when you first ask."
         if not latest_name(self._run / CHECKPOINTS):
             every = self._config.run.save_every
             due = f": the first is due after step {every}" if every else ""
-            ready, text = False, f"There is no checkpoint yet, so nothing to compare with the base{due}."
+            ready, text = False, f"There is no checkpoint yet to compare with the base{due}."
         elif self._loaded is not None:
             text = f"The model is loaded, with the adapter of step {self._step}."
-        elif self._needs.done():
+        elif self._needed.done():
             try:
-                needed = in_words(self._needs.result())
-                text = f"The model is loaded when you first ask: about {needed} of memory, beside the training."
+                needed = in_words(self._needed.result())
+                text = f"The model is loaded when you first ask: about {needed} of memory, in addition to the training."
             except BackhandError as error:
                 ready, text = False, f"The base model cannot be opened: {error}"
         return {"ready": ready, "text": text}
 
     def answer(self, prompt: str) -> BoxAnswer:
-        """Answer by the base and with the newest adapter.
+        """Answer a prompt with the base model and with the newest adapter.
 
         Raises:
-            UsageError: there is no checkpoint yet, or no prompt, or the box is closed meanwhile.
-            ResourceError: the model does not fit the memory that is free.
-            BackhandError: whatever loading and answering raise.
+            UsageError: there is no checkpoint yet, the prompt is empty, or the box is closed meanwhile.
+            ResourceError: the model does not fit into the free memory.
+            BackhandError: loading or answering failed.
         """
         if not prompt.strip():
             raise UsageError("the prompt is empty")
-        self._go_on()
+        self._check_open()
         return self._worker.submit(self._answer, prompt).result()
 
     def _answer(self, prompt: str) -> BoxAnswer:
-        self._go_on()  # what waited for its turn loads nothing any more
+        self._check_open()  # it may have been closed while this prompt waited
         began = time.perf_counter()
         loaded = self._with_newest_adapter()
-        self._go_on()
+        self._check_open()
         data = self._config.data
         asked = data if loaded.system is None else replace(data, system=loaded.system)
         session = GenerationSession(loaded, asked)
         ids = session.prompt_ids(prompt)
         loaded.model.use_adapter(False)
-        base = session.answer(ids, self._sampling, on_text=self._go_on).text
+        base = session.answer(ids, self._sampling, on_text=self._check_open).text
         loaded.model.use_adapter(True)
-        adapted = session.answer(ids, self._sampling, on_text=self._go_on).text
+        adapted = session.answer(ids, self._sampling, on_text=self._check_open).text
         return BoxAnswer(base, adapted, self._step, round(time.perf_counter() - began, 2))
 
-    def _go_on(self, _piece: str = "") -> None:
+    def _check_open(self, _piece: str = "") -> None:
         if self._closing.is_set():
-            raise UsageError("`backhand watch` has been ended")
+            raise UsageError("`backhand watch` has ended")
 
     def _with_newest_adapter(self) -> LoadedModel:
-        """The model with the adapter of the newest checkpoint, loaded again only where that is another one."""
+        """Return the model with the newest checkpoint's adapter; load it only if there is a newer checkpoint."""
         there = self._run / CHECKPOINTS
         store = CheckpointStore(there, FileLayer(), lambda _: None)
         checkpoint = store.newest_valid() if there.is_dir() else None
@@ -126,13 +126,13 @@ class PromptBox:
             return self._loaded
         self._held.close()
         self._loaded = None
-        free, needed = available_bytes(), self._weigh()
+        free, needed = available_bytes(), self._needed_bytes()
         if free is not None and needed > free:
             raise ResourceError(
                 f"the model needs {in_words(needed)}, and {in_words(free)} are free",
                 next_step="wait until training is over, or ask `backhand generate` on another machine",
             )
-        # A copy: training removes old checkpoints while they are read.
+        # A copy, since training may remove the checkpoint while it is read.
         with tempfile.TemporaryDirectory(prefix="backhand-watch-", ignore_cleanup_errors=True) as directory:
             for name, content in adapter_part(checkpoint.contents).items():
                 (Path(directory) / name).write_bytes(content)
@@ -142,7 +142,7 @@ class PromptBox:
         self._step = checkpoint.step
         return self._loaded
 
-    def _weigh(self) -> int:
+    def _needed_bytes(self) -> int:
         options = self._options
         dtype = DTYPES.get(options.dtype, DTYPES["float32"])
         source = open_model(options.model)
@@ -155,7 +155,7 @@ LIVE_SCRIPTS = (*PAGE_SCRIPTS, "watch.js")
 
 
 class LiveRun:
-    """One run, as it is at the moment of asking. Safe to ask from several threads."""
+    """The page of one run, kept up to date. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -165,7 +165,7 @@ class LiveRun:
         read_run(path)
 
     def version(self) -> str:
-        """Changes when anything that the page shows does, the death of the run's process included."""
+        """Return a text that changes with every file of the page, and when the run's process ends."""
         parts = []
         for name in _SHOWN:
             try:
@@ -178,10 +178,10 @@ class LiveRun:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def page(self, box: dict[str, Any]) -> tuple[str, bytes]:
-        """The version, and the whole page. While the run's files are being replaced, the page before that.
+        """Return the version and the page; the previous ones while the run's files are being replaced.
 
         Raises:
-            BackhandError, OSError: there is no page before, and the run cannot be read.
+            BackhandError, OSError: the run cannot be read, and there is no previous page.
         """
         with self._lock:
             version = self.version()

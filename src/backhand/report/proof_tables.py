@@ -1,4 +1,4 @@
-"""proofs.jsonl as tables: what was proved about a run, by kind, each statement as it was last checked."""
+"""proofs.jsonl as tables: the proofs of a run by kind, each statement with its latest result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "merge": ("Merged into the base, the same model", "backhand verify --run {run}"),
     "export": ("The adapter in other programs", "backhand export --adapter {adapter} --to gguf --output …"),
 }
-"""Title of each table, and what would fill it."""
+"""Title of each table, and the command that fills it."""
 
 _BY_COMMAND = {"export": "export", "merge": "merge", "verify": "gradients"}
 
@@ -29,16 +29,16 @@ class ProofTable:
     kind: str  # key in KINDS
     title: str
     command: str
-    lines: tuple[Mapping[str, Any], ...]  # fields of `Proof`, whatever is missing empty; none where it was not run
+    lines: tuple[Mapping[str, Any], ...]  # fields of `Proof`, missing ones filled in; empty if nothing was proved
 
     @property
     def failed(self) -> int:
-        """Statements that do not hold."""
+        """Return the number of statements that do not hold."""
         return sum(line["passed"] is not True for line in self.lines)
 
 
 def proof_tables(proofs: Iterable[Mapping[str, Any]], *, run: str, adapter: str) -> list[ProofTable]:
-    """A table for every kind, those without a line among them.
+    """Return a table for every kind, including kinds without proofs.
 
     Args:
         proofs: lines of proofs.jsonl, oldest first.
@@ -63,7 +63,7 @@ _EMPTY = {"passed": False, "value": None, "bound": None, "proof": "", "command":
 
 
 def _kind(line: Mapping[str, Any]) -> str:
-    """As the line says; by its command where it is of an older version or somebody else's."""
+    """Return the line's kind, or that of its command if it has none, as in earlier versions."""
     kind = line.get("kind")
     if kind in get_args(ProofKind):
         return str(kind)

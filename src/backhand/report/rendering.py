@@ -1,7 +1,7 @@
-"""Templates to one HTML file: everything embedded, every text escaped, and a policy that lets nothing else run.
+"""Rendering of templates to one HTML file. Scripts and styles are embedded, and all text is escaped.
 
-The policy allows exactly the scripts that stand in the page, by their digests, no connection and no frame; so even a
-text that got past the escaping could neither run nor call home.
+The content security policy allows only the page's own scripts, by their digests, and no connections or frames. Even
+text that was not escaped could neither run nor send data.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PAGE_SCRIPTS = ("vega.min.js", "page.js")
 def render(
     template: str, values: Mapping[str, Any], *, scripts: Iterable[str] = PAGE_SCRIPTS, connect: str = "'none'"
 ) -> bytes:
-    """A page as UTF-8; what UTF-8 cannot hold, such as half a surrogate pair in a file name, is written out.
+    """Render a page as UTF-8. Lone surrogates, for example from file names, are escaped.
 
     Args:
-        values: what it shows; `title` and `charts` among them.
-        connect: where the page may connect to, as its policy says it.
+        values: the template's values, including `title` and `charts`.
+        connect: where the page may connect to, in the syntax of the policy.
     """  # fmt: skip
     sources = [_static(name) for name in scripts]
     page = environment().get_template(template).render(
@@ -53,23 +53,23 @@ def render(
 
 @cache
 def environment() -> Environment:
-    """The templates, with every value escaped that is not markup of our own."""
-    found = Environment(
+    """Return the template environment, which escapes every value except Backhand's own markup."""
+    templates = Environment(
         loader=PackageLoader("backhand.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
-    found.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
-    found.filters |= {"pretrained": pretrained_arguments, "system_option": system_option}
-    found.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
-    return found
+    templates.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
+    templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
+    templates.filters |= {"pretrained": pretrained_arguments, "system_option": system_option}
+    templates.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
+    return templates
 
 
 def _json(value: Any) -> Markup:
-    """JSON that cannot end the script element it stands in, and holds no NaN."""
+    """Return JSON that is safe inside a script element and contains no NaN."""
     return htmlsafe_json_dumps(value, allow_nan=False, separators=(",", ":"))
 
 
@@ -86,12 +86,12 @@ def _policy(scripts: Iterable[str], connect: str) -> str:
 def _static(name: str) -> str:
     text = files("backhand.report").joinpath("static", name).read_text(encoding="utf-8")
     if "</script" in text or "<!--" in text:
-        raise ValueError(f"{name} cannot stand inside a script element")
+        raise ValueError(f"{name} cannot be embedded in a script element")
     return text
 
 
 def figure(value: object) -> str:
-    """A number with four significant digits; other values as they are, None as a dash."""
+    """Format a number with four significant digits, None as a dash, and other values with `str`."""
     if value is None:
         return NOT_KNOWN
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -104,7 +104,7 @@ def figure(value: object) -> str:
 
 
 def known(value: object, words: Callable[[float], str]) -> str:
-    """A number in these words, or a dash where it is none."""
+    """Format a finite number with `words`, and any other value as a dash."""
     return words(value) if is_number(value) else NOT_KNOWN
 
 
@@ -114,7 +114,7 @@ size = partial(known, words=lambda value: in_words(int(value)))
 
 
 def moment(text: object) -> str:
-    """A time in ISO form as `24 November 2026, 22:11 UTC`; any other text as it is."""
+    """Format an ISO time as `24 November 2026, 22:11 UTC`; return any other text unchanged."""
     try:
         when = datetime.fromisoformat(str(text)).astimezone(UTC)
     except (ValueError, OverflowError):
@@ -123,6 +123,6 @@ def moment(text: object) -> str:
 
 
 def place(source: object) -> str:
-    """`valid.jsonl, line 3` for `/data/valid.jsonl:3`; a place of another form as it is."""
+    """Format `/data/valid.jsonl:3` as `valid.jsonl, line 3`; return any other text unchanged."""
     file, colon, number = str(source).rpartition(":")
     return f"{PurePath(file).name}, line {number}" if colon and number.isdecimal() and file else str(source)

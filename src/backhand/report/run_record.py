@@ -1,6 +1,7 @@
-"""What a run left in its directory, read for the report: nothing is loaded, nothing is written, no lock is taken.
+"""The files of a run directory, read for the report without loading the model, writing or locking.
 
-Files that are missing, as an interrupted run or one of an older version leaves them, are empty here.
+A missing file, as in an interrupted run or one of an earlier version, counts as empty. Entries of a wrong type are left
+out.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Configuration(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its files tell it."""
+    """The contents of one run's files."""
 
     path: Path
     config: dict[str, Any]
@@ -53,13 +54,13 @@ class RunRecord:
     metrics: Sequence[dict[str, Any]]
     proofs: Sequence[dict[str, Any]]
     answers: Sequence[dict[str, Any]]
-    facts: RunFacts  # facts.json, empty where there is none
-    summary: dict[str, Any]  # summary.json, empty until the run is over
-    status: RunStatus | None  # status.json, None where there is none
+    facts: RunFacts  # facts.json, {} without such a file
+    summary: dict[str, Any]  # summary.json, {} until the run has finished
+    status: RunStatus | None  # status.json, None without a readable one
 
     @property
     def adapter(self) -> Path:
-        """The published adapter, or where it will be."""
+        """Path of the published adapter, which may not exist yet."""
         return self.path / ADAPTER
 
     @property
@@ -69,7 +70,7 @@ class RunRecord:
 
     @property
     def objective(self) -> str:
-        """What was minimised, as `--objective` has it."""
+        """Value of `--objective`."""
         return str(self.config.get("objective", {}).get("objective", "sft"))
 
     @property
@@ -83,7 +84,7 @@ class RunRecord:
         return [line for line in self.metrics if "loss" not in line]
 
     def held_out_losses(self) -> list[tuple[int, float]]:
-        """(step, held-out loss) of each evaluation with a finite one, the one before the first step included."""
+        """Return (step, held-out loss) per evaluation with a finite loss, including the one before the first step."""
         return [(line["step"], line["eval_loss"]) for line in self.evaluations if is_number(line.get("eval_loss"))]
 
 
@@ -118,7 +119,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value from a file is a finite number."""
+    """Return True if a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

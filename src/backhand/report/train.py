@@ -1,4 +1,4 @@
-"""Training that leaves a report: what `backhand train` and `backhand.train` call."""
+"""Training with a report: the function of `backhand train` and `backhand.train`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from backhand.training.run import train as train_without_report
 
 
 class _ReportWriter(Observer):
-    """Writes report.html when a run that began is over, however it ended."""
+    """Writes report.html at the end of a run that has started, whether it succeeds or fails."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._directory: Path | None = None
 
     def started(self, start: RunStart) -> None:
-        """Remember where."""
+        """Remember the run directory."""
         self._directory = start.directory
 
     def closed(self) -> None:
-        """Write; a page that cannot be written takes nothing from the run, which is saved."""
+        """Write the page. An error is printed and does not end the run, which is saved."""
         if self._directory is None:
             return
         from backhand.report.command import write_report
@@ -38,40 +38,40 @@ class _ReportWriter(Observer):
         try:
             target = write_report(self._directory)
         except (BackhandError, OSError) as error:
-            said, out = f"the report could not be written: {error}", sys.stderr
+            message, out = f"the report could not be written: {error}", sys.stderr
         else:
-            said, out = visible(f"Report: {shlex.quote(str(target))}"), sys.stdout
+            message, out = visible(f"Report: {shlex.quote(str(target))}"), sys.stdout
         if out is sys.stderr or not self._quiet:
-            with suppress(OSError):  # nobody is left to read it; what ended the run is what is told
-                say(*said.split("\n"), file=out)
+            with suppress(OSError):  # the stream is closed, and the error that ended the run is more important
+                say(*message.split("\n"), file=out)
 
 
 def train(
     config: TrainConfig, *, callbacks: Iterable[Callback] = (), typed: frozenset[str] = frozenset()
 ) -> RunSummary:
-    """Train as `config` says, and leave report.html in the run directory, also after an interruption.
+    """Train, and write report.html to the run directory, even after an interruption.
 
     Args:
-        config: every option. What is None or `auto` in it is chosen, and written to config.toml.
-        callbacks: told how the run goes: an `Observer`, or a function that is called with every record of
-            metrics.jsonl. What one raises ends the run.
-        typed: names of options that were given even where they have their default value; matters when resuming,
-            and when starting from an adapter.
+        config: all options. Values that are None or `auto` are chosen automatically and written to config.toml.
+        callbacks: each is an `Observer`, or a function that is called with every record of metrics.jsonl. An exception
+            in a callback ends the run.
+        typed: names of options that were given explicitly, even with their default value. They matter when a run is
+            resumed or started from an adapter.
 
     Returns:
-        what the run came to, as summary.json has it.
+        The results of the run, which are the contents of summary.json.
 
     Raises:
-        UsageError, DataError, ArtifactError, ResourceError: before the first step; each says what to do.
-        CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
+        UsageError, DataError, ArtifactError, ResourceError: before the first step.
+        CheckError: a guard failed, or the results are not finite. Earlier checkpoints are intact.
         Interrupted: after a signal and a checkpoint.
     """
     check_kind("config", config, TrainConfig)
     callbacks = tuple(callbacks)
     if callbacks and config.run.workers > 1 and not in_a_group():
         raise UsageError(
-            f"callbacks cannot go along to {config.run.workers} processes of their own",
+            f"callbacks cannot be passed to {config.run.workers} worker processes",
             where="workers",
-            next_step="leave out workers, and start the script itself with torchrun",
+            next_step="leave out workers, and start the script with torchrun",
         )
     return train_without_report(config, callbacks=(*callbacks, _ReportWriter(config.run.quiet)), typed=typed)

@@ -1,4 +1,4 @@
-"""`backhand watch`: the run's page on this machine, up to date while it trains, with a box to try a prompt in."""
+"""`backhand watch`: a local page of a run that follows the training and answers prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from backhand.report.prompt_box import LiveRun, PromptBox
 
 
 def watch_command(options: WatchOptions) -> None:
-    """Serve until Ctrl-C; print the address.
+    """Print the address and serve until Ctrl-C.
 
     Raises:
         UsageError: there is no run, or the port is taken.
@@ -29,7 +29,7 @@ def watch_command(options: WatchOptions) -> None:
     """
     with serving(options) as server:
         try:
-            say(f"Watching {options.run}: {server.address}", "Ctrl-C ends it.", file=sys.stdout)
+            say(f"Watching {options.run}: {server.address}", "Press Ctrl-C to stop.", file=sys.stdout)
             with may_be_silent():
                 threading.Event().wait()
         except KeyboardInterrupt:
@@ -38,7 +38,7 @@ def watch_command(options: WatchOptions) -> None:
 
 @contextmanager
 def serving(options: WatchOptions) -> Iterator[WatchServer]:
-    """The server, answering in threads of its own as long as the context lasts.
+    """Run the server in threads of its own for the block.
 
     Raises:
         UsageError: there is no run, or the port is taken.
@@ -64,10 +64,11 @@ def serving(options: WatchOptions) -> Iterator[WatchServer]:
         box.close()
 
 
-# The server behind `backhand watch`: this machine only, behind a token, and deaf to other pages in the browser.
+# The server listens on this machine only. It refuses three kinds of requests:
 #
-# Refused is whatever lacks the token in its address; whatever was sent to another host name than ours, as a page does
-# that has its own name point to 127.0.0.1; and any question that another origin's page sent.
+# - requests without the token in their address,
+# - requests to another host name, which a page could make point to 127.0.0.1,
+# - prompts from a page of another origin.
 
 HOST = "127.0.0.1"
 LONGEST_QUESTION_BYTES = 64 * 1024
@@ -105,15 +106,15 @@ class WatchServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What to open in a browser."""
+        """Address of the page, including the token."""
         return f"http://{HOST}:{self.server_port}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away in the middle of an answer is no news."""
+        """Ignore a browser that disconnects during an answer."""
 
 
 class _Refused(Exception):
-    """A request that is not answered: the status, and why."""
+    """A refused request, with the status and the reason."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -124,11 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        """The page, or its version and state for a page that is open."""
+        """Send the page, or its version and state to an open page."""
         self._respond({"": self._page, "state": self._page})
 
     def do_POST(self) -> None:
-        """A prompt to answer."""
+        """Answer a prompt."""
         self._respond({"answer": self._answer})
 
     def _respond(self, places: Mapping[str, Callable[[str], None]]) -> None:
@@ -142,12 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             raise
         except Exception as error:  # noqa: BLE001 - a browser gets an answer, whatever goes wrong
-            again = f"`backhand report {self.server.run.path} --debug` shows where"
-            why = f"this is a bug in Backhand: {type(error).__name__}: {error}; {again}"
+            traceback = f"`backhand report {self.server.run.path} --debug` shows the traceback"
+            why = f"this is a bug in Backhand: {type(error).__name__}: {error}; {traceback}"
             self._send_refusal(HTTPStatus.INTERNAL_SERVER_ERROR, why)
 
     def _send_refusal(self, status: HTTPStatus, text: str) -> None:
-        self.close_connection = True  # what the client still sends is not read
+        self.close_connection = True  # the rest of the request is not read
         self._send(status, f"{text}\n".encode("utf-8", "replace"), "text/plain; charset=utf-8")
 
     def _page(self, place: str) -> None:
@@ -166,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.FORBIDDEN, "this question comes from another page")
         lengths = self.headers.get_all("Content-Length", [])
         if len(lengths) != 1 or "Transfer-Encoding" in self.headers:
-            # Two lengths, or a length and chunks, are two requests to whoever reads the other one.
+            # A proxy that trusts the other length, or the chunks, would see two requests.
             raise _Refused(HTTPStatus.BAD_REQUEST, "a question has one Content-Length")
         (length,) = lengths
         a_number = length.isascii() and length.isdigit() and len(length) <= _LONGEST_LENGTH
@@ -176,7 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             prompt = json.loads(self.rfile.read(int(length)))["prompt"]
             prompt.encode("utf-8")
         except (ValueError, KeyError, TypeError, RecursionError, AttributeError):
-            prompt = None  # half of a surrogate pair is no text either
+            prompt = None  # a lone surrogate is no text
         if not isinstance(prompt, str):
             raise _Refused(HTTPStatus.BAD_REQUEST, "there is no prompt in the question")
         try:
@@ -187,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, asdict(answer))
 
     def _allowed_place(self) -> str:
-        """What follows the token in the address."""
+        """Return the part of the address after the token."""
         ours = {f"{HOST}:{self.server.server_port}", f"localhost:{self.server.server_port}"}
         if self.headers.get_all("Host", []) not in [[host] for host in ours]:
             raise _Refused(HTTPStatus.FORBIDDEN, "this server answers to its own name only")
@@ -198,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         return place
 
     def _from_our_page(self) -> bool:
-        """Whether a question was sent by the page this server gave out, or by a program that is no browser."""
+        """Return True if a prompt comes from this server's page, or from a program that is no browser."""
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
         kind = self.headers.get("Content-Type", "").partition(";")[0].strip()
         return (
@@ -216,4 +217,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the class above
-        """The terminal shows the address, not every request."""
+        """Do not print requests."""

@@ -1,1 +1,1 @@
-"""Run directory: checkpoints, status, summary, proofs, locking and interruption."""
+"""Run directories: files, checkpoints, status and summary, and how they are written and read."""

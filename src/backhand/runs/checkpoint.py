@@ -1,12 +1,12 @@
-"""Checkpoints: written so that a crash or power loss at any moment leaves the previous one whole, the next one absent.
+"""Checkpoints. A crash or power loss at any moment leaves the previous checkpoint intact, and no partial one.
 
-    checkpoints/.tmp-step-N-PID/    every file written and synced, manifest.json last, then the directory synced
-    checkpoints/step-N/             the same, renamed; then checkpoints/ synced
-    checkpoints/latest              the text `step-N`, replaced in one step after that
-    checkpoints/step-N.old/         the former step-N, for the moment in which it is being replaced
+    checkpoints/.tmp-step-N-PID/    every file is written and synced, manifest.json last, then the directory is synced
+    checkpoints/step-N/             the same directory, renamed; then checkpoints/ is synced
+    checkpoints/latest              the text `step-N`, replaced atomically after that
+    checkpoints/step-N.old/         the former step-N, while it is being replaced
 
-A checkpoint is valid if its manifest is, and every file has the size and SHA-256 that the manifest says. Loading takes
-the newest valid one. No pickle: the files are safetensors and JSON.
+A checkpoint is valid if its manifest is valid and every file has the size and SHA-256 in the manifest. The newest valid
+checkpoint is loaded. The files are safetensors and JSON; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose bytes are those its manifest describes."""
+    """A checkpoint whose files match its manifest."""
 
     step: int
     contents: Mapping[str, bytes]  # bytes of every file, by name
-    # what the manifest says besides: digests of base, configuration and data, and the sampler's position
+    # further entries of the manifest: digests of base, configuration and data, and the sampler's position
     facts: Mapping[str, Any]
 
 
@@ -48,15 +48,15 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    directory: Path  # `checkpoints/` of the run; it exists
+    directory: Path  # the run's existing `checkpoints/`
     files: FileLayer
-    warn: Callable[[str], None]  # told, in one sentence, of what was found damaged
+    warn: Callable[[str], None]  # called with a sentence about each damaged checkpoint
 
     def save(self, step: int, contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint of this step, in place of one of the same step if there is one, and point `latest` to it.
+        """Write the checkpoint of a step, replacing an existing one, and point `latest` to it.
 
         Raises:
-            ResourceError: with the bytes needed and free; the checkpoints before are intact, nothing is left over.
+            ResourceError: with the bytes needed and free. Earlier checkpoints are intact, and nothing is left over.
         """
         manifest = manifest_bytes(step, contents, facts)
         needed = sum(map(len, contents.values())) + len(manifest)
@@ -67,14 +67,14 @@ class CheckpointStore:
             replace_file(self.files, self.directory / LATEST, f"{place}\n".encode())
 
     def prune(self, newest: int, keep: int, protected: set[int]) -> None:
-        """Remove all but `keep` checkpoints, counted down from step `newest`, and the protected steps.
+        """Remove checkpoints, except the last `keep` up to step `newest`, and the protected steps.
 
-        Later ones can only be damaged ones that the run went back from: they do not count as kept.
+        Checkpoints after `newest` are damaged ones that the run went back from. They are neither counted nor removed.
 
         Raises:
-            ResourceError: something cannot be removed.
+            ResourceError: a checkpoint cannot be removed.
         """
-        steps = sorted({step for step, _ in self._found() if step <= newest}, reverse=True)
+        steps = sorted({step for step, _ in self._candidates() if step <= newest}, reverse=True)
         for step in steps[keep:]:
             if step not in protected:
                 with saving("the list of checkpoints", self.directory, 0):
@@ -82,29 +82,29 @@ class CheckpointStore:
                     self._remove(f"step-{step}")
 
     def _remove(self, name: str) -> None:
-        """Out of sight in one step first, so that no half of it is ever met under its name."""
         path = self.directory / name
         if os.path.lexists(path):
-            doomed = self.directory / f".tmp-removed-{name}-{os.getpid()}"
-            remove_tree(self.files, doomed)
-            self.files.rename(path, doomed)
-            remove_tree(self.files, doomed)
+            # Renamed first, so that a partial checkpoint never has the name of a whole one.
+            renamed = self.directory / f".tmp-removed-{name}-{os.getpid()}"
+            remove_tree(self.files, renamed)
+            self.files.rename(path, renamed)
+            remove_tree(self.files, renamed)
 
     def clean(self) -> None:
-        """Remove what an interrupted save or removal left over. Raises ResourceError."""
+        """Remove the leftovers of an interrupted save or removal. Raises ResourceError."""
         with saving("the list of checkpoints", self.directory, 0):
             for path in sorted(self.directory.iterdir()):
-                # A directory in place of the pointer could not be replaced by a file in one step.
+                # A directory named `latest` could not be replaced by a file atomically.
                 if path.name.startswith(".tmp-") or (path.name == LATEST and path.is_dir()):
                     remove_tree(self.files, path)
 
     def newest_valid(self, before: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint that is whole, at most of step `before`; None where there has never been one.
+        """Return the newest valid checkpoint, up to step `before`, or None if there are no checkpoints.
 
         Raises:
-            ArtifactError: there are checkpoints, and none of them is valid, or one is of a newer format.
+            ArtifactError: no checkpoint is valid, or one has a newer format.
         """
-        candidates = [(step, path) for step, path in self._found() if before is None or step <= before]
+        candidates = [(step, path) for step, path in self._candidates() if before is None or step <= before]
         for step, path in candidates:
             try:
                 checkpoint = load_checkpoint(path, step)
@@ -120,18 +120,18 @@ class CheckpointStore:
             raise ArtifactError(
                 f"none of the {len(candidates)} checkpoints is whole",
                 where=str(self.directory),
-                next_step="start again with --overwrite, or restore the directory from a copy",
+                next_step="start again with --overwrite, or restore the directory from a backup",
             )
         return None
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are there, whole or not, in order."""
-        return sorted({step for step, _ in self._found()})
+        """Return the steps of all checkpoints, valid or not, in ascending order."""
+        return sorted({step for step, _ in self._candidates()})
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of one step. Raises ArtifactError where it is not there or not whole."""
-        for found, path in self._found():
-            if found == step:
+        """Return the checkpoint of a step. Raises ArtifactError: it is missing or damaged."""
+        for candidate, path in self._candidates():
+            if candidate == step:
                 with suppress(ArtifactError):
                     return load_checkpoint(path, step)
         raise ArtifactError(f"the checkpoint of step {step} is missing or damaged", where=str(self.directory))
@@ -141,18 +141,18 @@ class CheckpointStore:
         if named != f"step-{step}":
             self.warn(f"`latest` names {named:.60}; continuing from step-{step}, the newest checkpoint that is whole")
 
-    def _found(self) -> list[tuple[int, Path]]:
-        """(step, directory), newest first; a step's own directory before its former one."""
-        found = []
+    def _candidates(self) -> list[tuple[int, Path]]:
+        """Return (step, directory), newest first; a step's directory comes before its `.old` one."""
+        candidates = []
         for path in self.directory.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and path.is_dir() and not path.is_symlink():
-                found.append((int(match[1]), match[2] is None, path))
-        return [(step, path) for step, _, path in sorted(found, reverse=True)]
+                candidates.append((int(match[1]), match[2] is None, path))
+        return [(step, path) for step, _, path in sorted(candidates, reverse=True)]
 
 
 def latest_name(checkpoints: Path) -> str:
-    """What `latest` names; empty where there is none."""
+    """Return the name in `latest`, or "" if there is none."""
     try:
         return read_settings(checkpoints / LATEST).strip()
     except OSError:
@@ -160,11 +160,11 @@ def latest_name(checkpoints: Path) -> str:
 
 
 class NewerFormatError(ArtifactError):
-    """A checkpoint written by a later version: neither damaged nor readable."""
+    """A checkpoint of a later version, which is not damaged but cannot be read."""
 
 
 def manifest_bytes(step: int, contents: Mapping[str, bytes], facts: Mapping[str, Any]) -> bytes:
-    """manifest.json: format version, step, size and SHA-256 of each file, the facts, and its own digest."""
+    """Return manifest.json: format version, step, size and SHA-256 of each file, the facts, and its own digest."""
     body = {
         "format_version": FORMAT_VERSION,
         "step": step,
@@ -175,10 +175,10 @@ def manifest_bytes(step: int, contents: Mapping[str, bytes], facts: Mapping[str,
 
 
 def load_checkpoint(directory: Path, step: int) -> Checkpoint:
-    """Read a checkpoint and compare every byte with its manifest.
+    """Read a checkpoint and compare every file with its manifest.
 
     Raises:
-        ArtifactError: in one sentence, what is missing, torn or different.
+        ArtifactError: a file is missing, cut short or different.
     """
     manifest = _read_manifest(directory / MANIFEST)
     if manifest.step != step:

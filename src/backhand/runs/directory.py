@@ -1,4 +1,4 @@
-"""The run directory: which files it holds, who may write to it, and what happens to a run that is there already."""
+"""The run directory: its files, its lock, and the treatment of an existing run."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ LOGS = "logs"
 REFERENCE = "reference.json"
 LOCK = ".lock"
 TEMPORARY = ".tmp-"
-# The run that `--overwrite` replaces, until the new one has a whole checkpoint; and while its files are moved.
+# The run that `--overwrite` replaces is in REPLACED until the new run has a checkpoint. It is moved through _MOVING.
 REPLACED = ".replaced"
 _MOVING = ".replacing"
-# config.toml makes a directory a run that can be resumed: it goes first when a run is cleared.
+# config.toml is first: without it, a partly moved directory is no run that could be resumed.
 OWNED = (CONFIG, ADAPTER, CHECKPOINTS, METRICS, SUMMARY, PROOFS, FACTS, STATUS, ANSWERS, REPORT, LOGS, REFERENCE)
 
 
 class RunDirectory:
-    """One run's place on the disk. Use `opened`, which holds the lock.
+    """The directory of one run. Use `opened`, which holds the lock.
 
     Attributes:
-        path: the directory itself; a link to it has been followed.
+        path: the directory, with links resolved.
     """
 
     def __init__(self, path: Path, files: FileLayer) -> None:
@@ -63,35 +63,35 @@ class RunDirectory:
         self.adapter, self.checkpoints = path / ADAPTER, path / CHECKPOINTS
 
     def put_aside(self) -> None:
-        """Move the files of the run that is here aside, and no others.
+        """Move the files of the existing run aside, and no others.
 
-        `settle` removes them, `put_back` brings them back.
+        `settle` removes them, `put_back` restores them.
 
         Raises:
-            ResourceError: something cannot be moved.
+            ResourceError: a file cannot be moved.
         """
         with saving("the run directory", self.path, 0):
             self._remove_temporary()
-            there = [name for name in OWNED if (self.path / name).exists()]
-            if not there:
+            names = [name for name in OWNED if (self.path / name).exists()]
+            if not names:
                 return
             self.files.make_directory(self.path / _MOVING)
-            for name in there:
+            for name in names:
                 self.files.rename(self.path / name, self.path / _MOVING / name)
             self.files.rename(self.path / _MOVING, self.path / REPLACED)
             self.files.sync_directory(self.path)
 
     def settle(self) -> None:
-        """There is a whole checkpoint: the run that this one replaces is no longer needed. Raises ResourceError."""
+        """Remove the replaced run, once the new run has a checkpoint. Raises ResourceError."""
         with saving("the run directory", self.path, 0):
             if (self.path / REPLACED).exists():
                 remove_tree(self.files, self.path / REPLACED)
 
     def put_back(self) -> bool:
-        """Bring back the run that this one was to replace, unless it has a whole checkpoint; return whether it is back.
+        """Restore the replaced run, unless the new run has a checkpoint; return True if it is restored.
 
         Raises:
-            ResourceError: something cannot be moved.
+            ResourceError: a file cannot be moved.
         """
         with saving("the run directory", self.path, 0):
             if (self.path / REPLACED).exists():
@@ -110,19 +110,19 @@ class RunDirectory:
             return True
 
     def recover(self, *, resume: bool) -> None:
-        """Put in order what a process left that was killed while it replaced a run. Raises ResourceError."""
+        """Repair a directory whose process was killed while it replaced a run. Raises ResourceError."""
         if not resume or not (self.path / CONFIG).exists() or not (self.path / REPLACED).exists():
             self.put_back()
 
     def _has_checkpoint(self) -> bool:
-        """Whether some checkpoint stands under its own name, which it gets when all of it is on the disk."""
+        """Return True if there is a checkpoint; it gets its name when all of it is on the disk."""
         return self.checkpoints.is_dir() and any(child.name.startswith("step-") for child in self.checkpoints.iterdir())
 
     def mend(self) -> None:
-        """Remove what an interrupted write left over, and the torn line at the end of proofs.jsonl.
+        """Remove the leftovers of an interrupted write, and an incomplete line at the end of proofs.jsonl.
 
         Raises:
-            ResourceError: something cannot be removed or written.
+            ResourceError: a file cannot be removed or written.
         """
         with saving("the run directory", self.path, 0):
             self._remove_temporary()
@@ -137,13 +137,13 @@ class RunDirectory:
                 remove_tree(self.files, path)
 
     def write(self, name: str, text: str) -> None:
-        """Replace one file in one step. Raises ResourceError."""
+        """Replace a file atomically. Raises ResourceError."""
         data = text.encode("utf-8")
         with saving(name, self.path, len(data)):
             replace_file(self.files, self.path / name, data)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one JSON line. Raises ResourceError."""
+        """Append a JSON line. Raises ResourceError."""
         data = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode("utf-8")
         with saving(name, self.path, len(data)):
             descriptor = self.files.open_to_append(self.path / name)
@@ -170,10 +170,13 @@ class RunDirectory:
         return records
 
     def forget_after(self, step: int, *, evaluates_again: bool = False) -> None:
-        """Drop metrics of what is about to be done again: the steps after this one, and perhaps its own evaluation.
+        """Drop metrics of later steps, which are about to be repeated.
+
+        Args:
+            evaluates_again: also drop this step's own evaluation.
 
         Raises:
-            ResourceError: they cannot be written.
+            ResourceError: the file cannot be written.
         """
 
         def stays(record: Mapping[str, Any]) -> bool:
@@ -183,7 +186,7 @@ class RunDirectory:
         self.write(METRICS, _as_lines(filter(stays, self.lines(METRICS))))
 
     def sync_lines(self) -> None:
-        """Wait until metrics and proofs are on the disk: a checkpoint never knows more than they do.
+        """Wait until metrics and proofs are on the disk, so that no checkpoint is newer than they are.
 
         Raises:
             ResourceError: the disk fails.
@@ -195,13 +198,13 @@ class RunDirectory:
             self.files.sync_directory(self.path)
 
     def publish_adapter(self, contents: Mapping[str, bytes]) -> None:
-        """Put these files in place as `adapter/`, all of them at once. Raises ResourceError."""
+        """Replace `adapter/` by these files, all at once. Raises ResourceError."""
         temporary, old = self.path / f".tmp-adapter-{os.getpid()}", self.path / f".tmp-old-adapter-{os.getpid()}"
         with saving("the adapter", self.path, sum(map(len, contents.values()))):
             put_directory(self.files, self.adapter, contents, temporary, old)
 
     def make_checkpoints(self) -> None:
-        """Create `checkpoints/` unless it is there. Raises ResourceError."""
+        """Create `checkpoints/` if it does not exist. Raises ResourceError."""
         with saving("the list of checkpoints", self.path, 0):
             if not self.checkpoints.exists():
                 self.files.make_directory(self.checkpoints)
@@ -209,13 +212,13 @@ class RunDirectory:
 
 
 def put_directory(files: FileLayer, path: Path, contents: Mapping[str, bytes], temporary: Path, old: Path) -> None:
-    """Put a directory with these files in place of the one at `path`, all of them at once; raises OSError.
+    """Replace the directory at `path` by one with these files, all at once. Raises OSError.
 
-    What is there has the name `old` for a moment, and comes back where the new one cannot take its place.
+    An existing directory is renamed to `old` meanwhile, and renamed back if the new one cannot take its name.
 
     Args:
-        contents: in the order in which they are written.
-        temporary: where they are written; gone afterwards.
+        contents: bytes by name, in the order in which they are written.
+        temporary: path at which the new directory is written.
     """
     try:
         remove_tree(files, temporary)
@@ -229,7 +232,7 @@ def put_directory(files: FileLayer, path: Path, contents: Mapping[str, bytes], t
         files.rename(temporary, path)
         files.sync_directory(path.parent)
         remove_tree(files, old)
-    except BaseException:  # a second Ctrl-C among them
+    except BaseException:  # including a second Ctrl-C
         with suppress(OSError):
             if old.exists() and not path.exists():
                 files.rename(old, path)
@@ -239,15 +242,16 @@ def put_directory(files: FileLayer, path: Path, contents: Mapping[str, bytes], t
 
 @contextmanager
 def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | None = None) -> Iterator[RunDirectory]:
-    """Check and lock the run directory, creating it if need be; nothing that is there is changed yet.
+    """Check and lock the run directory, or create it. Existing files are not changed yet.
 
     Raises:
-        UsageError: its name is not UTF-8, it is a file, a dangling link, holds links, holds a run or other files
-            (without `resume` or `overwrite`), holds no run to resume, or another process is writing to it.
+        UsageError: the name is not UTF-8, or the path is a file or a dangling link. The directory contains links; it
+            contains a run or other files, without `resume` or `overwrite`; it contains no run to resume; or another
+            process writes to it.
         ResourceError: it cannot be created or is not writable.
     """
     path = _real_directory(output)
-    for place in (path, Path.cwd()):  # what is given relative to the latter is written down in full
+    for place in (path, Path.cwd()):  # relative paths are recorded as absolute ones
         _check_utf8(place)
     existed = path.exists()
     if existed:
@@ -258,7 +262,7 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     try:
-        _check_contents(path, resume=resume, overwrite=overwrite)  # again: another process may have come and gone
+        _check_contents(path, resume=resume, overwrite=overwrite)  # again, since another process may have written to it
         directory = RunDirectory(path, files or FileLayer())
         if existed:
             directory.recover(resume=resume)
@@ -282,7 +286,7 @@ def _check_utf8(place: Path) -> None:
         raise not_utf8(
             str(place),
             where="output",
-            why="a run writes where it is into files that are",
+            why="a run records its path in files that are UTF-8",
             next_step="rename the directory, or work in another one",
         ) from None
 
@@ -291,10 +295,10 @@ def _real_directory(output: Path) -> Path:
     try:
         if output.is_symlink() and not output.exists():
             raise UsageError(
-                f"{output} is a link that leads nowhere",
+                f"{output} is a dangling link",
                 where="output",
                 why=f"it points to {output.readlink()}",
-                next_step="make that directory, remove the link, or give another output",
+                next_step="create that directory, remove the link, or give another output",
             )
         path = output.resolve()
         mode = path.stat().st_mode
@@ -333,16 +337,16 @@ def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
     if children and not resume and not overwrite:
         run = replaced or any(name in OWNED for name in children)
         raise UsageError(
-            f"{path} holds {'a run' if run else 'files'} already",
+            f"{path} already contains {'a run' if run else 'files'}",
             where="output",
             next_step="continue it with --resume, replace it with --overwrite, or give another directory"
             if run
-            else "give another directory, or --overwrite to write beside them",
+            else "give another directory, or --overwrite to add to them",
         )
 
 
 def _locked(path: Path) -> int:
-    """Descriptor of the lock file, locked. The system drops the lock when its process ends, however it ends."""
+    """Lock the lock file; return its descriptor. The system releases the lock when the process ends."""
     while True:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | PLAIN | NO_LINK, 0o666)
         if not lock(descriptor):
@@ -359,7 +363,7 @@ def _locked(path: Path) -> int:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, str(os.getpid()).encode())
                 return descriptor
-        os.close(descriptor)  # its holder removed the file in between: take the new one
+        os.close(descriptor)  # its holder has removed the file in between: lock the new one
 
 
 ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "export"]
@@ -367,15 +371,15 @@ ProofKind = Literal["gradients", "guards", "invariances", "resume", "merge", "ex
 
 @dataclass(frozen=True)
 class Proof:
-    """One checked statement."""
+    """A checked statement."""
 
-    proof: str  # the statement, in words
-    passed: bool  # whether it held
-    value: float | str | None  # the measured figure
-    bound: float | str | None = None  # what the figure was held against; None where it only informs
-    command: str = "train"  # which command checked it
-    kind: ProofKind = "guards"  # what the statement is about; the report has a table for each
-    detail: str = ""  # where the figure is largest, or what it compares with
+    proof: str  # the statement
+    passed: bool  # True if it holds
+    value: float | str | None  # the measured value
+    bound: float | str | None = None  # the limit of the value; None if the value is informative only
+    command: str = "train"  # the command that checked it
+    kind: ProofKind = "guards"  # subject of the statement; the report has a table for each kind
+    detail: str = ""  # place of the largest value, or the object of comparison
 
 
 _LINE_READERS: Mapping[str, Callable[[object], dict[str, Any]]] = {
@@ -388,7 +392,7 @@ ProofLog = Callable[[Proof], None]
 
 
 def proof_log(directory: RunDirectory) -> ProofLog:
-    """A log that appends to the run's proofs.jsonl, with the time."""
+    """Return a function that appends proofs to the run's proofs.jsonl, with the time."""
 
     def log(proof: Proof) -> None:
         directory.append(PROOFS, {**asdict(proof), "time": datetime.now(UTC).isoformat(timespec="seconds")})

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first asks the loop to stop after the step it is in, the second stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP. The first signal stops the loop after the current step, the second stops at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WORDS = {int(getattr(signal, name)): word for name, word in _NAMES.items() if h
 
 
 class Interrupted(BackhandError):
-    """The run was asked to stop and did, after a checkpoint.
+    """The run was stopped by a signal, after a checkpoint.
 
     Args:
-        number: of the signal; the exit code is 128 more: 130 for Ctrl-C, 143 for SIGTERM.
+        number: the signal. The exit code is 128 more: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, number: int, step: int, next_step: str) -> None:
@@ -30,44 +30,44 @@ class Interrupted(BackhandError):
 
 
 def stop_word(number: int) -> str | None:
-    """What a process that ends by a signal was; None for numbers that are none of those it is stopped by."""
+    """Return the participle for a signal, such as "terminated"; None for a signal that does not stop a run."""
     return _WORDS.get(number)
 
 
 def signal_in(reason: str) -> int | None:
-    """The signal that a run was stopped by, from how `Interrupted` begins; None for another reason."""
+    """Return the signal in the message of an `Interrupted`, or None for any other reason."""
     return next((number for number, word in _WORDS.items() if reason.startswith(f"{word} after")), None)
 
 
 class Interruption:
-    """Handles the signals while it is entered; does nothing outside the main thread, where Python forbids it.
+    """Context manager that handles the signals. It does nothing outside the main thread, as Python requires.
 
     Attributes:
-        requested: the number of the signal that asked for the stop, or None.
+        requested: the signal that requested the stop, or None.
     """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self.requested: int | None = None
         self._announce = announce
         self._graceful = False
-        self._heard = False
-        self._before: dict[int, Any] = {}
+        self._received = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in _WORDS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                    self._before[number] = signal.signal(number, self._handle)
+                    self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._previous_handlers.clear()
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
-        """Inside, the first signal only sets `requested`; outside there is nothing to save, and it stops at once."""
+        """Within the block, the first signal only sets `requested`. Elsewhere, it stops at once."""
         self._graceful = True
         try:
             yield
@@ -75,15 +75,15 @@ class Interruption:
             self._graceful = False
 
     def heard_elsewhere(self, number: int) -> None:
-        """Another process of the run has been asked to stop: so is this one; a first signal of its own is no second."""
+        """Stop this process like another one of the run. Its own first signal does not count as a second one."""
         self.requested = self.requested or number
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._graceful and not self._heard:
-            self._heard = True
+        if self._graceful and not self._received:
+            self._received = True
             self.requested = self.requested or number
-            with suppress(RuntimeError):  # Python forbids to print while the print it interrupted is under way
-                self._announce("stopping after this step and saving; once more stops at once, at the checkpoint before")
+            with suppress(RuntimeError):  # Python does not allow printing if the signal interrupted a print
+                self._announce("stopping after this step and saving; a second signal stops at once, without saving")
             return
         # Not an Exception: a library's `except Exception` must not swallow it.
         if number == signal.SIGINT:

@@ -1,6 +1,6 @@
-"""status.json: whether a run goes on, is over, or was stopped; with the process, so that a killed run can be told.
+"""status.json: the state of a run and its process, from which a killed run is recognised.
 
-A process that is killed leaves `running` behind, and its number belongs to nobody, or to a process that began later.
+A killed process leaves the state `running`. Its number then belongs to no process, or to one that started later.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ State = Literal["running", "finished", "interrupted", "failed", "killed"]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands."""
+    """The state of a run."""
 
-    state: State  # `killed` is never written: it is what `read_status` makes of `running` without its process
+    state: State  # `killed` is never written: `read_status` returns it for `running` without a process
     total_steps: int
-    step: int  # optimizer steps done when the state was written
-    # process, host: number of the process that trains, and the name of its machine
+    step: int  # optimizer steps done at the last change
+    # process, host: number of the training process, and the name of its machine
     process: int
     host: str
     # began, changed: times, ISO 8601 in UTC
     began: str
     changed: str
-    reason: str = ""  # why it did not finish; empty where it did
-    # process_start, launcher_start: of the process, and of the one that started it, what `system.process_start` returns
+    reason: str = ""  # why the run did not finish, or ""
+    # process_start, launcher_start: `system.process_start` of the process and of the process that started it
     process_start: str | None = None
     launcher_start: str | None = None
 
 
 @contextmanager
 def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], int]) -> Iterator[None]:
-    """Inside, the run is `running`; afterwards `finished`, `interrupted` or `failed`.
+    """Record the state `running` for the block, and then `finished`, `interrupted` or `failed`.
 
     Raises:
-        ResourceError: status.json cannot be written at the beginning or after a good end.
+        ResourceError: status.json cannot be written at the start, or at the end of a finished run.
     """
     began = _now()
     status = RunStatus(
@@ -71,11 +71,11 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
     try:
         yield
     except BaseException as error:
-        # What went wrong matters more than that it cannot be written down.
+        # The error matters more than a status that cannot be written.
         with suppress(BackhandError, OSError):
             reason = str(error) or type(error).__name__
             if by_signal(error):
-                reason = "stopped at once by a signal; what came after the last checkpoint is lost"
+                reason = "stopped at once by a signal; steps after the last checkpoint are lost"
             stopped = isinstance(error, Interrupted) or by_signal(error)
             write("interrupted" if stopped else "failed", reason)
         raise
@@ -83,13 +83,13 @@ def status_kept(directory: RunDirectory, total_steps: int, step: Callable[[], in
 
 
 def by_signal(error: BaseException) -> bool:
-    """Whether a signal ended the run at once, a second one as a rule, see `Interruption`."""
+    """Return True if a signal ended the run at once, usually a second one; see `Interruption`."""
     code = error.code if isinstance(error, SystemExit) else None
     return isinstance(error, KeyboardInterrupt) or (isinstance(code, int) and code > 128)
 
 
 def read_status(run: Path) -> RunStatus | None:
-    """The status of a run, `killed` where its process is gone; None where there is none to read."""
+    """Return the status of a run, or None if there is no readable one. The state is `killed` if its process is gone."""
     path = run / STATUS
     try:
         status = read_json(path, RunStatus)
@@ -97,12 +97,12 @@ def read_status(run: Path) -> RunStatus | None:
         return None
     # Nothing is known of a process on another machine that shares the disk.
     if status.state == "running" and status.host == platform.node() and not _is_running(status):
-        return replace(status, state="killed", reason="its process ended without a word")
+        return replace(status, state="killed", reason="its process ended without a message")
     return status
 
 
 def _is_running(status: RunStatus) -> bool:
-    """Return True if the process exists, and is not a later one with the same number."""
+    """Return True if the process exists and is not a later one with the same number."""
     return exists(status.process) and status.process_start in (None, process_start(status.process))
 
 

@@ -1,5 +1,5 @@
 "use strict";
-// Keeps an open page up to date while the run trains, and asks base and adapter a prompt.
+// Updates an open page while the run trains, and sends prompts to base and adapter.
 
 (() => {
   const EVERY_MS = 2000;
@@ -8,7 +8,7 @@
   let version = box.dataset.version;
   let asking = false;
 
-  // What differs between two specifications besides the data needs a new drawing; new data alone does not.
+  // A chart is drawn again only if something other than its data has changed.
   const known = new Map(Object.entries(charts).map(([id, spec]) => [id, shape(spec)]));
   function shape(spec) { return JSON.stringify({ ...spec, data: null }); }
 
@@ -33,7 +33,7 @@
     version = page.getElementById("try").dataset.version;
   }
 
-  // A section with new text, the charts that are drawn already, and its parts opened as they were.
+  // Replaces a section's text, and keeps the drawn charts and the opened details.
   function replace(section) {
     const old = document.getElementById(section.id);
     for (const place of section.querySelectorAll(".chart")) {
