@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from backhand.errors import ResourceError
-from backhand.files import FileLayer, resource_error, saving, staged, write_file
+from backhand.files import FileLayer, resource_error, save_errors, staged, write_file
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_saved_is_on_the_disk_before_it_is_relied_on(tmp_path: Path, mon
 
 def test_a_directory_that_is_gone_is_no_full_disk(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(ResourceError) as caught, saving("metrics.jsonl", run, 239):
+    with pytest.raises(ResourceError) as caught, save_errors("metrics.jsonl", run, 239):
         write_file(FileLayer(), run / "metrics.jsonl", b"x")
     assert caught.value.where == str(run)
     assert "it was removed or renamed while this command ran" in str(caught.value.why)

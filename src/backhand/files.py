@@ -150,7 +150,7 @@ def remove_tree(files: FileLayer, path: Path) -> None:
 
 
 @contextmanager
-def saving(
+def save_errors(
     what: str, path: Path, needed_bytes: int, *, again: str = "run the same command with --resume"
 ) -> Iterator[None]:
     """Convert an OSError while saving into a BackhandError that gives the bytes needed and free.
@@ -166,7 +166,7 @@ def saving(
 
 
 @contextmanager
-def taking_directory(path: Path) -> Iterator[None]:
+def directory_errors(path: Path) -> Iterator[None]:
     """Convert an OSError while a run directory is created, read or locked into a BackhandError.
 
     Raises:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backhand.errors import BackhandError
-from backhand.files import FileLayer, make_directory, replace_file, replaceable_mode, saving
+from backhand.files import FileLayer, make_directory, replace_file, replaceable_mode, save_errors
 from backhand.printing import say
 from backhand.report.comparison import comparison_page
 from backhand.report.options import ReportOptions
@@ -87,5 +87,5 @@ def write_page(target: Path, page: bytes) -> None:
         ResourceError: it cannot be written.
     """
     replaceable_mode(target)
-    with saving("the report", target.parent, len(page), again="write it with `backhand report`"):
+    with save_errors("the report", target.parent, len(page), again="write it with `backhand report`"):
         replace_file(FileLayer(), target, page)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.files import FileLayer, remove_tree, replace_file, saving
+from backhand.files import FileLayer, remove_tree, replace_file, save_errors
 from backhand.json_shape import ShapeError, convert
 from backhand.reading import open_plain, read_json, read_settings
 from backhand.runs.directory import put_directory
@@ -62,7 +62,7 @@ class CheckpointStore:
         needed = sum(map(len, contents.values())) + len(manifest)
         place, process = f"step-{step}", os.getpid()
         final, temporary, old = (self.directory / name for name in (place, f".tmp-{place}-{process}", f"{place}.old"))
-        with saving(f"the checkpoint of step {step}", self.directory, needed):
+        with save_errors(f"the checkpoint of step {step}", self.directory, needed):
             put_directory(self.files, final, {**contents, MANIFEST: manifest}, temporary, old)
             replace_file(self.files, self.directory / LATEST, f"{place}\n".encode())
 
@@ -77,7 +77,7 @@ class CheckpointStore:
         steps = sorted({step for step, _ in self._candidates() if step <= newest}, reverse=True)
         for step in steps[keep:]:
             if step not in protected:
-                with saving("the list of checkpoints", self.directory, 0):
+                with save_errors("the list of checkpoints", self.directory, 0):
                     self._remove(f"step-{step}.old")
                     self._remove(f"step-{step}")
 
@@ -92,7 +92,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove the leftovers of an interrupted save or removal. Raises ResourceError."""
-        with saving("the list of checkpoints", self.directory, 0):
+        with save_errors("the list of checkpoints", self.directory, 0):
             for path in sorted(self.directory.iterdir()):
                 # A directory named `latest` could not be replaced by a file atomically.
                 if path.name.startswith(".tmp-") or (path.name == LATEST and path.is_dir()):

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from backhand.errors import UsageError, not_utf8
 from backhand.files import (
     FileLayer,
+    directory_errors,
     remove_tree,
     replace_file,
-    saving,
+    save_errors,
     sync_file,
-    taking_directory,
     write_all,
     write_file,
 )
@@ -70,7 +70,7 @@ class RunDirectory:
         Raises:
             ResourceError: a file cannot be moved.
         """
-        with saving("the run directory", self.path, 0):
+        with save_errors("the run directory", self.path, 0):
             self._remove_temporary()
             names = [name for name in OWNED if (self.path / name).exists()]
             if not names:
@@ -83,7 +83,7 @@ class RunDirectory:
 
     def settle(self) -> None:
         """Remove the replaced run, once the new run has a checkpoint. Raises ResourceError."""
-        with saving("the run directory", self.path, 0):
+        with save_errors("the run directory", self.path, 0):
             if (self.path / REPLACED).exists():
                 remove_tree(self.files, self.path / REPLACED)
 
@@ -93,7 +93,7 @@ class RunDirectory:
         Raises:
             ResourceError: a file cannot be moved.
         """
-        with saving("the run directory", self.path, 0):
+        with save_errors("the run directory", self.path, 0):
             if (self.path / REPLACED).exists():
                 if self._has_checkpoint():
                     remove_tree(self.files, self.path / REPLACED)
@@ -124,7 +124,7 @@ class RunDirectory:
         Raises:
             ResourceError: a file cannot be removed or written.
         """
-        with saving("the run directory", self.path, 0):
+        with save_errors("the run directory", self.path, 0):
             self._remove_temporary()
             proofs = self.path / PROOFS
             torn = proofs.exists() and not read_plain(proofs).endswith(b"\n")
@@ -139,13 +139,13 @@ class RunDirectory:
     def write(self, name: str, text: str) -> None:
         """Replace a file atomically. Raises ResourceError."""
         data = text.encode("utf-8")
-        with saving(name, self.path, len(data)):
+        with save_errors(name, self.path, len(data)):
             replace_file(self.files, self.path / name, data)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a JSON line. Raises ResourceError."""
         data = (json.dumps(record, ensure_ascii=False, allow_nan=True) + "\n").encode("utf-8")
-        with saving(name, self.path, len(data)):
+        with save_errors(name, self.path, len(data)):
             descriptor = self.files.open_to_append(self.path / name)
             try:
                 write_all(self.files, descriptor, data)
@@ -192,20 +192,20 @@ class RunDirectory:
             ResourceError: the disk fails.
         """
         for name in (METRICS, PROOFS):
-            with saving(name, self.path, 0):
+            with save_errors(name, self.path, 0):
                 sync_file(self.files, self.path / name)
-        with saving("the run directory", self.path, 0):
+        with save_errors("the run directory", self.path, 0):
             self.files.sync_directory(self.path)
 
     def publish_adapter(self, contents: Mapping[str, bytes]) -> None:
         """Replace `adapter/` by these files, all at once. Raises ResourceError."""
         temporary, old = self.path / f".tmp-adapter-{os.getpid()}", self.path / f".tmp-old-adapter-{os.getpid()}"
-        with saving("the adapter", self.path, sum(map(len, contents.values()))):
+        with save_errors("the adapter", self.path, sum(map(len, contents.values()))):
             put_directory(self.files, self.adapter, contents, temporary, old)
 
     def make_checkpoints(self) -> None:
         """Create `checkpoints/` if it does not exist. Raises ResourceError."""
-        with saving("the list of checkpoints", self.path, 0):
+        with save_errors("the list of checkpoints", self.path, 0):
             if not self.checkpoints.exists():
                 self.files.make_directory(self.checkpoints)
                 self.files.sync_directory(self.path)
@@ -258,7 +258,7 @@ def opened(output: Path, *, resume: bool, overwrite: bool, files: FileLayer | No
         _check_contents(path, resume=resume, overwrite=overwrite)
     elif resume:
         raise UsageError(f"there is no run in {output}", where="output", next_step="leave out --resume")
-    with taking_directory(path):
+    with directory_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)
     try:
@@ -321,7 +321,7 @@ def _real_directory(output: Path) -> Path:
 
 
 def _check_contents(path: Path, *, resume: bool, overwrite: bool) -> None:
-    with taking_directory(path):
+    with directory_errors(path):
         names = sorted(child.name for child in path.iterdir())
     children = [name for name in names if name != LOCK and not name.startswith(TEMPORARY)]
     replaced = any(name in (REPLACED, _MOVING) for name in names)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.files import FileLayer, saving, write_all
+from backhand.files import FileLayer, save_errors, write_all
 from backhand.reading import MAX_TABLES_BYTES, read_plain
 from backhand.system import NO_LINK, PLAIN
 
@@ -48,7 +48,7 @@ class Journal:
         """Append records and sync the file. Raises ResourceError."""
         lines = [json.dumps(log, separators=(",", ":")) for log in logs]
         data = "".join(f"{line}\n" for line in lines).encode()
-        with saving("the study", self._path.parent, len(data)):
+        with save_errors("the study", self._path.parent, len(data)):
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | NO_LINK | PLAIN, 0o666)
             try:
                 if self._half_line:

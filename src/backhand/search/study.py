@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.errors import BackhandError, UsageError, first_line
-from backhand.files import make_directory, taking_directory
+from backhand.files import directory_errors, make_directory
 from backhand.search.journal import Journal, damaged_study
 from backhand.search.space import Dimension, Values
 from backhand.system import PLAIN, install, lock
@@ -269,5 +269,5 @@ def _is_figure(value: Any) -> bool:
 
 
 def _open(path: Path) -> int:
-    with taking_directory(path.parent):
+    with directory_errors(path.parent):
         return os.open(path, os.O_RDWR | os.O_CREAT | PLAIN, 0o666)
