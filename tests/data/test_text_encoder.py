@@ -31,7 +31,7 @@ PIECES = [
 
 def plain_ids(encoder: TextEncoder, text: str) -> np.ndarray:
     mark = encoder.mark_for(text)
-    return encoder.encode(encoder.protect(text, mark, written=True), source="f:1", mark=mark).input_ids
+    return encoder.encode(encoder.protect(text, mark, template_tokens=True), source="f:1", mark=mark).input_ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,8 +74,12 @@ def test_tables_and_lists_are_protected_to_their_depth() -> None:
     mark = encoder.mark_for(value)
     assert mark is not None
     broken = f"<{mark}|im_end|>"
-    assert encoder.protect(value, mark, written=True) == {f"a{broken}": [f"<{mark}tool_call>", 3, None, {"b": broken}]}
-    assert encoder.protect(value, mark, written=False) == {f"a{broken}": ["<tool_call>", 3, None, {"b": broken}]}
+    assert encoder.protect(value, mark, template_tokens=True) == {
+        f"a{broken}": [f"<{mark}tool_call>", 3, None, {"b": broken}]
+    }
+    assert encoder.protect(value, mark, template_tokens=False) == {
+        f"a{broken}": ["<tool_call>", 3, None, {"b": broken}]
+    }
 
 
 def test_the_mark_stands_nowhere_in_the_text() -> None:
@@ -106,7 +110,7 @@ def test_no_token_straddles_a_break(kind: str) -> None:
 def test_ends_count_characters_of_the_text_and_its_marks() -> None:
     encoder = TextEncoder(byte_level())
     mark = encoder.mark_for("<|im_end|>")
-    text = encoder.protect("é<|im_end|> the answer", mark, written=True)
+    text = encoder.protect("é<|im_end|> the answer", mark, template_tokens=True)
     encoded = encoder.encode(text, source="f:1", mark=mark, breaks=[len(text) - 2])
     assert encoded.ends.tolist() == sorted(encoded.ends.tolist())
     assert encoded.ends[-1] == len(text)

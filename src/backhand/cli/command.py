@@ -188,15 +188,15 @@ def _words_in_file(base: Any, by_name: Mapping[str, OptionField]) -> dict[str, A
 
 
 def _parameter(
-    name: str, hint: Any, said: Parameter, default: Any, kind: Any = inspect.Parameter.KEYWORD_ONLY
+    name: str, hint: Any, parameter: Parameter, default: Any, kind: Any = inspect.Parameter.KEYWORD_ONLY
 ) -> inspect.Parameter:
-    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, said])
+    return inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, parameter])
 
 
 def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parameter:
     default = field.default  # displayed as typed: the words of a tuple separated by spaces
     silent = default in (None, (), {}, "") or default is MISSING or default is False
-    said = Parameter(
+    parameter = Parameter(
         name=(field.option, *field.also) if field.also else None,
         help=_help(field, names),
         group=group,
@@ -207,7 +207,7 @@ def _option(field: OptionField, group: Group, names: Set[str]) -> inspect.Parame
         show_default=False if silent else " ".join(map(str, default)) if isinstance(default, tuple) else str(default),
         metavar=_metavar(field),
     )
-    return _parameter(field.name, _typed_on_command_line(field), said, _default_on_command_line(field))
+    return _parameter(field.name, _typed_on_command_line(field), parameter, _default_on_command_line(field))
 
 
 _FOR_A_FRACTION = {

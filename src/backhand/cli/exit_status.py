@@ -170,20 +170,20 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     return f"{message} No tracker is the default: leave --report-to out." if none else message
 
 
-def _unknown_option(error: cyclopts.UnknownOptionError, written: str, value: str, options: Set[str]) -> str:
+def _unknown_option(error: cyclopts.UnknownOptionError, typed: str, value: str, options: Set[str]) -> str:
     """Explain an unknown option: by its equivalent if it is another tool's, otherwise with the parser's suggestion."""
     from cyclopts import Token
 
     from backhand.cli.option_fields import as_option
     from backhand.options.other_names import HERE, NOT_NEEDED, translate_option
 
-    if meant := translate_option(written, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
+    if meant := translate_option(typed, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
         near = meant.removeprefix(HERE)
         suggestion = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
-        return f"Unknown option: {written}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
-    if meant := translate_option(written, as_option, value=value):
-        return f"Unknown option: {written}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
-    error.token = Token(keyword=written, source="cli")
+        return f"Unknown option: {typed}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
+    if meant := translate_option(typed, as_option, value=value):
+        return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
+    error.token = Token(keyword=typed, source="cli")
     return str(error).strip()
 
 

@@ -82,16 +82,16 @@ def _main(words: list[str]) -> int:
     try:
         open_missing_streams()
         accept_any_text()
-        with _signals_unwind(interrupted), ExitStack() as around:
-            given = words[1:] if words[:1] == ["--debug"] else words
+        with _signals_unwind(interrupted), ExitStack() as stack:
+            command_words = words[1:] if words[:1] == ["--debug"] else words
             # Started before the imports of the command, which take time.
-            around.enter_context(never_silent(given[0] if given else ""))
-            if "--quiet" in given or is_secondary_process():
-                around.enter_context(may_be_silent())
-            if sorted(given) == ["--verbose", "--version"]:
+            stack.enter_context(never_silent(command_words[0] if command_words else ""))
+            if "--quiet" in command_words or is_secondary_process():
+                stack.enter_context(may_be_silent())
+            if sorted(command_words) == ["--verbose", "--version"]:
                 print(_verbose_version(), flush=True)
                 return 0
-            result = make_app()(_values_joined(given))
+            result = make_app()(_values_joined(command_words))
             # The result is None for help and version, which are printed already.
             code = 0 if result is None else run_prepared(result)
             sys.stdout.flush()
@@ -104,12 +104,12 @@ def run_prepared(prepared: Prepared) -> int:
     """Run a parsed command and return its exit code. Errors about an option name the place where it was written."""
     _check_directory()
     show_what_libraries_say()
-    with ExitStack() as around:
-        around.enter_context(adaptive_spinning())
+    with ExitStack() as stack:
+        stack.enter_context(adaptive_spinning())
         if prepared.report_of is not None:
             from backhand.report.command import report_kept
 
-            around.enter_context(report_kept(prepared.report_of))
+            stack.enter_context(report_kept(prepared.report_of))
         try:
             result = prepared.function()
         except UsageError as error:

@@ -68,10 +68,10 @@ def option_fields(options: type, section: tuple[str, ...] = ()) -> tuple[OptionF
             Path(inspect.getfile(options)).open("rb").close()  # the parser hides that the source is unreadable
             raise TypeError(f"{options.__name__}.{field.name} has no docstring under it")
         default = field.default_factory() if callable(field.default_factory) else field.default
-        said = hints_of(options)[field.name]
-        text = f"{docs[field.name]} {sentence_of(said)}".rstrip()
-        also = tuple(rule.option for rule in split_hint(said)[1] if isinstance(rule, Also))
-        collected.append(OptionField(field.name, section, title, hint, default, text, parse_of(said), also))
+        rules = hints_of(options)[field.name]
+        text = f"{docs[field.name]} {sentence_of(rules)}".rstrip()
+        also = tuple(rule.option for rule in split_hint(rules)[1] if isinstance(rule, Also))
+        collected.append(OptionField(field.name, section, title, hint, default, text, parse_of(rules), also))
     names = [field.name for field in collected]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TypeError(f"{options.__name__} has two fields named {', '.join(sorted(twice))}")

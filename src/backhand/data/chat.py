@@ -57,8 +57,11 @@ def read_template(option: str | None, tokenizer: Any) -> str | None:
         UsageError: the option is neither a file nor a template.
     """
     if option is None:
-        own = tokenizer.chat_template
-        return own if own is None or isinstance(own, str) else own.get("default", next(iter(own.values()), None))
+        templates: Any = tokenizer.chat_template
+        if templates is None or isinstance(templates, str):
+            return templates
+        template: str | None = templates.get("default", next(iter(templates.values()), None))
+        return template
     if option.strip().lower() == NO_TEMPLATE:
         return None
     if "{%" in option or "{{" in option:
@@ -203,9 +206,9 @@ class ChatRenderer:
             return conversation, None
         protect = self._encoder.protect
         messages = tuple(
-            protect(message, mark, written=message["role"] != "assistant") for message in conversation.messages
+            protect(message, mark, template_tokens=message["role"] != "assistant") for message in conversation.messages
         )
-        tools = None if conversation.tools is None else tuple(protect(conversation.tools, mark, written=True))
+        tools = None if conversation.tools is None else tuple(protect(conversation.tools, mark, template_tokens=True))
         return replace(conversation, messages=messages, tools=tools), mark
 
     def _turn(self, conversation: Conversation, index: int) -> tuple[str, int, int] | None:
@@ -340,9 +343,9 @@ class ChatRenderer:
 
     def _template_for(self, tools: list[Any] | None) -> str:
         """Return the template for these tools: a tokenizer may have a second one for conversations with tools."""
-        own = self._tokenizer.chat_template
-        if tools and not self._from_option and isinstance(own, dict) and "tool_use" in own:
-            return str(own["tool_use"])
+        templates = self._tokenizer.chat_template
+        if tools and not self._from_option and isinstance(templates, dict) and "tool_use" in templates:
+            return str(templates["tool_use"])
         return self._template
 
     def _template_error(self, error: Exception, source: str) -> BackhandError:

@@ -124,13 +124,13 @@ class RowRenderer:
                 conversation, messages=conversation.messages[:last], supervised=conversation.supervised[:last]
             )
             return self._renderer(row).prompt(before), str(conversation.messages[last]["content"])
-        return prompt_document, self._said(document)
+        return prompt_document, self._decode_reply(document)
 
-    def _said(self, document: Document) -> str:
+    def _decode_reply(self, document: Document) -> str:
         """Decode a reply from its tokens, as completions are decoded at generation."""
         example = encode_document(document, self.encoder)
-        said = example.input_ids[example.supervised].tolist()
-        return str(self._tokenizer.decode(said, skip_special_tokens=True)).strip()
+        ids = example.input_ids[example.supervised].tolist()
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def notes(self) -> tuple[str, ...]:
         """Return one sentence per event of rendering that the user should know."""
@@ -183,7 +183,7 @@ class RowRenderer:
         completion = row.completion or ""
         mark = None if self._rendered_already else self.encoder.mark_for(prompt, completion)
         protect = self.encoder.protect
-        return protect(prompt, mark, written=False), protect(completion, mark, written=False), mark
+        return protect(prompt, mark, template_tokens=False), protect(completion, mark, template_tokens=False), mark
 
     def _ends_with_eos(self, text: str) -> bool:
         eos = self.encoder.eos

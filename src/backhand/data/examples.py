@@ -157,5 +157,7 @@ def check_vocabulary(rows: Iterable[tuple[TokenIds, str]], vocab_size: int, toke
 
 def _straddled(text: str, ends: npt.NDArray[np.int32], places: Iterable[int]) -> list[int]:
     """Return the places at which no token ends. Places inside white space count, since offsets may be trimmed."""
-    found = set(ends.tolist())
-    return [place for place in places if place not in found or (text[place - 1].isspace() and text[place].isspace())]
+    token_ends = set(ends.tolist())
+    return [
+        place for place in places if place not in token_ends or (text[place - 1].isspace() and text[place].isspace())
+    ]

@@ -39,8 +39,8 @@ def read_gym(name: str) -> Iterator[RawRow]:
         DataError: there is no such task, or it has no such setting.
     """
     reasoning_gym = _needed("reasoning_gym", "these rows need the package", "rewards", name)
-    task, _, given = name.removeprefix(GYM).partition(":")
-    settings = dict(map(named_value, filter(None, given.split(","))))
+    task, _, settings_text = name.removeprefix(GYM).partition(":")
+    settings = dict(map(named_value, filter(None, settings_text.split(","))))
     try:
         entries = reasoning_gym.create_dataset(task, **{"seed": 0, "size": 500, **settings})
         for number in range(len(entries)):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from backhand.data.column_hints import ClassColumns
-from backhand.data.forms import _PREFERENCE, Form, detect
+from backhand.data.forms import PREFERENCE, Form, detect
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.data.rows import Completion, Conversation, Pair, PlainText, PromptRow, Purpose, Row, UnpairedRow
@@ -131,8 +131,8 @@ def _read_completion(columns: Sequence[str], values: Mapping[str, Any], source: 
 
 def _under_usual_names(form: Form, raw: RawRow) -> Mapping[str, Any]:
     """Return a row's columns, with the form's own name of the system message replaced with `system`."""
-    own = None if form.system is None else _optional(raw.values, form.system, raw.source)
-    if own is None:
+    system = None if form.system is None else _optional(raw.values, form.system, raw.source)
+    if system is None:
         return raw.values
     if raw.values.get("system") is not None:
         raise DataError(
@@ -140,7 +140,7 @@ def _under_usual_names(form: Form, raw: RawRow) -> Mapping[str, Any]:
             where=raw.source,
             next_step="keep one of these columns",
         )
-    return {**raw.values, "system": own}
+    return {**raw.values, "system": system}
 
 
 def _read_instruction(form: Form, values: Mapping[str, Any], source: str) -> Completion:
@@ -156,12 +156,12 @@ def _read_instruction(form: Form, values: Mapping[str, Any], source: str) -> Com
 
 def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
     """Read a pair. Its prompt is in a column of its own, or is the common beginning of both sides."""
-    chosen, rejected = (values[column] for column in _PREFERENCE)
-    prompt = values[form.columns[0]] if len(form.columns) > len(_PREFERENCE) else None
+    chosen, rejected = (values[column] for column in PREFERENCE)
+    prompt = values[form.columns[0]] if len(form.columns) > len(PREFERENCE) else None
     if isinstance(chosen, list) != isinstance(rejected, list):
         raise DataError("one of chosen and rejected is text, the other a list of messages", where=source)
     if not isinstance(chosen, list):
-        chosen, rejected = (_text(values, column, source) for column in _PREFERENCE)
+        chosen, rejected = (_text(values, column, source) for column in PREFERENCE)
         if prompt is None:
             begin = _common_text(chosen, rejected, source)
             values = {**values, "prompt": chosen[:begin], "chosen": chosen[begin:], "rejected": rejected[begin:]}
@@ -169,11 +169,11 @@ def _read_pair(form: Form, values: Mapping[str, Any], source: str) -> Pair:
         values = {**values, form.columns[0]: [{"role": "user", "content": prompt}]}
     elif not isinstance(prompt, list) or all(prompt and side[: len(prompt)] == prompt for side in (chosen, rejected)):
         # Both sides contain the whole conversation, so an additional prompt is not prepended.
-        one, other = (read_conversation(column, values[column], values, source) for column in _PREFERENCE)
+        one, other = (read_conversation(column, values[column], values, source) for column in PREFERENCE)
         begin = _common_messages(one, other, source)
         return Pair(_supervised_from(one, begin), _supervised_from(other, begin), source)
     column = form.columns[0] if prompt is not None else "prompt"
-    good, bad = (_read_completion((column, side), values, source) for side in _PREFERENCE)
+    good, bad = (_read_completion((column, side), values, source) for side in PREFERENCE)
     return Pair(good, bad, source)
 
 
@@ -225,14 +225,14 @@ def _no_prompt(common: str, source: str) -> DataError:
 
 
 def _label(value: object, column: str, source: str) -> bool:
-    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
-    if found is None:
+    label = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if label is None:
         raise DataError(
             f"{column} is {describe(value)}, neither true nor false",
             where=source,
             next_step="write true for a desirable answer, false for an undesirable one",
         )
-    return found
+    return label
 
 
 def _text(values: Mapping[str, Any], column: str, source: str) -> str:

@@ -70,13 +70,13 @@ PROMPT_FORMS = (
 )
 """Forms of rows without an answer, which can be generated from but not trained on."""
 
-_PREFERENCE = ("chosen", "rejected")
+PREFERENCE = ("chosen", "rejected")
 _BOTH = (("prompt", "completion"), ("completion", "prompt"))
 
 PAIR_FORMS = (
-    Form(("prompt", *_PREFERENCE), "pair"),
-    Form(("question", *_PREFERENCE), "pair"),
-    Form(_PREFERENCE, "pair"),
+    Form(("prompt", *PREFERENCE), "pair"),
+    Form(("question", *PREFERENCE), "pair"),
+    Form(PREFERENCE, "pair"),
 )
 UNPAIRED_FORMS = (Form(("prompt", "completion", "label"), "labelled"),)
 """TRL's forms, for DPO and related objectives (`PAIR_FORMS`) and for KTO. In the last pair form, both sides start with
@@ -110,12 +110,12 @@ def detect(
     required = frozenset(given)
     present = frozenset(name for name, value in raw.values.items() if value is not None)
     if purpose is None:
-        purpose = "pairs" if present.issuperset(_PREFERENCE) and required <= {"prompt"} else "answers"
+        purpose = "pairs" if present.issuperset(PREFERENCE) and required <= {"prompt"} else "answers"
     if purpose in _SPECIAL:
         forms, what = _SPECIAL[purpose]
-        found = next((form for form in forms if required <= {*form.columns} <= present), None)
-        if found is not None:
-            return found
+        match = next((form for form in forms if required <= {*form.columns} <= present), None)
+        if match is not None:
+            return match
         _check_named(required, forms, present, raw.source)
         raise DataError(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
@@ -125,11 +125,11 @@ def detect(
         )
     for form in FORMS + PROMPT_FORMS if allow_prompts else FORMS:
         if required <= {*form.columns} <= present:
-            if len(form.columns) == 1 and not required and present.issuperset(_PREFERENCE):
+            if len(form.columns) == 1 and not required and present.issuperset(PREFERENCE):
                 break
             return form
     _check_named(required, FORMS, present, raw.source)
-    if present.issuperset(_PREFERENCE):
+    if present.issuperset(PREFERENCE):
         alone = "prompt" not in present and isinstance(raw.values["chosen"], list)
         raise DataError(
             "these are preference pairs (chosen, rejected)",

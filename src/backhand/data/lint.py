@@ -150,7 +150,7 @@ def lint(
         replace(options, skip_bad=True), tokenizer, seed=seed, purpose=purpose, bad=bad, truncation=truncation
     )
     documents = train.examples.documents
-    found: list[tuple[Any, ...]] = [
+    problems: list[tuple[Any, ...]] = [
         ("truncated", truncation.truncated, options.max_length),
         ("too_long", truncation.dropped_long),
         ("unsupervised", truncation.dropped_unsupervised),
@@ -158,19 +158,19 @@ def lint(
         *_in_rows(train.examples),
     ]
     spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())
-    found += [("spelling", places, what) for what, places in spellings]
+    problems += [("spelling", places, what) for what, places in spellings]
     not_checked = {}
     if held_out is None:
         not_checked["overlap"] = "no held-out rows"
     else:
-        found.append(("overlap", [example.source for example in overlap(train.examples, held_out.examples)]))
+        problems.append(("overlap", [example.source for example in overlap(train.examples, held_out.examples)]))
     if context_length is None:
         not_checked["context"] = "the model does not state it"
     else:
         long = documents.take(documents.column("tokens") > context_length)
-        found.append(("context", [document.source for document in long], context_length))
+        problems.append(("context", [document.source for document in long], context_length))
     malformed = _malformed(bad, "warning" if options.skip_bad else "error")
-    findings = [*malformed, *(_finding(*one) for one in found if one[1])]
+    findings = [*malformed, *(_finding(*one) for one in problems if one[1])]
     columns = {"tokens": "tokens", "supervised tokens": "supervised"}
     report = LintReport(
         train=train.report,
@@ -195,10 +195,10 @@ def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
     return findings
 
 
-def _finding(kind: str, places: list[str], *said: object) -> Finding:
+def _finding(kind: str, places: list[str], *values: object) -> Finding:
     check, count = CHECKS[kind], len(places)
-    what = f"{count_of(count, 'document')} {check.what.format(*said)}"
-    return Finding(kind, "warning", count, what, tuple(places[:SHOWN_PLACES]), check.remedy.format(*said))
+    what = f"{count_of(count, 'document')} {check.what.format(*values)}"
+    return Finding(kind, "warning", count, what, tuple(places[:SHOWN_PLACES]), check.remedy.format(*values))
 
 
 def _in_rows(examples: StoredExamples) -> list[tuple[Any, ...]]:

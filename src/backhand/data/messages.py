@@ -98,8 +98,8 @@ def _read_message(name: str, item: object, source: str) -> tuple[Message, bool]:
         if item.get(key) is not None:
             message[key] = item[key]
     thoughts = (item[key] for key in _OTHER_THOUGHTS if isinstance(item.get(key), str))
-    if "reasoning_content" not in message and (found := next(thoughts, None)) is not None:
-        message["reasoning_content"] = found
+    if "reasoning_content" not in message and (text := next(thoughts, None)) is not None:
+        message["reasoning_content"] = text
     legacy = item.get("function_call")  # OpenAI's older form of one call
     calls = message.pop("tool_calls", None) or (None if legacy is None else [legacy])
     if calls:

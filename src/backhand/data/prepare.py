@@ -20,7 +20,7 @@ from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.held_out import default_held_out_share, overlap, split
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
 from backhand.data.raw_rows import RowErrors
-from backhand.data.row_pipeline import PendingRow, _Reading
+from backhand.data.row_pipeline import PendingRow, RowPipeline
 from backhand.data.rows import (
     Pair,
     PromptRow,
@@ -104,8 +104,7 @@ def prepare(
         held_out = read(held_out_files, held_out=True)
     elif options.eval_fraction is None and purpose != "prompts" and (share := default_held_out_share(train)):
         train, held_out = split(train, share, seed)
-        said = "drawn at random with the seed; --eval-fraction 0 trains on these too"
-        held_out = held_out.with_note(said)
+        held_out = held_out.with_note("drawn at random with the seed; --eval-fraction 0 trains on these too")
     if held_out is not None:
         shared = overlap(train.examples, held_out.examples)
         if shared:
@@ -139,22 +138,20 @@ def read_examples(
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     writer = ExampleWriter()
     bad = RowErrors(options.skip_bad) if bad is None else bad
-    truncated_here = TruncationStats()
+    stats = TruncationStats()
 
-    def truncated(made: list[Example], source: str) -> list[Example]:
-        if not made:
-            truncated_here.dropped_unsupervised.append(source)
+    def truncate_all(examples: list[Example], source: str) -> list[Example]:
+        if not examples:
+            stats.dropped_unsupervised.append(source)
         return [
-            example
-            for example in (truncate(example, options, truncated_here) for example in made)
-            if example is not None
+            example for example in (truncate(example, options, stats) for example in examples) if example is not None
         ]
 
     def prompt_example(row: PromptRow, ids: TokenIds) -> list[Example]:
         if not len(ids):
             raise DataError("the prompt is empty", where=row.source)
         if len(ids) >= options.max_length:
-            truncated_here.dropped_long.append(row.source)
+            stats.dropped_long.append(row.source)
             return []
         with_placeholder = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
         return [Example(*with_placeholder, row.source, prompt_row=row)]
@@ -163,8 +160,8 @@ def read_examples(
         if isinstance(row, PromptRow):
             return prompt_example(row, parts[0][0].input_ids)
         if not isinstance(row, Pair | UnpairedRow):
-            return truncated(parts[0], row.source)
-        first, *others = (_only(truncated(part, row.source), row) for part in parts)
+            return truncate_all(parts[0], row.source)
+        first, *others = (_only(truncate_all(part, row.source), row) for part in parts)
         if first is None or None in others:
             return []
         if isinstance(row, UnpairedRow):
@@ -180,10 +177,10 @@ def read_examples(
 
         def finish(encoded: list[Example]) -> None:
             left = iter(encoded)
-            made = examples_of_row(row, [list(islice(left, len(documents))) for documents in each])
-            for example in made:
+            examples = examples_of_row(row, [list(islice(left, len(documents))) for documents in each])
+            for example in examples:
                 writer.add(example)
-            if prompts is not None and prompt_renderer is not None and made:
+            if prompts is not None and prompt_renderer is not None and examples:
                 document, reply = prompt_renderer.prompt(texts[0])
                 ids = encode_document(document, prompt_renderer.encoder).input_ids
                 prompts.append(_as_prompt(document, ids, reply))
@@ -191,47 +188,48 @@ def read_examples(
         return [document for documents in each for document in documents], finish
 
     teaches = options.train_on == "completions" and purpose != "prompts"
-    reading = _Reading(options, options, options.system, bad, purpose, held_out=held_out, teaches=teaches)
-    report = reading.read_into(begin, renderer.encoder, names)
+    pipeline = RowPipeline(options, options, options.system, bad, purpose, held_out=held_out, teaches=teaches)
+    report = pipeline.run(begin, renderer.encoder, names)
     notes = list(renderer.notes())
     if report.empty_answers:
         count = f"{count_of(report.empty_answers, 'row')} of {report.rows:,}"
-        said = "with an empty answer, which teaches the model to answer nothing: fill it in, or remove the row"
-        notes.append(f"{count} {said}")
+        notes.append(
+            f"{count} with an empty answer, which teaches the model to answer nothing: fill it in, or remove the row"
+        )
     report = replace(
         report,
-        truncated=len(truncated_here.truncated),
-        dropped_long=len(truncated_here.dropped_long),
-        dropped_unsupervised=len(truncated_here.dropped_unsupervised),
-        first_cut=truncated_here.firsts,
+        truncated=len(stats.truncated),
+        dropped_long=len(stats.dropped_long),
+        dropped_unsupervised=len(stats.dropped_unsupervised),
+        first_cut=stats.firsts,
         system=report.system if renderer.has_template else None,
         notes=(*notes, *report.notes),
     )
     if truncation is not None:
-        truncation.add(truncated_here)
+        truncation.add(stats)
     examples = writer.stored()
     if not examples:
         raise _nothing_left(report, names, options)
     return with_totals(examples, report)
 
 
-def _only(made: list[Example], row: Pair | UnpairedRow) -> Example | None:
+def _only(examples: list[Example], row: Pair | UnpairedRow) -> Example | None:
     """Return the only document of an answer, or None if it was left out."""
-    if len(made) > 1:
+    if len(examples) > 1:
         raise DataError(
             "an answer of this row becomes several documents, but it is compared as a whole",
             where=row.source,
             why="the chat template rewrites earlier replies, and several of them carry loss",
             next_step="give the earlier turns as the prompt, and the last reply as the answer",
         )
-    return made[0] if made else None
+    return examples[0] if examples else None
 
 
 def check_first_rows(options: DataOptions) -> None:
     """Raise DataError if the first row of a file has no known form. It runs before the model is loaded."""
-    reading = _Reading(options, options, options.system, RowErrors(options.skip_bad), None)
+    pipeline = RowPipeline(options, options, options.system, RowErrors(options.skip_bad), None)
     for name in filter(os.path.isfile, expand(options.data)):  # a pipe can be read only once
-        next(reading.of_file(name)[2], None)
+        next(pipeline.open_file(name)[2], None)
 
 
 def prepare_prompts(
@@ -256,8 +254,8 @@ def prepare_prompts(
         return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply))
 
     bad = RowErrors(rows.skip_bad)
-    reading = _Reading(rows, named or NamedColumns(), template.system, bad, allow_prompts=True)
-    report = reading.read_into(begin, renderer.encoder, rows.data)
+    pipeline = RowPipeline(rows, named or NamedColumns(), template.system, bad, allow_prompts=True)
+    report = pipeline.run(begin, renderer.encoder, rows.data)
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 
 

@@ -66,26 +66,26 @@ def cached(
         if getattr(error, "filename", None) == str(place.parent):
             return make().with_note(f"prepared rows are not cached in {place.parent}: {why}")
         unusable = f"the cached rows in {place} are not used: {why}"
-    made = make()
+    data = make()
     added = [unusable] if unusable else []
     # The files may have been written to while they were read.
     if (
-        not made.report.skipped_bad
-        and not made.examples.prompt_rows
+        not data.report.skipped_bad
+        and not data.examples.prompt_rows
         and _place(options, names, tokenizer, further) == place
     ):
         with suppress(BackhandError, OSError):  # the run needs no cache, so a full or read-only disk is no error
-            added.append(_keep(place, made))
+            added.append(_keep(place, data))
     for note in added:
-        made = made.with_note(note)
-    return made
+        data = data.with_note(note)
+    return data
 
 
-def _keep(place: Path, made: PreparedData) -> str:
+def _keep(place: Path, data: PreparedData) -> str:
     """Write the file and return a note. Raises OSError or BackhandError."""
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows may be confidential
     place.unlink(missing_ok=True)
-    _write(place, made)
+    _write(place, data)
     _make_room(place.parent)
     return f"prepared rows are cached for the next run in {place} ({in_words(place.stat().st_size)})"
 
@@ -172,12 +172,12 @@ def _read(place: Path) -> PreparedData:
         examples = read_examples(file, header.tokens, header.records, digest.update)
     if digest.digest() != stated:
         raise ValueError("its bytes have changed since it was written")
-    found = PreparedData(examples, header.report)
-    if with_totals(found.examples, found.report) != found or header.report.skipped_bad:
+    data = PreparedData(examples, header.report)
+    if with_totals(data.examples, data.report) != data or header.report.skipped_bad:
         raise ValueError("its counts do not match its rows")
     with suppress(OSError):
         os.utime(place)  # marks it as recently used
-    return found
+    return data
 
 
 def _make_room(folder: Path) -> None:

@@ -83,16 +83,16 @@ def latin1_error(source: str, byte: int | None = None) -> DataError:
 
 def strings_of(value: object) -> Iterator[str]:
     """Yield every string inside `value`, including the names of tables, without recursion."""
-    waiting = [value]
-    while waiting:
-        item = waiting.pop()
+    stack = [value]
+    while stack:
+        item = stack.pop()
         if isinstance(item, str):
             yield item
         elif isinstance(item, dict | Mapping):  # checking for dict first is fast, and nearly all tables are dicts
-            waiting.extend(item)
-            waiting.extend(item.values())
+            stack.extend(item)
+            stack.extend(item.values())
         elif isinstance(item, list | tuple):
-            waiting.extend(item)
+            stack.extend(item)
 
 
 def describe(value: object) -> str:

@@ -39,7 +39,7 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 512, 2**17
 """Limits of a batch that is encoded at once, on all cores. A tokenizer needs some 300 bytes per character."""
 
 
-def _in_batches(
+def _encode_in_batches(
     rows: Iterator[Row], most: int | None, begin: Callable[[Row], PendingRow], encoder: TextEncoder, bad: RowErrors
 ) -> Iterator[Row]:
     """Yield the first `most` valid rows, each after its encoded documents were passed on.
@@ -78,7 +78,7 @@ def _in_batches(
 
 
 @dataclass(frozen=True)
-class _Reading:
+class RowPipeline:
     """Read rows from sources: columns, forms and statistics. The caller makes examples or prompts of them."""
 
     sources: RowSources
@@ -90,14 +90,14 @@ class _Reading:
     allow_prompts: bool = False
     teaches: bool = False  # only answers are learned, so a file without answers is an error
 
-    def of_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
+    def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
         named = ColumnReader(self.named, self.system, guess=self.purpose in ("answers", None))
         reader = FormReader(allow_prompts=self.allow_prompts, purpose=self.purpose, named=named.given)
         raws = read_rows(name, self.bad, held_out=self.held_out)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
 
-    def read_into(self, begin: Callable[[Row], PendingRow], encoder: TextEncoder, names: Sequence[str]) -> DataReport:
+    def run(self, begin: Callable[[Row], PendingRow], encoder: TextEncoder, names: Sequence[str]) -> DataReport:
         """Pass every valid row's documents on, count a DataError as a malformed row, and return the statistics."""
         bad, most = self.bad, self.sources.max_rows
         forms: list[SourceForm] = []
@@ -114,8 +114,8 @@ class _Reading:
             empty_sides: set[int] = set()
             bad_before, bad.first_of_file = bad.count, None
             conversation = rewarded = False
-            named, reader, read = self.of_file(name)
-            for row in _in_batches(read, None if most is None else most - total, begin, encoder, bad):
+            named, reader, read = self.open_file(name)
+            for row in _encode_in_batches(read, None if most is None else most - total, begin, encoder, bad):
                 rows += 1
                 answered += not (sides := empty_answers(row))
                 empty_sides.update(sides)

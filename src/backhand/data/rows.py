@@ -76,8 +76,8 @@ class PromptRow:
     @property
     def reference(self) -> str | None:
         """The row's reference answer: the first column of `REFERENCES` that is not null, or None."""
-        found = next((self.columns[name] for name in REFERENCES if self.columns.get(name) is not None), None)
-        return None if found is None else str(found)
+        value = next((self.columns[name] for name in REFERENCES if self.columns.get(name) is not None), None)
+        return None if value is None else str(value)
 
 
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
@@ -96,19 +96,19 @@ def texts_of(row: Row) -> tuple[OneText, ...]:
     return (row.answer if isinstance(row, UnpairedRow) else row.question if isinstance(row, PromptRow) else row,)
 
 
-def system_of(row: Row, given: str | None) -> str | None:
+def system_of(row: Row, default: str | None) -> str | None:
     """Return the system message that a row is rendered with, or None.
 
     Args:
-        given: system message for rows without their own.
+        default: system message for rows without their own.
     """
     text = texts_of(row)[0]
     if isinstance(text, PlainText):
         return None
     if isinstance(text, Completion):
-        return text.system or given
-    own = [message["content"] for message in text.messages[:1] if message["role"] == "system"]
-    return next((content for content in own if isinstance(content, str)), None) if own else given
+        return text.system or default
+    system = [message["content"] for message in text.messages[:1] if message["role"] == "system"]
+    return next((content for content in system if isinstance(content, str)), None) if system else default
 
 
 def empty_answers(row: Row) -> list[int]:

@@ -40,13 +40,13 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
 
 def neighbouring_held_out(names: Sequence[str]) -> tuple[str, ...]:
     """Return the `valid.*` files of the folders in `names` that have a `train.*`."""
-    found: list[str] = []
+    held_out: list[str] = []
     for name in names:
         if Path(name).is_dir():
             files = _data_files(Path(name))
             if _with_stem(files, TRAINING_STEMS):
-                found += [str(file) for file in _with_stem(files, HELD_OUT_STEMS)]
-    return tuple(found)
+                held_out += [str(file) for file in _with_stem(files, HELD_OUT_STEMS)]
+    return tuple(held_out)
 
 
 def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[RawRow]:

@@ -70,7 +70,7 @@ class ExampleWriter:
         for document in example.documents:
             ids, targets = document.input_ids, np.flatnonzero(document.supervised)
             source = document.source.encode(errors="surrogatepass")
-            written = (
+            encoded = (
                 np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
             )
             side = _ALONE if example.rejected is None else _REJECTED if document is example.rejected else _CHOSEN
@@ -79,9 +79,9 @@ class ExampleWriter:
                 *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
             )
             with _disk_space():
-                self._tokens.write(written)
+                self._tokens.write(encoded)
                 self._records.write(np.array(record, dtype=RECORD).tobytes())
-            self._places += len(written) // 4
+            self._places += len(encoded) // 4
 
     def stored(self) -> StoredExamples:
         """Return all added examples and close the writer. Raises ResourceError: the disk is full."""
@@ -114,8 +114,8 @@ def read_examples(
     """
     begin = file.tell()
     file.seek(begin + 4 * tokens)
-    found = np.frombuffer(file.read(records * RECORD.itemsize), RECORD)
-    ends = _document_ends(found, tokens)
+    record_array = np.frombuffer(file.read(records * RECORD.itemsize), RECORD)
+    ends = _document_ends(record_array, tokens)
     file.seek(begin)
     with SpooledTemporaryFile(_IN_MEMORY_BYTES) as copy, SpooledTemporaryFile(_IN_MEMORY_BYTES) as record_copy:
         first = done = 0
@@ -123,13 +123,13 @@ def read_examples(
             last = max(first + 1, int(np.searchsorted(ends, done + _PIECE_TOKENS, side="right")))
             piece = file.read(4 * int(ends[last - 1] - done))
             digest(piece)
-            _check_documents(np.frombuffer(piece, np.int32), found[first:last], done)
+            _check_documents(np.frombuffer(piece, np.int32), record_array[first:last], done)
             with _disk_space():
                 copy.write(piece)
             first, done = last, int(ends[last - 1])
-        digest(found.view(np.uint8).data)
+        digest(record_array.view(np.uint8).data)
         with _disk_space():
-            record_copy.write(found.view(np.uint8).data)
+            record_copy.write(record_array.view(np.uint8).data)
         return StoredExamples.all_of(_array(copy, np.int32), _array(record_copy, RECORD), {})
 
 
@@ -228,10 +228,10 @@ class StoredExamples(Sequence[Example]):
 
     def _document(self, place: int) -> Example:
         begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
-        written, after = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
-        supervised = written < 0
+        signed, after = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
+        supervised = signed < 0
         source = _decoded(after[: -(-source_bytes // 4)].tobytes()[:source_bytes])
-        ids, prompt_row = np.where(supervised, ~written, written), self.prompt_rows.get(place)
+        ids, prompt_row = np.where(supervised, ~signed, signed), self.prompt_rows.get(place)
         return Example(ids, supervised, source, desirable=LABELS[label], prompt_row=prompt_row)
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
@@ -306,6 +306,3 @@ def with_totals(examples: Iterable[Example], report: DataReport) -> PreparedData
             longest=int(tokens.max(initial=0)),
         ),
     )
-
-
-# What is measured and not trained on: rows held out, drawn from the seed; neutral texts; and rows in both.

@@ -42,9 +42,9 @@ def weight(value: Any) -> int:
 
 def _weight_and_depth(value: Any) -> tuple[int, int]:
     total, deepest = 0, 0
-    waiting = [(value, 0)]
-    while waiting:
-        item, depth = waiting.pop()
+    stack = [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
         total += ITEM
         inner: Any = ()
         if isinstance(item, str):
@@ -59,8 +59,8 @@ def _weight_and_depth(value: Any) -> tuple[int, int]:
             deepest = max(deepest, depth + 1)
             if deepest > _DEEPEST:
                 raise TemplateLimitError(f"it nests lists or tables more than {_DEEPEST} deep")
-            check_size(ITEM * (len(waiting) + len(inner)))
-            waiting.extend((part, depth + 1) for part in inner)
+            check_size(ITEM * (len(stack) + len(inner)))
+            stack.extend((part, depth + 1) for part in inner)
         check_size(total)
     return total, deepest
 

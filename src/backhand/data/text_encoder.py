@@ -95,17 +95,17 @@ class TextEncoder:
             return None
         return unused_mark(strings_of(values))
 
-    def protect(self, value: Any, mark: str | None, *, written: bool) -> Any:
+    def protect(self, value: Any, mark: str | None, *, template_tokens: bool) -> Any:
         """Break every control token in the strings of `value` with `mark`; None leaves the value unchanged.
 
         Args:
             value: a string, or lists and tables with strings in them.
-            written: also break tokens that the template writes but that are not special (`<tool_call>`, `<think>`).
-                An assistant's own text may contain these.
+            template_tokens: also break tokens that the template writes but that are not special (`<tool_call>`,
+                `<think>`). An assistant's own text may contain these.
         """
         if mark is None:
             return value
-        pattern = self._breaks_written if written else self._breaks_special
+        pattern = self._breaks_written if template_tokens else self._breaks_special
         return _map_strings(value, lambda text: pattern.sub(rf"\g<0>{mark}", text))
 
     def encode_plain(self, documents: Sequence[Any]) -> list[Any]:
