@@ -25,7 +25,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Q
 
 from backhand.nn.batch import document_runs
 from backhand.nn.decoder.delta_mixer import delta_backward, delta_forward
-from backhand.nn.decoder.family import DeltaSizes
+from backhand.nn.families.family import DeltaSizes
 
 HERE = Path(__file__).parent
 CASES = {"padded": (200, 130, 90, 300, 61, 150), "one": (1024,)}

@@ -210,7 +210,7 @@ class CeilingPeer:
     """The step's large matrix products alone, forward and input gradients, rank-sized ones included; nothing else."""
 
     def __init__(self, workload: Workload) -> None:
-        from backhand.nn.decoder.family_parsing import decoder_config
+        from backhand.nn.families.family_parsing import decoder_config
         from backhand.nn.loading import open_model
 
         tune_process()

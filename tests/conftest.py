@@ -27,7 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from backhand.engines.memory import probe
+from backhand.engines import memory_probe as probe
 from backhand.loop import forgetting
 from backhand.training import trainer as job_run
 from support import measured_once, processes

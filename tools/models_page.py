@@ -5,10 +5,10 @@ from __future__ import annotations
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from backhand.engines.decoder_engine import COST
-from backhand.nn.decoder.family import ATTENTION, FUSED_QKV, DecoderConfig
-from backhand.nn.decoder.family_parsing import FAMILIES, decoder_config
-from backhand.nn.decoder.neutral_fields import FIXED, QUANTIZED
-from backhand.nn.decoder.rotary import SCALING_RULES
+from backhand.nn.families.family import ATTENTION, FUSED_QKV, DecoderConfig
+from backhand.nn.families.family_parsing import FAMILIES, decoder_config
+from backhand.nn.families.neutral_fields import FIXED, QUANTIZED
+from backhand.nn.families.rotary import SCALING_RULES
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 from backhand.nn.loading.gguf_values import is_readable
 from backhand.nn.loading.wrappers import WRAPPERS, causal_class, unwrap_config

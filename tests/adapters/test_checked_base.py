@@ -16,8 +16,8 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.loading import check_source, load_adapter_for, source_digests, weight_names
 from backhand.adapters.record import AdapterRecord
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters

@@ -19,8 +19,8 @@ from backhand.adapters.targets import in_numbers, resolve_adapter
 from backhand.arithmetic.adapter_factors import read_factors
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters, expert_factors
 from support.in_memory import InMemoryModel
 from support.parity import relative_error

@@ -15,8 +15,8 @@ from backhand.arithmetic.combine import combine
 from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters

@@ -10,7 +10,7 @@ import cyclopts
 import pytest
 
 from backhand.cli.command import Prepared, command
-from backhand.cli.commands import Command
+from backhand.cli.entry import Command
 from backhand.cli.main import main, run_prepared
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig

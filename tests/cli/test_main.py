@@ -20,7 +20,8 @@ import pytest
 
 import backhand.__main__
 from backhand.cli import commands
-from backhand.cli.commands import COMMANDS, Command
+from backhand.cli.commands import COMMANDS
+from backhand.cli.entry import Command
 from backhand.cli.main import main, make_app
 from support import cli_commands
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from backhand.cli.commands import COMMANDS, Command
+from backhand.cli.commands import COMMANDS
+from backhand.cli.entry import Command
 from support.doc_world import World
 
 # No model: these take seconds.

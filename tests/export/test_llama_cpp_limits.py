@@ -16,7 +16,7 @@ from backhand.errors import ArtifactError
 from backhand.export.merging import merge_command
 from backhand.export.options import MergeOptions
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_file import GGUFFile
 from support.llama_cpp import LlamaCpp

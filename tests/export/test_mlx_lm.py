@@ -17,7 +17,7 @@ from backhand.export.merging import merge_command
 from backhand.export.opened_adapter import open_adapter
 from backhand.export.options import ExportOptions, MergeOptions
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
 from support.tiny_models import save_tiny, tiny_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from backhand.adapters.config import LoRAConfig
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
 from support.saved_adapters import resolve_slots, save_adapter
 from support.tiny_models import save_tiny, tiny_model

@@ -17,9 +17,9 @@ from backhand.errors import ArtifactError
 from backhand.generate.completer import EngineCompleter, complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.generate.transformers_completer import TransformersCompleter
-from backhand.nn.decoder.config_fields import UnsupportedModel
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.model_options import BaseModelOptions
 from support.saved_adapters import load_adapter, save_adapter

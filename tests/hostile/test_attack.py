@@ -15,8 +15,8 @@ import torch
 
 from backhand.cli.main import main
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import load_weights
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from fuzz.mutate import LooseGGUF
 from hostile.conftest import World, linked

@@ -12,11 +12,11 @@ import transformers
 from transformers import modeling_rope_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from backhand.nn.decoder import config_fields
-from backhand.nn.decoder.config_fields import READ_OUTSIDE_CLASS, config_class
-from backhand.nn.decoder.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
-from backhand.nn.decoder.mixed_families import UNREAD_WHERE_DENSE
-from backhand.nn.decoder.rotary import _READ_BY_A_RULE, SCALING_RULES
+from backhand.nn.families import config_fields
+from backhand.nn.families.config_fields import READ_OUTSIDE_CLASS, config_class
+from backhand.nn.families.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
+from backhand.nn.families.mixed_families import UNREAD_WHERE_DENSE
+from backhand.nn.families.rotary import _READ_BY_A_RULE, SCALING_RULES
 from support.tiny_models import full_logits, tiny_config, tiny_documents, tiny_model
 
 FOREIGN: dict[str, Any] = {
@@ -105,7 +105,7 @@ class _Watched(config_fields.ConfigFields):
 def asked_for(family: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Top-level fields that this family's parser uses, in two models of different kinds."""
     _Watched.asked = set()
-    monkeypatch.setattr("backhand.nn.decoder.family_parsing.ConfigFields", _Watched)
+    monkeypatch.setattr("backhand.nn.families.family_parsing.ConfigFields", _Watched)
     windowed: dict[str, Any] = {}
     if family in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         windowed = {"use_sliding_window": True, "sliding_window": 8}

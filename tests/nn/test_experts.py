@@ -15,7 +15,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder import experts
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.experts import ExpertMatrices
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.expert_tensors import expert_parameter, hub_name, parse_expert_name
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise

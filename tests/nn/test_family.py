@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family import LayerConfig, RotaryConfig, ShortConv
-from backhand.nn.decoder.family_parsing import FAMILIES, UnsupportedModel, decoder_config
-from backhand.nn.decoder.mixed_families import UNREAD_WHERE_DENSE
-from backhand.nn.decoder.neutral_fields import NEUTRAL
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.family import LayerConfig, RotaryConfig, ShortConv
+from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config
+from backhand.nn.families.mixed_families import UNREAD_WHERE_DENSE
+from backhand.nn.families.neutral_fields import NEUTRAL
 from support.tiny_models import VARIANTS, full_logits, randomise, tiny_config, tiny_documents, tiny_model
 
 

@@ -13,10 +13,10 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.errors import ArtifactError, UsageError
 from backhand.nn.batch import PackedBatch
-from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import PER_LAYER_MODEL
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import PER_LAYER_MODEL
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
 from support.tiny_models import attach_lora, full_logits, save_tiny, tiny_config, tiny_documents, tiny_model

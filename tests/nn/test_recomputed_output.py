@@ -14,8 +14,8 @@ from backhand.kernels.builds import kernels_available, torch_form
 from backhand.kernels.library import proving_kernels
 from backhand.nn.decoder import attention_mixer
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops import lora_group
 from backhand.ops.attention import attention_backward, attention_forward, can_recompute_output

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backhand.nn.decoder.config_fields import UnsupportedModel
+from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.report.train import train

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from backhand.bounds import Words
 from backhand.cli.command import command
-from backhand.cli.commands import Command
+from backhand.cli.entry import Command
 from backhand.errors import ArtifactError, BackhandError, CheckError, DataError, ResourceError, UsageError
 
 

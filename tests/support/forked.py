@@ -21,7 +21,7 @@ import backhand.report.command
 import backhand.report.train
 import backhand.training.run
 from backhand.cli import commands
-from backhand.engines.memory import probe
+from backhand.engines import memory_probe as probe
 from backhand.kernels.builds import chosen, usable
 from backhand.report.rendering import environment
 from support.measured_once import step_bytes

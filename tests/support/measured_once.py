@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from backhand.data import held_out
+from backhand.engines import memory_probe as probe
 from backhand.engines.engine import ShortModel
-from backhand.engines.memory import probe
 from backhand.engines.memory.parts import StepBytes
 from backhand.kernels.builds import library
 from backhand.kernels.quantized_matrix import QuantizedMatrix

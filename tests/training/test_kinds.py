@@ -22,8 +22,8 @@ from backhand.errors import UsageError
 from backhand.generate.completer import complete_greedily
 from backhand.generate.loading import loaded_model
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
 from backhand.training.run import train

@@ -21,15 +21,15 @@ from backhand.engines.memory.parts import (
     second_model_bytes,
     transformers_size,
 )
-from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes, TensorBytes, peak_of, step_bytes
 from backhand.engines.memory.shapes import StepShape
+from backhand.engines.memory_probe import MeasuredMemory, ProcessBytes, TensorBytes, peak_of, step_bytes
 from backhand.engines.short_decoder import short_decoder
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.kv_cache import PAGE, KVCache
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import drop_scratch
 from backhand.options.config import Recompute

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from backhand.nn.decoder.family_parsing import FAMILIES, decoder_config
+from backhand.nn.families.family_parsing import FAMILIES, decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
 from backhand.training.run import train

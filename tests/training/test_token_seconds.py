@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.training import models_command as models
 from backhand.training.models_command import TokenSeconds, multiplications
 from support.tiny_models import tiny_config

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from backhand.nn.decoder.block import RECOMPUTE_MODES
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.family import DecoderConfig
 from backhand.verify.cases.block import BlockGrads
 from backhand.verify.decoder_op import DecoderGrads
 from backhand.verify.runner import COMPOSITES, load_proofs

@@ -17,9 +17,9 @@ from backhand.data.packing import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn.decoder import adapted_head, block, projections
 from backhand.nn.decoder import forward_backward as forward_backward_module
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.ops.document_groups import Run
 from backhand.verify import blockwise_step
 from backhand.verify import merging as merged_model

@@ -10,7 +10,8 @@ from cyclopts import Group, Parameter
 
 from backhand.bounds import union_members
 from backhand.cli.command import command
-from backhand.cli.commands import COMMANDS, Command
+from backhand.cli.commands import COMMANDS
+from backhand.cli.entry import Command
 from backhand.cli.option_fields import option_fields
 from backhand.options.config import TrainConfig
 

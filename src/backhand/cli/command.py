@@ -27,7 +27,7 @@ from backhand.system import may_reserve
 from backhand.words import shorten
 
 if typing.TYPE_CHECKING:
-    from backhand.cli.commands import Command
+    from backhand.cli.entry import Command
 
 
 CONFIG_FILE = "config_file"

@@ -22,12 +22,12 @@ from backhand.errors import UsageError
 from backhand.generate.completer import EngineCompleter
 from backhand.kernels.builds import kernels_available
 from backhand.nn.decoder.adapted_group import backward_end
-from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
+from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
+from backhand.nn.families.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import ModelOptions

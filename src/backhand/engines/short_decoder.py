@@ -23,8 +23,8 @@ import torch
 from backhand.engines.engine import MoreBlocks, ShortModel
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters, LoRASlot, TrainedTensor
 
 _BLOCKS = "model.layers."

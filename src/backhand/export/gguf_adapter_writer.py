@@ -22,8 +22,8 @@ from backhand.adapters.record import AdapterRecord, record_bytes
 from backhand.errors import ArtifactError, CheckError
 from backhand.export.opened_adapter import refuse
 from backhand.nn.decoder.delta_mixer import L2_EPS
-from backhand.nn.decoder.family import GPT_OSS_CLAMP, PER_LAYER_MODEL, DecoderConfig
-from backhand.nn.decoder.rotary import BETA_FAST, BETA_SLOW
+from backhand.nn.families.family import GPT_OSS_CLAMP, PER_LAYER_MODEL, DecoderConfig
+from backhand.nn.families.rotary import BETA_FAST, BETA_SLOW
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import EXAONE4_32B_LAYERS, FULL_INTERVAL, GPT_OSS_INTERVAL, NO_ROPE_INTERVAL
 from backhand.nn.loading.gguf_layouts import StoredSizes, layout

@@ -16,9 +16,9 @@ import numpy as np
 
 from backhand.errors import ArtifactError, not_none
 from backhand.export.gguf_adapter_writer import context_length, refuse_for_llama_cpp
-from backhand.nn.decoder.family import ATTENTION, GATED_DELTA, DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary_frequencies import inverse_frequencies, llama3_factors, yarn_length
+from backhand.nn.families.family import ATTENTION, GATED_DELTA, DecoderConfig
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.rotary_frequencies import inverse_frequencies, llama3_factors, yarn_length
 from backhand.nn.loading.gguf_families import DELTA_INTERVAL, RECURRENT_LAYERS
 from backhand.nn.loading.gguf_gemma4 import NO_ROTATION
 from backhand.nn.loading.gguf_pretokenizers import PRE_TOKENIZERS

@@ -26,8 +26,8 @@ from backhand.export.gguf_adapter_writer import llama_cpp_notes
 from backhand.export.gguf_metadata_writer import add_model_metadata, rope_factors
 from backhand.export.merged_weights import MergedWeights, wider_dtype
 from backhand.kernels.dequantize import native_dtype
-from backhand.nn.decoder.family import GPT_OSS_ROUTER, ROUTER
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.family import GPT_OSS_ROUTER, ROUTER
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor

@@ -22,7 +22,7 @@ from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
 from backhand.errors import ArtifactError
 from backhand.export.proving import BlockWalk, layer_of
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from backhand.ops.weight_tiles import FrozenMatrix

@@ -30,10 +30,10 @@ from backhand.export.options import (
 from backhand.export.proving import BlockWalk, Prover, difference
 from backhand.files import staged
 from backhand.kernels.dequantize import native_dtype
-from backhand.nn.decoder.config_fields import UnsupportedModel
-from backhand.nn.decoder.family import DecoderConfig, RotaryConfig
-from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import DecoderConfig, RotaryConfig
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource

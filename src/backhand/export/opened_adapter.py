@@ -12,10 +12,10 @@ from backhand.adapters.loading import LoadedAdapter, load_adapter_for
 from backhand.adapters.module_factors import ModuleFactors, factors_of
 from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import UnsupportedModel
-from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.words import name_list

@@ -20,8 +20,6 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.trained_weights import TrainedWeights
 from backhand.nn.decoder.weights import (
     BlockWeights,
@@ -30,6 +28,8 @@ from backhand.nn.decoder.weights import (
     linear_parts,
     load_weights,
 )
+from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource, fill
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.runs.directory import ADAPTER, CONFIG, Proof, opened, proof_log

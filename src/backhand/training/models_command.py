@@ -42,9 +42,9 @@ from backhand.nn.available_memory import available_bytes
 from backhand.nn.batch import PackedBatch
 from backhand.nn.compute import available_cores, default_dtype
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import dense_views, empty_weights, module_shapes
+from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource

@@ -14,8 +14,8 @@ from backhand.engines.machine import Machine, memory_budget
 from backhand.engines.memory.hidden_states import HiddenStatePlan, cached_tokens, plan_hidden_states
 from backhand.engines.memory.parts import ModelSize
 from backhand.engines.memory.plan import BaseChoice, HeldBase, MemoryPlan, choose, choose_base, preferred_bases
-from backhand.engines.memory.probe import MeasuredMemory, ProcessBytes
 from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
+from backhand.engines.memory_probe import MeasuredMemory, ProcessBytes
 from backhand.files import free_bytes
 from backhand.generate.sampling import ROWS_AT_ONCE
 from backhand.loop.process_memory import settled_rss_bytes

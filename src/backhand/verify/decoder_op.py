@@ -17,10 +17,10 @@ from torch import Tensor
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import EMBEDDING
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import (
+from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, module_shapes
+from backhand.nn.families.family import (
     DecoderConfig,
 )
-from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, module_shapes
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot, TrainedTensor
 from backhand.verify.mutants import Backward
 from backhand.verify.reference_decoder import ReferenceAdapter, reference_loss

@@ -20,10 +20,10 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
-from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.merging import is_quantized, merge_into, merged_logits, merged_weight
 from backhand.nn.decoder.ple_inputs import ple_inputs_forward
 from backhand.nn.decoder.weights import linear_parts
+from backhand.nn.families.family import PER_LAYER_MODEL
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.blockwise_step import BlockwiseStep

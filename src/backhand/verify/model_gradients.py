@@ -28,8 +28,8 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD
 from backhand.nn.decoder.cross_layer import KeysAndValues
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.decoder.weights import named_views
+from backhand.nn.families.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import ProofKind

@@ -22,7 +22,7 @@ from torch.nn import functional
 from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
 from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, block_seed, group_of, group_seed
-from backhand.nn.decoder.family import (
+from backhand.nn.families.family import (
     FUSED_QKV,
     GATED_DELTA,
     LAYER_SCALAR,
@@ -38,7 +38,7 @@ from backhand.nn.decoder.family import (
     QueryScaling,
     RotaryConfig,
 )
-from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
+from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
 from backhand.ops.causal_conv import Taps, causal_conv_reference
 from backhand.ops.decay_gate import decay_gate_reference

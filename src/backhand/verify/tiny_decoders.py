@@ -16,7 +16,8 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.delta_mixer import NORM as DELTA_NORM
-from backhand.nn.decoder.family import (
+from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
+from backhand.nn.families.family import (
     GATED_DELTA,
     KEYS_AS_VALUES,
     LAYER_SCALAR,
@@ -34,7 +35,6 @@ from backhand.nn.decoder.family import (
     RotaryConfig,
     ShortConv,
 )
-from backhand.nn.decoder.weights import DecoderWeights, dense_views, empty_weights, module_shapes
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import LogitsRule

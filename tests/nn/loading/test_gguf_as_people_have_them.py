@@ -13,9 +13,9 @@ import torch
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import FOREIGN, UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.config_fields import FOREIGN, UNREAD, UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_config import huggingface_config
 from backhand.nn.loading.gguf_file import GGUFFile

@@ -15,11 +15,11 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.targets import resolve_adapter
 from backhand.engines.memory.parts import decoder_size
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading import open_model
 from support.llama_cpp import LlamaCpp
 from support.parity import relative_error

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.rotary_frequencies import inverse_frequencies
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.loading import fill, open_model
 from backhand.nn.loading.gguf_config import huggingface_config
 from backhand.nn.loading.gguf_file import GGUFFile

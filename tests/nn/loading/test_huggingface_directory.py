@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import fill, open_model
 from backhand.nn.loading.huggingface import HuggingFaceDirectory
 from support.in_memory import InMemoryModel, experts_apart

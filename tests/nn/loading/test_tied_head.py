@@ -15,7 +15,7 @@ from torch import Tensor
 from backhand.export.merging import merge_command
 from backhand.export.options import MergeOptions
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import decoder_config
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model, tied_head
 from support.in_memory import InMemoryModel
 from support.tiny_adapters import adapted, save_tiny_adapter

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family_parsing import FAMILIES, decoder_config
+from backhand.nn.families.family_parsing import FAMILIES, decoder_config
 from backhand.nn.loading import open_model
 from backhand.nn.loading.transformers_model import load_transformers_model
 from backhand.nn.loading.wrappers import WRAPPERS, text_name, unwrap_config

@@ -25,9 +25,9 @@ from backhand.engines.memory.shapes import StepShape
 from backhand.generate.completer import CACHE_BYTES
 from backhand.kernels.dense_product import amx_available
 from backhand.nn.decoder.adapted_group import backward_end
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes
 from backhand.nn.decoder.weights import empty_weights, named_views
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.ops.linear_cross_entropy import chunk_rows
 from backhand.options.config import Recompute

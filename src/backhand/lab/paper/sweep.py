@@ -27,8 +27,8 @@ from backhand.generate.loading import loaded_model
 from backhand.lab.paper.options import PaperOptions
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.weights import module_shapes
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import RunOptions, TrainConfig

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import EMBEDDING
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters, LoRASlot
 from backhand.ops.dora import DoRASaved, dora_backward, dora_forward, dora_norm
 from backhand.ops.embedding import EmbeddingSaved, embedding_backward

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from backhand.nn.decoder.family import GROUP_OF, GROUPS, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig
 from backhand.nn.decoder.group_extras import GroupExtras, group_extras
+from backhand.nn.families.family import GROUP_OF, GROUPS, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout

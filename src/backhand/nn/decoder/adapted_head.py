@@ -22,9 +22,9 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter, group_adapter, group_seed
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.decoder.trained_parts import TrainedParts
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.head_factors import HeadFactors

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig
 from backhand.ops.glu import GLUSaved, glu_backward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_extras import Parts, gate_backward, normed, normed_backward
-from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig, LayerConfig
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, can_recompute_output
 from backhand.ops.attention_blocks import Scores
 from backhand.ops.document_groups import Run

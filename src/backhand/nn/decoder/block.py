@@ -47,15 +47,6 @@ from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, Group
 from backhand.nn.decoder.attention_mixer import ATTENTION_MIXER
 from backhand.nn.decoder.delta_mixer import GATED_DELTA_RULE
 from backhand.nn.decoder.experts import ExpertsSaved, experts_sublayer_forward
-from backhand.nn.decoder.family import (
-    ATTENTION,
-    GATED_DELTA,
-    KEYS_AS_VALUES,
-    SHARED_KEYS,
-    SHORT_CONV,
-    VALUE_NORMED,
-    DecoderConfig,
-)
 from backhand.nn.decoder.general_backward import general_mixer_backward, general_mlp_backward
 from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
 from backhand.nn.decoder.ple_block import PLESaved, ple_backward, ple_forward
@@ -75,6 +66,15 @@ from backhand.nn.decoder.projections import (
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import (
+    ATTENTION,
+    GATED_DELTA,
+    KEYS_AS_VALUES,
+    SHARED_KEYS,
+    SHORT_CONV,
+    VALUE_NORMED,
+    DecoderConfig,
+)
 from backhand.nn.scratch import Scratch
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.glu import glu_forward

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, cast
 
-from backhand.nn.decoder.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.decoder.family_parsing import decoder_config
-from backhand.nn.decoder.neutral_fields import NEUTRAL
+from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.neutral_fields import NEUTRAL
 from backhand.nn.loading.source import ModelSource
 
 _PARSED_BY = "parsed by"

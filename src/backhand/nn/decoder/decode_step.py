@@ -25,9 +25,9 @@ from backhand.kernels.library import INT, INT64, POINTER, KernelSignature, find_
 from backhand.kernels.quantized_matrix import StoredRows
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import ATTENTION, DecoderConfig
 from backhand.nn.decoder.kv_cache import KVCache
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import ATTENTION, DecoderConfig
 from backhand.ops.frozen_matrix import is_worth_fusing
 from backhand.ops.rotary import RotaryTable
 from backhand.ops.weight_tiles import FrozenMatrix

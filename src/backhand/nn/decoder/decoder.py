@@ -14,10 +14,10 @@ from torch import Tensor
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
 from backhand.nn.decoder.adapted_head import head_adapter, head_factors, head_losses
-from backhand.nn.decoder.family_parsing import decoder_config
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.projections import group_forward
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
+from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.module_shapes import ModuleShapes, check_fits

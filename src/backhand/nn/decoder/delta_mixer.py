@@ -26,10 +26,10 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
-from backhand.nn.decoder.family import DecoderConfig, DeltaSizes
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved, Rows
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig, DeltaSizes
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
 from backhand.ops.delta_steps import GatedDeltaRuleSaved

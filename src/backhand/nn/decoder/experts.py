@@ -34,13 +34,13 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter, Group, GroupAdapter
-from backhand.nn.decoder.family import EXPERT_GROUPS, DecoderConfig, Mixture
 from backhand.nn.decoder.projections import (
     normalized,
     pre_norm_forward,
     residual_sum,
 )
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import EXPERT_GROUPS, DecoderConfig, Mixture
 from backhand.nn.lora_parameters import deinterleave_gate_up, expert_factors
 from backhand.nn.scratch import Scratch
 from backhand.ops.activation import Activated

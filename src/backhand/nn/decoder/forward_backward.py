@@ -26,14 +26,14 @@ from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, GroupAda
 from backhand.nn.decoder.adapted_head import Head, general_head_backward, head_of
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.ple_inputs import PLEInputsSaved, embedding_output_gradient, ple_inputs_forward
 from backhand.nn.decoder.projections import norm_backward
-from backhand.nn.decoder.rotary_frequencies import frequencies_of
 from backhand.nn.decoder.trained_parts import TrainedParts, trained_parts
 from backhand.nn.decoder.trained_weights import TrainedWeights
 from backhand.nn.decoder.weights import DecoderWeights, linear_parts
+from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.rotary_frequencies import frequencies_of
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.scratch import Scratch
 from backhand.ops.frozen_matrix import frozen_rows

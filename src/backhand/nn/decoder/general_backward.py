@@ -14,7 +14,6 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter, Group
 from backhand.nn.decoder.experts import ExpertsSaved, experts_backward
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved, MLPSaved
 from backhand.nn.decoder.projections import (
     gather_rows,
@@ -26,6 +25,7 @@ from backhand.nn.decoder.projections import (
     scatter_rows,
 )
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig
 from backhand.ops.glu import GLUSaved, glu_backward, glu_recompute
 from backhand.ops.rms_norm import RMSNormSaved
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.decoder.block import MIXERS
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.families.family import DecoderConfig
 
 # Tokens per page. A row wastes at most this many at its end, and copying a diverging page costs at most this many.
 PAGE = 16

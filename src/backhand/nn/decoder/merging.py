@@ -15,9 +15,9 @@ from backhand.nn.decoder.adapted_group import HEAD, block_adapter
 from backhand.nn.decoder.block import block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import PER_LAYER_MODEL
 from backhand.nn.decoder.ple_inputs import ple_inputs_forward
 from backhand.nn.decoder.weights import linear_parts
+from backhand.nn.families.family import PER_LAYER_MODEL
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense

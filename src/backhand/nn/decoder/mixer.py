@@ -20,8 +20,8 @@ from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.cross_layer import CrossLayer
-from backhand.nn.decoder.family import DecoderConfig, LayerConfig
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig, LayerConfig
 from backhand.nn.scratch import Scratch
 from backhand.ops.document_groups import Run
 from backhand.ops.rms_norm import RMSNormSaved

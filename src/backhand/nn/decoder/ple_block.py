@@ -24,7 +24,6 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter, Group
-from backhand.nn.decoder.family import PER_LAYER_NORM
 from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.projections import (
     gather_rows,
@@ -34,6 +33,7 @@ from backhand.nn.decoder.projections import (
     residual_forward,
 )
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import PER_LAYER_NORM
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.rms_norm import RMSNormSaved
 

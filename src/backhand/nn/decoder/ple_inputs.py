@@ -21,9 +21,9 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import before_blocks_adapter, trains_embedding
 from backhand.nn.decoder.cross_layer import CrossLayer
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.decoder.weights import PerLayerWeights
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.frozen_matrix import frozen_rows
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_backward, rms_norm_forward

@@ -21,9 +21,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import BlockAdapter, GroupAdapter
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, MixerSaved, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.scratch import Scratch
 from backhand.ops.lora_group import LoRAGroupSaved, lora_group_backward, lora_group_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward

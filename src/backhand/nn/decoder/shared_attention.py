@@ -35,10 +35,10 @@ from torch import Tensor
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
 from backhand.nn.decoder.attention_mixer import attention_setting
-from backhand.nn.decoder.family import KEYS_AS_VALUES, SHARED_KEYS
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved
 from backhand.nn.decoder.projections import norm_backward
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import KEYS_AS_VALUES, SHARED_KEYS
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_forward
 from backhand.ops.rotary import rotary_backward, rotary_forward

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.decoder.adapted_group import BlockAdapter
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.mixer import BlockContext, Mixer, MixerSaved, Rows
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import DecoderConfig
 from backhand.ops.causal_conv import Taps, causal_conv_continued
 from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_conv_forward
 

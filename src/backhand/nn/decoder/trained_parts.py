@@ -14,7 +14,7 @@ from backhand.nn.decoder.adapted_group import (
     backward_end,
     trains_embedding,
 )
-from backhand.nn.decoder.family import DecoderConfig
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 
 

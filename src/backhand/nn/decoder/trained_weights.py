@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from backhand.nn.decoder.adapted_group import EMBEDDING
-from backhand.nn.decoder.family import DecoderConfig
 from backhand.nn.decoder.weights import BlockWeights, DecoderWeights, block_parts, part_views
+from backhand.nn.families.family import DecoderConfig
 from backhand.nn.lora_parameters import TOKENS, LoRAParameters
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 

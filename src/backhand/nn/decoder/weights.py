@@ -17,7 +17,7 @@ from torch import Tensor
 
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.nn.decoder.adapted_group import EMBEDDING
-from backhand.nn.decoder.family import (
+from backhand.nn.families.family import (
     EXPERT_GROUPS,
     LAYER_SCALAR,
     PER_LAYER_GROUPS,

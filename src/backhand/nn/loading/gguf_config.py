@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
-from backhand.nn.decoder.rotary_frequencies import llama3_factors, yarn_length
+from backhand.nn.families.config_fields import FOREIGN, UNREAD
+from backhand.nn.families.rotary_frequencies import llama3_factors, yarn_length
 from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_metadata import Metadata, describe, rotary_fraction

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family import GPT_OSS_CLAMP
+from backhand.nn.families.family import GPT_OSS_CLAMP
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_gemma4 import gemma4_config
 from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, sliding_layers

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
-from backhand.nn.decoder.family import DeltaSizes
+from backhand.nn.families.config_fields import ConfigFields, delta_sizes
+from backhand.nn.families.family import DeltaSizes
 from backhand.nn.loading.gguf_tensors import gguf_architecture
 
 _INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")

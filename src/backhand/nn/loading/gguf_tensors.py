@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from backhand.nn.decoder.family import (
+from backhand.nn.families.family import (
     LAYER_SCALAR,
     PER_LAYER_GROUPS,
     PER_LAYER_MODEL,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import ArtifactError, BackhandError, short_reason
-from backhand.nn.decoder.config_fields import FOREIGN, UNREAD
+from backhand.nn.families.config_fields import FOREIGN, UNREAD
 from backhand.nn.loading.expert_tensors import may_hold_experts, split_experts
 from backhand.nn.loading.source import ModelSource
 

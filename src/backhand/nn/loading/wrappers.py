@@ -110,7 +110,7 @@ def _ties(config: Mapping[str, Any]) -> bool:
         stated = config.get(_OLDER_TIE, stated)
     if isinstance(stated, bool):
         return stated
-    from backhand.nn.decoder.config_fields import config_class
+    from backhand.nn.families.config_fields import config_class
 
     known = config_class(str(config["model_type"]))
     return bool(known is not None and known.fields.get("tie_word_embeddings"))

@@ -16,10 +16,10 @@ from backhand.nn.decoder.adapted_group import block_adapter
 from backhand.nn.decoder.block import BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.experts import ExpertsSaved
-from backhand.nn.decoder.family import ATTENTION, DecoderConfig, Mixture
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.mixer import BlockContext, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
+from backhand.nn.families.family import ATTENTION, DecoderConfig, Mixture
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import Run
 from backhand.ops.rotary import RotaryTable

@@ -13,7 +13,7 @@ from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.decoder.family import LayerConfig, RotaryConfig
+from backhand.nn.families.family import LayerConfig, RotaryConfig
 from backhand.nn.lora_parameters import LoRASlot
 from backhand.ops.logits_rule import PLAIN
 from backhand.verify.decoder_op import DecoderInputs, decoder_op, per_token, rebuilt, with_slots, with_weights

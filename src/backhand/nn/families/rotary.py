@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import QueryScaling, RotaryConfig
-from backhand.nn.decoder.rotary_frequencies import yarn_length
+from backhand.nn.families.config_fields import ConfigFields
+from backhand.nn.families.family import QueryScaling, RotaryConfig
+from backhand.nn.families.rotary_frequencies import yarn_length
 
 SCALING_RULES = ("default", "linear", "llama3", "longrope", "proportional", "yarn")
 """Values of `rope_type` that `inverse_frequencies` computes."""

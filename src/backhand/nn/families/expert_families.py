@@ -1,4 +1,4 @@
-"""Families with mixtures of experts, read as in `nn.decoder.family_parsing`.
+"""Families with mixtures of experts, read as in `nn.families.family_parsing`.
 
 Checked against the modelling sources of transformers 5.24:
 
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import (
+from backhand.nn.families.common_fields import (
     MOST_ELEMENTS,
     common_fields,
     sliding_except_every,
@@ -32,8 +32,8 @@ from backhand.nn.decoder.common_fields import (
     with_biases,
     with_layers,
 )
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
+from backhand.nn.families.config_fields import ConfigFields
+from backhand.nn.families.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
 from backhand.ops.clamped_glu import Clamp
 
 

@@ -20,7 +20,7 @@ class RotaryConfig:
 
     theta: float  # the rotary base
     # None, or the parameters of a scaling rule with its `rope_type` (`linear`, `llama3`, `longrope`, `proportional`,
-    # `yarn`); the rules are in `nn.decoder.rotary_frequencies`
+    # `yarn`); the rules are in `nn.families.rotary_frequencies`
     scaling: tuple[tuple[str, float | int | str | tuple[float, ...]], ...] | None = None
     attention_factor: float = 1.0  # multiplier of rotated queries and of rotated keys
     features: int | None = None  # number of leading features of a head that are rotated; None for all

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backhand.nn.decoder.family import RotaryConfig
+from backhand.nn.families.family import RotaryConfig
 from backhand.ops.rotary import Frequencies
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.family import DeltaSizes
+from backhand.nn.families.family import DeltaSizes
 
 UNREAD = "unread of the GGUF file"
 """Field of a config made from a GGUF file: metadata and tensors, by name, that the reader does not understand."""

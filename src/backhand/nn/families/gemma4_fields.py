@@ -1,4 +1,4 @@
-"""Gemma 4's text model, read as in `nn.decoder.family_parsing`.
+"""Gemma 4's text model, read as in `nn.families.family_parsing`.
 
 Checked against the modelling source of transformers 5.24:
 
@@ -20,15 +20,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import (
+from backhand.nn.families.common_fields import (
     GELU,
     common_fields,
     nearest_float32,
     sliding_except_every,
     with_biases,
 )
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import (
+from backhand.nn.families.config_fields import ConfigFields
+from backhand.nn.families.family import (
     KEYS_AS_VALUES,
     SHARED_KEYS,
     VALUE_NORMED,
@@ -37,7 +37,7 @@ from backhand.nn.decoder.family import (
     LayerSizes,
     PerLayerInput,
 )
-from backhand.nn.decoder.rotary import gemma4_rotary
+from backhand.nn.families.rotary import gemma4_rotary
 from backhand.ops.logits_rule import LogitsRule
 
 _PATTERN = 6

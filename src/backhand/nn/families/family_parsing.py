@@ -27,9 +27,9 @@ transformers 5.24:
   one norm over all of q and one over all of k.
 - Gemma's embedding is multiplied by √hidden, computed in float32 and then rounded to the weight's dtype.
   `embedding_scaling` is the float32 number, and the multiplication rounds it to the dtype of the weight.
-- LFM2 and Granite 4: see `nn.decoder.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
-  `nn.decoder.expert_families`. Gemma 4: see `nn.decoder.gemma4_fields`.
-- Rotary: see `nn.decoder.rotary`. Gemma 3's full layers have base 1e6 and optional scaling, its sliding layers 1e4.
+- LFM2 and Granite 4: see `nn.families.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
+  `nn.families.expert_families`. Gemma 4: see `nn.families.gemma4_fields`.
+- Rotary: see `nn.families.rotary`. Gemma 3's full layers have base 1e6 and optional scaling, its sliding layers 1e4.
   All layers of OLMo 3 have base 5e5, and its full layers have optional scaling.
 """
 
@@ -40,7 +40,7 @@ from dataclasses import replace
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import (
+from backhand.nn.families.common_fields import (
     GELU,
     common_fields,
     nearest_float32,
@@ -55,13 +55,13 @@ from backhand.nn.decoder.common_fields import (
     with_multipliers,
     without_rotary,
 )
-from backhand.nn.decoder.config_fields import UNREAD, ConfigFields, UnsupportedModel
-from backhand.nn.decoder.expert_families import gpt_oss, mixtral, qwen3_moe
-from backhand.nn.decoder.family import DecoderConfig
-from backhand.nn.decoder.gemma4_fields import gemma4_text
-from backhand.nn.decoder.mixed_families import granite4, lfm2, qwen3_5
-from backhand.nn.decoder.neutral_fields import FIXED, NEUTRAL, QUANTIZED
-from backhand.nn.decoder.rotary import (
+from backhand.nn.families.config_fields import UNREAD, ConfigFields, UnsupportedModel
+from backhand.nn.families.expert_families import gpt_oss, mixtral, qwen3_moe
+from backhand.nn.families.family import DecoderConfig
+from backhand.nn.families.gemma4_fields import gemma4_text
+from backhand.nn.families.mixed_families import granite4, lfm2, qwen3_5
+from backhand.nn.families.neutral_fields import FIXED, NEUTRAL, QUANTIZED
+from backhand.nn.families.rotary import (
     FULL,
     gemma_rotary,
     glm_rotary,

@@ -1,4 +1,4 @@
-"""Families in which some layers have a mixer other than attention, read as in `nn.decoder.family_parsing`.
+"""Families in which some layers have a mixer other than attention, read as in `nn.families.family_parsing`.
 
 LFM2, checked against the modelling source of transformers 5.24:
 
@@ -32,7 +32,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.common_fields import (
+from backhand.nn.families.common_fields import (
     common_fields,
     layers_of_type,
     with_biases,
@@ -40,9 +40,9 @@ from backhand.nn.decoder.common_fields import (
     with_multipliers,
     without_rotary,
 )
-from backhand.nn.decoder.config_fields import ConfigFields, delta_sizes
-from backhand.nn.decoder.family import GATED_DELTA, SHORT_CONV, DecoderConfig, ShortConv
-from backhand.nn.decoder.rotary import FULL, qwen35_rotary
+from backhand.nn.families.config_fields import ConfigFields, delta_sizes
+from backhand.nn.families.family import GATED_DELTA, SHORT_CONV, DecoderConfig, ShortConv
+from backhand.nn.families.rotary import FULL, qwen35_rotary
 
 _ATTENTION = "attention"
 """Name of full attention in older configs."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.nn.decoder.config_fields import ConfigFields
-from backhand.nn.decoder.family import TRAITS, DecoderConfig, LayerConfig, RotaryConfig
-from backhand.nn.decoder.rotary import FULL, SLIDING, rotary
-from backhand.nn.loading.stop_tokens import token_ids
+from backhand.nn.families.config_fields import ConfigFields
+from backhand.nn.families.eos_tokens import token_ids
+from backhand.nn.families.family import TRAITS, DecoderConfig, LayerConfig, RotaryConfig
+from backhand.nn.families.rotary import FULL, SLIDING, rotary
 from backhand.ops.logits_rule import LogitsRule
 
 _MOST_LAYERS = 100_000

@@ -1,0 +1,1 @@
+"""Model families: their Hugging Face configurations, parsed to the configuration of the one decoder."""
