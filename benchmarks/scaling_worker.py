@@ -21,7 +21,7 @@ def trainer(rows: str, output: str, batch_rows: int) -> None:
     from finetune_worker import transformers_model
 
     from backhand.data.options import DataOptions
-    from backhand.data.packing import trained_length
+    from backhand.data.pack import trained_length
     from backhand.data.prepare import prepare
     from backhand.nn.compute import default_dtype
     from backhand.nn.loading import open_model

@@ -14,7 +14,10 @@ from backhand.verify.scaffold import Case, OpProof
 CASES = [(proof, case) for proof in load_proofs() for case in proof.cases]
 
 
-@pytest.mark.parametrize(("proof", "case"), CASES, ids=[f"{proof.op}: {case.name}" for proof, case in CASES])
+NAMES = [f"{proof.op}: {case.name}" for proof, case in CASES]
+
+
+@pytest.mark.parametrize(("proof", "case"), CASES, ids=NAMES)  # type: ignore[untyped-decorator]
 def test_case(proof: OpProof, case: Case) -> None:
     """Prove one case in every form and dtype."""
     assert not [row for row in prove_case(proof, case) if not row.passed]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from backhand.data import prefix_forest
 from backhand.data.examples import Example
-from backhand.data.packing import RowPacker, pack, trained_length
+from backhand.data.pack import pack, trained_length
+from backhand.data.packing import RowPacker
 from backhand.data.prefix_forest import MIN_SAVED_TOKENS
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, pad_to_bucket
 from backhand.verify.packed_tokens import unshare_prefixes

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backhand.data.examples import Example
-from backhand.data.packing import micro_batches, pack, trained_length
+from backhand.data.pack import pack, trained_length
+from backhand.data.packing import micro_batches
 from backhand.nn.batch import IGNORE_INDEX
 
 

@@ -14,7 +14,8 @@ from backhand.data.examples import Example
 from backhand.data.form_reader import FormReader
 from backhand.data.lint import Finding, lint
 from backhand.data.options import DataOptions
-from backhand.data.packing import RowPacker, pack
+from backhand.data.pack import pack
+from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
 from backhand.data.raw_rows import RawRow
 from backhand.data.rows import Completion, Conversation, Pair, UnpairedRow

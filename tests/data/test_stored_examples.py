@@ -16,7 +16,8 @@ from backhand.data import stored_examples
 from backhand.data.data_report import DataReport
 from backhand.data.examples import Example
 from backhand.data.held_out import _groups, overlap
-from backhand.data.packing import RowPacker, trained_length
+from backhand.data.pack import trained_length
+from backhand.data.packing import RowPacker
 from backhand.data.rows import Completion, PromptRow
 from backhand.data.stored_examples import stored, with_totals
 from backhand.errors import ResourceError

@@ -14,7 +14,7 @@ import pytest
 from gguf import GGMLQuantizationType as StorageType
 
 from backhand.data.options import DataOptions
-from backhand.data.packing import pack
+from backhand.data.pack import pack
 from backhand.errors import CheckError, DataError, UsageError
 from backhand.loop.evaluate import evaluate_command
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions

@@ -13,7 +13,7 @@ import torch
 
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
-from backhand.data.packing import pack
+from backhand.data.pack import pack
 from backhand.errors import ArtifactError, CheckError
 from backhand.nn.decoder import adapted_head, block, projections
 from backhand.nn.decoder import forward_backward as forward_backward_module

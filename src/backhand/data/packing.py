@@ -117,7 +117,7 @@ class RowPacker:
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """Return the micro-batch of these rows, padded to a bucket size. Its documents are in the order of the rows."""
-        return pad_to_bucket(_to_batch(self._tokens(rows), self.forest(rows), device))
+        return pad_to_bucket(to_batch(self._tokens(rows), self.forest(rows), device))
 
     def forest(self, rows: Sequence[int]) -> Forest:
         """Return the segments of these rows' micro-batch, without padding."""
@@ -165,33 +165,8 @@ class RowPacker:
         return sum(int(self.lengths[row]) for row in rows)
 
 
-def pack(examples: Iterable[Example], *, share: bool = False, device: torch.device | str = "cpu") -> PackedBatch:
-    """Concatenate documents, shortest first, so that documents of equal length are neighbours.
-
-    labels[i] is token i + 1 of the same document if that token is supervised. Attention is causal, so a document enters
-    the model only up to the position before its last supervised token: no later position can change the loss. A
-    document without supervised tokens has no positions.
-
-    Args:
-        examples: the documents, in any order, which the batch's `ends` keep.
-        share: store a prefix that several documents share once, if that saves enough.
-        device: of the batch's tensors.
-
-    Returns:
-        input_ids and labels, (tokens,) int64, and the segments of the documents.
-    """
-    documents = list(examples)
-    tokens = [np.where(document.supervised, ~document.input_ids, document.input_ids) for document in documents]
-    return _to_batch(tokens, prefix_forest(tokens, [trained_length(one) for one in documents], share=share), device)
-
-
-def trained_length(example: Example) -> int:
-    """Return the number of tokens that enter the model: those before the last supervised token."""
-    places = np.flatnonzero(example.supervised)
-    return int(places[-1]) if len(places) else 0
-
-
-def _to_batch(documents: Sequence[SignedTokens], forest: Forest, device: torch.device | str) -> PackedBatch:
+def to_batch(documents: Sequence[SignedTokens], forest: Forest, device: torch.device | str) -> PackedBatch:
+    """Return the packed batch of a forest's segments, without padding."""
     parts = [inputs_and_labels(documents[number][start : end + 1]) for number, start, end in forest.sources]
     ids, labels = (
         torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays])).to(device)

@@ -173,25 +173,6 @@ class Communicator:
         """
 
 
-def assign(tokens: Sequence[int], world_size: int) -> list[list[int]]:
-    """Assign each micro-batch to the process that has the fewest tokens so far.
-
-    Args:
-        tokens: number of tokens per micro-batch, in descending order.
-        world_size: number of processes. With fewer micro-batches than processes, some processes receive none.
-
-    Returns:
-        the micro-batch numbers of each process, ascending; each number occurs once.
-    """
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for number, count in enumerate(tokens):
-        process = loads.index(min(loads))
-        shares[process].append(number)
-        loads[process] += count
-    return shares
-
-
 def zero_sum(gradients: Tensor, elements: int) -> Tensor:
     """Return (elements,) zeros to add gradients to: float64, so that many micro-batches round no more than one.
 

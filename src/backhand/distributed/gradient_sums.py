@@ -1,4 +1,4 @@
-"""The gradient of a step whose micro-batches several processes compute.
+"""The gradient of a step whose micro-batches several processes compute, and the assignment of micro-batches.
 
     g = g₀ + g₁ + … + g_{m-1},   each gᵢ computed from zero, added from the left in float64
 
@@ -87,3 +87,22 @@ class PlainSum:
 
     def reduce(self) -> None:
         self._group.all_reduce(self._gradients)
+
+
+def assign(tokens: Sequence[int], world_size: int) -> list[list[int]]:
+    """Assign each micro-batch to the process that has the fewest tokens so far.
+
+    Args:
+        tokens: number of tokens per micro-batch, in descending order.
+        world_size: number of processes. With fewer micro-batches than processes, some processes receive none.
+
+    Returns:
+        the micro-batch numbers of each process, ascending; each number occurs once.
+    """
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for number, count in enumerate(tokens):
+        process = loads.index(min(loads))
+        shares[process].append(number)
+        loads[process] += count
+    return shares

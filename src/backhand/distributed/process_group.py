@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from backhand.distributed import rendezvous
-from backhand.distributed.communicator import Communicator, GradientSum, assign
-from backhand.distributed.gradient_sums import OrderedSum, PlainSum
+from backhand.distributed.communicator import Communicator, GradientSum
+from backhand.distributed.gradient_sums import OrderedSum, PlainSum, assign
 from backhand.distributed.heartbeat import Heartbeat, StoppedElsewhere
 from backhand.distributed.rendezvous import DistributedEnv, all_joined, connected, torch_distributed
 from backhand.errors import ArtifactError, BackhandError, CheckError, ResourceError, short_reason

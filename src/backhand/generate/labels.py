@@ -22,7 +22,8 @@ from torch import Tensor
 
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document
-from backhand.data.packing import micro_batches, pack
+from backhand.data.pack import pack
+from backhand.data.packing import micro_batches
 from backhand.data.rows import Completion
 from backhand.errors import UsageError
 from backhand.generate.completer import Completer, require_finite

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
-from backhand.data.packing import micro_batches, trained_length
-from backhand.distributed.communicator import assign
+from backhand.data.pack import trained_length
+from backhand.data.packing import micro_batches
+from backhand.distributed.gradient_sums import assign
 from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
 from backhand.loop.step import AdapterOptimizer

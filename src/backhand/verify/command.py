@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from backhand.data.packing import pack
+from backhand.data.pack import pack
 from backhand.errors import CheckError, UsageError
 from backhand.nn.compute import compute_settings, resolve_threads
 from backhand.options.config_file import load_config

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.packing import pack
+from backhand.data.pack import pack
 from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder

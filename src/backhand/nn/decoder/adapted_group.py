@@ -68,16 +68,8 @@ class BlockAdapter(NamedTuple):
     norms: Mapping[str | None, Tensor] = _NO_NORMS
     # gate and projection of the per-layer embeddings, in families that have them
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
-
-    @property
-    def mixer_extras(self) -> bool:
-        """Return True if the mixer sublayer trains more than factors."""
-        return self.input.extras is not None or self.output.extras is not None
-
-    @property
-    def mlp_extras(self) -> bool:
-        """Return True if the MLP sublayer trains more than factors."""
-        return self.gate_up.extras is not None or self.down.extras is not None
+    mixer_extras: bool = False  # True if the mixer sublayer trains more than factors
+    mlp_extras: bool = False  # True if the MLP sublayer trains more than factors
 
 
 _BLOCK_INPUT = -1  # smaller than every group
@@ -158,7 +150,10 @@ def block_adapter(
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
-    return BlockAdapter(*adapters, norms, per_layer)
+    mixer_extras, mlp_extras = (
+        any(adapter.extras is not None for adapter in pair) for pair in (adapters[:2], adapters[2:4])
+    )
+    return BlockAdapter(*adapters, norms, per_layer, mixer_extras, mlp_extras)
 
 
 def before_blocks_adapter(lora: LoRAParameters | None, dropout_seed: int | None, weight: FrozenMatrix) -> GroupAdapter:
