@@ -454,7 +454,7 @@ def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
 
 def tell_advice(stored: dict[str, Any]) -> None:
     """How often what a run is told is right: by its own case's other rates."""
-    from backhand.training.advice import HIGH, Curves, judged, rates_until
+    from backhand.training.advice import HIGH, Curves, first_finding, rates_until
 
     counts: dict[tuple[str, str], list[int]] = {}
     for case, grid in _grids(stored):
@@ -465,7 +465,7 @@ def tell_advice(stored: dict[str, Any]) -> None:
             options = OptimizationOptions(warmup_steps=default_warmup_steps(run["steps"]))
             until = rates_until(options, run["steps"])
             curves = Curves([(step, loss) for step, loss in run["evaluations"]], run["losses"], run["forgot"])
-            said = judged(curves, until, float(rate) / usual)
+            said = first_finding(curves, until, float(rate) / usual)
             above = run["best"] / grid[best]["best"] - 1
             good = above <= 0.03 or run.get("exact_match", -1.0) >= exact - 0.03
             place = "right" if good else "too low" if float(rate) < float(best) else "too high"

@@ -23,7 +23,7 @@ from backhand.options.config_file import config_from_table, load_config
 from backhand.report.headline import headline
 from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
-from backhand.training.advice import Curves, Until, advice, judged, rates_until
+from backhand.training.advice import Curves, Until, advice, first_finding, rates_until
 from backhand.training.inputs import scaled_matrices, weight_scale
 from backhand.training.run import train
 from support.tiny_run import TinyRun, with_options, write_pairs, write_rows
@@ -135,22 +135,22 @@ FALLING = [2.0, 1.0, 0.6, 0.5, 0.48, 0.475]
 )
 def test_what_the_curves_say(finding: str | None, losses: Sequence[float], more: dict[str, Any]) -> None:
     curves = Curves([(10 * number, loss) for number, loss in enumerate(losses)], **{"training": [], **more})
-    assert judged(curves, even(50)) == finding
+    assert first_finding(curves, even(50)) == finding
 
 
 def test_a_low_rate_without_another_finding_is_told() -> None:
     curves = Curves([(10 * number, loss) for number, loss in enumerate(FALLING)], [])
-    assert [judged(curves, even(50), share) for share in (0.33, 0.34, 3.0)] == ["low", "fine", "fine"]
+    assert [first_finding(curves, even(50), share) for share in (0.33, 0.34, 3.0)] == ["low", "fine", "fine"]
 
 
 def test_a_step_or_two_at_the_end_do_not_hide_that_the_loss_was_falling() -> None:
     losses = [11.64, 8.0, 5.5, 3.7, 3.15, 3.11]
-    assert judged(Curves(list(zip((0, 4, 8, 12, 16, 17), losses, strict=True)), []), even(17)) == "still falling"
+    assert first_finding(Curves(list(zip((0, 4, 8, 12, 16, 17), losses, strict=True)), []), even(17)) == "still falling"
 
 
 def test_a_loss_that_has_come_to_rest_is_not_falling() -> None:
     losses = [3.002, 2.1, 1.9, 1.77, 1.702, 1.699]
-    assert judged(Curves(list(zip((0, 8, 16, 24, 32, 36), losses, strict=True)), []), even(36)) == "fine"
+    assert first_finding(Curves(list(zip((0, 8, 16, 24, 32, 36), losses, strict=True)), []), even(36)) == "fine"
 
 
 def test_what_rose_is_tried_with_as_much_learning_as_it_was_best_with(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-"""How a run comes to several processes: the environment says so, or `--workers N` starts them by torch's own launcher.
+"""Start a run in several processes, and send rank 0's configuration and checkpoint to the other processes.
 
-The launcher runs the same command once more in N processes of this machine. Its rendezvous is this process's own, on a
-port that is free. When one worker ends with an error the others are ended; Ctrl-C and SIGTERM are passed on, and the
-workers have time for a checkpoint.
+The processes are started by torchrun, or by `--workers N`, which uses torch's elastic launcher. The launcher runs the
+same command in N processes of this machine, with a rendezvous on a free port. If a worker fails, the launcher ends the
+others. It passes on Ctrl-C and SIGTERM, and gives the workers time to save a checkpoint.
 
-What the first process knows the others take over: configuration, checkpoint, an end. The run directory may lie on a
-disk of its own. Where model and rows lie, and on which device a process computes, is each process's own business; that
-they are the same model and rows is compared by their digests.
+Rank 0 sends its configuration, its checkpoint and the summary of a finished run to the other ranks, so the run
+directory may be on a disk that only rank 0 can read. The paths of the model and of the rows and the device are options
+of each process. Digests verify that the model and the rows are the same.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from backhand.system import process_start, stop_signals
 _TYPED = "BACKHAND_TYPED_OPTIONS"
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _SHUTDOWN_S = 600
-"""How long a worker that was asked to stop has for its step and its checkpoint."""
+"""Seconds that a worker has, after a signal to stop, to finish its step and save a checkpoint."""
 
 
 class WorkersEnded(BackhandError):
-    """The workers ended without finishing the run, and have said why."""
+    """The workers ended without finishing the run. They have printed the reason."""
 
     said_elsewhere = True
 
@@ -58,13 +58,13 @@ class WorkersEnded(BackhandError):
         self.exit_code = exit_code
 
 
-def in_a_group() -> bool:
-    """Whether the environment says that this process is one of several; `distributed.joined` reads the rest of it."""
+def in_process_group() -> bool:
+    """Return True if a launcher started this process as one of several, by the environment variable WORLD_SIZE."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def restarted() -> bool:
-    """Return True if torchrun has started this process again, after one of the run's had failed.
+def restarted_by_torchrun() -> bool:
+    """Return True if torchrun has restarted this process after a failure of a process of the run.
 
     Raises:
         UsageError: the variable is no number.
@@ -80,21 +80,21 @@ def restarted() -> bool:
         ) from None
 
 
-def typed_elsewhere() -> frozenset[str]:
-    """Options that were typed where the launcher was started."""
+def typed_in_launcher() -> frozenset[str]:
+    """Return the names of the options that were typed on the command line of the launcher."""
     return frozenset(os.environ.get(_TYPED, "").split())
 
 
-def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
-    """Run in `config.run.workers` processes, and wait for them.
+def launch_workers(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
+    """Run the training in `config.run.workers` processes and wait for them.
 
     Args:
-        config: validated.
-        typed: names of options that were given even where they have their default value.
+        config: the validated configuration.
+        typed: names of the options that were typed, including those typed with their default value.
 
     Raises:
-        WorkersEnded: with the exit code of the first that failed, which has said why.
-        ResourceError: one was killed.
+        WorkersEnded: a worker failed. It has printed the reason, and the error has its exit code.
+        ResourceError: a worker was killed, or the run has no summary.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -117,14 +117,14 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
             shutdown_timeout=_SHUTDOWN_S,
             logs_specs=DefaultLogsSpecs(log_dir=directory),  # else in a directory of its own that nobody removes
         )
-        # What the launcher logs of a worker that ended is said better by the worker, and by us.
+        # Workers report their own failures, and `_failure` reports killed workers. The launcher's logs add nothing.
         package = "torch.distributed.elastic"
         for name in (package, *(name for name in logging.root.manager.loggerDict if name.startswith(f"{package}."))):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own
-        with _for_the_launcher(_for_workers(config, typed)):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # each logger has its own level
+        with _launcher_environment(_worker_environment(config, typed)):
             try:
                 program, *words = python_words("backhand", "train", str(toml))
-                with may_be_silent():  # the workers are not
+                with may_be_silent():  # the workers print progress
                     elastic_launch(launch, program)(*words)
             except SignalException as error:
                 raise WorkersEnded(128 + int(error.sigval)) from None
@@ -137,7 +137,7 @@ def launched(config: TrainConfig, typed: frozenset[str]) -> RunSummary:
 
 
 def _failure(failures: Mapping[int, Any]) -> BackhandError:
-    """Exit code of the worker that ended first; the launcher ends the others by SIGTERM."""
+    """Return the error for the worker that ended first. The launcher ends the other workers by SIGTERM."""
     in_order = sorted(failures.items(), key=lambda failure: failure[1].timestamp)
     codes = [failure.exitcode for _, failure in in_order]
     killed = [(rank, failure) for rank, failure in in_order if failure.exitcode != -signal.SIGTERM]
@@ -152,22 +152,25 @@ def _failure(failures: Mapping[int, Any]) -> BackhandError:
     return WorkersEnded(next((code for code in codes if code > 0), 1))
 
 
-def _for_workers(config: TrainConfig, typed: frozenset[str]) -> dict[str, str]:
-    """Environment of the workers; what a user has set stays."""
+def _worker_environment(config: TrainConfig, typed: frozenset[str]) -> dict[str, str]:
+    """Return the environment variables to set for the workers. Variables that the user has set are left unchanged."""
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     threads = max(1, available_cores() // config.run.workers)
-    usual = {
+    defaults = {
         "GLOO_SOCKET_IFNAME": loopback,
         "OMP_NUM_THREADS": str(threads),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    chosen = {name: value for name, value in usual.items() if name not in os.environ}
+    chosen = {name: value for name, value in defaults.items() if name not in os.environ}
     return chosen | {_TYPED: " ".join(sorted(typed))} | safe_environment()
 
 
 @contextmanager
-def _for_the_launcher(environment: Mapping[str, str]) -> Iterator[None]:
-    """The workers' environment; then it is as it was, and so are handlers of signals: the launcher has its own."""
+def _launcher_environment(environment: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables inside the context. Restore them afterwards, and the signal handlers as well.
+
+    The launcher installs its own signal handlers.
+    """
     before = {name: os.environ[name] for name in environment if name in os.environ}
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     os.environ.update(environment)
@@ -181,7 +184,8 @@ def _for_the_launcher(environment: Mapping[str, str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_OWN = {
+# Options whose values each process may choose. A value other than the default replaces rank 0's value.
+_PER_PROCESS = {
     "model": ("model", "device", "memory", "threads", "tune_allocator"),
     "data": ("data", "eval_data"),
     "run": ("output", "quiet", "debug"),
@@ -189,41 +193,43 @@ _OWN = {
 _MAY_DIFFER = ("model.device", "model.threads")
 
 
-def alike(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that all processes must have alike, of `resume.decisive_settings`."""
+def comparable_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of `identity.decisive_settings` that must be equal in all processes."""
     return {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
 
 
 def versions() -> dict[str, Any]:
-    """What decides the last bits of a sum: packages, and the instructions that the processor has."""
+    """Return everything that determines the last bits of a sum: package versions and the processor's instructions."""
     return {**installed_packages(), "processor": torch.backends.cpu.get_cpu_capability()}
 
 
-def followed(
+def broadcast_config(
     config: TrainConfig, done: RunSummary | None, processes: Communicator
 ) -> tuple[TrainConfig, RunSummary | None]:
-    """Configuration and, of a run that is finished already, summary of the first process.
+    """Return rank 0's configuration and, for a finished run, its summary.
 
     Args:
-        config: this process's own; it keeps its places in it.
+        config: the configuration of this process. Its paths and device replace rank 0's.
+        done: the summary of a finished run; None if the run goes on.
+        processes: the processes of the run.
     """
     if processes.world_size == 1:
         return config, done
     table, summary = processes.broadcast_object([config_table(config), done and dataclasses.asdict(done)])
     if processes.is_main_process:
         return config, done
-    taken = config_from_table(table, "rank 0")
-    usual = TrainConfig()
+    main_config = config_from_table(table, "rank 0")
+    defaults = TrainConfig()
     parts = {}
-    for part, names in _OWN.items():
-        own, there, normal = (getattr(which, part) for which in (config, taken, usual))
-        kept = {name: value for name in names if (value := getattr(own, name)) != getattr(normal, name)}
-        parts[part] = replace(there, **kept)
-    return replace(taken, **parts), summary and RunSummary(**summary)
+    for part, names in _PER_PROCESS.items():
+        local, main, default = (getattr(one, part) for one in (config, main_config, defaults))
+        changed = {name: value for name in names if (value := getattr(local, name)) != getattr(default, name)}
+        parts[part] = replace(main, **changed)
+    return replace(main_config, **parts), summary and RunSummary(**summary)
 
 
-def shared_checkpoint(checkpoint: Checkpoint | None, processes: Communicator) -> Checkpoint | None:
-    """The checkpoint of the first process, byte for byte."""
+def broadcast_checkpoint(checkpoint: Checkpoint | None, processes: Communicator) -> Checkpoint | None:
+    """Return rank 0's checkpoint."""
     if processes.world_size == 1:
         return checkpoint
     head = processes.broadcast_object(
@@ -232,15 +238,15 @@ def shared_checkpoint(checkpoint: Checkpoint | None, processes: Communicator) ->
     if head is None:
         return None
     step, facts, names = head
-    mine = {} if checkpoint is None else checkpoint.contents
-    return Checkpoint(step, {name: processes.broadcast(mine.get(name, b"")) for name in names}, facts)
+    contents = {} if checkpoint is None else checkpoint.contents
+    return Checkpoint(step, {name: processes.broadcast(contents.get(name, b"")) for name in names}, facts)
 
 
-def continued_after_restart(config: TrainConfig) -> TrainConfig:
-    """Of a process that torchrun has started again: the run goes on where it was, if it had begun.
+def resume_after_restart(config: TrainConfig) -> TrainConfig:
+    """Return the configuration of a process that torchrun has restarted: resume the run if it has started.
 
     Raises:
-        Interrupted: it was stopped on purpose; torchrun takes that for a failure.
+        Interrupted: the run was stopped by a signal, which torchrun treats as a failure.
     """
     run = config.run
     if not (run.output / CONFIG).exists():
@@ -249,8 +255,8 @@ def continued_after_restart(config: TrainConfig) -> TrainConfig:
     if run.overwrite:
         launcher = process_start(os.getppid())
         if status is None or launcher is None or status.launcher_start != launcher:
-            return config  # a run of before, which this one is to replace
+            return config  # the directory contains an earlier run, which this run is to overwrite
     if status is not None and status.state == "interrupted" and (number := signal_in(status.reason)) is not None:
-        again = f"backhand train --resume --output {shlex.quote(str(run.output))}"
-        raise Interrupted(number, status.step, f"continue with {again}")
+        command = f"backhand train --resume --output {shlex.quote(str(run.output))}"
+        raise Interrupted(number, status.step, f"continue with {command}")
     return replace(config, run=replace(run, resume=True, overwrite=False, from_adapter=None))

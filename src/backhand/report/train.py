@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backhand.bounds import check_kind
-from backhand.distributed.launch import in_a_group
+from backhand.distributed.launch import in_process_group
 from backhand.errors import BackhandError, UsageError
 from backhand.loop.observers import Callback, Observer, RunStart
 from backhand.options.config import TrainConfig
@@ -68,7 +68,7 @@ def train(
     """
     check_kind("config", config, TrainConfig)
     callbacks = tuple(callbacks)
-    if callbacks and config.run.workers > 1 and not in_a_group():
+    if callbacks and config.run.workers > 1 and not in_process_group():
         raise UsageError(
             f"callbacks cannot be passed to {config.run.workers} worker processes",
             where="workers",

@@ -39,7 +39,7 @@ from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
 from backhand.training.calibration import calibrate
 from backhand.training.plan import RunPlan, plan_run
-from backhand.training.resume import taken_over
+from backhand.training.resume import merge_options
 from backhand.training.run import train
 from backhand.words import count_of, duration, in_words
 
@@ -126,7 +126,7 @@ def _resumed(given: SearchConfig, typed: frozenset[str]) -> SearchConfig:
     if not path.exists():
         raise UsageError(f"there is no search in {given.run.output}", where="output", next_step="leave out --resume")
     stored = tables_as(SearchConfig, read_table(path), str(path))
-    config, differences = taken_over(given, stored, typed, lambda part, name: name in _CHANGEABLE.get(part, ()))
+    config, differences = merge_options(given, stored, typed, lambda part, name: name in _CHANGEABLE.get(part, ()))
     if differences:
         changes = [f"{name}: {before!r} in the search, {value!r} given" for name, before, value in differences]
         raise UsageError(

@@ -1,19 +1,21 @@
-"""What a run's own curves say of it: one sentence, and the command to try next.
+"""Advice from the curves of a finished run: one sentence, and the command to try next.
 
-Of the held-out losses e_0 (before the first step), e_1 … e_n let e_b be the lowest behind the first, and
+The held-out losses are e_0 (before the first step), e_1, …, e_n. Let e_b be the lowest of e_1, …, e_n, and e_m the last
+one in the first four fifths of the steps:
 
-    gain = e_0 - e_b        what was learnt
-    rise = e_n - e_b        what was lost again
-    last = e_m - e_n        what the end brought, from the last evaluation in the first four fifths of the steps
+    gain = e_0 - e_b        learnt by the run
+    rise = e_n - e_b        lost again after the best evaluation
+    last = e_m - e_n        learnt in the last fifth of the steps
 
-How far a run has come is told by the sum of its steps' rates, not by their number: at the end of a schedule steps are
-small. So a loss is still falling where the last piece of that stretch brought, for the sum of its rates, at least half
-of what the whole of it did; and where a run of n steps was best at step k, one of fewer has learnt as much, which ends
-with small steps too:
+The progress of a run is measured by the sum of its learning rates instead of the number of steps, because steps at the
+end of a schedule are small. This has two consequences:
 
-    n · (rates of the first k steps) / (rates of all n)
+- The loss is still falling if the last piece of the last fifth reduced it, per unit of this sum, at least half as much
+  as the whole last fifth.
+- If a run of n steps was best at step k, a shorter run with its own schedule learns as much. Its number of steps is
+      n · (sum of the rates of the first k steps) / (sum of the rates of all n steps)
 
-The first that holds of what `judged` asks, in its order, is said; docs/rates.md has it as a table.
+`first_finding` checks the findings in a fixed order and returns the first that applies. docs/rates.md has a table.
 """
 
 from __future__ import annotations
@@ -36,48 +38,48 @@ from backhand.runs.directory import CONFIG
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
 LITTLE = 0.02
-"""Of e_0: a gain that is hardly any."""
+"""A gain below this share of e_0 is small."""
 RISEN = 0.03
-"""Of e_b: a rise that is more than noise."""
+"""A rise above this share of e_b is more than noise."""
 FALLING = 0.05
-"""Of the gain: a last stretch that brought so much would have been followed by more."""
+"""If `last` is above this share of the gain, more steps would reduce the loss further."""
 LAST = 0.2
-"""Of the steps: the last stretch. A shorter one, at the end of a schedule, would bring nothing at any rate."""
+"""The share of the steps at the end in which `last` is measured. In a shorter part, the rates are too low to matter."""
 SLOWER = 0.5
-"""Of the mean speed of the last stretch: a last piece that brought less, for the sum of its rates, is at rest."""
+"""Share of the mean speed of the last fifth below which its last piece counts as no longer falling."""
 LOW = 1 / 3
-"""Of the rate that `auto` stands for: a rate so low may well have learnt less than there is to learn."""
+"""A rate below this share of `auto`'s rate may have learnt less than possible."""
 HIGH = 1.5
-"""Times that rate: above it, that rate is tried first."""
+"""Above this multiple of `auto`'s rate, `auto`'s rate is proposed first."""
 MOST = 0.9
-"""Of the steps: so many are nearly all, and nothing to try."""
+"""If the best evaluation is after this share of the steps, a shorter run is not worth trying."""
 PIECE = 0.01
-"""Of the sum of all rates: a shorter last piece tells of noise."""
+"""A last piece with a smaller share of the sum of all rates is too noisy to use."""
 SPIKE = 1.3
-"""Times the loss of the first steps."""
+"""Multiple of the loss of the first steps from which on a later loss counts as a spike."""
 FORGOTTEN_NATS = 1.5
-"""On neutral texts, a token."""
+"""Rise of the loss on neutral texts, in nats per token, that counts as much forgetting."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run measured."""
+    """The losses of a run."""
 
-    held_out: Sequence[tuple[int, float]]  # (step, loss) of every finite evaluation, the first one before any step
+    held_out: Sequence[tuple[int, float]]  # (step, loss) of every finite evaluation, beginning before the first step
     training: Sequence[float]  # the loss of every logged step
-    # how far the loss on neutral texts had risen at the best evaluation; None where not measured
-    forgotten_nats: float | None = None
+    forgotten_nats: float | None = None  # rise on neutral texts at the best evaluation; None if not measured
 
     @property
     def best(self) -> tuple[int, float]:
-        """Step and loss of the lowest evaluation behind the first."""
+        """Step and loss of the lowest evaluation after the first one."""
         return min(self.held_out[1:], key=lambda one: one[1])
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]]) -> Curves:
-        """Of the lines of metrics.jsonl."""
+        """Return the curves in the lines of metrics.jsonl."""
         evaluations = [one for one in records if _is_finite(one.get("eval_loss"))]
-        held_out = list({one["step"]: one["eval_loss"] for one in evaluations}.items())  # the later of two counts
+        # If a step was evaluated twice, the later evaluation counts.
+        held_out = list({one["step"]: one["eval_loss"] for one in evaluations}.items())
         best = min(evaluations[1:], key=lambda one: one["eval_loss"], default={})
         losses = [one["loss"] for one in records if _is_finite(one.get("loss"))]
         return cls(held_out, losses, best.get("forgetting_nats"))
@@ -88,23 +90,23 @@ def _is_finite(value: float | None) -> bool:
 
 
 Until = Callable[[int, int], float]
-"""The sum of the rates up to a step, of those of all steps, whose number is given as well."""
+"""Maps (step, number of steps made) to the sum of the rates before the step as a share of the sum of all rates."""
 
 
 def rates_until(options: OptimizationOptions, total_steps: int) -> Until:
-    """That sum under a schedule of so many steps, of which a run may have made fewer."""
+    """Return the function `Until` for a schedule of `total_steps` steps. The run may have made fewer steps."""
     plan = LearningRate(1.0, options.schedule, options.warmup_steps or 0, total_steps)
     sums = list(itertools.accumulate(map(plan.at, range(total_steps)), initial=0.0))
     return lambda step, steps: sums[step] / sums[steps]
 
 
-def judged(curves: Curves, until: Until, share: float = 1.0) -> Finding | None:
-    """What is to be said first; None where nothing was held out, or not evaluated twice.
+def first_finding(curves: Curves, until: Until, share: float = 1.0) -> Finding | None:
+    """Return the first finding that applies, or None if there are too few evaluations.
 
     Args:
-        curves: of the run.
-        until: of its schedule.
-        share: its rate, over the one that `auto` stands for.
+        curves: the losses of the run.
+        until: the sums of its learning rates.
+        share: its learning rate relative to `auto`'s rate.
     """
     if len(curves.held_out) < 3:
         return None
@@ -112,18 +114,18 @@ def judged(curves: Curves, until: Until, share: float = 1.0) -> Finding | None:
     base, best = losses[0], curves.best[1]
     steps = curves.held_out[-1][0]
     before = max((step for step, _ in curves.held_out if step <= (1 - LAST) * steps), default=None)
-    if before is None:  # the first of them is missing
+    if before is None:  # the evaluation before the first step is missing
         return None
     gain, rise, last = base - best, losses[-1] - best, dict(curves.held_out)[before] - losses[-1]
     pieces = [one for one in curves.held_out if before < one[0] and until(one[0], steps) <= 1 - PIECE]
-    # Where no evaluation divides the stretch, the whole of it is the last piece.
+    # Without an evaluation inside the last fifth, the whole last fifth is the last piece.
     between, middle = pieces[-1] if pieces else (before, losses[-1] + last)
     share_of_stretch = (1 - until(between, steps)) / (1 - until(before, steps))
     falling = last > FALLING * gain and middle - losses[-1] >= SLOWER * last * share_of_stretch
     few = max(1, len(curves.training) // 10)
     later = curves.training[2 * few :] if len(curves.training) >= 4 * few else ()
     if later and max(later) > SPIKE * statistics.mean(curves.training[:few]):
-        return "unsteady"  # back above where it began
+        return "unsteady"  # the loss rose above its level at the beginning
     if gain <= 0:
         return "not better"
     if gain < LITTLE * abs(base):
@@ -140,30 +142,35 @@ def judged(curves: Curves, until: Until, share: float = 1.0) -> Finding | None:
 
 
 def advice(
-    config: TrainConfig, curves: Curves, total_steps: int, usual: float, run: Path
+    config: TrainConfig, curves: Curves, total_steps: int, auto_rate: float, run: Path
 ) -> tuple[str, str | None] | None:
-    """A sentence about the run, and the command to try next, if there is one.
+    """Return a sentence about the run and the command to try next, or None for either.
 
     Args:
-        config: of the run, resolved.
-        usual: the rate that `auto` stands for.
+        config: the resolved configuration of the run.
+        curves: the losses of the run.
+        total_steps: number of steps of the schedule.
+        auto_rate: the learning rate that `auto` chooses for this run.
+        run: the run directory.
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
-    found = None if objective == "grpo" else judged(curves, until, rate / usual if objective == "sft" else 1.0)
-    if found is None:
+    finding = (
+        None if objective == "grpo" else first_finding(curves, until, rate / auto_rate if objective == "sft" else 1.0)
+    )
+    if finding is None:
         return None
     step, forgotten, options = curves.best[0], curves.forgotten_nats or 0.0, config.optimization
-    higher = f"--learning-rate {usual if rate < LOW * usual else 3 * rate:.2g}"
+    higher = f"--learning-rate {auto_rate if rate < LOW * auto_rate else 3 * rate:.2g}"
     twice = f"--max-steps {2 * total_steps}" if options.max_steps else f"--epochs {2 * options.epochs}"
     fewer = max((options.warmup_steps or 0) + 1, round(until(step, total_steps) * total_steps))
-    lower = f"--learning-rate {usual if rate > HIGH * usual else rate / 3:.2g}"
+    lower = f"--learning-rate {auto_rate if rate > HIGH * auto_rate else rate / 3:.2g}"
     why, instead = "fewer steps would do", f"--max-steps {fewer} --eval-every {five_times(fewer)}"
-    if rate > HIGH * usual:
+    if rate > HIGH * auto_rate:
         why, instead = "the learning rate is high", lower
     elif fewer > MOST * total_steps:
         why, instead = "nearly all of its steps were needed", ""
-    said, more = {
+    sentence, changes = {
         "unsteady": ("The training loss came back above where it began: the learning rate is too high.", lower),
         "not better": (
             "Other rows are answered no better than before: the rate is too high, or they are of another kind.",
@@ -176,12 +183,12 @@ def advice(
             f"It forgot much, {forgotten:.2f} nats a token of neutral texts: a lower rate keeps more.",
             f"--learning-rate {rate / 2:.2g}",
         ),
-        "low": (f"Its learning rate is far below {usual:g}, which suits such runs: that may learn more.", higher),
+        "low": (f"Its learning rate is far below {auto_rate:g}, which suits such runs: that may learn more.", higher),
         "fine": ("Nothing in its curves asks for another rate or more steps.", ""),
-    }[found]
-    if not more:
-        return said, None
-    before = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
-    name = f"{before[1]}-again-{int(before[2] or 1) + 1}" if before else f"{run.name}-again"
-    again = run.with_name(name)
-    return said, f"backhand train {shlex.quote(str(run / CONFIG))} {more} --output {shlex.quote(str(again))}"
+    }[finding]
+    if not changes:
+        return sentence, None
+    repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
+    name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
+    output = shlex.quote(str(run.with_name(name)))
+    return sentence, f"backhand train {shlex.quote(str(run / CONFIG))} {changes} --output {output}"

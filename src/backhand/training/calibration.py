@@ -1,9 +1,9 @@
-"""How fast this machine trains a model, measured in seconds on a few of its blocks.
+"""Predict the duration of a run on this machine from a measurement of a few blocks, which takes seconds.
 
-The short model and those with one more block of a kind (`short_decoder`) take turns on a micro-batch of the run's
-size; the time of all blocks follows: of an adapted one; half of it where nothing is trained; and nothing where the
-hidden states behind such blocks are kept (`memory.plan`) and the row has come before. A first pass over few tokens
-says how many fit into the time there is.
+The short model, with and without one more block of each kind (`short_decoder`), takes passes on a micro-batch of the
+run's size, and the time of all blocks is extrapolated. A frozen block below the adapted ones takes half as long,
+because it has no backward pass. It takes no time if its hidden states are cached from an earlier epoch. A first pass
+over few tokens determines how many tokens fit into the available time.
 """
 
 from __future__ import annotations
@@ -30,26 +30,27 @@ from backhand.training.plan import RunPlan
 
 BUDGET_S = 10.0
 _FORWARD_SHARE = 0.5
-"""Of a pass in which nothing is computed again: forward and backward each take one product a weight."""
+"""Share of the forward pass without recomputation: forward and backward each compute one product per weight."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a run will take."""
+    """Predicted durations of a run, without communication between processes."""
 
-    tokens_per_s: float  # trained on, by all processes together, fillers not counted; without what they send each other
-    train_s: float  # all steps
-    evaluate_s: float  # all evaluations of the held-out rows
-    measured_s: float  # what the measurement took
-    kept_s: float = 0.0  # that keeping hidden states spares; it is in neither of the other times
+    tokens_per_s: float  # trained tokens per second of all processes, without padding
+    train_s: float  # seconds of all steps
+    evaluate_s: float  # seconds of all evaluations of the held-out rows
+    measured_s: float  # seconds of the measurement
+    kept_s: float = 0.0  # seconds saved by cached hidden states; the other durations do not contain them
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
-    """Measure micro-batches of the run's first steps, and tell what all of it will take.
+    """Measure passes of the run's micro-batch size and predict the duration of the run.
 
     Args:
-        machine: where it computes; the settings of `nn.compute.compute_settings` are in force.
-        budget_s: seconds it may take; on a slow or busy machine fewer tokens are measured.
+        plan: the run.
+        machine: where to compute. `nn.compute.compute_settings` must be active.
+        budget_s: seconds for the measurement. On a slow or busy machine, fewer tokens are measured.
     """
     began = time.perf_counter()
     token = _token(plan, machine, began + budget_s)
@@ -60,25 +61,25 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
         sum(of_steps) / len(steps) for of_steps in zip(*_positions(plan, machine, steps), strict=True)
     )
     held_out = sum(trained_length(example) for example in plan.inputs.held_out_examples)
-    # Before the first step, at every interval, and at the end.
+    # Evaluations are made before the first step, at every interval, and at the end.
     evaluations = 1 + -(
         -plan.inputs.total_steps // (plan.inputs.config.run.eval_every or five_times(plan.inputs.total_steps))
     )
     computed, measured = positions * plan.inputs.total_steps, held_out * evaluations
-    # Positions of training and of evaluations whose hidden states are there already when their rows come.
-    spared = (0.0, 0.0)
+    # `cached` has the positions of training and of evaluations whose hidden states are in the cache.
+    cached = (0.0, 0.0)
     if plan.hidden_states.where != "off":
-        again = max(0, plan.inputs.total_steps - plan.inputs.sampler.steps_per_epoch)
-        spared = positions * again, held_out * (evaluations - 1.0)
-    computed_s = computed * token.trained_s + (computed - spared[0]) * token.below_s
+        later_steps = max(0, plan.inputs.total_steps - plan.inputs.sampler.steps_per_epoch)
+        cached = positions * later_steps, held_out * (evaluations - 1.0)
+    computed_s = computed * token.trained_s + (computed - cached[0]) * token.below_s
     train_s = largest / positions * computed_s + optimizer_s * plan.inputs.total_steps
-    evaluate_s = measured * _FORWARD_SHARE * token.trained_s + (measured - spared[1]) * token.below_s
+    evaluate_s = measured * _FORWARD_SHARE * token.trained_s + (measured - cached[1]) * token.below_s
     return Speed(
         tokens_per_s=tokens / train_s,
         train_s=train_s,
         evaluate_s=evaluate_s / machine.world_size,
         measured_s=time.perf_counter() - began,
-        kept_s=sum(spared) * token.below_s,
+        kept_s=sum(cached) * token.below_s,
     )
 
 
@@ -86,14 +87,14 @@ _STEPS_COUNTED = 200
 
 
 class _Token(NamedTuple):
-    """Seconds of a token in the head and the blocks that are trained, and in those below them."""
+    """Seconds per token."""
 
-    trained_s: float
-    below_s: float
+    trained_s: float  # in the head and the trained blocks
+    below_s: float  # in the frozen blocks below them
 
 
 def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-    """What all processes compute of each step, where rows share tokens each once; and what the busiest of them does."""
+    """Yield per step the number of positions that all processes compute, and that the busiest process computes."""
     packer = plan.inputs.packer
     for rows in steps:
         groups = micro_batches(rows, packer.lengths, max_rows=plan.memory.micro_batch_rows)
@@ -103,7 +104,7 @@ def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) 
 
 
 def _token(plan: RunPlan, machine: Machine, deadline: float) -> _Token:
-    """A training pass of the whole model, per token."""
+    """Measure the seconds per token of a training pass of the whole model."""
     memory, vocab_size = plan.memory, plan.inputs.engine.vocab_size
     short = plan.inputs.engine.short(plan.inputs.config.adapter, machine.device, memory.recompute, memory.base)
     models = [short.model, *(more.model for more in short.more)]
@@ -119,11 +120,11 @@ def _token(plan: RunPlan, machine: Machine, deadline: float) -> _Token:
 
 _PROBE_TOKENS = 64
 _PASSES = 3
-"""One that compiles kernels for its sizes, which takes about as long as two, and one that is timed."""
+"""Cost of a measurement in passes: one that compiles kernels, which takes as long as two, and one that is timed."""
 
 
 def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
-    """Seconds of one update of the whole adapter."""
+    """Measure the seconds of one update of the whole adapter."""
     optimizer = AdapterOptimizer(
         LoRAParameters(layout.slots, trained=layout.trained, device=machine.device), OptimizationOptions()
     )
@@ -139,14 +140,16 @@ def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
 
 
 _ENOUGH_PASSES, _ENOUGH_S = 10, 1.0
-"""The fastest of so many passes over so long a time does not fall any more."""
+"""After this number of passes and this number of seconds, the fastest pass hardly improves."""
 
 
 def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) -> list[float]:
-    """For each model the seconds of its fastest training pass, of as many as fit, the first one left out.
+    """Return the seconds of each model's fastest training pass. The models take turns, and first passes do not count.
 
     Args:
-        deadline: of `time.perf_counter`; two passes are made in any case.
+        models: the models.
+        batch: the micro-batch.
+        deadline: value of `time.perf_counter` at which to stop. Every model makes at least two passes.
     """
     best = [math.inf] * len(models)
     passes, round_s, start = 0, 0.0, time.perf_counter()
@@ -165,13 +168,13 @@ def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) ->
 
 
 def wait_for(device: torch.device) -> None:
-    """A graphics card computes behind the program's back: the clock is read when it is done."""
+    """Wait until a graphics card has finished its computations, which are asynchronous, before reading the clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def whole(short: ShortModel, seconds: Sequence[float]) -> float:
-    """Of the whole model, from those of the short one and of each with one block more."""
+    """Return the seconds of the whole model, from those of the short model and of each model with one more block."""
     few_s, *more_s = seconds
     return few_s + sum(
         more.missing * max(0.0, with_it - few_s) for more, with_it in zip(short.more, more_s, strict=True)
@@ -179,7 +182,7 @@ def whole(short: ShortModel, seconds: Sequence[float]) -> float:
 
 
 def mean_block(short: ShortModel, seconds: Sequence[float]) -> float:
-    """Of one block, as the mean of those of the whole model."""
+    """Return the mean seconds of a trained block of the whole model."""
     few_s, *more_s = seconds
     of_all = sum(more.blocks * max(0.0, with_it - few_s) for more, with_it in zip(short.more, more_s, strict=True))
     return of_all / max(1, sum(more.blocks for more in short.more))

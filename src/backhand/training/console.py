@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a bar that moves, or plain lines where the output is not a terminal."""
+"""Terminal output of a run: a progress bar, or plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -33,21 +33,24 @@ _PLAIN_LINES = 20
 
 
 class _AfterTheLast(TextColumn):
-    """What goes on while the bar stands still, all steps done."""
+    """The current activity after the last step, when the bar no longer moves."""
 
     def render(self, task: Task) -> Text:
         return Text(visible(now()) if task.finished else "")
 
 
 class TerminalObserver(Observer):
-    """Progress on standard error, the closing summary on standard output; nothing at all when quiet.
+    """Prints progress on standard error and the closing summary on standard output, or nothing if quiet.
 
-    rich takes care of NO_COLOR and of terminals that cannot move the cursor.
+    rich handles NO_COLOR and terminals that cannot move the cursor.
+
+    Args:
+        quiet: print nothing.
     """
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._silent = ExitStack()  # while a bar moves, or where nothing is to be said
+        self._silent = ExitStack()  # suppresses regular messages while a bar moves, or if quiet
         if quiet:
             self._silent.enter_context(may_be_silent())
         self._console = console(stderr=True, quiet=quiet, soft_wrap=True)
@@ -59,7 +62,7 @@ class TerminalObserver(Observer):
         self._evaluated = ""
 
     def started(self, start: RunStart) -> None:
-        """Say what is about to happen, and begin the bar."""
+        """Print the facts and start the bar."""
         for fact in start.facts:
             self._print(fact)
         self._total = start.total_steps
@@ -86,10 +89,10 @@ class TerminalObserver(Observer):
     def _doing(self) -> str:
         if self._step < self._total:
             return f"step {self._step + 1} of {self._total}"
-        return "the last evaluation, and what the run leaves"
+        return "the last evaluation and the files of the run"
 
     def _print(self, text: str) -> None:
-        """A line, unless nobody is left to read it: a closed terminal or a closed pipe does not end a run."""
+        """Print a line. A closed terminal or pipe does not end the run."""
         try:
             self._console.print(text)
         except OSError:
@@ -100,7 +103,7 @@ class TerminalObserver(Observer):
         self._bar = None
 
     def stepped(self, record: Mapping[str, Any]) -> None:
-        """Move the bar; or print a line now and then, and where nothing was said for long."""
+        """Update the bar. Without a bar, print a line at intervals, and after a long silence."""
         self._step = record["step"]
         if (shown := record.get("reward", record["loss"])) is not None:
             self._losses.append(shown)
@@ -108,9 +111,9 @@ class TerminalObserver(Observer):
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts)
         elif self._step % self._plain_every == 0 or self._step in (1, self._total) or silent_for_s() > SILENCE_S / 2:
-            steps = self._total - self._step  # that remain, as long as those done were in the mean; the bar has its own
-            left = f"  {duration(record['time_s'] / self._step * steps)} left" if steps > 0 else ""
-            self._print(f"step {self._step}/{self._total}  {facts}{left}")
+            steps = self._total - self._step
+            remaining = f"  {duration(record['time_s'] / self._step * steps)} left" if steps > 0 else ""
+            self._print(f"step {self._step}/{self._total}  {facts}{remaining}")
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Show the held-out loss."""
@@ -137,7 +140,7 @@ class TerminalObserver(Observer):
                 say(*closing_lines(summary), file=sys.stdout)
             except BrokenPipeError:
                 raise
-            except OSError:  # a closed terminal; what is still buffered must not raise again
+            except OSError:  # the terminal is closed; flushing the buffer at exit must not raise again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def closed(self) -> None:
@@ -150,7 +153,7 @@ class TerminalObserver(Observer):
 
 
 def sparkline(losses: deque[float]) -> str:
-    """The last losses as a line of bars, highest and lowest of them filling the height."""
+    """Return the last losses as a line of bars between their minimum and maximum."""
     if not losses:
         return ""
     low, high = min(losses), max(losses)
@@ -165,7 +168,7 @@ def _facts(record: Mapping[str, Any]) -> str:
         f"{record['tokens_per_s']:,.0f} tokens/s",
         in_words(record["rss_bytes"]),
     ]
-    if "reward" in record:  # the loss of an on-policy step is near 0, whatever is learnt
+    if "reward" in record:  # the loss of an on-policy step is always near 0
         cut_off, flat = record["clipped_answers"], record["no_gradient_groups"]
         parts[0] = f"reward {_number(record['reward'])}  {record['completion_tokens']:.0f} tokens an answer"
         parts[0] += f" ({cut_off:.0%} cut off)" if cut_off else ""
@@ -180,7 +183,7 @@ def _number(value: float | None) -> str:
 
 
 def closing_lines(summary: RunSummary) -> list[str]:
-    """The closing summary, a line a fact."""
+    """Return the closing summary, one line per fact."""
     rewarded = summary.objective == "grpo"
     trained_on = (
         f"its own answers to prompts of {count_of(summary.rows, 'row')}" if rewarded else count_of(summary.rows, "row")
@@ -195,8 +198,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     lines.append(_improvement(summary))
     if (pairs := summary.held_out_pairs) is not None:
         accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
-        rightly = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
-        lines.append(f"Of the held-out pairs {rightly}.")
+        ordered = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
+        lines.append(f"Of the held-out pairs {ordered}.")
     if (forgot := forgetting(summary.forgotten_nats)) and not (summary.advice or "").startswith("It forgot"):
         lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
     predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
@@ -212,8 +215,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
     labels = " --labels auto" if summary.adapted_labels else ""
     if summary.system and not system_option(summary.system):
-        how = f"give its {len(summary.system):,} characters, which backhand.json beside the adapter has, with --system"
-        lines.append(f"All rows had the same system message: {how}.")
+        where = f"{len(summary.system):,} characters, in backhand.json of the adapter"
+        lines.append(f"All rows had the same system message ({where}); give it with --system.")
     return [
         *lines,
         f"Adapter: {adapter}",
@@ -246,7 +249,7 @@ def _improvement(summary: RunSummary) -> str:
 
 
 def _right(summary: RunSummary) -> list[str]:
-    """How many held-out answers are exactly right, and of labels the accuracy."""
+    """Return the line on the exact match of held-out answers and on their labels, if measured."""
     base, adapted = summary.base_exact_match, summary.adapted_exact_match
     if base is None or adapted is None or summary.exact_match_rows is None:
         return []
@@ -270,10 +273,12 @@ _STEPS_COUNTED = 200
 
 
 def opening_facts(run: LoadedRun, continued: bool, processes: Communicator) -> tuple[str, ...]:
-    """The lines.
+    """Return the lines to print before the first step.
 
     Args:
-        continued: whether it goes on from a checkpoint.
+        run: the loaded run.
+        continued: True if the run is resumed from a checkpoint.
+        processes: the processes of the run.
     """
     model, options = run.config.model, run.config.optimization
     lora, report = run.bound.lora, run.inputs.train.report
@@ -308,16 +313,16 @@ def opening_facts(run: LoadedRun, continued: bool, processes: Communicator) -> t
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
     )
-    # Of the first steps; where rows share what they begin with, fewer tokens are computed than are trained on.
+    # If rows share prefixes, fewer tokens are computed than trained on. The first steps are counted.
     packer = run.inputs.packer
     steps = [run.inputs.sampler.rows_of(step) for step in range(min(run.inputs.total_steps, _STEPS_COUNTED))]
     tokens = sum(packer.tokens(rows) for rows in steps)
     groups = [micro_batches(rows, packer.lengths, max_rows=run.plan.memory.micro_batch_rows) for rows in steps]
     if (positions := sum(map(packer.positions, chain.from_iterable(groups)))) != tokens:
-        alike = f"{1 - positions / tokens:.0%} of their tokens are computed once for a whole micro-batch"
-        facts.append(f"rows begin alike: {alike}")
-    if (kept := run.plan.hidden_states.line()) is not None:
-        facts.append(f"kept: {kept}")
+        shared = f"{1 - positions / tokens:.0%} of their tokens are computed once for a whole micro-batch"
+        facts.append(f"rows share prefixes: {shared}")
+    if (cached := run.plan.hidden_states.line()) is not None:
+        facts.append(f"cached: {cached}")
     if processes.world_size > 1:
         each = f"each takes about {in_words(run.plan.memory.peak_bytes)}"
         how = "add up in the order of micro-batches" if run.config.run.reduce == "ordered" else "add up in one sum"

@@ -1,6 +1,6 @@
-"""facts.json: what a run is made of, known before its first step: model, adapter, rows, memory, machine, digests.
+"""facts.json: the facts about a run before its first step (model, adapter, rows, memory, machine, digests).
 
-With it the report needs neither the model nor the rows, and an interrupted run has one as well.
+The report reads this file instead of the model and the rows, also for an interrupted run.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _BINS = 32
 
 
 def run_facts(run: LoadedRun) -> dict[str, Any]:
-    """Everything in facts.json, as JSON has it.
+    """Return the contents of facts.json.
 
-    Of the rows it holds the first few, token by token, and no others. Norms are Frobenius norms of the base weights in
-    the compute dtype, None where a module has no weight of its own.
+    It contains only the first few rows, token by token. Norms are Frobenius norms of the base weights in the compute
+    dtype; None for a module without a weight.
     """
     tokenizer, names = run.inputs.source.tokenizer(), run.inputs.source.config.get("architectures")
     return {
@@ -69,7 +69,7 @@ def run_facts(run: LoadedRun) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and system."""
+    """Return the machine's processor, cores, memory and system."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -95,7 +95,7 @@ def _modules(run: LoadedRun) -> list[dict[str, Any]]:
 
 
 def _norm(weight: torch.Tensor) -> float:
-    # Of rows first: a sum over a whole matrix of an 8B in a few float32 numbers is half a percent too small.
+    # Norms of rows are computed first: torch's float32 sum over a matrix of an 8B model is half a percent too small.
     return float(torch.linalg.vector_norm(torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).double()))
 
 
@@ -113,7 +113,7 @@ def _rows(data: PreparedData, tokenizer: Any, *, shown: int) -> dict[str, Any]:
 
 
 def _histogram(counts: npt.NDArray[np.int32]) -> list[dict[str, int]]:
-    """How many of the counts lie in each bin of equal width, `from` inclusive and `to` exclusive."""
+    """Return the number of counts in each bin of equal width, `from` inclusive and `to` exclusive."""
     low, high = int(counts.min()), int(counts.max())
     width = max(1, math.ceil((high + 1 - low) / _BINS))
     bins = np.bincount((counts - low) // width).tolist()
@@ -124,7 +124,7 @@ def _histogram(counts: npt.NDArray[np.int32]) -> list[dict[str, int]]:
 
 
 def _token_by_token(example: Example, tokenizer: Any) -> dict[str, Any]:
-    """A document as [text, whether it is supervised] for each token, the rest counted."""
+    """Return the first tokens of a document as [text, True if supervised], and the number of other tokens."""
     ids = example.input_ids[:SHOWN_TOKENS].tolist()
     texts = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
     return {
@@ -142,7 +142,7 @@ def _processor() -> str:
 
 
 def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_size: int = 1) -> RunSummary:
-    """The summary of a run that is over."""
+    """Return the summary of a finished run."""
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
     lines = directory.lines(METRICS)

@@ -58,8 +58,8 @@ def hidden_state_caches(
         return
     usual_tokens = bucket_size(round(memory.shape.mean_tokens))
     prefix.set_usual_tokens(usual_tokens)
-    # Further rows may pass the frozen layers together with a batch, in no more memory than a step takes: a block in
-    # progress holds less than the saved tensors of two blocks for as many tokens, and the frozen layers save nothing.
+    # Further rows may pass the frozen layers together with a batch, in no more memory than a step takes. A block in
+    # progress takes less memory than the saved tensors of two blocks for the same tokens, and frozen layers save none.
     # With recomputation, saved tensors are few, so no further rows are added.
     multiple = (inputs.engine.layers - frozen.layer) // 2
     tokens_per_pass = (

@@ -25,7 +25,7 @@ from backhand.nn.loading.source import ModelSource
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import config_from_table, config_table
 
-# Options that leave the trained bits as they are: where things lie, how often they are saved and shown.
+# Options that do not change the trained bits: paths, memory, and intervals of saving and printing.
 FREE_OPTIONS = frozenset(
     f"{part}.{name}"
     for part, names in {
@@ -42,19 +42,19 @@ FREE_OPTIONS = frozenset(
 class Identity:
     """The digests of one run."""
 
-    config: TrainConfig
-    source: ModelSource
-    modules: Sequence[str]
-    train: PreparedData
-    held_out: PreparedData | None
-    base_facts: BaseFacts
+    config: TrainConfig  # the resolved configuration
+    source: ModelSource  # the base model's files
+    modules: Sequence[str]  # names of the adapted modules
+    train: PreparedData  # training rows
+    held_out: PreparedData | None  # held-out rows, or None
+    base_facts: BaseFacts  # computes digests of the base's tensors
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """For a checkpoint's manifest: all digests, and the options that decide the trained bits.
+        """All digests and the options that determine the trained bits, for a checkpoint's manifest.
 
-        That of the base is of the adapted tensors (`adapters.record`); None where their names in the files are not
-        known. Those of the rows are of every token and its supervision, in order.
+        The digest of the base covers the adapted tensors (`adapters.record`). It is None if their names in the files
+        are unknown. The digests of rows cover every token and its supervision, in order.
         """
         source, settings = self.source, decisive_settings(self.config)
         names = list(weight_names(self.modules, source.tensor_names()))
@@ -70,7 +70,7 @@ class Identity:
         }
 
     def record(self) -> AdapterRecord:
-        """For backhand.json."""
+        """Return the record for backhand.json."""
         facts = self.facts
         return AdapterRecord(
             origin=self.source.origin,
@@ -85,15 +85,15 @@ class Identity:
 
     @cached_property
     def labels(self) -> Labels:
-        """Of the training rows, where these are learnt as answers and have labels."""
+        """The labels of the training rows; empty if they have none or the objective is not SFT."""
         if self.config.objective.objective != "sft":
             return {}
         return found_labels(self.train.examples, self.source.tokenizer(), stop_ids(self.source, self.config.data))
 
 
 def decisive_settings(config: TrainConfig) -> dict[str, Any]:
-    """All options but `FREE_OPTIONS`, `table.name` to a value that JSON holds; those that are None are left out."""
-    # Once through the types of the fields, so that an alpha of 5 and one of 5.0, as a file has it, are the same.
+    """Return all options except `FREE_OPTIONS`, `table.name` to a JSON value. Options that are None are left out."""
+    # Parsing converts values to the fields' types, so that an alpha of 5 equals the 5.0 of a configuration file.
     table = config_table(config_from_table(config_table(config), "configuration"))
     return {
         f"{part}.{name}": value
@@ -104,5 +104,5 @@ def decisive_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def settings_digest(decisive: Mapping[str, Any]) -> str:
-    """SHA-256 over `decisive_settings`."""
+    """Return the SHA-256 of `decisive_settings`."""
     return "sha256:" + hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -1,16 +1,16 @@
-"""`backhand models`: the models on this machine, what they are, and what training each of them would take here.
+"""`backhand models`: list the models on this machine with the memory and time of training each of them.
 
-Nothing but headers and configurations is read. Memory and time are those of one step of 4 × 256 tokens, all of them
-supervised, with the adapter that `train` makes if nothing else is said:
+Only headers and configurations are read. Memory and time are those of one step of 4 × 256 tokens, all supervised, with
+`train`'s default adapter:
 
-    memory   estimated (`memory.parts`), with the recomputation that fits into what is free; a file in blocks stays in
-             them, unless the kernels do not unpack its types
-    time     multiplications · s, and what the recomputation adds; unpacking blocks takes a few percent more,
+    memory   estimated (`memory.parts`) with the recomputation that fits into the free memory; a quantized file stays
+             quantized unless the kernels do not support its types
+    time     multiplications · s, plus the recomputation,
              multiplications = vocabulary · d + Σ_blocks out · in of every matrix
 
-s is the time of a multiplication in a step of a small model with random weights, in whose matrices a token is
-multiplied as often as in those of a block of a real one. How fast a processor is depends on the shapes as well, and the
-longer attention of longer rows is left out: within a factor of 1.5 or so. `backhand plan` measures the model itself.
+s is the time per multiplication in a step of a small model with random weights, whose matrices are as large as those of
+a real block. Unpacking of quantized matrices, the shapes of the model and the attention of longer rows are not
+included, so the time is accurate within a factor of about 1.5. `backhand plan` measures the model itself.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ _MEASURED_S = 1.0
 
 @dataclass
 class TokenSeconds:
-    """Measures once, when it is first asked."""
+    """Estimates training times. The machine is measured once, at the first call."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # the compute dtype
 
     def of(self, config: DecoderConfig) -> float:
-        """Seconds of a token of training, in a micro-batch of 4 × 256, all of them supervised."""
+        """Return the seconds of training per token, in a micro-batch of 4 × 256 supervised tokens."""
         return multiplications(config) * self._multiplication_s
 
     @cached_property
@@ -103,16 +103,16 @@ class TokenSeconds:
 
 
 def multiplications(config: DecoderConfig) -> int:
-    """Of a token with all matrices, the head among them; of a layer's experts those that it goes to."""
-    found = config.vocab_size * config.hidden_size
+    """Return the number of multiplications per token in all matrices, including the head and the chosen experts."""
+    total = config.vocab_size * config.hidden_size
     for layer, block in zip(config.layers, empty_weights(config, torch.float32, "meta").blocks, strict=True):
         for field in fields(block):
             matrix = getattr(block, field.name)
             if isinstance(matrix, Tensor) and matrix.dim() == 2:
                 of_experts = layer.experts and field.name in ("gate_up", "down") and config.mixture is not None
                 share = config.mixture.chosen / config.mixture.experts if of_experts and config.mixture else 1
-                found += round(matrix.numel() * share)
-    return found
+                total += round(matrix.numel() * share)
+    return total
 
 
 _SHOWN_TYPES = 3
@@ -122,24 +122,23 @@ _SHOWN_TYPES = 3
 class ListedModel:
     """One model on this machine."""
 
-    name: str  # what `--model` takes
-    path: str  # where it lies
-    store: str  # whose it is
-    family: str | None = None  # its architecture, as its file names it; None where it cannot be opened
-    parameters: int | None = None  # numbers in its weights
-    file_bytes: int | None = None  # of its weights as they are stored
-    types: tuple[str, ...] = ()  # how they are stored, the most frequent first
-    engine: str | None = None  # `backhand`, `transformers`, or None where it cannot be trained
-    note: str | None = None  # why not the decoder engine, or why it cannot be opened
-    # how its weights would be held, `dense` or `quantized`; None where the engine does not train it
-    base: HeldBase | None = None
-    memory_bytes: int | None = None  # highest memory of a step of 4 × 256 tokens; None where it is not known
-    fits: bool | None = None  # whether that is free now
-    seconds_per_1000_tokens: float | None = None  # of training; None where it is not known
+    name: str  # value for `--model`
+    path: str  # path of the file or directory
+    store: str  # program whose store contains the model
+    family: str | None = None  # architecture in the model's configuration; None if the model cannot be opened
+    parameters: int | None = None  # number of elements of all weights
+    file_bytes: int | None = None  # bytes of the stored weights
+    types: tuple[str, ...] = ()  # types of the stored weights, most frequent first
+    engine: str | None = None  # `backhand`, `transformers`, or None if the model cannot be trained
+    note: str | None = None  # why the decoder engine was not chosen, or why the model cannot be opened
+    base: HeldBase | None = None  # form of the frozen weights in training; None if not the decoder engine
+    memory_bytes: int | None = None  # peak memory of a step of 4 × 256 tokens; None if unknown
+    fits: bool | None = None  # True if this memory is free
+    seconds_per_1000_tokens: float | None = None  # duration of training; None if unknown
 
 
 def models(options: ModelsOptions) -> list[ListedModel]:
-    """Every model there is, with what is known of it; a file that cannot be opened is listed with the reason."""
+    """Return every model on this machine. A file that cannot be opened is listed with the reason."""
     dtype = default_dtype(torch.device("cpu"))
     process, seconds = settled_rss_bytes(dtype), TokenSeconds(dtype)
     return [_listed(stored, dtype, process, seconds) for stored in models_on_this_machine(tuple(options.places))]
@@ -163,7 +162,7 @@ def _listed(stored: StoredModel, dtype: torch.dtype, process_bytes: int, seconds
 
 
 def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
-    """Family, parameters, bytes, and storage types of the weights."""
+    """Return family, parameters, bytes, and storage types of the weights."""
     family = str(source.config.get("model_type"))
     parameters = sum(math.prod(source.shape(name)) for name in source.tensor_names())
     if isinstance(source, GGUFModel):
@@ -180,7 +179,7 @@ def _known(source: ModelSource) -> tuple[str, int, int, tuple[str, ...]]:
 
 
 def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> tuple[MemoryPlan, bool]:
-    """One step with the base and the recomputation that `train` would choose; whether the memory is free."""
+    """Return the plan of a step that `train` would choose, and True if its memory is free."""
     layout, tokens, free = engine.layout(LoRAConfig()), ROWS * ROW_TOKENS, available_bytes()
     shapes = {ROWS: StepShape(tokens, tokens, (ROW_TOKENS,) * ROWS, mean_tokens=tokens)}
 
@@ -192,8 +191,8 @@ def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> t
 
         budget = free + process_bytes if limited and free is not None else None
         mode: Recompute = "auto" if limited else "block"
-        found = choose(size, parts, shapes, budget_bytes=budget, micro_batch_rows=ROWS, recompute=mode)
-        return replace(found, base=base)
+        chosen = choose(size, parts, shapes, budget_bytes=budget, micro_batch_rows=ROWS, recompute=mode)
+        return replace(chosen, base=base)
 
     try:
         return choose_base(preferred_bases("auto", source, torch.device("cpu"), shapes), plan).chosen, True
@@ -202,30 +201,30 @@ def _memory(engine: DecoderEngine, source: ModelSource, process_bytes: int) -> t
 
 
 def models_command(options: ModelsOptions) -> list[ListedModel]:
-    """`models`, printed as a table, or as one JSON list with `json`."""
+    """Run `models` and print a table, or one JSON list with `json`."""
     with nullcontext() if options.json else working("looking for models"):
-        found = models(options)
+        listed = models(options)
     if options.json:
-        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
-        return found
+        sys.stdout.write(json.dumps([asdict(one) for one in listed], indent=2) + "\n")
+        return listed
     console = console_for_tables()
-    if not found:
-        looked = name_list(map(str, options.places)) or "the stores of Ollama, LM Studio, llama.cpp and Hugging Face"
-        console.print(f"no models in {looked}; `backhand models FOLDER` looks elsewhere", soft_wrap=True)
-        return found
-    console.print(_table(found))
-    for one in found:
+    if not listed:
+        places = name_list(map(str, options.places)) or "the stores of Ollama, LM Studio, llama.cpp and Hugging Face"
+        console.print(f"no models in {places}; `backhand models FOLDER` looks elsewhere", soft_wrap=True)
+        return listed
+    console.print(_table(listed))
+    for one in listed:
         if one.note:
             console.print(f"{one.name}: {one.note}", soft_wrap=True)
-    return found
+    return listed
 
 
-def _table(found: Sequence[ListedModel]) -> Table:
+def _table(listed: Sequence[ListedModel]) -> Table:
     threads = available_cores()
     title = f"memory and time: a step of {ROWS} × {ROW_TOKENS} tokens, {threads} threads"
     figures = ("memory", "s per 1,000 tokens")
     shown = table_of("--model", "family", "size", "types", "engine", *figures, right=figures, title=title)
-    for one in found:
+    for one in listed:
         size = ""
         if one.parameters is not None and one.file_bytes is not None:
             size = f"{_short(one.parameters)}, {in_words(one.file_bytes)}"
@@ -237,5 +236,5 @@ def _table(found: Sequence[ListedModel]) -> Table:
 
 
 def _short(count: int) -> str:
-    """A number of parameters as model names have it: 135M, 1.5B."""
+    """Return a number of parameters in the style of model names: 135M, 1.5B."""
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"

@@ -1,4 +1,4 @@
-"""`backhand plan`: what a run will take in memory and time, before it is made."""
+"""`backhand plan`: predict the memory and the duration of a run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class PlanReport:
     """Result of `backhand plan`."""
 
     plan: RunPlan  # model, adapter, rows, steps and memory
-    machine: Machine  # where it computes
-    speed: Speed | None  # None where it was not measured
-    notes: tuple[str, ...]  # what a person should know, a sentence each
-    longest: tuple[Example, ...] = ()  # the longest training documents, as many as were asked for, the longest first
+    machine: Machine  # where the run computes
+    speed: Speed | None  # predicted durations; None if not measured
+    notes: tuple[str, ...]  # sentences for people
+    longest: tuple[Example, ...] = ()  # the longest training documents, the longest first, for `--show`
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON values; sizes in bytes, times in seconds."""
+        """Return the plan as JSON values, with sizes in bytes and durations in seconds."""
         plan, memory = self.plan, self.plan.memory
         return {
             "model": plan.inputs.config.model.model,
@@ -81,16 +81,16 @@ class PlanReport:
 
 
 def plan(options: PlanOptions) -> PlanReport:
-    """Look at a run: nothing is written, and no weight is read.
+    """Plan a run without writing files or reading weights.
 
     Raises:
-        UsageError, DataError, ArtifactError: as `train` would.
-        ResourceError: it does not fit; says what would.
+        UsageError, DataError, ArtifactError: for the same reasons as `train`.
+        ResourceError: the run does not fit into memory. Names options that would fit.
     """
     config = options.validate().run_config
     if config.rewards.reward:
         with RewardProcess(config.rewards.reward, config.rewards.reward_timeout):
-            pass  # they are there
+            pass  # the functions can be loaded
     machine = resolve_machine(config)
     with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
         run_plan = plan_run(config, machine, assumed_rows=True, watched=options.plan.watch)
@@ -108,7 +108,7 @@ def plan(options: PlanOptions) -> PlanReport:
 
 
 def plan_command(options: PlanOptions) -> PlanReport:
-    """`plan`, printed as tables, or as one JSON object with `json`."""
+    """Run `plan` and print tables, or one JSON object with `json`."""
     with nullcontext() if options.plan.json else working("planning"):
         report = plan(options)
     if options.plan.json:
@@ -129,12 +129,12 @@ def _print(console: Console, report: PlanReport) -> None:
         f"adapter: {plan.size.adapter_elements:,} parameters in {len(plan.inputs.layout.slots)} modules",
         f"base: {_bases(plan)}",
         f"step: {config.optimization.batch_rows} rows, {cut}",
-        *(f"kept: {line}" for line in (plan.hidden_states.line(),) if line is not None),
+        *(f"cached: {line}" for line in (plan.hidden_states.line(),) if line is not None),
     )
     for fact in facts:
         console.print(fact, soft_wrap=True)
     if machine.local_world_size > 1:
-        each = "each of which takes what follows; a mapped base is there once"
+        each = "each with the memory below; a mapped base is in memory once"
         console.print(f"processes: {machine.local_world_size} on this machine, {each}", soft_wrap=True)
     shown = table_of("memory", "size", right=("size",))
     for name, size in memory.parts.items():
@@ -156,16 +156,16 @@ def _print(console: Console, report: PlanReport) -> None:
 
 
 def _bases(plan: RunPlan) -> str:
-    """The base that is taken, and what the other would take."""
+    """Describe the chosen form of the base and the other form."""
 
-    def told(base: HeldBase) -> str:
+    def described(base: HeldBase) -> str:
         one = plan.bases.plans[base]
         fits = "" if base in plan.bases.fitting else ", which is not free"
         return f"{in_words(one.peak_bytes)}, {one.micro_batch_rows} at a time, recompute {one.recompute}{fits}"
 
     taken = plan.memory.base
-    others = [f"{base} would take {told(base)}" for base in plan.bases.plans if base != taken]
-    return "; ".join([f"{taken} takes {told(taken)}", *others])
+    others = [f"{base} would take {described(base)}" for base in plan.bases.plans if base != taken]
+    return "; ".join([f"{taken} takes {described(taken)}", *others])
 
 
 def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
@@ -178,5 +178,5 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"
     if speed.kept_s:
-        text += f"; keeping hidden states spares {duration(speed.kept_s)}"
+        text += f"; cached hidden states save {duration(speed.kept_s)}"
     console.print(text, soft_wrap=True)

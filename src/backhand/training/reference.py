@@ -1,12 +1,14 @@
-"""The objective of a run, with what the model that it starts from says of every answer: computed once, and kept.
+"""The objective of a run, and the reference model's log-probabilities, which are computed once and stored.
 
-`reference.json` of the run directory holds s of every document (`objective`), under a digest of all that decides their
-bits: every frozen tensor, every row, all options that decide a run, dtype, threads, versions, processor. A resumed run
-finds them there, and computes those of a sample of micro-batches again, to compare every bit; where the digest is
-another one, or the file damaged, they are computed anew. They go through the kept hidden states, where there are some.
+The reference model is the model that the run starts from: the base, or the base with the adapter of `--from-adapter`.
 
-The model that a run starts from is the base, or the base with the adapter of `--from-adapter`, whose values have a
-digest of their own: if they changed since, the run cannot go on against what it began from.
+`reference.json` in the run directory contains s of every document (see `objective`). It also contains a digest of
+everything that determines their bits: the frozen tensors, the rows, the options, the dtype, the number of threads, the
+versions and the processor. A resumed run reads the file, computes the values of some micro-batches again, and compares
+every bit. If the digest differs or the file is damaged, all values are computed again. The computation uses the cache
+of hidden states, if there is one.
+
+The adapter of `--from-adapter` has its own digest. If its values have changed, the run cannot be resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from backhand.training.loaded_run import LoadedRun
 from backhand.words import name_list
 
 _Set = tuple[RowPacker, HiddenStateCache | None]
-"""Rows whose documents the reference model is asked about, and what keeps their hidden states."""
+"""Rows for the reference model, and the cache of their hidden states, or None."""
 
 
 def run_objectives(
@@ -49,20 +51,24 @@ def run_objectives(
     processes: Communicator,
     frozen_digest: str,
     caches: HiddenStateCaches,
-    begun_from: str | None,
+    start_adapter: str | None,
     log: ProofLog,
-    noted: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> tuple[Objective | None, Objective | None]:
-    """The objectives of the training and of the held-out rows; None for the loss of answers, and without such rows.
+    """Return the objectives of the training rows and of the held-out rows; None for cross-entropy and without rows.
 
     Args:
-        run: with its model and adapter, which stay as they are.
-        begun_from: the adapter that the run was started from, if any.
-        log: told that what was kept is what is computed.
-        noted: told in a sentence where something is computed anew.
+        run: the loaded run. Its model and adapter are restored afterwards.
+        directory: the run directory.
+        processes: the processes that share the computation.
+        frozen_digest: SHA-256 of the frozen tensors.
+        caches: caches of hidden states.
+        start_adapter: the adapter that the run was started from, or None.
+        log: receives the result of comparing stored with computed values.
+        notify: receives a sentence if stored values are computed again.
 
     Raises:
-        CheckError: what was kept is not what is computed now.
+        CheckError: stored values differ from computed ones, or the adapter that the run started from has changed.
     """
     options = run.config.objective
     if options.purpose in ("answers", "prompts"):
@@ -74,34 +80,34 @@ def run_objectives(
     if options.form == "kto":
         for name, (rows, _) in list(sets.items()):
             sets[f"{name}_others"] = packed(mismatched(rows.examples, run.config.data.max_length)), None
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     if options.has_reference:
-        with _started(run.bound, run.config.model.allow_pickle, begun_from):
-            start = None if begun_from is None else tensor_digest(run.bound.lora.values).hex()
+        with _reference_model(run.bound, run.config.model.allow_pickle, start_adapter):
+            start = None if start_adapter is None else tensor_digest(run.bound.lora.values).hex()
             digests = _pass_digest(run, frozen_digest), start
-            found = _reference(run, directory, processes, sets, digests, log, noted)
+            sums = _reference(run, directory, processes, sets, digests, log, notify)
 
     def objective(name: str) -> Objective | None:
         if name not in sets:
             return None
-        packer, reference, beside = sets[name][0], found.get(name), f"{name}_others"
+        packer, reference, others_name = sets[name][0], sums.get(name), f"{name}_others"
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
-        others, _ = sets.get(beside, (None, None))
-        return KTOObjective(packer, reference, options=options, others=others, others_reference=found.get(beside))
+        others, _ = sets.get(others_name, (None, None))
+        return KTOObjective(packer, reference, options=options, others=others, others_reference=sums.get(others_name))
 
     return objective("train"), objective("held_out")
 
 
 @contextmanager
-def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> Iterator[None]:
-    """Inside, the model is the one that the run starts from."""
-    lora, values = bound.lora, None if begun_from is None else bound.lora.values.clone()
+def _reference_model(bound: BoundModel, allow_pickle: bool, start_adapter: str | None) -> Iterator[None]:
+    """Compute the model that the run starts from inside the context."""
+    lora, values = bound.lora, None if start_adapter is None else bound.lora.values.clone()
     try:
-        if begun_from is None:
+        if start_adapter is None:
             bound.model.detach()
         else:
-            bound.fill(begun_from, allow_pickle)
+            bound.fill(start_adapter, allow_pickle)
         yield
     finally:
         if values is None:
@@ -112,7 +118,7 @@ def _started(bound: BoundModel, allow_pickle: bool, begun_from: str | None) -> I
 
 
 def _pass_digest(run: LoadedRun, frozen_digest: str) -> str:
-    """SHA-256 over all that decides the bits of a forward pass of the base over the rows, and over the settings."""
+    """Return the SHA-256 of everything that determines the bits of a forward pass over the rows, and of the options."""
     identity = run.identity.facts
     facts = {
         "frozen": frozen_digest,
@@ -133,59 +139,64 @@ def _reference(
     sets: Mapping[str, _Set],
     digests: tuple[str, str | None],
     log: ProofLog,
-    noted: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """s of every document of every set, (documents,) float64 each: as kept, or computed and kept."""
+    """Return s of every document of every set, (documents,) float64 each, from the file or computed and stored."""
     counts = {name: len(packer.by_document.lengths) for name, (packer, _) in sets.items()}
-    mine = _kept(directory, digests, counts, noted) if processes.is_main_process else None
-    there: dict[str, list[float]] | None = processes.broadcast_object(mine)
+    on_main = _read_stored(directory, digests, counts, notify) if processes.is_main_process else None
+    stored_values: dict[str, list[float]] | None = processes.broadcast_object(on_main)
     rows = run.plan.memory.micro_batch_rows
-    if there is not None:
-        found = {name: torch.tensor(values, dtype=torch.float64) for name, values in there.items()}
-        _compare_sample(run, sets, found, processes, log)
-        return found
-    found = {}
-    for name, (packer, kept) in sets.items():
-        everything = range(len(packer.lengths))
-        found[name] = not_none(document_sums(run.bound.model, packer, everything, rows, processes, hidden_states=kept))
+    if stored_values is not None:
+        sums = {name: torch.tensor(values, dtype=torch.float64) for name, values in stored_values.items()}
+        _compare_sample(run, sets, sums, processes, log)
+        return sums
+    sums = {}
+    for name, (packer, cache) in sets.items():
+        all_rows = range(len(packer.lengths))
+        sums[name] = not_none(document_sums(run.bound.model, packer, all_rows, rows, processes, hidden_states=cache))
     if processes.is_main_process:
-        values = {name: sums.tolist() for name, sums in found.items()}
-        stored = {"start": digests[1], **values}
+        stored = {"start": digests[1], **{name: values.tolist() for name, values in sums.items()}}
         directory.write(REFERENCE, json.dumps({"digest": digests[0], "sum": _checksum(stored), **stored}) + "\n")
-    return found
+    return sums
 
 
-def _kept(
+def _read_stored(
     directory: RunDirectory,
     digests: tuple[str, str | None],
     counts: Mapping[str, int],
-    noted: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> dict[str, list[float]] | None:
-    """Return the values in `reference.json`, or None unless the file is whole and of this run.
+    """Return the values in `reference.json`, or None if the file is missing, damaged or of another run.
 
     Args:
-        counts: the number of documents of each set.
+        directory: the run directory.
+        digests: digests of a forward pass and of the adapter that the run started from.
+        counts: number of documents per set.
+        notify: receives a sentence if the file cannot be used.
+
+    Raises:
+        CheckError: the adapter that the run started from has changed.
     """
     path = directory.path / REFERENCE
     try:
         stored = load(read_plain(path), dict[str, Any])
-        found, checksum = stored.pop("digest"), stored.pop("sum")
+        digest, checksum = stored.pop("digest"), stored.pop("sum")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError):
-        found, stored, checksum = "", {}, ""
+        digest, stored, checksum = "", {}, ""
     whole, named = checksum == _checksum(stored), "start" in stored
     start = stored.pop("start", None)
     if whole and named and start != digests[1]:
         raise CheckError(
             "the adapter that the run began from is another one now",
             where=str(path),
-            why="the rest of the run would be measured against something else than its first steps",
+            why="the rest of the run would be compared with another reference model than its first steps",
             next_step="put back the adapter that the run was started from, or begin a new run",
         )
-    if not whole or not named or found != digests[0]:  # files of earlier versions do not name the start
+    if not whole or not named or digest != digests[0]:  # files of earlier versions lack the digest of the adapter
         why = "damaged" if not whole else "of another machine or run" if named else "of an earlier version"
-        noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are {why}")
+        notify(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are {why}")
         return None
     try:
         values = convert(stored, dict[str, list[float]])
@@ -195,7 +206,7 @@ def _kept(
         wrong = [str(error)]
     if wrong:
         listed = name_list(sorted(wrong))
-        noted(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are damaged: {listed}")
+        notify(f"the reference's log-probabilities are computed anew, those in {REFERENCE} are damaged: {listed}")
         return None
     return values
 
@@ -205,29 +216,29 @@ def _checksum(values: Mapping[str, Any]) -> str:
 
 
 _COMPARED_MICRO_BATCHES = 8
-"""Per set, spread over its rows, which are ordered by length."""
+"""Number of compared micro-batches per set, evenly spaced over its rows in the order of length."""
 
 
 def _compare_sample(
     run: LoadedRun, sets: Mapping[str, _Set], stored: Mapping[str, Tensor], processes: Communicator, log: ProofLog
 ) -> None:
-    """Compare the stored values of some micro-batches of every set with what the model computes now.
+    """Compute the values of some micro-batches of every set and compare them with the stored values.
 
     Raises:
-        CheckError: some value differs.
+        CheckError: a value differs.
     """
-    apart, most = 0.0, run.plan.memory.micro_batch_rows
+    difference, max_rows = 0.0, run.plan.memory.micro_batch_rows
     for name, (packer, states) in sets.items():
-        groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=most)
+        groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=max_rows)
         count = min(len(groups), _COMPARED_MICRO_BATCHES)
-        places = sorted({round(number * (len(groups) - 1) / max(1, count - 1)) for number in range(count)})
-        rows = [row for place in places for row in groups[place]]
-        sums = not_none(document_sums(run.bound.model, packer, rows, most, processes, hidden_states=states))
-        apart = max(apart, float((sums - stored[name][packer.documents(rows)]).abs().max()))
-    log(Proof("the reference's log-probabilities, as kept, are those computed again", apart == 0, apart, 0))
-    if apart:
+        numbers = sorted({round(number * (len(groups) - 1) / max(1, count - 1)) for number in range(count)})
+        rows = [row for number in numbers for row in groups[number]]
+        sums = not_none(document_sums(run.bound.model, packer, rows, max_rows, processes, hidden_states=states))
+        difference = max(difference, float((sums - stored[name][packer.documents(rows)]).abs().max()))
+    log(Proof("the reference's log-probabilities, as kept, are those computed again", difference == 0, difference, 0))
+    if difference:
         raise CheckError(
-            f"the reference's log-probabilities are off by {apart:.3g} nats from those that {REFERENCE} keeps",
+            f"the reference's log-probabilities are off by {difference:.3g} nats from those that {REFERENCE} keeps",
             where=str(REFERENCE),
             why="a kernel on this machine does not repeat its results, or the file was written to",
             next_step=f"remove {REFERENCE} from the run directory to compute them anew, and resume once more",

@@ -1,4 +1,4 @@
-"""Continuing a run: its stored configuration, and everything that must be as it was, in one list of differences."""
+"""Resume a run: merge the stored configuration with new options, refuse differences, and prove resuming."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from backhand.training.identity import FREE_OPTIONS, Identity, decisive_settings
 
 _NOT_TO_CHOOSE = {"run.output", "run.resume", "run.overwrite", "run.from_adapter"}
 _CHANGEABLE = sorted("--" + name.split(".")[1].replace("_", "-") for name in FREE_OPTIONS - _NOT_TO_CHOOSE)
-_LEFT_OPEN = (None, "auto")
+_UNRESOLVED = (None, "auto")
 
 _FACTS = {
     "tokenizer_digest": "tokenizer: its tokens or merges have changed",
@@ -37,118 +37,135 @@ _FACTS = {
     "held_out_digest": "held-out data: the rows, or their tokens, have changed",
 }
 
-_OF_THE_BASE = "base model: "
-_BASE_CHANGED = f"{_OF_THE_BASE}the adapted weights are not those the run began with"
-_CONFIG_CHANGED = f"{_OF_THE_BASE}its configuration is not the one the run began with"
-_FROZEN_CHANGED = f"{_OF_THE_BASE}weights beside the adapted ones are not those the run began with"
+_BASE_PREFIX = "base model: "
+_BASE_CHANGED = f"{_BASE_PREFIX}the adapted weights are not those the run began with"
+_CONFIG_CHANGED = f"{_BASE_PREFIX}its configuration is not the one the run began with"
+_FROZEN_CHANGED = f"{_BASE_PREFIX}weights other than the adapted ones are not those the run began with"
 
 
 def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = frozenset()) -> TrainConfig:
-    """The stored configuration, with the options that may change taken from what is given now.
+    """Return the stored configuration with new values of the options in `FREE_OPTIONS`.
 
-    What has its default value counts as not given, unless it is among those that were typed. Layers in words are those
-    that they come to in the run's model.
+    An option with its default value counts as not given unless it was typed. Layers given in words are compared by
+    their numbers in the run's model.
+
+    Args:
+        given: the options of this command.
+        directory: the run directory.
+        typed: names of the typed options.
 
     Raises:
-        UsageError: options are given that differ from the run's and decide its result; lists them all.
+        UsageError: options differ that determine the result of the run. Lists all of them.
     """
-    stored = _as_it_was(load_config(directory / CONFIG))
-    given_now, free = _with_numbers(given, stored, typed), lambda part, name: f"{part}.{name}" in FREE_OPTIONS
-    config, differences = taken_over(given_now, stored, typed, free)
+    stored = _with_explicit_base(load_config(directory / CONFIG))
+    given_now, free = _with_layer_numbers(given, stored, typed), lambda part, name: f"{part}.{name}" in FREE_OPTIONS
+    config, differences = merge_options(given_now, stored, typed, free)
     if differences:
-        told = [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences]
-        raise _refused(told, directory)
-    # What this command is about is its own: the run's file says how the run began.
-    own = {name: getattr(given.run, name) for name in ("output", "workers", "quiet", "debug", "prove_resume")}
-    # The values of an adapter to start from are in the checkpoint, if there is one: see `begun_from`.
-    return replace(config, run=replace(config.run, resume=True, overwrite=False, from_adapter=None, **own))
+        lines = [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences]
+        raise _refused(lines, directory)
+    # These options belong to the command, not to the run.
+    of_command = {name: getattr(given.run, name) for name in ("output", "workers", "quiet", "debug", "prove_resume")}
+    # A checkpoint contains the values of the adapter that the run started from. Without one, see `original_adapter`.
+    return replace(config, run=replace(config.run, resume=True, overwrite=False, from_adapter=None, **of_command))
 
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def taken_over(
+def merge_options(
     given: Config, stored: Config, typed: frozenset[str], may_change: Callable[[str, str], bool]
 ) -> tuple[Config, list[tuple[str, Any, Any]]]:
-    """The stored configuration with what is given now of the options that may change, by their part and name.
+    """Return the stored configuration with the given values of options that may change, and all other differences.
 
-    What has its default value counts as not given, unless it is among those that were typed. What was left open when
-    the run began was chosen then; to leave it open again asks for nothing.
+    An option with its default value counts as not given unless it was typed. The stored configuration has a resolved
+    value for every option, so None and `auto` count as not given as well.
+
+    Args:
+        given: the options of this command.
+        stored: the configuration of the run.
+        typed: names of the typed options.
+        may_change: returns True if the option of this part and name may change.
 
     Returns:
-        with it name, stored and given value of every other option that is given otherwise.
+        the configuration; and (name, stored value, given value) of every differing option that may not change.
     """
     differences, parts = [], {}
-    for part, usual in vars(type(stored)()).items():
-        here, there = getattr(given, part), getattr(stored, part)
+    for part, defaults in vars(type(stored)()).items():
+        given_part, stored_part = getattr(given, part), getattr(stored, part)
         changed: dict[str, Any] = {}
-        for name, normal in vars(usual).items():
-            value, before = getattr(here, name), getattr(there, name)
-            if value in (before, *_LEFT_OPEN) or (value == normal and name not in typed):
+        for name, default in vars(defaults).items():
+            value, before = getattr(given_part, name), getattr(stored_part, name)
+            if value in (before, *_UNRESOLVED) or (value == default and name not in typed):
                 continue
             if may_change(part, name):
                 changed[name] = value
             else:
                 differences.append((name, before, value))
-        parts[part] = replace(there, **changed)
+        parts[part] = replace(stored_part, **changed)
     return replace(stored, **parts), differences
 
 
-def _with_numbers(given: TrainConfig, stored: TrainConfig, typed: frozenset[str]) -> TrainConfig:
-    """What is given, as a run stores it: with the numbers that its words for layers come to in the run's model."""
+def _with_layer_numbers(given: TrainConfig, stored: TrainConfig, typed: frozenset[str]) -> TrainConfig:
+    """Return the given options with layers as numbers instead of words, for the run's model."""
     adapter, model = given.adapter, given.model.model
     if not adapter.layers:
         return given
     if model == ModelOptions().model and "model" not in typed:
         model = stored.model.model
     source = open_model(model, quantize=stored.model.quantize)
-    engine = choose_engine(stored.model, source, torch.float32)  # layers are the same in any dtype
+    engine = choose_engine(stored.model, source, torch.float32)  # layers do not depend on the dtype
     parameters = adapter.target_parameters or stored.adapter.target_parameters
-    asked = replace(stored.adapter, layers=adapter.layers, layers_to_transform=None, target_parameters=parameters)
-    found = in_numbers(asked, [slot.name for slot in engine.layout(asked).slots])
-    numbers, named = found.layers_to_transform, found.target_parameters if adapter.target_parameters else ()
+    in_words = replace(stored.adapter, layers=adapter.layers, layers_to_transform=None, target_parameters=parameters)
+    resolved = in_numbers(in_words, [slot.name for slot in engine.layout(in_words).slots])
+    numbers, named = resolved.layers_to_transform, resolved.target_parameters if adapter.target_parameters else ()
     numbered = replace(adapter, layers="", layers_to_transform=numbers, target_parameters=named)
     return replace(given, adapter=numbered)
 
 
-def _as_it_was(stored: TrainConfig) -> TrainConfig:
-    """Of a run from before there were bases of two forms, what is left open in no other run: its base was dense."""
+def _with_explicit_base(stored: TrainConfig) -> TrainConfig:
+    """Set the base to dense if it is unresolved, as in runs of versions that had no quantized base."""
     if stored.model.base != "auto":
         return stored
     return replace(stored, model=replace(stored.model, base="dense"))
 
 
-def begun_from(directory: Path) -> str | None:
-    """The adapter that a run started from: one that has no checkpoint yet starts from it again."""
+def original_adapter(directory: Path) -> str | None:
+    """Return the adapter that a run started from. A run without a checkpoint starts from it again."""
     return load_config(directory / CONFIG).run.from_adapter
 
 
 def run_differences(facts: Mapping[str, Any], identity: Identity) -> list[str]:
-    """What of a checkpoint's digests and settings is not as it is today."""
+    """Return the differences between a checkpoint's digests and settings and the current ones.
+
+    Args:
+        facts: the facts in the checkpoint's manifest.
+        identity: the current identity of the run.
+    """
     today = identity.facts
     differences = [] if facts.get("base_digest") == today["base_digest"] else [_BASE_CHANGED]
-    if (then := facts.get("model_config")) is not None:  # checkpoints of earlier versions lack it
-        changed = config_differences(then if isinstance(then, dict) else {}, today["model_config"])
+    if (before_config := facts.get("model_config")) is not None:  # checkpoints of earlier versions lack it
+        changed = config_differences(before_config if isinstance(before_config, dict) else {}, today["model_config"])
         differences += [] if changed is None else [f"{_CONFIG_CHANGED}: {changed}"]
     differences += [what for name, what in _FACTS.items() if facts.get(name) != today[name]]
-    # config.toml is what a resumed run goes by: somebody may have written into it. An option that a checkpoint does not
-    # name did not exist when it was written; what it says by default was done then.
-    before, there, now = decisive_settings(_as_it_was(TrainConfig())), facts.get("settings"), today["settings"]
-    before |= there if isinstance(there, dict) else {}
-    other = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
+    # A resumed run uses config.toml, which may have been edited. An option that the checkpoint lacks did not exist in
+    # the version that wrote it, which behaved like the option's default.
+    before, now = decisive_settings(_with_explicit_base(TrainConfig())), today["settings"]
+    stored = facts.get("settings")
+    before |= stored if isinstance(stored, dict) else {}
+    changed_names = (name for name in sorted({*before, *now}) if before.get(name) != now.get(name))
     return differences + [
-        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in other
+        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} in {CONFIG}" for name in changed_names
     ]
 
 
 def frozen_differences(facts: Mapping[str, Any], frozen_digest: str) -> list[str]:
-    """The same of every frozen tensor, as loaded."""
+    """Return the difference in the digest of the loaded frozen tensors, if there is one."""
     return [] if facts.get("frozen_digest") == frozen_digest else [_FROZEN_CHANGED]
 
 
 def refuse_differences(differences: list[str], directory: Path, force: bool, warn: Callable[[str], None]) -> None:
-    """Raise UsageError for the differences, unless they are of the base alone and forced: then `warn` of them."""
-    if force and all(difference.startswith(_OF_THE_BASE) for difference in differences):
+    """Raise UsageError for the differences. If all are about the base and `force` is set, pass them to `warn`."""
+    if force and all(difference.startswith(_BASE_PREFIX) for difference in differences):
         for difference in differences:
             warn(f"{difference}; continuing all the same, as --force-base says")
     elif differences:
@@ -168,14 +185,18 @@ def _refused(differences: list[str], directory: Path) -> UsageError:
 def proof_begin(
     store: CheckpointStore, checkpoint: Checkpoint | None, steps: int | None, total_steps: int
 ) -> int | None:
-    """The step that the proof begins at: `steps` before the end, or the newest kept one before that.
+    """Return the step at which the proof of resuming begins, or None for no proof.
+
+    It is `steps` before the end. If a resumed run is past this step, it is the newest earlier step with a checkpoint.
 
     Args:
-        checkpoint: that the run goes on from, if it does.
-        steps: to repeat; None for no proof, and then None is returned.
+        store: the checkpoints of the run.
+        checkpoint: the checkpoint from which the run is resumed, or None.
+        steps: number of steps to repeat; None for no proof.
+        total_steps: number of steps of the run.
 
     Raises:
-        UsageError: more steps than the run has, or a continued run is past it and has kept no checkpoint.
+        UsageError: the run has fewer steps, or a resumed run has no checkpoint that is early enough.
     """
     if steps is None:
         return None
@@ -199,40 +220,45 @@ def proof_begin(
 
 
 def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) -> bool:
-    """Repeat what came after the checkpoint, without writing anything; afterwards the loop's state is as it was.
+    """Repeat the steps after a checkpoint and compare the final states bit by bit. Nothing is written.
+
+    Args:
+        finished: the loop of the finished run. Its state is restored afterwards.
+        checkpoint: the checkpoint from which to repeat.
+        log: receives the proof.
 
     Returns:
-        False if the repetition was asked to stop, and nothing is proved.
+        False if a signal stopped the repetition, so that nothing is proved.
 
     Raises:
         CheckError: the repetition ends in other bits.
     """
-    wanted = state_digests(finished.state)
+    expected = state_digests(finished.state)
     steps = finished.state.progress.step - checkpoint.step
     lora = finished.state.lora
     values, gradients = lora.values.clone(), lora.gradients.clone()
-    again = RunState(lora, AdapterOptimizer(lora, finished.state.optimizer.options), Progress())
-    again.restore(checkpoint, finished.model.dtype)
+    repeated = RunState(lora, AdapterOptimizer(lora, finished.state.optimizer.options), Progress())
+    repeated.restore(checkpoint, finished.model.dtype)
     model, plan, processes = finished.model, finished.plan, finished.processes
-    evaluator = Evaluator(model, again, plan, held_out=finished.evaluator.held_out, processes=processes)
+    evaluator = Evaluator(model, repeated, plan, held_out=finished.evaluator.held_out, processes=processes)
     loop = TrainingLoop(
-        *(model, again, finished.packer, finished.sampler, plan, evaluator),
+        *(model, repeated, finished.packer, finished.sampler, plan, evaluator),
         processes=processes,
         objective=finished.objective,
         rewarded=finished.rewarded and finished.rewarded.repeated(),
     )
     try:
         completed = loop.run()
-        found = state_digests(again)
+        digests = state_digests(repeated)
     finally:
         lora.values.copy_(values)
         lora.gradients.copy_(gradients)
         lora.refresh_compute(finished.model.dtype)
     if not completed:
         return False
-    different = [name for name, digest in wanted.items() if found[name] != digest]
-    said = f"the last {steps} steps, repeated from a checkpoint, end in the same bits"
-    log(Proof(said, not different, len(different), 0, kind="resume"))
+    different = [name for name, digest in expected.items() if digests[name] != digest]
+    claim = f"the last {steps} steps, repeated from a checkpoint, end in the same bits"
+    log(Proof(claim, not different, len(different), 0, kind="resume"))
     if different:
         raise CheckError(
             f"the last {steps} steps, repeated from the checkpoint of step {checkpoint.step}, end in other bits",
@@ -244,7 +270,7 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
 
 
 def state_digests(state: RunState) -> dict[str, str]:
-    """SHA-256 of adapter, moments and counters; times are left out."""
+    """Return the SHA-256 of the adapter, each moment and the counters without times."""
     tensors = {"adapter": state.lora.values, **state.optimizer.moments()}
     digests = {
         name: hashlib.sha256(tensor.detach().cpu().contiguous().view(-1).numpy().data).hexdigest()

@@ -1,6 +1,8 @@
-"""`backhand train`: one run from its configuration to its summary, or from where it was stopped.
+"""`backhand train`: one run from its configuration, or from a checkpoint, to its summary.
 
-run directory locked → configuration → job (rows, model, adapter) → `Trainer`: loop → summary
+    lock the run directory → configuration → `load_run`: rows, model, adapter → `Trainer`: loop, summary
+
+`train` starts several processes if `--workers` says so.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from pathlib import Path
 
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import (
-    alike,
-    continued_after_restart,
-    followed,
-    in_a_group,
-    launched,
-    restarted,
-    shared_checkpoint,
-    typed_elsewhere,
+    broadcast_checkpoint,
+    broadcast_config,
+    comparable_settings,
+    in_process_group,
+    launch_workers,
+    restarted_by_torchrun,
+    resume_after_restart,
+    typed_in_launcher,
     versions,
 )
 from backhand.engines.engine import RunCache
@@ -40,7 +42,7 @@ from backhand.runs.summary import RunSummary, read_summary
 from backhand.training.console import TerminalObserver
 from backhand.training.identity import decisive_settings
 from backhand.training.loaded_run import load_run
-from backhand.training.resume import begun_from, resumed_config
+from backhand.training.resume import original_adapter, resumed_config
 from backhand.training.trainer import Trainer
 
 
@@ -53,38 +55,38 @@ def train(
     run_cache: RunCache | None = None,
     pause_at: int | None = None,
 ) -> RunSummary:
-    """Train as `config` says; what is left behind stands in the run directory, see docs.
+    """Train with the options of `config` and write the results to the run directory.
 
-    Where the environment says that this process is one of several, all of them are one run; with `workers` they are
-    started here, and this process only waits for them.
+    If a launcher such as torchrun has started this process as one of several, these processes are one run. With
+    `workers`, the processes are started here, and this process waits for them.
 
     Args:
-        config: every option. What is None or `auto` in it is chosen, and written to config.toml.
-        callbacks: told of every step and evaluation, besides the terminal, metrics.jsonl and loggers.
+        config: every option. Values for options that are None or `auto` are chosen and written to config.toml.
+        callbacks: observers or functions that receive every step and evaluation.
         files: the file layer, for tests.
-        typed: names of options that were given even where they have their default value; matters when resuming,
-            and when starting from an adapter.
-        run_cache: what other runs of this process have left for this one, and the other way round.
-        pause_at: stop after this step as after a signal; the run can be continued.
+        typed: names of the options that were typed, including those typed with their default value. It matters for
+            resuming and for starting from an adapter.
+        run_cache: objects that several runs of this process share.
+        pause_at: stop after this step as after a signal. The run can be resumed.
 
     Returns:
-        what the run came to, as summary.json has it.
+        the contents of summary.json.
 
     Raises:
-        UsageError, DataError, ArtifactError, ResourceError: before the first step; each says what to do.
-        CheckError: a guard fired, or nothing finite came out; what was saved before is intact.
-        Interrupted: after a signal and a checkpoint; or after `pause_at`, as one of the number 0.
+        UsageError, DataError, ArtifactError, ResourceError: the run cannot start.
+        CheckError: a guard failed. Earlier checkpoints are intact.
+        Interrupted: a signal stopped the run after a checkpoint. After `pause_at`, the signal number is 0.
     """
     config.validate()
-    if not in_a_group():
+    if not in_process_group():
         if config.run.workers > 1:
-            return launched(config, typed)
-        given = typed | typed_elsewhere()
+            return launch_workers(config, typed)
+        given = typed | typed_in_launcher()
         return _train(config, callbacks, files, given, Communicator(), run_cache, pause_at)
     from backhand.distributed.process_group import joined
 
     with joined(config.run.reduce) as processes:
-        return _train(config, callbacks, files, typed | typed_elsewhere(), processes)
+        return _train(config, callbacks, files, typed | typed_in_launcher(), processes)
 
 
 def _train(
@@ -96,25 +98,25 @@ def _train(
     run_cache: RunCache | None = None,
     pause_at: int | None = None,
 ) -> RunSummary:
-    """One process's part of `train`."""
-    begun_from_option = {"run.from_adapter": config.run.from_adapter}  # of rank 0 in what follows
-    processes.assert_equal(alike(decisive_settings(config)) | begun_from_option | versions())
+    """Run `train` in this process, which may be one of several."""
+    from_adapter = {"run.from_adapter": config.run.from_adapter}
+    processes.assert_equal(comparable_settings(decisive_settings(config)) | from_adapter | versions())
     if not processes.is_main_process:
         config = replace(config, run=replace(config.run, quiet=True, report_to=()))
         callbacks = ()
-    elif restarted():
-        config = continued_after_restart(config)
+    elif restarted_by_torchrun():
+        config = resume_after_restart(config)
     terminal = TerminalObserver(quiet=config.run.quiet)
-    everyone = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
+    all_observers = [terminal, *chosen_loggers(config.run.report_to, terminal.noted), *as_observers(callbacks)]
     run = config.run
     try:
-        # The directory is locked by the process that writes; to the others it is a name, which all of them say alike.
-        place: AbstractContextManager[RunDirectory] = (
+        # Only rank 0 locks the directory and writes to it. The other ranks use its name in messages.
+        run_directory: AbstractContextManager[RunDirectory] = (
             opened(run.output, resume=run.resume, overwrite=run.overwrite, files=files)
             if processes.is_main_process
             else nullcontext(RunDirectory(run.output.resolve(), files or FileLayer()))
         )
-        with Interruption(terminal.noted) as interruption, place as directory:
+        with Interruption(terminal.noted) as interruption, run_directory as directory:
             processes.interruption = interruption
             checkpoint = done = None
             if run.overwrite and processes.is_main_process:
@@ -125,41 +127,42 @@ def _train(
                 if directory.checkpoints.is_dir():
                     checkpoint = store.newest_valid()
                 if checkpoint is None:
-                    config = replace(config, run=replace(config.run, from_adapter=begun_from(directory.path)))
+                    config = replace(config, run=replace(config.run, from_adapter=original_adapter(directory.path)))
                 else:
                     progress = Progress.from_json(checkpoint.contents.get(PROGRESS_FILE, b""))
                     if progress.finished and config.run.prove_resume is None:
-                        done = read_summary(directory.path / SUMMARY)  # nothing more is needed
+                        done = read_summary(directory.path / SUMMARY)  # the run is finished
                         if done is not None and restore_adapter(directory, store, checkpoint.contents, progress):
                             terminal.noted("adapter/ was damaged, and is restored from its checkpoint")
-            config, done = followed(config, done, processes)
+            config, done = broadcast_config(config, done, processes)
             if done is not None:
                 terminal.noted(f"the run in {directory.path} is finished; there is nothing left to do")
                 terminal.ended(done)
                 return done
-            checkpoint = shared_checkpoint(checkpoint, processes)
+            checkpoint = broadcast_checkpoint(checkpoint, processes)
             machine = resolve_machine(config, processes)
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 run_cache = run_cache or RunCache()
                 loaded = load_run(config, machine, typed, processes, run_cache)
-                told = Observers([*everyone, *([metrics_file(directory)] if processes.is_main_process else [])])
-                trainer = Trainer(loaded, directory, told, interruption, checkpoint, processes, run_cache, pause_at)
+                metrics = [metrics_file(directory)] if processes.is_main_process else []
+                observer = Observers([*all_observers, *metrics])
+                trainer = Trainer(loaded, directory, observer, interruption, checkpoint, processes, run_cache, pause_at)
                 try:
                     return trainer.train()
                 except BaseException as error:
-                    with suppress(OSError, BackhandError):  # nothing here takes the place of what ended the run
-                        # The run that was here stays until this one has a checkpoint.
+                    with suppress(OSError, BackhandError):  # an error here must not hide the one that ended the run
+                        # Until this run has a checkpoint, the run that it is to overwrite can be restored.
                         back = processes.is_main_process and run.overwrite and directory.put_back()
                         if processes.is_main_process and by_signal(error) and (back or trainer.owns_directory):
                             terminal.noted(trainer.stop_message(restored=back))
                     raise
     finally:
-        for observer in everyone:
-            observer.closed()
+        for one in all_observers:
+            one.closed()
 
 
 def _inputs(config: TrainConfig) -> dict[str, Path | str | None]:
-    """Options that may name files, each with its first name that does."""
+    """Return the values of all options that may be paths, by the name of the option."""
     named: dict[str, Path | str | None] = {"model": config.model.model, "from_adapter": config.run.from_adapter}
     for option in ("data", "eval_data"):
         named |= {f"{option}[{i}]": name for i, name in enumerate(getattr(config.data, option))}

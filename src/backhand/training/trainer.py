@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from backhand.distributed.communicator import Communicator
-from backhand.distributed.launch import alike, shared_checkpoint
+from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
 from backhand.engines.engine import RunCache
 from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import not_none
@@ -48,8 +48,8 @@ from backhand.training.hidden_states import HiddenStateCaches, hidden_state_cach
 from backhand.training.loaded_run import LoadedRun
 from backhand.training.reference import run_objectives
 from backhand.training.resume import (
-    begun_from,
     frozen_differences,
+    original_adapter,
     proof_begin,
     prove_resume,
     refuse_differences,
@@ -173,7 +173,7 @@ class Trainer:
         facts = {name: value for name, value in identity.items() if name.endswith("_digest")}
         del facts["settings_digest"]  # the settings themselves are more specific
         facts |= {f"model_config.{name}": value for name, value in identity["model_config"].items()}
-        facts |= alike(identity["settings"])
+        facts |= comparable_settings(identity["settings"])
         self.processes.assert_equal(
             {**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]}
         )
@@ -295,7 +295,7 @@ class Trainer:
             self.observer.noted("the run ended early; the proof of resuming is skipped")
             return
         checkpoint = not_none(
-            shared_checkpoint(store.load(start) if self.processes.is_main_process else None, self.processes)
+            broadcast_checkpoint(store.load(start) if self.processes.is_main_process else None, self.processes)
         )
         if not prove_resume(loop, checkpoint, log):
             command = f"{self._resume_command()} --prove-resume {self.run.config.run.prove_resume}"
@@ -307,7 +307,7 @@ class Trainer:
         assert self._frozen_digest is not None
         started_from = self.run.config.run.from_adapter
         if self.run.config.run.resume and self.processes.is_main_process:
-            started_from = begun_from(self.directory.path)
+            started_from = original_adapter(self.directory.path)
         started_from = self.processes.broadcast_object(started_from)
         return run_objectives(
             self.run,
