@@ -32,7 +32,7 @@ def test_several_checkpoints_are_named_in_their_order_and_the_newest_proposed(tm
     adapters(tmp_path, "step-8", "step-16", "step-120", "step-²")
     with pytest.raises(ArtifactError) as caught:
         find_adapter(tmp_path)
-    assert "holds several adapters: step-8, step-16, step-120" in str(caught.value).replace("step-², ", "")
+    assert "contains several adapters: step-8, step-16, step-120" in str(caught.value).replace("step-², ", "")
     (tmp_path / "step-²" / "adapter_config.json").unlink()
     with pytest.raises(ArtifactError, match=r"such as \S+/step-120$"):
         find_adapter(tmp_path)
@@ -44,5 +44,5 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="this run has saved no adapter yet"):
         find_adapter(tmp_path)
     (tmp_path / "config.toml").unlink()
-    with pytest.raises(ArtifactError, match="holds no adapter"):
+    with pytest.raises(ArtifactError, match="contains no adapter"):
         find_adapter(tmp_path)

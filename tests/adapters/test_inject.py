@@ -144,7 +144,7 @@ class Odd(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "config", "shown"),
     [
-        (Shared, LoRAConfig(), "a.0: the same module also stands at b.0"),
+        (Shared, LoRAConfig(), "a.0: the same module is also at b.0"),
         (
             lambda: nn.Sequential(Odd(3, 4), nn.Linear(4, 2)),
             LoRAConfig(),
@@ -181,8 +181,8 @@ class Odd(nn.Linear):
         (Words, LoRAConfig(target_modules=("mxi",)), "did you mean mix"),
         (Words, LoRAConfig(rank=0), "rank 0"),
         (lambda: nn.Linear(3, 4), LoRAConfig(), "leaves no module"),
-        (Words, {"rank": 4}, "builtins.dict is no backhand.LoRAConfig"),
-        (Words, peft.LoraConfig(r=4), "LoraConfig is no backhand.LoRAConfig"),
+        (Words, {"rank": 4}, "builtins.dict is not a backhand.LoRAConfig"),
+        (Words, peft.LoraConfig(r=4), "LoraConfig is not a backhand.LoRAConfig"),
     ],
 )
 def test_what_cannot_be_adapted_is_said_and_nothing_is_touched(
@@ -197,7 +197,7 @@ def test_what_cannot_be_adapted_is_said_and_nothing_is_touched(
 
 
 def test_only_a_module_is_adapted() -> None:
-    with pytest.raises(UsageError, match=r"module: str is no torch\.nn\.Module"):
+    with pytest.raises(UsageError, match=r"module: str is not a torch\.nn\.Module"):
         inject("model", LoRAConfig())  # type: ignore[arg-type]
 
 

@@ -266,8 +266,8 @@ def rename_all(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        (lambda t: t.pop(A0), [f"missing: {A0}, (3, 60)", f"{B0}: there is no lora_A.weight beside it"]),
-        (lambda t: t.pop(B0), [f"missing: {B0}, (84, 3)", f"{A0}: there is no lora_B.weight beside it"]),
+        (lambda t: t.pop(A0), [f"missing: {A0}, (3, 60)", f"{B0}: its partner lora_A.weight is missing"]),
+        (lambda t: t.pop(B0), [f"missing: {B0}, (84, 3)", f"{A0}: its partner lora_B.weight is missing"]),
         (
             lambda t: t.update({f"{PREFIX}model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(3, 60)}),
             ["unexpected", "layers.7", "no such module, the nearest are model.layers."],
@@ -279,7 +279,7 @@ def rename_all(tensors: dict[str, Tensor]) -> None:
         ),
         (
             lambda t: t.update({f"{PREFIX}model.layers.0.self_attn.k_proj.lora_A.weight": torch.ones(3, 60)}),
-            ["the configuration does not adapt this module", "no lora_B.weight beside it"],
+            ["the configuration does not adapt this module", "its partner lora_B.weight is missing"],
         ),
         (
             lambda t: t.update({A0: torch.ones(5, 60), B0: torch.ones(84, 5)}),

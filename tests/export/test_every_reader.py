@@ -82,7 +82,7 @@ def test_its_tensors_are_read_in_hugging_faces_order(tiny: Any, gguf_adapter: Pa
 
 
 def test_it_is_not_read_without_the_base(gguf_adapter: Path) -> None:
-    with pytest.raises(UsageError, match="read beside its base model") as caught:
+    with pytest.raises(UsageError, match="needs its base model") as caught:
         read_factors(gguf_adapter)
     assert caught.value.next_step == "give --model"
 

@@ -1,4 +1,4 @@
-"""What the adapter looks like: rank, alpha, which modules. The names and the meaning are PEFT's.
+"""Configuration of an adapter: rank, alpha and target modules, with PEFT's names and meanings.
 
 This file imports no torch: the command line reads the fields and their docstrings for its help.
 """
@@ -21,7 +21,7 @@ _PLAIN_NAMES = re.compile(r"[\w-]+(\.[\w-]+)*(,[\w-]+(\.[\w-]+)*)*")
 
 
 def _is_number_from_zero(number: object) -> bool:
-    """Whether `number` can count a layer or a token."""
+    """Return True if `number` is a valid layer number or token id."""
     return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
@@ -33,9 +33,9 @@ def _check_layers(where: str, layers: object) -> None:
 def _check_layer_words(where: str, words: object) -> None:
     if not isinstance(words, str) or (words and not all(_LAYER_WORDS.fullmatch(word) for word in words.split(","))):
         raise UsageError(
-            f"{words!r} does not say which layers",
+            f"{words!r} does not name layers",
             where=where,
-            next_step="for example last:8, first:4, 8-15, or numbers from 0 with commas between",
+            next_step="for example last:8, first:4, 8-15, or numbers from 0, separated by commas",
         )
 
 
@@ -50,7 +50,7 @@ def check_modules(where: str, modules: object) -> None:
 
 
 def check_tokens(where: str, tokens: object) -> None:
-    """Raise UsageError unless `tokens` is a list of token ids, none of them twice."""
+    """Raise UsageError unless `tokens` is a list of distinct token ids."""
     if not isinstance(tokens, tuple | list) or not all(_is_number_from_zero(token) for token in tokens):
         raise UsageError(f"{tokens!r} is not a list of token ids, 0 or above", where=where)
     if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
@@ -61,20 +61,20 @@ def parse_names(values: str | Iterable[str]) -> tuple[str, ...]:
     """Split words at commas into names.
 
     Raises:
-        UsageError: there are words and no name in them, as of a shell variable that is empty.
+        UsageError: if words are given and contain no name, such as an empty shell variable.
     """
     given = [values] if isinstance(values, str) else list(values)
     names = tuple(name.strip() for value in given for name in value.split(",") if name.strip())
     if given and not names:
-        raise UsageError(f"{','.join(given)!r} holds no name", next_step="give names, or leave the option out")
+        raise UsageError(f"{','.join(given)!r} contains no name", next_step="give names, or leave the option out")
     return names
 
 
 def parse_modules(values: str | Iterable[str]) -> str | tuple[str, ...]:
-    """What a command line or a TOML file gives for `target_modules` or `exclude_modules`, as the field wants it.
+    """Parse `target_modules` or `exclude_modules` from a command line or a TOML file.
 
-    `all-linear` stays as it is; `q_proj`, `q_proj,v_proj` and several values are names; one value with any other
-    character than letters, digits, `_`, `-`, `.` and `,` is a regular expression.
+    `all-linear` is kept. `q_proj`, `q_proj,v_proj` and several values are names. A single value with any character
+    other than letters, digits, `_`, `-`, `.` and `,` is a regular expression.
     """
     given = [values] if isinstance(values, str) else list(values)
     if len(given) == 1:
@@ -87,10 +87,10 @@ def parse_modules(values: str | Iterable[str]) -> str | tuple[str, ...]:
 
 
 def parse_pattern(values: Iterable[str], where: str) -> dict[str, float]:
-    """`NAME=NUMBER` strings as a mapping: integers where written so, for `rank_pattern` and `alpha_pattern`.
+    """Parse `NAME=NUMBER` strings for `rank_pattern` and `alpha_pattern`; integers stay integers.
 
     Raises:
-        UsageError: a value without `=`, with an empty name, or with something else than a number behind it.
+        UsageError: if a value has no `=`, an empty name, or no number after it.
     """
     pattern: dict[str, float] = {}
     for value in values:
@@ -108,7 +108,7 @@ def parse_pattern(values: Iterable[str], where: str) -> dict[str, float]:
 Rank = Annotated[int, Bound(at_least=1, noun="rank")]
 
 
-# What is multiplied by it must stay finite in float32.
+# Products with it must stay finite in float32.
 Alpha = Annotated[float, Bound(above=0, below=1e30, noun="alpha")]
 Dropout = Annotated[float, Bound(at_least=0, below=1, noun="dropout")]
 Modules = Annotated[str | tuple[str, ...], Check(check_modules), Words(parse_modules)]
@@ -118,10 +118,10 @@ TokenIds = Annotated[tuple[int, ...], Check(check_tokens)]
 
 @dataclass(frozen=True)
 class LoRAConfig(Options):
-    """The adapter: how large, how strong, and on which modules.
+    """Configuration of an adapter: size, strength and target modules.
 
     Raises:
-        UsageError: from `validate`, never from the constructor, so that every value can be shown before it is judged.
+        UsageError: from `validate`, never from the constructor, so that every value can be shown before it is checked.
     """
 
     rank: Rank = 16
@@ -138,12 +138,12 @@ class LoRAConfig(Options):
     (matched against the end of the module path, on whole path parts), or one regular expression for the whole path."""
 
     target_parameters: ModuleNames = ()
-    """Parameters that hold the matrices of all experts of a layer, to adapt beside the modules, such as
+    """Parameters with the matrices of all experts of a layer, to adapt in addition to the modules, such as
     `mlp.experts.gate_up_proj,mlp.experts.down_proj`: names matched against the end of the path. Each expert gets
-    factors of its own; without dropout, DoRA and bias."""
+    factors of its own. Without dropout, DoRA and bias."""
 
     exclude_modules: Modules = ()
-    """Modules to leave alone although `target_modules` matches them: names, or one regular expression."""
+    """Modules to exclude although `target_modules` matches them: names, or one regular expression."""
 
     rank_pattern: Annotated[Mapping[str, Rank], Words(partial(parse_pattern, where="rank_pattern"))] = field(
         default_factory=dict
@@ -157,40 +157,40 @@ class LoRAConfig(Options):
     """Other alphas for some modules, as `NAME=ALPHA`, matched as in `rank_pattern`."""
 
     use_rslora: bool = False
-    """Rank-stabilised scaling: alpha / √rank in place of alpha / rank [arXiv:2312.03732]."""
+    """Rank-stabilised scaling: alpha / √rank instead of alpha / rank [arXiv:2312.03732]."""
 
     use_dora: bool = False
-    """Train the length of every row of an adapted weight besides the low-rank update of its direction
-    [arXiv:2402.09353]. Takes more time: the weight is multiplied once more in the backward pass."""
+    """Train the length of every row of an adapted weight in addition to the low-rank update of its direction
+    [arXiv:2402.09353]. Slower: the backward pass multiplies by the weight once more."""
 
     lora_bias: bool = False
     """Give lora_B a trained bias. Not with `use_dora`, and not for embeddings."""
 
     modules_to_save: ModuleNames = ()
-    """Modules to train in full beside the adapter, such as `lm_head`, `embed_tokens` or `model.norm`: names matched
-    against the end of the module path. A weight that is tied to another module's is untied from it."""
+    """Modules to train in full in addition to the adapter, such as `lm_head`, `embed_tokens` or `model.norm`: names
+    matched against the end of the module path. A weight that is tied to another module's is untied from it."""
 
     trainable_token_indices: TokenIds = ()
-    """Ids of tokens whose input embedding is trained as it is, such as those of new special tokens. With tied weights
-    their rows of the output head are the same, and trained along."""
+    """Ids of tokens whose input embedding is trained directly, such as those of new special tokens. With tied weights,
+    the same rows of the output head are trained too."""
 
     layers: Annotated[str, Check(_check_layer_words)] = ""
-    """Adapt only these layers, in words: `last:8`, `first:4`, `8-15`, numbers from 0, or several of them with commas.
-    Below the lowest adapted layer nothing is kept and no gradient computed; a run stores the numbers they come to."""
+    """Adapt only these layers: `last:8`, `first:4`, `8-15`, numbers from 0, or several of them separated by commas.
+    Below the lowest adapted layer, nothing is saved and no gradient is computed. A run stores the layer numbers."""
 
     layers_to_transform: Annotated[tuple[int, ...], Check(_check_layers)] | None = None
     """Adapt only these layers, counted from 0: the first number in the module path. Not with a regular expression in
     `target_modules`."""
 
     layers_pattern: tuple[str, ...] = ()
-    """Names of the layer list that `layers_to_transform` counts in, if it is not the first numbered one."""
+    """Names of the layer list in which `layers_to_transform` counts, if it is not the first numbered one."""
 
     def _check_together(self) -> None:
         if self.use_dora and self.lora_bias:
             raise UsageError(
                 "lora_bias and use_dora do not go together",
                 where="lora_bias",
-                why="PEFT has no such adapter, so nothing could read it",
+                why="PEFT has no such adapter, so that no program could read it",
                 next_step="give one of them",
             )
         if not self.target_modules and not self.target_parameters:
@@ -204,7 +204,7 @@ class LoRAConfig(Options):
                 raise UsageError(
                     f"{name} does not go together with target_parameters",
                     where=name,
-                    why="PEFT has no such adapter of experts, so nothing could read it",
+                    why="PEFT has no such adapter of experts, so that no program could read it",
                     next_step="give one of them",
                 )
         self._validate_layers()
@@ -213,7 +213,7 @@ class LoRAConfig(Options):
         layers = self.layers_to_transform
         if self.layers and layers is not None:
             raise UsageError(
-                "layers and layers_to_transform say the same", where="layers", next_step="give one of them"
+                "layers and layers_to_transform are both given", where="layers", next_step="give one of them"
             )
         if self.layers and self._targets_are_a_pattern:
             raise _no_layers_of_a_pattern("layers")
@@ -237,7 +237,7 @@ class LoRAConfig(Options):
         return isinstance(self.target_modules, str) and self.target_modules.lower() != ALL_LINEAR
 
     def scaling_of(self, rank: int, alpha: float) -> float:
-        """The multiplier of the low-rank branch: alpha / rank, or alpha / √rank if rank-stabilised."""
+        """Return the multiplier of the low-rank branch: alpha / rank, or alpha / √rank if rank-stabilised."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 

@@ -1,4 +1,4 @@
-"""The files of one adapter, read and checked as far as that goes without a model; any of them may be anything."""
+"""Read the files of one adapter, which may be damaged or hostile, and check them as far as possible without a model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ RECORD_FILE = "backhand.json"
 CARD_FILE = "README.md"
 _SHOWN_PROBLEMS = 40
 _OF_MODEL = ("missing", "unexpected")
-"""How problems begin that may also be those of another base model."""
+"""First words of problems that may be caused by another base model."""
 
 
 class UnusableAdapterError(ArtifactError):
-    """An adapter that cannot be used, with everything that is wrong with it.
+    """An adapter that cannot be used, with all its problems.
 
     Attributes:
         problems: one sentence each; the message shows forty of them.
@@ -60,7 +60,7 @@ class UnusableAdapterError(ArtifactError):
 
 
 def _next_step(problems: Sequence[str], base_model: str | None) -> str:
-    """Tensors that do not fit may be those of another model; everything else is in the files themselves."""
+    """Return the next step: tensors that do not fit may belong to another model, other problems are in the files."""
     of_model = any(problem.startswith(_OF_MODEL) or "by configuration and model" in problem for problem in problems)
     named = f", {base_model}" if base_model else ""
     model = f"give the base model it was trained on{named}, or " if of_model else ""
@@ -68,7 +68,7 @@ def _next_step(problems: Sequence[str], base_model: str | None) -> str:
 
 
 def _some_of_each_kind(problems: Sequence[str], limit: int) -> list[str]:
-    """At most `limit` of them in their order, so that many of one kind do not hide those of another."""
+    """Return at most `limit` problems in order, such that many of one kind do not hide those of another."""
     kinds: dict[str, list[int]] = {}
     for index, problem in enumerate(problems):
         kind = problem.partition(":")[0]
@@ -81,26 +81,25 @@ def _some_of_each_kind(problems: Sequence[str], limit: int) -> list[str]:
 
 @dataclass(frozen=True)
 class AdapterContents:
-    """What a directory holds."""
+    """Contents of an adapter's files."""
 
-    directory: Path  # the one with the files, a sub-folder perhaps of the one that was asked for
+    directory: Path  # the directory with the files, perhaps a subfolder of the given one
     described: PEFTConfig
-    config_usable: bool  # whether `described` can be relied on
-    tensors: dict[str, Tensor]  # by their names in the file, on the CPU
+    config_usable: bool  # False if `described` contains defaults for unusable fields
+    tensors: dict[str, Tensor]  # by name in the file, on the CPU
     record: AdapterRecord | None
     problems: tuple[str, ...]
-    # size of each tensor in the file, by its name in `tensors`, where it is not the tensor's own
+    # size of each tensor in the file, by its name in `tensors`, if it differs from the tensor's size
     stored_bytes: Mapping[str, int] = field(default_factory=dict)
-    # names of tensors that stand in the file and are left out for one of the problems; None if the file cannot be read
-    # at all, so that nothing can be said of single tensors
+    # names of tensors in the file that are left out because of a problem; None if the file cannot be read at all
     unusable: Collection[str] | None = ()
 
 
 def find_adapter(path: Path | str) -> Path:
-    """The directory that holds the adapter: `path` itself, a run's `adapter/`, or its only sub-folder that does.
+    """Return the adapter's directory: `path` itself, a run's `adapter/`, or the only subfolder with an adapter.
 
     Raises:
-        ArtifactError: there is none, or several to choose from.
+        ArtifactError: if there is no adapter, or more than one.
     """
     path = Path(path)
     try:
@@ -112,27 +111,27 @@ def find_adapter(path: Path | str) -> Path:
         if (path / CONFIG_FILE).exists():
             return path
         named = sorted((folder for folder in path.iterdir() if (folder / CONFIG_FILE).exists()), key=_by_number)
-        begun = (path / "config.toml").exists() and (path / "checkpoints").is_dir()
+        is_run = (path / "config.toml").exists() and (path / "checkpoints").is_dir()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise ArtifactError(f"cannot be read: {error}", where=str(path)) from None
     if path / _OF_RUN in named:
-        return path / _OF_RUN  # what else lies in a run's directory was made of it
+        return path / _OF_RUN  # other adapters in a run's directory were derived from it
     if len(named) == 1:
         return named[0]
     if named:
         raise ArtifactError(
-            f"holds several adapters: {name_list(folder.name for folder in named)}",
+            f"contains several adapters: {name_list(folder.name for folder in named)}",
             where=str(path),
             next_step=f"give one of them, such as {named[-1]}",
         )
-    if begun:
+    if is_run:
         raise ArtifactError(
             "this run has saved no adapter yet",
             where=str(path),
-            next_step="wait for its first checkpoint; where it was stopped before, go on with --resume",
+            next_step="wait for its first checkpoint; if it was stopped before, continue it with --resume",
         )
     raise ArtifactError(
-        f"holds no adapter: there is no {CONFIG_FILE}",
+        f"contains no adapter: there is no {CONFIG_FILE}",
         where=str(path),
         next_step="give the directory that training or PEFT wrote",
     )
@@ -142,7 +141,7 @@ _OF_RUN = "adapter"
 
 
 def _by_number(folder: Path) -> list[str | int]:
-    """Checkpoints in their order, step-8 before step-16."""
+    """Return a sort key that puts step-8 before step-16."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,18})", folder.name)]
 
 
@@ -152,7 +151,7 @@ def read_adapter_directory(path: Path | str, *, allow_pickle: bool = False) -> A
     Nothing that the files name is imported, and no pickle is opened unless allowed.
 
     Raises:
-        ArtifactError: there is no adapter, or its configuration is not even JSON.
+        ArtifactError: if there is no adapter, or its configuration is not JSON.
     """
     directory = find_adapter(path)
     raw = read_json_object(directory / CONFIG_FILE)
@@ -177,7 +176,7 @@ def read_adapter_directory(path: Path | str, *, allow_pickle: bool = False) -> A
 
 
 def _read_factors(directory: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, and by name what is wrong with those that are not usable."""
+    """Return the tensors, and the problems of unusable tensors by name."""
     if (directory / TENSOR_FILE).exists():
         return read_tensors(directory / TENSOR_FILE)
     pickle_file = directory / PICKLE_FILE
@@ -208,7 +207,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(found, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
-        raise ArtifactError("does not hold a map of names to tensors", where=PICKLE_FILE)
+        raise ArtifactError("does not contain a map of names to tensors", where=PICKLE_FILE)
     usable = {name: tensor for name, tensor in found.items() if _is_plain(tensor)}
     wrong = {
         name: f"{tensor.dtype} of shape {tuple(tensor.shape)} is not usable"
@@ -219,7 +218,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _refuse_compressed(content_bytes: int, file_bytes: int) -> None:
-    """torch.save compresses nothing: an archive that holds more than its size is none of its files."""
+    """Refuse archives that contain more than their size: torch.save does not compress."""
     if content_bytes > file_bytes:
         raise ArtifactError(
             f"would unpack to {content_bytes:,} bytes, from {file_bytes:,}",
@@ -229,38 +228,38 @@ def _refuse_compressed(content_bytes: int, file_bytes: int) -> None:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is floating and holds its elements, each once: a view may claim any shape of one number."""
+    """Return True if the tensor is floating and owns each of its elements; a view may claim any shape of one number."""
     if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.numel():
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read_record(directory: Path) -> tuple[AdapterRecord | None, list[str]]:
-    """backhand.json, if it is there, and which files are not those it was written for."""
+    """Return the record in backhand.json, if there is one, and a sentence per file that has changed since."""
     path = directory / RECORD_FILE
     if not path.exists():
         return None, []
     record = read_record(read_json_object(path), RECORD_FILE)
     contents = dict.fromkeys((CONFIG_FILE, TENSOR_FILE), b"")
     for name in contents:
-        with suppress(OSError):  # what is not there has been said already
+        with suppress(OSError):  # missing files have been reported already
             contents[name] = read_plain(directory / name)
     return record, changed_files(record, contents)
 
 
-# A safetensors file that may be anything, and JSON that may be: read strictly here, and written.
+# Strict reading and writing of safetensors and JSON files, which may be damaged or hostile.
 #
 #     8 bytes   length n of the header, little-endian
 #     n bytes   JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …, "__metadata__": {…}}
 #     the rest  the tensors, without holes or overlaps
-#
-# The file is read here and not by the safetensors package, so that an error names the tensor, no more memory is taken
-# than the file is large, and duplicate names and other dtypes do not slip through.
+
+# The safetensors package is not used, so that errors name the tensor, memory is bounded by the size of the file, and
+# duplicate names and other dtypes are refused.
 
 
 _MOST_DIMENSIONS = 8
 MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors package: parsed, a header takes many times its length."""
+"""The limit of the safetensors package; a parsed header takes many times its length in memory."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -271,14 +270,14 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, in the dtype they are stored in, and what is wrong with single ones of them.
+    """Read the tensors of a file in their stored dtype.
 
     Returns:
-        floating tensors by name, in the order of the file; and by name what is wrong with each tensor left out because
-        its dtype is not a floating one (F64, F32, F16, BF16) or because it is empty.
+        floating tensors by name, in the order of the file; and the problems of the other tensors by name. These are
+        empty, or have a dtype other than F64, F32, F16 and BF16.
 
     Raises:
-        ArtifactError: not readable, not a safetensors file, or a damaged one.
+        ArtifactError: if the file cannot be read, is not a safetensors file, or is damaged.
     """
     try:
         data = bytearray(read_plain(path))
@@ -312,7 +311,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file of these tensors; the same tensors give the same bytes."""
+    """Return the bytes of a safetensors file; the same tensors give the same bytes."""
     from safetensors.torch import save
 
     data: bytes = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
@@ -373,13 +372,13 @@ _AGAIN = "copy or download the file again"
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object a JSON file holds.
+    """Read the object in a JSON file.
 
-    Refused besides what is no JSON: a byte-order mark, duplicate keys, NaN and Infinity (none of them is JSON, but
-    Python's reader takes them), lone surrogates, nesting that exhausts the stack, files above 8 MiB.
+    Also refused, although Python's parser accepts them: a byte-order mark, duplicate keys, NaN and Infinity, lone
+    surrogates, nesting that exhausts the stack, and files above 8 MiB.
 
     Raises:
-        ArtifactError: not readable, or any of these.
+        ArtifactError: if the file cannot be read, or is not such an object.
     """
     try:
         data = read_plain(path, MAX_SETTINGS_BYTES)
@@ -391,19 +390,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
-    """As `read_json_object`, from bytes; `where` names them in the error."""
+    """Parse bytes as `read_json_object` does; `where` names them in errors."""
     if data.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise ArtifactError("begins with a byte-order mark, which JSON does not have", where=where)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_NotJSON)
-        # A lone surrogate passes the reader but could never be written again.
+        # A lone surrogate passes the parser, but could not be written again.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:  # UnicodeError and JSONDecodeError are ValueErrors
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         again = "restore or download the file again"
         raise ArtifactError("is not JSON", where=where, why=why, next_step=again) from None
     if not isinstance(value, dict):
-        raise ArtifactError(f"holds {_json_name(value)}, not an object", where=where)
+        raise ArtifactError(f"contains {_json_name(value)}, not an object", where=where)
     return value
 
 
@@ -411,7 +410,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         if _holds_constant(value):
             raise ValueError(f"{key} is {value}, which is not a JSON value")
         found[key] = value
@@ -419,7 +418,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _NotJSON(str):
-    """NaN, Infinity or -Infinity, until it is known what stands there."""
+    """A constant such as NaN or Infinity, which is not JSON; it is reported with its key."""
 
     __slots__ = ()
 

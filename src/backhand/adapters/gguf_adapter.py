@@ -1,12 +1,12 @@
-"""Reading an adapter in a GGUF file, as llama.cpp and Ollama take it, into what PEFT's files give.
+"""Read an adapter from a GGUF file of llama.cpp or Ollama into the form of PEFT's files.
 
     general.type = adapter, general.architecture, adapter.type = lora, adapter.lora.alpha
     <base tensor>.lora_a, <base tensor>.lora_b, such as blk.0.attn_q.weight.lora_a        [llama.cpp llama-adapter.cpp]
 
-Shapes are PEFT's, (rank, in) and (out, rank), but token_embd.weight.lora_a is (vocab, rank), and experts have
-(experts, rank, in) and (experts, out, rank); their gate and up, one parameter with one lora_A in PEFT, have two here.
-The scaling of a module is alpha / rank of that module; an alpha of 0 or none means 1. Rows of lora_b and columns of
-lora_a lie in the order of the base tensor's rows and columns, which is not always Hugging Face's (`gguf_tensors`).
+Shapes are PEFT's, (rank, in) and (out, rank), except that token_embd.weight.lora_a is (vocab, rank), and experts have
+(experts, rank, in) and (experts, out, rank). Their gate and up are two tensors here, and one parameter with one lora_A
+in PEFT. The scaling of a module is alpha / rank of that module; an alpha of 0, or none, means scaling 1. Rows of lora_b
+and columns of lora_a have the order of the base tensor's, which is not always Hugging Face's (`gguf_tensors`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ALPHA_KEY = "adapter.lora.alpha"
 RECORD_KEY = "backhand.record"
 EMBEDDING = "token_embd.weight"
 FACTORS = "factors"
-"""Under this name the record of a GGUF adapter holds the digest of alpha and tensors."""
+"""Name of the digest of alpha and tensors in the record of a GGUF adapter."""
 
 _EMBEDDING_SUFFIXES = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
 _LINEAR_SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
 
 
 def is_gguf_file(path: Path | str) -> bool:
-    """Whether this is a file that begins as GGUF files do."""
+    """Return True if the file begins with the magic of GGUF files."""
     try:
         with open_plain(path) as file:
             return file.read(4) == b"GGUF"
@@ -57,14 +57,13 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
     """Read the adapter in a GGUF file.
 
     Args:
-        config: Hugging Face configuration of the base model, which says how the rows of q and k lie.
+        config: Hugging Face configuration of the base model, which determines the order of the rows of q and k.
 
     Returns:
-        contents as of a directory in PEFT's format, with every problem found so far.
+        contents as of a directory in PEFT's format, with all problems so far.
 
     Raises:
-        ArtifactError: not a GGUF file, a damaged one, a model instead of an adapter, or one of another kind or
-            architecture.
+        ArtifactError: if it is not a GGUF file, is damaged, is a model, or has another kind or architecture.
     """
     path = Path(path)
     file = GGUFFile(path)
@@ -85,7 +84,7 @@ def read_gguf_adapter(path: Path | str, config: Mapping[str, Any]) -> AdapterCon
 
 
 def factors_digest(alpha: float, tensors: Mapping[str, bytes]) -> str:
-    """Digest of what the file computes: alpha, names and bytes of the tensors as they are stored."""
+    """Return the digest of alpha and of the names and stored bytes of the tensors."""
     described = hashlib.sha256(json.dumps([alpha, sorted(tensors)]).encode())
     for name in sorted(tensors):
         described.update(hashlib.sha256(tensors[name]).digest())
@@ -96,13 +95,15 @@ def _check_kind(file: GGUFFile, config: Mapping[str, Any]) -> str:
     where = str(file.path)
     if file.value("general.type") != "adapter":
         raise ArtifactError(
-            "this GGUF file holds no adapter", where=where, next_step="give a base model as --model, not as --adapter"
+            "this GGUF file contains no adapter",
+            where=where,
+            next_step="give a base model as --model, not as --adapter",
         )
     kind = file.value("adapter.type")
     if kind != "lora":
         raise ArtifactError(f"an adapter of type {kind!r} cannot be used", where=where, why="only lora is known")
     if file.value("adapter.alora.invocation_tokens") is not None:
-        raise ArtifactError("the adapter applies only behind certain tokens, which is not supported", where=where)
+        raise ArtifactError("the adapter applies only after certain tokens, which is not supported", where=where)
     stated, wanted = file.value("general.architecture"), gguf_architecture(config)
     if wanted is None or stated != wanted:
         raise ArtifactError(
@@ -114,7 +115,7 @@ def _check_kind(file: GGUFFile, config: Mapping[str, Any]) -> str:
 
 
 def _alpha(file: GGUFFile) -> float | None:
-    """As stated; None for the scaling 1 that llama.cpp gives an alpha of 0 or none."""
+    """Return the stated alpha, or None if it is 0 or missing, for which llama.cpp uses the scaling 1."""
     alpha = file.value(ALPHA_KEY, 0.0)
     if not isinstance(alpha, int | float) or not 0 <= alpha < float("inf"):
         raise ArtifactError(f"{alpha!r} is not a number of at least 0", where=f"{file.path}: {ALPHA_KEY}")
@@ -124,9 +125,9 @@ def _alpha(file: GGUFFile) -> float | None:
 def _tensors(
     file: GGUFFile, architecture: str, sizes: StoredSizes, stacks: dict[str, dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """Factors under PEFT's names and in Hugging Face's row order, their sizes in the file, and what is wrong.
+    """Return factors under PEFT's names and in Hugging Face's row order, their sizes in the file, and problems.
 
-    Those of experts are put into `stacks`, by the parameter, and by `gate_proj.a` and so on.
+    Factors of experts are put into `stacks`, by parameter and by a name such as `gate_proj.a`.
     """
     found: dict[str, Tensor] = {}
     stored_bytes: dict[str, int] = {}
@@ -160,7 +161,7 @@ def _tensors(
 
 
 def _with_fused_mlp(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
-    """Granite 4's factors, whose gate and up are one module, from those of a file, which has them one by one."""
+    """Return Granite 4's factors, with gate and up as one module, from a file's separate gate and up."""
     ends = _LINEAR_SUFFIXES["a"], _LINEAR_SUFFIXES["b"]
     found = {key.replace(".mlp.down_proj.", ".shared_mlp.output_linear."): tensor for key, tensor in tensors.items()}
     gate, up = ".mlp.gate_proj", ".mlp.up_proj"
@@ -181,7 +182,7 @@ def _take_experts(
     problems: list[str],
     config: Mapping[str, Any],
 ) -> dict[str, int]:
-    """Put the experts' factors among the others under PEFT's names; the rank of each parameter."""
+    """Add the experts' factors to the others under PEFT's names, and return the rank of each parameter."""
     ranks = {}
     for parameter, there in stacks.items():
         holder, _, own = parameter.rpartition(".")
@@ -207,17 +208,17 @@ def _take_experts(
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The rank of every module by its path."""
+    """Return the rank of every module by path."""
     ends = _LINEAR_SUFFIXES["a"], _EMBEDDING_SUFFIXES["a"]
     found = ((key.removeprefix(PREFIX), end, tensor) for key, tensor in tensors.items() for end in ends)
     return {key.removesuffix(end): len(tensor) for key, end, tensor in found if key.endswith(end)}
 
 
 def _described(alpha: float | None, modules: Mapping[str, int], parameters: Mapping[str, int]) -> PEFTConfig:
-    """The configuration that PEFT would have for modules and parameters of these ranks: each by its whole path."""
+    """Return PEFT's configuration for modules and parameters of these ranks, each by its full path."""
     ranks = {**modules, **parameters}
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    # Where llama.cpp takes a scaling of 1, alpha is each module's own rank.
+    # If llama.cpp uses a scaling of 1, alpha equals each module's rank.
     alphas = ranks if alpha is None else {}
     return PEFTConfig(
         LoRAConfig(
@@ -233,7 +234,7 @@ def _described(alpha: float | None, modules: Mapping[str, int], parameters: Mapp
 
 
 def _record(file: GGUFFile, problems: list[str]) -> AdapterRecord | None:
-    """What the writer knew of base, tokenizer and template; a problem if the tensors are no longer those it wrote."""
+    """Return the record of base, tokenizer and template; add a problem if the tensors have changed since."""
     text = file.value(RECORD_KEY)
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""An adapter inside any `nn.Module`: its parameters, and how to merge, disable, save, load and remove it."""
+"""Inject an adapter into any `nn.Module`; access its parameters, and merge, disable, save, load or remove it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class InjectedAdapter:
 
     Attributes:
         module: the model.
-        config: what was injected.
+        config: the adapter's configuration.
         targets: the adapted modules with their rank, alpha and scaling.
         modules: the adapted modules themselves, by dotted path.
-        layout: what the adapter consists of.
-        notes: what may interest a person: adapted weights that are tied to others.
-        enabled: whether the model computes with the adapter.
+        layout: the parts of the adapter.
+        notes: notes for the user: adapted weights that are tied to others.
+        enabled: True if the model computes with the adapter.
     """
 
     def __init__(self, module: nn.Module, plan: Injection) -> None:
@@ -65,10 +65,10 @@ class InjectedAdapter:
         self.enabled = True
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything trained by name: `<module>.lora_A`, `<module>.lora_B`, …, then whole parameters and rows.
+        """Iterate over all trained tensors: `<module>.lora_A`, `<module>.lora_B`, …, then whole parameters and rows.
 
         Raises:
-            UsageError: the model has put a frozen parameter, or one of another shape, in the place of a trained one.
+            UsageError: if the model has replaced a trained parameter by a frozen one, or by one of another shape.
         """
         for name, adapted in self.modules.items():
             for part, parameter in adapted.trained():
@@ -78,27 +78,27 @@ class InjectedAdapter:
             yield f"{name}.{TOKENS}", embedding.rows
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters, for an optimizer."""
+        """Return the trained parameters, for an optimizer."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def __repr__(self) -> str:
-        """How much of which model is adapted."""
+        """Return the model's class, the number of modules and of trained elements."""
         kind, count = type(self.module).__qualname__, len(self.modules)
         return f"InjectedAdapter({kind}: {count} modules adapted, {self.parameter_count:,} numbers trained)"
 
     @property
     def parameter_count(self) -> int:
-        """Trained elements in all."""
+        """The number of trained elements."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw the factors anew, and set the rest to the base's values; the model then computes what its base does."""
+        """Draw new factors, and reset all else to the base's values, so that the model computes what its base does."""
         for adapted in self.modules.values():
             adapted.initialise(generator)
         self.reset_bias_and_magnitude()
 
     def reset_bias_and_magnitude(self) -> None:
-        """Set what is trained beside the factors to where it changes nothing, given that they change nothing."""
+        """Reset biases, magnitudes and fully trained tensors, so that with zero factors the model computes its base."""
         for adapted in self.modules.values():
             adapted.reset_bias_and_magnitude()
         self._saved.reset()
@@ -108,7 +108,7 @@ class InjectedAdapter:
 
     @torch.no_grad()
     def fill(self, factors: Mapping[str, Tensor]) -> None:
-        """Copy factors, by the names of `named_parameters`, into the model."""
+        """Copy factors into the model, by the names of `named_parameters`."""
         merged, parameters = self.merged, list(self.named_parameters())
         self.unmerge()
         for name, parameter in parameters:
@@ -118,14 +118,14 @@ class InjectedAdapter:
 
     @property
     def merged(self) -> bool:
-        """Whether the weights hold the update at the moment."""
+        """True if the weights currently contain the update."""
         return any(adapted.merged for adapted in self._all_modules())
 
     def _all_modules(self) -> list[LoRAModule | TokenModule]:
         return [*self.modules.values(), *self._tokens.values()]
 
     def enable(self, wanted: bool = True) -> None:
-        """Compute with the adapter, or as the base model does; a merged one is unmerged first."""
+        """Enable the adapter, or disable it, so that the model computes its base. Unmerge it before."""
         self.unmerge()
         if wanted:
             self._saved.enable()
@@ -136,20 +136,20 @@ class InjectedAdapter:
         self.enabled = wanted
 
     def merge(self) -> None:
-        """Put the update into the weights, so that the model runs at the base model's speed.
+        """Add the update to the weights, so that the model runs at the base model's speed.
 
-        Added in fp32 at least and then cast. A weight tied to another module's is untied while it is merged. A state
-        dict taken meanwhile holds the merged weights and the factors beside them: load it into a plain model, never
-        into an injected one, which would add the update once more.
+        The sum is in fp32 or wider and then cast. A weight tied to another module's is untied while it is merged. A
+        state dict of a merged model contains the merged weights and the factors: load it into a plain model, never
+        into an injected one, which would add the update again.
 
         Raises:
-            UsageError: the adapter is disabled, grouped convolutions, whose update no weight can hold, or `lora_bias`
-                where the base has no bias; nothing is merged then.
+            UsageError: if the adapter is disabled, or a module cannot be merged: a grouped convolution, or one with
+                `lora_bias` whose base has no bias. Then nothing is merged.
         """
         if not self.enabled:
             raise UsageError(
                 "a disabled adapter cannot be merged",
-                why="the model is to compute what its base does, and merged it would not",
+                why="a disabled adapter leaves the base's output unchanged, and merging would change it",
                 next_step="call enable() first",
             )
         modules, biased = self.modules.items(), self.config.lora_bias
@@ -171,7 +171,7 @@ class InjectedAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model computes what its base does; afterwards what it did before."""
+        """Disable the adapter inside the block, and restore its state afterwards."""
         enabled, merged = self.enabled, self.merged
         self.enable(False)
         try:
@@ -182,10 +182,10 @@ class InjectedAdapter:
                 self.merge()
 
     def remove(self) -> nn.Module:
-        """Take the adapter out: the model is what it was before `inject`, and this object is spent.
+        """Remove the adapter and restore the model as it was before `inject`; this object cannot be used any more.
 
         Raises:
-            UsageError: a module trained in full has another shape now; nothing is changed then.
+            UsageError: if a fully trained module has another shape now; then nothing is changed.
         """
         self._saved.disable()
         for adapted in self._all_modules():
@@ -205,11 +205,11 @@ class InjectedAdapter:
         record: AdapterRecord | None = None,
         card: Mapping[str, object] | None = None,
     ) -> Path:
-        """Write the adapter in PEFT's format, see `peft_saving.adapter_files`.
+        """Write the adapter in PEFT's format; see `peft_saving.adapter_files`.
 
         Args:
             directory: created if need be.
-            base_model: hub id or path of the base; if None, what a transformers model knows of itself.
+            base_model: hub id or path of the base; if None, the name in a transformers model's configuration.
             record: origin and digests for backhand.json.
             card: further rows for the table in README.md.
         """
@@ -224,7 +224,7 @@ class InjectedAdapter:
         card: Mapping[str, object] | None = None,
         wrapper: Wrapper | None = None,
     ) -> dict[str, bytes]:
-        """The files that `save` writes, by name, in the order to write them; see `peft_saving.adapter_files`."""
+        """Return the files that `save` writes by name, in their order; see `peft_saving.adapter_files`."""
         own_config = getattr(self.module, "config", None)
         base_model = base_model or getattr(own_config, "name_or_path", None) or None
         is_causal = type(self.module).__name__.endswith("ForCausalLM")
@@ -235,15 +235,15 @@ class InjectedAdapter:
         return adapter_files(parts, record=record, card=card, module_names=plan.module_names, wrapper=wrapper)
 
     def load(self, directory: Path | str, *, allow_pickle: bool = False) -> LoadedAdapter:
-        """Replace the factors by those of an adapter of the same modules, ranks and scaling.
+        """Replace the factors by those of an adapter with the same modules, ranks and scaling.
 
         Raises:
-            UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
+            UnusableAdapterError: lists every problem; the model is then unchanged.
         """
         return self.load_contents(read_adapter_directory(directory, allow_pickle=allow_pickle))
 
     def load_contents(self, contents: AdapterContents) -> LoadedAdapter:
-        """The same with an adapter that has been read, whatever file it stood in; errors as `load`."""
+        """Load an adapter that has already been read from any kind of file; raises as `load` does."""
         plan = self._plan
 
         def expected(config: LoRAConfig) -> Expected:
@@ -258,7 +258,7 @@ class InjectedAdapter:
 
 
 def _train_rows(plan: Injection) -> dict[str, TokenModule]:
-    """The modules with trained embedding rows, the embedding first."""
+    """Return the modules with trained embedding rows, the embedding first."""
     if not plan.token_modules:
         return {}
     token_ids = torch.tensor(plan.config.trainable_token_indices, dtype=torch.int64)
@@ -268,7 +268,7 @@ def _train_rows(plan: Injection) -> dict[str, TokenModule]:
 
 
 def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
-    """A sentence for each module that the file adapts in another way than the model."""
+    """Return a sentence per module that the file adapts differently from the model."""
     here = {target.name: target for target in ours}
     there = {target.name: target for target in theirs}
     problems = [f"{name}: adapted in the file, not in the model" for name in there if name not in here]
@@ -283,12 +283,12 @@ def _differences(theirs: Sequence[Target], ours: Sequence[Target]) -> list[str]:
     return problems
 
 
-# LoRA put into any `nn.Module`, for the user's own training loop or Hugging Face's Trainer.
+# LoRA inside any `nn.Module`, for the user's own training loop or Hugging Face's Trainer.
 #
-# `model` stays the object it was; the adapted modules in it compute base and update, forward and backward by hand.
-# Every other parameter is frozen, but for modules trained in full (`modules_to_save`), which torch differentiates as it
-# does the rest of the model. The factors are plain parameters, one tensor each: views of one flat buffer would come
-# apart as soon as the model is moved, copied or wrapped.
+# The model object stays the same. The adapted modules in it compute base and update with manual forward and backward.
+# All other parameters are frozen, except for modules trained in full (`modules_to_save`), which torch differentiates
+# like the rest of the model. The factors are plain parameters, one tensor each: views of one flat buffer would be
+# separated as soon as the model is moved, copied or wrapped.
 
 
 def inject(
@@ -301,17 +301,17 @@ def inject(
     """Adapt the modules of `module` that `config` names, in place, and freeze everything else.
 
     Args:
-        module: any model; it must not be adapted already.
-        config: what to adapt; `LoRAConfig()` if None. `all-linear` takes every nn.Linear and transformers' Conv1D.
-        seed: of the factors' first values.
-        heads: paths that `all-linear` leaves out; if None, what `get_output_embeddings` gives, or `lm_head`.
+        module: any model that is not adapted yet.
+        config: the configuration, `LoRAConfig()` if None. `all-linear` means every nn.Linear and transformers' Conv1D.
+        seed: of the factors' initial values.
+        heads: paths that `all-linear` leaves out; if None, the module of `get_output_embeddings`, or `lm_head`.
 
     Returns:
-        the adapter: its parameters, and how to merge, save, load and remove it.
+        the adapter, with its parameters and methods to merge, save, load and remove it.
 
     Raises:
-        UsageError: a value out of range or of another type, a name that matches nothing, or modules that cannot be
-            adapted, all of them listed; the model is then as it was.
+        UsageError: if a value is out of range or has another type, a name matches nothing, or modules cannot be
+            adapted, all of which are listed; the model is then unchanged.
     """
     _check_types(module, config)
     plan = plan_injection(module, config or LoRAConfig(), heads)
@@ -322,32 +322,32 @@ def inject(
 
 def _check_types(module: object, config: object) -> None:
     if not isinstance(module, nn.Module):
-        raise UsageError(f"{type(module).__qualname__} is no torch.nn.Module", where="module")
+        raise UsageError(f"{type(module).__qualname__} is not a torch.nn.Module", where="module")
     if config is not None and not isinstance(config, LoRAConfig):
         kind = type(config)
         raise UsageError(
-            f"{kind.__module__}.{kind.__qualname__} is no backhand.LoRAConfig",
+            f"{kind.__module__}.{kind.__qualname__} is not a backhand.LoRAConfig",
             where="config",
-            next_step="write backhand.LoRAConfig(rank=…, alpha=…, target_modules=…); r and lora_alpha are PEFT's names",
+            next_step="use backhand.LoRAConfig(rank=…, alpha=…, target_modules=…); r and lora_alpha are PEFT's names",
         )
 
 
 def inject_from(module: nn.Module, directory: Path | str, *, allow_pickle: bool = False) -> InjectedAdapter:
-    """Adapt `module` as the adapter in `directory` says, and load that.
+    """Adapt `module` with the configuration of the adapter in `directory`, and load the adapter.
 
     Args:
-        directory: in PEFT's format, by us or by PEFT.
+        directory: in PEFT's format, written by Backhand or by PEFT.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
-        UnusableAdapterError: an ArtifactError that lists every problem; the model is then as it was.
-        UsageError: the modules cannot be adapted.
+        UnusableAdapterError: lists every problem; the model is then unchanged.
+        UsageError: if the modules cannot be adapted.
     """
     return inject_contents(module, read_adapter_directory(directory, allow_pickle=allow_pickle))
 
 
 def inject_contents(module: nn.Module, contents: AdapterContents) -> InjectedAdapter:
-    """Adapt `module` by an adapter that has been read; errors as `inject_from`."""
+    """Adapt `module` with an adapter that has already been read; raises as `inject_from` does."""
     if not contents.config_usable:
         raise UnusableAdapterError(contents.directory, contents.problems)
     try:

@@ -1,4 +1,4 @@
-"""Which modules of a model take the adapter, and everything that stands in the way, before anything is touched."""
+"""Plan an injection: choose the modules to adapt, and collect all obstacles before the model is changed."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from backhand.words import name_list
 
 @dataclass(frozen=True)
 class Injection:
-    """What `inject` is going to do."""
+    """Plan of an injection."""
 
     config: LoRAConfig
     targets: tuple[Target, ...]  # the modules to adapt, in the order of the model
     modules: dict[str, nn.Module]
-    kinds: dict[str, type[LoRAModule]]  # the class that adapts each
-    shapes: tuple[FactorShapes, ...]  # what each has in an adapter's file
-    # module_names, linear, heads: all modules of the model, those that `all-linear` takes, and those it leaves out
+    kinds: dict[str, type[LoRAModule]]  # the class that adapts each module
+    shapes: tuple[FactorShapes, ...]  # shapes of each module's tensors in an adapter's file
+    # module_names, linear, heads: all modules of the model, those of `all-linear`, and those that it leaves out
     module_names: tuple[str, ...]
     linear: frozenset[str]
     heads: tuple[str, ...]
     trained: tuple[TrainedTensor, ...]
-    # the input embedding and modules that share its weight, by path, where rows of it are trained
+    # the input embedding and modules that share its weight, by path, if rows of it are trained
     token_modules: dict[str, nn.Module]
     notes: tuple[str, ...]
 
     @property
     def layout(self) -> AdapterLayout:
-        """What the adapter will consist of."""
+        """The parts of the adapter."""
         slots = [
             LoRASlot(
                 target.name,
@@ -66,9 +66,9 @@ def plan_injection(
     """Resolve `config` on `model` and check that every module it names can be adapted.
 
     Args:
-        heads: what `all-linear` leaves out, or None to ask the model.
-        strict: whether names that match nothing are errors.
-        skeleton: whether the model may be without its weights: modules on torch's `meta` device.
+        heads: paths that `all-linear` leaves out, or None to ask the model.
+        strict: raise for names that match nothing.
+        skeleton: allow a model without weights, on torch's `meta` device.
 
     Raises:
         UsageError: see `inject`.
@@ -82,7 +82,7 @@ def plan_injection(
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise UsageError(
             "the model is adapted already, by PEFT",
-            next_step="take its adapter out with unload() or merge_and_unload(), or inject into a fresh model",
+            next_step="remove its adapter with unload() or merge_and_unload(), or inject into a fresh model",
         )
     linear = frozenset(name for name, one in modules.items() if isinstance(one, nn.Linear) or LoRAConv1D.fits(one))
     heads = tuple(_output_heads(model, modules) if heads is None else heads)
@@ -107,7 +107,7 @@ def plan_injection(
             problems.append(str(no_embedding_bias(target.name)))
         elif len(places[id(module)]) > 1:
             problems.append(
-                f"{target.name}: the same module also stands at {name_list(places[id(module)][1:])}; PEFT would adapt "
+                f"{target.name}: the same module is also at {name_list(places[id(module)][1:])}; PEFT would adapt "
                 "the first place only"
             )
         else:
@@ -117,7 +117,7 @@ def plan_injection(
             f"{len(problems)} of {len(targets)} targeted modules cannot be adapted",
             where="target_modules",
             why="".join(f"\n    - {problem}" for problem in problems),
-            next_step="leave them out with exclude_modules, or name others",
+            next_step="exclude them with exclude_modules, or name others",
         )
     parameters, tied, embedding = _parameters(model, modules)
     trained = resolve_trained(
@@ -143,10 +143,10 @@ def plan_injection(
 
 
 def _check_buffers(modules: dict[str, nn.Module], saved: Sequence[str]) -> None:
-    """Modules trained in full must have nothing but parameters: what else their state is, no adapter file would hold.
+    """Check that modules trained in full have no other state than parameters, which is all that a file contains.
 
     Raises:
-        UsageError: one has buffers that belong to its state, as BatchNorm has.
+        UsageError: if a module has buffers that belong to its state, as BatchNorm has.
     """
     for path in saved:
         parameters = {name for name, _ in modules[path].named_parameters(remove_duplicate=False)}
@@ -154,13 +154,13 @@ def _check_buffers(modules: dict[str, nn.Module], saved: Sequence[str]) -> None:
             raise UsageError(
                 f"{path} cannot be trained in full",
                 where="modules_to_save",
-                why=f"training would also change {name_list(buffers)}, and the adapter's files hold parameters only",
+                why=f"training would also change {name_list(buffers)}, and the adapter's files contain parameters only",
                 next_step="leave it out of modules_to_save",
             )
 
 
 def _otherwise_known(module: nn.Module) -> str:
-    """Why a module is not adapted although its base class is."""
+    """Return why a module is not adapted although its base class is."""
     for kind in LORA_MODULES:
         if kind.base_type is not None and isinstance(module, kind.base_type):
             return f"; what it makes of {kind.base_type.__name__}'s weight is not known"
@@ -183,7 +183,7 @@ def _factor_shapes(target: Target, module: nn.Module, kind: type[LoRAModule], co
 def _parameters(
     model: nn.Module, modules: dict[str, nn.Module]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str], str | None]:
-    """Shapes of all parameters by name, which of them are another one, and the path of the input embedding."""
+    """Return the shapes of all parameters by name, the tied ones, and the path of the input embedding."""
     first: dict[int, str] = {}
     shapes, tied = {}, {}
     embedding = _input_embedding(model, modules)
@@ -197,18 +197,18 @@ def _parameters(
 
 
 def _asked(model: nn.Module, method: str) -> tuple[bool, object]:
-    """Whether the model has this method of transformers', and what it gives; None where it has no such module."""
+    """Return whether the model has this method of transformers', and its result; None without such a module."""
     ask = getattr(model, method, None)
     if not callable(ask):
         return False, None
     try:
         return True, ask()
-    except (NotImplementedError, AttributeError):  # transformers models without any
+    except (NotImplementedError, AttributeError):  # transformers models without such a module
         return True, None
 
 
 def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """Path of the layer that makes hidden states out of tokens."""
+    """Return the path of the layer that turns tokens into hidden states."""
     knows, found = _asked(model, "get_input_embeddings")
     if knows:
         return next((name for name, module in modules.items() if module is found), None)
@@ -216,7 +216,7 @@ def _input_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> str | N
 
 
 def _without_weight(module: nn.Module, skeleton: bool) -> str | None:
-    """That the module's weight is missing, unless the whole model may be without."""
+    """Return the problem of a module without weight, unless the model may be a skeleton."""
     weight = module._parameters.get("weight")
     return (
         "its weight is not in memory (meta device)" if weight is not None and weight.is_meta and not skeleton else None
@@ -226,7 +226,7 @@ def _without_weight(module: nn.Module, skeleton: bool) -> str | None:
 def _token_modules(
     modules: dict[str, nn.Module], tied: dict[str, str], embedding: str | None, skeleton: bool
 ) -> dict[str, nn.Module]:
-    """The input embedding and the modules that share its weight, all of which must allow for trained rows."""
+    """Return the input embedding and the modules that share its weight; all of them must support trained rows."""
     names = [
         str(embedding),
         *(name.removesuffix(".weight") for name, of in tied.items() if of == f"{embedding}.weight"),
@@ -246,7 +246,7 @@ def _token_modules(
 
 
 def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """Paths of the layer that makes logits out of hidden states."""
+    """Return the paths of the layer that turns hidden states into logits."""
     knows, head = _asked(model, "get_output_embeddings")
     if knows:
         return [name for name, module in modules.items() if module is head]
@@ -254,7 +254,7 @@ def _output_heads(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:
-    """Under which paths each module object hangs in different parents; one that is shared whole counts once."""
+    """Return the paths of each module object in different parents; a shared parent counts once."""
     seen: set[tuple[int, str]] = set()
     places: dict[int, list[str]] = defaultdict(list)
     for parent_name, parent in model.named_modules(remove_duplicate=False):
@@ -275,7 +275,7 @@ def _inside_torch_attention(model: nn.Module) -> set[str]:
 
 
 def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
-    """A sentence for each adapted weight that another module holds as well."""
+    """Return a sentence per adapted weight that another module shares."""
     holders: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for parameter_name, parameter in module._parameters.items():
@@ -292,12 +292,12 @@ def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
 def close_fast_paths(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
     """Make torch's own transformer layers call their linear layers.
 
-    In evaluation nn.TransformerEncoderLayer hands the weights of its linear layers to one fused kernel and never calls
-    them, so that an adapter would silently do nothing. The kernel knows ReLU and GELU only, and an attribute says
-    whether it is one of these. The encoder around it may pass nested tensors, which only that kernel takes.
+    In evaluation nn.TransformerEncoderLayer passes the weights of its linear layers to one fused kernel and never calls
+    them, so that an adapter would silently have no effect. The kernel supports ReLU and GELU only, and an attribute
+    states whether the activation is one of these. The encoder may pass nested tensors, which only that kernel accepts.
 
     Returns:
-        what was changed: module, attribute and its value before.
+        the changes: module, attribute and previous value.
     """
     changed: list[tuple[nn.Module, str, object]] = []
     for layer in module.modules():

@@ -1,6 +1,6 @@
-"""Loading an adapter from files, strictly: exactly what was saved, on the base that it was trained with, or one error.
+"""Load an adapter from files strictly: exactly the saved adapter, on the base that it was trained with.
 
-The error lists all that is wrong; there is no loading in part.
+An error lists all problems; nothing is loaded in part.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ from backhand.nn.module_shapes import ModuleShapes
 
 
 class Expected(NamedTuple):
-    """What a configuration asks for on a model."""
+    """The tensors that a configuration requires on a model."""
 
     targets: Sequence[Target]
     shapes: Sequence[FactorShapes]
-    trained: Sequence[TrainedTensor] = ()  # tensors trained as they are, beside these targets
+    trained: Sequence[TrainedTensor] = ()  # tensors trained directly, in addition to the targets
     slots: Sequence[LoRASlot] = ()
-    problems: Sequence[str] = ()  # what is wrong with the targets; without shapes the tensors are not looked at
+    problems: Sequence[str] = ()  # of the targets; without shapes the tensors are not checked
 
 
 def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, tuple[int, int]]) -> LoadedAdapter:
-    """Hold an adapter of linear modules, embeddings and experts that has been read against a model.
+    """Check the contents of an adapter of linear modules, embeddings and experts against a model.
 
     Args:
-        module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also knows
-            embeddings and what else can be trained.
+        module_shapes: (out, in) of every linear module of the model, by dotted path; a `ModuleShapes` also has
+            embeddings and other trainable parameters.
 
     Raises:
-        UnusableAdapterError: an ArtifactError that lists every problem; see its `problems`.
+        UnusableAdapterError: lists every problem; see its `problems`.
     """
     shapes = ModuleShapes.of(module_shapes)
     modules, experts = [*shapes, *shapes.embeddings], list(shapes.experts)
 
     def expected(config: LoRAConfig) -> Expected:
-        # What matches nothing is no problem in itself here: the tensors say what was adapted.
+        # Names that match nothing are no problem in themselves: the tensors determine the adapted modules.
         targets = resolve_targets(config, modules, linear=shapes, parameters=experts, strict=False)
         slots, trained = adapter_layout(config, shapes, targets, strict=False)
         return Expected(targets, slot_shapes(slots), trained, slots)
@@ -75,13 +75,13 @@ def match_linear_adapter(contents: AdapterContents, module_shapes: Mapping[str, 
 def match_adapter(
     contents: AdapterContents, module_names: Sequence[str], expected_by: Callable[[LoRAConfig], Expected]
 ) -> LoadedAdapter:
-    """Hold what was read against a model.
+    """Check the contents of an adapter against a model.
 
     Args:
-        expected_by: what a configuration asks for; it may raise UsageError.
+        expected_by: returns the tensors that a configuration requires; it may raise UsageError.
 
     Raises:
-        UnusableAdapterError: lists its problems and those found here.
+        UnusableAdapterError: lists the problems of the files and those of the match.
     """
     problems = list(contents.problems)
     expected = Expected((), ())
@@ -92,7 +92,7 @@ def match_adapter(
             problems.append(error.one_line)
     there = contents.unusable or ()
     matched = match_tensors(expected.shapes, contents.tensors, module_names, expected.trained, there)
-    # Nothing is missing in a file that could not be read.
+    # Missing tensors are not reported for a file that could not be read.
     problems += matched.problems if expected.shapes and contents.unusable is not None else expected.problems
     if problems:
         raise UnusableAdapterError(contents.directory, problems, contents.described.base_model)
@@ -110,7 +110,7 @@ def match_adapter(
 
 
 def check_base_copies(loaded: LoadedAdapter, base_weight: Callable[[str], Tensor]) -> None:
-    """Refuse an adapter whose own copies of base weights are not the model's: it belongs to another or a resized base.
+    """Refuse an adapter whose copies of base weights differ from the model's: it belongs to another or a resized base.
 
     Raises:
         UnusableAdapterError: names every module whose weight differs.
@@ -120,9 +120,9 @@ def check_base_copies(loaded: LoadedAdapter, base_weight: Callable[[str], Tensor
 
 
 def copy_differences(base_copies: Mapping[str, Tensor], base_weight: Callable[[str], Tensor]) -> list[str]:
-    """A sentence for each module whose stored weight is not the model's.
+    """Return a sentence per module whose stored weight differs from the model's.
 
-    They are compared in the narrower of the two dtypes, since base and file may have been cast.
+    Weights are compared in the narrower of the two dtypes, since base and file may have been cast.
     """
     problems = []
     for name, stored in base_copies.items():
@@ -141,13 +141,13 @@ class LoadedAdapter:
     """An adapter from files, checked completely against a model's modules.
 
     Attributes:
-        described: configuration, base model and task as adapter_config.json has them.
-        shapes: what each of them has in the file.
-        factors: everything that was trained, by its name in `LoRAParameters`, on the CPU, in the dtype of the file.
-        base_copies: whole base weights found beside factors of embeddings and heads, by module; to be compared with the
-            base model by who has it.
-        slots: for linear modules and embeddings, what `LoRAParameters` takes.
-        forced: a sentence for each thing that is not as in training, where the user said to use the adapter anyway.
+        described: configuration, base model and task in adapter_config.json.
+        shapes: shapes of each target's tensors in the file.
+        factors: all trained tensors, by name in `LoRAParameters`, on the CPU, in the dtype of the file.
+        base_copies: whole base weights that the file contains next to factors of embeddings and heads, by module; a
+            caller with the base model compares them.
+        slots: the arguments of `LoRAParameters` for linear modules and embeddings.
+        forced: a sentence per difference from training, if the user forced the use of the adapter.
     """
 
     directory: Path
@@ -163,12 +163,12 @@ class LoadedAdapter:
 
     @property
     def config(self) -> LoRAConfig:
-        """What the adapter looks like."""
+        """The adapter's configuration."""
         return self.described.config
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was read over and may interest a person."""
+        """Notes for the user about ignored contents."""
         ranks = [(shape, shape.lora_A[0] // max(1, shape.experts)) for shape in self.shapes]
         wide = [
             f"{shape.name}: rank {rank} is above the smaller side of its weight {shape.weight}"
@@ -180,7 +180,7 @@ class LoadedAdapter:
 
     @property
     def beyond_factors(self) -> dict[str, str]:
-        """By module, what it has that is no plain factors of a linear module; who knows only those must refuse it."""
+        """Modules with more than the plain factors of a linear module, and what else they have."""
         kinds = {tensor.name.rpartition(".")[0]: "it is trained in full, or in single rows" for tensor in self.trained}
         for shape in self.shapes:
             if shape.magnitude is not None:
@@ -194,7 +194,7 @@ class LoadedAdapter:
         return kinds
 
     def _overlapping(self) -> list[str]:
-        """Modules whose alpha depends on the order of alpha_pattern's keys, which PEFT loses when it writes."""
+        """Return modules whose alpha depends on the order of alpha_pattern's keys, which PEFT does not preserve."""
         reordered = replace(self.config, alpha_pattern=dict(reversed(list(self.config.alpha_pattern.items()))))
         others = module_values(reordered, [target.name for target in self.targets], strict=False)
         return [
@@ -205,7 +205,7 @@ class LoadedAdapter:
         ]
 
     def fill(self, parameters: LoRAParameters) -> None:
-        """Copy everything into `parameters`, which must have been built from `slots` and `trained`."""
+        """Copy all tensors into `parameters`, which must have been built from `slots` and `trained`."""
         if parameters.layout != (self.slots, self.trained):
             raise ValueError("the parameters were built from other slots than the adapter's")
         with torch.no_grad():
@@ -213,13 +213,13 @@ class LoadedAdapter:
                 view.copy_(self.factors[name])
 
     def parameters(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoRAParameters:
-        """New `LoRAParameters` that hold the adapter."""
+        """Return new `LoRAParameters` with the adapter's values."""
         parameters = LoRAParameters(self.slots, trained=self.trained, device=device, dtype=dtype)
         self.fill(parameters)
         return parameters
 
 
-# On the base model, tokenizer and chat template that it was trained with.
+# Checks of the base model, tokenizer and chat template that the adapter was trained with.
 
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
@@ -235,18 +235,18 @@ def load_adapter_for(
     force_base: bool = False,
     allow_pickle: bool = False,
 ) -> LoadedAdapter:
-    """Read an adapter of linear modules, check it completely, and hold the model at hand against its record.
+    """Read an adapter of linear modules, check it completely, and compare the model with the adapter's record.
 
     Args:
         module_shapes: (out, in) of every linear module of the model, by dotted path.
-        chat_template: the template in use; None where there is none, or it does not matter.
-        template_args: variables it is given; None where they do not matter.
-        force_base: use the adapter whatever its files say of its base; what differs stands in its notes.
+        chat_template: the template in use; None if there is none, or it does not matter.
+        template_args: the template's variables; None if they do not matter.
+        force_base: use the adapter even if its files name another base; its notes list the differences.
         allow_pickle: also read adapter_model.bin, with torch's restricted unpickler.
 
     Raises:
-        UnusableAdapterError: an ArtifactError that lists every problem of the files.
-        ArtifactError: the adapter was trained with another base model, tokenizer or chat template.
+        UnusableAdapterError: lists every problem of the files.
+        ArtifactError: if the adapter was trained with another base model, tokenizer or chat template.
     """
     loaded = match_linear_adapter(read_adapter(directory, source, allow_pickle=allow_pickle), module_shapes)
     forced = check_source(
@@ -263,21 +263,21 @@ def load_adapter_for(
 
 
 def read_adapter(path: Path | str, source: ModelSource | None, *, allow_pickle: bool = False) -> AdapterContents:
-    """Read an adapter, in PEFT's format or in a GGUF file, as far as that goes without the model's modules.
+    """Read an adapter, in PEFT's format or in a GGUF file, as far as possible without the model's modules.
 
     Args:
-        source: the base model; PEFT's files are read without it.
+        source: the base model; not needed for PEFT's files.
 
     Raises:
-        UsageError: a GGUF file, and no base model.
-        ArtifactError: there is no adapter, or its configuration cannot be read.
+        UsageError: if it is a GGUF file and there is no base model.
+        ArtifactError: if there is no adapter, or its configuration cannot be read.
     """
     if is_gguf_file(path):
         if source is None:
             raise UsageError(
-                "an adapter in a GGUF file is read beside its base model, and none is given",
+                "an adapter in a GGUF file needs its base model, and none is given",
                 where=str(path),
-                why="the names of its modules and the order of their rows are the base model's",
+                why="the names of its modules and the order of their rows depend on the base model",
                 next_step="give --model",
             )
         return read_gguf_adapter(path, source.config)
@@ -298,17 +298,17 @@ def check_source(
     """Refuse a base model, tokenizer or chat template other than those an adapter was trained with.
 
     Args:
-        record: from backhand.json; None, as PEFT's own adapters have it, says nothing.
+        record: from backhand.json; None for PEFT's own adapters, for which nothing is compared.
         chat_template: the template in use; None is not compared.
-        template_args: variables it is given, for a note; None is not compared.
-        base_copies: whole base weights that the adapter's file holds, by module.
+        template_args: the template's variables, for a note; None is not compared.
+        base_copies: whole base weights in the adapter's file, by module.
 
     Returns:
-        a sentence for each thing that differs, for people to see: another configuration of the base, other variables,
-        and with `force_base` all else.
+        notes: a sentence per difference in the base's configuration or the template's variables, and with
+        `force_base` per difference of any kind.
 
     Raises:
-        ArtifactError: names everything that differs.
+        ArtifactError: lists all differences.
     """
     different = []
     if record is not None:
@@ -326,7 +326,7 @@ def check_source(
 def source_digests(
     source: ModelSource, module_names: Iterable[str], *, chat_template: str | None = None
 ) -> dict[str, str | None]:
-    """base_digest, tokenizer_digest and chat_template_digest, as an adapter's record has them."""
+    """Return base_digest, tokenizer_digest and chat_template_digest, as in an adapter's record."""
     weights = list(weight_names(module_names, source.tensor_names()))
     return {
         "base_digest": base_digest(weights, source.load_in_pieces) if weights else None,
@@ -336,17 +336,17 @@ def source_digests(
 
 
 def base_weight_name(source: ModelSource, module: str) -> str:
-    """The name in a model's files of a module's weight. Raises ArtifactError: there is none."""
+    """Return the name of a module's weight in a model's files. Raises ArtifactError if there is none."""
     for name in weight_names([module], source.tensor_names()):
         return name
     raise ArtifactError(f"the base model has no weight of {module}", where=str(source.path))
 
 
 def weight_names(module_names: Iterable[str], tensor_names: Iterable[str]) -> Iterator[str]:
-    """Names of the modules' weights in a model's files; what is not found there is left out.
+    """Iterate over the names of the modules' weights in a model's files; missing weights are left out.
 
-    Files may leave out the beginning of a path, as GPT-2's do, and of a tied output head they hold only the embedding.
-    A parameter of experts is the matrices of all of them.
+    Files may omit the first parts of a path, as GPT-2's do, and contain only the embedding of a tied output head. A
+    parameter of experts stands for the matrices of all of them.
     """
     names = list(tensor_names)
     there = set(names)
@@ -362,7 +362,7 @@ def weight_names(module_names: Iterable[str], tensor_names: Iterable[str]) -> It
 
 
 def _named(name: str, there: Collection[str]) -> str | None:
-    """The longest end of a dotted name that is there; its last two parts at least."""
+    """Return the longest suffix of a dotted name that exists, of at least two parts."""
     while name not in there:
         if name.count(".") < 2:
             return None
@@ -370,17 +370,17 @@ def _named(name: str, there: Collection[str]) -> str | None:
     return name
 
 
-# An adapter of an image model's text part, in the text model's names.
+# An adapter of an image model's text part, under the text model's names.
 #
-# It is one of the text model as soon as the names in its file lie in there, whichever of the two ways of writing the
-# prefix they have: the tensors say what was adapted. What it has of other parts stays as it is, and does not fit.
+# It counts as one of the text model if the names in its file lie inside the text model, with either form of the prefix:
+# the tensors determine the adapted modules. Tensors of other parts keep their names, and are reported as unexpected.
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 _IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:\\?\.)(?:model(?:\\?\.))?")
 
 
 def of_the_text_model(contents: AdapterContents) -> AdapterContents:
-    """What was read, in the text model's names where it is an adapter of a whole image model's text part."""
+    """Rename the contents to the text model's names if they adapt the text part of an image model."""
     names = {key: _inside(key) for key in (*contents.tensors, *(contents.unusable or ()))}
     if all(name is None or name == key for key, name in names.items()):
         return contents
@@ -415,5 +415,5 @@ def _inside(key: str) -> str | None:
 
 
 def _patterns(pattern: Any) -> dict[str, Any]:
-    """Keys of rank_pattern or alpha_pattern, perhaps regular expressions, without the prefix."""
+    """Return rank_pattern or alpha_pattern with keys, perhaps regular expressions, without the prefix."""
     return {_IN_A_PATTERN.sub(r"model\\.", key): value for key, value in pattern.items()}

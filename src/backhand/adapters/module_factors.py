@@ -1,4 +1,4 @@
-"""The factors of an adapter module by module, whatever file they came from and whatever they are for."""
+"""The factors of an adapter by module, independent of the file format."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, expert_factors
 class ModuleFactors:
     """One adapted module: delta_weight = scaling · lora_B @ lora_A."""
 
-    lora_A: Tensor  # (rank, in); of a convolution with the kernel's axes in `in`, of an embedding (rank, vocabulary)
+    lora_A: Tensor  # (rank, in); for a convolution `in` includes the kernel, for an embedding it is the vocabulary
     lora_B: Tensor  # (out, rank)
-    scaling: float  # alpha / rank, or as the configuration says
-    # DoRA's m, (out,): the length that each row of weight + delta_weight is brought to; None without
+    scaling: float  # alpha / rank, or the rank-stabilised scaling
+    # DoRA's m, (out,): the length of each row of weight + delta_weight after rescaling; None without DoRA
     magnitude: Tensor | None = None
-    embedding: bool = False  # whether the weight lies the other way round, (in, out), as an embedding's does
-    # sizes of a convolution's kernel, whose axes lora_A and lora_B have in a file; () for other modules
+    embedding: bool = False  # True if the weight is (in, out), as an embedding's is
+    # sizes of a convolution's kernel, which are axes of lora_A and lora_B in a file; () for other modules
     kernel: tuple[int, ...] = ()
 
     @classmethod
     def from_file(
         cls, lora_A: Tensor, lora_B: Tensor, scaling: float, *, magnitude: Tensor | None = None, embedding: bool = False
     ) -> ModuleFactors:
-        """Factors as files have them: those of a convolution with the axes of its kernel."""
+        """Return the factors from a file, where those of a convolution have the axes of its kernel."""
         kernel = tuple(lora_A.shape[2:])
         return cls(lora_A.flatten(1), lora_B.flatten(1), scaling, magnitude, embedding, kernel)
 
     def in_file(self) -> tuple[Tensor, Tensor]:
-        """lora_A and lora_B with the axes of a convolution's kernel."""
+        """Return lora_A and lora_B with the axes of a convolution's kernel."""
         lora_A = self.lora_A.reshape(self.rank, -1, *self.kernel)
         return lora_A, self.lora_B.reshape(*self.lora_B.shape, *(1 for _ in self.kernel))
 
     @property
     def rank(self) -> int:
-        """Rows of lora_A."""
+        """The number of rows of lora_A."""
         return self.lora_A.shape[0]
 
     @property
@@ -54,16 +54,16 @@ class ModuleFactors:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the frozen weight as the model has it."""
+        """The shape of the frozen weight in the model."""
         out_features, in_features = self.shape
         if self.embedding:
             return in_features, out_features
         return (out_features, in_features // prod(self.kernel), *self.kernel)
 
     def scaled_to(self, scaling: float) -> ModuleFactors:
-        """The same delta_weight under another scaling: the quotient goes into lora_B, in float64 and then back.
+        """Return the same delta_weight with another scaling; the quotient is folded into lora_B in float64.
 
-        Where both are the same up to float64's own rounding, lora_B keeps its bits.
+        If both scalings are equal up to float64 rounding, lora_B keeps its bits.
         """
         quotient = self.scaling / scaling
         if abs(quotient - 1) < 1e-12:
@@ -72,7 +72,7 @@ class ModuleFactors:
         return replace(self, lora_B=folded, scaling=scaling)
 
     def padded_to(self, rank: int) -> ModuleFactors:
-        """The same delta_weight at a higher rank: rows and columns of zeros are added."""
+        """Return the same delta_weight at a higher rank, padded with rows and columns of zeros."""
         more = rank - self.rank
         if more == 0:
             return self
@@ -88,9 +88,9 @@ Factors = Mapping[str, ModuleFactors]
 
 
 def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
-    """The modules of a loaded adapter, in float32 at least; what is trained beside them is not among them.
+    """Return the modules of a loaded adapter in float32 or wider, without tensors that are trained directly.
 
-    Of a parameter of experts each expert's linear module is one, by the name that it has in files on the hub.
+    A parameter of experts becomes one linear module per expert, by its name in files on the hub.
     """
 
     def factor(name: str) -> Tensor:
@@ -114,7 +114,7 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
 
 
 def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, shape: FactorShapes) -> dict[str, ModuleFactors]:
-    """The experts' linear modules; those of one expert that share their input share lora_A."""
+    """Return the experts' linear modules; modules of one expert with the same input share lora_A."""
     each_A, each_B = expert_factors(lora_A, lora_B, shape.experts)
     matrices = expert_slices(target.name, shape.experts, lora_B.shape[0], interleaved=shape.interleaved)
     return {
@@ -123,7 +123,7 @@ def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, shape: FactorSha
 
 
 def parameters_of(factors: Factors, model_type: object) -> LoRAParameters:
-    """The same as what the decoder engine computes with for models of this type, on the CPU in float32."""
+    """Return the parameters of the decoder engine for models of this type, on the CPU in float32."""
     turns = stack_layout(model_type).interleaved
     modules: dict[str, ModuleFactors] = {}
     experts: dict[str, dict[str, ModuleFactors]] = {}
@@ -151,7 +151,7 @@ def parameters_of(factors: Factors, model_type: object) -> LoRAParameters:
 
 
 def _expert_slot(parameter: str, members: Factors, turns: bool) -> LoRASlot:
-    """The slot of experts' linear modules, which are those of one parameter and share lora_A where they share input."""
+    """Return the slot of one parameter's experts, whose linear modules share lora_A if they share their input."""
     one = next(iter(members.values()))
     parts = len({name.rpartition(".")[2] for name in members})
     out_features, experts = parts * one.lora_B.shape[0], len(members) // parts

@@ -17,24 +17,24 @@ from backhand.words import shorten
 
 @dataclass(frozen=True)
 class PEFTConfig:
-    """What an adapter_config.json says."""
+    """Contents of an adapter_config.json."""
 
     config: LoRAConfig
     base_model: str | None = None  # `base_model_name_or_path`: a hub id or a path
     task_type: str | None = None  # `CAUSAL_LM` and the like, or None
     revision: str | None = None  # of the base model on the hub, or None
-    fan_in_fan_out: bool = False  # whether the adapted modules are GPT-2's Conv1D
+    fan_in_fan_out: bool = False  # True if the adapted modules are GPT-2's Conv1D
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
-    """Our configuration from the object in adapter_config.json, and every problem in it.
+    """Convert the object in adapter_config.json into our configuration.
 
     Nothing that the object names is imported or opened.
 
     Returns:
-        the configuration, with defaults where a field is unusable, and a sentence for each problem; the configuration
-        describes the adapter only if there is none.
+        the configuration, with defaults for unusable fields, and a sentence per problem. The configuration describes
+        the adapter only if there is no problem.
     """
     problems: list[str] = []
     notes = _judge_fields(raw, problems)
@@ -80,7 +80,7 @@ def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
 
 
 def _judge_fields(raw: Mapping[str, Any], problems: list[str]) -> list[str]:
-    """Notes on fields that are read over; problems for fields that change what the adapter computes."""
+    """Return notes on ignored fields, and add problems for fields that change what the adapter computes."""
     notes = []
     for name, value in raw.items():
         switched_off: tuple[Any, ...] = ("none", None) if name == "bias" else (None, False, "", [], {})
@@ -95,7 +95,7 @@ def _judge_fields(raw: Mapping[str, Any], problems: list[str]) -> list[str]:
 
 
 class _Reader:
-    """Takes single fields, and notes a problem in place of raising."""
+    """Reads single fields, and records problems instead of raising."""
 
     def __init__(self, raw: Mapping[str, Any], problems: list[str]) -> None:
         self.raw = raw
@@ -162,7 +162,7 @@ class _Reader:
     def tokens(self, name: str) -> tuple[int, ...]:
         value = self.raw.get(name)
         if isinstance(value, dict) and len(value) == 1:
-            # By the name of the embedding; that it is the input one, the tensors' names show.
+            # The key is the embedding's name; the tensors' names show that it is the input embedding.
             (value,) = value.values()
         if value and isinstance(value, dict):
             self.problems.append(f"{name}: rows of {len(value)} modules are trained, only the input embedding's can be")
@@ -191,11 +191,11 @@ def _short(value: Any) -> str:
 
 
 def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_names: Collection[str] | None) -> bytes:
-    """adapter_config.json in canonical form: the same adapter gives the same bytes.
+    """Return adapter_config.json in canonical form: the same adapter gives the same bytes.
 
     Args:
-        module_names: all modules of the model, if known; then `all-linear` is written as the shortest list of names
-            that picks exactly the adapted ones.
+        module_names: all modules of the model, if known; `all-linear` is then written as the shortest list of names
+            that selects exactly the adapted modules.
     """
     config = described.config
     parameters = set(targeted_parameters(config, [target.name for target in targets]))
@@ -239,11 +239,11 @@ def peft_config_bytes(described: PEFTConfig, targets: Sequence[Target], module_n
 def written_targets(
     config: LoRAConfig, names: Sequence[str], module_names: Collection[str] | None
 ) -> tuple[str | list[str], str | list[str] | None, list[int] | None]:
-    """target_modules, exclude_modules and layers_to_transform so that PEFT adapts exactly the modules `names`.
+    """Return target_modules, exclude_modules and layers_to_transform with which PEFT adapts exactly `names`.
 
-    Names and a regular expression are written as they were given: PEFT reads them as we do. `all-linear` would depend
-    on the reader's idea of it, so it becomes a list: last parts of the paths if these pick nothing else among
-    `module_names`, whole paths otherwise.
+    Names and a regular expression are written as given, since PEFT interprets them in the same way. `all-linear` has no
+    common definition, and becomes a list: last parts of the paths if these select nothing else among `module_names`,
+    full paths otherwise.
     """
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
@@ -264,10 +264,10 @@ def written_targets(
 
 
 def written_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern with keys of which exactly one matches each module that differs from `default`.
+    """Return rank_pattern or alpha_pattern, in which exactly one key matches each module that differs from `default`.
 
-    A last path part that has the same value wherever it occurs is a key by itself, such as `q_proj`; any other module
-    is written with its whole path behind `^`. So the order of keys, which a reader may lose, means nothing.
+    A last path part with the same value wherever it occurs is a key by itself, such as `q_proj`. Any other module is
+    written as `^` and its full path. The order of keys, which a reader may not preserve, therefore has no effect.
     """
     by_end: dict[str, set[Any]] = {}
     for name, value in values.items():
@@ -283,52 +283,52 @@ def written_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _number(value: float) -> float:
-    """An integer where the value is one: Ollama reads lora_alpha as an unsigned integer."""
+    """Return an integer if the value is one, since Ollama reads lora_alpha as an unsigned integer."""
     return int(value) if float(value).is_integer() else float(value)
 
 
-# What every field of PEFT's LoraConfig (0.21.2) means for us; a test holds these against PEFT's own list of fields.
+# The fields of PEFT's LoraConfig (0.21.2) by their treatment; a test compares these with PEFT's list of fields.
 
 FORMAT_VERSION = "0.21.2"
-"""The PEFT release whose format is written, and stands as peft_version in the file."""
+"""The PEFT release whose format is written, recorded as peft_version in the file."""
 
 HANDLED = (
     "peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
     "target_modules", "exclude_modules", "target_parameters", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora",
     "lora_bias", "modules_to_save", "trainable_token_indices", "layers_to_transform", "layers_pattern",
-    # Written for GPT-2's Conv1D; on reading, the module says how its weight lies.
+    # Written for GPT-2's Conv1D; on reading, the module determines the layout of its weight.
     "fan_in_fan_out",
-    # Read over unless it names a method that changed the base model.
+    # Ignored unless it names a method that changed the base model.
     "init_lora_weights",
 )  # fmt: skip
-"""Read into our configuration, or kept and written again."""
+"""Fields that are read into our configuration, or preserved and written again."""
 
 NEUTRAL = (
-    # Whether the factors are trainable, who wrote the file, and how PEFT runs, not what it computes.
+    # These concern trainability, the writer of the file, and how PEFT runs, not what it computes.
     "inference_mode", "peft_version", "runtime_config",
-    # Names of what is to be imported, which is never done.
+    # Names of modules to import, which is never done.
     "auto_mapping", "megatron_core",
-    # Of initialisation, where init_lora_weights decides or the base model is left alone; only read with use_qalora.
+    # These concern initialisation that leaves the base model unchanged, or are only read with use_qalora.
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 )  # fmt: skip
-"""Do not change what the trained adapter computes; read over, at whatever value."""
+"""Fields that do not change what the trained adapter computes; ignored at any value."""
 
 REFUSED: Mapping[str, str] = {
     "bias": "trained biases of the base model",
     "layer_replication": "repeats layers of the base model",
     "megatron_config": "modules of Megatron, split over processes",
-    "alora_invocation_tokens": "the adapter applies only behind certain tokens",
+    "alora_invocation_tokens": "the adapter applies only after certain tokens",
     "use_qalora": "pools the input before lora_A",
     "use_bdlora": "factors are block-diagonal",
     "arrow_config": "routes between several adapters",
     "kasa_config": "truncates the base weight and adds a diagonal between the factors",
     "monteclora_config": "samples the factors",
-    "velora_config": "stores, beside the factors, by what it compressed activations in training",
+    "velora_config": "stores the compression of activations in training in addition to the factors",
     "ensure_weight_tying": "shares factors between tied modules",
 }
-"""Change what the adapter computes in a way we do not have, and why; an error unless switched off."""
+"""Fields that change what the adapter computes in an unsupported way, with the reason; an error unless switched off."""
 
 PEFT_FIELDS = (*HANDLED, *NEUTRAL, *REFUSED)
 
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of init_lora_weights that left the base model as it was."""
+"""Values of init_lora_weights that do not change the base model."""

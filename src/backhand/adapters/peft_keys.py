@@ -1,12 +1,12 @@
-"""Names of an adapter's tensors in PEFT's file, and what must be there for each adapted module.
+"""Names of an adapter's tensors in PEFT's file, and the tensors that each adapted module must have.
 
 `base_model.model.` + module path + `.lora_A.weight`, `.lora_B.weight`; for an embedding `.lora_embedding_A`,
 `.lora_embedding_B`; with `lora_bias` `.lora_B.bias`; with DoRA `.lora_magnitude_vector`, which has no `.weight`.
-A module trained in full has its parameters under their own names, embedding rows are
-`.token_adapter.trainable_tokens_delta`. Factors of a parameter of experts have the path of the module that holds it;
-where several of one module are adapted, PEFT's wrappers lie one in the other, and every inner one adds `.base_layer`:
-the first parameter is innermost. Inside Backhand these are `<module path>.lora_A`, `.lora_B`, `.lora_bias`,
-`.lora_magnitude`, the parameter's name, and `<module path>.trainable_tokens`, whatever the module is.
+A module trained in full has its parameters under their own names, and embedding rows are
+`.token_adapter.trainable_tokens_delta`. Factors of a parameter of experts have the path of the parameter's module. If
+several parameters of one module are adapted, PEFT's wrappers are nested, the first parameter innermost, and each inner
+wrapper adds `.base_layer`. Inside Backhand the names are `<module path>.lora_A`, `.lora_B`, `.lora_bias`,
+`.lora_magnitude`, the parameter's name, and `<module path>.trainable_tokens`, for any kind of module.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ _BASE_COPY = ".base_layer.weight"
 
 @dataclass(frozen=True)
 class FactorShapes:
-    """What one adapted module must have in the file."""
+    """Shapes of the tensors that one adapted module must have in the file."""
 
     name: str
-    # lora_A, lora_B: shapes of the factors, as PEFT stores them for this kind of module
+    # lora_A, lora_B: shapes of the factors in PEFT's file, for this kind of module
     lora_A: tuple[int, ...]
     lora_B: tuple[int, ...]
     weight: tuple[int, ...]
-    embedding: bool = False  # whether the module is an embedding, whose factors have names of their own
-    # lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude; None where there is none
+    embedding: bool = False  # True for an embedding, whose factors have names of their own
+    # lora_bias, magnitude: shapes of the bias of lora_B and of DoRA's magnitude, None if there is none
     lora_bias: tuple[int, ...] | None = None
     magnitude: tuple[int, ...] | None = None
-    experts: int = 0  # how many share the parameter, 0 for a module
-    path: str | None = None  # in the file, where it is not `name`
-    interleaved: bool = False  # whether the rows of their lora_B are gate's and up's in turns
+    experts: int = 0  # number of experts that share the parameter, 0 for a module
+    path: str | None = None  # path in the file, if it is not `name`
+    interleaved: bool = False  # True if the rows of the experts' lora_B alternate between gate and up
 
     def keys(self) -> tuple[str, str]:
-        """Names of lora_A and lora_B in the file."""
+        """Return the names of lora_A and lora_B in the file."""
         first, second = _SUFFIXES[2:] if self.embedding else _SUFFIXES[:2]
         path = PREFIX + (self.path or self.name)
         return path + first, path + second
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """(name inside Backhand, name in the file, shape) of everything this module has there."""
+        """Yield (name inside Backhand, name in the file, shape) of each tensor of this module."""
         for letter, key, shape in zip("AB", self.keys(), (self.lora_A, self.lora_B), strict=True):
             yield f"{self.name}.lora_{letter}", key, shape
         if self.lora_bias is not None:
@@ -62,7 +62,7 @@ class FactorShapes:
 
 
 def slot_shapes(slots: Iterable[LoRASlot]) -> list[FactorShapes]:
-    """What slots of linear modules, embeddings and experts must have in the file; experts' in the model's order."""
+    """Return the shapes of linear modules, embeddings and experts in the file; experts in the model's order."""
     shapes = [_shapes(slot) for slot in slots]
     holders = [shape.name.rpartition(".")[0] for shape in shapes if shape.experts]
     for place, shape in enumerate(shapes):
@@ -89,20 +89,20 @@ def _shapes(slot: LoRASlot) -> FactorShapes:
 
 
 def trained_key(tensor: TrainedTensor) -> str:
-    """Name in the file of a tensor that is trained as it is."""
+    """Return the name in the file of a tensor that is trained directly."""
     name = tensor.name
     return PREFIX + (name if tensor.token_ids is None else name.removesuffix(TOKENS) + _TOKENS)
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Tensors of a file, told apart."""
+    """Tensors of a file by their role."""
 
-    # `<module>.lora_A`, `<module>.lora_B` and what else is trained, in the order of the modules
+    # `<module>.lora_A`, `<module>.lora_B` and all other trained tensors, in the order of the modules
     factors: dict[str, Tensor]
-    # whole base weights that PEFT stores beside the factors of embeddings and output heads, by module
+    # whole base weights that PEFT stores next to the factors of embeddings and output heads, by module
     base_copies: dict[str, Tensor]
-    problems: list[str]  # a sentence for everything that is missing, unexpected or of another shape
+    problems: list[str]  # a sentence per tensor that is missing, unexpected or has another shape
 
 
 def match_tensors(
@@ -112,11 +112,11 @@ def match_tensors(
     trained: Sequence[TrainedTensor] = (),
     unusable: Collection[str] = (),
 ) -> Matched:
-    """Hold the tensors of a file against what the configuration asks for on this model.
+    """Match the tensors of a file with those that the configuration requires on this model.
 
     Args:
-        module_names: all modules of the model, to say what an unexpected name may have meant.
-        unusable: names in the file of tensors that are not among `tensors` for a reason that has been given.
+        module_names: all modules of the model, to suggest what an unexpected name may mean.
+        unusable: names of tensors in the file that are not in `tensors`, whose problems are already reported.
     """
     matched = Matched({}, {}, [])
     left = dict(tensors)
@@ -165,18 +165,18 @@ def _unexpected(key: str, tensor: Tensor, adapted: set[str], module_names: Seque
 
 
 def factor_problems(tensors: Mapping[str, Tensor], unusable: Collection[str] = ()) -> list[str]:
-    """What is wrong with the tensors whatever the model is: values that are not finite, and factors without partner.
+    """Return problems that do not depend on the model: values that are not finite, and factors without a partner.
 
-    Names in `unusable` stand in the file, and what is wrong with them has been said.
+    Tensors named in `unusable` are in the file, and their problems are already reported.
     """
     there = {*tensors, *unusable}
     problems = []
     for key, tensor in tensors.items():
-        finite = torch.isfinite(tensor.float())  # everything is computed in float32, where 1e300 is infinite
+        finite = torch.isfinite(tensor.float())  # computations are in float32, where 1e300 is infinite
         if not bool(finite.all()):
             problems.append(f"{key}: {int((~finite).sum())} of {tensor.numel()} values are not finite")
     for ours, partner in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
         for end, other in ((ours, partner), (partner, ours)):
             keys = [key for key in tensors if key.endswith(f".{end}") and key.removesuffix(end) + other not in there]
-            problems += [f"{key}: there is no {other} beside it" for key in keys]
+            problems += [f"{key}: its partner {other} is missing" for key in keys]
     return problems

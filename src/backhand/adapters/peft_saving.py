@@ -1,6 +1,6 @@
-"""An adapter as PEFT's files: adapter_config.json, adapter_model.safetensors, README.md, and our backhand.json.
+"""Write an adapter as PEFT's files: adapter_config.json, adapter_model.safetensors, README.md, and our backhand.json.
 
-The same adapter gives the same bytes; each file is written in one step, the one that vouches for the others last.
+The same adapter gives the same bytes. Each file is written atomically, the record with the others' digests last.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
 
 
 class AdapterParts(NamedTuple):
-    """What of an adapter its files hold."""
+    """The parts of an adapter that its files contain."""
 
     described: PEFTConfig
     targets: Sequence[Target]
     shapes: Sequence[FactorShapes]
-    factors: Mapping[str, Tensor]  # everything that is trained, by its name in `LoRAParameters`
-    trained: Sequence[TrainedTensor] = ()  # the tensors trained as they are
+    factors: Mapping[str, Tensor]  # all trained tensors, by name in `LoRAParameters`
+    trained: Sequence[TrainedTensor] = ()  # the tensors trained directly
 
     @classmethod
     def of(cls, described: PEFTConfig, parameters: LoRAParameters) -> AdapterParts:
-        """An adapter of linear modules, embeddings and experts; its numbers are written in fp32."""
+        """Return the parts of an adapter of linear modules, embeddings and experts; its values are written in fp32."""
         targets = module_values(described.config, list(parameters.slots), strict=False)
         for target, slot in zip(targets, parameters.slots.values(), strict=True):
             if (target.rank, target.scaling) != (slot.rank, slot.scaling):
@@ -53,20 +53,20 @@ def adapter_files(
     module_names: Collection[str] | None = None,
     wrapper: Wrapper | None = None,
 ) -> dict[str, bytes]:
-    """The files of an adapter, by name, in the order to write them.
+    """Return the files of an adapter by name, in the order in which to write them.
 
     Args:
         record: origin and digests for backhand.json; package versions and file digests are added here.
-        module_names: all linear modules of the model, see `peft_config.written_targets`.
-        wrapper: the image model whose text model this is; the files then have the names of the whole.
+        module_names: all linear modules of the model; see `peft_config.written_targets`.
+        wrapper: the image model that contains this text model; the files then use the names of the whole model.
 
     Raises:
-        CheckError: a value is not finite.
+        CheckError: if a value is not finite.
     """
     described, targets, shapes, factors, trained = parts
     if bad := [name for name, tensor in factors.items() if not bool(torch.isfinite(tensor).all())]:
         raise CheckError(
-            f"{len(bad)} of {len(factors)} factors hold values that are not finite",
+            f"{len(bad)} of {len(factors)} factors contain values that are not finite",
             where=bad[0],
             next_step="lower the learning rate; nothing was written",
         )
@@ -85,7 +85,7 @@ def adapter_files(
     record = replace(record or AdapterRecord(), files=described_files)
     if not record.packages:
         record = replace(record, packages=installed_packages())
-    # Last, since it vouches for the others: after a crash in between, loading says that they do not fit.
+    # Last, since it has the others' digests: after a crash in between, loading reports that they do not match.
     contents[RECORD_FILE] = record_bytes(record)
     return contents
 
@@ -100,10 +100,10 @@ def model_card(
     facts: Mapping[str, object],
     wrapper: Wrapper | None = None,
 ) -> str:
-    """The card's text; it holds no date, so that the same adapter gives the same card.
+    """Return the model card, without a date, so that the same adapter gives the same card.
 
     Args:
-        facts: further rows of the table, such as losses and data, in the order they should stand.
+        facts: further rows of the table, such as losses and data, in their order.
     """
     base = described.base_model or ""
     header = ["library_name: peft", "license: unknown"]
@@ -138,9 +138,9 @@ def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
 
 
 def pretrained_arguments(base: str, quoted: Callable[[str], str] = repr) -> str:
-    """What transformers' `from_pretrained` takes for a base model: a name, or the directory of a GGUF file and it."""
+    """Return the arguments of transformers' `from_pretrained`: a name, or the directory and name of a GGUF file."""
     path = PurePath(base)
-    if not re.fullmatch(r".+\.(?i:gguf)|sha256-\w+", path.name):  # the second in Ollama's store
+    if not re.fullmatch(r".+\.(?i:gguf)|sha256-\w+", path.name):  # the second form is used in Ollama's store
         return quoted(base)
     return f"{quoted(str(path.parent))}, gguf_file={quoted(path.name)}"
 
@@ -151,33 +151,33 @@ def _range(values: Iterable[float]) -> str:
 
 
 def _code(name: str) -> str:
-    """A name as code, or, where signs in it could end that, as text."""
+    """Format a name as code, or as text if characters in it could end the code."""
     return f"`{name}`" if re.fullmatch(r"[\w./:-]+", name) else _text(name)
 
 
 def _text(value: object) -> str:
-    """A value as text that stays in its table cell: nothing in it is HTML, a link or code."""
+    """Format a value as plain text of a table cell, in which nothing is HTML, a link or code."""
     return re.sub(r"[\\`*_<>\[\]|&!]", r"\\\g<0>", " ".join(str(value).split()))
 
 
-# An adapter of a text model in the names of the image model around it.
+# An adapter of a text model under the names of the image model around it.
 #
 # PEFT matches the names of target_modules against the ends of module paths, and an image model's vision part has a
-# q_proj as well. So what is written for the whole model is a regular expression over the text model's paths where it
-# picks exactly the adapted modules, and whole paths otherwise.
+# q_proj as well. For the whole model, a regular expression over the text model's paths is therefore written if it
+# selects exactly the adapted modules, and full paths otherwise.
 
 _IN_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<end>.+)")
 NO_OTHER_CHOICE: dict[str, Any] = {"exclude_modules": (), "layers_to_transform": None, "layers_pattern": ()}
-"""Fields of a configuration whose target_modules alone say which."""
+"""Fields of a configuration in which target_modules alone selects the modules."""
 
 
 def in_wrapper(
     described: PEFTConfig, targets: Sequence[Target], wrapper: Wrapper, module_names: Collection[str] | None
 ) -> tuple[PEFTConfig, tuple[Target, ...]]:
-    """Configuration and targets with the names that the whole model has for them.
+    """Return configuration and targets under the names of the whole model.
 
     Args:
-        described: configuration and names as the text model has them.
+        described: configuration and names of the text model.
         module_names: all linear modules of the text model, None if they are not known.
     """
     renamed = tuple(replace(target, name=wrapper.wrapped_name(target.name)) for target in targets)
@@ -187,7 +187,7 @@ def in_wrapper(
 
 
 def _expression(names: Sequence[str], wrapper: Wrapper, module_names: Collection[str]) -> str | tuple[str, ...]:
-    """What picks these modules of the text model and no others of the whole."""
+    """Return an expression or paths that select these modules of the text model and no others of the whole model."""
     whole = tuple(sorted(wrapper.wrapped_name(name) for name in names))
     parts = [_IN_LAYER.fullmatch(name) for name in names]
     ends: dict[str, set[str]] = {}

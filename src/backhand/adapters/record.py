@@ -1,7 +1,7 @@
-"""backhand.json beside an adapter: what it was made from, by what, and the digests of the files next to it.
+"""backhand.json, an adapter's record: its base and data, the versions that wrote it, and the digests of its files.
 
-Other tools ignore the file. Where it is present, a file that has changed since, a wrong base, tokenizer or chat
-template is an error that names the difference.
+Other tools ignore the file. If it is present, a file that has changed since, or another base, tokenizer or chat
+template, is an error that names the difference.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "
 
 
 _LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}}
-"""What the first files of this format did not have, and what is left out where there is nothing to tell."""
+"""Fields that the first files of this format lack, and that are omitted if they have their default."""
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
     """The contents of backhand.json."""
 
-    origin: str | None = None  # where the base weights came from: a path, a hub id or a package
+    origin: str | None = None  # origin of the base weights: a path, a hub id or a package
     base_digest: str | None = None  # of the adapted base tensors, see `base_digest`
     # the fields of the base's configuration that its numbers depend on, see `nn.decoder.config_facts`
     model_config: Mapping[str, Any] = field(default_factory=dict)
-    # tokenizer_digest, chat_template_digest: of what makes tokens of text
+    # tokenizer_digest, chat_template_digest: of the conversion from text to tokens
     tokenizer_digest: str | None = None
     chat_template_digest: str | None = None
     # data_digest, run_digest: of the training rows and the resolved configuration
@@ -47,28 +47,28 @@ class AdapterRecord:
     run_digest: str | None = None
     # every option of the run that decided the trained numbers, by `table.name`
     config: Mapping[str, Any] = field(default_factory=dict)
-    packages: Mapping[str, str] = field(default_factory=dict)  # versions that wrote the adapter
-    files: Mapping[str, str] = field(default_factory=dict)  # digest of each file beside the record
-    # of rows whose answers are labels, each label's token ids, the one that ends it among them
+    packages: Mapping[str, str] = field(default_factory=dict)  # package versions that wrote the adapter
+    files: Mapping[str, str] = field(default_factory=dict)  # digest of each file next to the record
+    # token ids of each label, including the final token, if the rows' answers are labels
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
     system: str | None = None  # the system message that all training rows have
 
     @property
     def template_args(self) -> Mapping[str, Any] | None:
-        """Variables that the chat template was given; None where the record says nothing of the rows."""
+        """The chat template's variables in training; None if the record has no options of the rows."""
         says = any(name.startswith("data.") for name in self.config)
         found: Mapping[str, Any] | None = self.config.get("data.template_args", {}) if says else None
         return found
 
 
 def installed_packages() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what an adapter is."""
+    """Return the versions of Python and of the packages that determine an adapter's values."""
     versions = {package: version_of(package) for package in _PACKAGES}
     return {"python": platform.python_version()} | {name: one for name, one in versions.items() if one is not None}
 
 
 def record_bytes(record: AdapterRecord) -> bytes:
-    """backhand.json; the same record gives the same bytes."""
+    """Return backhand.json; the same record gives the same bytes."""
     contents = {"format_version": RECORD_VERSION, **asdict(record)}
     for name in _LATER:
         if not contents[name] and contents[name] != "":
@@ -77,15 +77,15 @@ def record_bytes(record: AdapterRecord) -> bytes:
 
 
 def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
-    """The record that the object in backhand.json holds.
+    """Parse the object in backhand.json.
 
     Raises:
-        ArtifactError: a field is missing, unknown or of another type, or the file is of a newer format.
+        ArtifactError: if a field is missing, unknown or has another type, or the file has a newer format.
     """
     version = raw.get("format_version")
     if isinstance(version, int) and version > RECORD_VERSION:
         raise ArtifactError(
-            f"is of format {version}; this version of Backhand reads up to {RECORD_VERSION}",
+            f"has format {version}; this version of Backhand reads formats up to {RECORD_VERSION}",
             where=where,
             next_step="upgrade Backhand",
         )
@@ -114,7 +114,7 @@ def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
 
 
 def changed_files(record: AdapterRecord, contents: Mapping[str, bytes]) -> list[str]:
-    """A sentence for each file whose bytes are not those the record was written for."""
+    """Return a sentence per file whose bytes differ from those in the record."""
     return [
         f"{name}: not the bytes that backhand.json describes; restore the file, or, if it was changed on purpose, "
         "remove backhand.json"
@@ -131,10 +131,10 @@ _COMPARED = {
 
 
 def base_differences(record: AdapterRecord, digests: Mapping[str, str | None]) -> list[str]:
-    """A sentence for each thing that is not what the adapter was trained with.
+    """Return a sentence per difference between the model and the record of training.
 
     Args:
-        digests: of the model at hand, by their names in the record; what either side does not know is skipped.
+        digests: of the model, by name in the record; digests that either side lacks are skipped.
     """
     origin = f" (trained on {record.origin})" if record.origin else ""
     return [
@@ -157,7 +157,7 @@ def other_model_config(record: AdapterRecord, facts: Mapping[str, Any]) -> tuple
 
 
 def other_template_args(record: AdapterRecord, template_args: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """A sentence where the chat template is given other variables than in training; no error, since it may have to be.
+    """Return a sentence if the chat template's variables differ from training; no error, since this may be intended.
 
     A reply that begins where the prompt with the other `enable_thinking` ends was trained without that variable.
     """
@@ -169,7 +169,7 @@ def other_template_args(record: AdapterRecord, template_args: Mapping[str, Any] 
 
 
 def wrong_base(different: Sequence[str], where: str) -> ArtifactError:
-    """The error of an adapter on another model than its own, with everything that differs."""
+    """Return the error for an adapter on another model than its own, with all differences."""
     return ArtifactError(
         "the adapter does not belong to this model",
         where=where,
@@ -179,21 +179,21 @@ def wrong_base(different: Sequence[str], where: str) -> ArtifactError:
 
 
 def bytes_digest(data: bytes) -> str:
-    """`sha256:` and 64 hexadecimal digits."""
+    """Return the SHA-256 of the data as `sha256:` and 64 hexadecimal digits."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def base_digest(names: Iterable[str], load: Callable[[str], FrozenMatrix]) -> str:
-    """Digest of base tensors: of their names, shapes and values.
+    """Return the digest of the names, shapes and values of base tensors.
 
-    The values are taken as fp32, which holds bf16, fp16 and dequantised numbers exactly, so that the same weights agree
-    whatever file they come from; give them as the source has them, before any cast to the compute dtype. Every tensor
-    is hashed on its own, by as many threads as torch has, and the digest is of these hashes in the order of the names.
+    Values are hashed as fp32, which represents bf16, fp16 and dequantized numbers exactly. The same weights therefore
+    agree for every file format, if they are given before any cast to the compute dtype. Each tensor is hashed by
+    itself, in as many threads as torch has, and the digest is that of these hashes in the order of the names.
 
     Args:
         names: Hugging Face tensor names, in any order; usually the weights of the adapted modules.
-        load: gives a tensor by its name, or a quantized matrix, which is never expanded in full; called from several
-            threads.
+        load: returns a tensor by name, or a quantized matrix, which is never dequantized as a whole; called from
+            several threads.
     """
     ordered = sorted(names)
     hashes = in_threads(lambda name: tensor_hash(name, load(name)), ordered)
@@ -206,7 +206,7 @@ def digest_of_hashes(hashes: Mapping[str, bytes]) -> str:
 
 
 def tensor_hash(name: str, tensor: FrozenMatrix) -> bytes:
-    """SHA-256 of a tensor's name, shape and values in fp32."""
+    """Return the SHA-256 of a tensor's name, shape and values in fp32."""
     described = hashlib.sha256(json.dumps([name, list(tensor.shape)]).encode())
     for piece in pieces_of(tensor):
         described.update(piece.detach().to("cpu", torch.float32).contiguous().view(-1).numpy().data)
@@ -214,7 +214,7 @@ def tensor_hash(name: str, tensor: FrozenMatrix) -> bytes:
 
 
 def pieces_of(tensor: FrozenMatrix) -> Iterable[Tensor]:
-    """The tensor itself, or the dense tiles of a quantized matrix, each valid until the next."""
+    """Iterate over the tensor itself, or the dense tiles of a quantized matrix, each valid until the next."""
     return (tensor,) if isinstance(tensor, Tensor) else (tile for _, tile in frozen_tiles(tensor))
 
 
@@ -229,9 +229,9 @@ def in_threads(compute: Callable[[str], T], names: Sequence[str]) -> list[T]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of what a transformers fast tokenizer does with text: token ids, merges, added and special tokens.
+    """Return the digest of a fast tokenizer's token ids, merges, added and special tokens.
 
-    The order in which a file happens to list them, and settings of padding or truncation, do not count.
+    It does not depend on their order in a file, or on settings of padding and truncation.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
@@ -241,5 +241,5 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def text_digest(text: str | None) -> str | None:
-    """Digest of a chat template; None where there is none."""
+    """Return the digest of a chat template, or None without one."""
     return None if text is None else bytes_digest(text.encode("utf-8", "replace"))

@@ -1,12 +1,12 @@
-r"""Which modules a configuration adapts, and how: PEFT's rules for target_modules and patterns, but nothing unmatched.
+r"""Match a configuration with a model's modules, by PEFT's rules; names that match nothing are errors.
 
 - a list of names: a module whose path is a name, or ends with `.name`;
 - a string: one regular expression for the whole path;
 - `all-linear`: every linear layer except the output head;
 - `target_parameters`: a parameter of experts whose path is a name, or ends with `.name`; exclusions and numbers of
-  layers are for modules alone, as in PEFT, but `layers` in words counts for both;
-- `exclude_modules` (same two forms) takes away;
-- `modules_to_save` takes away what is trained in full: these modules and all within them;
+  layers apply to modules only, as in PEFT, but `layers` applies to both;
+- `exclude_modules` (same two forms) excludes modules;
+- `modules_to_save` excludes modules that are trained in full, and all modules within them;
 - `layers_to_transform` keeps the modules whose layer number, the first number in the path, is listed; a name that is a
   whole path is not filtered;
 - `rank_pattern`, `alpha_pattern`: the first key for which `(.*\.)?(key)$` matches the path wins.
@@ -34,7 +34,7 @@ _LAYER_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt: its path, the rank of its factors, its alpha and the scaling these give."""
+    """One module to adapt: its path, and the rank, alpha and scaling of its factors."""
 
     name: str
     rank: int
@@ -45,19 +45,19 @@ class Target:
 def resolve_adapter(
     config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
 ) -> AdapterLayout:
-    """Everything that `config` trains on a model.
+    """Return all that `config` trains on a model.
 
     Args:
         module_shapes: (out, in) of every linear module, by dotted path; a `ModuleShapes` also has embeddings.
         heads: paths that `all-linear` leaves out; naming one in `target_modules` adapts it.
 
     Returns:
-        one slot a module, in the order of `module_shapes`, then embeddings, then parameters of experts; and the tensors
-        that are trained as they are.
+        one slot per module, in the order of `module_shapes`, then embeddings, then parameters of experts; and the
+        tensors that are trained directly.
 
     Raises:
-        UsageError: a value out of range, a name or pattern that matches nothing, with the nearest names, or an
-            embedding with `lora_bias`; what `trained_tensors.resolve_trained` raises.
+        UsageError: if a value is out of range, a name or pattern matches nothing (names the nearest ones), or an
+            embedding has `lora_bias`; and as `trained_tensors.resolve_trained`.
     """
     shapes = ModuleShapes.of(module_shapes)
     modules, parameters = [*shapes, *shapes.embeddings], list(shapes.experts)
@@ -68,7 +68,7 @@ def resolve_adapter(
 def adapter_layout(
     config: LoRAConfig, shapes: ModuleShapes, targets: Sequence[Target], *, strict: bool = True
 ) -> AdapterLayout:
-    """What `config` trains on a model, its targets resolved; strict and errors as in `resolve_trained`."""
+    """Return the layout of resolved targets; `strict` and errors as in `resolve_trained`."""
     slots = tuple(_slot(target, shapes, config) for target in targets)
     trained = resolve_trained(
         config,
@@ -98,7 +98,7 @@ def _slot(target: Target, shapes: ModuleShapes, config: LoRAConfig) -> LoRASlot:
 
 
 def no_embedding_bias(name: str) -> UsageError:
-    """PEFT has no such adapter, so nothing could read it."""
+    """Return the error for an embedding with `lora_bias`, which PEFT does not have."""
     return UsageError(
         f"{name} is an embedding, and lora_bias is not for embeddings",
         where="lora_bias",
@@ -118,56 +118,60 @@ def resolve_targets(
     """Match a configuration against module paths.
 
     Args:
-        linear: those of them that `all-linear` takes; all of them if None.
+        linear: the paths of `all-linear`; all paths if None.
         heads: paths that `all-linear` leaves out.
-        strict: whether a name or pattern that matches nothing is an error; that nothing at all matches always is.
+        strict: raise for a name or pattern that matches nothing; a configuration without any match always raises.
 
     Returns:
-        one target a module, in the order of `names`, then one a parameter.
+        one target per module, in the order of `names`, then one per parameter.
 
     Raises:
-        UsageError: a value out of range, or something unmatched.
+        UsageError: if a value is out of range, or a name is unmatched.
     """
     config.validate()
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         chosen = [name for name in names if (linear is None or name in linear) and name not in heads]
     else:
         chosen = _named(config.target_modules, names, "target_modules", strict)
-    beside = targeted_parameters(config, parameters, strict=strict)
+    parameter_paths = targeted_parameters(config, parameters, strict=strict)
     if config.layers:
-        numbers = {name: number for name in [*chosen, *beside] if (number := _layer_number(name, ())) is not None}
+        numbers = {
+            name: number for name in [*chosen, *parameter_paths] if (number := _layer_number(name, ())) is not None
+        }
         wanted = _numbers(config.layers, max(numbers.values(), default=-1) + 1)
-        chosen, beside = ([name for name in some if numbers.get(name) in wanted] for some in (chosen, beside))
+        chosen, parameter_paths = (
+            [name for name in some if numbers.get(name) in wanted] for some in (chosen, parameter_paths)
+        )
     if config.layers_to_transform is not None:
         chosen = _in_layers(config, chosen, strict)
     if config.exclude_modules:
         excluded = set(_named(config.exclude_modules, names, "exclude_modules", strict))
         chosen = [name for name in chosen if name not in excluded]
     chosen = [name for name in chosen if not within(name, config.modules_to_save)]
-    if not chosen and not beside:
+    if not chosen and not parameter_paths:
         raise UsageError(
             f"{_shown(config.target_modules)} leaves no module to adapt",
             where="target_modules",
             why=f"the model has {name_list(_last_parts(names))}" if names else "the model has no module to adapt",
             next_step=f"name some of these, or give {ALL_LINEAR}",
         )
-    return module_values(config, [*chosen, *beside], strict=strict)
+    return module_values(config, [*chosen, *parameter_paths], strict=strict)
 
 
 def targeted_parameters(config: LoRAConfig, names: Sequence[str], *, strict: bool = False) -> list[str]:
-    """Those of the paths `names` that `target_parameters` picks.
+    """Return the paths among `names` that `target_parameters` selects.
 
     Raises:
-        UsageError: while `strict`, for a name that picks none.
+        UsageError: if `strict`, for a name that selects no path.
     """
     return _named(config.target_parameters, names, "target_parameters", strict) if config.target_parameters else []
 
 
 def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) -> list[Target]:
-    """Rank, alpha and scaling of modules that are already chosen.
+    """Return rank, alpha and scaling of the chosen modules.
 
     Raises:
-        UsageError: a pattern that is no regular expression, or that matches none of them while `strict`.
+        UsageError: if a pattern is no regular expression, or, with `strict`, matches no module.
     """
     ranks = _first_match(config.rank_pattern, chosen, "rank_pattern", strict)
     alphas = _first_match(config.alpha_pattern, chosen, "alpha_pattern", strict)
@@ -179,12 +183,12 @@ def module_values(config: LoRAConfig, chosen: Sequence[str], *, strict: bool) ->
 
 
 def within(name: str, modules: Collection[str]) -> bool:
-    """Whether the path `name` is, or lies inside, a module whose path ends in one of `modules`, on whole parts."""
+    """Return True if `name` is, or lies inside, a module whose path ends with one of `modules`, on whole parts."""
     return any(f".{module}." in f".{name}." for module in modules)
 
 
 def _named(wanted: str | Collection[str], names: Sequence[str], where: str, strict: bool) -> list[str]:
-    """The paths that a regular expression or a list of names picks, in the order of `names`."""
+    """Return the paths that a regular expression or a list of names selects, in the order of `names`."""
     if isinstance(wanted, str):
         matched = pattern_matches(wanted, names, where=where)
         if strict and not any(matched):
@@ -200,19 +204,19 @@ def _named(wanted: str | Collection[str], names: Sequence[str], where: str, stri
 
 
 def in_numbers(config: LoRAConfig, adapted: Sequence[str]) -> LoRAConfig:
-    """The same configuration with the layers that its words come to as numbers, as PEFT's files have them.
+    """Return the configuration with the words of `layers` converted into numbers, as in PEFT's files.
 
-    PEFT counts layers of modules alone: parameters are named by their whole paths.
+    PEFT filters modules by layer numbers, but not parameters, which are therefore named by their full paths.
     """
     if not config.layers:
         return config
     numbers = {number for name in adapted if (number := _layer_number(name, ())) is not None}
-    beside = tuple(targeted_parameters(config, adapted))
-    return replace(config, layers="", layers_to_transform=tuple(sorted(numbers)), target_parameters=beside)
+    parameter_paths = tuple(targeted_parameters(config, adapted))
+    return replace(config, layers="", layers_to_transform=tuple(sorted(numbers)), target_parameters=parameter_paths)
 
 
 def _numbers(words: str, count: int) -> set[int]:
-    """The layers that `last:8`, `first:4`, `8-15` or a number name in a model of `count` layers."""
+    """Return the layers that `last:8`, `first:4`, `8-15` or a number name in a model with `count` layers."""
     wanted: set[int] = set()
     for word in words.split(","):
         kind, _, number = word.partition(":")
@@ -224,7 +228,7 @@ def _numbers(words: str, count: int) -> set[int]:
             named = range(int(low), int(high or low) + 1)
         if not named or named[0] < 0 or named[-1] >= count:
             raise UsageError(
-                f"{word} names layers that are not there",
+                f"{word} names layers that the model does not have",
                 where="layers",
                 why=f"the layers are 0 to {count - 1}" if count else "the targeted paths have no layer number",
             )
@@ -262,7 +266,7 @@ def _first_match(patterns: Mapping[str, float], chosen: Sequence[str], where: st
     ends: dict[str, list[str]] = {}
     for name in chosen if patterns else ():
         ends.setdefault(name.rpartition(".")[2], []).append(name)
-        ends.setdefault("^" + re.escape(name), []).append(name)  # as `written_pattern` has whole paths
+        ends.setdefault("^" + re.escape(name), []).append(name)  # the form of full paths in `written_pattern`
     end = time.thread_time() + MATCH_LIMIT_S
     for key, value in patterns.items():
         hits = ends.get(key)
@@ -304,47 +308,47 @@ def _shown(modules: str | Collection[str]) -> str:
     return repr(modules) if isinstance(modules, str) else ", ".join(sorted(modules))
 
 
-# Regular expressions from users and from files, matched so that no pattern can hang or crash the process.
+# Regular expressions from users and files are matched so that no pattern can hang or crash the process.
 #
-# Python's matcher backtracks without end: `(a+)+b` on thirty letters takes minutes. The regex package stops when time
-# is up. A pattern must be one of Python's, as PEFT's are; what the two packages read differently is refused, and so is
-# what regex would write out into more memory than there is.
+# Python's matcher may backtrack without bound: `(a+)+b` on thirty letters takes minutes. The regex package has a time
+# limit. A pattern must be valid in Python, as PEFT's are. Patterns that the two packages interpret differently, or that
+# regex would expand beyond the memory, are refused.
 
 MATCH_LIMIT_S = 3
-"""Processor seconds for all names of a pattern: the thread's; within one name the process's, as regex has it."""
+"""Processor seconds for all names of a pattern, of the thread; regex counts those of the process within one name."""
 MAX_PATTERN_CHARACTERS = 20_000
 _MAX_WRITTEN_OUT = 200_000
-# To Python a brace that counts nothing is itself; to regex it allows errors in a match, and `[:` is a class of POSIX.
+# In Python a brace without a count is a literal. In regex it allows errors in a match, and `[:` is a POSIX class.
 _READ_DIFFERENTLY = re.compile(r"\{(?!\d+(?:,\d*)?\}|,\d+\})|\[:")
 _COUNT = re.compile(r"(\)?)\{(\d*),?(\d*)\}")
 
 
 def pattern_matches(pattern: str, names: Sequence[str], *, where: str, end: float | None = None) -> list[bool]:
-    """Which `names` the whole of `pattern` matches (re.fullmatch).
+    """Return, for each of `names`, True if `pattern` matches all of it (re.fullmatch).
 
     Args:
-        where: the configuration key the pattern stands under, for the error.
-        end: the thread's processor time at which it must be done; `MATCH_LIMIT_S` from now if None.
+        where: the configuration key of the pattern, for errors.
+        end: deadline in the thread's processor time; `MATCH_LIMIT_S` from now if None.
 
     Raises:
-        UsageError: not a regular expression, or it does not finish within `MATCH_LIMIT_S`.
+        UsageError: if it is no regular expression, or does not finish within `MATCH_LIMIT_S`.
     """
     compiled = _compile(pattern, where)
     end = time.thread_time() + MATCH_LIMIT_S if end is None else end
     try:
-        # A time limit of 0 is none.
+        # regex takes a time limit of 0 as no limit.
         return [compiled.fullmatch(name, timeout=max(end - time.thread_time(), 1e-3)) is not None for name in names]
     except TimeoutError:
         raise UsageError(
             f"{_shown_pattern(pattern)} takes longer than {MATCH_LIMIT_S} s to match the module names",
             where=where,
-            why="nested or many unbounded repeats make a regular expression backtrack without end",
+            why="nested or many unbounded repeats make a regular expression backtrack without bound",
             next_step="write it with fewer * and +, or list the names",
         ) from None
 
 
 def key_matches(key: str, names: Sequence[str], *, where: str, end: float | None = None) -> list[bool]:
-    r"""Which `names` a key of rank_pattern or alpha_pattern matches: `(.*\.)?(key)$` from the start, as PEFT has it.
+    r"""Return, for each of `names`, True if a key of rank_pattern or alpha_pattern matches: PEFT's `(.*\.)?(key)$`.
 
     Raises:
         UsageError: as `pattern_matches`.
@@ -382,13 +386,13 @@ def _compile(pattern: str, where: str) -> Any:
 
 
 def _refused(pattern: str) -> str:
-    """Why a regular expression of Python's is not matched by regex, "" where it is."""
+    """Return why a pattern that is valid in Python is refused, or ""."""
     if _READ_DIFFERENTLY.search(pattern):
-        return "a brace that counts no repeats, and [:, stand in no module path"
+        return "a brace that counts no repeats, and [:, occur in no module path"
     written_out, longest = len(pattern), 1
     for closing, *counts in _COUNT.findall(pattern):
         count = max(1, *(int(number or 0) for number in counts))
-        if closing:  # of a group, in which others may stand
+        if closing:  # of a group, which may contain others
             written_out *= count
         else:
             longest = max(longest, count)

@@ -1,8 +1,8 @@
-"""What an adapter trains beside its factors: whole modules (`modules_to_save`) and single embedding rows.
+"""Tensors that an adapter trains in addition to its factors: whole modules (`modules_to_save`) and embedding rows.
 
-PEFT trains every module whose path ends in the letters of a name in `modules_to_save`, within a word too: `norm` is
-`input_layernorm` as well. An adapter that PEFT wrote is read so; for one of our own a name that would end a word
-elsewhere is an error, so that what was meant is what is trained, here and there.
+PEFT trains every module whose path ends with the letters of a name in `modules_to_save`, also within a word: `norm`
+matches `input_layernorm` too. An adapter that PEFT wrote is read in this way. In our own configurations such a name is
+an error, so that Backhand and PEFT train the same, intended modules.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ def resolve_trained(
     targets: Collection[str] = (),
     strict: bool = True,
 ) -> list[TrainedTensor]:
-    """The tensors that `config` trains as they are on a model.
+    """Return the tensors that `config` trains directly on a model.
 
     Args:
-        parameters: shape of every parameter by its name.
+        parameters: shape of every parameter by name.
         embedding: path of the input embedding; None if the model has none.
-        tied: names of parameters that are another one, by name.
+        tied: by name of a parameter, the name of the parameter that it is tied to.
         frozen: names of further parameters, for which there is no gradient.
         targets: paths of the modules with factors.
-        strict: whether a name must match something, and nothing but whole parts of paths.
+        strict: require that names match, and that they match whole parts of paths only.
 
     Returns:
-        in the order of `parameters`, embedding rows last.
+        the tensors in the order of `parameters`, embedding rows last.
 
     Raises:
-        UsageError: a name that matches nothing or too much or something without a gradient, a token beyond the
-            vocabulary, or rows of a table that is trained or adapted already.
+        UsageError: if a name matches nothing, too much, or a parameter without a gradient, a token exceeds the
+            vocabulary, or the embedding is already trained or adapted.
     """
     saved = saved_modules(config.modules_to_save, module_paths([*parameters, *frozen]), strict=strict)
     if held := [name for name in frozen if any(name.startswith(f"{module}.") for module in saved)]:
         raise UsageError(
             f"{held[0]} cannot be trained by the decoder engine: it has no gradient for it",
             where="modules_to_save",
-            next_step="leave it out, name the linear modules beside it, or use --engine transformers",
+            next_step="leave it out, name the linear modules next to it, or use --engine transformers",
         )
     found = [
         TrainedTensor(name, tuple(shape))
@@ -65,11 +65,11 @@ def resolve_trained(
 
 
 def saved_modules(names: Collection[str], paths: Sequence[str], *, strict: bool = True) -> list[str]:
-    """Paths of the modules that PEFT trains in full for these names, in the order of `paths`.
+    """Return the paths of the modules that PEFT trains in full for these names, in the order of `paths`.
 
     Raises:
-        UsageError: while `strict`, for a name that matches nothing, that ends a word elsewhere, or whose module lies
-            inside another one that is trained in full.
+        UsageError: if `strict`, for a name that matches nothing, matches within a word, or whose module lies inside
+            another one that is trained in full.
     """
     chosen: set[str] = set()
     for name in names:
@@ -124,22 +124,22 @@ def _token_rows(
     return TrainedTensor(f"{embedding}.{TOKENS}", (len(tokens), hidden), tuple(tokens))
 
 
-# Modules of any model trained in full beside an adapter: PEFT's modules_to_save.
+# Modules of any model that are trained in full in addition to an adapter: PEFT's modules_to_save.
 #
-# Each of their parameters is exchanged for a copy that is trained, so that a weight that was tied to another module's
-# is so no longer, and the base weight comes back as it was. The module's own forward runs, and torch differentiates it,
-# as it does the rest of the model.
+# Each of their parameters is replaced by a trained copy. A weight that was tied to another module's is thereby untied,
+# and the base weight can be restored. The module's own forward runs, and torch differentiates it like the rest of the
+# model.
 #
-# What is trained is what stands in the model: load_state_dict(assign=True) and some moves put new parameters there,
-# which are taken over; a frozen one, or one of another shape, is an error, since the adapter would train nothing there.
+# The trained parameters are those in the model. load_state_dict(assign=True) and some moves put new parameters there,
+# which are adopted. A frozen one, or one of another shape, is an error, since it would not be trained.
 
 
 class SavedModules:
-    """The exchanged parameters of one model.
+    """The replaced parameters of one model.
 
     Args:
-        model: whose parameters are exchanged; they become trainable.
-        tensors: which; embedding rows among them are passed over.
+        model: its parameters are replaced, and become trainable.
+        tensors: the parameters to replace; embedding rows among them are ignored.
     """
 
     def __init__(self, model: nn.Module, tensors: Sequence[TrainedTensor]) -> None:
@@ -152,10 +152,10 @@ class SavedModules:
         self._enabled = True
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained parameters by their names in the model.
+        """Iterate over the trained parameters by name in the model.
 
         Raises:
-            UsageError: a frozen parameter stands in the place of one, or one of another shape.
+            UsageError: if the model has replaced one by a frozen parameter, or by one of another shape.
         """
         for name in self._trained:
             if self._enabled and not self._take_over(name):
@@ -163,7 +163,7 @@ class SavedModules:
                     f"{name} is no longer trained",
                     where="modules_to_save",
                     why="the model has put another parameter in its place, as tie_weights() does",
-                    next_step="adapter.enable() puts the trained one back",
+                    next_step="adapter.enable() restores the trained one",
                 )
             yield name, self._trained[name]
 
@@ -171,7 +171,7 @@ class SavedModules:
         """Compute with the trained parameters.
 
         Raises:
-            UsageError: a parameter has another shape now; nothing is exchanged then.
+            UsageError: if a parameter has another shape now; then nothing is replaced.
         """
         self._put(
             {name: self._trained[name] for name in self._trained if not (self._enabled and self._take_over(name))}
@@ -179,10 +179,10 @@ class SavedModules:
         self._enabled = True
 
     def disable(self) -> None:
-        """Compute with the base model's own, which are what they were, tied where they were.
+        """Compute with the base model's parameters, tied as they were.
 
         Raises:
-            UsageError: a parameter has another shape now; nothing is exchanged then.
+            UsageError: if a parameter has another shape now; then nothing is replaced.
         """
         if self._enabled:
             for name in self._trained:
@@ -191,7 +191,7 @@ class SavedModules:
             self._enabled = False
 
     def _standing(self, name: str) -> nn.Parameter:
-        """The parameter of this name in the model as it is now."""
+        """Return the parameter of this name that is currently in the model."""
         path, _, attribute = name.rpartition(".")
         try:
             standing = self._model.get_submodule(path)._parameters.get(attribute)
@@ -207,7 +207,7 @@ class SavedModules:
         return standing
 
     def _take_over(self, name: str) -> bool:
-        """Whether a trainable parameter stands in the model; the adapter's own from now on."""
+        """Adopt the parameter in the model if it is trainable; return True if it is."""
         standing = self._standing(name)
         if standing is self._trained[name]:
             return True
@@ -218,9 +218,9 @@ class SavedModules:
         return True
 
     def _put(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Exchange what stands in the model for these, which follow where it has been moved meanwhile."""
+        """Put these parameters into the model, on the device and in the dtype of the current ones."""
         leaving = {name: self._standing(name) for name in parameters}
-        # A parameter that another module holds as well has been moved with the model already.
+        # A parameter that another module shares has already been moved with the model.
         registered = {id(parameter) for parameter in self._model.parameters()}
         for name, parameter in parameters.items():
             now = leaving[name].device, leaving[name].dtype
@@ -239,10 +239,10 @@ class SavedModules:
 
 
 def tied_notes(tensors: Sequence[TrainedTensor], tied: Mapping[str, str]) -> list[str]:
-    """A sentence for each parameter that training in full unties from another one.
+    """Return a sentence per parameter that training in full unties from another one.
 
     Args:
-        tied: names of parameters that are another one, by name.
+        tied: by name of a parameter, the name of the parameter that it is tied to.
     """
     names = {tensor.name for tensor in tensors}
     notes = []

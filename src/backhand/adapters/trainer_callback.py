@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer with an injected model: its checkpoints are the adapter alone, in PEFT's files, and resume.
+"""Callback for Hugging Face's Trainer with an injected model: checkpoints contain only the adapter, in PEFT's format.
 
-The Trainer saves what `save_pretrained` writes, which leaves out what the model says is not to be saved. Told so of
-every frozen tensor, it writes the factors alone, and reads them back when it resumes.
+The Trainer saves the output of `save_pretrained`, which skips keys that the model excludes. The callback excludes every
+frozen tensor, so that the Trainer writes the factors alone, and reads them when it resumes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ ADAPTER_DIRECTORY = "adapter"
 
 
 class AdapterCallback(TrainerCallback):  # type: ignore[misc]
-    """Give it to the Trainer: `Trainer(model, args, callbacks=[AdapterCallback(adapter)], …)`.
+    """Save the adapter with the Trainer: `Trainer(model, args, callbacks=[AdapterCallback(adapter)], …)`.
 
-    Every checkpoint then holds the adapter in PEFT's format (adapter_model.safetensors …) beside optimizer and
-    scheduler, and `trainer.train(resume_from_checkpoint=True)` goes on from it; the base model is never written. When
-    training ends the adapter, the best one with `load_best_model_at_end`, is in `output_dir/adapter`.
+    Every checkpoint then contains the adapter in PEFT's format (adapter_model.safetensors …) next to optimizer and
+    scheduler, and `trainer.train(resume_from_checkpoint=True)` continues from it. The base model is never written. At
+    the end of training the adapter, or the best one with `load_best_model_at_end`, is in `output_dir/adapter`.
 
     Args:
-        adapter: what `inject` gave.
-        base_model: hub id or path of the base; if None, what the model knows of itself.
+        adapter: the result of `inject`.
+        base_model: hub id or path of the base; if None, the name in the model's configuration.
         record: origin and digests for backhand.json.
     """
 
@@ -46,7 +46,7 @@ class AdapterCallback(TrainerCallback):  # type: ignore[misc]
             self._save(Path(args.output_dir) / f"checkpoint-{state.global_step}", state)
 
     def on_train_end(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """Write the adapter as training leaves it."""
+        """Write the trained adapter."""
         if state.is_world_process_zero:
             self._save(Path(args.output_dir) / ADAPTER_DIRECTORY, state)
 

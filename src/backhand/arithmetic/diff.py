@@ -109,10 +109,10 @@ def _print(found: AdapterDifference) -> None:
 
 # The difference of two adapters per module: in size, and in input and output directions.
 
-#     ‖ΔW − ΔW′‖_F / max(‖ΔW‖_F, ‖ΔW′‖_F)    0 for equal updates, √2 for equally large ones at right angles, at most 2
-#     ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖)               the cosine between them as vectors
-#     principal angles                       between their column spaces (output) and between their row spaces (input);
-#                                            0° if the smaller space lies in the larger
+#     ‖ΔW − ΔW′‖_F / max(‖ΔW‖_F, ‖ΔW′‖_F)    0 to 2, √2 if orthogonal and equal in size
+#     ⟨ΔW, ΔW′⟩ / (‖ΔW‖ ‖ΔW′‖)               their cosine as vectors
+#     principal angles                       between column spaces (output) and row spaces (input);
+#                                            0° if one lies in the other
 
 # Two random subspaces of rank r and r′ in d dimensions have a mean squared cosine of max(r, r′)/d. Angles near 90° are
 # therefore expected by chance; a module that two adapters change in the same way has far smaller angles.

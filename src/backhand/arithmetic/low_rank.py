@@ -183,7 +183,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 # DARE [arXiv:2311.03099, eq. 1–3]: every entry is kept with probability `density` and divided by it, so that the
 # expectation is the update itself. Then the updates are added.
 
-# The result has full rank, and is reduced to rank r by the best approximation of a formed matrix D, (out, in):
+# The result has full rank. It is reduced to rank r by the best approximation of a formed matrix D (out, in):
 # with D Dᵀ = U Λ Uᵀ (the smaller side), U_r U_rᵀ D, whose factors are U_r and U_rᵀ D.
 
 
