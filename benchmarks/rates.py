@@ -171,7 +171,7 @@ def messages(language: str) -> list[tuple[str, str]]:
 
 
 def real_rows(task: str) -> list[dict[str, Any]]:
-    """All rows of a task that nobody made up."""
+    """All rows of a task with real rows."""
     if task == "translate":
         return [{"instruction": "Say it in German.", "input": one, "output": other} for one, other in messages("de")]
     asked = []
@@ -357,7 +357,7 @@ def tell(stored: dict[str, Any]) -> None:
         steps = grid[best]["steps"]
         chosen = auto_rate(case)
         auto = stored["runs"][case.name].get("auto") or {**_between(grid, chosen), "rate": chosen}
-        kind = "nobody made up" if case.task in ("text", *REAL) else "learnt whole"
+        kind = "real" if case.task in ("text", *REAL) else "learnt whole"
         kind += ", `auto` run" if "evaluations" in auto else ", read off"
         for name, run in (("old", _between(grid, 2e-4)), ("auto", auto)):
             above = run["best"] / grid[best]["best"] - 1
@@ -388,7 +388,7 @@ def tell_rule(stored: dict[str, Any]) -> None:
         good = at(grid, rate) <= 1.03 * best
         return good or (len(exact) == len(grid) and at(grid, rate, "exact_match") >= max(exact) - 0.03)
 
-    print("\n| exponents of g and n | c | grids suited | of rows that nobody made up |\n|---|---|---|---|")
+    print("\n| exponents of g and n | c | grids suited | of these with real rows |\n|---|---|---|---|")
     for p, q in product((0.0, 0.5, 1.0), (0.0, 0.25, 0.5)):
         found = []
         for c in (RATE * 1.05**step for step in range(-40, 41)):
@@ -413,10 +413,10 @@ def tell_rule(stored: dict[str, Any]) -> None:
                 if all("exact_match" in run for run in grid.values()):
                     exact.append(max(run["exact_match"] for run in grid.values()) - at(grid, rate, "exact_match"))
         points = f"{min(exact):.0%} to {max(exact):.0%}" if exact else ""
-        rows = "nobody made up" if real else "learnt whole"
+        rows = "real" if real else "learnt whole"
         lost = f"{min(forgot):+.2f} to {max(forgot):+.2f} nats"
         print(f"| {times:g} | {rows} | {min(loss):.1%} to {max(loss):.1%} | {points} | {lost} |")
-    print("\n| epochs of 104 rows at `auto` | loss, over that of three | steps with the rates until its best |")
+    print("\n| epochs of 104 rows at `auto` | loss, relative to three epochs | steps until the best loss |")
     print("|---|---|---|")
     for epochs in (2, 4, 6):
         shares, tried = [], []
