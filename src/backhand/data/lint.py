@@ -68,8 +68,8 @@ CHECKS = {
     ),
     "spelling": Check("labels that differ in case or spaces", "{}", "write each label the same way in all rows"),
     "doubled_bos": Check(
-        "begin of sequence doubled",
-        "that start with two begin-of-sequence tokens",
+        "two begin-of-sequence tokens",
+        "starting with two begin-of-sequence tokens",
         "remove the token from the rows or from the chat template",
     ),
     "duplicate": Check("exact duplicates", "equal to an earlier one", "remove the duplicates"),

@@ -187,8 +187,8 @@ def read_examples(
 
         return [document for documents in each for document in documents], finish
 
-    teaches = options.train_on == "completions" and purpose != "prompts"
-    pipeline = RowPipeline(options, options, options.system, bad, purpose, held_out=held_out, teaches=teaches)
+    answers_only = options.train_on == "completions" and purpose != "prompts"
+    pipeline = RowPipeline(options, options, options.system, bad, purpose, held_out=held_out, answers_only=answers_only)
     report = pipeline.run(begin, renderer.encoder, names)
     notes = list(renderer.notes())
     if report.empty_answers:

@@ -88,7 +88,7 @@ class RowPipeline:
     purpose: Purpose | None = "answers"
     held_out: bool = False
     allow_prompts: bool = False
-    teaches: bool = False  # only answers are learned, so a file without answers is an error
+    answers_only: bool = False  # only answers are learned, so a file without answers is an error
 
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
@@ -125,7 +125,7 @@ class RowPipeline:
                 conversation |= isinstance(texts_of(row)[0], Conversation)
             if reader.form is None:
                 raise _no_rows(name, bad, bad.count - bad_before)
-            if self.teaches and rows and not answered:
+            if self.answers_only and rows and not answered:
                 raise _no_answers(name, reader, rows, empty_sides)
             empty += rows - answered
             if not rewarded:  # reward functions are given every column
@@ -138,13 +138,13 @@ class RowPipeline:
             total += rows
         if unread:
             columns = list(unread)
-            taught = ""
+            hint = ""
             labels = [column for column in columns if column in classes]
             if {form.form for form in forms} == {"text"} and len(labels) == 1:
                 it = "it" if len(columns) == 1 else labels[0]
-                taught = f"; to train on {it} as the answer: --prompt text --completion {shlex.quote(labels[0])}"
+                hint = f"; to train on {it} as the answer: --prompt text --completion {shlex.quote(labels[0])}"
             several = "s" if len(columns) > 1 else ""
-            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{taught}")
+            notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{hint}")
         empty_lines = bad.empty_lines - empty_lines_before
         if empty_lines > max(_FEW_EMPTY_LINES, total):
             notes.append(f"{empty_lines:,} empty lines were skipped")
