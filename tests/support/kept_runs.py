@@ -27,7 +27,7 @@ from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
 
 _BEGINNING = "the user asks an assistant and the assistant answers in json a list of names and one number is for what "
-KEPT = "kept hidden states are those computed again, bit by bit"
+KEPT = "cached hidden states equal the computed ones, bit by bit"
 
 
 @pytest.fixture(scope="session")

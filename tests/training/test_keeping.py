@@ -63,7 +63,7 @@ def test_a_disk_that_takes_no_more_ends_the_keeping_and_not_the_run(
     train(config_of(four, output, cache_frozen="disk", save_every=1), files=files, callbacks=[notes])
     assert len(opened) == 4, "of the held-out rows, then of the others"
     assert final_bits(output) == straight
-    assert [text for text in notes.texts if "no more hidden states are kept" in text and "no more" in text]
+    assert [text for text in notes.texts if "hidden states are no longer cached" in text]
 
 
 def test_a_directory_that_takes_no_file_ends_the_keeping(
@@ -77,7 +77,7 @@ def test_a_directory_that_takes_no_file_ends_the_keeping(
     config = config_of(four, tmp_path / "run", cache_frozen="disk", save_every=1)
     train(config, files=InterceptedFiles(before), callbacks=[notes])
     assert final_bits(tmp_path / "run") == straight
-    assert [text for text in notes.texts if "no hidden states are kept" in text and "quota" in text]
+    assert [text for text in notes.texts if "hidden states are not cached" in text and "quota" in text]
 
 
 def test_repeating_the_last_steps_computes_them_all(four: TinyRun, tmp_path: Path) -> None:

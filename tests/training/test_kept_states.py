@@ -380,7 +380,7 @@ def test_rows_do_not_go_along_where_the_disk_takes_no_more(taken: int, tmp_path:
     for number in range(4):
         assert kept.packed([number], coming[number:]).start is None
     assert (lower.calls, records[0]) == (1, taken + 1)
-    assert len(noted) == 1 and "no more hidden states are kept" in noted[0]
+    assert len(noted) == 1 and "hidden states are no longer cached" in noted[0]
 
 
 def test_the_file_has_no_name_and_gives_back_what_was_put(tmp_path: Path) -> None:

@@ -160,9 +160,9 @@ def test_tensors_are_counted_as_torch_allocates_them() -> None:
 
     with TensorBytes() as counted:
         work()
-    assert counted.most == pytest.approx(held_at_most(work), abs=64)
-    assert counted.most == 80_000
-    assert counted.held == 0, "what was there before is not counted, nor views of it"
+    assert counted.peak_bytes == pytest.approx(held_at_most(work), abs=64)
+    assert counted.peak_bytes == 80_000
+    assert counted.current_bytes == 0, "what was there before is not counted, nor views of it"
 
 
 @pytest.mark.parametrize("limit", [1000, 200, 64, 5])

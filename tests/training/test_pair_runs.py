@@ -34,7 +34,7 @@ from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
 from support.tiny_run import StopAfter, TinyRun, final_bits, with_options, write_pairs
 
-KEPT = "the reference's log-probabilities, as kept, are those computed again"
+KEPT = "the reference's log-probabilities, as stored, equal the computed ones"
 SHOWN = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")} | {
     "logps/chosen",
     "logps/rejected",

@@ -71,14 +71,14 @@ def torch_distributed() -> Any:
 def _check_name(host: str) -> None:
     """Raise ResourceError if the host name cannot be resolved; torch would retry for minutes."""
     failed: list[OSError | UnicodeError] = []
-    found = threading.Event()
+    resolved = threading.Event()
 
     def look_up() -> None:
         until = time.monotonic() + RESOLVE_S
-        while not found.is_set():  # if machines start together, the name may exist a moment later
+        while not resolved.is_set():  # if machines start together, the name may exist a moment later
             try:
                 socket.getaddrinfo(host, None)
-                found.set()
+                resolved.set()
             except (OSError, UnicodeError) as error:
                 failed.append(error)
                 if time.monotonic() > until or isinstance(error, UnicodeError):  # never a valid name
@@ -88,7 +88,7 @@ def _check_name(host: str) -> None:
     thread = threading.Thread(target=look_up, name="look up", daemon=True)  # the resolver has a timeout of its own
     thread.start()
     thread.join(2 * RESOLVE_S)
-    if not found.is_set():
+    if not resolved.is_set():
         raise ResourceError(
             f"the name {host!r} has no address",
             where="MASTER_ADDR",
@@ -118,7 +118,7 @@ def connected(env: DistributedEnv, address: str, *, server: bool) -> Any:
                 next_step="another run may hold it: give another MASTER_PORT, or torchrun another --master-port",
             ) from None
         raise ResourceError(
-            f"rank {env.rank} found no store at {address} within {JOIN_S:.0f} s",
+            f"rank {env.rank} resolved no store at {address} within {JOIN_S:.0f} s",
             where="MASTER_ADDR",
             why=short_reason(error),
             next_step="start rank 0 there, and make that port reachable from this machine",

@@ -44,13 +44,13 @@ class TensorBytes(TorchDispatchMode):
     """Context in which the bytes of all living tensors are counted that torch allocates in it.
 
     Attributes:
-        held: current number of bytes.
-        most: the peak so far.
+        current_bytes: bytes of the living tensors.
+        peak_bytes: the largest value of `current_bytes` so far.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = self.most = 0
+        self.current_bytes = self.peak_bytes = 0
         self._alive: dict[int, object] = {}
 
     @classmethod
@@ -74,11 +74,11 @@ class TensorBytes(TorchDispatchMode):
 
         def freed(_: object) -> None:
             self._alive.pop(address, None)
-            self.held -= size
+            self.current_bytes -= size
 
         self._alive[address] = weakref.ref(storage, freed)
-        self.held += size
-        self.most = max(self.most, self.held)
+        self.current_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
 
 
 def _storages(value: object) -> Iterator[torch.UntypedStorage]:
@@ -95,8 +95,8 @@ def peak_of(model: Trainable, shapes: Sequence[StepShape], vocab_size: int) -> i
     with TensorBytes() as counted:
         for batch in batches:
             model.loss_and_gradients(batch, 1.0, 0)
-    most: int = counted.most
-    return most
+    peak_bytes: int = counted.peak_bytes
+    return peak_bytes
 
 
 def step_bytes(
@@ -117,18 +117,18 @@ def step_bytes(
 
     whole = shape.cut(limit)
     blocks = replace(whole, supervised_tokens=1)
-    most = peak(short.model, _WARM_UP, whole)
+    peak_bytes = peak(short.model, _WARM_UP, whole)
     of_blocks = peak(short.model, blocks)  # earlier passes have allocated everything that is allocated once
-    most += (shape.tokens - whole.tokens) * of_blocks // whole.tokens
-    kept = of_last = 0
+    peak_bytes += (shape.tokens - whole.tokens) * of_blocks // whole.tokens
+    saved = of_last = 0
     for more in short.more:
         block = max(0, peak(more.model, _WARM_UP, blocks) - of_blocks) * shape.tokens // whole.tokens
-        most += more.missing * block
-        kept += more.blocks * block
+        peak_bytes += more.missing * block
+        saved += more.blocks * block
         of_last = max(of_last, block // shape.tokens)
     # The last block saves its tensors for supervised tokens only, but as many per token as other blocks.
-    most += (shape.supervised_tokens - whole.supervised_tokens) * (row_bytes + of_last)
-    return StepBytes(min(kept, most), most - min(kept, most))
+    peak_bytes += (shape.supervised_tokens - whole.supervised_tokens) * (row_bytes + of_last)
+    return StepBytes(min(saved, peak_bytes), peak_bytes - min(saved, peak_bytes))
 
 
 class ProcessBytes:

@@ -119,7 +119,7 @@ class DiskStateStore:
             write_all(self.files, self._descriptor, states.contiguous().view(-1).view(torch.uint8).numpy().data)
             self._stored.add(number)
         except OSError as error:
-            self.notify(f"no more hidden states are kept, they are computed in each epoch: {error.strerror or error}")
+            self.notify(f"hidden states are no longer cached but computed in each epoch: {error.strerror or error}")
             self.close()
 
     def close(self) -> None:
@@ -249,7 +249,7 @@ class HiddenStateCache:
         computed = self.model.layer_input(batch, self.layer)
         different = int((_bits(computed[:positions]) != _bits(states[:positions])).sum())
         if self._assembled == 1 or different:
-            self.log(Proof("kept hidden states are those computed again, bit by bit", not different, different, 0))
+            self.log(Proof("cached hidden states equal the computed ones, bit by bit", not different, different, 0))
         if different and self._assembled > 1:
             raise CheckError(
                 f"{different:,} of {states.numel():,} cached hidden states differ from the computed ones",

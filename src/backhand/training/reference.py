@@ -235,10 +235,10 @@ def _compare_sample(
         rows = [row for number in numbers for row in groups[number]]
         sums = not_none(document_sums(run.bound.model, packer, rows, max_rows, processes, hidden_states=states))
         difference = max(difference, float((sums - stored[name][packer.documents(rows)]).abs().max()))
-    log(Proof("the reference's log-probabilities, as kept, are those computed again", difference == 0, difference, 0))
+    log(Proof("the reference's log-probabilities, as stored, equal the computed ones", difference == 0, difference, 0))
     if difference:
         raise CheckError(
-            f"the reference's log-probabilities are off by {difference:.3g} nats from those that {REFERENCE} keeps",
+            f"the reference's log-probabilities are off by {difference:.3g} nats from those in {REFERENCE}",
             where=str(REFERENCE),
             why="a kernel on this machine does not repeat its results, or the file was written to",
             next_step=f"remove {REFERENCE} from the run directory to compute them anew, and resume once more",

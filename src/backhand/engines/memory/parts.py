@@ -55,7 +55,7 @@ class ModelSize:
     dtype_bytes: int  # bytes per element of the compute dtype
     weight_bytes: int  # bytes of all frozen weights in the form in which the run uses them
     adapter_elements: int  # number of trained elements
-    kept_bytes: Mapping[Recompute, int]  # bytes per token of the saved tensors of all blocks, by recompute mode
+    saved_bytes: Mapping[Recompute, int]  # bytes per token of the saved tensors of all blocks, by recompute mode
     block_bytes: Mapping[Recompute, int]  # bytes per token that are alive in a block's backward, by recompute mode
     stream_bytes: int  # bytes per token of the batch and the residual stream
     head_row_bytes: int  # bytes per supervised token of the head's input and its gradient
@@ -71,7 +71,7 @@ class ModelSize:
 class StepBytes(NamedTuple):
     """Memory of one forward and backward pass, without weights and adapter."""
 
-    kept: int  # bytes of the blocks' saved tensors
+    saved: int  # bytes of the blocks' saved tensors
     workspace: int  # peak of all other bytes
 
 
@@ -80,7 +80,7 @@ def estimated_step(size: ModelSize, shape: StepShape, recompute: Recompute) -> S
     chunk = min(shape.supervised_tokens, size.chunk_rows) * size.logits_bytes
     head = shape.supervised_tokens * size.head_row_bytes + chunk
     at_work = max(head, shape.tokens * size.block_bytes[recompute])
-    return StepBytes(shape.tokens * size.kept_bytes[recompute], shape.tokens * size.stream_bytes + at_work)
+    return StepBytes(shape.tokens * size.saved_bytes[recompute], shape.tokens * size.stream_bytes + at_work)
 
 
 def fixed_parts(size: ModelSize, gradient_copies: int, process_bytes: int) -> dict[str, int]:
@@ -103,7 +103,7 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     tokens = shape.sampled_tokens + 2 * PAGE * shape.sampled_rows
     cached = min(tokens * size.cache_bytes, CACHE_BYTES) * 5 // 4
     sampling = cached + shape.sampled_rows * _SAMPLING_COPIES * size.logits_bytes
-    between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes, sampling) - step.kept
+    between = max(checkpoint, shape.neutral_tokens * _NEUTRAL_COPIES * size.logits_bytes, sampling) - step.saved
     fullest, most = "workspace", step.workspace
     if between > most:
         fullest, most = "checkpoints and measurements", between
@@ -111,11 +111,11 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
     most_kernels = int(capacity) if capacity.isdecimal() else 1024  # oneDNN's default
     parts = {
         **fixed_parts(size, shape.gradient_copies, process_bytes),
-        "kept activations": step.kept,
+        "kept activations": step.saved,
         fullest: most,
         "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * _KERNEL_BYTES,
     }
-    return {**parts, "gaps between buffers": round(size.gaps * (step.kept + most)) + _GAPS_BYTES}
+    return {**parts, "gaps between buffers": round(size.gaps * (step.saved + most)) + _GAPS_BYTES}
 
 
 _KERNEL_BYTES = 700_000
@@ -166,7 +166,7 @@ def decoder_size(
         dtype_bytes=b,
         weight_bytes=copied * b + (matrices * b if quantized_bytes is None else quantized_bytes),
         adapter_elements=layout.element_count,
-        kept_bytes={"none": (mlp + 2 * sum(widths)) * b, "mlp": mlp * b, "block": len(adapted) * d * b},
+        saved_bytes={"none": (mlp + 2 * sum(widths)) * b, "mlp": mlp * b, "block": len(adapted) * d * b},
         block_bytes={
             "none": block * b,
             "mlp": (block + 2 * max(widths, default=0)) * b,
@@ -221,7 +221,7 @@ def transformers_size(
         dtype_bytes=dtype_bytes,
         weight_bytes=weight_elements * dtype_bytes,
         adapter_elements=layout.element_count,
-        kept_bytes={"none": layers * 18 * d * dtype_bytes * 5 // 4},
+        saved_bytes={"none": layers * 18 * d * dtype_bytes * 5 // 4},
         block_bytes={"none": 15 * d * dtype_bytes},
         stream_bytes=2 * d * dtype_bytes,
         head_row_bytes=vocabulary * (dtype_bytes + 3 * FLOAT32_BYTES),

@@ -111,7 +111,7 @@ def choose(
 
     rows_options = sorted(shapes) if micro_batch_rows is None else [micro_batch_rows]
     preferred = [rows for rows in rows_options if shapes[rows].mean_tokens <= PREFERRED_TOKENS] or rows_options[:1]
-    modes: list[Recompute] = list(size.kept_bytes) if recompute == "auto" else [recompute]
+    modes: list[Recompute] = list(size.saved_bytes) if recompute == "auto" else [recompute]
     tried = []
     for candidate in candidates(preferred, modes):
         if fits(candidate):
@@ -119,11 +119,11 @@ def choose(
         tried.append(candidate)
     assert budget_bytes is not None
     requested = min(tried, key=lambda candidate: candidate.total_bytes)
-    smaller = next((candidate for candidate in candidates(sorted(shapes), size.kept_bytes) if fits(candidate)), None)
+    smaller = next((candidate for candidate in candidates(sorted(shapes), size.saved_bytes) if fits(candidate)), None)
     if smaller is not None:
         remedy = _options(smaller, requested)
     else:
-        rows, mode = min(shapes), min(size.kept_bytes, key=lambda mode: size.kept_bytes[mode])
+        rows, mode = min(shapes), min(size.saved_bytes, key=lambda mode: size.saved_bytes[mode])
         tokens = shapes[rows].tokens
         while not fits(least := plan(MemoryPlan(rows, mode, shapes[rows].cut(tokens)))) and tokens > _SHORTEST_TOKENS:
             tokens = bucket_size(tokens // 2)
