@@ -389,9 +389,9 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
         f"    {hangs}\n"
     )
     script = (
-        "from backhand.data.rows import Asked, Completion\n"
+        "from backhand.data.rows import PromptRow, Completion\n"
         "from backhand.loop.rewards.process import RewardProcess, RewardInput\n"
-        "asked = Asked(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
+        "asked = PromptRow(Completion('a', None, '', None, 'rows:1'), 'a', {}, 'rows:1')\n"
         f"with RewardProcess([{str(tmp_path / 'hanging.py') + ':hangs'!r}], 600.0) as process:\n"
         "    process.rewards([RewardInput(asked, 'a', [1])])\n"
     )
