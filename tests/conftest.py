@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, settings
 
 from backhand.engines import memory_probe as probe
 from backhand.loop import forgetting
-from backhand.training import trainer as job_run
+from backhand.training import trainer
 from support import measured_once, processes
 from support.for_each import seed
 
@@ -44,7 +44,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.fsync = lambda descriptor: None
 
 # A run gives its freed memory back around each save, and would only take it again: 2 % of a tiny run's time.
-job_run.MemoryKeeper = partial(job_run.MemoryKeeper, release=lambda: None)  # type: ignore[misc,assignment]
+trainer.MemoryKeeper = partial(trainer.MemoryKeeper, release=lambda: None)  # type: ignore[misc,assignment]
 
 forgetting.neutral_texts = measured_once.two_neutral_texts
 

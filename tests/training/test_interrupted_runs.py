@@ -158,7 +158,7 @@ def test_a_run_that_has_not_begun_says_nothing_of_the_one_that_is_there(
 ) -> None:
     config = tiny.config(tmp_path / "run", max_steps=1)
     train(config)
-    monkeypatch.setattr(Trainer, "_begin", _interrupt)
+    monkeypatch.setattr(Trainer, "_prepare", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(with_options(config, overwrite=True, quiet=False))
     assert "stopped at once" not in capsys.readouterr().err
@@ -213,17 +213,17 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from backhand.runs.interruption import Interrupted
-    from backhand.training import trainer as job_run
+    from backhand.training import trainer
 
     said: list[str] = []
-    original = job_run.prove_resume
+    original = trainer.prove_resume
 
     def interrupted(*arguments: Any) -> bool:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
     monkeypatch.setattr("backhand.training.console.TerminalObserver.noted", lambda _self, text: said.append(text))
-    monkeypatch.setattr(job_run, "prove_resume", interrupted)
+    monkeypatch.setattr(trainer, "prove_resume", interrupted)
     with pytest.raises(Interrupted, match="the run is finished and not yet proved") as caught:
         train(tiny.config(tmp_path / "run", prove_resume=2))
     assert caught.value.exit_code == 143 and not any("same bits" in text for text in said)
