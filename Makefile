@@ -209,7 +209,7 @@ bench: $(VENV)/.bench $(VENV)/.test $(VENV)/.model kernels
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
-check: lint format-check types imports docstrings
+check: lint format-check types imports docstrings prose
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
     python tools/by_uv.py --editable '.[test]'
 
-uv reads no configuration of pip's: it is told of the indexes, certificates and other places that pip is to take, and of
-the versions.
+uv does not read pip's configuration, so this script passes the indexes, certificates, other locations and version
+constraints of that configuration to uv.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def settings(python: Path) -> dict[str, str]:
-    """What pip is configured with, in uv's variables."""
+    """Return pip's configuration as uv's environment variables."""
     listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     known = dict(line.split("=", 1) for line in listed.splitlines())
     found = {}
@@ -45,7 +45,7 @@ def main() -> None:
     command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", sys.executable, *sys.argv[1:]]
     subprocess.run([*pip, "uv"], check=False)
     there = settings(Path(sys.executable))
-    # Said on the command line, so that versions said there are beside them, and not in their place.
+    # On the command line, these constraints are added to those of the arguments instead of replacing them.
     command += [word for file in there.pop("UV_CONSTRAINT", "").split() for word in ("--constraint", file)]
     if not uv.exists() or subprocess.run(command, env=os.environ | there, check=False).returncode != 0:
         print("uv cannot install this; pip does, which takes a few minutes", flush=True)

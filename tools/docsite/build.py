@@ -1,6 +1,6 @@
 """Put the site together: `python -m docsite.build` fills build/site/pages and build/site/zensical.toml.
 
-Every docs/*.md is a page; where the navigation below does not know one, it stands under "Guides". Links that leave
+Every docs/*.md is a page; a page that the navigation below does not list is under "Guides". Links that leave
 docs/ are turned to the page of the same thing: an op's file to its derivation, other files to their bare name.
 """
 

@@ -77,7 +77,7 @@ def _row(parameter: inspect.Parameter, hint: Any, said: Parameter) -> str:
 
 
 def _kind(hint: Any) -> str:
-    """What may be given, for a reader: `int`, `text`, the choices, … several."""
+    """Describe the accepted values: `int`, `text`, the choices, … several."""
     return " or ".join(dict.fromkeys(_one_kind(member) for member in union_members(hint)))
 
 

@@ -1,8 +1,8 @@
 """An op's docstring as a page: its prose as Markdown, its indented lines as set formulas.
 
 The docstrings are written for an editor: Unicode mathematics in indented lines, columns made of spaces. This file
-reads that form and nothing else; what it does not know it leaves as it stands. A formula stands in a table of three
-columns: left side, right side, and what stands behind it (shapes, sources, remarks).
+parses only that form and leaves unknown text unchanged. A formula becomes a row of three columns: left side, right
+side, and remarks (shapes, sources).
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def typeset(formula: str) -> str:
 
 
 def _argument(rest: str) -> tuple[str, str]:
-    """What an `_` or `^` takes: a group in braces or parentheses, or the word or letter that follows."""
+    """Split off the argument of an `_` or `^`: a group in braces or parentheses, or the next word or letter."""
     closing = {"{": "}", "(": ")"}.get(rest[0])
     if closing is None:
         match = re.match(rf"[{_LETTER}\d]+", rest) or re.match(r".", rest)

@@ -87,7 +87,7 @@ def _sections(source: str) -> list[str]:
 def _code(source: str, functions: list[ast.FunctionDef]) -> list[str]:
     segments = [ast.get_source_segment(source, node) for node in functions]
     return [
-        "## The backward pass, as it stands in the file",
+        "## The backward pass in code",
         "```python\n" + "\n\n\n".join(map(str, segments)) + "\n```",
     ]
 

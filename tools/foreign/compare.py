@@ -30,7 +30,7 @@ BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float64: 1e-11}
 
 
 class Differences:
-    """What was found of one kernel's problems, or of one op's cases."""
+    """Differences over one kernel's problems, or over one op's cases."""
 
     def __init__(self) -> None:
         self.numbers = self.same = 0

@@ -39,7 +39,7 @@ class ForeignLibrary(Library):
         self.calls: dict[str, int] = {}
 
     def function(self, name: str, types: Sequence[type[Any]], result: type[Any] | None = None) -> Any:
-        """As of a library of this system."""
+        """Return the function, with the interface of a library of this system."""
         doubles = sum(1 << place for place, kind in enumerate(types) if kind is DOUBLE)
         assert not doubles & 0xF, "Windows has the first four in registers"
         assert len(types) <= _MOST_VALUES
@@ -89,6 +89,6 @@ if VARIABLE in os.environ:
     IN_PLACE = put_in_place()
 
     def pytest_terminal_summary(terminalreporter: Any) -> None:
-        """How often each kernel was called."""
+        """Print the number of calls of each kernel."""
         for name, count in sorted(IN_PLACE.calls.items()):
             terminalreporter.write_line(f"{name} {count}")
