@@ -46,8 +46,8 @@ def assert_goes_on(output: Path, straight: TrainConfig) -> None:
 LOST = [
     ("load", 0),
     ("load", 2),
-    ("step", 0),
-    ("step", 2),
+    ("exchange", 0),
+    ("exchange", 2),
     ("exchange", 1),
     ("evaluation", 2),
     ("evaluation", 0),
@@ -115,7 +115,7 @@ def test_one_that_is_stopped_and_then_killed(straight: TrainConfig, tmp_path: Pa
 def test_a_signal_to_one_of_three_and_a_kill_of_another(number: str, straight: TrainConfig, tmp_path: Path) -> None:
     """Whatever comes first decides the exit code; the run goes on to the same bits."""
     output = tmp_path / "run"
-    places = {0: ("step", number), 2: ("exchange", "kill")}
+    places = {0: ("exchange", number), 2: ("exchange", "kill")}
     ranks = start_ranks([with_options(straight, output=output)] * 3, tmp_path / "ranks", at_place=places)
     codes = ranks.exit_codes()
     assert codes[2] in (-signal.SIGKILL, 130, 143) and set(codes[:2]) <= {5, 130, 143}, ranks.said()
