@@ -39,7 +39,7 @@ def words(command: str, labels: str, *more: object) -> list[object]:
 @pytest.mark.parametrize("labels", ["", ",", " , ", ",,,", "\t"])
 def test_an_empty_variable_is_not_the_same_as_no_option(command: str, labels: str, short: Path) -> None:
     ended = limited(words(command, labels), short)
-    assert ended.code == 2 and "--labels" in ended.what and "holds no name" in ended.what, ended.errors
+    assert ended.code == 2 and "--labels" in ended.what and "contains no name" in ended.what, ended.errors
 
 
 @pytest.mark.parametrize(

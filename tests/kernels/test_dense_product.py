@@ -163,10 +163,16 @@ def test_of_any_size(dtype, size, members):
     assert_right(plain(), plain)
     assert_right(one._replace(bias=None)(), one._replace(bias=None))
     out = gapped(y.shape, dtype, 5)
-    assert one(out) is out and torch.equal(out, y) and marks_intact(out)
+    assert one(out) is out and same(out, y, size) and marks_intact(out)
     copy = gapped(y.shape, dtype, 5).copy_(one.residual)
-    assert torch.equal(one._replace(residual=copy)(copy), y), "the residual's own place"
+    assert same(one._replace(residual=copy)(copy), y, size), "the residual's own place"
     assert marks_intact(copy)
+
+
+def same(out: torch.Tensor, y: torch.Tensor, size: tuple[int, int, int]) -> bool:
+    """Without an inner size, torch's library computes the low-rank terms, and its last bits may follow the strides."""
+    last_bits = 4 * torch.finfo(y.dtype).eps
+    return torch.equal(out, y) if size[2] else torch.allclose(out, y, rtol=last_bits, atol=last_bits)
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["", "made"])

@@ -108,4 +108,6 @@ def test_a_naive_sum_of_a_step_is_noticed(spoilable):
                 found[mutant] = relative_error(step_over_many_keys(torch.float32), truth)
         finally:
             choose("")
-    assert found[""] <= bound < found["decode step: naive sum"], (found, bound)
+    assert found[""] <= bound, (found, bound)
+    # Where torch itself sums naively, its error is no bound for the mutant, but the kernel's own error is.
+    assert found["decode step: naive sum"] > min(bound, 2 * found[""]), (found, bound)

@@ -136,4 +136,5 @@ def test_the_files_of_one_step_are_those_that_a_reader_is_sent_through(size: Mod
     first, *others = [target for _, target in seven]
     assert first == "ops/lora_linear.py", "the idea; a step takes its formulas from the next"
     assert "ops/lora_group.py" in way
-    assert set(others) <= set(way)
+    # A plain step finds the views of this file, which the pass before it has cached.
+    assert set(others) - set(way) == {"nn/decoder/adapted_group.py"}

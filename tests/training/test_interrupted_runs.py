@@ -143,7 +143,7 @@ def test_stopped_at_once_before_the_first_checkpoint(replacing: bool, straight: 
         assert run.told().startswith("stopping after this step")
         run.send(signal.SIGTERM)
         back = "; the previous run has been restored"
-        again = f": begin with backhand train --resume --output {output}"
+        again = f": start with backhand train --resume --output {output}"
         assert run.told() == f"stopped at once, before the first checkpoint{back if replacing else again}"
         assert run.exit_code() == 143
     if replacing:
@@ -224,7 +224,7 @@ def test_interrupting_a_proof_of_resuming_proves_nothing(
 
     monkeypatch.setattr("backhand.training.console.TerminalObserver.noted", lambda _self, text: said.append(text))
     monkeypatch.setattr(trainer, "prove_resume", interrupted)
-    with pytest.raises(Interrupted, match="the run is finished and not yet proved") as caught:
+    with pytest.raises(Interrupted, match="the run is finished but not yet proved") as caught:
         train(tiny.config(tmp_path / "run", prove_resume=2))
     assert caught.value.exit_code == 143 and not any("same bits" in text for text in said)
     monkeypatch.undo()

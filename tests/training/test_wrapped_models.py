@@ -163,7 +163,7 @@ def test_an_adapter_of_the_image_part_too_is_refused(tmp_path: Path) -> None:
 def _written(names: list[str], module_names: list[str] | None) -> str | tuple[str, ...]:
     targets = [Target(name, 3, 5.0, 5 / 3) for name in names]
     config, renamed = in_wrapper(PEFTConfig(LoRAConfig()), targets, WRAPPER, module_names)
-    assert [target.name for target in renamed] == [WRAPPER.outside(name) for name in names]
+    assert [target.name for target in renamed] == [WRAPPER.wrapped_name(name) for name in names]
     return config.config.target_modules  # type: ignore[return-value]
 
 
@@ -171,7 +171,7 @@ def test_the_expression_picks_the_adapted_modules_alone() -> None:
     ends = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
     every = [f"model.layers.{layer}.{end}" for layer in range(12) for end in ends]
     elsewhere = ["model.vision_tower.encoder.layers.0.self_attn.q_proj", "lm_head"]
-    known = [WRAPPER.outside(name) for name in every] + elsewhere
+    known = [WRAPPER.wrapped_name(name) for name in every] + elsewhere
     some = [name for name in every if "up_proj" not in name]
     cases = [every, some, [name for name in some if ".1." in name or ".11." in name], every[:4], [*some, "lm_head"]]
     for names in cases:
@@ -181,7 +181,7 @@ def test_the_expression_picks_the_adapted_modules_alone() -> None:
                 picked = [name for name in known if re.fullmatch(written, name)]
             else:
                 picked = [name for name in known if any(name == one or name.endswith(f".{one}") for one in written)]
-            assert picked == [WRAPPER.outside(name) for name in names]
+            assert picked == [WRAPPER.wrapped_name(name) for name in names]
     assert _written(every, every) == (
         r"model\.language_model\.layers\.\d+\.(?:mlp\.up_proj|self_attn\.q_proj|self_attn\.v_proj)"
     )
