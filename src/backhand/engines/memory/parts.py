@@ -109,17 +109,18 @@ def parts_of(size: ModelSize, shape: StepShape, step: StepBytes, process_bytes: 
         fullest, most = "checkpoints and measurements", between
     capacity = os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
     most_kernels = int(capacity) if capacity.isdecimal() else 1024  # oneDNN's default
+    kernel_bytes = _AMX_KERNEL_BYTES if torch.cpu._is_amx_tile_supported() else _KERNEL_BYTES
     parts = {
         **fixed_parts(size, shape.gradient_copies, process_bytes),
         "kept activations": step.saved,
         fullest: most,
-        "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * _KERNEL_BYTES,
+        "compiled kernels": min(shape.sizes * size.kernels, most_kernels) * kernel_bytes,
     }
     return {**parts, "gaps between buffers": round(size.gaps * (step.saved + most)) + _GAPS_BYTES}
 
 
-_KERNEL_BYTES = 700_000
-"""Bytes of a cached oneDNN kernel, including the gaps that evicted kernels leave."""
+_AMX_KERNEL_BYTES, _KERNEL_BYTES = 700_000, 220_000
+"""Bytes of a cached oneDNN kernel, including the gaps that evicted kernels leave: with AMX, and without (EPYC)."""
 
 
 def second_model_bytes(size: ModelSize, process_bytes: int, tokens: int) -> int:
