@@ -171,8 +171,10 @@ def test_of_any_size(dtype, size, members):
 
 def same(out: torch.Tensor, y: torch.Tensor, size: tuple[int, int, int]) -> bool:
     """Without an inner size, torch's library computes the low-rank terms, and its last bits may follow the strides."""
+    if size[2] or y.dtype != torch.float64:
+        return torch.equal(out, y)
     last_bits = 4 * torch.finfo(y.dtype).eps
-    return torch.equal(out, y) if size[2] else torch.allclose(out, y, rtol=last_bits, atol=last_bits)
+    return torch.allclose(out, y, rtol=last_bits, atol=last_bits)
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["", "made"])
