@@ -52,7 +52,7 @@ def write_variant(path: Path, model: str, name: str) -> dict[str, int]:
     """The model's file with its matrices in another type; how many matrices of each type it has."""
     import gguf
 
-    from backhand.export.gguf_model_writer import copy_metadata
+    from backhand.interop.gguf_model_writer import copy_metadata
     from backhand.nn.loading import open_model
     from backhand.nn.loading.gguf_model import GGUFModel
     from backhand.nn.loading.gguf_values import dequantized

@@ -35,7 +35,7 @@ def backhand(model: str, tokens: int, threads: int, *, quantized: bool) -> Calla
     """Answers once a call; tokens a second."""
     import torch
 
-    from backhand.generate.completer import EngineCompleter
+    from backhand.generation.completer import EngineCompleter
     from backhand.nn.compute import default_dtype
     from backhand.nn.decoder.decoder import Decoder
     from backhand.nn.loading import open_model

@@ -264,7 +264,7 @@ def model_file(name: str) -> str:
 def run_case(case: Case, rates: Sequence[float | str], folder: Path) -> Iterator[tuple[float | str, dict[str, Any]]]:
     """Train with each rate, and say what came of it."""
     from backhand.data.options import DataOptions
-    from backhand.generate.loading import loaded_model
+    from backhand.generation.loading import loaded_model
     from backhand.loop.evaluate import evaluation_rows, score
     from backhand.nn.model_options import BaseModelOptions
     from backhand.options.command_options import EvaluateRunOptions

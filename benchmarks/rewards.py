@@ -7,9 +7,9 @@ Prompts, groups, longest answer, reward, rate, rank, loss (dapo, one update, no 
 same for all; each run is a process of its own, and the peers take turns. A step is sampling, judging and training; the
 reward is the share of even token ids, so that no two answers are alike. `trl` is as users run it, `trl-tuned` at its
 best here (no checkpointing, the allocator and float32 route of ours). With `--sampling` so many answers to one prompt
-of about 100 tokens are drawn at temperature 1, all of the full length, by `generate.sampling` and by llama.cpp's server
-with as many slots, from the same file; tokens/s of all answers together, the prompt's own pass included on both sides.
-Results go to benchmarks/results/rewards.json and rewards_sampling.json.
+of about 100 tokens are drawn at temperature 1, all of the full length, by `generation.sampling` and by llama.cpp's
+server with as many slots, from the same file; tokens/s of all answers together, the prompt's own pass included on both
+sides. Results go to benchmarks/results/rewards.json and rewards_sampling.json.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def backhand_sampler(model: str, answers: int, tokens: int, threads: int) -> Cal
     """So many answers once a call; tokens a second."""
     import torch
 
-    from backhand.generate.sampling import sample
+    from backhand.generation.sampling import sample
     from backhand.nn.compute import default_dtype
     from backhand.nn.decoder.decoder import Decoder
     from backhand.nn.loading import open_model

@@ -29,7 +29,7 @@ from backhand.arithmetic.combine import combine
 from backhand.arithmetic.options import CombineOptions
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, BackhandError
-from backhand.export.gguf_adapter_writer import write_gguf_adapter
+from backhand.interop.gguf_adapter_writer import write_gguf_adapter
 from backhand.nn.loading.gguf_layouts import StoredSizes
 from backhand.nn.lora_parameters import LoRAParameters
 from support.saved_adapters import load_adapter, resolve_slots, save_adapter

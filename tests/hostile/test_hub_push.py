@@ -102,7 +102,7 @@ def test_a_repository_that_exists_and_a_token_without_the_right_to_create(push: 
 def test_a_hub_that_does_not_answer(
     push: Push, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("backhand.export.command._ANSWER_S", 0.2)
+    monkeypatch.setattr("backhand.interop.command._ANSWER_S", 0.2)
     with tiny_hub({"create": lambda _request: time.sleep(1.0)}):
         assert push() == 5
     assert "timed out" in capsys.readouterr().err and (tmp_path / "out" / "adapter_config.json").exists()

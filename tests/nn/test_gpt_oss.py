@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from backhand.errors import ArtifactError, UsageError
-from backhand.export.merging import describe_base
+from backhand.interop.merging import describe_base
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import UnsupportedModel, decoder_config

@@ -146,9 +146,9 @@ def test_base_and_adapter_answer_and_nothing_is_loaded_before(
 
 def expected_answers(tiny: TinyRun, finished: Path) -> tuple[str, str]:
     """What `generate --greedy` says."""
-    from backhand.generate.loading import loaded_model
-    from backhand.generate.options import SamplingOptions
-    from backhand.generate.session import GenerationSession
+    from backhand.generation.loading import loaded_model
+    from backhand.generation.options import SamplingOptions
+    from backhand.generation.session import GenerationSession
     from backhand.nn.model_options import BaseModelOptions
 
     options = BaseModelOptions(model=str(tiny.model), dtype="float32", threads=1)

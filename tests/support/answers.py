@@ -11,8 +11,8 @@ import torch
 from backhand.data.demo_task import write_demo_data
 from backhand.data.options import DataOptions
 from backhand.data.prepare import prepare_prompts
-from backhand.export.opened_adapter import open_adapter
-from backhand.generate.completer import EngineCompleter, complete_greedily
+from backhand.generation.completer import EngineCompleter, complete_greedily
+from backhand.interop.opened_adapter import open_adapter
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from support.llama_cpp import LlamaCpp

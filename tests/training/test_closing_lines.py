@@ -14,8 +14,8 @@ import transformers
 from backhand import printing
 from backhand.adapters.peft_saving import pretrained_arguments
 from backhand.data.options import DataOptions
-from backhand.generate.command import generate_command
-from backhand.generate.options import AnswerOptions, GenerateOptions
+from backhand.generation.command import generate_command
+from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.evaluate import evaluate
 from backhand.nn.model_options import BaseModelOptions

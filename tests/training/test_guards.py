@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import CheckError
-from backhand.generate.completer import complete_greedily
+from backhand.generation.completer import complete_greedily
 from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.guards import is_finite, smoothed
 from backhand.loop.observers import Observer

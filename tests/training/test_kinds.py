@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from backhand.adapters.contents import UnusableAdapterError
 from backhand.adapters.inject import inject_from
 from backhand.errors import UsageError
-from backhand.generate.completer import complete_greedily
-from backhand.generate.loading import loaded_model
+from backhand.generation.completer import complete_greedily
+from backhand.generation.loading import loaded_model
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import decoder_config

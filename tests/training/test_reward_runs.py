@@ -20,7 +20,7 @@ from backhand.data.lint_command import lint_command
 from backhand.data.options import DataOptions, LintOptions, LintRunOptions
 from backhand.data.rows import Completion, PromptRow
 from backhand.errors import CheckError, DataError, UsageError
-from backhand.generate import sampling
+from backhand.generation import sampling
 from backhand.loop.evaluate import evaluate_command
 from backhand.loop.observers import Observer
 from backhand.loop.rewards.guards import RewardGuard

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from backhand.data.examples import Example
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError
-from backhand.generate import completer
-from backhand.generate.sampling import Sampled, at_temperature, draw, sample
+from backhand.generation import completer
+from backhand.generation.sampling import Sampled, at_temperature, draw, sample
 from backhand.kernels.builds import load, usable, using
 from backhand.loop.rewards.guards import BOUNDS, LogprobCheck
 from backhand.loop.rewards.rollout import Judged, Rollout

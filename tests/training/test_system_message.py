@@ -13,10 +13,10 @@ import pytest
 from backhand.adapters.contents import read_adapter_directory
 from backhand.data.options import LONGEST_TYPED, DataOptions, asking_options, shell_quoted
 from backhand.data.prepare import prepare
-from backhand.export.other_formats import MODELFILE, write_modelfile
-from backhand.generate.chat import chat_command
-from backhand.generate.command import generate_command
-from backhand.generate.options import AnswerOptions, ChatOptions, GenerateOptions, SamplingOptions, TalkOptions
+from backhand.generation.chat import chat_command
+from backhand.generation.command import generate_command
+from backhand.generation.options import AnswerOptions, ChatOptions, GenerateOptions, SamplingOptions, TalkOptions
+from backhand.interop.other_formats import MODELFILE, write_modelfile
 from backhand.nn.model_options import BaseModelOptions
 from backhand.printing import visible
 from backhand.report.page import run_page

@@ -20,8 +20,8 @@ from backhand.adapters.loading import load_adapter_for, of_the_text_model
 from backhand.adapters.peft_config import PEFTConfig
 from backhand.adapters.peft_saving import in_wrapper
 from backhand.adapters.targets import Target
-from backhand.export.command import export_command
-from backhand.export.options import ExportOptions
+from backhand.interop.command import export_command
+from backhand.interop.options import ExportOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
 from backhand.nn.loading.wrappers import Wrapper

@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _run_of_adapter(options: Any) -> Path | None:
-    from backhand.export.proving import run_of
+    from backhand.interop.proving import run_of
 
     return run_of(options.adapter)
 
@@ -107,15 +107,15 @@ COMMANDS = (
         "generate",
         "Answer a prompt, or a file of prompts, with the base model or with an adapter.",
         'backhand generate --adapter runs/mine/adapter --prompt "What is the capital of France?"',
-        "backhand.generate.options:GenerateOptions",
-        "backhand.generate.command:generate_command",
+        "backhand.generation.options:GenerateOptions",
+        "backhand.generation.command:generate_command",
     ),
     Command(
         "chat",
         "Chat with the base model or with an adapter.",
         "backhand chat --adapter runs/mine/adapter",
-        "backhand.generate.options:ChatOptions",
-        "backhand.generate.chat:chat_command",
+        "backhand.generation.options:ChatOptions",
+        "backhand.generation.chat:chat_command",
     ),
     Command(
         "verify",
@@ -129,16 +129,16 @@ COMMANDS = (
         "merge",
         "Merge an adapter into its base model, and prove the result against base and adapter.",
         "backhand merge --adapter runs/mine/adapter --output runs/mine/merged",
-        "backhand.export.options:MergeOptions",
-        "backhand.export.merging:merge_command",
+        "backhand.interop.options:MergeOptions",
+        "backhand.interop.merging:merge_command",
         report_of=_run_of_adapter,
     ),
     Command(
         "export",
         "Convert an adapter, or the merged model, for PEFT, vLLM, llama.cpp, Ollama, MLX, or diffusion programs.",
         "backhand export --adapter runs/mine/adapter --to gguf --output runs/mine/adapter.gguf",
-        "backhand.export.options:ExportOptions",
-        "backhand.export.command:export_command",
+        "backhand.interop.options:ExportOptions",
+        "backhand.interop.command:export_command",
         report_of=_run_of_adapter,
     ),
     Command(

@@ -19,7 +19,7 @@ from backhand.engines.memory.parts import ModelSize, decoder_size
 from backhand.engines.memory.plan import HeldBase
 from backhand.engines.short_decoder import short_decoder
 from backhand.errors import UsageError
-from backhand.generate.completer import EngineCompleter
+from backhand.generation.completer import EngineCompleter
 from backhand.kernels.builds import kernels_available
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.decoder import Decoder

@@ -21,7 +21,7 @@ from backhand.adapters.record import AdapterRecord
 from backhand.engines.memory.hidden_states import FrozenLayers
 from backhand.engines.memory.parts import ModelSize
 from backhand.engines.memory.plan import HeldBase
-from backhand.generate.completer import Completer, LanguageModel
+from backhand.generation.completer import Completer, LanguageModel
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.loading.source import ModelSource

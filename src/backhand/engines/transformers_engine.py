@@ -28,7 +28,7 @@ from backhand.engines.engine import BoundModel, Engine, RunCache, ShortModel
 from backhand.engines.memory.parts import ModelSize, transformers_size
 from backhand.engines.memory.plan import HeldBase
 from backhand.errors import UsageError, not_none
-from backhand.generate.transformers_completer import TransformersCompleter
+from backhand.generation.transformers_completer import TransformersCompleter
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.transformers_model import load_transformers_model, transformers_skeleton

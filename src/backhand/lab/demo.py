@@ -23,8 +23,8 @@ from backhand.data.options import DataOptions, RowSources, TemplateOptions, syst
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.errors import CheckError, UsageError
 from backhand.files import make_directory, write_atomically
-from backhand.generate.completer import complete_greedily
-from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generation.completer import complete_greedily
+from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.lab.demo_options import DemoOptions
 from backhand.lab.peft_parity import BOUND, PeftParity, peft_parity
 from backhand.lab.sine.command import sine_command

@@ -20,9 +20,9 @@ from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
 from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError
-from backhand.generate.completer import complete_greedily
-from backhand.generate.labels import Labels, longest_label
-from backhand.generate.loading import LoadedModel
+from backhand.generation.completer import complete_greedily
+from backhand.generation.labels import Labels, longest_label
+from backhand.generation.loading import LoadedModel
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.nn.loading.source import ModelSource

@@ -32,8 +32,8 @@ from backhand.data.packing import RowPacker
 from backhand.data.prepare import Prompt, check_first_rows, prepare
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, not_none
-from backhand.generate.completer import complete_greedily
-from backhand.generate.labels import (
+from backhand.generation.completer import complete_greedily
+from backhand.generation.labels import (
     AUTO,
     NONE,
     RULE,
@@ -44,7 +44,7 @@ from backhand.generate.labels import (
     longest_label,
     named_labels,
 )
-from backhand.generate.loading import LoadedModel, loaded_model
+from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.certain_replies import certain_replies
 from backhand.loop.evaluate_rewards import evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels

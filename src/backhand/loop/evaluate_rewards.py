@@ -10,7 +10,7 @@ from dataclasses import replace
 from backhand.data.examples import check_vocabulary
 from backhand.data.prepare import prepare
 from backhand.distributed.communicator import Communicator
-from backhand.generate.loading import loaded_model
+from backhand.generation.loading import loaded_model
 from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.rewards.rollout import Rollout, check_context, prompt_of
 from backhand.loop.rewards.steps import HeldOutRewards

@@ -1,4 +1,4 @@
-"""Scores of a model as a classifier, from the most probable label of each row (see `generate.labels`).
+"""Scores of a model as a classifier, from the most probable label of each row (see `generation.labels`).
 
     precision = share of correct rows among those predicted to have the label
     recall    = share of correct rows among those that have the label

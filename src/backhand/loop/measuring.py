@@ -12,7 +12,7 @@ from backhand.data.examples import Example
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.generate.completer import LanguageModel
+from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.step import sequential_sum
 from backhand.nn.batch import PackedBatch

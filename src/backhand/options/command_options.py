@@ -11,7 +11,7 @@ from typing import Annotated
 
 from backhand.bounds import Check, Count, CountFromZero, Options
 from backhand.data.options import DataOptions
-from backhand.generate.options import LabelNames
+from backhand.generation.options import LabelNames
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.rewards import check_names
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from backhand.errors import BackhandError, ResourceError, UsageError
 from backhand.files import FileLayer
-from backhand.generate.loading import LoadedModel, loaded_model
-from backhand.generate.options import SamplingOptions
-from backhand.generate.session import GenerationSession
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.generation.options import SamplingOptions
+from backhand.generation.session import GenerationSession
 from backhand.loop.state import adapter_part
 from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import DTYPES, resolve_device

@@ -18,7 +18,7 @@ from backhand.adapters.loading import weight_names
 from backhand.adapters.record import AdapterRecord, text_digest, tokenizer_digest
 from backhand.data.chat import read_template
 from backhand.data.stored_examples import PreparedData
-from backhand.generate.labels import Labels, found_labels
+from backhand.generation.labels import Labels, found_labels
 from backhand.loop.answers import stop_ids
 from backhand.nn.decoder.config_facts import config_facts, recorded_facts
 from backhand.nn.loading.source import ModelSource

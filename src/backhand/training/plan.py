@@ -17,7 +17,7 @@ from backhand.engines.memory.plan import BaseChoice, HeldBase, MemoryPlan, choos
 from backhand.engines.memory.shapes import StepShape, gradient_copies, largest_shapes
 from backhand.engines.memory_probe import MeasuredMemory, ProcessBytes
 from backhand.files import free_bytes
-from backhand.generate.sampling import ROWS_AT_ONCE
+from backhand.generation.sampling import ROWS_AT_ONCE
 from backhand.loop.process_memory import settled_rss_bytes
 from backhand.loop.rewards.rollout import PromptPacker
 from backhand.options.config import Recompute, TrainConfig

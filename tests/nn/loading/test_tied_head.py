@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backhand.export.merging import merge_command
-from backhand.export.options import MergeOptions
+from backhand.interop.merging import merge_command
+from backhand.interop.options import MergeOptions
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading import open_model, tied_head

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from backhand.engines.memory.shapes import StepShape
-from backhand.generate.completer import CACHE_BYTES
+from backhand.generation.completer import CACHE_BYTES
 from backhand.kernels.dense_product import amx_available
 from backhand.nn.decoder.adapted_group import backward_end
 from backhand.nn.decoder.kv_cache import PAGE, bytes_per_token, state_bytes

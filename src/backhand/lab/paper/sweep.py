@@ -23,7 +23,7 @@ from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.sources import neighbouring_held_out
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import make_directory, write_atomically
-from backhand.generate.loading import loaded_model
+from backhand.generation.loading import loaded_model
 from backhand.lab.paper.options import PaperOptions
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut

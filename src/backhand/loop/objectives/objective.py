@@ -23,7 +23,7 @@ from torch import Tensor
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.generate.completer import LanguageModel
+from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
 from backhand.loop.step import sequential_sum

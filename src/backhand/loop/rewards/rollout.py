@@ -18,8 +18,8 @@ from backhand.data.packing import RowPacker
 from backhand.data.prefix_forest import MIN_SAVED_TOKENS, Forest
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, UsageError
-from backhand.generate.sampling import Sampled, sample
-from backhand.generate.session import decode
+from backhand.generation.sampling import Sampled, sample
+from backhand.generation.session import decode
 from backhand.loop.rewards.process import RewardInput, RewardProcess
 from backhand.nn.decoder.decoder import Decoder
 from backhand.ops.grpo import scale_down

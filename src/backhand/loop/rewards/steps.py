@@ -28,8 +28,8 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.communicator import Communicator, StepTotals
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError, not_none
-from backhand.generate.completer import Completer, complete_greedily
-from backhand.generate.sampling import Sampled, at_temperature
+from backhand.generation.completer import Completer, complete_greedily
+from backhand.generation.sampling import Sampled, at_temperature
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.loop.objectives.objective import token_owners
 from backhand.loop.rewards.guards import LogprobCheck, RewardGuard

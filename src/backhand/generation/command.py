@@ -1,0 +1,269 @@
+"""`backhand generate`: one answer on standard output, or the answers to a file of rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from backhand.data.options import NamedColumns
+from backhand.data.prepare import Prompt, prepare_prompts
+from backhand.data.raw_rows import RowErrors
+from backhand.errors import DataError, UsageError
+from backhand.files import make_directory, replaceable_mode, write_atomically
+from backhand.generation.labels import (
+    AUTO,
+    NONE,
+    RULE,
+    Labels,
+    check_labels,
+    choose_labels,
+    longest_label,
+    named_labels,
+)
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.generation.options import AnswerOptions, GenerateOptions, compared_labels
+from backhand.generation.session import PROMPT, GenerationSession
+from backhand.printing import say, visible, write_answer
+from backhand.reading import refuse_inputs_inside
+from backhand.terminal import working
+from backhand.words import count_of, name_list, shorten, show_notes
+
+STDIN = "-"
+
+
+def generate_command(options: GenerateOptions) -> None:
+    """Answer a prompt on standard output, or every row of a file. Everything else goes to standard error.
+
+    Raises:
+        UsageError: an option is out of range, or `output` exists.
+        DataError: there is no prompt, or the rows cannot be read.
+        ArtifactError: model and adapter cannot be read, or do not belong together.
+    """
+    options.validate()
+    answer = options.answer
+    check_output(answer)
+    if answer.output is not None:
+        inputs: dict[str, Path | str | None] = {"adapter": answer.adapter, "model": options.model.model}
+        inputs |= {f"data[{i}]": name for i, name in enumerate(options.rows.data)}
+        refuse_inputs_inside(answer.output, {**inputs, "chat_template": options.template.chat_template})
+    prompt = None if options.rows.data else answer.prompt
+    if prompt == STDIN:
+        prompt = read_text(sys.stdin.read, "the prompt").removesuffix("\n")
+        if not prompt.strip():
+            raise DataError("the prompt is empty", where="standard input", next_step="pipe a text into the command")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal's encoding does not have must not end the answer.
+        sys.stdout.reconfigure(errors="replace")
+    one = prompt is not None
+    with loaded_model(options.model, answer.adapter, template=options.template, one_at_a_time=one) as loaded:
+        if not answer.quiet:
+            show_notes(loaded.notes)
+        if prompt is None:
+            answer_rows(options, loaded)
+        else:
+            _answer_prompt(options, loaded, prompt)
+
+
+def _answer_prompt(options: GenerateOptions, loaded: LoadedModel, prompt: str) -> None:
+    session = GenerationSession(loaded, options.template)
+    if session.has_template and not options.answer.quiet:
+        show_notes(loaded.missing_system(options.template.system))
+    prompt_ids = session.prompt_ids(prompt)
+    labels = _labels(options, loaded, session)
+    if not options.answer.compare:
+        _answer_one(session, prompt_ids, options, labels)
+        return
+    for label, with_adapter in compared_labels(options.answer.adapter):
+        write_answer(f"{label}:\n")
+        loaded.model.use_adapter(with_adapter)
+        _answer_one(session, prompt_ids, options, labels, f"{label}: ")
+        if not with_adapter:
+            write_answer("\n")
+
+
+def _labels(options: GenerateOptions, loaded: LoadedModel, session: GenerationSession) -> Labels:
+    """Return the labels to choose answers from; empty if answers are free text.
+
+    Raises:
+        UsageError: `auto` is given and the adapter's record has no labels, or a label does not fit the model.
+    """
+    names = options.answer.labels
+    if names != (AUTO,):
+        labels = named_labels(() if names == (NONE,) else names, loaded.labels, lambda: session.renderer)
+        check_labels(labels, loaded.model)
+        return labels
+    if not loaded.labels:
+        raise UsageError(
+            "the adapter's record names no labels",
+            where="labels",
+            why=f"it names them where training rows have them: {RULE}",
+            next_step="name them: --labels A,B,…",
+        )
+    return loaded.labels
+
+
+def _answer_one(
+    session: GenerationSession, prompt_ids: Sequence[int], options: GenerateOptions, labels: Labels, who: str = ""
+) -> None:
+    """Write one answer while it is generated, or the most probable label.
+
+    The probabilities of all labels go to standard error.
+
+    Args:
+        session: the model.
+        prompt_ids: tokens of the prompt.
+        options: all options of the command.
+        labels: the labels to choose from; empty for free text.
+        who: prefix of the line of probabilities, which names the model when two are compared.
+    """
+    if labels:
+        session.check(prompt_ids, PROMPT, longest_label(labels))
+        (chosen,) = choose_labels(session.model, [prompt_ids], labels)
+        write_answer(f"{next(iter(chosen))}\n")
+        if not options.answer.quiet:
+            shown = (f"{visible(shorten(label))} {probability:.3f}" for label, probability in chosen.items())
+            say(who + name_list(shown))
+        return
+    answer = session.answer(prompt_ids, options.sampling, on_text=write_answer)
+    if not answer.text.endswith("\n"):
+        write_answer("\n")
+    if answer.finish_reason == "length" and not options.answer.quiet:
+        why = "; --max-new-tokens allows for more"
+        if answer.tokens < options.sampling.max_new_tokens:
+            why = f": with the prompt they are the {session.model.context_tokens:,} that the model takes"
+        show_notes([f"cut off after {answer.tokens} tokens{why}"])
+
+
+def check_output(options: AnswerOptions) -> None:
+    """Check that `output` can be written, before anything is loaded, and create its directory.
+
+    Raises:
+        UsageError: it exists and --overwrite is not given, or it is not a plain file.
+        ResourceError: its directory cannot be created.
+    """
+    output = options.output
+    if output is None:
+        return
+    if output.is_dir():
+        raise UsageError(f"{output} is a directory", where="output", next_step="name a file in it")
+    if output.exists() and not options.overwrite:
+        raise UsageError(
+            f"{output} exists", where="output", next_step="name another file, or replace this one with --overwrite"
+        )
+    replaceable_mode(output)  # raises now instead of after all answers
+    make_directory(output.parent)
+
+
+def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
+    """Answer every row of `data` and write a line for each: prompt, reference, completion and finish_reason.
+
+    `prompt` is the text that the model receives, `reference` the row's own last reply or null. With `labels`,
+    `completion` is a label, and the line has its `probability` and the `probabilities` of all labels instead of
+    `finish_reason`. With `compare`, `base` and `adapted` hold the answers of the two models. The file is written after
+    the last answer.
+
+    Raises:
+        UsageError, DataError: as `data.prepare.prepare_prompts`.
+        ResourceError: the file cannot be written.
+    """
+    read, report = prepare_prompts(
+        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt)
+    )
+    session = GenerationSession(loaded, options.template)
+    labels = _labels(options, loaded, session)
+    # A prompt without room for an answer counts as a bad row, like a malformed one.
+    bad = RowErrors(options.rows.skip_bad)
+    prompts: list[Prompt] = []
+    for prompt in read:
+        try:
+            session.check(prompt.input_ids.tolist(), prompt.source, longest_label(labels) or 1)
+            prompts.append(prompt)
+        except DataError as error:
+            bad.add(error)
+    if not prompts and bad.errors:
+        raise bad.errors[0]
+    if not options.answer.quiet:
+        notes = list(report.notes)
+        notes += loaded.missing_system(report.system) if session.has_template else []
+        if left_out := report.skipped_bad + bad.count:
+            first = (*report.bad_rows, *bad.errors)[0]
+            notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first.one_line}")
+        show_notes(notes)
+    started = time.perf_counter()
+    lines = _lines(options, loaded, session, prompts, labels)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if options.answer.output is None:
+        write_answer(text)
+        return
+    write_atomically(options.answer.output, text.encode("utf-8"))
+    if not options.answer.quiet:
+        took_s = time.perf_counter() - started
+        say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
+
+
+def _lines(
+    options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt], labels: Labels
+) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
+    if not options.answer.compare:
+        answers = _answers(session, prompts, options, "answers", labels)
+        return [line | answer for line, answer in zip(lines, answers, strict=True)]
+    for key, with_adapter in (("base", False), ("adapted", True)):
+        loaded.model.use_adapter(with_adapter)
+        for line, answer in zip(lines, _answers(session, prompts, options, key, labels), strict=True):
+            line[key] = answer
+    return lines
+
+
+def _answers(
+    session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, key: str, labels: Labels
+) -> list[dict[str, Any]]:
+    asked, done = [prompt.input_ids.tolist() for prompt in prompts], count(1)
+    with working(f"{key}: {count_of(len(asked), 'row')}", quiet=options.answer.quiet) as tell:
+        if labels:
+            chosen = choose_labels(session.model, asked, labels)
+            usual = [(row, *next(iter(row.items()))) for row in chosen]
+            return [{"completion": one, "probability": p, "probabilities": row} for row, one, p in usual]
+        answers = session.answer_all(
+            asked,
+            options.sampling,
+            sources=[prompt.source for prompt in prompts],
+            batch_rows=options.answer.batch_rows,
+            on_done=lambda _: tell(f"{key}: {next(done)} of {count_of(len(asked), 'row')}"),
+        )
+    return [{"completion": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
+
+
+def read_text(read: Callable[[], str], what: str) -> str:
+    """Read a text from standard input.
+
+    Args:
+        read: reads it; depending on the locale, Python raises UnicodeDecodeError or returns lone surrogates for bytes
+            that are not valid.
+        what: noun phrase for the error.
+
+    Raises:
+        DataError: the text is not UTF-8.
+    """
+    try:
+        text = read()
+        text.encode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) & 0xFF
+    else:
+        return text
+    raise DataError(
+        f"{what} is not UTF-8",
+        where="standard input",
+        why=f"it contains the byte 0x{byte:02x}, which is not valid there",
+        next_step="convert it first, for example with iconv -f latin1 -t utf-8",
+    )

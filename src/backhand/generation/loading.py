@@ -1,0 +1,115 @@
+"""Loading a base model with an optional adapter to complete prompts, in the decoder engine or in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backhand.adapters.loading import check_source, load_adapter_for, read_adapter
+from backhand.adapters.record import AdapterRecord
+from backhand.data.chat import read_template, stopping_role_ids
+from backhand.data.options import TemplateOptions, system_option
+from backhand.generation.completer import Completer, EngineCompleter
+from backhand.generation.labels import Labels
+from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.held_base import stays_quantized
+from backhand.nn.loading.opening import open_model
+from backhand.nn.model_options import BaseModelOptions
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that completes prompts, with its tokenizer and the adapter's record."""
+
+    model: Completer  # with the adapter, if one is given
+    tokenizer: Any
+    stop_ids: tuple[int, ...]  # tokens that end an answer
+    notes: tuple[str, ...] = ()  # sentences for the user about the engine and the adapter's files
+    # labels in the adapter's record; empty if their tokens are not in this model's vocabulary
+    labels: Labels = field(default_factory=dict)
+    system: str | None = None  # system message of all rows that the adapter was trained on, from its record
+
+    def missing_system(self, given: str | None) -> list[str]:
+        """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
+        if self.system is None or given is not None:
+            return []
+        how = system_option(self.system) or f" --system TEXT, its {len(self.system):,} characters are in backhand.json"
+        return [f"all rows that the adapter was trained on had the same system message, which prompts here lack:{how}"]
+
+
+@contextmanager
+def loaded_model(
+    options: BaseModelOptions,
+    adapter: Path | str | None = None,
+    *,
+    template: TemplateOptions | None = None,
+    one_at_a_time: bool = False,
+) -> Iterator[LoadedModel]:
+    """Load a model, and compute with the options' threads inside the block.
+
+    Args:
+        options: the base model, device and dtype.
+        adapter: directory of an adapter, or a GGUF file.
+        template: chat template and system message, which are compared with the adapter's record; None if no template
+            is used.
+        one_at_a_time: prompts are completed one by one, so a quantized base stays quantized.
+
+    Raises:
+        ArtifactError: model, tokenizer or adapter cannot be read, or do not fit together.
+        UsageError: the device or the template cannot be used.
+    """
+    device = resolve_device(options)
+    dtype = resolve_dtype(options, device)
+    with compute_settings(options, resolve_threads(options), dtype, device):
+        source = open_model(options.model, quantize=options.quantize)
+        tokenizer = source.tokenizer()
+        used_template, pickle = template or TemplateOptions(), options.allow_pickle
+        checks: dict[str, Any] = {"chat_template": read_template(used_template.chat_template, tokenizer)}
+        checks |= {"template_args": template and template.template_args, "force_base": options.force_base}
+
+        def by_engine() -> _Loaded:
+            quantized = stays_quantized(options, source, dtype, device, one_at_a_time=one_at_a_time)
+            decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
+            if adapter is None:
+                return EngineCompleter(decoder), (), None
+            shapes = decoder.module_shapes()
+            loaded = load_adapter_for(source, adapter, shapes, **checks, allow_pickle=pickle)
+            decoder.attach(loaded.parameters(device=device))
+            return EngineCompleter(decoder), loaded.notes, loaded.record
+
+        def by_transformers() -> _Loaded:
+            from backhand.adapters.inject import inject_contents
+            from backhand.generation.transformers_completer import TransformersCompleter
+            from backhand.nn.loading.transformers_model import load_transformers_model
+
+            model = load_transformers_model(source, dtype=dtype, device=device)
+            if adapter is None:
+                return TransformersCompleter(model), (), None
+            contents = read_adapter(adapter, source, allow_pickle=pickle)
+            injected = inject_contents(model, contents)
+            names = [target.name for target in injected.targets]
+            forced = check_source(contents.record, str(adapter), source, names, **checks)
+            return TransformersCompleter(model, injected), (*forced, *injected.notes), contents.record
+
+        try:
+            model, notes, record = by_transformers() if options.engine == "transformers" else by_engine()
+        except UnsupportedModel as error:
+            if options.engine == "backhand":
+                raise
+            model, notes, record = by_transformers()
+            reason = error.problems[0] if error.problems else error.what
+            notes = (f"transformers computes this model, more slowly than the engine would: {reason}", *notes)
+        stop_ids = (*source.stop_token_ids(), *stopping_role_ids(tokenizer, used_template))
+        labels = {} if record is None else record.labels
+        known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
+        system = None if record is None else record.system
+        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system)
+
+
+_Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]
+"""The model, its notes, and the adapter's record."""

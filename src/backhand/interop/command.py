@@ -1,0 +1,209 @@
+"""`backhand export`: write an adapter in another program's format, prove it, and move it to its place."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from backhand.adapters.contents import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.loading import match_linear_adapter, read_adapter
+from backhand.adapters.module_factors import Factors, factors_of
+from backhand.adapters.record import AdapterRecord
+from backhand.errors import ResourceError, UsageError, short_reason
+from backhand.files import staged, write_atomically
+from backhand.interop.gguf_adapter_writer import llama_cpp_notes, write_gguf_adapter
+from backhand.interop.merging import merge_adapter
+from backhand.interop.opened_adapter import OpenedAdapter, open_adapter, refuse
+from backhand.interop.options import ExportOptions, given
+from backhand.interop.other_formats import (
+    ADAPTER_FILE,
+    MODEL_FILE,
+    factors_without_model,
+    kohya_bytes,
+    mlx_files,
+    ollama_base,
+    peft_directory_files,
+    read_kohya_file,
+    read_mlx_files,
+    write_modelfile,
+)
+from backhand.interop.proving import Prover, prove_export
+from backhand.nn.loading.gguf_layouts import stored_sizes
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.gguf_tensors import gguf_architecture
+from backhand.nn.loading.source import ModelSource
+from backhand.terminal import console
+
+
+def export_command(options: ExportOptions) -> Path:
+    """Export, and print the proofs.
+
+    Raises:
+        UsageError: if an option is out of range, or `output` exists.
+        ArtifactError: if model or adapter cannot be read, do not belong together, or the format cannot express them.
+        ResourceError: if the output cannot be written, or cannot be uploaded; in the latter case it is kept.
+        CheckError: if the written files do not compute what the adapter does; they are removed.
+    """
+    options.validate()
+    adapter, output = given("adapter", options.adapter), given("output", options.output)
+    prover = Prover("export", adapter, None if options.quiet else console())
+    base: ModelSource | None = None
+    if options.merge:
+        _export_merged(options, output, prover)
+    elif options.to == "kohya":
+        _export_kohya(options, adapter, output, prover)
+    else:
+        allow_pickle = options.reading.allow_pickle
+        opened = open_adapter(options.model, adapter, force_base=options.force_base, allow_pickle=allow_pickle)
+        base = opened.source
+        _export_adapter(options, opened, output, prover)
+    prover.write()
+    prover.say(f"written: {shlex.quote(str(output))}")
+    for line in _how_to_run(options, shlex.quote(str(output)), base):
+        prover.say(line)
+    if options.push is not None:
+        prover.say(f"uploaded: {_push(output, options.push)}")
+    return output
+
+
+def _how_to_run(options: ExportOptions, output: str, base: ModelSource | None) -> tuple[str, ...]:
+    """Return the commands to run next in other programs than Python.
+
+    Args:
+        base: the model whose adapter was exported, None if it was merged.
+    """
+    if options.to == "ollama":
+        return (f"next: ollama create mine -f {output}/Modelfile", "      ollama run mine")
+    if options.to != "gguf":
+        return ()
+    if base is None:
+        return (f"next: llama-cli -m {output}",)
+    file = shlex.quote(str(base.path)) if isinstance(base, GGUFModel) else "BASE.gguf"
+    return (f"next: llama-cli -m {file} --lora {output}",)
+
+
+_ANSWER_S = 120.0
+"""Patience for one answer of the hub, in seconds. The library itself has no limit."""
+
+
+_ODD_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
+"""Exceptions of the library while it reads an answer that is not a hub's."""
+
+
+def _push(output: Path, repository: str) -> str:
+    """Upload a directory or a file, and return the repository's address.
+
+    Raises:
+        ResourceError: the hub refuses or cannot be reached; names the command that uploads the output later.
+    """
+    from huggingface_hub import HfApi, get_session
+
+    hub = HfApi()
+    try:
+        get_session().timeout = _ANSWER_S
+        address = hub.create_repo(repository, private=True, exist_ok=True)
+        if output.is_dir():
+            hub.upload_folder(repo_id=repository, folder_path=output)
+        else:
+            hub.upload_file(repo_id=repository, path_or_fileobj=output, path_in_repo=output.name)
+        return str(address)
+    except Exception as error:  # noqa: BLE001 - the library raises what its network stack raises
+        later = f"hf upload {repository} {shlex.quote(str(output))}"
+        refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
+        why = short_reason(error)
+        if isinstance(
+            error, ValueError | LookupError | TypeError | AttributeError
+        ):  # raised while the library reads the answer
+            why = f"{hub.endpoint} does not answer as a hub does: {why}"
+        raise ResourceError(
+            f"{output} is written, and could not be uploaded to {repository}",
+            why=why,
+            next_step=f"hf auth login, then: {later}" if refused else f"once the hub can be reached: {later}",
+        ) from None
+
+
+def _export_adapter(options: ExportOptions, opened: OpenedAdapter, output: Path, prover: Prover) -> None:
+    prover.say_notes(opened.loaded)
+    # PEFT's files could contain more than factors, but the proofs here cover factors alone.
+    refuse(str(options.to), _more_than_factors(options, opened))
+    architecture = gguf_architecture(opened.source.config)
+    if options.to in ("gguf", "ollama") and architecture:
+        for note in llama_cpp_notes(opened.config, architecture, context_ends=False):
+            prover.say(note)
+    with staged(output) as path:
+        read = _write(options, opened, path)
+        prove_export(prover, opened.factors, read, opened)
+
+
+def _more_than_factors(options: ExportOptions, opened: OpenedAdapter) -> dict[str, str]:
+    """Return reasons by module that cannot be exported; GGUF files accept plain factors of embeddings and experts."""
+    refused = opened.loaded.beyond_factors
+    if options.to in ("gguf", "ollama"):
+        for shape in opened.loaded.shapes:
+            if (shape.embedding or shape.experts) and shape.magnitude is None and shape.lora_bias is None:
+                del refused[shape.name]
+    return refused
+
+
+def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors:
+    """Write the output at `path`, and read it back."""
+    if options.to == "gguf":
+        _write_gguf(opened, path)
+        return _read(opened, path)
+    path.mkdir()
+    if options.to == "ollama":
+        _write_gguf(opened, path / ADAPTER_FILE)
+        system = opened.loaded.record.system if opened.loaded.record else None
+        write_modelfile(path, ollama_base(opened.source), adapter=ADAPTER_FILE, system=system)
+        return _read(opened, path / ADAPTER_FILE)
+    if options.to == "mlx":
+        files = mlx_files(opened)
+    else:
+        files = peft_directory_files(opened, uniform=options.uniform, text_model=options.text_model)
+    for name, data in files.items():
+        write_atomically(path / name, data)
+    return read_mlx_files(path) if options.to == "mlx" else _read(opened, path)
+
+
+def _write_gguf(opened: OpenedAdapter, path: Path) -> None:
+    architecture = gguf_architecture(opened.source.config)
+    if architecture is None:
+        raise UsageError(f"no GGUF format of {opened.config.family} models is known", where="to")
+    write_gguf_adapter(
+        path,
+        opened.factors,
+        architecture=architecture,
+        sizes=stored_sizes(opened.source.config),
+        tied_head=opened.config.tied_head,
+        record=opened.loaded.record or AdapterRecord(),
+        name=opened.loaded.directory.resolve().stem,
+    )
+
+
+def _read(opened: OpenedAdapter, path: Path) -> Factors:
+    # The base has been compared already, or was forced, so that it is not read again.
+    return factors_of(match_linear_adapter(read_adapter(path, opened.source), opened.shapes))
+
+
+def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: Prover) -> None:
+    contents = read_adapter_directory(adapter, allow_pickle=options.reading.allow_pickle)
+    if contents.problems:
+        raise UnusableAdapterError(contents.directory, contents.problems)
+    factors = factors_without_model(contents)
+    data = kohya_bytes(factors)
+    with staged(output) as path:
+        write_atomically(path, data)
+        prove_export(prover, factors, read_kohya_file(path, factors))
+
+
+def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None:
+    if options.to == "kohya":
+        raise UsageError("kohya's format supports adapters only", where="merge", next_step="leave out --merge")
+    with staged(output) as path:
+        if options.to == "ollama":
+            path.mkdir()
+            merge_adapter(options, path / MODEL_FILE, prover, gguf=True)
+            record = None if options.adapter is None else read_adapter_directory(options.adapter).record
+            write_modelfile(path, f"./{MODEL_FILE}", system=record.system if record else None)
+        else:
+            merge_adapter(options, path, prover, gguf=options.to == "gguf")

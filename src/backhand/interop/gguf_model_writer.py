@@ -1,0 +1,266 @@
+"""Write a merged model as a GGUF file, tensor by tensor: at most one tensor is in memory.
+
+From a GGUF base the metadata are copied. With `auto`, every tensor that the adapter does not change keeps its bytes;
+merged tensors keep a floating type, and become float32 if their type is quantized. For a Hugging Face directory the
+metadata are made by `add_model_metadata`. Vectors are always float32. A matrix whose row length is not a multiple of
+the type's block size is float16, as in llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as StorageType
+from torch import Tensor
+
+from backhand.errors import ArtifactError, CheckError
+from backhand.interop.gguf_adapter_writer import llama_cpp_notes
+from backhand.interop.gguf_metadata_writer import add_model_metadata, rope_factors
+from backhand.interop.merged_weights import MergedWeights, wider_dtype
+from backhand.kernels.dequantize import native_dtype
+from backhand.nn.families.family import GPT_OSS_ROUTER, ROUTER
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.loading.expert_tensors import parse_expert_name
+from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block_count
+from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
+from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_name, is_skipped
+from backhand.nn.loading.gguf_values import dequantized
+from backhand.nn.loading.tied_head import HEAD_WEIGHT
+
+TYPES = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16} | {
+    name: StorageType[name.upper()] for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+}
+_FILE_TYPES = {kind: gguf.LlamaFileType[f"MOSTLY_{kind.name}"] for kind in TYPES.values() if kind != StorageType.F32}
+_FILE_TYPES[StorageType.F32] = gguf.LlamaFileType.ALL_F32
+
+_NOT_COPIED = ("general.architecture", "general.file_type", "split.no", "split.count", "split.tensors.count")
+_DESCRIPTION = "general.description"
+_BLOCK_ROWS = 2048
+_SHOWN = 5
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_BYTE = np.dtype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One tensor of the file: its name, layout and storage type, and its bytes if they are copied.
+
+    A stack of experts' matrices consists of several of our tensors, with copied bytes for each.
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    layout: Layout
+    storage: StorageType
+    copied: tuple[_Bytes, ...] | None = None
+
+    def shape(self, weights: MergedWeights) -> tuple[int, ...]:
+        """Return the shape in the file."""
+        one = self.layout.stored_shape(weights.shape(self.ours[0]))
+        return one if parse_expert_name(self.ours[0]) is None else (len(self.ours), *one)
+
+
+def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, description: str) -> list[str]:
+    """Write the file at `path`, not atomically.
+
+    Args:
+        dtype: a key of `TYPES`, or `auto`.
+
+    Returns:
+        notes: matrices that are float16 because their rows do not fit the type, tokens that were left out, and texts
+        for which llama.cpp computes something else.
+
+    Raises:
+        ArtifactError: if no GGUF file can be made from the base, or llama.cpp cannot compute it.
+        CheckError: if a merged value is not finite in the type.
+        OSError: if writing fails.
+    """
+    source = weights.source
+    architecture = gguf_architecture(source.config)
+    if architecture is None:
+        raise ArtifactError(f"no GGUF format of {source.config.get('model_type')} models is known")
+    planned = _plan(weights, architecture, TYPES.get(dtype))
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        left_out = _write(writer, weights, planned, description)
+    wanted = TYPES.get(dtype, StorageType.F16)
+    others = sum(one.storage == StorageType.F16 != wanted for one in planned)
+    notes = []
+    if others:
+        notes.append(f"note: {others} matrices are float16: their rows do not divide into blocks of {dtype}")
+    if left_out:
+        names = ", ".join(left_out[:_SHOWN]) + (" …" if len(left_out) > _SHOWN else "")
+        notes.append(f"note: {len(left_out)} tokens without a row in the model are not in the file: {names}")
+    is_new = not isinstance(source, GGUFModel)
+    return notes + llama_cpp_notes(decoder_config(source.config), architecture, context_ends=is_new)
+
+
+def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Planned], description: str) -> list[str]:
+    """Write everything, and return the tokens that were left out."""
+    source = weights.source
+    left_out: list[str] = []
+    if isinstance(source, GGUFModel):
+        copy_metadata(writer, source.metadata)
+    else:
+        left_out = add_model_metadata(writer, source)
+    if _DESCRIPTION not in writer.kv_data[0]:
+        writer.add_description(description)
+    elements: Counter[StorageType] = Counter()
+    for one in planned:
+        elements[one.storage] += math.prod(one.shape(weights))
+    ((most, _),) = elements.most_common(1)
+    if most in _FILE_TYPES:
+        writer.add_file_type(_FILE_TYPES[most])
+    extra = _untouched(source)
+    for name, tensor in extra.items():
+        writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
+    for one in planned:
+        shape, (block_size, block_bytes) = one.shape(weights), gguf.GGML_QUANT_SIZES[one.storage]
+        byte_shape = (*shape[:-1], shape[-1] // block_size * block_bytes)
+        writer.add_tensor_info(one.name, byte_shape, _BYTE, math.prod(byte_shape), raw_dtype=one.storage)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in extra.values():
+        writer.write_tensor_data(tensor)
+    for one in planned:
+        writer.write_tensor_data(_stored(weights, one))
+    return left_out
+
+
+def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None) -> list[_Planned]:
+    source = weights.source
+    sizes = stored_sizes(source.config)
+    planned = []
+    for name, members in _by_tensor(weights, architecture).items():
+        ours = members[0]
+        how = layout(architecture, ours, sizes)
+        is_new = ours == HEAD_WEIGHT and weights.unties_head
+        in_base = source.stored_tensor(ours) if isinstance(source, GGUFModel) and not is_new else None
+        if storage is None and isinstance(source, GGUFModel) and in_base and not any(map(weights.is_merged, members)):
+            data = tuple(source.stored_tensor(member)[1] for member in members)
+            planned.append(_Planned(name, members, how, StorageType(in_base[0].type_id), data))
+            continue
+        kind = storage if storage is not None else _own_type(weights, ours, in_base)
+        # Routers keep their type, as in llama.cpp's converter.
+        kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
+        planned.append(_Planned(name, members, how, _fitting(kind, weights.shape(ours))))
+    return planned
+
+
+def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str, ...]]:
+    """Map each tensor of the file to our tensor, or to the matrices of all experts in order."""
+    found: dict[str, list[str]] = {}
+    for ours in weights.names():
+        name = gguf_name(architecture, ours)
+        if name is None:
+            raise ArtifactError(
+                f"files of architecture {architecture} have no tensor for {ours}",
+                next_step="merge into a Hugging Face directory; llama.cpp may have a converter for it",
+            )
+        found.setdefault(name, []).append(ours)
+    return {
+        name: tuple(sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1]))  # by expert number
+        for name, members in found.items()
+    }
+
+
+def _own_type(weights: MergedWeights, ours: str, in_base: tuple[GGUFTensor, _Bytes] | None) -> StorageType:
+    """Return the base's floating type, or float32 if it is quantized or float64."""
+    if in_base is not None:
+        tensor, _ = in_base
+        return StorageType(tensor.type_id) if native_dtype(tensor.type_id) is not None else StorageType.F32
+    dtype = weights.stored_dtype(ours)
+    return {torch.float16: StorageType.F16, torch.bfloat16: StorageType.BF16}.get(dtype, StorageType.F32)
+
+
+def _fitting(kind: StorageType, shape: tuple[int, ...]) -> StorageType:
+    if len(shape) != 2:
+        return StorageType.F32
+    block_size, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind if shape[-1] % block_size == 0 else StorageType.F16
+
+
+def _stored(weights: MergedWeights, one: _Planned) -> _Bytes:
+    """Return the tensor's bytes in the file."""
+    parts = [_stored_part(weights, one, place) for place in range(len(one.ours))]
+    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+
+
+def _stored_part(weights: MergedWeights, one: _Planned, place: int) -> _Bytes:
+    """Return the bytes of one of our tensors."""
+    if one.copied is not None:
+        weights.keep(one.ours[place])
+        return one.copied[place]
+    found: list[_Bytes] = []
+
+    def rounded(tensor: Tensor) -> Tensor:
+        """Round, and save the bytes, so that a tensor is quantized once."""
+        found.append(_quantized(one.layout.to_gguf(tensor), one.storage))
+        values = dequantized(found[0], one.storage.value)
+        floating = one.storage in (StorageType.F32, StorageType.F16, StorageType.BF16)
+        if floating and not bool(torch.isfinite(values).all()):
+            raise CheckError(
+                f"a merged value is not finite in {one.storage.name}",
+                where=one.ours[place],
+                next_step=wider_dtype(one.storage == StorageType.F32),
+            )
+        return one.layout.to_huggingface(values.view(one.layout.stored_shape(tuple(tensor.shape))))
+
+    weights.make(one.ours[place], rounded)
+    return found[0]
+
+
+def _quantized(values: Tensor, storage: StorageType) -> _Bytes:
+    rows = values.float().contiguous().numpy()
+    if rows.ndim == 1:
+        rows = rows[None]
+    starts = range(0, len(rows), _BLOCK_ROWS)
+    with np.errstate(over="ignore"):  # values out of range become infinite, which `_stored` detects
+        pieces = [gguf.quants.quantize(rows[start : start + _BLOCK_ROWS], storage) for start in starts]
+    return np.concatenate([piece.view(np.uint8).reshape(-1) for piece in pieces])
+
+
+def copy_metadata(writer: gguf.GGUFWriter, file: GGUFFile) -> None:
+    """Copy a file's metadata, except for those that the writer adds: architecture, types and parts."""
+    changed = _without_prediction(file, writer.arch)
+    for key in file:
+        if key not in _NOT_COPIED and changed.get(key, ...) is not None:
+            kind, items = file.type_of(key)
+            writer.add_key_value(
+                key,
+                changed.get(key, file.value(key)),
+                gguf.GGUFValueType(kind),
+                None if items is None else gguf.GGUFValueType(items),
+            )
+
+
+def _without_prediction(file: GGUFFile, architecture: str) -> dict[str, Any]:
+    """Return metadata changes for a model without its multi-token prediction blocks; None removes a key."""
+    count = prediction_block_count(file, architecture)
+    if not count:
+        return {}
+    key, recurrent = f"{architecture}.block_count", f"{architecture}.{RECURRENT_LAYERS}"
+    layers, listed = file.value(key) - count, file.value(recurrent)
+    changed = {key: layers, f"{architecture}.nextn_predict_layers": None}
+    return changed | ({recurrent: listed[:layers]} if isinstance(listed, list) else {})
+
+
+def _untouched(source: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Return tensors of the file that are not weights: tables of rotary frequencies."""
+    if not isinstance(source, GGUFModel):
+        return rope_factors(source.config)
+    return {
+        name: dequantized(source.bytes_of(name), tensor.type_id).float().view(tensor.shape).numpy()
+        for name, tensor in source.metadata.tensors.items()
+        if is_skipped(name)
+    }

@@ -1,0 +1,266 @@
+"""Compute W' = W + scaling · lora_B lora_A, one tensor at a time, and the share of the update that rounding W' loses.
+
+    stored = type(W'),   share lost = ‖stored − W'‖ / ‖W' − W‖
+
+With DoRA every row of the sum is rescaled to its trained length m. A tensor trained in full replaces W.
+
+The sum is computed in float64 a few rows at a time, rounded to float32, and then to the stored type. If W is exact in
+the stored type, the number nearest to W' is at least as near as W, so that the share is at most 1: the whole update is
+lost. If W is not exact, as after dequantization, the rounding of W counts too, and the share may be above 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from backhand.adapters.module_factors import Factors, ModuleFactors
+from backhand.adapters.record import base_digest
+from backhand.errors import ArtifactError
+from backhand.interop.proving import BlockWalk, layer_of
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from backhand.ops.weight_tiles import FrozenMatrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+_ROWS = 512
+Rounding = Callable[[Tensor], Tensor]
+"""Rounds a tensor in Hugging Face's layout, of any floating dtype, to the stored type, as it will be read back."""
+
+
+@dataclass(frozen=True)
+class ModuleLoss:
+    """Rounding loss of one merged module."""
+
+    name: str
+    lost: float  # ‖stored − W'‖ / ‖update‖
+    update: float  # ‖update‖ / ‖W‖
+
+
+@dataclass
+class MergedWeights:
+    """The tensors of the merged model, computed one by one from base and adapter."""
+
+    source: ModelSource
+    factors: Factors
+    trained: Mapping[str, Tensor] = field(default_factory=dict)  # tensors that replace the base's, by name
+    keeps_head_tied: bool = False  # True if a tied head follows the changed embedding
+    # digests of the values that each tensor must have when it is read back, for tensors computed so far
+    digests: dict[str, str] = field(default_factory=dict)
+    losses: list[ModuleLoss] = field(default_factory=list)  # of the modules merged so far
+    # pass through the base's blocks that also computes the probes' logits; its tensors are not read a second time
+    walk: BlockWalk | None = None
+
+    @property
+    def unties_head(self) -> bool:
+        """Return True if the head is tied in the base and a matrix of its own in the merged model."""
+        if HEAD_WEIGHT in self.source.tensor_names():
+            return False
+        return self.is_merged(HEAD_WEIGHT) or (self.is_merged(EMBEDDING_WEIGHT) and not self.keeps_head_tied)
+
+    def names(self) -> list[str]:
+        """Return the Hugging Face names of all tensors: the blocks in order, the others in the order of the base."""
+        stated = [*self.source.tensor_names(), *([HEAD_WEIGHT] if self.unties_head else [])]
+        layers = [layer_of(name) for name in stated]
+        first = next((place for place, layer in enumerate(layers) if layer is not None), len(stated))
+        places = {
+            name: ((-1 if place < first else len(stated)) if layer is None else layer, place)
+            for place, (name, layer) in enumerate(zip(stated, layers, strict=True))
+        }
+        return sorted(stated, key=lambda name: places[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape in Hugging Face layout."""
+        return self.source.shape(self._base_name(name))
+
+    def is_merged(self, name: str) -> bool:
+        """Return True if the adapter changes this tensor."""
+        return name in self.trained or (name.removesuffix(".weight") in self.factors and name.endswith(".weight"))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of the tensor in the base, or float32 if it is quantized."""
+        return self.source.dtype(self._base_name(name))
+
+    def make(self, name: str, rounded: Rounding) -> Tensor:
+        """Return the merged tensor as it will be read back, or the base's if it is unchanged.
+
+        It is rounded from float32 (from float64 if the base is). Its digest and its loss are recorded.
+        """
+        weight, module = self._load(self._base_name(name)), name.removesuffix(".weight")
+        if not self.is_merged(name):
+            stored = rounded(weight)
+        else:
+            change = self.trained[name] if name in self.trained else self.factors[module]
+            stored = rounded(merged_weight(weight, change))
+            self.losses.append(_module_loss(module, weight, change, stored))
+        self.digests[name] = base_digest([name], lambda _: stored)
+        return stored
+
+    def keep(self, name: str) -> None:
+        """Record the digest of a tensor whose stored bytes are copied; it is never dense as a whole."""
+        self.digests[name] = base_digest([name], self.source.load_in_pieces)
+
+    def _load(self, name: str) -> Tensor:
+        if self.walk is None or self.source.dtype(name) == torch.float64:  # the walk computes in float32
+            return self.source.load(name)
+        walked = self.walk.tensor(name)
+        return self.source.load(name) if walked is None else walked
+
+    def _base_name(self, name: str) -> str:
+        return EMBEDDING_WEIGHT if name == HEAD_WEIGHT and self.unties_head else name
+
+    def wrong_tensors(self, written: ModelSource, walk: BlockWalk) -> list[str]:
+        """Return the names of tensors that are missing in `written`, unexpected, or differ in a bit.
+
+        Args:
+            walk: pass through the blocks of `written`, from which the tensors are taken.
+        """
+
+        def read(name: str) -> FrozenMatrix:
+            walked = walk.tensor(name)
+            return written.load_in_pieces(name) if walked is None else walked
+
+        there = set(written.tensor_names())
+        both = [name for name in self.digests if name in there]
+        wrong = [name for name in both if base_digest([name], read) != self.digests[name]]
+        return sorted(there ^ set(self.digests)) + wrong
+
+
+def wider_dtype(widest: bool) -> str:
+    """Return the next step for a merged value out of the dtype's range."""
+    if widest:
+        return "the adapter's update is too large for any dtype: `backhand inspect` shows it, or scale it by `combine`"
+    return "give --dtype float32"
+
+
+def merged_weight(weight: Tensor, change: ModuleFactors | Tensor) -> Tensor:
+    """Return the merged or replaced weight: computed in float64, then float32 unless the weight is wider."""
+    merged = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    for rows, exact in _exact_rows(weight, change):
+        merged[rows] = exact.to(merged.dtype)
+    return merged
+
+
+def _module_loss(name: str, weight: Tensor, change: ModuleFactors | Tensor, stored: Tensor) -> ModuleLoss:
+    lost = update = base = 0.0
+    for rows, exact in _exact_rows(weight, change):
+        lost += float((stored[rows].double() - exact).square().sum())
+        update += float((exact - weight[rows].double()).square().sum())
+        base += float(weight[rows].double().square().sum())
+    return ModuleLoss(
+        name,
+        (lost / update) ** 0.5 if update > 0 else 0.0,
+        (update / base) ** 0.5 if base > 0 else float("inf"),
+    )
+
+
+def _exact_rows(weight: Tensor, change: ModuleFactors | Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, W' of these rows) in float64, a few hundred rows at a time."""
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        if isinstance(change, Tensor):
+            yield rows, change[rows].double()
+            continue
+        lora_A, lora_B = change.lora_A.double(), change.lora_B.double()
+        product = (lora_B @ lora_A[:, rows]).T if change.embedding else lora_B[rows] @ lora_A
+        exact = weight[rows].double() + change.scaling * product
+        if change.magnitude is not None:
+            exact *= (change.magnitude[rows].double() / exact.norm(dim=1)).unsqueeze(1)
+        yield rows, exact
+
+
+# A merged Granite 4 under the names of Granite 3, which its GGUF files use: gate and up as two matrices.
+
+#     input_linear = [gate; up]   (2f, hidden)        output_linear = down   (hidden, f)
+
+# Gate and up have their own rows of lora_B and of DoRA's lengths, and share lora_A.
+
+
+_FUSED, _DOWN = ".shared_mlp.input_linear", ".shared_mlp.output_linear"
+_PARTS, _DOWN_THERE = (".mlp.gate_proj", ".mlp.up_proj"), ".mlp.down_proj"
+_OWN = (
+    "layer_types",
+    "position_embedding_type",
+    "shared_intermediate_size",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+"""Fields of a Granite 4's configuration that Granite 3 does not have."""
+
+
+def in_parts(weights: MergedWeights) -> MergedWeights:
+    """Return a merged Granite 4 as a Granite 3, and any other model unchanged.
+
+    Raises:
+        ArtifactError: if it is a Granite 4 without rotary embeddings, which Granite 3 cannot express.
+    """
+    source = weights.source
+    if source.config.get("model_type") != "granitemoehybrid":
+        return weights
+    if any(layer.rotary is None for layer in decoder_config(source.config).layers):
+        raise ArtifactError(
+            "a Granite 4 without rotary embeddings cannot be written as a GGUF file",
+            where=str(source.path),
+            why="llama.cpp writes it as architecture granite with a flag that is not supported here",
+            next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
+        )
+    factors: dict[str, ModuleFactors] = {}
+    for name, change in weights.factors.items():
+        for part, half in _there(name):
+            magnitude = None if change.magnitude is None else _rows(change.magnitude, half)
+            factors[part] = replace(change, lora_B=_rows(change.lora_B, half), magnitude=magnitude)
+    trained = {part: _rows(tensor, half) for name, tensor in weights.trained.items() for part, half in _there(name)}
+    return replace(weights, source=_Granite3(source), factors=factors, trained=trained)
+
+
+def _there(name: str) -> list[tuple[str, int | None]]:
+    """Return the names of a module or tensor in a Granite 3, each with its half of the rows, or None for all rows."""
+    if _FUSED in name:
+        return [(name.replace(_FUSED, part), half) for half, part in enumerate(_PARTS)]
+    return [(name.replace(_DOWN, _DOWN_THERE), None)]
+
+
+def _rows(tensor: Tensor, half: int | None) -> Tensor:
+    return tensor if half is None else tensor.chunk(2)[half]
+
+
+class _Granite3(ModelSource):
+    """A Granite 4 directory that is presented as a Granite 3."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        stated = {key: value for key, value in source.config.items() if key not in _OWN and "mamba" not in key}
+        width = source.config["shared_intermediate_size"]
+        self.config = stated | {"model_type": "granite", "intermediate_size": width, "mlp_bias": False}
+        self.path, self.hub_id, self.origin = source.path, source.hub_id, source.origin
+        self._places = {part: (name, half) for name in source.tensor_names() for part, half in _there(name)}
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """Return the names, with gate and up instead of their joint matrix."""
+        return tuple(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `ModelSource`."""
+        stored, half = self._places.get(name, (name, None))
+        rows, *columns = self._source.shape(stored)
+        return (rows if half is None else rows // 2, *columns)
+
+    def load(self, name: str) -> Tensor:
+        """See `ModelSource`."""
+        stored, half = self._places.get(name, (name, None))
+        return _rows(self._source.load(stored), half)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `ModelSource`."""
+        return self._source.dtype(self._places.get(name, (name, None))[0])
+
+    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
+        return self._source.tokenizer()

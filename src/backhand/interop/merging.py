@@ -1,0 +1,269 @@
+"""Merging: write the base with the adapter's updates as a model of its own, and prove it against base and adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType
+
+from backhand.data.held_out import neutral_texts
+from backhand.errors import ArtifactError, not_none
+from backhand.files import staged
+from backhand.interop.gguf_adapter_writer import context_length
+from backhand.interop.gguf_model_writer import write_gguf_model
+from backhand.interop.huggingface_writer import write_huggingface
+from backhand.interop.merged_weights import MergedWeights, ModuleLoss, in_parts
+from backhand.interop.opened_adapter import OpenedAdapter, open_adapter, refuse
+from backhand.interop.options import (
+    FLOAT32_TOLERANCE,
+    ROUNDED_TOLERANCE,
+    AdaptedModelOptions,
+    MergeOptions,
+    given,
+)
+from backhand.interop.proving import BlockWalk, Prover, difference
+from backhand.kernels.dequantize import native_dtype
+from backhand.nn.families.config_fields import UnsupportedModel
+from backhand.nn.families.family import DecoderConfig, RotaryConfig
+from backhand.nn.families.family_parsing import decoder_config
+from backhand.nn.families.rotary_frequencies import inverse_frequencies
+from backhand.nn.loading.gguf_model import GGUFModel
+from backhand.nn.loading.opening import open_model
+from backhand.nn.loading.source import ModelSource
+from backhand.terminal import console
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_FLOAT32_NOISE = 3e-6
+"""Relative difference of logits that is due to float32 rounding alone."""
+
+
+def merge_command(options: MergeOptions) -> Path:
+    """Merge, print the rounding loss per layer, and prove the written model.
+
+    Raises:
+        UsageError: if an option is out of range, or `output` exists.
+        ArtifactError: if model or adapter cannot be read, or do not belong together.
+        ResourceError: if the output cannot be written.
+        CheckError: if the written model differs from base plus adapter by more than the tolerance; it is removed.
+    """
+    options.validate()
+    adapter, output = given("adapter", options.adapter), given("output", options.output)
+    prover = Prover("merge", adapter, None if options.quiet else console())
+    with staged(output) as path:
+        merge_adapter(options, path, prover, gguf=output.suffix == ".gguf")
+    prover.write()
+    prover.say(f"written: {shlex.quote(str(output))}")
+    return output
+
+
+def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> None:
+    """Write the merged model at `path`, which must not exist, and prove it; `export --merge` calls this too.
+
+    Args:
+        options: `output` is ignored.
+        gguf: write a GGUF file instead of a Hugging Face directory.
+
+    Raises:
+        ArtifactError, CheckError: see `merge_command`.
+    """
+    opened = open_adapter(
+        options.model,
+        given("adapter", options.adapter),
+        force_base=options.force_base,
+        allow_pickle=options.reading.allow_pickle,
+    )
+    prover.say_notes(opened.loaded)
+    base = describe_base(opened.source)
+    prover.say(f"base: {base}")
+    weights = merged_weights(opened)
+    weights.walk = BlockWalk(opened.source, opened.documents, [None, opened.loaded.parameters()])
+    if weights.unties_head:
+        prover.say("note: the base's head is its embedding; the merged model has a head of its own")
+    if gguf:
+        weights = in_parts(weights)
+        description = f"{opened.loaded.directory} merged into {base}"
+        for note in write_gguf_model(path, weights, dtype=options.dtype, description=description):
+            prover.say(note)
+    else:
+        if options.dtype not in ("auto", *_DTYPES):
+            raise ArtifactError(f"{options.dtype} is a type of GGUF files", where="dtype")
+        write_huggingface(
+            path,
+            weights,
+            dtype=_DTYPES.get(options.dtype),
+            max_shard_bytes=options.max_shard_bytes,
+            card=merge_card(opened, base),
+        )
+    print_losses(weights.losses, prover)
+    _prove(options, opened, weights, path, prover)
+
+
+def merged_weights(opened: OpenedAdapter) -> MergedWeights:
+    """Return the tensors of the merged model. Raises ArtifactError with the modules that cannot be merged."""
+    loaded = opened.loaded
+    reasons = {}
+    for shape in loaded.shapes:
+        if shape.lora_bias is not None:
+            reasons[shape.name] = "lora_B has a bias, for which the module has no parameter"
+        elif shape.embedding and shape.magnitude is not None:
+            reasons[shape.name] = "DoRA of an embedding is not merged here"
+    refuse("a merged model", reasons, merge=False)
+    trained = {tensor.name: loaded.factors[tensor.name] for tensor in loaded.trained if tensor.token_ids is None}
+    rows = [tensor for tensor in loaded.trained if tensor.token_ids is not None]
+    for tensor in rows:
+        table = trained.get(tensor.base_name, opened.source.load(tensor.base_name)).float().clone()
+        table[list(tensor.token_ids or ())] = loaded.factors[tensor.name].float()
+        trained[tensor.base_name] = table
+    return MergedWeights(opened.source, opened.factors, trained, keeps_head_tied=bool(rows))
+
+
+def _prove(
+    options: AdaptedModelOptions, opened: OpenedAdapter, weights: MergedWeights, path: Path, prover: Prover
+) -> None:
+    """Compare the written model, read once, with the digests, and with the logits of base and adapter."""
+    base, wanted = not_none(weights.walk).logits()
+    written = open_model(path)
+    check_same_model(weights.source, written, untied=weights.unties_head)
+    walk = BlockWalk(written, opened.documents)
+    wrong = weights.wrong_tensors(written, walk)
+    statement = f"all {len(weights.digests)} tensors read back from the file bit by bit"
+    prover.check(statement, len(wrong), 0, "write it again; the disk may be faulty")
+    (found,) = walk.logits()
+    measured = difference(found, wanted, base)
+    # In float32 or wider, no merged tensor lost more than float32 rounding.
+    unrounded = all(loss.lost * loss.update < 1e-6 for loss in weights.losses)
+    exact = options.dtype == "float32" or (options.dtype == "auto" and unrounded)
+    usual = FLOAT32_TOLERANCE if exact else ROUNDED_TOLERANCE
+    tolerance = usual if options.tolerance is None else options.tolerance
+    prover.say(
+        f"logits, merged against base and adapter: relative difference {measured.relative:.2g}, "
+        f"largest {measured.largest:.2g}"
+    )
+    prover.check(
+        f"on {wanted.shape[0]} probe tokens the logits of the merged model and of base with adapter differ by a small "
+        "share of what the adapter changes",
+        measured.share,
+        tolerance,
+        "store it in a wider type (--dtype float32), or, if so much may be lost, give a higher --tolerance",
+        holds=measured.share <= tolerance or measured.relative <= _FLOAT32_NOISE,
+    )
+
+
+_AFTER_ALL_LAYERS = 1 << 30
+_LONGER_THAN_ANY = 1 << 62
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def describe_base(source: ModelSource) -> str:
+    """Describe the origin of the base and, if it is quantized, that the update was added to dequantized weights."""
+    if not isinstance(source, GGUFModel):
+        in_blocks = f"{source.origin}, experts quantized: MXFP4; the update was added to these dequantized weights"
+        return in_blocks if source.quantized else source.origin
+    matrices = [tensor for tensor in source.metadata.tensors.values() if len(tensor.shape) > 1]
+    types = Counter(tensor.type_id for tensor in matrices if native_dtype(tensor.type_id) is None)
+    if not types:
+        return source.origin
+    names = ", ".join(f"{GGMLQuantizationType(kind).name} ({count} tensors)" for kind, count in types.most_common())
+    return f"{source.origin}, quantized: {names}; the update was added to these dequantized weights"
+
+
+def print_losses(losses: Sequence[ModuleLoss], prover: Prover) -> None:
+    """Print per layer the largest and mean rounding error relative to the update, and the update relative to W."""
+    layers: dict[tuple[int, str], list[ModuleLoss]] = {}
+    for loss in losses:
+        match = _LAYER.search(loss.name)
+        place = (int(match[1]), f"layer {match[1]}") if match else (_AFTER_ALL_LAYERS, loss.name)
+        layers.setdefault(place, []).append(loss)
+    prover.say("error of rounding over the size of the update, by layer:")
+    for (_, layer), members in sorted(layers.items()):
+        worst = max(members, key=lambda loss: loss.lost)
+        mean = sum(loss.lost for loss in members) / len(members)
+        size = max(loss.update for loss in members)
+        prover.say(
+            f"  {layer:>9}  mean {mean:.2g}  most {worst.lost:.2g} ({worst.name.rpartition('.')[2]})  "
+            f"update {size:.2g} of the weight"
+        )
+    if any(loss.lost > 1 for loss in losses):
+        prover.say("above 1: the base's own numbers are rounded too, by more than the update; see the logits, below")
+
+
+def merge_card(opened: OpenedAdapter, base: str) -> str:
+    """Return the README.md of a merged model."""
+    hub_id, adapted = opened.source.hub_id, f"{len(opened.factors)} modules, folded into the weights by Backhand"
+    of = f"base_model: {hub_id}\n" if hub_id else ""
+    header = f'---\n{of}library_name: transformers\ntags: ["lora", "backhand"]\n---\n'
+    return f"{header}\n# Merged model\n\nBase: {' '.join(base.split())}.\n\nAdapter: {adapted}.\n"
+
+
+def check_same_model(source: ModelSource, written: ModelSource, *, untied: bool) -> None:
+    """Compare everything except the weights.
+
+    Args:
+        untied: True if the head was made a matrix of its own.
+
+    Raises:
+        ArtifactError: if the format cannot express the configuration or the tokenizer.
+    """
+    ours = decoder_config(source.config)
+    if isinstance(written, GGUFModel) and not isinstance(source, GGUFModel):
+        ours = replace(ours, max_position_embeddings=context_length(ours, written.architecture))
+    try:
+        theirs = decoder_config(written.config)
+    except UnsupportedModel as error:
+        raise _cannot_hold(written, f"the written model has {'; '.join(error.problems)}") from None
+    if _comparable(ours, untied) != _comparable(theirs, untied) or not _same_angles(ours, theirs):
+        raise _cannot_hold(written, "the written model has another configuration")
+    try:
+        tokenizer = source.tokenizer()
+    except ArtifactError:
+        return
+    for text in neutral_texts():
+        if list(tokenizer(text)["input_ids"]) != list(written.tokenizer()(text)["input_ids"]):
+            raise ArtifactError(
+                "the written tokenizer gives other tokens",
+                where=written.path.name,
+                why=f"for {text[:60]!r}",
+                next_step="merge into a Hugging Face directory",
+            )
+
+
+def _cannot_hold(written: ModelSource, why: str) -> ArtifactError:
+    return ArtifactError(
+        "the format cannot hold this model's configuration",
+        where=written.path.name,
+        why=f"{why}; nothing was left at the output",
+        next_step="merge into a Hugging Face directory",
+    )
+
+
+def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
+    # Without windows, the files of Llama and Mistral are equal, and angles may be stated in several ways. Special ids
+    # may come from the config or from the tokenizer, and do not change the computation.
+    return replace(
+        config, family="", rotary=(), eos_token_ids=(), padding_id=None, tied_head=config.tied_head and not untied
+    )
+
+
+def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:
+    def same(one: RotaryConfig, other: RotaryConfig, head_dim: int) -> bool:
+        if (one.features or head_dim, one.interleaved) != (other.features or head_dim, other.interleaved):
+            return False
+        # Compare a short document, and one that is longer than the original length of any list of factors.
+        pairs = [
+            tuple(inverse_frequencies(each, head_dim, length=length) for each in (one, other))
+            for length in (0, _LONGER_THAN_ANY)
+        ]
+        return math.isclose(one.attention_factor, other.attention_factor, rel_tol=1e-6) and all(
+            torch.allclose(left, right, rtol=1e-6, atol=0) for left, right in pairs
+        )
+
+    return len(ours.rotary) == len(theirs.rotary) and all(
+        same(*each) for each in zip(ours.rotary, theirs.rotary, ours.rotary_dims, strict=True)
+    )

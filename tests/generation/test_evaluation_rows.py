@@ -1,0 +1,82 @@
+"""What `backhand evaluate` measures: each row once, loss and exact match on the same ones, and the rest is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.options import DataOptions
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.loop.evaluate import EvaluationRows, evaluate, evaluation_rows
+from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
+from backhand.options.config import ModelOptions
+
+
+@pytest.fixture(scope="module")
+def loaded(model_directory: Path) -> Iterator[LoadedModel]:
+    with loaded_model(BaseModelOptions(model=str(model_directory), dtype="float32")) as model:
+        yield model
+
+
+def rows_of(loaded: LoadedModel, path: Path, **options: Any) -> EvaluationRows:
+    return evaluation_rows(DataOptions(data=(str(path),), **options), loaded, EvaluateRunOptions())
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def row(prompt: str, completion: str = "a number") -> dict[str, str]:
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_a_pipe_is_read_once(loaded: LoadedModel, tmp_path: Path) -> None:
+    text = written(tmp_path / "rows.jsonl", row("the user"), row("asks")).read_text()
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(text,))
+    writer.start()
+    found = rows_of(loaded, pipe)
+    writer.join()
+    assert (found.rows, len(found.prompts)) == (2, 2)
+
+
+def test_rows_left_out_are_left_out_of_both_and_said(loaded: LoadedModel, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", row("the user"), row("asks"), "{", row("the user", "number " * 60))
+    found = rows_of(loaded, path, skip_bad=True, max_length=40, long_rows="drop")
+    assert (found.rows, len(found.prompts)) == (2, 2)
+    assert [note.split(":")[0] for note in found.notes] == [
+        "1 document longer than max_length, left out",
+        "1 malformed row left out, the first",
+    ]
+    cut = rows_of(loaded, path, skip_bad=True, max_length=40)
+    assert (cut.rows, len(cut.prompts)) == (3, 3) and "truncated" in cut.notes[0]
+
+
+def test_rows_that_end_in_a_question_have_a_loss_alone(loaded: LoadedModel, tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "asks"}, {"role": "assistant", "content": "json"}
+    path = written(tmp_path / "rows.jsonl", {"messages": [asked, said]}, {"messages": [asked, said, asked]})
+    found = rows_of(loaded, path)
+    assert (found.rows, len(found.prompts)) == (2, 1)
+    assert found.notes == ("1 row without a reply at the end: no exact match, the loss alone",)
+
+
+def test_the_command_says_it_beside_its_results(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "rows.jsonl", row("the user"), "{")
+    options = EvaluateOptions(
+        model=ModelOptions(model=str(model_directory), dtype="float32"),
+        data=DataOptions(data=(str(path),), skip_bad=True),
+        run=EvaluateRunOptions(max_new_tokens=2),
+    )
+    assert evaluate(options).rows == 1
+    assert "note: 1 malformed row left out, the first: " in capsys.readouterr().err
