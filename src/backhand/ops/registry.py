@@ -51,6 +51,7 @@ OPS: dict[str, str] = {
     "orpo": "orpo",
     "kto": "kto",
     "grpo": "grpo",
+    "decide": "decide",
 }
 
 
