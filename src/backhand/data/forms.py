@@ -1,8 +1,8 @@
-"""Forms of rows: detected per file from the columns, and read into one of six types of row."""
+"""Forms of rows: one table of column sets. The form of a file is detected from the columns of its first valid row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from backhand.data.column_hints import suggestion
@@ -17,7 +17,8 @@ class Form:
     """One form of row."""
 
     columns: tuple[str, ...]  # required columns
-    kind: str  # selects the reader
+    kind: str  # selects the reader in `data.form_reader`
+    purpose: Purpose = "answers"
     optional: tuple[str, ...] = ()  # optional columns of the form
     system: str | None = None  # the form's own name of the column `system`
 
@@ -47,46 +48,47 @@ class Form:
 _SHARED_COLUMNS = ("system", "tools", "functions")
 """Columns that are read in addition to a conversation; only the first one in addition to a prompt."""
 
+PREFERENCE = ("chosen", "rejected")
+
 FORMS = (
     Form(("messages",), "conversation"),
     Form(("conversations",), "conversation"),
     Form(("conversation",), "conversation"),
     Form(("prompt", "completion"), "completion"),
     Form(("prompt", "response"), "completion"),
-    Form(("instruction", "output"), "instruction", ("input",)),
-    Form(("instruction", "response"), "instruction", ("context",)),
+    Form(("instruction", "output"), "instruction", optional=("input",)),
+    Form(("instruction", "response"), "instruction", optional=("context",)),
     Form(("question", "answer"), "completion"),
     Form(("question", "response"), "completion", system="system_prompt"),
     Form(("query", "response"), "completion"),
     Form(("input", "output"), "completion"),
     Form(("text",), "text"),
+    # Without an answer: rows to generate from.
+    Form(("prompt",), "completion", "prompts"),
+    Form(("instruction",), "instruction", "prompts", ("input",)),
+    Form(("question",), "completion", "prompts"),
+    # TRL's forms, for DPO and related objectives and for KTO. In the last pair form, both sides start with the prompt.
+    Form(("prompt", *PREFERENCE), "pair", "pairs"),
+    Form(("question", *PREFERENCE), "pair", "pairs"),
+    Form(PREFERENCE, "pair", "pairs"),
+    Form(("prompt", "completion", "label"), "labelled", "labels"),
 )
-"""Forms in order of precedence: a row with the columns of several forms has the first one."""
+"""Forms by purpose, in order of precedence: a row with the columns of several forms has the first one."""
 
-PROMPT_FORMS = (
-    Form(("prompt",), "completion"),
-    Form(("instruction",), "instruction", ("input",)),
-    Form(("question",), "completion"),
-)
-"""Forms of rows without an answer, which can be generated from but not trained on."""
-
-PREFERENCE = ("chosen", "rejected")
-_BOTH = (("prompt", "completion"), ("completion", "prompt"))
-
-PAIR_FORMS = (
-    Form(("prompt", *PREFERENCE), "pair"),
-    Form(("question", *PREFERENCE), "pair"),
-    Form(PREFERENCE, "pair"),
-)
-UNPAIRED_FORMS = (Form(("prompt", "completion", "label"), "labelled"),)
-"""TRL's forms, for DPO and related objectives (`PAIR_FORMS`) and for KTO. In the last pair form, both sides start with
-the prompt."""
-
-_SPECIAL: dict[Purpose, tuple[tuple[Form, ...], str]] = {
-    "pairs": (PAIR_FORMS, "a pair has prompt, chosen and rejected, or chosen and rejected with a common beginning"),
-    "labels": (UNPAIRED_FORMS, "a row with a label has prompt, completion and label"),
-    "prompts": (PROMPT_FORMS, "a prompt to answer has prompt, question, or instruction and input"),
+_NEEDED: dict[Purpose, str] = {
+    "pairs": "a pair has prompt, chosen and rejected, or chosen and rejected with a common beginning",
+    "labels": "a row with a label has prompt, completion and label",
+    "prompts": "a prompt to answer has prompt, question, or instruction and input",
 }
+"""Columns that purposes other than answers need, as a phrase for errors."""
+
+
+def forms_for(*purposes: Purpose) -> tuple[Form, ...]:
+    """Return the forms of these purposes in order of precedence."""
+    return tuple(form for form in FORMS if form.purpose in purposes)
+
+
+_ANSWERS, _PROMPTS = forms_for("answers"), forms_for("prompts")
 
 
 def detect(
@@ -99,7 +101,7 @@ def detect(
     """Return the form of a row, from the names of its columns that are not null.
 
     Args:
-        may_ask: also accept rows without an answer.
+        allow_prompts: also accept rows without an answer.
         purpose: use of the rows; None for pairs if the columns are those of pairs, else answers.
         named: columns or templates by option; the form must read each of these options' columns.
 
@@ -107,95 +109,114 @@ def detect(
         DataError: the columns fit no form.
     """
     given = named or {}
-    required = frozenset(given)
     present = frozenset(name for name, value in raw.values.items() if value is not None)
     if purpose is None:
-        purpose = "pairs" if present.issuperset(PREFERENCE) and required <= {"prompt"} else "answers"
-    if purpose in _SPECIAL:
-        forms, what = _SPECIAL[purpose]
-        match = next((form for form in forms if required <= {*form.columns} <= present), None)
-        if match is not None:
-            return match
-        _check_named(required, forms, present, raw.source)
+        purpose = "pairs" if present.issuperset(PREFERENCE) and given.keys() <= {"prompt"} else "answers"
+    forms = forms_for(purpose, "prompts") if allow_prompts else forms_for(purpose)
+    form = next((form for form in forms if given.keys() <= {*form.columns} <= present), None)
+    preferred = purpose == "answers" and present.issuperset(PREFERENCE)
+    if form is not None and not (preferred and len(form.columns) == 1 and not given):
+        return form
+    columns = _Columns(raw, present, given)
+    if ignored := columns.ignored_option(forms_for(purpose)):
+        raise ignored
+    if purpose in _NEEDED:
         raise DataError(
             f"these columns do not fit {purpose}: {', '.join(sorted(present)) or 'none'}",
             where=raw.source,
-            why=what,
+            why=_NEEDED[purpose],
             next_step="rename the columns, or train on answers with --objective sft",
         )
-    for form in FORMS + PROMPT_FORMS if allow_prompts else FORMS:
-        if required <= {*form.columns} <= present:
-            if len(form.columns) == 1 and not required and present.issuperset(PREFERENCE):
-                break
-            return form
-    _check_named(required, FORMS, present, raw.source)
-    if present.issuperset(PREFERENCE):
-        alone = "prompt" not in present and isinstance(raw.values["chosen"], list)
-        raise DataError(
-            "these are preference pairs (chosen, rejected)",
-            where=raw.source,
-            next_step="train on them with --objective dpo; to train on the chosen answers only, "
-            + (
-                "keep chosen and rename it to messages"
-                if alone
-                else "keep prompt and chosen, and rename chosen to completion"
-            ),
-        )
-    half = next(
-        (f"--{one} is given without --{other}" for one, other in _BOTH if one in given and other not in given), ""
-    )
-    asking = next((form for form in PROMPT_FORMS if present.issuperset(form.columns)), None)
-    if asking is not None:
-        answer = next(form.columns[1] for form in FORMS if form.columns[0] == asking.columns[0])
-        answers = sorted(present & ({form.answer_columns[0] for form in FORMS if len(form.columns) > 1} - {answer}))
-        others = [name for name in raw.values if name in present and name not in (*asking.columns, *given)]
-        by_name = suggestion(asking.columns, others, given)
-        raise DataError(
-            half or f"the row has {asking.columns[0]} but {'an empty' if answer in raw.values else 'no'} {answer}",
-            where=raw.source,
-            why=f"its other columns: {name_list(others)}" if others else None,
-            next_step=f"rename the column {answers[0]} to {answer}" if answers and not given else by_name,
-        )
-    for form in FORMS:
-        empty = [name for name in form.columns if name in raw.values and name not in present]
-        if empty and present.union(empty).issuperset(form.columns):
-            raise DataError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} null", where=raw.source)
-    columns = ", ".join(sorted(raw.values.keys() - given.keys())) or "none"
-    small = {name.strip().lower() for name in present}
-    meant = next((form for form in FORMS if small.issuperset(form.columns)), None)
-    near = [form.name for form in FORMS if present.intersection(form.columns)] or _USUAL_FORMS
-    if meant is not None and not given:
-        how = f"write {' and '.join(meant.columns)} in lower case"
-        texts = [name for name in raw.values if meant.kind == "text" and name.strip().lower() == "text"]
-        label = suggestion(texts, raw.values, given) if texts else None
-        how += f" to train on whole texts; to train on another column as their answer: {label}" if label else ""
-    else:
-        by_name = suggestion((), raw.values, given)
-        how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
-    what = f"{half}; its columns: {columns}" if half else f"the columns fit no form of row: {columns}"
-    raise DataError(what, where=raw.source, next_step=how)
-
-
-def _check_named(named: frozenset[str], forms: Iterable[Form], present: frozenset[str], source: str) -> None:
-    """Raise DataError if the form of the row would ignore a column that an option names."""
-    form = next((form for form in forms if present.issuperset(form.columns)), None)
-    if not named or form is None:
-        return
-    unused = sorted(named.difference(form.columns)) or sorted(named)
-    other = dict(_BOTH).get(unused[0])
-    raise DataError(
-        f"--{unused[0]} would be ignored",
-        where=source,
-        why=f"the row has the form {form.name}, which reads {name_list(form.columns)}",
-        next_step=f"name its {other} as well, with --{other}, or leave --{unused[0]} out"
-        if other is not None and other not in named
-        else f"leave out {name_list([f'--{name}' for name in unused])}",
-    )
+    raise columns.preference_pair() or columns.without_answer() or columns.null() or columns.unknown()
 
 
 def fits(raw: RawRow) -> bool:
-    """Return True if a row has the columns of any form, null or not."""
-    return any(raw.values.keys() >= {*form.columns} for form in (*FORMS, *PAIR_FORMS, *UNPAIRED_FORMS))
+    """Return True if a row has the columns of any form with an answer, null or not."""
+    return any(form.purpose != "prompts" and raw.values.keys() >= {*form.columns} for form in FORMS)
 
 
+_BOTH = {"prompt": "completion", "completion": "prompt"}
 _USUAL_FORMS = ["messages", "prompt/completion", "instruction/input/output", "question/answer", "text"]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a row that fits no form, and the reasons for which it may fit none."""
+
+    raw: RawRow
+    present: frozenset[str]  # columns that are not null
+    given: Mapping[str, str]  # columns or templates by option
+
+    def ignored_option(self, forms: Sequence[Form]) -> DataError | None:
+        """The form of the row would ignore a column that an option names."""
+        form = next((form for form in forms if self.present.issuperset(form.columns)), None)
+        if not self.given or form is None:
+            return None
+        unused = sorted(self.given.keys() - {*form.columns}) or sorted(self.given)
+        other = _BOTH.get(unused[0], unused[0])
+        return DataError(
+            f"--{unused[0]} would be ignored",
+            where=self.raw.source,
+            why=f"the row has the form {form.name}, which reads {name_list(form.columns)}",
+            next_step=f"leave out {name_list([f'--{name}' for name in unused])}"
+            if other in self.given
+            else f"name its {other} as well, with --{other}, or leave --{unused[0]} out",
+        )
+
+    def preference_pair(self) -> DataError | None:
+        if not self.present.issuperset(PREFERENCE):
+            return None
+        alone = "prompt" not in self.present and isinstance(self.raw.values["chosen"], list)
+        keep = "chosen and rename it to messages" if alone else "prompt and chosen, and rename chosen to completion"
+        return DataError(
+            "these are preference pairs (chosen, rejected)",
+            where=self.raw.source,
+            next_step=f"train on them with --objective dpo; to train on the chosen answers only, keep {keep}",
+        )
+
+    def without_answer(self) -> DataError | None:
+        asking = next((form for form in _PROMPTS if self.present.issuperset(form.columns)), None)
+        if asking is None:
+            return None
+        answer = next(form.columns[1] for form in _ANSWERS if form.columns[0] == asking.columns[0])
+        known = {form.answer_columns[0] for form in _ANSWERS if len(form.columns) > 1} - {answer}
+        answers = sorted(self.present & known)
+        others = [name for name in self.raw.values if name in self.present - {*asking.columns, *self.given}]
+        by_name = suggestion(asking.columns, others, self.given)
+        state = "an empty" if answer in self.raw.values else "no"
+        return DataError(
+            self._half_named or f"the row has {asking.columns[0]} but {state} {answer}",
+            where=self.raw.source,
+            why=f"its other columns: {name_list(others)}" if others else None,
+            next_step=f"rename the column {answers[0]} to {answer}" if answers and not self.given else by_name,
+        )
+
+    def null(self) -> DataError | None:
+        for form in _ANSWERS:
+            empty = [name for name in form.columns if name in self.raw.values.keys() - self.present]
+            if empty and self.present.union(empty).issuperset(form.columns):
+                verb = "is" if len(empty) == 1 else "are"
+                return DataError(f"{' and '.join(empty)} {verb} null", where=self.raw.source)
+        return None
+
+    def unknown(self) -> DataError:
+        columns = ", ".join(sorted(self.raw.values.keys() - self.given.keys())) or "none"
+        small = {name.strip().lower() for name in self.present}
+        meant = next((form for form in _ANSWERS if small.issuperset(form.columns)), None)
+        if meant is not None and not self.given:
+            how = f"write {' and '.join(meant.columns)} in lower case"
+            texts = [name for name in self.raw.values if meant.kind == "text" and name.strip().lower() == "text"]
+            label = suggestion(texts, self.raw.values, self.given) if texts else None
+            how += f" to train on whole texts; to train on another column as their answer: {label}" if label else ""
+        else:
+            near = [form.name for form in _ANSWERS if self.present.intersection(form.columns)] or _USUAL_FORMS
+            by_name = suggestion((), self.raw.values, self.given)
+            how = f"a row has {' or '.join(near)}" + (f"; or name the columns: {by_name}" if by_name else "")
+        what = f"{self._half_named}; its columns" if self._half_named else "the columns fit no form of row"
+        return DataError(f"{what}: {columns}", where=self.raw.source, next_step=how)
+
+    @property
+    def _half_named(self) -> str:
+        """The phrase for one of `--prompt` and `--completion` without the other, or ""."""
+        pairs = ((one, other) for one, other in _BOTH.items() if one in self.given and other not in self.given)
+        return next((f"--{one} is given without --{other}" for one, other in pairs), "")
