@@ -46,10 +46,7 @@ OPS: dict[str, str] = {
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "mse": "mse",
-    "dpo": "dpo",
-    "simpo": "simpo",
-    "orpo": "orpo",
-    "kto": "kto",
+    "preference": "preference",
     "grpo": "grpo",
     "decide": "decide",
 }

@@ -53,8 +53,7 @@ class ObjectiveOptions(Options):
 
     loss_type: LossType | None = None
     """Form of the loss of `dpo`, as in TRL's DPOConfig (default: `sigmoid`), or of `kto`: `kto` or `apo_zero_unpaired`.
-    `backhand.ops.dpo` and `backhand.ops.kto` define each form. `aot` and `aot_unpaired` (2406.05882) sort the pairs of
-    a step."""
+    `backhand.ops.preference` defines each form. `aot` and `aot_unpaired` (2406.05882) sort the pairs of a step."""
 
     label_smoothing: Annotated[float, Bound(at_least=0.0, below=1.0)] = 0.0
     """Probability that chosen and rejected are exchanged in a pair: for `simpo`, and for `dpo` with `robust` (below

@@ -22,8 +22,8 @@ from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.ple_inputs import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
-from backhand.ops.dpo import DPORule, dpo_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
+from backhand.ops.preference import PreferenceRule, preference_reference
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from backhand.ops.weight_tiles import FrozenMatrix, frozen_dense
 from backhand.options.objectives import ObjectiveOptions
@@ -44,7 +44,7 @@ class PairLoss:
         """Return the loss, 0-d, from the nats of the supervised tokens, (supervised,)."""
         sums = nats.new_zeros(len(self.reference)).index_add(0, self.owners.to(nats.device), -nats)
         chosen, rejected = (sums - self.reference.to(sums)).view(-1, 2).unbind(1)
-        return dpo_reference(chosen, rejected, DPORule(beta=_BETA)).sum()
+        return preference_reference(chosen, rejected, PreferenceRule(beta=_BETA)).sum()
 
 
 def pair_loss(pairs: Sequence[Example]) -> PairLoss:

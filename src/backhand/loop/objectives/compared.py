@@ -4,7 +4,7 @@ Pairs: DPO in its forms, IPO, SimPO and ORPO.
 
 `aot` and `aot_unpaired` [arXiv:2406.05882] sort the pairs of a step. They compare the k-th smallest margin with the
 reference's k-th smallest, or the k-th smallest log ratio of a chosen answer with the k-th smallest of a rejected one.
-The formula is SimPO's without γ. The order depends on all pairs of the step, so a pass without gradients and dropout
+The formula is that of DPO. The order depends on all pairs of the step, so a pass without gradients and dropout
 comes first.
 
 KTO: answers that are desirable or not. The answers of other rows give the reference point of a step:
@@ -33,11 +33,11 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import DataError, not_none
 from backhand.loop.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
-from backhand.ops.dpo import AVERAGED, DPORule, dpo_backward, dpo_forward
-from backhand.ops.kto import KTORule, kto_backward, kto_forward
-from backhand.ops.orpo import log_odds, orpo_backward, orpo_forward
-from backhand.ops.simpo import SimPORule, simpo_backward, simpo_forward
+from backhand.ops.preference import PreferenceRule, log_odds, preference_backward, preference_forward
 from backhand.options.objectives import SORTED, ObjectiveOptions
+
+AVERAGED = frozenset({"ipo", "sigmoid_norm"})
+"""Forms of DPO that compare means over an answer's tokens, not sums."""
 
 
 @dataclass
@@ -86,19 +86,18 @@ def _sides(of_documents: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
+def _rule(options: ObjectiveOptions) -> PreferenceRule:
+    """Return the row of the op's table and its numbers."""
+    form = {"orpo": "orpo", "kto": "kto"}.get(options.objective, options.form)
+    loss_type = "sigmoid" if form in ("sigmoid_norm", *SORTED) else form
+    gamma = options.simpo_gamma if options.objective == "simpo" else 0.0
+    return PreferenceRule(loss_type, options.strength, options.label_smoothing, gamma, options.discopop_tau)
+
+
 def _loss(options: ObjectiveOptions, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute losses of pairs and their derivatives, (pairs,) each."""
-    one = torch.ones_like(chosen)
-    if options.objective == "orpo":
-        losses, of_orpo = orpo_forward(chosen, rejected, options.strength)
-        return losses, *orpo_backward(one, of_orpo)
-    if options.objective == "simpo":
-        margin = SimPORule(options.strength, options.simpo_gamma, options.label_smoothing)
-        losses, of_simpo = simpo_forward(chosen, rejected, margin)
-        return losses, *simpo_backward(one, of_simpo)
-    rule = DPORule(options.form, options.strength, options.label_smoothing, options.discopop_tau)
-    losses, of_dpo = dpo_forward(chosen, rejected, rule)
-    return losses, *dpo_backward(one, of_dpo)
+    losses, saved = preference_forward(chosen, rejected, _rule(options))
+    return losses, *preference_backward(torch.ones_like(losses), saved)
 
 
 def _compared(options: ObjectiveOptions, sums: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,11 +117,8 @@ def _sorted_loss(
         other: values of the other side, (pairs,).
         partners: values of equal rank, (pairs, 2); see `PairObjective.partners`.
     """
-    rule, upstream = SimPORule(options.strength, 0.0, options.label_smoothing), torch.ones_like(one)
-    losses, of_one = simpo_forward(one, partners[:, 0], rule)
-    d_one, _ = simpo_backward(upstream, of_one)
-    _, of_other = simpo_forward(partners[:, 1], other, rule)
-    _, d_other = simpo_backward(upstream, of_other)
+    losses, d_one, _ = _loss(options, one, partners[:, 0])
+    _, _, d_other = _loss(options, partners[:, 1], other)
     return losses, d_one, -d_one if options.form == "aot" else d_other
 
 
@@ -208,11 +204,14 @@ class KTOObjective(Objective):
         options, examples = self.options, self.packer.examples
         desirable = torch.tensor([bool(examples[row].desirable) for row in rows], dtype=torch.bool)
         ratios = documents.sums - not_none(documents.reference)
-        rule = KTORule(options.strength, options.desirable_weight, options.undesirable_weight)
-        losses, saved = kto_forward(ratios, desirable, torch.tensor(self.kl, dtype=torch.float64), rule)
-        (d_sums,) = kto_backward(torch.ones_like(losses), saved)
+        kl = torch.full_like(ratios, self.kl)
+        weights = ratios.new_tensor((options.undesirable_weight, options.desirable_weight))[desirable.long()]
+        chosen, rejected = torch.where(desirable, ratios, kl), torch.where(desirable, kl, ratios)
+        losses, saved = preference_forward(chosen, rejected, _rule(options))
+        d_chosen, d_rejected = preference_backward(weights, saved)
+        d_sums = torch.where(desirable, d_chosen, d_rejected)
         measured = {"kl": (self.kl * len(rows), len(rows))}
         for name, which in (("chosen", desirable), ("rejected", ~desirable)):
             measured[f"rewards/{name}"] = (float(options.strength * ratios[which].sum()), int(which.sum()))
             measured[f"logps/{name}"] = (float(documents.sums[which].sum()), int(which.sum()))
-        return RowLosses(losses, d_sums, measured)
+        return RowLosses(weights * losses, d_sums, measured)
