@@ -1,4 +1,4 @@
-"""Attention by blocks of queries, which float64 on the CPU would leave to the kernels, on the same cases."""
+"""Attention by blocks of queries in documents of several blocks, on the same cases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from backhand.ops import attention_blocks, document_groups
+from backhand.ops import attention_blocks
 from backhand.verify import runner
 from backhand.verify.runner import load_proofs, prove_case, reject_mutants
 from support.allocations import held_at_most
@@ -17,9 +17,8 @@ from support.allocations import held_at_most
 
 @pytest.fixture
 def blockwise(monkeypatch):
-    """Every run by blocks, and blocks so small that the cases' documents have several; the kernels have none."""
+    """Blocks so small that the cases' documents have several; the kernels have none."""
     monkeypatch.setattr(runner, "kernels_available", lambda: False)
-    monkeypatch.setattr(document_groups, "_few_tokens", lambda _q, _cap: 0)
     monkeypatch.setattr(attention_blocks, "BLOCK_TOKENS", 5)
     monkeypatch.setattr(attention_blocks, "ALIGNMENT", 2)
 

@@ -9,7 +9,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.cli.option_fields import option_fields
 from backhand.options.config import TrainConfig
-from backhand.options.other_names import _NAMES, translate_option
+from backhand.options.other_names import _table, option_answers, translate_option
 
 PEFT = {
     "r": "rank",
@@ -97,11 +97,12 @@ def test_the_names_are_the_tools_own() -> None:
 def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -> None:
     import re
 
-    for answer, names in _NAMES.items():
-        assert not FIELDS.intersection(names.split())
-        assert set(re.findall(r"`(\w+)`", answer)) <= FIELDS
-    every = [name for names in _NAMES.values() for name in names.split()]
-    assert len(every) == len(set(every))
+    answers = option_answers()
+    assert len(answers) == sum(
+        len(names.split()) for section in list(_table().values())[:2] for names in section.values()
+    )
+    assert not FIELDS.intersection(answers)
+    assert set(re.findall(r"`(\w+)`", " ".join(answers.values()))) <= FIELDS
 
 
 @pytest.mark.parametrize(

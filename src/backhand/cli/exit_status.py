@@ -140,7 +140,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
 
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-    from backhand.options.other_names import COMMANDS
+    from backhand.options.other_names import command_answers
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
@@ -150,7 +150,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
         return f"Unknown option: {words[0]}." + (f" Did you mean {close[0]}?" if close else "")
     if isinstance(error, UnknownCommandError) and words:
         name = words[0].lower().removeprefix("mlx_lm.")
-        if same := COMMANDS.get(name) or (f"backhand {name} --help" if name != words[0].lower() else None):
+        if same := command_answers().get(name) or (f"backhand {name} --help" if name != words[0].lower() else None):
             return f"Unknown command: {words[0]}. Its equivalent is {same}."
     if isinstance(error, UnknownOptionError):
         first = (error.token.keyword or error.token.value or "").partition("=")[0]

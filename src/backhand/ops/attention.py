@@ -28,11 +28,11 @@ to 1 - e^(σ - ℓ'), and with δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). E
 gradient through it.
 
 The kernel (native/attention.cpp) takes all documents at once, saves no ℓ, and uses the processor's pairwise products of
-bfloat16 where it has them. Its backward does not need O, since δ is a sum over P and ∂L/∂P. A caller that needs O there
+bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and ∂L/∂P. A caller that needs O there
 can have it recomputed from P V, which is one product in six, and need not save it (`can_recompute_output`). Torch's
-form (`attention_groups`) attends documents of similar length together.
+form attends documents of similar length together (`document_groups`), by blocks of queries (`attention_blocks`).
 
-Saved: Q, K, V, O if it was kept, and ℓ (one float32 per token and head) of what torch's kernels attended.
+Saved: Q, K, V, and O if it was kept.
 """
 
 from __future__ import annotations
@@ -43,23 +43,32 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import attention as kernels
-from backhand.ops.attention_blocks import Scores
-from backhand.ops.attention_groups import grouped_backward, grouped_forward
-from backhand.ops.document_groups import Run, segments
+from backhand.ops.attention_blocks import (
+    AttentionBlocksGrads,
+    AttentionBlocksSaved,
+    Scores,
+    attention_blocks_backward,
+    attention_blocks_forward,
+)
+from backhand.ops.document_groups import (
+    Run,
+    continued_end,
+    gather_documents,
+    gather_keys,
+    groups,
+    scatter_documents,
+    scatter_key_grads,
+    segments,
+)
 
 
 class AttentionSaved(NamedTuple):
-    """q, output (tokens, heads, head_dim); k, v (tokens, key/value heads, head_dim); log_sum_exp (≤ tokens · heads,).
-
-    log_sum_exp is float32 or wider, for what torch's kernels attended, in their order (documents, heads, tokens). If O
-    was not kept, output is None.
-    """
+    """q, output (tokens, heads, head_dim), output None if it was not kept; k, v (tokens, key/value heads, head_dim)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     output: Tensor | None
-    log_sum_exp: Tensor
     runs: tuple[Run, ...]
     scores: Scores
 
@@ -97,11 +106,14 @@ def attention_forward(
         output (tokens, heads, head_dim) in q's dtype, and the saved tensors.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    if scores.cap is None and kernels.attention(q, k, v, output, runs, *scores.of_kernels):
-        log_sum_exp = torch.empty(0, dtype=torch.float32)
-    else:
-        log_sum_exp = grouped_forward((q, k, v), runs, scores, output)
-    return output, AttentionSaved(q, k, v, output, log_sum_exp, runs, scores)
+    if scores.cap is not None or not kernels.attention(q, k, v, output, runs, *scores.of_kernels):
+        for group in groups(runs, q):
+            in_place = gather_documents(output, group) if group.places is None else None
+            operands = gather_documents(q, group), gather_keys(k, group), gather_keys(v, group)
+            attended, _ = attention_blocks_forward(*operands, scores, out=in_place)
+            if in_place is None:
+                scatter_documents(attended, group, output)
+    return output, AttentionSaved(q, k, v, output, runs, scores)
 
 
 def attention_backward(
@@ -114,7 +126,7 @@ def attention_backward(
         out: (tokens, heads + 2 · key/value heads, head_dim) to receive [d_q | d_k | d_v]; or None.
         output_buffer: (tokens, heads, head_dim) to receive O, or None.
     """
-    q, k, v, output, log_sum_exp, runs, scores = saved
+    q, k, v, output, runs, scores = saved
     heads, kv_heads = q.shape[1], k.shape[1]
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
@@ -125,7 +137,23 @@ def attention_backward(
         if output is None:
             output, _ = attention_forward(q, k, v, runs, scores)
         output_buffer.copy_(output)
-    grouped_backward(d_y, (q, k, v), (output, log_sum_exp), runs, scores, grads)
+    # The gradients that segments add to those before them, rounded once at the end.
+    wide, continued = torch.promote_types(q.dtype, torch.float32), continued_end(runs)
+    shares_k, shares_v = (torch.zeros(continued, *k.shape[1:], dtype=wide, device=q.device) for _ in range(2))
+    for group in groups(runs, q):
+        in_place = None
+        if group.places is None and group.keys is None:
+            in_place = AttentionBlocksGrads(*(gather_documents(gradient, group) for gradient in grads))
+        of_group = AttentionBlocksSaved(
+            gather_documents(q, group), gather_keys(k, group), gather_keys(v, group), scores
+        )
+        results = attention_blocks_backward(gather_documents(d_y, group, zero_padding=True), of_group, out=in_place)
+        if in_place is None:
+            scatter_documents(results.d_q, group, grads.d_q)
+            scatter_key_grads(results.d_k, group, grads.d_k, shares_k)
+            scatter_key_grads(results.d_v, group, grads.d_v, shares_v)
+    grads.d_k[:continued] += shares_k
+    grads.d_v[:continued] += shares_v
     return grads
 
 

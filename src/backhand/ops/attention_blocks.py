@@ -60,11 +60,6 @@ class Scores(NamedTuple):
         """The settings that our own kernel takes, which knows no cap: c, the window and σ."""
         return self.scaling, self.window, self.sinks
 
-    @property
-    def known_to_kernels(self) -> bool:
-        """Return True if torch's kernels can compute the scores: they know neither a cap nor sinks."""
-        return self.cap is None and self.sinks is None
-
 
 class AttentionBlocksSaved(NamedTuple):
     """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); the score settings."""

@@ -32,8 +32,6 @@ class Run(NamedTuple):
     before: tuple[Span, ...] = ()  # the segments before them in their documents; empty if they begin documents
 
 
-# Torch's kernels attend groups of fewer tokens.
-FEW_TOKENS = 128
 # Documents up to this length may form one group, if padding adds at most this share of its tokens. In low precision
 # their common length is rounded up within the same share: softmax takes twice as long over rows of 55 as of 64.
 JOINED_UP_TO_TOKENS = 160
@@ -80,31 +78,21 @@ class Group(NamedTuple):
     keys: Tensor | None  # (documents · (before + length),) each key's token; None if `before` is empty
 
 
-def groups(runs: tuple[Run, ...], like: Tensor, kernels: bool = True) -> tuple[Group, ...]:
-    """Group the runs: short segments of similar length that continue the same tokens form one group of blocks.
-
-    Args:
-        kernels: True if torch's kernels can attend, which know neither a cap nor sinks.
-    """
-    return _groups(runs, _few_tokens(like, kernels), like.element_size() < FLOAT32_BYTES, like.device)
+def groups(runs: tuple[Run, ...], like: Tensor) -> tuple[Group, ...]:
+    """Group the runs: short segments of similar length that continue the same tokens are attended together."""
+    return _groups(runs, like.element_size() < FLOAT32_BYTES, like.device)
 
 
 # Cached, since every layer needs the same groups in forward and backward; a few micro-batches alternate at most.
 @functools.lru_cache(maxsize=4)
-def _groups(runs: tuple[Run, ...], few_tokens: int, aligned: bool, device: torch.device) -> tuple[Group, ...]:
+def _groups(runs: tuple[Run, ...], aligned: bool, device: torch.device) -> tuple[Group, ...]:
     joined: list[list[Run]] = []
     for run in runs:
         if joined and joined[-1][0].before == run.before and _may_join(joined[-1], run):
             joined[-1].append(run)
         else:
             joined.append([run])
-    result: list[Group] = []
-    for neighbours in joined:
-        if neighbours[0].before or _tokens(neighbours) >= few_tokens:
-            result.append(_group(neighbours, aligned, device))
-        else:
-            result.extend(_group([run], False, device) for run in neighbours)
-    return tuple(result)
+    return tuple(_group(neighbours, aligned, device) for neighbours in joined)
 
 
 def _tokens(runs: Sequence[Run]) -> int:
@@ -136,19 +124,6 @@ def _group(runs: Sequence[Run], aligned: bool, device: torch.device) -> Group:
         seen = torch.tensor(before, device=device).expand(documents, -1)
         keys = torch.cat([seen, start + token_at.view(documents, length)], dim=1).flatten()
     return Group(start, tokens, documents, length, runs[0].before, places, keys)
-
-
-def uses_blocks(q: Tensor, group: Group, kernels: bool = True) -> bool:
-    """Return True if a group is attended by blocks of queries, False if by torch's kernels (see `attention_groups`)."""
-    return group.keys is not None or group.tokens >= _few_tokens(q, kernels)
-
-
-def _few_tokens(q: Tensor, kernels: bool) -> int:
-    """Return the number of tokens from which on a group is attended by blocks."""
-    if not kernels:
-        return 0
-    kernels_are_slow = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return 0 if kernels_are_slow or q.device.type != "cpu" else FEW_TOKENS
 
 
 def gather_documents(x: Tensor, group: Group, *, zero_padding: bool = False) -> Tensor:

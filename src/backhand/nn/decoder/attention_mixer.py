@@ -36,7 +36,6 @@ class AttentionMixerSaved(NamedTuple):
     """Tensors that attention saves in addition to its input and output, for T tokens and H heads."""
 
     attended: Tensor | None  # (T, H, head_dim) with gates; None without, because it is then the output
-    log_sum_exp: Tensor  # (≤ T · H,): of the documents computed by torch's kernels, see `ops.attention`
     # factors of the q/k norms, if any: (T, H, 1) and (T, key/value heads, 1), or (T, 1) for norms over all heads
     factors: tuple[Tensor, Tensor] | None
 
@@ -46,8 +45,8 @@ def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) 
     config = context.config
     q, k, v, factors = prepare_qkv(qkv, weights, context)
     buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
-    output, attended = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
-    kept = AttentionMixerSaved(output if config.attention_gate else None, attended.log_sum_exp, factors)
+    output, _ = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
+    kept = AttentionMixerSaved(output if config.attention_gate else None, factors)
     return gated_output(qkv, output, config), kept
 
 
@@ -168,9 +167,7 @@ def attention_input_gradient(
     else:
         parts, d_parts, attended = _parts(saved.input, config), _parts(d_qkv, config), inner.attended
         d_attended, d_by_head = gate_backward(d_attended, parts.gate, attended, d_parts.gate, config)
-    attention = AttentionSaved(
-        *attended_qkv(saved, weights, context), attended, inner.log_sum_exp, *attention_setting(weights, context)
-    )
+    attention = AttentionSaved(*attended_qkv(saved, weights, context), attended, *attention_setting(weights, context))
     buffer = None if output is None or saved.output is not None else _by_head(output, config)
     attention_backward(d_attended, attention, out=d_by_head, output_buffer=buffer)
     for part, table in _rotated_parts(d_by_head, context):

@@ -25,11 +25,11 @@ gated unit computes four of these lines in one pass, from ∂L/∂p to ∂L/∂h
 train more than LoRA factors, mixtures of experts, and the block in which the backward pass ends use
 `nn.decoder.general_backward`.
 
-Saved for backward: x₀, q, k, v, x₁, a, u, the norm factors, every rank-sized h = x Aᵀ, and o with its log-sum-exp if
-the backward of attention does not recompute o (`ops.attention`). With q/k norms, q and k are saved before the norm,
-together with the norm factors. With norms after the sublayers, their inputs and factors are saved too. Recomputed: p,
-the rotated q and k of families with q/k norms, and n₁ and n₂. If only factors are trained, n₁ and n₂ are not formed.
-The gradients of the factors are computed from x and the norm factor (`ops.low_rank`).
+Saved for backward: x₀, q, k, v, x₁, a, u, the norm factors, every rank-sized h = x Aᵀ, and o if the backward of
+attention does not recompute o (`ops.attention`). With q/k norms, q and k are saved before the norm, together with the
+norm factors. With norms after the sublayers, their inputs and factors are saved too. Recomputed: p, the rotated q and k
+of families with q/k norms, and n₁ and n₂. If only factors are trained, n₁ and n₂ are not formed. The gradients of the
+factors are computed from x and the norm factor (`ops.low_rank`).
 `recompute="mlp"` drops a, u and their h. `recompute="block"` saves x₀ only and runs the forward pass again.
 
 The loss reads the output of the last block at the supervised positions only. All keys and values are needed, because

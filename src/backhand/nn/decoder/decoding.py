@@ -7,9 +7,9 @@ There are two entry points. `extend` adds several new tokens per row (prompts, p
 a conversation). `step` adds one token to each row. Both use the ops of the block, with the adapter unmerged, and save
 nothing for a backward pass.
 
-Attention of new tokens over cached ones is torch's fused kernel. If scores are capped or there are sinks, it consists
-of plain products. In `step`, the heads that share keys and values take the kernel's query axis, so that each key is
-read once. Rows of different lengths are masked.
+In `extend`, new tokens attend to cached ones by blocks of queries (`ops.attention_blocks`). In `step` they use torch's
+fused kernel, or plain products if scores are capped or there are sinks. The heads that share keys and values take the
+kernel's query axis, so that each key is read once. Rows of different lengths are masked.
 
 If the family allows it, `step` is one compiled call for all blocks (`nn.decoder.decode_step`), which reads keys where
 they are stored. torch's kernel needs the keys of a row contiguously. They are contiguous if the row grew alone. For
@@ -195,7 +195,7 @@ class IncrementalDecoder:
             where, mask = seen[scores.window]
             grouped = q.reshape(len(lengths), k.shape[1], -1, q.shape[2])
             keys, values = self.cache.read(kv_layer, where)
-            if scores.known_to_kernels:
+            if scores.cap is None and scores.sinks is None:
                 output = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scores.scaling)
             else:
                 output = _plain_attention_step(grouped, keys, values, mask, scores)
@@ -234,7 +234,6 @@ class IncrementalDecoder:
         positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
         reach = torch.cat([torch.full((p.new,), p.reach, device=device) for p in pieces])
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
-        masks: dict[tuple[int, int, int | None], Tensor | None] = {}
         places = self.cache.places
         written = torch.cat([places[p.row, p.seen : p.seen + p.new] for p in pieces]).to(device)
         read: list[Where] = []
@@ -253,18 +252,7 @@ class IncrementalDecoder:
                 span = slice(piece.start, piece.start + count * piece.new)
                 keys, values = self.cache.read(kv_layer, where)
                 by_row = q[span].unflatten(0, (count, piece.new))
-                if scores.known_to_kernels:
-                    key = (piece.seen, piece.new, scores.window)
-                    if key not in masks:
-                        masks[key] = _extend_mask(*key, device)
-                    attended = scaled_dot_product_attention(
-                        *(by_row.transpose(1, 2), keys, values),
-                        attn_mask=masks[key],
-                        scale=scores.scaling,
-                        enable_gqa=True,
-                    ).transpose(1, 2)
-                else:
-                    attended, _ = attention_blocks_forward(by_row, keys.transpose(1, 2), values.transpose(1, 2), scores)
+                attended, _ = attention_blocks_forward(by_row, keys.transpose(1, 2), values.transpose(1, 2), scores)
                 output[span] = attended.flatten(0, 1)
             return output
 
@@ -379,14 +367,6 @@ def _batched_with(numbered: tuple[int, _Piece]) -> tuple[int, int, int]:
 def _adjacent(numbered: tuple[int, _Piece]) -> tuple[int, int]:
     """Return the same key for rows with any number of cached tokens."""
     return _batched_with(numbered)[:2]
-
-
-def _extend_mask(seen: int, count: int, window: int | None, device: torch.device) -> Tensor:
-    """Return (count, seen + count) booleans: the keys that each new token attends to."""
-    queries = torch.arange(seen, seen + count, device=device)
-    distance = queries[:, None] - torch.arange(seen + count, device=device)[None, :]
-    visible = distance >= 0
-    return visible if window is None else visible & (distance < window)
 
 
 def _step_mask(lengths: Sequence[int], window: int | None, device: torch.device) -> tuple[int, Tensor | None]:

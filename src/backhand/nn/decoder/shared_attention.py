@@ -21,7 +21,7 @@ projections. With only one term instead of the sum, k_proj and v_proj of p would
 
 ∂L/∂q stays within its layer. If z_v = z_k, ∂L/∂z_k is the sum of the gradients through the norm of k and through n̂.
 
-Saved in addition to input and output: log-sum-exp and the norm factors. q, and a layer's own k and v, are recomputed
+Saved in addition to input and output: the norm factors. q, and a layer's own k and v, are recomputed
 from them. Shared keys and values are stored once for all layers until the pass ends.
 """
 
@@ -47,7 +47,6 @@ from backhand.ops.rotary import rotary_backward, rotary_forward
 class SharedAttentionSaved(NamedTuple):
     """Tensors saved in addition to input and output."""
 
-    log_sum_exp: Tensor  # see `ops.attention`
     factors: tuple[Tensor, ...]  # (T, heads, 1) of the norm of q, and of the norms of k and v if the layer has its own
 
 
@@ -65,8 +64,8 @@ def shared_attention_forward(
 ) -> tuple[Tensor, SharedAttentionSaved]:
     """Return o, (T, H · head_dim), for the outputs of the projections, and the tensors saved in addition to both."""
     q, k, v, norms = _prepared(z, weights, context)
-    output, attended = attention_forward(q, k, v, *attention_setting(weights, context))
-    return output.flatten(1), SharedAttentionSaved(attended.log_sum_exp, tuple(norm.factor for norm in norms))
+    output, _ = attention_forward(q, k, v, *attention_setting(weights, context))
+    return output.flatten(1), SharedAttentionSaved(tuple(norm.factor for norm in norms))
 
 
 def shared_qkv(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +112,7 @@ def shared_attention_backward(
     q, k, v, norms = _prepared(saved.input, weights, context, inner.factors)
     # This mixer's backward does not recompute the output, so it is always saved.
     output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(saved.output), d_output))
-    attention = AttentionSaved(q, k, v, output, inner.log_sum_exp, *attention_setting(weights, context))
+    attention = AttentionSaved(q, k, v, output, *attention_setting(weights, context))
     by_head = q.new_empty(len(q), config.num_heads + 2 * config.num_key_value_heads, config.head_dim)
     d_q, d_k, d_v = attention_backward(d_attended, attention, out=by_head)
     if kv_source is not None:

@@ -83,7 +83,7 @@ def _packed(
         output = attention_blocks_reference(q, s.k, s.v, s.scores)
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
         runs = (Run(0, documents, n),)
-        packed = AttentionSaved(q, k, v, o, o.new_empty(0), runs, s.scores)
+        packed = AttentionSaved(q, k, v, o, runs, s.scores)
         packed_grads = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
         separate: Tensor = spoil(g.flatten(0, 1), packed, packed_grads).unflatten(0, (documents, n))
         return separate[:, n - m :] if gradient == "d_q" else separate
