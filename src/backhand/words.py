@@ -22,6 +22,32 @@ def count_of(count: float, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def share_interval(share: float, rows: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share that was measured on `rows` independent rows.
+
+    centre = (p + z²/2n) / (1 + z²/n),   half width = z √(p (1 - p)/n + z²/4n²) / (1 + z²/n),   z = 1.96
+
+    Without rows, nothing is known about the share: the interval is 0 to 1.
+    """
+    if rows < 1:
+        return 0.0, 1.0
+    share = min(1.0, max(0.0, share))
+    scale = 1 + _Z**2 / rows
+    centre = (share + _Z**2 / (2 * rows)) / scale
+    half = _Z * math.sqrt(share * (1 - share) / rows + (_Z / (2 * rows)) ** 2) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+_Z = 1.96
+"""A standard normal variable is within ±1.96 with a probability of 95 %."""
+
+
+def interval_text(share: float, rows: int) -> str:
+    """Format the interval of a share, such as `95 % interval 75–98 %`."""
+    low, high = share_interval(share, rows)
+    return f"95 % interval {100 * low:.0f}–{100 * high:.0f} %"
+
+
 def duration(seconds: float) -> str:
     """Format a time, such as `0.4 s`, `48 s`, `12 min 5 s` or `3 h 20 min`."""
     if 0 < seconds < 9.95:

@@ -13,6 +13,7 @@ import transformers
 
 from backhand import printing
 from backhand.adapters.peft_saving import pretrained_arguments
+from backhand.data.held_out import neutral_prompts
 from backhand.data.options import DataOptions
 from backhand.generation.command import generate_command
 from backhand.generation.options import AnswerOptions, GenerateOptions
@@ -25,10 +26,11 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.report.headline import headline
 from backhand.report.page import run_page
 from backhand.report.run_record import RunRecord, read_run
-from backhand.runs.summary import RunSummary, forgotten_nats
+from backhand.runs.summary import LabelFigures, NeutralAnswer, RunSummary, forgotten_nats
 from backhand.terminal import _Now, console, working
 from backhand.training.console import closing_lines
 from backhand.training.run import train
+from backhand.words import share_interval
 from support.page import Page
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import tiny_model
@@ -76,9 +78,58 @@ def test_forgetting_is_said_in_words(ended: RunSummary) -> None:
     assert forgot in headline(with_forgetting(run, 0.0, 1.26, 0.1)), "at the best evaluation, whose adapter is kept"
     assert "forgot" not in headline(with_forgetting(run, 0.0, 0.5, 9.0))
     assert "forgot" not in headline(with_forgetting(run, None, None, None))
-    assert f"It forgot: {forgot}." in closing_lines(replace(ended, forgotten_nats=1.26, advice="All is well."))
+    answers = (NeutralAnswer(prompt="What is the capital of France?", base="It is\nParis.", adapted="politics"),)
+    forgetful = replace(ended, forgotten_nats=1.26, advice="All is well.", neutral_answers=answers)
+    assert f"It forgot: {forgot}." in closing_lines(forgetful)
+    assert "  What is the capital of France?  “It is Paris.” → “politics”" in closing_lines(forgetful)
+    assert not any("capital" in line for line in closing_lines(replace(forgetful, forgotten_nats=0.1)))
     records: list[dict[str, Any]] = [{"step": step, "forgetting_nats": step / 4} for step in range(5)]
     assert (forgotten_nats(records, 2), forgotten_nats(records, None), forgotten_nats([], 2)) == (0.5, 1.0, None)
+
+
+def test_neutral_prompts_are_answered_before_and_after(finished: Path) -> None:
+    stored = json.loads((finished / "summary.json").read_text())
+    assert [one["prompt"] for one in stored["neutral_answers"]] == neutral_prompts()
+    assert any(one["base"] != one["adapted"] for one in stored["neutral_answers"])
+    section = Page(run_page(read_run(finished))).one("section", id="answers").text
+    assert "Unrelated prompts" in section and "What is the capital of France?" in section
+
+
+def test_shares_carry_their_interval_and_say_what_their_rows_chose(ended: RunSummary) -> None:
+    row = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 25}
+    labels = LabelFigures(accuracy=1.0, f1_macro=1.0, per_label={"spam": row}, confusion={}, invented=0)  # type: ignore[typeddict-item]
+    measured = replace(
+        ended,
+        base_exact_match=0.0,
+        adapted_exact_match=0.92,
+        exact_match_rows=25,
+        base_labels=labels,
+        adapted_labels=labels,
+    )
+    text = "\n".join(closing_lines(measured))
+    assert "Exactly right answers 0.0% → 92.0% (95 % interval 75–98 %) of 25 held-out rows." in text
+    assert "accuracy 100.0% → 100.0% (95 % interval 87–100 %)" in text
+    chosen = "The same held-out rows chose the best step"
+    assert ended.evaluations == 2 and chosen in text
+    assert chosen not in "\n".join(closing_lines(replace(measured, evaluations=1)))
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "low", "high"),
+    [(0.0, 10, 0.0, 0.2775), (1.0, 25, 0.8668, 1.0), (0.5, 100, 0.4038, 0.5962), (0.7, 0, 0.0, 1.0)],
+)
+def test_the_interval_is_wilsons(share: float, rows: int, low: float, high: float) -> None:
+    assert share_interval(share, rows) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_labels_come_with_what_they_lack(ended: RunSummary) -> None:
+    lacks = "with one of billing, shipping, also a text that fits none of them"
+    lines = closing_lines(replace(ended, labels=("billing", "shipping")))
+    assert any(lacks in line for line in lines) and any("--labels auto" in line for line in lines)
+    assert not any("fits none" in line for line in closing_lines(ended))
+    stored = json.loads(Path(ended.output, "summary.json").read_text()) | {"labels": ["billing", "shipping"]}
+    run = replace(read_run(Path(ended.output)), summary=stored)
+    assert lacks in Page(run_page(run)).one("section", id="result").text
 
 
 def test_a_gguf_base_in_other_programs(tiny: TinyRun, tmp_path: Path) -> None:

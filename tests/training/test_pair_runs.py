@@ -90,7 +90,12 @@ def test_a_run_learns_pairs_and_says_so_under_trls_names(straight: TrainConfig) 
     assert summary["best_eval_loss"] < summary["base_eval_loss"]
     assert 0 <= summary["held_out_pairs"]["rewards/accuracies"] <= 1
     told = read_summary(run / "summary.json")
-    assert told is not None and any(line.startswith("Of the held-out pairs") for line in closing_lines(told))
+    assert told is not None
+    words = "\n".join(closing_lines(told))
+    assert "of 4 held-out pairs are ordered rightly (95 % interval" in words and "log-probability of chosen" in words
+    answers = summary["free_answers"]
+    assert answers["rows"] == 4 and answers["rejected"] > answers["chosen"] > 0 and answers["adapted"] > 0
+    assert "Free answers have" in words and f"chosen ones {answers['chosen']:.0f}" in words
     stored = (run / "config.toml").read_text()
     assert 'objective = "dpo"' in stored and "beta = 0.1" in stored and 'loss_type = "sigmoid"' in stored
 
@@ -101,6 +106,19 @@ def test_answers_stand_beside_both_sides(straight: TrainConfig, rows: dict[str, 
     assert answers and {(a["reference"], a["rejected"]) for a in answers} <= {
         (row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in held_out
     }
+
+
+def test_neither_page_nor_console_says_that_pairs_helped(straight: TrainConfig, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight.run.output, tmp_path / "run"))
+    stored = json.loads((run / "summary.json").read_text())
+    cut_off = {"base": 6.0, "adapted": 55.0, "chosen": 3.0, "base_cut_off": 0.0, "adapted_cut_off": 1.0}
+    stored["free_answers"] |= cut_off
+    (run / "summary.json").write_text(json.dumps(stored))
+    result = Page(run_page(read_run(run))).one("section", id="result").text
+    assert "helped" not in result and "free answers got worse" in result
+    assert "free answers have 6 → 55 (100% cut off) tokens" in result and "are ordered rightly" in result
+    summary = read_summary(run / "summary.json")
+    assert summary is not None and "they got worse" in "\n".join(closing_lines(summary))
 
 
 def test_the_page_has_margins_accuracies_and_both_answers(straight: TrainConfig) -> None:

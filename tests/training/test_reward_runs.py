@@ -31,7 +31,9 @@ from backhand.options.objectives import ObjectiveOptions
 from backhand.options.rewards import RewardOptions
 from backhand.report.page import page_values, run_page
 from backhand.report.run_record import read_run
+from backhand.runs.summary import read_summary
 from backhand.training import plan as run_plan
+from backhand.training.console import closing_lines
 from backhand.training.plan_command import plan
 from backhand.training.run import train
 from support.ranks import bits_of_several, start_ranks
@@ -127,6 +129,17 @@ def test_a_run_learns_what_is_rewarded(straight: TrainConfig) -> None:
     assert steps[0]["clip_ratio"] >= 0 and steps[-1]["kl"] > steps[0]["kl"] >= 0
     assert all(0 < step["sampling_gap"] < 1e-4 for step in steps)
     assert evaluations[-1]["eval_reward"] == -evaluations[-1]["eval_loss"] > evaluations[0]["eval_reward"]
+    summary = read_summary(run / "summary.json")
+    assert summary is not None
+    assert (summary.first_reward, summary.last_reward) == (steps[0]["reward"], steps[-1]["reward"])
+    assert summary.base_eval_reward == evaluations[0]["eval_reward"]
+    assert summary.best_eval_reward == max(line["eval_reward"] for line in evaluations[1:])
+    words = closing_lines(summary)
+    assert any(
+        line.startswith(f"Reward of its own answers to training rows {summary.first_reward:.4f} →") for line in words
+    )
+    unmeasured = closing_lines(replace(summary, base_eval_loss=None, best_eval_loss=None))
+    assert not any("Training loss" in line for line in unmeasured), "the loss of rewards is always near 0"
     stored = (run / "config.toml").read_text()
     assert 'loss = "dapo"' in stored and 'scale_rewards = "group"' in stored and "epsilon_high = 0.2" in stored
     proofs = {line["proof"]: line for line in lines(run, "proofs.jsonl")}

@@ -76,8 +76,16 @@ def overlap(train: Iterable[Example], held_out: Iterable[Example]) -> StoredExam
 
 def neutral_texts() -> list[str]:
     """Return the lines of neutral_texts.txt: short texts of the package that are unrelated to any task."""
-    text = resources.files("backhand.data").joinpath("neutral_texts.txt").read_text(encoding="utf-8")
-    return text.splitlines()
+    return _package_lines("neutral_texts.txt")
+
+
+def neutral_prompts() -> list[str]:
+    """Return the lines of neutral_prompts.txt, whose answers show in words what an adapter has forgotten."""
+    return _package_lines("neutral_prompts.txt")
+
+
+def _package_lines(name: str) -> list[str]:
+    return resources.files("backhand.data").joinpath(name).read_text(encoding="utf-8").splitlines()
 
 
 def _groups(examples: StoredExamples) -> npt.NDArray[np.int64]:

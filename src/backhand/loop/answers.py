@@ -1,4 +1,4 @@
-"""Answers to held-out rows at the end of a run: examples for answers.jsonl, and the exact match for the summary.
+"""Answers at the end of a run: examples for answers.jsonl, and measurements of answers for the summary.
 
 The prompt of a row is everything before its last supervised span, and that span is the reference answer. If a row is
 plain text, all of it is supervised. Then the first half is the prompt and the second half is the reference.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,19 +16,22 @@ import numpy as np
 
 from backhand.data.chat import stopping_role_ids
 from backhand.data.examples import Example
+from backhand.data.held_out import neutral_prompts
 from backhand.data.options import TemplateOptions
 from backhand.data.prepare import Prompt
 from backhand.engines.engine import BoundModel
-from backhand.errors import CheckError
+from backhand.errors import CheckError, DataError, UsageError, not_none
 from backhand.generation.completer import complete_greedily
 from backhand.generation.labels import Labels, longest_label
 from backhand.generation.loading import LoadedModel
+from backhand.generation.session import GenerationSession
 from backhand.loop.evaluate import EvaluationRows, score
 from backhand.loop.measuring import HeldOut, evenly_spaced
 from backhand.nn.loading.source import ModelSource
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import TrainConfig
 from backhand.printing import counting
+from backhand.runs.summary import AnswerLengths, NeutralAnswer
 
 MAX_NEW_TOKENS = 64
 _LONGEST_PROMPT = 1024
@@ -48,17 +51,18 @@ class HeldOutAnswer:
     rejected: str | None = None  # the rejected answer of a pair; None for other rows
 
 
-def answers_file(bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig) -> str:
-    """Return the contents of answers.jsonl: one line for each of `config.run.answers` rows.
+@dataclass(frozen=True)
+class FreeAnswers:
+    """Greedy answers at the end of a run, of the base model and with the adapter."""
 
-    Args:
-        bound: the model with the adapter to answer with, which is attached again afterwards.
-        source: the model's files.
-        examples: the held-out rows.
-        config: the configuration of the run.
-    """
-    answers = held_out_answers(bound, examples, source.tokenizer(), stop_ids(source, config.data), config.run.answers)
-    return "".join(json.dumps(asdict(answer)) + "\n" for answer in answers)
+    held_out: tuple[HeldOutAnswer, ...]
+    lengths: AnswerLengths | None  # None if the rows are no pairs
+    neutral: tuple[NeutralAnswer, ...]  # empty if the chat template refuses the prompts
+
+    def file(self, count: int) -> str:
+        """Return the contents of answers.jsonl: a line for each of up to `count` rows."""
+        shown = (self.held_out[number] for number in evenly_spaced(len(self.held_out), count))
+        return "".join(json.dumps(asdict(answer)) + "\n" for answer in shown)
 
 
 def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
@@ -66,48 +70,127 @@ def stop_ids(source: ModelSource, template: TemplateOptions) -> tuple[int, ...]:
     return (*source.stop_token_ids(), *stopping_role_ids(source.tokenizer(), template))
 
 
-def held_out_answers(
-    bound: BoundModel, examples: Sequence[Example], tokenizer: Any, stop_ids: Collection[int], count: int
-) -> Iterator[HeldOutAnswer]:
-    """Yield the answers to `count` evenly spaced rows.
+_MEASURED_PAIRS = 8
+"""Number of pairs whose free answers are measured, if the report shows fewer."""
+
+
+def free_answers(
+    bound: BoundModel, source: ModelSource, examples: Sequence[Example], config: TrainConfig
+) -> FreeAnswers:
+    """Answer evenly spaced held-out rows and the neutral prompts.
 
     Args:
         bound: the model with the adapter to answer with, which is attached again afterwards.
-        examples: the rows.
-        tokenizer: a transformers tokenizer.
-        stop_ids: tokens that end an answer.
-        count: number of rows.
+        source: the model's files.
+        examples: the held-out rows.
+        config: the configuration of the run, with the number of rows that the report shows.
     """
-    model = bound.completer()
+    model, tokenizer, stops = bound.completer(), source.tokenizer(), stop_ids(source, config.data)
     new_tokens = max(1, min(MAX_NEW_TOKENS, model.context_tokens // 2))
     longest = min(_LONGEST_PROMPT, model.context_tokens - new_tokens)
+    pairs = config.objective.purpose == "pairs"
+    count = max(config.run.answers, _MEASURED_PAIRS if pairs else 0)
     chosen = [examples[number] for number in evenly_spaced(len(examples), count)]
     parts = [part for part in ((example, *_parts(example, longest)) for example in chosen) if len(part[1])]
-    prompts = [prompt.tolist() for _, prompt, _ in parts]
+    questions = _neutral_questions(LoadedModel(model, tokenizer, stops), config.data, longest)
+    prompts = [*(prompt.tolist() for _, prompt, _ in parts), *(ids for _, ids in questions)]
+    # The memory plan covers as many rows at once as a micro-batch has. A few short answers take less than a step.
+    at_once = max(_FEW_ROWS, config.optimization.micro_batch_rows or 1)
     completions: list[list[list[int]]] = []
     try:
         for adapter in (True, False):
             model.use_adapter(adapter)
             with counting("answers for the report", len(prompts)) as done:
-                ids = complete_greedily(model, prompts, max_new_tokens=new_tokens, stop_ids=stop_ids, on_done=done)
-            completions.append(ids)
+                completions.append(
+                    complete_greedily(
+                        *(model, prompts),
+                        max_new_tokens=new_tokens,
+                        stop_ids=stops,
+                        batch_size=at_once,
+                        on_done=done,
+                    )
+                )
     finally:
         bound.model.attach(bound.lora)
+    adapted, base = completions
+    held_out = [
+        _held_out_answer(tokenizer, example, prompt, [reference[:new_tokens].tolist(), of_base, of_adapted], new_tokens)
+        for (example, prompt, reference), of_base, of_adapted in zip(parts, base, adapted, strict=False)
+    ]
+    first = len(parts)
+    neutral = [
+        NeutralAnswer(prompt=question, base=_decoded(tokenizer, of_base), adapted=_decoded(tokenizer, of_adapted))
+        for (question, _), of_base, of_adapted in zip(questions, base[first:], adapted[first:], strict=True)
+    ]
+    paired = [example for example, _, _ in parts] if pairs else []
+    lengths = _lengths(paired, base[:first], adapted[:first], frozenset(stops), new_tokens)
+    return FreeAnswers(tuple(held_out), lengths, tuple(neutral))
+
+
+_FEW_ROWS = 4
+
+
+def _neutral_questions(loaded: LoadedModel, template: TemplateOptions, longest: int) -> list[tuple[str, list[int]]]:
+    """Return the neutral prompts with their token ids; an empty list if the chat template refuses them."""
+    try:
+        session = GenerationSession(loaded, template)
+        questions = [(question, session.prompt_ids(question)) for question in neutral_prompts()]
+    except (DataError, UsageError):
+        return []
+    return [(question, ids) for question, ids in questions if len(ids) <= longest]
+
+
+def _held_out_answer(
+    tokenizer: Any, example: Example, prompt: np.ndarray[Any, Any], answers: list[list[int]], new_tokens: int
+) -> HeldOutAnswer:
+    """Decode the prompt and its answers: reference, base, adapted."""
+    if example.rejected is not None:
+        answers = [*answers, _parts(example.rejected, len(prompt))[1][:new_tokens].tolist()]
+    decoded = [_decoded(tokenizer, ids) for ids in answers]
+    if example.prompt_row is not None:
+        decoded[0] = example.prompt_row.reference or ""
     special = set(tokenizer.all_special_ids)
-    for (example, _, reference), prompt, of_adapted, of_base in zip(parts, prompts, *completions, strict=True):
-        answers = [reference[:new_tokens].tolist(), of_base, of_adapted]
-        if example.rejected is not None:
-            answers.append(_parts(example.rejected, longest)[1][:new_tokens].tolist())
-        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-        if example.prompt_row is not None:
-            decoded[0] = example.prompt_row.reference or ""
-        runs = itertools.groupby(prompt, key=special.__contains__)  # alternating control tokens and text
-        yield HeldOutAnswer(
-            example.source,
-            str(tokenizer.decode(prompt)),
-            tuple((str(tokenizer.decode(list(run))), control) for control, run in runs),
-            *decoded,
-        )
+    runs = itertools.groupby(prompt.tolist(), key=special.__contains__)  # alternating control tokens and text
+    return HeldOutAnswer(
+        example.source,
+        str(tokenizer.decode(prompt)),
+        tuple((str(tokenizer.decode(list(run))), control) for control, run in runs),
+        *decoded,
+    )
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _lengths(
+    pairs: Sequence[Example],
+    base: Sequence[Sequence[int]],
+    adapted: Sequence[Sequence[int]],
+    stops: Collection[int],
+    limit: int,
+) -> AnswerLengths | None:
+    """Return the mean lengths of free answers and of the answers in pairs; None if no pair was answered."""
+    if not pairs:
+        return None
+
+    def mean(counts: Iterable[int]) -> float:
+        return sum(counts) / len(pairs)
+
+    def tokens(example: Example) -> int:
+        begin, end = example.last_answer
+        return sum(1 for _ in itertools.takewhile(lambda token: token not in stops, example.input_ids[begin:end]))
+
+    return AnswerLengths(
+        rows=len(pairs),
+        limit=limit,
+        base=mean(map(len, base)),
+        adapted=mean(map(len, adapted)),
+        chosen=mean(map(tokens, pairs)),
+        rejected=mean(tokens(not_none(example.rejected)) for example in pairs),
+        base_cut_off=mean(len(ids) >= limit for ids in base),
+        adapted_cut_off=mean(len(ids) >= limit for ids in adapted),
+    )
 
 
 _SHORT_TOKENS = 128

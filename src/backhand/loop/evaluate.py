@@ -55,7 +55,7 @@ from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
 from backhand.printing import counting, going_on
 from backhand.terminal import console_for_tables, table_of, working
-from backhand.words import count_of, name_list, shorten, show_notes
+from backhand.words import count_of, interval_text, name_list, shorten, show_notes
 
 
 @dataclass(frozen=True)
@@ -360,8 +360,13 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         of_labels = (f"{labels.accuracy:.1%}", f"{labels.f1_macro:.3f}", f"{labels.invented:,}") if labels else ()
         shown.add_row(name, f"{one.loss:.4f}", f"{one.perplexity:.3f}", match, *of_labels)
     console_for_tables().print(shown)
-    if labels := measured[-1][1].labels:
-        print_labels(measured[-1][0], labels)
+    name, last = measured[-1]
+    shares = {"exact match": last.exact_match, "accuracy": None if last.labels is None else last.labels.accuracy}
+    known = [f"{what} {interval_text(share, result.rows)}" for what, share in shares.items() if share is not None]
+    if known:
+        console_for_tables().print(f"{name}: {', '.join(known)}", soft_wrap=True)
+    if last.labels:
+        print_labels(name, last.labels)
     for name, one in measured:
         if one.pairs is not None:
             values_text = ", ".join(f"{key} {value:.4g}" for key, value in one.pairs.items())

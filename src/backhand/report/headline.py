@@ -6,14 +6,15 @@ import math
 from pathlib import Path
 
 from backhand.report.run_record import RunRecord, is_number
+from backhand.runs.pair_results import PAIR_OBJECTIVES, held_out_pairs, pair_clauses
 from backhand.runs.summary import forgetting, forgotten_nats
 from backhand.words import count_of
 
 
 def verdict(run: RunRecord) -> str:
-    """Return `helped`, `hurt` or `unknown`."""
+    """Return `helped`, `hurt` or `unknown`. The loss of pairs does not tell whether answers got better: `unknown`."""
     base, best = base_and_best(run)
-    if base is None or best is None:
+    if base is None or best is None or run.objective in PAIR_OBJECTIVES:
         return "unknown"
     return "helped" if best < base else "hurt"
 
@@ -36,9 +37,13 @@ def headline(run: RunRecord) -> str:
 
 def _forgot(run: RunRecord) -> str:
     """Return a clause if the loss on neutral texts has risen much, otherwise ""."""
-    best = min(((loss, step) for step, loss in run.held_out_losses() if step > 0), default=(0.0, None))[1]
-    nats = forgotten_nats(run.evaluations, best)
-    return f"; {forgetting(nats)}" if is_number(nats) and forgetting(nats) else ""
+    clause = forgetting(forgotten_nats(run.evaluations, _best_step(run)))
+    return f"; {clause}" if clause else ""
+
+
+def _best_step(run: RunRecord) -> int | None:
+    """Return the step with the lowest held-out loss, or None if no step was evaluated."""
+    return min(((loss, step) for step, loss in run.held_out_losses() if step > 0), default=(0.0, None))[1]
 
 
 def _slower(run: RunRecord) -> str:
@@ -78,14 +83,29 @@ def _rows(run: RunRecord) -> str:
 
 def _outcome(run: RunRecord) -> str:
     base, best = base_and_best(run)
+    reward = ""
+    if is_number(first := run.summary.get("first_reward")) and is_number(last := run.summary.get("last_reward")):
+        reward = f"; the reward of its answers to training rows went from {first:.3f} to {last:.3f}"
     if base is None or best is None:
-        return "; nothing was held out, so it is not known whether it helped" if not run.held_out_losses() else ""
-    change = f"the loss on held-out rows went from {base:.3f} to {best:.3f}"
+        unknown = "; nothing was held out, so it is not known whether it helped"
+        return reward + ("" if run.held_out_losses() else unknown)
     if run.objective == "grpo":
-        return f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}"
+        return (
+            f": the reward on held-out rows went from {-base:.3f} to {-best:.3f}, so it {_verdict(base, best)}{reward}"
+        )
+    change = f": the loss on held-out rows went from {base:.3f} to {best:.3f}"
+    if run.objective in PAIR_OBJECTIVES:
+        pairs = held_out_pairs(run.evaluations, _best_step(run))
+        answers = run.summary.get("free_answers")
+        clauses = [] if pairs is None else pair_clauses(pairs, _held_out_rows(run), run.objective, answers)
+        return "; ".join([f"{change} ({run.objective})", *clauses])
     nats = f"nats per token (perplexity {perplexity(base)} to {perplexity(best)})"
-    named = nats if run.objective == "sft" else f"({run.objective})"
-    return f": {change} {named}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
+    return f"{change} {nats}, so it {_verdict(base, best)}{_by_how_much(run, base, best)}"
+
+
+def _held_out_rows(run: RunRecord) -> int:
+    held_out = run.facts.get("data", {}).get("held_out") or {}
+    return int(held_out.get("examples") or 0)
 
 
 def _verdict(base: float, best: float) -> str:
@@ -93,13 +113,8 @@ def _verdict(base: float, best: float) -> str:
 
 
 def _by_how_much(run: RunRecord, base: float, best: float) -> str:
-    """Return the improvement in the measure for the kind of rows: pairs, answers or plain text."""
+    """Return the improvement in the measure for the kind of rows: answers or plain text."""
     if best >= base:
-        return ""
-    ordered = next((line.get("eval_rewards/accuracies") for line in run.metrics if line.get("eval_loss") == best), None)
-    if is_number(ordered):
-        return f": {ordered:.0%} of the held-out pairs are ordered correctly"
-    if run.objective != "sft":
         return ""
     if all(part["form"] == "text" for part in run.rows.get("sources", ())):
         return f": the perplexity is {1 - math.exp(best - base):.0%} lower"

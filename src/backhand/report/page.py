@@ -23,7 +23,9 @@ from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.checkpoint import latest_name
 from backhand.runs.directory import CHECKPOINTS
-from backhand.words import count_of
+from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
+from backhand.runs.summary import CHOSEN_BY, no_label_fits
+from backhand.words import count_of, interval_text
 
 SECTIONS = ("result", "answers", "curves", "adapter", "proofs", "data", "repeat")
 
@@ -47,6 +49,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "run": run,
         "sections": [(name, "repeat it" if name == "repeat" else name) for name in SECTIONS[1:]],
         "headline": headline(run),
+        "remarks": _remarks(run),
         "tiles": _tiles(run, tables),
         "answers": [_answer(line) | {"over_time": _over_time(run, line)} for line in run.answers],
         "max_new_tokens": MAX_NEW_TOKENS,
@@ -61,30 +64,49 @@ def page_values(run: RunRecord) -> dict[str, Any]:
     }
 
 
+def _remarks(run: RunRecord) -> list[str]:
+    """Return sentences that qualify the result."""
+    remarks = [CHOSEN_BY] if (run.summary.get("evaluations") or 0) > 1 else []
+    return [*remarks, no_label_fits(labels)] if (labels := run.summary.get("labels")) else remarks
+
+
 def _tiles(run: RunRecord, tables: Sequence[ProofTable]) -> list[tuple[str, str, str]]:
     """Return (value, label, colour) per tile; the colour is `good`, `bad` or ""."""
     summary, steps = run.summary, run.steps
-    base, best = base_and_best(run)
     spent = summary.get("train_s", steps[-1].get("time_s") if steps else None)
     speed = summary.get("tokens_per_s", steps[-1].get("tokens_per_s") if steps else None)
     used = [line["rss_bytes"] for line in steps if is_number(line.get("rss_bytes"))]
     peak = summary.get("peak_rss_bytes", max(used, default=None))
     proved, failed = sum(len(table.lines) for table in tables), sum(table.failed for table in tables)
-    helped, colour = VERDICTS[verdict(run)]
     predicted = run.facts.get("memory", {}).get("predicted_bytes")
     of_memory = f"peak memory, {size(predicted)} predicted" if is_number(predicted) else "peak memory"
-    loss = known(base, _short) if best is None else f"{known(base, _short)} → {_short(best)}"
     tiles = [
-        (loss, f"held-out loss: {helped}", colour),
+        _result_tile(run),
         (time_taken(spent), "in training steps", ""),
         (known(speed, "{:,.0f}".format), "tokens per second", ""),
         (size(peak), of_memory, ""),
         (f"{proved - failed} of {proved}", "checks hold", "bad" if failed else "good" if proved else ""),
     ]
-    if is_number(summary.get("adapted_exact_match")):
-        before, after = (summary.get(f"{which}_exact_match") for which in ("base", "adapted"))
-        tiles.insert(1, (f"{known(before, _SHARE)} → {known(after, _SHARE)}", "answers exactly right", ""))
+    if is_number(after := summary.get("adapted_exact_match")):
+        interval = interval_text(after, summary.get("exact_match_rows") or 0)
+        change = f"{known(summary.get('base_exact_match'), _SHARE)} → {_SHARE(after)}"
+        tiles.insert(1, (change, f"answers exactly right, {interval}", ""))
     return tiles
+
+
+def _result_tile(run: RunRecord) -> tuple[str, str, str]:
+    """Return the tile of the held-out loss or reward."""
+    base, best = base_and_best(run)
+    name = "held-out loss"
+    if run.objective == "grpo":
+        name, base, best = "held-out reward", *(None if value is None else -value for value in (base, best))
+    value = known(base, _short) if best is None else f"{known(base, _short)} → {_short(best)}"
+    if run.objective in PAIR_OBJECTIVES:
+        answers = run.summary.get("free_answers")
+        worse = answers is not None and answers_got_worse(answers)
+        return (value, f"{name} of pairs" + ("; free answers got worse" if worse else ""), "bad" if worse else "")
+    helped, colour = VERDICTS[verdict(run)]
+    return (value, f"{name}: {helped}", colour)
 
 
 VERDICTS = {"helped": ("it helped", "good"), "hurt": ("it did not help", "bad"), "unknown": ("not measured", "")}

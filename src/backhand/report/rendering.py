@@ -25,7 +25,7 @@ from markupsafe import Markup
 from backhand.adapters.peft_saving import pretrained_arguments
 from backhand.data.options import system_option
 from backhand.report.run_record import is_number
-from backhand.words import count_of, duration, in_words
+from backhand.words import count_of, duration, in_words, interval_text
 
 NOT_KNOWN = "–"
 PAGE_SCRIPTS = ("vega.min.js", "page.js")
@@ -63,6 +63,7 @@ def environment() -> Environment:
     )
     templates.filters |= {"figure": figure, "percent": percent, "place": place, "json": _json, "moment": moment}
     templates.filters |= {"time_taken": time_taken, "size": size, "count_of": count_of}
+    templates.filters["interval_text"] = interval_text
     templates.filters |= {"pretrained": pretrained_arguments, "system_option": system_option}
     templates.filters |= {"repr": repr, "shell": lambda value: shlex.quote(str(value))}
     return templates

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 from backhand.reading import read_json
+from backhand.words import name_list, shorten
 
 
 class LabelRow(TypedDict):
@@ -29,6 +30,28 @@ class LabelFigures(TypedDict):
     per_label: dict[str, LabelRow]
     confusion: dict[str, dict[str, int]]
     invented: int
+
+
+class AnswerLengths(TypedDict):
+    """Mean numbers of tokens of free answers to held-out prompts, and of the answers in these pairs."""
+
+    rows: int  # number of prompts answered
+    limit: int  # largest number of tokens of a free answer
+    base: float
+    adapted: float
+    chosen: float
+    rejected: float
+    # base_cut_off, adapted_cut_off: share of the free answers that reached the limit
+    base_cut_off: float
+    adapted_cut_off: float
+
+
+class NeutralAnswer(TypedDict):
+    """Greedy answers to a prompt that is unrelated to the rows."""
+
+    prompt: str
+    base: str
+    adapted: str
 
 
 @dataclass(frozen=True)
@@ -78,14 +101,24 @@ class RunSummary:
     # base_labels, adapted_labels: scores of these rows; None if their answers are not labels
     base_labels: LabelFigures | None = None
     adapted_labels: LabelFigures | None = None
-    # `rewards/accuracies` and `rewards/margins` of the best evaluation on pairs; None for other rows
+    evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
+    # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None
+    free_answers: AnswerLengths | None = None  # of pairs; None for other rows, or if no answers were generated
+    # first_reward, last_reward: mean reward of sampled answers in the first and in the last tenth of the logged steps.
+    # base_eval_reward, best_eval_reward: mean reward of greedy answers to held-out prompts. None without rewards
+    first_reward: float | None = None
+    last_reward: float | None = None
+    base_eval_reward: float | None = None
+    best_eval_reward: float | None = None
+    neutral_answers: tuple[NeutralAnswer, ...] = ()  # empty if no answers were generated
     # rise of the loss on neutral texts with the adapter that is kept; None if it was not measured
     forgotten_nats: float | None = None
     # reading, asking: options of `evaluate` for rows of the same columns, and of `generate` for the same kind of prompt
     reading: str = ""
     asking: str = " --prompt '…'"
     system: str | None = None  # system message of all training rows, or None
+    labels: tuple[str, ...] = ()  # the labels of the training rows; empty if their answers are not labels
     # advice, try_next: a conclusion from the run's curves and the command to try next, or None
     advice: str | None = None
     try_next: str | None = None
@@ -115,6 +148,19 @@ def forgetting(nats: float | None) -> str:
     if nats is None or nats <= FORGOTTEN_NATS:
         return ""
     return f"it forgot: on neutral texts the loss rose by {nats:.2f} nats per token"
+
+
+CHOSEN_BY = (
+    "The same held-out rows chose the best step: other rows may do a little worse. Measure them with backhand evaluate."
+)
+
+
+def no_label_fits(labels: Sequence[str]) -> str:
+    """Return a sentence about texts that fit none of an adapter's labels."""
+    return (
+        f"The adapter answers every text with one of {name_list(map(shorten, labels), limit=4)}, also a text that fits "
+        "none of them. If no label is for such texts, add some of them to the rows with the answer other."
+    )
 
 
 def read_summary(path: Path) -> RunSummary | None:

@@ -33,7 +33,9 @@ from typing import Any, Literal
 from backhand.loop.step import LearningRate
 from backhand.loop.step_plan import five_times
 from backhand.options.config import OptimizationOptions, TrainConfig
-from backhand.runs.directory import CONFIG
+from backhand.runs.directory import ADAPTER, CONFIG
+from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse
+from backhand.runs.summary import RunSummary
 
 Finding = Literal["unsteady", "not better", "hardly moved", "rose", "still falling", "forgot", "low", "fine"]
 
@@ -188,7 +190,39 @@ def advice(
     }[finding]
     if not changes:
         return sentence, None
+    return sentence, _again(run, changes)
+
+
+def pair_advice(config: TrainConfig, summary: RunSummary, run: Path) -> tuple[str, str] | None:
+    """Return a sentence and a command if free answers are not like the chosen ones, otherwise None.
+
+    Args:
+        config: the resolved configuration of the run.
+        summary: its results, with the lengths of free answers.
+        run: the run directory.
+    """
+    answers, started_from = summary.free_answers, config.run.from_adapter
+    if answers is None or not (answers_got_worse(answers) or answers_far_from_chosen(answers)):
+        return None
+    if started_from is not None:
+        if not answers_got_worse(answers):
+            return None
+        rate = float(config.optimization.learning_rate)
+        sentence = "Pairs alone moved the answers away from the chosen ones: a lower rate stays nearer to the start."
+        return sentence, _again(run, f"--from-adapter {shlex.quote(started_from)} --learning-rate {rate / 3:.2g}")
+    first = run.with_name(f"{run.name}-chosen")
+    files = " ".join(map(shlex.quote, config.data.data))
+    model, adapter = shlex.quote(config.model.model), shlex.quote(str(first / ADAPTER))
+    train = f"backhand train --model {model} --data {files} --completion chosen --output {shlex.quote(str(first))}"
+    return (
+        "Pairs teach which answer is better, not what to say: train on the chosen answers first, then on the pairs.",
+        f"{train} && {_again(run, f'--from-adapter {adapter}')}",
+    )
+
+
+def _again(run: Path, changes: str) -> str:
+    """Return the command that repeats a run with changed options, in a directory next to it."""
     repeated = re.fullmatch(r"(.*)-again(?:-(\d+))?", run.name, re.DOTALL)
     name = f"{repeated[1]}-again-{int(repeated[2] or 1) + 1}" if repeated else f"{run.name}-again"
     output = shlex.quote(str(run.with_name(name)))
-    return sentence, f"backhand train {shlex.quote(str(run / CONFIG))} {changes} --output {output}"
+    return f"backhand train {shlex.quote(str(run / CONFIG))} {changes} --output {output}"

@@ -22,10 +22,11 @@ from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
 from backhand.loop.observers import Observer, RunStart
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
-from backhand.runs.summary import RunSummary, forgetting
+from backhand.runs.pair_results import pair_clauses
+from backhand.runs.summary import CHOSEN_BY, RunSummary, forgetting, no_label_fits
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
-from backhand.words import count_of, duration, in_words, labelled, name_list
+from backhand.words import count_of, duration, in_words, interval_text, labelled, name_list, shorten
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -195,15 +196,21 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"{summary.tokens_per_s:,.0f} tokens/s ({summary.dtype}, {summary.engine} engine)."
     )
     lines = [what, *([f"SLOWER: {summary.engine_note}"] if summary.engine_note else [])]
-    lines.append(_improvement(summary))
+    lines += _improvement(summary)
     if (pairs := summary.held_out_pairs) is not None:
-        accuracy, margin = pairs["rewards/accuracies"], pairs["rewards/margins"]
-        ordered = f"{accuracy:.1%} are ordered rightly, by a margin of {margin:.3f} in the mean"
-        lines.append(f"Of the held-out pairs {ordered}.")
-    if (forgot := forgetting(summary.forgotten_nats)) and not (summary.advice or "").startswith("It forgot"):
-        lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
+        clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
+        lines += [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
+    if forgot := forgetting(summary.forgotten_nats):
+        if not (summary.advice or "").startswith("It forgot"):
+            lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
+        lines += [
+            f"  {one['prompt']}  {_quoted(one['base'])} → {_quoted(one['adapted'])}" for one in summary.neutral_answers
+        ]
     predicted = f", {in_words(summary.predicted_rss_bytes)} predicted" if summary.predicted_rss_bytes else ""
-    lines += [*_right(summary), f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}."]
+    lines += _right(summary)
+    if summary.evaluations > 1:
+        lines.append(CHOSEN_BY)
+    lines.append(f"Peak memory {in_words(summary.peak_rss_bytes)}{predicted}.")
     if summary.skipped_steps:
         lines.append(f"{summary.skipped_steps} steps were skipped: their loss or gradient was not finite.")
     if summary.malformed_rows:
@@ -213,7 +220,9 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if summary.advice:
         lines.append(summary.advice + (f" Try: {summary.try_next}" if summary.try_next else ""))
     model, adapter = shlex.quote(summary.model), shlex.quote(summary.adapter)
-    labels = " --labels auto" if summary.adapted_labels else ""
+    labels = " --labels auto" if summary.labels else ""
+    if summary.labels:
+        lines.append(no_label_fits(summary.labels))
     if summary.system and not system_option(summary.system):
         where = f"{len(summary.system):,} characters, in backhand.json of the adapter"
         lines.append(f"All rows had the same system message ({where}); give it with --system.")
@@ -225,44 +234,51 @@ def closing_lines(summary: RunSummary) -> list[str]:
     ]
 
 
-def _improvement(summary: RunSummary) -> str:
+def _improvement(summary: RunSummary) -> list[str]:
+    """Return the lines on loss and reward."""
     base, best = summary.base_eval_loss, summary.best_eval_loss
+    lines = []
+    if summary.first_reward is not None and summary.last_reward is not None:
+        rose = f"{summary.first_reward:.4f} → {summary.last_reward:.4f}"
+        lines = [f"Reward of its own answers to training rows {rose} (first and last tenth of the steps)."]
     if base is None or best is None:
         if summary.first_loss is None or summary.last_loss is None:
-            return "No step could be taken."
+            return ["No step could be taken."]
         worth = "margins and accuracy" if summary.objective not in ("sft", "kto", "grpo") else "what it is worth"
-        return (
-            f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; nothing was held out "
-            f"(--eval-fraction 0.1, or --eval-data FILE, would tell {worth} on rows that were not trained on)."
-        )
-    change = f"{1 - best / base:.0%} lower" if best < base and base > 0 else "better" if best < base else "not better"
+        unmeasured = f"--eval-fraction 0.1, or --eval-data FILE, would tell {worth} on rows that were not trained on"
+        loss = "" if lines else f"Training loss from {summary.first_loss:.4f} to {summary.last_loss:.4f}; "
+        return [*lines, f"{loss}{'N' if lines else 'n'}othing was held out ({unmeasured})."]
     when = f"best after step {summary.best_step}"
     if best >= base:
         when = f"no evaluation was better than the base model; the adapter kept is that of step {summary.best_step}"
+    of_rows = f"on {count_of(summary.held_out_rows, 'row')}, {when}."
     if summary.objective == "grpo":
-        return f"Held-out reward {-base:.4f} → {-best:.4f} ({change}) on {summary.held_out_rows:,} rows, {when}."
+        return [*lines, f"Held-out reward {-base:.4f} → {-best:.4f} {of_rows}"]
+    change = f"{1 - best / base:.0%} lower" if best < base and base > 0 else "better" if best < base else "not better"
     nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
-    return (
-        f"Held-out loss {base:.4f} → {best:.4f} {nats if summary.objective == 'sft' else f'({change})'} "
-        f"on {summary.held_out_rows:,} rows, {when}."
-    )
+    loss = nats if summary.objective == "sft" else f"({summary.objective})"
+    return [f"Held-out loss {base:.4f} → {best:.4f} {loss} {of_rows}"]
 
 
 def _right(summary: RunSummary) -> list[str]:
-    """Return the line on the exact match of held-out answers and on their labels, if measured."""
-    base, adapted = summary.base_exact_match, summary.adapted_exact_match
-    if base is None or adapted is None or summary.exact_match_rows is None:
+    """Return the lines on the exact match of held-out answers and on their labels, if measured."""
+    base, adapted, rows = summary.base_exact_match, summary.adapted_exact_match, summary.exact_match_rows
+    if base is None or adapted is None or rows is None:
         return []
-    lines = [
-        f"Exactly right answers {base:.1%} → {adapted:.1%} of {count_of(summary.exact_match_rows, 'held-out row')}."
-    ]
+    right = f"{base:.1%} → {adapted:.1%} ({interval_text(adapted, rows)})"
+    lines = [f"Exactly right answers {right} of {count_of(rows, 'held-out row')}."]
     if summary.base_labels and summary.adapted_labels:
         before, after = summary.base_labels, summary.adapted_labels
         lines[0] += (
             f" By the most probable of {len(after['per_label'])} labels: accuracy {before['accuracy']:.1%} → "
-            f"{after['accuracy']:.1%}, macro F1 {before['f1_macro']:.3f} → {after['f1_macro']:.3f}."
+            f"{after['accuracy']:.1%} ({interval_text(after['accuracy'], rows)}), macro F1 {before['f1_macro']:.3f} → "
+            f"{after['f1_macro']:.3f}."
         )
     return lines
+
+
+def _quoted(answer: str) -> str:
+    return f"“{shorten(' '.join(answer.split()))}”"
 
 
 def _exp(loss: float) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,11 @@ from backhand.adapters.record import installed_packages
 from backhand.data.examples import Example
 from backhand.data.options import asking_options, reading_options
 from backhand.data.stored_examples import PreparedData
-from backhand.loop.state import RunState
+from backhand.loop.state import Progress, RunState
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.runs.directory import METRICS, RunDirectory
+from backhand.runs.pair_results import held_out_pairs
 from backhand.runs.summary import RunSummary, forgotten_nats
 from backhand.system import memory_bytes, peak_rss_bytes
 from backhand.training.loaded_run import LoadedRun
@@ -146,9 +149,7 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
     progress = state.progress
     counted = {one.name: getattr(progress, one.name) for one in fields(RunSummary) if hasattr(progress, one.name)}
     lines = directory.lines(METRICS)
-    best = [line for line in lines if line["step"] == progress.best_step]
-    names = ("rewards/accuracies", "rewards/margins")
-    pairs: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in best]
+    evaluations = [line for line in lines if line.get("eval_loss") is not None and line["step"] > 0]
     return RunSummary(
         **counted | {"train_s": round(progress.train_s, 3)},
         output=str(directory.path),
@@ -169,9 +170,24 @@ def summarise(run: LoadedRun, state: RunState, directory: RunDirectory, world_si
         malformed_rows=run.inputs.train.report.skipped_bad,
         world_size=world_size,
         objective=run.config.objective.objective,
-        held_out_pairs=next((one for one in pairs if None not in one.values()), None),
+        evaluations=len({line["step"] for line in evaluations}),
+        held_out_pairs=held_out_pairs(lines, progress.best_step),
+        **_rewards(lines, progress),
         forgotten_nats=forgotten_nats(lines, progress.best_step),
         reading=reading_options(run.config.data),
         asking=asking_options(run.config.data, run.inputs.train.report.system),
         system=run.inputs.train.report.system,
+        labels=tuple(run.identity.labels),
     )
+
+
+def _rewards(lines: Sequence[Mapping[str, Any]], progress: Progress) -> dict[str, Any]:
+    """Return the summary's fields on rewards; empty without rewards."""
+    rewards = [line["reward"] for line in lines if line.get("reward") is not None]
+    if not rewards:
+        return {}
+    few = max(1, len(rewards) // 10)
+    values = {"first_reward": fmean(rewards[:few]), "last_reward": fmean(rewards[-few:])}
+    if progress.base_eval_loss is not None and progress.best_eval_loss is not None:
+        values |= {"base_eval_reward": -progress.base_eval_loss, "best_eval_reward": -progress.best_eval_loss}
+    return values

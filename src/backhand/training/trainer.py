@@ -19,7 +19,7 @@ from backhand.engines.engine import RunCache
 from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
-from backhand.loop.answers import answers_file, measured_answers, stop_ids
+from backhand.loop.answers import free_answers, measured_answers, stop_ids
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
 from backhand.loop.loop import TrainingLoop
@@ -41,7 +41,7 @@ from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Pr
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
-from backhand.training.advice import Curves, advice
+from backhand.training.advice import Curves, advice, pair_advice
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
@@ -186,10 +186,10 @@ class Trainer:
             self.directory.settle()
 
     def _answer(self, summary: RunSummary) -> RunSummary:
-        """Generate answers to held-out rows with base and adapter. Afterwards, the adapter of `adapter/` is attached.
+        """Generate answers with base and adapter. Afterwards, the adapter of `adapter/` is attached.
 
         Returns:
-            the summary with the number of correct answers.
+            the summary with the measurements of the answers.
         """
         run = self.run
         if run.inputs.held_out is None or not run.config.run.answers or not self.processes.is_main_process:
@@ -199,14 +199,15 @@ class Trainer:
             return summary
         run.bound.fill(str(self.directory.adapter))
         arguments = run.bound, run.inputs.source, run.inputs.held_out.examples, run.config
-        self.directory.write(ANSWERS, answers_file(*arguments))
-        if summary.adapted_exact_match is None and (
-            measured := measured_answers(
-                *arguments, run.identity.labels, summary.tokens, lambda: self.processes.stop_requested
-            )
-        ):
-            summary = replace(summary, **measured)
-            self.directory.write(SUMMARY, summary.to_json())
+        answers = free_answers(*arguments)
+        self.directory.write(ANSWERS, answers.file(run.config.run.answers))
+        summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
+        if summary.adapted_exact_match is None:
+            labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
+            summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))
+        if (suggestion := pair_advice(run.config, summary, self.directory.path)) is not None:
+            summary = replace(summary, advice=suggestion[0], try_next=suggestion[1])
+        self.directory.write(SUMMARY, summary.to_json())
         return summary
 
     def _prepare(self, store: CheckpointStore, state: RunState, saver: Saver) -> None:

@@ -1,0 +1,110 @@
+"""The words about pairs: order with its interval, log-probabilities, free answers, and when these got worse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from backhand.options.config import DataOptions, TrainConfig
+from backhand.options.objectives import ObjectiveOptions
+from backhand.runs.pair_results import answers_got_worse, held_out_pairs, pair_clauses
+from backhand.runs.summary import AnswerLengths, RunSummary
+from backhand.training.advice import pair_advice
+from support.tiny_run import with_options
+
+PAIRS = {
+    "rewards/accuracies": 1.0,
+    "rewards/margins": 2.5,
+    "logps/chosen": -31.0,
+    "logps/rejected": -190.0,
+    "logps/chosen_before": -19.0,
+    "logps/rejected_before": -120.0,
+}
+
+
+def lengths(base: float, adapted: float, *, chosen: float = 3.0, cut_off: float = 0.0) -> AnswerLengths:
+    return AnswerLengths(
+        rows=8,
+        limit=64,
+        base=base,
+        adapted=adapted,
+        chosen=chosen,
+        rejected=40.0,
+        base_cut_off=0.0,
+        adapted_cut_off=cut_off,
+    )
+
+
+def test_the_words_name_order_margin_probabilities_and_lengths() -> None:
+    order, probabilities, free = pair_clauses(PAIRS, 12, "dpo", lengths(6, 55, cut_off=1.0))
+    assert order == "12 of 12 held-out pairs are ordered rightly (95 % interval 76–100 %), with a mean margin of 2.5"
+    assert "chosen answers fell by 12 nats per answer, that of rejected ones fell by 70" in probabilities
+    assert free.startswith("free answers have 6 → 55 (100% cut off) tokens, chosen ones 3 and rejected ones 40")
+    assert free.endswith("they got worse")
+
+
+def test_without_an_order_the_margin_is_named() -> None:
+    (alone,) = pair_clauses({"rewards/margins": 0.4}, 12, "kto", None)
+    assert alone == "chosen answers have 0.4 more reward than rejected ones on average"
+
+
+@pytest.mark.parametrize(
+    ("answers", "worse"),
+    [
+        (lengths(6, 55), True),  # six tokens have become 55, and three were chosen
+        (lengths(55, 6), False),
+        (lengths(30, 30), False),
+        (lengths(6, 5), False),
+        (lengths(12, 14, chosen=12.0, cut_off=0.5), True),
+        (lengths(64, 64, chosen=90.0, cut_off=1.0), False),  # chosen answers do not end within the limit either
+    ],
+)
+def test_free_answers_get_worse_if_they_leave_the_chosen_ones(answers: AnswerLengths, worse: bool) -> None:
+    assert answers_got_worse(answers) is worse
+
+
+def test_figures_come_from_the_step_whose_adapter_is_kept() -> None:
+    def line(step: int, margin: float) -> dict[str, float]:
+        return {"step": step, "eval_loss": 1.0, "eval_rewards/margins": margin, "eval_logps/chosen": -1.0 - step}
+
+    figures = held_out_pairs([line(0, 0.0), line(2, 3.0), line(4, 1.0)], 2)
+    assert figures == {"rewards/margins": 3.0, "logps/chosen": -3.0, "logps/chosen_before": -1.0}
+    assert held_out_pairs([{"step": 2, "eval_loss": 1.0}], 2) is None
+
+
+def advised(summary: RunSummary, answers: AnswerLengths | None, **options: object) -> tuple[str, str] | None:
+    config = TrainConfig(objective=ObjectiveOptions(objective="dpo"), data=DataOptions(data=("my pairs.jsonl",)))
+    config = with_options(config, learning_rate=2e-4, **options)
+    return pair_advice(config, replace(summary, held_out_pairs=PAIRS, free_answers=answers), Path("runs/short"))
+
+
+def test_the_next_step_is_the_chosen_answers_and_then_the_pairs(summary: RunSummary) -> None:
+    suggested = advised(summary, lengths(6, 55))
+    assert suggested is not None and "train on the chosen answers first" in suggested[0]
+    first, then = suggested[1].split(" && ")
+    assert "--data 'my pairs.jsonl' --completion chosen --output runs/short-chosen" in first
+    assert then == (
+        "backhand train runs/short/config.toml --from-adapter runs/short-chosen/adapter --output runs/short-again"
+    )
+    assert advised(summary, lengths(30, 4)) is None, "near the chosen answers"
+    unchanged = advised(summary, lengths(54, 53))
+    assert unchanged is not None and "train on the chosen answers first" in unchanged[0]
+    assert advised(summary, lengths(64, 64, chosen=200.0, cut_off=1.0)) is None, (
+        "longer than the limit, like the chosen"
+    )
+    assert advised(summary, None) is None
+    assert advised(summary, lengths(54, 53), from_adapter="first") is None
+    started = advised(summary, lengths(6, 55), from_adapter="first")
+    assert started is not None and "--from-adapter first --learning-rate 6.7e-05" in started[1]
+
+
+@pytest.fixture
+def summary() -> RunSummary:
+    numbers = dict.fromkeys(("train_s", "steps", "skipped_steps", "tokens", "supervised_tokens", "tokens_per_s"), 1)
+    more = dict.fromkeys(("peak_rss_bytes", "trained_parameters", "adapted_modules", "rows"), 1)
+    texts = dict.fromkeys(("output", "adapter", "model", "engine", "dtype"), "")
+    unknown = ("predicted_rss_bytes", "first_loss", "last_loss", "base_eval_loss", "best_eval_loss", "best_step")
+    nothing = dict.fromkeys((*unknown, "stopped_because"))
+    return RunSummary(**texts, **numbers, **more, **nothing, held_out_rows=12, malformed_rows=0)  # type: ignore[arg-type]
