@@ -61,7 +61,7 @@ def write_gguf_adapter(
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     stacks: dict[str, list[np.ndarray[Any, Any]]] = {}
     for module, one in factors.items():
-        names = gguf_names(architecture, module)
+        names = gguf_names(architecture, f"{module}.weight")
         folded = one.scaled_to(alpha / one.rank)
         A_layout, B_layout = layout(architecture, f"{module}.weight", sizes).factor_layouts
         if parse_expert_name(f"{module}.weight") is not None:  # factors come in the order of the experts
@@ -109,7 +109,7 @@ def _obstacle(architecture: str, module: str, one: ModuleFactors, tied_head: boo
             "llama.cpp multiplies by this matrix as it is and would leave the factors out without a word; an adapter "
             "trained with --exclude-modules per_layer_model_projection has none of it"
         )
-    if not gguf_names(architecture, module):
+    if not gguf_names(architecture, f"{module}.weight"):
         return f"files of architecture {architecture} have no tensor for it"
     return None
 
@@ -173,6 +173,9 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         yield slides != three_of_four, "full attention other than in every fourth layer"
         too_many = architecture == "exaone4" and len(slides) != EXAONE4_32B_LAYERS
         yield too_many, f"a sliding window in models of other than {EXAONE4_32B_LAYERS} layers"
+    if architecture == "granite":
+        unrotated = "layers without rotary embeddings, unless a flag says so that only its own converter writes"
+        yield any(layer.rotary is None for layer in config.layers), unrotated
     if config.delta is not None:
         yield config.delta.key_width != config.delta.value_width, "value heads of another width than key heads"
         own_eps = f"an epsilon of its own, {L2_EPS:g}, for the delta rule's queries and keys"

@@ -33,7 +33,7 @@ from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block
 from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
-from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_name, is_skipped
+from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_names, huggingface_name, is_skipped
 from backhand.nn.loading.gguf_values import dequantized
 from backhand.nn.loading.tied_head import HEAD_WEIGHT
 
@@ -53,20 +53,22 @@ _BYTE = np.dtype(np.uint8)
 
 @dataclass(frozen=True)
 class _Planned:
-    """One tensor of the file: its name, layout and storage type, and its bytes if they are copied.
+    """Tensors of the file that are written together: layout, storage type, and their bytes if they are copied.
 
-    A stack of experts' matrices consists of several of our tensors, with copied bytes for each.
+    A stack of experts' matrices is one tensor of the file and several of ours, with copied bytes for each. Granite 4's
+    gate and up are two tensors of the file and one of ours.
     """
 
-    name: str
+    names: tuple[str, ...]
     ours: tuple[str, ...]
     layout: Layout
     storage: StorageType
     copied: tuple[_Bytes, ...] | None = None
 
     def shape(self, weights: MergedWeights) -> tuple[int, ...]:
-        """Return the shape in the file."""
-        one = self.layout.stored_shape(weights.shape(self.ours[0]))
+        """Return the shape of each tensor in the file."""
+        rows, *columns = self.layout.stored_shape(weights.shape(self.ours[0]))
+        one = (rows // len(self.names), *columns)
         return one if parse_expert_name(self.ours[0]) is None else (len(self.ours), *one)
 
 
@@ -90,6 +92,11 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
     if architecture is None:
         raise ArtifactError(f"no GGUF format of {source.config.get('model_type')} models is known")
     planned = _plan(weights, architecture, TYPES.get(dtype))
+    weights.written_names = {
+        one.ours[0]: tuple(str(huggingface_name(architecture, name)) for name in one.names)
+        for one in planned
+        if parse_expert_name(one.ours[0]) is None
+    }
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
         left_out = _write(writer, weights, planned, description)
     wanted = TYPES.get(dtype, StorageType.F16)
@@ -116,7 +123,7 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
         writer.add_description(description)
     elements: Counter[StorageType] = Counter()
     for one in planned:
-        elements[one.storage] += math.prod(one.shape(weights))
+        elements[one.storage] += math.prod(one.shape(weights)) * len(one.names)
     ((most, _),) = elements.most_common(1)
     if most in _FILE_TYPES:
         writer.add_file_type(_FILE_TYPES[most])
@@ -126,14 +133,16 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
     for one in planned:
         shape, (block_size, block_bytes) = one.shape(weights), gguf.GGML_QUANT_SIZES[one.storage]
         byte_shape = (*shape[:-1], shape[-1] // block_size * block_bytes)
-        writer.add_tensor_info(one.name, byte_shape, _BYTE, math.prod(byte_shape), raw_dtype=one.storage)
+        for name in one.names:
+            writer.add_tensor_info(name, byte_shape, _BYTE, math.prod(byte_shape), raw_dtype=one.storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in extra.values():
         writer.write_tensor_data(tensor)
     for one in planned:
-        writer.write_tensor_data(_stored(weights, one))
+        for data in np.split(_stored(weights, one), len(one.names)):
+            writer.write_tensor_data(data)
     return left_out
 
 
@@ -141,36 +150,36 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
     source = weights.source
     sizes = stored_sizes(source.config)
     planned = []
-    for name, members in _by_tensor(weights, architecture).items():
+    for names, members in _by_tensor(weights, architecture).items():
         ours = members[0]
         how = layout(architecture, ours, sizes)
         is_new = ours == HEAD_WEIGHT and weights.unties_head
         in_base = source.stored_tensor(ours) if isinstance(source, GGUFModel) and not is_new else None
         if storage is None and isinstance(source, GGUFModel) and in_base and not any(map(weights.is_merged, members)):
             data = tuple(source.stored_tensor(member)[1] for member in members)
-            planned.append(_Planned(name, members, how, StorageType(in_base[0].type_id), data))
+            planned.append(_Planned(names, members, how, StorageType(in_base[0].type_id), data))
             continue
         kind = storage if storage is not None else _own_type(weights, ours, in_base)
         # Routers keep their type, as in llama.cpp's converter.
         kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
-        planned.append(_Planned(name, members, how, _fitting(kind, weights.shape(ours))))
+        planned.append(_Planned(names, members, how, _fitting(kind, weights.shape(ours))))
     return planned
 
 
-def _by_tensor(weights: MergedWeights, architecture: str) -> dict[str, tuple[str, ...]]:
-    """Map each tensor of the file to our tensor, or to the matrices of all experts in order."""
-    found: dict[str, list[str]] = {}
+def _by_tensor(weights: MergedWeights, architecture: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Map the file's names of each tensor to our name, or to those of the matrices of all experts in order."""
+    found: dict[tuple[str, ...], list[str]] = {}
     for ours in weights.names():
-        name = gguf_name(architecture, ours)
-        if name is None:
+        names = gguf_names(architecture, ours)
+        if not names:
             raise ArtifactError(
                 f"files of architecture {architecture} have no tensor for {ours}",
                 next_step="merge into a Hugging Face directory; llama.cpp may have a converter for it",
             )
-        found.setdefault(name, []).append(ours)
+        found.setdefault(names, []).append(ours)
     return {
-        name: tuple(sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1]))  # by expert number
-        for name, members in found.items()
+        names: tuple(sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1]))  # by expert number
+        for names, members in found.items()
     }
 
 

@@ -12,24 +12,17 @@ lost. If W is not exact, as after dequantization, the rounding of W counts too, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from backhand.adapters.module_factors import Factors, ModuleFactors
 from backhand.adapters.record import base_digest
-from backhand.errors import ArtifactError
 from backhand.interop.proving import BlockWalk, layer_of
-from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from backhand.ops.weight_tiles import FrozenMatrix
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 _ROWS = 512
 Rounding = Callable[[Tensor], Tensor]
@@ -53,6 +46,8 @@ class MergedWeights:
     factors: Factors
     trained: Mapping[str, Tensor] = field(default_factory=dict)  # tensors that replace the base's, by name
     keeps_head_tied: bool = False  # True if a tied head follows the changed embedding
+    # names in the written model of tensors with other names there; several have equal shares of the tensor's rows
+    written_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # digests of the values that each tensor must have when it is read back, for tensors computed so far
     digests: dict[str, str] = field(default_factory=dict)
     losses: list[ModuleLoss] = field(default_factory=list)  # of the modules merged so far
@@ -101,7 +96,9 @@ class MergedWeights:
             change = self.trained[name] if name in self.trained else self.factors[module]
             stored = rounded(merged_weight(weight, change))
             self.losses.append(_module_loss(module, weight, change, stored))
-        self.digests[name] = base_digest([name], lambda _: stored)
+        names = self.written_names.get(name, (name,))
+        for written, part in zip(names, stored.chunk(len(names)), strict=True):
+            self.digests[written] = base_digest([written], lambda _, part=part: part)
         return stored
 
     def keep(self, name: str) -> None:
@@ -175,92 +172,3 @@ def _exact_rows(weight: Tensor, change: ModuleFactors | Tensor) -> Iterator[tupl
         if change.magnitude is not None:
             exact *= (change.magnitude[rows].double() / exact.norm(dim=1)).unsqueeze(1)
         yield rows, exact
-
-
-# A merged Granite 4 under the names of Granite 3, which its GGUF files use: gate and up as two matrices.
-
-#     input_linear = [gate; up]   (2f, hidden)        output_linear = down   (hidden, f)
-
-# Gate and up have their own rows of lora_B and of DoRA's lengths, and share lora_A.
-
-
-_FUSED, _DOWN = ".shared_mlp.input_linear", ".shared_mlp.output_linear"
-_PARTS, _DOWN_THERE = (".mlp.gate_proj", ".mlp.up_proj"), ".mlp.down_proj"
-_OWN = (
-    "layer_types",
-    "position_embedding_type",
-    "shared_intermediate_size",
-    "num_local_experts",
-    "num_experts_per_tok",
-)
-"""Fields of a Granite 4's configuration that Granite 3 does not have."""
-
-
-def in_parts(weights: MergedWeights) -> MergedWeights:
-    """Return a merged Granite 4 as a Granite 3, and any other model unchanged.
-
-    Raises:
-        ArtifactError: if it is a Granite 4 without rotary embeddings, which Granite 3 cannot express.
-    """
-    source = weights.source
-    if source.config.get("model_type") != "granitemoehybrid":
-        return weights
-    if any(layer.rotary is None for layer in decoder_config(source.config).layers):
-        raise ArtifactError(
-            "a Granite 4 without rotary embeddings cannot be written as a GGUF file",
-            where=str(source.path),
-            why="llama.cpp writes it as architecture granite with a flag that is not supported here",
-            next_step="merge into a Hugging Face directory, and run llama.cpp's convert_hf_to_gguf.py on it",
-        )
-    factors: dict[str, ModuleFactors] = {}
-    for name, change in weights.factors.items():
-        for part, half in _there(name):
-            magnitude = None if change.magnitude is None else _rows(change.magnitude, half)
-            factors[part] = replace(change, lora_B=_rows(change.lora_B, half), magnitude=magnitude)
-    trained = {part: _rows(tensor, half) for name, tensor in weights.trained.items() for part, half in _there(name)}
-    return replace(weights, source=_Granite3(source), factors=factors, trained=trained)
-
-
-def _there(name: str) -> list[tuple[str, int | None]]:
-    """Return the names of a module or tensor in a Granite 3, each with its half of the rows, or None for all rows."""
-    if _FUSED in name:
-        return [(name.replace(_FUSED, part), half) for half, part in enumerate(_PARTS)]
-    return [(name.replace(_DOWN, _DOWN_THERE), None)]
-
-
-def _rows(tensor: Tensor, half: int | None) -> Tensor:
-    return tensor if half is None else tensor.chunk(2)[half]
-
-
-class _Granite3(ModelSource):
-    """A Granite 4 directory that is presented as a Granite 3."""
-
-    def __init__(self, source: ModelSource) -> None:
-        self._source = source
-        stated = {key: value for key, value in source.config.items() if key not in _OWN and "mamba" not in key}
-        width = source.config["shared_intermediate_size"]
-        self.config = stated | {"model_type": "granite", "intermediate_size": width, "mlp_bias": False}
-        self.path, self.hub_id, self.origin = source.path, source.hub_id, source.origin
-        self._places = {part: (name, half) for name in source.tensor_names() for part, half in _there(name)}
-
-    def tensor_names(self) -> tuple[str, ...]:
-        """Return the names, with gate and up instead of their joint matrix."""
-        return tuple(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """See `ModelSource`."""
-        stored, half = self._places.get(name, (name, None))
-        rows, *columns = self._source.shape(stored)
-        return (rows if half is None else rows // 2, *columns)
-
-    def load(self, name: str) -> Tensor:
-        """See `ModelSource`."""
-        stored, half = self._places.get(name, (name, None))
-        return _rows(self._source.load(stored), half)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """See `ModelSource`."""
-        return self._source.dtype(self._places.get(name, (name, None))[0])
-
-    def _read_tokenizer(self) -> PreTrainedTokenizerFast:
-        return self._source.tokenizer()

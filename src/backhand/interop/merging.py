@@ -19,7 +19,7 @@ from backhand.files import staged
 from backhand.interop.gguf_adapter_writer import context_length
 from backhand.interop.gguf_model_writer import write_gguf_model
 from backhand.interop.huggingface_writer import write_huggingface
-from backhand.interop.merged_weights import MergedWeights, ModuleLoss, in_parts
+from backhand.interop.merged_weights import MergedWeights, ModuleLoss
 from backhand.interop.opened_adapter import OpenedAdapter, open_adapter, refuse
 from backhand.interop.options import (
     FLOAT32_TOLERANCE,
@@ -87,7 +87,6 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
     if weights.unties_head:
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
-        weights = in_parts(weights)
         description = f"{opened.loaded.directory} merged into {base}"
         for note in write_gguf_model(path, weights, dtype=options.dtype, description=description):
             prover.say(note)
@@ -244,11 +243,11 @@ def _cannot_hold(written: ModelSource, why: str) -> ArtifactError:
 
 
 def _comparable(config: DecoderConfig, untied: bool) -> DecoderConfig:
-    # Without windows, the files of Llama and Mistral are equal, and angles may be stated in several ways. Special ids
-    # may come from the config or from the tokenizer, and do not change the computation.
-    return replace(
-        config, family="", rotary=(), eos_token_ids=(), padding_id=None, tied_head=config.tied_head and not untied
-    )
+    # Without windows, the files of Llama and Mistral are equal, angles may be stated in several ways, and gate and up
+    # may be one module (Granite 4). Special ids may come from the config or from the tokenizer, and do not change the
+    # computation.
+    tied = config.tied_head and not untied
+    return replace(config, family="", groups=(), rotary=(), eos_token_ids=(), padding_id=None, tied_head=tied)
 
 
 def _same_angles(ours: DecoderConfig, theirs: DecoderConfig) -> bool:

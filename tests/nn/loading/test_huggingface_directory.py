@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from backhand.errors import ArtifactError
@@ -50,6 +51,13 @@ def test_a_decoder_is_filled_with_one_rounding(variant: str, dtype: torch.dtype,
     expected = experts_apart(model.state_dict(), model.config.model_type)
     for name, view in named_views(weights, config):
         assert torch.equal(view, expected[name].to(dtype)), name
+
+
+def test_tensors_come_in_the_order_of_the_header(tmp_path: Path) -> None:
+    """Not in that of a set, with which two merges of the same model would differ in their bytes."""
+    file = save_tiny(tiny_model("llama"), tmp_path, tokenizer=False) / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        assert open_model(tmp_path).tensor_names() == tuple(opened.keys())
 
 
 def test_shards_equal_one_file(tmp_path: Path) -> None:

@@ -159,8 +159,17 @@ def gguf_architecture(config: Mapping[str, Any]) -> str | None:
     return _ARCHITECTURE_OF.get(str(config.get("model_type")))
 
 
-def gguf_name(architecture: str, name: str) -> str | None:
-    """Return the GGUF name of a tensor, or None if the architecture has no such tensor.
+_GRANITE4_PARTS = {
+    "shared_mlp.input_linear.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "shared_mlp.output_linear.weight": ("mlp.down_proj.weight",),
+}
+"""Tensors of Granite 4 → Granite 3's names, which the files have: gate and up are separate tensors."""
+
+
+def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
+    """Return the GGUF names of the tensors that contain a tensor, empty if the architecture has no such tensor.
+
+    If there are several, each has the same number of the tensor's rows, in this order.
 
     Args:
         name: Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`. For an expert's matrix or bias the
@@ -171,34 +180,13 @@ def gguf_name(architecture: str, name: str) -> str | None:
         stack = next(stack for stack, ours in _EXPERTS.items() if ours == part)
         kind = name.rpartition(".")[2]
         exists = architecture in (_WITH_EXPERTS if kind == "weight" else _WITH_EXPERT_BIASES)
-        return f"blk.{block.rpartition('.')[2]}.{stack}.{kind}" if exists else None
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        return (f"blk.{block.rpartition('.')[2]}.{stack}.{kind}",) if exists else ()
     outside, inside = _names_of(architecture)
-    layer, part, names = (None, name, outside) if match is None else (match[1], match[2], inside)
-    stored = next((stored for stored, ours in names.items() if ours == part), None)
-    return stored if layer is None or stored is None else f"blk.{layer}.{stored}"
-
-
-_GRANITE4_PARTS = {
-    "shared_mlp.input_linear": ("mlp.gate_proj", "mlp.up_proj"),
-    "shared_mlp.output_linear": ("mlp.down_proj",),
-}
-"""Granite 4's fused modules → Granite 3's names, which the files have: gate and up are separate tensors."""
-
-
-def gguf_names(architecture: str, module: str) -> tuple[str, ...]:
-    """Return the GGUF names of the tensors that contain a module's weight, empty if there is no such module.
-
-    If there are several tensors, each has the same number of the weight's rows, in this order.
-
-    Args:
-        module: such as `model.layers.0.self_attn.q_proj`.
-    """
-    block, _, part = module.rpartition(".shared_mlp.")
-    parts = _GRANITE4_PARTS.get(f"shared_mlp.{part}") if block and architecture == "granite" else None
-    names = [module] if parts is None else [f"{block}.{one}" for one in parts]
-    stored = [gguf_name(architecture, f"{name}.weight") for name in names]
-    return tuple(name for name in stored if name is not None)
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return tuple(stored for stored, ours in outside.items() if ours == name)
+    parts = _GRANITE4_PARTS.get(match[2], (match[2],)) if architecture == "granite" else (match[2],)
+    return tuple(f"blk.{match[1]}.{stored}" for part in parts for stored, ours in inside.items() if ours == part)
 
 
 def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> list[str]:

@@ -42,9 +42,9 @@ class SafetensorsFile:
             raise self._damaged(error) from None
 
     @cached_property
-    def names(self) -> frozenset[str]:
-        """Names of all tensors."""
-        return frozenset(self._header.keys())
+    def names(self) -> dict[str, None]:
+        """Names of all tensors, in the header's order."""
+        return dict.fromkeys(self._header.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the header."""
