@@ -27,10 +27,17 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.families.config_fields import FOREIGN, UNREAD
 from backhand.nn.families.rotary_frequencies import llama3_factors, yarn_length
-from backhand.nn.loading.gguf_families import FAMILY_PARTS, biases, prediction_block_count
+from backhand.nn.loading.gguf_families import FAMILY_PARTS, prediction_block_count
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_metadata import Metadata, describe, rotary_fraction
-from backhand.nn.loading.gguf_tensors import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, huggingface_names, is_skipped
+from backhand.nn.loading.gguf_tensors import (
+    ARCHITECTURES,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    huggingface_names,
+    is_skipped,
+)
 from backhand.nn.loading.wrappers import causal_class
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -85,7 +92,7 @@ def huggingface_config(file: GGUFFile, architecture: str, rope_factors: Mapping[
     if rotated != head_dim:
         config["partial_rotary_factor"] = rotary_fraction(rotated, head_dim)
     config["rope_parameters"] = _rotary(metadata, rotated, context_length, rope_factors)
-    biases(config, architecture, file)
+    config |= {field: tensor in file.tensors for field, tensor in ARCHITECTURES[architecture].biases.items()}
     if (add_family_fields := FAMILY_PARTS.get(architecture)) is not None:
         add_family_fields(config, metadata, file)
     config["architectures"] = causal_class(config["model_type"])

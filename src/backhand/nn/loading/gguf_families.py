@@ -49,19 +49,6 @@ DELTA_INTERVAL = 4
 """qwen35: every fourth layer is attention by default."""
 
 
-OUTPUT_BIAS = "llama", "qwen3", "qwen3moe", "gpt-oss", "granite", "smollm3", "olmo2", "gemma4"
-"""Architectures whose q, k, v and o all have biases if the file has a bias of o."""
-MLP_BIAS = "llama", "granite", "smollm3"
-
-
-def biases(config: dict[str, Any], architecture: str, file: GGUFFile) -> None:
-    """Add a family's bias fields, according to the tensors in the file."""
-    if architecture in OUTPUT_BIAS:
-        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
-    if architecture in MLP_BIAS:
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
-
-
 def _llama(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:
     if metadata.optional("expert_count", int):
         del config["attention_bias"], config["mlp_bias"]

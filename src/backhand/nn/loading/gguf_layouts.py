@@ -25,10 +25,7 @@ from torch import Tensor
 from backhand.errors import ArtifactError
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes
 from backhand.nn.families.family import DeltaSizes
-from backhand.nn.loading.gguf_tensors import gguf_architecture
-
-_INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
-"""Architectures that rotate neighbouring pairs of features."""
+from backhand.nn.loading.gguf_tensors import ARCHITECTURES, gguf_architecture
 
 
 class StoredSizes(NamedTuple):
@@ -158,15 +155,13 @@ def stored_sizes(config: Mapping[str, Any]) -> StoredSizes:
 
 def layout(architecture: str, name: str, sizes: StoredSizes) -> Layout:
     """Return the stored layout of the tensor with this Hugging Face name."""
-    if architecture in _INTERLEAVED and re.search(r"\.self_attn\.[qk]_proj\.", name):
+    row = ARCHITECTURES[architecture]
+    if row.interleaved and re.search(r"\.self_attn\.[qk]_proj\.", name):
         return Layout(pairs_per_head=sizes.head_dim // 2)
-    if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
-        return Layout(offset=1.0)
-    if architecture == "qwen35":
-        if ".linear_attn." in name and sizes.delta is not None:
-            return _delta_layout(name.rpartition(".linear_attn.")[2], sizes.delta)
-        if name.endswith("norm.weight"):
-            return Layout(offset=1.0)
+    if sizes.delta is not None and ".linear_attn." in name:
+        return _delta_layout(name.rpartition(".linear_attn.")[2], sizes.delta)
+    if row.norm_offset and name.endswith("norm.weight"):
+        return Layout(offset=row.norm_offset)
     if name.endswith(".conv.conv.weight"):
         return Layout(taps=True)
     return _PLAIN

@@ -1,141 +1,106 @@
-"""Map GGUF tensor names to Hugging Face names. The layout of their values is in `gguf_layouts`.
+"""GGUF architectures: model types, names of tensors, and conventions. The layout of values is in `gguf_layouts`.
 
-A GGUF file has one tensor per layer and projection with the matrices of all experts, and one with their biases
-(gpt-oss).
+The names of modules are those of the gguf package's TensorNameMap, by which llama.cpp's converter names them. A GGUF
+file has one tensor per layer and projection with the matrices of all experts, and one with their biases (gpt-oss).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from backhand.nn.families.family import (
+    GATED_DELTA_GROUPS,
+    GPT_OSS_ROUTER,
+    GROUPS,
     LAYER_SCALAR,
+    NORMS_BEFORE,
     PER_LAYER_GROUPS,
     PER_LAYER_MODEL,
     PER_LAYER_MODEL_NORM,
     PER_LAYER_NORM,
     PER_LAYER_TABLE,
+    ROUTER,
+    SHORT_CONV_GROUPS,
+    SINKS,
+    TRAITS,
 )
 from backhand.nn.loading.expert_tensors import parse_expert_name
 
-_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_ATTENTION_BIAS = {"attention_bias": "blk.0.attn_output.bias"}
+_BIASES = _ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_down.bias"}
+_DELTA_MODULES = (*GATED_DELTA_GROUPS[0], *GATED_DELTA_GROUPS[1], "linear_attn.conv1d", "linear_attn.norm")
+_SHORT_CONV_MODULES = (*SHORT_CONV_GROUPS[0], "conv.conv", *SHORT_CONV_GROUPS[1])
+_PER_LAYER_MODULES = (*PER_LAYER_GROUPS[0], *PER_LAYER_GROUPS[1], PER_LAYER_NORM)
+# llama.cpp gives every layer of Qwen3-MoE experts; Backhand also reads layers with an MLP.
+_DENSE_MLP = {f"ffn_{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
 
-_WHOLE_OF = {
-    "lfm2": {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm", "output": "lm_head"},
-    "gemma4": _WHOLE
-    | {
-        "per_layer_token_embd": PER_LAYER_TABLE,
-        "per_layer_model_proj": PER_LAYER_MODEL,
-        "per_layer_proj_norm": PER_LAYER_MODEL_NORM,
-    },
-}
-"""Architectures with other names outside of their blocks."""
 
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
+class Architecture(NamedTuple):
+    """One value of general.architecture."""
+
+    families: tuple[str, ...]  # values of model_type whose files have this architecture
+    modules: tuple[str, ...] = ()  # modules of a block in addition to those of the first family's `TRAITS`
+    # GGUF name → our name of the block's tensors for which TensorNameMap has no name
+    tensors: Mapping[str, str] = _NOTHING
+    outside: tuple[str, ...] = ()  # modules outside of blocks in addition to embedding, final norm and head
+    # fields of the config that state biases → the tensor that shows if a file has them: q, k, v and o have biases
+    # together, and so have gate, up and down
+    biases: Mapping[str, str] = _NOTHING
+    interleaved: bool = False  # neighbouring features are rotated as a pair
+    norm_offset: float = 0.0  # constant that is added to stored weights of norms
+    expert_tensors: tuple[str, ...] = ()  # kinds of tensors that exist as stacks of all experts: `weight`, `bias`
+
+
+_TABLE = {
+    "llama": Architecture(
+        ("llama", "mistral", "mixtral"), (ROUTER,), biases=_BIASES, interleaved=True, expert_tensors=("weight",)
+    ),
+    "qwen2": Architecture(("qwen2",)),
+    "qwen3": Architecture(("qwen3",), biases=_ATTENTION_BIAS),
+    "qwen35": Architecture(
+        ("qwen3_5_text",),
+        _DELTA_MODULES,
+        {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+        norm_offset=1.0,
+    ),
+    "qwen3moe": Architecture(("qwen3_moe",), (ROUTER,), _DENSE_MLP, biases=_ATTENTION_BIAS, expert_tensors=("weight",)),
+    "gpt-oss": Architecture(
+        ("gpt_oss",),
+        (GPT_OSS_ROUTER,),
+        {"attn_sinks.weight": SINKS},
+        biases=_ATTENTION_BIAS,
+        expert_tensors=("weight", "bias"),
+    ),
+    "granite": Architecture(("granite", "granitemoehybrid"), biases=_BIASES, interleaved=True),
+    "lfm2": Architecture(("lfm2",), _SHORT_CONV_MODULES),
+    "smollm3": Architecture(("smollm3",), biases=_BIASES, interleaved=True),
+    "olmo2": Architecture(("olmo2", "olmo3"), biases=_ATTENTION_BIAS),
+    "mistral3": Architecture(("ministral3",), interleaved=True),
+    "exaone4": Architecture(("exaone4",)),
+    "phi3": Architecture(("phi3",)),
+    "chatglm": Architecture(("glm",)),
+    "glm4": Architecture(("glm4",)),
+    "gemma2": Architecture(("gemma2",), norm_offset=1.0),
+    "gemma3": Architecture(("gemma3_text",), norm_offset=1.0),
+    "gemma4": Architecture(
+        ("gemma4_text",),
+        _PER_LAYER_MODULES,
+        {"layer_output_scale.weight": LAYER_SCALAR},
+        (PER_LAYER_TABLE, PER_LAYER_MODEL, PER_LAYER_MODEL_NORM),
+        _ATTENTION_BIAS,
+    ),
 }
-_PROJECTIONS = _ATTENTION | {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_FUSED_MLP = {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
-_GLM = _NORMS | _ATTENTION | _FUSED_MLP
-_FUSED = _NORMS | {"attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj"} | _FUSED_MLP
-_LFM2 = _ATTENTION | {
-    "attn_norm": "operator_norm",
-    "attn_q_norm": "self_attn.q_layernorm",
-    "attn_k_norm": "self_attn.k_layernorm",
-    "attn_output": "self_attn.out_proj",
-    "shortconv.in_proj": "conv.in_proj",
-    "shortconv.conv": "conv.conv",
-    "shortconv.out_proj": "conv.out_proj",
-    "ffn_norm": "ffn_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_up": "feed_forward.w3",
-    "ffn_down": "feed_forward.w2",
-}
-_BLOCK = _NORMS | _PROJECTIONS
-_ROUTER = {"ffn_gate_inp": "mlp.gate"}
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(_TABLE)
+"""Values of general.architecture that can be read and written."""
+_ARCHITECTURE_OF = {family: name for name, row in ARCHITECTURES.items() for family in row.families}
 
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _OF_EXPERTS = re.compile(rf"blk\.(?P<layer>\d+)\.(?P<stack>{'|'.join(_EXPERTS)})\.(?P<kind>weight|bias)")
-_WITH_EXPERTS = ("llama", "qwen3moe", "gpt-oss")
-_WITH_EXPERT_BIASES = ("gpt-oss",)
-
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-
-_AFTER = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-_SANDWICH = _AFTER | {"ffn_norm": "pre_feedforward_layernorm"}
-
-_QWEN35 = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "attn_qkv": "linear_attn.in_proj_qkv",
-    "attn_gate": "linear_attn.in_proj_z",
-    "ssm_beta": "linear_attn.in_proj_b",
-    "ssm_alpha": "linear_attn.in_proj_a",
-    "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_norm": "linear_attn.norm",
-    "ssm_out": "linear_attn.out_proj",
-}
-
-_GEMMA4 = {"inp_gate": PER_LAYER_GROUPS[0][0], "proj": PER_LAYER_GROUPS[1][0], "post_norm": PER_LAYER_NORM}
-
-_GPT_OSS = _ATTENTION | {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.router",
-}
-_WHOLE_NAMES = {
-    "qwen35": {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
-    "gemma4": {"layer_output_scale.weight": LAYER_SCALAR},
-    "gpt-oss": {"attn_sinks.weight": "self_attn.sinks"},
-}
-"""Tensors of a block that are not the weight or bias of a module, by architecture."""
-
-_BLOCK_OF: dict[str, dict[str, str]] = {
-    "llama": _BLOCK | _ROUTER,
-    "qwen2": _BLOCK,
-    "qwen3": _BLOCK | _QK_NORM,
-    "qwen35": _PROJECTIONS | _QK_NORM | _QWEN35,
-    "qwen3moe": _BLOCK | _QK_NORM | _ROUTER,
-    "gpt-oss": _GPT_OSS,
-    "granite": _BLOCK,
-    "lfm2": _LFM2,
-    "smollm3": _BLOCK,
-    "olmo2": _PROJECTIONS | _QK_NORM | _AFTER,
-    "mistral3": _BLOCK,
-    "exaone4": _PROJECTIONS | _QK_NORM | _AFTER,
-    "phi3": _FUSED,
-    "chatglm": _GLM,
-    "glm4": _GLM | {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
-    "gemma2": _BLOCK | _SANDWICH,
-    "gemma3": _BLOCK | _QK_NORM | _SANDWICH,
-    "gemma4": _BLOCK | _QK_NORM | _SANDWICH | _GEMMA4,
-}
-
-ARCHITECTURES = tuple(_BLOCK_OF)
-"""Values of general.architecture that can be read."""
-
-_OF_ONE_NAME = "llama", "qwen2", "qwen3", "granite", "lfm2", "smollm3", "olmo2", "exaone4", "phi3", "glm4", "gemma2"
-"""Architectures with the same name in Hugging Face and ggml."""
-_ARCHITECTURE_OF = {name: name for name in _OF_ONE_NAME} | {
-    "mistral": "llama",
-    "mixtral": "llama",
-    "qwen3_5_text": "qwen35",
-    "qwen3_moe": "qwen3moe",
-    "gpt_oss": "gpt-oss",
-    "granitemoehybrid": "granite",
-    "olmo3": "olmo2",
-    "ministral3": "mistral3",
-    "glm": "chatglm",
-    "gemma3_text": "gemma3",
-    "gemma4_text": "gemma4",
-}
 
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -145,13 +110,37 @@ _SKIPPED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd(\.weight)?|ro
 @cache
 def _names_of(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return two maps from GGUF names to Hugging Face names: tensors outside of blocks, and tensors of a block."""
-    whole, block = _WHOLE_OF.get(architecture, _WHOLE), _BLOCK_OF[architecture]
-    inside = {f"{stored}.weight": f"{ours}.weight" for stored, ours in block.items()}
+    from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    row = ARCHITECTURES[architecture]
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(MODEL_ARCH(number), 1)
+
+    def stored(modules: Sequence[str], prefix: str = "") -> Iterator[tuple[str, str]]:
+        for module in modules:
+            if (name := names.get_name(prefix + module)) is not None:
+                yield name.removeprefix("blk.0."), module
+
+    final_norm = TRAITS.get(row.families[0], {}).get("final_norm", "model.norm")
+    outside = {
+        f"{name}.weight": f"{ours}.weight" for name, ours in stored(("model.embed_tokens", final_norm, *row.outside))
+    }
+    outside["output.weight"] = "lm_head.weight"
+    block = dict(stored(_block_modules(row), "model.layers.0."))
+    inside = {f"{name}.weight": f"{ours}.weight" for name, ours in block.items()}
     if architecture != "lfm2":
-        with_bias = {stored: ours for stored, ours in block.items() if ours.endswith(("_proj", ".router"))}
-        inside |= {f"{stored}.bias": f"{ours}.bias" for stored, ours in with_bias.items()}
-    outside = {f"{stored}.weight": f"{ours}.weight" for stored, ours in whole.items()}
-    return outside, inside | _WHOLE_NAMES.get(architecture, {})
+        with_bias = {name: ours for name, ours in block.items() if ours.endswith(("_proj", ".router"))}
+        inside |= {f"{name}.bias": f"{ours}.bias" for name, ours in with_bias.items()}
+    return outside, inside | dict(row.tensors)
+
+
+def _block_modules(row: Architecture) -> list[str]:
+    traits = TRAITS.get(row.families[0], {})
+    norms = [name for name in traits.get("norms", NORMS_BEFORE) if name is not None]
+    norms += traits.get("qk_norms", ("self_attn.q_norm", "self_attn.k_norm")) if "qk_norm" in traits else ()
+    linear = [name for group in traits.get("groups", GROUPS) for name in group]
+    return [*norms, *linear, *row.modules]
 
 
 def gguf_architecture(config: Mapping[str, Any]) -> str | None:
@@ -179,7 +168,7 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
         block, _, part = expert
         stack = next(stack for stack, ours in _EXPERTS.items() if ours == part)
         kind = name.rpartition(".")[2]
-        exists = architecture in (_WITH_EXPERTS if kind == "weight" else _WITH_EXPERT_BIASES)
+        exists = kind in ARCHITECTURES[architecture].expert_tensors
         return (f"blk.{block.rpartition('.')[2]}.{stack}.{kind}",) if exists else ()
     outside, inside = _names_of(architecture)
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
@@ -192,8 +181,8 @@ def gguf_names(architecture: str, name: str) -> tuple[str, ...]:
 def huggingface_names(architecture: str, name: str, shape: Sequence[int]) -> list[str]:
     """Return the Hugging Face names in a GGUF tensor: one per expert in the order of the stack, or only one."""
     match = _OF_EXPERTS.fullmatch(name)
-    dimensions = {"weight": 3, "bias": 2 if architecture in _WITH_EXPERT_BIASES else None}
-    if match is None or architecture not in _WITH_EXPERTS or len(shape) != dimensions[match["kind"]]:
+    stacked = () if match is None else ARCHITECTURES[architecture].expert_tensors
+    if match is None or match["kind"] not in stacked or len(shape) != (3 if match["kind"] == "weight" else 2):
         only = huggingface_name(architecture, name)
         return [] if only is None else [only]
     block, part = f"model.layers.{match['layer']}", _EXPERTS[match["stack"]]
