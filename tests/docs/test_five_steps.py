@@ -58,13 +58,10 @@ def softcap_reference(x: Tensor, cap: float) -> Tensor:
 CASES = '''"""Soft cap: cases and mutants."""
 
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import ROWS, Axis, Op
 
-OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7})
-CASES = (
-    OP.case("rows", (6, 5)), OP.case("documents", (2, 4, 3)), OP.case("one row", (1, 5)), OP.case("one number", (1,)),
-    OP.case("no rows", (0, 5)), OP.case("low cap, training size", (67, 96), cap=0.2),
-)
+OP = Op("softcap", {"x": "*lead n", "d_y": "*lead n"}, {"lead": ROWS, "n": Axis(7, 96), "cap": 1.7})
+CASES = (*OP.standard_cases(), OP.case("low cap", cap=0.2))
 MUTANTS = (
     OP.perturb("cap forgotten", "d_x", cap=1.0),
     wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backhand.verify.mutants import perturbed, wrong
 from backhand.verify.runner import prove_case, reject_mutants
-from backhand.verify.scaffold import BUFFER_START, Arguments, Op, grad_buffer
+from backhand.verify.scaffold import BUFFER_START, ROWS, Arguments, Axis, Op, grad_buffer
 
 
 class ScaledSaved(NamedTuple):
@@ -51,6 +51,32 @@ def op(**changes):
 
 def proved(one, case):
     return [row for row in prove_case(one.proof([case], ()), case) if not row.passed]
+
+
+def test_the_standard_cases_follow_from_the_axes():
+    one = op(
+        options={"lead": ROWS, "n": Axis(4, 96), "size": 2.0, "bias": False, "scaling": 1.7, "input_gradient": True}
+    )
+    cases = {case.name: case.tensors for case in one.standard_cases("biased: ", bias=True)}
+    shapes = {name.removeprefix("biased: "): tuple(tensors["x"].shape) for name, tensors in cases.items()}
+    assert shapes == {
+        "usual sizes": (5, 4),
+        "documents and rows": (2, 5, 4),
+        "one row": (1, 4),
+        "no rows": (0, 4),
+        "strided": (5, 4),
+        "training size": (67, 96),
+    }
+    assert all("bias" in tensors for tensors in cases.values())
+    assert {name: tensor.stride() for name, tensor in cases["biased: strided"].items()} == {
+        "x": (8, 2),
+        "weight": (2,),
+        "d_y": (1, 5),
+        "bias": (2,),
+    }
+    # An axis that the call gives is the same in all cases, and without axes there are no standard cases.
+    assert {case.tensors["x"].shape[-1] for case in one.standard_cases(n=3)} == {3}
+    assert op().standard_cases(lead=(5,)) == ()
 
 
 def test_a_right_op_passes_with_and_without_what_may_be_left_out():

@@ -2,8 +2,8 @@
 
 A file of cases declares the op's inputs and the mistakes that are easy to make in it:
 
-    OP = Op("softcap", {"x": "*shape", "d_y": "*shape"}, {"shape": ..., "cap": 1.7}, baseline=_baseline)
-    CASES = (OP.case("rows", (6, 5)), OP.case("no rows", (0, 5)), OP.case("low cap", (6, 5), cap=0.2), …)
+    OP = Op("softcap", {"x": "*lead n", "d_y": "*lead n"}, {"lead": ROWS, "n": Axis(7, 96), "cap": 1.7})
+    CASES = (*OP.standard_cases(), OP.case("low cap", cap=0.2), …)
     MUTANTS = (
         OP.perturb("cap forgotten", "d_x", cap=1.0),
         wrong("square forgotten", "d_x", lambda g, s: g * (1 - s.y / s.cap)),
@@ -14,7 +14,8 @@ A file with several ops defines `PROOFS`, one `Op.proof` per op, instead of thes
 `softcap_forward`, `softcap_backward` and `softcap_reference` are found through the registry. Every function, including
 the lambdas, is called with arguments chosen by the names of its parameters: `x` is the input `x`, and `cap` the option.
 A gradient `d_x` belongs to the input `x`, and a tuple `d_lora_A` to the inputs `lora_A 0`, `lora_A 1` and so on. Every
-input with a gradient must receive one. The standard mutants of every gradient are added.
+input with a gradient must receive one. The standard mutants of every gradient are added. The standard cases (one row,
+no rows, strided inputs, sizes of training) follow from the axes among the options.
 """
 
 from __future__ import annotations
@@ -161,6 +162,27 @@ class Arguments(dict[str, Any]):
         return draw.normal(*shape, size=self[size] if size in self else float(size or 1.0))
 
 
+@dataclass(frozen=True)
+class Axis:
+    """An option that is a size, with the values that the standard cases give it. None leaves the usual value.
+
+    Every op has one axis with `one` and `none`: its rows, documents, tokens or pairs.
+    """
+
+    usual: Any  # the option's default
+    training: Any  # a size as in training: several blocks of a kernel, and no multiple of one
+    one: Any = None
+    none: Any = None
+    nested: Any = None  # several axes for the rows, if the op takes any number of leading axes
+
+
+ROWS = Axis((5,), (67,), (1,), (0,), (2, 5))
+SHAPE = Axis((5, 7), (67, 96), (1, 7), (0, 7), (2, 5, 7))
+DOCUMENTS = Axis((4, 4, 7, 1, 2), (40, 40, 17), (1,), ())
+"""Lengths of packed documents."""
+COUNT = Axis(6, 97, 1, 0)
+
+
 @dataclass(eq=False)
 class Op:
     """The declaration of an op to prove."""
@@ -172,7 +194,7 @@ class Op:
     # is an option, a number or a derived argument. An input is left out if an axis is None, or if an option with its
     # name is None or False.
     inputs: Mapping[str, Any]
-    # Every option by name with its default, `...` for a required option.
+    # Every option by name with its default, `...` for a required option. The default of a size may be an `Axis`.
     options: Mapping[str, Any] = field(default_factory=dict)
     _: KW_ONLY
     # y as usually written for autograd in low precision, None for the reference.
@@ -195,6 +217,24 @@ class Op:
             setattr(self, part, getattr(self, part) or getattr(module, f"{self.name}_{part}", None))
         fields: tuple[str, ...] = get_type_hints(self.backward)["return"]._fields
         self.gradients = self.gradients or tuple(name for name in fields if name.startswith("d_"))
+        self.axes = {key: value for key, value in self.options.items() if isinstance(value, Axis)}
+        self.options = {**self.options, **{key: axis.usual for key, axis in self.axes.items()}}
+
+    def standard_cases(self, prefix: str = "", **options: Any) -> tuple[Case, ...]:
+        """Return the cases of every op, as far as its axes have the sizes, all with these options.
+
+        Args:
+            prefix: the beginning of the cases' names, for an op that has several series of them.
+        """
+        sizes = {"usual sizes": "usual", "documents and rows": "nested", "one row": "one", "no rows": "none"}
+        sizes |= {"strided": "usual", "training size": "training"}
+        cases = []
+        for name, part in sizes.items():
+            given = {key: getattr(axis, part) for key, axis in self.axes.items() if key not in options}
+            given = {key: size for key, size in given.items() if size is not None}
+            if given:
+                cases.append(self.case(prefix + name, strided=name == "strided", **given, **options))
+        return tuple(cases)
 
     def case(
         self,
@@ -203,6 +243,7 @@ class Op:
         exempt: tuple[str, ...] = (),
         pieces: int | None = None,
         threads: int | None = None,
+        strided: bool = False,
         **options: Any,
     ) -> Case:
         """Draw a case's inputs from a generator that is seeded by the names of op and case.
@@ -211,6 +252,7 @@ class Op:
             sizes: values of the first options, in order.
             pieces: the limit for `small_pieces` while the op runs, or None for no limit.
             threads: the number of torch's threads while the op runs, or None to leave it unchanged.
+            strided: True to draw inputs whose elements are not adjacent in memory.
         """
         if len(sizes) > len(self.options):
             raise TypeError(f"{self.name}, {name}: {len(sizes)} values for {len(self.options)} options")
@@ -224,7 +266,8 @@ class Op:
             drawn = None if enabled is None or enabled is False else args.draw_input(declaration)
             args.pop(key, None)
             parts = drawn if isinstance(drawn, dict) else {key: drawn}
-            tensors |= {part: tensor for part, tensor in parts.items() if tensor is not None}
+            present = {part: tensor for part, tensor in parts.items() if tensor is not None}
+            tensors |= {part: with_strides(part, present[part]) for part in present} if strided else present
             args.update(tensors)
         without = {GRADIENT_SWITCHES[key] for key in GRADIENT_SWITCHES if settings.get(key) is False}
         runner = next((self.runners[key] for key in self.runners if settings[key]), self.runner or self._run)
@@ -272,6 +315,15 @@ def named_gradients(grads: Any) -> Tensors:
         parts = {name: value} if not isinstance(value, tuple) else {f"{name} {i}": part for i, part in enumerate(value)}
         gradients |= {key: part for key, part in parts.items() if part is not None}
     return gradients
+
+
+def with_strides(name: str, tensor: Tensor) -> Tensor:
+    """Return the same numbers, every second one in memory, for `d_y` with its last axis as the slowest."""
+    if not tensor.is_floating_point() or not tensor.ndim:
+        return tensor
+    if name == "d_y":
+        return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
 @contextmanager

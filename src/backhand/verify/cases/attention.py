@@ -16,7 +16,7 @@ from backhand.ops.document_groups import segments, tokens_of
 from backhand.verify.mutants import Backward, Mutant, wrong
 from backhand.verify.packed_tokens import token_relations
 from backhand.verify.reference_decoder import softmax_attention, visible
-from backhand.verify.scaffold import PACKED, Arguments, Op
+from backhand.verify.scaffold import PACKED, Arguments, Axis, Op
 
 SCALING = 0.37
 
@@ -70,7 +70,8 @@ OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": S
 OP = Op(
     "attention",
     attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
-    {"documents": ..., "heads": 6, "kv_heads": 2, "head_dim": 5, "parents": (), "side_by_side": False, **OPTIONS},
+    dict(documents=Axis((4, 4, 7, 1, 2, 2, 2), (71, 40), (1,), ()), heads=Axis(6, 4), kv_heads=2, head_dim=Axis(5, 16))
+    | dict(parents=(), side_by_side=False, **OPTIONS),
     baseline=_baseline,
     derived=PACKED | DERIVED,
     runners={"side_by_side": _side_by_side},
@@ -82,8 +83,8 @@ _THREE: dict[str, Any] = {"heads": 3, "kv_heads": 1}
 _FOUR: dict[str, Any] = {"heads": 4, "kv_heads": 2}
 
 CASES = (
+    *OP.standard_cases(),
     OP.case("one document", (9,)),
-    OP.case("packed documents", (4, 4, 7, 1, 2, 2, 2)),
     OP.case("one key/value head", (4, 7), **_THREE),
     OP.case("a key/value head for each", (4, 7), heads=3, kv_heads=3),
     OP.case("window inside the documents", (9, 3, 6, 6), window=4),
@@ -91,11 +92,8 @@ CASES = (
     OP.case("window as long as the document", (6, 2), window=6),
     OP.case("side by side in one buffer", (4, 4, 3), side_by_side=True, window=3),
     OP.case("sharp softmax", (7, 5), size=6.0),
-    OP.case("one token", (1,)),
     OP.case("one-token documents", (1, 1, 1)),
-    OP.case("no tokens", ()),
     OP.case("empty documents between", (3, 0, 2)),
-    OP.case("longer than a kernel block", (71, 40), head_dim=16, **_FOUR),
     OP.case("several blocks side by side", (131, 64, 40), head_dim=16, side_by_side=True, **_FOUR),
     OP.case("few tasks side by side", (90,), heads=4, kv_heads=1, head_dim=16, side_by_side=True, threads=3),
     OP.case("short documents as one group", (50, 50, 46, 41), head_dim=16, **_FOUR),

@@ -14,7 +14,7 @@ from backhand.ops.document_groups import Run
 from backhand.verify.cases import attention
 from backhand.verify.mutants import Mutant
 from backhand.verify.reference_decoder import visible
-from backhand.verify.scaffold import Arguments, Op
+from backhand.verify.scaffold import Arguments, Axis, Op
 
 
 def _baseline(args: Arguments) -> Tensor:
@@ -27,21 +27,20 @@ def _baseline(args: Arguments) -> Tensor:
 OP = Op(
     "attention_blocks",
     attention.attention_inputs("documents query_count heads head_dim", "documents n kv_heads head_dim"),
-    dict(documents=..., n=..., heads=6, kv_heads=3, head_dim=5, queries=None) | attention.OPTIONS,
+    dict(documents=Axis(2, 3, 1, 0), n=Axis(9, 70), heads=6, kv_heads=3, head_dim=Axis(5, 16), queries=None)
+    | attention.OPTIONS,
     baseline=_baseline,
     derived={"query_count": lambda n, queries: n if queries is None else queries} | attention.DERIVED,
 )
 
 CASES = (
-    OP.case("two documents", 2, 9),
-    OP.case("one document", 1, 9),
+    *OP.standard_cases(),
     OP.case("one key/value head", 2, 7, heads=3, kv_heads=1),
     OP.case("a key/value head for each", 2, 7, heads=3, kv_heads=3),
     OP.case("window inside the documents", 2, 9, window=4),
     OP.case("window of one token", 2, 5, window=1),
     OP.case("sharp softmax", 2, 7, size=6.0),
     OP.case("one token", 1, 1),
-    OP.case("no documents", 0, 4),
     OP.case("fewer queries than keys", 2, 9, queries=4),
     OP.case("fewer queries than keys, window", 2, 9, queries=3, window=4),
     OP.case("one query", 3, 6, queries=1),

@@ -14,7 +14,7 @@ from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_referenc
 from backhand.ops.document_groups import Run, segments
 from backhand.verify.mutants import wrong
 from backhand.verify.packed_tokens import TokenRelations, token_relations
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.scaffold import DOCUMENTS, PACKED, Axis, Op
 
 
 def _baseline(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tensor:
@@ -25,14 +25,14 @@ def _baseline(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tenso
 OP = Op(
     "causal_conv",
     {"x": "size: tokens channels", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
-    {"documents": ..., "channels": 5, "width": 4, "parents": (), "silu": True, "bias": False, "size": 1.0},
+    dict(documents=DOCUMENTS, channels=Axis(5, 48), width=4, parents=(), silu=True, bias=False, size=1.0),
     baseline=_baseline,
     derived={"taps": Taps, **PACKED},
     compiled=True,
 )
 
 CASES = (
-    OP.case("packed documents", (6, 6, 3, 1, 2)),
+    *OP.standard_cases(),
     OP.case("no activation", (6, 3, 7), silu=False),
     OP.case("bias", (6, 3, 7), bias=True),
     OP.case("three taps", (6, 3, 7), width=3, silu=False),
@@ -44,9 +44,6 @@ CASES = (
     OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6), bias=True),
     OP.case("segments shorter than the taps", (1, 1, 1, 2, 1, 3), parents=(-1, 0, 1, 2, 1, 0), width=6),
     OP.case("large numbers", (5, 4), size=30.0),
-    OP.case("one token", (1,)),
-    OP.case("no tokens", ()),
-    OP.case("training size", (40, 40, 17), channels=48),
     OP.case("several tiles after a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
     OP.case("tiles shorter than the taps", (5, 4, 7), width=6, parents=(-1, 0, 0), pieces=10),
     OP.case("tiles of several segments", (7, 3, 3, 3, 3, 3), parents=(-1, 0, 0, 0, 0, 0), pieces=40),

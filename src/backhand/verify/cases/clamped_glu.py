@@ -10,7 +10,7 @@ from torch import Tensor
 from backhand.kernels.pieces import piece_size
 from backhand.ops.clamped_glu import CHUNK_ELEMENTS, Clamp, ClampedGLUSaved
 from backhand.verify.mutants import Backward, later_pieces_missing, wrong
-from backhand.verify.scaffold import Arguments, Draw, Op
+from backhand.verify.scaffold import ROWS, Arguments, Axis, Draw, Op
 
 CLAMP = Clamp(1.702, 1.1)
 MARGIN = 0.02
@@ -39,14 +39,13 @@ def _side_by_side(t: Arguments, backward: Backward) -> tuple[Tensor, tuple[Tenso
 OP = Op(
     "clamped_glu",
     {"gate": _off_bounds, "up": _off_bounds, "d_y": "*lead n"},
-    {"lead": ..., "n": 7, "size": 1.5, "side_by_side": False, "clamp": CLAMP},
+    {"lead": ROWS, "n": Axis(7, 83), "size": 1.5, "side_by_side": False, "clamp": CLAMP},
     baseline=_baseline,
     runners={"side_by_side": _side_by_side},
 )
 
 CASES = (
-    OP.case("rows", (5,)),
-    OP.case("documents and rows", (2, 5)),
+    *OP.standard_cases(),
     OP.case("side by side in one buffer", (5,), side_by_side=True),
     OP.case("side by side, documents and rows", (2, 5), side_by_side=True),
     OP.case("gpt-oss's numbers", (11,), size=5.0, clamp=Clamp(1.702, 7.0)),
@@ -54,9 +53,7 @@ CASES = (
     OP.case("everything clamped", (5,), size=30.0, clamp=Clamp(1.3, 0.2)),
     OP.case("several chunks", (9,), 5, side_by_side=True, pieces=20),
     OP.case("several chunks of documents", (5, 2), 5, pieces=20),
-    OP.case("one row", (1,)),
-    OP.case("no rows", (0,)),
-    OP.case("no rows in documents", (2, 0), side_by_side=True),
+    OP.case("documents without rows", (2, 0), side_by_side=True),
 )
 
 

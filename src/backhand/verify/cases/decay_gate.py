@@ -6,23 +6,20 @@ import torch
 from torch.nn import functional
 
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Axis, Op
 
 OP = Op(
     "decay_gate",
     dict(a=lambda draw, tokens, heads, size, shift: draw.normal(tokens, heads, size=size) + shift)
     | dict(log_rate="heads", bias="heads", d_y="tokens heads"),
-    {"tokens": ..., "heads": 3, "size": 1.0, "shift": 0.0},
+    {"tokens": Axis(5, 67, 1, 0), "heads": Axis(3, 16), "size": 1.0, "shift": 0.0},
 )
 
 CASES = (
-    OP.case("tokens", 5),
+    *OP.standard_cases(),
     OP.case("one head", 5, 1),
     OP.case("large", 6, size=3.0, shift=12.0),
     OP.case("far below zero", 6, shift=-12.0),
-    OP.case("one token", 1),
-    OP.case("no tokens", 0),
-    OP.case("training size", 67, 16),
 )
 
 

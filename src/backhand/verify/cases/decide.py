@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Draw, Op
+from backhand.verify.scaffold import Axis, Draw, Op
 
 
 def _options(counts: tuple[int, ...]) -> int:
@@ -28,19 +28,16 @@ def _targets(draw: Draw, counts: tuple[int, ...], soft: bool) -> Tensor:
 OP = Op(
     "decide",
     {"scores": "size: options", "d_y": "questions", "targets": _targets},
-    {"counts": (2, 5, 3), "soft": True, "size": 2.0},
+    {"counts": Axis((2, 5, 3), (26, 2, 10) * 9, (4,), ()), "soft": True, "size": 2.0},
     derived={"owner": _owner, "options": _options, "questions": lambda counts: len(counts)},
 )
 
 CASES = (
-    OP.case("soft targets"),
+    *OP.standard_cases(),
     OP.case("hard targets", soft=False),
-    OP.case("one row", (4,)),
     OP.case("one option", (1, 3)),
-    OP.case("no questions", ()),
     OP.case("far apart", size=60.0),
     OP.case("nearly equal", size=1e-3),
-    OP.case("training size", (26, 2, 10) * 9),
 )
 
 MUTANTS = (

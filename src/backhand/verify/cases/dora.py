@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backhand.ops.dora import DoRASaved, along, weight_scale
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import SHAPE, Op
 
 
 def _baseline(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, axis: int) -> Tensor:
@@ -25,21 +25,17 @@ OP = Op(
         "d_y": "*shape",
         "bias": "channels",
     },
-    {"shape": ..., "axis": -1, "bias": False},
+    {"shape": SHAPE, "axis": -1, "bias": False},
     baseline=_baseline,
     derived={"channels": lambda shape, axis: shape[axis]},
 )
 
 CASES = (
-    OP.case("rows", (5, 7)),
-    OP.case("documents and rows", (2, 5, 7)),
-    OP.case("bias", (5, 7), bias=True),
+    *OP.standard_cases(bias=True),
+    OP.case("no bias"),
     OP.case("channels of a picture", (2, 5, 3, 4), axis=1, bias=True),
     OP.case("channels of a square", (4, 4), axis=0),
     OP.case("one channel", (6, 1)),
-    OP.case("one row", (1, 7), bias=True),
-    OP.case("no rows", (0, 7), bias=True),
-    OP.case("training size", (67, 96), bias=True),
 )
 
 

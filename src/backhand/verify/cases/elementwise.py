@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from backhand.ops import elementwise
 from backhand.verify.mutants import Mutant, wrong
-from backhand.verify.scaffold import Case, Draw, Op
+from backhand.verify.scaffold import SHAPE, Case, Draw, Op
 
 BASELINE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda x: functional.relu(x),
@@ -32,15 +32,11 @@ def _off_zero(draw: Draw, shape: tuple[int, ...], size: float, zeros: bool) -> T
 
 def _cases(op: Op) -> tuple[Case, ...]:
     return (
-        op.case("rows", (5, 7)),
-        op.case("documents and rows", (2, 5, 3)),
-        op.case("near zero", (5, 7), size=0.05),
-        op.case("saturated", (5, 7), size=20.0),
-        op.case("zeros", (5, 7), zeros=True, exempt=("x",) if op.name == "relu" else ()),
+        *op.standard_cases(),
+        op.case("near zero", size=0.05),
+        op.case("saturated", size=20.0),
+        op.case("zeros", zeros=True, exempt=("x",) if op.name == "relu" else ()),
         op.case("one number", ()),
-        op.case("one row", (1, 7)),
-        op.case("no rows", (0, 7)),
-        op.case("training size", (67, 96)),
     )
 
 
@@ -94,7 +90,7 @@ PROOFS = tuple(
         Op(
             name,
             {"x": _off_zero, "d_y": "*shape"},
-            {"shape": ..., "size": 1.5, "zeros": False},
+            {"shape": SHAPE, "size": 1.5, "zeros": False},
             baseline=BASELINE[name],
         )
         for name in OWN_MUTANTS

@@ -9,7 +9,7 @@ from torch.nn import functional
 from backhand.kernels.pieces import piece_size
 from backhand.ops.embedding import ROWS_AT_ONCE, EmbeddingSaved
 from backhand.verify.mutants import scatter_overwrite, wrong
-from backhand.verify.scaffold import Draw, Op
+from backhand.verify.scaffold import Axis, Draw, Op
 
 
 def token_ids(draw: Draw, vocab: int, lead: tuple[int, ...], only: int | None) -> Tensor:
@@ -18,23 +18,22 @@ def token_ids(draw: Draw, vocab: int, lead: tuple[int, ...], only: int | None) -
     return ids if only is None else torch.full_like(ids, only)
 
 
+TOKENS = Axis((9,), (67,), (1,), (0,), (2, 9))
+"""Tokens, some of which are equal."""
+
 OP = Op(
     "embedding",
     {"ids": token_ids, "weight": "vocab hidden", "d_y": "*lead hidden"},
-    {"lead": ..., "vocab": 6, "hidden": 5, "scaling": 1.0, "only": None},
+    {"lead": TOKENS, "vocab": Axis(6, 353), "hidden": Axis(5, 48), "scaling": 1.0, "only": None},
     baseline=lambda ids, weight, scaling: functional.embedding(ids, weight) * scaling,
 )
 
 CASES = (
-    OP.case("tokens, some of them twice", (9,)),
-    OP.case("scaling", (9,), scaling=2.4),
-    OP.case("documents and tokens", (2, 9), scaling=2.4),
+    *OP.standard_cases(scaling=2.4),
+    OP.case("not scaled"),
     OP.case("one token many times", (40,), only=2, scaling=1.7),
     OP.case("unseen tokens", (3,), vocab=11),
     OP.case("several pieces of rows", (11,), pieces=4),
-    OP.case("one token", (1,)),
-    OP.case("no tokens", (0,), scaling=2.4),
-    OP.case("training size", (67,), 353, 48, scaling=6.9),
 )
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Axis, Op
 
 WIDTH = 5
 OP = Op(
     "expert_bias",
     dict(chosen=lambda draw, tokens, experts, k: draw.normal(tokens, experts).argsort(dim=-1)[:, :k])
     | dict(weights="tokens k", biases="experts width", d_y="tokens width"),
-    {"tokens": ..., "experts": 4, "k": 3, "width": WIDTH},
+    {"tokens": Axis(7, 67, 1, 0), "experts": Axis(4, 8), "k": Axis(3, 2), "width": WIDTH},
 )
 
 CASES = (
-    OP.case("tokens", 7),
+    *OP.standard_cases(),
     OP.case("one choice", 7, k=1),
     OP.case("every expert", 6, 3, 3),
     OP.case("more experts than choices", 2, 9, 2),
-    OP.case("one token", 1),
-    OP.case("no tokens", 0),
-    OP.case("training size", 67, 8, 2),
 )
 
 

@@ -10,7 +10,7 @@ from backhand.ops.expert_linear import ExpertFactors, ExpertLinearSaved, expert_
 from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import SCALING, Arguments, Op, grad_buffer
+from backhand.verify.scaffold import SCALING, Arguments, Axis, Op, grad_buffer
 
 
 def _factors(lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, as_stored: bool) -> ExpertFactors | None:
@@ -51,8 +51,9 @@ OP = Op(
     "expert_linear",
     dict(x="rows width", weights="experts out width", d_y="rows out", lora_A="experts rank width")
     | dict(lora_B="experts out rank", biases="experts out"),
-    dict(counts=..., width=5, out=6, rank=2, biases=False, dropout=None, scaling=SCALING, as_stored=False)
-    | dict(input_gradient=True, added=False),
+    dict(counts=Axis((4, 0, 3), (40, 17, 0, 10), (0, 1, 0), (0, 0)), width=Axis(5, 48), out=Axis(6, 40))
+    | dict(rank=Axis(2, 8), biases=False, dropout=None, scaling=SCALING, as_stored=False, input_gradient=True)
+    | dict(added=False),
     forward=_forward,
     baseline=_baseline,
     derived={
@@ -66,7 +67,7 @@ OP = Op(
 )
 
 CASES = (
-    OP.case("some experts without rows", (4, 0, 3)),
+    *OP.standard_cases(),
     OP.case("no adapter", (4, 0, 3), rank=None),
     OP.case("biases", (2, 3, 1, 0), biases=True),
     OP.case("as PEFT stores it", (4, 0, 3), as_stored=True),
@@ -75,9 +76,6 @@ CASES = (
     OP.case("frozen below", (4, 3), input_gradient=False),
     OP.case("one expert", (6,)),
     OP.case("square", (4, 5), 6, 6, 3),
-    OP.case("one row", (0, 1, 0)),
-    OP.case("no rows", (0, 0)),
-    OP.case("training size", (40, 17, 0, 10), 48, 40, 8),
 )
 
 

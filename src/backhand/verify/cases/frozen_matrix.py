@@ -20,7 +20,7 @@ from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved
 from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles, tiles_of
 from backhand.verify.mutants import Backward, Mutant, transpose_if_square, wrong
-from backhand.verify.scaffold import Arguments, Draw, Op
+from backhand.verify.scaffold import ROWS, Arguments, Draw, Op
 
 _SMALL_TILES = 1
 """Bytes per tile that give the smallest possible tiles: 64 rows, 256 columns."""
@@ -114,7 +114,7 @@ def _baseline(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
 OP = Op(
     "frozen_linear",
     dict(drawn=_drawn_weight, x="*lead columns", d_y="*lead outputs", bias="outputs") | dict(residual="*lead outputs"),
-    dict(lead=..., columns=..., parts=..., bias=False, residual=False, ordered=False, columns_ordered=False)
+    dict(lead=ROWS, columns=..., parts=..., bias=False, residual=False, ordered=False, columns_ordered=False)
     | dict(tile_bytes=_SMALL_TILES),
     baseline=_baseline,
     derived={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
@@ -124,11 +124,12 @@ OP = Op(
 
 
 CASES = (
+    *OP.standard_cases(columns=288, parts=[("Q4_1", 65)], bias=True),
     OP.case("several tiles each way", (9,), 544, [("Q4_0", 130)]),
     OP.case("more rows than columns, in several tiles", (6,), 288, [("Q5_1", 170), ("Q8_0", 135)], bias=True),
     OP.case("more dense rows than columns, in tiles", (9,), 259, [("dense", 270)], residual=True),
     OP.case("minima", (5,), 544, [("Q4_1", 67)], bias=True),
-    OP.case("documents and rows", (2, 3), 512, [("Q4_K", 70)], residual=True),
+    OP.case("documents, residual", (2, 3), 512, [("Q4_K", 70)], residual=True),
     OP.case(
         "parts of different types", (3, 4), 512, [("Q4_K", 66), ("Q6_K", 9), ("Q5_0", 71)], bias=True, residual=True
     ),
@@ -158,8 +159,6 @@ CASES = (
     OP.case("dense, sums in parts, several panels", (13,), 1551, [("dense", 231)], bias=True, tile_bytes=None),
     OP.case("dense, gradients' sums in parts", (11,), 35, [("dense", 1539)], residual=True, tile_bytes=None),
     OP.case("blocks, sums in parts", (10,), 1792, [("Q4_K", 37), ("Q8_0", 9)], bias=True, ordered=True),
-    OP.case("one row", (1,), 288, [("Q4_1", 65)], bias=True),
-    OP.case("no rows", (0,), 288, [("Q4_1", 65)], bias=True),
 )
 
 

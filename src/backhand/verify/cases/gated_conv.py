@@ -12,7 +12,7 @@ from backhand.ops.document_groups import Run
 from backhand.ops.gated_conv import GatedConvSaved
 from backhand.verify.cases.causal_conv import OTHERS, RIGHT, TILE_MISTAKES, Sight, conv_matrices
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import PACKED, Op
+from backhand.verify.scaffold import DOCUMENTS, PACKED, Axis, Op
 
 
 def _baseline(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
@@ -23,7 +23,7 @@ def _baseline(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
 OP = Op(
     "gated_conv",
     {"bcx": "tokens wide", "d_y": "tokens channels", "weight": "channels width", "bias": "channels"},
-    {"documents": ..., "channels": 5, "width": 3, "parents": (), "bias": False, "into_buffer": False},
+    {"documents": DOCUMENTS, "channels": Axis(5, 48), "width": 3, "parents": (), "bias": False, "into_buffer": False},
     baseline=_baseline,
     derived={
         "taps": Taps,
@@ -35,7 +35,7 @@ OP = Op(
 )
 
 CASES = (
-    OP.case("packed documents", (6, 6, 4, 1, 2)),
+    *OP.standard_cases(),
     OP.case("bias", (6, 4), bias=True),
     OP.case("four taps", (6, 7), width=4),
     OP.case("one tap", (6, 3), width=1),
@@ -45,9 +45,6 @@ CASES = (
     OP.case("trees of several levels", (3, 4, 2, 5, 5, 1, 2, 6, 3), parents=(-1, -1, 1, 2, 2, 1, -1, 6, 6), bias=True),
     OP.case("segments shorter than the taps", (1, 1, 1, 2, 1, 3), parents=(-1, 0, 1, 2, 1, 0), width=6),
     OP.case("into a used buffer", (5, 3), into_buffer=True),
-    OP.case("one token", (1,)),
-    OP.case("no tokens", ()),
-    OP.case("training size", (40, 40, 17), channels=48),
     OP.case("several tiles after a shared prefix", (20, 33, 9), parents=(-1, 0, 0), bias=True, pieces=40),
     OP.case("tiles shorter than the taps", (5, 4, 7), width=6, parents=(-1, 0, 0), pieces=10),
     OP.case("several blocks of channels", (9, 5, 6), channels=259, parents=(-1, 0, 0), threads=3),

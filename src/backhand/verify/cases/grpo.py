@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backhand.ops.grpo import GRPORule
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Draw, Op
+from backhand.verify.scaffold import Axis, Draw, Op
 
 
 def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float, rule: GRPORule) -> dict[str, Tensor]:
@@ -24,23 +24,21 @@ def _constants(draw: Draw, log_p: Tensor, lengths: tuple[int, ...], moved: float
 
 
 RULE = GRPORule("grpo", 0.2, 0.3, 0.13)
+LENGTHS = Axis((3, 1, 5, 2), tuple(1 + number * 7 % 23 for number in range(64)), (1,), ())
 OP = Op(
     "grpo",
     {"log_p": "0.7: tokens", "constants": _constants, "d_y": "count"},
-    {"rule": RULE, "lengths": (3, 1, 5, 2), "moved": 0.25},
+    {"rule": RULE, "lengths": LENGTHS, "moved": 0.25},
     derived={"tokens": lambda lengths: sum(lengths), "count": lambda lengths: len(lengths)},
 )
 
 CASES = (
-    OP.case("grpo"),
+    *OP.standard_cases(),
     OP.case("without a reference", RULE._replace(beta=0.0)),
     OP.case("one update", moved=0.0),
     OP.case("rloo", GRPORule("rloo", 0.2, 0.3)),
     OP.case("rloo, one update", GRPORule("rloo"), moved=0.0),
     OP.case("far apart", RULE, (3, 4), 1.5),
-    OP.case("one token", RULE, (1,)),
-    OP.case("no answers", RULE, ()),
-    OP.case("training size", RULE, tuple(1 + number * 7 % 23 for number in range(64))),
 )
 
 

@@ -5,24 +5,20 @@ from __future__ import annotations
 from torch.nn import functional
 
 from backhand.verify.mutants import flat_rows, mean_of_rows, rows_reversed, transpose_if_square, wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import ROWS, Axis, Op
 
 OP = Op(
     "linear",
     {"x": "*lead inputs", "weight": "outputs inputs", "d_y": "*lead outputs", "bias": "outputs"},
-    {"lead": ..., "inputs": 7, "outputs": 4, "bias": False},
+    {"lead": ROWS, "inputs": Axis(7, 96), "outputs": Axis(4, 160), "bias": False},
     baseline=lambda x, weight, bias: functional.linear(x, weight, bias),
 )
 
 CASES = (
-    OP.case("rows", (5,)),
-    OP.case("bias", (5,), bias=True),
-    OP.case("documents and rows, bias", (2, 5), bias=True),
+    *OP.standard_cases(bias=True),
+    OP.case("no bias"),
     OP.case("one input, one output", (6,), 1, 1, bias=True),
     OP.case("square weight", (5,), 7, 7),
-    OP.case("one row", (1,), bias=True),
-    OP.case("no rows", (0,), bias=True),
-    OP.case("training size", (67,), 96, 160, bias=True),
 )
 
 MUTANTS = (

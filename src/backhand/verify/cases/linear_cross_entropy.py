@@ -26,7 +26,7 @@ from backhand.ops.lora_linear import Dropout
 from backhand.ops.lora_linear import multiplier as dropout_multiplier
 from backhand.verify.cases.lora_linear import next_seed
 from backhand.verify.mutants import Backward, Mutant, wrong
-from backhand.verify.scaffold import SCALING, Arguments, Draw, Op
+from backhand.verify.scaffold import SCALING, Arguments, Axis, Draw, Op
 
 
 class _Inputs(NamedTuple):
@@ -112,8 +112,8 @@ OP = Op(
     "linear_cross_entropy",
     dict(labels=_labels, x="size: rows hidden", weight="vocab hidden")
     | dict(d_y=_d_y, lora_A="rank hidden", lora_B="vocab rank"),
-    dict(rows=..., hidden=5, vocab=7, rank=None, multiplier=0.13, size=1.0, masked=False, dropout=None)
-    | dict(rule=PLAIN, weighted=False),
+    dict(rows=Axis(6, 67, 1, 0), hidden=Axis(5, 48), vocab=Axis(7, 353), rank=None, multiplier=0.13, size=1.0)
+    | dict(masked=False, dropout=None, rule=PLAIN, weighted=False),
     backward=_backward,
     reference=_reference,
     baseline=_baseline,
@@ -123,8 +123,8 @@ OP = Op(
 )
 
 CASES = (
-    OP.case("rows", 6),
-    OP.case("adapted head", 6, rank=3),
+    *OP.standard_cases(),
+    *OP.standard_cases("adapted head: ", rank=3),
     OP.case("masked labels", 9, masked=True),
     OP.case("masked labels, adapted head", 9, rank=2, masked=True),
     OP.case("several chunks", CHUNK_ROWS + 3, rank=3),
@@ -135,14 +135,12 @@ CASES = (
     OP.case("many classes", 11, vocab=4133, rank=2, threads=3),
     OP.case("large logits", 6, size=300.0, rank=2),
     OP.case("square head", 6, 7, 7, 7),
-    OP.case("one row", 1, rank=3),
     OP.case("one class", 4, vocab=1),
     OP.case("dropout", 9, rank=3, dropout=Dropout(0.4, 17)),
     OP.case("dropout, masked labels", 9, rank=2, masked=True, dropout=Dropout(0.25, 2**40)),
     OP.case("dropout, several chunks", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3)),
     OP.case("dropout, one row", 1, rank=3, dropout=Dropout(0.4, 5)),
     OP.case("dropout, no rows", 0, rank=3, dropout=Dropout(0.4, 7)),
-    OP.case("no rows", 0, rank=3),
     OP.case("scaled logits", 6, rank=3, rule=LogitsRule(0.6)),
     OP.case("capped logits", 6, rule=LogitsRule(cap=2.5)),
     OP.case("scaled and capped logits, adapted head", 9, rank=3, masked=True, rule=LogitsRule(0.6, 1.7)),
@@ -150,7 +148,6 @@ CASES = (
         "scaled and capped logits, dropout", CHUNK_ROWS + 5, rank=3, dropout=Dropout(0.4, 3), rule=LogitsRule(1.4, 3.1)
     ),
     OP.case("logits far beyond the cap", 6, size=30.0, rank=2, rule=LogitsRule(cap=2.5)),
-    OP.case("training size", 67, 48, 353, 8),
     OP.case("a weight for each row", 6, weighted=True),
     OP.case("weights, adapted head, masked labels", 9, rank=2, masked=True, weighted=True),
     OP.case("weights, several chunks", CHUNK_ROWS + 3, rank=3, weighted=True),

@@ -7,24 +7,20 @@ from torch import Tensor
 from backhand.ops.dora import along
 from backhand.ops.lora_bias import LoRABiasSaved
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, SHAPE, Op
 
 OP = Op(
     "lora_bias",
     {"z": "*shape", "lora_bias": "channels", "d_y": "*shape"},
-    {"shape": ..., "axis": -1, "scaling": SCALING},
+    {"shape": SHAPE, "axis": -1, "scaling": SCALING},
     baseline=lambda z, lora_bias, scaling, axis: z + scaling * along(lora_bias, z, axis),
     derived={"channels": lambda shape, axis: shape[axis]},
 )
 
 CASES = (
-    OP.case("rows", (5, 7)),
-    OP.case("documents and rows", (2, 5, 7)),
+    *OP.standard_cases(),
     OP.case("channels of a picture", (2, 5, 3, 4), axis=1),
     OP.case("channels of a square", (4, 4), axis=0),
-    OP.case("one row", (1, 7)),
-    OP.case("no rows", (0, 7)),
-    OP.case("training size", (67, 96)),
 )
 
 

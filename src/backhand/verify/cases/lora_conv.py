@@ -11,7 +11,7 @@ from backhand.ops.lora_conv import ConvGeometry, convolution
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.verify.cases.lora_linear import next_seed
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import SCALING, Arguments, Op
+from backhand.verify.scaffold import SCALING, Arguments, Axis, Op
 
 
 def _baseline(args: Arguments) -> Tensor:
@@ -43,7 +43,8 @@ OP = Op(
         lora_B=lambda draw, outputs, rank, groups, kernel: draw.normal(outputs, rank // groups, *(1 for _ in kernel))
     )
     | dict(bias="outputs", d_y="batch outputs *steps"),
-    dict(batch=..., places=..., kernel=..., inputs=4, outputs=6, rank=2, stride=1, padding=0, dilation=1)
+    dict(batch=Axis(3, 19, 1, 0), places=Axis((9,), (41,)), kernel=Axis((5,), (3,)), inputs=4, outputs=6, rank=2)
+    | dict(stride=1, padding=0, dilation=1)
     | dict(groups=1, bias=False, dropout=None, input_gradient=True, scaling=SCALING),
     baseline=_baseline,
     derived={
@@ -55,12 +56,12 @@ OP = Op(
 )
 
 CASES = (
-    OP.case("one dimension", 3, (9,), (5,), rank=2, outputs=7),
+    *OP.standard_cases(bias=True, dropout=Dropout(0.4, 17)),
+    OP.case("one dimension", outputs=7),
     OP.case("two dimensions", 2, (7, 8), (3, 1)),
     OP.case("three dimensions", 2, (4, 5, 3), (2, 1, 3), rank=3),
     OP.case("stride, padding, dilation", 2, (9, 10), (3, 2), stride=(2, 3), padding=(1, 2), dilation=(2, 1)),
     OP.case("places after the last stride", 2, (10,), (3,), stride=(4,)),
-    OP.case("bias", 3, (9,), (5,), bias=True),
     OP.case("groups", 2, (9,), (5,), groups=2, rank=4, bias=True),
     OP.case("groups, stride, padding", 2, (7, 6), (3, 2), stride=(2, 1), padding=(1, 1), groups=2, rank=6),
     OP.case("dropout", 2, (7, 8), (3, 1), dropout=Dropout(0.4, 17)),
@@ -69,7 +70,6 @@ CASES = (
     OP.case("square kernel", 2, (7, 7), (3, 3), inputs=5, outputs=5, rank=5, padding=(1, 1)),
     OP.case("kernel of one place", 2, (9,), (1,)),
     OP.case("one row of one place", 1, (1,), (3,), padding=(1,)),
-    OP.case("empty batch", 0, (9,), (5,), bias=True, dropout=Dropout(0.4, 17)),
 )
 
 

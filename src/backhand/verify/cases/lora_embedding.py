@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.lora_embedding import LoRAEmbeddingSaved
-from backhand.verify.cases.embedding import token_ids
+from backhand.verify.cases.embedding import TOKENS, token_ids
 from backhand.verify.mutants import flat_rows, scatter_overwrite, transpose_if_square, wrong
-from backhand.verify.scaffold import SCALING, Op
+from backhand.verify.scaffold import SCALING, Axis, Op
 
 
 def _baseline(
@@ -22,22 +22,19 @@ def _baseline(
 OP = Op(
     "lora_embedding",
     dict(ids=token_ids, weight="vocab hidden", lora_A="rank vocab", lora_B="hidden rank") | dict(d_y="*lead hidden"),
-    {"lead": ..., "vocab": 6, "hidden": 5, "rank": 3, "padding_id": None, "only": None, "scaling": SCALING},
+    dict(lead=TOKENS, vocab=Axis(6, 353), hidden=Axis(5, 48), rank=Axis(3, 8), padding_id=None, only=None)
+    | dict(scaling=SCALING),
     baseline=_baseline,
 )
 
 CASES = (
-    OP.case("tokens, some of them twice", (9,)),
-    OP.case("documents and tokens", (2, 9)),
+    *OP.standard_cases(),
     # Finite differences would vary the padding column too, whose gradient is zero by definition.
     OP.case("padding token", (14,), padding_id=3, exempt=("lora_A",)),
     OP.case("one token many times", (40,), only=2),
     OP.case("unseen tokens", (4,), vocab=11),
     OP.case("square factors", (9,), 5, 5, 5),
     OP.case("several pieces of rows", (11,), pieces=4),
-    OP.case("one token", (1,)),
-    OP.case("no tokens", (0,)),
-    OP.case("training size", (67,), 353, 48, 8),
 )
 
 

@@ -19,7 +19,7 @@ from backhand.ops.lora_group import (
 from backhand.ops.lora_linear import Dropout, multiplier
 from backhand.ops.low_rank import LoRAFactors
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_reference
-from backhand.verify.cases.lora_linear import dropped, every_second_column, next_seed, outputs_first
+from backhand.verify.cases.lora_linear import dropped, next_seed
 from backhand.verify.cases.rms_norm import baseline_norm
 from backhand.verify.mutants import (
     Backward,
@@ -29,7 +29,7 @@ from backhand.verify.mutants import (
     transpose_if_square,
     wrong,
 )
-from backhand.verify.scaffold import Arguments, Case, Draw, Op, Tensors, grad_buffer
+from backhand.verify.scaffold import ROWS, Arguments, Axis, Case, Draw, Op, Tensors, grad_buffer
 
 SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
@@ -100,11 +100,11 @@ def _baseline(args: Arguments) -> Tensor:
 
 OP = Op(
     "lora_group",
-    dict(x=every_second_column, weight="outputs inputs", d_y=outputs_first, bias="outputs")
+    dict(x="*lead inputs", weight="outputs inputs", d_y="*lead outputs", bias="outputs")
     | dict(residual="*lead outputs", norm=lambda draw, inputs, of_norm: draw.normal(inputs) if of_norm else None)
     | dict(factors=_factors),
-    dict(lead=..., sizes=(6, 4, 9), ranks=(3, 2, 5), inputs=7, bias=False, residual=False, dropout=None)
-    | dict(input_gradient=True, strided=False, accumulated=False, of_norm=False),
+    dict(lead=ROWS, sizes=Axis((6, 4, 9), (96, 40, 48)), ranks=Axis((3, 2, 5), (8, 6, 4)), inputs=Axis(7, 88))
+    | dict(bias=False, residual=False, dropout=None, input_gradient=True, accumulated=False, of_norm=False),
     baseline=_baseline,
     derived={
         "outputs": lambda sizes: sum(sizes),
@@ -119,25 +119,19 @@ OP = Op(
 )
 
 
-def _lone(name: str, lead: tuple[int, ...], inputs: int = 7, outputs: int = 11, rank: int = 3, **options: Any) -> Case:
+def _alone(name: str, lead: tuple[int, ...], inputs: int = 7, outputs: int = 11, rank: int = 3, **options: Any) -> Case:
     return OP.case(f"one alone: {name}", lead, (outputs,), (rank,), inputs, **options)
 
 
 CASES = (
-    OP.case("three members", (5,)),
-    OP.case("documents and rows", (2, 5)),
-    OP.case("bias", (5,), bias=True),
-    OP.case("residual", (5,), residual=True),
-    OP.case("dropout", (5,), dropout=Dropout(0.4, 17)),
-    OP.case("dropout, bias", (2, 5), bias=True, dropout=Dropout(0.25, 99)),
+    *OP.standard_cases(bias=True, dropout=Dropout(0.3, 17)),
+    OP.case("no bias, no dropout"),
+    OP.case("residual", residual=True),
     OP.case("only the last adapted", (5,), ranks=(None, None, 4), dropout=Dropout(0.4, 3)),
     OP.case("first and last adapted", (5,), ranks=(3, None, 2)),
     OP.case("none adapted", (5,), ranks=(None, None, None), bias=True, dropout=Dropout(0.4, 3)),
     OP.case("members of one shape", (5,), sizes=(6, 6), ranks=(3, 3)),
     OP.case("no input gradient", (5,), input_gradient=False, dropout=Dropout(0.4, 4)),
-    OP.case("one row", (1,)),
-    OP.case("no rows", (0,), bias=True, dropout=Dropout(0.4, 4)),
-    OP.case("training size", (67,), sizes=(96, 40, 48), ranks=(8, 6, 4), inputs=88, dropout=Dropout(0.1, 5)),
     OP.case("members within a block", (37,), sizes=(45, 7, 13), ranks=(3, 16, 1), inputs=61, bias=True),
     OP.case("members over blocks", (19,), sizes=(33, 70, 40), ranks=(40, None, 3), inputs=64),
     OP.case("the one in the middle adapted", (70,), sizes=(5, 59, 33), ranks=(None, 16, None), inputs=35),
@@ -152,33 +146,29 @@ CASES = (
     OP.case("of a norm, dropout", (5,), ranks=(3, None, 2), of_norm=True, dropout=Dropout(0.4, 17)),
     OP.case("of a norm, none adapted", (5,), ranks=(None, None, None), of_norm=True),
     OP.case("of a norm, several blocks", (139,), sizes=(35, 4), ranks=(3, 16), inputs=141, of_norm=True, threads=3),
-    _lone("documents and rows", (2, 5)),
-    _lone("residual", (5,), residual=True),
-    _lone("bias and residual", (5,), bias=True, residual=True),
-    _lone("dropout, bias, residual", (5,), bias=True, residual=True, dropout=Dropout(0.25, 2**40)),
-    _lone("rank 1", (5,), rank=1),
-    _lone("rank above both sizes", (6,), 4, 3, 5),
-    _lone("square weight", (5,), 7, 7),
-    _lone("square factors", (5,), 3, 3),
-    _lone("no input gradient", (5,), input_gradient=False),
-    _lone("strided x and d_y", (5,), strided=True),
-    _lone("one row", (1,), bias=True),
-    _lone("no rows", (0,), bias=True),
-    _lone("more rows, odd sizes", (37,), 61, 45, bias=True, residual=True),
-    _lone("more rows, rank 1", (9,), 33, 150, 1, bias=True),
-    _lone("more rows, rank 16", (70,), 96, 64, 16),
-    _lone("more ranks than a block", (27,), 70, 35, 67),
-    _lone("more rows, rank 40", (33,), 63, 35, 40, residual=True),
-    _lone("sums in parts", (13,), 1541, 37, 3, bias=True),
-    _lone("several panels", (11,), 37, 1559, 3),
-    _lone("added to what is there", (5,), accumulated=True),
-    _lone("added, rank 1, dropout", (5,), rank=1, dropout=Dropout(0.4, 17), accumulated=True),
-    _lone("added, several blocks", (139,), 141, 35, 19, accumulated=True),
-    _lone("added, several parts of rows", (300,), 5, 33, 4, accumulated=True),
-    _lone("of a norm", (2, 5), of_norm=True),
-    _lone("of a norm, dropout", (5,), of_norm=True, dropout=Dropout(0.4, 17)),
-    _lone("of a norm, no rows", (0,), of_norm=True, bias=True),
-    _lone("of a norm, added, several blocks", (139,), 141, 35, 19, of_norm=True, accumulated=True),
+    *OP.standard_cases("one alone: ", sizes=(11,), ranks=(3,), bias=True, residual=True),
+    _alone("no bias", (5,), residual=True),
+    _alone("dropout", (5,), bias=True, residual=True, dropout=Dropout(0.25, 2**40)),
+    _alone("rank 1", (5,), rank=1),
+    _alone("rank above both sizes", (6,), 4, 3, 5),
+    _alone("square weight", (5,), 7, 7),
+    _alone("square factors", (5,), 3, 3),
+    _alone("no input gradient", (5,), input_gradient=False),
+    _alone("more rows, odd sizes", (37,), 61, 45, bias=True, residual=True),
+    _alone("more rows, rank 1", (9,), 33, 150, 1, bias=True),
+    _alone("more rows, rank 16", (70,), 96, 64, 16),
+    _alone("more ranks than a block", (27,), 70, 35, 67),
+    _alone("more rows, rank 40", (33,), 63, 35, 40, residual=True),
+    _alone("sums in parts", (13,), 1541, 37, 3, bias=True),
+    _alone("several panels", (11,), 37, 1559, 3),
+    _alone("added to what is there", (5,), accumulated=True),
+    _alone("added, rank 1, dropout", (5,), rank=1, dropout=Dropout(0.4, 17), accumulated=True),
+    _alone("added, several blocks", (139,), 141, 35, 19, accumulated=True),
+    _alone("added, several parts of rows", (300,), 5, 33, 4, accumulated=True),
+    _alone("of a norm", (2, 5), of_norm=True),
+    _alone("of a norm, dropout", (5,), of_norm=True, dropout=Dropout(0.4, 17)),
+    _alone("of a norm, no rows", (0,), of_norm=True, bias=True),
+    _alone("of a norm, added, several blocks", (139,), 141, 35, 19, of_norm=True, accumulated=True),
 )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Op
+from backhand.verify.scaffold import Axis, Op
 
 
 def _baseline(prediction: Tensor, target: Tensor) -> Tensor:
@@ -18,19 +18,15 @@ def _baseline(prediction: Tensor, target: Tensor) -> Tensor:
 OP = Op(
     "mse",
     {"prediction": "size: *shape", "target": "size: *shape", "d_y": lambda: torch.tensor(1.3, dtype=torch.float64)},
-    {"shape": ..., "size": 1.0},
+    {"shape": Axis((6, 3), (67, 96), (1, 3), (0, 3), (2, 5, 3)), "size": 1.0},
     baseline=_baseline,
 )
 
 CASES = (
+    *OP.standard_cases(),
     OP.case("one feature", (6, 1)),
-    OP.case("features", (6, 3)),
-    OP.case("documents and rows", (2, 5, 3)),
-    OP.case("small differences", (6, 3), size=1e-4),
-    OP.case("one row", (1, 3)),
+    OP.case("small differences", size=1e-4),
     OP.case("one number", (1,)),
-    OP.case("no rows", (0, 3)),
-    OP.case("training size", (67, 96)),
 )
 
 

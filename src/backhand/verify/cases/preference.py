@@ -17,7 +17,7 @@ from backhand.ops.preference import (
     preference_reference,
 )
 from backhand.verify.mutants import Function, Mutant, wrong
-from backhand.verify.scaffold import Draw, Op
+from backhand.verify.scaffold import COUNT, Draw, Op
 
 
 def _drawn(draw: Draw, pairs: int, size: float, rule: PreferenceRule, certain: bool) -> Tensor:
@@ -41,7 +41,7 @@ SIMPO = PreferenceRule("sigmoid", 1.9, 0.13, 0.6)
 OP = Op(
     "preference",
     {"chosen": _drawn, "rejected": _drawn, "d_y": "pairs"},
-    {"rule": ..., "pairs": 6, "size": 1.0, "certain": False},
+    {"rule": ..., "pairs": COUNT, "size": 1.0, "certain": False},
     baseline=_baseline,
 )
 
@@ -62,26 +62,21 @@ FORMS = (
 
 CASES = (
     *(OP.case(rule.loss_type, rule, size=3.0) for rule in FORMS),
-    OP.case("one row", SIGMOID, 1),
-    OP.case("no pairs", SIGMOID, 0),
+    *OP.standard_cases("sigmoid: ", rule=SIGMOID, size=3.0),
     OP.case("far apart", SIGMOID, size=20.0),
     OP.case("nearly equal", SIGMOID, size=1e-3),
-    OP.case("training size", SIGMOID, 97, 3.0),
-    OP.case("simpo", SIMPO),
+    *OP.standard_cases("simpo: ", rule=SIMPO),
     OP.case("simpo without label smoothing", PreferenceRule("sigmoid", 2.3, simpo_gamma=0.5)),
     OP.case("label smoothing without a margin", PreferenceRule("sigmoid", 0.7, 0.2)),
     OP.case("simpo, far apart", SIMPO, size=9.0),
-    OP.case("simpo, training size", SIMPO, 97),
     OP.case("kto, far apart", KTO, size=9.0),
-    OP.case("kto, training size", KTO, 97),
-    OP.case("orpo", ORPO),
+    *OP.standard_cases("kto: ", rule=KTO),
+    *OP.standard_cases("orpo: ", rule=ORPO),
     OP.case("orpo, small beta", PreferenceRule("orpo", 0.1)),
     OP.case("orpo, nearly certain", ORPO, size=1e-2),
     OP.case("orpo, unlikely", ORPO, size=5.0),
     # No finite difference is small enough for the slope there, which continues below the range of float32.
     OP.case("orpo, certain", ORPO, 9, certain=True, exempt=("chosen", "rejected")),
-    OP.case("orpo, one row", ORPO, 1),
-    OP.case("orpo, training size", ORPO, 97),
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_reference, weight_scale
 from backhand.verify.mutants import Backward, flat_rows, mean_of_rows, wrong
-from backhand.verify.scaffold import Arguments, Op
+from backhand.verify.scaffold import ROWS, Arguments, Axis, Op
 
 
 def _with_residual(t: Arguments, backward: Backward) -> tuple[Tensor, Any]:
@@ -43,7 +43,7 @@ def _baseline(x: Tensor, weight: Tensor, eps: float, offset: float, with_residua
 OP = Op(
     "rms_norm",
     {"x": "size: *lead columns", "weight": "columns", "d_y": "*lead wide"},
-    dict(lead=..., columns=7, eps=0.03, offset=0.0, size=1.0, weight_gradient=True, into_buffer=False)
+    dict(lead=ROWS, columns=Axis(7, 96), eps=0.03, offset=0.0, size=1.0, weight_gradient=True, into_buffer=False)
     | dict(with_residual=False, in_place=False),
     baseline=_baseline,
     reference=_reference,
@@ -57,8 +57,7 @@ OP = Op(
 
 
 CASES = (
-    OP.case("rows", (5,)),
-    OP.case("heads", (5, 3)),
+    *OP.standard_cases(),
     OP.case("offset 1", (5,), offset=1.0),
     OP.case("tiny eps", (5,), eps=1e-6),
     OP.case("x below the root of eps", (5,), size=0.01),
@@ -67,9 +66,6 @@ CASES = (
     OP.case("into a used buffer", (5,), offset=1.0, into_buffer=True),
     OP.case("with a residual", (5,), 83, with_residual=True),
     OP.case("one column", (5,), 1),
-    OP.case("one row", (1,)),
-    OP.case("no rows", (0,)),
-    OP.case("training size", (67,), 96),
     OP.case("threads", (67,), 601, with_residual=True, threads=3),
     OP.case("heads, threads", (71, 3), 160, threads=3),
     OP.case("long rows", (3,), 2 * 1024 + 5),

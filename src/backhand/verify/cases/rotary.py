@@ -7,7 +7,7 @@ from torch import Tensor
 
 from backhand.ops.rotary import RotaryGrads, RotaryTable, rotary_table, times
 from backhand.verify.mutants import Backward, wrong
-from backhand.verify.scaffold import Arguments, Op
+from backhand.verify.scaffold import Arguments, Axis, Op
 
 
 def _table(args: Arguments) -> RotaryTable:
@@ -43,11 +43,12 @@ def _baseline(x: Tensor, table: RotaryTable, interleaved: bool) -> Tensor:
     return torch.cat([x * cos + across * sin, rest], dim=-1)
 
 
+POSITIONS = Axis([0, 1, 2, 0, 1, 0], [*range(40), *range(27)], [0], [])
 OP = Op(
     "rotary",
     {"x": "tokens heads head_dim", "d_y": "tokens heads head_dim"},
-    dict(positions=..., heads=3, head_dim=8, theta=50.0, attention_factor=1.0, in_place=False, turning=None)
-    | dict(interleaved=False, theta_by_token=False),
+    dict(positions=POSITIONS, heads=3, head_dim=Axis(8, 64), theta=50.0, attention_factor=1.0, in_place=False)
+    | dict(turning=None, interleaved=False, theta_by_token=False),
     baseline=_baseline,
     derived={"table": _table, "tokens": lambda positions: len(positions)},
     runners={"in_place": _in_place},
@@ -56,9 +57,9 @@ OP = Op(
 
 
 CASES = (
+    *OP.standard_cases(),
     OP.case("one document", [0, 1, 2, 3, 4]),
     OP.case("threads", [*range(40), *range(31)], heads=17, head_dim=34, threads=3),
-    OP.case("packed documents", [0, 1, 2, 0, 1, 0]),
     OP.case("far positions", [4000, 4001, 8190], theta=1e6),
     OP.case("attention factor", [0, 1, 2, 3, 4], attention_factor=1.3),
     OP.case("in place", [0, 1, 0, 1, 2], in_place=True),
@@ -72,8 +73,6 @@ CASES = (
     OP.case("some neighbours in place", [0, 1, 2, 0, 1], turning=4, interleaved=True, in_place=True),
     OP.case("a factor for each token", [0, 1, 2, 0, 1], attention_factor=(1.0, 1.0, 1.3, 1.0, 0.7)),
     OP.case("frequencies for each token", [0, 1, 2, 0, 1], theta_by_token=True, turning=6),
-    OP.case("one token", [0]),
-    OP.case("no tokens", []),
 )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from backhand.ops.router import RouterSaved
 from backhand.verify.mutants import wrong
-from backhand.verify.scaffold import Draw, Op
+from backhand.verify.scaffold import Axis, Draw, Op
 
 APART = 1.5
 
@@ -16,18 +16,18 @@ def _logits(draw: Draw, tokens: int, experts: int) -> Tensor:
     return APART * (order - experts / 2) + draw.normal(tokens, experts, size=0.1)
 
 
-OP = Op("router", {"logits": _logits, "d_y": "tokens k"}, {"tokens": ..., "experts": 7, "k": 3, "of_all": False})
+OP = Op(
+    "router",
+    {"logits": _logits, "d_y": "tokens k"},
+    {"tokens": Axis(5, 67, 1, 0), "experts": Axis(7, 12), "k": Axis(3, 4), "of_all": False},
+)
 
 CASES = (
-    OP.case("shares among the chosen", 5),
-    OP.case("shares among all", 5, of_all=True),
+    *OP.standard_cases("shares among the chosen: "),
+    *OP.standard_cases("shares among all: ", of_all=True),
     OP.case("every expert chosen", 5, 4, 4),
     OP.case("one expert chosen, shares among all", 5, 4, 1, of_all=True),
     OP.case("two experts", 6, 2, 1, of_all=True),
-    OP.case("one token", 1),
-    OP.case("one token, shares among all", 1, of_all=True),
-    OP.case("no tokens", 0),
-    OP.case("training size", 67, 12, 4),
 )
 
 

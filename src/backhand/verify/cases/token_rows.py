@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.verify.mutants import flat_rows, mean_of_rows, rows_reversed, scatter_overwrite, wrong
-from backhand.verify.scaffold import Draw, Op
+from backhand.verify.scaffold import ROWS, Axis, Draw, Op
 
 
 def _ids(draw: Draw, vocab: int, lead: tuple[int, ...], token_ids: Tensor, only: bool) -> Tensor:
@@ -25,7 +25,8 @@ def _token_ids(draw: Draw, vocab: int, count: int) -> Tensor:
 EMBEDDING = Op(
     "token_embedding",
     dict(token_ids=_token_ids, ids=_ids, weight="vocab hidden", token_rows="count hidden") | dict(d_y="*lead hidden"),
-    {"lead": ..., "vocab": 6, "hidden": 5, "count": 3, "only": False},
+    dict(lead=Axis((19,), (67,), (1,), (0,), (2, 9)), vocab=Axis(6, 353), hidden=Axis(5, 48), count=Axis(3, 90))
+    | dict(only=False),
     baseline=lambda ids, weight, token_rows, token_ids: functional.embedding(
         ids, weight.index_copy(0, token_ids, token_rows)
     ),
@@ -34,19 +35,16 @@ LINEAR = Op(
     "token_linear",
     dict(x="*lead hidden", weight="vocab hidden", token_rows="count hidden", token_ids=_token_ids)
     | dict(d_y="*lead vocab", bias="vocab"),
-    {"lead": ..., "vocab": 11, "hidden": 7, "count": 3, "bias": False, "input_gradient": True},
+    dict(lead=ROWS, vocab=Axis(11, 353), hidden=Axis(7, 48), count=Axis(3, 90), bias=False, input_gradient=True),
 )
 
 EMBEDDING_CASES = (
-    EMBEDDING.case("tokens, some of them twice", (19,)),
-    EMBEDDING.case("documents and tokens", (2, 9)),
+    *EMBEDDING.standard_cases(),
     EMBEDDING.case("one token many times", (40,), only=True),
     EMBEDDING.case("unseen tokens", (4,), 23),
     EMBEDDING.case("every token trained", (9,), 4, 5, 4),
     EMBEDDING.case("several pieces of rows", (23,), pieces=4),
-    EMBEDDING.case("one token", (1,), only=True),
-    EMBEDDING.case("no tokens", (0,)),
-    EMBEDDING.case("training size", (67,), 353, 48, 90),
+    EMBEDDING.case("one trained token", (1,), only=True),
 )
 
 
@@ -65,14 +63,10 @@ EMBEDDING_MUTANTS = (
 
 
 LINEAR_CASES = (
-    LINEAR.case("rows", (5,)),
-    LINEAR.case("documents and rows", (2, 5)),
-    LINEAR.case("bias", (5,), bias=True),
+    *LINEAR.standard_cases(bias=True),
+    LINEAR.case("no bias"),
     LINEAR.case("every token trained", (5,), 4, 7, 4),
     LINEAR.case("no input gradient", (5,), input_gradient=False),
-    LINEAR.case("one row", (1,)),
-    LINEAR.case("no rows", (0,)),
-    LINEAR.case("training size", (67,), 353, 48, 90),
 )
 
 LINEAR_MUTANTS = (
