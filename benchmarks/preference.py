@@ -203,7 +203,7 @@ def token_counts(model: str, data: str, batch_rows: int) -> dict[str, int]:
         "prompt_tokens": sum(example.prompt_tokens for example in train.examples),
         "answer_tokens": sum(example.supervised_tokens for example in train.examples),
         "whole_tokens": sum(packer.lengths),
-        "computed_tokens": sum(packer.positions(batches.rows_of(step)) for step in range(batches.steps_per_epoch)),
+        "computed_tokens": sum(packer.packed_tokens(batches.rows_of(step)) for step in range(batches.steps_per_epoch)),
     }
 
 

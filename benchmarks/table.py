@@ -352,12 +352,9 @@ def upper_layers_section(results: dict[str, Any]) -> list[str]:
 
 
 def summary() -> str:
-    """A row for each thing measured, from the machine where Backhand gains least to the one where it gains most.
-
-    Below the table, what a model takes that transformers has to compute.
-    """
+    """Return the README's table: a row per workload, with the lowest and the highest value over the machines."""
     found: dict[tuple[str, str], list[_Gain]] = {}
-    through: dict[tuple[str, str], list[_Gain]] = {}
+    by_transformers: dict[tuple[str, str], list[_Gain]] = {}
     for _, machine, step_file, finetune_file in _MACHINES:
         for run in _read(step_file)["runs"]:
             workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
@@ -367,30 +364,25 @@ def summary() -> str:
             found.setdefault((what, "PEFT"), []).append(gain)
         finetune = _read(finetune_file)
         workload, peers = finetune["workload"], finetune["peers"]
-        key = f"training on {workload['rows']} short rows, {workload['dtype']}", "TRL"
-        for peer, rows in (("backhand", found), ("backhand-transformers", through)):
+        what = f"training on {workload['rows']} short rows, {workload['dtype']}"
+        for peer, key, rows in (
+            ("backhand", (what, "TRL"), found),
+            ("backhand-transformers", (f"{what}, `--engine transformers`", "TRL"), by_transformers),
+        ):
             if peer in peers:
                 ours, seconds = peers[peer]["tokens_per_s"], peers[peer]["train_s"]["median"]
                 faster = {name: ours / row["tokens_per_s"] for name, row in peers.items() if name.startswith("trl")}
                 rows.setdefault(key, []).append(_gain(machine, "trl", seconds, faster))
     rows = [
         [what, _range([gain.seconds for gain in gains], "s"), *_faster(peer, gains), _machines(gains)]
-        for (what, peer), gains in found.items()
+        for (what, peer), gains in (found | by_transformers).items()
     ]
-    below = []
-    for (what, peer), gains in through.items():
-        documented, tuned = _faster(peer, gains)
-        seconds = _range([gain.seconds for gain in gains], "s")
-        below.append(
-            f"The same {what} by `--engine transformers` ({_machines(gains)}): {seconds}; faster than {documented} as "
-            f"documented, and {tuned.removeprefix(f'{peer} ')} tuned."
-        )
-    head = ["", "Backhand", "faster than as documented", "than tuned", "processors"]
-    return "\n".join([*table(head, rows), *(line for text in below for line in ("", text))])
+    head = ["", "Backhand", "speed-up over documented setup", "speed-up over tuned setup", "instruction sets"]
+    return "\n".join(table(head, rows))
 
 
 class _Gain(NamedTuple):
-    """Of one machine: seconds of ours, and how many times faster that is than a peer as documented and tuned."""
+    """The seconds of Backhand on one machine, and its speed-up over a peer as documented and tuned."""
 
     machine: str
     seconds: float

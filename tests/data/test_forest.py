@@ -46,14 +46,14 @@ def test_a_system_prompt_two_prompts_and_their_answers_are_a_tree() -> None:
     batch = pack(rows, share=True)
     assert batch.lengths == (2, 9, 1, 2, 3, 1, 2)
     assert batch.parents == (-1, -1, 1, 1, 1, 4, 4)
-    assert batch.documents == (5, 6, 3, 0, 2)
+    assert batch.document_ends == (5, 6, 3, 0, 2)
     assert batch.input_ids.tolist() == [1, 2, *SYSTEM, 40, 40, 51, 20, 21, 31, 32, 32, 34]
     assert batch.labels[batch.labels != IGNORE_INDEX].tolist() == [3, 61, 51, 52, 31, 32, 33, 34, 35]
     assert batch.positions.tolist() == [0, 1, *range(9), 9, 9, 10, 9, 10, 11, 12, 12, 13]
     assert batch.weights is not None
     assert batch.weights.tolist() == [1, 1, 1, 1, 2, 2, 1, 1, 1]
     assert batch.document_tokens == (3, 4, 2, 1, 1)
-    assert [run[:3] for run in batch.runs] == [
+    assert [run[:3] for run in batch.segment_runs] == [
         (0, 1, 2),
         (2, 1, 9),
         (11, 1, 1),
@@ -62,7 +62,7 @@ def test_a_system_prompt_two_prompts_and_their_answers_are_a_tree() -> None:
         (17, 1, 1),
         (18, 1, 2),
     ]
-    assert batch.runs[-1].before == ((2, 11), (14, 17))
+    assert batch.segment_runs[-1].before == ((2, 11), (14, 17))
 
 
 @pytest.mark.usefixtures("every_token_counts")
@@ -70,14 +70,14 @@ def test_labels_part_documents_as_tokens_do() -> None:
     """Of a conversation that became two documents only the last reply of each carries loss."""
     talk = [5, 6, 7, 8, 9, 10, 11]
     batch = pack([example(talk[:5], [3, 4]), example(talk, [6])], share=True)
-    assert (batch.lengths, batch.parents, batch.documents) == ((2, 2, 4), (-1, 0, 0), (1, 2))
+    assert (batch.lengths, batch.parents, batch.document_ends) == ((2, 2, 4), (-1, 0, 0), (1, 2))
 
 
 @pytest.mark.usefixtures("every_token_counts")
 def test_a_document_may_end_where_another_goes_on_and_two_may_be_one() -> None:
     talk = [5, 6, 7, 8, 9]
     batch = pack([example(talk, [2, 4]), example(talk[:3], [2]), example(talk, [2, 4]), example(talk, [])], share=True)
-    assert (batch.lengths, batch.parents, batch.documents) == ((2, 2), (-1, 0), (1, 0, 1, -1))
+    assert (batch.lengths, batch.parents, batch.document_ends) == ((2, 2), (-1, 0), (1, 0, 1, -1))
     assert batch.weights is not None
     assert batch.weights.tolist() == [3, 2]
     assert batch.supervised_tokens == 5
@@ -138,7 +138,7 @@ def test_packing_a_forest_leaves_every_document_as_it_is(rows: list[Example], le
         patch.setattr(prefix_forest, "MIN_SAVED_TOKENS", least)
         once, each = pad_to_bucket(pack(rows, share=True)), pack(rows)
         packer = RowPacker(rows, share_prefixes=True)
-        assert packer.positions(range(len(rows))) == sum(packer.forest(range(len(rows))).lengths)
+        assert packer.packed_tokens(range(len(rows))) == sum(packer.forest(range(len(rows))).lengths)
     found = documents_of(once)
     for (ids, labels, positions), row in zip(found, rows, strict=True):
         length = trained_length(row)

@@ -156,9 +156,9 @@ def test_both_sides_stand_in_one_batch_and_the_prompt_once(tmp_path: Path) -> No
     assert batch.parents == (-1, 0, 0, -1)[: len(batch.lengths)]
     assert batch.supervised_tokens == packer.supervised_tokens([1]) == examples[1].supervised_tokens
     assert packer.documents([1, 0]) == [2, 3, 0, 1]
-    assert batch.documents == (2, 1)  # the shorter one first
-    assert packer.positions([1]) == packer.lengths[1] - batch.lengths[0]
-    assert sum(packer.forest([1]).lengths) == packer.positions([1])
+    assert batch.document_ends == (2, 1)  # the shorter one first
+    assert packer.packed_tokens([1]) == packer.lengths[1] - batch.lengths[0]
+    assert sum(packer.forest([1]).lengths) == packer.packed_tokens([1])
     alone = pack(examples[1].documents)
     assert sum(alone.lengths) == packer.lengths[1]
 

@@ -123,7 +123,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], Callable[[bytes], by
         for name, value in (
             *(("begin", 0), ("begin", -1), ("begin", 2**62), ("tokens", 2**30), ("tokens", -1), ("tokens", 0)),
             *(("source_bytes", -1), ("source_bytes", 2**30), ("side", 1), ("side", 2), ("side", 9), ("label", 9)),
-            *(("supervised", 0), ("supervised", 99), ("trained", 99), ("highest", 5), ("highest", 2**30)),
+            *(("supervised", 0), ("supervised", 99), ("input_tokens", 99), ("highest", 5), ("highest", 2**30)),
         )
     },
 }

@@ -102,7 +102,7 @@ def test_what_all_rows_begin_with_is_what_every_two_have_in_common(monkeypatch: 
             rows.append(Example(ids[: 36 + number % 4], supervised[: 36 + number % 4], str(number)))
         shortest = min(trained_length(row) for row in rows)
         expected = min(_alike(rows[0], row, shortest) for row in rows)
-        assert RowPacker(rows, share_prefixes=True).common == expected
+        assert RowPacker(rows, share_prefixes=True).common_prefix == expected
 
 
 def _alike(one: Example, other: Example, most: int) -> int:
@@ -127,7 +127,7 @@ def test_a_source_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_example_without_tokens_shares_nothing() -> None:
     draw, nothing = random.Random(0), np.zeros(0, dtype=np.int32)
     rows = [*(one(draw, str(i)) for i in range(40)), Example(nothing, nothing.astype(bool), "none")]
-    assert RowPacker(rows, share_prefixes=True).common == 0
+    assert RowPacker(rows, share_prefixes=True).common_prefix == 0
 
 
 def test_the_last_bytes_may_find_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,9 @@ def kept_rows_case(draw: random.Random, world: World) -> Case:
         case 1:
             tokens = mutated_bytes(draw, tokens)
         case 2:
-            name = draw.choice(["begin", "tokens", "source_bytes", "side", "label", "supervised", "trained", "highest"])
+            name = draw.choice(
+                ["begin", "tokens", "source_bytes", "side", "label", "supervised", "input_tokens", "highest"]
+            )
             number = draw.choice([one for one in ODD_NUMBERS if isinstance(one, int)]) * draw.choice([1, -1])
             width = 8 * RECORD[name].itemsize
             records[name][draw.randrange(len(records))] = (number + 2 ** (width - 1)) % 2**width - 2 ** (width - 1)

@@ -22,7 +22,7 @@ from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
 from backhand.ops.lora_group import LoRAGroup
-from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, h_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 from backhand.verify.measure import autograd_gradients, relative_error
@@ -286,11 +286,11 @@ def test_both_products_with_a_gradient_of_any_size(
         for factor, into in zip(factors, copies, strict=True):
             members.append(LoRAFactors(column, UNREAD, cast(factor), 0.7 + column, UNREAD, into))
             column += len(factor)
-        return hidden_gradient(cast(g), cast(h), members), *copies
+        return h_gradient(cast(g), cast(h), members), *copies
 
     found, expected = both_forms(compute)
     assert_close(found, expected, dtype)
-    hidden_gradient(g, h, [LoRAFactors(2, UNREAD, factors[0], 2.7, UNREAD, receivers[0])])
+    h_gradient(g, h, [LoRAFactors(2, UNREAD, factors[0], 2.7, UNREAD, receivers[0])])
     assert torch.equal(receivers[0], found[1])
     assert marks_intact(receivers[0])
 
@@ -516,7 +516,7 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         d_A, d_B, own, behind = torch.zeros(24, 96), torch.zeros(96, 24), torch.zeros(2, 96, 8), torch.zeros(24, 96)
         add_lora_A_gradients(x, h, [d_A])
         add_lora_A_gradients(saved, h, [d_A])
-        d_h = hidden_gradient(x, h, [LoRAFactors(0, UNREAD, lora_B, 0.5, UNREAD, d_B)])
+        d_h = h_gradient(x, h, [LoRAFactors(0, UNREAD, lora_B, 0.5, UNREAD, d_B)])
         results += [h, add_up_projection(x.clone(), h, lora_A, transposed=True), d_h, d_A, d_B]
         front = [
             LoRAFactors(96 * i, UNREAD, lora_B[:, 8 * i : 8 * i + 8].contiguous(), 0.5 + i, UNREAD, own[i])

@@ -170,7 +170,7 @@ def with_adapter(config: LoRAConfig) -> tuple[Decoder, LoRAParameters]:
     decoder = adapted("llama")
     decoder.detach()
     layout = resolve_adapter(config, decoder.module_shapes())
-    lora = LoRAParameters(layout.slots, dtype=torch.float64, trained=layout.trained)
+    lora = LoRAParameters(layout.slots, dtype=torch.float64, full_tensors=layout.full_tensors)
     decoder.attach(lora)
     decoder.start_values(lora)
     lora.values.add_(0.05 * torch.randn(lora.values.shape, generator=torch.Generator().manual_seed(5)))

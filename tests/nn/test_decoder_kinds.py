@@ -200,7 +200,7 @@ def test_recomputed_equals_kept(name: str, recompute: str, pefts: PEFTs) -> None
 
 def with_dropout(lora: LoRAParameters, probability: float) -> LoRAParameters:
     slots = [replace(slot, dropout=0.0 if slot.embedding else probability) for slot in lora.slots.values()]
-    dropped = LoRAParameters(slots, trained=lora.trained.values())
+    dropped = LoRAParameters(slots, full_tensors=lora.full_tensors.values())
     dropped.values.copy_(lora.values)
     return dropped
 
@@ -248,7 +248,7 @@ def test_detached_it_is_the_base_and_fresh_it_changes_nothing(name: str, pefts: 
     decoder.detach()
     base = decoder.logits(document)
     assert relative_error(changed, base) > 1e-3
-    fresh = LoRAParameters(lora.slots.values(), trained=lora.trained.values())
+    fresh = LoRAParameters(lora.slots.values(), full_tensors=lora.full_tensors.values())
     fresh.initialise(torch.Generator().manual_seed(0))
     decoder.start_values(fresh)
     decoder.attach(fresh)
@@ -261,9 +261,9 @@ def test_an_adapter_of_other_shapes_is_refused() -> None:
     decoder = Decoder.from_source(InMemoryModel(base.config.to_dict(), dict(base.state_dict())), dtype=torch.float32)
     for lora in (
         LoRAParameters([LoRASlot("model.embed_tokens", 306, 60, 2, 1.0, embedding=True)]),
-        LoRAParameters([], trained=[TrainedTensor("model.norm.weight", (61,))]),
-        LoRAParameters([], trained=[TrainedTensor("model.embed_tokens.trainable_tokens", (3, 61), (1, 2, 3))]),
-        LoRAParameters([], trained=[TrainedTensor("nothing.weight", (60,))]),
+        LoRAParameters([], full_tensors=[TrainedTensor("model.norm.weight", (61,))]),
+        LoRAParameters([], full_tensors=[TrainedTensor("model.embed_tokens.trainable_tokens", (3, 61), (1, 2, 3))]),
+        LoRAParameters([], full_tensors=[TrainedTensor("nothing.weight", (60,))]),
     ):
         with pytest.raises(ValueError, match="model has"):
             decoder.attach(lora)

@@ -109,7 +109,7 @@ def _pair(path: Path | str, dtype: torch.dtype, recompute: str = "none") -> tupl
 
 def _adapter(decoder: Decoder, config: LoRAConfig) -> LoRAParameters:
     layout = resolve_adapter(config, decoder.module_shapes())
-    lora = LoRAParameters(layout.slots, trained=layout.trained)
+    lora = LoRAParameters(layout.slots, full_tensors=layout.full_tensors)
     decoder.attach(lora)
     decoder.start_values(lora)
     generator = torch.Generator().manual_seed(5)

@@ -20,15 +20,15 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops import lora_group
 from backhand.ops.attention import attention_backward, attention_forward, can_recompute_output
 from backhand.ops.attention_blocks import Scores
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, group_gradients, group_input_gradient
 from backhand.ops.lora_linear import Dropout, lora_linear_backward, lora_linear_forward, multiplier
-from backhand.ops.low_rank import LoRAFactors, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, h_gradient
 from support.parity import relative_error, supervise
 from support.tiny_models import tiny_config, tiny_documents
 
 needs_loops = pytest.mark.skipif(not kernels_available(), reason="no compiled kernels here")
-RUNS = (Run(0, 2, 9), Run(18, 1, 5))
+RUNS = (SegmentRun(0, 2, 9), SegmentRun(18, 1, 5))
 
 
 def gradients(
@@ -42,7 +42,7 @@ def gradients(
         tensor.normal_(std=0.3, generator=generator)
     decoder = Decoder(config, weights, recompute=recompute)
     layout = resolve_adapter(adapter, module_shapes(config))
-    lora = LoRAParameters(layout.slots, trained=layout.trained, dtype=torch.float64)
+    lora = LoRAParameters(layout.slots, full_tensors=layout.full_tensors, dtype=torch.float64)
     decoder.start_values(lora)
     for _, tensor in lora.named_tensors():
         tensor.add_(torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator), alpha=0.3)
@@ -162,7 +162,7 @@ def test_only_lora_A_s_gradient_needs_the_input(dropout):
     expected = lora_linear_backward(d_y, saved)
     d_lora_A, d_lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
     group = LoRAGroup((LoRAFactors(0, lora_A, lora_B, 1.7, d_lora_A, d_lora_B),), dropout)
-    d_h = hidden_gradient(d_y, saved.h, group.adapters)
+    d_h = h_gradient(d_y, saved.h, group.adapters)
     d_x = group_input_gradient(d_y, d_h, weight, group)
     assert not d_lora_A.any()
     group_A_gradients(x, d_h, group)

@@ -118,7 +118,7 @@ def _batch(lengths: tuple[int, ...] = LENGTHS) -> PackedBatch:
 def _adapted(model: nn.Module) -> TransformersModel:
     trained = TransformersModel(model)
     slots, extra = trained.inject(LoRAConfig(rank=3, alpha=5.1, target_modules="all-linear", dropout=0.0))
-    lora = LoRAParameters(slots, trained=extra)
+    lora = LoRAParameters(slots, full_tensors=extra)
     trained.attach(lora)
     generator = torch.Generator().manual_seed(1)
     for _, view in lora.named_tensors():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backhand.nn.batch import document_runs
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.gated_delta_rule import gated_delta_rule_forward, gated_delta_rule_reference
 
 HEADS, GROUP, WIDTHS = 2, 3, (5, 7)
@@ -60,7 +60,9 @@ def test_documents_of_several_lengths_then_token_by_token():
 
 def test_a_document_without_tokens_keeps_its_state():
     states = zero_states(3).add_(1.5)
-    gated_delta_rule_forward(*inputs(5), (Run(0, 1, 2), Run(2, 1, 0), Run(2, 1, 3)), states=states, chunk=2)
+    gated_delta_rule_forward(
+        *inputs(5), (SegmentRun(0, 1, 2), SegmentRun(2, 1, 0), SegmentRun(2, 1, 3)), states=states, chunk=2
+    )
     assert states[1].eq(1.5).all()
     assert states[0].ne(1.5).all()
     assert states[2].ne(1.5).all()

@@ -31,10 +31,10 @@ def told_of_saves(told: Callable[[str, int], None]) -> Iterator[None]:
     """Inside, `told("begin" or "end", step)` at each save of a run."""
     original = Saver.save
 
-    def save(self: Saver, better: bool) -> None:
+    def save(self: Saver, *, is_best: bool) -> None:
         step = self.state.progress.step
         told("begin", step)
-        original(self, better)
+        original(self, is_best=is_best)
         told("end", step)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -59,4 +59,6 @@ def _decisive(model: Any) -> str:
         for name, weight in model.frozen_tensors()
     ]
     machine = model.device, torch.get_num_threads(), library() and library().name
-    return repr((model.config, model.recompute, model.dtype, frozen, model.lora.slots, model.lora.trained, machine))
+    return repr(
+        (model.config, model.recompute, model.dtype, frozen, model.lora.slots, model.lora.full_tensors, machine)
+    )

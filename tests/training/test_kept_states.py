@@ -288,7 +288,7 @@ def kept_of(
         supervised[-3:] = True
         examples.append(Example(random.integers(3, 99, length).astype(np.int32), supervised, "f:1"))
     packer = RowPacker(examples, share_prefixes=True)
-    lengths = [*packer.lengths.tolist(), packer.common]
+    lengths = [*packer.lengths.tolist(), packer.common_prefix]
     logged: list[Proof] = []
     noted: list[str] = []
     store: StateStore = MemoryStateStore(lengths, 3, torch.float32)

@@ -127,7 +127,7 @@ class Rows:
 
     def __init__(self, lengths: Sequence[int], supervised: Sequence[int], shared: int = 0) -> None:
         self.lengths, self.supervised, self.shared = lengths, supervised, shared
-        self.common = shared
+        self.common_prefix = shared
 
     def supervised_tokens(self, rows: Sequence[int]) -> int:
         return sum(self.supervised[row] for row in rows)

@@ -67,7 +67,7 @@ def peaks(
     for _, tensor in dense_views(weights, config):
         tensor.normal_(std=0.02)
     decoder = Decoder(config, weights, recompute=recompute)
-    lora = LoRAParameters(layout.slots, trained=layout.trained)
+    lora = LoRAParameters(layout.slots, full_tensors=layout.full_tensors)
     lora.initialise(torch.Generator().manual_seed(0))
     decoder.attach(lora)
     decoder.start_values(lora)

@@ -131,7 +131,7 @@ def test_what_all_rows_begin_with_is_counted_once() -> None:
     rows = [Example(ids[:length], supervised[:length], "f:1") for length in (60, 57)]
     packer = RowPacker(rows, share_prefixes=True)
     # The shorter one is the beginning of the longer, its answer included.
-    assert (packer.common, packer.lengths.tolist()) == (56, [59, 56])
+    assert (packer.common_prefix, packer.lengths.tolist()) == (56, [59, 56])
     assert cached_tokens(packer) == 59
     assert cached_tokens(RowPacker(rows, share_prefixes=False)) == 59 + 56
 

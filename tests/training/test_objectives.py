@@ -157,7 +157,7 @@ def test_one_batch_equals_trl_dpo(form: str, numbers: dict[str, float], tmp_path
     loss_type = {} if form == "ipo" else {"loss_type": form}
     options = ObjectiveOptions(objective=name, **loss_type, **numbers).validate()  # type: ignore[arg-type]
     objective = PairObjective(packer, reference, options=options)
-    objective.before(decoder, range(6), Communicator(), 2)
+    objective.prepare(decoder, range(6), Communicator(), 2)
     ours = gradients_of(decoder, objective, [[4, 0, 1], [2, 5, 3]])
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
     compare_gradients(decoder, adapted)
@@ -173,10 +173,10 @@ def our_steps(decoder: Decoder, objective: Objective, rate: float) -> Iterator[t
     schedule = LearningRate(rate, "linear", 0, steps)
     groups = micro_batches(rows, packer.lengths, max_rows=3)
     for step in range(steps):
-        objective.before(decoder, rows, Communicator(), 3)
+        objective.prepare(decoder, rows, Communicator(), 3)
         work = StepWork(
             lambda number: packer.packed(groups[number], "cpu"),
-            [packer.positions(group) for group in groups],
+            [packer.packed_tokens(group) for group in groups],
             packer.supervised_tokens(rows),
             [None] * len(groups),
             len(rows),
@@ -284,7 +284,7 @@ def test_one_batch_equals_trl_kto(form: str, tmp_path: Path) -> None:
         others=others if form == "kto" else None,
         others_reference=references[1] if form == "kto" else None,
     )
-    kto.before(decoder, range(7), Communicator(), 3)
+    kto.prepare(decoder, range(7), Communicator(), 3)
     assert (kto.kl > 0) == (form == "kto")
     ours = gradients_of(decoder, kto, [[0, 2, 4], [6, 1, 3], [5]])
     assert ours == pytest.approx(theirs.item(), rel=1e-4)
@@ -392,7 +392,7 @@ def test_float64_equals_autograd_of_the_paper(name: str) -> None:
     theirs = paper_loss(name, sides, reference)
     theirs.backward()
     objective = PairObjective(packer, reference.flatten(), options=objective_of(name))
-    objective.before(decoder, range(5), Communicator(), 2)
+    objective.prepare(decoder, range(5), Communicator(), 2)
     ours = gradients_of(decoder, objective, [[0, 1], [2, 3, 4]])
     assert ours == pytest.approx(theirs.item(), rel=1e-9)
     compare_gradients(decoder, adapted, 1e-9)
@@ -415,7 +415,7 @@ def test_float64_equals_autograd_of_ktos_paper() -> None:
     packed = [RowPacker(rows, share_prefixes=True) for rows in (examples, others)]
     options = ObjectiveOptions(objective="kto")
     kto = KTOObjective(packed[0], reference, options=options, others=packed[1], others_reference=others_reference)
-    kto.before(decoder, range(5), Communicator(), 2)
+    kto.prepare(decoder, range(5), Communicator(), 2)
     assert gradients_of(decoder, kto, [[0, 1], [2, 3, 4]]) == pytest.approx(theirs.item(), rel=1e-9)
     compare_gradients(decoder, adapted, 1e-9)
 

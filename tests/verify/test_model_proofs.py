@@ -20,7 +20,7 @@ from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.merging import merge_into
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import decoder_config
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.verify import blockwise_step
 from backhand.verify import merging as merged_model
 from backhand.verify.blockwise_step import BlockwiseStep
@@ -156,7 +156,7 @@ def _failed(report):
 
 
 def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeypatch):
-    right = block.hidden_gradient
+    right = block.h_gradient
 
     def wrong(g, h, members):
         d_h = right(g, h, members)
@@ -164,7 +164,7 @@ def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeyp
             members[0].d_lora_B.mul_(1 + 1e-6)  # what the gradients are added to
         return d_h
 
-    monkeypatch.setattr(block, "hidden_gradient", wrong)
+    monkeypatch.setattr(block, "h_gradient", wrong)
     failed = _failed(verify(options(models("llama"), rows)))
     assert any("o_proj" in proof for proof in failed)
     assert any("down_proj" in proof for proof in failed)
@@ -239,7 +239,7 @@ def test_documents_that_see_each_other_are_found(models, rows, monkeypatch):
 
     def leaking(self, batch, *others):
         return [
-            context._replace(runs=(Run(0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
+            context._replace(segment_runs=(SegmentRun(0, 1, len(batch.input_ids)),) if len(batch.input_ids) else ())
             for context in right(self, batch, *others)
         ]
 
@@ -264,7 +264,7 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
 
     def unread(self, layer, wanted=None):
         context = right(self, layer, wanted)
-        return context._replace(runs=tuple(run._replace(before=()) for run in context.runs))
+        return context._replace(segment_runs=tuple(run._replace(before=()) for run in context.segment_runs))
 
     monkeypatch.setattr(BlockwiseStep, "context", unread)
     assert exact.proof in _failed(verify(asked))
@@ -282,8 +282,8 @@ def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatc
     """Every document's rotary angles continue slightly from the previous document."""
     right = forward_backward_module.angles
 
-    def leaking(frequencies, positions, dtype, reach):
-        return right(frequencies, positions + 1e-4 * torch.arange(len(positions)), dtype, reach)
+    def leaking(frequencies, positions, dtype, document_lengths):
+        return right(frequencies, positions + 1e-4 * torch.arange(len(positions)), dtype, document_lengths)
 
     monkeypatch.setattr(forward_backward_module, "angles", leaking)
     failed = _failed(verify(options(models("llama"), rows, dtype="bfloat16")))

@@ -214,7 +214,7 @@ class LoadedAdapter:
 
     def parameters(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LoRAParameters:
         """Return new `LoRAParameters` with the adapter's values."""
-        parameters = LoRAParameters(self.slots, trained=self.trained, device=device, dtype=dtype)
+        parameters = LoRAParameters(self.slots, full_tensors=self.trained, device=device, dtype=dtype)
         self.fill(parameters)
         return parameters
 

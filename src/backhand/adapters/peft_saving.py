@@ -41,7 +41,7 @@ class AdapterParts(NamedTuple):
         for target, slot in zip(targets, parameters.slots.values(), strict=True):
             if (target.rank, target.scaling) != (slot.rank, slot.scaling):
                 raise ValueError(f"{slot.name} has rank and scaling other than the configuration's")
-        shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.trained.values())
+        shapes, trained = slot_shapes(parameters.slots.values()), list(parameters.full_tensors.values())
         return cls(described, targets, shapes, dict(parameters.named_tensors()), trained)
 
 

@@ -1,1 +1,1 @@
-"""Command line: parse arguments, call one typed function, map errors to exit codes."""
+"""Command line: parse the arguments of a command, call its Python function, and turn errors into exit codes."""

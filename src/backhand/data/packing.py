@@ -1,10 +1,10 @@
-"""Choose each step's rows and pack them into batches without padding. Shared prefixes are stored once.
+"""Choose each step's rows and pack them into batches in which shared prefixes are stored once.
 
-    step ── Sampler ──► rows ── micro_batches ──► groups of rows ── RowPacker.packed ──► PackedBatch
+    step ── Sampler ──► row numbers ── micro_batches ──► groups of row numbers ── RowPacker.packed ──► PackedBatch
 
-A row is a number here: the index of an `Example` in a list. An `Example` is one document as token ids with a mask of
-the supervised ones. A pair is two documents, which are always in the same micro-batch. `data.prepare` makes the
-examples before the first step; a conversation may become several.
+A row here is one `Example` of the list that `data.prepare` makes before the first step, and its row number is its index
+in that list. Most rows are one document: token ids with a mask of the supervised tokens. A preference pair is one row
+of two documents, which are therefore in the same micro-batch.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from backhand.nn.batch import PackedBatch, pad_to_bucket
 
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 _COMPARED_TOKENS = 2**20
-"""Number of tokens that `RowPacker.common` compares at once."""
+"""Number of tokens that `RowPacker.common_prefix` compares at once."""
 
 
 @dataclass(frozen=True)
 class Sampler:
     """Assign rows to steps: every epoch is a new permutation of all rows. The last step of an epoch may be smaller.
 
-    The order is a function of seed and epoch, so the step number alone is the position in the data.
+    The order is a function of seed and epoch, so a resumed run finds its position in the data from the step number.
     """
 
     rows: int  # number of rows, at least 1
-    batch_rows: int  # rows per step, at least 1
-    seed: int  # of the permutations
+    batch_rows: int  # number of rows per step, at least 1
+    seed: int  # determines the permutations
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,15 +45,15 @@ class Sampler:
         return -(-self.rows // self.batch_rows)
 
     def rows_of(self, step: int) -> list[int]:
-        """Return the row numbers of a step, counted from 0."""
+        """Return the row numbers of this step, where 0 is the first step."""
         order = _epoch_order(self.seed, step // self.steps_per_epoch, self.rows)
         start = step % self.steps_per_epoch * self.batch_rows
         return list(map(int, order[start : start + self.batch_rows]))
 
     def epochs_done(self, steps: int) -> float:
         """Return the number of epochs after this many steps, including the fraction of the current one."""
-        whole, rest = divmod(steps, self.steps_per_epoch)
-        return whole + rest * self.batch_rows / self.rows
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs + rest * self.batch_rows / self.rows
 
     def position(self, steps: int) -> dict[str, int]:
         """Return the position in the data after this many steps, for a checkpoint's manifest."""
@@ -70,16 +70,16 @@ def _epoch_order(seed: int, epoch: int, rows: int) -> npt.NDArray[np.int64]:
 def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None = None) -> list[list[int]]:
     """Divide the rows of one optimizer step into micro-batches, longest rows first.
 
-    The largest micro-batch, the one that may not fit in memory, is therefore the first. Rows of similar length are in
-    the same micro-batch.
+    Rows of similar length are in the same micro-batch. The first micro-batch is the largest, so a step that does not
+    fit in memory fails at once.
 
     Args:
-        rows: indices into `lengths`.
-        lengths: number of tokens per row.
+        rows: row numbers.
+        lengths: number of tokens per row, indexed by row number.
         max_rows: largest number of rows per micro-batch; None for no limit.
 
     Returns:
-        the indices in groups; each index occurs once.
+        the row numbers of each micro-batch.
     """
     order = sorted(rows, key=lambda row: (-int(lengths[row]), row))
     size = max_rows or max(1, len(order))
@@ -87,86 +87,95 @@ def micro_batches(rows: Iterable[int], lengths: Lengths, *, max_rows: int | None
 
 
 class RowPacker:
-    """Pack rows of a run into micro-batches.
+    """Pack rows into micro-batches.
 
     Args:
         examples: the rows.
-        share_prefixes: store a prefix that several documents of a micro-batch share once. Must be False with dropout,
-            which draws a mask per row, so that the hidden states of equal tokens differ.
+        share_prefixes: in each micro-batch, store a prefix that several documents share only once. Must be False with
+            dropout: its masks differ from row to row, and so do the hidden states of equal tokens.
 
     Attributes:
         examples: the rows.
         lengths: number of tokens per row that enter the model, over all its documents.
-        by_document: a packer with one row per document; this packer itself if no row is a pair.
+        by_document: a packer of the same documents in which each document is a row; `self` if there are no pairs.
     """
 
     def __init__(self, examples: Iterable[Example], *, share_prefixes: bool) -> None:
         self.examples = examples = stored(examples)
         self._share_prefixes = share_prefixes
         self.by_document = self
-        self.lengths = examples.column("trained").astype(np.int64)
+        self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
+        # Ranges of the documents in `examples.tokens`. The last supervised token and those after it are never inputs.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
-        self._starts: npt.NDArray[np.int64] | None = None  # first document of each row; None if rows are documents
+        self._first_documents: npt.NDArray[np.int64] | None = None  # per row, and the end; None if there are no pairs
         if (pairs := examples.pairs).any():
-            self.by_document = whole = RowPacker(examples.documents, share_prefixes=share_prefixes)
-            self._starts = np.concatenate(([0], np.cumsum(1 + pairs)))
-            self.lengths, self._supervised = (
-                np.add.reduceat(counts, self._starts[:-1]) for counts in (whole.lengths, whole._supervised)
-            )
+            self.by_document = RowPacker(examples.documents, share_prefixes=share_prefixes)
+            self._first_documents = first = np.concatenate(([0], np.cumsum(1 + pairs)))
+            self.lengths = np.add.reduceat(self.by_document.lengths, first[:-1])
+            self._supervised = np.add.reduceat(self.by_document._supervised, first[:-1])
 
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
-        """Return the micro-batch of these rows, padded to a bucket size. Its documents are in the order of the rows."""
+        """Return the micro-batch of these rows, with its documents in the order of the rows.
+
+        A padding segment at the end rounds its number of tokens up to a bucket size.
+        """
         return pad_to_bucket(to_batch(self._tokens(rows), self.forest(rows), device))
 
     def forest(self, rows: Sequence[int]) -> Forest:
-        """Return the segments of these rows' micro-batch, without padding."""
-        lengths = [int(self.by_document.lengths[place]) for place in self.documents(rows)]
+        """Return the segments of the micro-batch of these rows, without the padding segment."""
+        lengths = [int(self.by_document.lengths[document]) for document in self.documents(rows)]
         return prefix_forest(self._tokens(rows), lengths, share=self._share_prefixes)
 
     def documents(self, rows: Iterable[int]) -> list[int]:
         """Return the indices of these rows' documents in `by_document`; the chosen side of a pair comes first."""
-        starts = self._starts
-        if starts is None:
+        first = self._first_documents
+        if first is None:
             return list(rows)
-        return [place for row in rows for place in range(int(starts[row]), int(starts[row + 1]))]
+        return [document for row in rows for document in range(int(first[row]), int(first[row + 1]))]
 
     def _tokens(self, rows: Iterable[int]) -> list[SignedTokens]:
-        whole = self.by_document
-        spans = [(int(whole._begins[place]), int(whole._sizes[place])) for place in self.documents(rows)]
-        return [whole.examples.tokens[begin : begin + size] for begin, size in spans]
+        """Return the tokens of these rows' documents; the id of a supervised token is stored as ~id."""
+        packer = self.by_document
+        spans = [(int(packer._begins[document]), int(packer._sizes[document])) for document in self.documents(rows)]
+        return [packer.examples.tokens[begin : begin + size] for begin, size in spans]
 
     @cached_property
-    def common(self) -> int:
+    def common_prefix(self) -> int:
         """Number of leading positions that all documents of the run share; 0 if sharing them saves too little."""
-        whole = self.by_document
-        if not self._share_prefixes or len(whole.lengths) < 2:
+        packer = self.by_document
+        if not self._share_prefixes or len(packer.lengths) < 2:
             return 0
-        begins, tokens = whole._begins, whole.examples.tokens
-        common = int(whole.lengths.min())
-        if not common:
+        begins, tokens = packer._begins, packer.examples.tokens
+        length = int(packer.lengths.min())
+        if not length:
             return 0
-        for some in np.array_split(begins, -(-len(begins) * (common + 1) // _COMPARED_TOKENS)):
-            reach = np.arange(common + 1)
-            different = mismatch(tokens[some[:, None] + reach], tokens[begins[0] + reach])
-            common = int(different.any(0).argmax()) if different.any() else common
-        return common if worth_sharing(common, len(whole.lengths)) else 0
+        for some_begins in np.array_split(begins, -(-len(begins) * (length + 1) // _COMPARED_TOKENS)):
+            offsets = np.arange(length + 1)
+            different = mismatch(tokens[some_begins[:, None] + offsets], tokens[begins[0] + offsets])
+            length = int(different.any(0).argmax()) if different.any() else length
+        return length if worth_sharing(length, len(packer.lengths)) else 0
 
-    def positions(self, rows: Sequence[int]) -> int:
-        """Return the number of tokens that a micro-batch of these rows computes, without padding."""
+    def packed_tokens(self, rows: Sequence[int]) -> int:
+        """Return the number of tokens in the micro-batch of these rows, without padding; a shared token counts once."""
         return sum(self.forest(rows).lengths)
 
-    def supervised_tokens(self, rows: Sequence[int]) -> int:
-        """Return the number of supervised tokens of these rows."""
-        return sum(int(self._supervised[row]) for row in rows)
-
     def tokens(self, rows: Sequence[int]) -> int:
-        """Return the number of tokens of these rows; a shared token counts once per document."""
+        """Return the number of tokens of these rows that enter the model; a shared token counts once per document."""
         return sum(int(self.lengths[row]) for row in rows)
+
+    def supervised_tokens(self, rows: Sequence[int]) -> int:
+        """Return the number of supervised tokens of these rows; a shared token counts once per document."""
+        return sum(int(self._supervised[row]) for row in rows)
 
 
 def to_batch(documents: Sequence[SignedTokens], forest: Forest, device: torch.device | str) -> PackedBatch:
-    """Return the packed batch of a forest's segments, without padding."""
+    """Return the packed batch of these segments, without a padding segment.
+
+    Args:
+        documents: tokens per document, in which the id of a supervised token is stored as ~id.
+        forest: the division of the documents into segments.
+    """
     parts = [inputs_and_labels(documents[number][start : end + 1]) for number, start, end in forest.sources]
     ids, labels = (
         torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *arrays])).to(device)

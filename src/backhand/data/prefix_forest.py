@@ -2,14 +2,20 @@
 
 Attention is causal, so documents that start with the same tokens have the same hidden states there. A micro-batch
 contains those tokens once, as a segment that other segments continue. Three documents with a common system prompt S, of
-which two have a common prompt P as well:
+which two have a common prompt P as well. Small letters are supervised tokens, and a dot is a position without loss:
 
-    document 0   S S S S P P P a a          S ──┬── P ──┬── a        segments  S  P  a  b  c
-    document 1   S S S S P P P b b b            │       └── b        parents  -1  0  1  1  0
-    document 2   S S S S c c                    └── c                ends      a  b  c  of documents 0, 1, 2
+    document 0   S S S S P P P a a          tokens    S S S S | P P | P a | P b b | Q Q
+    document 1   S S S S P P P b b b        labels    . . . . | . . | a a | b b b | . c
+    document 2   S S S S Q Q c              segment      0    |  1  |  2  |   3   |  4
+                                            parent      -1    |  0  |  1  |   1   |  0
 
-A document is the path from a root to its last segment. Positions are equal if their tokens and their labels are equal:
-the last token before two documents differ has a different label in each, so it belongs to each document's own segment.
+    0 ──┬── 1 ──┬── 2    end of document 0
+        │       └── 3    end of document 1
+        └── 4            end of document 2
+
+A document is the path from a root to its last segment. Positions are shared if their tokens and their labels are equal.
+The third P has a different label in documents 0 and 1, so each of them has its own. The last token of a document is
+only a label, because nothing is predicted from it.
 
 Documents are int32 arrays of token ids in which the id of a supervised token is stored as ~id
 (`data.stored_examples`).
@@ -58,7 +64,7 @@ def prefix_forest(documents: Sequence[SignedTokens], lengths: Sequence[int], *, 
     earlier segment, times the number of these documents minus one.
 
     Args:
-        documents: token ids, one more than `lengths` of each.
+        documents: tokens of each document, at least one more than its `lengths`.
         lengths: number of positions per document that enter the model.
         share: False to give each document a segment of its own.
     """

@@ -43,7 +43,7 @@ RECORD = np.dtype(
         ("side", np.int8),  # side of a pair; the record of the rejected side follows that of the chosen one
         ("label", np.int8),  # index in `LABELS`
         ("supervised", np.int32),  # tokens
-        ("trained", np.int32),  # tokens before the last supervised one
+        ("input_tokens", np.int32),  # tokens before the last supervised one: those that enter the model
         ("highest", np.int32),  # largest token id
         ("source_digest", np.uint64),
         ("token_digest", np.uint64),  # of the example's token ids; for a pair, of both documents
@@ -165,7 +165,7 @@ def _check_documents(tokens: TokenIds, records: npt.NDArray[Any], begin: int) ->
         targets[starts].any()
         or supervised.min() < 1
         or not np.array_equal(supervised, records["supervised"])
-        or not np.array_equal(np.maximum.reduceat(places, bounds)[::2] - starts, records["trained"])
+        or not np.array_equal(np.maximum.reduceat(places, bounds)[::2] - starts, records["input_tokens"])
         or not np.array_equal(np.maximum.reduceat(tokens ^ (tokens >> 31), bounds)[::2], records["highest"])
     ):
         raise ValueError("its records do not match its tokens")

@@ -1,1 +1,1 @@
-"""Process groups, launcher and heartbeat."""
+"""Runs of several processes: process groups, launcher and heartbeat."""

@@ -1,1 +1,1 @@
-"""Training engines, and the memory plan of a step."""
+"""Training engines: decoder models by hand, all others through transformers. Also the memory plan of a step."""

@@ -118,7 +118,7 @@ class DecoderEngine(Engine):
         key = (self._source.path, self._dtype, device, base)
         weights = run_cache.get_or_create("weights", key, read, only_newest=True)
         decoder = Decoder(self.config, weights, recompute=recompute)
-        lora = LoRAParameters(slots, trained=trained, device=device)
+        lora = LoRAParameters(slots, full_tensors=trained, device=device)
         decoder.attach(lora)
         return _BoundDecoder(decoder, lora, config, self._source)
 
@@ -134,7 +134,7 @@ class DecoderEngine(Engine):
 
 class _BoundDecoder(BoundModel):
     def __init__(self, decoder: Decoder, lora: LoRAParameters, config: LoRAConfig, source: ModelSource) -> None:
-        notes = [*tied_notes(list(lora.trained.values()), decoder.module_shapes().tied)]
+        notes = [*tied_notes(list(lora.full_tensors.values()), decoder.module_shapes().tied)]
         if decoder.config.mixture is not None and not any(slot.experts for slot in lora.slots.values()):
             parts = ",".join(part for (part,) in EXPERT_GROUPS)
             notes.append(f"the experts stay as they are; {parts} as target_parameters adapts them")

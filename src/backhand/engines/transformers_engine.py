@@ -243,7 +243,7 @@ class TransformersEngine(Engine):
         """Read the weights and attach an adapter whose values are zero."""
         model = TransformersModel(load_transformers_model(self._source, dtype=self._dtype, device=device))
         slots, trained = model.inject(config)
-        lora = LoRAParameters(slots, trained=trained, device=device)
+        lora = LoRAParameters(slots, full_tensors=trained, device=device)
         model.attach(lora)
         return _BoundTransformers(model, not_none(model.injected), lora, config, self._source)
 

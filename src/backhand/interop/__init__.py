@@ -1,1 +1,1 @@
-"""Adapters in formats of other programs and merged models, each verified by reading it back."""
+"""Export to formats of other programs and to merged models. Every output is read back and compared."""

@@ -82,7 +82,7 @@ def add_up_projection(y: Tensor, h: Tensor, factor: Tensor, scaling: float, *, t
     return True
 
 
-def hidden_gradient(g: Tensor, h: Tensor, adapters: Sequence[Adapter], d_h: Tensor) -> bool:
+def h_gradient(g: Tensor, h: Tensor, adapters: Sequence[Adapter], d_h: Tensor) -> bool:
     """Write ∂L/∂h to d_h, add ∂L/∂B to the adapters' buffers and return True; return False if it does not apply."""
     kernel = find_kernel(_BACKWARD, g, h, *(adapter.lora_B for adapter in adapters))
     wide = _are_wide([adapter.d_lora_B for adapter in adapters], g.dtype)
@@ -103,7 +103,7 @@ def hidden_gradient(g: Tensor, h: Tensor, adapters: Sequence[Adapter], d_h: Tens
 def add_lora_A_gradients(
     x: Tensor,
     weight: Tensor | None,
-    factor: Tensor | None,
+    inverse_rms: Tensor | None,
     offset: float,
     d_h: Tensor,
     accumulate_into: Sequence[Tensor],
@@ -113,16 +113,20 @@ def add_lora_A_gradients(
     Args:
         x: (rows, in): V itself, or the input of a norm whose output is V.
         weight: the norm's weight, or None if x is V.
-        factor: the norm's factor, or None if x is V.
+        inverse_rms: ρ of the norm, or None if x is V.
         offset: the norm's offset.
         d_h: ∂L/∂h, (rows, Σ rank).
         accumulate_into: one buffer (rank, in) per factor.
     """
     kernel, wide = find_kernel(_GATHER, x, d_h, weight), _are_wide(accumulate_into, x.dtype)
-    dense = factor is None or weight is None or (factor.is_contiguous() and weight.is_contiguous())
+    dense = inverse_rms is None or weight is None or (inverse_rms.is_contiguous() and weight.is_contiguous())
     if kernel is None or wide is None or not dense:
         return False
-    norm = (None if factor is None else factor.data_ptr(), None if weight is None else weight.data_ptr(), offset)
+    norm = (
+        None if inverse_rms is None else inverse_rms.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        offset,
+    )
     how = wide, by_parts_of_rows(x.dtype)
     _check(kernel(*matrix(x), *matrix(d_h), *_places(accumulate_into), *how, *x.shape, *norm))
     return True

@@ -23,38 +23,38 @@ _WEIGHT_GRADIENT = KernelSignature(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float, factor: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, offset: float, inverse_rms: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """Return y and the factor ρ, or None if the kernel does not apply.
+    """Return y and the inverse RMS ρ, or None if the kernel does not apply.
 
     Args:
         x: (..., n).
         weight: (n,).
         eps: ε.
         offset: c, added to the weight.
-        factor: ρ, (..., 1), to use unchanged; None to compute it.
+        inverse_rms: ρ, (..., 1), to use unchanged; None to compute it.
         out: of x's shape and dtype, to receive y; or None.
     """
     kernel, rows = find_kernel(_FORWARD, x, weight, out), _row_strides(x)
     if kernel is None or rows is None or not (out is None or out.is_contiguous()) or not weight.is_contiguous():
         return None
     y = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    given = factor is not None
-    if factor is None:
-        factor = torch.empty(*x.shape[:-1], 1, dtype=wide_dtype(x.dtype))
-    elif not factor.is_contiguous():
+    given = inverse_rms is not None
+    if inverse_rms is None:
+        inverse_rms = torch.empty(*x.shape[:-1], 1, dtype=wide_dtype(x.dtype))
+    elif not inverse_rms.is_contiguous():
         return None
     n = x.shape[-1]
-    places = (x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), factor.data_ptr())
+    places = (x.data_ptr(), *rows, weight.data_ptr(), y.data_ptr(), inverse_rms.data_ptr())
     kernel(*places, given, x.numel() // max(n, 1), n, eps, offset)
-    return y, factor
+    return y, inverse_rms
 
 
 def rms_norm_gradients(
     d_y: Tensor,
     x: Tensor,
     weight: Tensor,
-    factor: Tensor,
+    inverse_rms: Tensor,
     offset: float,
     *,
     weight_gradient: bool,
@@ -63,7 +63,7 @@ def rms_norm_gradients(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return d_x and d_weight, or None if the kernels do not apply; see `ops.rms_norm.rms_norm_backward`."""
     kernel, d_y_rows, x_rows = find_kernel(_BACKWARD, d_y, x, weight, residual, out), _row_strides(d_y), _row_strides(x)
-    dense = all(t.is_contiguous() for t in (weight, factor, residual, out) if t is not None)
+    dense = all(t.is_contiguous() for t in (weight, inverse_rms, residual, out) if t is not None)
     if kernel is None or d_y_rows is None or x_rows is None or not dense:
         return None
     n = x.shape[-1]
@@ -72,11 +72,12 @@ def rms_norm_gradients(
     if weight_gradient:  # first, since d_x may overwrite d_y
         d_weight = torch.empty(weight.shape, dtype=weight.dtype)
         not_none(find_kernel(_WEIGHT_GRADIENT, d_y, x))(
-            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], factor.data_ptr(), d_weight.data_ptr(), rows, n)
+            *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], inverse_rms.data_ptr()),
+            *(d_weight.data_ptr(), rows, n),
         )
     d_x = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     kernel(
-        *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), factor.data_ptr()),
+        *(d_y.data_ptr(), *d_y_rows, x.data_ptr(), *x_rows[1:], weight.data_ptr(), inverse_rms.data_ptr()),
         *(None if residual is None else residual.data_ptr(), d_x.data_ptr(), rows, n, offset),
     )
     return d_x, d_weight

@@ -1,1 +1,1 @@
-"""Experiments for learning: the sine experiment, the LoRA paper's analyses, and the demo."""
+"""Educational experiments: the sine experiment, the LoRA paper's analyses, and the demo."""

@@ -1,1 +1,1 @@
-"""Training loop: step, evaluation, guards, state, logging, objectives, rewards."""
+"""Training loop: step, evaluation, checks during a run, state, logging, objectives, rewards."""

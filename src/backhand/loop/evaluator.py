@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,13 +36,20 @@ from backhand.system import rss_bytes
 from backhand.words import finite_or_none, name_list
 
 
+class SaveCheckpoint(Protocol):
+    """A function that saves a checkpoint of the current state."""
+
+    def __call__(self, *, is_best: bool) -> None:
+        """Save it. `is_best` is True if the most recent held-out loss is the lowest so far."""
+
+
 @dataclass(eq=False)
 class Evaluator:
     """Counts, records, evaluates and checks the steps of one run, new or resumed."""
 
     model: Trainable  # the model with the state's adapter attached
     state: RunState  # adapter, optimizer, counters
-    plan: StepPlan  # the numbers of the steps
+    plan: StepPlan  # number of steps and intervals
     _: KW_ONLY
     held_out: HeldOut | None = None  # held-out rows, or None
     meter: ForgettingMeter | None = None  # measures the loss on neutral texts; None if forgetting is not measured
@@ -50,10 +57,10 @@ class Evaluator:
     # are None if the steps repeat steps that were checked before.
     base_guard: BaseGuard | None = None
     learning_guard: LearningGuard | None = None
-    check_files: Callable[[], None] = lambda: None  # raises ArtifactError if a mapped file of the base has changed
-    observer: Observer = field(default_factory=Observer)
-    # Saves a checkpoint of the current state. The argument is True if the most recent evaluation is the best so far.
-    save: Callable[[bool], None] = lambda _better: None
+    # raises ArtifactError if a mapped file of the base has changed
+    check_model_files: Callable[[], None] = lambda: None
+    observer: Observer = field(default_factory=Observer)  # receives the records of evaluations, and notes
+    save_checkpoint: SaveCheckpoint = lambda **_: None
     processes: Communicator = field(default_factory=Communicator)  # the processes that share each evaluation
 
     def __post_init__(self) -> None:
@@ -112,19 +119,19 @@ class Evaluator:
             with going_on(
                 "the evaluation before the first step" if progress.step == 0 else "the evaluation left pending"
             ):
-                better = self.evaluate()
+                is_best = self.evaluate()
             if progress.step:
                 self.finish_if_done()
-                self.save(better)
+                self.save_checkpoint(is_best=is_best)
         if progress.step >= self.plan.total_steps:
             self.finish_if_done()  # the run was resumed after its last step
 
-    def before_checkpoint(self) -> None:
+    def check_base_sample(self) -> None:
         """Check one more tensor of the base. At the end of the run, the whole base has been checked already."""
         if self.base_guard is not None and not self.state.progress.finished:
             self.base_guard.sample()
 
-    def judge(self, result: StepResult) -> None:
+    def check_step(self, result: StepResult) -> None:
         """Check the result of a step. Raises CheckError if a guard fails."""
         progress = self.state.progress
         if result.taken:
@@ -150,7 +157,7 @@ class Evaluator:
         progress, lora = self.state.progress, self.state.lora
         unusable = [f"base weight {name}" for name in named_unusable(self.model.frozen_tensors())]
         if is_finite(lora.values):
-            self.save(False)  # skipped steps have not changed the values
+            self.save_checkpoint(is_best=False)  # skipped steps have not changed the values
         else:
             unusable += named_unusable(lora.named_tensors())
         raise CheckError(
@@ -189,7 +196,7 @@ class Evaluator:
                 "forgetting_nats": finite_or_none(measured.rise_nats),
                 "forgetting_kl_nats": finite_or_none(measured.kl_nats),
             }
-        self.check_files()
+        self.check_model_files()
         self.observer.evaluated(record)
         progress.pending_evaluation = False
         self._refuse_forgetting(record)
@@ -227,7 +234,7 @@ class Evaluator:
         limit, rise = self.plan.run.max_forgetting, record.get("forgetting_nats")
         if limit is None or (rise is not None and rise <= limit):
             return
-        self.save(False)
+        self.save_checkpoint(is_best=False)
         risen = "is no longer finite" if rise is None else f"has risen by {rise:.3f} nats per token"
         raise CheckError(
             f"the loss on neutral texts {risen}, above the limit of {limit}",

@@ -149,7 +149,7 @@ class HiddenStateCache:
     notify: Callable[[str], None]  # receives a sentence if states are computed in each epoch
 
     def __post_init__(self) -> None:
-        self._packer, self._common = self.rows.by_document, self.rows.common
+        self._packer, self._common = self.rows.by_document, self.rows.common_prefix
         self._assembled, self._next_comparison = 0, 1  # numbers of assembled batches
         self._invariant: dict[int, bool] = {}  # by batch size
         self._notified = False
@@ -187,7 +187,7 @@ class HiddenStateCache:
         self._assembled += 1
         if self._assembled == self._next_comparison:
             self._next_comparison *= _COMPARISON_FACTOR
-            states = self._compared(batch, states, self._packer.positions(rows))
+            states = self._compared(batch, states, self._packer.packed_tokens(rows))
         return replace(batch, start=StartStates(self.layer, states))
 
     def _cached(self, rows: Sequence[int]) -> dict[int, tuple[Tensor, Tensor] | None]:
@@ -209,7 +209,7 @@ class HiddenStateCache:
                 if tokens > self.tokens_per_pass:
                     break
                 rows.append(row)
-        together = len(rows) > len(missing) and self._is_invariant(bucket_size(self._packer.positions(rows)))
+        together = len(rows) > len(missing) and self._is_invariant(bucket_size(self._packer.packed_tokens(rows)))
         return rows if together else missing
 
     def _check_size(self, size: int) -> bool:

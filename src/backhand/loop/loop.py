@@ -1,13 +1,16 @@
-"""The training loop: steps, evaluations and checkpoints until the last step, early stopping, a signal or a guard.
+"""The training loop: steps, evaluations and checkpoints, until the last step or an earlier end of the run.
 
-`TrainingLoop` prepares each step, and `step.training_step` computes it. Learning rates, seeds and intervals are in
-`step_plan`; evaluations and guards are in `evaluator`.
+A run ends early if the held-out loss stops improving, if a signal arrives, or if a guard fails. Guards are checks
+during the run, such as that every factor receives a gradient (`loop.guards`).
 
-After every step, the loop does the following in this order:
+`TrainingLoop` prepares each step, and `step.training_step` computes it. After every step, the loop
 
-- evaluate, if an evaluation is due;
-- save a checkpoint, if one is due or the evaluation is the best so far;
-- stop, if a signal has been received.
+1. evaluates the adapter, if an evaluation is due;
+2. saves a checkpoint, if one is due or the held-out loss is the lowest so far;
+3. stops, if a signal has been received.
+
+Learning rates, seeds and intervals are in `step_plan`. Evaluations, guards and the call that saves a checkpoint are in
+`evaluator`.
 """
 
 from __future__ import annotations
@@ -36,50 +39,50 @@ from backhand.nn.batch import PackedBatch
 class TrainingLoop:
     """The steps of one run, new or resumed."""
 
-    model: Trainable  # the model with the state's adapter attached, see `training_step`
+    model: Trainable  # the model with the adapter of `state` attached
     state: RunState  # adapter, optimizer, counters; changed by every step
     packer: RowPacker  # contains the training rows and packs micro-batches
     sampler: Sampler  # returns the rows of each step
-    plan: StepPlan  # the numbers of the steps
-    evaluator: Evaluator  # evaluates and checks the steps, and decides when the run is over
+    plan: StepPlan  # number of steps, learning rates, and intervals of evaluations and checkpoints
+    evaluator: Evaluator  # the work after each step: evaluations, guards, checkpoints, and the end of the run
     _: KW_ONLY
-    observer: Observer = field(default_factory=Observer)
+    observer: Observer = field(default_factory=Observer)  # receives the records of steps
     memory: MemoryKeeper | None = None  # keeps the process within its memory plan; None if the allocator is not tuned
-    processes: Communicator = field(default_factory=Communicator)  # the processes that share each step
+    processes: Communicator = field(default_factory=Communicator)  # the processes among which each step is divided
     # cache of the hidden states that enter the lowest adapted layer; None if they are computed in every step
     hidden_states: HiddenStateCache | None = None
-    objective: Objective | None = None  # objective of the training rows; None for cross-entropy
+    objective: Objective | None = None  # preference objective of the training rows; None for cross-entropy
     rewarded: RewardedSteps | None = None  # trains on sampled answers; None if the rows contain the answers
 
     def __post_init__(self) -> None:
-        self._drops = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
+        self._uses_dropout = any(slot.dropout > 0 for slot in self.state.lora.slots.values())
 
     def run(self, until_step: int | None = None) -> bool:
-        """Train to the end of the run, or until `until_step` steps are done.
+        """Train until the run is over, or until `until_step` steps of the run are done.
 
         Returns:
-            False if a signal stopped the loop, after a checkpoint.
+            True, or False if a signal stopped the loop. In that case, a checkpoint has been saved.
 
         Raises:
-            CheckError: a guard failed. The state before the failure has been saved.
+            CheckError: a guard failed, or sampling answers did.
         """
         progress, evaluator = self.state.progress, self.evaluator
         evaluator.begin()
         while not progress.finished and (until_step is None or progress.step < until_step):
             if self.processes.should_stop:
-                evaluator.save(False)
+                evaluator.save_checkpoint(is_best=False)
                 return False
             self._step()
-            better = evaluator.evaluate_if_due()
-            if evaluator.finish_if_done() or better or progress.step % not_none(self.plan.run.save_every) == 0:
-                evaluator.before_checkpoint()
-                evaluator.save(better)
+            is_best = evaluator.evaluate_if_due()
+            if evaluator.finish_if_done() or is_best or progress.step % not_none(self.plan.run.save_every) == 0:
+                evaluator.check_base_sample()
+                evaluator.save_checkpoint(is_best=is_best)
         return True
 
     def _step(self) -> None:
         """Train on the rows of the next step, then count, report and check the result."""
         progress = self.state.progress
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         rate = self.plan.rate.at(progress.step)
         rows = self.sampler.rows_of(progress.step)
         if self.rewarded is not None:
@@ -87,56 +90,63 @@ class TrainingLoop:
         else:
             tokens = self.packer.tokens(rows)
             if self.objective is not None:
-                self.objective.before(self.model, rows, self.processes, self.plan.micro_batch_rows)
+                self.objective.prepare(self.model, rows, self.processes, self.plan.micro_batch_rows)
             result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
-        self.evaluator.check_files()  # before anything of this step is reported or saved
-        seconds = time.perf_counter() - began
+        self.evaluator.check_model_files()  # raises before anything computed with changed files is reported or saved
+        seconds = time.perf_counter() - start_s
         self.evaluator.count(result, tokens, seconds)
         if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:
             epoch = self.sampler.epochs_done(progress.step)
-            measured = {} if self.objective is None else self.objective.measured(self.processes)
-            measured = measured if self.rewarded is None else self.rewarded.measured
-            self.observer.stepped(self.evaluator.record(result, rate, tokens, seconds, epoch, measured))
-        self.evaluator.judge(result)
+            metrics = {}
+            if self.rewarded is not None:
+                metrics = self.rewarded.measured
+            elif self.objective is not None:
+                metrics = self.objective.measured(self.processes)
+            self.observer.stepped(self.evaluator.record(result, rate, tokens, seconds, epoch, metrics))
+        self.evaluator.check_step(result)
         if self.memory is not None:
             self.memory.after_step()
 
     def _rewarded_step(self, rewarded: RewardedSteps, rows: Sequence[int], rate: float) -> tuple[StepResult, int]:
-        """Return the result of the step and the number of tokens of its prompts and answers."""
+        """Sample answers to the prompts `rows` and train on them. Return the result and the number of their tokens."""
         step = self.state.progress.step
         try:
-            rewarded.write(self.model, step, rows)
-        except CheckError:
-            self.evaluator.save(False)  # the step has changed nothing yet
+            rewarded.sample_answers(self.model, step, rows)
+        except CheckError:  # a reward function failed, before the adapter was changed
+            self.evaluator.save_checkpoint(is_best=False)
             raise
         return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
     def _work(self, rows: Sequence[int]) -> StepWork:
+        """Divide the rows of the next step into micro-batches."""
         objective, seed, step = self.objective, self.plan.run.seed, self.state.progress.step
-        groups, supervised = self._groups(rows), self.packer.supervised_tokens(rows)
-        numbers = range(len(groups))
+        parts, supervised = self._parts(rows), self.packer.supervised_tokens(rows)
+        numbers = range(len(parts))
         return StepWork(
-            lambda number: self._packed(groups, number),
-            [self.packer.positions(group) for group in groups],
-            supervised,
-            [derived_seed(seed, "dropout", step, number) if self._drops else None for number in numbers],
-            supervised if objective is None else len(rows),
-            None if objective is None else lambda number: objective.token_loss(number, groups[number]),
+            packed=lambda number: self._packed(parts, number),
+            packed_tokens=[self.packer.packed_tokens(part) for part in parts],
+            supervised_tokens=supervised,
+            dropout_seeds=[derived_seed(seed, "dropout", step, i) if self._uses_dropout else None for i in numbers],
+            mean_over=supervised if objective is None else len(rows),
+            token_loss=None if objective is None else lambda number: objective.token_loss(number, parts[number]),
         )
 
-    def _groups(self, rows: Sequence[int]) -> list[list[int]]:
+    def _parts(self, rows: Sequence[int]) -> list[list[int]]:
+        """Return the rows of each micro-batch."""
         return micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
 
-    def _packed(self, groups: Sequence[Sequence[int]], number: int) -> PackedBatch:
+    def _packed(self, parts: Sequence[Sequence[int]], number: int) -> PackedBatch:
+        """Return micro-batch `number` of the step whose micro-batches have these rows."""
         if self.hidden_states is None:
-            return self.packer.packed(groups[number], self.model.device)
-        return self.hidden_states.packed(groups[number], self._coming(groups, number))
+            return self.packer.packed(parts[number], self.model.device)
+        return self.hidden_states.packed(parts[number], self._later_parts(parts, number))
 
-    def _coming(self, groups: Sequence[Sequence[int]], number: int) -> Iterator[Sequence[int]]:
-        """Yield this process's later micro-batches, to the end of the epoch."""
+    def _later_parts(self, parts: Sequence[Sequence[int]], number: int) -> Iterator[Sequence[int]]:
+        """Yield the rows of the micro-batches that this process computes after `number`, to the end of the epoch."""
         step, per_epoch = self.state.progress.step, self.sampler.steps_per_epoch
-        for later in range(step, min(self.plan.total_steps, (step // per_epoch + 1) * per_epoch)):
-            if later > step:
-                groups, number = self._groups(self.sampler.rows_of(later)), -1
-            shares = self.processes.assign([self.packer.positions(group) for group in groups])
-            yield from (groups[later_one] for later_one in shares[self.processes.rank] if later_one > number)
+        epoch_end = min(self.plan.total_steps, (step // per_epoch + 1) * per_epoch)
+        for later_step in range(step, epoch_end):
+            if later_step > step:
+                parts, number = self._parts(self.sampler.rows_of(later_step)), -1
+            assigned = self.processes.assign([self.packer.packed_tokens(part) for part in parts])
+            yield from (parts[index] for index in assigned[self.processes.rank] if index > number)

@@ -134,13 +134,13 @@ class Saver:
                 next_step="free space, give another --output, or train less: a smaller --rank, fewer --target-modules",
             )
 
-    def save(self, better: bool) -> None:
+    def save(self, *, is_best: bool) -> None:
         """Save the state unless it is saved already, and publish the adapter.
 
-        With `best_only`, the adapter is published if `better`, or if no held-out loss has been the best yet.
+        With `best_only`, the adapter is published if `is_best`, or if no held-out loss has been the best yet.
 
         Args:
-            better: True if the most recent held-out loss is the best so far.
+            is_best: True if the most recent held-out loss is the lowest so far.
 
         Raises:
             ResourceError: the disk is full. Names the required and the free bytes. Earlier checkpoints are intact.
@@ -155,7 +155,7 @@ class Saver:
         contents = self.state.contents(self.adapter_files)
         self.store.save(progress.step, contents, self.facts(progress.step))
         self._saved = contents[PROGRESS_FILE]
-        if better or not self.best_only or progress.best_step is None:
+        if is_best or not self.best_only or progress.best_step is None:
             self.directory.publish_adapter(adapter_part(contents))
         del contents
         self.make_room()  # the buffers of a step do not fit the gaps that these large buffers leave

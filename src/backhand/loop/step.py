@@ -1,26 +1,25 @@
 """One training step: sum the gradients of the micro-batches in one flat buffer, clip them, and update with AdamW.
 
-Every supervised token of the step has the same weight. (For an objective that compares answers, every row has the same
-weight, and n is the number of rows.)
+The loss of a step is the mean over its n supervised tokens, which are divided among M micro-batches:
 
-    L = (1 / n) Σ over micro-batches Σ over supervised positions of nats,   n = supervised tokens of the whole step
-    g = g₀ + g₁ + … + g_{m-1},   gᵢ of one micro-batch, computed from zero, added from the left in float64
+    L = (1 / n) Σ over micro-batches Σ over supervised tokens of -log p(token)
+    g = ((g₀ + g₁) + g₂) + … + g_{M-1}      gᵢ = the part of ∂L/∂θ that comes from micro-batch i
 
-where nats are -log p(target), the cross-entropy with the natural logarithm. The gradient of k micro-batches is
-therefore the gradient of one large batch, however unevenly the supervised tokens are distributed.
+-log p, with the natural logarithm, is the cross-entropy of a token in nats. Every supervised token has the same weight
+1 / n, so M micro-batches give the gradient of one large batch, even if their numbers of supervised tokens differ.
+The loss of a preference objective is a mean over rows instead, and n is the number of rows.
+
+Each gᵢ is computed in a buffer of zeros. The sum is computed in float64 in the order of i. A `Communicator`
+(`distributed.communicator`) divides the micro-batches among the processes of the run. The result is the same for any
+number of processes, unless `--reduce sum` is chosen.
 
 The update is AdamW,
 
     m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
     θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
 
-computed by torch.optim's functional form. `torch.optim.AdamW` itself would import torch's compiler when it is created,
-which takes a second and 70 MB and is not used here.
-
-`training_step` is the step, and `AdapterOptimizer` updates the adapter. Its two flat buffers belong to
-`nn.lora_parameters`: one holds the values of all factors, the other their gradients. The processes of a run share the
-micro-batches of a step through a `Communicator` (`distributed.communicator`). The result does not depend on the number
-of processes, unless `--reduce sum` is chosen.
+in torch.optim's functional form, because creating a `torch.optim.AdamW` imports torch's compiler (a second and 70 MB).
+`AdapterOptimizer` applies it to the two flat buffers of `nn.lora_parameters`: all values and all gradients.
 """
 
 from __future__ import annotations
@@ -52,19 +51,19 @@ class StepResult:
     grad_norm: float  # norm of the whole adapter's gradient, before clipping
     taken: bool  # False if the update was skipped because the loss or the gradient was not finite
     totals: StepTotals  # over all processes
-    computed_tokens: tuple[int, ...]  # number of positions that each process computed
+    computed_tokens: tuple[int, ...]  # number of packed tokens that each process computed
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """The micro-batches of a step. Every process knows all of them and packs only its own."""
+    """The micro-batches of a step. Every process knows their sizes and packs only those that it computes."""
 
     packed: Callable[[int], PackedBatch]  # returns micro-batch i
-    positions: Sequence[int]  # number of tokens per micro-batch
-    supervised_tokens: int  # of all micro-batches
-    dropout_seeds: Sequence[int | None]  # per micro-batch; None without dropout
+    packed_tokens: Sequence[int]  # number of tokens of each micro-batch; a shared prefix counts once
+    supervised_tokens: int  # of all micro-batches; a supervised token in a shared prefix counts once per document
+    dropout_seeds: Sequence[int | None]  # seed of each micro-batch, or None without dropout
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
-    # Returns the token-loss function of micro-batch i (see `Trainable.loss_and_gradients`); None for cross-entropy.
+    # Returns the `TokenLoss` of micro-batch i; None for cross-entropy.
     token_loss: Callable[[int], TokenLoss] | None = None
 
 
@@ -75,25 +74,25 @@ def training_step(
     processes: Communicator,
     learning_rate: float,
 ) -> StepResult:
-    """Sum the gradients of all micro-batches, clip them, and update the adapter if loss and gradients are finite.
+    """Sum the gradients of all micro-batches and clip the sum. Update the adapter if loss and gradient are finite.
 
-    The clipped gradients stay in the buffer until the next step.
+    The clipped gradient stays in the buffer until the next step.
 
     Args:
         model: a model with `optimizer.lora` attached, of the decoder engine or the transformers engine.
         work: the micro-batches, with at least one supervised token in total.
-        processes: the processes that share the step.
+        processes: the processes among which the micro-batches are divided.
         learning_rate: η of this step.
 
     Raises:
         CheckError: the micro-batches contain a different number of supervised tokens than `work` states.
     """
     optimizer.clear()
-    shares = processes.assign(work.positions)
-    gradient_sum = processes.gradient_sum(optimizer.gradients, shares)
+    assigned = processes.assign(work.packed_tokens)  # numbers of the micro-batches of each process
+    gradient_sum = processes.gradient_sum(optimizer.gradients, assigned)
     results: list[MicroBatchResult] = []
     start_s = time.perf_counter()
-    for number in shares[processes.rank]:
+    for number in assigned[processes.rank]:
         batch = work.packed(number)
         token_loss = None if work.token_loss is None else work.token_loss(number)
         nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
@@ -103,7 +102,7 @@ def training_step(
     if totals.supervised_tokens != work.supervised_tokens:
         raise CheckError(
             f"the micro-batches of a step contain {totals.supervised_tokens:,} supervised tokens, "
-            f"its rows {work.supervised_tokens:,}",
+            f"but its rows contain {work.supervised_tokens:,}",
             next_step="report this; it should not happen",
         )
     nats = sequential_sum(totals.nats)
@@ -112,50 +111,50 @@ def training_step(
     if taken:
         optimizer.step(learning_rate)
         optimizer.lora.refresh_compute(model.dtype)  # the next forward reads the factors in this dtype
-    computed_tokens = tuple(sum(work.positions[number] for number in share) for share in shares)
+    computed_tokens = tuple(sum(work.packed_tokens[number] for number in numbers) for numbers in assigned)
     return StepResult(nats / work.mean_over, norm, taken, totals, computed_tokens)
 
 
 def sequential_sum(values: Iterable[float]) -> float:
-    """Return the float64 sum from left to right. Python's `sum` compensates from 3.12 on: its bits vary by version."""
+    """Return the float64 sum, added from left to right. The last bits of the built-in `sum` depend on the version."""
     return functools.reduce(operator.add, values, 0.0)
 
 
-# Long enough for vector instructions, short enough to add up in float32.
+# Number of elements per piece: enough for vector instructions, and few enough for an accurate sum in float32.
 _NORM_PIECE = 16_384
 
 
 def flat_norm(values: Tensor) -> float:
     """Return the norm of a long float32 vector, accurate to float32's rounding.
 
-    torch sums the squares of a vector in a few float32 accumulators. For 42 million elements (the adapter of an 8B
-    model at rank 16), its norm is 0.3 % too small, and the error grows with the length. This function computes the
-    norms of pieces and combines them in float64. The pieces do not depend on the number of threads.
+    `torch.linalg.vector_norm` sums the squares in a few float32 accumulators. For 42 million elements (the adapter of
+    an 8B model at rank 16), its result is 0.3 % too small, and the error grows with the length. This function computes
+    the norms of pieces and combines them in float64. The pieces do not depend on the number of threads.
     """
-    whole = values.numel() // _NORM_PIECE * _NORM_PIECE
-    pieces = torch.linalg.vector_norm(values[:whole].view(-1, _NORM_PIECE), dim=1)
-    rest = torch.linalg.vector_norm(values[whole:])
-    return math.hypot(float(torch.linalg.vector_norm(pieces.double())), float(rest))
+    in_pieces = values.numel() // _NORM_PIECE * _NORM_PIECE
+    norms = torch.linalg.vector_norm(values[:in_pieces].view(-1, _NORM_PIECE), dim=1)
+    rest = torch.linalg.vector_norm(values[in_pieces:])
+    return math.hypot(float(torch.linalg.vector_norm(norms.double())), float(rest))
 
 
 @dataclass(frozen=True)
 class LearningRate:
     """The learning rate schedule: linear warm-up, then constant, linear or cosine decay.
 
-    With w warm-up steps and n steps in total, step s = 0, 1, …, n - 1 has the rate `highest` times
-        (s + 1) / (w + 1)                          for s < w: positive from the first step on, 1 at s = w
-        1                                          constant
-        (n - s) / (n - w)                          linear: the last step has a positive rate
-        (1 + cos(π (s - w) / (n - w))) / 2         cosine
+    With w warm-up steps and N steps in total, the rate of step s = 0, 1, …, N - 1 is `highest` times
+        (s + 1) / (w + 1)                          for s < w (warm-up); the rate of the first step is positive
+        1                                          for s ≥ w, constant
+        (N - s) / (N - w)                          for s ≥ w, linear; the rate of the last step is positive
+        (1 + cos(π (s - w) / (N - w))) / 2         for s ≥ w, cosine
     """
 
-    highest: float  # the rate at the end of the warm-up
+    highest: float  # the rate after the warm-up
     schedule: Schedule  # the decay after the warm-up
     warmup_steps: int  # w
-    total_steps: int  # n
+    total_steps: int  # N
 
     def at(self, step: int) -> float:
-        """Return the rate of a step, counted from 0."""
+        """Return the learning rate of this step, where 0 is the first step."""
         if step < self.warmup_steps:
             return self.highest * (step + 1) / (self.warmup_steps + 1)
         span = max(1, self.total_steps - self.warmup_steps)
@@ -180,7 +179,7 @@ class AdapterOptimizer:
 
     Attributes:
         values, gradients: the adapter's flat buffers, (elements,) float32.
-        mean, squares: m and v, (elements,) float32.
+        first_moment, second_moment: m and v, (elements,) float32.
         updates: t, the number of updates so far, 0-d float32.
     """
 
@@ -189,19 +188,22 @@ class AdapterOptimizer:
         self.options = options
         self.max_grad_norm = options.max_grad_norm
         self.values, self.gradients = lora.values, lora.gradients
-        self.mean, self.squares = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        self.first_moment, self.second_moment = torch.zeros_like(self.values), torch.zeros_like(self.values)
         self.updates = torch.zeros((), dtype=torch.float32, device=self.values.device)
-        self._groups = self._rate_groups(options.loraplus_lr_ratio)
+        self._parameter_groups = self._split_by_rate(options.loraplus_lr_ratio)
 
-    def _rate_groups(self, ratio: float) -> list[tuple[float, list[slice]]]:
-        """Return (factor of the learning rate, slices of the buffers) per group. LoRA+ has two groups."""
+    def _split_by_rate(self, ratio: float) -> list[tuple[float, list[slice]]]:
+        """Return (multiplier of the learning rate, slices of the buffers) per group.
+
+        In LoRA+ the learning rate of every lora_B, except that of an embedding, is multiplied by `ratio`.
+        """
         if ratio == 1:
             return [(1.0, [slice(None)])]
         groups: dict[float, list[slice]] = {1.0: [], ratio: []}
         start = 0
         for name, tensor in self.lora.named_tensors():
-            module, _, factor = name.rpartition(".")
-            faster = factor == "lora_B" and not self.lora.slots[module].embedding
+            module, _, part = name.rpartition(".")
+            faster = part == "lora_B" and not self.lora.slots[module].embedding
             groups[ratio if faster else 1.0].append(slice(start, start := start + tensor.numel()))
         return list(groups.items())
 
@@ -218,22 +220,20 @@ class AdapterOptimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update all values once by AdamW."""
-        before = self.updates.clone()
-        for multiple, parts in self._groups:
-            counts = [before.clone() for _ in parts]  # adamw increments each of them
+        """Update all values by one AdamW step."""
+        for rate_multiplier, parts in self._parameter_groups:
             adamw(
                 [self.values[part] for part in parts],
                 [self.gradients[part] for part in parts],
-                [self.mean[part] for part in parts],
-                [self.squares[part] for part in parts],
-                [],
-                counts,
+                [self.first_moment[part] for part in parts],
+                [self.second_moment[part] for part in parts],
+                [],  # the maxima of v, for amsgrad only
+                [self.updates.clone() for _ in parts],  # copies, since adamw increments each of them
                 fused=True,
                 amsgrad=False,
                 beta1=self.options.adam_beta1,
                 beta2=self.options.adam_beta2,
-                lr=multiple * learning_rate,
+                lr=rate_multiplier * learning_rate,
                 weight_decay=self.options.weight_decay,
                 eps=self.options.adam_epsilon,
                 maximize=False,
@@ -241,5 +241,5 @@ class AdapterOptimizer:
         self.updates += 1
 
     def moments(self) -> dict[str, Tensor]:
-        """Return AdamW's state: `mean` and `squares`, (elements,) float32, and `updates`, 0-d float32."""
-        return {"mean": self.mean, "squares": self.squares, "updates": self.updates}
+        """Return AdamW's state under its names in a checkpoint: m is `mean`, v is `squares`, and t is `updates`."""
+        return {"mean": self.first_moment, "squares": self.second_moment, "updates": self.updates}

@@ -1,7 +1,7 @@
-"""The resolved numbers of a run's steps: their count, the intervals of evaluations and checkpoints, rates and seeds.
+"""The plan of a run's steps: how many there are, their learning rates and seeds, and the intervals of evaluations.
 
-These numbers follow from the configuration and the step number. Therefore a resumed run needs only the adapter, its
-moments and a step count.
+All of it follows from the configuration and the step number. Therefore a resumed run needs only the adapter, AdamW's
+moments and the number of steps done.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def derived_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The resolved numbers that the loop uses."""
+    """The number of steps, the learning rates and the intervals that the loop uses. All options are resolved."""
 
     run: RunOptions  # intervals and limits
     micro_batch_rows: int  # number of rows per forward and backward pass

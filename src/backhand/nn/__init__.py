@@ -1,1 +1,1 @@
-"""Decoder engine, LoRA parameters, modules for any network, and loading of base models."""
+"""Neural networks: decoder models, LoRA parameters, adapted PyTorch modules, and loading of base models."""

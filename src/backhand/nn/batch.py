@@ -1,4 +1,4 @@
-"""A batch of documents, packed without padding and without an attention mask."""
+"""A batch of documents, packed one after another, without padding between them and without an attention mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.document_groups import Run, Span
+from backhand.ops.document_groups import SegmentRun, Span
 
 IGNORE_INDEX = -100
 
@@ -34,22 +34,21 @@ class StartStates(NamedTuple):
 class PackedBatch:
     """Token ids of several documents, packed one after another in segments.
 
-    Documents with a common prefix share segments. A segment continues its parent, and a document is the path of
-    segments from a root to its last segment. A segment comes after its parent, and only other descendants of the parent
-    lie between them. A document that shares nothing is one segment.
+    A document that shares nothing is one segment. Documents with a common prefix share segments: a segment continues
+    its parent, and a document is the path of segments from a root to its last segment. A segment comes after its
+    parent, and only other descendants of the parent lie between them.
     """
 
     input_ids: Tensor  # (tokens,) int64
-    # (tokens,) int64; `labels[i]` is the next token after position i in every document that contains the position, or
-    # `IGNORE_INDEX` if position i carries no loss. At the last position of a document it is `IGNORE_INDEX` or the last
-    # token of the text, which is no input because nothing is predicted from it
+    # (tokens,) int64; `labels[i]` is the token that position i has to predict, or `IGNORE_INDEX` if position i carries
+    # no loss. It is the same in all documents that contain the position. The last token of a text is only a label
     labels: Tensor
     lengths: tuple[int, ...]  # tokens of each segment; the sum is `tokens`
     # number of each segment's parent, or -1; empty if no segment has a parent
     parents: tuple[int, ...] = ()
-    # last segment of each document, in the caller's order, or -1 for an empty document; None if the documents end with
-    # the segments that have no children
-    documents: tuple[int, ...] | None = None
+    # number of the last segment of each document, in the caller's order; -1 for an empty document. None if the segments
+    # without children are the last segments of the documents, in this order
+    document_ends: tuple[int, ...] | None = None
     # cached hidden states with which the forward pass starts at a higher layer; None to start at the token ids
     start: StartStates | None = None
 
@@ -86,9 +85,9 @@ class PackedBatch:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """Last segment of each document, -1 for an empty document."""
-        if self.documents is not None:
-            return self.documents
+        """Number of the last segment of each document, -1 for an empty document."""
+        if self.document_ends is not None:
+            return self.document_ends
         continued = set(self.parents)
         return tuple(number for number in range(len(self.lengths)) if number not in continued)
 
@@ -120,18 +119,18 @@ class PackedBatch:
         return torch.cat([torch.arange(0), *parts]).to(self.input_ids.device)
 
     @cached_property
-    def reach(self) -> Tensor:
+    def document_lengths(self) -> Tensor:
         """Length of each token's document, (tokens,) int64; the longest one if several documents contain the token."""
-        reach = [begin + n for begin, n in zip(self.first_positions, self.lengths, strict=True)]
+        longest = [begin + n for begin, n in zip(self.first_positions, self.lengths, strict=True)]  # by segment
         for number in reversed(range(len(self.parents))):
-            if self.parents[number] >= 0:
-                reach[self.parents[number]] = max(reach[self.parents[number]], reach[number])
+            if (parent := self.parents[number]) >= 0:
+                longest[parent] = max(longest[parent], longest[number])
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
-        return torch.tensor(reach, dtype=torch.int64).repeat_interleave(lengths).to(self.input_ids.device)
+        return torch.tensor(longest, dtype=torch.int64).repeat_interleave(lengths).to(self.input_ids.device)
 
     @cached_property
-    def runs(self) -> tuple[Run, ...]:
-        """Segments grouped for batched attention calls: neighbours of equal length with the same parent."""
+    def segment_runs(self) -> tuple[SegmentRun, ...]:
+        """Runs of neighbouring segments with equal length and parent, which ops compute in one call."""
         return document_runs(self.lengths, self.parents)
 
     @cached_property
@@ -181,14 +180,14 @@ class PackedBatch:
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), start=start)
 
 
-def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[Run, ...]:
-    """Return segments in the form of the ops (`Run`), with equal neighbours grouped and without empty segments.
+def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[SegmentRun, ...]:
+    """Return segments in the form of the ops (`SegmentRun`), with equal neighbours grouped and without empty segments.
 
     Args:
         lengths: tokens of each segment.
         parents: as in `PackedBatch`.
     """
-    runs: list[Run] = []
+    runs: list[SegmentRun] = []
     spans: list[tuple[Span, ...]] = []  # spans of each segment's document up to the end of the segment
     start = 0
     for length, parent in zip(lengths, parents or (-1,) * len(lengths), strict=True):
@@ -196,18 +195,18 @@ def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[
         if runs and runs[-1][2:] == (length, before) and runs[-1].start + runs[-1].number * length == start:
             runs[-1] = runs[-1]._replace(number=runs[-1].number + 1)
         elif length:
-            runs.append(Run(start, 1, length, before))
+            runs.append(SegmentRun(start, 1, length, before))
         spans.append((*before, (start, start + length)) if length else before)
         start += length
     return tuple(runs)
 
 
 def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
-    """Pad the batch to `bucket_size` tokens with a document of zeros, which carries no loss.
+    """Pad the batch to `bucket_size` tokens with one more segment of zeros, which carries no loss.
 
     oneDNN compiles its matrix products for every number of tokens: about 35 kernels, 20 MB and 0.05 to 0.1 s per size.
-    Rows of text would give a new size in nearly every step. The padding is at most 2 % of some hundred tokens, and no
-    other document attends to it.
+    Without buckets, nearly every step would have a new size. The padding is at most 2 % of some hundred tokens. It
+    belongs to no document, and no document attends to it.
     """
     tokens = int(batch.input_ids.shape[0])
     missing = bucket_size(tokens) - tokens
@@ -219,7 +218,7 @@ def pad_to_bucket(batch: PackedBatch) -> PackedBatch:
         labels=torch.cat((batch.labels, batch.labels.new_full((missing,), IGNORE_INDEX))),
         lengths=(*batch.lengths, missing),
         parents=(*batch.parents, -1) if batch.parents else (),
-        documents=batch.ends,
+        document_ends=batch.ends,
     )
 
 

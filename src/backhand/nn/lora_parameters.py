@@ -80,12 +80,12 @@ class AdapterLayout(NamedTuple):
     """Contents of an adapter: the adapted modules and the tensors trained in full."""
 
     slots: tuple[LoRASlot, ...]
-    trained: tuple[TrainedTensor, ...] = ()
+    full_tensors: tuple[TrainedTensor, ...] = ()
 
     @property
     def element_count(self) -> int:
         """Number of trained elements."""
-        in_full = sum(math.prod(tensor.shape) for tensor in self.trained)
+        in_full = sum(math.prod(tensor.shape) for tensor in self.full_tensors)
         return in_full + sum(slot.element_count for slot in self.slots)
 
 
@@ -97,11 +97,11 @@ class LoRAParameters:
 
     Args:
         slots: the adapted modules. Names must be unique.
-        trained: the tensors trained in full.
+        full_tensors: the tensors trained in full.
         dtype: float32 in training, float64 in proofs.
 
     Attributes:
-        slots, trained: the arguments, by name.
+        slots, full_tensors: the arguments, by name.
         plain: True if there is nothing but lora_A and lora_B of linear modules.
         compute_values: the buffer in the compute dtype of the last `refresh_compute`. It is replaced when the dtype
             changes.
@@ -111,7 +111,7 @@ class LoRAParameters:
         self,
         slots: Iterable[LoRASlot],
         *,
-        trained: Iterable[TrainedTensor] = (),
+        full_tensors: Iterable[TrainedTensor] = (),
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -120,15 +120,15 @@ class LoRAParameters:
             if slot.name in self.slots:
                 raise ValueError(f"two slots are named {slot.name}")
             self.slots[slot.name] = slot
-        self.trained = {tensor.name: tensor for tensor in trained}
-        self.plain = not self.trained and not any(
+        self.full_tensors = {tensor.name: tensor for tensor in full_tensors}
+        self.plain = not self.full_tensors and not any(
             slot.use_dora or slot.lora_bias or slot.embedding for slot in self.slots.values()
         )
         self._places: dict[str, tuple[int, int, Shape]] = {}
         offset = 0
         for name, shape in chain(
             ((f"{slot.name}.{part}", shape) for slot in self.slots.values() for part, shape in slot.shapes().items()),
-            ((tensor.name, tensor.shape) for tensor in self.trained.values()),
+            ((tensor.name, tensor.shape) for tensor in self.full_tensors.values()),
         ):
             end = offset + math.prod(shape)
             self._places[name] = (offset, end, shape)
@@ -141,7 +141,7 @@ class LoRAParameters:
     @property
     def layout(self) -> AdapterLayout:
         """Contents of the buffers."""
-        return AdapterLayout(tuple(self.slots.values()), tuple(self.trained.values()))
+        return AdapterLayout(tuple(self.slots.values()), tuple(self.full_tensors.values()))
 
     def __contains__(self, name: str) -> bool:
         return name in self.slots
@@ -181,7 +181,7 @@ class LoRAParameters:
             if slot.use_dora:
                 weight = base_tensor(f"{name}.weight")
                 self.tensor(f"{name}.lora_magnitude").copy_(row_squares(weight.T if slot.embedding else weight).sqrt())
-        for name, tensor in self.trained.items():
+        for name, tensor in self.full_tensors.items():
             base = base_tensor(tensor.base_name)
             self.tensor(name).copy_(base if tensor.token_ids is None else base[list(tensor.token_ids)])
         self.refresh_compute(self.compute_values.dtype)
@@ -221,7 +221,7 @@ class LoRAParameters:
 
     def token_ids(self, name: str) -> Tensor:
         """Return the ids of the tokens whose rows a trained tensor contains, (n,) int64."""
-        return torch.tensor(not_none(self.trained[name].token_ids), device=self.values.device)
+        return torch.tensor(not_none(self.full_tensors[name].token_ids), device=self.values.device)
 
     def lora_A(self, name: str) -> Tensor:
         """Return the values of lora_A, (rank, in), as a view."""

@@ -61,7 +61,7 @@ def check_fits(lora: LoRAParameters, shapes: ModuleShapes) -> None:
             raise ValueError(f"{name}: adapter is for {expected}, model has {actual}")
         if slot.interleaved != (name in shapes.interleaved):
             raise ValueError(f"{name}: the rows of gate and up are interleaved in only one of adapter and model")
-    for tensor in lora.trained.values():
+    for tensor in lora.full_tensors.values():
         base = shapes.parameters.get(tensor.base_name, ())
         shape = base if tensor.token_ids is None else (len(tensor.token_ids), *base[1:])
         if shape != tensor.shape:

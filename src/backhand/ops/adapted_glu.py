@@ -32,7 +32,7 @@ from backhand.kernels import adapted_glu as kernels
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward, glu_reference
 from backhand.ops.lora_group import LoRAGroup, group_A_gradients, stacked_A
 from backhand.ops.lora_linear import multiplier
-from backhand.ops.low_rank import add_up_projection, down_projection, hidden_gradient
+from backhand.ops.low_rank import add_up_projection, down_projection, h_gradient
 
 _NO_GROUP = LoRAGroup()
 
@@ -110,7 +110,7 @@ def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | N
         glu_backward(g, unit, out=d_gate_up, output_buffer=None if d_t is None else g)
         if d_t is not None:
             group_A_gradients(g, d_t, down_group)
-        d_h = hidden_gradient(d_gate_up, h, adapters)
+        d_h = h_gradient(d_gate_up, h, adapters)
     d_lora_A = () if d_t is None else tuple(adapter.d_lora_A for adapter in down_group.adapters)
     return AdaptedGLUGrads(out, d_h.view(saved.h.shape), tuple(adapter.d_lora_B for adapter in adapters), d_lora_A)
 

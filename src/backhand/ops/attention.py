@@ -51,7 +51,7 @@ from backhand.ops.attention_blocks import (
     attention_blocks_forward,
 )
 from backhand.ops.document_groups import (
-    Run,
+    SegmentRun,
     continued_end,
     gather_documents,
     gather_keys,
@@ -69,7 +69,7 @@ class AttentionSaved(NamedTuple):
     k: Tensor
     v: Tensor
     output: Tensor | None
-    runs: tuple[Run, ...]
+    runs: tuple[SegmentRun, ...]
     scores: Scores
 
 
@@ -90,7 +90,7 @@ def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scores: Scores, *, out: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, runs: tuple[SegmentRun, ...], scores: Scores, *, out: Tensor | None = None
 ) -> tuple[Tensor, AttentionSaved]:
     """Attend within each document.
 
@@ -157,7 +157,7 @@ def attention_backward(
     return grads
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, runs: tuple[Run, ...], scores: Scores) -> Tensor:
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, runs: tuple[SegmentRun, ...], scores: Scores) -> Tensor:
     """Compute the same output, segment by segment and head by head, with an explicit softmax over visible keys only."""
     scaling, window, cap, sinks = scores
     documents = []

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from backhand.kernels import causal_conv as kernels
 from backhand.kernels.pieces import piece_size
-from backhand.ops.document_groups import Run, Span, continued_end, segments, tokens_of
+from backhand.ops.document_groups import SegmentRun, Span, continued_end, segments, tokens_of
 from backhand.ops.elementwise import InputSaved, silu_backward
 
 # Elements of a tile, whose input and output then stay in the second-level cache.
@@ -46,7 +46,7 @@ class CausalConvSaved(NamedTuple):
 
     x: Tensor
     taps: Taps
-    runs: tuple[Run, ...]
+    runs: tuple[SegmentRun, ...]
     silu: bool
 
 
@@ -57,7 +57,7 @@ class CausalConvGrads(NamedTuple):
 
 
 def causal_conv_forward(
-    x: Tensor, taps: Taps, runs: tuple[Run, ...], *, silu: bool = False
+    x: Tensor, taps: Taps, runs: tuple[SegmentRun, ...], *, silu: bool = False
 ) -> tuple[Tensor, CausalConvSaved]:
     """Convolve within each document.
 
@@ -116,23 +116,23 @@ def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = F
     documents, before = seen.shape[:2]
     # The last tokens and the new ones form a document, of which the new tokens' part is returned.
     own = torch.cat([seen, x], dim=1)
-    whole = convolved(own.flatten(0, 1), taps, (Run(0, documents, own.shape[1]),))
+    whole = convolved(own.flatten(0, 1), taps, (SegmentRun(0, documents, own.shape[1]),))
     c = whole.unflatten(0, (documents, own.shape[1]))[:, before:]
     seen.copy_(own[:, x.shape[1] :])
     return torch.nn.functional.silu(c) if silu else c
 
 
-def convolved(x: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
+def convolved(x: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> Tensor:
     """Return c, (tokens, channels), as a new tensor."""
     return causal_conv_forward(x, taps, runs)[0]
 
 
-def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
+def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> Tensor:
     """Return ∂L/∂x from ∂L/∂c, (tokens, channels), as a new tensor."""
     return causal_conv_backward(d_c, CausalConvSaved(d_c, taps, runs, silu=False)).d_x
 
 
-def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[Run, ...], d_x: Tensor) -> Tensor:
+def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[SegmentRun, ...], d_x: Tensor) -> Tensor:
     """Write ∂L/∂x from ∂L/∂c to d_x, (tokens, channels), and return it."""
     weight, continued = taps.weight, continued_end(runs)
     # The gradients that segments add to those before them, rounded once at the end.
@@ -178,7 +178,7 @@ def tile_tokens(channels: int) -> int:
     return max(1, piece_size(TILE_ELEMENTS) // max(channels, 1))
 
 
-def _tiles(x: Tensor, runs: tuple[Run, ...]) -> Iterator[_Tile]:
+def _tiles(x: Tensor, runs: tuple[SegmentRun, ...]) -> Iterator[_Tile]:
     """Yield the tiles of x, (tokens, channels): several segments at a time, or a part of one segment."""
     most = tile_tokens(x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     for start, count, length, before in runs:
@@ -219,7 +219,7 @@ def _before(s: int, tile: _Tile) -> tuple[slice, list[int]]:
     return slice(first, last), before[len(before) + first - s : len(before) + last - s]
 
 
-def causal_conv_reference(x: Tensor, taps: Taps, runs: tuple[Run, ...], *, silu: bool = False) -> Tensor:
+def causal_conv_reference(x: Tensor, taps: Taps, runs: tuple[SegmentRun, ...], *, silu: bool = False) -> Tensor:
     """Compute the same y by torch's convolution, segment by segment, each with all tokens before it."""
     channels, width = taps.weight.shape
     outputs = [x[:0] * taps.weight.sum()]

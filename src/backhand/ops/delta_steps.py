@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.ops.document_groups import Places, Run, Span
+from backhand.ops.document_groups import Places, SegmentRun, Span
 
 CHUNK_TOKENS = 64
 
@@ -30,7 +30,7 @@ class GatedDeltaRuleSaved(NamedTuple):
     v: Tensor
     decay: Tensor
     beta: Tensor
-    runs: tuple[Run, ...]
+    runs: tuple[SegmentRun, ...]
     chunk: int = CHUNK_TOKENS
 
 
@@ -67,7 +67,7 @@ class Level(NamedTuple):
 
 # Cached, since every layer needs the same steps in forward and backward; a few micro-batches alternate at most.
 @functools.lru_cache(maxsize=4)
-def levels_of(runs: tuple[Run, ...], chunk: int, device: torch.device) -> list[Level]:
+def levels_of(runs: tuple[SegmentRun, ...], chunk: int, device: torch.device) -> list[Level]:
     """Return the levels, the first of which are the segments that begin documents."""
     spans: list[list[Span]] = []
     parents: list[list[int]] = []

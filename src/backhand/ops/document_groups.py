@@ -4,8 +4,8 @@ Attention is computed for (documents, length) at once. Neighbouring documents of
 tokens. Short documents of similar length are copied, and padded with some token of their own after their end. Causality
 hides the padding from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient.
 
-Documents that begin alike are a tree of segments (`Run`). The queries of a segment are its own tokens. Its keys are
-those of all segments before it on the path from the root, followed by its own.
+Documents with a common prefix are a tree of segments (`SegmentRun`). The queries of a segment are its own tokens. Its
+keys are those of all segments before it on the path from the root, followed by its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Span = tuple[int, int]
 """First token and end."""
 
 
-class Run(NamedTuple):
+class SegmentRun(NamedTuple):
     """Neighbouring segments of one length that continue the same segments."""
 
     start: int  # the first token of the first segment
@@ -39,7 +39,7 @@ ADDED_SHARE = 0.35
 FLOAT32_BYTES = 4
 
 
-def segments(runs: tuple[Run, ...]) -> list[tuple[Span, list[int]]]:
+def segments(runs: tuple[SegmentRun, ...]) -> list[tuple[Span, list[int]]]:
     """Return every segment, (first token, end), with the tokens before it in its documents."""
     return [
         ((start + index * length, start + (index + 1) * length), tokens_of(before))
@@ -53,7 +53,7 @@ def tokens_of(spans: Iterable[Span]) -> list[int]:
     return [token for begin, end in spans for token in range(begin, end)]
 
 
-def continued_end(runs: tuple[Run, ...]) -> int:
+def continued_end(runs: tuple[SegmentRun, ...]) -> int:
     """Return the end of the last segment that another segment continues, or 0."""
     return max((run.before[-1][1] for run in runs if run.before), default=0)
 
@@ -78,15 +78,15 @@ class Group(NamedTuple):
     keys: Tensor | None  # (documents · (before + length),) each key's token; None if `before` is empty
 
 
-def groups(runs: tuple[Run, ...], like: Tensor) -> tuple[Group, ...]:
+def groups(runs: tuple[SegmentRun, ...], like: Tensor) -> tuple[Group, ...]:
     """Group the runs: short segments of similar length that continue the same tokens are attended together."""
     return _groups(runs, like.element_size() < FLOAT32_BYTES, like.device)
 
 
 # Cached, since every layer needs the same groups in forward and backward; a few micro-batches alternate at most.
 @functools.lru_cache(maxsize=4)
-def _groups(runs: tuple[Run, ...], aligned: bool, device: torch.device) -> tuple[Group, ...]:
-    joined: list[list[Run]] = []
+def _groups(runs: tuple[SegmentRun, ...], aligned: bool, device: torch.device) -> tuple[Group, ...]:
+    joined: list[list[SegmentRun]] = []
     for run in runs:
         if joined and joined[-1][0].before == run.before and _may_join(joined[-1], run):
             joined[-1].append(run)
@@ -95,17 +95,17 @@ def _groups(runs: tuple[Run, ...], aligned: bool, device: torch.device) -> tuple
     return tuple(_group(neighbours, aligned, device) for neighbours in joined)
 
 
-def _tokens(runs: Sequence[Run]) -> int:
+def _tokens(runs: Sequence[SegmentRun]) -> int:
     return sum(run.number * run.length for run in runs)
 
 
-def _may_join(neighbours: list[Run], run: Run) -> bool:
+def _may_join(neighbours: list[SegmentRun], run: SegmentRun) -> bool:
     runs = [*neighbours, run]
     longest, documents = max(run.length for run in runs), sum(run.number for run in runs)
     return longest <= JOINED_UP_TO_TOKENS and documents * longest <= (1 + ADDED_SHARE) * _tokens(runs)
 
 
-def _group(runs: Sequence[Run], aligned: bool, device: torch.device) -> Group:
+def _group(runs: Sequence[SegmentRun], aligned: bool, device: torch.device) -> Group:
     """Return one group, with its documents' common length aligned if that adds little padding."""
     start, documents, tokens = runs[0].start, sum(run.number for run in runs), _tokens(runs)
     before = tokens_of(runs[0].before)

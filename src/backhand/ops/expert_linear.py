@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, h_gradient
 from backhand.ops.weight_tiles import FrozenMatrix
 
 
@@ -125,7 +125,7 @@ def expert_linear_backward(
             continue
         lora_A = factors.lora_A[expert]
         member = LoRAFactors(0, lora_A, factors.lora_B[expert], factors.scaling, d_lora_A[expert], d_lora_B[expert])
-        d_h = hidden_gradient(g, h[part], [member])
+        d_h = h_gradient(g, h[part], [member])
         add_lora_A_gradients(x[part] if mask is None else x[part] * mask[part], d_h, [member.d_lora_A])
         if d_x is not None and mask is None:
             add_up_projection(d_x[part], d_h, lora_A, transposed=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from backhand.kernels import causal_conv as kernels
 from backhand.ops.causal_conv import Taps, convolved, convolved_back
-from backhand.ops.document_groups import Run, segments
+from backhand.ops.document_groups import SegmentRun, segments
 
 
 class GatedConvSaved(NamedTuple):
@@ -30,7 +30,7 @@ class GatedConvSaved(NamedTuple):
 
     bcx: Tensor
     taps: Taps
-    runs: tuple[Run, ...]
+    runs: tuple[SegmentRun, ...]
 
 
 class GatedConvGrads(NamedTuple):
@@ -39,7 +39,7 @@ class GatedConvGrads(NamedTuple):
     d_bcx: Tensor
 
 
-def gated_conv_forward(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> tuple[Tensor, GatedConvSaved]:
+def gated_conv_forward(bcx: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> tuple[Tensor, GatedConvSaved]:
     """Compute y = C ⊙ conv(B ⊙ x).
 
     Args:
@@ -77,7 +77,7 @@ def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | Non
     return GatedConvGrads(out)
 
 
-def gated_conv_reference(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
+def gated_conv_reference(bcx: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> Tensor:
     """Compute the same y token by token, from the definition of the convolution."""
     channels, width = taps.weight.shape
     b, c, x = bcx.unflatten(-1, (3, channels)).unbind(1)

@@ -47,7 +47,7 @@ from torch import Tensor
 from backhand.kernels import gated_delta_rule as kernels
 from backhand.ops.delta_chunks import backward_in_chunks, forward_in_chunks
 from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
-from backhand.ops.document_groups import Run, segments
+from backhand.ops.document_groups import SegmentRun, segments
 
 
 def gated_delta_rule_forward(
@@ -56,7 +56,7 @@ def gated_delta_rule_forward(
     v: Tensor,
     decay: Tensor,
     beta: Tensor,
-    runs: tuple[Run, ...],
+    runs: tuple[SegmentRun, ...],
     *,
     states: Tensor | None = None,
     chunk: int = CHUNK_TOKENS,
@@ -98,7 +98,7 @@ def gated_delta_rule_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedD
 
 
 def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: tuple[Run, ...]
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, runs: tuple[SegmentRun, ...]
 ) -> Tensor:
     """Compute the same o by the recurrence, token by token, in float32 or wider."""
     wide = torch.promote_types(v.dtype, torch.float32)

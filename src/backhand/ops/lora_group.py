@@ -9,16 +9,16 @@ r is the residual, added within the product; its gradient is G itself. x̃ = m �
 
 Backward. With G = [G_1 | … | G_n] = ∂L/∂y, each layer follows `lora_linear`, and the gradients of shared tensors are
 summed. There are three functions, since their inputs become available at different times:
-    hidden_gradient        ∂L/∂h_i = s_i G_i B_i                  from G and h, as the columns of ∂L/∂h (..., Σ rank_i)
+    h_gradient             ∂L/∂h_i = s_i G_i B_i                  from G and h, as the columns of ∂L/∂h (..., Σ rank_i)
                            ∂L/∂B_i = s_i G_iᵀ h_i                 (out_i, rank_i), in the same pass over G
     group_input_gradient   ∂L/∂x   = G W + m ⊙ ((∂L/∂h) A)        from G and ∂L/∂h; the products sum over the layers
     group_A_gradients      ∂L/∂A   = (∂L/∂h)ᵀ x̃                   from ∂L/∂h, once x or the norm that produced it is
                                                                   there; its row blocks are the ∂L/∂A_i
-If everything is available at once, `group_gradients` combines the last two and draws m once. Gradients of factors are
-added to the buffers in `LoRAFactors`, which are views of a flat buffer that accumulates over micro-batches.
+If all inputs are available at once, `group_gradients` combines the last two and generates m once. Gradients of factors
+are added to the buffers in `LoRAFactors`, which are views of the adapter's flat gradient buffer.
 
-A layer without an adapter takes part in W and G only. All layers share one dropout mask m, since they share x: it is
-drawn once per group, and each layer's mask has the same distribution as a separate one.
+A layer without an adapter takes part in W and G only. All layers share one dropout multiplier m, since they share x. It
+has the same distribution as a separate one for each layer.
 Saved: x (or recomputed), h. Never formed: Gᵀ x, B A, separate copies of x per layer.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from backhand.kernels.dense_product import LowRankUpdate
 from backhand.ops.frozen_matrix import frozen_input_gradient, frozen_linear, fuse_down_projection
 from backhand.ops.lora_linear import Dropout, multiplier
-from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, down_projection, hidden_gradient
+from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, down_projection, h_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -79,12 +79,12 @@ def lora_group_forward(
     """
     x_rows, adapters, lead = x.flatten(0, -2), group.adapters, x.shape[:-1]
     ranks = [len(adapter.lora_A) for adapter in adapters]
-    mask = None if group.dropout is None or not adapters else multiplier(x_rows, group.dropout)
-    fused = mask is None and fuse_down_projection(x_rows, weight.shape[0], sum(ranks))
+    m = None if group.dropout is None or not adapters else multiplier(x_rows, group.dropout)
+    fused = m is None and fuse_down_projection(x_rows, weight.shape[0], sum(ranks))
     if fused or not adapters:
         h = torch.empty(x_rows.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
     else:  # before the large product, which would evict x from the caches
-        h = down_projection(x_rows if mask is None else x_rows * mask, stacked_A(adapters))
+        h = down_projection(x_rows if m is None else x_rows * m, stacked_A(adapters))
     updates = [
         LowRankUpdate(adapter.column, part, adapter.lora_B, adapter.scaling, adapter.lora_A if fused else None)
         for adapter, part in zip(adapters, h.split_with_sizes(ranks, dim=1), strict=True)
@@ -102,7 +102,7 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
     """
     x, weight, group, h = saved
     g = d_y.flatten(0, -2)
-    d_h = hidden_gradient(g, h.flatten(0, -2), group.adapters)
+    d_h = h_gradient(g, h.flatten(0, -2), group.adapters)
     d_x = None
     if input_gradient:
         d_x = group_gradients(g, x, d_h, weight, group).view(*d_y.shape[:-1], weight.shape[1])
@@ -115,37 +115,39 @@ def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: b
 
 
 def group_gradients(g: Tensor, x: Tensor | RMSNormSaved, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup) -> Tensor:
-    """Add ∂L/∂A_i like `group_A_gradients`, and return ∂L/∂x like `group_input_gradient`; m is drawn once."""
+    """Add ∂L/∂A_i like `group_A_gradients`, and return ∂L/∂x like `group_input_gradient`; m is generated once."""
     rows = (x.x if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
-    mask = None if group.dropout is None or not group.adapters else multiplier(rows, group.dropout)
-    group_A_gradients(x, d_h, group, mask)
-    return group_input_gradient(g, d_h, weight, group, mask)
+    m = None if group.dropout is None or not group.adapters else multiplier(rows, group.dropout)
+    group_A_gradients(x, d_h, group, m)
+    return group_input_gradient(g, d_h, weight, group, m)
 
 
 def group_input_gradient(
-    g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup, mask: Tensor | None = None
+    g: Tensor, d_h: Tensor, weight: FrozenMatrix, group: LoRAGroup, m: Tensor | None = None
 ) -> Tensor:
-    """Compute ∂L/∂x, (rows, in), from G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank); `mask` is m if already drawn."""
+    """Compute ∂L/∂x (rows, in) from G (rows, Σ out_i) and ∂L/∂h (rows, Σ rank). m is generated if it is not given."""
     if not group.adapters:
         return frozen_input_gradient(g, weight)
     lora_A = stacked_A(group.adapters)
     if group.dropout is None:
         return frozen_input_gradient(g, weight, updates=[LowRankUpdate(0, d_h, lora_A, transposed=True)])
     d_x, low_rank = frozen_input_gradient(g, weight), d_h @ lora_A
-    mask = multiplier(d_x, group.dropout) if mask is None else mask
-    return d_x.add_(low_rank) if mask is None else d_x.addcmul_(mask, low_rank)
+    m = multiplier(d_x, group.dropout) if m is None else m
+    return d_x.add_(low_rank) if m is None else d_x.addcmul_(m, low_rank)
 
 
-def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, mask: Tensor | None = None) -> None:
+def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, m: Tensor | None = None) -> None:
     """Add ∂L/∂A_i to each `d_lora_A`, from x (..., in) or the saved tensors of its norm, and ∂L/∂h (rows, Σ rank)."""
     grad_buffers = [adapter.d_lora_A for adapter in group.adapters]
     if isinstance(x, RMSNormSaved) and group.dropout is None:
-        add_lora_A_gradients(x._replace(x=x.x.flatten(0, -2), factor=x.factor.flatten(0, -2)), d_h, grad_buffers)
+        add_lora_A_gradients(
+            x._replace(x=x.x.flatten(0, -2), inverse_rms=x.inverse_rms.flatten(0, -2)), d_h, grad_buffers
+        )
     elif grad_buffers:
         x_rows = (rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x).flatten(0, -2)
-        if mask is None and group.dropout is not None:
-            mask = multiplier(x_rows, group.dropout)
-        add_lora_A_gradients(x_rows if mask is None else x_rows * mask, d_h, grad_buffers)
+        if m is None and group.dropout is not None:
+            m = multiplier(x_rows, group.dropout)
+        add_lora_A_gradients(x_rows if m is None else x_rows * m, d_h, grad_buffers)
 
 
 def stacked_A(adapters: Sequence[LoRAFactors]) -> Tensor:
@@ -159,11 +161,15 @@ def lora_group_reference(
     bias: Tensor | None,
     group: LoRAGroup,
     residual: Tensor | None = None,
-    mask: Tensor | None = None,
+    m: Tensor | None = None,
 ) -> Tensor:
-    """Compute the same y per layer, with the products B A formed; the dropout multiplier m is given, of x's shape."""
+    """Compute the same y layer by layer, with the products B A formed.
+
+    Args:
+        m: the dropout multiplier, which has the shape of x; None without dropout.
+    """
     y = torch.nn.functional.linear(x, weight, bias)
-    seen = x if mask is None else x * mask
+    seen = x if m is None else x * m
     for column, lora_A, lora_B, scaling, *_ in group.adapters:
         delta = torch.nn.functional.linear(seen, scaling * (lora_B @ lora_A))
         y = y + torch.nn.functional.pad(delta, (column, weight.shape[0] - column - len(lora_B)))

@@ -2,26 +2,27 @@
 
     y = x Wᵀ + b + s (x̃ Aᵀ) Bᵀ,   s = alpha / rank      [arXiv:2106.09685, eq. 3 and §4.1]
 
-with x̃ = x, or, with dropout, x̃ = m ⊙ x where m is 0 with probability p and 1 / (1 - p) otherwise.
+Without dropout x̃ = x. With dropout x̃ = m ⊙ x, where each element of m is 0 with probability p, otherwise 1 / (1 - p).
 
-Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ. With W and b
-fixed, dL = ⟨G, dy⟩ where
+Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ. W
+and b are constants, so dL = ⟨G, dy⟩ with
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
-Since ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, the other factor of each differential is its
-gradient:
+⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩ turn this into ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩
+with
     ∂L/∂h = s G B                       (..., rank)
     ∂L/∂x = G W + m ⊙ ((∂L/∂h) A)       (..., in)
     ∂L/∂A = (∂L/∂h)ᵀ x̃                  (rank, in)
     ∂L/∂B = s Gᵀ h                      (out, rank)
-with the last two summed over rows (all leading axes).
+All leading axes of x are rows. The last two gradients are sums over the rows.
 
-Saved: x, h and references to the weights. The mask m is drawn again from its seed, never saved. Gᵀ x, (out, in), and
-W + s B A are never formed. In forward and backward together, an adapter adds 6 · rank · (in + out) floating-point
-operations per row to the frozen layer's two products. Training W would add a third product of the full size. W is a
-tensor, or a quantized matrix whose products `ops.frozen_matrix` computes.
+Saved: x, h and references to the weights. m is not saved; the backward generates the same m from the seed. Two matrices
+of W's size are never formed: Gᵀ x and W + s B A.
 
-This file states the idea in a few lines. A training step uses `ops.lora_group`, which applies the same formulas to
-several layers of one input in few large products.
+The frozen layer has two large products, x Wᵀ in the forward and G W in the backward. The adapter adds
+6 · rank · (in + out) floating-point operations per row. Training W would add a third large product, Gᵀ x.
+
+W is a tensor or a quantized matrix; `ops.frozen_matrix` multiplies by both kinds. A training step uses the same
+formulas from `ops.lora_group`, which computes several layers with the same input in a few large products.
 """
 
 from __future__ import annotations
@@ -37,39 +38,39 @@ from backhand.ops.weight_tiles import FrozenMatrix
 
 
 class Dropout(NamedTuple):
-    """Dropout of the low-rank branch's input: `probability` in [0, 1), and the seed that draws the mask again."""
+    """Dropout of the low-rank branch's input."""
 
-    probability: float
-    seed: int
+    probability: float  # p, in [0, 1)
+    seed: int  # determines m, so that forward and backward use the same m
 
 
 class LoRASaved(NamedTuple):
-    """Saved for the backward: x (..., in), weight (out, in), the factors, h = x̃ Aᵀ (..., rank)."""
+    """Tensors saved for the backward."""
 
-    x: Tensor
-    weight: FrozenMatrix
-    lora_A: Tensor
-    lora_B: Tensor
-    h: Tensor
+    x: Tensor  # (..., in)
+    weight: FrozenMatrix  # (out, in)
+    lora_A: Tensor  # (rank, in)
+    lora_B: Tensor  # (out, rank)
+    h: Tensor  # x̃ Aᵀ, (..., rank)
     scaling: float
     dropout: Dropout | None
 
 
 class LoRAGrads(NamedTuple):
-    """d_x (..., in), or None if skipped; d_lora_A (rank, in); d_lora_B (out, rank)."""
+    """Gradients of the loss."""
 
-    d_x: Tensor | None
-    d_lora_A: Tensor
-    d_lora_B: Tensor
+    d_x: Tensor | None  # (..., in); None if it was not requested
+    d_lora_A: Tensor  # (rank, in)
+    d_lora_B: Tensor  # (out, rank)
 
 
 def rows(x: Tensor) -> Tensor:
-    """Flatten the leading axes, (..., n) → (rows, n); a vector becomes one row."""
+    """Reshape (..., n) to (rows, n). A vector becomes one row."""
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 def multiplier(x: Tensor, dropout: Dropout | None) -> Tensor | None:
-    """Return the dropout multiplier m of x, (..., in), or None without dropout."""
+    """Return the dropout multiplier m, which has the shape of x, or None without dropout."""
     if dropout is None or dropout.probability == 0.0:
         return None
     return dropout_multiplier(x.shape, dropout.probability, dropout.seed, dtype=x.dtype, device=x.device)
@@ -106,11 +107,12 @@ def lora_linear_forward(
 
 
 def lora_linear_backward(d_y: Tensor, saved: LoRASaved, *, input_gradient: bool = True) -> LoRAGrads:
-    """Map d_y, (..., out), to the gradients derived in the module docstring.
+    """Compute the gradients that are derived in the module docstring.
 
     Args:
         d_y: ∂L/∂y, (..., out).
-        input_gradient: False skips ∂L/∂x, the largest product, for the lowest adapted layer.
+        saved: returned by the forward.
+        input_gradient: False skips ∂L/∂x and its large product. Nothing below the lowest adapted layer needs ∂L/∂x.
     """
     x, weight, lora_A, lora_B, h, scaling, dropout = saved
     m = multiplier(x, dropout)
@@ -132,10 +134,14 @@ def lora_linear_reference(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    mask: Tensor | None = None,
+    m: Tensor | None = None,
 ) -> Tensor:
-    """Compute the same y as x (W + s B A)ᵀ + b; the dropout multiplier m is given, of x's shape."""
-    if mask is None:
+    """Compute the same y in plain torch, for autograd to differentiate.
+
+    Args:
+        m: the dropout multiplier, which has the shape of x; None without dropout. Then y = x (W + s B A)ᵀ + b.
+    """
+    if m is None:
         return torch.nn.functional.linear(x, weight + scaling * (lora_B @ lora_A), bias)
-    delta = torch.einsum("...i,ri,or->...o", x * mask, lora_A, lora_B)
+    delta = torch.einsum("...i,ri,or->...o", x * m, lora_A, lora_B)
     return torch.nn.functional.linear(x, weight, bias) + scaling * delta

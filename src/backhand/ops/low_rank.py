@@ -3,7 +3,7 @@
 For x (rows, in), y (rows, out) and rank-sized h:
     down_projection        h = x Aᵀ                          (rows, rank)
     add_up_projection      y += s h Bᵀ, or += h A            (rows, out), (rows, in)
-    hidden_gradient        ∂L/∂h = s G B, ∂L/∂B += s Gᵀ h    for all layers of one input at once
+    h_gradient             ∂L/∂h = s G B, ∂L/∂B += s Gᵀ h    for all layers of one input at once
     add_lora_A_gradients   ∂L/∂A += (∂L/∂h)ᵀ x               x is given, or the norm that produced it
 The formulas are derived in `lora_linear`. The cases of `lora_group` prove both forms of these functions.
 
@@ -61,7 +61,7 @@ def add_up_projection(
     return y.addmm_(h, factor if transposed else factor.T, alpha=scaling)
 
 
-def hidden_gradient(g: Tensor, h: Tensor, adapters: Sequence[LoRAFactors]) -> Tensor:
+def h_gradient(g: Tensor, h: Tensor, adapters: Sequence[LoRAFactors]) -> Tensor:
     """Return ∂L/∂h = [s₁ G₁ B₁ | … | sₙ Gₙ Bₙ], (rows, Σ rank), and add ∂L/∂Bᵢ = sᵢ Gᵢᵀ hᵢ to each `d_lora_B`.
 
     Args:
@@ -70,7 +70,7 @@ def hidden_gradient(g: Tensor, h: Tensor, adapters: Sequence[LoRAFactors]) -> Te
         adapters: the factors of the adapted layers.
     """
     d_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    if not adapters or kernels.hidden_gradient(g, h, adapters, d_h):
+    if not adapters or kernels.h_gradient(g, h, adapters, d_h):
         return d_h
     first = 0
     for column, _, lora_B, scaling, _, d_lora_B in adapters:
@@ -94,8 +94,8 @@ def add_lora_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, accumulate_into:
     """
     if not accumulate_into:
         return
-    rows, weight, factor, offset = x if isinstance(x, RMSNormSaved) else (x, None, None, 0.0)
-    if kernels.add_lora_A_gradients(rows, weight, factor, offset, d_h, accumulate_into):
+    rows, weight, inverse_rms, offset = x if isinstance(x, RMSNormSaved) else (x, None, None, 0.0)
+    if kernels.add_lora_A_gradients(rows, weight, inverse_rms, offset, d_h, accumulate_into):
         return
     formed = rms_norm_apply(*x) if isinstance(x, RMSNormSaved) else x
     gradients = (d_h.T @ formed).split([len(buffer) for buffer in accumulate_into])

@@ -9,7 +9,7 @@ Let G = ∂L/∂y and g = (c + w) ⊙ G = ∂L/∂x̂. The matrix between dx and
     ∂L/∂x = ρ (g - x̂ (g · x̂) / n)      (..., n)
     ∂L/∂w = Σ_rows G ⊙ x̂               (n,)
 
-Saved: x and the factor ρ (one float32 per row). x̂ is recomputed, since saving it would double the memory of x.
+Saved: x and the inverse RMS ρ (one float32 per row). x̂ is recomputed, since saving it would double the memory of x.
 Statistics and the backward run in float32 (float64 for float64 input), whatever the input's dtype. The kernel
 (native/rms_norm.cpp) reads each row once for the sum and once for the result, and rounds once.
 """
@@ -26,11 +26,11 @@ from backhand.kernels.library import wide_dtype
 
 
 class RMSNormSaved(NamedTuple):
-    """x (..., n), weight (n,), factor ρ (..., 1) in float32 or wider, offset c."""
+    """x (..., n), weight (n,), inverse RMS ρ (..., 1) in float32 or wider, offset c."""
 
     x: Tensor
     weight: Tensor
-    factor: Tensor
+    inverse_rms: Tensor
     offset: float
 
 
@@ -58,23 +58,23 @@ def rms_norm_forward(
     """
     compiled = kernels.rms_norm(x, weight, eps, offset, out=out)
     if compiled is not None:
-        y, factor = compiled
-        return y, RMSNormSaved(x, weight, factor, offset)
+        y, inverse_rms = compiled
+        return y, RMSNormSaved(x, weight, inverse_rms, offset)
     wide = x.to(wide_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    factor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    normed = torch.mul(wide, factor, out=out) if wide is x else wide.mul_(factor)
-    normed.mul_(weight_scale(weight, offset, factor.dtype))
+    inverse_rms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed = torch.mul(wide, inverse_rms, out=out) if wide is x else wide.mul_(inverse_rms)
+    normed.mul_(weight_scale(weight, offset, inverse_rms.dtype))
     y = normed.to(x.dtype) if wide is x or out is None else out.copy_(normed)
-    return y, RMSNormSaved(x, weight, factor, offset)
+    return y, RMSNormSaved(x, weight, inverse_rms, offset)
 
 
-def rms_norm_apply(x: Tensor, weight: Tensor, factor: Tensor, offset: float = 0.0) -> Tensor:
-    """Recompute y from x and the saved factor, for the backward of a following layer."""
-    compiled = kernels.rms_norm(x, weight, 0.0, offset, factor)
+def rms_norm_apply(x: Tensor, weight: Tensor, inverse_rms: Tensor, offset: float = 0.0) -> Tensor:
+    """Recompute y from x and the saved inverse RMS, for the backward of a following layer."""
+    compiled = kernels.rms_norm(x, weight, 0.0, offset, inverse_rms)
     if compiled is not None:
         return compiled[0]
-    return _times(x, factor).mul_(weight_scale(weight, offset, factor.dtype)).to(x.dtype)
+    return _times(x, inverse_rms).mul_(weight_scale(weight, offset, inverse_rms.dtype)).to(x.dtype)
 
 
 def _times(x: Tensor, multiplier: Tensor) -> Tensor:
@@ -103,17 +103,17 @@ def rms_norm_backward(
         residual: (..., n), the gradient of the residual stream, which is added to d_x; or None.
         out: (..., n) to receive d_x; may be d_y itself; or None.
     """
-    x, weight, factor, offset = saved
+    x, weight, inverse_rms, offset = saved
     compiled = kernels.rms_norm_gradients(d_y, *saved, weight_gradient=weight_gradient, residual=residual, out=out)
     if compiled is not None:
         return RMSNormGrads(*compiled)
-    x_hat = _times(x, factor)
+    x_hat = _times(x, inverse_rms)
     d_weight = None
     if weight_gradient:
         d_weight = (d_y * x_hat).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    g = _times(d_y, weight_scale(weight, offset, factor.dtype))
+    g = _times(d_y, weight_scale(weight, offset, inverse_rms.dtype))
     along = torch.linalg.vecdot(g, x_hat).unsqueeze(-1).div_(x.shape[-1])
-    d_x = g.addcmul_(x_hat, along, value=-1).mul_(factor)
+    d_x = g.addcmul_(x_hat, along, value=-1).mul_(inverse_rms)
     if residual is not None:
         d_x = d_x.add_(residual)
     return RMSNormGrads(d_x.to(x.dtype) if out is None else out.copy_(d_x), d_weight)

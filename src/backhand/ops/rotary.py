@@ -79,18 +79,19 @@ class Frequencies(NamedTuple):
     interleaved: bool  # True if the pairs are neighbours
 
 
-def angles(frequencies: Frequencies, positions: Tensor, dtype: torch.dtype, reach: Tensor) -> RotaryTable:
+def angles(frequencies: Frequencies, positions: Tensor, dtype: torch.dtype, document_lengths: Tensor) -> RotaryTable:
     """Compute cosines and sines of every token.
 
     Args:
         frequencies: the parameters of the set.
         positions: (tokens,) int64.
         dtype: the result's, float32 or wider.
-        reach: (tokens,) int64, the length of each token's document.
+        document_lengths: (tokens,) int64, the length of each token's document.
     """
     used = frequencies.short.to(dtype)
     if frequencies.long is not None and frequencies.longest_short is not None:
-        used = torch.where((reach > frequencies.longest_short)[:, None], frequencies.long.to(dtype), used)
+        is_long = document_lengths > frequencies.longest_short
+        used = torch.where(is_long[:, None], frequencies.long.to(dtype), used)
     return rotary_table(positions, used, frequencies.attention_factor, interleaved=frequencies.interleaved)
 
 

@@ -1,1 +1,1 @@
-"""Run directories: files, checkpoints, status and summary, and how they are written and read."""
+"""Reading and writing run directories: checkpoints, status, summary and other files."""

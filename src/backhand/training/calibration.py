@@ -98,7 +98,7 @@ def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) 
     packer = plan.inputs.packer
     for rows in steps:
         groups = micro_batches(rows, packer.lengths, max_rows=plan.memory.micro_batch_rows)
-        positions = [packer.positions(group) for group in groups]
+        positions = [packer.packed_tokens(group) for group in groups]
         shares = assign(positions, machine.world_size)
         yield sum(positions), max(sum(positions[number] for number in share) for share in shares)
 
@@ -126,7 +126,7 @@ _PASSES = 3
 def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
     """Measure the seconds of one update of the whole adapter."""
     optimizer = AdapterOptimizer(
-        LoRAParameters(layout.slots, trained=layout.trained, device=machine.device), OptimizationOptions()
+        LoRAParameters(layout.slots, full_tensors=layout.full_tensors, device=machine.device), OptimizationOptions()
     )
     times = []
     for _ in range(3):

@@ -334,8 +334,8 @@ def opening_facts(run: LoadedRun, continued: bool, processes: Communicator) -> t
     steps = [run.inputs.sampler.rows_of(step) for step in range(min(run.inputs.total_steps, _STEPS_COUNTED))]
     tokens = sum(packer.tokens(rows) for rows in steps)
     groups = [micro_batches(rows, packer.lengths, max_rows=run.plan.memory.micro_batch_rows) for rows in steps]
-    if (positions := sum(map(packer.positions, chain.from_iterable(groups)))) != tokens:
-        shared = f"{1 - positions / tokens:.0%} of their tokens are computed once for a whole micro-batch"
+    if (packed_tokens := sum(map(packer.packed_tokens, chain.from_iterable(groups)))) != tokens:
+        shared = f"{1 - packed_tokens / tokens:.0%} of their tokens are computed once for a whole micro-batch"
         facts.append(f"rows share prefixes: {shared}")
     if (cached := run.plan.hidden_states.line()) is not None:
         facts.append(f"cached: {cached}")

@@ -71,12 +71,12 @@ def hidden_state_caches(
             if packer is None:
                 return None
             # Number of cached tokens per row, and finally of the prefix that all rows share.
-            own_tokens = np.maximum(packer.by_document.lengths - packer.common, 0)
-            lengths, width, dtype = [*map(int, own_tokens), packer.common], frozen.width, run.dtype
+            own_tokens = np.maximum(packer.by_document.lengths - packer.common_prefix, 0)
+            lengths, width, dtype = [*map(int, own_tokens), packer.common_prefix], frozen.width, run.dtype
             store: StateStore
             if where == "memory":
                 digest = run.identity.facts[f"{name}_digest"]
-                key = (frozen_digest, digest, packer.common, frozen, usual_tokens, dtype)
+                key = (frozen_digest, digest, packer.common_prefix, frozen, usual_tokens, dtype)
                 in_memory = partial(MemoryStateStore, lengths, width, dtype)
                 store = run_cache.get_or_create(f"{name} states", key, in_memory, only_newest=True)
             else:

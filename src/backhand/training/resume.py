@@ -242,7 +242,12 @@ def prove_resume(finished: TrainingLoop, checkpoint: Checkpoint, log: ProofLog) 
     model, plan, processes = finished.model, finished.plan, finished.processes
     evaluator = Evaluator(model, repeated, plan, held_out=finished.evaluator.held_out, processes=processes)
     loop = TrainingLoop(
-        *(model, repeated, finished.packer, finished.sampler, plan, evaluator),
+        model,
+        repeated,
+        finished.packer,
+        finished.sampler,
+        plan,
+        evaluator,
         processes=processes,
         objective=finished.objective,
         rewarded=finished.rewarded and finished.rewarded.repeated(),

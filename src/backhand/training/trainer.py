@@ -114,7 +114,6 @@ class Trainer:
             if self.checkpoint is not None and self.processes.is_main_process:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._assert_equal_processes(state)
-            save = partial(self._save, saver, state)
             caches = resources.enter_context(
                 hidden_state_caches(
                     run, self.directory, digest, log=log, notify=self.observer.noted, run_cache=self.run_cache
@@ -130,13 +129,18 @@ class Trainer:
                 meter=run.inputs.neutral if run.inputs.neutral.documents else None,
                 base_guard=base_guard,
                 learning_guard=LearningGuard(run.bound.lora, optimizer, log),
-                check_files=self._check_files(),
+                check_model_files=self._check_model_files(),
                 observer=self.observer,
-                save=save,
+                save_checkpoint=partial(self._save, saver, state),
                 processes=self.processes,
             )
             loop = TrainingLoop(
-                *(run.bound.model, state, run.inputs.packer, run.inputs.sampler, plan, evaluator),
+                run.bound.model,
+                state,
+                run.inputs.packer,
+                run.inputs.sampler,
+                plan,
+                evaluator,
                 observer=self.observer,
                 memory=memory,
                 processes=self.processes,
@@ -156,7 +160,7 @@ class Trainer:
                 }
                 start = RunStart(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options)
                 self.observer.started(start)
-                if not self._run_loop(loop, save, proof_start):
+                if not self._run_loop(loop, proof_start):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
                 if rewarded is not None and not finished_before:
                     rewarded.logprob_check.finished()
@@ -178,11 +182,11 @@ class Trainer:
             {**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]}
         )
 
-    def _save(self, saver: Saver, state: RunState, better: bool) -> None:
+    def _save(self, saver: Saver, state: RunState, *, is_best: bool) -> None:
         """Save a checkpoint in rank 0, after checking that all processes have the same adapter."""
         self.processes.assert_equal_adapters(lambda: state_digests(state)["adapter"], state.progress.step)
         if self.processes.is_main_process:
-            saver.save(better)
+            saver.save(is_best=is_best)
             self.directory.settle()
 
     def _answer(self, summary: RunSummary) -> RunSummary:
@@ -240,7 +244,7 @@ class Trainer:
         saver.restored(self.checkpoint.contents)
         self.directory.forget_after(self.checkpoint.step, evaluates_again=state.progress.evaluation_outstanding)
 
-    def _run_loop(self, loop: TrainingLoop, save: Callable[[bool], None], proof_start: int | None) -> bool:
+    def _run_loop(self, loop: TrainingLoop, proof_start: int | None) -> bool:
         """Run the loop, with a checkpoint at the step from which the proof of resuming starts.
 
         Returns:
@@ -250,15 +254,15 @@ class Trainer:
             if proof_start is not None and loop.state.progress.step <= proof_start:
                 if not loop.run(until_step=proof_start):
                     return False
-                save(False)
+                loop.evaluator.save_checkpoint(is_best=False)
             if self.pause_at is None:
                 return loop.run()
             if not loop.run(until_step=self.pause_at):
                 return False
-            save(False)  # without effect if this step has been saved
+            loop.evaluator.save_checkpoint(is_best=False)  # without effect if this step has been saved
             return loop.state.progress.finished
 
-    def _check_files(self) -> Callable[[], None]:
+    def _check_model_files(self) -> Callable[[], None]:
         """Return a check, called at every step, that mapped files of the base have not changed.
 
         Notifies the observer if these files do not fit into memory.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backhand.nn.batch import PackedBatch
-from backhand.ops.document_groups import Run, segments
+from backhand.ops.document_groups import SegmentRun, segments
 
 
 class TokenRelations(NamedTuple):
@@ -20,7 +20,7 @@ class TokenRelations(NamedTuple):
     once: Tensor  # as `held`, but of several segments that continue one segment, only the first sees it
 
 
-def token_relations(runs: tuple[Run, ...], device: torch.device) -> TokenRelations:
+def token_relations(runs: tuple[SegmentRun, ...], device: torch.device) -> TokenRelations:
     """Return the relations between the tokens of these segments."""
     tokens = sum(run.number * run.length for run in runs)
     position = torch.zeros(tokens, dtype=torch.int64)

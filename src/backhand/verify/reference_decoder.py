@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from backhand.errors import not_none
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch, document_runs
-from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, block_seed, group_of, group_seed
+from backhand.nn.decoder.adapted_group import BEFORE_BLOCKS, EMBEDDING, HEAD, group_mask_seed, group_of
 from backhand.nn.families.family import (
     FUSED_QKV,
     GATED_DELTA,
@@ -42,7 +42,7 @@ from backhand.nn.families.rotary_frequencies import inverse_frequencies
 from backhand.nn.lora_parameters import LoRASlot, TrainedTensor
 from backhand.ops.causal_conv import Taps, causal_conv_reference
 from backhand.ops.decay_gate import decay_gate_reference
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
 from backhand.verify.packed_tokens import unshare_prefixes
@@ -138,12 +138,12 @@ class ReferenceAdapter:
         if self.dropout_seed is None or not slot.dropout:
             return None
         if layers is not None:
-            seed = group_seed(self.dropout_seed, layers, 0)
+            seed = group_mask_seed(self.dropout_seed, layers, 0)
         elif slot.name == PER_LAYER_MODEL:
-            seed = block_seed(self.dropout_seed, 0, BEFORE_BLOCKS)
+            seed = group_mask_seed(self.dropout_seed, 0, BEFORE_BLOCKS)
         else:
             _, _, layer, part = slot.name.split(".", 3)
-            seed = block_seed(self.dropout_seed, int(layer), group_of(part))
+            seed = group_mask_seed(self.dropout_seed, int(layer), group_of(part))
         rows = x if loss_positions is None else x[loss_positions]
         drawn = dropout_multiplier(rows.shape, slot.dropout, seed, dtype=x.dtype, device=x.device)
         return drawn if loss_positions is None else torch.zeros_like(x).masked_scatter(loss_positions[:, None], drawn)
@@ -198,7 +198,7 @@ class ReferenceLayer(NamedTuple):
         return x if part is None else _norm(x, self.weights[f"{self.name}.{part}.weight"], self.config)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[SegmentRun, ...]:
         """The documents in the form that ops take."""
         return document_runs(tuple(self.lengths))
 

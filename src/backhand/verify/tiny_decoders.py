@@ -239,7 +239,7 @@ def lora_parameters(
 ) -> LoRAParameters:
     """Return the factors of a case in the engine's flat buffer, float32 or wider, with the compute dtype of `like`."""
     wide = torch.promote_types(like.dtype, torch.float32)
-    lora = LoRAParameters(slots.values(), trained=trained, device=like.device, dtype=wide)
+    lora = LoRAParameters(slots.values(), full_tensors=trained, device=like.device, dtype=wide)
     for name, view in lora.named_tensors():
         view.copy_(tensors[name])
     lora.refresh_compute(like.dtype)

@@ -64,7 +64,7 @@ class HiddenStatePlan:
 
 def cached_tokens(packer: RowPacker) -> int:
     """Return the number of tokens of all rows, with the prefix that all rows share counted once."""
-    return int(packer.lengths.sum()) - max(0, len(packer.by_document.lengths) - 1) * packer.common
+    return int(packer.lengths.sum()) - max(0, len(packer.by_document.lengths) - 1) * packer.common_prefix
 
 
 def plan_hidden_states(

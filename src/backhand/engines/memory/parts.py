@@ -151,8 +151,8 @@ def decoder_size(
     views = named_views(empty_weights(config, dtype, "meta"), config)
     matrices = sum(math.prod(view.shape) for _, view in views if len(view.shape) == 2)
     # A fully trained tensor needs a second gradient outside the buffer. An embedding with trained rows is copied.
-    copied = sum(math.prod(tensor.shape) for tensor in layout.trained if tensor.token_ids is None)
-    copied += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.trained) else 0
+    copied = sum(math.prod(tensor.shape) for tensor in layout.full_tensors if tensor.token_ids is None)
+    copied += config.vocab_size * d if any(tensor.token_ids is not None for tensor in layout.full_tensors) else 0
     adapted = layers[backward_end(layout, len(layers)).layer :]
     ranks = sum(slot.rank for slot in layout.slots if slot.name.startswith("model.layers."))
     # `mixers` has the width of each mixer's input and output together. `widths` has the intermediate size of each MLP

@@ -90,7 +90,7 @@ def largest_shapes(
     for number, step in enumerate(steps):
         for count, shapes in cut.items():
             for group in micro_batches(step, packer.lengths, max_rows=count):
-                shared = (len(group) - 1) * packer.common
+                shared = (len(group) - 1) * packer.common_prefix
                 most = packer.tokens(group) - (shared if shared >= MIN_SAVED_TOKENS else 0)
                 tokens, supervised = largest[count]
                 more = bucket_size(most) > tokens or packer.supervised_tokens(group) > supervised

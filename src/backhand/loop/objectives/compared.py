@@ -49,7 +49,7 @@ class PairObjective(Objective):
     # the own side's value at the rank of the row's other value.
     partners: dict[int, Tensor] = field(default_factory=dict)
 
-    def before(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
+    def prepare(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
         """Sort the pairs of the next step, for forms that do."""
         if self.options.form not in SORTED:
             return
@@ -192,7 +192,7 @@ class KTOObjective(Objective):
     others_reference: Tensor | None = None  # s of the mismatched answers under the model that the run starts from
     kl: float = 0.0  # z₀ of the next step
 
-    def before(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
+    def prepare(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
         """Compute z₀ of the next step without gradients."""
         if self.others is None:
             return

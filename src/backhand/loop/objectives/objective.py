@@ -62,10 +62,10 @@ class Objective(ABC):
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of these rows and their gradient in closed form."""
 
-    def before(  # noqa: B027 - most objectives need no preparation
+    def prepare(  # noqa: B027 - most objectives need no preparation
         self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int
     ) -> None:
-        """Prepare the losses of a step, for objectives in which they depend on other rows of the step."""
+        """Prepare the losses of a step, for objectives in which the loss of a row depends on other rows of the step."""
 
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
         """Return the loss of micro-batch `number`, Σ ℓ of its rows, as a function of its tokens' log-probabilities."""
@@ -126,9 +126,13 @@ class HeldOutObjective(HeldOut):
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
         """Return the mean loss of a row, or None if the evaluation was interrupted."""
         objective, rows = self._objective, range(len(self._examples))
-        objective.before(model, rows, processes, self._micro_batch_rows)
+        objective.prepare(model, rows, processes, self._micro_batch_rows)
         sums = document_sums(
-            *(model, objective.packer, rows, self._micro_batch_rows, processes),
+            model,
+            objective.packer,
+            rows,
+            self._micro_batch_rows,
+            processes,
             hidden_states=self._hidden_states,
             interruptible=interruptible,
         )
@@ -164,7 +168,7 @@ def document_sums(
         interruptible: return None if a process has been asked to stop.
     """
     groups = micro_batches(rows, packer.lengths, max_rows=micro_batch_rows)
-    tokens = [packer.positions(group) for group in groups]
+    tokens = [packer.packed_tokens(group) for group in groups]
     mine = processes.assign(tokens)[processes.rank]
 
     def sums(number: int) -> list[float]:

@@ -102,7 +102,7 @@ class AnswerBatch:
         """Return the work of one update. Later updates compare with the log-probabilities of the first."""
         return StepWork(
             lambda number: self._packer.packed(self._micro_batches[number], self._model.device),
-            [self._packer.positions(rows) for rows in self._micro_batches],
+            [self._packer.packed_tokens(rows) for rows in self._micro_batches],
             self._packer.supervised_tokens(self.trained),
             [None] * len(self._micro_batches),
             1,
@@ -163,7 +163,7 @@ class AnswerBatch:
         model.detach()
         try:
             by_batch = not_none(
-                self._processes.parallel_map(list(map(self._packer.positions, self._micro_batches)), sums)
+                self._processes.parallel_map(list(map(self._packer.packed_tokens, self._micro_batches)), sums)
             )
         finally:
             model.attach(lora)
@@ -199,7 +199,7 @@ class RewardedSteps:
     measured: dict[str, float] = field(default_factory=dict)  # metrics of the newest step
     _judged: Judged | None = None
 
-    def write(self, model: Trainable, step: int, rows: Sequence[int]) -> None:
+    def sample_answers(self, model: Trainable, step: int, rows: Sequence[int]) -> None:
         """Sample the answers of a step and compute their rewards. Nothing is trained yet.
 
         Raises:
@@ -221,7 +221,7 @@ class RewardedSteps:
     def train(
         self, model: Trainable, optimizer: AdapterOptimizer, step: int, rows: Sequence[int], rate: float
     ) -> StepResult:
-        """Train on the answers that `write` sampled.
+        """Train on the answers that `sample_answers` sampled.
 
         Returns:
             The result of the first update; a loss of 0 on no tokens if no group has a gradient.

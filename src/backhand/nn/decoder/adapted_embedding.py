@@ -69,13 +69,13 @@ def embedding_gradients(
         factor_grads = lora_embedding_backward(d_z, saved_factors)
         lora.d_lora_A(EMBEDDING).add_(factor_grads.d_lora_A)
         lora.d_lora_B(EMBEDDING).add_(factor_grads.d_lora_B)
-    if f"{EMBEDDING}.weight" in lora.trained:
+    if f"{EMBEDDING}.weight" in lora.full_tensors:
         if config.padding_id is not None:
             d_x = d_x.masked_fill((ids == config.padding_id)[:, None], 0.0)
         grads = embedding_backward(d_x, EmbeddingSaved(ids, table.shape[0], 1.0))
         lora.gradient(f"{EMBEDDING}.weight").add_(grads.d_weight)
     rows = f"{EMBEDDING}.{TOKENS}"
-    if rows in lora.trained:
+    if rows in lora.full_tensors:
         token_ids = lora.token_ids(rows)
         saved = TokenEmbeddingSaved(token_places(ids, token_ids), len(token_ids))
         saved = without_padding(saved, ids, config.padding_id)

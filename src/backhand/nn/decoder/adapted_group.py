@@ -1,13 +1,14 @@
-"""Adapters of a block, by group of linear modules that share an input.
+"""Adapters of a block, grouped by projections that share an input.
 
-The groups of a block are the input of its mixer (q, k and v for attention), the output of the mixer, gate and up, and
-down (`Group`). The head is a group of its own. A group is computed as one stacked product (`nn.decoder.projections`).
-Its adapters hold views of the flat buffer to which the gradients of their factors are added, so that blocks and ops
-know neither names nor buffers.
+A group is a set of linear modules (projections) with the same input. They are computed as one stacked product
+(`nn.decoder.projections`). Most blocks have four groups: the input projections of the mixer (q, k and v for attention),
+its output projection, gate and up, and down. The head is a group by itself.
 
-Most adapters consist only of the factors of linear modules. Other trained tensors (DoRA's magnitudes, the bias of
-lora_B, whole weights) are in the `extras` of their group (`nn.decoder.group_extras`), and trained norms are in the
-`norms` of the block.
+A `GroupAdapter` contains the LoRA factors of the adapted modules of a group, and views of the flat gradient buffer. The
+ops add the gradients of the factors to these views. Therefore blocks and ops need no module names and no buffers.
+
+Most adapters consist only of factors. Other trained tensors (DoRA's magnitudes, the bias of lora_B, whole weights) are
+in the `extras` of their group (`nn.decoder.group_extras`). Trained norms are in the `norms` of the block.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from backhand.nn.decoder.group_extras import GroupExtras, group_extras
-from backhand.nn.families.family import GROUP_OF, GROUPS, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig
+from backhand.nn.families.family import GROUP_OF, PER_LAYER_MODEL, PER_LAYER_NORM, DecoderConfig
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.lora_linear import Dropout
@@ -32,7 +33,10 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class Group(IntEnum):
-    """Groups of a block in the order of the forward pass. The values index `DecoderConfig.layer_groups`."""
+    """Groups of a block, in the order of the forward pass.
+
+    `DecoderConfig.layer_groups` contains the module names of each group: `layer_groups[layer][group]`.
+    """
 
     INPUT = 0
     OUTPUT = 1
@@ -43,14 +47,16 @@ class Group(IntEnum):
 
 
 ALL_GROUPS = frozenset(Group)
+BLOCK_GROUPS = Group.DOWN + 1
+"""Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""Group number of the projection that computes the per-layer embeddings, for `block_seed`."""
+"""Group number, in `group_mask_seed`, of the projection before all blocks that computes the per-layer embeddings."""
 
 
 class GroupAdapter(NamedTuple):
     """Adapters of one group."""
 
-    names: tuple[str, ...]  # module paths
+    names: tuple[str, ...]  # paths of all modules of the group, adapted or not
     group: LoRAGroup  # factors of the adapted modules, and their dropout
     extras: GroupExtras | None = None  # trained tensors other than factors; None in most adapters
 
@@ -59,22 +65,23 @@ _NO_NORMS: Mapping[str | None, Tensor] = MappingProxyType({})
 
 
 class BlockAdapter(NamedTuple):
-    """Adapters of a block's groups, and gradient views of its trained norms by the last parts of their names."""
+    """Adapters of a block's groups, and gradients of its trained norms."""
 
     input: GroupAdapter
     output: GroupAdapter
     gate_up: GroupAdapter
     down: GroupAdapter
+    # views of the gradients of trained norms; the key is the norm's name inside the block, such as `input_layernorm`
     norms: Mapping[str | None, Tensor] = _NO_NORMS
-    # gate and projection of the per-layer embeddings, in families that have them
+    # gate and projection of the per-layer embeddings; None in families without them
     per_layer: tuple[GroupAdapter, GroupAdapter] | None = None
     mixer_extras: bool = False  # True if the mixer sublayer trains more than factors
     mlp_extras: bool = False  # True if the MLP sublayer trains more than factors
 
 
 _BLOCK_INPUT = -1  # smaller than every group
-# Norms of a block by the group that precedes them in the forward pass. The gradient of a norm needs the input gradients
-# of all groups after it.
+# For each norm of a block, the last group before it in the forward pass. The gradient of a norm needs the input
+# gradients of all groups after the norm.
 _GROUP_BEFORE_NORM: dict[str, int] = {
     "input_layernorm": _BLOCK_INPUT,
     "operator_norm": _BLOCK_INPUT,
@@ -94,28 +101,28 @@ _GROUP_BEFORE_NORM: dict[str, int] = {
 
 
 class BackwardEnd(NamedTuple):
-    """End of the backward pass."""
+    """Place at which the backward pass ends."""
 
     layer: int  # lowest layer with a trained tensor; the number of layers if no block is trained
-    input_grads: frozenset[Group]  # groups of that layer whose input gradient is needed
+    input_grad_groups: frozenset[Group]  # groups of that layer whose input gradient is needed
 
 
 def backward_end(layout: AdapterLayout, layers: int) -> BackwardEnd:
-    """Return the layer and group in which the backward pass ends.
+    """Return the place at which the backward pass ends.
 
-    If the embedding or the projection of the per-layer embeddings is trained, it ends below layer 0, and all input
-    gradients are needed. In a block it ends at the lowest group with a trained tensor. All groups after that one need
-    their input gradients.
+    It ends at the lowest group with a trained tensor, and only the groups after this one need input gradients. If a
+    module before the first block is trained (the embedding, or the projection that computes the per-layer embeddings),
+    all groups of all layers need input gradients.
     """
     trained = [slot.name for slot in layout.slots]
-    trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.trained]
+    trained += [tensor.base_name.rpartition(".")[0] for tensor in layout.full_tensors]
     if EMBEDDING in trained or PER_LAYER_MODEL in trained:
         return BackwardEnd(0, ALL_GROUPS)
-    positions = [_layer_and_group(name) for name in trained if name.startswith("model.layers.")]
-    if not positions:
+    in_blocks = [_layer_and_group(name) for name in trained if name.startswith("model.layers.")]
+    if not in_blocks:
         return BackwardEnd(layers, frozenset())
-    layer, lowest = min(positions)
-    return BackwardEnd(layer, frozenset(group for group in Group if group > lowest))
+    layer, lowest_group = min(in_blocks)
+    return BackwardEnd(layer, frozenset(group for group in Group if group > lowest_group))
 
 
 def block_adapter(
@@ -129,24 +136,25 @@ def block_adapter(
 
     Args:
         lora: the adapter, or None.
-        dropout_seed: seed of the step, or None for no dropout.
-        weights: (out, in) of the block's projections by the last parts of their names, such as `self_attn.q_proj`.
-            Only DoRA needs them, for its norms.
+        dropout_seed: seed of the micro-batch, or None for no dropout.
+        weights: weights of the block's projections, (out, in); the key is the name inside the block, such as
+            `self_attn.q_proj`. Only DoRA needs them, for its norms.
     """
-    sized, groups = config.at(config.layers[layer]), config.layer_groups[layer]
+    layer_config, groups = config.at(config.layers[layer]), config.layer_groups[layer]
     hidden = (config.hidden_size,)
-    sizes = [sized.mixers[config.layers[layer].mixer].sizes, hidden, sized.gate_up_sizes, hidden]
+    mixer = layer_config.mixers[config.layers[layer].mixer]
+    output_sizes = [mixer.sizes, hidden, layer_config.gate_up_sizes, hidden]  # per group, per module
     if config.per_layer is not None:
-        sizes += [(config.per_layer.width,), hidden]
+        output_sizes += [(config.per_layer.width,), hidden]
 
     def adapter(group: Group) -> GroupAdapter:
-        names = tuple(f"model.layers.{layer}.{part}" for part in groups[group])
-        parts = None if weights is None else [weights[part] for part in groups[group]]
-        seed = None if dropout_seed is None else block_seed(dropout_seed, layer, group)
-        return group_adapter(lora, names, sizes[group], seed, parts)
+        names = tuple(f"model.layers.{layer}.{name}" for name in groups[group])
+        group_weights = None if weights is None else [weights[name] for name in groups[group]]
+        seed = None if dropout_seed is None else group_mask_seed(dropout_seed, layer, group)
+        return group_adapter(lora, names, output_sizes[group], seed, group_weights)
 
     adapters = adapter(Group.INPUT), adapter(Group.OUTPUT), adapter(Group.GATE_UP), adapter(Group.DOWN)
-    norms = _NO_NORMS if lora is None or not lora.trained else _norm_gradients(lora, layer)
+    norms = _NO_NORMS if lora is None or not lora.full_tensors else _norm_gradients(lora, layer)
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
@@ -160,37 +168,41 @@ def before_blocks_adapter(lora: LoRAParameters | None, dropout_seed: int | None,
     """Return the adapter of the projection that computes the per-layer embeddings.
 
     Args:
-        dropout_seed: seed of the step, or None for no dropout.
+        dropout_seed: seed of the micro-batch, or None for no dropout.
         weight: the frozen weight of the projection.
     """
-    seed = None if dropout_seed is None else block_seed(dropout_seed, 0, BEFORE_BLOCKS)
+    seed = None if dropout_seed is None else group_mask_seed(dropout_seed, 0, BEFORE_BLOCKS)
     return group_adapter(lora, (PER_LAYER_MODEL,), (weight.shape[0],), seed, (weight,))
 
 
 def group_adapter(
     lora: LoRAParameters | None,
     names: tuple[str, ...],
-    sizes: Sequence[int],
+    output_sizes: Sequence[int],
     seed: int | None,
     weights: Sequence[FrozenMatrix] | None = None,
 ) -> GroupAdapter:
-    """Return the adapter of modules that share an input.
+    """Return the adapter of a group: of modules that share an input.
 
     Args:
         lora: the adapter, or None.
         names: module paths.
-        sizes: output features of each module.
-        seed: of the dropout mask, or None for no dropout.
-        weights: (out, in) of each module. Only DoRA needs them.
+        output_sizes: number of output features of each module.
+        seed: seed of the dropout mask, or None for no dropout.
+        weights: weight of each module, (out, in). Only DoRA needs them.
     """
     if lora is None:
         return GroupAdapter(names, LoRAGroup())
-    columns = dict(zip(names, accumulate(sizes, initial=0), strict=False))
+    columns = dict(zip(names, accumulate(output_sizes, initial=0), strict=False))  # first column in the stacked output
     slots = [lora.slots[name] for name in names if name in lora]
     adapters = tuple(
         LoRAFactors(
-            *(columns[slot.name], lora.compute_A(slot.name), lora.compute_B(slot.name), slot.scaling),
-            *(lora.d_lora_A(slot.name), lora.d_lora_B(slot.name)),
+            column=columns[slot.name],
+            lora_A=lora.compute_A(slot.name),
+            lora_B=lora.compute_B(slot.name),
+            scaling=slot.scaling,
+            d_lora_A=lora.d_lora_A(slot.name),
+            d_lora_B=lora.d_lora_B(slot.name),
         )
         for slot in slots
     )
@@ -198,42 +210,42 @@ def group_adapter(
     group = LoRAGroup(adapters, None if seed is None or probability == 0 else Dropout(probability, seed))
     if lora.plain:
         return GroupAdapter(names, group)
-    return GroupAdapter(names, group, group_extras(lora, dict(zip(names, sizes, strict=False)), group, weights))
+    return GroupAdapter(names, group, group_extras(lora, dict(zip(names, output_sizes, strict=False)), group, weights))
 
 
-def group_seed(dropout_seed: int, layer: int, group: int) -> int:
-    """Return the dropout seed of a group, distinct for every (seed of the step, layer, group).
+def mask_seed(micro_batch_seed: int, number: int) -> int:
+    """Return the seed of a dropout mask, whose number is distinct among all masks of a micro-batch."""
+    return (micro_batch_seed * 1_000_003 + number) & (2**63 - 1)
 
-    The backward pass draws the same mask again from it.
+
+def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
+    """Return the seed of the dropout mask of a group's input.
+
+    The four groups of each block have the mask numbers 4 · layer + group. Chunks of the head have the numbers after
+    those of the last layer. Per-layer embeddings have negative numbers, to leave all others as they were without them.
     """
-    return (dropout_seed * 1_000_003 + layer * len(GROUPS) + group) & (2**63 - 1)
-
-
-def block_seed(dropout_seed: int, layer: int, group: int) -> int:
-    """Return the dropout seed of any group of a block. Groups after `DOWN` use negative layer numbers."""
-    if group < len(GROUPS):
-        return group_seed(dropout_seed, layer, group)
-    return group_seed(dropout_seed, -1 - layer, group - len(GROUPS))
+    first = BLOCK_GROUPS * (layer if group < BLOCK_GROUPS else -1 - layer)
+    return mask_seed(micro_batch_seed, first + group % BLOCK_GROUPS)
 
 
 def trains_embedding(lora: LoRAParameters) -> bool:
     """Return True if the adapter trains anything in the embedding."""
-    return EMBEDDING in lora or any(name.startswith(f"{EMBEDDING}.") for name in lora.trained)
+    return EMBEDDING in lora or any(name.startswith(f"{EMBEDDING}.") for name in lora.full_tensors)
 
 
 def _layer_and_group(name: str) -> tuple[int, int]:
     """Return the layer of a module in a block, and its group. For a norm, return the group before it."""
-    _, _, layer, part = name.split(".", 3)
-    return int(layer), GROUP_OF[part] if part in GROUP_OF else _GROUP_BEFORE_NORM[part]
+    _, _, layer, name_in_block = name.split(".", 3)
+    group = GROUP_OF.get(name_in_block)
+    return int(layer), _GROUP_BEFORE_NORM[name_in_block] if group is None else group
 
 
-def group_of(part: str) -> int:
-    """Return the group of a linear module by the last parts of its name, such as `self_attn.q_proj`."""
-    return GROUP_OF[part]
+def group_of(name_in_block: str) -> int:
+    """Return the group of the linear module with this name inside its block, such as `self_attn.q_proj`."""
+    return GROUP_OF[name_in_block]
 
 
 def _norm_gradients(lora: LoRAParameters, layer: int) -> dict[str | None, Tensor]:
-    """Return the gradient views of the block's trained norms by the last parts of their names."""
-    prefix = f"model.layers.{layer}."
-    names = {part: f"{prefix}{part}.weight" for part in _GROUP_BEFORE_NORM}
-    return {part: lora.gradient(name) for part, name in names.items() if name in lora.trained}
+    """Return views of the gradients of the block's trained norms; the key is the norm's name inside the block."""
+    weights = {norm: f"model.layers.{layer}.{norm}.weight" for norm in _GROUP_BEFORE_NORM}
+    return {norm: lora.gradient(weight) for norm, weight in weights.items() if weight in lora.full_tensors}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, TokenLoss
-from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter, group_adapter, group_seed
+from backhand.nn.decoder.adapted_group import BLOCK_GROUPS, HEAD, GroupAdapter, group_adapter, mask_seed
 from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.decoder.trained_parts import TrainedParts
 from backhand.nn.families.family import DecoderConfig
@@ -68,7 +68,7 @@ def head_adapter(
     chunk: int = 0,
 ) -> GroupAdapter:
     """Return the adapter of the head in the compute dtype, with the dropout mask of a chunk if there is a seed."""
-    seed = None if dropout_seed is None else group_seed(dropout_seed, len(config.layers), chunk)
+    seed = None if dropout_seed is None else mask_seed(dropout_seed, BLOCK_GROUPS * len(config.layers) + chunk)
     return group_adapter(lora, (HEAD,), (config.vocab_size,), seed, (weight,))
 
 
@@ -168,11 +168,11 @@ def general_head_backward(
     elif isinstance(multiplier, Tensor) and rows is not None and len(rows) < len(x):
         # In a pair, the prefix that both answers share cancels in their margin: skip positions with multiplier 0.
         losses, (d_rows, *_) = linear_cross_entropy_backward(
-            *(x[rows], head.weight, targets[rows], None, multiplier[rows], head.rule), logits=logits
+            x[rows], head.weight, targets[rows], None, multiplier[rows], head.rule, logits=logits
         )
         d_x = x.zero_().index_copy_(0, rows, d_rows)
     else:
         losses, (d_x, *_) = linear_cross_entropy_backward(
-            *(x, head.weight, targets, None, multiplier, head.rule), out=x, logits=logits
+            x, head.weight, targets, None, multiplier, head.rule, out=x, logits=logits
         )
     return d_x, batch.per_document(losses).sum(dtype=torch.float64) if loss is None else loss

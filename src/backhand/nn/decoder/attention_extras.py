@@ -36,18 +36,18 @@ class Parts(NamedTuple):
 def normed(
     qkv: Tensor, parts: Parts, weights: BlockWeights, config: DecoderConfig, known: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Return normalized copies of q and k, (T, heads, head_dim), and the norm factors, (T, heads, 1) or (T, 1).
+    """Return normalized copies of q and k, (T, heads, head_dim), and the inverse RMS of both, (T, heads, 1) or (T, 1).
 
     Args:
         qkv: output of the first group, (T, q + 2k) or (T, 2q + 2k).
-        known: the factors, if they are saved.
+        known: the inverse RMS of both, if they are saved.
     """
     q_norm, k_norm = not_none(weights.q_norm), not_none(weights.k_norm)
     raw_q, raw_k = _norm_inputs(qkv, parts, config)
     if known is None:
         q, q_saved = rms_norm_forward(raw_q, q_norm, config.norm_eps, config.norm_offset)
         k, k_saved = rms_norm_forward(raw_k, k_norm, config.norm_eps, config.norm_offset)
-        known = (q_saved.factor, k_saved.factor)
+        known = (q_saved.inverse_rms, k_saved.inverse_rms)
     else:
         q = rms_norm_apply(raw_q, q_norm, known[0], config.norm_offset)
         k = rms_norm_apply(raw_k, k_norm, known[1], config.norm_offset)
@@ -60,7 +60,7 @@ def normed_backward(
     qkv: Tensor,
     d_qkv: Tensor,
     parts: tuple[Parts, Parts],
-    factors: tuple[Tensor, Tensor],
+    inverse_rms: tuple[Tensor, Tensor],
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
@@ -72,7 +72,7 @@ def normed_backward(
             contains it.
         qkv: as in `normed`.
         d_qkv: of qkv's shape.
-        factors: from `normed`.
+        inverse_rms: from `normed`.
     """
     (raw_q, raw_k), (d_q, d_k) = _norm_inputs(qkv, parts[0], config), _norm_inputs(d_qkv, parts[1], config)
     d_normed_q, d_normed_k = d_q, d_k
@@ -80,11 +80,11 @@ def normed_backward(
         heads, kv_heads = config.num_heads, config.num_key_value_heads
         d_normed_q, d_normed_k, d_v = d_by_head.split([heads, kv_heads, kv_heads], dim=1)
         parts[1].v.copy_(d_v)
-    for name, raw, factor, weight, d_normed, d_raw in (
-        (config.qk_norms[0], raw_q, factors[0], weights.q_norm, d_normed_q, d_q),
-        (config.qk_norms[1], raw_k, factors[1], weights.k_norm, d_normed_k, d_k),
+    for name, raw, saved_rms, weight, d_normed, d_raw in (
+        (config.qk_norms[0], raw_q, inverse_rms[0], weights.q_norm, d_normed_q, d_q),
+        (config.qk_norms[1], raw_k, inverse_rms[1], weights.k_norm, d_normed_k, d_k),
     ):
-        norm = RMSNormSaved(raw, not_none(weight), factor, config.norm_offset)
+        norm = RMSNormSaved(raw, not_none(weight), saved_rms, config.norm_offset)
         d_raw.copy_(norm_backward(d_normed, norm, adapter.norms.get(name)))
 
 

@@ -1,4 +1,4 @@
-"""Attention as the mixer of a block, between its two projections, forward and backward by hand.
+"""Attention as the mixer of a block: everything between [q k v] and the output projection, forward and backward.
 
     [q k v] = n₁ W_qkvᵀ                        output of the first group; with gates, each query is followed by its gate
     q, k ← rotated(norm(q)), rotated(norm(k))  norms in some families, rotation if the layer has a rotary embedding
@@ -9,8 +9,8 @@ Backward is the same list in reverse order. All gradients are written into one �
     ∂L/∂[q k v] = [backward of the norm applied to (∂L/∂q, ∂L/∂k rotated back) | ∂L/∂v]      (T, q + 2k)
 
 Without q/k norms, q and k are rotated in place, and [q k v] is saved as attention reads it. With q/k norms it is saved
-before the norms, and q and k are recomputed from the norm factors. o is saved unless the backward of attention
-recomputes it (`ops.attention`). Norms and gates are in `nn.decoder.attention_extras`.
+before the norms, and q and k are recomputed from the inverse RMS of the norms. o is saved unless the backward of
+attention recomputes it (`ops.attention`). Norms and gates are in `nn.decoder.attention_extras`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig, LayerConfig
 from backhand.ops.attention import AttentionSaved, attention_backward, attention_forward, can_recompute_output
 from backhand.ops.attention_blocks import Scores
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.glu import glu_forward
 from backhand.ops.rotary import RotaryTable, rotary_backward, rotary_forward
 
@@ -36,17 +36,17 @@ class AttentionMixerSaved(NamedTuple):
     """Tensors that attention saves in addition to its input and output, for T tokens and H heads."""
 
     attended: Tensor | None  # (T, H, head_dim) with gates; None without, because it is then the output
-    # factors of the q/k norms, if any: (T, H, 1) and (T, key/value heads, 1), or (T, 1) for norms over all heads
-    factors: tuple[Tensor, Tensor] | None
+    # of the q/k norms, if any: (T, H, 1) and (T, key/value heads, 1), or (T, 1) for norms over all heads
+    inverse_rms: tuple[Tensor, Tensor] | None
 
 
 def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionMixerSaved]:
     """Return o, (T, q), for qkv, (T, q + 2k) or (T, 2q + 2k), and the tensors saved in addition to both."""
     config = context.config
-    q, k, v, factors = prepare_qkv(qkv, weights, context)
+    q, k, v, inverse_rms = prepare_qkv(qkv, weights, context)
     buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
     output, _ = attention_forward(q, k, v, *attention_setting(weights, context), out=buffer)
-    kept = AttentionMixerSaved(output if config.attention_gate else None, factors)
+    kept = AttentionMixerSaved(output if config.attention_gate else None, inverse_rms)
     return gated_output(qkv, output, config), kept
 
 
@@ -64,9 +64,9 @@ def recomputed_output(saved: MixerSaved, weights: BlockWeights, context: BlockCo
     return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
 
 
-def attention_setting(weights: BlockWeights, context: BlockContext) -> tuple[tuple[Run, ...], Scores]:
+def attention_setting(weights: BlockWeights, context: BlockContext) -> tuple[tuple[SegmentRun, ...], Scores]:
     """Return the arguments of attention after q, k and v."""
-    return context.runs, layer_scores(context.config, context.layer, weights)
+    return context.segment_runs, layer_scores(context.config, context.layer, weights)
 
 
 def layer_scores(config: DecoderConfig, layer: LayerConfig, weights: BlockWeights) -> Scores:
@@ -101,16 +101,16 @@ def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
 
 
 def prepare_qkv(
-    qkv: Tensor, weights: BlockWeights, context: BlockContext, saved_factors: tuple[Tensor, Tensor] | None = None
+    qkv: Tensor, weights: BlockWeights, context: BlockContext, saved_inverse_rms: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Return q, k and v as attention reads them, (T, heads, head_dim) each, and the factors of the q/k norms.
+    """Return q, k and v as attention reads them, (T, heads, head_dim) each, and the inverse RMS of the q/k norms.
 
     q and k are normalized and rotated if the layer does so. Without q/k norms they are rotated in place. qkv then
-    contains the rotated values, and the factors are None. With q/k norms qkv is not modified.
+    contains the rotated values, and the inverse RMS is None. With q/k norms qkv is not modified.
 
     Args:
         qkv: (T, q + 2k).
-        saved_factors: factors of the norms from an earlier call, which are then not recomputed.
+        saved_inverse_rms: returned by an earlier call; it is then not recomputed.
     """
     config = context.config
     parts = _parts(qkv, config)
@@ -118,11 +118,11 @@ def prepare_qkv(
         for part, table in _rotated_parts(_by_head(qkv, config), context):
             rotary_forward(part, table, out=part)
         return parts.q, parts.k, parts.v, None
-    q, k, factors = normed(qkv, parts, weights, config, saved_factors)
+    q, k, inverse_rms = normed(qkv, parts, weights, config, saved_inverse_rms)
     if context.rotary is not None:
         rotary_forward(q, context.query_rotary or context.rotary, out=q)
         rotary_forward(k, context.rotary, out=k)
-    return q, k, parts.v, factors
+    return q, k, parts.v, inverse_rms
 
 
 def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor, RotaryTable]]:
@@ -140,8 +140,8 @@ def _rotated_parts(by_head: Tensor, context: BlockContext) -> list[tuple[Tensor,
 
 def attended_qkv(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v as attention reads them, (T, heads, head_dim), from the saved tensors."""
-    if saved.inner.factors is not None:
-        return prepare_qkv(saved.input, weights, context, saved.inner.factors)[:3]
+    if saved.inner.inverse_rms is not None:
+        return prepare_qkv(saved.input, weights, context, saved.inner.inverse_rms)[:3]
     q, _, k, v = _parts(saved.input, context.config)
     return q, k, v
 
@@ -172,12 +172,12 @@ def attention_input_gradient(
     attention_backward(d_attended, attention, out=d_by_head, output_buffer=buffer)
     for part, table in _rotated_parts(d_by_head, context):
         rotary_backward(part, table, out=part)
-    if inner.factors is not None:
+    if inner.inverse_rms is not None:
         both, apart = (
             (_parts(saved.input, config), _parts(d_qkv, config)),
             None if inner.attended is None else d_by_head,
         )
-        normed_backward(apart, saved.input, d_qkv, both, inner.factors, weights, adapter, config)
+        normed_backward(apart, saved.input, d_qkv, both, inner.inverse_rms, weights, adapter, config)
     return d_qkv
 
 

@@ -1,40 +1,49 @@
 """One decoder block of any family, forward and backward by hand.
 
-    n₁ = norm(x₀)            [q k v] = n₁ W_qkvᵀ (+ LoRA)           q and k are normalized and rotated if the layer does
-    o  = attention(q, k, v)  x₁ = x₀ + o W_oᵀ (+ LoRA)              with a norm before the sum in some families
+    n₁ = norm(x₀)            [q k v] = n₁ W_qkvᵀ (+ LoRA)           then q and k are rotated by their positions
+    o  = attention(q, k, v)  x₁ = x₀ + o W_oᵀ (+ LoRA)
     n₂ = norm(x₁)            [a u] = n₂ W_guᵀ (+ LoRA)
-    p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)              with a norm before the sum in some families
+    p  = φ(a) ⊙ u            x₂ = x₁ + p W_dᵀ (+ LoRA)
 
-The T tokens of all documents form one axis. W_qkv and W_gu are stacked projections (`nn.decoder.weights`), a and u are
-the outputs of gate and up, and φ is the activation. The first two lines are the mixer sublayer, the last two the MLP
-sublayer. The norm and the sum of a sublayer are in `nn.decoder.projections`, and attention between its projections is
-in `nn.decoder.attention_mixer`.
+The first two lines are the mixer sublayer, the last two the MLP sublayer. The T tokens of all documents form one axis.
+W_qkv and W_gu are stacked projections (`nn.decoder.weights`), a and u are the outputs of gate and up, and φ is the
+activation. Projections, norms and residual sums are in `nn.decoder.projections`. Everything between [q k v] and o is in
+`nn.decoder.attention_mixer`.
 
-Variants, by family:
-- Gemma 3 has norms both before and after each sublayer. OLMo 2 has norms after them only: n₁ = x₀ and n₂ = x₁.
-- Some layers have another mixer instead of attention, between other projections (`nn.decoder.mixer`).
+Families differ from these lines as follows:
+- Some normalize q and k before the rotation. Some layers have no rotation.
+- Gemma 3 has a second norm per sublayer, of its output, before the sum. OLMo 2 has only this norm: n₁ = x₀ and n₂ = x₁.
+- In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
 - Granite multiplies the output of each sublayer by a residual multiplier m before the sum.
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
-- Gemma 4 adds per-layer embeddings to x₂ (`nn.decoder.ple_block`).
+- Gemma 4 adds per-layer embeddings to x₂ and multiplies the sum by a scalar (`nn.decoder.ple_block`).
 
-Backward is the same list in reverse order, each line by the backward of its op. At both sums the gradient of the
-residual stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention). With a residual
-multiplier m the sublayers receive m d_x₂ and m d_x₁. The backward of a projection is three functions
-(`ops.lora_group`): ∂L/∂h with ∂L/∂B, then ∂L/∂x, and then ∂L/∂A as soon as the projection's input is recomputed. The
-gated unit computes four of these lines in one pass, from ∂L/∂p to ∂L/∂h of gate and up (`ops.adapted_glu`). Blocks that
-train more than LoRA factors, mixtures of experts, and the block in which the backward pass ends use
-`nn.decoder.general_backward`.
+The loss reads the output of the last block at the supervised positions only. Attention needs the keys and values of all
+tokens, but everything after it treats each position separately. Therefore the last block computes o W_oᵀ and the MLP
+only at the P loss positions, and ∂L/∂o is zero at all others. In the other blocks P = T.
 
-Saved for backward: x₀, q, k, v, x₁, a, u, the norm factors, every rank-sized h = x Aᵀ, and o if the backward of
-attention does not recompute o (`ops.attention`). With q/k norms, q and k are saved before the norm, together with the
-norm factors. With norms after the sublayers, their inputs and factors are saved too. Recomputed: p, the rotated q and k
-of families with q/k norms, and n₁ and n₂. If only factors are trained, n₁ and n₂ are not formed. The gradients of the
-factors are computed from x and the norm factor (`ops.low_rank`).
-`recompute="mlp"` drops a, u and their h. `recompute="block"` saves x₀ only and runs the forward pass again.
+Backward takes the lines in reverse order and applies the backward of each op. At both sums the gradient of the residual
+stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention). With a residual multiplier
+m the sublayers receive m d_x₂ and m d_x₁. The backward of a projection consists of three functions (`ops.lora_group`):
+the first returns ∂L/∂h and adds ∂L/∂B, the second returns ∂L/∂x, and the third adds ∂L/∂A once x has been recomputed.
+`ops.adapted_glu` combines the gated unit with its neighbours: from d_p it computes ∂L/∂[a u], then ∂L/∂h and ∂L/∂B of
+gate and up, and with the recomputed p also ∂L/∂A of down.
 
-The loss reads the output of the last block at the supervised positions only. All keys and values are needed, because
-later tokens attend to them. From the output projection on, positions are independent, so the last block computes and
-saves only `loss_positions`. At all other positions the gradients of o and x₁ are zero.
+`nn.decoder.general_backward` is used instead for mixtures of experts, for sublayers that train more than LoRA factors,
+and if the backward pass ends in the MLP sublayer or at W_o. A LoRA adapter of all linear layers of a Llama never needs
+it: there the backward pass ends at W_qkv of the first block.
+
+Saved for the backward:
+- x₀, q, k, v, x₁, a, u, and the inverse RMS of both norms;
+- h = x Aᵀ of every adapted projection, which has only rank columns;
+- o, unless the backward of attention recomputes it (`ops.attention`);
+- in some families, q and k before their norms instead of after, and the input of each norm after a sublayer; for all
+  these norms also the inverse RMS.
+With `recompute="mlp"`, a, u and their h are not saved. With `recompute="block"`, only x₀ is saved, and the backward
+runs the forward pass of the block again.
+
+The backward recomputes p, and q and k after their norms. It recomputes n₁ and n₂ only if it needs them as tensors, for
+example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the inverse RMS (`ops.low_rank`).
 """
 
 from __future__ import annotations
@@ -79,7 +88,7 @@ from backhand.nn.scratch import Scratch
 from backhand.ops.adapted_glu import AdaptedGLUSaved, adapted_glu_backward
 from backhand.ops.glu import glu_forward
 from backhand.ops.lora_group import group_A_gradients, group_gradients, group_input_gradient
-from backhand.ops.low_rank import hidden_gradient
+from backhand.ops.low_rank import h_gradient
 
 RECOMPUTE_MODES = ("none", "mlp", "block")
 
@@ -93,19 +102,19 @@ MIXERS = {
 
 
 class BlockSaved(NamedTuple):
-    """Tensors saved for the backward pass of a block. Under recompute="block" everything but x0 is None."""
+    """Tensors saved for the backward pass of a block. With recompute="block" everything but x0 is None."""
 
     x0: Tensor  # (T, hidden)
     mixer: MixerSaved | None
-    x1: Tensor | None  # (T or loss positions, hidden)
+    x1: Tensor | None  # (P, hidden)
     mlp: MLPSaved | ExpertsSaved | None
-    ple: PLESaved | None = None  # in families with per-layer embeddings or layer scalars
+    ple: PLESaved | None = None  # None in families without per-layer embeddings
 
 
 def block_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
 ) -> tuple[Tensor, BlockSaved]:
-    """Return x₂, (T or loss positions, hidden), and the tensors saved for `block_backward`. x₀ is (T, hidden)."""
+    """Map x₀ (T, hidden) to x₂ (P, hidden), and return x₂ and the tensors saved for `block_backward`."""
     x1, mixer = mixer_sublayer_forward(x0, weights, adapter, context)
     x2, mlp = mlp_sublayer_forward(x1, weights, adapter, context.config, context.scratch)
     ple = None
@@ -121,34 +130,39 @@ def block_forward(
 def mixer_sublayer_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
 ) -> tuple[Tensor, MixerSaved]:
-    """Return x₁, (T or loss positions, hidden), and the tensors saved for its backward."""
+    """Map x₀ (T, hidden) to x₁ (P, hidden), and return x₁ and the tensors saved for the backward."""
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
-    n1, factor = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
+    n1, inverse_rms = pre_norm_forward(x0, weights.attention_norm, config, context.scratch)
     qkv, h_input = group_forward(n1, weights.input, weights.input_bias, adapter.input)
     o, inner = mixer.forward(qkv, weights, context)
     x1, h_output, post_norm = residual_forward(
-        *(gather_rows(x0, positions), gather_rows(o, positions), weights.output, weights.output_bias),
-        *(adapter.output, weights.after_attention_norm, config),
+        gather_rows(x0, positions),
+        gather_rows(o, positions),
+        weights.output,
+        weights.output_bias,
+        adapter.output,
+        weights.after_attention_norm,
+        config,
     )
     saved_output = None if mixer.recomputes_output(o, config) else o
-    return x1, MixerSaved(factor, qkv, saved_output, inner, h_input, h_output, post_norm)
+    return x1, MixerSaved(inverse_rms, qkv, saved_output, inner, h_input, h_output, post_norm)
 
 
 def mlp_sublayer_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, MLPSaved | ExpertsSaved]:
-    """Return x₂ for x₁, (T, hidden) both, and the tensors saved for its backward."""
+    """Map x₁ to x₂, both of shape (P, hidden), and return x₂ and the tensors saved for the backward."""
     if weights.router is not None:
         return experts_sublayer_forward(x1, weights, adapter, config, scratch)
     ffn = config.intermediate_size
-    n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
+    n2, inverse_rms = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
     gate_up, h_gate_up = group_forward(n2, weights.gate_up, weights.gate_up_bias, adapter.gate_up)
     buffer = scratch.take("product", (x1.shape[0], ffn), x1)
     p, _ = glu_forward(gate_up[:, :ffn], gate_up[:, ffn:], config.activation, out=buffer)
     x2, h_down, post_norm = residual_forward(
         x1, p, weights.down, weights.down_bias, adapter.down, weights.after_mlp_norm, config
     )
-    return x2, MLPSaved(factor, gate_up, h_gate_up, h_down, post_norm)
+    return x2, MLPSaved(inverse_rms, gate_up, h_gate_up, h_down, post_norm)
 
 
 def block_backward(
@@ -157,15 +171,18 @@ def block_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     context: BlockContext,
-    input_grads: frozenset[Group] = ALL_GROUPS,
+    input_grad_groups: frozenset[Group] = ALL_GROUPS,
 ) -> Tensor | None:
-    """Return d_x₀, (T, hidden), and add the gradients of trained tensors to the flat buffer.
+    """Map d_x₂ (P, hidden) to d_x₀ (T, hidden), and add the gradients of trained tensors to the flat buffer.
 
     Args:
-        d_x2: ∂L/∂x₂, at the loss positions. It may be overwritten.
-        saved: from `block_forward`. The gradient of [a | u] overwrites [a | u].
-        input_grads: groups whose input gradient is needed. In the lowest trained block the backward pass ends at the
-            first group that is not in the set, and the function returns None.
+        d_x2: ∂L/∂x₂. It may be overwritten.
+        saved: from `block_forward`. [a u] is overwritten by its gradient.
+        input_grad_groups: groups of projections whose input gradient is needed: all groups, except in the lowest
+            trained block. There the backward pass ends at the first group that is not in the set.
+
+    Returns:
+        d_x₀, or None if the backward pass ends in this block.
     """
     x0, mixer, x1, mlp, ple = saved
     if mixer is None or x1 is None:
@@ -175,38 +192,39 @@ def block_backward(
         if weights.layer_scalar is not None:
             _, ple = ple_forward(x2, weights, adapter, context)
     if ple is not None:
-        d_ple = ple_backward(d_x2, ple, weights, adapter, context, input_grads)
-        if d_ple is None:
+        d_before_ple = ple_backward(d_x2, ple, weights, adapter, context, input_grad_groups)
+        if d_before_ple is None:
             return None
-        d_x2 = d_ple
+        d_x2 = d_before_ple
     config = context.config
-    if isinstance(mlp, MLPSaved) and Group.GATE_UP in input_grads and not adapter.mlp_extras:
+    if isinstance(mlp, MLPSaved) and Group.GATE_UP in input_grad_groups and not adapter.mlp_extras:
         d_x1: Tensor | None = mlp_sublayer_backward(d_x2, x1, mlp, weights, adapter, config)
     else:
-        d_x1 = general_mlp_backward(d_x2, x1, mlp, weights, adapter, config, input_grads)
+        d_x1 = general_mlp_backward(d_x2, x1, mlp, weights, adapter, config, input_grad_groups)
     if d_x1 is None:
         return None
-    if Group.OUTPUT in input_grads and not adapter.mixer_extras:
-        return mixer_sublayer_backward(d_x1, x0, mixer, weights, adapter, context, Group.INPUT in input_grads)
-    return general_mixer_backward(d_x1, x0, mixer, weights, adapter, context, MIXERS[context.layer.mixer], input_grads)
+    if Group.OUTPUT in input_grad_groups and not adapter.mixer_extras:
+        return mixer_sublayer_backward(d_x1, x0, mixer, weights, adapter, context, Group.INPUT in input_grad_groups)
+    mixer_functions = MIXERS[context.layer.mixer]
+    return general_mixer_backward(d_x1, x0, mixer, weights, adapter, context, mixer_functions, input_grad_groups)
 
 
 def mlp_sublayer_backward(
     d_x2: Tensor, x1: Tensor, saved: MLPSaved, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig
 ) -> Tensor:
-    """Return d_x₁ for d_x₂, (T, hidden) both."""
+    """Map d_x₂ to d_x₁, both of shape (P, hidden), and add the gradients of the MLP's factors to the flat buffer."""
     gate_up, down, norms = adapter.gate_up.group, adapter.down.group, config.norms
-    n2 = pre_norm_saved(x1, weights.mlp_norm, saved.factor, config)
-    a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter)
+    n2_saved = pre_norm_saved(x1, weights.mlp_norm, saved.inverse_rms, config)  # represents n₂ without forming it
+    a_u, h = saved_or_recomputed_gate_up(saved, n2_saved, weights, adapter)
     d_down = residual_backward(d_x2, saved.post_norm, adapter.norms.get(norms.after_mlp), config)
-    d_h_down = hidden_gradient(d_down, saved.h_down, down.adapters)
+    d_h_down = h_gradient(d_down, saved.h_down, down.adapters)
     d_p = group_input_gradient(d_down, d_h_down, weights.down, down)
     del d_down
     unit = AdaptedGLUSaved(a_u, config.activation, gate_up, h, down, d_h_down)
     d_a_u, d_h, *_ = adapted_glu_backward(d_p, unit, out=a_u)
     del d_p
-    d_n2 = group_gradients(d_a_u, n2, d_h, weights.gate_up, gate_up)
-    return pre_norm_backward(d_n2, n2, adapter.norms.get(norms.before_mlp), d_x2)
+    d_n2 = group_gradients(d_a_u, n2_saved, d_h, weights.gate_up, gate_up)
+    return pre_norm_backward(d_n2, n2_saved, adapter.norms.get(norms.before_mlp), d_x2)
 
 
 def mixer_sublayer_backward(
@@ -218,23 +236,26 @@ def mixer_sublayer_backward(
     context: BlockContext,
     input_gradient: bool,
 ) -> Tensor | None:
-    """Return d_x₀, (T, hidden), for d_x₁ at the loss positions, or None without `input_gradient`."""
+    """Map d_x₁ (P, hidden) to d_x₀ (T, hidden), or to None without `input_gradient`.
+
+    Adds the gradients of the factors to the flat buffer.
+    """
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
     output, norms = adapter.output.group, config.norms
-    n1 = pre_norm_saved(x0, weights.attention_norm, saved.factor, config)
+    n1_saved = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
     d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)
-    d_h_output = hidden_gradient(d_projected, saved.h_output, output.adapters)
+    d_h_output = h_gradient(d_projected, saved.h_output, output.adapters)
     d_o = scatter_rows(group_input_gradient(d_projected, d_h_output, weights.output, output), positions, x0)
     del d_projected
-    o = mixer_output_buffer(saved, adapter, context, d_o)
+    o = mixer_output_buffer(saved, adapter, context, d_o)  # if o was not saved, mixer.backward fills the buffer
     d_qkv = mixer.backward(d_o, saved, weights, context, adapter, o)
     del d_o
     if o is not None:
         group_A_gradients(gather_rows(o, positions), d_h_output, output)
-    d_n1 = group_backward(d_qkv, n1, weights.input, adapter.input, saved.h_input, input_gradient=input_gradient)
+    d_n1 = group_backward(d_qkv, n1_saved, weights.input, adapter.input, saved.h_input, input_gradient=input_gradient)
     del d_qkv
     if d_n1 is None:
         return None
     residual_grad = d_x1 if positions is None else None
-    d_x0 = pre_norm_backward(d_n1, n1, adapter.norms.get(norms.before_attention), residual_grad)
+    d_x0 = pre_norm_backward(d_n1, n1_saved, adapter.norms.get(norms.before_attention), residual_grad)
     return d_x0 if positions is None else d_x0.index_add_(0, positions, d_x1)

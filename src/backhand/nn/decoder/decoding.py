@@ -68,7 +68,7 @@ class _Piece(NamedTuple):
     start: int
     new: int
     seen: int
-    reach: int  # length of the row after the whole append
+    row_length: int  # length of the row after the whole append
 
 
 class IncrementalDecoder:
@@ -114,7 +114,7 @@ class IncrementalDecoder:
         if any(len(new) == 0 for new in tokens):
             raise ValueError("every row needs at least one new token")
         tokens = [self._begin(row, new) for row, new in zip(rows, tokens, strict=True)]
-        reach = [self.cache.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)]
+        row_lengths = [self.cache.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)]
         self.cache.reserve(rows, [len(new) for new in tokens])
         last = torch.empty(
             len(rows), self.decoder.config.hidden_size, dtype=self.decoder.dtype, device=self.decoder.device
@@ -124,7 +124,7 @@ class IncrementalDecoder:
             packed: list[int] = []
             for index, start, stop in chunk:
                 row = rows[index]
-                pieces.append(_Piece(row, len(packed), stop - start, self.cache.lengths[row], reach[index]))
+                pieces.append(_Piece(row, len(packed), stop - start, self.cache.lengths[row], row_lengths[index]))
                 packed.extend(tokens[index][start:stop])
             x = self._extend_chunk(pieces, packed)
             self.cache.finish_append([piece.row for piece in pieces], [piece.new for piece in pieces])
@@ -232,7 +232,7 @@ class IncrementalDecoder:
         """Return the last block's output for the packed new tokens, (tokens, hidden). Caches their keys and values."""
         device = self.decoder.device
         positions = torch.cat([torch.arange(p.seen, p.seen + p.new, device=device) for p in pieces])
-        reach = torch.cat([torch.full((p.new,), p.reach, device=device) for p in pieces])
+        document_lengths = torch.cat([torch.full((p.new,), p.row_length, device=device) for p in pieces])
         runs = [list(group) for _, group in groupby(enumerate(pieces), key=_batched_with)]
         places = self.cache.places
         written = torch.cat([places[p.row, p.seen : p.seen + p.new] for p in pieces]).to(device)
@@ -258,16 +258,16 @@ class IncrementalDecoder:
 
         neighbours = [list(group) for _, group in groupby(enumerate(pieces), key=_adjacent)]
         rows = [Rows(run[0][1].row, len(run), run[0][1].start, run[0][1].new) for run in neighbours]
-        return self._blocks(torch.tensor(packed, device=device), positions, reach, attend, rows)
+        return self._blocks(torch.tensor(packed, device=device), positions, document_lengths, attend, rows)
 
     def _blocks(
-        self, token_ids: Tensor, positions: Tensor, reach: Tensor, attend: Attend, rows: Sequence[Rows]
+        self, token_ids: Tensor, positions: Tensor, document_lengths: Tensor, attend: Attend, rows: Sequence[Rows]
     ) -> Tensor:
         """Return the output of embedding and all blocks, (tokens, hidden)."""
         decoder = self.decoder
         self.cache.begin_append(row for run in rows for row in range(run.first, run.first + run.rows))
         x = decoder.embed(token_ids)
-        tables, scratch = decoder.rotary_tables(positions, reach), Scratch()
+        tables, scratch = decoder.rotary_tables(positions, document_lengths), Scratch()
         cross_layer, _ = decoder.cross_layer(token_ids)
         for index, layer in enumerate(decoder.config.layers):
             table, queries = tables[index]

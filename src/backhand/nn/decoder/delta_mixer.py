@@ -8,8 +8,8 @@ with ε / w and gain w^-½ for keys, 1 / w for queries. The code calls the RMSNo
 weight. q̂ and k̂ stay in float32 or wider, as the rule expects. norm is computed over each value head. It multiplies by
 its weight, not by 1 + weight.
 
-Backward is the list in reverse order, each line by the backward of its op. The mixer saves o and the factor of its norm
-in addition to its input and output. The backward recomputes q̂, k̂, v, g and β from the input, at the cost of a
+Backward takes the lines in reverse order and applies the backward of each op. The mixer saves o and the inverse RMS of
+its norm in addition to its input and output. The backward recomputes q̂, k̂, v, g and β from the input, at the cost of a
 convolution and two norms.
 
 The output of a token depends on [q k v] before the convolution of the J-1 tokens before it, and on the state of the
@@ -33,7 +33,7 @@ from backhand.nn.families.family import DecoderConfig, DeltaSizes
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
 from backhand.ops.delta_steps import GatedDeltaRuleSaved
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.elementwise import OutputSaved, sigmoid_backward, sigmoid_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
@@ -44,10 +44,10 @@ L2_EPS = 1e-6
 
 
 class DeltaMixerSaved(NamedTuple):
-    """o (T, value heads, value width) and the factor of its norm (T, value heads, 1)."""
+    """o (T, value heads, value width) and the inverse RMS of its norm (T, value heads, 1)."""
 
     output: Tensor
-    factor: Tensor
+    inverse_rms: Tensor
 
 
 class _RuleInputs(NamedTuple):
@@ -68,9 +68,9 @@ def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tu
     """Return y, (T, value heads · value width), for [q k v | z | b | a], within each document."""
     sizes = not_none(context.config.delta)
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
-    convolved, _ = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
+    convolved, _ = causal_conv_forward(qkv, _taps(weights), context.segment_runs, silu=True)
     rule = _rule_inputs(convolved, b, a, weights, sizes)
-    o, _ = gated_delta_rule_forward(*rule[:5], context.runs)
+    o, _ = gated_delta_rule_forward(*rule[:5], context.segment_runs)
     return _gated(o, z, weights, context.config)
 
 
@@ -88,16 +88,16 @@ def delta_backward(
     d_x = torch.empty_like(x)
     d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
 
-    normed = rms_norm_apply(inner.output, not_none(weights.delta_norm), inner.factor).flatten(1)
+    normed = rms_norm_apply(inner.output, not_none(weights.delta_norm), inner.inverse_rms).flatten(1)
     d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
     d_z.copy_(d_gate)
-    norm = RMSNormSaved(inner.output, not_none(weights.delta_norm), inner.factor, 0.0)
+    norm = RMSNormSaved(inner.output, not_none(weights.delta_norm), inner.inverse_rms, 0.0)
     d_o = norm_backward(d_normed.unflatten(1, inner.output.shape[1:]), norm, adapter.norms.get(NORM))
     del normed, d_gate, d_normed
 
-    convolved, conv = causal_conv_forward(qkv, _taps(weights), context.runs, silu=True)
+    convolved, conv = causal_conv_forward(qkv, _taps(weights), context.segment_runs, silu=True)
     rule = _rule_inputs(convolved, b, a, weights, sizes)
-    delta_rule = GatedDeltaRuleSaved(*rule[:5], context.runs)
+    delta_rule = GatedDeltaRuleSaved(*rule[:5], context.segment_runs)
     d_q, d_k, d_v, d_decay, d_beta = gated_delta_rule_backward(d_o, delta_rule)
     del delta_rule, d_o
     d_b.copy_(sigmoid_backward(d_beta, rule.rate).d_x)
@@ -144,7 +144,7 @@ def delta_extend(
         by_row = qkv[tokens].unflatten(0, (count, new))
         convolved = causal_conv_continued(by_row, _taps(weights), seen[row_range], silu=True).flatten(0, 1)
         rule = _rule_inputs(convolved, b[tokens], a[tokens], weights, sizes)
-        o[tokens] = gated_delta_rule_forward(*rule[:5], (Run(0, count, new),), states=state[row_range])[0]
+        o[tokens] = gated_delta_rule_forward(*rule[:5], (SegmentRun(0, count, new),), states=state[row_range])[0]
     return _gated(o, z, weights, config)[0]
 
 
@@ -177,7 +177,7 @@ def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -
     """Return norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and the tensors saved for backward."""
     normed, norm = rms_norm_forward(o, not_none(weights.delta_norm), config.norm_eps)
     y, _ = glu_forward(z, normed.flatten(1), "silu")
-    return y, DeltaMixerSaved(o, norm.factor)
+    return y, DeltaMixerSaved(o, norm.inverse_rms)
 
 
 def _taps(weights: BlockWeights) -> Taps:

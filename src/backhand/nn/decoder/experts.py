@@ -19,9 +19,9 @@ Backward is the list in reverse order (`experts_backward`). d_n₂ has two terms
 the router, because the shares depend on n₂. The weight of the router is frozen. The choice of experts is treated as
 constant.
 
-Saved for backward: the norm factor, shares and choices, a, u and every h. `recompute="mlp"` drops a, u and their h.
-n₂, x̂, p and p̂ are recomputed. The matrices of all experts are stacked: gate_up is (experts · 2f, hidden) and down
-(experts · hidden, f). Each expert's matrix is a slice of the stack, dense or quantized.
+Saved for backward: the inverse RMS of the norm, shares and choices, a, u and every h. `recompute="mlp"` drops a, u and
+their h. n₂, x̂, p and p̂ are recomputed. The matrices of all experts are stacked: gate_up is (experts · 2f, hidden) and
+down (experts · hidden, f). Each expert's matrix is a slice of the stack, dense or quantized.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ from backhand.ops.weight_tiles import FrozenMatrix, frozen_part
 class ExpertsSaved(NamedTuple):
     """Saved tensors of the sublayer for T tokens with k choices each. f is the width of one expert."""
 
-    factor: Tensor | None  # (T, 1) of the norm before the sublayer, if any
+    inverse_rms: Tensor | None  # (T, 1), of the norm before the sublayer; None without that norm
     routed: RouterSaved  # (T, k), or (T, experts) if a share is relative to all experts
     shares: Tensor  # (T, k)
     routing: Routing
     gate_up: Tensor | None  # (T · k, 2f), sorted by expert; None if recomputed
     h_gate_up: Tensor | None  # (T · k, rank); None if recomputed
     h_down: Tensor  # (T · k, rank)
-    post_norm: RMSNormSaved | None  # input and factor of the norm after the sublayer, if any
+    post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
 
 
 class ExpertMatrices(Sequence[FrozenMatrix]):
@@ -111,9 +111,9 @@ class ExpertMatrices(Sequence[FrozenMatrix]):
 def experts_sublayer_forward(
     x1: Tensor, weights: BlockWeights, adapter: BlockAdapter, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, ExpertsSaved]:
-    """Return x₂ for x₁, (T, hidden) both, and the tensors saved for backward."""
+    """Map x₁ to x₂, both of shape (T, hidden), and return x₂ and the tensors saved for the backward."""
     mixture = not_none(config.mixture)
-    n2, factor = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
+    n2, inverse_rms = pre_norm_forward(x1, weights.mlp_norm, config, scratch)
     logits = frozen_linear(n2, not_none(weights.router), weights.router_bias)
     shares, routed = router_forward(logits, mixture.chosen, of_all=mixture.of_all)
     routing = route(routed.chosen, mixture.experts)
@@ -131,7 +131,7 @@ def experts_sublayer_forward(
     if weights.down_bias is not None:
         y.add_(expert_bias_forward(shares, routed.chosen, _by_expert(weights.down_bias, mixture))[0])
     x2, post_norm = residual_sum(x1, y, weights.after_mlp_norm, config)
-    return x2, ExpertsSaved(factor, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm)
+    return x2, ExpertsSaved(inverse_rms, routed, shares, routing, gate_up, h_gate_up, down.h, post_norm)
 
 
 def experts_backward(
@@ -141,11 +141,11 @@ def experts_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
-    input_grads: frozenset[Group],
+    input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return d_n₂ for the gradient d_y of the experts' combined output, (T, hidden) both.
+    """Map the gradient d_y of the experts' combined output to d_n₂, both of shape (T, hidden).
 
-    Returns None if the backward pass ends here: at the first of the groups DOWN and GATE_UP not in `input_grads`.
+    Returns None if the backward pass ends here: at the first of the groups DOWN and GATE_UP not in `input_grad_groups`.
     """
     mixture, routing, x = not_none(config.mixture), saved.routing, normalized(n2)
     gate_up, h_gate_up = saved.gate_up, saved.h_gate_up
@@ -163,7 +163,7 @@ def experts_backward(
     d_z = combine_backward(d_y, CombineSaved(routing)).d_z
     matrices, factors = ExpertMatrices(weights.down, mixture.experts), _factors(adapter.down, mixture)
     down = ExpertLinearSaved(weighed, matrices, routing.counts, factors, saved.h_down, None)
-    d_weighed = _projection_backward(d_z, down, adapter.down, mixture, Group.DOWN in input_grads)
+    d_weighed = _projection_backward(d_z, down, adapter.down, mixture, Group.DOWN in input_grad_groups)
     del d_z, weighed, down
     if d_weighed is None:
         return None
@@ -182,7 +182,7 @@ def experts_backward(
     rows, _ = dispatch_forward(x, routing)
     matrices, factors = ExpertMatrices(weights.gate_up, mixture.experts), _factors(adapter.gate_up, mixture)
     first = ExpertLinearSaved(rows, matrices, routing.counts, factors, h_gate_up, None)
-    d_rows = _projection_backward(d_gate_up, first, adapter.gate_up, mixture, Group.GATE_UP in input_grads)
+    d_rows = _projection_backward(d_gate_up, first, adapter.gate_up, mixture, Group.GATE_UP in input_grad_groups)
     del rows, d_gate_up, first
     if d_rows is None:
         return None

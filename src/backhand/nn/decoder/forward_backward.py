@@ -3,13 +3,14 @@
     x = embedding(ids);  x = block(x) for each block;  L = Σ cross-entropy(head(norm(x))) over supervised positions
 
 The forward pass saves the tensors that `nn.decoder.block` lists, for each block. The backward pass visits the blocks
-from the top and adds every adapter gradient to one flat buffer (`nn.lora_parameters`). It ends at the lowest trained
-module, and nothing is saved below that. A batch may contain cached hidden states (`PackedBatch.start`). The forward
-pass then starts at a higher layer.
+from the last to the first and adds every adapter gradient to one flat buffer (`nn.lora_parameters`). It ends at the
+lowest trained module, so layers below that module save nothing. If a batch contains cached hidden states
+(`PackedBatch.start`), the forward pass starts at the layer that reads them.
 
-`ForwardBackward.loss_and_gradients` is a whole forward and backward pass. A trained embedding is in
-`nn.decoder.adapted_embedding`, a trained head and losses other than cross-entropy in `nn.decoder.adapted_head`.
-Loading, attaching an adapter and passes without gradients are in `nn.decoder.decoder`.
+Start reading at `ForwardBackward.loss_and_gradients`, which is one whole forward and backward pass. Other files:
+- `nn.decoder.adapted_embedding`: gradients of a trained embedding;
+- `nn.decoder.adapted_head`: gradients of a trained head, and losses other than cross-entropy;
+- `nn.decoder.decoder`: loading a model, attaching an adapter, and passes without gradients.
 """
 
 from __future__ import annotations
@@ -43,17 +44,18 @@ from backhand.ops.rotary import RotaryTable, angles, scaled_for_queries
 
 
 class ForwardBackward:
-    """Forward and backward pass of a frozen decoder and at most one adapter that it trains.
+    """Forward and backward pass of a frozen decoder with at most one adapter, whose gradients are computed.
 
     Attributes:
-        config: sizes and family traits (Llama, Qwen3, Gemma 3, …).
+        config: sizes and traits of the model's family (Llama, Qwen3, Gemma 3, …).
         weights: the frozen weights in the compute dtype.
-        active: the weights used in the computation. They are the frozen weights, except for tensors that the adapter
-            trains without factors (whole modules, rows of the embedding), which replace those of the base.
+        active: the weights that the passes use. An adapter may train some tensors in full, such as a norm or rows of
+            the embedding. These come from the adapter, all others from `weights`.
         lora: the attached adapter, or None.
         dtype: the compute dtype.
         device: device of the weights.
-        recompute: `none`, `mlp` or `block`: the activations that the backward pass recomputes instead of saving them.
+        recompute: `none`, `mlp` or `block`: the activations of a block that are not saved, but recomputed in the
+            backward pass (`nn.decoder.block`).
         shares_prefixes: True if documents of a batch may share a prefix. False if rotary angles depend on the length
             of a document.
     """
@@ -68,7 +70,7 @@ class ForwardBackward:
         self.shares_prefixes = not config.length_limits
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self._attach(None)
-        self._sized = [config.at(layer) for layer in config.layers]
+        self._layer_configs = [config.at(layer) for layer in config.layers]  # sizes may differ from layer to layer
         self._frequencies = [
             frequencies_of(rotary, head_dim, self.device)
             for rotary, head_dim in zip(config.rotary, config.rotary_dims, strict=True)
@@ -79,7 +81,7 @@ class ForwardBackward:
         self.active = self.weights
         self._trained: TrainedParts = trained_parts(lora, self.config)
         self._trained_weights: TrainedWeights | None = None
-        if lora is not None and lora.trained:
+        if lora is not None and lora.full_tensors:
             self._trained_weights = TrainedWeights(self.weights, self.config, lora)
         self._adapters: tuple[Tensor | None, list[BlockAdapter]] | None = None
         self._head: GroupAdapter | None = None
@@ -93,7 +95,7 @@ class ForwardBackward:
             self.active = self._trained_weights.current()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return x₀ of the first block, (tokens, hidden): c · table[ids], with c = √hidden in Gemma and 1 elsewhere."""
+        """Return the first block's input c · table[ids], (tokens, hidden). c is √hidden in Gemma, 1 in most models."""
         table = self.active.embedding
         if self.lora is None or not self._trained.embedding_factors:
             return self._scale_embedding(frozen_rows(table, input_ids))
@@ -106,22 +108,22 @@ class ForwardBackward:
         return x * torch.tensor(self.config.embedding_scaling, dtype=x.dtype, device=x.device)
 
     def rotary_tables(
-        self, positions: Tensor, reach: Tensor, dtype: torch.dtype | None = None
+        self, positions: Tensor, document_lengths: Tensor, dtype: torch.dtype | None = None
     ) -> list[tuple[RotaryTable | None, RotaryTable | None]]:
-        """Return, for each layer, the rotary angles of these positions and the angles of scaled queries.
+        """Return two rotary tables per layer: for keys and queries, and for the queries of families that scale them.
 
-        The first is None in layers without rotary embedding, the second in families that do not scale queries. Layers
-        with the same rotary configuration share one table.
+        Some families multiply queries by a factor that depends on the position. Their second table is the first one
+        times this factor; in other families it is None. Both are None in layers without rotary embedding.
 
         Args:
             positions: (tokens,) int64.
-            reach: (tokens,) int64, the length of each token's document.
+            document_lengths: (tokens,) int64, the length of each token's document.
             dtype: dtype of the rotated tensors, or None for the compute dtype. Angles are float32 or wider.
         """
         wide, scaling = torch.promote_types(dtype or self.dtype, torch.float32), self.config.query_scaling
         tables: dict[int | None, tuple[RotaryTable | None, RotaryTable | None]] = {None: (None, None)}
         for number, frequencies in enumerate(self._frequencies):
-            table = angles(frequencies, positions, wide, reach)
+            table = angles(frequencies, positions, wide, document_lengths)
             queries = None if scaling is None else scaled_for_queries(table, positions, scaling.beta, scaling.length)
             tables[number] = table, queries
         return [tables[layer.rotary] for layer in self.config.layers]
@@ -129,53 +131,56 @@ class ForwardBackward:
     def contexts(
         self,
         batch: PackedBatch,
-        rows: Tensor | None = None,
+        loss_positions: Tensor | None = None,
         cross_layer: CrossLayer | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[BlockContext]:
-        """Return the context of each block.
+        """Return, for each block, what it reads in addition to its input, weights and adapter.
 
         Args:
-            rows: (loss positions,) int64, the positions that the last block computes; None for all.
+            loss_positions: (loss positions,) int64, at which the last block computes its output; None for all.
             cross_layer: cross-layer tensors, or None to compute them here if the family has any.
             dtype: as in `rotary_tables`.
         """
         if batch.parents and not self.shares_prefixes:
-            raise ValueError("a shared prefix would be rotated by the length of one of its documents only")
-        tables, scratch = self.rotary_tables(batch.positions, batch.reach, dtype), Scratch()
+            raise ValueError("documents cannot share a prefix, because rotary angles depend on the document's length")
+        tables, scratch = self.rotary_tables(batch.positions, batch.document_lengths, dtype), Scratch()
         cross_layer = cross_layer or self.cross_layer(batch.input_ids)[0]
         contexts = [
-            BlockContext(sized, layer, table, batch.runs, scratch, queries, None, number, cross_layer)
-            for number, (sized, layer, (table, queries)) in enumerate(
-                zip(self._sized, self.config.layers, tables, strict=True)
+            BlockContext(config, layer, table, batch.segment_runs, scratch, queries, None, number, cross_layer)
+            for number, (config, layer, (table, queries)) in enumerate(
+                zip(self._layer_configs, self.config.layers, tables, strict=True)
             )
         ]
-        contexts[-1] = contexts[-1]._replace(loss_positions=rows)
+        contexts[-1] = contexts[-1]._replace(loss_positions=loss_positions)
         return contexts
 
     def cross_layer(
         self, token_ids: Tensor, dropout_seed: int | None = None
     ) -> tuple[CrossLayer | None, PLEInputsSaved | None]:
-        """Return the cross-layer tensors of a pass over these tokens and the tensors saved for their backward.
+        """Return the tensors that layers read in addition to the residual stream, and what their backward needs.
 
-        Both are None in families in which layers read nothing but the residual stream.
+        Only Gemma 4 has such tensors: shared keys and values, and per-layer embeddings (PLE), which a small network
+        computes from the token ids before the first block (`nn.decoder.ple_inputs`). Other families return None twice.
         """
         if not self.config.value_norm and self.config.per_layer is None:
             return None, None
         if self.active.per_layer is None:
             return CrossLayer(self.config.kv_sources), None
-        h = self.embed(token_ids)
-        ple, saved = ple_inputs_forward(h, token_ids, self.active.per_layer, self.config, self.lora, dropout_seed)
+        embedded = self.embed(token_ids)
+        per_layer = self.active.per_layer
+        ple, saved = ple_inputs_forward(embedded, token_ids, per_layer, self.config, self.lora, dropout_seed)
         return CrossLayer(self.config.kv_sources, ple), saved
 
     def block_adapters(self, dropout_seed: int | None) -> list[BlockAdapter]:
         """Return the adapter of every block in the compute dtype; `dropout_seed` is None for no dropout.
 
-        Without dropout the views are the same in every pass and are cached. DoRA's norms are recomputed each time.
+        A `BlockAdapter` contains views of the adapter's flat buffers. Without dropout it is the same in every pass and
+        is cached. With DoRA it also contains norms of the adapted weights, which change in every step.
         """
-        lora, dora = self.lora, self._trained.dora
+        lora, dora = self.lora, self._trained.uses_dora
         buffer = None if lora is None else lora.compute_values
-        cacheable = not dora and (dropout_seed is None or not self._trained.drops)
+        cacheable = not dora and (dropout_seed is None or not self._trained.uses_dropout)
         if cacheable and self._adapters is not None and self._adapters[0] is buffer:
             return self._adapters[1]
         weights = [linear_parts(block, self.config, layer) for layer, block in enumerate(self.active.blocks) if dora]
@@ -198,13 +203,13 @@ class ForwardBackward:
         """Run one forward and backward pass and add ∂(loss_scaling · loss)/∂parameters to `lora.gradients`.
 
         Args:
-            loss_scaling: for example 1 / supervised tokens of the whole step.
+            loss_scaling: for example 1 / n for n supervised tokens in the whole step.
             dropout_seed: seed of this micro-batch's dropout masks, or None for no dropout.
-            token_loss: the loss as a function of the supervised tokens' log-probabilities. None for Σ nats, whose
-                gradient the head computes in the same pass.
+            token_loss: the loss as a function of the log-probabilities of the supervised tokens. None for Σ nats, the
+                cross-entropy.
 
         Returns:
-            The loss, 0-d float64: Σ nats over supervised tokens, or the value of `token_loss`.
+            The loss without `loss_scaling`, 0-d float64: Σ nats over supervised tokens, or the value of `token_loss`.
 
         Raises:
             ValueError: no adapter is attached, or the batch starts above a trained layer.
@@ -219,7 +224,8 @@ class ForwardBackward:
         contexts = self.contexts(batch, batch.supervised_positions, cross_layer)
         adapters, scratch = self.block_adapters(dropout_seed), contexts[-1].scratch
         if self.recompute == "none" and trained.plain_head:
-            # With recomputation, blocks allocate temporaries whose memory the logits reuse later.
+            # Allocate the logits' memory before the blocks. Until the head runs, the blocks' temporaries use it. With
+            # recomputation this is not necessary, since blocks free enough memory for the logits.
             rows = len(batch.supervised_positions)
             scratch.reserve(chunk_shape(rows, self.active.head, self.dtype), self.active.final_norm)
 
@@ -230,9 +236,9 @@ class ForwardBackward:
         for layer in reversed(range(trained.end.layer, len(contexts))):
             block_saved = saved.pop()
             assert block_saved is not None and d_x is not None
-            input_grads = trained.end.input_grads if layer == trained.end.layer else ALL_GROUPS
+            groups = trained.end.input_grad_groups if layer == trained.end.layer else ALL_GROUPS
             weights, context = self.active.blocks[layer], contexts[layer]
-            d_x = block_backward(d_x, block_saved, weights, adapters[layer], context, input_grads)
+            d_x = block_backward(d_x, block_saved, weights, adapters[layer], context, groups)
         if trained.below_blocks and d_x is not None:
             if ple_saved is not None and cross_layer is not None:
                 ple_weights = not_none(self.active.per_layer)
@@ -247,21 +253,23 @@ class ForwardBackward:
     def _forward(
         self, batch: PackedBatch, adapters: Sequence[BlockAdapter], contexts: Sequence[BlockContext], lowest_layer: int
     ) -> tuple[Tensor, list[BlockSaved | None]]:
-        """Return the output of the last block that has a context, and the saved tensors of each block.
+        """Return the output of the last block, and the saved tensors of each block from the start layer on.
 
-        Nothing is saved for blocks below `lowest_layer`: their entries are None.
+        Blocks below `lowest_layer` need no backward. Their entries are None.
         """
         first, x = (0, self.embed(batch.input_ids)) if batch.start is None else batch.start
         if first > lowest_layer:
             raise ValueError(f"the batch starts at layer {first}, above the trained layer {lowest_layer}")
         if first and first > self.config.start_layer(first):
-            raise ValueError(f"the batch starts at layer {first}, above a layer whose keys are used there")
+            raise ValueError(
+                f"the batch starts at layer {first}, but a layer from there on uses keys and values of a lower layer"
+            )
         saved: list[BlockSaved | None] = []
         for layer in range(first, len(contexts)):
-            frozen = layer < lowest_layer  # neither this block nor a lower one is trained: save as little as possible
-            recompute = "block" if frozen else self.recompute
+            needs_backward = layer >= lowest_layer
+            recompute = self.recompute if needs_backward else "block"  # "block" saves least
             x, block_saved = block_forward(x, self.active.blocks[layer], adapters[layer], contexts[layer], recompute)
-            saved.append(None if frozen else block_saved)
+            saved.append(block_saved if needs_backward else None)
         return x, saved
 
     def _head_loss_and_gradient(
@@ -273,8 +281,8 @@ class ForwardBackward:
         scratch: Scratch,
         token_loss: TokenLoss | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂x, (supervised, hidden), and the loss. x is the last block's output, of the same shape."""
-        trained, rule = self._trained, self.config.logits
+        """Return ∂L/∂x and the loss. x is the last block's output at the loss positions, (loss positions, hidden)."""
+        trained = self._trained
         scratch.release()  # memory peaks in the head
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]
         logits = None
@@ -284,10 +292,16 @@ class ForwardBackward:
             head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
-            # The loss is the last node, so its gradient follows directly: forward and backward in one call.
-            multiplier = batch.loss_multiplier(loss_scaling, normed.dtype)
+            # The gradient of the loss with respect to itself is known, so one call computes forward and backward.
             losses, (d_normed, *_) = linear_cross_entropy_backward(
-                *(normed, self.active.head, targets, None, multiplier, rule), out=normed, logits=logits
+                normed,
+                self.active.head,
+                targets,
+                None,
+                batch.loss_multiplier(loss_scaling, normed.dtype),
+                self.config.logits,
+                out=normed,
+                logits=logits,
             )
             loss = batch.per_document(losses).sum(dtype=torch.float64)
         scratch.release(reserved=True)

@@ -1,10 +1,14 @@
 """General backward of a block's sublayers, for blocks that the plain order in `nn.decoder.block` does not cover.
 
-There are three such cases. The MLP sublayer may be a mixture of experts (`nn.decoder.experts`), a group may train more
-than LoRA factors (`nn.decoder.group_extras`), or the backward pass may end inside the sublayer.
+There are three such cases:
+- the MLP sublayer is a mixture of experts (`nn.decoder.experts`);
+- the sublayer trains more than LoRA factors (`nn.decoder.group_extras`);
+- the backward pass ends in the MLP sublayer, or at the output projection of the mixer.
+
+T, P and the names of tensors are defined in `nn.decoder.block`.
 
 Each projection receives its input and computes all its gradients in one call, so p and o are recomputed first.
-`input_grads` contains the groups whose input gradient is needed. The pass ends at the first group that is not in it.
+`input_grad_groups` contains the groups whose input gradient is needed. The pass ends at the first group outside it.
 """
 
 from __future__ import annotations
@@ -37,15 +41,15 @@ def general_mlp_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
-    input_grads: frozenset[Group],
+    input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return d_x₁ for d_x₂, (T, hidden) both, or None if the backward pass ends here."""
-    n2 = pre_norm_saved(x1, weights.mlp_norm, saved.factor, config)
+    """Return d_x₁ for d_x₂, both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
+    n2 = pre_norm_saved(x1, weights.mlp_norm, saved.inverse_rms, config)
     d_y = residual_backward(d_x2, saved.post_norm, adapter.norms.get(config.norms.after_mlp), config)
     if isinstance(saved, ExpertsSaved):
-        d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grads)
+        d_n2 = experts_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
     else:
-        d_n2 = _gated_mlp_backward(d_y, n2, saved, weights, adapter, config, input_grads)
+        d_n2 = _gated_mlp_backward(d_y, n2, saved, weights, adapter, config, input_grad_groups)
     return None if d_n2 is None else pre_norm_backward(d_n2, n2, adapter.norms.get(config.norms.before_mlp), d_x2)
 
 
@@ -56,21 +60,22 @@ def _gated_mlp_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     config: DecoderConfig,
-    input_grads: frozenset[Group],
+    input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return d_n₂ for ∂L/∂(p W_dᵀ), (T, hidden) both, or None if the backward pass ends here."""
+    """Return d_n₂ for ∂L/∂(p W_dᵀ), both of shape (P, hidden), or None if the backward pass ends in this sublayer."""
     ffn = config.intermediate_size
     a_u, h = saved_or_recomputed_gate_up(saved, n2, weights, adapter)
     unit = GLUSaved(a_u[:, :ffn], a_u[:, ffn:], config.activation)
     p, activated = glu_recompute(unit)
-    needs_d_p = Group.DOWN in input_grads
+    needs_d_p = Group.DOWN in input_grad_groups
     d_p = group_backward(d_y, p, weights.down, adapter.down, saved.h_down, input_gradient=needs_d_p)
     del p
     if d_p is None:
         return None
     glu_backward(d_p, unit, ready=activated, out=a_u)
     del activated, d_p
-    return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=Group.GATE_UP in input_grads)
+    needs_d_n2 = Group.GATE_UP in input_grad_groups
+    return group_backward(a_u, n2, weights.gate_up, adapter.gate_up, h, input_gradient=needs_d_n2)
 
 
 def general_mixer_backward(
@@ -81,23 +86,22 @@ def general_mixer_backward(
     adapter: BlockAdapter,
     context: BlockContext,
     mixer: Mixer,
-    input_grads: frozenset[Group],
+    input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return d_x₀, (T, hidden), for d_x₁ at the loss positions, or None if the backward pass ends here."""
+    """Return d_x₀, (T, hidden), for d_x₁, (P, hidden), or None if the backward pass ends in this sublayer."""
     config, positions, norms = context.config, context.loss_positions, context.config.norms
-    n1 = pre_norm_saved(x0, weights.attention_norm, saved.factor, config)
+    n1 = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
     d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)
     o = not_none(mixer.output)(saved, weights, context) if saved.output is None else saved.output
-    d_o = group_backward(
-        *(d_projected, gather_rows(o, positions), weights.output, adapter.output, saved.h_output),
-        input_gradient=Group.OUTPUT in input_grads,
-    )
-    del o, d_projected
+    needs_d_o = Group.OUTPUT in input_grad_groups
+    o_rows = gather_rows(o, positions)
+    d_o = group_backward(d_projected, o_rows, weights.output, adapter.output, saved.h_output, input_gradient=needs_d_o)
+    del o, o_rows, d_projected
     if d_o is None:
         return None
     d_input = mixer.backward(scatter_rows(d_o, positions, x0), saved, weights, context, adapter, saved.output)
     del d_o
-    needs_d_n1 = Group.INPUT in input_grads
+    needs_d_n1 = Group.INPUT in input_grad_groups
     d_n1 = group_backward(d_input, n1, weights.input, adapter.input, saved.h_input, input_gradient=needs_d_n1)
     if d_n1 is None:
         return None

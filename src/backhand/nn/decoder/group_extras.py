@@ -170,7 +170,7 @@ def group_extras(
             if slot.lora_bias:
                 lora_bias = lora.compute(f"{name}.lora_bias"), lora.gradient(f"{name}.lora_bias")
         d_weight, d_bias = (
-            lora.gradient(whole) if whole in lora.trained else None for whole in (f"{name}.weight", f"{name}.bias")
+            lora.gradient(whole) if whole in lora.full_tensors else None for whole in (f"{name}.weight", f"{name}.bias")
         )
         modules.append(ModuleExtras(size, factors, magnitude, lora_bias, d_weight, d_bias))
     return GroupExtras(tuple(modules), group) if any(module.has_extras for module in modules) else None

@@ -23,46 +23,47 @@ from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig, LayerConfig
 from backhand.nn.scratch import Scratch
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.rms_norm import RMSNormSaved
 from backhand.ops.rotary import RotaryTable
 
 
 class BlockContext(NamedTuple):
-    """Model and batch as a block sees them, in addition to x₀, weights and adapter."""
+    """Inputs of a block in addition to x₀, weights and adapter."""
 
     config: DecoderConfig  # with the sizes of this layer
-    layer: LayerConfig  # its mixer, and attention's window
+    layer: LayerConfig  # the layer's mixer, and the window of attention
     rotary: RotaryTable | None  # angles of the tokens' positions; None in layers without rotary embedding
-    runs: tuple[Run, ...]  # segments of the documents
+    segment_runs: tuple[SegmentRun, ...]  # segments of the documents
     scratch: Scratch  # buffers for temporaries, shared by all blocks of a pass
     query_rotary: RotaryTable | None = None  # angles of queries if the family scales queries by their position
-    loss_positions: Tensor | None = None  # (loss positions,) int64: positions of x₂ to compute; None for all
-    number: int = 0  # of the layer
+    # (P,) int64, the positions that the last block computes after its mixer; None in all other blocks: all positions
+    loss_positions: Tensor | None = None
+    number: int = 0  # number of the layer
     cross_layer: CrossLayer | None = None  # tensors read in addition to the stream, in families that have any
 
 
 class MixerSaved(NamedTuple):
-    """Tensors saved by the mixer sublayer for its backward. T is the number of tokens."""
+    """Tensors saved by the mixer sublayer for its backward. T and P are defined in `nn.decoder.block`."""
 
-    factor: Tensor | None  # (T, 1) of the norm before the sublayer, if any
+    inverse_rms: Tensor | None  # (T, 1), of the norm before the sublayer; None without that norm
     # (T, Σ sizes): output of the first group. Attention rotates it in place unless a q/k norm comes first
     input: Tensor
     output: Tensor | None  # (T, width): output of the mixer; None if its backward recomputes it
     inner: Any  # saved by the mixer's own forward
     h_input: Tensor  # (T, Σ rank)
-    h_output: Tensor  # (T or loss positions, rank)
-    post_norm: RMSNormSaved | None  # input and factor of the norm after the sublayer, if any
+    h_output: Tensor  # (P, rank)
+    post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
 
 
 class MLPSaved(NamedTuple):
-    """Tensors saved by the MLP sublayer. T is the number of tokens or loss positions, f the width of the MLP."""
+    """Tensors saved by the MLP sublayer. P is defined in `nn.decoder.block`; f is the width of the MLP."""
 
-    factor: Tensor | None  # (T, 1) of the norm before the sublayer, if any
-    gate_up: Tensor | None  # (T, 2f); None if recomputed
-    h_gate_up: Tensor | None  # (T, Σ rank); None if recomputed
-    h_down: Tensor  # (T, rank)
-    post_norm: RMSNormSaved | None  # input and factor of the norm after the sublayer, if any
+    inverse_rms: Tensor | None  # (P, 1), of the norm before the sublayer; None without that norm
+    gate_up: Tensor | None  # (P, 2f); None if it is recomputed
+    h_gate_up: Tensor | None  # (P, Σ rank); None if it is recomputed
+    h_down: Tensor  # (P, rank)
+    post_norm: RMSNormSaved | None  # saved by the norm after the sublayer; None without that norm
 
 
 class Rows(NamedTuple):

@@ -1,6 +1,7 @@
 """Gemma 4's per-layer embeddings (PLE) at the end of a block.
 
-Layer l receives e_l, (T, p), in addition to the residual stream (`nn.decoder.ple_inputs`). After its MLP:
+Layer l receives e_l of shape (P, p) in addition to the residual stream (`nn.decoder.ple_inputs`). P is defined in
+`nn.decoder.block`. After its MLP:
 
     x₃ = s (x₂ + norm(p_l W_pᵀ)),   p_l = φ(x₂ W_gᵀ) ⊙ e_l
 
@@ -9,11 +10,11 @@ s. W_g and W_p are linear modules and may have adapters. s stays frozen.
 
 Backward, from G = ∂L/∂x₃. The sum receives s G, which reaches x₂ directly and through the norm, W_p, the gated unit
 (`ops.glu` with e_l as `up`) and W_g:
-    ∂L/∂p_l = (backward of the norm applied to s G) W_p                        (T, p)
-    ∂L/∂e_l = φ(x₂ W_gᵀ) ⊙ ∂L/∂p_l                                             (T, p)
-    ∂L/∂x₂ = s G + (φ'(x₂ W_gᵀ) ⊙ e_l ⊙ ∂L/∂p_l) W_g                           (T, hidden)
+    ∂L/∂p_l = (backward of the norm applied to s G) W_p                        (P, p)
+    ∂L/∂e_l = φ(x₂ W_gᵀ) ⊙ ∂L/∂p_l                                             (P, p)
+    ∂L/∂x₂ = s G + (φ'(x₂ W_gᵀ) ⊙ e_l ⊙ ∂L/∂p_l) W_g                           (P, hidden)
 
-Saved: x₂, the gate, h of both adapters, and input and factor of the norm.
+Saved: x₂, the gate, h of both adapters, and the input and inverse RMS of the norm.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ from backhand.ops.rms_norm import RMSNormSaved
 class PLESaved(NamedTuple):
     """Tensors saved by the end of a block. All are None in a layer that only multiplies by its scalar."""
 
-    x2: Tensor | None  # (T, hidden)
-    gate: Tensor | None  # (T, p)
-    h_gate: Tensor | None  # (T, rank)
-    h_projection: Tensor | None  # (T, rank)
+    x2: Tensor | None  # (P, hidden)
+    gate: Tensor | None  # (P, p)
+    h_gate: Tensor | None  # (P, rank)
+    h_projection: Tensor | None  # (P, rank)
     post_norm: RMSNormSaved | None
 
 
 def ple_forward(
     x2: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext
 ) -> tuple[Tensor, PLESaved]:
-    """Return x₃ for x₂, both (T or loss positions, hidden), and the tensors saved for backward."""
+    """Map x₂ to x₃, both of shape (P, hidden), and return x₃ and the tensors saved for the backward."""
     config, scalar = context.config, not_none(weights.layer_scalar)
     if config.per_layer is None:
         return x2 * scalar, PLESaved(None, None, None, None, None)
@@ -71,9 +72,9 @@ def ple_backward(
     weights: BlockWeights,
     adapter: BlockAdapter,
     context: BlockContext,
-    input_grads: frozenset[Group],
+    input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return ∂L/∂x₂, (T, hidden), or None if the backward pass ends here. ∂L/∂e_l is written to `CrossLayer.d_ple`."""
+    """Return ∂L/∂x₂, (P, hidden), or None if the backward pass ends here. ∂L/∂e_l is written to `CrossLayer.d_ple`."""
     config = context.config
     d_x3 = d_x3 * not_none(weights.layer_scalar)
     if saved.x2 is None or saved.gate is None or saved.h_gate is None or saved.h_projection is None:
@@ -84,8 +85,12 @@ def ple_backward(
     unit = GLUSaved(saved.gate, _layer_embeddings(context), config.activation)
     p, _ = glu_forward(unit.gate, unit.up, unit.activation)
     d_p = group_backward(
-        *(d_projected, p, weights.per_layer_projection, projection_adapter, saved.h_projection),
-        input_gradient=Group.PER_LAYER_PROJECTION in input_grads,
+        d_projected,
+        p,
+        weights.per_layer_projection,
+        projection_adapter,
+        saved.h_projection,
+        input_gradient=Group.PER_LAYER_PROJECTION in input_grad_groups,
     )
     if d_p is None:
         return None
@@ -96,14 +101,18 @@ def ple_backward(
         else:
             d_ple[:, context.number].zero_().index_copy_(0, context.loss_positions, grads.d_up)
     d_x2 = group_backward(
-        *(grads.d_gate.contiguous(), saved.x2, weights.per_layer_gate, gate_adapter, saved.h_gate),
-        input_gradient=Group.PER_LAYER_GATE in input_grads,
+        grads.d_gate.contiguous(),
+        saved.x2,
+        weights.per_layer_gate,
+        gate_adapter,
+        saved.h_gate,
+        input_gradient=Group.PER_LAYER_GATE in input_grad_groups,
     )
     return None if d_x2 is None else d_x2.add_(d_x3)
 
 
 def _layer_embeddings(context: BlockContext) -> Tensor:
-    """Return e_l, (T or loss positions, p), contiguous."""
+    """Return e_l at the positions of x₂, (P, p), contiguous."""
     embeddings = not_none(not_none(context.cross_layer).ple)[:, context.number]
     return (
         embeddings.contiguous() if context.loss_positions is None else gather_rows(embeddings, context.loss_positions)

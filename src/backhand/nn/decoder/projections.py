@@ -11,7 +11,7 @@ Backward. G = ∂L/∂x' reaches both the sublayer and the stream that bypasses 
     ∂L/∂(z Wᵀ) = (backward of the norm applied to m G)             (T, hidden)
     ∂L/∂x = G + (backward of the norm applied to ∂L/∂n)            (T, hidden)
 
-The sublayers are in `nn.decoder.block` and `nn.decoder.experts`. The factor of the norm before a sublayer is saved
+The sublayers are in `nn.decoder.block` and `nn.decoder.experts`. The inverse RMS of the norm before a sublayer is saved
 instead of n, which is recomputed from it. For the norm after a sublayer, the input is saved as well. The gradient of a
 trained norm weight is added to the flat buffer, like the gradients of factors.
 """
@@ -78,19 +78,19 @@ def group_backward(
 def pre_norm_forward(
     x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
-    """Return norm(x), (T, hidden), and the norm factor, (T, 1). Without a norm, return x and None."""
+    """Return norm(x), (T, hidden), and the inverse RMS, (T, 1). Without a norm, return x and None."""
     if weight is None:
         return x, None
     out = scratch.take("normed", x.shape, x)
     n, norm = rms_norm_forward(x, weight, config.norm_eps, config.norm_offset, out=out)
-    return n, norm.factor
+    return n, norm.inverse_rms
 
 
 def pre_norm_saved(
-    x: Tensor, weight: Tensor | None, factor: Tensor | None, config: DecoderConfig
+    x: Tensor, weight: Tensor | None, inverse_rms: Tensor | None, config: DecoderConfig
 ) -> Tensor | RMSNormSaved:
     """Return the saved tensors of the norm before a sublayer, which represent n, or x itself without a norm."""
-    return x if weight is None or factor is None else RMSNormSaved(x, weight, factor, config.norm_offset)
+    return x if weight is None or inverse_rms is None else RMSNormSaved(x, weight, inverse_rms, config.norm_offset)
 
 
 def normalized(n: Tensor | RMSNormSaved) -> Tensor:

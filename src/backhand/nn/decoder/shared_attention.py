@@ -21,7 +21,7 @@ projections. With only one term instead of the sum, k_proj and v_proj of p would
 
 ∂L/∂q stays within its layer. If z_v = z_k, ∂L/∂z_k is the sum of the gradients through the norm of k and through n̂.
 
-Saved in addition to input and output: the norm factors. q, and a layer's own k and v, are recomputed
+Saved in addition to input and output: the inverse RMS of the norms. q, and a layer's own k and v, are recomputed
 from them. Shared keys and values are stored once for all layers until the pass ends.
 """
 
@@ -47,7 +47,8 @@ from backhand.ops.rotary import rotary_backward, rotary_forward
 class SharedAttentionSaved(NamedTuple):
     """Tensors saved in addition to input and output."""
 
-    factors: tuple[Tensor, ...]  # (T, heads, 1) of the norm of q, and of the norms of k and v if the layer has its own
+    # (T, heads, 1) of the norm of q, and of the norms of k and v if the layer has its own
+    inverse_rms: tuple[Tensor, ...]
 
 
 def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
@@ -65,7 +66,7 @@ def shared_attention_forward(
     """Return o, (T, H · head_dim), for the outputs of the projections, and the tensors saved in addition to both."""
     q, k, v, norms = _prepared(z, weights, context)
     output, _ = attention_forward(q, k, v, *attention_setting(weights, context))
-    return output.flatten(1), SharedAttentionSaved(tuple(norm.factor for norm in norms))
+    return output.flatten(1), SharedAttentionSaved(tuple(norm.inverse_rms for norm in norms))
 
 
 def shared_qkv(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,18 +75,18 @@ def shared_qkv(z: Tensor, weights: BlockWeights, context: BlockContext) -> tuple
 
 
 def _prepared(
-    z: Tensor, weights: BlockWeights, context: BlockContext, factors: tuple[Tensor, ...] | None = None
+    z: Tensor, weights: BlockWeights, context: BlockContext, inverse_rms: tuple[Tensor, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[RMSNormSaved]]:
-    """Return q, k and v as attention reads them, and the saved tensors of their norms, reusing `factors` if given."""
+    """Return q, k and v as attention reads them, and the saved tensors of their norms. Reuse `inverse_rms` if given."""
     eps, cross_layer, kv_source = context.config.norm_eps, not_none(context.cross_layer), context.layer.kv_source
     normed: list[Tensor] = []
     norms: list[RMSNormSaved] = []
     for place, x in enumerate(_parts(z, context)):
         gain = not_none((weights.q_norm, weights.k_norm, x.new_ones(x.shape[-1]))[place])
-        if factors is None:
+        if inverse_rms is None:
             y, norm = rms_norm_forward(x, gain, eps)
         else:
-            norm = RMSNormSaved(x, gain, factors[place], 0.0)
+            norm = RMSNormSaved(x, gain, inverse_rms[place], 0.0)
             y = rms_norm_apply(*norm)
         if place < 2 and context.rotary is not None:
             rotary_forward(y, context.rotary, out=y)
@@ -109,7 +110,7 @@ def shared_attention_backward(
     """Return ∂L/∂z, of z's shape. Gradients of another layer's keys and values are accumulated for that layer."""
     config, inner = context.config, saved.inner
     cross_layer, kv_source = not_none(context.cross_layer), context.layer.kv_source
-    q, k, v, norms = _prepared(saved.input, weights, context, inner.factors)
+    q, k, v, norms = _prepared(saved.input, weights, context, inner.inverse_rms)
     # This mixer's backward does not recompute the output, so it is always saved.
     output, d_attended = (x.unflatten(1, q.shape[1:]) for x in (not_none(saved.output), d_output))
     attention = AttentionSaved(q, k, v, output, *attention_setting(weights, context))

@@ -32,17 +32,17 @@ class TrainedWeights:
     def current(self) -> DecoderWeights:
         """Return the weights with the adapter's values as of the last `refresh_compute`."""
         lora, base = self._lora, self._base
-        if not lora.trained:
+        if not lora.full_tensors:
             return base
         blocks = [self.block(layer, block) for layer, block in enumerate(base.blocks)]
 
         def current(name: str, weight: FrozenMatrix) -> FrozenMatrix:
-            return lora.compute(name) if name in lora.trained else weight
+            return lora.compute(name) if name in lora.full_tensors else weight
 
         embedding, head = current(f"{EMBEDDING}.weight", base.embedding), current("lm_head.weight", base.head)
         norm = f"{self._config.final_norm}.weight"
-        final_norm = lora.compute(norm) if norm in lora.trained else base.final_norm
-        if f"{EMBEDDING}.{TOKENS}" in lora.trained:
+        final_norm = lora.compute(norm) if norm in lora.full_tensors else base.final_norm
+        if f"{EMBEDDING}.{TOKENS}" in lora.full_tensors:
             embedding = self._with_rows()
             head = embedding if self._config.tied_head else head
         return DecoderWeights(embedding, blocks, final_norm, head, base.per_layer)
@@ -50,7 +50,8 @@ class TrainedWeights:
     def block(self, layer: int, block: BlockWeights) -> BlockWeights:
         """Return one block's weights with the adapter's tensors in it, or `block` itself if it trains none of them."""
         lora, prefix = self._lora, f"model.layers.{layer}."
-        trained = {name.removeprefix(prefix): lora.compute(name) for name in lora.trained if name.startswith(prefix)}
+        names = [name for name in lora.full_tensors if name.startswith(prefix)]
+        trained = {name.removeprefix(prefix): lora.compute(name) for name in names}
         changes: dict[str, Tensor] = {}
         for part in block_parts(self._config, self._config.layers[layer]) if trained else ():
             if len(part.names) == 1 and part.names[0] in trained:

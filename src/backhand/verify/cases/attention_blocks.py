@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from backhand.ops.attention import AttentionGrads, AttentionSaved
 from backhand.ops.attention_blocks import BLOCK_TOKENS, AttentionBlocksSaved, attention_blocks_reference
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.verify.cases import attention
 from backhand.verify.mutants import Mutant
 from backhand.verify.reference_decoder import visible
@@ -81,7 +81,7 @@ def _packed(
         q, g, d_q = (functional.pad(x, (0, 0, 0, 0, n - m, 0)) for x in (s.q, d_y, right.d_q))
         output = attention_blocks_reference(q, s.k, s.v, s.scores)
         q, k, v, o = (x.flatten(0, 1) for x in (q, s.k, s.v, output))
-        runs = (Run(0, documents, n),)
+        runs = (SegmentRun(0, documents, n),)
         packed = AttentionSaved(q, k, v, o, runs, s.scores)
         packed_grads = AttentionGrads(*(x.flatten(0, 1) for x in (d_q, right.d_k, right.d_v)))
         separate: Tensor = spoil(g.flatten(0, 1), packed, packed_grads).unflatten(0, (documents, n))

@@ -21,7 +21,7 @@ from backhand.nn.decoder.mixer import BlockContext, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import ATTENTION, DecoderConfig, Mixture
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.rotary import RotaryTable
 from backhand.verify.decoder_op import DROPOUT_SEED, configured, with_slots, with_weights
 from backhand.verify.mutants import Backward, Mutant, rotate_equal_shapes, wrong
@@ -271,10 +271,10 @@ def _not_rotated(s: BlockInputs) -> RotaryTable | None:
     return table and table._replace(cos=torch.ones_like(table.cos), sin=torch.zeros_like(table.sin))
 
 
-def _one_document(s: BlockInputs) -> tuple[Run, ...]:
+def _one_document(s: BlockInputs) -> tuple[SegmentRun, ...]:
     """Treat all documents as one, unless the mixer is attention, which has saved their lengths."""
     alone = s.context.layer.mixer != ATTENTION
-    return (Run(0, 1, len(s.saved.x0)),) if alone else s.context.runs
+    return (SegmentRun(0, 1, len(s.saved.x0)),) if alone else s.context.segment_runs
 
 
 def _gates_unmoved(saved: BlockSaved, s: BlockInputs) -> BlockSaved:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference, convolved, tile_tokens
-from backhand.ops.document_groups import Run, segments
+from backhand.ops.document_groups import SegmentRun, segments
 from backhand.verify.mutants import wrong
 from backhand.verify.packed_tokens import TokenRelations, token_relations
 from backhand.verify.scaffold import DOCUMENTS, PACKED, Axis, Op
 
 
-def _baseline(x: Tensor, taps: Taps, runs: tuple[Run, ...], silu: bool) -> Tensor:
+def _baseline(x: Tensor, taps: Taps, runs: tuple[SegmentRun, ...], silu: bool) -> Tensor:
     c = causal_conv_reference(x, taps, runs)
     return functional.silu(c) if silu else c
 
@@ -87,7 +87,7 @@ def conv_matrices(saved: CausalConvSaved, seen_by: Sight = RIGHT, mistake: str =
     return weight[:, columns.to(weight.device)] * seen.to(weight.device)
 
 
-def _places_in_tiles(runs: tuple[Run, ...], channels: int) -> tuple[Tensor, Tensor]:
+def _places_in_tiles(runs: tuple[SegmentRun, ...], channels: int) -> tuple[Tensor, Tensor]:
     """Return the segment of each token, and the tile within the segment, (tokens,) each."""
     spans = [span for span, _ in segments(runs)]
     lengths = torch.tensor([stop - start for start, stop in spans], dtype=torch.int64)

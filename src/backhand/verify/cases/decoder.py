@@ -181,7 +181,7 @@ def _sibling_seen(batch: PackedBatch) -> dict[str, Any]:
     for number, parent in enumerate(batch.parents):
         parents[number] = previous.get(parent, parent) if parent >= 0 else parent
         previous[parent] = number
-    return {"parents": tuple(parents), "documents": batch.ends}
+    return {"parents": tuple(parents), "document_ends": batch.ends}
 
 
 def _as_if(name: str, gradients: str, **properties: Any) -> tuple[Mutant, ...]:
@@ -217,7 +217,7 @@ MUTANTS = (
     ),
     _batch("mask of the labels ignored", "d_lora_A", _all_supervised),
     _batch("labels shifted by one", "d_lora_B", lambda batch: {"labels": batch.labels.roll(1)}),
-    _batch("prefix unseen", BOTH, lambda batch: {"parents": (), "documents": batch.ends}),
+    _batch("prefix unseen", BOTH, lambda batch: {"parents": (), "document_ends": batch.ends}),
     _batch("a segment sees its sibling", BOTH, _sibling_seen),
     _as_if("positions from 0 in each segment", BOTH, positions=_restarting),
     _as_if("shared tokens counted once", BOTH, weights=lambda _batch: None),

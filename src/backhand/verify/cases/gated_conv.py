@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from backhand.ops.causal_conv import CausalConvSaved, Taps, causal_conv_reference
-from backhand.ops.document_groups import Run
+from backhand.ops.document_groups import SegmentRun
 from backhand.ops.gated_conv import GatedConvSaved
 from backhand.verify.cases.causal_conv import OTHERS, RIGHT, TILE_MISTAKES, Sight, conv_matrices
 from backhand.verify.mutants import wrong
 from backhand.verify.scaffold import DOCUMENTS, PACKED, Axis, Op
 
 
-def _baseline(bcx: Tensor, taps: Taps, runs: tuple[Run, ...]) -> Tensor:
+def _baseline(bcx: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> Tensor:
     b, c, x = bcx.chunk(3, dim=-1)
     return c * causal_conv_reference(b * x, taps, runs)
 

@@ -83,7 +83,7 @@ def _of_norm(t: Arguments, backward: Backward) -> tuple[Tensor, LoRAGroupGrads]:
 
 def _reference(x: Tensor, norm: Tensor | None, dropout: Dropout | None, args: Arguments) -> Tensor:
     x = x if norm is None else rms_norm_reference(x, norm, EPS, OFFSET)
-    y: Tensor = args.call(lora_group_reference, x=x, mask=multiplier(x, dropout))
+    y: Tensor = args.call(lora_group_reference, x=x, m=multiplier(x, dropout))
     return y
 
 

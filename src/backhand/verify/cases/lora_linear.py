@@ -35,7 +35,7 @@ OP = Op(
     | dict(d_y="*lead outputs", bias="outputs"),
     {**LAYER, "bias": False, "dropout": None, "input_gradient": True, "scaling": SCALING},
     baseline=_baseline,
-    derived={"mask": lambda x, dropout: multiplier(x, dropout)},
+    derived={"m": lambda x, dropout: multiplier(x, dropout)},
     compiled=True,
 )
 

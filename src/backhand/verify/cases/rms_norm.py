@@ -74,7 +74,7 @@ CASES = (
 
 
 def _x_hat(saved: RMSNormSaved) -> Tensor:
-    return saved.x * saved.factor
+    return saved.x * saved.inverse_rms
 
 
 def _g(d_y: Tensor, saved: RMSNormSaved) -> Tensor:
@@ -82,14 +82,14 @@ def _g(d_y: Tensor, saved: RMSNormSaved) -> Tensor:
 
 
 MUTANTS = (
-    wrong("projection term missing", "d_x", lambda g, s: s.factor * _g(g, s)),
+    wrong("projection term missing", "d_x", lambda g, s: s.inverse_rms * _g(g, s)),
     wrong(
         "sum for mean in the projection",
         "d_x",
-        lambda g, s: s.factor * (_g(g, s) - _x_hat(s) * (_g(g, s) * _x_hat(s)).sum(-1, keepdim=True)),
+        lambda g, s: s.inverse_rms * (_g(g, s) - _x_hat(s) * (_g(g, s) * _x_hat(s)).sum(-1, keepdim=True)),
     ),
-    wrong("projection of the wrong sign", "d_x", lambda g, s, d: 2 * s.factor * _g(g, s) - d),
-    wrong("factor forgotten", "d_x", lambda s, d: d / s.factor),
+    wrong("projection of the wrong sign", "d_x", lambda g, s, d: 2 * s.inverse_rms * _g(g, s) - d),
+    wrong("factor forgotten", "d_x", lambda s, d: d / s.inverse_rms),
     OP.perturb("offset forgotten", "d_x", offset=0.0),
     OP.perturb("weight forgotten", "d_x", weight=lambda s: torch.ones_like(s.weight), offset=0.0),
     wrong("x not normalised", "d_weight", lambda g, s: flat_rows(g * s.x).sum(0)),
