@@ -242,8 +242,8 @@ def written_targets(
     """Return target_modules, exclude_modules and layers_to_transform with which PEFT adapts exactly `names`.
 
     Names and a regular expression are written as given, since PEFT interprets them in the same way. `all-linear` has no
-    common definition, and becomes a list: last parts of the paths if these select nothing else among `module_names`,
-    full paths otherwise.
+    common definition, and becomes a list: of module names without their path if these select nothing else among
+    `module_names`, of full paths otherwise.
     """
     targets = config.target_modules
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:

@@ -91,8 +91,8 @@ class RowPacker:
 
     Args:
         examples: the rows.
-        share_prefixes: in each micro-batch, store a prefix that several documents share only once. Must be False with
-            dropout: its masks differ from row to row, and so do the hidden states of equal tokens.
+        share_prefixes: in each micro-batch, store the common prefix of several documents once. Must be False with
+            dropout: equal tokens of two rows have different masks, and therefore different hidden states.
 
     Attributes:
         examples: the rows.

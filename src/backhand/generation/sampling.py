@@ -124,7 +124,7 @@ _BLOCK = 256
 
 
 def draw(logits: Tensor, uniform: Sequence[float], top_p: float = 1.0) -> Drawn:
-    """Draw a token for each row of logits, (rows, vocab).
+    """Draw a token for each row of logits of shape (rows, vocab).
 
     The log-probability comes from the kernel that training uses. With p = softmax(z) and the drawn token v, the entropy
     is log Σ e^z - Σ p z = z_v - log p_v - Σ p z. The distribution function is summed over blocks of the vocabulary

@@ -25,7 +25,7 @@ _MOST_TAPS = 8
 
 
 def causal_conv(mode: int, x: Tensor, weight: Tensor, bias: Tensor | None, runs: SegmentRuns, y: Tensor) -> bool:
-    """Fill y, (tokens, channels), and return True; return False if the kernel does not apply.
+    """Fill y of shape (tokens, channels) and return True; return False if the kernel does not apply.
 
     Args:
         mode: PLAIN; WITH_SILU; or GATED, with x (tokens, 3 channels) as in `ops.gated_conv`.

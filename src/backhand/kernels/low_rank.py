@@ -64,7 +64,7 @@ class Adapter(Protocol):
 
 
 def down_projection(x: Tensor, lora_A: Tensor, out: Tensor | None) -> Tensor | None:
-    """Return h = x Aᵀ, (rows, rank), in `out` if it is given, or None if the kernel does not apply."""
+    """Return h = x Aᵀ of shape (rows, rank) in `out` if it is given, or None if the kernel does not apply."""
     kernel = find_kernel(_DOWN, x, lora_A, out)
     if kernel is None:
         return None

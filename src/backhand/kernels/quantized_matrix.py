@@ -172,7 +172,7 @@ class QuantizedMatrix:
 
 
 def dequantized_rows(part: StoredRows, out: Tensor, ids: Tensor | None) -> Tensor:
-    """Write the part's stored rows with these indices, or all for None, to `out`, (rows, in), and return it."""
+    """Write the part's stored rows with these indices, or all for None, to `out` of shape (rows, in) and return it."""
     if part.column_order is None:
         return dequantize(part.blocks, part.type_id, out, row_ids=ids)
     count, step = len(out), piece_size(_ROWS_IN_ORDER)

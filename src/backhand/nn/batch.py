@@ -24,7 +24,7 @@ occurs once per document. The gradient has the shape of the log-probabilities.
 
 
 class StartStates(NamedTuple):
-    """Cached input of block `layer`, counted from 0: `states`, (tokens, hidden)."""
+    """Cached input of block `layer`, counted from 0: `states` of shape (tokens, hidden)."""
 
     layer: int
     states: Tensor

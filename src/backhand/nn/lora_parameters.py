@@ -19,7 +19,7 @@ from backhand.ops.dora import row_squares
 
 Shape = tuple[int, ...]
 TOKENS = "trainable_tokens"
-"""Last part of the name of trained embedding rows."""
+"""Trained embedding rows are named after the embedding, followed by this word."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LoRASlot:
     interleaved: bool = False
 
     def shapes(self) -> dict[str, Shape]:
-        """Return the shapes of the module's trained tensors by the last parts of their names."""
+        """Return the shape of each trained tensor of the module, keyed by its name, such as `lora_A`."""
         rows = self.rank * max(1, self.experts)
         shapes: dict[str, Shape] = {"lora_A": (rows, self.in_features), "lora_B": (self.out_features, rows)}
         if self.lora_bias:
@@ -224,11 +224,11 @@ class LoRAParameters:
         return torch.tensor(not_none(self.full_tensors[name].token_ids), device=self.values.device)
 
     def lora_A(self, name: str) -> Tensor:
-        """Return the values of lora_A, (rank, in), as a view."""
+        """Return the values of lora_A of shape (rank, in) as a view."""
         return self._values[f"{name}.lora_A"]
 
     def lora_B(self, name: str) -> Tensor:
-        """Return the values of lora_B, (out, rank), as a view."""
+        """Return the values of lora_B of shape (out, rank) as a view."""
         return self._values[f"{name}.lora_B"]
 
     def compute_A(self, name: str) -> Tensor:
@@ -240,15 +240,15 @@ class LoRAParameters:
         return self._computed[f"{name}.lora_B"]
 
     def d_lora_A(self, name: str) -> Tensor:
-        """Return the gradient of lora_A, (rank, in), as a view."""
+        """Return the gradient of lora_A of shape (rank, in) as a view."""
         return self._gradients[f"{name}.lora_A"]
 
     def d_lora_B(self, name: str) -> Tensor:
-        """Return the gradient of lora_B, (out, rank), as a view."""
+        """Return the gradient of lora_B of shape (out, rank) as a view."""
         return self._gradients[f"{name}.lora_B"]
 
     def delta_weight(self, name: str) -> Tensor:
-        """Return s B A, (out, in) in the buffer's dtype. For experts it is stacked, (experts · out, in)."""
+        """Return s B A of shape (out, in) in the buffer's dtype. For experts it is stacked, (experts · out, in)."""
         slot, lora_A, lora_B = self.slots[name], self.lora_A(name), self.lora_B(name)
         if slot.experts:
             lora_A, lora_B = expert_factors(lora_A, lora_B, slot.experts)

@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = 1 << 16
 
 
 class Activated(NamedTuple):
-    """φ(a) and φ'(a), (..., n) each."""
+    """φ(a) and φ'(a) of shape (..., n) each."""
 
     value: Tensor
     slope: Tensor

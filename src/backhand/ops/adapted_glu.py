@@ -5,9 +5,9 @@
 
 Factors may belong to gate, to up, to each of them, or to both as one stacked layer.
 
-Backward. `glu` derives ∂L/∂a and ∂L/∂u, `lora_linear` the rest. Let G = ∂L/∂p, (..., n), be the whole gradient of p,
-including what reaches p through t, and let T = ∂L/∂t, (..., rank). With V = [∂L/∂a | ∂L/∂u] and V_i the columns of V
-that belong to factor i,
+Backward. `glu` derives ∂L/∂a and ∂L/∂u, `lora_linear` the rest. Let G = ∂L/∂p (..., n) be the whole gradient of
+p, including what reaches p through t, and let T = ∂L/∂t of shape (..., rank). With V = [∂L/∂a | ∂L/∂u] and V_i the
+columns of V that belong to factor i,
     ∂L/∂[a₀ | u₀] = V = [G ⊙ u ⊙ φ'(a) | G ⊙ φ(a)]      (..., 2n)
     ∂L/∂h_i = s_i V_i B_i                               (..., rank_i)
     ∂L/∂B_i = s_i V_iᵀ h_i                              (out_i, rank_i)
@@ -50,7 +50,7 @@ class AdaptedGLUSaved(NamedTuple):
 
 
 class AdaptedGLUGrads(NamedTuple):
-    """d_gate_up (..., 2n); d_h (..., Σ rank); d_lora_B, (out_i, rank_i) of gate and up; d_lora_A (rank, n) of down."""
+    """d_gate_up (..., 2n); d_h (..., Σ rank); d_lora_B (out_i, rank_i) of gate and up; d_lora_A (rank, n) of down."""
 
     d_gate_up: Tensor
     d_h: Tensor
@@ -89,7 +89,7 @@ def adapted_glu_forward(
 
 
 def adapted_glu_backward(d_y: Tensor, saved: AdaptedGLUSaved, *, out: Tensor | None = None) -> AdaptedGLUGrads:
-    """Map d_y, (..., n), to the gradients of the module docstring; factor gradients are added to the groups' buffers.
+    """Map d_y (..., n) to the gradients of the module docstring; factor gradients are added to the groups' buffers.
 
     Args:
         d_y: G, the whole gradient of p; it may be overwritten.

@@ -119,7 +119,7 @@ def attention_forward(
 def attention_backward(
     d_y: Tensor, saved: AttentionSaved, *, out: Tensor | None = None, output_buffer: Tensor | None = None
 ) -> AttentionGrads:
-    """Map d_y, (tokens, heads, head_dim), to the gradients derived in the module docstring.
+    """Map d_y of shape (tokens, heads, head_dim) to the gradients derived in the module docstring.
 
     Args:
         d_y: ∂L/∂O.

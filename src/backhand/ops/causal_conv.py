@@ -82,7 +82,7 @@ def causal_conv_forward(
 
 
 def causal_conv_backward(d_y: Tensor, saved: CausalConvSaved, *, out: Tensor | None = None) -> CausalConvGrads:
-    """Map d_y, (tokens, channels), to the gradient derived in the module docstring.
+    """Map d_y of shape (tokens, channels) to the gradient derived in the module docstring.
 
     Args:
         out: (tokens, channels) to receive d_x, or None.
@@ -123,17 +123,17 @@ def causal_conv_continued(x: Tensor, taps: Taps, seen: Tensor, *, silu: bool = F
 
 
 def convolved(x: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> Tensor:
-    """Return c, (tokens, channels), as a new tensor."""
+    """Return c of shape (tokens, channels) as a new tensor."""
     return causal_conv_forward(x, taps, runs)[0]
 
 
 def convolved_back(d_c: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) -> Tensor:
-    """Return ∂L/∂x from ∂L/∂c, (tokens, channels), as a new tensor."""
+    """Return ∂L/∂x from ∂L/∂c of shape (tokens, channels) as a new tensor."""
     return causal_conv_backward(d_c, CausalConvSaved(d_c, taps, runs, silu=False)).d_x
 
 
 def _convolve_back(d_c: Tensor, taps: Taps, runs: tuple[SegmentRun, ...], d_x: Tensor) -> Tensor:
-    """Write ∂L/∂x from ∂L/∂c to d_x, (tokens, channels), and return it."""
+    """Write ∂L/∂x from ∂L/∂c to d_x of shape (tokens, channels) and return it."""
     weight, continued = taps.weight, continued_end(runs)
     # The gradients that segments add to those before them, rounded once at the end.
     wide = torch.promote_types(d_c.dtype, torch.float32)
@@ -179,7 +179,7 @@ def tile_tokens(channels: int) -> int:
 
 
 def _tiles(x: Tensor, runs: tuple[SegmentRun, ...]) -> Iterator[_Tile]:
-    """Yield the tiles of x, (tokens, channels): several segments at a time, or a part of one segment."""
+    """Yield the tiles of x of shape (tokens, channels): several segments at a time, or a part of one segment."""
     most = tile_tokens(x.shape[1]) if x.device.type == "cpu" else max(1, x.shape[0])
     for start, count, length, before in runs:
         at_once = max(1, most // max(length, 1))
@@ -207,7 +207,7 @@ def _convolve(x: Tensor, taps: Taps, tile: _Tile, out: Tensor) -> Tensor:
 
 
 def _tap(weight: Tensor, s: int) -> Tensor:
-    """Return w_s, (channels,)."""
+    """Return w_s of shape (channels,)."""
     return weight[:, weight.shape[1] - 1 - s]
 
 

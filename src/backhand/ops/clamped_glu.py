@@ -38,7 +38,7 @@ class Clamp(NamedTuple):
 
 
 class ClampedGLUSaved(NamedTuple):
-    """gate a and up u, (..., n) each, which may be views, and the two constants."""
+    """gate a and up u of shape (..., n) each, which may be views, and the two constants."""
 
     gate: Tensor
     up: Tensor
@@ -46,7 +46,7 @@ class ClampedGLUSaved(NamedTuple):
 
 
 class ClampedGLUGrads(NamedTuple):
-    """d_gate and d_up, (..., n) each."""
+    """d_gate and d_up of shape (..., n) each."""
 
     d_gate: Tensor
     d_up: Tensor
@@ -79,7 +79,7 @@ def clamped_glu_forward(
 
 
 def clamped_glu_backward(d_y: Tensor, saved: ClampedGLUSaved, *, out: Tensor | None = None) -> ClampedGLUGrads:
-    """Map d_y, (..., n), to the gradients derived in the module docstring.
+    """Map d_y of shape (..., n) to the gradients derived in the module docstring.
 
     Args:
         out: (..., 2n) to receive [d_gate | d_up]; or None.

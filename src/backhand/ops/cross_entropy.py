@@ -42,7 +42,7 @@ class CrossEntropyGrads(NamedTuple):
 
 
 def softmax_and_log_sum(logits: Tensor, out: Tensor) -> Tensor:
-    """Write softmax(Z), (rows, n), to `out`; return logsumexp(Z), (rows, 1), in float64 where the device has it.
+    """Write softmax(Z) (rows, n) to `out`; return logsumexp(Z) (rows, 1) in float64 where the device has it.
 
     torch adds a row's powers in few accumulators, so that thousands of tiny powers are lost next to a large one. All
     probabilities then err by the same factor: their sum, which torch's `sum` computes pairwise.
@@ -98,7 +98,7 @@ def losses_in_place(logits: Tensor, targets: Tensor, losses: Tensor, cap: float 
 
 
 def cross_entropy_backward(d_y: Tensor, saved: CrossEntropySaved) -> CrossEntropyGrads:
-    """Map d_y, (rows,), to the gradient derived in the module docstring."""
+    """Map d_y of shape (rows,) to the gradient derived in the module docstring."""
     probabilities, targets, dtype = saved
     minus_one = probabilities.new_full((1, 1), -1.0).expand(len(targets), 1)
     difference = probabilities.scatter_add(1, targets[:, None], minus_one)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 
 class DecayGateSaved(NamedTuple):
-    """a (tokens, heads); A and b, (heads,) each."""
+    """a (tokens, heads); A and b of shape (heads,) each."""
 
     a: Tensor
     log_rate: Tensor
@@ -50,7 +50,7 @@ def decay_gate_forward(a: Tensor, log_rate: Tensor, bias: Tensor) -> tuple[Tenso
 
 
 def decay_gate_backward(d_y: Tensor, saved: DecayGateSaved) -> DecayGateGrads:
-    """Map d_y, (tokens, heads), to the gradient derived in the module docstring, in a's dtype."""
+    """Map d_y of shape (tokens, heads) to the gradient derived in the module docstring, in a's dtype."""
     rate, z = _rate_and_z(saved)
     return DecayGateGrads(torch.sigmoid(z).mul_(-rate).mul_(d_y).to(saved.a.dtype))
 

@@ -110,7 +110,7 @@ def heads_at_once(heads: int, tokens: int, step_tokens: int, width: int, saved: 
 
 
 def forward_in_chunks(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> None:
-    """Write o, (tokens, value heads, value width), to `out`; see `gated_delta_rule_forward`."""
+    """Write o of shape (tokens, value heads, value width) to `out`; see `gated_delta_rule_forward`."""
     group = saved.v.shape[1] // saved.k.shape[1]
     for part in _head_parts(saved):
         if states is not None:
@@ -122,7 +122,7 @@ def forward_in_chunks(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Te
 
 
 def backward_in_chunks(d_y: Tensor, saved: GatedDeltaRuleSaved, grads: GatedDeltaRuleGrads) -> None:
-    """Write the gradients of d_y, (tokens, value heads, value width), to `grads`."""
+    """Write the gradients of d_y of shape (tokens, value heads, value width) to `grads`."""
     levels = levels_of(saved.runs, saved.chunk, d_y.device)
     for part in _head_parts(saved):
         saved_steps: list[list[_StepSaved]] = [[] for _ in levels]
@@ -224,7 +224,7 @@ def _chunk(saved: GatedDeltaRuleSaved, step: Step, part: slice) -> _Chunk:
 
 
 def _of_values(x: Tensor, step: Step, group: int, dtype: torch.dtype) -> Tensor:
-    """Gather the step's x, (tokens, value heads of the part, …), as (documents, key heads, group, length, …)."""
+    """Gather the step's x of shape (tokens, value heads of the part, …) as (documents, key heads, group, length, …)."""
     out = x.new_empty(step.documents, x.shape[1], step.length, *x.shape[2:], dtype=dtype)
     gather(x, step, out)
     grouped: Tensor = out.unflatten(1, (-1, group))
@@ -353,7 +353,7 @@ def _chunk_back(
 
 
 def _plus_product(x: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Add left @ right to x, (b, h, n, m), in place; return the product if x is None."""
+    """Add left @ right to x of shape (b, h, n, m) in place; return the product if x is None."""
     if x is None:
         return left @ right
     x.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))

@@ -121,7 +121,7 @@ def _view(x: Tensor, step: Step) -> Tensor:
 
 
 def gather(x: Tensor, step: Step, out: Tensor) -> None:
-    """Write the step's tokens of x, (tokens, heads, …), to `out`, (documents, heads, length, …), padded with zeros."""
+    """Write the step's tokens of x, (tokens, heads, …), to `out` (documents, heads, length, …), padded with zeros."""
     if step.places is None:
         out.copy_(_view(x, step).transpose(1, 2))
         return

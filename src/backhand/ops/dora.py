@@ -44,7 +44,7 @@ class DoRAGrads(NamedTuple):
 
 
 def dora_norm(weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return c, (out,): the norms of the rows of W + s B A, in float32 at least.
+    """Return c of shape (out,): the norms of the rows of W + s B A, in float32 at least.
 
     Args:
         weight: (out, in).
@@ -60,7 +60,7 @@ def dora_norm(weight: FrozenMatrix, lora_A: Tensor, lora_B: Tensor, scaling: flo
 
 
 def row_squares(weight: FrozenMatrix) -> Tensor:
-    """Return ‖W_o‖², (out,), in float32 at least."""
+    """Return ‖W_o‖² of shape (out,) in float32 at least."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     # Not vector_norm, whose error grows with the row: 1.6e-6 for 8,192 numbers, while the pairwise `sum` has 1e-7.
     return torch.cat([tile.to(wide).square().sum(1) for _, tile in frozen_tiles(weight)])
@@ -98,7 +98,7 @@ def dora_backward(d_y: Tensor, saved: DoRASaved) -> DoRAGrads:
 
 
 def weight_scale(magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return m / c, (out,), divided in the wider dtype and then cast."""
+    """Return m / c of shape (out,), divided in the wider dtype and then cast."""
     return (magnitude / norm).to(dtype)
 
 

@@ -106,7 +106,7 @@ def _rescaled(x: Tensor, weight: FrozenMatrix, lora_B: Tensor, h: Tensor, scalin
 
 
 def dora_linear_backward(d_y: Tensor, saved: DoRALinearSaved, *, input_gradient: bool = True) -> DoRALinearGrads:
-    """Map d_y, (..., out), to the gradients derived in the module docstring.
+    """Map d_y of shape (..., out) to the gradients derived in the module docstring.
 
     Args:
         d_y: ∂L/∂y, (..., out).

@@ -32,7 +32,7 @@ class EmbeddingSaved(NamedTuple):
 
 
 class EmbeddingGrads(NamedTuple):
-    """d_weight, (vocab, hidden)."""
+    """d_weight of shape (vocab, hidden)."""
 
     d_weight: Tensor
 
@@ -55,7 +55,7 @@ def embedding_forward(ids: Tensor, weight: Tensor, scaling: float = 1.0) -> tupl
 
 
 def embedding_backward(d_y: Tensor, saved: EmbeddingSaved) -> EmbeddingGrads:
-    """Map d_y, (..., hidden), to the gradient derived in the module docstring, in d_y's dtype."""
+    """Map d_y of shape (..., hidden) to the gradient derived in the module docstring, in d_y's dtype."""
     d_weight = sums_by_id(saved.ids.reshape(-1), d_y.reshape(-1, d_y.shape[-1]), saved.vocab).mul_(saved.scaling)
     return EmbeddingGrads(d_weight.to(d_y.dtype))
 

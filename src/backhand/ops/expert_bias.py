@@ -50,7 +50,7 @@ def expert_bias_forward(weights: Tensor, chosen: Tensor, biases: Tensor) -> tupl
 
 
 def expert_bias_backward(d_y: Tensor, saved: ExpertBiasSaved) -> ExpertBiasGrads:
-    """Map d_y, (tokens, n), to the gradient derived in the module docstring."""
+    """Map d_y of shape (tokens, n) to the gradient derived in the module docstring."""
     return ExpertBiasGrads((d_y @ saved.biases.T).gather(1, saved.chosen))
 
 

@@ -104,7 +104,7 @@ def expert_linear_backward(
     input_gradient: bool = True,
     accumulate_into: tuple[Tensor, Tensor] | None = None,
 ) -> ExpertLinearGrads:
-    """Map d_y, (rows, out), to the gradients derived in the module docstring.
+    """Map d_y of shape (rows, out) to the gradients derived in the module docstring.
 
     Args:
         input_gradient: False skips ∂L/∂x.

@@ -85,12 +85,12 @@ def route(chosen: Tensor, experts: int) -> Routing:
 
 
 def dispatch_forward(x: Tensor, routing: Routing) -> tuple[Tensor, DispatchSaved]:
-    """Gather x̂, (rows, hidden), from x, (tokens, hidden)."""
+    """Gather x̂ of shape (rows, hidden) from x of shape (tokens, hidden)."""
     return x.index_select(0, routing.tokens), DispatchSaved(routing)
 
 
 def dispatch_backward(d_y: Tensor, saved: DispatchSaved) -> DispatchGrads:
-    """Map d_y, (rows, hidden), to d_x, (tokens, hidden)."""
+    """Map d_y of shape (rows, hidden) to d_x of shape (tokens, hidden)."""
     return DispatchGrads(_choices(d_y, saved.routing).sum(1))
 
 
@@ -120,7 +120,7 @@ def weigh_forward(p: Tensor, weights: Tensor, routing: Routing, out: Tensor | No
 
 
 def weigh_backward(d_y: Tensor, saved: WeighSaved) -> WeighGrads:
-    """Map d_y, (rows, n), to the gradients derived in the module docstring."""
+    """Map d_y of shape (rows, n) to the gradients derived in the module docstring."""
     p, weights, routing = saved
     of_row = torch.linalg.vecdot(p, d_y)
     d_weights = of_row.index_select(0, routing.places.flatten()).view(weights.shape)
@@ -141,12 +141,12 @@ def weigh_reference(p: Tensor, weights: Tensor, routing: Routing) -> Tensor:
 
 
 def combine_forward(z: Tensor, routing: Routing) -> tuple[Tensor, CombineSaved]:
-    """Compute y_t = Σ_c z_{r(t, c)}, (tokens, hidden), from z, (rows, hidden)."""
+    """Compute y_t = Σ_c z_{r(t, c)}, (tokens, hidden), from z of shape (rows, hidden)."""
     return _choices(z, routing).sum(1), CombineSaved(routing)
 
 
 def combine_backward(d_y: Tensor, saved: CombineSaved) -> CombineGrads:
-    """Map d_y, (tokens, hidden), to d_z, (rows, hidden)."""
+    """Map d_y of shape (tokens, hidden) to d_z of shape (rows, hidden)."""
     return CombineGrads(d_y.index_select(0, saved.routing.tokens))
 
 

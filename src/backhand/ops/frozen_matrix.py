@@ -48,7 +48,7 @@ class FrozenLinearSaved(NamedTuple):
 
 
 class FrozenLinearGrads(NamedTuple):
-    """d_x, (..., in)."""
+    """d_x of shape (..., in)."""
 
     d_x: Tensor
 
@@ -74,7 +74,7 @@ def frozen_linear_forward(
 
 
 def frozen_linear_backward(d_y: Tensor, saved: FrozenLinearSaved) -> FrozenLinearGrads:
-    """Map d_y, (..., out), to the gradient derived in the module docstring."""
+    """Map d_y of shape (..., out) to the gradient derived in the module docstring."""
     lead, (outputs, inputs) = d_y.shape[:-1], saved.weight.shape
     d_x = frozen_input_gradient(d_y.reshape(lead.numel(), outputs), saved.weight)
     return FrozenLinearGrads(d_x.view(*lead, inputs))

@@ -59,7 +59,7 @@ def gated_conv_forward(bcx: Tensor, taps: Taps, runs: tuple[SegmentRun, ...]) ->
 
 
 def gated_conv_backward(d_y: Tensor, saved: GatedConvSaved, *, out: Tensor | None = None) -> GatedConvGrads:
-    """Map d_y, (tokens, channels), to the gradients derived in the module docstring.
+    """Map d_y of shape (tokens, channels) to the gradients derived in the module docstring.
 
     Args:
         out: (tokens, 3 channels) to receive [d_B | d_C | d_x], or None.

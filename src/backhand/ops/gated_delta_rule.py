@@ -88,7 +88,7 @@ def gated_delta_rule_forward(
 
 
 def gated_delta_rule_backward(d_y: Tensor, saved: GatedDeltaRuleSaved) -> GatedDeltaRuleGrads:
-    """Map d_y, (tokens, value heads, value width), to the gradients derived in the module docstring."""
+    """Map d_y of shape (tokens, value heads, value width) to the gradients derived in the module docstring."""
     compiled = kernels.gated_delta_rule_gradients(d_y, *saved)
     if compiled is not None:
         return GatedDeltaRuleGrads(*compiled)

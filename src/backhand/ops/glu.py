@@ -25,7 +25,7 @@ from backhand.ops.activation import CUBIC, KAPPA, Activated, activate, activated
 
 
 class GLUSaved(NamedTuple):
-    """gate a and up u, (..., n) each, which may be views, and the activation's name."""
+    """gate a and up u of shape (..., n) each, which may be views, and the activation's name."""
 
     gate: Tensor
     up: Tensor
@@ -33,7 +33,7 @@ class GLUSaved(NamedTuple):
 
 
 class GLUGrads(NamedTuple):
-    """d_gate and d_up, (..., n) each."""
+    """d_gate and d_up of shape (..., n) each."""
 
     d_gate: Tensor
     d_up: Tensor
@@ -53,7 +53,7 @@ def glu_forward(gate: Tensor, up: Tensor, activation: str, *, out: Tensor | None
 
 
 def glu_recompute(saved: GLUSaved) -> tuple[Tensor, Activated | None]:
-    """Recompute y, (..., n), and return φ and φ' for the backward; None if the kernel does not need them."""
+    """Recompute y of shape (..., n) and return φ and φ' for the backward; None if the kernel does not need them."""
     y = kernels.glu(*saved)
     if y is not None:
         return y, None
@@ -69,7 +69,7 @@ def glu_backward(
     out: Tensor | None = None,
     output_buffer: Tensor | None = None,
 ) -> GLUGrads:
-    """Map d_y, (..., n), to the gradients derived in the module docstring.
+    """Map d_y of shape (..., n) to the gradients derived in the module docstring.
 
     Args:
         ready: φ and φ' from `glu_recompute`, or None to evaluate them; its slope is overwritten.

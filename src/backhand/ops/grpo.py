@@ -51,7 +51,7 @@ class GRPORule(NamedTuple):
 
 
 class GRPOSaved(NamedTuple):
-    """Saved for the backward: a r A, (tokens,) or for rloo (answers,); β r (p - q) or None; w, owners, dtype."""
+    """Saved for the backward: a r A (tokens,) or for rloo (answers,); β r (p - q) or None; w, owners, dtype."""
 
     pulled: Tensor
     d_divergence: Tensor | None
@@ -111,7 +111,7 @@ def grpo_forward(
 
 
 def grpo_backward(d_y: Tensor, saved: GRPOSaved) -> GRPOGrads:
-    """Map d_y, (answers,), to the gradient derived in the module docstring."""
+    """Map d_y of shape (answers,) to the gradient derived in the module docstring."""
     slope = -(saved.pulled[saved.owners] if saved.by_answer else saved.pulled)
     if saved.d_divergence is not None:
         slope = slope + saved.d_divergence

@@ -45,7 +45,7 @@ class AdaptedHead:
         self.d_lora_B = torch.zeros_like(factors.lora_B, dtype=wide)
 
     def add_logits(self, logits: Tensor, part: slice, scaling: float) -> Tensor:
-        """Add γ s h Bᵀ to the logits of these rows, (part, vocab), and return h, (part, rank); `scaling` is γ."""
+        """Add γ s h Bᵀ to the logits of these rows, (part, vocab), and return h (part, rank); `scaling` is γ."""
         x, factors = self._x[part], self._factors
         h = (x if self._mask is None else x * self._mask[part]) @ factors.lora_A.T
         logits.addmm_(h, factors.lora_B.T, alpha=scaling * factors.scaling)

@@ -47,7 +47,7 @@ def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
 
 
 def linear_backward(d_y: Tensor, saved: LinearSaved, *, input_gradient: bool = True) -> LinearGrads:
-    """Map d_y, (..., out), to the gradients derived in the module docstring; no rows give zero gradients.
+    """Map d_y of shape (..., out) to the gradients derived in the module docstring; no rows give zero gradients.
 
     Args:
         input_gradient: False skips ∂L/∂x.

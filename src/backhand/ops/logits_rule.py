@@ -38,13 +38,13 @@ def ruled(logits: Tensor, rule: LogitsRule) -> tuple[Tensor, Tensor | None]:
 
 
 def ruled_backward(d_logits: Tensor, tanh: Tensor | None, rule: LogitsRule) -> Tensor:
-    """Return γ (1 - T²) ⊙ ∂L/∂Z', (rows, vocab), the gradient of the plain output; d_logits may be overwritten."""
+    """Return γ (1 - T²) ⊙ ∂L/∂Z' (rows, vocab), the gradient of the plain output; d_logits may be overwritten."""
     if tanh is not None:
         d_logits = torch.ops.aten.tanh_backward(d_logits, tanh)
     return d_logits if rule.scaling == 1.0 else d_logits.mul_(rule.scaling)
 
 
 def ruled_reference(logits: Tensor, rule: LogitsRule) -> Tensor:
-    """Compute Z' of plain logits Z, (rows, vocab), with the tanh as 2 σ(2u) - 1."""
+    """Compute Z' of plain logits Z of shape (rows, vocab) with the tanh as 2 σ(2u) - 1."""
     z = rule.scaling * logits
     return z if rule.cap is None else rule.cap * (2 * torch.sigmoid(2 * z / rule.cap) - 1)

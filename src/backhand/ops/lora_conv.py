@@ -101,7 +101,7 @@ def lora_conv_forward(
 
 
 def lora_conv_backward(d_y: Tensor, saved: LoRAConvSaved, *, input_gradient: bool = True) -> LoRAConvGrads:
-    """Map d_y, (batch, out, *L'), to the gradients derived in the module docstring.
+    """Map d_y of shape (batch, out, *L') to the gradients derived in the module docstring.
 
     Args:
         input_gradient: False skips ∂L/∂x, for the lowest adapted layer.

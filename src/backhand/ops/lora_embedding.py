@@ -71,7 +71,7 @@ def lora_embedding_forward(
 
 
 def lora_embedding_backward(d_y: Tensor, saved: LoRAEmbeddingSaved) -> LoRAEmbeddingGrads:
-    """Map d_y, (..., hidden), to the gradients derived in the module docstring."""
+    """Map d_y of shape (..., hidden) to the gradients derived in the module docstring."""
     g = d_y.reshape(-1, d_y.shape[-1])
     d_lora_B = (g.T @ saved.h).mul_(saved.scaling)
     wide = torch.promote_types(d_y.dtype, torch.float32)

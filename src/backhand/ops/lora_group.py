@@ -94,7 +94,7 @@ def lora_group_forward(
 
 
 def lora_group_backward(d_y: Tensor, saved: LoRAGroupSaved, *, input_gradient: bool = True) -> LoRAGroupGrads:
-    """Map d_y, (..., Σ out_i), to the gradients derived above; those of factors are added to the adapters' buffers.
+    """Map d_y (..., Σ out_i) to the gradients derived above; those of factors are added to the adapters' buffers.
 
     Args:
         d_y: ∂L/∂y of all layers.
@@ -151,7 +151,7 @@ def group_A_gradients(x: Tensor | RMSNormSaved, d_h: Tensor, group: LoRAGroup, m
 
 
 def stacked_A(adapters: Sequence[LoRAFactors]) -> Tensor:
-    """Stack [A_1; …; A_n], (Σ rank, in), of at least one adapter."""
+    """Stack [A_1; …; A_n] of shape (Σ rank, in) of at least one adapter."""
     return adapters[0].lora_A if len(adapters) == 1 else torch.cat([adapter.lora_A for adapter in adapters])
 
 

@@ -36,7 +36,7 @@ class LoRAFactors(NamedTuple):
 
 
 def down_projection(x: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Tensor:
-    """Compute h = x Aᵀ, (rows, rank), in `out` or a new tensor, from x (rows, in) and lora_A (rank, in)."""
+    """Compute h = x Aᵀ of shape (rows, rank) in `out` or a new tensor, from x (rows, in) and lora_A (rank, in)."""
     compiled = kernels.down_projection(x, lora_A, out)
     if compiled is not None:
         return compiled
@@ -47,7 +47,7 @@ def down_projection(x: Tensor, lora_A: Tensor, out: Tensor | None = None) -> Ten
 def add_up_projection(
     y: Tensor, h: Tensor, factor: Tensor, scaling: float = 1.0, *, transposed: bool = False
 ) -> Tensor:
-    """Add s h Fᵀ to y, (rows, n), in place, and return y.
+    """Add s h Fᵀ to y of shape (rows, n) in place, and return y.
 
     Args:
         y: (rows, n).
@@ -62,7 +62,7 @@ def add_up_projection(
 
 
 def h_gradient(g: Tensor, h: Tensor, adapters: Sequence[LoRAFactors]) -> Tensor:
-    """Return ∂L/∂h = [s₁ G₁ B₁ | … | sₙ Gₙ Bₙ], (rows, Σ rank), and add ∂L/∂Bᵢ = sᵢ Gᵢᵀ hᵢ to each `d_lora_B`.
+    """Return ∂L/∂h = [s₁ G₁ B₁ | … | sₙ Gₙ Bₙ] of shape (rows, Σ rank) and add ∂L/∂Bᵢ = sᵢ Gᵢᵀ hᵢ to each `d_lora_B`.
 
     Args:
         g: G, (rows, Σ out), of all layers, including those without an adapter.

@@ -38,7 +38,7 @@ with ∂ℓ/∂u = -∂ℓ/∂v = ∂ℓ/∂z. Losses of both sides:
     apo_zero    1 - σ(u) + σ(v)                                -σ'(u)              σ'(v)             2408.06266, eq. 7
     apo_down    σ(u) + 1 - σ(z)                                σ'(u) - σ'(z)       σ'(z)             2408.06266, eq. 8
 
-and with G = ∂L/∂ℓ, (pairs,),   ∂L/∂c = β G ∂ℓ/∂u,   ∂L/∂r = β G ∂ℓ/∂v      (pairs,).
+and with G = ∂L/∂ℓ of shape (pairs,),   ∂L/∂c = β G ∂ℓ/∂u,   ∂L/∂r = β G ∂ℓ/∂v      (pairs,).
 
 ORPO raises the odds of the chosen answer above those of the rejected one:
 
@@ -82,7 +82,7 @@ class PreferenceRule(NamedTuple):
 
 
 class PreferenceSaved(NamedTuple):
-    """Saved for the backward: c and r, (pairs,) in float32 or wider, the rule, and their original dtype."""
+    """Saved for the backward: c and r of shape (pairs,) in float32 or wider, the rule, and their original dtype."""
 
     chosen: Tensor
     rejected: Tensor
@@ -91,7 +91,7 @@ class PreferenceSaved(NamedTuple):
 
 
 class PreferenceGrads(NamedTuple):
-    """d_chosen and d_rejected, (pairs,)."""
+    """d_chosen and d_rejected of shape (pairs,)."""
 
     d_chosen: Tensor
     d_rejected: Tensor
@@ -197,7 +197,7 @@ def preference_forward(chosen: Tensor, rejected: Tensor, rule: PreferenceRule) -
 
 
 def preference_backward(d_y: Tensor, saved: PreferenceSaved) -> PreferenceGrads:
-    """Map d_y, (pairs,), to the gradients derived in the module docstring."""
+    """Map d_y of shape (pairs,) to the gradients derived in the module docstring."""
     c, r, rule, dtype = saved
     _, d_c, d_r = _evaluate(c, r, rule)
     return PreferenceGrads((d_y * d_c).to(dtype), (d_y * d_r).to(dtype))

@@ -96,7 +96,7 @@ def rms_norm_backward(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> RMSNormGrads:
-    """Map d_y, (..., n), to the gradients derived in the module docstring.
+    """Map d_y of shape (..., n) to the gradients derived in the module docstring.
 
     Args:
         weight_gradient: False skips ∂L/∂w, which a frozen norm does not need.

@@ -123,7 +123,7 @@ def rotary_forward(x: Tensor, table: RotaryTable, *, out: Tensor | None = None) 
 
 
 def rotary_backward(d_y: Tensor, saved: RotaryTable, *, out: Tensor | None = None) -> RotaryGrads:
-    """Rotate d_y, (tokens, heads, head_dim), back by the same angles; `out` may be d_y itself."""
+    """Rotate d_y of shape (tokens, heads, head_dim) back by the same angles; `out` may be d_y itself."""
     return RotaryGrads(_rotate(d_y, saved, out, back=True))
 
 

@@ -56,7 +56,7 @@ def router_forward(logits: Tensor, k: int, *, of_all: bool = False) -> tuple[Ten
 
 
 def router_backward(d_y: Tensor, saved: RouterSaved) -> RouterGrads:
-    """Map d_y = ∂L/∂w, (tokens, k), to the gradient derived in the module docstring, in the logits' dtype."""
+    """Map d_y = ∂L/∂w of shape (tokens, k) to the gradient derived in the module docstring, in the logits' dtype."""
     chosen, shares, experts, of_all, dtype = saved
     upstream = d_y.to(shares.dtype)
     if of_all:

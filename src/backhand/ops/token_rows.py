@@ -34,7 +34,7 @@ class TokenEmbeddingSaved(NamedTuple):
 
 
 class TokenEmbeddingGrads(NamedTuple):
-    """d_token_rows, (n, hidden), in float32 at least."""
+    """d_token_rows of shape (n, hidden) in float32 at least."""
 
     d_token_rows: Tensor
 
@@ -92,7 +92,7 @@ def token_embedding_forward(
 
 
 def token_embedding_backward(d_y: Tensor, saved: TokenEmbeddingSaved) -> TokenEmbeddingGrads:
-    """Map d_y, (..., hidden), to the gradient derived in the module docstring."""
+    """Map d_y of shape (..., hidden) to the gradient derived in the module docstring."""
     hit = saved.places >= 0
     return TokenEmbeddingGrads(sums_by_id(saved.places[hit], d_y.reshape(-1, d_y.shape[-1])[hit], saved.trained))
 
@@ -126,7 +126,7 @@ def token_linear_forward(
 
 
 def token_linear_backward(d_y: Tensor, saved: TokenLinearSaved, *, input_gradient: bool = True) -> TokenLinearGrads:
-    """Map d_y, (..., vocab), to the gradients derived in the module docstring.
+    """Map d_y of shape (..., vocab) to the gradients derived in the module docstring.
 
     Args:
         input_gradient: False skips ∂L/∂x.

@@ -51,7 +51,7 @@ CONFIG: Spec = {
 
 
 def run_charts(run: RunRecord) -> dict[str, Spec]:
-    """Return the curves of a run, by the last part of their id. A chart without data is left out."""
+    """Return the curves of a run, keyed by the last part of their id. A chart without data is left out."""
     predicted = run.facts.get("memory", {}).get("predicted_bytes")
     memory = _series(run.steps, "rss_bytes", "used", factor=2**-20)
     if memory and is_number(predicted):

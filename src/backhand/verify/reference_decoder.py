@@ -57,7 +57,7 @@ class ReferenceAdapter:
 
     slots: Mapping[str, LoRASlot]
     factors: Tensors  # all trained tensors by their name in `LoRAParameters`, for which autograd differentiates
-    dropout_seed: int | None = None  # seed of the step, or None for no dropout
+    dropout_seed: int | None = None  # seed of the micro-batch, or None for no dropout
     trained: Mapping[str, TrainedTensor] = field(default_factory=dict)  # name → fully trained tensor
 
     def weights(self, base: Tensors, tied: bool) -> Tensors:

@@ -9,7 +9,7 @@ There are two controls for the same r. For the leading singular vectors of W, �
 squared singular values. For random directions, the mean of ‖Uᵀ W V‖_F² is ‖W‖_F² r²/(out · in). For the query weight of
 layer 48 of GPT-3 the paper has 6.91 / 0.32 = 21.5 at r = 4 and 3.57 / 1.90 = 1.9 at r = 64.
 
-ΔW, (out, in), is never formed, see `arithmetic.low_rank`.
+ΔW of shape (out, in) is never formed, see `arithmetic.low_rank`.
 """
 
 from __future__ import annotations

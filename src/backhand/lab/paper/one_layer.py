@@ -60,5 +60,5 @@ class OneLayer:
 
 
 def delta_weight(lora: LoRAParameters, scaling: float) -> Tensor:
-    """Return scaling · lora_B @ lora_A, (out, in)."""
+    """Return scaling · lora_B @ lora_A of shape (out, in)."""
     return scaling * (lora.lora_B(NAME).detach() @ lora.lora_A(NAME).detach())

@@ -51,7 +51,7 @@ class Head:
         self.pre, self.post, self.d_pre, self.d_post = ([y] * len(weights) for _ in range(4))
 
     def forward(self, pre: FloatArray) -> float:
-        """Return the loss, given the previous layer's output `pre`, (points, width)."""
+        """Return the loss, given the previous layer's output `pre` of shape (points, width)."""
         for layer, weight in enumerate(self._weights):
             self.pre[layer], self.post[layer] = pre, np.maximum(pre, 0)
             pre = np.dot(self.post[layer], weight.T)
@@ -152,7 +152,7 @@ class AdapterTraining(_OneLayer):
         z = s x lora_Aᵀ,   h = x Wᵀ + z lora_Bᵀ (+ b₀ on layer 0)
         d_lora_B = d_hᵀ z,   d_z = d_h lora_B,   d_lora_A = s d_zᵀ x    (d_x is not needed, all layers below are frozen)
 
-    The product lora_B lora_A, (out, in), is never formed.
+    The product lora_B lora_A of shape (out, in) is never formed.
 
     Args:
         network: the frozen base, whose arrays are not copied.
@@ -185,7 +185,7 @@ class AdapterTraining(_OneLayer):
 
     @property
     def delta_weight(self) -> FloatArray:
-        """The update scaling · lora_B @ lora_A, (out, in)."""
+        """The update scaling · lora_B @ lora_A of shape (out, in)."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
 

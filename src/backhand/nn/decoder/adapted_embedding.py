@@ -45,7 +45,7 @@ def _embedding_forward(
 
 
 def _magnitude(table: FrozenMatrix, lora: LoRAParameters, slot: LoRASlot) -> tuple[Tensor, Tensor]:
-    """Return DoRA's m and c, (hidden,) each. A channel of the embedding is a column of the table."""
+    """Return DoRA's m and c of shape (hidden,) each. A channel of the embedding is a column of the table."""
     norm = dora_norm(frozen_dense(table).T, lora.compute_A(EMBEDDING), lora.compute_B(EMBEDDING), slot.scaling)
     return lora.tensor(f"{EMBEDDING}.lora_magnitude").to(norm.dtype), norm
 

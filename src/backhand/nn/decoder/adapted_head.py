@@ -149,7 +149,7 @@ def general_head_backward(
     token_loss: TokenLoss | None,
     logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ∂(loss_scaling · loss)/∂x, (supervised, hidden), and the loss, for a trained head or any token loss.
+    """Return ∂(loss_scaling · loss)/∂x (supervised, hidden) and the loss, for a trained head or any token loss.
 
     Args:
         x: (supervised, hidden), normalized. It may be overwritten.

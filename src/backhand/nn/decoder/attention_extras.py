@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 def normed(
     qkv: Tensor, parts: Parts, weights: BlockWeights, config: DecoderConfig, known: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Return normalized copies of q and k, (T, heads, head_dim), and the inverse RMS of both, (T, heads, 1) or (T, 1).
+    """Return normalized copies of q and k (T, heads, head_dim) and the inverse RMS of both, (T, heads, 1) or (T, 1).
 
     Args:
         qkv: output of the first group, (T, q + 2k) or (T, 2q + 2k).

@@ -41,7 +41,7 @@ class AttentionMixerSaved(NamedTuple):
 
 
 def attention_output(qkv: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, AttentionMixerSaved]:
-    """Return o, (T, q), for qkv, (T, q + 2k) or (T, 2q + 2k), and the tensors saved in addition to both."""
+    """Return o (T, q) for qkv (T, q + 2k) or (T, 2q + 2k), and the tensors saved in addition to both."""
     config = context.config
     q, k, v, inverse_rms = prepare_qkv(qkv, weights, context)
     buffer = context.scratch.take("attended", q.shape, q) if recomputes_output(qkv, config) else None
@@ -59,7 +59,7 @@ def recomputes_output(x: Tensor, config: DecoderConfig) -> bool:
 
 
 def recomputed_output(saved: MixerSaved, weights: BlockWeights, context: BlockContext) -> Tensor:
-    """Recompute o, (T, q), outside the backward of attention."""
+    """Recompute o of shape (T, q) outside the backward of attention."""
     q, k, v = attended_qkv(saved, weights, context)
     return attention_forward(q, k, v, *attention_setting(weights, context))[0].flatten(1)
 
@@ -75,7 +75,7 @@ def layer_scores(config: DecoderConfig, layer: LayerConfig, weights: BlockWeight
 
 
 def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor:
-    """Return o, (T, q), for the output of attention, (T, H, head_dim).
+    """Return o of shape (T, q) for the output of attention, (T, H, head_dim).
 
     With gates, it is multiplied by their sigmoid.
     """
@@ -85,7 +85,7 @@ def gated_output(qkv: Tensor, attended: Tensor, config: DecoderConfig) -> Tensor
 
 
 def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
-    """Return views of the heads in qkv, (T, q + 2k). With gates, the gate of each head follows its query."""
+    """Return views of the heads in qkv of shape (T, q + 2k). With gates, the gate of each head follows its query."""
     heads, kv_heads = config.num_heads, config.num_key_value_heads
     by_head = _by_head(qkv, config)
     if not config.attention_gate:
@@ -96,7 +96,7 @@ def _parts(qkv: Tensor, config: DecoderConfig) -> Parts:
 
 
 def _by_head(x: Tensor, config: DecoderConfig) -> Tensor:
-    """Return a view of x, (T, heads · head_dim), as (T, heads, head_dim)."""
+    """Return a view of x of shape (T, heads · head_dim) as (T, heads, head_dim)."""
     return x.view(x.shape[0], x.shape[1] // config.head_dim, config.head_dim)
 
 
@@ -154,7 +154,7 @@ def attention_input_gradient(
     adapter: BlockAdapter,
     output: Tensor | None,
 ) -> Tensor:
-    """Return ∂L/∂[q k v], (T, q + 2k): through attention, then back through rotation and q/k norms.
+    """Return ∂L/∂[q k v] of shape (T, q + 2k): through attention, then back through rotation and q/k norms.
 
     Args:
         d_output: ∂L/∂o, (T, q).

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class KeysAndValues(NamedTuple):
-    """k and v, (T, key/value heads, head_dim) each, or their gradients."""
+    """k and v of shape (T, key/value heads, head_dim) each, or their gradients."""
 
     k: Tensor
     v: Tensor

@@ -124,7 +124,7 @@ class Decoder(ForwardBackward):
         return self.head(self.hidden_states(batch))
 
     def head(self, x: Tensor) -> Tensor:
-        """Return logits, (rows, vocab), for the last block's output, (rows, hidden)."""
+        """Return logits of shape (rows, vocab) for the last block's output, (rows, hidden)."""
         projected = self.projected(x)
         return ruled(projected, self.config.logits)[0].to(projected.dtype)
 

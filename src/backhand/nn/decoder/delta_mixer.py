@@ -9,8 +9,8 @@ weight. q̂ and k̂ stay in float32 or wider, as the rule expects. norm is compu
 its weight, not by 1 + weight.
 
 Backward takes the lines in reverse order and applies the backward of each op. The mixer saves o and the inverse RMS of
-its norm in addition to its input and output. The backward recomputes q̂, k̂, v, g and β from the input, at the cost of a
-convolution and two norms.
+its norm in addition to its input and output. The backward recomputes q̂, k̂, v, g and β from the input, at the cost of
+a convolution and two norms.
 
 The output of a token depends on [q k v] before the convolution of the J-1 tokens before it, and on the state of the
 rule. These are the two states of a row, zero before its first token. Their size does not grow with the row.
@@ -65,7 +65,7 @@ class _RuleInputs(NamedTuple):
 
 
 def delta_forward(x: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, DeltaMixerSaved]:
-    """Return y, (T, value heads · value width), for [q k v | z | b | a], within each document."""
+    """Return y of shape (T, value heads · value width) for [q k v | z | b | a], within each document."""
     sizes = not_none(context.config.delta)
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     convolved, _ = causal_conv_forward(qkv, _taps(weights), context.segment_runs, silu=True)
@@ -82,7 +82,7 @@ def delta_backward(
     adapter: BlockAdapter,
     _output: Tensor | None,
 ) -> Tensor:
-    """Return ∂L/∂[q k v | z | b | a] for ∂L/∂y, (T, value heads · value width). Adds the gradient of a trained norm."""
+    """Return ∂L/∂[q k v | z | b | a] for ∂L/∂y (T, value heads · value width). Adds the gradient of a trained norm."""
     sizes, inner, x = not_none(context.config.delta), saved.inner, saved.input
     qkv, z, b, a = x.split(sizes.inputs, dim=1)
     d_x = torch.empty_like(x)
@@ -166,7 +166,7 @@ def _rule_inputs(convolved: Tensor, b: Tensor, a: Tensor, weights: BlockWeights,
 
 
 def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views of q, k and v in x, (tokens, channels), as (tokens, heads, width)."""
+    """Return views of q, k and v in x of shape (tokens, channels) as (tokens, heads, width)."""
     keys = sizes.key_heads * sizes.key_width
     q, k, v = x.split([keys, keys, sizes.value_heads * sizes.value_width], dim=1)
     key_shape, value_shape = (sizes.key_heads, sizes.key_width), (sizes.value_heads, sizes.value_width)
@@ -174,7 +174,7 @@ def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaMixerSaved]:
-    """Return norm(o) ⊙ SiLU(z), (tokens, value heads · value width), and the tensors saved for backward."""
+    """Return norm(o) ⊙ SiLU(z) of shape (tokens, value heads · value width) and the tensors saved for backward."""
     normed, norm = rms_norm_forward(o, not_none(weights.delta_norm), config.norm_eps)
     y, _ = glu_forward(z, normed.flatten(1), "silu")
     return y, DeltaMixerSaved(o, norm.inverse_rms)

@@ -194,7 +194,7 @@ def experts_backward(
 def _gate_up(
     n2: Tensor, routing: Routing, weights: BlockWeights, adapter: BlockAdapter, mixture: Mixture
 ) -> tuple[Tensor, Tensor]:
-    """Return [a | u], (T · k, 2f), and h, of all rows."""
+    """Return [a | u] of shape (T · k, 2f) and h of all rows."""
     rows, _ = dispatch_forward(n2, routing)
     matrices = ExpertMatrices(weights.gate_up, mixture.experts)
     factors, bias = _factors(adapter.gate_up, mixture), weights.gate_up_bias

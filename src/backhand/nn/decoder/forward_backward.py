@@ -95,7 +95,7 @@ class ForwardBackward:
             self.active = self._trained_weights.current()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return the first block's input c · table[ids], (tokens, hidden). c is √hidden in Gemma, 1 in most models."""
+        """Return c · table[ids] (tokens, hidden), the input of block 0. c is √hidden in Gemma and 1 in most models."""
         table = self.active.embedding
         if self.lora is None or not self._trained.embedding_factors:
             return self._scale_embedding(frozen_rows(table, input_ids))
@@ -281,7 +281,7 @@ class ForwardBackward:
         scratch: Scratch,
         token_loss: TokenLoss | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂x and the loss. x is the last block's output at the loss positions, (loss positions, hidden)."""
+        """Return ∂L/∂x and the loss. x of shape (loss positions, hidden) is the output of the last block."""
         trained = self._trained
         scratch.release()  # memory peaks in the head
         (normed, norm), targets = self._final_norm(x), batch.labels[batch.supervised_positions]

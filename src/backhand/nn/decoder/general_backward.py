@@ -88,7 +88,7 @@ def general_mixer_backward(
     mixer: Mixer,
     input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return d_x₀, (T, hidden), for d_x₁, (P, hidden), or None if the backward pass ends in this sublayer."""
+    """Return d_x₀ (T, hidden) for d_x₁ (P, hidden), or None if the backward pass ends in this sublayer."""
     config, positions, norms = context.config, context.loss_positions, context.config.norms
     n1 = pre_norm_saved(x0, weights.attention_norm, saved.inverse_rms, config)
     d_projected = residual_backward(d_x1, saved.post_norm, adapter.norms.get(norms.after_attention), config)

@@ -66,7 +66,7 @@ class GroupExtras(NamedTuple):
     def forward(
         self, x: Tensor, weight: FrozenMatrix, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return y, (rows, Σ out_i), and h, (rows, Σ rank). See `projections.group_forward`."""
+        """Return y of shape (rows, Σ out_i) and h of shape (rows, Σ rank). See `projections.group_forward`."""
         if self.has_magnitudes:
             return self._dora_forward(x, weight, bias, residual)
         y, saved = lora_group_forward(x, weight, bias, self.group, residual)
@@ -78,7 +78,7 @@ class GroupExtras(NamedTuple):
     def backward(
         self, d_y: Tensor, x: Tensor, weight: FrozenMatrix, h: Tensor, *, input_gradient: bool
     ) -> Tensor | None:
-        """Return ∂L/∂x, (rows, in), or None without `input_gradient`. See `projections.group_backward`."""
+        """Return ∂L/∂x of shape (rows, in), or None without `input_gradient`. See `projections.group_backward`."""
         parts = zip(self._split(d_y), frozen_split(weight, self._sizes), self.modules, strict=True)
         for d_y_i, weight_i, module in parts:
             if module.lora_bias is not None and module.factors is not None:

@@ -74,7 +74,7 @@ def ple_backward(
     context: BlockContext,
     input_grad_groups: frozenset[Group],
 ) -> Tensor | None:
-    """Return ∂L/∂x₂, (P, hidden), or None if the backward pass ends here. ∂L/∂e_l is written to `CrossLayer.d_ple`."""
+    """Return ∂L/∂x₂ (P, hidden), or None if the backward pass ends here. ∂L/∂e_l is written to `CrossLayer.d_ple`."""
     config = context.config
     d_x3 = d_x3 * not_none(weights.layer_scalar)
     if saved.x2 is None or saved.gate is None or saved.h_gate is None or saved.h_projection is None:
@@ -112,7 +112,7 @@ def ple_backward(
 
 
 def _layer_embeddings(context: BlockContext) -> Tensor:
-    """Return e_l at the positions of x₂, (P, p), contiguous."""
+    """Return a contiguous copy of e_l at the positions of x₂, (P, p)."""
     embeddings = not_none(not_none(context.cross_layer).ple)[:, context.number]
     return (
         embeddings.contiguous() if context.loss_positions is None else gather_rows(embeddings, context.loss_positions)

@@ -1,6 +1,6 @@
 """Gemma 4's per-layer embeddings (PLE), computed before the first block for all layers at once.
 
-From the embedded tokens h, (T, hidden), and their ids, for L layers with p features each:
+From the embedded tokens h of shape (T, hidden) and their ids, for L layers with p features each:
 
     e = (norm(h W_mᵀ / √hidden) + √p E[ids]) / √2      (T, L, p), the norm over the p features of each layer
 
@@ -8,7 +8,7 @@ with W_m (L p, hidden), the model's per-layer projection, and E (vocab, L p), a 
 module and may have an adapter. E and the norm stay frozen. The blocks use e in `nn.decoder.ple_block`.
 
 Backward, needed if W_m has an adapter or the embedding is trained. ∂L/∂e / √2 through the norm, times 1/√hidden, is
-∂L/∂(h W_mᵀ), (T, L p). It gives the gradient of W_m's adapter and a term of ∂L/∂h in addition to the stream's.
+∂L/∂(h W_mᵀ) of shape (T, L p). It gives the gradient of W_m's adapter and a term of ∂L/∂h in addition to the stream's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def ple_inputs_forward(
     lora: LoRAParameters | None,
     dropout_seed: int | None = None,
 ) -> tuple[Tensor, PLEInputsSaved]:
-    """Return e, (T, L, p), and the tensors saved for backward. h is (T, hidden), token_ids (T,)."""
+    """Return e of shape (T, L, p) and the tensors saved for backward. h is (T, hidden), token_ids (T,)."""
     sizes, adapter = not_none(config.per_layer), before_blocks_adapter(lora, dropout_seed, weights.projection)
     y, h_projection = group_forward(h, weights.projection, None, adapter)
     y = y.mul_(config.hidden_size**-0.5).unflatten(1, (sizes.layers, sizes.width))
@@ -68,7 +68,7 @@ def ple_inputs_backward(
     *,
     input_gradient: bool,
 ) -> Tensor | None:
-    """Return ∂L/∂h, (T, hidden), or None without `input_gradient`, and add the gradients of W_m's adapter.
+    """Return ∂L/∂h of shape (T, hidden), or None without `input_gradient`, and add the gradients of W_m's adapter.
 
     Args:
         d_e: ∂L/∂e, (T, L, p).
@@ -89,7 +89,7 @@ def embedding_output_gradient(
     lora: LoRAParameters,
     dropout_seed: int | None,
 ) -> Tensor:
-    """Return ∂L/∂h, (T, hidden): d_x from the stream, plus the PLE term if the embedding is trained."""
+    """Return ∂L/∂h of shape (T, hidden): d_x from the stream, plus the PLE term if the embedding is trained."""
     needs_d_h, d_e = trains_embedding(lora), not_none(cross_layer.d_ple)
     d_h = ple_inputs_backward(d_e, saved, weights, config, lora, dropout_seed, input_gradient=needs_d_h)
     return d_x if d_h is None else d_x + d_h

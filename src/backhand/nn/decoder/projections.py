@@ -59,7 +59,7 @@ def group_backward(
     *,
     input_gradient: bool,
 ) -> Tensor | None:
-    """Return ∂L/∂x, (positions, in), or None without `input_gradient`. Gradients of trained tensors are accumulated.
+    """Return ∂L/∂x (positions, in), or None without `input_gradient`. Gradients of trained tensors are accumulated.
 
     Works for any group. x must be available before ∂L/∂y is consumed.
 
@@ -78,7 +78,7 @@ def group_backward(
 def pre_norm_forward(
     x: Tensor, weight: Tensor | None, config: DecoderConfig, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
-    """Return norm(x), (T, hidden), and the inverse RMS, (T, 1). Without a norm, return x and None."""
+    """Return norm(x) of shape (T, hidden) and the inverse RMS, (T, 1). Without a norm, return x and None."""
     if weight is None:
         return x, None
     out = scratch.take("normed", x.shape, x)
@@ -101,7 +101,7 @@ def normalized(n: Tensor | RMSNormSaved) -> Tensor:
 def pre_norm_backward(
     d_n: Tensor, n: Tensor | RMSNormSaved, d_weight: Tensor | None, residual_grad: Tensor | None
 ) -> Tensor:
-    """Return ∂L/∂x, (T, hidden), in the memory of d_n: backward of the norm plus `residual_grad`.
+    """Return ∂L/∂x of shape (T, hidden) in the memory of d_n: backward of the norm plus `residual_grad`.
 
     Args:
         d_n: ∂L/∂n.
@@ -146,7 +146,7 @@ def residual_forward(
 def residual_sum(
     stream: Tensor, y: Tensor, norm_weight: Tensor | None, config: DecoderConfig
 ) -> tuple[Tensor, RMSNormSaved | None]:
-    """Return stream + m · norm(y), (T, hidden), and the tensors saved by the norm. May overwrite y."""
+    """Return stream + m · norm(y) of shape (T, hidden) and the tensors saved by the norm. May overwrite y."""
     saved = None
     if norm_weight is not None:
         y, saved = rms_norm_forward(y, norm_weight, config.norm_eps, config.norm_offset)
@@ -158,7 +158,7 @@ def residual_sum(
 def residual_backward(
     d_x: Tensor, saved: RMSNormSaved | None, d_weight: Tensor | None, config: DecoderConfig
 ) -> Tensor:
-    """Return ∂L/∂(z Wᵀ), (T, hidden), for the gradient d_x of the sum, which is not modified.
+    """Return ∂L/∂(z Wᵀ) of shape (T, hidden) for the gradient d_x of the sum, which is not modified.
 
     The gradient of the norm weight is added to `d_weight`, if given.
     """
@@ -193,7 +193,7 @@ def mixer_output_buffer(saved: MixerSaved, adapter: BlockAdapter, context: Block
 def saved_or_recomputed_gate_up(
     saved: MLPSaved, n2: Tensor | RMSNormSaved, weights: BlockWeights, adapter: BlockAdapter
 ) -> tuple[Tensor, Tensor]:
-    """Return [a | u], (T, 2f), and h of the group, recomputed from n₂ if they are not saved."""
+    """Return [a | u] of shape (T, 2f) and h of the group, recomputed from n₂ if they are not saved."""
     if saved.gate_up is not None and saved.h_gate_up is not None:
         return saved.gate_up, saved.h_gate_up
     return group_forward(normalized(n2), weights.gate_up, weights.gate_up_bias, adapter.gate_up)

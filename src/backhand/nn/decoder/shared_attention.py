@@ -63,7 +63,7 @@ def _parts(z: Tensor, context: BlockContext) -> tuple[Tensor, ...]:
 def shared_attention_forward(
     z: Tensor, weights: BlockWeights, context: BlockContext
 ) -> tuple[Tensor, SharedAttentionSaved]:
-    """Return o, (T, H · head_dim), for the outputs of the projections, and the tensors saved in addition to both."""
+    """Return o (T, H · head_dim) for the outputs of the projections, and the tensors saved in addition to both."""
     q, k, v, norms = _prepared(z, weights, context)
     output, _ = attention_forward(q, k, v, *attention_setting(weights, context))
     return output.flatten(1), SharedAttentionSaved(tuple(norm.inverse_rms for norm in norms))

@@ -25,7 +25,7 @@ from backhand.ops.gated_conv import GatedConvSaved, gated_conv_backward, gated_c
 
 
 def short_conv_forward(bcx: Tensor, weights: BlockWeights, context: BlockContext) -> tuple[Tensor, None]:
-    """Return y, (T, channels), for [B | C | x], (T, 3 channels), within each document."""
+    """Return y of shape (T, channels) for [B | C | x] of shape (T, 3 channels), within each document."""
     return gated_conv_forward(bcx, _taps(weights), context.segment_runs)[0], None
 
 
@@ -37,7 +37,7 @@ def short_conv_backward(
     _adapter: BlockAdapter,
     _output: Tensor | None,
 ) -> Tensor:
-    """Return ∂L/∂[B | C | x], (T, 3 channels), for ∂L/∂y, (T, channels)."""
+    """Return ∂L/∂[B | C | x] of shape (T, 3 channels) for ∂L/∂y of shape (T, channels)."""
     conv = GatedConvSaved(saved.input, _taps(weights), context.segment_runs)
     return gated_conv_backward(d_y, conv).d_bcx
 

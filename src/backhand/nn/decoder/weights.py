@@ -108,7 +108,7 @@ class Part(NamedTuple):
     """A field of `BlockWeights` and the tensors that are stacked in it."""
 
     field: str
-    names: tuple[str, ...]  # last parts of their Hugging Face names
+    names: tuple[str, ...]  # their Hugging Face names inside the block, such as `self_attn.q_proj.weight`
     rows: Sequence[int]  # rows of each tensor
     columns: tuple[int, ...]  # their other axes
     multiplies: bool = False  # weight of linear modules, which may be quantized
@@ -258,9 +258,10 @@ def load_weights(
 
 
 def linear_parts(block: BlockWeights, config: DecoderConfig, layer: int) -> dict[str, FrozenMatrix]:
-    """Return the weights of a block's linear modules, (out, in), by the last parts of their names (`self_attn.q_proj`).
+    """Return the weight of each linear module of a block, (out, in), keyed by its name inside the block.
 
-    A parameter of experts, such as `mlp.experts.down_proj`, is the stack of their matrices, (experts · out, in).
+    Such a name is `self_attn.q_proj`. A parameter of experts, such as `mlp.experts.down_proj`, is the stack of their
+    matrices, (experts · out, in).
     """
     parts = {
         name.removesuffix(".weight"): view

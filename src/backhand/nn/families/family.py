@@ -189,7 +189,7 @@ GROUP_OF = {
     for index, parts in enumerate(groups, first)
     for part in parts
 }
-"""Group number of a linear module by the last parts of its name."""
+"""Group number of each linear module, keyed by its name inside the block."""
 
 
 class NormNames(NamedTuple):

@@ -117,7 +117,7 @@ class LoRAModule(AdaptedModule):
         return adapted
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the trained parameters with the last parts of their names."""
+        """Yield the names, such as `lora_A`, and values of the trained parameters."""
         for name in self.added_parameters:
             parameter = self._parameters[name]
             if parameter is not None:
