@@ -12,8 +12,8 @@ What is counted, over every *.py file under src/backhand:
   `if TYPE_CHECKING` are read by type checkers alone and count for circles only where it says so. Upward: from a room
   to one above it or in the same layer, in the layers of that tree's pyproject.toml. A circle: modules of which each
   can be reached from each other by imports, in one room or several.
-- files on the way of one step: see one_step.py. Their lines are the files' own, not those that run. Below `_step` are
-  the loop's file and all that are entered after it.
+- files on the way of one step: see one_step.py. All lines of a file count, not only those that run. A step starts in
+  the loop's file. Bindings of compiled kernels (`kernels/`) are counted separately.
 - parameters: of each function as it is written, `self` and `cls` left out.
 """
 
@@ -260,8 +260,12 @@ def tables(modules: list[Module], layers: list[set[str]], way: dict[str, list[st
         lines = {module.path: module.lines for module in modules}
         code = {module.path: module.code_lines for module in modules}
         files = list(way)
-        below = files[files.index(LOOP) :] if LOOP in files else []
-        yield f"from the loop's _step on: {len(below)} files of {sum(code[path] for path in below):,} code lines"
+        step = files[files.index(LOOP) :] if LOOP in files else []
+        bindings = [path for path in step if path.startswith("kernels/")]
+        counts = ((len(paths), sum(code[path] for path in paths)) for paths in ({*step}.difference(bindings), bindings))
+        (own, own_lines), (kernels, kernel_lines) = counts
+        yield f"one step, from the loop on: {own} files of {own_lines:,} code lines"
+        yield f"bindings of its kernels: {kernels} files of {kernel_lines:,} code lines"
         of_them = sum(lines[path] for path in way)
         yield f"on the way of one step, from the command to the optimizer: {len(way)} files of {of_them:,} lines"
         yield from (f"    {lines[path]:>5}{code[path]:>6}  {path}" for path in way)

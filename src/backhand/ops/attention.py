@@ -106,7 +106,8 @@ def attention_forward(
         output (tokens, heads, head_dim) in q's dtype, and the saved tensors.
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    if scores.cap is not None or not kernels.attention(q, k, v, output, runs, *scores.of_kernels):
+    settings = scores.scaling, scores.window, scores.sinks
+    if scores.cap is not None or not kernels.attention(q, k, v, output, runs, *settings):
         for group in groups(runs, q):
             in_place = gather_documents(output, group) if group.places is None else None
             operands = gather_documents(q, group), gather_keys(k, group), gather_keys(v, group)
@@ -131,7 +132,8 @@ def attention_backward(
     if out is None:
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
-    if scores.cap is None and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *scores.of_kernels):
+    settings = scores.scaling, scores.window, scores.sinks
+    if scores.cap is None and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *settings):
         return grads
     if output_buffer is not None:
         if output is None:

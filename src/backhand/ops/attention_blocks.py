@@ -55,11 +55,6 @@ class Scores(NamedTuple):
     cap: float | None = None  # κ, the largest score, or None
     sinks: Tensor | None = None  # σ, (heads,), frozen, or None
 
-    @property
-    def of_kernels(self) -> tuple[float, int | None, Tensor | None]:
-        """The settings that our own kernel takes, which knows no cap: c, the window and σ."""
-        return self.scaling, self.window, self.sinks
-
 
 class AttentionBlocksSaved(NamedTuple):
     """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); the score settings."""
