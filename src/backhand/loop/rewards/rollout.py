@@ -169,7 +169,7 @@ class PromptPacker(RowPacker):
         return Forest(tuple(lengths), tuple(parents) if max(parents, default=-1) >= 0 else (), tuple(ends), [])
 
     @property
-    def common(self) -> int:
+    def common_prefix(self) -> int:
         """Return 0: hidden states of newly sampled answers are not cached."""
         return 0
 
