@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -118,13 +120,31 @@ def fill(page: str, text: str) -> str:
     return text
 
 
+NOTEBOOKS = {"docs/python.ipynb": "docs/python.md"}
+"""Notebooks, each with the page that it is made from."""
+
+
+def notebook(page: str) -> str:
+    """Return a page as a notebook: its Python blocks are cells of code, and the text between them is Markdown."""
+    cells: list[dict[str, object]] = []
+    for number, text in enumerate(re.split(r"^```python\n(.*?)^```\n", page, flags=re.MULTILINE | re.DOTALL)):
+        code: dict[str, object] = {"execution_count": None, "outputs": []} if number % 2 else {}
+        kind = "code" if number % 2 else "markdown"
+        if text.strip():
+            cells.append({"cell_type": kind, "metadata": {}, **code, "source": text.strip().splitlines(keepends=True)})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    made = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+
+
 def main() -> int:
     """Rewrite the pages, or with --check only compare; the exit code."""
     stale = []
-    for page in SECTIONS:
+    for page in (*SECTIONS, *NOTEBOOKS):
         path = PROJECT / page
-        before = path.read_text(encoding="utf-8")
-        after = fill(page, before)
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        source = NOTEBOOKS.get(page)
+        after = notebook((PROJECT / source).read_text(encoding="utf-8")) if source else fill(page, before)
         if before != after:
             stale.append(page)
             if "--check" not in sys.argv[1:]:

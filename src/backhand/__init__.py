@@ -2,7 +2,8 @@
 
     import backhand
 
-    backhand.train(backhand.TrainConfig(data=backhand.DataOptions(data=("rows.jsonl",))))
+    backhand.train(data="rows.jsonl", output="runs/mine")    # every option of the command line, by its name
+    backhand.generate("Hello", adapter="runs/mine/adapter")
     backhand.inject(module, backhand.LoRAConfig(rank=8))     # any torch.nn.Module, your own training loop
     backhand.inject_from(module, "runs/mine/adapter")        # the same with an adapter that was saved
     backhand.compare("d_lora_A", by_hand, autograd)          # exact | approximate | largest difference
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from backhand.adapters.config import LoRAConfig
     from backhand.adapters.inject import inject, inject_from
     from backhand.adapters.trainer_callback import AdapterCallback
+    from backhand.api import classify, evaluate, export, generate, train
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
-    from backhand.loop.evaluate import evaluate
     from backhand.loop.observers import Observer
     from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
     from backhand.options.objectives import ObjectiveOptions
-    from backhand.report.train import train
+    from backhand.options.rewards import RewardOptions
     from backhand.verify.comparison import compare
 
     __version__: str
@@ -50,13 +51,17 @@ _HOMES = {
     "ObjectiveOptions": "backhand.options.objectives",
     "Observer": "backhand.loop.observers",
     "OptimizationOptions": "backhand.options.config",
+    "RewardOptions": "backhand.options.rewards",
     "RunOptions": "backhand.options.config",
     "TrainConfig": "backhand.options.config",
+    "classify": "backhand.api",
     "compare": "backhand.verify.comparison",
-    "evaluate": "backhand.loop.evaluate",
+    "evaluate": "backhand.api",
+    "export": "backhand.api",
+    "generate": "backhand.api",
     "inject": "backhand.adapters.inject",
     "inject_from": "backhand.adapters.inject",
-    "train": "backhand.report.train",
+    "train": "backhand.api",
 }
 
 __all__ = [
@@ -70,11 +75,15 @@ __all__ = [
     "ObjectiveOptions",
     "Observer",
     "OptimizationOptions",
+    "RewardOptions",
     "RunOptions",
     "TrainConfig",
     "__version__",
+    "classify",
     "compare",
     "evaluate",
+    "export",
+    "generate",
     "inject",
     "inject_from",
     "train",

@@ -4,7 +4,8 @@
     dtype: Literal["auto", "float32"] = "auto"
 
 `check_fields` compares every field of an options dataclass, and of the dataclasses in it, with its annotation. Rules
-about several fields are in the dataclass's `_check_together`. This module does not import torch.
+about several fields are in the dataclass's `_check_together`. A program may give a text for a path, a path for a text,
+and what a `Convert` accepts. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, Self, TypeVar, get_args, get_origin
 
 from backhand.errors import UsageError
+from backhand.other_names import suggestion
 
 Parse = Callable[[Sequence[str]], Any]
 """Converts the words after an option into the value of a field whose type the command line does not support."""
@@ -131,6 +134,15 @@ class Words:
     parse: Parse
 
 
+@dataclass(frozen=True)
+class Convert:
+    """The conversion of a value that a program gives to the field's own type."""
+
+    convert: Callable[[Any], Any]  # returns any other value unchanged
+
+    sentence = ""
+
+
 def check_text(where: str, text: Any) -> None:
     """Raise UsageError unless `text` is a string that can be written as UTF-8."""
     if not isinstance(text, str):
@@ -162,8 +174,43 @@ Text = Annotated[str, Check(check_text)]
 BaseModel = Annotated[str, given("no base model is given", "give a directory, a file or a hub id")]
 
 
+if TYPE_CHECKING:
+    Read = TypeVar("Read")
+    Accepted = TypeVar("Accepted")
+
+    class Given(Generic[Read, Accepted]):
+        """For type checkers: a field whose constructor accepts more types than the field has."""
+
+        def __get__(self, instance: object, owner: object) -> Read: ...
+        def __set__(self, instance: object, value: Accepted) -> None: ...
+
+    GivenPath = Given[Path, str | Path]
+    OptionalPath = Given[Path | None, str | Path | None]
+else:
+    GivenPath, OptionalPath = Path, Path | None
+
+
 class Options:
-    """Base class of option dataclasses that can be validated."""
+    """Base class of option dataclasses: names of arguments, conversion of their values, and validation.
+
+    Raises:
+        UsageError: from the constructor, for a name that no field has.
+    """
+
+    def __new__(cls, *_values: Any, **named: Any) -> Self:
+        """Create the object. Every unknown name is answered with the one to write instead."""
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        check_names(cls.__name__, named, known, _homes())
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Convert the values that programs give: texts and paths to each other, and others by `Convert`."""
+        cls: type = type(self)
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, bool | int | float | Options):
+                converted = _converted(value, hints_of(cls)[name])
+                if converted is not value:
+                    object.__setattr__(self, name, converted)
 
     def validate(self) -> Self:
         """Check every field by itself, then the fields together; return self.
@@ -177,6 +224,52 @@ class Options:
 
     def _check_together(self) -> None:
         """Raise UsageError if the values of several fields contradict one another."""
+
+
+def check_names(owner: str, given: Mapping[str, Any], known: Collection[str], homes: Mapping[str, str]) -> None:
+    """Raise UsageError for names that a class or function does not have, with the names to write instead.
+
+    Args:
+        owner: name of the class or function.
+        given: values by the names that were given.
+        known: names that it has.
+        homes: other names, with the class that has each.
+    """
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
+    said = [suggestion(name, known, homes, value=given[name]) or f"it has {', '.join(known)}" for name in unknown]
+    several = [f"{name}: {text}" for name, text in zip(unknown, said, strict=True)]
+    raise UsageError(
+        f"{owner} has no option {' and no option '.join(unknown)}",
+        next_step=said[0] if len(said) == 1 else "\n    - ".join(["", *several]),
+    )
+
+
+def _homes() -> dict[str, str]:
+    """Return the name of the class that has each option, of all classes of options that are imported."""
+
+    def below(cls: type) -> Iterator[type]:
+        subclasses: list[type] = cls.__subclasses__()
+        for subclass in subclasses:
+            yield subclass
+            yield from below(subclass)
+
+    leaves = [cls for cls in below(Options) if not cls.__subclasses__()]
+    return {field.name: cls.__name__ for cls in reversed(leaves) for field in dataclasses.fields(cls)}
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    plain, rules = split_hint(hint)
+    for rule in rules:
+        if isinstance(rule, Convert):
+            value = rule.convert(value)
+    kinds = [split_hint(member)[0] for member in union_members(plain)]
+    if value and isinstance(value, str) and Path in kinds and str not in kinds:
+        return Path(value)
+    if isinstance(value, PurePath) and str in kinds and Path not in kinds:
+        return str(value)
+    return value
 
 
 def check_fields(options: Any) -> None:

@@ -78,7 +78,7 @@ def begin_alike(one: str, other: str) -> int:
 _MAX_COMPARED = 2000
 
 
-def nearest_names(name: str, candidates: Iterable[str], *, count: int = 3) -> list[str]:
+def nearest_names(name: str, candidates: Iterable[str], *, count: int = 3, cutoff: float = 0.5) -> list[str]:
     """Return up to `count` candidates that are most similar to `name`, best first.
 
     The last part of a dotted path is a candidate of its own. Only the first 2000 distinct candidates are compared,
@@ -87,7 +87,7 @@ def nearest_names(name: str, candidates: Iterable[str], *, count: int = 3) -> li
     known = list(dict.fromkeys(candidates))[:_MAX_COMPARED]
     if "." not in name:
         known = list(dict.fromkeys([*(candidate.rpartition(".")[2] for candidate in known), *known]))
-    return difflib.get_close_matches(name[:300], known, n=count, cutoff=0.5)
+    return difflib.get_close_matches(name[:300], known, n=count, cutoff=cutoff)
 
 
 def name_list(names: Iterable[str], *, limit: int = 8) -> str:

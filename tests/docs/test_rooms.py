@@ -26,7 +26,7 @@ def test_every_part_of_the_package_is_a_layer() -> None:
 
 def test_the_architecture_page_lists_them_in_order() -> None:
     text = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = text[text.index("| package | job |") :].split("\n\n")[0]
+    table = text[text.index("| package | contents |") :].split("\n\n")[0]
     listed = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert listed == LAYERS
 

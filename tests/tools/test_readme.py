@@ -46,6 +46,16 @@ def test_a_page_is_up_to_date(readme: ModuleType, page: str) -> None:
     assert text == readme.fill(page, text), "run make readme"
 
 
+def test_the_notebook_is_its_page(readme: ModuleType) -> None:
+    """tests/docs/test_blocks.py runs the blocks of the page in their order, which are the cells."""
+    ((made, page),) = readme.NOTEBOOKS.items()
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    assert (PROJECT / made).read_text(encoding="utf-8") == readme.notebook(text), "run make readme"
+    cells = json.loads(readme.notebook(text))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == text.count("```python") and all(f"```python\n{one}\n```" in text for one in code)
+
+
 def test_every_file_of_the_package_is_listed(readme: ModuleType) -> None:
     text = readme.files_section()
     for path in (PROJECT / "src" / "backhand").rglob("*.py"):
@@ -98,7 +108,7 @@ def test_check_fails_on_a_page_that_is_out_of_date(
     for page in PAGES:
         if page not in ("docs/commands.md", "docs/files.md"):  # made from other files
             monkeypatch.setitem(readme.SECTIONS, page, {})
-    for page in PAGES:
+    for page in (*PAGES, *readme.NOTEBOOKS, *readme.NOTEBOOKS.values()):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(PROJECT / page, tmp_path / page)
     monkeypatch.setattr(readme, "PROJECT", tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from backhand.cli.main import main
 from backhand.cli.option_fields import option_fields
 from backhand.options.config import TrainConfig
-from backhand.options.other_names import _table, option_answers, translate_option
+from backhand.other_names import _table, option_answers, translate_option
 
 PEFT = {
     "r": "rank",

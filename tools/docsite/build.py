@@ -31,6 +31,7 @@ GUIDES = (
     "models.md",
     "plan.md",
     "report.md",
+    "python.md",
     "kinds.md",
     "interop.md",
     "adapters.md",
@@ -50,7 +51,7 @@ PROJECT_PAGES = (
     "changelog.md",
 )
 COMMANDS = ("commands.md",)
-REFERENCE = ("errors.md", "error_messages.md", "toml.md", "python.md")
+REFERENCE = ("errors.md", "error_messages.md", "toml.md", "python_names.md")
 # Files outside docs/ that are pages too.
 ROOT_PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
@@ -73,7 +74,7 @@ def assemble(target: Path) -> None:
     commands = command_pages()
     made = {f"ops/{name}.md": text for name, text in ops.items()}
     made |= {f"commands/{name}.md": text for name, text in commands.items()}
-    made |= {"toml.md": toml_page(), "error_messages.md": error_page(PACKAGE), "python.md": python_page()}
+    made |= {"toml.md": toml_page(), "error_messages.md": error_page(PACKAGE), "python_names.md": python_page()}
     for name, text in made.items():
         (pages / name).parent.mkdir(exist_ok=True)
         (pages / name).write_text(text, encoding="utf-8")

@@ -13,7 +13,9 @@ _BY_ROOM = {
         "LoRAConfig",
         "OptimizationOptions",
         "RunOptions",
+        "Observer",
     ),
+    "Use": ("generate", "classify", "export"),
     "Measure": ("evaluate", "EvaluateOptions", "EvaluateRunOptions", "compare"),
     "Any PyTorch model": ("inject", "inject_from"),
     "Errors": ("BackhandError",),
@@ -25,7 +27,7 @@ def python_page() -> str:
     homes: dict[str, str] = backhand._HOMES
     grouped = {name for names in _BY_ROOM.values() for name in names}
     groups = _BY_ROOM | {"More": tuple(name for name in homes if name not in grouped)}
-    parts = ["# From Python", "`import backhand` imports nothing else; each name is loaded when it is first used."]
+    parts = ["# Python names", "`import backhand` imports nothing else; each name is loaded when it is first used."]
     for title, names in groups.items():
         if names:
             parts += [f"## {title}", *(f"::: {homes[name]}.{name}" for name in names)]

@@ -140,7 +140,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
 
     from cyclopts import UnknownCommandError, UnknownOptionError, UnusedCliTokensError
 
-    from backhand.options.other_names import command_answers
+    from backhand.other_names import command_answers
 
     words = list(error.unused_tokens or ())
     if isinstance(error, UnusedCliTokensError):
@@ -162,7 +162,7 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
         options = {name for argument in error.argument_collection if argument.parse for name in argument.names}
         known = {*options, "--debug", "--help", "--version"}
         unknown = [name for name in values if name == first or name.replace("_", "-") not in known]
-        messages = [_unknown_option(error, name, values[name], options) for name in unknown]
+        messages = [_unknown_option(name, values[name], known) for name in unknown]
         several = (text.removeprefix("Unknown option: ") for text in messages)
         return messages[0] if len(messages) == 1 else "\n    - ".join(["Unknown options:", *several])
     message = str(error).strip()
@@ -170,21 +170,22 @@ def _usage(error: cyclopts.CycloptsError, arguments: Sequence[str]) -> str:
     return f"{message} No tracker is the default: leave --report-to out." if none else message
 
 
-def _unknown_option(error: cyclopts.UnknownOptionError, typed: str, value: str, options: Set[str]) -> str:
-    """Explain an unknown option: by its equivalent if it is another tool's, otherwise with the parser's suggestion."""
-    from cyclopts import Token
-
+def _unknown_option(typed: str, value: str, options: Set[str]) -> str:
+    """Explain an unknown option: by its equivalent if it is another tool's, otherwise by the nearest name."""
     from backhand.cli.option_fields import as_option
-    from backhand.options.other_names import HERE, NOT_NEEDED, translate_option
+    from backhand.other_names import HERE, NOT_NEEDED, translate_option
+    from backhand.words import nearest_names
 
-    if meant := translate_option(typed, as_option, {name[2:].replace("-", "_") for name in options}, value=value):
+    known = {name[2:].replace("-", "_") for name in options}
+    if meant := translate_option(typed, as_option, known, value=value):
         near = meant.removeprefix(HERE)
         suggestion = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
         return f"Unknown option: {typed}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
     if meant := translate_option(typed, as_option, value=value):
         return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
-    error.token = Token(keyword=typed, source="cli")
-    return str(error).strip()
+    # The dashes are left out, since they make any two short options similar.
+    nearest = nearest_names(typed.strip("-").replace("-", "_"), known, count=1, cutoff=0.6)
+    return f"Unknown option: {typed}." + "".join(f" Did you mean {as_option(name)}?" for name in nearest)
 
 
 def _explain_os_error(error: OSError) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backhand.data.options import named_value
-from backhand.data.raw_rows import RawRow, RowErrors, checked_row
+from backhand.data.raw_rows import RawRow, RowErrors, checked_row, without_padding
 from backhand.errors import DataError, UsageError, first_line, not_none
 from backhand.system import install
 from backhand.words import shorten
@@ -131,20 +131,8 @@ def read_hub(name: str, bad: RowErrors, default_splits: Sequence[str]) -> Iterat
 
 def _checked(values: object, source: str, bad: RowErrors) -> Iterator[RawRow]:
     if isinstance(values, Mapping):
-        values = {column: _without_padding(value) for column, value in values.items()}
+        values = {column: without_padding(value) for column, value in values.items()}
     try:
         yield checked_row(values, source)
     except DataError as error:
         bad.add(error)
-
-
-def _without_padding(value: Any) -> Any:
-    """Remove nulls: Arrow adds one to each table for every name that occurs only in other rows' tables.
-
-    Otherwise a tool call would contain the arguments of all functions in the file, and the model would learn them.
-    """
-    if isinstance(value, Mapping):
-        return {name: _without_padding(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_padding(item) for item in value]
-    return value

@@ -10,9 +10,21 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from backhand.bounds import BaseModel, Bound, Check, Count, CountFromZero, Options, Seed, Share, Text, Words
+from backhand.bounds import (
+    BaseModel,
+    Bound,
+    Check,
+    Convert,
+    Count,
+    CountFromZero,
+    Options,
+    Seed,
+    Share,
+    Text,
+    Words,
+)
 from backhand.errors import UsageError
 from backhand.printing import visible
 
@@ -34,7 +46,8 @@ def check_sources(where: str, sources: object) -> None:
         raise UsageError(
             f"{sources!r} is not a list of file names or hub ids",
             where=where,
-            next_step='write ["rows.jsonl"] in a TOML file, or name the files on the command line',
+            next_step='write ["rows.jsonl"] in a TOML file, or name the files on the command line; a program may give '
+            "a list of dicts",
         )
 
 
@@ -142,14 +155,25 @@ def asking_options(data: DataOptions, system: str | None = None) -> str:
     return reading_options(alone)
 
 
-Sources = Annotated[tuple[str, ...], Check(check_sources)]
+if TYPE_CHECKING:
+    from backhand.bounds import Given
+
+    Sources = Given[tuple[str, ...], Any]  # what `data.given_rows.as_sources` takes
+else:
+
+    def _as_sources(value: Any) -> Any:
+        from backhand.data.given_rows import as_sources
+
+        return as_sources(value)
+
+    Sources = Annotated[tuple[str, ...], Convert(_as_sources), Check(check_sources)]
 
 
 @dataclass(frozen=True)
-class RowSources:
+class RowSources(Options):
     """Rows to read."""
 
-    data: Sources = ()
+    data: Sources = ()  # type: ignore[assignment]
     """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
     `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`). Also the
     tasks of `reasoning_gym:TASK:size=200,seed=1` (`backhand[rewards]`)."""
@@ -202,7 +226,7 @@ class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
         UsageError: from `validate`, never from the constructor, so that invalid values can be displayed.
     """
 
-    eval_data: Sources = ()
+    eval_data: Sources = ()  # type: ignore[assignment]
     """Held-out rows, in the form of `data`. They are never trained on."""
 
     eval_fraction: Share | None = None

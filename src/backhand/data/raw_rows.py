@@ -110,3 +110,15 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "a table"
     return f"a value of type {type(value).__name__}"
+
+
+def without_padding(value: Any) -> Any:
+    """Remove nulls: Arrow adds one to each table for every name that occurs only in other rows' tables.
+
+    Otherwise a tool call would contain the arguments of all functions in the file, and the model would learn them.
+    """
+    if isinstance(value, Mapping):
+        return {name: without_padding(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_padding(item) for item in value]
+    return value

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backhand.data.data_file import head_of, open_bytes, start_text
 from backhand.data.external_rows import GYM, HUB_NAME, read_gym, read_hub, read_parquet
+from backhand.data.given_rows import PREFIX, read_given
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.text_files import read_csv, read_json_lines, read_json_values
 from backhand.errors import DataError
@@ -56,7 +57,8 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
     its suffix (CSV or JSON).
 
     Args:
-        name: a file, a hub data set as `owner/name[@config][:split]`, or `reasoning_gym:TASK[:NAME=VALUE,…]`.
+        name: a file, a hub data set as `owner/name[@config][:split]`, or `reasoning_gym:TASK[:NAME=VALUE,…]`, or
+            rows that a program has given.
         held_out: for a hub name without a split, read the validation split instead of the training split.
 
     Raises:
@@ -64,6 +66,9 @@ def read_rows(name: str, bad: RowErrors, *, held_out: bool = False) -> Iterator[
         UsageError: an optional package is missing.
     """
     path = Path(name)
+    if name.startswith(PREFIX):
+        yield from read_given(name, bad)
+        return
     if name.startswith(GYM):
         yield from read_gym(name)
         return
@@ -98,7 +103,7 @@ def data_suffix(path: Path) -> str:
 
 def _expand_one(name: str) -> list[str]:
     path = Path(name)
-    if name.startswith(GYM):
+    if name.startswith((GYM, PREFIX)):
         return [name]
     if path.is_dir():
         files = _data_files(path)

@@ -66,7 +66,7 @@ def generate_command(options: GenerateOptions) -> None:
         if not answer.quiet:
             show_notes(loaded.notes)
         if prompt is None:
-            answer_rows(options, loaded)
+            _write_answers(options, loaded)
         else:
             _answer_prompt(options, loaded, prompt)
 
@@ -161,17 +161,29 @@ def check_output(options: AnswerOptions) -> None:
     make_directory(output.parent)
 
 
-def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
-    """Answer every row of `data` and write a line for each: prompt, reference, completion and finish_reason.
+def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
+    """Write a line of JSON for every row, after the last answer."""
+    started = time.perf_counter()
+    lines = answer_rows(options, loaded)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if options.answer.output is None:
+        write_answer(text)
+        return
+    write_atomically(options.answer.output, text.encode("utf-8"))
+    if not options.answer.quiet:
+        took_s = time.perf_counter() - started
+        say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
+
+
+def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str, Any]]:
+    """Return for every row of `data`: prompt, reference, completion and finish_reason.
 
     `prompt` is the text that the model receives, `reference` the row's own last reply or null. With `labels`,
     `completion` is a label, and the line has its `probability` and the `probabilities` of all labels instead of
-    `finish_reason`. With `compare`, `base` and `adapted` hold the answers of the two models. The file is written after
-    the last answer.
+    `finish_reason`. With `compare`, `base` and `adapted` hold the answers of the two models.
 
     Raises:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
-        ResourceError: the file cannot be written.
     """
     read, report = prepare_prompts(
         options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt)
@@ -196,16 +208,7 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> None:
             first = (*report.bad_rows, *bad.errors)[0]
             notes.append(f"{count_of(left_out, 'bad row')} left out, the first: {first.one_line}")
         show_notes(notes)
-    started = time.perf_counter()
-    lines = _lines(options, loaded, session, prompts, labels)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if options.answer.output is None:
-        write_answer(text)
-        return
-    write_atomically(options.answer.output, text.encode("utf-8"))
-    if not options.answer.quiet:
-        took_s = time.perf_counter() - started
-        say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
+    return _lines(options, loaded, session, prompts, labels)
 
 
 def _lines(

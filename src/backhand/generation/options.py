@@ -49,7 +49,7 @@ LabelNames = Annotated[tuple[Text, ...], Check(_check_labels, "At most 1,000 of 
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(Options):
     """Sampling, and the end of an answer."""
 
     greedy: bool = False
@@ -75,7 +75,7 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class AdapterOptions:
+class AdapterOptions(Options):
     """Adapter and comparison."""
 
     adapter: Path | None = None

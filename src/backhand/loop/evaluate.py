@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,15 @@ class Evaluation:
     rows: int  # number of rows
     base: Score
     adapted: Score | None  # None without an adapter
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `evaluate --json` prints. Labels and pairs are left out if the rows have none."""
+        values = asdict(self)
+        for scores in filter(None, (values["base"], values["adapted"])):
+            for name in ("labels", "pairs"):
+                if scores[name] is None:
+                    del scores[name]
+        return values
 
 
 @dataclass(frozen=True)
@@ -342,12 +352,7 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
     with working("evaluating"):
         result = evaluate(options)
     if options.run.json:
-        values = asdict(result)
-        for scores in filter(None, (values["base"], values["adapted"])):
-            for name in ("labels", "pairs"):
-                if scores[name] is None:
-                    del scores[name]
-        sys.stdout.write(json.dumps(values) + "\n")
+        sys.stdout.write(json.dumps(result.as_dict()) + "\n")
         return result
     labelled = ("accuracy", "macro F1", "invented") if result.base.labels else ()
     columns = ("loss (nats per token)", "perplexity", "exact match", *labelled)

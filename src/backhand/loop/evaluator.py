@@ -112,6 +112,11 @@ class Evaluator:
             **per_process,
         }
 
+    def tell(self, event: Callable[[Mapping[str, Any]], bool | None], record: Mapping[str, Any]) -> None:
+        """Pass a record to the observers. If one returns False, the run ends after this step, in every process."""
+        if self.processes.broadcast_object(event(record) is False):
+            self.state.progress.stopped_because = "a callback returned False"
+
     def begin(self) -> None:
         """Make the evaluation before the first step, or the pending evaluation of a resumed run."""
         progress = self.state.progress
@@ -172,7 +177,8 @@ class Evaluator:
         progress = self.state.progress
         if self.held_out is None and self.meter is None:
             return False
-        if progress.step % not_none(self.plan.run.eval_every) and progress.step != self.plan.total_steps:
+        last = progress.step == self.plan.total_steps or progress.stopped_because is not None
+        if progress.step % not_none(self.plan.run.eval_every) and not last:
             return False
         progress.pending_evaluation = True
         return self.evaluate()
@@ -197,7 +203,7 @@ class Evaluator:
                 "forgetting_kl_nats": finite_or_none(measured.kl_nats),
             }
         self.check_model_files()
-        self.observer.evaluated(record)
+        self.tell(self.observer.evaluated, record)
         progress.pending_evaluation = False
         self._refuse_forgetting(record)
         if loss is None:
@@ -250,7 +256,7 @@ class Evaluator:
         if patience is not None and progress.evaluations_without_improvement >= patience:
             count = progress.evaluations_without_improvement
             progress.stopped_because = f"no better held-out loss in {count} evaluation{'s' if count > 1 else ''}"
-        elif progress.step < self.plan.total_steps:
+        elif progress.step < self.plan.total_steps and progress.stopped_because is None:
             return False
         if progress.bad_steps_in_a_row:
             self._give_up()  # a run whose last steps were skipped has failed

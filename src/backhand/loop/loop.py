@@ -102,7 +102,8 @@ class TrainingLoop:
                 metrics = self.rewarded.measured
             elif self.objective is not None:
                 metrics = self.objective.measured(self.processes)
-            self.observer.stepped(self.evaluator.record(result, rate, tokens, seconds, epoch, metrics))
+            record = self.evaluator.record(result, rate, tokens, seconds, epoch, metrics)
+            self.evaluator.tell(self.observer.stepped, record)
         self.evaluator.check_step(result)
         if self.memory is not None:
             self.memory.after_step()

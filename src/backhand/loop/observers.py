@@ -27,15 +27,18 @@ class RunStart:
 
 
 class Observer:
-    """Base class of all observers. Its methods do nothing. Records have the keys of metrics.jsonl."""
+    """Base class of all observers. Its methods do nothing. Records have the keys of metrics.jsonl.
+
+    `stepped` and `evaluated` may return False: the run then ends after the step, as early stopping does.
+    """
 
     def started(self, start: RunStart) -> None:
         """Called before the first step."""
 
-    def stepped(self, record: Mapping[str, Any]) -> None:
+    def stepped(self, record: Mapping[str, Any]) -> bool | None:
         """Called after a logged step: step, epoch, loss, learning_rate, grad_norm, tokens, tokens_per_s, …."""
 
-    def evaluated(self, record: Mapping[str, Any]) -> None:
+    def evaluated(self, record: Mapping[str, Any]) -> bool | None:
         """Called after an evaluation: step, eval_loss, …."""
 
     def noted(self, text: str) -> None:
@@ -56,22 +59,28 @@ class Observers(Observer):
         for method in ("started", "stepped", "evaluated", "noted", "ended", "closed"):
             setattr(self, method, partial(self._notify, method))
 
-    def _notify(self, method: str, *args: object) -> None:
-        for observer in self.observers:
-            getattr(observer, method)(*args)
+    def _notify(self, method: str, *args: object) -> bool:
+        """Return False if an observer has returned False."""
+        results = [getattr(observer, method)(*args) for observer in self.observers]
+        return all(result is not False for result in results)
 
 
 Callback = Observer | Callable[[Mapping[str, Any]], object]
 
 
 class _RecordFunction(Observer):
+    """Calls a function with each record. Each has a loss: that of an evaluation is the newest step's."""
+
     def __init__(self, function: Callable[[Mapping[str, Any]], object]) -> None:
         self._function = function
+        self._loss: dict[str, Any] = {}  # empty before the first step
 
-    def stepped(self, record: Mapping[str, Any]) -> None:
-        self._function(record)
+    def stepped(self, record: Mapping[str, Any]) -> bool:
+        self._loss = {"loss": record["loss"]}
+        return self._function(record) is not False
 
-    evaluated = stepped
+    def evaluated(self, record: Mapping[str, Any]) -> bool:
+        return not self._loss or self._function({**self._loss, **record}) is not False
 
 
 def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
@@ -79,6 +88,13 @@ def as_observers(callbacks: Iterable[Callback]) -> list[Observer]:
     return [callback if isinstance(callback, Observer) else _RecordFunction(callback) for callback in callbacks]
 
 
-def metrics_file(directory: RunDirectory) -> Observer:
-    """Return an observer that appends a line to metrics.jsonl for each logged step and each evaluation."""
-    return _RecordFunction(partial(directory.append, METRICS))
+class MetricsFile(Observer):
+    """Appends a line to metrics.jsonl for each logged step and each evaluation."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        self._directory.append(METRICS, record)
+
+    evaluated = stepped

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Check, Count, CountFromZero, Options
+from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options
 from backhand.data.options import DataOptions
 from backhand.generation.options import LabelNames
 from backhand.options.config import ModelOptions, TrainConfig
@@ -17,10 +17,10 @@ from backhand.options.rewards import check_names
 
 
 @dataclass(frozen=True)
-class EvaluateRunOptions:
+class EvaluateRunOptions(Options):
     """Adapter, measurements and output of an evaluation."""
 
-    adapter: Path | None = None
+    adapter: OptionalPath = None  # type: ignore[assignment]
     """Adapter to compare with the base model: a directory written by training or PEFT, or a GGUF file. Default: only
     the base model is evaluated."""
 

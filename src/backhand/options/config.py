@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from backhand.adapters.config import LoRAConfig
-from backhand.bounds import Bound, Check, Count, CountFromZero, NotNegative, Options, Positive, Seed, Share
+from backhand.bounds import Bound, Check, Count, CountFromZero, GivenPath, NotNegative, Options, Positive, Seed, Share
 from backhand.data.options import DataOptions
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
@@ -151,7 +151,7 @@ class OptimizationOptions(Options):
 class RunOptions(Options):
     """Output directory, evaluation, checkpoints, start and end of a run."""
 
-    output: Path = Path("run")
+    output: GivenPath = Path("run")  # type: ignore[assignment]
     """Run directory for adapter, checkpoints and metrics. It must not exist yet, unless `resume` or `overwrite` is
     given."""
 

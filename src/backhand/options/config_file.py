@@ -27,9 +27,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from backhand.bounds import Also, split_hint
 from backhand.errors import UsageError
 from backhand.options.config import TrainConfig
-from backhand.options.other_names import translate_option
+from backhand.other_names import suggestion, translate_option
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
-from backhand.words import name_list, nearest_names
+from backhand.words import name_list
 
 Table = Mapping[str, Any]
 
@@ -304,7 +304,11 @@ def _unknown_keys(
     Args:
         keys: per key the name to look up and its value.
     """
-    lines = [f"{key}: {_suggestion(asked, value, prefix, hints)}" for key, (asked, value) in keys.items()]
+    homes = {option: f"the table [{part}]" for option, part in _places().items()}
+    lines = [
+        f"{key}: {suggestion(asked, hints, homes, value=value) or 'backhand train --help lists all options'}"
+        for key, (asked, value) in keys.items()
+    ]
     if len(keys) == 1:
         (key,) = keys
         return UsageError(f"unknown key {prefix + key!r}", where=origin, next_step=lines[0].removeprefix(f"{key}: "))
@@ -313,23 +317,6 @@ def _unknown_keys(
         where=origin,
         next_step="\n    - ".join(["", *lines]),
     )
-
-
-def _suggestion(key: str, value: Any, prefix: str, hints: Mapping[str, Any]) -> str:
-    """Suggest the table of a misplaced key, the equivalent of another tool's option, or the nearest name."""
-    name, places = key.replace("-", "_"), _places()
-    if name in places and name not in hints:
-        return f"write it in the table [{places[name]}]" + (f", as {name}" if name != key else "")
-
-    def with_place(option: str) -> str:
-        return option if option in hints or option not in places else f"{option} in [{places[option]}]"
-
-    if (meant := translate_option(key, with_place, value=value)) is not None:
-        return meant
-    for near in nearest_names(name, [*hints, *places], count=1):
-        where = "" if near in hints else f", in the table [{places[near]}]"
-        return f"did you mean {prefix * (near in hints) + near!r}{where}?"
-    return "backhand train --help lists all options"
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:

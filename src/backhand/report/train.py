@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backhand.bounds import check_kind
+from backhand.data.given_rows import GivenRows
 from backhand.distributed.launch import in_process_group
 from backhand.errors import BackhandError, UsageError
 from backhand.loop.observers import Callback, Observer, RunStart
@@ -53,8 +54,7 @@ def train(
 
     Args:
         config: all options. Values that are None or `auto` are chosen automatically and written to config.toml.
-        callbacks: each is an `Observer`, or a function that is called with every record of metrics.jsonl. An exception
-            in a callback ends the run.
+        callbacks: see `api.train`.
         typed: names of options that were given explicitly, even with their default value. They matter when a run is
             resumed or started from an adapter.
 
@@ -67,10 +67,13 @@ def train(
         Interrupted: after a signal and a checkpoint.
     """
     check_kind("config", config, TrainConfig)
+    config.validate()
     callbacks = tuple(callbacks)
-    if callbacks and config.run.workers > 1 and not in_process_group():
+    given = [name for name in (*config.data.data, *config.data.eval_data) if isinstance(name, GivenRows)]
+    if (callbacks or given) and config.run.workers > 1 and not in_process_group():
+        what = "callbacks" if callbacks else "rows in memory"
         raise UsageError(
-            f"callbacks cannot be passed to {config.run.workers} worker processes",
+            f"{what} cannot be passed to {config.run.workers} worker processes",
             where="workers",
             next_step="leave out workers, and start the script with torchrun",
         )

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from backhand.files import FileLayer
 from backhand.reading import read_json
+from backhand.runs.directory import METRICS, RunDirectory
 from backhand.words import name_list, shorten
 
 
@@ -123,9 +125,28 @@ class RunSummary:
     advice: str | None = None
     try_next: str | None = None
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, which is read from `output`: one per logged step and per evaluation."""
+        return list(RunDirectory(Path(self.output), FileLayer()).lines(METRICS))
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The loss of each logged step, by the step's number. Steps that were skipped have none."""
+        return _by_step(self.records, "loss")
+
+    @property
+    def eval_losses(self) -> dict[int, float]:
+        """The held-out loss of each evaluation, by the step's number; 0 is the model before the first step."""
+        return _by_step(self.records, "eval_loss")
+
     def to_json(self) -> str:
         """Return the text of summary.json."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def _by_step(records: Iterable[Mapping[str, Any]], key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in records if record.get(key) is not None}
 
 
 FORGOTTEN_NATS = 0.5

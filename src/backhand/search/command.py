@@ -256,8 +256,6 @@ class Search:
             with working(position(0), quiet=self.config.run.quiet) as show:
 
                 def show_step(record: Mapping[str, Any]) -> None:
-                    if "loss" not in record:  # an evaluation
-                        return
                     show(position(record["step"]))
                     if silent_for_s() > SILENCE_S / 2:  # where there is no status line
                         self._console.print(position(record["step"]))

@@ -63,6 +63,9 @@ def resumed_config(given: TrainConfig, directory: Path, typed: frozenset[str] = 
     if differences:
         lines = [f"{name}: {before!r} in the run, {value!r} given" for name, before, value in differences]
         raise _refused(lines, directory)
+    # Rows in memory are equal to their name in the file, and only the given name carries them.
+    rows = {name: value for name in ("data", "eval_data") if (value := getattr(given.data, name))}
+    config = replace(config, data=replace(config.data, **rows))
     # These options belong to the command, not to the run.
     of_command = {name: getattr(given.run, name) for name in ("output", "workers", "quiet", "debug", "prove_resume")}
     # A checkpoint contains the values of the adapter that the run started from. Without one, see `original_adapter`.

@@ -29,7 +29,7 @@ from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import chosen_loggers
-from backhand.loop.observers import Callback, Observers, as_observers, metrics_file
+from backhand.loop.observers import Callback, MetricsFile, Observers, as_observers
 from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
@@ -144,7 +144,7 @@ def _train(
             with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
                 run_cache = run_cache or RunCache()
                 loaded = load_run(config, machine, typed, processes, run_cache)
-                metrics = [metrics_file(directory)] if processes.is_main_process else []
+                metrics = [MetricsFile(directory)] if processes.is_main_process else []
                 observer = Observers([*all_observers, *metrics])
                 trainer = Trainer(loaded, directory, observer, interruption, checkpoint, processes, run_cache, pause_at)
                 try:

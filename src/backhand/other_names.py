@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from importlib import resources
+
+from backhand.words import nearest_names
 
 NOT_NEEDED = "no option is needed: "
 """Start of an answer if there is no equivalent option."""
@@ -19,7 +21,7 @@ HERE = "here it is "
 
 @cache
 def _table() -> dict[str, dict[str, str]]:
-    return tomllib.loads(resources.files("backhand.options").joinpath("other_names.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(resources.files("backhand").joinpath("other_names.toml").read_text(encoding="utf-8"))
 
 
 def option_answers() -> dict[str, str]:
@@ -57,3 +59,30 @@ def translate_option(
         return None
     said = re.sub(r"`(\w+)`", lambda match: shown(match[1]), text)
     return f"{HERE}{said}" if begins else said
+
+
+def suggestion(name: str, known: Collection[str], homes: Mapping[str, str], *, value: object = "") -> str | None:
+    """Return what to write instead of an unknown name, or None if no name is near.
+
+    Args:
+        name: the name as written, with dashes or underscores.
+        known: the names that are allowed where it was written.
+        homes: names that are allowed elsewhere, with a noun phrase for the place.
+        value: the value given: the meaning of some names depends on it.
+    """
+    field = name.replace("-", "_")
+    if field in homes and field not in known:
+        return f"write it in {homes[field]}" + (f", as {field}" if field != name else "")
+
+    def placed(option: str) -> str:
+        return option if option in known or option not in homes else f"{option} in {homes[option]}"
+
+    if (meant := translate_option(name, placed, known, value=value)) is not None:
+        return meant
+    for near in nearest_names(field, known, count=1, cutoff=0.6):
+        return f"did you mean {near}?"
+    if (meant := translate_option(name, placed, value=value)) is not None:
+        return meant
+    for near in nearest_names(field, homes, count=1):
+        return f"did you mean {near}, in {homes[near]}?"
+    return None

@@ -1,0 +1,267 @@
+"""The functions of the package. They take the options of the commands by name, and texts, paths and rows as they are.
+
+    summary = backhand.train(data=rows, output="runs/mine", rank=8)
+    backhand.generate("Hello", adapter=summary.adapter)
+
+Options are checked as on the command line. An unknown name is answered with the one to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from backhand.bounds import Options, check_kind, check_names
+from backhand.cli.option_fields import build, option_fields
+from backhand.data.given_rows import Rows
+from backhand.errors import UsageError
+from backhand.generation.command import answer_rows
+from backhand.generation.loading import loaded_model
+from backhand.generation.options import GenerateOptions
+from backhand.interop.command import export_command
+from backhand.interop.options import ExportOptions, Format
+from backhand.loop import evaluate as evaluation
+from backhand.loop.observers import Callback
+from backhand.options.command_options import EvaluateOptions
+from backhand.options.config import TrainConfig
+from backhand.report.train import train as train_with_report
+from backhand.runs.summary import RunSummary
+from backhand.words import show_notes
+
+Place = str | Path
+T = TypeVar("T", bound=Options)
+
+
+def _options(function: str, kind: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
+    """Return the options of a function. Texts are parsed as on the command line where the option has a parser.
+
+    Args:
+        values: options by name. None of a named parameter has been left out.
+        base: other options.
+    """
+    if base is not None:
+        base.validate()
+    fields = {field.name: field for field in option_fields(kind)}
+    of_train = {field.name: "backhand.train" for field in option_fields(TrainConfig)}
+    check_names(f"backhand.{function}", values, fields, of_train)
+    parsed = {
+        name: parse(value) if isinstance(value, str) and (parse := fields[name].parse) else value
+        for name, value in values.items()
+    }
+    return build(kind, parsed, base)
+
+
+def _named(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def train(
+    config: TrainConfig | None = None,
+    *,
+    data: Rows | None = None,
+    output: Place | None = None,
+    model: Place | None = None,
+    callbacks: Iterable[Callback] = (),
+    **options: Any,
+) -> RunSummary:
+    """Train an adapter, and write the run directory with its report.
+
+    Args:
+        config: options as an object. Those given by name replace its own.
+        data: rows to learn: a file, several files, a list of dicts or a data frame.
+        output: the run directory, which must not exist; `run` unless given.
+        model: the base model: a directory, a GGUF file or a hub id.
+        callbacks: each is a function that is called with a record per step and evaluation, or an `Observer`. A
+            callback that returns False ends the run after the step, as early stopping does. An exception in a callback
+            ends the run at once.
+        options: any other option of `backhand train`, by its name.
+
+    Returns:
+        The results of the run, which are the contents of summary.json. `losses` and `eval_losses` are the curves.
+
+    Raises:
+        UsageError, DataError, ArtifactError, ResourceError: before the first step.
+        CheckError: a guard failed, or the results are not finite. Earlier checkpoints are intact.
+        Interrupted: after a signal and a checkpoint.
+    """
+    if config is not None:
+        check_kind("config", config, TrainConfig)
+    given = _named(data=data, output=output, model=model) | options
+    built = _options("train", TrainConfig, given, config)
+    return train_with_report(built, callbacks=callbacks, typed=frozenset(given))
+
+
+def evaluate(
+    options: EvaluateOptions | None = None,
+    *,
+    data: Rows | None = None,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **further: Any,
+) -> evaluation.Evaluation:
+    """Measure the base model and, if an adapter is given, the adapted model on rows.
+
+    Args:
+        options: options as an object. Those given by name replace its own.
+        data: the rows: a file, several files, a list of dicts or a data frame.
+        adapter: directory of an adapter, or a GGUF file.
+        model: the base model.
+        further: any other option of `backhand evaluate`, by its name.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
+    """
+    if options is not None:
+        check_kind("options", options, EvaluateOptions)
+    given = _named(data=data, adapter=adapter, model=model) | further
+    built = _options("evaluate", EvaluateOptions, given, options)
+    if built.run.reward:
+        raise UsageError(
+            "rewards are measured by the command",
+            where="reward",
+            next_step="backhand evaluate --reward NAME --json …",
+        )
+    return evaluation.evaluate(built)
+
+
+@overload
+def generate(prompt: str, *, adapter: Place | None = None, model: Place | None = None, **options: Any) -> str: ...
+@overload
+def generate(
+    *, prompts: Sequence[str], adapter: Place | None = None, model: Place | None = None, **options: Any
+) -> list[str]: ...
+@overload
+def generate(
+    *, data: Rows, prompt: str = ..., adapter: Place | None = None, model: Place | None = None, **options: Any
+) -> list[dict[str, Any]]: ...
+def generate(
+    prompt: str | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    data: Rows | None = None,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> str | list[str] | list[dict[str, Any]]:
+    """Answer a prompt, several prompts, or rows.
+
+    Args:
+        prompt: one prompt; with `data`, a column or a text with columns in braces.
+        prompts: several prompts.
+        data: rows to answer: a file, several files, a list of dicts or a data frame.
+        adapter: directory of an adapter, or a GGUF file.
+        model: the base model.
+        options: any other option of `backhand generate`, such as `greedy`, `max_new_tokens`, `system` or `labels`.
+
+    Returns:
+        The answer to `prompt`, the answers to `prompts`, or for each row of `data` what `backhand generate --data`
+        writes for it: prompt, reference, completion and finish_reason.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
+    """
+    given = _named(adapter=adapter, model=model) | options
+    if data is not None:
+        return _answers("generate", data, given | _named(prompt=prompt))
+    if given.get("compare"):
+        raise UsageError(
+            "compare is for rows", where="compare", next_step="give data=…, or call it without the adapter as well"
+        )
+    lines = _answers("generate", _prompts("generate", prompt, prompts), given)
+    answers = [str(line["completion"]) for line in lines]
+    return answers if prompt is None else answers[0]
+
+
+@overload
+def classify(
+    prompt: str,
+    *,
+    labels: Sequence[str] = ...,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> dict[str, float]: ...
+@overload
+def classify(
+    *,
+    prompts: Sequence[str],
+    labels: Sequence[str] = ...,
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> list[dict[str, float]]: ...
+def classify(
+    prompt: str | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    labels: Sequence[str] = ("auto",),
+    adapter: Place | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> dict[str, float] | list[dict[str, float]]:
+    """Return the probability of each label as the answer to a prompt, the most probable label first.
+
+    Args:
+        prompt: one prompt.
+        prompts: several prompts.
+        labels: the labels; those that the adapter was trained on unless given.
+        adapter: directory of an adapter, or a GGUF file.
+        model: the base model.
+        options: any other option of `backhand generate`.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, a prompt, the model or the adapter cannot be used.
+    """
+    given = _named(labels=labels, adapter=adapter, model=model) | options
+    lines = _answers("classify", _prompts("classify", prompt, prompts), given)
+    probabilities = [dict(line["probabilities"]) for line in lines]
+    return probabilities if prompt is None else probabilities[0]
+
+
+def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:
+    """Return the rows of one prompt or of several. Raises UsageError unless exactly one of the two is given."""
+    if prompt is not None and prompts is None:
+        return [{"prompt": prompt}]
+    if prompt is None and prompts is not None and not isinstance(prompts, str):
+        return [{"prompt": text} for text in prompts]
+    raise UsageError(
+        "prompts is one text" if isinstance(prompts, str) else "give either prompt or prompts",
+        where="prompts",
+        next_step=f"backhand.{function}('…') for one prompt, backhand.{function}(prompts=['…', '…']) for several",
+    )
+
+
+def _answers(function: str, data: Any, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if isinstance(data, list) and not data:
+        return []
+    options = _options(function, GenerateOptions, {**given, "data": data}).validate()
+    if options.answer.output is not None:
+        raise UsageError(f"backhand.{function} returns the answers", where="output", next_step="leave output out")
+    one = isinstance(data, list) and len(data) == 1
+    with loaded_model(options.model, options.answer.adapter, template=options.template, one_at_a_time=one) as loaded:
+        if not options.answer.quiet:
+            show_notes(loaded.notes)
+        return answer_rows(options, loaded)
+
+
+def export(adapter: Place, *, to: Format, output: Place, model: Place | None = None, **options: Any) -> Path:
+    """Write an adapter, or with `merge=True` the merged model, in another program's format, and prove it.
+
+    Args:
+        adapter: directory of an adapter, or a GGUF file.
+        to: the format.
+        output: path to write, which must not exist.
+        model: the base model.
+        options: any other option of `backhand export`, by its name.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        UsageError, ArtifactError: an option, the model or the adapter cannot be used, or the format cannot express it.
+        ResourceError: the output cannot be written or uploaded.
+        CheckError: the written files do not compute what the adapter does; they are removed.
+    """
+    given = _named(adapter=adapter, to=to, output=output, model=model) | options
+    return export_command(_options("export", ExportOptions, given))

@@ -1,0 +1,196 @@
+"""The functions of the package: options by name, rows and paths as Python has them, callbacks, and results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+import backhand
+from backhand.errors import DataError, UsageError
+from backhand.runs.status import read_status
+from support.tiny_run import TinyRun
+
+ROWS = [{"prompt": f"the user asks {number}", "completion": ("yes", "no")[number % 2]} for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    return TinyRun(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    output = tmp_path_factory.mktemp("trained") / "run"
+    return backhand.train(
+        data=ROWS, eval_data=ROWS[:4], output=str(output), model=tiny.model, rank=3, threads=1, quiet=True, answers=0
+    )
+
+
+def options(tiny: TinyRun, output: Path, **more: Any) -> dict[str, Any]:
+    common = {"model": tiny.model, "output": output, "threads": 1, "dtype": "float32", "quiet": True, "answers": 0}
+    return {**common, "batch_rows": 4, "learning_rate": 3e-3, "eval_data": ROWS[:4], **more}
+
+
+def adapter_bytes(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, pa.Table.from_pylist, iter, list], ids=str)
+def test_rows_in_memory_train_the_adapter_that_a_file_trains(
+    make: Callable[[Any], Any], tiny: TinyRun, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    backhand.train(**options(tiny, tmp_path / "file", data=path, max_steps=2))
+    if make is pd.DataFrame:
+        frame = pd.DataFrame([{}, *ROWS]).iloc[1:]  # its rows have numbers of their own, from 1
+        backhand.train(**options(tiny, tmp_path / "memory", data=frame, max_steps=2))
+    else:
+        backhand.train(**options(tiny, tmp_path / "memory", data=make(ROWS), max_steps=2))
+    assert adapter_bytes(tmp_path / "memory") == adapter_bytes(tmp_path / "file")
+
+
+def test_a_frame_s_missing_values_are_null() -> None:
+    frame = pd.DataFrame({"prompt": ["a", None], "score": [0.5, float("nan")]})
+    (name,) = backhand.DataOptions(data=frame).data
+    assert name.rows == [{"prompt": "a", "score": 0.5}, {"prompt": None, "score": None}]  # type: ignore[attr-defined]
+
+
+def test_a_run_on_rows_in_memory_resumes_with_the_same_rows(tiny: TinyRun, tmp_path: Path) -> None:
+    made = options(tiny, tmp_path / "run", data=ROWS, max_steps=4, save_every=1)
+    with pytest.raises(ZeroDivisionError):
+        backhand.train(**made, callbacks=[lambda record: 1 / (3 - record["step"])])
+    with pytest.raises(DataError, match="this process does not have them") as refused:
+        backhand.train(output=tmp_path / "run", resume=True, quiet=True)
+    assert "backhand.train(data=rows" in str(refused.value)
+    resumed = backhand.train(**made, resume=True)
+    whole = backhand.train(**options(tiny, tmp_path / "whole", data=ROWS, max_steps=4, save_every=1))
+    assert resumed.steps == 4 and adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+    assert whole.losses == resumed.losses
+
+
+def test_rows_in_memory_are_not_for_several_processes(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="rows in memory cannot be passed to 2 worker processes"):
+        backhand.train(**options(tiny, tmp_path / "run", data=ROWS, workers=2))
+
+
+def test_a_malformed_row_in_memory_is_named(tiny: TinyRun, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"python:[0-9a-f]{16} row 2: .*completion"):
+        backhand.train(**options(tiny, tmp_path / "run", data=[ROWS[0], {"prompt": "a", "completion": None}]))
+
+
+def test_texts_and_paths_are_the_same() -> None:
+    assert backhand.RunOptions(output="runs/x") == backhand.RunOptions(output=Path("runs/x"))
+    assert backhand.ModelOptions(model=Path("base")).model == "base"
+    assert backhand.EvaluateRunOptions(adapter="a").adapter == Path("a")
+    assert backhand.DataOptions(data=Path("a.jsonl")) == backhand.DataOptions(data=("a.jsonl",))
+    assert backhand.DataOptions(data=[Path("a"), "b"]).data == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: backhand.LoRAConfig(r=8), "LoRAConfig has no option r\n  next: here it is rank"),  # type: ignore[call-arg]
+        (lambda: backhand.LoRAConfig(rnak=8), "next: did you mean rank?"),  # type: ignore[call-arg]
+        (lambda: backhand.TrainConfig(rank=8), "next: write it in LoRAConfig"),  # type: ignore[call-arg]
+        (lambda: backhand.RunOptions(num_train_epochs=8), "here it is epochs in OptimizationOptions"),  # type: ignore[call-arg]
+        (lambda: backhand.train(lora_alpha=16), "backhand.train has no option lora_alpha\n  next: here it is alpha"),
+        (lambda: backhand.train(r=8, packing=True), "- r: here it is rank\n    - packing: no option is needed"),
+        (
+            lambda: backhand.evaluate(adaptor="a"),
+            "evaluate has no option adaptor\n  next: did you mean adapter?",
+        ),
+        (lambda: backhand.evaluate(lora_r=8), "here it is rank in backhand.train"),
+        (lambda: backhand.generate("a", max_tokens=8), "did you mean max_new_tokens?"),
+        (lambda: backhand.export("a", to="gguf", output="b", merged=True), "did you mean merge?"),
+        (lambda: backhand.generate(prompts="a"), "prompts is one text"),  # type: ignore[call-overload]
+        (lambda: backhand.generate(), "give either prompt or prompts"),  # type: ignore[call-overload]
+        (lambda: backhand.train(data=3), "3 is not a list of file names or hub ids"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_names_are_answered_with_the_right_ones(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        call()
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_callback_that_returns_false_ends_the_run_as_early_stopping_does(
+    held_out: bool, tiny: TinyRun, tmp_path: Path
+) -> None:
+    made = options(tiny, tmp_path / "run", data=ROWS, epochs=9, eval_every=5)
+    if not held_out:
+        made |= {"eval_data": (), "eval_fraction": 0.0}
+    summary = backhand.train(**made, callbacks=[lambda record: record["step"] < 4])
+    assert (summary.steps, summary.stopped_because) == (4, "a callback returned False")
+    assert list(summary.losses) == [1, 2, 3, 4] and list(summary.eval_losses) == ([0, 4] if held_out else [])
+    status = read_status(tmp_path / "run")
+    assert status is not None and (status.state, status.step) == ("finished", 4)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped_because"] == summary.stopped_because
+    assert (tmp_path / "run" / "report.html").exists() and adapter_bytes(tmp_path / "run")
+
+
+def test_an_observer_may_end_the_run_too(tiny: TinyRun, tmp_path: Path) -> None:
+    class Enough(backhand.Observer):
+        def evaluated(self, record: Mapping[str, Any]) -> bool:
+            return record["step"] < 2
+
+    made = options(tiny, tmp_path / "run", data=ROWS, epochs=9, eval_every=2)
+    assert backhand.train(**made, callbacks=[Enough(), print]).steps == 2
+
+
+def test_every_record_of_a_function_has_step_and_loss(tiny: TinyRun, tmp_path: Path) -> None:
+    records: list[Mapping[str, Any]] = []
+    made = options(tiny, tmp_path / "run", data=ROWS, max_steps=2, eval_every=1)
+    summary = backhand.train(**made, callbacks=[records.append])
+    kinds = [(record["step"], "eval_loss" in record) for record in records]
+    assert kinds == [(1, False), (1, True), (2, False), (2, True)]
+    assert [record["loss"] for record in records[::2]] == [record["loss"] for record in records[1::2]]
+    assert summary.losses == {record["step"]: record["loss"] for record in records}
+    assert [record["step"] for record in summary.records] == [0, 1, 1, 2, 2]
+
+
+def test_prompts_are_answered_with_texts(trained: Any, tiny: TinyRun) -> None:
+    common = {"adapter": trained.adapter, "model": tiny.model, "max_new_tokens": 4, "greedy": True, "threads": 1}
+    one = backhand.generate("the user asks 3", **common)
+    two = backhand.generate(prompts=["the user asks 3", "a list"], **common)
+    lines = backhand.generate(data=pd.DataFrame(ROWS[3:4]), **{**common, "adapter": Path(trained.adapter)})
+    assert isinstance(one, str) and two[0] == one and len(two) == 2
+    assert lines[0]["completion"] == one and lines[0]["reference"] == "no"
+    assert backhand.generate(prompts=[], **common) == []
+
+
+def test_labels_are_decided_with_probabilities(trained: Any, tiny: TinyRun) -> None:
+    common = {"adapter": trained.adapter, "model": tiny.model, "threads": 1}
+    one = backhand.classify("the user asks 3", **common)
+    assert set(one) == {"yes", "no"} and sum(one.values()) == pytest.approx(1)
+    assert list(one.values()) == sorted(one.values(), reverse=True)
+    several = backhand.classify(prompts=["the user asks 3", "a"], labels="b,c", **common)  # type: ignore[call-overload]
+    assert [set(row) for row in several] == [{"b", "c"}] * 2
+    assert backhand.generate("the user asks 3", labels="auto", **common) == next(iter(one))
+
+
+def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
+    trained: Any, tiny: TinyRun, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from backhand.cli.main import main
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    result = backhand.evaluate(data=ROWS, adapter=trained.adapter, model=tiny.model, threads=1)
+    words = ["--adapter", trained.adapter, "--model", str(tiny.model), "--threads", "1", "--data", str(path), "--json"]
+    assert main(["evaluate", *words]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result.as_dict()))
+    with pytest.raises(UsageError, match="rewards are measured by the command"):
+        backhand.evaluate(data=ROWS, reward="exact")
+
+
+def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:
+    written = backhand.export(trained.adapter, to="peft", output=str(tmp_path / "out"), model=tiny.model, quiet=True)
+    assert written == tmp_path / "out" and (written / "adapter_config.json").exists()
