@@ -64,7 +64,7 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own, in each of its processes, lets none behind it be called
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook, in each of its processes, calls none after it
 def pytest_runtestloop(session: pytest.Session) -> None:
     """Leave what was imported and collected out of garbage collections, which begin here."""
     gc.collect()

@@ -1,4 +1,4 @@
-"""What stands beside a field is checked, said in the error and said in the help, from one place."""
+"""The range declared next to a field is checked, and named in the error and in the help."""
 
 from __future__ import annotations
 

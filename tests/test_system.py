@@ -49,7 +49,7 @@ def form(request, monkeypatch):
         return system
     import fcntl
 
-    import psutil  # noqa: F401 - before it is told that this is another system
+    import psutil  # noqa: F401 - before another system is simulated
 
     def locking(descriptor, _mode, count):
         try:
@@ -123,7 +123,7 @@ def test_which_processes_there_are(form):
     assert form.process_start(ended.pid) is None
 
 
-def test_memory_is_told(form):
+def test_memory_is_reported(form):
     assert form.memory_bytes() > 2**28
     assert form.rss_bytes() > 2**20
     assert form.peak_rss_bytes() >= form.rss_bytes() // 2

@@ -1,4 +1,4 @@
-"""What people are shown on the terminal is the text itself, whatever stands in names, paths and rows."""
+"""The terminal shows names, paths and rows literally, whatever they contain."""
 
 from __future__ import annotations
 

@@ -262,10 +262,9 @@ def tables(modules: list[Module], layers: list[set[str]], way: dict[str, list[st
         files = list(way)
         step = files[files.index(LOOP) :] if LOOP in files else []
         bindings = [path for path in step if path.startswith("kernels/")]
-        counts = ((len(paths), sum(code[path] for path in paths)) for paths in ({*step}.difference(bindings), bindings))
-        (own, own_lines), (kernels, kernel_lines) = counts
-        yield f"one step, from the loop on: {own} files of {own_lines:,} code lines"
-        yield f"bindings of its kernels: {kernels} files of {kernel_lines:,} code lines"
+        others = [path for path in step if path not in bindings]
+        yield f"one step, from the loop on: {len(others)} files of {sum(code[path] for path in others):,} code lines"
+        yield f"bindings of its kernels: {len(bindings)} files of {sum(code[path] for path in bindings):,} code lines"
         of_them = sum(lines[path] for path in way)
         yield f"on the way of one step, from the command to the optimizer: {len(way)} files of {of_them:,} lines"
         yield from (f"    {lines[path]:>5}{code[path]:>6}  {path}" for path in way)

@@ -100,7 +100,7 @@ def test_everything_that_differs_is_said_at_once(model: nn.Module, source: Model
 
 
 def test_a_copy_of_the_head_by_peft_must_be_the_models(tmp_path: Path) -> None:
-    """PEFT writes no digests, but the whole weight beside the factors of a head."""
+    """PEFT writes no digests, but the whole weight in addition to the factors of a head."""
     model = tiny_model("llama")
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
     with warnings.catch_warnings():

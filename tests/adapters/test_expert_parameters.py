@@ -86,8 +86,8 @@ def test_peft_computes_the_same_from_our_files(name: str, variant: str, tmp_path
 @pytest.mark.parametrize("variant", ["qwen3_moe", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_we_compute_the_same_from_pefts_files(name: str, variant: str, tmp_path: Path) -> None:
-    wanted = {key: list(value) if isinstance(value, tuple) else value for key, value in CONFIGS[name].items()}
-    adapted = attach_lora(tiny_model(variant), rank=3, **wanted)
+    expected = {key: list(value) if isinstance(value, tuple) else value for key, value in CONFIGS[name].items()}
+    adapted = attach_lora(tiny_model(variant), rank=3, **expected)
     adapted.save_pretrained(str(tmp_path))
     decoder, _ = ours(LoRAConfig(), variant)
     loaded = load_adapter(tmp_path, decoder.module_shapes())

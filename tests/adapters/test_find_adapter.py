@@ -1,4 +1,4 @@
-"""Which adapter a directory stands for: its own, a run's, the only one in it, or a clear choice between several."""
+"""The adapter that a directory means: its own, a run's, the only one in it, or a clear choice between several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_itself_and_the_only_one_in_it(tmp_path: Path) -> None:
     assert find_adapter(tmp_path) == tmp_path / "own"
 
 
-def test_a_run_stands_for_its_own_adapter_whatever_was_made_of_it(tmp_path: Path) -> None:
+def test_a_run_means_its_own_adapter_whatever_was_made_of_it(tmp_path: Path) -> None:
     """As docs/interop.md has it: `export --output runs/mine/vllm`."""
     assert find_adapter(adapters(tmp_path, "vllm", "adapter", "mlx")) == tmp_path / "adapter"
 

@@ -64,11 +64,11 @@ def valid_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """A directory for the adapter; whatever a test does, nothing may appear or change around it."""
-    (tmp_path / "beside").write_text("as it was")
+    (tmp_path / "neighbour").write_text("as it was")
     (tmp_path / "a").mkdir()
     yield tmp_path / "a"
-    assert {path.name for path in tmp_path.iterdir()} <= {"a", "beside", "out"}
-    assert (tmp_path / "beside").read_text() == "as it was"
+    assert {path.name for path in tmp_path.iterdir()} <= {"a", "neighbour", "out"}
+    assert (tmp_path / "neighbour").read_text() == "as it was"
 
 
 # Cuts, insertions and replacements at any place, several of them: (where, how much goes, what comes).
@@ -130,7 +130,7 @@ def test_edited_gguf_adapters(edits: list[tuple[float, int, bytes]], valid_gguf:
 
 def test_a_gguf_adapter_cut_off_at_any_byte_is_our_error(valid_gguf: bytes, place: Path) -> None:
     path = place / "a.gguf"
-    for length in range(len(valid_gguf) - 32):  # behind the last tensor there may be padding
+    for length in range(len(valid_gguf) - 32):  # after the last tensor there may be padding
         path.write_bytes(valid_gguf[:length])
         with pytest.raises(ArtifactError):
             read_gguf_adapter(path, LLAMA)
@@ -149,7 +149,7 @@ NAMES = st.sampled_from([field.name for field in fields(peft.LoraConfig)]) | st.
 
 @MANY
 @given(changes=st.dictionaries(NAMES, JSON | PATTERNS | st.dictionaries(PATTERNS, JSON, max_size=2), max_size=4))
-def test_any_configuration_beside_valid_tensors(changes: dict[str, Any], valid: dict[str, bytes], place: Path) -> None:
+def test_any_configuration_with_valid_tensors(changes: dict[str, Any], valid: dict[str, bytes], place: Path) -> None:
     loaded = set(sys.modules)
     raw = json.loads(valid["adapter_config.json"]) | changes
     (place / "adapter_config.json").write_text(json.dumps(raw))

@@ -46,9 +46,9 @@ def test_outputs_and_gradients_equal_pefts(name: str, tmp_path: Path) -> None:
     mine = dict(adapter.named_parameters())
     assert set(factors) == set(mine)
     for factor, parameter in mine.items():
-        got, wanted = parameter.grad, factors[factor].grad
-        assert got is not None and wanted is not None and float(wanted.abs().max()) > 0
-        assert distance(got, wanted) <= bound, factor
+        got, reference = parameter.grad, factors[factor].grad
+        assert got is not None and reference is not None and float(reference.abs().max()) > 0
+        assert distance(got, reference) <= bound, factor
     trained = {key for key, parameter in adapter.module.named_parameters() if parameter.grad is not None}
     assert trained == set(mine)
 
@@ -73,7 +73,7 @@ def test_we_read_what_peft_writes(name: str, tmp_path: Path) -> None:
     build, _, _, dtype, bound = KINDS[name]
     _, theirs, x = ours_and_theirs(name, tmp_path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # embedding layers are saved whole beside their factors
+        warnings.simplefilter("ignore")  # embedding layers are saved whole in addition to their factors
         theirs.save_pretrained(str(tmp_path / "theirs"))  # type: ignore[operator]
     torch.manual_seed(0)
     adapter = inject_from(build().to(dtype).eval(), tmp_path / "theirs")

@@ -1,4 +1,4 @@
-"""An injected model in Hugging Face's Trainer, which is told nothing about it."""
+"""An injected model in Hugging Face's Trainer, which does not know about it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_loss_falls_and_only_the_adapter_moves(checkpointing: bool, tmp_path
     own = {name for name, _ in adapter.named_parameters()}
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == own
-    # What the Trainer stores is the whole model under the base model's names, and the factors beside it.
+    # The Trainer stores the whole model under the base model's names, and the factors in addition.
     stored = load_file(tmp_path / "checkpoint-40" / "model.safetensors")
     assert set(stored) == set(before)
     adapter.save(tmp_path / "adapter")
@@ -131,7 +131,7 @@ def test_with_the_callback_checkpoints_are_the_adapter_and_resume_to_the_same_bi
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_it_learns_by_our_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a backward that gives zeros, the same run stands still."""
+    """With a backward that returns zeros, the same run changes nothing."""
     right = lora_functions.lora_linear.backward
 
     def zeros(d_y: Tensor, saved: Any, **options: Any) -> Any:

@@ -113,8 +113,8 @@ def test_modules_around_convolutions_go_to_peft_and_come_back(tmp_path: Path) ->
     }
 
 
-def test_modules_beside_the_layers_inputs_go_to_peft_and_come_back(tmp_path: Path) -> None:
-    """Layers that use another's keys have no k_proj and no v_proj; what makes the inputs stands before all layers."""
+def test_modules_next_to_the_layers_inputs_go_to_peft_and_come_back(tmp_path: Path) -> None:
+    """Layers with another's keys have no k_proj and no v_proj; the projection of the inputs is before all layers."""
     slots = _to_peft_and_back("gemma4_text", tmp_path)
     assert {"model.per_layer_model_projection", "model.layers.6.per_layer_input_gate"} <= slots
     assert "model.layers.6.self_attn.k_proj" not in slots
@@ -306,7 +306,7 @@ def test_tensors_that_do_not_fit_are_all_listed(
         assert part in text
 
 
-def test_a_tensor_of_a_wrong_type_is_one_problem_and_not_missing_besides(
+def test_a_tensor_of_a_wrong_type_is_one_problem_and_not_also_missing(
     saved: Path, shapes: dict[str, tuple[int, int]]
 ) -> None:
     change_tensors(saved, lambda t: t.update({A0: torch.ones(3, 60, dtype=torch.int8)}))

@@ -373,7 +373,7 @@ def test_the_command(three: tuple[Path, ...], tmp_path: Path, capsys: pytest.Cap
         (("one", "two", "--weights", "1", "2", "3"), "3 weights for 2 adapters"),
     ],
 )
-def test_weights_that_are_none_or_stand_before_the_adapters(
+def test_weights_that_are_none_or_come_before_the_adapters(
     words: tuple[str, ...], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["combine", "add", *words, "--output", str(tmp_path / "out")]) == 2

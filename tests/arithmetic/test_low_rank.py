@@ -53,8 +53,8 @@ def test_the_best_approximation_and_what_it_loses(rank: int) -> None:
     assert found.lost_beyond(rank) == pytest.approx(
         np.linalg.norm(dense - best), rel=1e-12, abs=1e-14 * np.linalg.norm(dense)
     )
-    wanted = np.sqrt(values[:rank]) if rank else [0.0]  # a file holds no rank of 0
-    assert torch.linalg.vector_norm(lora_A, dim=1).numpy() == pytest.approx(wanted)
+    reference = np.sqrt(values[:rank]) if rank else [0.0]  # a file holds no rank of 0
+    assert torch.linalg.vector_norm(lora_A, dim=1).numpy() == pytest.approx(reference)
 
 
 def test_smallest_rank_for_an_error() -> None:
@@ -82,7 +82,7 @@ def test_terms_that_repeat_or_cancel_have_no_rank() -> None:
 
 
 def test_factors_of_very_unequal_size_lose_no_term() -> None:
-    """1e-9 · lora_B beside 1e9 · lora_A is the same update; unbalanced, rounding would hide the other term."""
+    """1e-9 · lora_B with 1e9 · lora_A is the same update; unbalanced, rounding would hide the other term."""
     one, other = module(2, 1), module(2, 2)
     skewed = ModuleFactors(other.lora_A * 1e12, other.lora_B * 1e-12, other.scaling)
     plain = product_directions(*terms([(1.0, one), (1.0, other)]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.browser
 
 
-# Texts that are wider than what they stand in: they would lie over their neighbours, or be cut off.
+# Texts that are wider than their box: they would cover their neighbours, or be cut off.
 _TOO_NARROW = """
 [...document.querySelectorAll('td, th, p, pre, figcaption, h1, h2, h3, summary, .tile, .label, .text')]
     .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)
@@ -109,7 +109,7 @@ def test_injected_markup_stays_inert(number: int, finished: Path, open_page: Ope
     (finished / "report.html").write_bytes(run_page(read_run(finished)))
     with open_page((finished / "report.html").as_uri()) as page:
         check(page)
-        # The names of modules, in the text beside the pointer too.
+        # The names of modules, in the text next to the pointer too.
         assert (
             "_proj" in hover(page, "chart-moved") and page.locator("#vg-tooltip-element img, svg script").count() == 0
         )

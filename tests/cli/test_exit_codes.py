@@ -105,9 +105,7 @@ def test_a_bug_says_how_to_report_it_and_shows_a_traceback_only_with_debug(end) 
     assert "Traceback (most recent call last)" in printed
 
 
-def test_debug_may_stand_before_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_debug_may_come_before_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(commands, "COMMANDS", (END,))
     assert cli.main(["--debug", "end", "--how", "data"]) == 3
     assert "Traceback" in capsys.readouterr().err
@@ -166,7 +164,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (process.returncode, printed) == (141, "")
 
 
-def test_output_that_no_file_takes_is_told_of_once(tmp_path: Path) -> None:
+def test_output_that_no_file_takes_is_reported_once(tmp_path: Path) -> None:
     """Not once more by Python, which ends with 120 then: what could not be written is still in a buffer."""
     command = 'ulimit -f 0; trap "" XFSZ; exec "$0" -m backhand --version > out'
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -209,7 +207,7 @@ def test_standard_error_that_cannot_be_written_changes_no_exit_code(how: str, er
 
 
 @pytest.mark.parametrize("kilobytes", [300_000, 600_000])
-def test_a_limit_of_addresses_below_the_imports_is_told(kilobytes: int, tmp_path: Path) -> None:
+def test_a_limit_of_addresses_below_the_imports_is_reported(kilobytes: int, tmp_path: Path) -> None:
     """OpenBLAS ends a process with 1 where it gets no memory; a command's help needs none of it."""
     script = f'ulimit -v {kilobytes}; exec "$0" -m backhand "$@"'
     for words, code, said in ((["lint", "--data", "x"], 5, "too low to load PyTorch"), (["lint", "--help"], 0, "")):
@@ -219,7 +217,7 @@ def test_a_limit_of_addresses_below_the_imports_is_told(kilobytes: int, tmp_path
         assert (done.returncode, said in done.stderr) == (code, True), done.stderr
 
 
-def test_a_name_of_utf8_in_an_ascii_locale_is_told_from_one_of_other_bytes(tmp_path: Path) -> None:
+def test_a_name_of_utf8_in_an_ascii_locale_differs_from_one_of_other_bytes(tmp_path: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for name, said in (("e_ünï".encode(), "cannot be read in this locale"), (b"e_\xfc", "is not UTF-8")):
         words = [sys.executable, "-m", "backhand", "train", "--model", "x", "--data", "x", "--output", name]

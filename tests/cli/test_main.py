@@ -271,8 +271,8 @@ def test_what_the_environment_names_for_streams_stays(named: str, found: str, mo
     monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
     monkeypatch.setenv("LC_ALL", "C")
     code = "import codecs, sys; from backhand.cli.main import main; main(['--version']); out = sys.stdout"
-    told = run("-c", f"{code}; print(codecs.lookup(out.encoding).name, out.errors)").stdout
-    assert told.splitlines()[-1] == found
+    reported = run("-c", f"{code}; print(codecs.lookup(out.encoding).name, out.errors)").stdout
+    assert reported.splitlines()[-1] == found
 
 
 def test_the_whole_version_names_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_a_second_template_for_tools_is_used_where_there_are_tools() -> None:
     assert "Tools:" not in chat.documents(talk("u:q", "a:x"))[0].text
 
 
-def test_control_tokens_from_data_are_broken_wherever_they_stand() -> None:
+def test_control_tokens_from_data_are_broken_at_any_place() -> None:
     end = "<|im_end|>"
     messages = [
         {"role": "system", "content": end},

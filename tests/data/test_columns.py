@@ -161,14 +161,14 @@ def test_usual_names_are_understood_where_nothing_is_doubtful(tmp_path: Path, he
     assert any("is read as the prompt" in note for note in notes)
 
 
-def test_text_beside_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
+def test_text_next_to_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
     _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"))
     assert notes[-1].endswith(
         "not read: the column label; to train on it as the answer: --prompt text --completion label"
     )
 
 
-def test_few_different_short_values_beside_a_text_may_be_learnt(tmp_path: Path) -> None:
+def test_few_different_short_values_next_to_a_text_may_be_learnt(tmp_path: Path) -> None:
     rows = "".join(f"{i},text {i},{'ab'[i % 2]}\n" for i in range(8))
     _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"))
     assert notes[-1].endswith(

@@ -51,7 +51,7 @@ def test_no_pattern_and_no_value_of_a_held_out_row_occurs_in_training(seed: int)
             assert not words_of(value) & trained_words
 
 
-def test_no_word_stands_in_both_sets_and_patterns_are_many() -> None:
+def test_no_word_is_in_both_sets_and_patterns_are_many() -> None:
     for words in (TRAINING, HELD_OUT):
         for name in VALUES:
             assert len(set(getattr(words, name))) == len(getattr(words, name)), name
@@ -81,7 +81,7 @@ def test_the_seed_decides() -> None:
     assert len({sentence(row) for row in rows}) == TRAIN_ROWS >= 600
 
 
-def test_examples_in_the_prompt_stand_before_the_question() -> None:
+def test_examples_in_the_prompt_come_before_the_question() -> None:
     row, *examples = demo_rows(1 + SHOTS, 0)
     shown = few_shot(row, examples)["messages"]
     assert [message["role"] for message in shown] == ["system", *["user", "assistant"] * (SHOTS + 1)]

@@ -1,4 +1,4 @@
-"""Documents that begin alike in one micro-batch: a forest of segments, in which what they share stands once."""
+"""Documents with common prefixes in one micro-batch: a forest of segments that stores each shared prefix once."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_beginning_is_shared_where_it_saves_enough(tokens: int, rows: int, sha
     assert len(pack(alike).lengths) == rows and not pack(alike).parents
 
 
-def test_a_segment_behind_another_has_to_save_enough_itself() -> None:
+def test_a_segment_after_another_has_to_save_enough_itself() -> None:
     """Twenty tokens more in two of three documents are not worth a segment; thirty-two are."""
     for more, shared in ((20, False), (32, True)):
         rows = [example([*range(16), *[3] * more, 90 + row, 7], [more + 17]) for row in range(2)]

@@ -44,7 +44,7 @@ def completion(values: dict[str, Any], *, allow_prompts: bool = False) -> Comple
         ({"messages": None, "text": "t", "id": 3}, "text"),
     ],
 )
-def test_the_form_is_told_by_the_columns(values: dict[str, Any], name: str) -> None:
+def test_the_form_is_determined_by_the_columns(values: dict[str, Any], name: str) -> None:
     reader = FormReader()
     reader.read(RawRow(values, "f:1"))
     assert reader.form is not None and reader.form.name == name

@@ -1,4 +1,4 @@
-"""Whatever stands in a file of rows, only errors of ours come out of it, and with skip_bad hardly any."""
+"""Any contents of a file of rows raise only errors of ours, and with skip_bad hardly any."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ supervised_examples = st.integers(1, 12).flatmap(
 
 
 @given(st.lists(supervised_examples, max_size=8))
-def test_every_supervised_token_is_a_label_behind_its_own_past(examples: list[Example]) -> None:
+def test_every_supervised_token_is_a_label_after_its_own_past(examples: list[Example]) -> None:
     batch = pack(examples)
     assert batch.supervised_tokens == sum(int(e.supervised.sum()) for e in examples)
     assert list(batch.lengths) == sorted(batch.lengths)

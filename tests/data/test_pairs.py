@@ -51,7 +51,7 @@ def test_conversations(values: dict[str, Any]) -> None:
     assert pair.chosen.supervised == pair.rejected.supervised == (False, True)
 
 
-def test_a_prompt_beside_whole_conversations_is_not_put_before_them_again(tmp_path: Path) -> None:
+def test_a_prompt_of_whole_conversations_is_not_put_before_them_again(tmp_path: Path) -> None:
     whole = {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     (once,) = prepared(tmp_path / "rows.jsonl", [EXPLICIT])
     for prompt in ("the user asks", [ASKED]):
@@ -147,7 +147,7 @@ def test_a_pair_becomes_two_documents_with_the_same_prompt(tmp_path: Path) -> No
     assert one.key != prepared(tmp_path / "rows.jsonl", [{**EXPLICIT, "rejected": [GOOD]}])[0].key
 
 
-def test_both_sides_stand_in_one_batch_and_the_prompt_once(tmp_path: Path) -> None:
+def test_both_sides_are_in_one_batch_and_the_prompt_once(tmp_path: Path) -> None:
     long = {**EXPLICIT, "prompt": [{"role": "user", "content": "the user asks the assistant for a list " * 4}]}
     examples = prepared(tmp_path / "rows.jsonl", [long, {**long, "chosen": [BAD], "rejected": [GOOD]}])
     packer = RowPacker(examples, share_prefixes=True)

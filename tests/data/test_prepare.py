@@ -47,7 +47,7 @@ def test_three_forms_of_one_row_become_the_same_tokens(tmp_path: Path) -> None:
     assert supervised_text(example) == "yes<|im_end|>"
 
 
-def test_without_a_template_prompt_and_completion_are_joined_as_they_stand(tmp_path: Path) -> None:
+def test_without_a_template_prompt_and_completion_are_joined_unchanged(tmp_path: Path) -> None:
     tokenizer = sentence_pieces()
     tokenizer.chat_template = None
     data = prepared(tmp_path, [{"prompt": "yes </s>", "completion": " no"}], tokenizer)
@@ -195,7 +195,7 @@ def test_held_out_rows_from_a_file_with_a_warning_for_those_that_were_trained_on
     )
 
 
-def test_held_out_rows_from_a_fraction_or_from_the_file_beside(tmp_path: Path) -> None:
+def test_held_out_rows_from_a_fraction_or_from_the_neighbouring_file(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i}", "completion": "yes"} for i in range(10)]
     data = write(tmp_path / "train.jsonl", rows)
     train, held_out = prepare(DataOptions(data=(data,), eval_fraction=0.3), byte_level(), seed=1)
@@ -322,7 +322,7 @@ def test_columns_that_nothing_is_taken_from_are_named(tmp_path: Path, row: dict[
     assert note in prepared(tmp_path, [row]).report.notes
 
 
-def test_lists_of_messages_in_prompt_and_completion_read_what_stands_beside_them(tmp_path: Path) -> None:
+def test_lists_of_messages_in_prompt_and_completion_read_the_other_columns(tmp_path: Path) -> None:
     lists = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:], "system": "s", "tools": None}
     assert not [note for note in prepared(tmp_path, [lists]).report.notes if "not read" in note]
 

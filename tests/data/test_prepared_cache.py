@@ -82,10 +82,10 @@ def test_nothing_is_kept_where_it_is_turned_off_or_cannot_be(tmp_path: Path, mon
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], object], rest: Callable[[bytes], bytes] = bytes) -> None:
     """Change a kept file's header and what follows it, with the digest of what it holds then."""
-    line, behind = file.read_bytes()[32:].split(b"\n", 1)
+    line, rest_of_file = file.read_bytes()[32:].split(b"\n", 1)
     header = json.loads(line)
     changed = change(header)
-    data = json.dumps(header if changed is None else changed).encode() + b"\n" + rest(behind)
+    data = json.dumps(header if changed is None else changed).encode() + b"\n" + rest(rest_of_file)
     file.write_bytes(hashlib.sha256(data).digest() + data)
 
 

@@ -49,8 +49,8 @@ def talk(*contents: str, **more: str) -> Conversation:
     return read_conversation("messages", messages, {}, "f:1")
 
 
-def begun(chat: ChatRenderer, conversation: Conversation) -> tuple[str, str]:
-    """What stands between the last turn's start and its reply, and the reply."""
+def reply_start(chat: ChatRenderer, conversation: Conversation) -> tuple[str, str]:
+    """Return the text between the last turn's start and its reply, and the reply."""
     document = chat.documents(conversation)[-1]
     ((start, end),) = document.spans[-1:]
     return document.text[document.text.rindex("<|im_start|>") : start], document.text[start:end]
@@ -58,18 +58,18 @@ def begun(chat: ChatRenderer, conversation: Conversation) -> tuple[str, str]:
 
 def test_an_empty_thought_as_the_template_writes_thoughts_goes_on_from_the_prompt() -> None:
     chat = renderer(WRITING)
-    assert begun(chat, talk("q", "x")) == ("<|im_start|>assistant\n<think>\n", "\n</think>\n\nx<|im_end|>")
+    assert reply_start(chat, talk("q", "x")) == ("<|im_start|>assistant\n<think>\n", "\n</think>\n\nx<|im_end|>")
     assert chat.starts == {("emptied", "<think>\n\n</think>\n\n"): 1}
     thoughtful = talk("q", "x", reasoning_content="hm")
-    assert begun(chat, thoughtful) == ("<|im_start|>assistant\n<think>\n", "hm\n</think>\n\nx<|im_end|>")
+    assert reply_start(chat, thoughtful) == ("<|im_start|>assistant\n<think>\n", "hm\n</think>\n\nx<|im_end|>")
     assert chat.starts.total() == 1
 
 
-def test_without_a_way_to_write_one_the_reply_begins_behind_the_header() -> None:
+def test_without_a_way_to_write_one_the_reply_begins_after_the_header() -> None:
     chat = renderer(OPENING)
-    assert begun(chat, talk("q", "x")) == ("<|im_start|>assistant\n", "x<|im_end|>")
-    assert begun(chat, talk("q", "<b>x</b>")) == ("<|im_start|>assistant\n", "<b>x</b><|im_end|>")
-    assert begun(chat, talk("q", "")) == ("<|im_start|>assistant\n", "<|im_end|>")
+    assert reply_start(chat, talk("q", "x")) == ("<|im_start|>assistant\n", "x<|im_end|>")
+    assert reply_start(chat, talk("q", "<b>x</b>")) == ("<|im_start|>assistant\n", "<b>x</b><|im_end|>")
+    assert reply_start(chat, talk("q", "")) == ("<|im_start|>assistant\n", "<|im_end|>")
     assert chat.starts == {("headed", "<think>\n"): 3}
     (document,) = chat.documents(talk("q", "x", "r", "y"))
     assert len(document.spans) == 2
@@ -77,12 +77,12 @@ def test_without_a_way_to_write_one_the_reply_begins_behind_the_header() -> None
 
 def test_an_empty_thought_of_another_form_begins_where_the_switched_prompt_ends() -> None:
     chat = renderer(CLOSING)
-    assert begun(chat, talk("q", "x")) == ("<|im_start|>assistant\n<think></think>", "x<|im_end|>")
+    assert reply_start(chat, talk("q", "x")) == ("<|im_start|>assistant\n<think></think>", "x<|im_end|>")
     assert chat.starts == {("switched", "enable_thinking=false"): 1}
     off = renderer(CLOSING, enable_thinking=False)
-    assert begun(off, talk("q", "x")) == begun(chat, talk("q", "x"))
+    assert reply_start(off, talk("q", "x")) == reply_start(chat, talk("q", "x"))
     assert not off.starts
-    assert begun(off, talk("q", "<think>\nhm</think>x")) == (
+    assert reply_start(off, talk("q", "<think>\nhm</think>x")) == (
         "<|im_start|>assistant\n<think>\n",
         "hm</think>x<|im_end|>",
     )
@@ -91,7 +91,7 @@ def test_an_empty_thought_of_another_form_begins_where_the_switched_prompt_ends(
 
 def test_without_a_switch_a_thought_closed_at_once_is_learnt_whole() -> None:
     template = CLOSING.replace("enable_thinking", "no_such_switch")
-    assert begun(renderer(template), talk("q", "x")) == ("<|im_start|>assistant\n", "<think></think>x<|im_end|>")
+    assert reply_start(renderer(template), talk("q", "x")) == ("<|im_start|>assistant\n", "<think></think>x<|im_end|>")
 
 
 @pytest.mark.parametrize("template", [OPENING, WRITING, CLOSING])

@@ -15,13 +15,13 @@ def make(folder: Path, *names: str) -> None:
         (folder / name).write_text('{"text": "a"}\n')
 
 
-def test_a_folder_with_a_training_file_stands_for_that_file(tmp_path: Path) -> None:
+def test_a_folder_with_a_training_file_means_that_file(tmp_path: Path) -> None:
     make(tmp_path, "test.jsonl", "train.jsonl", "valid.jsonl", "notes.md")
     assert expand([str(tmp_path)]) == (str(tmp_path / "train.jsonl"),)
     assert neighbouring_held_out([str(tmp_path)]) == (str(tmp_path / "valid.jsonl"),)
 
 
-def test_any_other_folder_stands_for_all_its_data_files(tmp_path: Path) -> None:
+def test_any_other_folder_means_all_its_data_files(tmp_path: Path) -> None:
     make(tmp_path, "b.jsonl", "a.csv.gz", "valid.jsonl", "notes.md")
     assert expand([str(tmp_path)]) == tuple(str(tmp_path / name) for name in ("a.csv.gz", "b.jsonl", "valid.jsonl"))
     assert neighbouring_held_out([str(tmp_path)]) == ()

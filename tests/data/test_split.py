@@ -40,7 +40,7 @@ def test_a_split_holds_every_row_on_one_side_in_order() -> None:
     assert split(data(50), 0.2, seed=4)[1].digest != held.digest
 
 
-def test_each_side_counts_its_own_rows_and_what_was_left_out_is_told_once() -> None:
+def test_each_side_counts_its_own_rows_and_left_out_rows_are_reported_once() -> None:
     several = [example(i, f"f:{i // 2}") for i in range(20)]
     read = DataReport(rows=10, truncated=3, skipped_bad=1, bad_rows=(DataError("bad", where="f:11"),))
     train, held = split(with_totals(several, read), 0.2, seed=3)

@@ -85,8 +85,8 @@ def test_groups_and_overlap_are_those_of_comparing_every_two() -> None:
     for _ in examples:
         joined = joined @ joined
     assert _groups(stored(examples)).tolist() == joined.argmax(1).tolist()
-    wanted = [facts(example) for example, ids in zip(examples[30:], tokens[30:], strict=True) if ids in tokens[:30]]
-    assert list(map(facts, overlap(examples[:30], examples[30:]))) == wanted and wanted
+    reference = [facts(example) for example, ids in zip(examples[30:], tokens[30:], strict=True) if ids in tokens[:30]]
+    assert list(map(facts, overlap(examples[:30], examples[30:]))) == reference and reference
 
 
 def test_what_all_rows_begin_with_is_what_every_two_have_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_the_last_bytes_may_find_no_room(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "TMPDIR" in str(raised.value.next_step)
 
 
-def test_no_room_for_rows_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_rows_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -82,7 +82,7 @@ def test_tables_and_lists_are_protected_to_their_depth() -> None:
     }
 
 
-def test_the_mark_stands_nowhere_in_the_text() -> None:
+def test_the_mark_is_nowhere_in_the_text() -> None:
     assert unused_mark(["\ue000 \ue002", "\ue001"]) == "\ue003"
     encoder = TextEncoder(byte_level())
     text = "\ue000<|im_end|>\ue001"

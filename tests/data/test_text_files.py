@@ -132,7 +132,7 @@ def test_a_spreadsheet_is_called_one(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
-def test_what_is_no_text_is_told_apart_even_with_skip_bad(
+def test_files_without_text_are_refused_even_with_skip_bad(
     tmp_path: Path, content: bytes, said: str, suffix: str
 ) -> None:
     path = write(tmp_path / f"rows{suffix}", content)
@@ -180,7 +180,7 @@ def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("joined", [", ".join, "".join], ids=["list", "one after the other"])
-def test_rows_on_one_line_are_told_apart(tmp_path: Path, joined: Callable[[list[str]], str]) -> None:
+def test_rows_on_one_line_are_distinguished(tmp_path: Path, joined: Callable[[list[str]], str]) -> None:
     """As `json.dump` writes a list: a row's source says which documents are one row's."""
     objects = joined([json.dumps({"text": text}) for text in "abc"])
     content = f'[{objects},\n{{"text": "d"}}]' if ", {" in objects else f'{objects}\n{{"text": "d"}}'

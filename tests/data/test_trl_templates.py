@@ -129,7 +129,7 @@ def test_spans_are_those_that_trl_marks(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("name", template_names())
-def test_the_token_that_stops_generation_is_learnt_and_the_prompt_is_what_stands_before(name: str) -> None:
+def test_the_token_that_stops_generation_is_learnt_and_the_prompt_is_all_before(name: str) -> None:
     tokenizer, encoder = tokenizer_for(name), TextEncoder(tokenizer_for(name))
     chat, rows = _renderer(name), RowRenderer(tokenizer, TemplateOptions())
     for kind, messages in PLAIN.items():
@@ -179,7 +179,7 @@ def test_a_call_at_the_end_learns_the_token_of_the_tool_that_answers() -> None:
 
 
 def _written(name: str, messages: list[dict[str, Any]], words: str) -> bool:
-    """Whether the template itself, given messages as they stand, writes some words."""
+    """Return True if the template itself writes some words for unchanged messages."""
     try:
         return words in str(tokenizer_for(name).apply_chat_template(messages, tokenize=False))
     except Exception:  # noqa: BLE001 - a template raises whatever its expressions raise
@@ -207,7 +207,7 @@ def test_thoughts_carry_loss_wherever_the_template_writes_them(name: str) -> Non
 
 @pytest.mark.parametrize("name", pair_names())
 def test_of_two_replies_with_thoughts_each_is_learnt_as_it_is_said(name: str) -> None:
-    """TRL trains on the whole as it stands at the end, where many templates have taken the first thoughts out."""
+    """TRL trains on the final rendering, in which many templates have taken the first thoughts out."""
     messages = _turns("q one", "a one", "q two", "a two")
     messages[1]["reasoning_content"], messages[3]["reasoning_content"] = "hm one", "hm two"
     marked = marked_spans(name, messages, None)

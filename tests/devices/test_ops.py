@@ -1,4 +1,4 @@
-"""Every op, forward and backward, on another device: the numbers of the processor, and nothing left behind on it."""
+"""Every op, forward and backward, on another device: the numbers of the processor, and nothing is left on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every code block of the documentation is run as it stands, or stands in blocks.toml with the reason why not."""
+"""Every code block of the documentation is run unchanged, or is listed in blocks.toml with the reason why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example in every command's help works as it stands, on a few rows and SmolLM2."""
+"""The example in every command's help works unchanged, on a few rows and SmolLM2."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def main() -> int:
         forked = multiprocessing.get_context("fork")  # with what has been imported here
         with ProcessPoolExecutor(options.processes, forked) as pool:  # one that is killed raises, and is not waited for
             tallies = list(pool.map(partial(_share, kinds, world, place, options), range(options.processes)))
-        return _told(kinds, tallies, options, time.monotonic() - began)
+        return _reported(kinds, tallies, options, time.monotonic() - began)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -87,7 +87,7 @@ class Tally(NamedTuple):
         codes: how often a kind ended in each exit code or fault.
         worst: of each kind, the most processor seconds and bytes of a case.
         failures: how many there were.
-        stop: the number behind its last case.
+        stop: the number after its last case.
     """
 
     codes: dict[str, Counter[str]]
@@ -133,7 +133,7 @@ def _share(kinds: list[str], world: World, place: Path, options: argparse.Namesp
     return Tally(codes, worst, failures, stop)
 
 
-def _told(kinds: list[str], tallies: list[Tally], options: argparse.Namespace, took_s: float) -> int:
+def _reported(kinds: list[str], tallies: list[Tally], options: argparse.Namespace, took_s: float) -> int:
     """Print what all processes have found; 1 if anything failed."""
     for kind in kinds:
         codes = sum((tally.codes[kind] for tally in tallies), Counter[str]())

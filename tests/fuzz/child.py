@@ -36,7 +36,7 @@ Files = Mapping[str, tuple[int, int, int]]
 
 
 class Attempt(NamedTuple):
-    """The words behind `backhand`, or a function that returns an exit code; and the directory to run in."""
+    """The words after `backhand`, or a function that returns an exit code; and the directory to run in."""
 
     command: Sequence[str] | Callable[[], int]
     place: Path
@@ -87,7 +87,7 @@ def run_attempt(attempt: Attempt) -> Outcome:
 
 
 def _run_in_one_child(attempts: Sequence[Attempt]) -> list[Outcome]:
-    """What became of the first, and of those behind it for as long as the child lives."""
+    """The outcome of the first case, and of those after it as long as the child lives."""
     before = [_tree(attempt.place) for attempt in attempts]
     reading, writing = os.pipe()
     child = os.fork()
@@ -95,13 +95,13 @@ def _run_in_one_child(attempts: Sequence[Attempt]) -> list[Outcome]:
         _be_child(attempts, writing)
     os.close(writing)
     outcomes = []
-    with os.fdopen(reading, "rb", buffering=0) as told:
+    with os.fdopen(reading, "rb", buffering=0) as reported:
         for attempt, there in zip(attempts, before, strict=True):
             # A busy machine gives a child its seconds late: the limit on processor seconds is the one that counts.
-            hung = not select.select([told], [], [], HANG_S * 30)[0]
+            hung = not select.select([reported], [], [], HANG_S * 30)[0]
             if hung:
                 os.killpg(child, signal.SIGKILL)
-            line = b"" if hung else told.readline()
+            line = b"" if hung else reported.readline()
             if not line:  # it is dead, and this case was its last
                 _, status, usage = os.wait4(child, 0)
                 code = os.waitstatus_to_exitcode(status)
@@ -193,7 +193,7 @@ def _run_here(attempt: Attempt) -> tuple[int, float, int]:
 
             code = main([str(word) for word in attempt.command])
         sys.stdout.flush()
-    except BaseException:  # noqa: BLE001 - a fault of the case, told as its exit code
+    except BaseException:  # noqa: BLE001 - a fault of the case, reported as its exit code
         traceback.print_exc()
         code = 1
     sys.stderr.flush()

@@ -44,7 +44,7 @@ class Case:
     Attributes:
         files: by name, bytes to write; the hostile one first.
         links: by name, a directory whose files are linked there, those of `files` left out.
-        command: words behind `backhand`.
+        command: words after `backhand`.
         copies: by name, a directory whose files are copied there, those of `files` left out: the command may write.
     """
 
@@ -449,7 +449,7 @@ KINDS: dict[str, Callable[[random.Random, World], Case]] = {
 
 
 def lay_out(case: Case, place: Path) -> None:
-    """Write a case's files into an empty directory, and link those that belong beside them."""
+    """Write a case's files into an empty directory, and link those that belong with them."""
     for name, data in case.files.items():
         with suppress(FileExistsError, IsADirectoryError, NotADirectoryError):  # drawn as a folder, too
             (place / name).parent.mkdir(parents=True, exist_ok=True)

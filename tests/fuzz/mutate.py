@@ -76,7 +76,7 @@ ODD_NAMES = (
 
 
 def odd_value(draw: random.Random, depth: int = 0) -> Any:
-    """A value that does not belong where it will stand."""
+    """A value of the wrong kind for its place."""
     kind = draw.randrange(9)
     if kind < 3:
         return draw.choice(ODD_NUMBERS)
@@ -124,7 +124,7 @@ def mutated_bytes(draw: random.Random, data: bytes) -> bytes:
 
 
 def mutated_json(draw: random.Random, value: Any, *, most: int = 3) -> str:
-    """JSON text of a value changed in a few places; sometimes with a key that stands twice, or damaged itself."""
+    """JSON text of a value changed in a few places; sometimes with a key that occurs twice, or damaged itself."""
     value = json.loads(json.dumps(value))
     for _ in range(draw.randint(1, most)):
         places = list(_places(value))

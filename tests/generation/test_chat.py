@@ -42,9 +42,9 @@ class Talk:
     def __init__(self, session: Parrot, system: str | None = None) -> None:
         self.session = session
         self.written: list[str] = []
-        self.told: list[str] = []
+        self.reported: list[str] = []
         self.conversation = Conversation(
-            session, SAMPLING, system=system, write=self.written.append, tell=self.told.append  # type: ignore[arg-type]
+            session, SAMPLING, system=system, write=self.written.append, tell=self.reported.append  # type: ignore[arg-type]
         )  # fmt: skip
 
     def take(self, *lines: str) -> bool:
@@ -65,18 +65,18 @@ def test_turns_follow_one_another() -> None:
         {"role": "user", "content": "again"},
     ]
     assert talk.session.seeds == [7, 8]
-    assert talk.told == []
+    assert talk.reported == []
 
 
-def test_the_system_message_stands_first_and_can_be_changed() -> None:
+def test_the_system_message_comes_first_and_can_be_changed() -> None:
     talk = Talk(Parrot(), system="be brief")
     talk.take("hi", "/system", "/system  be kind ", "/system", "hi")
     assert talk.said == [("system", "be kind"), ("user", "hi"), ("assistant", "also")]
-    assert talk.told[0] == "system message: be brief"
-    assert talk.told[2] == "system message: be kind"
+    assert talk.reported[0] == "system message: be brief"
+    assert talk.reported[2] == "system message: be kind"
     plain = Talk(Parrot())
     plain.take("/system")
-    assert plain.told == ["there is no system message of yours"]
+    assert plain.reported == ["there is no system message of yours"]
 
 
 def test_reset_keeps_the_system_message_only() -> None:
@@ -93,8 +93,8 @@ def test_leaving(word: str) -> None:
 def test_unknown_commands_are_not_said_and_slashes_can_be() -> None:
     talk = Talk(Parrot())
     talk.take("/help", "/restart now", "//home/me is a path")
-    assert "/reset" in talk.told[0]
-    assert "there is no /restart; to say it, type //restart now" in talk.told[1]
+    assert "/reset" in talk.reported[0]
+    assert "there is no /restart; to say it, type //restart now" in talk.reported[1]
     assert talk.said[0] == ("user", "/home/me is a path")
 
 
@@ -102,7 +102,7 @@ def test_an_interrupted_answer_stays_as_far_as_it_got() -> None:
     talk = Talk(Parrot(["al", KeyboardInterrupt()]))
     assert talk.take("hi")
     assert talk.said == [("user", "hi"), ("assistant", "al")]
-    assert talk.told == ["stopped"]
+    assert talk.reported == ["stopped"]
     at_once = Talk(Parrot([KeyboardInterrupt()]))
     assert at_once.take("hi")
     assert at_once.said == []
@@ -112,21 +112,21 @@ def test_an_error_takes_the_question_back() -> None:
     talk = Talk(Parrot([DataError("the prompt has 9 tokens", next_step="shorten it")]))
     assert talk.take("hi")
     assert talk.said == []
-    assert "the prompt has 9 tokens" in talk.told[0]
-    assert "/reset" in talk.told[0]
+    assert "the prompt has 9 tokens" in talk.reported[0]
+    assert "/reset" in talk.reported[0]
 
 
 def test_a_cut_off_answer_says_so() -> None:
     talk = Talk(Parrot(finish_reason="length"))
     talk.take("hi")
-    assert talk.told == ["cut off after 2 tokens"]
+    assert talk.reported == ["cut off after 2 tokens"]
 
 
 def test_two_voices_answer_each_turn_from_what_each_said_itself() -> None:
-    session, begun, written = Parrot(["al", "so"]), [], []
+    session, started, written = Parrot(["al", "so"]), [], []
 
     def begin(name: str, piece: str) -> None:
-        begun.append(name)
+        started.append(name)
         session.pieces = [piece]
 
     voices = [Voice("base model", lambda: begin("base", "no")), Voice("with a", lambda: begin("adapted", "yes"))]
@@ -134,20 +134,20 @@ def test_two_voices_answer_each_turn_from_what_each_said_itself() -> None:
     conversation.take("hi")
     conversation.take("again")
     assert "".join(written) == "base model:\nno\nwith a:\nyes\n" * 2
-    assert begun == ["base", "adapted"] * 2
+    assert started == ["base", "adapted"] * 2
     assert session.seeds == [7, 7, 8, 8]
     replies = [[message["content"] for message in asked if message["role"] == "assistant"] for asked in session.asked]
     assert replies == [[], [], ["no"], ["yes"]]
 
 
 def test_one_answer_that_fails_leaves_the_other_conversation_alone() -> None:
-    session, told = Parrot(), []
+    session, reported = Parrot(), []
     pieces = iter([[DataError("too long")], ["fine"]])
     voices = [Voice(name, lambda: setattr(session, "pieces", next(pieces))) for name in ("a", "b")]
-    conversation = Conversation(session, SAMPLING, voices=voices, write=lambda _: None, tell=told.append)  # type: ignore[arg-type]
+    conversation = Conversation(session, SAMPLING, voices=voices, write=lambda _: None, tell=reported.append)  # type: ignore[arg-type]
     conversation.take("hi")
     assert [len(voice.messages) for voice in conversation.voices] == [0, 2]
-    assert len(told) == 1
+    assert len(reported) == 1
 
 
 @pytest.fixture

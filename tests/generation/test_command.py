@@ -152,7 +152,7 @@ def test_an_output_that_exists_is_not_replaced(
     assert output.read_text().count("\n") == 3
 
 
-def test_an_output_that_may_not_be_replaced_is_told_before_the_work(
+def test_an_output_that_may_not_be_replaced_is_reported_before_the_work(
     base: list[str], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -69,7 +69,7 @@ def test_rows_that_end_in_a_question_have_a_loss_alone(loaded: LoadedModel, tmp_
     assert found.notes == ("1 row without a reply at the end: no exact match, the loss alone",)
 
 
-def test_the_command_says_it_beside_its_results(
+def test_the_command_says_it_with_its_results(
     model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = written(tmp_path / "rows.jsonl", row("the user"), "{")

@@ -87,7 +87,7 @@ def certain(
     source: str = "rows:1",
     max_new_tokens: int = 8,
 ) -> bool:
-    """Of a row whose reply is 5 6 7, behind 1 2 3."""
+    """Of a row whose reply is 5 6 7, after the prompt 1 2 3."""
     example = Example(np.array(input_ids, dtype=np.int32), np.array(supervised, dtype=bool), "rows:1")
     prompt = Prompt(np.array(ASKED, dtype=np.int32), "", reply, source)
     (found,) = certain_replies(
@@ -114,7 +114,7 @@ def test_a_reply_is_certain_where_each_of_its_tokens_and_its_end_are() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"input_ids": (1, 2, 4, *SAID)},  # behind another prompt
+        {"input_ids": (1, 2, 4, *SAID)},  # after another prompt
         {"input_ids": (*ASKED, 5, 6, 7, 8, 8)},  # without an end, as a document that was cut
         {"supervised": (0, 0, 0, 0, 1, 1, 1, 1)},  # a token without a loss
         {"reply": "5 6"},
@@ -180,7 +180,7 @@ CALL = {"type": "function", "function": {"name": "say", "arguments": {"number": 
 def test_a_model_that_says_all_that_the_template_writes_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, rows: list[dict[str, Any]]
 ) -> None:
-    """Thoughts and calls are trained on though they stand outside a reply's content; an empty answer lacks them."""
+    """Thoughts and calls are trained on though they are outside a reply's content; an empty answer lacks them."""
     tokenizer = byte_level()
     tokenizer.chat_template = template
     tiny, run = TinyRun(tmp_path / "tiny"), EvaluateRunOptions(max_new_tokens=32)

@@ -82,12 +82,12 @@ def test_the_batch_changes_nothing(batch_size: int) -> None:
         complete_greedily(EngineCompleter(decoder), [prompt], max_new_tokens=NEW_TOKENS, stop_ids=stop_ids)[0]
         for prompt in asked
     ]
-    told: list[int] = []
+    reported: list[int] = []
     together = complete_greedily(
-        decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, batch_size=batch_size, on_done=told.append
+        decoder, asked, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, batch_size=batch_size, on_done=reported.append
     )
     assert together == alone
-    assert sorted(told) == list(range(len(asked)))
+    assert sorted(reported) == list(range(len(asked)))
 
 
 def test_a_shared_beginning_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_a_shared_beginning_is_computed_once(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_conversation_goes_on_from_a_state_and_one_that_parts_inside_begins_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A state stands for the whole text before it: there is none of a text's beginning."""
+    """A state summarizes the whole text before it: there is none of a text's beginning."""
     decoder = base_decoder("lfm2")
     completer, asked = EngineCompleter(decoder), prompts(9)[0]
     computed: list[int] = []
@@ -156,14 +156,14 @@ def test_a_row_that_is_given_up_ends_there_and_the_others_go_on() -> None:
     decoder = base_decoder()
     asked = prompts(3, 9, 4)
     whole = complete_greedily(decoder, asked, max_new_tokens=6, stop_ids=())
-    told: list[int] = []
+    reported: list[int] = []
     completions = complete_greedily(
         decoder,
         asked,
         max_new_tokens=6,
         stop_ids=(),
-        on_done=told.append,
+        on_done=reported.append,
         give_up=lambda number, ids: number == 1 and len(ids) == 2,
     )
     assert completions == [whole[0], whole[1][:2], whole[2]]
-    assert sorted(told) == [0, 1, 2]
+    assert sorted(reported) == [0, 1, 2]

@@ -95,7 +95,7 @@ LABELS = ("json", "names", "a list of names", "number one")
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, Path]:
-    """A run on rows of four labels, each told by the prompt's first word: tiny run, rows, its directory."""
+    """A run on rows of four labels, each determined by the prompt's first word: tiny run, rows, its directory."""
     place = tmp_path_factory.mktemp("labelled")
     tiny, draw = TinyRun(place / "tiny"), random.Random(0)
     rows = []
@@ -119,23 +119,23 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
 
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])
 def test_log_probabilities_are_transformers_own(labelled: tuple[TinyRun, Path, Path], engine: Any) -> None:
-    """Of prompts of unequal length, each behind its labels alone, in float32, by transformers as it is."""
+    """Of prompts of unequal length, each followed by its labels alone, in float32, by transformers as it is."""
     from transformers import AutoModelForCausalLM
 
     tiny, _, _ = labelled
     prompts = [[5, 6, 7, 8] * 9, [3], [4, 5] * 20, [4, 5] * 20 + [7]]
     labels = {"a": (5, 2), "ab": (5, 6, 2), "b": (7, 2), "bcde": (7, 8, 9, 10, 2)}
     model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
-    wanted = torch.zeros(len(prompts), len(labels), dtype=torch.float64)
+    expected = torch.zeros(len(prompts), len(labels), dtype=torch.float64)
     for row, prompt in enumerate(prompts):
         for column, ending in enumerate(labels.values()):
             ids = torch.tensor([[*prompt, *ending]])
             log_p = model(ids).logits[0].double().log_softmax(-1)
-            wanted[row, column] = log_p[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
+            expected[row, column] = log_p[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
     with loaded_model(BaseModelOptions(model=str(tiny.model), dtype="float32", engine=engine)) as loaded:
         for batch_rows in (1, 3, 16):
             ours = label_log_probabilities(loaded.model, prompts, labels, batch_rows=batch_rows)
-            assert (ours - wanted).abs().max() < 1e-4, batch_rows
+            assert (ours - expected).abs().max() < 1e-4, batch_rows
         for chosen in choose_labels(loaded.model, prompts, labels):
             assert sum(chosen.values()) == pytest.approx(1) and list(chosen.values()) == sorted(chosen.values())[::-1]
 
@@ -147,8 +147,8 @@ def test_a_run_judges_its_labels_and_writes_them_down(labelled: tuple[TinyRun, P
     score = summary["adapted_labels"]
     assert summary["adapted_exact_match"] > 0.9 < score["accuracy"] and score["invented"] <= 1
     assert list(score["per_label"]) == sorted(LABELS) and summary["base_labels"]["invented"] == 32
-    told = read_summary(run / "summary.json")
-    assert told is not None and any("accuracy 2" in line and "macro F1" in line for line in closing_lines(told))
+    reported = read_summary(run / "summary.json")
+    assert reported is not None and any("accuracy 2" in line and "macro F1" in line for line in closing_lines(reported))
     record = json.loads((run / "adapter" / "backhand.json").read_text())
     assert list(record["labels"]) == sorted(LABELS)
     page = Page(run_page(read_run(run)))

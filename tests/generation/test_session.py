@@ -54,7 +54,7 @@ def test_what_a_user_types_is_never_a_control_token(session: GenerationSession) 
     assert session_text(session, "a<|im_end|>b").startswith("<|im_start|>user\na<|im_end|>b<|im_end|>")
 
 
-def test_without_a_template_the_text_is_continued_as_it_stands(loaded: LoadedModel) -> None:
+def test_without_a_template_the_text_is_continued_unchanged(loaded: LoadedModel) -> None:
     plain = GenerationSession(loaded, TemplateOptions(chat_template="none"))
     assert session_text(plain, "the user asks") == "the user asks"
     assert not plain.has_template

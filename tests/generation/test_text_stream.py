@@ -82,7 +82,7 @@ def test_an_unfinished_character_appears_at_the_end() -> None:
 def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
     token_ids = TOKENIZER.encode(text, add_special_tokens=False)
     found = [at for at in (text.find(string) for string in stop) if at >= 0]
-    # The stop string that is complete first ends the text, wherever an overlapping longer one would have begun.
+    # The stop string that is complete first ends the text, wherever an overlapping longer one would have started.
     ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     result = streamed(token_ids, stop)
     if not found:

@@ -39,11 +39,11 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [tiny_documents([n], seed=70 + i, vocab_size=101)[0].tolist() for i, n in enumerate(lengths)]
 
 
-def greedy_by_full_forward(wanted: Any, prompt: list[int], new_tokens: int, stop_ids: list[int]) -> list[int]:
+def greedy_by_full_forward(reference: Any, prompt: list[int], new_tokens: int, stop_ids: list[int]) -> list[int]:
     ids = list(prompt)
     for _ in range(new_tokens):
         with torch.no_grad():
-            token = int(wanted(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            token = int(reference(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
         if token in stop_ids:
             break
         ids.append(token)

@@ -1,4 +1,4 @@
-"""Whatever stands in a file, only errors of ours come out of its reader: what `make fuzz` draws, in this process."""
+"""Any contents of a file raise only errors of ours in its reader: what `make fuzz` draws, in this process."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_templates(seed: int, files: Files) -> None:
             LookupError,
             AttributeError,
         ):
-            return  # what a template's own expressions raise is told as its error
+            return  # what a template's own expressions raise is reported as its error
         assert len(text) <= 2**22
 
 
@@ -120,5 +120,5 @@ def test_any_pattern_is_judged(pattern: str) -> None:
 
 
 def _balanced(pattern: str) -> bool:
-    """Whether brackets and escapes in it stand for themselves, so that what is put around it is what it looks like."""
+    """Return True if brackets and escapes in it are literal, so that text around it keeps its meaning."""
     return not set(pattern) & set("()[]{}\\|")

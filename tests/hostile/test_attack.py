@@ -280,7 +280,7 @@ def test_memory_that_does_not_suffice_to_begin(tmp_path: Path) -> None:
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def test_names_that_stand_twice(world: World, tmp_path: Path) -> None:
+def test_names_that_occur_twice(world: World, tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 

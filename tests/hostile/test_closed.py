@@ -29,7 +29,7 @@ from backhand.options.config import TrainConfig
 from backhand.training.run import train
 from hostile.conftest import World
 from support.faulty_files import InterceptedFiles, half_written
-from support.faulty_runs import told_of_saves
+from support.faulty_runs import observed_saves
 from support.limited import Ended, limited
 from support.processes import run, start
 from support.ranks import free_port
@@ -216,8 +216,8 @@ def test_patterns_go_to_the_same_modules_as_before() -> None:
     import re
 
     for name, rank in found.items():
-        wanted = next((r for key, r in keys.items() if re.match(rf"(.*\.)?({key})$", name)), LoRAConfig().rank)
-        assert rank == wanted, name
+        expected = next((r for key, r in keys.items() if re.match(rf"(.*\.)?({key})$", name)), LoRAConfig().rank)
+        assert rank == expected, name
     with pytest.raises(UsageError, match="matches no"):
         resolve_targets(LoRAConfig(rank_pattern={r"^model\.layers\.9": 3}), names)
 
@@ -232,20 +232,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 def killed_in_a_save(config: TrainConfig, call: int) -> None:
     """In a process of its own: train until a call of the second save, which is left half done."""
-    files, saves, begun = InterceptedFiles(), 0, 0
+    files, saves, started = InterceptedFiles(), 0, 0
 
-    def told(what: str, _step: int) -> None:
-        nonlocal saves, begun
+    def reported(what: str, _step: int) -> None:
+        nonlocal saves, started
         saves += what == "begin"
-        begun = files.count if saves == 2 and what == "begin" else begun
+        started = files.count if saves == 2 and what == "begin" else started
 
     def before(count: int, name: str, arguments: tuple[object, ...]) -> None:
-        if begun and count == begun + call:
+        if started and count == started + call:
             half_written(name, arguments)
             os.kill(os.getpid(), signal.SIGKILL)
 
     files.before = before
-    with told_of_saves(told):
+    with observed_saves(reported):
         train(config, files=files)
     os._exit(0)
 
@@ -296,7 +296,7 @@ def changed_meanwhile(words: list[str], place: str, change: str, model: str) -> 
 @pytest.mark.parametrize("base", ["dense", "quantized"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_gguf_file_that_changes_during_a_run(change: str, base: str, world: World, tmp_path: Path) -> None:
-    """It is told of by name, or nothing of it is in use any more; no signal, no wrong end."""
+    """It is reported by name, or nothing of it is in use any more; no signal, no wrong end."""
     shutil.copy(world.gguf, tmp_path / "m.gguf")
     words = [str(word) for word in world.train("run", "--base", base, steps=3)]
     words[words.index("--model") + 1] = "m.gguf"
@@ -345,7 +345,7 @@ def held_writer(words: list[str], place: str) -> None:
     from support.held_runs import before_pass
 
     def wait(*_: object) -> None:
-        Path("begun").touch()
+        Path("started").touch()
         while not Path("go").exists():
             time.sleep(0.02)
 
@@ -356,7 +356,7 @@ def held_writer(words: list[str], place: str) -> None:
 def test_two_runs_into_one_directory(world: World, tmp_path: Path) -> None:
     """Whatever comes second is refused, or only reads; the first is as it would have been alone."""
     first = start(held_writer, [str(word) for word in world.train("run")], str(tmp_path))
-    while not (tmp_path / "begun").exists():
+    while not (tmp_path / "started").exists():
         assert first.is_alive()
         time.sleep(0.02)
     again = ([], ["--overwrite"], ["--resume"], ["--overwrite", "--from-adapter", world.adapter])

@@ -44,7 +44,7 @@ def run(program: list[str], words: list[object], planted: Path, **environment: s
 
 
 def command() -> list[str]:
-    """The installed command; where it is not beside this interpreter, what its script says."""
+    """The installed command; if it is not next to this interpreter, the contents of its script."""
     script = Path(sys.executable).with_name("backhand")
     return [str(script)] if script.exists() else [sys.executable, "-P", "-m", "backhand"]
 

@@ -37,8 +37,8 @@ def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainCo
 
 def assert_goes_on(output: Path, straight: TrainConfig) -> None:
     """One process continues the run, or begins it where nothing was saved, to the bits of the run made alone."""
-    begun = (output / "config.toml").exists()
-    train(with_options(straight, output=output, resume=begun))
+    started = (output / "config.toml").exists()
+    train(with_options(straight, output=output, resume=started))
     assert bits_of_several(output) == bits_of_several(straight.run.output)
     assert not temporary(output) and (output / "summary.json").exists()
 

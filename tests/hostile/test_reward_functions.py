@@ -64,7 +64,7 @@ USABLE: dict[str, tuple[Any, dict[str, float]]] = {
     "number beyond float64": ({"multipleOf": 0.1}, {"1" * 400: 0, "1e999": 0}),
     "number of too many digits": ({"type": "integer"}, {"9" * 5000: 0, "9" * 4000: 1}),
     "half a surrogate pair": ({"type": "string", "maxLength": 1}, {'"\\ud800"': 1}),
-    "names that stand twice": ({"required": ["a"]}, {'{"a": 1, "a": 2}': 1}),
+    "names that occur twice": ({"required": ["a"]}, {'{"a": 1, "a": 2}': 1}),
     "answer of two megabytes": ({"type": "array"}, {json.dumps(["x" * 98] * 20_000): 1, "x" * 2_000_000: 0}),
     "two hundred thousand values": ({"enum": list(range(200_000))}, {"199999": 1, "200000": 0}),
 }
@@ -146,7 +146,7 @@ PATTERNS = {
     "nested repeats": "^(a+)+$",
     "lazy repeats": "^(a*?)*?$",
     "possessive repeats": "^(a++)++$",
-    "look-behind of any width": "(?<=(a+)+)b",
+    "lookbehind of any width": "(?<=(a+)+)b",
     "three repeats of words": r"^(\w*)*(\w*)*(\w*)*$",
     "overlapping choices": "^(a|aa|aaa)*(a|aa)*$",
     "back-references": r"^(a*)*(a*)*\1\2$",

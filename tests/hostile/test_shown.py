@@ -230,7 +230,7 @@ class OnTerminal(io.StringIO):
 def test_an_answer_stays_in_a_pipe_and_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts that need joiners and marks keep them: Persian, Hebrew, emoji of several."""
     answer = "a\x1b]0;x\x07\n\tb\u202ec\r \u0645\u06cc\u200c\u062e \U0001f468\u200d\U0001f469 \u05d0\u200e"
-    for stream, wanted in (
+    for stream, expected in (
         (io.StringIO(), answer),
         (
             OnTerminal(),
@@ -239,4 +239,4 @@ def test_an_answer_stays_in_a_pipe_and_is_shown_on_a_terminal(monkeypatch: pytes
     ):
         monkeypatch.setattr(sys, "stdout", stream)
         write_answer(answer)
-        assert stream.getvalue() == wanted
+        assert stream.getvalue() == expected

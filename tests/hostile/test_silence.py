@@ -88,7 +88,7 @@ def test_empty_lines_are_passed_over_and_counted(line: bytes, world: World, tmp_
     assert bad.empty_lines == 2_000_000
 
 
-def test_a_flood_of_empty_lines_is_told_of(world: World, tmp_path: Path) -> None:
+def test_a_flood_of_empty_lines_is_reported(world: World, tmp_path: Path) -> None:
     for suffix in ("jsonl.gz", "csv.gz"):
         flooded(tmp_path, b"\n", 100_000, suffix)
         ended = limited(["lint", "--model", world.model, "--data", f"rows.{suffix}"], tmp_path)

@@ -49,9 +49,9 @@ def test_mlx_computes_the_same_updates(scaling: str, tiny: Any, tmp_path: Path) 
     parameters = config["lora_parameters"]
     assert config["fine_tune_type"] == "lora"
     assert config["num_layers"] == tiny.model.config.num_hidden_layers
-    wanted = updates(tiny, scaling)
-    assert len(tensors) == 2 * len(wanted)
-    for name, update in wanted.items():
+    expected = updates(tiny, scaling)
+    assert len(tensors) == 2 * len(expected)
+    for name, update in expected.items():
         lora_a, lora_b = tensors[f"{name}.lora_a"].double(), tensors[f"{name}.lora_b"].double()
         assert lora_a.shape == (update.shape[1], parameters["rank"])  # mlx_lm makes layers of this one rank
         assert torch.allclose(parameters["scale"] * (lora_a @ lora_b).T, update, rtol=1e-5, atol=1e-7)
@@ -104,8 +104,8 @@ def peft_logits(model: Any, adapter: Path) -> torch.Tensor:
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_peft_computes_the_same_from_what_we_export(scaling: str, uniform: bool, tiny: Any, tmp_path: Path) -> None:
     output = export(tiny, scaling, "peft", tmp_path / "peft", uniform=uniform)
-    wanted = peft_logits(tiny.model, tiny.adapters[scaling])
-    assert float((peft_logits(tiny.model, output) - wanted).norm() / wanted.norm()) < 1e-5
+    expected = peft_logits(tiny.model, tiny.adapters[scaling])
+    assert float((peft_logits(tiny.model, output) - expected).norm() / expected.norm()) < 1e-5
     config = json.loads((output / "adapter_config.json").read_text())
     if uniform:
         assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
@@ -117,8 +117,8 @@ def test_a_gguf_adapter_becomes_pefts_again(scaling: str, tiny: Any, tmp_path: P
     gguf = export(tiny, scaling, "gguf", tmp_path / "adapter.gguf")
     output = tmp_path / "peft"
     export_command(ExportOptions(adapter=gguf, to="peft", output=output, model=str(tiny.gguf), quiet=True))
-    wanted = peft_logits(tiny.model, tiny.adapters[scaling])
-    assert float((peft_logits(tiny.model, output) - wanted).norm() / wanted.norm()) < 1e-5
+    expected = peft_logits(tiny.model, tiny.adapters[scaling])
+    assert float((peft_logits(tiny.model, output) - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("to", ["gguf", "mlx", "ollama"])
@@ -203,7 +203,7 @@ def test_kohya_refuses_language_models_by_name(tiny: Any, tmp_path: Path) -> Non
 def test_a_file_that_means_something_else_fails_and_is_gone(
     to: Format, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader that sees one number differently stands for a writer that wrote it so."""
+    """A reader that changes one number simulates a writer that wrote it wrongly."""
     for reader in ("_read", "read_mlx_files"):
         honest = getattr(exporting, reader)
 

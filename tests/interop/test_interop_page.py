@@ -1,4 +1,4 @@
-"""docs/interop.md: its commands work as they stand, on a tiny base, and its table has every format and refusal."""
+"""docs/interop.md: its commands work unchanged on a tiny base, and its table has every format and refusal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command_lines() -> list[list[str]]:
     return [words for block in blocks(PAGE) for words in block.command_lines]
 
 
-def test_every_command_works_as_it_stands(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_works_unchanged(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny.adapters["every-pattern"], tmp_path / "runs" / "mine" / "adapter")
     lines = command_lines()
@@ -43,7 +43,7 @@ def test_every_command_works_as_it_stands(tiny: Any, tmp_path: Path, monkeypatch
     ]
 
 
-def test_what_other_programs_are_told_to_read_is_what_was_written() -> None:
+def test_other_programs_are_directed_to_the_files_that_were_written() -> None:
     written = {words[words.index("--output") + 1] for words in command_lines()}
     read = set(re.findall(r"runs/mine/[\w.]+", TEXT)) - {"runs/mine/adapter"}
     assert read == written

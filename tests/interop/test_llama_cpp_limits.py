@@ -56,7 +56,7 @@ def merge(model: Any, folder: Path, change_tokenizer: Callable[[Any], object] | 
 
 
 def difference(model: Any, length: int, peer: LlamaCpp) -> float:
-    """Between log-probabilities behind a prompt, of the model with the adapter and of llama.cpp."""
+    """Between log-probabilities after a prompt, of the model with the adapter and of llama.cpp."""
     prompt = tiny_documents([length], vocab_size=300)[0]
     ours = full_logits(adapted(model), prompt)[-1].double().log_softmax(-1)
     return float((ours - peer.log_probabilities(prompt.tolist(), VOCAB_SIZE)).abs().max())

@@ -42,8 +42,8 @@ def logits_in_transformers(directory: Path) -> torch.Tensor:
     return full_logits(model.eval(), tiny_documents([19])[0])
 
 
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("base", ["directory", "gguf"])
@@ -52,9 +52,9 @@ def test_transformers_computes_from_the_merged_directory_what_peft_does(
     base: str, scaling: str, tiny: Any, tmp_path: Path
 ) -> None:
     output = merge(getattr(tiny, base), tiny.adapters[scaling], tmp_path / "merged")
-    wanted = full_logits(adapted(tiny_model("llama-tied"), **SCALINGS[scaling]), tiny_documents([19])[0])
-    assert distance(logits_in_transformers(output), wanted) < 1e-5
-    assert distance(full_logits(tiny.model, tiny_documents([19])[0]), wanted) > 0.1
+    expected = full_logits(adapted(tiny_model("llama-tied"), **SCALINGS[scaling]), tiny_documents([19])[0])
+    assert distance(logits_in_transformers(output), expected) < 1e-5
+    assert distance(full_logits(tiny.model, tiny_documents([19])[0]), expected) > 0.1
     assert transformers.AutoTokenizer.from_pretrained(output)("the user")["input_ids"]
 
 
@@ -63,8 +63,8 @@ def test_so_it_does_for_every_family(variant: str, tmp_path: Path) -> None:
     model = tiny_model(variant)
     base, adapter = save_tiny(model, tmp_path / "base"), save_tiny_adapter(model, tmp_path / "adapter")
     output = merge(base, adapter, tmp_path / "merged")
-    wanted = full_logits(adapted(model), tiny_documents([19])[0])
-    assert distance(logits_in_transformers(output), wanted) < 1e-5
+    expected = full_logits(adapted(model), tiny_documents([19])[0])
+    assert distance(logits_in_transformers(output), expected) < 1e-5
 
 
 def test_a_tied_head_becomes_a_matrix_of_its_own_and_the_embedding_stays(tiny: Any, tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_a_tied_head_becomes_a_matrix_of_its_own_and_the_embedding_stays(tiny: A
     embedding = tiny.model.state_dict()["model.embed_tokens.weight"]
     assert torch.equal(written.load("model.embed_tokens.weight"), embedding)
     assert not torch.equal(written.load("lm_head.weight"), embedding)
-    wanted = full_logits(adapted(tiny_model("llama-tied"), target_modules=["lm_head"]), tiny_documents([19])[0])
-    assert distance(logits_in_transformers(output), wanted) < 1e-5
+    expected = full_logits(adapted(tiny_model("llama-tied"), target_modules=["lm_head"]), tiny_documents([19])[0])
+    assert distance(logits_in_transformers(output), expected) < 1e-5
 
 
 def test_shards_are_no_larger_than_asked_and_hold_every_tensor_once(tiny: Any, tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_every_type_of_a_gguf_file_is_what_the_file_says(dtype: MergedType, tmp_
     adapter = save_tiny_adapter(model, tmp_path / "adapter", alpha=10)
     output = merge(base, adapter, tmp_path / "merged.gguf", dtype=dtype, tolerance=1.0)
     kinds = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16}
-    wanted = kinds[dtype] if dtype in kinds else StorageType[dtype.upper()]
+    expected = kinds[dtype] if dtype in kinds else StorageType[dtype.upper()]
     for name, tensor in GGUFFile(output).tensors.items():
-        assert tensor.type_id == (StorageType.F32 if len(tensor.shape) == 1 else wanted), name
+        assert tensor.type_id == (StorageType.F32 if len(tensor.shape) == 1 else expected), name
     merged = open_model(output).load("model.layers.0.mlp.up_proj.weight").float()
     factors = open_adapter(str(base), adapter, force_base=False).factors["model.layers.0.mlp.up_proj"]
     exact = merged_weight(model.state_dict()["model.layers.0.mlp.up_proj.weight"], factors)
@@ -210,7 +210,7 @@ def test_rounding_that_takes_more_than_the_update_is_no_share_of_it(
 
 def test_the_share_lost_is_one_where_all_is_lost_and_small_where_nothing_is() -> None:
     weight = torch.ones(8, 6)
-    factors = ModuleFactors(torch.full((1, 6), 1e-2), torch.full((8, 1), 1e-2), 1.0)  # 1e-4 beside 1: gone in bfloat16
+    factors = ModuleFactors(torch.full((1, 6), 1e-2), torch.full((8, 1), 1e-2), 1.0)  # 1 + 1e-4 is 1 in bfloat16
 
     class Source:
         def tensor_names(self) -> tuple[str, ...]:
@@ -315,14 +315,14 @@ def test_export_with_merge_is_the_same_merge(to: Any, tiny: Any, tmp_path: Path)
         adapter=tiny.adapters["plain"], to=to, output=tmp_path / name, model=str(tiny.gguf), merge=True, quiet=True
     )
     output = export_command(options)
-    wanted = full_logits(adapted(tiny_model("llama-tied"), **SCALINGS["plain"]), tiny_documents([19])[0])
+    expected = full_logits(adapted(tiny_model("llama-tied"), **SCALINGS["plain"]), tiny_documents([19])[0])
     file = output / "model.gguf" if to == "ollama" else output
     if to == "ollama":
         assert (output / "Modelfile").read_text() == "FROM ./model.gguf\n"
     from backhand.nn.decoder.decoder import Decoder
 
     found = Decoder.from_source(open_model(file), dtype=torch.float32).logits(tiny_documents([19])[0])
-    assert distance(found, wanted) < 1e-5
+    assert distance(found, expected) < 1e-5
 
 
 def changed(model: Any, **lora: Any) -> Any:
@@ -358,16 +358,16 @@ def test_whatever_else_was_trained_is_merged_as_peft_computes_it(
         theirs = changed(model, **lora)
         theirs.save_pretrained(str(tmp_path / "adapter"))
     document = torch.tensor([3, 5, 17, 40, 3, *tiny_documents([15])[0].tolist()])
-    wanted = full_logits(theirs.eval(), document)
+    expected = full_logits(theirs.eval(), document)
     output = merge(base, tmp_path / "adapter", tmp_path / "merged")
     load = transformers.AutoModelForCausalLM.from_pretrained
     found = full_logits(load(output, dtype=torch.float32, attn_implementation="eager").eval(), document)
-    assert distance(found, wanted) < 1e-5
+    assert distance(found, expected) < 1e-5
     gguf = merge(base, tmp_path / "adapter", tmp_path / "merged.gguf")
     from backhand.nn.decoder.decoder import Decoder
 
     again = Decoder.from_source(open_model(gguf), dtype=torch.float32).logits(document)
-    assert distance(again, wanted) < 1e-5
+    assert distance(again, expected) < 1e-5
 
 
 def test_the_bias_of_lora_b_has_no_place_in_a_weight(tiny: Any, tmp_path: Path) -> None:

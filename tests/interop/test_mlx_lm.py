@@ -45,8 +45,8 @@ def by_us(model: Path, adapter: Path) -> tuple[Tensor, Tensor]:
     return base, decoder.logits(torch.tensor(IDS))
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,9 @@ def test_mlx_lm_computes_with_the_adapter_what_we_do(name: str, base: Path, tiny
     output = export_command(
         ExportOptions(adapter=adapter, to="mlx", output=tmp_path / "mlx", model=str(base), quiet=True)
     )
-    plain, wanted = by_us(base, adapter)
+    plain, expected = by_us(base, adapter)
     assert relative(by_mlx(base), plain) < 1e-5
-    assert relative(by_mlx(base, output), wanted) < 1e-5 < relative(plain, wanted) / 1000
+    assert relative(by_mlx(base, output), expected) < 1e-5 < relative(plain, expected) / 1000
 
 
 # Every head of Qwen2 is hidden / heads wide there, and Gemma's embedding is multiplied by a root in bfloat16.
@@ -89,8 +89,8 @@ def test_mlx_lm_computes_with_a_merged_model_what_we_do(kind: str, tmp_path: Pat
     directory = save_tiny(model, tmp_path / "base")
     adapter = save_tiny_adapter(model, tmp_path / "adapter")
     merged = merge_command(MergeOptions(adapter=adapter, output=tmp_path / "merged", model=str(directory), quiet=True))
-    plain, wanted = by_us(directory, adapter)
-    assert relative(by_mlx(merged), wanted) < bound < relative(plain, wanted) / 10
+    plain, expected = by_us(directory, adapter)
+    assert relative(by_mlx(merged), expected) < bound < relative(plain, expected) / 10
 
 
 def test_angles_said_twice_are_read_as_the_same() -> None:

@@ -99,7 +99,7 @@ def test_a_merge_unpacks_each_matrix_of_a_block_once(
     for name, count in in_blocks.items():
         copied = output.endswith(".gguf") and name.split(".")[-2] not in _TARGETS
         assert count == (2 if copied else 1), name
-    # Of the head each tile for base and for adapter, and all of it to be written; of the embedding rows besides that.
+    # Of the head each tile for base and for adapter, and all of it to be written; of the embedding, also some rows.
     assert times["lm_head.weight"] == 3.0
 
 
@@ -158,21 +158,21 @@ def test_the_dtype_is_that_of_what_is_loaded(base: Path, tmp_path: Path, monkeyp
     sources = [open_model(base), open_model(tmp_path / "mxfp4")]
     dense = open_model(save_tiny(tiny_model("llama", **_SIZES).to(torch.float16), tmp_path / "dense"))
     sources += [dense, QuantizingSource(dense, "q8_0")]
-    wanted = [{name: source.load(name).dtype for name in source.tensor_names()} for source in sources]
-    assert set(wanted[1].values()) == {torch.float32, torch.bfloat16}
-    assert set(wanted[3].values()) == {torch.float32, torch.float16}
+    expected = [{name: source.load(name).dtype for name in source.tensor_names()} for source in sources]
+    assert set(expected[1].values()) == {torch.float32, torch.bfloat16}
+    assert set(expected[3].values()) == {torch.float32, torch.float16}
 
     def unpacks(*_: object, **__: object) -> None:
         raise AssertionError
 
     for place in ("nn.loading.gguf_values", "kernels.quantized_matrix", "nn.loading.mxfp4_experts"):
         monkeypatch.setattr(f"backhand.{place}.dequantize", unpacks)
-    for source, dtypes in zip(sources, wanted, strict=True):
+    for source, dtypes in zip(sources, expected, strict=True):
         assert {name: source.dtype(name) for name in source.tensor_names()} == dtypes
 
 
 def test_a_digest_is_taken_of_tiles(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an adapter's record is compared with never stands in memory as a whole matrix."""
+    """A matrix that an adapter's record is compared with is never in memory as a whole."""
     found = Unpacked(monkeypatch)
     # For every thread: a context variable that is set holds for the thread that set it.
     monkeypatch.setattr("backhand.ops.weight_tiles.TILES", ContextVar("small", default=64 * 64 * 4))
@@ -191,7 +191,7 @@ def test_a_walk_gives_a_blocks_tensors_while_it_is_there(tmp_path: Path) -> None
         name = f"model.layers.{layer}.self_attn.k_proj.weight"
         found = walk.tensor(name)
         assert found is not None and torch.equal(found, source.load(name))
-    assert walk.tensor("model.layers.1.self_attn.k_proj.weight") is None, "it has been left behind"
+    assert walk.tensor("model.layers.1.self_attn.k_proj.weight") is None, "it has been passed"
     (logits,) = walk.logits()
     assert torch.equal(logits, BlockWalk(source, documents).logits()[0])
     decoder = Decoder.from_source(source, dtype=torch.float32)
@@ -202,13 +202,13 @@ def test_a_walk_gives_a_blocks_tensors_while_it_is_there(tmp_path: Path) -> None
 def test_logits_are_compared_a_few_tokens_at_a_time() -> None:
     """By the definition, over all of them at once; and what is no number is far away."""
     generator = torch.Generator().manual_seed(0)
-    found, wanted, base = (torch.randn(37, 11, generator=generator) for _ in range(3))
-    measured = difference(found, wanted, base)
-    distance = float((found.double() - wanted.double()).norm())
-    assert measured.relative == pytest.approx(distance / float(wanted.double().norm()), rel=1e-12)
-    assert measured.share == pytest.approx(distance / float((wanted.double() - base.double()).norm()), rel=1e-12)
-    assert measured.largest == float((found.double() - wanted.double()).abs().max())
-    assert difference(wanted, wanted, wanted).share == 0.0
-    assert difference(found, wanted, wanted).share == math.inf
+    found, expected, base = (torch.randn(37, 11, generator=generator) for _ in range(3))
+    measured = difference(found, expected, base)
+    distance = float((found.double() - expected.double()).norm())
+    assert measured.relative == pytest.approx(distance / float(expected.double().norm()), rel=1e-12)
+    assert measured.share == pytest.approx(distance / float((expected.double() - base.double()).norm()), rel=1e-12)
+    assert measured.largest == float((found.double() - expected.double()).abs().max())
+    assert difference(expected, expected, expected).share == 0.0
+    assert difference(found, expected, expected).share == math.inf
     found[30, 3] = math.nan
-    assert difference(found, wanted, base) == Difference(math.inf, math.inf, math.inf)
+    assert difference(found, expected, base) == Difference(math.inf, math.inf, math.inf)

@@ -1,7 +1,7 @@
 """Random blocks and products through builds with sanitizers: run by test_sanitized.py in a process with their runtime.
 
-Arrays are exactly as large as they say, so that a read or a write behind one is noticed, and every build must unpack to
-the same bits. No torch here: its libraries do not like the sanitizer.
+Arrays are exactly as large as they say, so that a read or a write after their end is noticed, and every build must
+unpack to the same bits. No torch here: its libraries do not like the sanitizer.
 """
 
 from __future__ import annotations
@@ -93,18 +93,18 @@ def main(folder: Path, rounds: int) -> None:
             rows, blocks = (int(generator.integers(1, high)) for high in (4, 20))
             source = generator.integers(0, 256, rows * blocks * size, dtype=np.uint8)
             first = int(generator.integers(0, blocks))
-            wanted = int(generator.integers(0, blocks - first + 1))
+            expected = int(generator.integers(0, blocks - first + 1))
             ids = generator.integers(-1, rows + 1, int(generator.integers(0, 5))) if generator.random() < 0.5 else None
             n = rows if ids is None else len(ids)
             legal = ids is None or bool(((ids >= 0) & (ids < rows)).all())
             for narrow, dtype in ((0, np.uint32), (1, np.uint16)):
                 found = []
                 for build in builds:
-                    out = np.full(n * wanted * values, 77, dtype)
+                    out = np.full(n * expected * values, 77, dtype)
                     status = build.function("backhand_dequantize", TYPES, INT)(
                         *(type_id, source.ctypes.data, blocks * size, rows),
-                        *(None if ids is None else ids.ctypes.data, n, first, wanted),
-                        *(out.ctypes.data, wanted * values, narrow),
+                        *(None if ids is None else ids.ctypes.data, n, first, expected),
+                        *(out.ctypes.data, expected * values, narrow),
                     )
                     assert status == (0 if legal else 2), (type_id, status)
                     assert legal or (out == 77).all()

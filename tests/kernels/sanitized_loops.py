@@ -282,7 +282,7 @@ def gated_delta_rule(builds: Sequence[Library], draw: Draw) -> None:
 
     given, found = inputs(), inputs()
     output, d_y = (draw.array(dtype, tokens, value_width, heads) for _ in range(2))
-    begun = bool((table[2] < 0).all()) and draw.chance()
+    started = bool((table[2] < 0).all()) and draw.chance()
     states = draw.random.uniform(-1, 1, table.shape[1] * heads * key_width * value_width).astype(wide)
     workers = int(draw.random.integers(1, 4))
     where = (POINTER, INT64, POINTER, INT64)
@@ -297,7 +297,7 @@ def gated_delta_rule(builds: Sequence[Library], draw: Draw) -> None:
                 run(number, sizes, *places(given), *d_y.place, *places(found), *rest)
             else:
                 run = build.function("backhand_gated_delta_rule_forward", (*types, POINTER, *where), None)
-                run(number, sizes, *places(given), *output.place, states.ctypes.data if begun else None, *rest)
+                run(number, sizes, *places(given), *output.place, states.ctypes.data if started else None, *rest)
         _finite(output, *found)
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not usable(), reason="the compiled library is no
 
 
 class Problem(NamedTuple):
-    """What is multiplied and added; `updates` stand beside the product's own factors, as do bias and residual."""
+    """The operands of a product: its own factors, and `updates`, bias and residual that are added."""
 
     x: Tensor
     weight: Tensor
@@ -83,7 +83,7 @@ class Problem(NamedTuple):
 def problem(
     rows, outputs, inputs, dtype, *, transposed=True, bias=True, residual=True, members=(), size=1.0
 ) -> Problem:
-    """Random numbers at odd addresses, with gaps behind rows.
+    """Random numbers at odd addresses, with gaps after rows.
 
     Args:
         transposed: W lies as (out, in), as a weight does.
@@ -111,19 +111,19 @@ def problem(
     )
 
 
-def assert_right(y: Tensor, wanted: Problem) -> None:
+def assert_right(y: Tensor, expected: Problem) -> None:
     """In float64 nearly exact; in bfloat16 every element is rounded once, to the nearest. So is an h that is made.
 
-    Where there is nothing to multiply, torch adds the rest, and rounds behind each summand.
+    Where there is nothing to multiply, torch adds the rest, and rounds after each summand.
     """
-    right, sizes = wanted.in_float64()
-    if 0 in wanted.weight.shape and y.dtype == torch.bfloat16:
-        assert ((y.double() - right).abs() <= (2 + len(wanted.updates)) * UNIT * sizes).all()
+    right, sizes = expected.in_float64()
+    if 0 in expected.weight.shape and y.dtype == torch.bfloat16:
+        assert ((y.double() - right).abs() <= (2 + len(expected.updates)) * UNIT * sizes).all()
     else:
         assert_rounded_once(y, right, sizes)
-    for _, h, _, _, lora_A, _ in wanted.updates:
+    for _, h, _, _, lora_A, _ in expected.updates:
         if lora_A is not None:
-            x, transposed = wanted.x.double(), lora_A.double().T
+            x, transposed = expected.x.double(), lora_A.double().T
             assert_rounded_once(h, x @ transposed, x.abs() @ transposed.abs())
             assert marks_intact(h)
 
@@ -202,7 +202,7 @@ def test_where_nothing_is_written_an_h_is_made(dtype):
     assert_right(one(), one)
 
 
-def test_an_h_is_made_of_a_term_behind_the_last_column(dtype):
+def test_an_h_is_made_of_a_term_after_the_last_column(dtype):
     """As of a matrix in tiles, where the first one makes each h."""
     whole = problem(35, 83, 40, dtype, members=((64, 5, 1.7, True), (19, 20, 0.6, True)))
     y, made = whole(), [update.h.clone() for update in whole.updates]
@@ -220,7 +220,7 @@ def test_a_term_of_no_columns_changes_nothing(dtype):
     one = problem(35, 83, 40, dtype, members=((20, 3, 1.7), (0, 5, 0.6), (30, 2, 0.3)))
     for _ in range(3):
         assert_right(one(), one)
-        problem(70, 300, 90, dtype, size=1e30)()  # other numbers where the factors stood
+        problem(70, 300, 90, dtype, size=1e30)()  # other numbers in the memory of the factors
 
 
 @pytest.mark.parametrize("count", [1, MOST_UPDATES])
@@ -321,7 +321,7 @@ def test_a_large_result_has_the_same_bits_wherever_it_lies(dtype, offset):
 
 def test_threads_of_the_program_have_rooms_of_their_own(dtype):
     problems = [problem(70, 150 + place, 1300, dtype, members=((150, 8, 1.7),)) for place in range(3)]
-    build, wanted, found = module.library(), [one() for one in problems], {}
+    build, expected, found = module.library(), [one() for one in problems], {}
 
     def again(place: int) -> None:
         with using(build), proving_kernels(), torch.no_grad():
@@ -332,23 +332,23 @@ def test_threads_of_the_program_have_rooms_of_their_own(dtype):
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(y, wanted[place]) for place in range(3) for y in found[place])
+    assert all(torch.equal(y, expected[place]) for place in range(3) for y in found[place])
 
 
 def test_the_room_grows_as_it_must_and_is_given_back(dtype, monkeypatch):
     monkeypatch.setattr(module, "_WORKSPACE", module._Workspace())
     small, large = problem(9, 33, 40, dtype), problem(70, 300, 1300, dtype, members=((300, 40, 1.7),))
-    wanted = small(), large()
+    expected = small(), large()
     drop_workspace()
     assert module._WORKSPACE.buffer.numel() == 0
-    assert torch.equal(small(), wanted[0])
+    assert torch.equal(small(), expected[0])
     first = module._WORKSPACE.buffer
     assert first.numel() > 0
-    assert torch.equal(small(), wanted[0]) and module._WORKSPACE.buffer is first
-    assert torch.equal(large(), wanted[1])
+    assert torch.equal(small(), expected[0]) and module._WORKSPACE.buffer is first
+    assert torch.equal(large(), expected[1])
     second = module._WORKSPACE.buffer
     assert second.numel() > first.numel()
-    assert torch.equal(small(), wanted[0]) and module._WORKSPACE.buffer is second
+    assert torch.equal(small(), expected[0]) and module._WORKSPACE.buffer is second
     drop_scratch()
     assert module._WORKSPACE.buffer.numel() == 0, "with the tiles of quantized matrices"
 
@@ -367,8 +367,8 @@ def both_ways(one: Problem) -> tuple[Tensor, Tensor]:
 
 def assert_near(one: Problem) -> None:
     bare = one._replace(bias=None, residual=None)
-    for y, wanted in zip(both_ways(one), (one, bare), strict=True):
-        right, sizes = wanted.in_float64()
+    for y, expected in zip(both_ways(one), (one, bare), strict=True):
+        right, sizes = expected.in_float64()
         unit = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[y.dtype]
         assert ((y.double() - right).abs() <= unit * sizes).all()
 
@@ -411,6 +411,6 @@ def test_what_is_compiled_takes_the_library(dtype):
 
     compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
     with torch_form():
-        wanted = plain(one.x, one.weight.T, one.residual)
-    for y, other in zip(compiled(one.x, one.weight.T, one.residual), wanted, strict=True):
+        expected = plain(one.x, one.weight.T, one.residual)
+    for y, other in zip(compiled(one.x, one.weight.T, one.residual), expected, strict=True):
         assert torch.equal(y, other)

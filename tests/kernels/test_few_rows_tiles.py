@@ -1,4 +1,4 @@
-"""Few rows by AMX's tiles: the bits of the same rows in a dense product, and nothing written beside the result."""
+"""Few rows by AMX's tiles: the bits of the same rows in a dense product, and nothing written outside the result."""
 
 from __future__ import annotations
 

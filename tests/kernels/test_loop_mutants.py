@@ -42,7 +42,7 @@ OF_CORNERS = sorted(name for name in ALL_MUTANTS if "corner" in name)
 # Of these test_real_sizes.py takes care: in float64, and of few numbers, they are right.
 NAIVE = sorted(name for name in ALL_MUTANTS if "naive" in name)
 MUTANTS = sorted(ALL_MUTANTS.difference(OF_A_STEP, OF_CORNERS, NAIVE))
-# What no op computes: heads that share keys and an adapter; caps, windows and norms behind; a multiplied sum; queries
+# What no op computes: heads that share keys and an adapter; caps, windows and norms after it; a multiplied sum; queries
 # that grow with their position.
 STEPPED = ("llama", "gemma2", "granite", "ministral3")
 

@@ -171,21 +171,21 @@ def test_glu_of_any_size(build, both_forms, dtype, rows, n, activation):
     ],
 )
 def test_adapted_glu_of_any_size(build, both_forms, dtype, rows, n, ranks, activation):
-    gate, up, behind = ranks
+    gate, up, down = ranks
     gate_up, d_y = gapped((rows, 2 * n), dtype, 0, size=2.0), gapped((rows, n), dtype, 1)
-    h, d_t = gapped((rows, gate + up), dtype, 2), gapped((rows, behind), dtype, 3) if behind else None
+    h, d_t = gapped((rows, gate + up), dtype, 2), gapped((rows, down), dtype, 3) if down else None
     factors = [gapped((n, rank), dtype, 4 + place) if rank else None for place, rank in enumerate((gate, up))]
     wide = torch.promote_types(dtype, torch.float32)
-    shapes = *((n, rank) if rank else None for rank in (gate, up)), (behind, n) if behind else None
+    shapes = *((n, rank) if rank else None for rank in (gate, up)), (down, n) if down else None
     receivers = [None if shape is None else gapped(shape, wide, 6 + place) for place, shape in enumerate(shapes)]
 
-    def unit(place, cast, of_gate, of_up, of_behind):
+    def unit(place, cast, of_gate, of_up, of_after):
         front = [
             LoRAFactors(column, UNREAD, cast(factor), scaling, UNREAD, into)
             for column, factor, scaling, into in zip((0, n), factors, (1.7, -0.6), (of_gate, of_up), strict=True)
             if factor is not None
         ]
-        after = [] if of_behind is None else [LoRAFactors(0, UNREAD, UNREAD, 1.0, of_behind, UNREAD)]
+        after = [] if of_after is None else [LoRAFactors(0, UNREAD, UNREAD, 1.0, of_after, UNREAD)]
         groups = LoRAGroup(tuple(front)), LoRAGroup(tuple(after))
         return AdaptedGLUSaved(place, activation, groups[0], cast(h), groups[1], None if d_t is None else cast(d_t))
 
@@ -356,7 +356,7 @@ CHAINS = (1, 1, 1, 2, 1, 3, 12), (-1, 0, 1, 2, 1, 0, -1)
 
 
 def runs_of(lengths, shared):
-    """Documents behind so many shared tokens, or segments by their parents."""
+    """Documents after this number of shared tokens, or segments by their parents."""
     if isinstance(shared, tuple):
         return document_runs(lengths, shared)
     return document_runs((shared, *lengths), (-1, *(0,) * len(lengths))) if shared else document_runs(lengths)
@@ -513,7 +513,7 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
         y, glu_saved = glu_forward(gate_up[:, :96], gate_up[:, 96:], "silu")
         lora_A, lora_B = x[:24], x[:24].T.contiguous()
         h = down_projection(x, lora_A)
-        d_A, d_B, own, behind = torch.zeros(24, 96), torch.zeros(96, 24), torch.zeros(2, 96, 8), torch.zeros(24, 96)
+        d_A, d_B, own, down = torch.zeros(24, 96), torch.zeros(96, 24), torch.zeros(2, 96, 8), torch.zeros(24, 96)
         add_lora_A_gradients(x, h, [d_A])
         add_lora_A_gradients(saved, h, [d_A])
         d_h = h_gradient(x, h, [LoRAFactors(0, UNREAD, lora_B, 0.5, UNREAD, d_B)])
@@ -522,11 +522,11 @@ def test_the_same_bits_each_time_whatever_the_threads(build, dtype, by_parts, mo
             LoRAFactors(96 * i, UNREAD, lora_B[:, 8 * i : 8 * i + 8].contiguous(), 0.5 + i, UNREAD, own[i])
             for i in range(2)
         ]
-        after = LoRAFactors(0, UNREAD, UNREAD, 1.0, behind, UNREAD)
+        after = LoRAFactors(0, UNREAD, UNREAD, 1.0, down, UNREAD)
         groups = LoRAGroup(tuple(front)), LoRAGroup((after,))
         saved_unit = AdaptedGLUSaved(gate_up.clone(), "silu", groups[0], h[:, :16], groups[1], h)
         of_unit = adapted_glu_backward(x.clone(), saved_unit)
-        results += [of_unit.d_gate_up, of_unit.d_h, own, behind]
+        results += [of_unit.d_gate_up, of_unit.d_h, own, down]
         logits, losses = gate_up.clone(), torch.empty(600)
         results.append(frozen_linear(x[:5], x.repeat(8, 1)))
         _softmax_losses(logits, torch.arange(600) % 192, losses, gradient=True)

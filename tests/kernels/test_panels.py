@@ -70,12 +70,12 @@ def assert_same_bits(matrix, rows, *, transposed):
     x = gapped((rows, inputs), dtype, 1)
     bias, residual = gapped((outputs,), dtype, 2), gapped((rows, outputs), dtype, 3)
     updates = updates_of(rows, inputs, outputs, dtype)
-    wanted = dense_product(x, weight, bias, residual, None, updates)
+    expected = dense_product(x, weight, bias, residual, None, updates)
     made = updates[1].h.clone()
     updates[1].h.fill_(torch.nan)
     out = gapped((rows, outputs), dtype, 4)
     assert dense_product(x, matrix, bias, residual, out, updates, transposed=transposed) is out
-    assert torch.equal(out, wanted) and torch.equal(updates[1].h, made) and marks_intact(out)
+    assert torch.equal(out, expected) and torch.equal(updates[1].h, made) and marks_intact(out)
     alone = dense_product(x, matrix, transposed=transposed)
     assert torch.equal(alone, dense_product(x, weight))
     return x, alone
@@ -151,8 +151,8 @@ def test_scales_that_are_no_numbers(dtype, kind, transposed):
     dense = matrix.dense()
     assert dense.isnan().any()
     x = torch.randn(9, 512 if transposed else 35).to(dtype)
-    y, wanted = dense_product(x, matrix, transposed=transposed), dense_product(x, dense.T if transposed else dense)
-    assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(y.nan_to_num(), wanted.nan_to_num())
+    y, expected = dense_product(x, matrix, transposed=transposed), dense_product(x, dense.T if transposed else dense)
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
 def both_ways(matrix, x, d_y):
@@ -169,12 +169,12 @@ def test_nothing_is_unpacked_to_memory(dtype, monkeypatch):
     monkeypatch.setattr(weight_tiles, "_SCRATCH", weight_tiles._Scratch())
     matrix = matrix_of(MIXED, 512, dtype)
     x, d_y = problem(matrix)
-    found, wanted = both_ways(matrix, x, d_y), both_ways(matrix.dense(), x, d_y)
-    assert all(map(torch.equal, found, wanted))
+    found, expected = both_ways(matrix, x, d_y), both_ways(matrix.dense(), x, d_y)
+    assert all(map(torch.equal, found, expected))
     assert not weight_tiles._SCRATCH.buffers
     for start, stop in ((0, 5), (3, 40), (38, 136)):
         part = matrix.part(start, stop)
-        assert torch.equal(frozen_linear(x, part), wanted[0][:, start:stop])
+        assert torch.equal(frozen_linear(x, part), expected[0][:, start:stop])
 
 
 def in_another_order_of_columns(dtype):

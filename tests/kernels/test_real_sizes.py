@@ -49,7 +49,7 @@ def test_every_naive_sum_of_a_loop_is_shown():
 
 @functools.cache
 def cases_of_sums():
-    """The cases of `SHOWN_IN`, drawn in one go, and not those behind the last; their own naive sums are not tried."""
+    """The cases of `SHOWN_IN`, drawn together, and none after the last; their own naive sums are not tried."""
     found = {}
     for size in real_sizes.real_sizes():
         for op, word in SHOWN_IN:

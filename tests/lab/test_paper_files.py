@@ -10,7 +10,7 @@ from backhand.lab.paper.amplification import Amplification, amplification_by_kin
 from backhand.lab.paper.similarity import ModuleSimilarity, similarity_by_kind, similarity_maps
 
 
-def test_amplification_of_a_kind_is_the_quotient_of_the_means_beside_it() -> None:
+def test_amplification_of_a_kind_is_the_quotient_of_the_means_next_to_it() -> None:
     def row(name: str, **norms: float) -> Amplification:
         return Amplification(f"layers.{name}", 4, norms.pop("update"), norms.pop("weight"), **norms)
 
@@ -26,7 +26,7 @@ def test_amplification_of_a_kind_is_the_quotient_of_the_means_beside_it() -> Non
     assert (v["kind"], v["factor"], v["random_factor"]) == ("v_proj", None, None)
 
 
-def test_similarity_of_a_kind_is_the_mean_over_its_layers_beside_what_chance_gives() -> None:
+def test_similarity_of_a_kind_is_the_mean_over_its_layers_next_to_chance() -> None:
     one = ModuleSimilarity("0.q_proj", "lora_A", torch.tensor([[0.2, 0.3, 0.4]]), torch.zeros(1, 3), dimension=10)
     other = ModuleSimilarity("1.q_proj", "lora_A", torch.tensor([[0.4, 0.5, 0.8]]), torch.zeros(1, 3), dimension=30)
     (row,) = similarity_by_kind([one, other])

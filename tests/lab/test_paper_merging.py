@@ -40,7 +40,7 @@ def test_measurement_has_every_size_and_sees_the_adapter(tiny: TinyRun) -> None:
         assert times.base_s > 0
 
 
-def test_each_round_times_the_base_the_adapter_beside_it_and_the_merged_weights(
+def test_each_round_times_the_base_the_adapter_on_it_and_the_merged_weights(
     tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, merged = decoder(tiny), decoder(tiny)

@@ -110,11 +110,11 @@ def test_a_failed_comparison_is_printed_before_it_is_raised(
 
     check_gradients = sine_run.check_gradients
     monkeypatch.setattr(sine_run, "check_gradients", spoiled)
-    for json_wanted in (False, True):
+    for json_expected in (False, True):
         with pytest.raises(CheckError, match="dL the most"):
-            sine_command(replace(SHORT, check=True, json=json_wanted, second=ShiftedTargetOptions(shifted=False)))
+            sine_command(replace(SHORT, check=True, json=json_expected, second=ShiftedTargetOptions(shifted=False)))
         printed = capsys.readouterr().out
-        assert json.loads(printed)["check"][0]["relative_error"] is None if json_wanted else "dL FAILED" in printed
+        assert json.loads(printed)["check"][0]["relative_error"] is None if json_expected else "dL FAILED" in printed
 
 
 def test_a_square_wave_and_a_table_of_points_and_other_widths(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_with_amx_a_row_has_the_bits_of_a_long_pass(variant: str, scaling: float
 
 @pytest.mark.skipif("amx" not in usable(), reason="this processor has no AMX")
 @pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
-def test_with_amx_a_token_far_behind_its_windows_beginning_has_the_bits_of_a_pass(variant: str) -> None:
+def test_with_amx_a_token_far_after_its_windows_beginning_has_the_bits_of_a_pass(variant: str) -> None:
     """Keys before the window are left out by whole steps: at every offset within one."""
     decoder = decoder_like(peft_model(variant), 1.7, dtype=torch.bfloat16)
     longer, shorter = (one.tolist() for one in tiny_documents([150, 75], seed=5))

@@ -229,7 +229,7 @@ def test_the_convolution_itself_cannot_be_trained():
             resolve_adapter(LoRAConfig(target_modules=("w1",), modules_to_save=(name,)), shapes)
 
 
-def test_what_stands_around_the_delta_rule_cannot_be_trained():
+def test_parts_around_the_delta_rule_cannot_be_trained():
     shapes = adapted_pair("qwen3_5_text")[1].module_shapes()
     for name in ("0.linear_attn", "conv1d"):
         with pytest.raises(UsageError, match=r"linear_attn\.\S+ cannot be trained"):

@@ -161,7 +161,7 @@ def test_a_shared_prefix_is_computed_once_and_copied(variant: str) -> None:
 @pytest.mark.parametrize("form", [torch_form, nullcontext], ids=["torch", "compiled"])
 @pytest.mark.parametrize("variant", ["llama", "gemma3_text", "lfm2", "gemma4_text"])
 def test_rows_that_begin_alike_hold_it_once(variant: str, form: Callable[[], AbstractContextManager[None]]) -> None:
-    """Each goes on by itself behind it, and what one lets go the others still have."""
+    """Each goes on by itself after it, and what one releases the others still have."""
     decoder = adapted_decoder(variant)
     length = 2 * PAGE + 5
     prompt, answers = ids(length), [ids(5, seed=seed) for seed in range(3, 7)]
@@ -293,7 +293,7 @@ def test_the_likeliest_logits_are_not_rounded(adapted: bool) -> None:
     assert relative_error(logits, expected) < 1e-2
 
 
-def test_room_behind_a_row_holds_no_stray_values() -> None:
+def test_room_after_a_row_holds_no_stray_values() -> None:
     state = IncrementalDecoder(adapted_decoder("llama"), rows=2, capacity=5)
     state.cache.add_rows(2)
     state.extend([0, 1], [ids(3), ids(30)])
@@ -319,7 +319,7 @@ def test_a_single_row_is_read_where_it_lies() -> None:
 
 
 def test_pages_in_another_order_are_copied() -> None:
-    """Though the last lies as far behind the first as it would in one piece."""
+    """Though the last is as far from the first as it would be in one piece."""
     cache = IncrementalDecoder(adapted_decoder("gemma2"), capacity=4 * PAGE).cache
     order = torch.cat([torch.arange(PAGE) + page * PAGE for page in (1, 3, 2, 4)])[None]
     assert isinstance(cache.where(order), torch.Tensor)
@@ -327,7 +327,7 @@ def test_pages_in_another_order_are_copied() -> None:
 
 
 def test_what_an_interrupted_step_reserved_is_not_shared() -> None:
-    """Each row takes a page of its own behind the whole ones that both hold."""
+    """Each row takes its own page after the full pages that both hold."""
     decoder = adapted_decoder("gemma2")
     prompt, state = ids(2 * PAGE), IncrementalDecoder(decoder, rows=2, capacity=8)
     cache = state.cache

@@ -66,7 +66,7 @@ def test_a_shared_prefix_is_the_same_as_its_copies(variant: str, shared: int) ->
 
 
 def test_layers_that_predict_further_tokens_are_left_out_with_a_note(tmp_path: Any) -> None:
-    """In a directory as transformers leaves them out, in a file the blocks behind the model's own."""
+    """In a directory as transformers leaves them out, in a file the blocks after the model's own."""
     model, document = tiny_model("qwen3_5_text"), tiny_documents([21])[0]
     directory = save_tiny(model, tmp_path / "model")
     path = directory / "model.safetensors"

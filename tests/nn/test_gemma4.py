@@ -108,7 +108,7 @@ def test_a_pass_does_not_start_above_a_layer_whose_keys_are_used_there() -> None
     assert decoder_config(tiny_config("gemma4-keys").to_dict()).start_layer(3) == 3
 
 
-def test_experts_beside_the_mlp_are_refused() -> None:
+def test_experts_next_to_the_mlp_are_refused() -> None:
     config = tiny_config("gemma4_text").to_dict()
     with pytest.raises(UnsupportedModel, match="26B-A4B"):
         decoder_config({**config, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2})

@@ -36,7 +36,7 @@ def _differences(path: Path, ids: list[int]) -> list[float]:
 
 
 def _prompt() -> list[int]:
-    # Below 300: the tokens above are fillers that stand for nothing.
+    # Below 300: the tokens above are fillers without meaning.
     ids: list[int] = tiny_documents([300], vocab_size=300)[0].tolist()
     return ids
 

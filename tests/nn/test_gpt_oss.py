@@ -173,11 +173,11 @@ def test_the_published_configuration() -> None:
 def test_what_a_silent_configuration_means() -> None:
     """As its class has it: yarn's angles, every second layer with a window of 128."""
     silent = {key: value for key, value in _PUBLISHED.items() if key not in _DEFAULTS}
-    found, wanted = decoder_config(silent), decoder_config(_PUBLISHED)
-    assert found.layers == wanted.layers and found.mixture == wanted.mixture and found.qkv_bias
-    one, other = (inverse_frequencies(config.rotary[0], 64) for config in (found, wanted))
+    found, reference = decoder_config(silent), decoder_config(_PUBLISHED)
+    assert found.layers == reference.layers and found.mixture == reference.mixture and found.qkv_bias
+    one, other = (inverse_frequencies(config.rotary[0], 64) for config in (found, reference))
     assert torch.equal(one, other)
-    assert found.rotary[0].attention_factor == wanted.rotary[0].attention_factor
+    assert found.rotary[0].attention_factor == reference.rotary[0].attention_factor
 
 
 _DEFAULTS = ("rope_scaling", "rope_theta", "layer_types", "sliding_window", "swiglu_limit", "attention_bias")

@@ -20,7 +20,7 @@ from backhand.nn.modules import functions as lora_functions
 from backhand.nn.modules.kinds import LORA_MODULES, lora_class
 from backhand.nn.modules.lora_module import LoRAModule
 
-# torch remarks that padding "same" with an even kernel copies its input; that case is wanted here.
+# torch remarks that padding "same" with an even kernel copies its input; this is such a case.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 SCALING = 1.7
 RANK = 6
@@ -153,8 +153,8 @@ def test_dilated_convolutions_equal_the_merged_kernel(name: str) -> None:
     y.backward(d_y)
     expected.backward(d_y)
     assert distance(y, expected) <= 1e-13
-    for got, wanted in ((x, yours), (ours.lora_A, factors[0]), (ours.lora_B, factors[1])):
-        assert distance(got.grad, wanted.grad) <= 1e-13
+    for got, target in ((x, yours), (ours.lora_A, factors[0]), (ours.lora_B, factors[1])):
+        assert distance(got.grad, target.grad) <= 1e-13
 
 
 MERGEABLE = [name for name in CASES if "grouped" not in name and "depthwise" not in name]
@@ -322,8 +322,8 @@ def test_gradient_checkpointing_drops_the_same_elements_twice(name: str, reentra
     again = checkpoint(ours, x, use_reentrant=reentrant)
     assert torch.equal(again, y)
     again.backward(d_y)
-    for got, wanted in zip([x.grad, ours.lora_A.grad, ours.lora_B.grad], expected, strict=True):
-        assert got is not None and wanted is not None and torch.equal(got, wanted)
+    for got, target in zip([x.grad, ours.lora_A.grad, ours.lora_B.grad], expected, strict=True):
+        assert got is not None and target is not None and torch.equal(got, target)
 
 
 def test_copies_and_pickles_are_whole() -> None:
@@ -366,7 +366,7 @@ def test_a_moved_module_unmerges_to_where_it_is() -> None:
     ],
 )
 def test_the_next_module_may_write_into_the_output(name: str, option: str | None) -> None:
-    """As nn.ReLU(inplace=True) does behind convolutions."""
+    """As nn.ReLU(inplace=True) does after convolutions."""
     ours = adapted(base(name), **({} if option is None else {option: True}))
     x = CASES[name][1]()
     apart, inside = leaf(x), leaf(x)
@@ -374,8 +374,8 @@ def test_the_next_module_may_write_into_the_output(name: str, option: str | None
     expected = [parameter.grad for parameter in ours.parameters() if parameter.requires_grad]
     ours.zero_grad()
     nn.functional.relu(ours(inside), inplace=True).sum().backward()
-    for got, wanted in zip((p.grad for p in ours.parameters() if p.requires_grad), expected, strict=True):
-        assert got is not None and wanted is not None and torch.equal(got, wanted)
+    for got, target in zip((p.grad for p in ours.parameters() if p.requires_grad), expected, strict=True):
+        assert got is not None and target is not None and torch.equal(got, target)
     if x.is_floating_point():
         assert inside.grad is not None and apart.grad is not None and torch.equal(inside.grad, apart.grad)
 
@@ -390,8 +390,8 @@ def test_torch_compile_takes_the_module_whole(options: dict[str, bool], rows: in
     ours.zero_grad()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     compiled(x).square().sum().backward()
-    for got, wanted in zip([ours.lora_A.grad, ours.lora_B.grad], expected, strict=True):
-        assert distance(got, wanted) <= 1e-13
+    for got, target in zip([ours.lora_A.grad, ours.lora_B.grad], expected, strict=True):
+        assert distance(got, target) <= 1e-13
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_system_that_does_not_count(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two cores of Linux")
 def test_more_threads_than_cores_do_not_spin():
-    """Threads told to spin for ever: after a region they take a core, and while more are held they take none."""
+    """Threads set to spin for ever: after a region they take a core, and while more are held they take none."""
     code = """
         import ctypes, os, time
         from pathlib import Path

@@ -136,8 +136,8 @@ def _measured(decoder: Decoder, config: LoRAConfig, batch: PackedBatch) -> tuple
 
 
 def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch: PackedBatch) -> None:
-    for wanted, found in zip(_measured(dense, config, batch), _measured(quantized, config, batch), strict=True):
-        assert torch.equal(wanted, found)
+    for expected, found in zip(_measured(dense, config, batch), _measured(quantized, config, batch), strict=True):
+        assert torch.equal(expected, found)
 
 
 # A file cannot say that nothing turns.

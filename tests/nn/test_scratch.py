@@ -11,7 +11,7 @@ LIKE = torch.empty(0)
 
 
 def storage(tensor: torch.Tensor) -> int:
-    """Where the tensor's memory begins, whoever else stands in it."""
+    """Return the address of the tensor's memory, which other tensors may share."""
     return tensor.untyped_storage().data_ptr()
 
 
@@ -37,7 +37,7 @@ def test_buffers_do_not_overlap_in_the_reserved_memory(dtype):
     assert storage(logits) == storage(buffers[0])
 
 
-def test_what_finds_no_room_stands_alone():
+def test_a_tensor_without_room_is_allocated_separately():
     scratch = Scratch()
     scratch.reserve((10, 10), LIKE)
     inside, large = scratch.take("normed", (6, 10), LIKE), scratch.take("product", (6, 10), LIKE)

@@ -143,7 +143,7 @@ def test_its_weights_said_in_another_familys_words_give_its_logits(say: Callable
     config = copy.deepcopy(source.config) | {"model_type": say.__name__[4:]}
     say(config, weights)
     found = Decoder.from_source(InMemoryModel(config, weights), dtype=torch.float32).logits(document)
-    # With a residual multiplier the sum is taken behind the product, which rounds otherwise.
+    # With a residual multiplier the sum is taken after the product, which rounds otherwise.
     assert relative_error(found, expected) <= 1e-5
 
 

@@ -72,8 +72,8 @@ def test_a_long_prompt_forms_few_scores_at_once() -> None:
     assert attention_blocks.SCORES_BYTES // of_one_head == 2
     assert held < 2 * 2 * of_one_head + 3 * sum(kept)
     scores = attention_blocks.Scores(0.3, sinks=sinks.double())
-    wanted = attention_blocks.attention_blocks_reference(q.double(), k.double(), v.double(), scores)
+    expected = attention_blocks.attention_blocks_reference(q.double(), k.double(), v.double(), scores)
     # On some processors torch's own sums over 20,000 keys are that far from float64.
     plain = attention_blocks.attention_blocks_reference(q, k, v, attention_blocks.Scores(0.3, sinks=sinks))
-    error, plain_error = (float((y.double() - wanted).norm() / wanted.norm()) for y in (found[0], plain))
+    error, plain_error = (float((y.double() - expected).norm() / expected.norm()) for y in (found[0], plain))
     assert error < max(1e-6, 2 * plain_error)

@@ -81,7 +81,7 @@ def test_products_have_the_same_bits_on_every_path(dtype, path, rows):
 
 
 def updates_of(rows, sizes, inputs, dtype, *, shrink):
-    """Of members behind one another but for each second one, their h made of x or there."""
+    """Of neighbouring members except every second one, with h computed from x or given."""
     updates, column = [], 0
     for place, size in enumerate(sizes):
         if place % 2 == 0:
@@ -202,7 +202,7 @@ def test_the_cases_for_sums_over_rows_go_by_rows(name, dtype):
         assert len(row_tiles(weight)) > 2
 
 
-def test_a_tile_stands_in_large_pages(monkeypatch):
+def test_a_tile_is_in_large_pages(monkeypatch):
     by_library(monkeypatch)
     monkeypatch.setattr(weight_tiles, "_SCRATCH", weight_tiles._Scratch())
     quantized, dense = pair([("Q8_0", 2048)], 1024, torch.bfloat16)
@@ -222,7 +222,7 @@ def _no_room(*_arguments, **_options):
     raise OSError(12, "Cannot allocate memory")
 
 
-def test_a_quantized_matrix_never_stands_there_in_full(monkeypatch):
+def test_a_quantized_matrix_is_never_unpacked_in_full(monkeypatch):
     by_library(monkeypatch)
     monkeypatch.setattr(weight_tiles, "_SCRATCH", weight_tiles._Scratch())
     quantized, _ = pair([("Q4_0", 512)], 2048, torch.bfloat16)

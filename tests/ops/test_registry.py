@@ -48,7 +48,7 @@ def test_an_op_has_cases_and_mutants_for_each_gradient(op):
     for gradient in spoiled:
         mutants = {mutant.name for mutant in proof.mutants if mutant.gradient == gradient}
         assert "factor 1 + 1e-6" in mutants
-        assert len(mutants) > 2, "a mistake of its own beside the standard ones"
+        assert len(mutants) > 2, "a mistake of its own in addition to the standard ones"
 
 
 @pytest.mark.parametrize("op", OPS)

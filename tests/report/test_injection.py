@@ -95,13 +95,13 @@ def check_card(text: str) -> None:
 
 
 def check_logged(run: Path) -> None:
-    """What TensorBoard is told of the configuration is what it shows as code."""
+    """TensorBoard shows the configuration that it receives as code."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = (run / "logs" / "tensorboard").iterdir()
-    told = EventAccumulator(str(events))
-    told.Reload()
-    (text,) = told.Tensors("config/text_summary")
+    reported = EventAccumulator(str(events))
+    reported.Reload()
+    (text,) = reported.Tensors("config/text_summary")
     markdown = text.tensor_proto.string_val[0].decode()
     shown = Page(MarkdownIt("commonmark", {"html": True}).render(markdown).encode())
     assert {element.tag for element in shown.root.all()} == {"#document", "pre", "code"}

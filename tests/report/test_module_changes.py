@@ -29,11 +29,11 @@ def test_norms_of_a_real_run_are_those_of_its_base(finished: Path, tiny: TinyRun
 
 
 def test_before_the_adapter_is_published_the_newest_checkpoint_counts(finished: Path) -> None:
-    wanted = changes_of(read_run(finished)).modules
+    expected = changes_of(read_run(finished)).modules
     shutil.rmtree(finished / "adapter")
     changes, source, _ = changes_of(read_run(finished))
     assert source == "checkpoints/step-12"
-    assert [change.module for change in changes] == [change.module for change in wanted]
+    assert [change.module for change in changes] == [change.module for change in expected]
     shutil.rmtree(finished / "checkpoints")
     assert changes_of(read_run(finished)) == ([], "there is no adapter yet", ())
 

@@ -89,16 +89,16 @@ def test_commands_for_other_programs_name_adapter_and_base(finished: Path, tiny:
 def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun) -> None:
     recorded = lines(finished / "answers.jsonl")
     assert [line["source"] for line in recorded] == [f"{tiny.held_out}:{number}" for number in (1, 2, 3, 4)]
-    wanted = [row["completion"] for row in lines(tiny.held_out)]
-    assert [line["reference"] for line in recorded] == wanted
+    expected = [row["completion"] for row in lines(tiny.held_out)]
+    assert [line["reference"] for line in recorded] == expected
     assert any(line["base"] != line["adapted"] for line in recorded)
-    # Written afresh, with answers that can be told apart.
+    # Written afresh, with answers that differ.
     answer = recorded[0] | {"base": "red green blue", "adapted": "red grey blue", "reference": "red grey blue"}
     (finished / "answers.jsonl").write_text(json.dumps(answer) + "\n")
     section = Page(run_page(read_run(finished))).one("section", id="answers")
     assert [mark.text for mark in (e for e in section.all() if e.tag == "mark")] == ["green", "grey"]
     assert "= expected answer" in section.text and answer["prompt"] in section.text
-    # Control tokens are told from what a person asked.
+    # Control tokens are distinguished from the question.
     control = [span.text for span in section.all() if span.attributes.get("class") == "control"]
     asked = lines(tiny.held_out)[0]["prompt"]
     assert control and all(text in answer["prompt"] for text in control)

@@ -83,7 +83,7 @@ def test_the_page_is_written_again_when_a_command_proves_something(finished: Pat
     assert kinds_not_run(finished, page.read_bytes()) == {"gradients", "invariances", "resume"}
     assert main(["verify", "--run", str(finished), "--max-tokens", "24"]) == 0
     assert kinds_not_run(finished, page.read_bytes()) == {"resume"}
-    # A proof that fails stands there as well.
+    # A proof that fails is listed as well.
     tight = [*merging, "--dtype", "bfloat16", "--tolerance", "1e-9", "--output", str(tmp_path / "rounded")]
     assert main(tight) == 6
     assert [strong.text for strong in Page(page.read_bytes()).every("strong", class_="bad")] == ["no"]

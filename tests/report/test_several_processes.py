@@ -25,7 +25,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
-def told_of_each(page: Page) -> list[list[str]]:
+def observed_each(page: Page) -> list[list[str]]:
     """Speed and share of waiting in the row of each rank, as the page has them."""
     section = page.one("section", id="curves")
     rows = [row.children for row in section.all() if row.tag == "tr" and row.children[0].text.startswith("rank ")]
@@ -58,7 +58,7 @@ def test_what_watch_and_the_report_show_of_two_processes(tiny: TinyRun, tmp_path
         page = Page(fetched(server))
         steps = steps_of(run)
         assert len(steps) == 2 and "2 of 4 steps so far" in page.root.text
-        assert told_of_each(page) == expected(steps)
+        assert observed_each(page) == expected(steps)
         assert f"{steps[-1]['tokens_per_s']:,.0f}tokens per second" in "".join(tiles(page).split("\n"))
         ranks.send(0, signal.SIGCONT)
         assert ranks.exit_codes() == [0, 0], ranks.said()
@@ -66,7 +66,7 @@ def test_what_watch_and_the_report_show_of_two_processes(tiny: TinyRun, tmp_path
         page = Page(fetched(server))
     steps = steps_of(run)
     report = Page((run / "report.html").read_bytes())
-    assert told_of_each(page) == told_of_each(report) == expected(steps)
+    assert observed_each(page) == observed_each(report) == expected(steps)
     summary = json.loads((run / "summary.json").read_text())
     for shown in (page, report):
         assert "4 steps" in shown.root.text and "so far" not in shown.root.text

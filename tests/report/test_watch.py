@@ -73,11 +73,11 @@ def test_it_listens_on_this_machine_only_under_a_token_of_its_own(server: WatchS
 
 @pytest.mark.parametrize("path", ["/", "/x/", "//", "/{token}x/", "/?{token}", "/x/../{token}/", "/ü/"])
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_without_the_token_nothing_is_told(server: WatchServer, path: str, method: str) -> None:
-    wanted = path.format(token=server.token).encode().decode("latin-1")
+def test_without_the_token_nothing_is_revealed(server: WatchServer, path: str, method: str) -> None:
+    expected = path.format(token=server.token).encode().decode("latin-1")
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     connection._encode_request = lambda request: request.encode("latin-1")  # type: ignore[attr-defined,method-assign]
-    connection.request(method, wanted.replace("ü", "%C3%BC"), body=b"{}" if method == "POST" else None)
+    connection.request(method, expected.replace("ü", "%C3%BC"), body=b"{}" if method == "POST" else None)
     reply = connection.getresponse()
     text = reply.read().decode()
     assert reply.status == 403 and "backhand watch" in text and len(text) < 200
@@ -292,11 +292,11 @@ def test_the_end_waits_for_the_loading_that_is_under_way_and_no_more(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[prompt_box.PromptBox] = []
-    begun, go_on = threading.Event(), threading.Event()
+    started, go_on = threading.Event(), threading.Event()
 
     def loaded(box: prompt_box.PromptBox) -> Any:
         loads.append(box)
-        begun.set()
+        started.set()
         assert go_on.wait(20)
 
     monkeypatch.setattr(prompt_box.PromptBox, "_with_newest_adapter", loaded)
@@ -313,7 +313,7 @@ def test_the_end_waits_for_the_loading_that_is_under_way_and_no_more(
     asking = [threading.Thread(target=asked) for _ in range(3)]
     for thread in asking:
         thread.start()
-    assert begun.wait(20)
+    assert started.wait(20)
     while box._worker._work_queue.qsize() < 2:
         time.sleep(0.01)
     closing = threading.Thread(target=box.close)

@@ -89,7 +89,7 @@ def test_an_output_that_cannot_be(make: Make, code: int, tiny: TinyRun, tmp_path
     before = tree(tmp_path)
     for overwrite in (False, True):
         if make is files_of_somebody and overwrite:
-            continue  # writes beside them: test_run.py
+            continue  # writes next to them: test_run.py
         with pytest.raises(BackhandError) as caught:
             train(tiny.config(output, overwrite=overwrite, model="absent, and never looked at"))
         assert caught.value.exit_code == code, str(caught.value)

@@ -23,7 +23,7 @@ def status_after(error: BaseException, place: Path) -> RunStatus:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
-def test_a_second_signal_is_told_in_a_sentence(error: BaseException, tmp_path: Path) -> None:
+def test_a_second_signal_is_reported_in_a_sentence(error: BaseException, tmp_path: Path) -> None:
     status = status_after(error, tmp_path / "run")
     assert status.state == "interrupted"
     assert status.reason == "stopped at once by a signal; steps after the last checkpoint are lost"

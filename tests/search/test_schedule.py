@@ -79,7 +79,7 @@ def test_a_search_that_is_cut_off_at_any_time_ends_in_the_same_trials(tmp_path: 
     for _ in range(50):
         again = Study(tmp_path / "cut", search.dimensions, GIVEN, search.last)  # another process each time
         with again.locked():
-            trial = search.next(again, may_start=True)  # begun, and then killed
+            trial = search.next(again, may_start=True)  # started, and then killed
         if isinstance(trial, Trial):
             again.release(trial)
         work(search, cut, steps=1)
@@ -119,7 +119,7 @@ def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_
     search = schedule(trials=2)
     one, two = (Study(tmp_path, search.dimensions, GIVEN, search.last) for _ in range(2))
 
-    def begun(study: Study) -> Trial:
+    def started(study: Study) -> Trial:
         with study.locked():
             trial = search.next(study, may_start=True)
         assert isinstance(trial, Trial)
@@ -131,7 +131,7 @@ def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_
             found = {"losses": losses, "done": trial.goal, "steps": 1}
             study.write(trial.number, found, finished=trial.goal == search.last)
 
-    held, other = begun(one), begun(two)
+    held, other = started(one), started(two)
     best, given = sorted((held, other), key=lambda trial: loss(trial, 1))
     of_best, of_given = (one, two) if best == held else (two, one)
     written(of_best, best)
@@ -140,7 +140,7 @@ def test_a_trial_that_goes_on_may_be_held_a_moment_longer_by_whoever_brought_it_
     with of_given.locked():
         assert search.next(of_given, may_start=True) == "wait"
     of_best.release(best)
-    while (trial := begun(of_given)).number == best.number:
+    while (trial := started(of_given)).number == best.number:
         written(of_given, trial)
         of_given.release(trial)
     # The options as given go on to the end, for the comparison.

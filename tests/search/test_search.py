@@ -180,7 +180,7 @@ def test_an_option_without_a_value_as_given_is_varied(values: str, tiny: TinyRun
     assert (again.best, again.loss) == (found.best, found.loss)
 
 
-def test_a_trial_whose_run_fails_is_told_and_the_others_go_on(tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_trial_whose_run_fails_is_reported_and_the_others_go_on(tiny: TinyRun, tmp_path: Path) -> None:
     search = {"over": ("learning_rate=0.01,1e30",), "trials": 4, "prune": "none"}
     found = search_command(search_config(tiny, tmp_path / "search", search, max_bad_steps=1))
     trials = json.loads((Path(found.output) / "search.json").read_text())["all"]
@@ -240,8 +240,8 @@ def test_two_processes_share_the_trials_of_one_search(tiny: TinyRun, tmp_path: P
     finally:
         for process in started:
             process.kill()
-    told = [{line.split(" ")[1] for line in text.splitlines() if line.startswith("trial ")} for text in said]
-    assert len(told[0] | told[1]) == 6
+    reported = [{line.split(" ")[1] for line in text.splitlines() if line.startswith("trial ")} for text in said]
+    assert len(reported[0] | reported[1]) == 6
     config_ = replace(config, run=replace(config.run, resume=True))
     study = Study(config.run.output, config_.search.dimensions, {"learning_rate": 3e-3, "rank": 3}, last=3)
     assert [trial.number for trial in study.trials()] == list(range(6))

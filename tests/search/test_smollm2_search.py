@@ -27,13 +27,13 @@ def test_twelve_trials_survive_a_kill_and_two_processes(tmp_path: Path) -> None:
             assert first.poll() is None, "it ended before it could be killed"
             time.sleep(0.2)
         first.kill()
-    begun = {path.name for path in (output / "trials").iterdir() if path.is_dir()}
-    assert 4 < len(begun) < TRIALS
+    started = {path.name for path in (output / "trials").iterdir() if path.is_dir()}
+    assert 4 < len(started) < TRIALS
     again = [*search, "--resume", "--output", str(output), "--quiet"]
     both = [subprocess.Popen(again, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0] and said[0] == said[1]
     found = json.loads((output / "search.json").read_text())["all"]
     assert [trial["number"] for trial in found] == list(range(TRIALS)) and all(trial["losses"] for trial in found)
-    assert begun <= {path.name for path in (output / "trials").iterdir()}
+    assert started <= {path.name for path in (output / "trials").iterdir()}
     assert (output / "adapter" / "adapter_model.safetensors").exists()

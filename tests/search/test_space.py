@@ -22,7 +22,7 @@ def test_ranges_and_choices_are_read() -> None:
     assert layers.choices == ("last:8", "last:16")
 
 
-def test_a_trials_values_stand_in_the_configuration_with_their_own_types() -> None:
+def test_a_trials_values_are_in_the_configuration_with_their_own_types() -> None:
     dimensions = parse_dimensions(
         ["learning_rate=1e-4:1e-2", "rank=4:64:log", "use_dora=true,false", "target_modules=q_proj+v_proj,all-linear"]
     )

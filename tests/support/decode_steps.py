@@ -28,7 +28,7 @@ def adapted(variant: str, dtype: torch.dtype = torch.float64) -> Decoder:
 
 
 def stepped(decoder: Decoder, *, whole: bool, tokens: int = SEEN + 5, rows: int = 2) -> Tensor:
-    """Logits after each token behind the first `SEEN`, one by one, in a cache that has to grow: of the second row,
+    """Logits after each token from the one at `SEEN` on, one by one, in a cache that has to grow: of the second row,
     or of a single one, which is a quick one.
     """
     documents = [one.tolist() for one in tiny_documents([tokens, tokens], seed=2)][-rows:]

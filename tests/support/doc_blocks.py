@@ -25,9 +25,9 @@ class Block:
     Attributes:
         page: its file, from the project's root.
         line: where it begins.
-        language: the first word behind the fence; empty for none, and for indented blocks.
+        language: the first word after the fence; empty for none, and for indented blocks.
         title: the file name that its fence gives it, as in `jsonl title="rows.jsonl"`, or empty.
-        text: what stands in it.
+        text: its contents.
     """
 
     page: str
@@ -48,7 +48,7 @@ class Block:
 
     @property
     def commands(self) -> str:
-        """What is typed: all of a shell block, and of a console's what stands behind its prompt."""
+        """The lines to type: all of a shell block, and those after a console's prompt."""
         if self.language == "console":
             return "".join(line[2:] for line in self.text.splitlines(keepends=True) if line.startswith("$ "))
         return self.text if self.language == "sh" else ""

@@ -62,7 +62,7 @@ class World:
         self.environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
 
     def type(self, script: str, given: str = "") -> str:
-        """Run shell lines as they stand, and return what they print; the first that fails fails the test."""
+        """Run shell lines unchanged, and return what they print; the first that fails fails the test."""
         self._train_what_is_read(script)
         return self._shell(script, given)
 

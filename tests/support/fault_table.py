@@ -15,7 +15,7 @@ def rows() -> dict[str, tuple[int, str, str]]:
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("|") and len(cells) == 4 and cells[1].isdigit():
-            assert cells[0] not in found, f"{cells[0]} stands twice in {PAGE.name}"
+            assert cells[0] not in found, f"{cells[0]} occurs twice in {PAGE.name}"
             found[cells[0]] = (int(cells[1]), cells[2], cells[3].strip("`"))
     return found
 

@@ -52,7 +52,7 @@ def half_written(name: str, arguments: tuple[Any, ...]) -> None:
 def failing(number: int, code: int, *, forever: bool = False) -> InterceptedFiles:
     """The call of this number fails with this errno, and with `forever` every later one but closing and removing too.
 
-    A failing write leaves half of its bytes behind, as a full disk does.
+    A failing write leaves half of its bytes, as a full disk does.
     """
 
     def before(count: int, name: str, arguments: tuple[Any, ...]) -> None:

@@ -27,15 +27,15 @@ from support.tiny_run import with_options
 
 
 @contextmanager
-def told_of_saves(told: Callable[[str, int], None]) -> Iterator[None]:
-    """Inside, `told("begin" or "end", step)` at each save of a run."""
+def observed_saves(reported: Callable[[str, int], None]) -> Iterator[None]:
+    """Inside, `reported("begin" or "end", step)` at each save of a run."""
     original = Saver.save
 
     def save(self: Saver, *, is_best: bool) -> None:
         step = self.state.progress.step
-        told("begin", step)
+        reported("begin", step)
         original(self, is_best=is_best)
-        told("end", step)
+        reported("end", step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Saver, "save", save)
@@ -46,7 +46,7 @@ def calls_of_save(config: TrainConfig, output: Path, step: int) -> range:
     """The numbers of the calls that the save of this step makes, in a run of this configuration."""
     files = InterceptedFiles()
     numbers: dict[tuple[str, int], int] = {}
-    with told_of_saves(lambda what, which: numbers.setdefault((what, which), files.count)):
+    with observed_saves(lambda what, which: numbers.setdefault((what, which), files.count)):
         train(with_options(config, output=output), files=files)
     return range(numbers["begin", step] + 1, numbers["end", step] + 1)
 

@@ -25,25 +25,25 @@ def for_each(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., None]]
         names: of its arguments, as in `pytest.mark.parametrize`.
         cases: a value each, or as many as there are names.
     """
-    wanted, known = [name.strip() for name in names.split(",")], list(cases)
+    expected, known = [name.strip() for name in names.split(",")], list(cases)
     assert known, "a test of no cases could not fail"
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def test(*args: Any, **kwargs: Any) -> None:
             for case in known:
-                given = dict(zip(wanted, case if len(wanted) > 1 else [case], strict=True))
+                given = dict(zip(expected, case if len(expected) > 1 else [case], strict=True))
                 seed()
                 try:
                     function(*args, **kwargs, **given)
                 except pytest.skip.Exception as skipped:
-                    raise AssertionError(f"the cases behind {given} would be skipped as well") from skipped
+                    raise AssertionError(f"the cases after {given} would be skipped as well") from skipped
                 except BaseException as error:
                     error.add_note(", ".join(f"{name}={value!r}" for name, value in given.items()))
                     raise
 
         signature = inspect.signature(function)  # which pytest takes fixtures and parameters from
-        left = [parameter for name, parameter in signature.parameters.items() if name not in wanted]
+        left = [parameter for name, parameter in signature.parameters.items() if name not in expected]
         test.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
         return test
 

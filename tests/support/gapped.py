@@ -1,4 +1,4 @@
-"""Arrays as views of marked memory: at odd addresses, gaps behind rows, and whether anything outside was written to."""
+"""Arrays as views of marked memory: at odd addresses, gaps after rows, and a check of the memory outside."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 MARK = 7.25
-"""What stands around a result that a loop writes."""
+"""The memory around a result that a loop writes."""
 
 _drawn: dict[int, Tensor] = {}
 
 
 def gapped(shape: Sequence[int], dtype: torch.dtype, seed: int, size: float = 1.0) -> Tensor:
-    """Numbers at an odd address, a gap of odd width behind each row."""
+    """Numbers at an odd address, a gap of odd width after each row."""
     *leading, n = shape
     whole = torch.full((math.prod(leading) * (n + 3) + 1,), MARK, dtype=dtype)[1:].view(*leading, n + 3)
     part = whole[..., 1 : n + 1]

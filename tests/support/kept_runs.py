@@ -46,7 +46,7 @@ def run_of_layers(layers: int, directory: Path) -> TinyRun:
 
 
 def begin_alike(rows: Path, path: Path) -> Path:
-    """The rows, each behind the same words."""
+    """The rows, each after the same words."""
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     path.write_text("".join(json.dumps({**line, "prompt": _BEGINNING + line["prompt"]}) + "\n" for line in lines))
     return path

@@ -47,11 +47,11 @@ class Page(HTMLParser):
             element.text += data
 
     def every(self, tag: str, **attributes: str) -> list[Element]:
-        wanted = {name.rstrip("_"): value for name, value in attributes.items()}
+        expected = {name.rstrip("_"): value for name, value in attributes.items()}
         return [
             element
             for element in self.root.all()
-            if element.tag == tag and all(element.attributes.get(name) == value for name, value in wanted.items())
+            if element.tag == tag and all(element.attributes.get(name) == value for name, value in expected.items())
         ]
 
     def one(self, tag: str, **attributes: str) -> Element:

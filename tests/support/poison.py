@@ -59,7 +59,7 @@ def poison_adapter(run: Path, attack: str) -> Path:
 
 
 def _poisoned(value: Any, attack: str) -> Any:
-    """Every text below with the attack behind it; adapted modules, which the adapter decides, and states stay."""
+    """Every text below, followed by the attack; adapted modules, which the adapter decides, and states stay."""
     if isinstance(value, dict):
         keep = ("state", "kind", "host", "modules")
         return {key: inner if key in keep else _poisoned(inner, attack) for key, inner in value.items()}

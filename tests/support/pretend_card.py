@@ -31,7 +31,7 @@ class Held(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor) -> Held:
-        """As long, wide and strided as what it stands for."""
+        """A tensor of the same length, width and strides as the one that it replaces."""
         held: Held = Tensor._make_wrapper_subclass(
             cls,
             raw.shape,
@@ -67,7 +67,7 @@ class Everywhere(TorchDispatchMode):
 
 
 def raw_of(value: Any) -> Any:
-    """What is behind a tensor on the card; anything else as it is."""
+    """The host memory of a tensor on the card; anything else unchanged."""
     return value.raw if isinstance(value, Held) else value
 
 
@@ -79,7 +79,7 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def computed(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An op's result, on the device where its inputs are, or where it was told to make one."""
+    """An op's result, on the device where its inputs are, or on the device that was asked for."""
     given: list[Tensor] = []
     mapped(lambda one: given.append(one) if isinstance(one, Tensor) else None, [*args, *kwargs.values()])
     held = [one for one in given if isinstance(one, Held)]

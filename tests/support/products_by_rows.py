@@ -17,7 +17,7 @@ def by_library(patch: pytest.MonkeyPatch) -> None:
 
 
 class ProductsByRows:
-    """Stands for `ops.frozen_matrix.library_product`, with classes of numbers of rows.
+    """Replaces `ops.frozen_matrix.library_product`, with classes of numbers of rows.
 
     Args:
         bounds: numbers of rows at which another class begins.

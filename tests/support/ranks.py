@@ -105,8 +105,8 @@ def start_ranks(
         at_place: for some ranks a place of `held_runs` and the signal that it sends itself there, or "pause" for one
             that is late by `PAUSE_S`; or ("adapter", "other") for one whose adapter is changed in every step,
             ("versions", "other") for one that has another torch, ("clock", "other") for one by whose clock a
-            micro-batch takes a second, an exchange a quarter, and nothing else any time, and ("passes", "told") for one
-            that prints last, of each set of rows, how many passes through the lower layers there were of which rows.
+            micro-batch takes a second, an exchange a quarter, and nothing else any time, and ("passes", "count") for
+            one that prints last the number of passes through the lower layers for each set of rows.
         environment: for all of them.
         join_s, silent_s: patience of the ranks.
         quick: otherwise they are as patient as a user's are.
@@ -200,7 +200,7 @@ def _train_as_rank(
         before(Decoder, "loss_and_gradients", lambda *_: took.append(1.0))
         before(ProcessGroup, "all_gather", lambda *_: took.append(0.25))
         time.perf_counter = lambda: sum(took)
-    elif at == ("passes", "told"):
+    elif at == ("passes", "count"):
         with watched() as computed:
             code = main(["train", toml])
         print(json.dumps({count: [computed.passes[count], rows] for count, rows in computed.rows.items()}))

@@ -11,7 +11,7 @@ from backhand.kernels import build
 
 
 def runtime(name: str) -> str | None:
-    """The sanitizer's shared library beside the compiler, if it has one."""
+    """The sanitizer's shared library next to the compiler, if it has one."""
     compiler = build.find_compiler()
     if compiler is None or sys.platform != "linux":
         return None

@@ -19,7 +19,7 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 def resolve_slots(
     config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
 ) -> list[LoRASlot]:
-    """What `config` adapts on a model, without what is trained beside it."""
+    """What `config` adapts on a model, without what is trained in addition."""
     return list(resolve_adapter(config, module_shapes, heads=heads).slots)
 
 

@@ -1,4 +1,4 @@
-"""What a GGUF file of a tiny Gemma 4 says beside what every file says, as llama.cpp's converter writes it."""
+"""The fields of a tiny Gemma 4's GGUF file in addition to those of every file, as llama.cpp's converter writes it."""
 
 from __future__ import annotations
 

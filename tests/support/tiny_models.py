@@ -359,7 +359,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "global_head_dim": 18,
             "num_kv_shared_layers": 4,
             "use_double_wide_mlp": True,
-            # Wide enough for the norm behind it: of 10, which a gated unit empties, it enlarges rounding fivefold.
+            # Wide enough for the norm after it: of 10, which a gated unit empties, it enlarges rounding fivefold.
             "hidden_size_per_layer_input": 26,
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "final_logit_softcapping": 2.5,

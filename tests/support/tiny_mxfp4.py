@@ -25,7 +25,7 @@ def save_packed(directory: Path, **sizes: Any) -> dict[str, tuple[Tensor, Tensor
 
     Args:
         directory: made here.
-        sizes: of the configuration, beside those that divide into blocks.
+        sizes: of the configuration, in addition to those that divide into blocks.
 
     Returns:
         (blocks, scales) by parameter of experts.

@@ -23,7 +23,7 @@ _VISION: dict[str, Any] = {
 }
 _IMAGE_TOKEN = 300
 
-# By model_type, perhaps with a second text model behind a comma: the text variant of tiny_models, the type of the
+# By model_type, perhaps with a second text model after a comma: the text variant of tiny_models, the type of the
 # vision part, and what else the wrapper needs.
 _WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": (

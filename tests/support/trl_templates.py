@@ -41,14 +41,14 @@ _PLAIN_ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 def _folder() -> Path:
-    # Only its files are wanted: importing the package takes seconds.
+    # Only its files are needed: importing the package takes seconds.
     spec = find_spec("trl")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "chat_templates"
 
 
 def pair_names() -> list[str]:
-    """Names of the templates that have a training version beside them."""
+    """Names of the templates that have a training version next to them."""
     return sorted(path.stem.removesuffix(_TRAINING) for path in _folder().glob(f"*{_TRAINING}.jinja"))
 
 
@@ -84,7 +84,7 @@ def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
 def marked_spans(
     name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> list[tuple[str, str]] | None:
-    """What the training version marks: (all that stands before, marked text), adjacent marks joined; None if it fails.
+    """What the training version marks: (all text before, marked text), adjacent marks joined; None if it fails.
 
     Templates that read contents as parts only are given parts, as TRL's preparation for images does.
     """

@@ -52,15 +52,17 @@ def test_every_core_package_is_used() -> None:
 
 
 def test_the_tests_import_what_they_declare() -> None:
-    beside = [path for folder in ("benchmarks", "tests/kernels", "tools") for path in (PROJECT / folder).glob("*.py")]
-    local = {path.stem.replace("_", "-") for path in beside} | {"benchmarks", "docsite"}
+    neighbour = [
+        path for folder in ("benchmarks", "tests/kernels", "tools") for path in (PROJECT / folder).glob("*.py")
+    ]
+    local = {path.stem.replace("_", "-") for path in neighbour} | {"benchmarks", "docsite"}
     assert imported("tests") - local <= CORE | EXTRAS["test"] | EXTRAS["browser"]
 
 
 def test_the_makefile_installs_only_extras_that_exist() -> None:
     makefile = (PROJECT / "Makefile").read_text()
-    wanted = {extra for extras in re.findall(r"'\.\[([\w,-]+)\]'", makefile) for extra in extras.split(",")}
-    assert wanted <= set(EXTRAS)
+    expected = {extra for extras in re.findall(r"'\.\[([\w,-]+)\]'", makefile) for extra in extras.split(",")}
+    assert expected <= set(EXTRAS)
 
 
 def test_every_declared_package_has_a_version_known_to_work() -> None:

@@ -99,7 +99,7 @@ def test_a_command_page_has_every_option_of_its_help(command: object, capsys: py
     options = set(re.findall(r"^│ (?:\*? *)(--(?!no-)[\w-]+)", capsys.readouterr().out, re.MULTILINE))
     page = command_pages()[command.name]
     assert options
-    # In the first cell of a row, by itself or beside another name of it.
+    # In the first cell of a row, by itself or next to another name of it.
     rows = set(re.findall(r"`(--[\w-]+)`", "\n".join(re.findall(r"^\| ([^|]*)\|", page, re.MULTILINE))))
     assert options <= rows
 
@@ -121,7 +121,7 @@ def test_every_error_is_listed() -> None:
     assert all(error.what.strip(" ‹›…") for error in errors), "a message of nothing but fillings says nothing"
 
 
-def test_an_error_stands_beside_its_remedy(tmp_path: Path) -> None:
+def test_an_error_is_next_to_its_remedy(tmp_path: Path) -> None:
     module = tmp_path / "backhand" / "data" / "cells.py"
     module.parent.mkdir(parents=True)
     module.write_text('raise DataError(f"{len(row)} cells" + "!", next_step="a" if many else "b")\n')
@@ -135,7 +135,7 @@ def test_an_error_without_a_message_is_refused(tmp_path: Path) -> None:
         raised_errors(tmp_path)
 
 
-def test_every_page_stands_in_the_navigation_once(site: Path) -> None:
+def test_every_page_is_in_the_navigation_once(site: Path) -> None:
     pages = sorted(str(path.relative_to(site / "pages")) for path in (site / "pages").rglob("*.md"))
     line = next(line for line in (site / "zensical.toml").read_text().splitlines() if line.startswith("nav = "))
     assert sorted(re.findall(r'= "([\w/]+\.md)"', line)) == pages

@@ -21,7 +21,7 @@ layers = ["backhand.cli", "backhand.training", "backhand.ops", "backhand.files |
 FILES = {
     "__init__.py": '"""A package."""\nfrom importlib import import_module\nimport_module("backhand.cli.main")\n',
     "words.py": '"""Words."""\n',
-    # Beside each other in one layer: neither may import the other.
+    # Next to each other in one layer: neither may import the other.
     "files.py": '"""Files."""\nimport os\nfrom backhand import words\n',
     "cli/__init__.py": "",
     "cli/main.py": "def main():\n    from backhand.training.trainer import (\n        Loop,\n    )\n    Loop()\n",
@@ -76,7 +76,7 @@ def test_code_lines_and_parameters(size: ModuleType, tree: Path) -> None:
     assert module.signatures == (("spell", 4),)
 
 
-def test_circles_for_type_checkers_are_told_apart(size: ModuleType, tree: Path) -> None:
+def test_circles_for_type_checkers_are_distinguished(size: ModuleType, tree: Path) -> None:
     text = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from backhand.training import trainer\n"
     (tree / "src" / "backhand" / "ops" / "linear.py").write_text(text)
     modules = size.read_modules(tree / "src" / "backhand")
@@ -87,7 +87,7 @@ def test_circles_for_type_checkers_are_told_apart(size: ModuleType, tree: Path) 
     ]
 
 
-def test_imports_upward_and_beside_are_found(size: ModuleType, tree: Path) -> None:
+def test_imports_upward_and_within_a_layer_are_found(size: ModuleType, tree: Path) -> None:
     modules = size.read_modules(tree / "src" / "backhand")
     layers = size.read_layers(tree / "pyproject.toml")
     assert layers == [{"cli"}, {"training"}, {"ops"}, {"files", "words"}]

@@ -186,11 +186,11 @@ def test_a_gguf_file_has_the_facts_of_its_directory(variant: str, tmp_path: Path
     model = tiny_model(variant)
     directory = open_model(save_tiny(model, tmp_path / "model"))
     file = open_model(write_tiny_gguf(model, tmp_path / "tiny.gguf"))
-    found, wanted = config_facts(file), config_facts(directory)
-    assert json.loads(json.dumps(wanted)) == wanted
-    assert config_differences(wanted, found, across_files=True) is None
+    found, expected = config_facts(file), config_facts(directory)
+    assert json.loads(json.dumps(expected)) == expected
+    assert config_differences(expected, found, across_files=True) is None
     # The file stores the factors of Llama 3's rule, rounded to float32: a run does not end in the same bits with them.
-    assert (config_differences(wanted, found) is None) == (variant != "llama3")
+    assert (config_differences(expected, found) is None) == (variant != "llama3")
 
 
 def test_fields_that_say_the_same_are_no_difference(tiny: TinyRun, tmp_path: Path) -> None:

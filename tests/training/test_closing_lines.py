@@ -160,7 +160,7 @@ def test_compared_probabilities_say_whose_they_are(
 def test_evaluating_counts_its_rows(
     ended: RunSummary, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through a pipe that is what is said every ten seconds, on a terminal what stands beside the spinner."""
+    """Through a pipe it is printed every ten seconds, on a terminal next to the spinner."""
     heard: list[str] = []
     before = printing.now()
     real = evaluation.complete_greedily
@@ -175,12 +175,12 @@ def test_evaluating_counts_its_rows(
     monkeypatch.setattr(evaluation, "complete_greedily", listening)
     losses = evaluation.HeldOut.token_losses
 
-    def told(self: Any, model: Any) -> Any:
+    def reported(self: Any, model: Any) -> Any:
         for one in losses(self, model):
             yield one
             heard.append(printing.now())
 
-    monkeypatch.setattr(evaluation.HeldOut, "token_losses", told)
+    monkeypatch.setattr(evaluation.HeldOut, "token_losses", reported)
     run = EvaluateRunOptions(adapter=Path(ended.adapter))
     data = DataOptions(data=(str(tiny.rows),))
     found = evaluate(EvaluateOptions(ModelOptions(model=str(tiny.model), dtype="float32"), data, run))

@@ -156,7 +156,7 @@ def test_rows_and_runs_are_no_configurations(tmp_path: Path) -> None:
     assert f"--resume --output '{run}' continues it" in str(caught.value)
 
 
-def test_other_names_of_options_stand_in_files_too_and_an_adapter_by_name_is_one_of_many(tmp_path: Path) -> None:
+def test_other_names_of_options_occur_in_files_too_and_an_adapter_by_name_is_one_of_many(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("num_generations: 4\nrewards:\n  max_completion_length: 32\n  clip: 0.1\n")
     rewards = load_config(path).rewards

@@ -83,8 +83,8 @@ def test_one_sum_is_the_same_run_within_rounding(straight: TrainConfig, tmp_path
         for run in (tmp_path / "run", straight.run.output)
     )
     for name, bound in {"loss": 1e-5, "grad_norm": 1e-4, "eval_loss": 1e-5}.items():
-        found, wanted = ([line[name] for line in lines if name in line] for lines in (ours, theirs))
-        assert len(found) > 1 and found == pytest.approx(wanted, rel=bound)
+        found, expected = ([line[name] for line in lines if name in line] for lines in (ours, theirs))
+        assert len(found) > 1 and found == pytest.approx(expected, rel=bound)
     assert ours[1]["supervised_tokens"] == theirs[1]["supervised_tokens"]
 
 
@@ -142,7 +142,7 @@ def test_fewer_micro_batches_than_processes(straight: TrainConfig, tmp_path: Pat
 
 
 def test_each_process_waits_by_its_own_clock(straight: TrainConfig, tmp_path: Path) -> None:
-    """Rank 0 is late after step 2, in no step of its own; what rank 1 waited in step 3 stands beside step 4."""
+    """Rank 0 is late after step 2, in no step of its own; the wait of rank 1 in step 3 is recorded with step 4."""
     output = tmp_path / "run"
     ranks = ranks_of(straight, output, 2, at_place={0: ("save", "pause")})
     assert ranks.exit_codes() == [0, 0], ranks.said()

@@ -12,7 +12,7 @@ from backhand.options.config import TrainConfig
 from backhand.training.run import train
 from support.fault_table import documented
 from support.faulty_files import LosingFiles
-from support.faulty_runs import calls_of_save, distinct, leave_faulty_saves, temporary, told_of_saves
+from support.faulty_runs import calls_of_save, distinct, leave_faulty_saves, observed_saves, temporary
 from support.processes import run
 from support.tiny_run import TinyRun, final_bits, with_options
 
@@ -57,7 +57,7 @@ def test_the_save_does_everything_that_a_save_may_do(straight: Straight, tiny: T
             names = {path.name for path in (run_directory / "checkpoints").iterdir()}
             seen.append((str(hash(adapter)), names))
 
-    with told_of_saves(look):
+    with observed_saves(look):
         train(with_options(straight.config, output=tmp_path / "run"))
     (adapter_before, before), (adapter_after, after) = seen
     assert adapter_before != adapter_after
@@ -102,7 +102,7 @@ def test_power_lost_at_every_call_of_a_save(straight: Straight, tmp_path: Path) 
     def look(what: str, step: int) -> None:
         files.losing = step == STEP and what == "begin"
 
-    with told_of_saves(look):
+    with observed_saves(look):
         train(with_options(straight.config, output=tmp_path / "run"), files=files)
     assert documented("power lost during a save: un-synced bytes gone, names reordered") == len(files.snapshots)
     states = distinct(files.snapshots)

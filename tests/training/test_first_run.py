@@ -138,7 +138,7 @@ def test_what_the_curves_say(finding: str | None, losses: Sequence[float], more:
     assert first_finding(curves, even(50)) == finding
 
 
-def test_a_low_rate_without_another_finding_is_told() -> None:
+def test_a_low_rate_without_another_finding_is_reported() -> None:
     curves = Curves([(10 * number, loss) for number, loss in enumerate(FALLING)], [])
     assert [first_finding(curves, even(50), share) for share in (0.33, 0.34, 3.0)] == ["low", "fine", "fine"]
 
@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_is_no_evaluation() -> None:
     assert Curves.of(records).held_out == [(0, 2.0), (1, 1.0), (3, 0.9)]
 
 
-def test_the_advice_stands_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tmp_path: Path) -> None:
+def test_the_advice_is_in_summary_and_report_and_can_be_pasted(tiny: TinyRun, tmp_path: Path) -> None:
     output = tmp_path / "a run"
     summary = train(tiny.config(output, learning_rate=1e-7, overwrite=True, eval_every=3))
     assert not load_config(output / "config.toml").run.overwrite

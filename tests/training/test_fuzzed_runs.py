@@ -1,4 +1,4 @@
-"""Whatever stands in rows, configuration or a run's own files: only errors of ours, with the contract's exit codes."""
+"""Any contents of rows, configuration or a run's own files raise only errors of ours, with their exit codes."""
 
 from __future__ import annotations
 

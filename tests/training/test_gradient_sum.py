@@ -115,10 +115,10 @@ def drawn(count: int, elements: int, seed: int) -> tuple[Tensor, list[float]]:
 @settings(max_examples=40)
 def test_ordered_is_one_process_to_the_bit(size: int, count: int, elements: int, seed: int) -> None:
     gradients, nats = drawn(count, elements, seed)
-    wanted, alone_found = alone(gradients, nats)
+    expected, alone_found = alone(gradients, nats)
     shares = assign([7 + number % 3 for number in range(count)], size)
     for buffer, found in step(ordered, gradients, nats, shares):
-        assert torch.equal(buffer, wanted)
+        assert torch.equal(buffer, expected)
         assert found.nats == tuple(nats) == alone_found.nats
         assert found.supervised_tokens == sum(range(3, 3 + count)) and found.attends == (count > 1)
         assert found.computed_s == tuple(0.5 + rank for rank in range(size))
@@ -130,21 +130,21 @@ def test_another_order_has_other_bits() -> None:
     gradients, nats = drawn(6, 200, seed=1)
     shares = [[0, 3, 4], [1, 2, 5]]
     together = sum(gradients[share[0]] + gradients[share[1]] + gradients[share[2]] for share in shares)
-    wanted, _ = alone(gradients, nats)
-    assert isinstance(together, Tensor) and not torch.equal(together, wanted)
-    assert not torch.equal(step(plain, gradients, nats, shares)[0][0], wanted)
-    assert torch.equal(step(ordered, gradients, nats, shares)[0][0], wanted)
+    expected, _ = alone(gradients, nats)
+    assert isinstance(together, Tensor) and not torch.equal(together, expected)
+    assert not torch.equal(step(plain, gradients, nats, shares)[0][0], expected)
+    assert torch.equal(step(ordered, gradients, nats, shares)[0][0], expected)
 
 
 @given(size=st.integers(2, 4), count=st.integers(1, 7), seed=st.integers(0, 1 << 20))
 @settings(max_examples=40)
 def test_sum_lies_within_its_bound(size: int, count: int, seed: int) -> None:
     gradients, nats = drawn(count, 50, seed)
-    wanted, _ = alone(gradients, nats)
+    expected, _ = alone(gradients, nats)
     share = (count - 1) * UNIT
     bound = 2 * share / (1 - share) * gradients.abs().double().sum(0)
     for buffer, found in step(plain, gradients, nats, assign([5] * count, size)):
-        assert torch.all((buffer.double() - wanted.double()).abs() <= bound)
+        assert torch.all((buffer.double() - expected.double()).abs() <= bound)
         assert found.nats == tuple(nats)
         assert found.supervised_tokens == sum(range(3, 3 + count))
         assert found.computed_s == tuple(0.5 + rank for rank in range(size))
@@ -168,15 +168,15 @@ def test_shares_are_by_tokens_and_hold_each_once() -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_many_micro_batches_round_no_more_than_one(size: int) -> None:
-    """Float32 from the left would lose every one of them beside the first."""
+    """Float32 from the left would lose every one of them when it is added to the first."""
     count = 4_097
     gradients = torch.full((count, 2), 2.0**-25)
     gradients[0] = 1.0
     nats, shares = [0.0] * count, assign([1] * count, size)
-    wanted = 1 + 2.0**-13
+    expected = 1 + 2.0**-13
     assert left_float32(gradients[:, 0]) == 1.0
     for buffer, _ in [alone(gradients, nats)] if size == 1 else step(ordered, gradients, nats, shares):
-        assert buffer.tolist() == [wanted, wanted]
+        assert buffer.tolist() == [expected, expected]
 
 
 def left_float32(values: Tensor) -> float:

@@ -30,7 +30,7 @@ from support.tiny_run import TinyRun, with_options
 
 
 class Notes(Observer):
-    """What a run says besides its steps."""
+    """The notes of a run."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -195,9 +195,9 @@ def gradient_not_finite(patch: pytest.MonkeyPatch, config: TrainConfig) -> Train
 def forgets(patch: pytest.MonkeyPatch, config: TrainConfig) -> TrainConfig:
     # A random base has little to forget but its own greedy words: these are its neutral text here.
     decoder = Decoder.from_source(open_model(config.model.model), dtype=torch.float32)
-    begun = [5, 9]
-    words = complete_greedily(decoder, [begun], max_new_tokens=40, stop_ids=())[0]
-    document = torch.tensor(begun + words)
+    started = [5, 9]
+    words = complete_greedily(decoder, [started], max_new_tokens=40, stop_ids=())[0]
+    document = torch.tensor(started + words)
     patch.setattr(ForgettingMeter, "for_tokenizer", classmethod(lambda meter, _tokenizer: meter([document])))
     after_updates(patch, lambda optimizer, _: optimizer.lora.values.mul_(5.0))
     return with_options(config, eval_every=1, max_forgetting=0.5)

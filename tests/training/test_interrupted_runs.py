@@ -54,7 +54,7 @@ class Held:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def told(self) -> str:
+    def reported(self) -> str:
         """What the run says next."""
         assert self.connection.poll(600), "the run says nothing"
         return str(self.connection.recv())
@@ -77,7 +77,7 @@ def held(config: TrainConfig, place: str) -> Iterator[Held]:
     theirs.close()  # so that a run that ends without coming to the place is noticed
     try:
         waiting = Held(process, ours)
-        assert waiting.told() == "here"
+        assert waiting.reported() == "here"
         yield waiting
     finally:
         process.kill()
@@ -113,11 +113,11 @@ def test_signals(place: str, times: int, number: signal.Signals, straight: Train
     with held(with_options(straight, output=output), place) as run:
         run.send(number)
         if place != "load":
-            assert run.told().startswith("stopping after this step and saving")
+            assert run.reported().startswith("stopping after this step and saving")
             if times == 2:
                 run.send(number)
                 after = f"after the checkpoint of step {LEFT_AFTER[place][1]}: continue"
-                assert run.told() == f"stopped at once, {after} with backhand train --resume --output {output}"
+                assert run.reported() == f"stopped at once, {after} with backhand train --resume --output {output}"
             else:
                 run.let_go()
         assert run.exit_code() == 128 + number
@@ -140,11 +140,11 @@ def test_stopped_at_once_before_the_first_checkpoint(replacing: bool, straight: 
     config = with_options(straight, output=output, save_every=4, eval_every=4, overwrite=replacing)
     with held(config, "step") as run:
         run.send(signal.SIGTERM)
-        assert run.told().startswith("stopping after this step")
+        assert run.reported().startswith("stopping after this step")
         run.send(signal.SIGTERM)
         back = "; the previous run has been restored"
         again = f": start with backhand train --resume --output {output}"
-        assert run.told() == f"stopped at once, before the first checkpoint{back if replacing else again}"
+        assert run.reported() == f"stopped at once, before the first checkpoint{back if replacing else again}"
         assert run.exit_code() == 143
     if replacing:
         assert final_bits(output) == final_bits(straight.run.output)
@@ -153,7 +153,7 @@ def test_stopped_at_once_before_the_first_checkpoint(replacing: bool, straight: 
         assert continued(output)["state"]
 
 
-def test_a_run_that_has_not_begun_says_nothing_of_the_one_that_is_there(
+def test_a_run_that_has_not_started_does_not_report_the_existing_one(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny.config(tmp_path / "run", max_steps=1)

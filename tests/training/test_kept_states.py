@@ -65,7 +65,7 @@ def test_three_epochs_end_in_the_same_bits(
     ],
 )
 def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_path: Path) -> None:
-    """Those whose layers differ from one another in windows, angles or kind: what enters must fit what stands above."""
+    """Those whose layers differ from one another in windows, angles or kind: the input must fit the layers above."""
     more = {"sliding_window": 64} if variant in ("gemma3_text", "mistral", "gemma4_text") else {}
     more |= {"num_kv_shared_layers": 1} if variant == "gemma4_text" else {}
     model = save_tiny(tiny_model(variant, num_hidden_layers=4, **more), tmp_path / "model")
@@ -76,7 +76,7 @@ def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_pa
 
 
 def test_the_delta_rule_keeps_nothing(four: TinyRun, tmp_path: Path) -> None:
-    """Its chunks are counted anew behind a shared prefix."""
+    """Its chunks are counted anew after a shared prefix."""
     model = save_tiny(tiny_model("qwen3_5_text", num_hidden_layers=6), tmp_path / "model")
     config = config_of(four, tmp_path / "run", model=str(model), layers="last:5", cache_frozen="memory")
     with pytest.raises(UsageError, match="has nothing to cache") as found:
@@ -140,8 +140,8 @@ def test_each_row_goes_through_the_lower_layers_once(four: TinyRun, tmp_path: Pa
     assert kept.lower[True] == 0
     assert kept.compared == 1 + 1, "the first of the training rows' and the first of the held-out ones'"
     # What else goes through all layers, neutral texts, is the same in both.
-    beside = plain.lower[False] - held_out * evaluations
-    assert kept.lower[False] - beside == 6 + held_out + kept.compared
+    neighbour = plain.lower[False] - held_out * evaluations
+    assert kept.lower[False] - neighbour == 6 + held_out + kept.compared
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_rows_of_the_next_batches_go_along(dtype: str, alike: bool, six: TinyRun
         assert [proof["passed"] for proof in proofs(tmp_path / where)] == [True, True]
 
 
-def test_a_run_that_stops_behind_such_a_pass_goes_on(six: TinyRun, tmp_path: Path) -> None:
+def test_a_run_that_stops_after_such_a_pass_goes_on(six: TinyRun, tmp_path: Path) -> None:
     """Rows that were taken along before the stop are computed once more, with the others."""
     options = {"layers": "last:5", "save_every": 1}
     train(config_of(six, tmp_path / "straight", cache_frozen="off", **options))
@@ -182,12 +182,12 @@ def test_two_processes_take_rows_of_their_own_along(six: TinyRun, tmp_path: Path
     options = {"layers": "last:5", "micro_batch_rows": 1, "recompute": "none"}
     train(config_of(six, tmp_path / "alone", cache_frozen="off", **options))
     config = config_of(six, tmp_path / "two", cache_frozen="memory", **options)
-    ranks = start_ranks([config] * 2, tmp_path / "ranks", at_place=dict.fromkeys((0, 1), ("passes", "told")))
+    ranks = start_ranks([config] * 2, tmp_path / "ranks", at_place=dict.fromkeys((0, 1), ("passes", "count")))
     assert ranks.exit_codes() == [0, 0], ranks.said()
-    told = [json.loads(said.splitlines()[-1])["11"] for said in ranks.said()]
-    for passes, rows in told:
+    reported = [json.loads(said.splitlines()[-1])["11"] for said in ranks.said()]
+    for passes, rows in reported:
         assert passes < len(rows) == len(set(rows)), "micro-batches of one row each"
-    assert {row for _, rows in told for row in rows} == set(range(11))
+    assert {row for _, rows in reported for row in rows} == set(range(11))
     adapter = Path("adapter", "adapter_model.safetensors")
     assert (tmp_path / "two" / adapter).read_bytes() == (tmp_path / "alone" / adapter).read_bytes()
 
@@ -365,7 +365,7 @@ def test_rows_do_not_go_along_in_a_size_whose_products_differ() -> None:
 
 @pytest.mark.parametrize("taken", [0, 3])
 def test_rows_do_not_go_along_where_the_disk_takes_no_more(taken: int, tmp_path: Path) -> None:
-    """The pass whose states find no room is the last one; behind it each batch is computed as part of its step."""
+    """The pass whose states find no room is the last one; after it each batch is computed as part of its step."""
     records = [0]
 
     def before(_: int, name: str, arguments: tuple[Any, ...]) -> None:

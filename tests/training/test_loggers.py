@@ -103,7 +103,7 @@ def test_wandb_offline(tiny: TinyRun, tmp_path: Path) -> None:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """Records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    """Records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
     place, parts, block = 7, b"", 32768
     while place + 7 <= len(data):
         if block - place % block < 7:

@@ -1,4 +1,4 @@
-"""The file of a quantized base during a run: any change of it ends the run, and what was saved before stands."""
+"""The file of a quantized base during a run: any change of it ends the run, and what was saved before remains valid."""
 
 from __future__ import annotations
 

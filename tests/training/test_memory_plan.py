@@ -61,7 +61,7 @@ def chosen(
 
 
 def test_pages_of_sampled_rows_are_counted() -> None:
-    """Rows of one token behind one prompt, as the cache holds them: each has a page of its own, and perhaps another."""
+    """Rows of one token after one prompt, as the cache holds them: each has a page of its own, and perhaps another."""
     sampled = StepShape(1, 1, (1,), mean_tokens=1, sampled_rows=64, sampled_tokens=64)
     found = parts_of(replace(SIZE, logits_bytes=0), sampled, StepBytes(0, 0), PROCESS)["checkpoints and measurements"]
     assert found == 64 * (2 * PAGE + 1) * SIZE.cache_bytes * 5 // 4
@@ -123,7 +123,7 @@ def test_a_second_model_counts() -> None:
 
 
 class Rows:
-    """Stands for a `RowPacker`: rows of so many tokens, behind so many that all of them share."""
+    """Replaces a `RowPacker`: rows of these lengths, after a number of tokens that all of them share."""
 
     def __init__(self, lengths: Sequence[int], supervised: Sequence[int], shared: int = 0) -> None:
         self.lengths, self.supervised, self.shared = lengths, supervised, shared

@@ -311,7 +311,7 @@ def answer_log_p(adapted: Any, document: Example) -> Tensor:
 
 
 def answers_log_p(adapted: Any, documents: Sequence[Example]) -> list[Tensor]:
-    """The same of several, in one pass: no token sees what a shorter document is filled up with behind it."""
+    """The same of several, in one pass: no token sees the padding after a shorter document."""
     each = [torch.from_numpy(document.input_ids.astype(np.int64)) for document in documents]
     logits = adapted(input_ids=torch.nn.utils.rnn.pad_sequence(each, batch_first=True)).logits
     found = []

@@ -89,9 +89,9 @@ def test_a_run_learns_pairs_and_says_so_under_trls_names(straight: TrainConfig) 
     assert summary["base_eval_loss"] == pytest.approx(0.693147, abs=1e-5)
     assert summary["best_eval_loss"] < summary["base_eval_loss"]
     assert 0 <= summary["held_out_pairs"]["rewards/accuracies"] <= 1
-    told = read_summary(run / "summary.json")
-    assert told is not None
-    words = "\n".join(closing_lines(told))
+    reported = read_summary(run / "summary.json")
+    assert reported is not None
+    words = "\n".join(closing_lines(reported))
     assert "of 4 held-out pairs are ordered rightly (95 % interval" in words and "log-probability of chosen" in words
     answers = summary["free_answers"]
     assert answers["rows"] == 4 and answers["rejected"] > answers["chosen"] > 0 and answers["adapted"] > 0
@@ -100,7 +100,7 @@ def test_a_run_learns_pairs_and_says_so_under_trls_names(straight: TrainConfig) 
     assert 'objective = "dpo"' in stored and "beta = 0.1" in stored and 'loss_type = "sigmoid"' in stored
 
 
-def test_answers_stand_beside_both_sides(straight: TrainConfig, rows: dict[str, Path]) -> None:
+def test_answers_are_next_to_both_sides(straight: TrainConfig, rows: dict[str, Path]) -> None:
     answers = [json.loads(line) for line in (straight.run.output / "answers.jsonl").read_text().splitlines()]
     held_out = [json.loads(line) for line in rows["pairs_held_out"].read_text().splitlines()]
     assert answers and {(a["reference"], a["rejected"]) for a in answers} <= {
@@ -269,12 +269,12 @@ def test_answers_first_then_pairs(straight: TrainConfig, tiny: TinyRun, rows: di
     with pytest.raises(StopAfter.Stopped):
         train(with_options(made, output=tmp_path / "again"), callbacks=[StopAfter(3)])
     other = Path(shutil.copytree(straight.run.output / "adapter", tmp_path / "other"))
-    stood = Path(start).rename(tmp_path / "stood")
+    moved = Path(start).rename(tmp_path / "moved")
     other.rename(start)
     with pytest.raises(CheckError, match="the adapter that the run began from is another one now"):
         train(with_options(TrainConfig(), output=tmp_path / "again", resume=True, quiet=True))
     Path(start).rename(other)
-    stood.rename(start)
+    moved.rename(start)
     (tmp_path / "again" / "reference.json").unlink()
     train(with_options(TrainConfig(), output=tmp_path / "again", resume=True, quiet=True))
     assert (tmp_path / "again" / "reference.json").read_bytes() == reference

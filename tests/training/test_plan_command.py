@@ -106,7 +106,7 @@ def test_speed_is_measured_and_counted_over_the_run(plan: Plan, tiny: TinyRun, m
     tokens = once["tokens_per_s"] * once["train_s"]
     stated = next(note for note in once["notes"] if "documents with" in note)
     of_documents = int(stated.split("with ")[1].split(" token")[0].replace(",", ""))
-    assert 0.5 * of_documents < tokens < of_documents, "what stands behind the last target is not trained on"
+    assert 0.5 * of_documents < tokens < of_documents, "tokens after the last target are not trained on"
     assert once["evaluate_s"] > 0
 
 

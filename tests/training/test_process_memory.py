@@ -17,19 +17,19 @@ settled_rss_bytes(torch.float32)
 assert keep_freed_memory()
 alone = rss_bytes()
 model = torch.ones(60 << 20, dtype=torch.float32)
-# Something small behind it, so that the end of the heap cannot simply move down.
-behind = torch.ones(1 << 12)
+# A small tensor after it, so that the end of the heap cannot simply move down.
+small = torch.ones(1 << 12)
 held = rss_bytes()
 del model
-left_behind = rss_bytes()
-print(held - alone, left_behind - alone, settled_rss_bytes(torch.float32) - alone)
+left_over = rss_bytes()
+print(held - alone, left_over - alone, settled_rss_bytes(torch.float32) - alone)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory when it is told to")
-def test_what_an_earlier_model_left_behind_is_not_counted() -> None:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be set to keep freed memory")
+def test_memory_of_an_earlier_model_is_not_counted() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True, timeout=300)
-    held, left_behind, settled = (int(value) >> 20 for value in done.stdout.split())
+    held, left_over, settled = (int(value) >> 20 for value in done.stdout.split())
     assert held >= 235, "240 MB of ones"
-    assert left_behind >= 235, "which stay with the process when they are freed"
+    assert left_over >= 235, "which stay with the process when they are freed"
     assert settled < 40

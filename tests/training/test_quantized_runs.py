@@ -138,7 +138,7 @@ def test_blocks_are_kept_where_unpacking_them_costs_little(tiny: TinyRun) -> Non
 
 
 @pytest.mark.parametrize(
-    ("wanted", "others", "fitting", "planned"),
+    ("requested", "others", "fitting", "planned"),
     [
         (("dense", "quantized"), (), ("dense", "quantized"), [("dense", True)]),
         (("dense", "quantized"), (), ("quantized",), [("dense", True), ("quantized", True)]),
@@ -152,7 +152,7 @@ def test_blocks_are_kept_where_unpacking_them_costs_little(tiny: TinyRun) -> Non
     ],
 )
 def test_a_run_plans_no_base_that_decides_nothing(
-    wanted: tuple[HeldBase, ...],
+    requested: tuple[HeldBase, ...],
     others: tuple[HeldBase, ...],
     fitting: tuple[HeldBase, ...],
     planned: list[tuple[HeldBase, bool]],
@@ -166,15 +166,15 @@ def test_a_run_plans_no_base_that_decides_nothing(
             raise ResourceError("too much")
         return MemoryPlan(1, "none", StepShape(16, 8), base=base)
 
-    choice = choose_base(wanted, plan, others)
+    choice = choose_base(requested, plan, others)
     assert found == planned
-    assert choice.chosen.base == next(base for base in wanted if base in fitting)
+    assert choice.chosen.base == next(base for base in requested if base in fitting)
     assert choice.fitting <= {*fitting} and set(choice.plans) == {
         base for base, _ in planned if others or base in fitting
     }
 
 
-def test_the_last_base_that_was_wanted_says_what_would_fit() -> None:
+def test_the_last_base_that_was_requested_says_what_would_fit() -> None:
     def plan(base: HeldBase, _limited: bool) -> MemoryPlan:
         raise ResourceError(f"{base} takes too much")
 
@@ -219,20 +219,20 @@ def test_a_directory_is_quantized_on_reading(tmp_path: Path) -> None:
     assert source.stored_bytes(name) == source.stored_rows(name).blocks.nbytes
 
 
-def test_the_loss_of_the_quantized_base_is_told(tmp_path: Path) -> None:
+def test_the_loss_of_the_quantized_base_is_reported(tmp_path: Path) -> None:
     run = TinyRun(tmp_path)
     run.model = save_tiny(tiny_model("llama", num_hidden_layers=2, **_SIZES), tmp_path / "other")
-    told = []
+    reported = []
     for kind in ("q8_0", "q4_0"):
         config = run.config(tmp_path / kind, quantize=kind)
         (note,) = [note for note in load_run(config, resolve_machine(config)).notes if "on reading" in note]
         after, before, change = map(float, re.findall(r"[-+]?\d+\.\d{4}", note))
-        told.append((before, abs(change)))
+        reported.append((before, abs(change)))
         assert change == pytest.approx(after - before, abs=1.1e-4)
-    assert told[0][0] == told[1][0] and 0 < told[0][1] < told[1][1]
+    assert reported[0][0] == reported[1][0] and 0 < reported[0][1] < reported[1][1]
 
 
-def test_contradictions_are_told(tiny: TinyRun) -> None:
+def test_contradictions_are_reported(tiny: TinyRun) -> None:
     with pytest.raises(UsageError, match="quantize"):
         ModelOptions(quantize="q4_0", base="dense").validate()
     with pytest.raises(UsageError, match="backhand engine"):

@@ -54,7 +54,7 @@ def killed_cases() -> dict[str, KilledAt]:
     for place, steps_per_epoch in (("mid-epoch-1", 7), ("mid-epoch-2", 3)):
         for dropout in (0.0, 0.3):
             for accumulation in (1, 3):
-                for packed in (1, 2):  # rows behind one another in a micro-batch
+                for packed in (1, 2):  # rows after one another in a micro-batch
                     if ((steps_per_epoch == 3) + (dropout > 0) + (accumulation == 3) + (packed == 2)) % 2:
                         continue
                     batch_rows = accumulation * packed
@@ -374,9 +374,9 @@ def test_what_may_change_on_resuming(tiny: TinyRun, tmp_path: Path) -> None:
     stopped(with_options(config, output=tmp_path / "before"), 3)
     (tmp_path / "before").rename(tmp_path / "run")
     resumed(tmp_path / "run", data=(str(moved),), keep=1, save_every=1, log_every=1, memory="8GB")
-    found, wanted = final_bits(tmp_path / "run"), final_bits(tmp_path / "straight")
-    assert found.pop("README.md") != wanted.pop("README.md")  # it names the rows' file
-    assert found == wanted
+    found, expected = final_bits(tmp_path / "run"), final_bits(tmp_path / "straight")
+    assert found.pop("README.md") != expected.pop("README.md")  # it names the rows' file
+    assert found == expected
 
 
 def test_resuming_what_is_not_there(tmp_path: Path) -> None:

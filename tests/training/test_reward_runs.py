@@ -170,13 +170,13 @@ def test_evaluate_tells_the_rewards_of_base_and_adapter(straight: TrainConfig, c
         adapter=run.output / "adapter", reward=straight.rewards.reward, max_new_tokens=10, json=True
     )
     evaluate_command(EvaluateOptions(straight.model, data, asked))
-    told = json.loads(capsys.readouterr().out)
+    reported = json.loads(capsys.readouterr().out)
     measured = [line["eval_reward"] for line in lines(run.output) if "eval_loss" in line]
-    assert told["rows"] == 4 and told["base"]["reward"] == measured[0]
-    assert told["adapted"]["reward"] == told["adapted"]["rewards/evens/mean"] == max(measured)
+    assert reported["rows"] == 4 and reported["base"]["reward"] == measured[0]
+    assert reported["adapted"]["reward"] == reported["adapted"]["rewards/evens/mean"] == max(measured)
 
 
-def test_evaluate_refuses_answers_behind_the_context_before_any(straight: TrainConfig) -> None:
+def test_evaluate_refuses_answers_after_the_context_before_any(straight: TrainConfig) -> None:
     data = replace(straight.data, data=straight.data.eval_data, eval_data=())
     asked = EvaluateRunOptions(reward=straight.rewards.reward, max_new_tokens=10**6)
     with pytest.raises(UsageError, match="the longest prompt and an answer come to"):
@@ -299,7 +299,7 @@ def test_rewards_that_never_vary_end_the_run(tiny: TinyRun, functions: Path, tmp
 
 
 class Noted(Observer):
-    """Keeps what people are told."""
+    """Stores the notes of a run."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -308,23 +308,23 @@ class Noted(Observer):
         self.said.append(text)
 
 
-def test_answers_that_run_to_their_limit_are_told_of(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+def test_answers_that_run_to_their_limit_are_reported(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
     """The base has learnt to answer with three words, and is then rewarded for many."""
-    told, first = Noted(), tmp_path / "first"
+    reported, first = Noted(), tmp_path / "first"
     train(tiny.config(first, epochs=12, learning_rate=3e-2, save_every=99))
     options = {"max_new_tokens": 20, "temperature": 0.7, "eval_every": 99, "save_every": 99}
     made = config(tiny, functions, tmp_path / "run", "lengthy", from_adapter=str(first / "adapter"), **options)
-    train(made, callbacks=[told])
-    (said,) = [text for text in told.said if "run to their limit" in text]
+    train(made, callbacks=[reported])
+    (said,) = [text for text in reported.said if "run to their limit" in text]
     assert "length:TOKENS" in said and "--max-new-tokens" in said
     cut_off = [line["clipped_answers"] for line in lines(tmp_path / "run") if "loss" in line]
     assert cut_off[0] < 0.25 and max(cut_off) > 0.5
 
 
-def test_a_model_that_leaves_its_base_is_told_of_and_ends(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
-    told, options = Noted(), {"beta": 1e-6, "eval_every": 99, "save_every": 99}
-    train(config(tiny, functions, tmp_path / "run", learning_rate=0.1, **options), callbacks=[told])
-    (said,) = [text for text in told.said if "away from its base" in text]
+def test_a_model_that_leaves_its_base_is_reported_and_ends(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    reported, options = Noted(), {"beta": 1e-6, "eval_every": 99, "save_every": 99}
+    train(config(tiny, functions, tmp_path / "run", learning_rate=0.1, **options), callbacks=[reported])
+    (said,) = [text for text in reported.said if "away from its base" in text]
     assert "lower --learning-rate or raise --beta" in said
     options |= {"learning_rate": 1.0, "num_iterations": 8, "epsilon": 0.9, "epsilon_high": 99.0}
     made = config(tiny, functions, tmp_path / "ended", **options)
@@ -334,10 +334,10 @@ def test_a_model_that_leaves_its_base_is_told_of_and_ends(tiny: TinyRun, functio
     assert len([line for line in lines(tmp_path / "ended") if "loss" in line]) < 6
 
 
-def test_an_entropy_that_collapses_is_told_of(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
-    told, options = Noted(), {"epochs": 3, "eval_every": 99, "save_every": 99}
-    train(config(tiny, functions, tmp_path / "run", learning_rate=0.2, **options), callbacks=[told])
-    (said,) = [text for text in told.said if "entropy of a token has fallen" in text]
+def test_an_entropy_that_collapses_is_reported(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    reported, options = Noted(), {"epochs": 3, "eval_every": 99, "save_every": 99}
+    train(config(tiny, functions, tmp_path / "run", learning_rate=0.2, **options), callbacks=[reported])
+    (said,) = [text for text in reported.said if "entropy of a token has fallen" in text]
     assert "raise --temperature" in said and "--early-stopping" in said
 
 
@@ -398,7 +398,7 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
         "    global held\n"
         "    held = open(pathlib.Path(__file__).with_name('lock'), 'w')\n"
         "    fcntl.flock(held, fcntl.LOCK_EX)\n"
-        "    pathlib.Path(__file__).with_name('begun').touch()\n"
+        "    pathlib.Path(__file__).with_name('started').touch()\n"
         f"    {hangs}\n"
     )
     script = (
@@ -410,7 +410,7 @@ def test_a_function_that_hangs_ends_with_a_run_that_is_killed(hangs: str, tmp_pa
     )
     run = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.DEVNULL)
     try:
-        _wait_until((tmp_path / "begun").exists)
+        _wait_until((tmp_path / "started").exists)
     finally:
         run.kill()
         run.wait()

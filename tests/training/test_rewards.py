@@ -41,7 +41,7 @@ LOSSES = ("grpo", "dr_grpo", "dapo", "rloo")
 
 
 def prompts(count: int = 3, seed: int = 0) -> list[Example]:
-    """Each with one token that stands for its answers."""
+    """Each with one token as a placeholder for its answers."""
     draw = np.random.default_rng(seed)
     found = []
     for _ in range(count):
@@ -338,7 +338,7 @@ def test_tokens_are_drawn_as_the_probabilities_say() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
-def test_an_answer_depends_on_nothing_beside_it(kind: str) -> None:
+def test_an_answer_does_not_depend_on_its_neighbours(kind: str) -> None:
     decoder = decoder_like(attach_lora(tiny_model(kind), rank=RANK, alpha=ALPHA), ALPHA / RANK)
     rows = [row.input_ids[:-1].tolist() for row in prompts(5, seed=3) for _ in range(GROUP)]
     seeds = list(range(len(rows)))
@@ -410,7 +410,7 @@ def test_with_amx_there_is_no_gap(kind: str, batch_rows: int) -> None:
     assert len(gaps) >= 2 and all(torch.equal(*both) for both in gaps)
 
 
-WRONG = ("temperature", "adapter", "another answer", "one step behind")
+WRONG = ("temperature", "adapter", "another answer", "one step old")
 
 
 @pytest.mark.parametrize("how", [None, *WRONG])
@@ -429,7 +429,7 @@ def test_the_check_sees_a_sampler_that_is_another_model(how: str | None) -> None
             answers = written(decoder, rows)
     elif how == "another answer":
         answers[1] = replace(answers[1], log_p=answers[2].log_p[:1] * len(answers[1].tokens))
-    elif how == "one step behind":
+    elif how == "one step old":
         move(decoder, adapted)
     batch = batch_of(decoder, rows, answers, drawn_rewards(len(rows)), "dapo", 0.0)
     with at_temperature(decoder, TEMPERATURE):

@@ -1,4 +1,4 @@
-"""A whole run: what it leaves behind, and that it learns."""
+"""A whole run: the files that it writes, and that it learns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+def test_a_disk_without_room_for_a_checkpoint_is_reported_before_the_first_step(
     tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summary = train(tiny.config(tmp_path / "old", max_steps=2))
@@ -37,10 +37,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     files = [path.stat().st_size for path in (tmp_path / "old/checkpoints/step-2").iterdir()]
     assert needed <= sum(files) <= needed + 60_000
     monkeypatch.setattr("backhand.loop.state.free_bytes", lambda _: needed - 1)
-    told: list[object] = []
+    reported: list[object] = []
     with pytest.raises(ResourceError, match=f"takes {needed:,} bytes, and {needed - 1:,} are free"):
-        train(tiny.config(tmp_path / "run"), callbacks=[told.append])
-    assert not told and not (tmp_path / "run/checkpoints").exists()
+        train(tiny.config(tmp_path / "run"), callbacks=[reported.append])
+    assert not reported and not (tmp_path / "run/checkpoints").exists()
     before = (tmp_path / "old/adapter/adapter_model.safetensors").read_bytes()
     with pytest.raises(ResourceError):
         train(tiny.config(tmp_path / "old", max_steps=2, overwrite=True))
@@ -48,7 +48,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
     assert train(tiny.config(tmp_path / "old", max_steps=2, resume=True)).steps == 2  # finished: nothing is to be saved
 
 
-def test_what_a_run_leaves_behind(tiny: TinyRun, tmp_path: Path) -> None:
+def test_the_files_of_a_run(tiny: TinyRun, tmp_path: Path) -> None:
     with autograd_raises():
         summary = train(tiny.config(tmp_path / "run", epochs=6, engine="backhand", eval_every=None))
     run = tmp_path / "run"
@@ -170,7 +170,7 @@ def test_an_adapter_of_another_base_is_refused_unless_forced(
         ({"prove_resume": 99}, UsageError, "99"),
     ],
 )
-def test_a_mistake_leaves_nothing_behind(
+def test_a_mistake_leaves_no_files(
     options: dict[str, Any], error: type[Exception], message: str, tiny: TinyRun, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -191,27 +191,27 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(tiny: TinyRun, t
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-def test_observers_are_told_everything(tiny: TinyRun, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_observers_receive_every_event(tiny: TinyRun, tmp_path: Path) -> None:
+    reported: list[str] = []
 
     class Listening(Observer):
         def started(self, start: Any) -> None:
-            told.append(f"started {start.total_steps}")
+            reported.append(f"started {start.total_steps}")
 
         def stepped(self, record: Any) -> None:
-            told.append(f"stepped {record['step']}")
+            reported.append(f"stepped {record['step']}")
 
         def evaluated(self, record: Any) -> None:
-            told.append(f"evaluated {record['step']}")
+            reported.append(f"evaluated {record['step']}")
 
         def ended(self, summary: Any) -> None:
-            told.append(f"ended {summary.steps}")
+            reported.append(f"ended {summary.steps}")
 
         def closed(self) -> None:
-            told.append("closed")
+            reported.append("closed")
 
     train(tiny.config(tmp_path / "run", max_steps=2, eval_every=2), callbacks=[Listening()])
-    assert told == ["started 2", "evaluated 0", "stepped 1", "stepped 2", "evaluated 2", "ended 2", "closed"]
+    assert reported == ["started 2", "evaluated 0", "stepped 1", "stepped 2", "evaluated 2", "ended 2", "closed"]
 
 
 def test_forgetting_beyond_the_limit_stops_with_the_adapter_before(

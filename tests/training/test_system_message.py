@@ -60,7 +60,7 @@ def test_what_all_rows_have(
     assert train_rows.report.system == common
 
 
-def test_it_is_told_wherever_the_adapter_is_asked(
+def test_it_is_reported_wherever_the_adapter_is_asked(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_with(tmp_path / "rows.jsonl", SYSTEM)
@@ -93,7 +93,7 @@ def test_it_is_told_wherever_the_adapter_is_asked(
     assert "system message" not in capsys.readouterr().err
 
 
-def test_one_too_long_to_type_is_told_of(tiny: TinyRun, tmp_path: Path) -> None:
+def test_one_too_long_to_type_is_reported(tiny: TinyRun, tmp_path: Path) -> None:
     long = "a list " * LONGEST_TYPED
     rows = rows_with(tmp_path / "rows.jsonl", long)
     summary = train(tiny.config(tmp_path / "run", data=(str(rows),), eval_data=(), max_steps=1, max_length=9000))

@@ -31,11 +31,11 @@ def test_layers_count_by_their_own_sizes_and_experts_as_far_as_they_are_chosen()
     """Every matrix of a model of several kinds of layers, of experts the chosen part of each stack."""
     for family in ("lfm2", "qwen3_5_text", "qwen3_moe", "mixtral", "gpt_oss"):
         config = decoder_config(tiny_config(family).to_dict())
-        wanted, of_experts = config.vocab_size * config.hidden_size, 0
+        expected, of_experts = config.vocab_size * config.hidden_size, 0
         for name, view in named_views(empty_weights(config, torch.float32, "meta"), config):
             if name.startswith("model.layers.") and len(view.shape) == 2:
-                wanted += 0 if ".experts." in name else math.prod(view.shape)
+                expected += 0 if ".experts." in name else math.prod(view.shape)
                 of_experts += math.prod(view.shape) if ".experts." in name else 0
         if config.mixture is not None:
-            wanted += of_experts * config.mixture.chosen // config.mixture.experts
-        assert multiplications(config) == wanted, family
+            expected += of_experts * config.mixture.chosen // config.mixture.experts
+        assert multiplications(config) == expected, family

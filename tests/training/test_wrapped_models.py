@@ -81,8 +81,8 @@ def test_both_names_load_in_peft_with_equal_logits(kind: str, engine: str, tiny:
     assert "AutoModelForImageTextToText" in (adapter / "README.md").read_text()
 
     alone = tmp_path / "alone"
-    told = ExportOptions(adapter=adapter, to="peft", model=str(model), quiet=True)
-    export_command(replace(told, output=alone, text_model=True))
+    reported = ExportOptions(adapter=adapter, to="peft", model=str(model), quiet=True)
+    export_command(replace(reported, output=alone, text_model=True))
     assert f"base_model.model.model.layers.{attends}.self_attn.q_proj.lora_A.weight" in set(
         load_file(alone / "adapter_model.safetensors")
     )
@@ -94,7 +94,7 @@ def test_both_names_load_in_peft_with_equal_logits(kind: str, engine: str, tiny:
     assert _distance(_adapted_logits(model, alone), expected) < 1e-6
 
     uniform = tmp_path / "uniform"
-    export_command(replace(told, output=uniform, uniform=True))
+    export_command(replace(reported, output=uniform, uniform=True))
     again = _under_peft(transformers.AutoModelForImageTextToText.from_pretrained(model), uniform)
     assert _distance(full_logits(again, DOCUMENT), expected) < 2e-5
 

@@ -52,7 +52,7 @@ def test_the_printed_line_is_the_experiments():
     assert line == "dlora_A         | exact: False | approximate: False | maxdiff: 0.5"
 
 
-def test_a_tensor_with_a_gradient_stands_for_it():
+def test_a_tensor_with_a_gradient_is_compared_by_it():
     a = normal(2, 3).requires_grad_()
     (a * a).sum().backward()
     assert compare("da", 2 * a.detach(), a).exact

@@ -262,8 +262,8 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
     assert exact.measured < 1e-12 and 0 < rounded.measured < 1e-4
     right = BlockwiseStep.context
 
-    def unread(self, layer, wanted=None):
-        context = right(self, layer, wanted)
+    def unread(self, layer, expected=None):
+        context = right(self, layer, expected)
         return context._replace(segment_runs=tuple(run._replace(before=()) for run in context.segment_runs))
 
     monkeypatch.setattr(BlockwiseStep, "context", unread)
@@ -382,7 +382,7 @@ def test_a_measured_nan_does_not_pass():
     assert ModelProof("x", 0.5, 1.0).passed
 
 
-def test_a_model_without_gradients_by_hand_is_told_what_can_be_proved(tmp_path):
+def test_a_model_without_gradients_by_hand_gets_a_list_of_what_can_be_proved(tmp_path):
     base = save_tiny(tiny_model("llama"), tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -120,7 +120,7 @@ def test_an_option_that_is_none_of_the_ops_is_refused():
         op().case("without a size")
 
 
-def test_what_is_added_to_a_buffer_is_told_from_what_stood_there():
+def test_additions_to_a_buffer_are_distinguished_from_its_earlier_contents():
     def add(d_y: Tensor, saved: Tensor, *, accumulate_into: Tensor | None = None) -> Added:
         found = d_y * saved
         return Added(found if accumulate_into is None else accumulate_into.add_(found))

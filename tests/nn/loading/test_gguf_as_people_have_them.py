@@ -229,7 +229,7 @@ def _small_file(path: Path, architecture: str, kind: str) -> Path:
     return path
 
 
-def test_an_image_part_beside_the_model_is_left_alone(tmp_path: Path) -> None:
+def test_an_image_part_next_to_the_model_is_left_alone(tmp_path: Path) -> None:
     write_tiny_gguf(tiny_model("llama"), tmp_path / "tiny-Q8_0.gguf")
     image = _small_file(tmp_path / "mmproj-tiny-F16.gguf", "clip", "mmproj")
     assert open_model(tmp_path).path.name == "tiny-Q8_0.gguf"

@@ -160,7 +160,7 @@ def test_what_the_engine_has_not_is_said(key: str, value: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("extra", [{"gemma4.expert_count": 4}, {"gemma4.expert_feed_forward_length": 32}])
-def test_experts_beside_the_mlp_are_refused(extra: dict[str, int], tmp_path: Path) -> None:
+def test_experts_next_to_the_mlp_are_refused(extra: dict[str, int], tmp_path: Path) -> None:
     """26B-A4B has both."""
     with pytest.raises(UnsupportedModel, match=r"gemma4\.expert_"):
         decoder_config(open_model(_file(tmp_path, extra=extra)).config)

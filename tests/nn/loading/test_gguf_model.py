@@ -87,8 +87,8 @@ def test_configuration_equals_the_models(variant: str, tmp_path: Path) -> None:
     if variant in in_file or variant.startswith("gemma4"):
         for ours, theirs, dim in zip(parsed.rotary, expected.rotary, expected.rotary_dims, strict=True):
             for length in (ORIGINAL_LENGTH, ORIGINAL_LENGTH + 1):
-                found, wanted = (inverse_frequencies(each, dim, length=length) for each in (ours, theirs))
-                torch.testing.assert_close(found, wanted, rtol=5e-7, atol=0)
+                found, reference = (inverse_frequencies(each, dim, length=length) for each in (ours, theirs))
+                torch.testing.assert_close(found, reference, rtol=5e-7, atol=0)
             assert ours.attention_factor == pytest.approx(theirs.attention_factor, rel=1e-7)
             assert ours.features == theirs.features
         parsed = replace(parsed, rotary=expected.rotary)

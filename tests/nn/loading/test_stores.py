@@ -101,7 +101,7 @@ def test_names_are_ollamas_own(home: Path, gguf_bytes: bytes, place: str, names:
     assert listed.name in {*names, f"{names[0]}:latest"}
 
 
-def test_ollamas_folder_may_stand_elsewhere(home: Path, gguf_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ollamas_folder_may_be_elsewhere(home: Path, gguf_bytes: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     add_to_ollama(home / "elsewhere", "registry.ollama.ai/library/tiny/latest", gguf_bytes)
     with pytest.raises(ArtifactError, match="OLLAMA_MODELS"):
         stored_path("ollama:tiny")

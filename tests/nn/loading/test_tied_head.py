@@ -50,22 +50,22 @@ def _theirs(directory: Path) -> Any:
     ).eval()
 
 
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(("variant", "silent"), [("llama-tied", False), ("gemma3_text", False), ("gemma3_text", True)])
 def test_another_head_is_kept_and_computed_with_as_in_transformers(variant: str, silent: bool, tmp_path: Path) -> None:
     directory = _with_head(variant, tmp_path / "base", _other, silent=silent)
     document = tiny_documents([19])[0]
-    wanted = full_logits(_theirs(directory), document)
+    expected = full_logits(_theirs(directory), document)
     source = open_model(directory)
     assert "lm_head.weight" in source.tensor_names() and source.config["tie_word_embeddings"] is False
     assert not decoder_config(source.config).tied_head
     tensors = {name: source.load(name) for name in source.tensor_names()}
     memory = InMemoryModel(json.loads((directory / "config.json").read_text()), tensors)
     for one in (source, memory):
-        assert _distance(Decoder.from_source(one, dtype=torch.float32).logits(document), wanted) < 1e-5
+        assert _distance(Decoder.from_source(one, dtype=torch.float32).logits(document), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("variant", "silent"), [("llama-tied", False), ("gemma3_text", True)])
@@ -104,7 +104,7 @@ def test_a_merged_model_keeps_such_a_head(name: str, tmp_path: Path) -> None:
     output = tmp_path / name
     merge_command(MergeOptions(adapter=adapter, output=output, model=str(base), quiet=True))
     document = tiny_documents([19])[0]
-    wanted = full_logits(adapted(_theirs(base)), document)
-    assert _distance(Decoder.from_source(open_model(output), dtype=torch.float32).logits(document), wanted) < 1e-5
+    expected = full_logits(adapted(_theirs(base)), document)
+    assert _distance(Decoder.from_source(open_model(output), dtype=torch.float32).logits(document), expected) < 1e-5
     if output.is_dir():
-        assert _distance(full_logits(_theirs(output), document), wanted) < 1e-5
+        assert _distance(full_logits(_theirs(output), document), expected) < 1e-5
