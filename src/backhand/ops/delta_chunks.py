@@ -1,7 +1,14 @@
 """Torch's form of the gated delta rule's chunks: the matrices of `gated_delta_rule`'s docstring, by their names there.
 
-The chunks of many documents are computed at once (`delta_steps`), and as many key heads as fit into the caches and a
-memory limit. The backward runs the chunks forward again, and saves the state before each chunk until it is done.
+The chunks of a document follow one another, but documents are independent. Step i takes chunk i of every document that
+has one. Documents are sorted by length, longest first, so that the documents with a chunk in the next step are the
+first ones of this step. Places after a document's end hold zeros, which change neither its state nor any gradient.
+
+If documents begin alike, steps are made per level of their trees: the segments with the same number of segments before
+them.
+
+The backward runs the chunks forward again, and saves the state before each chunk until it is done. As many key heads as
+fit into a memory limit are computed at once.
 """
 
 from __future__ import annotations
@@ -12,21 +19,109 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backhand.kernels.pieces import piece_size
-from backhand.ops.delta_steps import (
-    CHUNK_TOKENS,
-    GatedDeltaRuleGrads,
-    GatedDeltaRuleSaved,
-    Step,
-    gather,
-    levels_of,
-    scatter,
-)
+from backhand.errors import not_none
+from backhand.ops.document_groups import SegmentRun, Span
 
-# Limits of how many key heads are computed at once, at least one. Many small products run at a poor rate, but each of a
-# step's tensors should stay in the caches (elements), and the backward saves tensors of these heads (bytes).
-STEP_ELEMENTS = 1 << 18
+CHUNK_TOKENS = 64
+# The most bytes that the backward saves, but at least those of one key head.
 SAVED_BYTES = 160 << 20
+
+
+class GatedDeltaRuleSaved(NamedTuple):
+    """q, k (tokens, key heads, key width); v (tokens, value heads, value width); decay, beta (tokens, value heads)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    runs: tuple[SegmentRun, ...]
+    chunk: int = CHUNK_TOKENS
+
+
+class GatedDeltaRuleGrads(NamedTuple):
+    """d_q, d_k, d_v, d_decay, d_beta in the shapes of the inputs."""
+
+    d_q: Tensor
+    d_k: Tensor
+    d_v: Tensor
+    d_decay: Tensor
+    d_beta: Tensor
+
+
+class Step(NamedTuple):
+    """One chunk each of several documents, at places (documents, length)."""
+
+    order: Tensor  # the indices of the documents in their level, longest first
+    length: int
+    token_at: Tensor  # (places,) the token at each place; some token of the same document where there is padding
+    filled: Tensor  # the places without padding
+    padding: Tensor  # the places of padding
+
+    @property
+    def documents(self) -> int:
+        return len(self.order)
+
+
+class Level(NamedTuple):
+    """The steps of the segments that have the same number of segments before them."""
+
+    steps: list[Step]
+    segments: int  # the number of segments
+    parents: Tensor | None  # (segments,) the index in the level before of the one continued; None in the first
+
+
+# Cached, since every layer needs the same steps in forward and backward; a few micro-batches alternate at most.
+@functools.lru_cache(maxsize=4)
+def levels_of(runs: tuple[SegmentRun, ...], chunk: int, device: torch.device) -> list[Level]:
+    """Return the levels, the first of which are the segments that begin documents."""
+    spans: list[list[Span]] = []
+    parents: list[list[int]] = []
+    number_of: dict[int, int] = {}  # index in its level, by a segment's end
+    for start, count, length, before in runs:
+        while len(spans) <= len(before):
+            spans.append([])
+            parents.append([])
+        for first in (start + place * length for place in range(count)):
+            number_of.setdefault(first + length, len(spans[len(before)]))  # an empty segment after it has the same end
+            spans[len(before)].append((first, first + length))
+            parents[len(before)].append(number_of[before[-1][1]] if before else -1)
+    return [
+        Level(_steps_of(own, chunk, device), len(own), torch.tensor(above, device=device) if depth else None)
+        for depth, (own, above) in enumerate(zip(spans, parents, strict=True))
+    ]
+
+
+def _steps_of(documents: list[Span], chunk: int, device: torch.device) -> list[Step]:
+    if not documents:
+        return []
+    starts, ends = torch.tensor(documents).unbind(1)
+    order = (starts - ends).argsort(stable=True)
+    steps = []
+    for first in range(0, int((ends - starts).max()), chunk):
+        order = order[(ends - starts)[order] > first]
+        begin, end = starts[order] + first, ends[order]
+        length = min(int((end - begin).max()), chunk)
+        token_at = begin[:, None] + torch.arange(length)
+        inside = (token_at < end[:, None]).flatten()
+        token_at = token_at.minimum(end[:, None] - 1).flatten()
+        filled, padding = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
+        steps.append(Step(order.to(device), length, *(x.to(device) for x in (token_at, filled, padding))))
+    return steps
+
+
+def gather(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
+    """Return the step's tokens of x of shape (tokens, heads, …) as (documents, heads, length, …), padded with zeros."""
+    part = x.index_select(0, step.token_at)
+    part.index_fill_(0, step.padding, 0)
+    by_head = part.unflatten(0, (step.documents, step.length)).transpose(1, 2)
+    return torch.empty(by_head.shape, dtype=dtype, device=x.device).copy_(by_head)
+
+
+def scatter(x: Tensor, step: Step, out: Tensor) -> None:
+    """Write (documents, heads, length, …) to the step's tokens of `out`, (tokens, heads, …)."""
+    flat = x.transpose(1, 2).flatten(0, 1).index_select(0, step.filled)
+    out.index_copy_(0, step.token_at.index_select(0, step.filled), flat.to(out.dtype))
 
 
 class _Chunk(NamedTuple):
@@ -72,148 +167,98 @@ class _StepSaved(NamedTuple):
     state: Tensor | None
 
 
-class HeadBytes(NamedTuple):
-    """Memory of the backward per token and key head, for the heads that are computed at once."""
+class _Heads(NamedTuple):
+    """Key heads that are computed at once, and the value heads that they serve."""
 
-    saved: int  # from the chunks' forward to their backward
-    at_work: int  # in addition, per token of the step that is being differentiated
+    keys: slice
+    values: slice
+    group: int  # value heads per key head
 
-
-class HeadSizes(NamedTuple):
-    """Key heads, the value heads that each serves, and their widths."""
-
-    heads: int
-    group: int
-    key_width: int
-    value_width: int
+    def of_values(self, x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
+        """Gather the step's x of shape (tokens, value heads, …) as (documents, key heads, group, length, …)."""
+        grouped: Tensor = gather(x[:, self.values], step, dtype).unflatten(1, (-1, self.group))
+        return grouped
 
 
-def bytes_of_a_head(sizes: HeadSizes, dtype: torch.dtype, chunk: int = CHUNK_TOKENS) -> HeadBytes:
-    """Return the bytes of the tensors in `_StepSaved` and of those that `_chunk_back` allocates."""
-    _, group, key_width, value_width = sizes
-    size = torch.promote_types(dtype, torch.float32).itemsize
-    saved = 2 * key_width + group * (3 * value_width + 4 * chunk + key_width * value_width // chunk)
-    at_work = 4 * key_width + group * (5 * value_width + 2 * key_width + 4 * chunk) + 8 * chunk
-    return HeadBytes(saved * size, at_work * size)
-
-
-def heads_at_once(heads: int, tokens: int, step_tokens: int, width: int, saved: int, *, on_cpu: bool = True) -> int:
-    """Return how many key heads are computed at once: see STEP_ELEMENTS and SAVED_BYTES.
-
-    Args:
-        width: the larger of the key and value widths of a key head's whole group.
-        saved: bytes saved per token and key head.
-        on_cpu: False for devices without such caches.
-    """
-    in_caches = piece_size(STEP_ELEMENTS) // max(step_tokens * width, 1) if on_cpu else heads
-    return max(1, min(heads, in_caches, SAVED_BYTES // (max(tokens, 1) * saved)))
+def _heads_at_once(saved: GatedDeltaRuleSaved) -> list[_Heads]:
+    """Split the key heads so that the backward saves at most SAVED_BYTES."""
+    (tokens, heads, key_width), (_, value_heads, value_width) = saved.k.shape, saved.v.shape
+    group = value_heads // heads
+    # Per token and key head: q and k, then v, Y and U, the four n × n matrices of a chunk, and the state before it.
+    elements = 2 * key_width + group * (3 * value_width + 4 * saved.chunk + key_width * value_width // saved.chunk)
+    size = torch.promote_types(saved.v.dtype, torch.float32).itemsize
+    at_once = max(1, SAVED_BYTES // (max(tokens, 1) * elements * size))
+    parts = [(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
+    return [_Heads(slice(first, end), slice(first * group, end * group), group) for first, end in parts]
 
 
 def forward_in_chunks(saved: GatedDeltaRuleSaved, states: Tensor | None, out: Tensor) -> None:
     """Write o of shape (tokens, value heads, value width) to `out`; see `gated_delta_rule_forward`."""
-    group = saved.v.shape[1] // saved.k.shape[1]
-    for part in _head_parts(saved):
-        if states is not None:
-            own = states[:, part.start * group : part.stop * group]
-            for level in levels_of(saved.runs, saved.chunk, saved.v.device):
-                _scan(saved, level.steps, part, out, own, own)
-        else:
-            _scan_levels(saved, part, out)
+    for heads in _heads_at_once(saved):
+        _scan(saved, heads, out[:, heads.values], None if states is None else states[:, heads.values])
 
 
 def backward_in_chunks(d_y: Tensor, saved: GatedDeltaRuleSaved, grads: GatedDeltaRuleGrads) -> None:
     """Write the gradients of d_y of shape (tokens, value heads, value width) to `grads`."""
     levels = levels_of(saved.runs, saved.chunk, d_y.device)
-    for part in _head_parts(saved):
-        saved_steps: list[list[_StepSaved]] = [[] for _ in levels]
-        _scan_levels(saved, part, None, saved_steps)
+    for heads in _heads_at_once(saved):
+        saved_steps = _scan(saved, heads)
         d_ends = None
         for depth in reversed(range(len(levels))):
-            d_begin, parents = _scan_back(d_y, saved, saved_steps[depth], part, grads, d_ends), levels[depth].parents
+            d_begin, parents = _scan_back(d_y, saved_steps[depth], heads, grads, d_ends), levels[depth].parents
             if parents is not None and d_begin is not None:
                 d_ends = d_begin.new_zeros(levels[depth - 1].segments, *d_begin.shape[1:])
                 d_ends.index_add_(0, parents[saved_steps[depth][0].step.order], d_begin)
 
 
-def _scan_levels(
-    saved: GatedDeltaRuleSaved, part: slice, out: Tensor | None, saved_steps: list[list[_StepSaved]] | None = None
-) -> None:
-    """Run through all segments, each from the last state of the segment that it continues."""
-    levels = levels_of(saved.runs, saved.chunk, saved.v.device)
-    heads = (part.stop - part.start) * (saved.v.shape[1] // saved.k.shape[1])
-    wide = torch.promote_types(saved.v.dtype, torch.float32)
-    sizes, before = (heads, saved.k.shape[2], saved.v.shape[2]), saved.v.new_empty(0)
-    for depth, level in enumerate(levels):
-        begin = None if level.parents is None else before.index_select(0, level.parents)
-        ends = saved.v.new_empty(level.segments, *sizes, dtype=wide) if depth + 1 < len(levels) else None
-        _scan(saved, level.steps, part, out, begin, ends, None if saved_steps is None else saved_steps[depth])
-        before = before if ends is None else ends
-
-
-def _head_parts(saved: GatedDeltaRuleSaved) -> list[slice]:
-    """Return the ranges of key heads that are computed at once."""
-    heads, key_width, value_width = saved.k.shape[1], saved.k.shape[2], saved.v.shape[2]
-    group = saved.v.shape[1] // heads
-    saved_bytes = bytes_of_a_head(HeadSizes(heads, group, key_width, value_width), saved.v.dtype, saved.chunk).saved
-    levels = levels_of(saved.runs, saved.chunk, saved.v.device)
-    tokens = max((step.documents * step.length for level in levels for step in level.steps), default=saved.chunk)
-    on_cpu = saved.v.device.type == "cpu"
-    width = group * max(key_width, value_width)
-    at_once = heads_at_once(heads, saved.v.shape[0], tokens, width, saved_bytes, on_cpu=on_cpu)
-    return [slice(first, min(first + at_once, heads)) for first in range(0, heads, at_once)]
-
-
 def _scan(
-    saved: GatedDeltaRuleSaved,
-    steps: list[Step],
-    part: slice,
-    out: Tensor | None,
-    begin: Tensor | None,
-    ends: Tensor | None,
-    saved_steps: list[_StepSaved] | None = None,
-) -> None:
-    """Run through steps that follow one another.
+    saved: GatedDeltaRuleSaved, heads: _Heads, out: Tensor | None = None, states: Tensor | None = None
+) -> list[list[_StepSaved]]:
+    """Run through all segments, each from the last state of the segment that it continues.
 
     Args:
-        part: the key heads.
-        out: receives o of all heads; or None.
-        begin: the states before the documents, (documents, value heads of the part, key width, value width); None for
-            zeros.
-        ends: of begin's shape, receives the states after the documents; may be `begin`; or None.
-        saved_steps: a list to receive the saved tensors of each step, or None.
+        heads: the heads to compute.
+        out: receives o of these heads; None to save the tensors of each step instead.
+        states: the states before the documents, (documents, value heads, key width, value width), overwritten by the
+            states after them; None for zeros.
+
+    Returns:
+        The tensors saved of each level's steps, nothing with `out`.
     """
-    group = saved.v.shape[1] // saved.k.shape[1]
-    state = None
-    for index, step in enumerate(steps):
-        if index == 0 and begin is not None:
-            state = begin.index_select(0, step.order).unflatten(1, (-1, group))
-        chunk = _chunk(saved, step, part)
-        solved, read = _solve(chunk, state, reading=out is not None)
-        if saved_steps is not None:
-            saved_steps.append(_StepSaved(step, chunk, solved, state))
-        if out is not None:
-            o = chunk.attended @ solved.update
-            if read is not None:
-                o.addcmul_(chunk.to_here, read)
-            scatter(o.flatten(1, 2), step, out[:, part.start * group : part.stop * group])
-        following = steps[index + 1].documents if index + 1 < len(steps) else 0
-        state = _next_state(chunk, solved, state, following if ends is None else step.documents)
-        if ends is not None and state is not None:
-            ends.index_copy_(0, step.order, state.flatten(1, 2))
-            state = state[:following]
+    levels, wide = levels_of(saved.runs, saved.chunk, saved.v.device), torch.promote_types(saved.v.dtype, torch.float32)
+    sizes = heads.values.stop - heads.values.start, saved.k.shape[2], saved.v.shape[2]
+    saved_steps: list[list[_StepSaved]] = [[] for _ in levels]
+    ends = states
+    for depth, level in enumerate(levels):
+        begin = states if level.parents is None else not_none(ends).index_select(0, level.parents)
+        if states is None:
+            ends = saved.v.new_empty(level.segments, *sizes, dtype=wide) if depth + 1 < len(levels) else None
+        state = None
+        for index, step in enumerate(level.steps):
+            if index == 0 and begin is not None:
+                state = begin.index_select(0, step.order).unflatten(1, (-1, heads.group))
+            chunk = _chunk(saved, step, heads)
+            solved, read = _solve(chunk, state, reading=out is not None)
+            if out is None:
+                saved_steps[depth].append(_StepSaved(step, chunk, solved, state))
+            else:
+                o = chunk.attended @ solved.update
+                if read is not None:
+                    o.addcmul_(chunk.to_here, read)
+                scatter(o.flatten(1, 2), step, out)
+            following = level.steps[index + 1].documents if index + 1 < len(level.steps) else 0
+            state = _next_state(chunk, solved, state, following if ends is None else step.documents)
+            if ends is not None and state is not None:
+                ends.index_copy_(0, step.order, state.flatten(1, 2))
+                state = state[:following]
+    return saved_steps
 
 
-def _chunk(saved: GatedDeltaRuleSaved, step: Step, part: slice) -> _Chunk:
+def _chunk(saved: GatedDeltaRuleSaved, step: Step, heads: _Heads) -> _Chunk:
     """Gather a step's inputs and compute the matrices that depend on no state."""
-    group = saved.v.shape[1] // saved.k.shape[1]
-    values = slice(part.start * group, part.stop * group)
-    n = step.length
-    wide = torch.promote_types(saved.v.dtype, torch.float32)
-    qk = saved.k.new_empty(step.documents, part.stop - part.start, 2 * n, saved.k.shape[2], dtype=wide)
-    for x, target in zip((saved.q, saved.k), qk.split(n, dim=2), strict=True):
-        gather(x[:, part], step, target)
-    v, decay, beta = (_of_values(x[:, values], step, group, wide) for x in (saved.v, saved.decay, saved.beta))
-    qk = qk.unsqueeze(2)
+    n, wide = step.length, torch.promote_types(saved.v.dtype, torch.float32)
+    qk = torch.cat([gather(x[:, heads.keys], step, wide) for x in (saved.q, saved.k)], dim=2).unsqueeze(2)
+    v, decay, beta = (heads.of_values(x, step, wide) for x in (saved.v, saved.decay, saved.beta))
     c = decay.cumsum(-1)
     pairs = (c.unsqueeze(-1) - c.unsqueeze(-2)).add_(_hidden(n, wide, qk.device)).exp_()
     products = qk @ qk[..., n:, :].mT  # [Q Kᵀ; K Kᵀ], once for all value heads of a key head
@@ -221,14 +266,6 @@ def _chunk(saved: GatedDeltaRuleSaved, step: Step, part: slice) -> _Chunk:
     below.diagonal(dim1=-2, dim2=-1).zero_()
     to_here, to_end = c.exp(), (c[..., -1:] - c).exp_()
     return _Chunk(qk, v, beta.unsqueeze(-1), to_here.unsqueeze(-1), to_end.unsqueeze(-1), pairs, below, attended)
-
-
-def _of_values(x: Tensor, step: Step, group: int, dtype: torch.dtype) -> Tensor:
-    """Gather the step's x of shape (tokens, value heads of the part, …) as (documents, key heads, group, length, …)."""
-    out = x.new_empty(step.documents, x.shape[1], step.length, *x.shape[2:], dtype=dtype)
-    gather(x, step, out)
-    grouped: Tensor = out.unflatten(1, (-1, group))
-    return grouped
 
 
 @functools.lru_cache(maxsize=16)
@@ -266,31 +303,24 @@ def _next_state(chunk: _Chunk, solved: _Solved, state: Tensor | None, documents:
 
 
 def _scan_back(
-    d_y: Tensor,
-    saved: GatedDeltaRuleSaved,
-    saved_steps: list[_StepSaved],
-    part: slice,
-    grads: GatedDeltaRuleGrads,
-    d_ends: Tensor | None,
+    d_y: Tensor, saved_steps: list[_StepSaved], heads: _Heads, grads: GatedDeltaRuleGrads, d_ends: Tensor | None
 ) -> Tensor | None:
     """Run back through steps that follow one another, and return S̄ before the documents, or None if S is zero there.
 
     Args:
         d_ends: S̄ after each document, by its index; None for zeros.
     """
-    group = saved.v.shape[1] // saved.k.shape[1]
-    values = slice(part.start * group, part.stop * group)
     d_state = None
     for step, chunk, solved, state in reversed(saved_steps):
         if d_ends is not None:
             here = d_ends.index_select(0, step.order[0 if d_state is None else len(d_state) :])
             d_state = here if d_state is None else torch.cat([d_state, here])
-        g = _of_values(d_y[:, values], step, group, chunk.v.dtype)
+        g = heads.of_values(d_y, step, chunk.v.dtype)
         d_qk, d_v, d_decay, d_beta, d_before = _chunk_back(g, chunk, solved, state, d_state)
         for gradient, target in zip(d_qk.split(step.length, dim=2), grads[:2], strict=True):
-            scatter(gradient, step, target[:, part])
+            scatter(gradient, step, target[:, heads.keys])
         for gradient, target in zip((d_v, d_decay, d_beta), grads[2:], strict=True):
-            scatter(gradient.flatten(1, 2), step, target[:, values])
+            scatter(gradient.flatten(1, 2), step, target[:, heads.values])
         d_state = d_before
     return d_state
 

@@ -45,8 +45,13 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import gated_delta_rule as kernels
-from backhand.ops.delta_chunks import backward_in_chunks, forward_in_chunks
-from backhand.ops.delta_steps import CHUNK_TOKENS, GatedDeltaRuleGrads, GatedDeltaRuleSaved
+from backhand.ops.delta_chunks import (
+    CHUNK_TOKENS,
+    GatedDeltaRuleGrads,
+    GatedDeltaRuleSaved,
+    backward_in_chunks,
+    forward_in_chunks,
+)
 from backhand.ops.document_groups import SegmentRun, segments
 
 

@@ -32,7 +32,7 @@ from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import DecoderConfig, DeltaSizes
 from backhand.ops.causal_conv import Taps, causal_conv_backward, causal_conv_continued, causal_conv_forward
 from backhand.ops.decay_gate import DecayGateSaved, decay_gate_backward, decay_gate_forward
-from backhand.ops.delta_steps import GatedDeltaRuleSaved
+from backhand.ops.delta_chunks import GatedDeltaRuleSaved
 from backhand.ops.document_groups import SegmentRun
 from backhand.ops.elementwise import OutputSaved, sigmoid_backward, sigmoid_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
