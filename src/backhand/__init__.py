@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from backhand.adapters.config import LoRAConfig
     from backhand.adapters.inject import inject, inject_from
     from backhand.adapters.trainer_callback import AdapterCallback
-    from backhand.api import classify, evaluate, export, generate, train
+    from backhand.api import classify, decide, evaluate, export, generate, train
     from backhand.data.options import DataOptions
     from backhand.errors import BackhandError
     from backhand.loop.observers import Observer
@@ -56,6 +56,7 @@ _HOMES = {
     "TrainConfig": "backhand.options.config",
     "classify": "backhand.api",
     "compare": "backhand.verify.comparison",
+    "decide": "backhand.api",
     "evaluate": "backhand.api",
     "export": "backhand.api",
     "generate": "backhand.api",
@@ -81,6 +82,7 @@ __all__ = [
     "__version__",
     "classify",
     "compare",
+    "decide",
     "evaluate",
     "export",
     "generate",

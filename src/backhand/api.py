@@ -22,14 +22,17 @@ from backhand.generation.options import GenerateOptions
 from backhand.interop.command import export_command
 from backhand.interop.options import ExportOptions, Format
 from backhand.loop import evaluate as evaluation
+from backhand.loop.decide import decide as decide_states
 from backhand.loop.observers import Callback
-from backhand.options.command_options import EvaluateOptions
+from backhand.options.command_options import DecideOptions, EvaluateOptions
 from backhand.options.config import TrainConfig
 from backhand.report.train import train as train_with_report
 from backhand.runs.summary import RunSummary
 from backhand.words import show_notes
 
 Place = str | Path
+State = str | Mapping[str, Any] | Sequence[Any]
+"""A state to decide: text, or a value that is written as JSON."""
 T = TypeVar("T", bound=Options)
 
 
@@ -217,6 +220,59 @@ def classify(
     lines = _answers("classify", _prompts("classify", prompt, prompts), given)
     probabilities = [dict(line["probabilities"]) for line in lines]
     return probabilities if prompt is None else probabilities[0]
+
+
+@overload
+def decide(
+    state: State,
+    *,
+    adapter: Place,
+    questions: Mapping[str, Any] | None = ...,
+    model: Place | None = ...,
+    **options: Any,
+) -> dict[str, Any]: ...
+@overload
+def decide(
+    *,
+    states: Sequence[State],
+    adapter: Place,
+    questions: Mapping[str, Any] | None = ...,
+    model: Place | None = ...,
+    **options: Any,
+) -> list[dict[str, Any]]: ...
+def decide(
+    state: State | None = None,
+    *,
+    states: Sequence[State] | None = None,
+    adapter: Place,
+    questions: Mapping[str, Any] | None = None,
+    model: Place | None = None,
+    **options: Any,
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return the answers to an adapter's questions about a state, by question, in the decision protocol's form.
+
+    Args:
+        state: one state: text, or a value that is written as JSON.
+        states: several states.
+        adapter: directory of an adapter that was trained with `objective="decide"`.
+        questions: other questions than those that the adapter was trained on, in the protocol's form.
+        model: the base model.
+        options: any other option of `backhand decide`.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, a state, a question, the model or the adapter cannot be used.
+    """
+    if (state is None) == (states is None) or isinstance(states, str):
+        raise UsageError(
+            "give either state or states",
+            where="states",
+            next_step="backhand.decide('…') for one state, backhand.decide(states=['…', '…']) for several",
+        )
+    own = {} if questions is None else {"questions": questions}
+    rows = [{"state": one, **own} for one in ([state] if states is None else states)]
+    given = _named(adapter=adapter, model=model) | options | {"data": rows, "state": "state"}
+    answers = [line["answers"] for line in decide_states(_options("decide", DecideOptions, given))] if rows else []
+    return answers if state is None else answers[0]
 
 
 def _prompts(function: str, prompt: str | None, prompts: Sequence[str] | None) -> list[dict[str, str]]:

@@ -26,6 +26,8 @@ ROWS = [
 ]
 _RUN_READ = re.compile(r"(?<![\w/])runs/(\w+)")
 _RUN_MADE = re.compile(r"--output[ =]runs/(\w+)(?![\w/])")
+_ROWS_OF_RUNS = {"decided": "--data docs/recipes/tickets.jsonl --objective decide"}
+"""Rows and objective of runs that are not trained on `ROWS`."""
 _TIME_LIMIT_S = 900
 
 
@@ -120,7 +122,8 @@ class World:
     def _train(self, run: str) -> None:
         if not (self.directory / "runs" / run).exists():
             seed = sum(run.encode())
-            self._shell(f"backhand train --data rows.jsonl --epochs 1 --seed {seed} --output runs/{run} --quiet", "")
+            rows = _ROWS_OF_RUNS.get(run, "--data rows.jsonl")
+            self._shell(f"backhand train {rows} --epochs 1 --seed {seed} --output runs/{run} --quiet", "")
 
     def _shell(self, script: str, given: str) -> str:
         finished = subprocess.run(

@@ -27,7 +27,7 @@ RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
-_LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}}
+_LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}, "decisions": {}}
 """Fields that the first files of this format lack, and that are omitted if they have their default."""
 
 
@@ -52,6 +52,8 @@ class AdapterRecord:
     # token ids of each label, including the final token, if the rows' answers are labels
     labels: Mapping[str, Sequence[int]] = field(default_factory=dict)
     system: str | None = None  # the system message that all training rows have
+    # of an adapter that decides: `prompt_version`, `questions` in the protocol's form, and the fitted `temperatures`
+    decisions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def template_args(self) -> Mapping[str, Any] | None:
@@ -103,7 +105,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
 
 def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
-    if name in ("config", "model_config"):
+    if name in ("config", "model_config", "decisions"):
         return isinstance(value, dict)
     if name == "labels":
         lists = list(value.values()) if isinstance(value, dict) else [None]

@@ -118,6 +118,13 @@ COMMANDS = (
         "backhand.generation.chat:chat_command",
     ),
     Command(
+        "decide",
+        "Answer an adapter's questions about a state, or about a file of states, with the probability of each answer.",
+        'backhand decide --adapter runs/decided/adapter --state "My card was charged twice."',
+        "backhand.options.command_options:DecideOptions",
+        "backhand.loop.decide:decide_command",
+    ),
+    Command(
         "verify",
         "Prove every gradient against autograd and finite differences: of the ops, or of your own model on your rows.",
         "backhand verify --op lora_linear",

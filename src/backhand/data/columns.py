@@ -1,7 +1,8 @@
 r"""Rename columns: by options such as `--prompt '{subject}\n{body}' --completion team`, or by common spreadsheet names.
 
 Renaming comes before the form of a row is detected (`data.forms`). The column that an option names becomes `prompt`,
-`completion`, `system` or `messages`. The original columns are kept too, since reward functions and labels read them.
+`completion`, `system`, `messages` or `state`, and the columns of `--question` become `answers`. The original columns
+are kept too, since reward functions and labels read them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from backhand.data.column_hints import COUNTING
 from backhand.data.forms import fits
-from backhand.data.options import PIECES, WRITTEN, NamedColumns, columns_named, has_columns
+from backhand.data.options import PIECES, WRITTEN, DecisionColumns, NamedColumns, columns_named, has_columns
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.errors import DataError, UsageError
 from backhand.words import name_list, nearest_names
@@ -45,6 +46,9 @@ class ColumnReader:
         self.given: dict[str, str] = {
             name: text for name in ("prompt", "completion", "messages") if (text := getattr(named, name)) is not None
         }
+        self._answers: tuple[str, ...] = ()  # columns of answers to questions
+        if isinstance(named, DecisionColumns) and named.state is not None:
+            self.given["state"], self._answers = named.state, tuple(named.question)
         self._system = system if self.given and system is not None and has_columns(system) else None
         self._guess = guess and not self.given
         self.used: frozenset[str] = frozenset()
@@ -61,10 +65,10 @@ class ColumnReader:
             return
         if self._guess:
             self._guess_from(first)
-        for option, text in self.given.items():
+        for option, text in [*self.given.items(), *(("question", name) for name in self._answers)]:
             self._check(option, text, first)
         self.used = frozenset(
-            name for text in (*self.given.values(), self._system or "") for name in columns_named(text)
+            name for text in (*self.given.values(), self._system or "", *self._answers) for name in columns_named(text)
         )
         for raw in chain([first], raws):
             try:
@@ -76,6 +80,8 @@ class ColumnReader:
         values = {name: value for name, value in raw.values.items() if name not in _DECIDING}
         for option, text in self.given.items():
             values[option] = _filled(option, text, raw)
+        if self._answers:
+            values["answers"] = {name: raw.values.get(name) for name in self._answers}
         if isinstance(values.get("prompt"), list) and isinstance(answer := values.get("completion"), str):
             values["completion"] = [{"role": "assistant", "content": answer}]
         if self._system is not None and (not values.get("system") or "system" in columns_named(self._system)):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from backhand.data.chat import Document
 from backhand.data.data_report import TruncationStats
+from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
 from backhand.data.rows import PromptRow
 from backhand.data.text_encoder import TextEncoder, TokenIds
@@ -21,7 +22,7 @@ from backhand.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One document, or the two documents of a pair, as token ids.
+    """One document, or the documents of a pair or of a decision, as token ids.
 
     Attributes:
         input_ids: (tokens,) int32.
@@ -32,6 +33,9 @@ class Example:
         desirable: the label of an unpaired answer; None for other rows.
         prompt_row: the row of a prompt whose answers are sampled and rewarded; else None. Such a document has one
             supervised token at its end as a placeholder for the answers.
+        decision: the questions of a row of decisions; else None. Each label of each question is a document of the row,
+            which ends in that label.
+        others: the documents of a row of decisions after this one.
     """
 
     input_ids: TokenIds
@@ -40,14 +44,16 @@ class Example:
     rejected: Example | None = None
     desirable: bool | None = None
     prompt_row: PromptRow | None = None
+    decision: DecisionRow | None = None
+    others: tuple[Example, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def documents(self) -> tuple[Example, ...]:
-        """The documents that enter the model: the chosen and the rejected side of a pair, else this one."""
-        return (self,) if self.rejected is None else (self, self.rejected)
+        """The documents that enter the model: this one, then the rejected side of a pair or the other labels."""
+        return (self, *self.others) if self.rejected is None else (self, self.rejected)
 
     @property
     def supervised_tokens(self) -> int:
@@ -76,6 +82,8 @@ class Example:
             label.append(
                 json.dumps([self.prompt_row.prompt, self.prompt_row.columns], sort_keys=True, default=str).encode()
             )
+        if self.decision is not None:
+            label.append(json.dumps(self.decision.to_json()).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 from backhand.data.column_hints import ClassColumns
+from backhand.data.decision_rows import read_decision
+from backhand.data.decisions import Question
 from backhand.data.forms import PREFERENCE, Form, detect
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import RawRow, RowErrors, describe
@@ -20,7 +22,8 @@ class FormReader:
     """Read the rows of one file, which must all have the form of its first valid row.
 
     Args:
-        may_ask, purpose, named: see `detect`.
+        allow_prompts, purpose, named: see `detect`.
+        questions: the questions of rows of decisions that do not contain their own.
 
     Attributes:
         form: the form of the file, or None before the first valid row.
@@ -34,9 +37,11 @@ class FormReader:
         allow_prompts: bool = False,
         purpose: Purpose | None = "answers",
         named: Mapping[str, str] | None = None,
+        questions: Mapping[str, Question] | None = None,
     ) -> None:
         self._purpose: Purpose | None = purpose
         self._detect = partial(detect, allow_prompts=allow_prompts, purpose=purpose, named=named)
+        self._questions = questions or {}
         self.form: Form | None = None
         self.columns: dict[str, None] = {}
         self._first_source = ""
@@ -51,7 +56,10 @@ class FormReader:
         form = self.form or self._detect(raw)
         if self.form is not None:
             self._check_same(raw)
-        row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
+        if form.kind == "decision":
+            row: Row = read_decision(form, raw, self._questions, unanswered=self._purpose == "states")
+        else:
+            row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
         if self.form is None:
             self.form, self._first_source = form, raw.source
         if form.kind == "text":

@@ -72,6 +72,13 @@ FORMS = (
     Form(("question", *PREFERENCE), "pair", "pairs"),
     Form(PREFERENCE, "pair", "pairs"),
     Form(("prompt", "completion", "label"), "labelled", "labels"),
+    Form(("state", "answers"), "decision", "decisions", ("questions",)),
+    Form(("prompt", "completion"), "decision", "decisions"),
+    Form(("text", "label"), "decision", "decisions"),
+    # Without an answer: states to decide.
+    Form(("state",), "decision", "states", ("questions", "answers")),
+    Form(("prompt",), "decision", "states", ("completion",)),
+    Form(("text",), "decision", "states", ("label",)),
 )
 """Forms by purpose, in order of precedence: a row with the columns of several forms has the first one."""
 
@@ -79,6 +86,8 @@ _NEEDED: dict[Purpose, str] = {
     "pairs": "a pair has prompt, chosen and rejected, or chosen and rejected with a common beginning",
     "labels": "a row with a label has prompt, completion and label",
     "prompts": "a prompt to answer has prompt, question, or instruction and input",
+    "decisions": "a decision has state, questions and answers, or text and label; --state and --question name others",
+    "states": "a state to decide has state, prompt or text; --state names another column",
 }
 """Columns that purposes other than answers need, as a phrase for errors."""
 
@@ -132,7 +141,7 @@ def detect(
 
 def fits(raw: RawRow) -> bool:
     """Return True if a row has the columns of any form with an answer, null or not."""
-    return any(form.purpose != "prompts" and raw.values.keys() >= {*form.columns} for form in FORMS)
+    return any(form.purpose not in ("prompts", "states") and raw.values.keys() >= {*form.columns} for form in FORMS)
 
 
 _BOTH = {"prompt": "completion", "completion": "prompt"}

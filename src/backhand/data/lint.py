@@ -203,7 +203,7 @@ def _finding(kind: str, places: list[str], *values: object) -> Finding:
 
 def _in_rows(examples: StoredExamples) -> list[tuple[Any, ...]]:
     """Return problems of pairs and labels, and duplicates."""
-    pairs = examples.take(examples.pairs)
+    pairs = examples.take(examples.document_counts == 2)
     alike = [one.source for one in pairs if one.rejected and np.array_equal(one.input_ids, one.rejected.input_ids)]
     labels = {examples[number].desirable for number in np.unique(examples.column("label"), return_index=True)[1]}
     labels.discard(None)

@@ -200,6 +200,42 @@ class NamedColumns:
     """The column of a conversation as a list of messages."""
 
 
+def parse_questions(values: str | Iterable[str]) -> dict[str, str]:
+    """Parse `question` of a command line: `COLUMN=INSTRUCTIONS`, or a column alone.
+
+    Raises:
+        UsageError: a value names no column.
+    """
+    pairs = [value.partition("=") for value in ([values] if isinstance(values, str) else values)]
+    if any(not name.strip() for name, _, _ in pairs):
+        raise UsageError("there is a question without a column", where="question", next_step="give COLUMN='QUESTION'")
+    return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+def _check_questions(where: str, questions: Any) -> None:
+    """Raise UsageError unless `questions` maps columns to text."""
+    if not isinstance(questions, Mapping) or not all(isinstance(text, str) for text in questions.values()):
+        raise UsageError(
+            f"{questions!r} is no table of questions",
+            where=where,
+            next_step="write urgent = 'Is it urgent?' under [data.question]",
+        )
+
+
+@dataclass(frozen=True)
+class DecisionColumns:
+    """Columns of rows of decisions."""
+
+    state: Text | None = None
+    """The column of the text to decide about, or a text with columns in braces as for `prompt` (`decide`)."""
+
+    question: Annotated[Mapping[str, str], Check(_check_questions), Words(parse_questions)] = field(
+        default_factory=dict
+    )
+    """A column of answers with the question that they answer, as `COLUMN='QUESTION'` (`decide`). It can be given
+    several times. The question is a choice between the answers that occur, yes or no, or a score."""
+
+
 @dataclass(frozen=True)
 class TemplateOptions:
     """Rendering of conversations as text."""
@@ -219,7 +255,7 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
+class DataOptions(TemplateOptions, DecisionColumns, NamedColumns, RowSources, Options):
     """Rows, and their conversion to token ids with a mask of supervised tokens.
 
     Raises:
@@ -250,6 +286,12 @@ class DataOptions(TemplateOptions, NamedColumns, RowSources, Options):
                 "messages already contain prompt and completion",
                 where="messages",
                 next_step="give --messages COLUMN, or --prompt and --completion",
+            )
+        if self.state is not None and (self.messages or self.prompt or self.completion):
+            raise UsageError(
+                "a state and a prompt are both given",
+                where="state",
+                next_step="give --state and --question for decisions, or --prompt and --completion",
             )
         if self.eval_data and self.eval_fraction:
             raise UsageError(

@@ -97,7 +97,8 @@ class RowPacker:
     Attributes:
         examples: the rows.
         lengths: number of tokens per row that enter the model, over all its documents.
-        by_document: a packer of the same documents in which each document is a row; `self` if there are no pairs.
+        by_document: a packer of the same documents in which each document is a row; `self` if all rows are that
+            already.
     """
 
     def __init__(self, examples: Iterable[Example], *, share_prefixes: bool) -> None:
@@ -108,10 +109,10 @@ class RowPacker:
         self._supervised = examples.column("supervised").astype(np.int64)
         # Ranges of the documents in `examples.tokens`. The last supervised token and those after it are never inputs.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
-        self._first_documents: npt.NDArray[np.int64] | None = None  # per row, and the end; None if there are no pairs
-        if (pairs := examples.pairs).any():
+        self._first_documents: npt.NDArray[np.int64] | None = None  # per row, and the end; None if rows are documents
+        if ((counts := examples.document_counts) > 1).any():
             self.by_document = RowPacker(examples.documents, share_prefixes=share_prefixes)
-            self._first_documents = first = np.concatenate(([0], np.cumsum(1 + pairs)))
+            self._first_documents = first = np.concatenate(([0], np.cumsum(counts)))
             self.lengths = np.add.reduceat(self.by_document.lengths, first[:-1])
             self._supervised = np.add.reduceat(self.by_document._supervised, first[:-1])
 

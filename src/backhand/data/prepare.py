@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,12 +14,17 @@ import numpy as np
 from backhand.bounds import check_fields
 from backhand.data import prepared_cache
 from backhand.data.chat import Document
+from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, TruncationStats
+from backhand.data.decision_examples import DecisionEncoder
+from backhand.data.decision_rows import find_questions, question_notes
+from backhand.data.decisions import DecisionRow, Question
 from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, encode_document, truncate
+from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
-from backhand.data.raw_rows import RowErrors
+from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_pipeline import PendingRow, RowPipeline
 from backhand.data.rows import (
     Pair,
@@ -29,7 +34,7 @@ from backhand.data.rows import (
     UnpairedRow,
     texts_of,
 )
-from backhand.data.sources import expand, neighbouring_held_out
+from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import DataError, UsageError
@@ -63,6 +68,7 @@ def prepare(
     bad: RowErrors | None = None,
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
+    questions: Mapping[str, Question] | None = None,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Return training examples, and held-out examples or None.
 
@@ -78,6 +84,8 @@ def prepare(
         bad: collects malformed rows; by default it follows `skip_bad`.
         truncation: collects the locations of truncated and dropped documents.
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
+        questions: the questions of decisions; None to find them in the rows of `data`. With questions, the options of
+            a choice are in canonical order. Otherwise those of training rows are in random order.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -86,7 +94,16 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    examples_of = partial(read_examples, options, tokenizer=tokenizer, purpose=purpose, bad=bad, truncation=truncation)
+    found = questions or (_questions(options) if purpose == "decisions" else {})
+    examples_of = partial(
+        read_examples,
+        options,
+        tokenizer=tokenizer,
+        purpose=purpose,
+        bad=bad,
+        truncation=truncation,
+        questions=found,
+    )
 
     def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
         make = partial(examples_of, names, held_out=held_out, prompts=prompts)
@@ -112,7 +129,28 @@ def prepare(
                 f"warning: {len(shared):,} of {len(held_out.examples):,} held-out documents also occur in the training "
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
+    if purpose == "decisions":
+        if questions is None:
+            encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
+            train = replace(train, examples=encoder.in_random_order(train.examples))
+        notes = (*train.report.notes, *question_notes(found))
+        train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out
+
+
+def _questions(options: DataOptions) -> dict[str, Question]:
+    """Return the questions of the rows of `data`."""
+    bad = RowErrors(options.skip_bad)
+
+    def rows(name: str) -> Iterator[tuple[Form, RawRow]]:
+        named = ColumnReader(options, options.system)
+        for raw in islice(named.rows(read_rows(name, bad), bad), options.max_rows):
+            try:
+                yield detect(raw, purpose="decisions", named=named.given), raw
+            except DataError as error:
+                bad.add(error)
+
+    return find_questions(expand(options.data), rows, options.question)
 
 
 def read_examples(
@@ -125,11 +163,13 @@ def read_examples(
     bad: RowErrors | None = None,
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
+    questions: Mapping[str, Question] | None = None,
 ) -> PreparedData:
     """Return the examples of the files and hub data sets in `names`.
 
     Args:
         held_out: for a hub name without a split, read the validation split.
+        questions: the questions of rows of decisions that do not contain their own.
 
     Raises:
         UsageError, DataError: as `prepare`.
@@ -139,6 +179,7 @@ def read_examples(
     writer = ExampleWriter()
     bad = RowErrors(options.skip_bad) if bad is None else bad
     stats = TruncationStats()
+    decisions = DecisionEncoder(renderer, options.max_length)
 
     def truncate_all(examples: list[Example], source: str) -> list[Example]:
         if not examples:
@@ -159,6 +200,12 @@ def read_examples(
     def examples_of_row(row: Row, parts: list[list[Example]]) -> list[Example]:
         if isinstance(row, PromptRow):
             return prompt_example(row, parts[0][0].input_ids)
+        if isinstance(row, DecisionRow):
+            encoded = [one for part in parts if (one := _only(part, row)) is not None]
+            example = decisions.example(row, [one.question.canonical_order for one in row.asked], encoded)
+            if example is None:
+                stats.dropped_long.append(row.source)
+            return [] if example is None else [example]
         if not isinstance(row, Pair | UnpairedRow):
             return truncate_all(parts[0], row.source)
         first, *others = (_only(truncate_all(part, row.source), row) for part in parts)
@@ -188,7 +235,16 @@ def read_examples(
         return [document for documents in each for document in documents], finish
 
     answers_only = options.train_on == "completions" and purpose != "prompts"
-    pipeline = RowPipeline(options, options, options.system, bad, purpose, held_out=held_out, answers_only=answers_only)
+    pipeline = RowPipeline(
+        options,
+        options,
+        options.system,
+        bad,
+        purpose,
+        held_out=held_out,
+        answers_only=answers_only,
+        questions=questions,
+    )
     report = pipeline.run(begin, renderer.encoder, names)
     notes = list(renderer.notes())
     if report.empty_answers:
@@ -213,7 +269,7 @@ def read_examples(
     return with_totals(examples, report)
 
 
-def _only(examples: list[Example], row: Pair | UnpairedRow) -> Example | None:
+def _only(examples: list[Example], row: Pair | UnpairedRow | DecisionRow) -> Example | None:
     """Return the only document of an answer, or None if it was left out."""
     if len(examples) > 1:
         raise DataError(
@@ -249,7 +305,7 @@ def prepare_prompts(
     prompts: list[Prompt] = []
 
     def begin(row: Row) -> PendingRow:
-        assert not isinstance(row, Pair | UnpairedRow | PromptRow)  # other forms are not read here
+        assert not isinstance(row, Pair | UnpairedRow | PromptRow | DecisionRow)  # other forms are not read here
         document, reply = renderer.prompt(row)
         return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply))
 

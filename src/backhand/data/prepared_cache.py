@@ -69,11 +69,7 @@ def cached(
     data = make()
     added = [unusable] if unusable else []
     # The files may have been written to while they were read.
-    if (
-        not data.report.skipped_bad
-        and not data.examples.prompt_rows
-        and _place(options, names, tokenizer, further) == place
-    ):
+    if not data.report.skipped_bad and not data.examples.rows and _place(options, names, tokenizer, further) == place:
         with suppress(BackhandError, OSError):  # the run needs no cache, so a full or read-only disk is no error
             added.append(_keep(place, data))
     for note in added:

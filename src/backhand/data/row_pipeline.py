@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from backhand.data.chat import Document
 from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, SourceForm
+from backhand.data.decisions import Question
 from backhand.data.examples import Example, encode_document
 from backhand.data.form_reader import FormReader
 from backhand.data.options import NamedColumns, RowSources
@@ -89,11 +90,14 @@ class RowPipeline:
     held_out: bool = False
     allow_prompts: bool = False
     answers_only: bool = False  # only answers are learned, so a file without answers is an error
+    questions: Mapping[str, Question] | None = None  # the questions of rows of decisions, see `FormReader`
 
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
         named = ColumnReader(self.named, self.system, guess=self.purpose in ("answers", None))
-        reader = FormReader(allow_prompts=self.allow_prompts, purpose=self.purpose, named=named.given)
+        reader = FormReader(
+            allow_prompts=self.allow_prompts, purpose=self.purpose, named=named.given, questions=self.questions
+        )
         raws = read_rows(name, self.bad, held_out=self.held_out)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from backhand.data.decisions import DecisionRow
+
 Message = dict[str, Any]
 """A message for a chat template: role, content (always text), and tool_calls, name, tool_call_id, reasoning_content."""
 
@@ -84,16 +86,30 @@ REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
 
 OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | UnpairedRow | PromptRow
-Purpose = Literal["answers", "pairs", "labels", "prompts"]
-"""Use of rows: answers to learn, pairs of answers, answers with a label, or prompts to answer."""
+Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow
+Purpose = Literal["answers", "pairs", "labels", "prompts", "decisions", "states"]
+"""Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a
+state with their answers, or states to decide."""
 
 
 def texts_of(row: Row) -> tuple[OneText, ...]:
     """Return the parts of a row that are rendered separately. The first contains the prompt, if the row has one."""
     if isinstance(row, Pair):
         return row.chosen, row.rejected
+    if isinstance(row, DecisionRow):
+        return tuple(decision_text(row, place, one.question.canonical_order) for place, one in enumerate(row.asked))
     return (row.answer if isinstance(row, UnpairedRow) else row.question if isinstance(row, PromptRow) else row,)
+
+
+def decision_text(row: DecisionRow, place: int, order: Sequence[int]) -> Completion:
+    """Return the prompt of a question of a row with its first label as the completion.
+
+    Args:
+        place: index of the question in the row.
+        order: index of the option that has each label.
+    """
+    question = row.asked[place].question
+    return Completion(question.prompt(row.state, order), question.labels[0], "\n", None, row.source)
 
 
 def system_of(row: Row, default: str | None) -> str | None:

@@ -14,9 +14,10 @@ import io
 import mmap
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from tempfile import SpooledTemporaryFile
 from typing import Any, overload
 
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.data_report import DataReport
+from backhand.data.decisions import DecisionRow, Question
 from backhand.data.examples import Example
 from backhand.data.rows import PromptRow
 from backhand.data.text_encoder import TokenIds
@@ -33,20 +35,20 @@ from backhand.files import reason
 _IN_MEMORY_BYTES = 2**23
 _PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
-_ALONE, _CHOSEN, _REJECTED = range(3)
+_ALONE, _FIRST, _NEXT = range(3)
 
 RECORD = np.dtype(
     [
         ("begin", np.int64),  # index of its first id in `tokens`
         ("tokens", np.int32),
         ("source_bytes", np.int32),
-        ("side", np.int8),  # side of a pair; the record of the rejected side follows that of the chosen one
+        ("place", np.int8),  # alone, first of several documents of a row, or one of the documents after it
         ("label", np.int8),  # index in `LABELS`
         ("supervised", np.int32),  # tokens
         ("input_tokens", np.int32),  # tokens before the last supervised one: those that enter the model
         ("highest", np.int32),  # largest token id
         ("source_digest", np.uint64),
-        ("token_digest", np.uint64),  # of the example's token ids; for a pair, of both documents
+        ("token_digest", np.uint64),  # of the token ids of all documents of the example
         ("key", np.void, 32),  # `Example.key`
     ]
 )
@@ -60,12 +62,12 @@ class ExampleWriter:
         for file in (self._tokens, self._records):
             weakref.finalize(self, file.close)
         self._places = 0  # number of elements of `tokens` written so far
-        self._prompt_rows: dict[int, PromptRow] = {}
+        self._rows: dict[int, PromptRow | DecisionRow] = {}
 
     def add(self, example: Example) -> None:
         """Append an example. Raises ResourceError: the disk is full."""
-        if example.prompt_row is not None:
-            self._prompt_rows[self._records.tell() // RECORD.itemsize] = example.prompt_row
+        if (row := example.prompt_row or example.decision) is not None:
+            self._rows[self._records.tell() // RECORD.itemsize] = row
         whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
         for document in example.documents:
             ids, targets = document.input_ids, np.flatnonzero(document.supervised)
@@ -73,9 +75,9 @@ class ExampleWriter:
             encoded = (
                 np.where(document.supervised, ~ids, ids).astype(np.int32).tobytes() + source + bytes(-len(source) % 4)
             )
-            side = _ALONE if example.rejected is None else _REJECTED if document is example.rejected else _CHOSEN
+            place = _NEXT if document is not example else _FIRST if len(example.documents) > 1 else _ALONE
             record = (
-                *(self._places, len(ids), len(source), side, LABELS.index(document.desirable)),
+                *(self._places, len(ids), len(source), place, LABELS.index(document.desirable)),
                 *(len(targets), int(targets.max(initial=0)), int(ids.max(initial=0)), _digest(source), *whole),
             )
             with _disk_space():
@@ -85,7 +87,7 @@ class ExampleWriter:
 
     def stored(self) -> StoredExamples:
         """Return all added examples and close the writer. Raises ResourceError: the disk is full."""
-        return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._prompt_rows)
+        return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._rows)
 
 
 def _array(file: SpooledTemporaryFile[bytes], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -137,17 +139,17 @@ def _document_ends(records: npt.NDArray[Any], tokens: int) -> npt.NDArray[np.int
     """Return (documents,) the end of each document with its source. Raises ValueError: the records are inconsistent."""
     sizes = records["tokens"] + -(-records["source_bytes"].astype(np.int64) // 4)
     ends = np.cumsum(sizes)
-    chosen, rejected = records["side"] == _CHOSEN, records["side"] == _REJECTED
+    first, following = records["place"] == _FIRST, records["place"] == _NEXT
     if not (
         len(records)
         and records["tokens"].min() > 1
         and records["source_bytes"].min() >= 0
         and np.array_equal(records["begin"], ends - sizes)
         and ends[-1] == tokens
-        and 0 <= records["side"].min() <= records["side"].max() <= _REJECTED
+        and 0 <= records["place"].min() <= records["place"].max() <= _NEXT
         and 0 <= records["label"].min() <= records["label"].max() < len(LABELS)
-        and not (chosen[-1] or rejected[0])
-        and np.array_equal(chosen[:-1], rejected[1:])
+        and not (first[-1] or following[0])
+        and np.array_equal(first[:-1], following[1:])  # only pairs are stored in files
     ):
         raise ValueError("its records are inconsistent")
     return ends
@@ -202,14 +204,16 @@ class StoredExamples(Sequence[Example]):
 
     tokens: TokenIds  # see the module's docstring; read-only
     records: npt.NDArray[Any]
-    prompt_rows: dict[int, PromptRow]  # rows of prompts by the number of their record
+    rows: dict[int, PromptRow | DecisionRow]  # rows of prompts and of decisions by the number of their record
     chosen: npt.NDArray[np.int64]  # record numbers of the selection
     single: bool = False  # True if each document is an example, also both sides of a pair
 
     @classmethod
-    def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], prompt_rows: dict[int, PromptRow]) -> StoredExamples:
+    def all_of(
+        cls, tokens: TokenIds, records: npt.NDArray[Any], rows: dict[int, PromptRow | DecisionRow]
+    ) -> StoredExamples:
         """Select all examples."""
-        return cls(tokens, records, prompt_rows, np.flatnonzero(records["side"] != _REJECTED))
+        return cls(tokens, records, rows, np.flatnonzero(records["place"] != _NEXT))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -223,37 +227,54 @@ class StoredExamples(Sequence[Example]):
             return self.take(number)
         place = int(self.chosen[number])
         example = self._document(place)
-        pair = not self.single and self.records["side"][place] == _CHOSEN
-        return replace(example, rejected=self._document(place + 1)) if pair else example
+        count = 1 if self.single else int(self._counts[place])
+        others = tuple(self._document(place + number) for number in range(1, count))
+        if example.decision is not None:
+            return replace(example, others=others)
+        return replace(example, rejected=others[0]) if others else example
+
+    @cached_property
+    def _counts(self) -> npt.NDArray[np.int64]:
+        """(records,) number of documents from each record to the next row."""
+        starts = np.append(np.flatnonzero(self.records["place"] != _NEXT), len(self.records))
+        counts = np.ones(len(self.records), dtype=np.int64)
+        counts[starts[:-1]] = np.diff(starts)
+        return counts
 
     def _document(self, place: int) -> Example:
         begin, tokens, source_bytes, _, label, *_ = self.records[place].item()
         signed, after = self.tokens[begin : begin + tokens], self.tokens[begin + tokens :]
         supervised = signed < 0
         source = _decoded(after[: -(-source_bytes // 4)].tobytes()[:source_bytes])
-        ids, prompt_row = np.where(supervised, ~signed, signed), self.prompt_rows.get(place)
-        return Example(ids, supervised, source, desirable=LABELS[label], prompt_row=prompt_row)
+        ids, row = np.where(supervised, ~signed, signed), self.rows.get(place)
+        prompt_row = row if isinstance(row, PromptRow) else None
+        decision = row if isinstance(row, DecisionRow) else None
+        return Example(ids, supervised, source, desirable=LABELS[label], prompt_row=prompt_row, decision=decision)
+
+    def decision(self, number: int) -> DecisionRow | None:
+        """Return the questions of an example, or None if it is no row of decisions."""
+        row = self.rows.get(int(self.chosen[number]))
+        return row if isinstance(row, DecisionRow) else None
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Select examples by a slice, numbers or a boolean mask."""
         return replace(self, chosen=self.chosen[which])
 
     @property
-    def pairs(self) -> npt.NDArray[np.bool_]:
-        """(examples,) True for examples with two documents."""
-        return np.array((self.column("side") == _CHOSEN) & (not self.single))
+    def document_counts(self) -> npt.NDArray[np.int64]:
+        """(examples,) number of documents of each example."""
+        return np.ones(len(self), dtype=np.int64) if self.single else self._counts[self.chosen]
 
     @property
     def documents(self) -> StoredExamples:
         """Each document as its own example, in order; the chosen side of a pair comes before the rejected one."""
-        pairs, chosen = self.pairs, self.chosen
-        if pairs.any():
-            chosen = np.repeat(chosen, 1 + pairs)
-            chosen[np.cumsum(1 + pairs)[pairs] - 1] += 1
-        return replace(self, chosen=chosen, single=True)
+        counts = self.document_counts
+        ends = np.cumsum(counts)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        return replace(self, chosen=np.repeat(self.chosen, counts) + within, single=True)
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """Return (examples,) a field of their `RECORD`s; for a pair, the record of the chosen side."""
+        """Return (examples,) a field of their `RECORD`s, for several documents that of the first one."""
         return np.array(self.records[name][self.chosen], copy=False)
 
     def beyond(self, vocab_size: int) -> Iterator[tuple[TokenIds, str]]:
@@ -280,6 +301,7 @@ class PreparedData:
     examples: StoredExamples
     report: DataReport
     held_out_share: float = 0.0  # share of the rows that a random split removed from these examples
+    questions: Mapping[str, Question] = field(default_factory=dict)  # questions of rows of decisions by their name
 
     @property
     def digest(self) -> str:

@@ -28,7 +28,7 @@ from backhand.generation.labels import (
     named_labels,
 )
 from backhand.generation.loading import LoadedModel, loaded_model
-from backhand.generation.options import AnswerOptions, GenerateOptions, compared_labels
+from backhand.generation.options import GenerateOptions, compared_labels
 from backhand.generation.session import PROMPT, GenerationSession
 from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
@@ -48,7 +48,7 @@ def generate_command(options: GenerateOptions) -> None:
     """
     options.validate()
     answer = options.answer
-    check_output(answer)
+    check_output(answer.output, overwrite=answer.overwrite)
     if answer.output is not None:
         inputs: dict[str, Path | str | None] = {"adapter": answer.adapter, "model": options.model.model}
         inputs |= {f"data[{i}]": name for i, name in enumerate(options.rows.data)}
@@ -141,19 +141,18 @@ def _answer_one(
         show_notes([f"cut off after {answer.tokens} tokens{why}"])
 
 
-def check_output(options: AnswerOptions) -> None:
+def check_output(output: Path | None, *, overwrite: bool) -> None:
     """Check that `output` can be written, before anything is loaded, and create its directory.
 
     Raises:
         UsageError: it exists and --overwrite is not given, or it is not a plain file.
         ResourceError: its directory cannot be created.
     """
-    output = options.output
     if output is None:
         return
     if output.is_dir():
         raise UsageError(f"{output} is a directory", where="output", next_step="name a file in it")
-    if output.exists() and not options.overwrite:
+    if output.exists() and not overwrite:
         raise UsageError(
             f"{output} exists", where="output", next_step="name another file, or replace this one with --overwrite"
         )

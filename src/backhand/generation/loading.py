@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ class LoadedModel:
     # labels in the adapter's record; empty if their tokens are not in this model's vocabulary
     labels: Labels = field(default_factory=dict)
     system: str | None = None  # system message of all rows that the adapter was trained on, from its record
+    # questions that the adapter decides, with their temperatures, see `AdapterRecord.decisions`
+    decisions: Mapping[str, Any] = field(default_factory=dict)
 
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
@@ -108,7 +110,8 @@ def loaded_model(
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system
-        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system)
+        decisions = {} if record is None else record.decisions
+        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions)
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]

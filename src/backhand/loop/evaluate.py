@@ -47,6 +47,8 @@ from backhand.generation.labels import (
 )
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.certain_replies import certain_replies
+from backhand.loop.decide import evaluate_decisions, print_decisions
+from backhand.loop.decision_scores import DecisionScore
 from backhand.loop.evaluate_rewards import evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
@@ -71,6 +73,8 @@ class Score:
     # None if the rows are no pairs. Otherwise the mean log-probabilities of the chosen and rejected answers and, for an
     # adapted model, the rewards relative to the base. The keys are TRL's names.
     pairs: dict[str, float] | None = None
+    # by question; None unless the adapter decides. The loss is then the mean loss of an answer
+    decisions: dict[str, DecisionScore] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,10 @@ class Evaluation:
     adapted: Score | None  # None without an adapter
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `evaluate --json` prints. Labels and pairs are left out if the rows have none."""
+        """Return what `evaluate --json` prints. Labels, pairs and decisions are left out if there are none."""
         values = asdict(self)
         for scores in filter(None, (values["base"], values["adapted"])):
-            for name in ("labels", "pairs"):
+            for name in ("labels", "pairs", "decisions"):
                 if scores[name] is None:
                     del scores[name]
         return values
@@ -230,11 +234,7 @@ def score(
         else:
             right = sum(certain) + exact_matches(loaded, open_prompts, run.max_new_tokens, answered, who)
             exact_match = right / len(rows.prompts)
-    try:
-        perplexity = math.exp(nats)
-    except OverflowError:
-        perplexity = math.inf  # a float64 cannot hold it
-    return Score(nats, perplexity, exact_match, rows.held_out.supervised_tokens, labels)
+    return Score(nats, _perplexity(nats), exact_match, rows.held_out.supervised_tokens, labels)
 
 
 _EXTRA_TOKENS = 8
@@ -334,15 +334,30 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     check_kind("options", options, EvaluateOptions)
     options.validate()
     run, data = options.run, options.data
-    check_first_rows(data)
+    if data.state is None:
+        check_first_rows(data)
     with loaded_model(options.model, run.adapter, template=data) as loaded:
         show_notes(loaded.notes)
+        if loaded.decisions:
+            count, results = evaluate_decisions(loaded, data, run.micro_batch_rows)
+            return Evaluation(count, *(_of_decisions(*result) for result in results))
         rows = evaluation_rows(data, loaded, run)
         show_notes(rows.notes)
         models = (False,) if run.adapter is None else (False, True)
         scores = [score(loaded, rows, run, adapter=adapter) for adapter in models]
         base, *adapted = compared(loaded, rows, run, scores) if rows.pairs else scores
     return Evaluation(rows.rows, base, adapted[0] if adapted else None)
+
+
+def _of_decisions(loss: float, answers: int, scores: dict[str, DecisionScore]) -> Score:
+    return Score(loss, _perplexity(loss), None, answers, decisions=scores)
+
+
+def _perplexity(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf  # a float64 cannot hold it
 
 
 def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]]:
@@ -376,4 +391,6 @@ def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str
         if one.pairs is not None:
             values_text = ", ".join(f"{key} {value:.4g}" for key, value in one.pairs.items())
             console_for_tables().print(f"pairs, {name}: {values_text}", soft_wrap=True)
+        if one.decisions is not None:
+            print_decisions(name, one.decisions)
     return result

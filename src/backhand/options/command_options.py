@@ -1,4 +1,4 @@
-"""Options of `backhand evaluate`, `plan` and `models`.
+"""Options of `backhand evaluate`, `decide`, `plan` and `models`.
 
 This file imports no torch, because `--help` imports it.
 """
@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options
-from backhand.data.options import DataOptions
+from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options, Text
+from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
+from backhand.nn.model_options import BaseModelOptions
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.rewards import check_names
 
@@ -57,6 +59,61 @@ class EvaluateOptions(Options):
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     run: EvaluateRunOptions = field(default_factory=EvaluateRunOptions)
+
+
+@dataclass(frozen=True)
+class DecideRunOptions:
+    """Adapter, questions and output."""
+
+    adapter: OptionalPath = None  # type: ignore[assignment]
+    """The adapter that decides, trained with `--objective decide`: a directory."""
+
+    questions: OptionalPath = None  # type: ignore[assignment]
+    """A JSON file of other questions than those that the adapter was trained on, in the protocol's form: by name
+    `type`, `instructions` and `criteria`."""
+
+    output: OptionalPath = None  # type: ignore[assignment]
+    """File for the answers, one JSON object per state. Default: standard output."""
+
+    overwrite: bool = False
+    """Replace the file `output` if it exists."""
+
+    micro_batch_rows: Count = 16
+    """States per forward pass."""
+
+
+@dataclass(frozen=True)
+class StateOptions(TemplateOptions, RowSources):
+    """States to decide."""
+
+    state: Text | None = None
+    """The state, as text. With `data`: the column of the states, or a text with columns in braces. Default: as in
+    training."""
+
+
+@dataclass(frozen=True)
+class DecideOptions(Options):
+    """Options of decisions.
+
+    Attributes:
+        run: adapter, questions and output.
+        data: one state, or rows with states.
+        model: the base model, device and dtype.
+    """
+
+    run: DecideRunOptions = field(default_factory=DecideRunOptions)
+    data: StateOptions = field(default_factory=StateOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def _check_together(self) -> None:
+        if self.run.adapter is None:
+            raise UsageError(
+                "there is no adapter", where="adapter", next_step="give --adapter DIRECTORY, as training wrote it"
+            )
+        if not self.data.data and self.data.state is None:
+            raise UsageError(
+                "there is no state to decide", where="state", next_step="give --state TEXT, or --data FILE"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from backhand.bounds import Bound, Options
 from backhand.data.rows import Purpose
 from backhand.errors import UsageError
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide"]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
 _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
@@ -27,6 +27,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "simpo": ("beta", "simpo_gamma", "label_smoothing"),
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     "grpo": ("beta",),
+    "decide": (),
 }
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
@@ -44,7 +45,8 @@ class ObjectiveOptions(Options):
     objective: ObjectiveName = "sft"
     """Training objective. `sft` trains on the answers of the rows. For pairs of answers there are `dpo` (arXiv
     2305.18290), `ipo` (2310.12036), `orpo` (2403.07691) and `simpo` (2405.14734); for answers labelled desirable or
-    undesirable `kto` (2402.01306); for rewards of sampled answers `grpo` (2402.03300; variants: `loss`)."""
+    undesirable `kto` (2402.01306); for rewards of sampled answers `grpo` (2402.03300; variants: `loss`); for
+    questions with a fixed set of answers `decide`, whose probabilities `backhand decide` returns."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
@@ -124,7 +126,7 @@ class ObjectiveOptions(Options):
     @property
     def purpose(self) -> Purpose:
         """Kind of rows that the objective needs."""
-        special: dict[str, Purpose] = {"sft": "answers", "kto": "labels", "grpo": "prompts"}
+        special: dict[str, Purpose] = {"sft": "answers", "kto": "labels", "grpo": "prompts", "decide": "decisions"}
         return special.get(self.objective, "pairs")
 
     @property

@@ -17,6 +17,7 @@ from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.loading import weight_names
 from backhand.adapters.record import AdapterRecord, text_digest, tokenizer_digest
 from backhand.data.chat import read_template
+from backhand.data.decisions import PROMPT_VERSION, QuestionType
 from backhand.data.stored_examples import PreparedData
 from backhand.generation.labels import Labels, found_labels
 from backhand.loop.answers import stop_ids
@@ -69,8 +70,12 @@ class Identity:
             "settings": settings,
         }
 
-    def record(self) -> AdapterRecord:
-        """Return the record for backhand.json."""
+    def record(self, temperatures: Mapping[QuestionType, float]) -> AdapterRecord:
+        """Return the record for backhand.json.
+
+        Args:
+            temperatures: of decisions, fitted to the held-out rows; empty for other objectives and without such rows.
+        """
         facts = self.facts
         return AdapterRecord(
             origin=self.source.origin,
@@ -81,7 +86,20 @@ class Identity:
             config=facts["settings"],
             labels=self.labels,
             system=self.train.report.system,
+            decisions=self._decisions(temperatures),
         )
+
+    def _decisions(self, temperatures: Mapping[QuestionType, float]) -> dict[str, Any]:
+        """Return what programs need to ask the adapter's questions; empty for other objectives."""
+        if self.config.objective.objective != "decide":
+            return {}
+        questions = {name: question.to_json() for name, question in self.train.questions.items()}
+        return {
+            "prompt_version": PROMPT_VERSION,
+            "state": self.config.data.state,  # the template of states in tables
+            "questions": questions,
+            "temperatures": dict(temperatures),
+        }
 
     @cached_property
     def labels(self) -> Labels:

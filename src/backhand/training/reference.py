@@ -34,6 +34,7 @@ from backhand.kernels.builds import describe
 from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
+from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.objective import Objective, document_sums
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
@@ -91,6 +92,8 @@ def run_objectives(
         if name not in sets:
             return None
         packer, reference, others_name = sets[name][0], sums.get(name), f"{name}_others"
+        if options.objective == "decide":
+            return DecideObjective(packer)
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
         others, _ = sets.get(others_name, (None, None))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from backhand.data.decisions import QuestionType
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
 from backhand.engines.engine import RunCache
@@ -24,6 +25,7 @@ from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
 from backhand.loop.loop import TrainingLoop
 from backhand.loop.measuring import HeldOut
+from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.objective import HeldOutObjective, Objective
 from backhand.loop.observers import Observers, RunStart
 from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
@@ -73,6 +75,7 @@ class Trainer:
     pause_at: int | None = None  # step to stop after, with a checkpoint; None to run to the end
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
+    _held_out_objective: Objective | None = None
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `run.train`."""
@@ -91,7 +94,7 @@ class Trainer:
                 self.directory,
                 store,
                 state,
-                lambda: run.bound.adapter_files(run.identity.record(), self._card(state.progress)),
+                lambda: run.bound.adapter_files(run.identity.record(self._temperatures()), self._card(state.progress)),
                 lambda step: {
                     **run.identity.facts,
                     "frozen_digest": self._frozen_digest,
@@ -119,13 +122,13 @@ class Trainer:
                     run, self.directory, digest, log=log, notify=self.observer.noted, run_cache=self.run_cache
                 )
             )
-            objective, held_out_objective = self._objectives(caches, log)
+            objective, self._held_out_objective = self._objectives(caches, log)
             rewarded = self._rewarded(resources, log)
             evaluator = Evaluator(
                 run.bound.model,
                 state,
                 plan,
-                held_out=self._held_out(caches, held_out_objective, rewarded),
+                held_out=self._held_out(caches, self._held_out_objective, rewarded),
                 meter=run.inputs.neutral if run.inputs.neutral.documents else None,
                 base_guard=base_guard,
                 learning_guard=LearningGuard(run.bound.lora, optimizer, log),
@@ -181,6 +184,11 @@ class Trainer:
         self.processes.assert_equal(
             {**facts, "base model": self._frozen_digest, "adapter": state_digests(state)["adapter"]}
         )
+
+    def _temperatures(self) -> Mapping[QuestionType, float]:
+        """Return the temperatures of the most recent evaluation; empty unless questions are decided."""
+        objective = self._held_out_objective
+        return objective.temperatures if isinstance(objective, DecideObjective) else {}
 
     def _save(self, saver: Saver, state: RunState, *, is_best: bool) -> None:
         """Save a checkpoint in rank 0, after checking that all processes have the same adapter."""

@@ -67,6 +67,11 @@ class Objective(ABC):
     ) -> None:
         """Prepare the losses of a step, for objectives in which the loss of a row depends on other rows of the step."""
 
+    def evaluated(  # noqa: B027 - most objectives learn nothing from an evaluation
+        self, rows: Sequence[int], sums: Sequence[float]
+    ) -> None:
+        """Receive s of all documents of held-out rows after an evaluation."""
+
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
         """Return the loss of micro-batch `number`, Σ ℓ of its rows, as a function of its tokens' log-probabilities."""
         owners, counts = token_owners(self.packer, rows)
@@ -139,6 +144,7 @@ class HeldOutObjective(HeldOut):
         if sums is None:
             return None
         result = objective.of_sums(rows, sums)
+        objective.evaluated(rows, sums.tolist())
         self.measured = {f"eval_{name}": value for name, value in means([result.measured]).items()}
         return sequential_sum(result.losses.tolist()) / len(rows)
 

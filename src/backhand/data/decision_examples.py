@@ -1,0 +1,119 @@
+"""Encode rows of decisions: one document per label of each question, all with the same prompt.
+
+    state and question 1   →   prompt tokens A,   prompt tokens B
+    state and question 2   →   prompt tokens yes,   prompt tokens no
+
+The last token of each document is its only supervised token. The documents of a row begin with the same tokens, which
+are computed once (`data.prefix_forest`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, islice
+
+import numpy as np
+
+from backhand.data.decisions import DecisionRow, LabelTokens
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import Example, encode_document
+from backhand.data.rows import Completion, decision_text
+from backhand.data.stored_examples import ExampleWriter, StoredExamples
+from backhand.data.text_encoder import TokenIds
+from backhand.errors import not_none
+
+_ROWS_AT_ONCE = 256
+
+
+class DecisionEncoder:
+    """Make the documents of rows of decisions.
+
+    Args:
+        renderer: renders prompts and replies.
+        max_length: largest number of tokens of a document.
+    """
+
+    def __init__(self, renderer: RowRenderer, max_length: int) -> None:
+        self._renderer, self._max_length = renderer, max_length
+        self._labels = LabelTokens(self._reply)
+
+    def example(self, row: DecisionRow, orders: Sequence[Sequence[int]], encoded: Sequence[Example]) -> Example | None:
+        """Return the example of a row, or None if a prompt is longer than `max_length`.
+
+        Its documents are in the order of the questions and, within a question, of the options in canonical order. The
+        other spellings of labels come last.
+
+        Args:
+            orders: per question, the index of the option that has each label.
+            encoded: per question, the encoded `decision_text` in this order.
+
+        Raises:
+            DataError: a label is not one token.
+        """
+        documents: list[Example] = []
+        spellings: list[int] = []
+        for asked, order, one in zip(row.asked, orders, encoded, strict=True):
+            begin, _ = one.last_answer
+            prompt = one.input_ids[:begin]
+            if len(prompt) >= self._max_length:
+                return None
+            tokens, others = self._labels.of(asked.question)
+            by_option = [tokens[order.index(option)] for option in asked.question.canonical_order]
+            documents += [_ending_in(prompt, token, row.source) for token in (*by_option, *others)]
+            spellings.append(len(others))
+        return replace(documents[0], others=tuple(documents[1:]), decision=replace(row, spellings=tuple(spellings)))
+
+    def encode(self, rows: Sequence[DecisionRow], seed: int | None = None) -> list[Example | None]:
+        """Encode rows together; None for a row whose prompt is longer than `max_length`.
+
+        Args:
+            seed: of random orders of the options of choices, which also depend on the row's text; None for the
+                canonical order.
+        """
+        orders = [
+            [
+                one.question.canonical_order if seed is None else one.question.random_order(row.state, seed)
+                for one in row.asked
+            ]
+            for row in rows
+        ]
+        texts = [
+            decision_text(row, place, order)
+            for row, of_row in zip(rows, orders, strict=True)
+            for place, order in enumerate(of_row)
+        ]
+        encoder = self._renderer.encoder
+        documents = list(chain.from_iterable(map(self._renderer.documents, texts)))
+        pairs = zip(documents, encoder.encode_plain(documents), strict=True)
+        encoded = (encode_document(document, encoder, encoding) for document, encoding in pairs)
+        return [
+            self.example(row, of_row, list(islice(encoded, len(of_row))))
+            for row, of_row in zip(rows, orders, strict=True)
+        ]
+
+    def in_random_order(self, examples: StoredExamples, seed: int = 0) -> StoredExamples:
+        """Return the examples with the options of every choice in a random order, see `encode`.
+
+        A row that becomes too long keeps its order.
+        """
+        writer = ExampleWriter()
+        for start in range(0, len(examples), _ROWS_AT_ONCE):
+            part = examples[start : start + _ROWS_AT_ONCE]
+            turned = self.encode([not_none(one.decision) for one in part], seed)
+            for example, other in zip(part, turned, strict=True):
+                writer.add(other or example)
+        return writer.stored()
+
+    def _reply(self, label: str) -> tuple[int, ...]:
+        """Return the tokens of a reply with this text, including those that end it."""
+        (document,) = self._renderer.documents(Completion("?", label, "\n", None, "labels"))
+        example = encode_document(document, self._renderer.encoder)
+        begin, end = example.last_answer
+        return tuple(example.input_ids[begin:end].tolist())
+
+
+def _ending_in(prompt: TokenIds, token: int, source: str) -> Example:
+    supervised = np.zeros(len(prompt) + 1, dtype=np.bool_)
+    supervised[-1] = True
+    return Example(np.append(prompt, np.int32(token)), supervised, source)

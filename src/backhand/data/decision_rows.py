@@ -1,0 +1,164 @@
+"""Read rows of decisions: in the protocol's form, or as a text with columns of answers, whose questions are inferred.
+
+A row in the protocol's form has `state`, `questions` and `answers`. Other rows have a state only: `--state` and
+`--question` name the columns, or the columns are `prompt` and `completion`, or `text` and `label`. The options of their
+questions are the answers that occur in the training rows. These are read once before the rows are encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backhand.data.decisions import (
+    Asked,
+    DecisionRow,
+    Question,
+    as_key,
+    inferred_question,
+    question_of,
+    state_text,
+)
+from backhand.data.forms import Form
+from backhand.data.raw_rows import RawRow, describe
+from backhand.errors import DataError
+from backhand.words import name_list
+
+ANSWERS, QUESTIONS, LABEL = "answers", "questions", "label"
+
+
+def read_decision(
+    form: Form, raw: RawRow, questions: Mapping[str, Question], *, unanswered: bool = False
+) -> DecisionRow:
+    """Read a row.
+
+    Args:
+        form: the form of the row; its first column is the state.
+        questions: the questions of rows that do not contain their own.
+        unanswered: also keep the questions without an answer.
+
+    Raises:
+        DataError: the state is empty, a question is malformed, or an answer is none of its options.
+    """
+    state = state_text(raw.values[form.columns[0]])
+    if not state.strip():
+        raise DataError(f"{form.columns[0]} is empty", where=raw.source)
+    answers = _answers(form, raw)
+    own = raw.values.get(QUESTIONS) if form.columns[0] == "state" else None
+    if own is not None:
+        if not isinstance(own, Mapping) or not own:
+            raise DataError(f"questions is {describe(own)}, not a table of questions by name", where=raw.source)
+        questions = {str(name): question_of(str(name), spec, raw.source) for name, spec in own.items()}
+    if other := [name for name in answers if name not in questions]:
+        raise DataError(
+            f"there is an answer to {other[0]!r}, which is no question",
+            where=raw.source,
+            why=f"the questions are {name_list(questions) or 'none'}",
+        )
+    asked = tuple(
+        Asked(question, question.targets(answers[name], raw.source) if name in answers else None)
+        for name, question in questions.items()
+        if unanswered or name in answers
+    )
+    if not asked:
+        raise DataError("no question of this row has an answer", where=raw.source)
+    return DecisionRow(state, asked, raw.source)
+
+
+def _answers(form: Form, raw: RawRow) -> dict[str, Any]:
+    """Return the answers of a row by question, without empty ones."""
+    if form.columns[0] != "state":
+        answers: Any = {LABEL: raw.values.get(form.columns[1]) if len(form.columns) > 1 else None}
+    else:
+        answers = raw.values.get(ANSWERS) or {}
+    if not isinstance(answers, Mapping):
+        raise DataError(f"answers is {describe(answers)}, not a table of answers by question", where=raw.source)
+    return {str(name): answer for name, answer in answers.items() if not _is_missing(answer)}
+
+
+def _is_missing(answer: Any) -> bool:
+    """Return True for null, blank text, and the NaN of an empty cell in a table of numbers."""
+    return answer is None or answer != answer or (isinstance(answer, str) and not answer.strip())
+
+
+@dataclass
+class QuestionFinder:
+    """Collect the questions of training rows.
+
+    Args:
+        instructions: text of each question by its name, for rows that do not contain their questions.
+    """
+
+    instructions: Mapping[str, str]
+    _values: dict[str, dict[str, Any]] = field(default_factory=dict)  # by question: different answers by their key
+    _own: dict[str, Question | None] = field(default_factory=dict)  # questions of rows; None if they differ
+    _source: str = ""
+
+    def add(self, form: Form, raw: RawRow) -> None:
+        """Take note of a row. Raises DataError: its questions or answers are malformed."""
+        self._source = self._source or raw.source
+        if form.columns[0] == "state" and raw.values.get(QUESTIONS) is not None:
+            for asked in read_decision(form, raw, {}, unanswered=True).asked:
+                name = asked.question.name
+                same = self._own.setdefault(name, asked.question) == asked.question
+                self._own[name] = asked.question if same else None
+            return
+        for name, answer in _answers(form, raw).items():
+            options = answer if isinstance(answer, Mapping) else (answer,)
+            self._values.setdefault(name, {}).update({as_key(option): option for option in options})
+
+    def questions(self) -> dict[str, Question]:
+        """Return the questions by name. Those that differ between rows are left out.
+
+        Raises:
+            DataError: a question has one answer only, or more than there are labels.
+        """
+        usual = "Which label fits?" if LABEL in self._values and LABEL not in self.instructions else ""
+        inferred = {
+            name: inferred_question(name, self.instructions.get(name, usual), tuple(values), self._source)
+            for name, values in self._values.items()
+        }
+        ordered = [name for name in self.instructions if name in inferred] + list(inferred)
+        return {name: inferred[name] for name in dict.fromkeys(ordered)} | {
+            name: question for name, question in self._own.items() if question is not None
+        }
+
+
+def find_questions(
+    files: tuple[str, ...],
+    rows_of: Callable[[str], Iterator[tuple[Form, RawRow]]],
+    instructions: Mapping[str, str],
+) -> dict[str, Question]:
+    """Return the questions of all rows in these files.
+
+    Args:
+        rows_of: yields the valid rows of a file with their form.
+        instructions: as for `QuestionFinder`.
+
+    Raises:
+        DataError: a file is a pipe, or the questions are unusable.
+    """
+    finder = QuestionFinder(instructions)
+    for name in files:
+        if Path(name).exists() and not Path(name).is_file():
+            raise DataError(
+                "rows of decisions cannot come from a pipe",
+                where=name,
+                why="they are read twice: first to collect the options of every question",
+                next_step="write them to a file",
+            )
+        for form, raw in rows_of(name):
+            finder.add(form, raw)
+    return finder.questions()
+
+
+def question_notes(questions: Mapping[str, Question]) -> list[str]:
+    """Return one sentence per question about its type and its options."""
+    types = {"choice": "a choice of {}", "noul": "yes or no", "score": "a score with the levels {}"}
+    shown = {name: one.descriptions if one.type == "score" else one.keys for name, one in questions.items()}
+    return [
+        f"the question {name} is {types[one.type].format(name_list(map(str, shown[name])))}"
+        for name, one in questions.items()
+    ]

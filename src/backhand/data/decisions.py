@@ -1,0 +1,333 @@
+"""Questions with a fixed set of answers about a state, and the prompt in which servers ask them.
+
+    {state}
+
+    Question: {instructions}
+    A: {option} - {description}
+    B: {option}
+    Answer with the letter of one option only.
+
+This is version 1 of SGLang's decision prompt (`serving_decisions.py`) and the prompt of vLLM's structured decisions
+(`question_types.py`). The reply is one label, which must be one token: a letter for a choice, `yes` or `no` for a yes
+or no question, a digit for the level of a score. SGLang words yes or no questions in another way. llama.cpp's decision
+type `lfm2-d1` reads the same labels from a prompt that the model's file contains.
+
+Options have a canonical order: those of a choice are sorted by name, yes comes before no, and levels ascend. Evaluation
+and `backhand decide` use this order only. Training shows the options of a choice in an order that is drawn from the
+row's own text.
+
+llama.cpp takes the larger of the logits of `yes`, `Yes` and `YES`, and vLLM adds the probabilities of `yes` and `Yes`.
+Therefore these other spellings are options that are never right (`SPELLINGS`). Training makes them improbable, so that
+all servers agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase, digits
+from typing import Any, Literal, get_args
+
+from backhand.errors import DataError
+from backhand.words import name_list, shorten
+
+PROMPT_VERSION = 1
+"""Version of the prompt's wording and labels, as SGLang counts them."""
+
+QuestionType = Literal["choice", "noul", "score"]
+"""A choice between named options; yes or no; a level of an ordered scale. The names are those of the protocol."""
+
+LABELS: dict[QuestionType, tuple[str, ...]] = {
+    "choice": tuple(ascii_uppercase),
+    "noul": ("yes", "no"),
+    "score": tuple(digits),
+}
+SPELLINGS: dict[QuestionType, tuple[str, ...]] = {"choice": (), "noul": ("Yes", "No", "YES", "NO"), "score": ()}
+"""Other spellings of labels that servers read as well."""
+_CLOSING: dict[QuestionType, str] = {
+    "choice": "Answer with the letter of one option only.",
+    "noul": "Answer with yes or no only.",
+    "score": "Answer with the number of one level only.",
+}
+TRUE, FALSE = "true", "false"
+_YES = {"true": TRUE, "yes": TRUE, "1": TRUE, "false": FALSE, "no": FALSE, "0": FALSE}
+_SUM_ERROR = 1e-3
+"""Largest difference of the sum of given probabilities from 1."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a state, with its options in canonical order."""
+
+    name: str
+    type: QuestionType
+    instructions: str
+    keys: tuple[
+        str, ...
+    ]  # names of the options; `true` and `false` for yes or no, the numbers of the levels for a score
+    descriptions: tuple[str | None, ...]  # per option; for a score, the names of the levels
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order in which options are shown."""
+        return LABELS[self.type][: len(self.keys)]
+
+    def prompt(self, state: str, order: Sequence[int]) -> str:
+        """Return the prompt with the options in the given order.
+
+        Args:
+            order: index of the option that has each label.
+        """
+        lines = [f"Question: {self.instructions}"] if self.instructions else []
+        for label, option in zip(self.labels, order, strict=True):
+            key, description = self.keys[option], self.descriptions[option]
+            if self.type == "choice":
+                lines.append(f"{label}: {key} - {description}" if description else f"{label}: {key}")
+            elif description:
+                lines.append(f"{label}: {description}")
+        return "\n".join((state, "", *lines, _CLOSING[self.type]))
+
+    @property
+    def canonical_order(self) -> tuple[int, ...]:
+        """The order in which evaluation and `backhand decide` show the options."""
+        return tuple(range(len(self.keys)))
+
+    def random_order(self, state: str, seed: int = 0) -> tuple[int, ...]:
+        """Return an order that is drawn from question and state. Only the options of a choice change their order."""
+        if self.type != "choice":
+            return self.canonical_order
+        keyed = [
+            hashlib.sha256(repr((seed, self.name, state, key)).encode(errors="replace")).digest() for key in self.keys
+        ]
+        return tuple(sorted(self.canonical_order, key=keyed.__getitem__))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the question in the protocol's form."""
+        criteria: Any = dict(zip(self.keys, self.descriptions, strict=True))
+        if self.type == "score":
+            criteria = list(self.descriptions)
+        elif self.type == "noul":
+            criteria = {key: description for key, description in criteria.items() if description}
+        return {"type": self.type, "instructions": self.instructions, "criteria": criteria}
+
+    def targets(self, answer: Any, source: str) -> tuple[float, ...]:
+        """Return the probability of every option.
+
+        Args:
+            answer: an option, a level, true or false, or probabilities by option; for yes or no also the probability of
+                yes as a fraction.
+
+        Raises:
+            DataError: the answer is none of these.
+        """
+        if isinstance(answer, Mapping):
+            return self._probabilities(answer, source)
+        if self.type == "noul" and isinstance(answer, float) and 0 < answer < 1:
+            return answer, 1 - answer
+        key = as_key(answer)
+        if self.type == "noul":
+            key = _YES.get(key.lower(), key)
+        elif self.type == "score" and key not in self.keys and key in self.descriptions:
+            key = self.keys[self.descriptions.index(key)]
+        if key not in self.keys:
+            raise DataError(
+                f"the answer {shorten(key)!r} to {self.name} is none of its options",
+                where=source,
+                why=f"the options are {name_list(map(shorten, self.keys))}",
+                next_step="correct the answer, or add the option to the question",
+            )
+        return tuple(float(key == one) for one in self.keys)
+
+    def answer(self, p: Sequence[float]) -> dict[str, Any]:
+        """Return the answer with these probabilities in the protocol's form.
+
+        The confidence is llama.cpp's: 0 for equal probabilities of all options, 1 for a certain answer.
+        """
+        if self.type == "noul":
+            return {"type": "noul", "noul": p[0]}
+        best, count = max(range(len(p)), key=p.__getitem__), len(p)
+        probabilities = dict(zip(self.keys, p, strict=True))
+        if self.type == "choice":
+            confidence = max(0.0, (p[best] - 1 / count) / (1 - 1 / count))
+            chosen = self.keys[best]
+            return {"type": "choice", "choice": chosen, "probabilities": probabilities, "confidence": confidence}
+        distance = sum(one * abs(level - best) for level, one in enumerate(p))
+        largest = sum(abs(level - (count - 1) / 2) for level in range(count)) / count
+        return {
+            "type": "score",
+            "score": sum(level * one for level, one in enumerate(p)),
+            "legend": dict(zip(self.keys, self.descriptions, strict=True)),
+            "probabilities": probabilities,
+            "confidence": max(0.0, 1 - distance / largest),
+        }
+
+    def _probabilities(self, answer: Mapping[Any, Any], source: str) -> tuple[float, ...]:
+        given = {as_key(key): p for key, p in answer.items()}
+        if self.type == "noul":
+            given = {_YES.get(key.lower(), ""): p for key, p in given.items()}
+        values = [given.get(key, 0.0) for key in self.keys]
+        numbers = all(isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p <= 1 for p in values)
+        if given.keys() - {*self.keys} or not numbers or abs(sum(values) - 1) > _SUM_ERROR:
+            raise DataError(
+                f"the probabilities of {self.name} are not numbers from 0 to 1 with the sum 1, one for each option",
+                where=source,
+                why=f"the options are {name_list(map(shorten, self.keys))}",
+            )
+        return tuple(float(p) / sum(values) for p in values)
+
+
+def question_of(name: str, spec: Any, source: str) -> Question:
+    """Read a question in the protocol's form.
+
+    Raises:
+        DataError: the question is malformed, or has more options than there are labels.
+    """
+    if not isinstance(spec, Mapping) or spec.get("type") not in get_args(QuestionType):
+        raise DataError(
+            f"the question {name!r} has no type", where=source, why="a type is choice, noul (yes or no) or score"
+        )
+    kind: QuestionType = spec["type"]
+    criteria, instructions = spec.get("criteria"), spec.get("instructions")
+    if kind == "score" and isinstance(criteria, list):
+        options = {str(level): text for level, text in enumerate(criteria)}
+    elif kind == "choice" and isinstance(criteria, Mapping):
+        options = {str(key): criteria[key] for key in sorted(criteria)}
+    elif kind == "noul" and isinstance(criteria, Mapping | None):
+        described = {_YES.get(str(key).lower()): text for key, text in (criteria or {}).items()}
+        if None in described:
+            raise DataError(f"the criteria of {name!r} are neither true nor false", where=source)
+        options = {TRUE: described.get(TRUE), FALSE: described.get(FALSE)}
+    else:
+        expected = "list of levels" if kind == "score" else "table of options"
+        raise DataError(f"the criteria of {name!r} are no {expected}", where=source)
+    descriptions = tuple(None if text is None else as_key(text) for text in options.values())
+    return _checked(Question(name, kind, as_key(instructions or ""), tuple(options), descriptions), source)
+
+
+def inferred_question(name: str, instructions: str, answers: Sequence[Any], source: str) -> Question:
+    """Return the question whose answers these are.
+
+    `true` and `false`, `yes` and `no`, or 0 and 1 make a yes or no question. Three to ten successive whole numbers make
+    a score. Everything else is a choice.
+
+    Args:
+        answers: all different answers.
+
+    Raises:
+        DataError: there is one answer only, or there are more than labels.
+    """
+    keys = sorted({as_key(answer) for answer in answers})
+    meant = {_YES.get(key.lower()) for key in keys}
+    if meant == {TRUE, FALSE} and len(keys) <= len(LABELS["noul"]):
+        return Question(name, "noul", instructions, (TRUE, FALSE), (None, None))
+    numbers = sorted(int(key) for key in keys if key.isdecimal())
+    successive = len(numbers) == len(keys) and len(numbers) == len({*numbers})
+    if successive and len(LABELS["score"]) >= len(keys) > 2 and numbers[-1] - numbers[0] == len(keys) - 1:
+        levels = tuple(map(str, numbers))
+        return Question(name, "score", instructions, tuple(map(str, range(len(levels)))), levels)
+    return _checked(Question(name, "choice", instructions, tuple(keys), (None,) * len(keys)), source)
+
+
+def _checked(question: Question, source: str) -> Question:
+    labels = LABELS[question.type]
+    if len(question.keys) > len(labels):
+        raise DataError(
+            f"{question.name} has {len(question.keys):,} options, but there are labels for {len(labels)}",
+            where=source,
+            why=f"the labels {labels[0]} to {labels[-1]} are one token each, as servers read them",
+            next_step="merge rare options, or ask two questions",
+        )
+    if len(question.keys) < 2:
+        only = shorten(question.keys[0]) if question.keys else "none"
+        raise DataError(
+            f"{question.name} has one answer only: {only}",
+            where=source,
+            next_step="give rows with other answers, or leave the question out",
+        )
+    return question
+
+
+def as_key(value: Any) -> str:
+    """Return a value as the name of an option: text without surrounding space, whole numbers without a fraction."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def state_text(state: Any) -> str:
+    """Return a state as text: text unchanged, everything else as JSON."""
+    return state if isinstance(state, str) else json.dumps(state, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a row, with its answer."""
+
+    question: Question
+    targets: tuple[float, ...] | None  # probability of each option, in canonical order; None without an answer
+
+
+@dataclass(frozen=True)
+class DecisionRow:
+    """A state with questions about it."""
+
+    state: str
+    asked: tuple[Asked, ...]
+    source: str
+    # number of spellings that each question has as options that are never right
+    spellings: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of scored labels of each question: its options, then the other spellings."""
+        return tuple(len(one.question.keys) + extra for one, extra in zip(self.asked, self.spellings, strict=True))
+
+    def to_json(self) -> Any:
+        """Return everything that the loss depends on, for digests."""
+        return [self.state, [[one.question.name, one.question.to_json(), one.targets] for one in self.asked]]
+
+
+class LabelTokens:
+    """The token of every label at the start of a reply.
+
+    Args:
+        reply: returns the tokens of a reply with this text, including those that end it.
+    """
+
+    def __init__(self, reply: Callable[[str], tuple[int, ...]]) -> None:
+        self._reply = reply
+        self._end: tuple[int, ...] | None = None
+        self._known: dict[str, int | None] = {}
+
+    def of(self, question: Question) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the tokens of the labels of a question, and of its other spellings that are one token.
+
+        Raises:
+            DataError: a label is not one token, or two labels have the same token.
+        """
+        tokens = [self._token(label) for label in question.labels]
+        for label, token in zip(question.labels, tokens, strict=True):
+            if token is None or tokens.count(token) > 1:
+                raise DataError(
+                    f"the label {label!r} is not one token of its own at the start of a reply",
+                    where=question.name,
+                    why="a decision is the probability of one token, so this tokenizer cannot be used for "
+                    f"{question.type} questions of {len(question.keys)} options",
+                    next_step="use another base model, or questions with fewer options",
+                )
+        others = [self._token(text) for text in SPELLINGS[question.type]]
+        spare = dict.fromkeys(token for token in others if token is not None and token not in tokens)
+        return tuple(token for token in tokens if token is not None), tuple(spare)
+
+    def _token(self, label: str) -> int | None:
+        """Return the token of a label, or None if it is not one token."""
+        if label not in self._known:
+            first, *rest = self._reply(label)
+            if self._end is None:  # the shorter reply of two labels ends after one token
+                self._end = min((tuple(self._reply(text)[1:]) for text in ("A", "0")), key=len)
+            self._known[label] = first if tuple(rest) == self._end else None
+        return self._known[label]

@@ -1,0 +1,304 @@
+"""Decide states with an adapter: the calibrated probability of every answer, in one forward pass per batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from backhand.bounds import check_kind
+from backhand.data.decision_examples import DecisionEncoder
+from backhand.data.decisions import PROMPT_VERSION, Asked, DecisionRow, Question, QuestionType, question_of
+from backhand.data.documents import RowRenderer
+from backhand.data.examples import Example, check_vocabulary
+from backhand.data.options import DataOptions, TemplateOptions
+from backhand.data.packing import RowPacker
+from backhand.data.prepare import prepare
+from backhand.data.rows import Purpose
+from backhand.data.stored_examples import stored
+from backhand.distributed.communicator import Communicator
+from backhand.errors import ArtifactError, DataError, UsageError, not_none
+from backhand.files import write_atomically
+from backhand.generation.command import check_output
+from backhand.generation.completer import require_finite
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.loop.decision_scores import DecisionScore, Outcome, outcomes_of, score_questions
+from backhand.loop.objectives.objective import document_sums
+from backhand.options.command_options import DecideOptions
+from backhand.printing import counting
+from backhand.reading import read_plain
+from backhand.terminal import console_for_tables, table_of, working
+from backhand.words import shorten, show_notes
+
+_ROWS_AT_ONCE = 256
+RANDOM_ORDERS = 2
+"""Number of random orders in which the options of a choice are shown to measure how many decisions change."""
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A model that decides questions about states.
+
+    Attributes:
+        loaded: the model with its adapter.
+        questions: the questions that the adapter was trained on, by name.
+        temperatures: temperature of each type of question; 1 for types without one.
+        state: column or template of the states in tables, as in training; None without one.
+    """
+
+    loaded: LoadedModel
+    questions: Mapping[str, Question]
+    temperatures: Mapping[QuestionType, float]
+    state: str | None
+    encoder: DecisionEncoder
+    micro_batch_rows: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, template: TemplateOptions, micro_batch_rows: int) -> Decider:
+        """Return the decider of a loaded adapter.
+
+        Raises:
+            UsageError: the model has no adapter that was trained to decide.
+            ArtifactError: the adapter's record cannot be read.
+        """
+        record = loaded.decisions
+        if not record:
+            raise UsageError(
+                "this adapter was not trained to decide",
+                where="adapter",
+                next_step="train one with --objective decide, or answer with labels: backhand generate --labels",
+            )
+        version = record.get("prompt_version")
+        if version != PROMPT_VERSION:
+            raise ArtifactError(
+                f"the adapter was trained on version {version} of the prompt, and this program has {PROMPT_VERSION}",
+                where="backhand.json",
+                next_step="use the version of Backhand that trained it",
+            )
+        questions = {name: question_of(name, spec, "backhand.json") for name, spec in record["questions"].items()}
+        encoder = DecisionEncoder(RowRenderer(loaded.tokenizer, template), loaded.model.context_tokens)
+        return cls(loaded, questions, record["temperatures"], record.get("state"), encoder, micro_batch_rows)
+
+    def outcomes(self, rows: Sequence[DecisionRow], seed: int | None = None) -> Iterator[list[Outcome]]:
+        """Yield the outcomes of each row's questions.
+
+        Args:
+            seed: of random orders of options; None for the canonical order.
+
+        Raises:
+            DataError: a prompt is longer than the model's context.
+            CheckError: the model computes NaN or infinity.
+        """
+        model = self.loaded.model
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            examples = [
+                _fitting(example, row, model.context_tokens)
+                for example, row in zip(self.encoder.encode(part, seed), part, strict=True)
+            ]
+            whole = stored(examples)
+            check_vocabulary(whole.beyond(model.vocab_size), model.vocab_size, self.loaded.tokenizer)
+            packer = RowPacker(whole, share_prefixes=model.shares_prefixes)
+            every = range(len(part))
+            sums = not_none(document_sums(model, packer, every, self.micro_batch_rows, Communicator()))
+            require_finite(sums)
+            asked = iter(outcomes_of((not_none(one.decision) for one in examples), sums.tolist()))
+            for row in part:
+                yield [next(asked) for _ in row.asked]
+
+    def answers(self, rows: Sequence[DecisionRow]) -> Iterator[dict[str, Any]]:
+        """Yield the answers to each row's questions in the protocol's form."""
+        for outcomes in self.outcomes(rows):
+            answers = {one.question.name: one.question.answer(self._probabilities(one)) for one in outcomes}
+            yield {"answers": answers}
+
+    def _probabilities(self, outcome: Outcome) -> list[float]:
+        return [float(p) for p in outcome.probabilities(self.temperatures.get(outcome.question.type, 1.0))]
+
+    def flips(self, rows: Sequence[DecisionRow], decided: Sequence[Sequence[Outcome]]) -> dict[str, float]:
+        """Return the share of decisions of each choice that change if its options come in a random order.
+
+        Args:
+            decided: the outcomes in canonical order.
+        """
+        changed: dict[str, list[bool]] = {}
+        numbers = [n for n, row in enumerate(rows) if any(one.question.type == "choice" for one in row.asked)]
+        for seed in range(1, RANDOM_ORDERS + 1):
+            for number, turned in zip(numbers, self.outcomes([rows[n] for n in numbers], seed), strict=True):
+                for one, other in zip(decided[number], turned, strict=True):
+                    if one.question.type == "choice":
+                        differs = bool(one.scores.argmax() != other.scores.argmax())
+                        changed.setdefault(one.question.name, []).append(differs)
+        return {name: sum(differ) / len(differ) for name, differ in changed.items()}
+
+
+def _fitting(example: Example | None, row: DecisionRow, context_tokens: int) -> Example:
+    if example is None:
+        raise DataError(
+            f"the state with its question is longer than the model's {context_tokens:,} tokens",
+            where=row.source,
+            next_step="shorten the state",
+        )
+    return example
+
+
+def decided_rows(
+    decider: Decider, data: DataOptions, questions: Mapping[str, Question], *, answered: bool
+) -> list[DecisionRow]:
+    """Read rows to decide, or rows with answers to evaluate.
+
+    Raises:
+        UsageError, DataError: see `data.prepare`. DataError also for rows that are too long.
+    """
+    columns = {} if not answered or data.state is None else dict.fromkeys(questions, "")
+    data = replace(data, eval_data=(), eval_fraction=0.0, question=data.question or columns)
+    purpose: Purpose = "decisions" if answered else "states"
+    prepared, _ = prepare(data, decider.loaded.tokenizer, purpose=purpose, questions=questions)
+    show_notes(prepared.report.left_out())
+    if prepared.report.dropped_long and not answered:
+        raise DataError(
+            f"a state with its question is longer than {data.max_length:,} tokens",
+            where=prepared.report.first_cut[1],
+            next_step="shorten it, or raise --max-length",
+        )
+    return [not_none(prepared.examples.decision(number)) for number in range(len(prepared.examples))]
+
+
+def evaluate_decisions(
+    loaded: LoadedModel, data: DataOptions, micro_batch_rows: int
+) -> tuple[int, list[tuple[float, int, dict[str, DecisionScore]]]]:
+    """Score the base model and the adapter on rows with answers.
+
+    Returns:
+        the number of rows; and per model the mean loss of an answer, the number of answers, and the scores by question.
+        The base model has no temperatures.
+    """
+    decider = Decider.of(loaded, data, micro_batch_rows)
+    data = replace(data, state=data.state or (decider.state if not data.prompt else None))
+    rows = decided_rows(decider, data, decider.questions, answered=True)
+    results = []
+    for adapter in (False, True):
+        loaded.model.use_adapter(adapter)
+        who = "adapted model" if adapter else "base model"
+        with counting(f"{who}: decisions", len(rows)) as done:
+            by_row = []
+            for outcomes in decider.outcomes(rows):
+                by_row.append(outcomes)
+                done()
+        flips = decider.flips(rows, by_row) if adapter else {}
+        every = [one for outcomes in by_row for one in outcomes]
+        scores = score_questions(every, decider.temperatures if adapter else {}, flips)
+        answers = sum(score.rows for score in scores.values())
+        loss = sum(score.rows * score.nll for score in scores.values()) / answers
+        results.append((loss, answers, scores))
+    return len(rows), results
+
+
+def print_decisions(model: str, scores: Mapping[str, DecisionScore]) -> None:
+    """Print a table with one line per question, and sentences about each."""
+    figures = ("rows", "accuracy", "majority", "macro F1", "NLL", "Brier", "ECE", "temperature", "flips")
+    shown = table_of("question", *figures, right=figures, title=f"decisions, {model} model")
+    for name, one in scores.items():
+        low, high = one.ece_interval
+        flips = "" if one.flips is None else f"{one.flips:.1%}"
+        shares = f"{one.accuracy:.1%}", f"{one.majority:.1%}", f"{one.f1_macro:.3f}"
+        errors = f"{one.nll:.4f}", f"{one.brier:.4f}", f"{one.ece:.3f} ({low:.3f} to {high:.3f})"
+        shown.add_row(name, f"{one.rows:,}", *shares, *errors, f"{one.temperature:.3f}", flips)
+    console = console_for_tables()
+    console.print(shown)
+    for name, one in scores.items():
+        for line in about_score(name, one):
+            console.print(line, soft_wrap=True)
+
+
+def about_score(name: str, score: DecisionScore) -> list[str]:
+    """Return sentences about a question: the accuracy of the most confident decisions, and the worst surprise."""
+    if score.constant:
+        return [f"{name}: the model gives the same answer to all rows"]
+    if score.accuracy <= score.majority:
+        return [f"{name}: always giving the most frequent answer is right as often ({score.majority:.1%})"]
+    half = score.coverage[len(score.coverage) // 2 - 1]
+    worst = score.surprises[0]
+    confident = (
+        f"{name}: {half['coverage']:.0%} of the rows have a confidence of at least {half['threshold']:.3f}, and "
+        f"{half['accuracy']:.1%} of their decisions are right"
+    )
+    surprise = (
+        f"{name}: the most surprising answer is {shorten(worst['answer'])} at {worst['source']}, where the model "
+        f"decides {shorten(worst['decision'])} and gives it {worst['probability']:.2%}"
+    )
+    return [confident, surprise]
+
+
+def decide(options: DecideOptions) -> list[dict[str, Any]]:
+    """Decide one state, or the states of files.
+
+    Returns:
+        per state `{"answers": {question: answer}}`, with answers in the form of the decision protocol.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the states, the questions, the model or the adapter cannot be
+            used.
+    """
+    check_kind("options", options, DecideOptions)
+    options.validate()
+    run, given = options.run, options.data
+    with loaded_model(options.model, run.adapter, template=given) as loaded:
+        show_notes(loaded.notes)
+        decider = Decider.of(loaded, given, run.micro_batch_rows)
+        questions = decider.questions if run.questions is None else _read_questions(run.questions)
+        if given.data:
+            values = {field.name: getattr(given, field.name) for field in fields(given)}
+            data = DataOptions(**values, max_length=loaded.model.context_tokens)
+            data = replace(data, state=data.state or decider.state)
+            rows = decided_rows(decider, data, questions, answered=False)
+        else:
+            asked = tuple(Asked(question, None) for question in _required(questions))
+            rows = [DecisionRow(not_none(given.state), asked, "state")]
+        with counting("decisions", len(rows)) as done:
+            answers = []
+            for answer in decider.answers(rows):
+                answers.append(answer)
+                done()
+    return answers
+
+
+def decide_command(options: DecideOptions) -> list[dict[str, Any]]:
+    """Run `decide` and write one JSON object per state, to `output` or to standard output."""
+    check_output(options.run.output, overwrite=options.run.overwrite)
+    with working("deciding"):
+        answers = decide(options)
+    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    if options.run.output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(options.run.output, text.encode())
+    return answers
+
+
+def _required(questions: Mapping[str, Question]) -> Iterable[Question]:
+    if not questions:
+        raise UsageError(
+            "the adapter was trained on questions that differ from row to row",
+            where="questions",
+            next_step="give --questions FILE, or rows with questions",
+        )
+    return questions.values()
+
+
+def _read_questions(path: Path) -> dict[str, Question]:
+    """Read a JSON file of questions in the protocol's form, with or without `questions` around them."""
+    try:
+        contents = json.loads(read_plain(path))
+    except OSError as error:
+        raise DataError("the questions cannot be read", where=str(path), why=error.strerror) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError("the questions are not JSON", where=str(path), why=str(error)) from None
+    if isinstance(contents, dict) and isinstance(contents.get("questions"), dict):
+        contents = contents["questions"]
+    if not isinstance(contents, dict) or not contents:
+        raise DataError("the file is no table of questions by name", where=str(path))
+    return {name: question_of(name, spec, str(path)) for name, spec in contents.items()}

@@ -1,0 +1,221 @@
+r"""Calibration and scores of decisions, per question.
+
+With s_k the score of option k and T the temperature of the question's type, p = softmax(s / T). T minimizes the mean
+loss of held-out rows. With β = 1 / T, the loss of a row is convex in β:
+
+    ℓ(β) = τ log Σ_k exp(β s_k) - β Σ_k t_k s_k,   ℓ'(β) = τ Σ_k p_k s_k - Σ_k t_k s_k,   τ = Σ_k t_k
+
+so T follows from the sign change of Σ ℓ' [temperature scaling, arXiv:1706.04599, §4.2].
+
+    accuracy   share of rows whose most probable option is the answer;   for soft targets, the mean of their target
+    majority   accuracy of always giving the most frequent answer of these rows
+    NLL        mean -Σ_k t_k log p_k;   Brier score: mean Σ_k (p_k - t_k)²
+    ECE        Σ_bins (rows in the bin / rows) |mean confidence - accuracy|, bins with equal numbers of rows
+
+The confidence is the largest probability. The interval of the ECE contains 95 % of the values of resampled rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from backhand.data.decisions import DecisionRow, Question, QuestionType
+from backhand.loop.label_scores import label_score
+
+Floats = npt.NDArray[np.float64]
+
+BINS, RESAMPLES = 10, 1000
+_COLDEST, _HOTTEST = 0.02, 50.0
+"""Bounds of a temperature. Held-out rows that are all right, or all wrong, have no finite minimum."""
+_HALVINGS = 60
+SURPRISES = 5
+
+
+class Outcome(NamedTuple):
+    """The scores of a question of one row."""
+
+    question: Question
+    scores: Floats  # log-probability of every option's label, in canonical order
+    targets: Floats  # probability of every option, all 0 without an answer
+    source: str
+
+    def probabilities(self, temperature: float) -> Floats:
+        """Return p of every option."""
+        shifted = np.exp((self.scores - self.scores.max()) / temperature)
+        return np.asarray(shifted / shifted.sum())
+
+
+def outcomes_of(rows: Iterable[DecisionRow], sums: Sequence[float]) -> list[Outcome]:
+    """Return the outcome of every question of every row.
+
+    Args:
+        sums: log-probability of the label of every document, in the order of the rows.
+    """
+    outcomes: list[Outcome] = []
+    start = 0
+    for row in rows:
+        for asked, size in zip(row.asked, row.sizes, strict=True):
+            options = len(asked.question.keys)
+            targets = np.zeros(options) if asked.targets is None else np.array(asked.targets)
+            outcomes.append(Outcome(asked.question, np.array(sums[start : start + options]), targets, row.source))
+            start += size
+    return outcomes
+
+
+def fit_temperatures(outcomes: Iterable[Outcome]) -> dict[QuestionType, float]:
+    """Return the temperature of each type of question that has an answer."""
+    by_type: dict[QuestionType, list[Outcome]] = {}
+    for one in outcomes:
+        if one.targets.any():
+            by_type.setdefault(one.question.type, []).append(one)
+    return {kind: _fit(by_type[kind]) for kind in sorted(by_type)}
+
+
+def _fit(outcomes: Sequence[Outcome]) -> float:
+    low, high = math.log(1 / _HOTTEST), math.log(1 / _COLDEST)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        slope = math.fsum(_slope(one, math.exp(-middle)) for one in outcomes)
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return math.exp(-(low + high) / 2)
+
+
+def _slope(outcome: Outcome, temperature: float) -> float:
+    p = outcome.probabilities(temperature)
+    return float(((outcome.targets.sum() * p - outcome.targets) * outcome.scores).sum())
+
+
+@dataclass(frozen=True)
+class DecisionScore:
+    """The scores of one model on the answers to one question."""
+
+    rows: int
+    accuracy: float
+    majority: float
+    f1_macro: float
+    nll: float
+    brier: float
+    ece: float
+    ece_interval: tuple[float, float]
+    temperature: float  # 1 without calibration
+    constant: bool  # True if the model gives the same answer to all rows, although their answers differ
+    reliability: list[dict[str, float]]  # per bin: rows, confidence, accuracy
+    # per share of rows that the model decides itself, the most confident first: threshold of confidence and accuracy
+    coverage: list[dict[str, float]]
+    confusion: dict[str, dict[str, int]]  # number of rows by answer, then by decision
+    surprises: list[dict[str, Any]]  # the least probable answers: source, answer, decision, probability of the answer
+    flips: float | None = None  # share of decisions that change if the options come in a random order
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
+        return asdict(self) | {"ece_interval": list(self.ece_interval)}
+
+
+def score_questions(
+    outcomes: Iterable[Outcome],
+    temperatures: Mapping[QuestionType, float],
+    flips: Mapping[str, float] | None = None,
+) -> dict[str, DecisionScore]:
+    """Return the scores of every question that has an answer, by its name.
+
+    Args:
+        temperatures: of each type; 1 for types without one.
+        flips: share of decisions that change under random orders, by question.
+    """
+    by_name: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        if one.targets.any():
+            by_name.setdefault(one.question.name, []).append(one)
+    return {name: _score(group, temperatures, (flips or {}).get(name)) for name, group in by_name.items()}
+
+
+def _score(
+    outcomes: Sequence[Outcome], temperatures: Mapping[QuestionType, float], flips: float | None
+) -> DecisionScore:
+    temperature = temperatures.get(outcomes[0].question.type, 1.0)
+    p = [one.probabilities(temperature) for one in outcomes]
+    chosen = [int(one.argmax()) for one in p]
+    hits = np.array([one.targets[best] / one.targets.sum() for one, best in zip(outcomes, chosen, strict=True)])
+    confidence = np.array([one.max() for one in p])
+    log_p = [np.log(np.maximum(one, np.finfo(np.float64).tiny)) for one in p]
+    right = [one.question.keys[int(one.targets.argmax())] for one in outcomes]
+    given = [one.question.keys[best] for one, best in zip(outcomes, chosen, strict=True)]
+    keys = dict.fromkeys(key for one in outcomes for key in one.question.keys)
+    labels = label_score(right, given, keys, right)
+    return DecisionScore(
+        rows=len(outcomes),
+        accuracy=float(hits.mean()),
+        majority=max(map(right.count, {*right})) / len(right),
+        f1_macro=labels.f1_macro,
+        nll=float(np.mean([-(one.targets * log).sum() for one, log in zip(outcomes, log_p, strict=True)])),
+        brier=float(np.mean([((one - out.targets) ** 2).sum() for one, out in zip(p, outcomes, strict=True)])),
+        ece=expected_calibration_error(confidence, hits),
+        ece_interval=_ece_interval(confidence, hits),
+        temperature=temperature,
+        constant=len({*given}) == 1 and len({*right}) > 1,
+        reliability=[
+            {"rows": len(part), "confidence": float(confidence[part].mean()), "accuracy": float(hits[part].mean())}
+            for part in _bins(confidence)
+        ],
+        coverage=_coverage(confidence, hits),
+        confusion=labels.confusion,
+        surprises=_surprises(outcomes, p, right, given),
+        flips=flips,
+    )
+
+
+def _bins(confidence: Floats) -> list[npt.NDArray[np.int64]]:
+    """Return the rows of each bin, in ascending order of confidence."""
+    order = np.argsort(confidence, kind="stable")
+    return [part for part in np.array_split(order, min(BINS, len(order))) if len(part)]
+
+
+def expected_calibration_error(confidence: Floats, hits: Floats) -> float:
+    """Return the ECE with bins of equal numbers of rows."""
+    gaps = [len(part) * abs(confidence[part].mean() - hits[part].mean()) for part in _bins(confidence)]
+    return float(sum(gaps) / len(confidence))
+
+
+def _ece_interval(confidence: Floats, hits: Floats) -> tuple[float, float]:
+    draw = np.random.Generator(np.random.Philox(0))
+    picks = (draw.integers(len(hits), size=len(hits)) for _ in range(RESAMPLES))
+    low, high = np.quantile(
+        [expected_calibration_error(confidence[pick], hits[pick]) for pick in picks], [0.025, 0.975]
+    )
+    return float(low), float(high)
+
+
+def _coverage(confidence: Floats, hits: Floats) -> list[dict[str, float]]:
+    order = np.argsort(-confidence, kind="stable")
+    accuracy = np.cumsum(hits[order]) / np.arange(1, len(order) + 1)
+    points = dict.fromkeys(-(-len(order) * tenth // 10) - 1 for tenth in range(1, 11))
+    return [
+        {
+            "coverage": (last + 1) / len(order),
+            "threshold": float(confidence[order][last]),
+            "accuracy": float(accuracy[last]),
+        }
+        for last in points
+    ]
+
+
+def threshold_for(score: DecisionScore, accuracy: float) -> dict[str, float] | None:
+    """Return the point of the largest coverage with at least this accuracy, or None if there is none."""
+    return next((point for point in reversed(score.coverage) if point["accuracy"] >= accuracy), None)
+
+
+def _surprises(
+    outcomes: Sequence[Outcome], p: Sequence[Floats], right: Sequence[str], given: Sequence[str]
+) -> list[dict[str, Any]]:
+    of_answer = [float((one * out.targets).sum()) for one, out in zip(p, outcomes, strict=True)]
+    order = sorted(range(len(outcomes)), key=of_answer.__getitem__)[:SURPRISES]
+    return [
+        {"source": outcomes[i].source, "answer": right[i], "decision": given[i], "probability": of_answer[i]}
+        for i in order
+    ]

@@ -1,0 +1,55 @@
+"""Decisions: the loss of a row is the mean cross-entropy of its questions (`ops.decide`).
+
+The score of an option is the log-probability of its label, so the sums of an `Objective` are enough. Held-out rows also
+give the temperatures (`loop.decision_scores`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from backhand.data.decisions import DecisionRow, QuestionType
+from backhand.errors import not_none
+from backhand.loop.decision_scores import fit_temperatures, outcomes_of
+from backhand.loop.objectives.objective import Documents, Objective, RowLosses
+from backhand.ops.decide import decide_backward, decide_forward
+
+
+@dataclass
+class DecideObjective(Objective):
+    """The loss of decisions."""
+
+    # of the most recent evaluation, by type of question; empty before the first
+    temperatures: Mapping[QuestionType, float] = field(default_factory=dict)
+
+    def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
+        """Compute the losses of the rows. Their metrics are the accuracy and the probability of all labels together."""
+        decisions = self.decisions(rows)
+        targets: list[float] = []
+        sizes: list[int] = []
+        weights: list[float] = []  # of each question in the loss of its row
+        for row in decisions:
+            for asked, spellings in zip(row.asked, row.spellings, strict=True):
+                targets += [*not_none(asked.targets), *[0.0] * spellings]
+            sizes += row.sizes
+            weights += [1 / len(row.asked)] * len(row.asked)
+        owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        weight, target = (torch.tensor(values, dtype=torch.float64) for values in (weights, targets))
+        losses, saved = decide_forward(documents.sums, target, owner, len(sizes))
+        row_of = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.asked) for row in decisions]))
+        of_rows = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row_of, weight * losses)
+        hits = sum(float(one.targets[one.scores.argmax()]) for one in outcomes_of(decisions, documents.sums.tolist()))
+        mass = float(documents.sums.exp().sum())
+        measured = {"accuracy": (hits, len(sizes)), "label_mass": (mass, len(sizes))}
+        return RowLosses(of_rows, decide_backward(weight, saved).d_scores, measured)
+
+    def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:
+        """Return the questions of these rows."""
+        return [not_none(self.packer.examples.decision(row)) for row in rows]
+
+    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> None:
+        """Fit the temperatures to the held-out rows."""
+        self.temperatures = fit_temperatures(outcomes_of(self.decisions(rows), sums))

@@ -1,0 +1,204 @@
+"""Rows of decisions: questions inferred or given, the servers' prompt, orders of options, labels of one token."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.data.decisions import inferred_question, question_of
+from backhand.data.options import DataOptions
+from backhand.data.packing import RowPacker
+from backhand.data.prepare import prepare
+from backhand.data.stored_examples import PreparedData
+from backhand.errors import DataError, UsageError
+from support.tiny_tokenizer import tiny_tokenizer
+
+TEAM = {"type": "choice", "instructions": "Which team?", "criteria": {"sales": None, "billing": "money"}}
+URGENT = {"type": "noul", "instructions": "Urgent?", "criteria": {"true": "within the hour"}}
+MOOD = {"type": "score", "instructions": "How upset?", "criteria": ["calm", "angry", "furious"]}
+
+
+def table(path: Path, rows: list[dict[str, Any]]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read(data: str, **options: Any) -> PreparedData:
+    made = DataOptions(data=(data,), **{"eval_fraction": 0.0, **options})
+    return prepare(made, tiny_tokenizer(), purpose="decisions")[0]
+
+
+def texts(data: PreparedData, row: int = 0) -> list[str]:
+    return [tiny_tokenizer().decode(document.input_ids) for document in data.examples[row].documents]
+
+
+# vLLM's question_types.py at 02cc9cd and SGLang's PROMPT_FORMAT_VERSION 1 render these questions so.
+PROMPTS = {
+    "choice": (TEAM, "state\n\nQuestion: Which team?\nA: billing - money\nB: sales\n"),
+    "noul": (URGENT, "state\n\nQuestion: Urgent?\nyes: within the hour\n"),
+    "score": (MOOD, "state\n\nQuestion: How upset?\n0: calm\n1: angry\n2: furious\n"),
+}
+CLOSINGS = {"choice": "the letter of one option", "noul": "yes or no", "score": "the number of one level"}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_the_prompt_is_the_one_that_servers_render(kind: str) -> None:
+    spec, prompt = PROMPTS[kind]
+    question = question_of("q", spec, "row")
+    assert question.prompt("state", question.canonical_order) == f"{prompt}Answer with {CLOSINGS[kind]} only."
+    assert question_of("q", question.to_json(), "row") == question
+
+
+def test_options_can_come_in_any_order_and_are_sorted() -> None:
+    turned = {**TEAM, "criteria": dict(reversed(list(TEAM["criteria"].items())))}  # type: ignore[attr-defined]
+    assert question_of("q", TEAM, "row") == question_of("q", turned, "row")
+    assert question_of("q", TEAM, "row").keys == ("billing", "sales")
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "keys"),
+    [
+        (["yes", "no"], "noul", ("true", "false")),
+        ([True, False], "noul", ("true", "false")),
+        (["0", "1"], "noul", ("true", "false")),
+        ([3, 1, 2.0], "score", ("0", "1", "2")),
+        (["1", "2", "4"], "choice", ("1", "2", "4")),
+        (["b", "a", " a"], "choice", ("a", "b")),
+    ],
+)
+def test_the_type_follows_from_the_answers(answers: list[Any], kind: str, keys: tuple[str, ...]) -> None:
+    question = inferred_question("q", "", answers, "row")
+    assert (question.type, question.keys) == (kind, keys)
+
+
+@pytest.mark.parametrize(
+    ("spec", "answer", "targets"),
+    [
+        (TEAM, "sales", (0, 1)),
+        (TEAM, {"sales": 0.25, "billing": 0.75}, (0.75, 0.25)),
+        (URGENT, True, (1, 0)),
+        (URGENT, "No", (0, 1)),
+        (URGENT, 0.25, (0.25, 0.75)),
+        (MOOD, 2, (0, 0, 1)),
+        (MOOD, "angry", (0, 1, 0)),
+        (MOOD, {"0": 0.5, "2": 0.5}, (0.5, 0, 0.5)),
+    ],
+)
+def test_answers_are_options_or_probabilities(spec: Any, answer: Any, targets: tuple[float, ...]) -> None:
+    assert question_of("q", spec, "row").targets(answer, "row") == targets
+
+
+@pytest.mark.parametrize("answer", ["support", {"sales": 0.5}, {"sales": 0.5, "other": 0.5}, {"sales": "1"}])
+def test_other_answers_are_refused(answer: Any) -> None:
+    with pytest.raises(DataError, match=r"none of its options|are not numbers from 0 to 1"):
+        question_of("team", TEAM, "rows.jsonl:3").targets(answer, "rows.jsonl:3")
+
+
+def test_a_table_becomes_a_question_per_column(tmp_path: Path) -> None:
+    rows = [
+        {"title": f"title {n}", "text": "words", "team": ["a team", "b team", "c team"][n % 3], "mood": n % 4}
+        for n in range(12)
+    ]
+    rows[5]["mood"] = ""  # type: ignore[assignment]
+    data = read(
+        table(tmp_path / "rows.csv", rows), state=r"{title}\n{text}", question={"team": "Which team?", "mood": "Mood?"}
+    )
+    assert {name: one.type for name, one in data.questions.items()} == {"team": "choice", "mood": "score"}
+    assert len(data.examples) == 12
+    assert [len(one.documents) for one in data.examples] == [7, 7, 7, 7, 7, 3, 7, 7, 7, 7, 7, 7]
+    first = texts(data)
+    assert all(text.startswith("<|im_start|>user\ntitle 0\nwords\n\nQuestion: ") for text in first)
+    assert [text[-1] for text in first[3:]] == ["0", "1", "2", "3"]
+    notes = " ".join(data.report.notes)
+    assert "team is a choice of a team, b team, c team" in notes and "mood is a score" in notes
+
+
+def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(40)]
+    data = read(lines(tmp_path / "rows.jsonl", rows))
+    orders = set()
+    for row in range(40):
+        shown = texts(data, row)
+        prompt = shown[0].rpartition("Answer with")[0]
+        order = [line.partition(": ")[2] for line in prompt.splitlines() if line[1:3] == ": "]
+        assert sorted(order) == [*"abcde"]
+        orders.add(tuple(order))
+        labels = {option: "ABCDE"[place] for place, option in enumerate(order)}
+        assert [text[-1] for text in shown] == [labels[option] for option in "abcde"]
+        decision = data.examples[row].decision
+        assert decision is not None and decision.asked[0].targets is not None
+        assert decision.asked[0].targets.index(1) == row % 5
+    assert len(orders) > 20, "training rows show their options in many orders"
+    again = read(lines(tmp_path / "rows.jsonl", rows))
+    assert again.digest == data.digest
+
+
+def test_held_out_rows_show_options_in_canonical_order(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(40)]
+    made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), eval_fraction=0.5)
+    train, held_out = prepare(made, tiny_tokenizer(), purpose="decisions")
+    assert held_out is not None and len(train.examples) == len(held_out.examples) == 20
+    for row in range(20):
+        assert [text[-1] for text in texts(held_out, row)] == [*"ABCDE"]
+    assert {example.source for example in train.examples}.isdisjoint(example.source for example in held_out.examples)
+
+
+def test_all_questions_of_a_row_share_its_state(tmp_path: Path) -> None:
+    state = "a long state of many words " * 20
+    row = {"state": state, "questions": {"team": TEAM, "mood": MOOD}, "answers": {"team": "sales", "mood": 1}}
+    data = read(lines(tmp_path / "rows.jsonl", [row, {**row, "state": f"other {state}"}]))
+    packer = RowPacker(data.examples, share_prefixes=True)
+    longest = max(len(document) for document in data.examples[0].documents)
+    assert packer.packed_tokens([0]) < 1.5 * longest < packer.lengths[0] / 3
+
+
+def test_rows_with_unequal_questions_keep_their_own(tmp_path: Path) -> None:
+    other = {**TEAM, "criteria": {"legal": None, "press": None, "sales": None}}
+    rows = [
+        {"state": "a", "questions": {"team": TEAM}, "answers": {"team": "billing"}},
+        {"state": "b", "questions": {"team": other, "mood": MOOD}, "answers": {"team": "press"}},
+    ]
+    data = read(lines(tmp_path / "rows.jsonl", rows))
+    assert [len(one.documents) for one in data.examples] == [2, 3]
+    assert [*data.questions] == ["mood"]
+
+
+def test_a_label_of_several_tokens_is_an_error_before_training(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": ["yes", "no"][n % 2]} for n in range(4)]
+    with pytest.raises(DataError, match="the label 'yes' is not one token"):
+        read(lines(tmp_path / "rows.jsonl", rows))
+
+
+def test_more_options_than_labels_are_an_error(tmp_path: Path) -> None:
+    rows = [{"text": "words", "label": f"label {n}"} for n in range(27)]
+    with pytest.raises(DataError, match="27 options, but there are labels for 26"):
+        read(lines(tmp_path / "rows.jsonl", rows))
+
+
+def test_one_answer_only_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="label has one answer only: a"):
+        read(lines(tmp_path / "rows.jsonl", [{"text": "words", "label": "a"}] * 3))
+
+
+def test_an_unknown_column_is_named(tmp_path: Path) -> None:
+    data = table(tmp_path / "rows.csv", [{"text": "words", "team": "a"}, {"text": "words", "team": "b"}])
+    with pytest.raises(UsageError, match="there is no column 'tea'"):
+        read(data, state="text", question={"tea": ""})
+
+
+def test_a_long_row_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": "words " * (100 if n == 1 else 1), "label": "ab"[n % 2]} for n in range(4)]
+    data = read(lines(tmp_path / "rows.jsonl", rows), max_length=200)
+    assert len(data.examples) == 3 and data.report.dropped_long == 1

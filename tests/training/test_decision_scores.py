@@ -1,0 +1,110 @@
+"""Scores of decisions against scikit-learn, and temperatures against known ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import brier_score_loss, f1_score, log_loss
+
+from backhand.data.decisions import Question
+from backhand.loop.decision_scores import (
+    Outcome,
+    expected_calibration_error,
+    fit_temperatures,
+    score_questions,
+    threshold_for,
+)
+
+KEYS = ("a", "b", "c")
+QUESTION = Question("team", "choice", "", KEYS, (None,) * 3)
+
+
+def drawn(rows: int, sharpness: float, seed: int = 0) -> list[Outcome]:
+    """Rows whose answers are drawn from softmax(scores / sharpness)."""
+    draw = np.random.default_rng(seed)
+    outcomes = []
+    for number in range(rows):
+        scores = 3 * draw.normal(size=3)
+        p = np.exp(scores / sharpness)
+        answer = draw.choice(3, p=p / p.sum())
+        outcomes.append(Outcome(QUESTION, scores, np.eye(3)[answer], f"rows:{number}"))
+    return outcomes
+
+
+@pytest.mark.parametrize("sharpness", [0.4, 1.0, 2.5])
+def test_the_temperature_of_drawn_answers_is_found(sharpness: float) -> None:
+    (temperature,) = fit_temperatures(drawn(6000, sharpness)).values()
+    assert temperature == pytest.approx(sharpness, rel=0.06)
+
+
+def test_the_temperature_minimizes_the_loss() -> None:
+    outcomes = drawn(200, 1.8)
+    fitted = fit_temperatures(outcomes)
+    best = score_questions(outcomes, fitted)["team"].nll
+    for factor in (0.97, 1.03):
+        other = {kind: factor * temperature for kind, temperature in fitted.items()}
+        assert score_questions(outcomes, other)["team"].nll > best
+
+
+def test_every_type_has_its_own_temperature() -> None:
+    cold = drawn(3000, 0.5)
+    scored = Question("mood", "score", "", ("0", "1", "2"), KEYS)
+    hot = [one._replace(question=scored) for one in drawn(3000, 2.0, seed=1)]
+    found = fit_temperatures([*cold, *hot])
+    assert found["choice"] == pytest.approx(0.5, rel=0.1) and found["score"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_rows_that_are_all_right_have_a_bounded_temperature() -> None:
+    outcomes = [one._replace(targets=np.eye(3)[one.scores.argmax()]) for one in drawn(20, 1.0)]
+    assert fit_temperatures(outcomes)["choice"] == pytest.approx(0.02)
+
+
+def test_scores_equal_those_of_scikit_learn() -> None:
+    outcomes = drawn(300, 1.4)
+    score = score_questions(outcomes, {"choice": 1.3})["team"]
+    p = np.stack([one.probabilities(1.3) for one in outcomes])
+    answers = np.array([one.targets.argmax() for one in outcomes])
+    assert score.accuracy == (p.argmax(1) == answers).mean()
+    assert score.majority == np.bincount(answers).max() / 300
+    assert score.nll == pytest.approx(log_loss(answers, p))
+    assert score.f1_macro == pytest.approx(f1_score(answers, p.argmax(1), average="macro"))
+    of_options = [brier_score_loss(answers == option, p[:, option]) for option in range(3)]
+    assert score.brier == pytest.approx(sum(of_options))
+    low, high = score.ece_interval
+    assert low < high and low < score.ece + 0.02
+    assert [point["rows"] for point in score.reliability] == [30] * 10
+    confidences = [point["confidence"] for point in score.reliability]
+    assert confidences == sorted(confidences)
+
+
+def test_the_calibration_error_of_calibrated_rows_is_small() -> None:
+    outcomes = drawn(20_000, 1.0)
+    scores = {temperature: score_questions(outcomes, {"choice": temperature})["team"] for temperature in (1.0, 0.4)}
+    assert scores[1.0].ece < 0.012 < 0.08 < scores[0.4].ece
+
+
+def test_the_calibration_error_of_a_known_case() -> None:
+    """Two bins of five rows would hide it; ten bins of one row each show |1 - 0.8| and |0 - 0.8|."""
+    confidence, hits = np.full(10, 0.8), np.array([1.0] * 8 + [0.0] * 2)
+    assert expected_calibration_error(confidence, hits) == pytest.approx(0.8 * 0.2 + 0.2 * 0.8)
+
+
+def test_a_constant_model_is_named() -> None:
+    outcomes = [one._replace(scores=np.array([2.0, 1.0, 0.0])) for one in drawn(50, 1.0)]
+    score = score_questions(outcomes, {})["team"]
+    assert score.constant and score.accuracy <= score.majority
+
+
+def test_the_threshold_of_an_accuracy_has_the_largest_coverage() -> None:
+    score = score_questions(drawn(500, 1.0), {})["team"]
+    point = threshold_for(score, score.accuracy + 0.02)
+    assert point is not None and point["coverage"] < 1 and point["accuracy"] >= score.accuracy + 0.02
+    assert threshold_for(score, 1.1) is None
+    assert score.coverage[-1]["coverage"] == 1 and score.coverage[-1]["accuracy"] == pytest.approx(score.accuracy)
+
+
+def test_surprises_are_the_least_probable_answers() -> None:
+    outcomes = drawn(100, 1.0)
+    score = score_questions(outcomes, {})["team"]
+    of_answers = sorted(float(one.probabilities(1.0)[one.targets.argmax()]) for one in outcomes)
+    assert [one["probability"] for one in score.surprises] == pytest.approx(of_answers[:5])

@@ -1,0 +1,346 @@
+"""Decisions: loss and gradients against autograd, and whole runs with their temperatures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import backhand
+from backhand.adapters.loading import read_adapter
+from backhand.data.decisions import Asked, DecisionRow, Question
+from backhand.data.examples import Example
+from backhand.data.options import DataOptions
+from backhand.data.packing import RowPacker
+from backhand.data.prepare import prepare
+from backhand.distributed.communicator import Communicator
+from backhand.errors import DataError, UsageError
+from backhand.loop.decide import decide, decide_command
+from backhand.loop.evaluate import evaluate_command
+from backhand.loop.objectives.decide import DecideObjective
+from backhand.loop.objectives.objective import document_sums
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading import open_model
+from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import (
+    DecideOptions,
+    DecideRunOptions,
+    EvaluateOptions,
+    EvaluateRunOptions,
+    StateOptions,
+)
+from backhand.options.config import ModelOptions, TrainConfig
+from backhand.options.objectives import ObjectiveOptions
+from backhand.training.run import train
+from support.float64_reference import without_float32_casts
+from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from support.ranks import bits_of_several, start_ranks
+from support.smollm2 import NAME, smollm2_decoder, smollm2_peft
+from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+
+RANK, ALPHA = 5, 8.5
+
+
+def asked(options: int, targets: Sequence[float]) -> Asked:
+    keys = tuple(f"option {n}" for n in range(options))
+    return Asked(Question("q", "choice", "", keys, (None,) * options), tuple(targets))
+
+
+def decision_examples(rows: int) -> list[Example]:
+    """Rows of two questions as token ids, with hard and soft targets and a spelling that is never right."""
+    draw = np.random.default_rng(0)
+    examples = []
+    for number in range(rows):
+        state = draw.integers(3, VOCAB_SIZE, int(draw.integers(30, 50)))
+        hard = asked(3, [float(option == number % 3) for option in range(3)])
+        soft = asked(2, [0.3, 0.7])
+        decision = DecisionRow(f"state {number}", (hard, soft)[: 1 + number % 2], "row", (1, 0)[: 1 + number % 2])
+        documents = []
+        for labels in decision.sizes:
+            prompt = np.concatenate((state, draw.integers(3, VOCAB_SIZE, 4)))
+            for token in range(5, 5 + labels):
+                ids = np.append(prompt, token).astype(np.int32)
+                documents.append(Example(ids, np.arange(len(ids)) == len(ids) - 1, "row"))
+        examples.append(replace(documents[0], others=tuple(documents[1:]), decision=decision))
+    return examples
+
+
+def their_loss(adapted: Any, examples: Sequence[Example]) -> Tensor:
+    """The mean loss of the rows by torch's cross-entropy over the logits of the labels, one question at a time."""
+    losses = []
+    for example in examples:
+        assert example.decision is not None
+        documents, of_questions = list(example.documents), []
+        for one, size in zip(example.decision.asked, example.decision.sizes, strict=True):
+            mine, documents = documents[:size], documents[size:]
+            prompt = torch.from_numpy(mine[0].input_ids[:-1].astype(np.int64))[None]
+            labels = torch.tensor([int(document.input_ids[-1]) for document in mine])
+            logits = adapted(input_ids=prompt).logits[0, -1, labels]
+            assert one.targets is not None
+            targets = torch.tensor([*one.targets, *[0.0] * (size - len(one.targets))], dtype=logits.dtype)
+            of_questions.append(torch.nn.functional.cross_entropy(logits, targets))
+        losses.append(torch.stack(of_questions).mean())
+    return torch.stack(losses).mean()
+
+
+def compare(decoder: Decoder, adapted: Any, packer: RowPacker, loss: Tensor, bound: float) -> None:
+    loss.backward()
+    objective, rows = DecideObjective(packer), len(packer.examples)
+    total = 0.0
+    for number, group in enumerate(([0, 1], [*range(2, rows)])):
+        batch = packer.packed(group, "cpu")
+        total += float(decoder.loss_and_gradients(batch, 1 / rows, token_loss=objective.token_loss(number, group)))
+    assert total / rows == pytest.approx(loss.item(), rel=bound)
+    ours, theirs = our_gradients(decoder.lora), peft_gradients(adapted)
+    worst = {name: relative_error(ours[name], theirs[name]) for name in theirs}
+    assert max(worst.values()) <= bound, sorted(worst.items(), key=lambda item: -item[1])[:3]
+    assert all(bool(gradient.any()) for gradient in ours.values())
+    measured = objective.measured(Communicator())
+    assert 0 <= measured["accuracy"] <= 1 and 0 < measured["label_mass"] < 1
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_float64_equals_autograd(share: bool) -> None:
+    examples = decision_examples(5)
+    adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
+    with without_float32_casts(adapted):
+        loss = their_loss(adapted, examples)
+    compare(decoder, adapted, RowPacker(examples, share_prefixes=share), loss, 1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_float32_equals_autograd(family: str) -> None:
+    examples = decision_examples(5)
+    adapted = attach_lora(tiny_model(family), rank=RANK, alpha=ALPHA)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    compare(decoder, adapted, RowPacker(examples, share_prefixes=True), their_loss(adapted, examples), 1e-4)
+
+
+@pytest.mark.smollm2
+def test_smollm2_on_tickets_equals_autograd(tmp_path: Path) -> None:
+    tickets = [
+        {"text": f"my {word} is late", "team": word, "urgent": ["yes", "no"][n % 2], "mood": n % 3}
+        for n, word in enumerate(["invoice", "parcel", "refund"])
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(ticket) + "\n" for ticket in tickets))
+    questions = {"team": "Which team?", "urgent": "Is it urgent?", "mood": "How upset is the customer?"}
+    data = DataOptions(data=(str(path),), state="text", question=questions)
+    examples = prepare(data, open_model(NAME).tokenizer(), purpose="decisions")[0].examples
+    assert [len(example.documents) for example in examples] == [3 + 5 + 3] * 3, "Yes, No and NO are tokens, too"
+    adapted = smollm2_peft(round_to=torch.float32, dtype=torch.float32)
+    decoder = smollm2_decoder(adapted, torch.float32)
+    loss = their_loss(adapted, list(examples))
+    compare(decoder, adapted, RowPacker(examples, share_prefixes=True), loss, 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs.
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> str:
+    """Rows of two questions: the team follows from the first word, the mood from the last."""
+    draw = np.random.default_rng(seed)
+    words = ["user", "json", "list"]
+    rows = []
+    for _ in range(count):
+        team, mood = (int(number) for number in draw.integers(3, size=2))
+        rows.append({"text": f"{words[team]} asks {words[mood]}", "team": f"team {words[team]}", "mood": mood})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(tiny: TinyRun, place: Path, output: Path, **options: Any) -> TrainConfig:
+    """Two epochs of three steps."""
+    data = {
+        "data": (write_rows(place / "rows.jsonl", 11),),
+        "eval_data": (write_rows(place / "held_out.jsonl", 6, seed=1),),
+        "state": "text",
+        "question": {"team": "Which team?", "mood": "Mood?"},
+    }
+    made = tiny.config(output, **data, eval_every=2, save_every=1, micro_batch_rows=2)
+    return with_options(replace(made, objective=ObjectiveOptions(objective="decide")), **options)
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in line]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    place = tmp_path_factory.mktemp("decisions")
+    made = config(tiny, place, place / "run", prove_resume=3, epochs=4)
+    train(made)
+    return made
+
+
+def test_a_run_learns_and_measures_accuracy(straight: TrainConfig) -> None:
+    steps, evaluations = lines(straight.run.output, "loss"), lines(straight.run.output, "eval_loss")
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert all(0 <= step["accuracy"] <= 1 and 0 < step["label_mass"] < 1 for step in steps)
+    assert all(0 <= line["eval_accuracy"] <= 1 for line in evaluations)
+
+
+def test_the_adapter_has_questions_and_temperatures(straight: TrainConfig, tiny: TinyRun) -> None:
+    record = json.loads((straight.run.output / "adapter" / "backhand.json").read_text())
+    decisions = record["decisions"]
+    assert decisions["prompt_version"] == 1
+    assert decisions["questions"]["mood"] == {
+        "type": "score",
+        "instructions": "Mood?",
+        "criteria": ["0", "1", "2"],
+    }
+    assert [*decisions["questions"]] == ["mood", "team"]  # JSON objects are sorted by key
+    assert decisions["temperatures"].keys() == {"choice", "score"}
+    assert read_adapter(straight.run.output / "adapter", open_model(str(tiny.model))).record.decisions == decisions
+
+
+def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:
+    train(config(tiny, tmp_path, tmp_path / "run", eval_data=(), eval_fraction=0.0, epochs=1))
+    record = json.loads((tmp_path / "run" / "adapter" / "backhand.json").read_text())
+    assert record["decisions"]["temperatures"] == {}
+
+
+def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(StopAfter.Stopped):
+        train(with_options(straight, output=tmp_path / "run", prove_resume=None), callbacks=[StopAfter(3)])
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    ours, theirs = final_bits(tmp_path / "run"), final_bits(straight.run.output)
+    assert {name: data for name, data in ours.items() if name != "README.md"} == {
+        name: data for name, data in theirs.items() if name != "README.md"
+    }
+
+
+def test_two_processes_end_in_the_bits_of_one(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "one", micro_batch_rows=1, recompute="none", epochs=1)
+    train(made)
+    ranks = start_ranks([with_options(made, output=tmp_path / "two")] * 2, tmp_path / "ranks")
+    assert ranks.exit_codes() == [0, 0], ranks.said()
+    assert bits_of_several(tmp_path / "two") == bits_of_several(tmp_path / "one")
+
+
+def test_transformers_trains_to_the_same_losses(straight: TrainConfig, tmp_path: Path) -> None:
+    train(with_options(straight, output=tmp_path / "run", engine="transformers", prove_resume=None))
+    ours, theirs = lines(straight.run.output, "loss"), lines(tmp_path / "run", "loss")
+    assert [line["loss"] for line in theirs] == pytest.approx([line["loss"] for line in ours], rel=1e-3)
+
+
+def test_a_row_counts_the_same_in_any_micro_batch() -> None:
+    examples = decision_examples(6)
+    decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
+    packer = RowPacker(examples, share_prefixes=True)
+    one, all_at_once = (document_sums(decoder, packer, range(6), rows, Communicator()) for rows in (1, 6))
+    assert one is not None and all_at_once is not None
+    assert one.tolist() == pytest.approx(all_at_once.tolist(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deciding and evaluating.
+
+
+def decide_options(straight: TrainConfig, data: dict[str, Any], **run: Any) -> DecideOptions:
+    return DecideOptions(
+        run=DecideRunOptions(adapter=straight.run.output / "adapter", **run),
+        data=StateOptions(**data),
+        model=BaseModelOptions(model=straight.model.model, dtype="float32", threads=1),
+    )
+
+
+STATE = "user asks list"
+
+
+def test_one_state_is_answered_in_the_form_of_the_protocol(straight: TrainConfig) -> None:
+    (line,) = decide(decide_options(straight, {"state": STATE}))
+    team, mood = line["answers"]["team"], line["answers"]["mood"]
+    assert team.keys() == {"type", "choice", "probabilities", "confidence"}
+    assert mood.keys() == {"type", "score", "legend", "probabilities", "confidence"}
+    assert sum(team["probabilities"].values()) == pytest.approx(1)
+    assert team["choice"] == max(team["probabilities"], key=team["probabilities"].get)
+    assert mood["score"] == pytest.approx(sum(int(k) * p for k, p in mood["probabilities"].items()))
+    assert mood["legend"] == {"0": "0", "1": "1", "2": "2"}
+
+
+def test_a_file_of_states_gives_a_line_per_state(
+    straight: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "states.csv", tmp_path / "answers.jsonl"
+    path.write_text(f"text\n{STATE}\njson asks user\n{STATE}\n")
+    decide_command(decide_options(straight, {"data": (str(path),)}, output=output))
+    first, other, again = map(json.loads, output.read_text().splitlines())
+    assert first == again != other
+    (alone,) = decide(decide_options(straight, {"state": STATE}))
+    for name, answer in alone["answers"].items():
+        assert answer["probabilities"] == pytest.approx(first["answers"][name]["probabilities"], rel=1e-4)
+    with pytest.raises(UsageError, match="exists"):
+        decide_command(decide_options(straight, {"data": (str(path),)}, output=output))
+
+
+def test_the_order_of_options_changes_no_bit(straight: TrainConfig, tmp_path: Path) -> None:
+    criteria = {"team json": None, "team list": "lists", "team user": None, "another": None}
+    seen = set()
+    for turn in range(4):
+        names = [*criteria][turn:] + [*criteria][:turn]
+        question = {"type": "choice", "instructions": "Which?", "criteria": {name: criteria[name] for name in names}}
+        path = tmp_path / f"{turn}.json"
+        path.write_text(json.dumps({"questions": {"which": question}}))
+        (line,) = decide(decide_options(straight, {"state": STATE}, questions=path))
+        seen.add(json.dumps(line, sort_keys=True))
+    assert len(seen) == 1
+
+
+def test_the_python_function_returns_the_answers_of_the_command(straight: TrainConfig) -> None:
+    given: dict[str, Any] = {"adapter": straight.run.output / "adapter", "model": straight.model.model}
+    given |= {"dtype": "float32", "threads": 1}
+    (line,) = decide(decide_options(straight, {"state": STATE}))
+    assert backhand.decide(STATE, **given) == line["answers"]
+    assert backhand.decide(states=[STATE, {"text": STATE}], **given)[0].keys() == {"team", "mood"}
+    own = {"ours": {"type": "score", "instructions": "Which?", "criteria": ["low", "high"]}}
+    assert backhand.decide(STATE, questions=own, **given)["ours"]["legend"] == {"0": "low", "1": "high"}
+    with pytest.raises(UsageError, match="either state or states"):
+        backhand.decide(**given)  # type: ignore[call-overload]
+
+
+def test_evaluate_scores_base_and_adapter(straight: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    (held_out,) = straight.data.eval_data
+    options = EvaluateOptions(
+        model=ModelOptions(model=straight.model.model, dtype="float32", threads=1),
+        data=DataOptions(data=(held_out,)),
+        run=EvaluateRunOptions(adapter=straight.run.output / "adapter", json=True),
+    )
+    evaluate_command(options)
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 6 and found["adapted"]["decisions"].keys() == {"team", "mood"}
+    last = min(lines(straight.run.output, "eval_loss"), key=lambda line: line["eval_loss"])
+    decisions = [*found["adapted"]["decisions"].values()]
+    assert sum(one["accuracy"] for one in decisions) / 2 == pytest.approx(last["eval_accuracy"])
+    assert found["base"]["loss"] > found["adapted"]["loss"], "temperatures are fitted to these very rows"
+    assert all(one["temperature"] == 1 for one in found["base"]["decisions"].values())
+    team = found["adapted"]["decisions"]["team"]
+    assert 0 <= team["flips"] <= 1 and found["adapted"]["decisions"]["mood"]["flips"] is None
+    assert team["majority"] <= 1 and team["ece_interval"][0] <= team["ece"] <= 1
+    assert sum(sum(row.values()) for row in team["confusion"].values()) == 6
+    evaluate_command(replace(options, run=replace(options.run, json=False)))
+    printed = capsys.readouterr().out
+    assert "decisions, adapted model" in printed and "majority" in printed
+
+
+def test_an_adapter_of_answers_cannot_decide(tiny: TinyRun, tmp_path: Path) -> None:
+    made = tiny.config(tmp_path / "run", epochs=1)
+    train(made)
+    with pytest.raises(UsageError, match="not trained to decide"):
+        decide(decide_options(made, {"state": STATE}))
+
+
+def test_a_state_that_is_too_long_is_an_error(straight: TrainConfig) -> None:
+    with pytest.raises(DataError, match="longer than the model's"):
+        decide(decide_options(straight, {"state": "the user asks " * 2000}))
