@@ -26,7 +26,7 @@ def common_fields(
     *,
     window: int | None = None,
     slides: Callable[[int], bool] | None = None,
-    rotary_sets: Callable[[ConfigFields, int, int], RotaryConfig | tuple[RotaryConfig, RotaryConfig]] = rotary,
+    rotary_sets: Callable[[ConfigFields, int, int], tuple[RotaryConfig, ...]] = rotary,
     norm_eps: str = "rms_norm_eps",
     activation: tuple[str, str] | None = SILU,
 ) -> DecoderConfig:
@@ -35,7 +35,7 @@ def common_fields(
     Args:
         window: sliding window in tokens, for layers that slide.
         slides: returns True for sliding layers if `layer_types` is absent. None if no layer slides.
-        rotary_sets: reads the rotary configuration.
+        rotary_sets: reads one set of angles, or those of full and of sliding layers.
         norm_eps: name of that field.
         activation: name and required value of that field, or None if the family has no such field.
     """
@@ -68,8 +68,7 @@ def common_fields(
     sliding = stated or [slides is not None and slides(number) for number in range(layers)]
     if any(sliding) and window is None:
         fields.problem("sliding_window", "there are sliding layers, but no window is set")
-    rotary_config = rotary_sets(fields, head_dim, max_positions)
-    angles = (rotary_config,) if isinstance(rotary_config, RotaryConfig) else rotary_config
+    angles = rotary_sets(fields, head_dim, max_positions)
     family = str(fields.value("model_type"))
     config = DecoderConfig(
         family=family,

@@ -72,11 +72,6 @@ class ConfigFields:
         """Return True if the field exists, also if it is null."""
         return key in self._config
 
-    def assume(self, key: str, value: object) -> None:
-        """Set this value if the field is absent or null."""
-        if self._config.get(key) is None:
-            self._config = {**self._config, key: value}
-
     def put(self, key: str, value: object) -> None:
         """Override the field with this value."""
         self._config = {**self._config, key: value}

@@ -34,6 +34,7 @@ from backhand.nn.families.common_fields import (
 )
 from backhand.nn.families.config_fields import ConfigFields
 from backhand.nn.families.family import GPT_OSS_CLAMP, GPT_OSS_ROUTER, DecoderConfig, Mixture
+from backhand.nn.families.rotary import gpt_oss_rotary
 from backhand.ops.clamped_glu import Clamp
 
 
@@ -59,24 +60,12 @@ def qwen3_moe(fields: ConfigFields) -> DecoderConfig:
 _MOST_EXPERTS = 2**16
 """Upper bound: a corrupted number must not fill the memory with names."""
 
-_GPT_OSS_THETA = 150_000.0
-_GPT_OSS_ROTARY = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
-"""Default of transformers' configuration class."""
-
 
 def gpt_oss(fields: ConfigFields) -> DecoderConfig:
     """gpt-oss: experts in every layer, attention with sinks."""
-    if fields.value("rope_scaling") is None:
-        fields.assume("rope_parameters", _GPT_OSS_ROTARY)
-    fields.assume("rope_theta", _GPT_OSS_THETA)
-    decoder = common_fields(fields, window=window_size(fields), slides=sliding_except_every(2))
+    decoder = common_fields(
+        fields, window=window_size(fields), slides=sliding_except_every(2), rotary_sets=gpt_oss_rotary
+    )
     mixture = _mixture(fields, "num_local_experts", decoder.intermediate_size)
     gain = fields.number("swiglu_alpha", GPT_OSS_CLAMP.gain)
     limit = fields.number("swiglu_limit", GPT_OSS_CLAMP.limit)

@@ -233,22 +233,8 @@ def _glm(fields: ConfigFields) -> DecoderConfig:
 
 
 def _ministral3(fields: ConfigFields) -> DecoderConfig:
-    if fields.value("rope_scaling") is None:
-        fields.assume("rope_parameters", _MINISTRAL3_ROTARY)
     decoder = uniform_window(fields, stated_window(fields), rotary_sets=ministral3_rotary)
     return replace(decoder, query_scaling=query_scaling(fields, decoder.rotary[0]))
-
-
-_MINISTRAL3_ROTARY = {
-    "rope_type": "yarn",
-    "rope_theta": 1e6,
-    "factor": 16.0,
-    "original_max_position_embeddings": 16384,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-    "llama_4_scaling_beta": 0.1,
-}
-"""Default of transformers' configuration class."""
 
 
 def _gemma2(fields: ConfigFields) -> DecoderConfig:

@@ -42,14 +42,13 @@ from backhand.nn.families.common_fields import (
 )
 from backhand.nn.families.config_fields import ConfigFields, delta_sizes
 from backhand.nn.families.family import GATED_DELTA, SHORT_CONV, DecoderConfig, ShortConv
-from backhand.nn.families.rotary import FULL, qwen35_rotary
+from backhand.nn.families.rotary import FULL, lfm2_rotary, qwen35_rotary
 
 _ATTENTION = "attention"
 """Name of full attention in older configs."""
 _CONV = "conv"
 _LINEAR = "linear_attention"
 _FULL_INTERVAL = 4
-_LFM2_THETA = 1e6
 
 
 def lfm2(fields: ConfigFields) -> DecoderConfig:
@@ -57,9 +56,8 @@ def lfm2(fields: ConfigFields) -> DecoderConfig:
     for older, key in (("block_ff_dim", "intermediate_size"), ("tie_embedding", "tie_word_embeddings")):
         if (value := fields.value(older)) is not None:
             fields.put(key, value)
-    fields.assume("rope_theta", _LFM2_THETA)
     convolves = _convolving_layers(fields, fields.integer("num_hidden_layers"))
-    decoder = common_fields(fields, norm_eps="norm_eps", activation=None)
+    decoder = common_fields(fields, rotary_sets=lfm2_rotary, norm_eps="norm_eps", activation=None)
     return replace(
         with_layers(decoder, convolves, rotary=None, mixer=SHORT_CONV),
         intermediate_size=_width(fields, decoder.intermediate_size),
