@@ -39,18 +39,22 @@ def _check_layer_words(where: str, words: object) -> None:
         )
 
 
-def check_modules(where: str, modules: object) -> None:
-    """Raise UsageError unless `modules` is a string or a sequence of non-empty strings."""
-    if isinstance(modules, str):
-        return
-    if not isinstance(modules, tuple | list | set | frozenset) or any(
-        not isinstance(name, str) or not name for name in modules
+def _check_modules(where: str, modules: object) -> None:
+    if not isinstance(modules, str):
+        _check_names(where, modules, "neither a string nor a list of names")
+
+
+def _check_names(where: str, names: object, problem: str = "not a list of names") -> None:
+    if not isinstance(names, tuple | list | set | frozenset) or any(
+        not isinstance(name, str) or not name for name in names
     ):
-        raise UsageError(f"{modules!r} is neither a string nor a list of names", where=where)
+        raise UsageError(f"{names!r} is {problem}", where=where)
 
 
-def check_tokens(where: str, tokens: object) -> None:
-    """Raise UsageError unless `tokens` is a list of distinct token ids."""
+def _check_tokens(where: str, tokens: object) -> None:
+    if isinstance(tokens, dict):
+        problem = f"rows of {len(tokens)} modules are trained, only the input embedding's can be"
+        raise UsageError(problem, where=where)
     if not isinstance(tokens, tuple | list) or not all(_is_number_from_zero(token) for token in tokens):
         raise UsageError(f"{tokens!r} is not a list of token ids, 0 or above", where=where)
     if twice := sorted({token for token in tokens if tokens.count(token) > 1}):
@@ -111,9 +115,9 @@ Rank = Annotated[int, Bound(at_least=1, noun="rank")]
 # Products with it must stay finite in float32.
 Alpha = Annotated[float, Bound(above=0, below=1e30, noun="alpha")]
 Dropout = Annotated[float, Bound(at_least=0, below=1, noun="dropout")]
-Modules = Annotated[str | tuple[str, ...], Check(check_modules), Words(parse_modules)]
-ModuleNames = Annotated[tuple[str, ...], Check(check_modules), Words(parse_names)]
-TokenIds = Annotated[tuple[int, ...], Check(check_tokens)]
+Modules = Annotated[str | tuple[str, ...], Check(_check_modules), Words(parse_modules)]
+ModuleNames = Annotated[tuple[str, ...], Check(_check_names), Words(parse_names)]
+TokenIds = Annotated[tuple[int, ...], Check(_check_tokens)]
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ class LoRAConfig(Options):
     """Adapt only these layers, counted from 0: the first number in the module path. Not with a regular expression in
     `target_modules`."""
 
-    layers_pattern: tuple[str, ...] = ()
+    layers_pattern: ModuleNames = ()
     """Names of the layer list in which `layers_to_transform` counts, if it is not the first numbered one."""
 
     def _check_together(self) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from backhand.adapters.config import ALL_LINEAR, Alpha, Dropout, LoRAConfig, Modules, Rank, TokenIds
+from backhand.adapters.config import ALL_LINEAR, LoRAConfig
 from backhand.adapters.targets import Target, resolve_targets, targeted_parameters
-from backhand.bounds import check_value, first_of_each
+from backhand.bounds import Text, check_value, hints_of
 from backhand.errors import UsageError
 from backhand.words import shorten
 
@@ -45,24 +45,7 @@ def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
             f"init_lora_weights: {raw['init_lora_weights']!r} changed the base model; save the adapter with "
             "PEFT's path_initial_model_for_weight_conversion to make it an ordinary one"
         )
-    read = _Reader(raw, problems)
-    config = LoRAConfig(
-        rank=read.value("r", Rank, 8),
-        alpha=read.value("lora_alpha", Alpha, 8),
-        dropout=float(read.value("lora_dropout", Dropout, 0.0)),
-        target_modules=read.modules("target_modules", required=not raw.get("target_parameters")),
-        target_parameters=read.names("target_parameters"),
-        exclude_modules=read.modules("exclude_modules", required=False),
-        rank_pattern=read.pattern("rank_pattern", Rank),
-        alpha_pattern=read.pattern("alpha_pattern", Alpha),
-        use_rslora=read.boolean("use_rslora"),
-        use_dora=read.boolean("use_dora"),
-        lora_bias=read.boolean("lora_bias"),
-        modules_to_save=read.names("modules_to_save"),
-        trainable_token_indices=read.tokens("trainable_token_indices"),
-        layers_to_transform=read.layers(),
-        layers_pattern=read.layers_pattern(),
-    )
+    config = LoRAConfig(**_values(raw, problems))
     if not problems:
         try:
             config.validate()
@@ -70,10 +53,10 @@ def read_peft_config(raw: Mapping[str, Any]) -> tuple[PEFTConfig, list[str]]:
             problems.append(error.one_line)
     described = PEFTConfig(
         config,
-        base_model=read.text("base_model_name_or_path"),
-        task_type=read.text("task_type"),
-        revision=read.text("revision"),
-        fan_in_fan_out=read.boolean("fan_in_fan_out"),
+        base_model=_checked("base_model_name_or_path", raw.get("base_model_name_or_path"), Text | None, problems),
+        task_type=_checked("task_type", raw.get("task_type"), Text | None, problems),
+        revision=_checked("revision", raw.get("revision"), Text | None, problems),
+        fan_in_fan_out=bool(_checked("fan_in_fan_out", raw.get("fan_in_fan_out", False), bool, problems)),
         notes=tuple(notes),
     )
     return described, problems
@@ -94,96 +77,56 @@ def _judge_fields(raw: Mapping[str, Any], problems: list[str]) -> list[str]:
     return notes
 
 
-class _Reader:
-    """Reads single fields, and records problems instead of raising."""
+_OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {
+    name: name
+    for name in (
+        *("target_modules", "target_parameters", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+        *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layers_to_transform"),
+        "layers_pattern",
+    )
+}
+"""PEFT's fields and ours with the same meaning, and except for rank and alpha with the same default."""
+_NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
 
-    def __init__(self, raw: Mapping[str, Any], problems: list[str]) -> None:
-        self.raw = raw
-        self.problems = problems
 
-    def value(self, name: str, hint: Any, default: Any) -> Any:
-        value = self.raw.get(name, default)
-        return value if self._holds(name, value, hint) else default
+def _values(raw: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the usable values of `LoRAConfig` by its names. Absent fields keep their defaults."""
+    stated = {"r": 8, "lora_alpha": 8, **raw}
+    values: dict[str, Any] = {}
+    if not stated.get("target_modules"):
+        values["target_modules"] = ()
+        if not stated.get("target_parameters"):
+            problems.append(f"target_modules: {stated.get('target_modules')!r} names no module")
+    if stated.get("layers_to_transform") in (None, []):
+        stated.pop("layers_pattern", None)
+    hints = hints_of(LoRAConfig)
+    for name, ours in _OURS.items():
+        value = _one_form(name, stated.get(name))
+        if name in stated and (name in _NEVER_NULL or value not in (None, "", [], {})):
+            value = _checked(name, value, hints[ours], problems)
+            values |= {} if value is None else {ours: value}
+    if "dropout" in values:
+        values["dropout"] = float(values["dropout"])
+    return values
 
-    def _holds(self, name: str, value: object, hint: Any) -> bool:
-        try:
-            check_value(name, value, hint)
-        except UsageError as error:
-            self.problems.append(error.one_line)
-            return False
-        return True
 
-    def modules(self, name: str, *, required: bool) -> str | tuple[str, ...]:
-        value = self.raw.get(name)
-        if not required and (value is None or value == []):
-            return ()
-        if not value:
-            self.problems.append(f"{name}: {value!r} names no module")
-            return ALL_LINEAR
-        if not self._holds(name, value, Modules):
-            return ALL_LINEAR
-        return value if isinstance(value, str) else tuple(value)
+def _one_form(name: str, value: Any) -> Any:
+    """Return a value in one of the forms in which PEFT writes it."""
+    if name == "trainable_token_indices" and isinstance(value, dict) and len(value) == 1:
+        # The key is the embedding's name; the tensors' names show that it is the input embedding.
+        return next(iter(value.values()))
+    is_single = name in ("layers_to_transform", "layers_pattern") and isinstance(value, int | str)
+    return [value] if is_single else value
 
-    def pattern(self, name: str, hint: Any) -> dict[str, Any]:
-        value = self.raw.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            self.problems.append(f"{name}: {_short(value)} is not a map of names to numbers")
-            return {}
-        wrong = [
-            number for key, number in first_of_each(value).items() if not self._holds(f"{name}[{key!r}]", number, hint)
-        ]
-        return {key: number for key, number in value.items() if number not in wrong} if wrong else value
 
-    def boolean(self, name: str) -> bool:
-        value = self.raw.get(name, False)
-        if not isinstance(value, bool):
-            self.problems.append(f"{name}: {_short(value)} is neither true nor false")
-        return value is True
-
-    def text(self, name: str) -> str | None:
-        value = self.raw.get(name)
-        if value is not None and not isinstance(value, str):
-            self.problems.append(f"{name}: {_short(value)} is not a string")
-            return None
-        return value
-
-    def several(self, name: str, value: Any, hint: Any) -> tuple[Any, ...]:
-        return tuple(value) if value and self._holds(name, value, hint) else ()
-
-    def names(self, name: str) -> tuple[str, ...]:
-        value = self.raw.get(name)
-        if value and isinstance(value, str):
-            self.problems.append(f"{name}: {_short(value)} is not a list of names")
-            return ()
-        return self.several(name, value, Modules)
-
-    def tokens(self, name: str) -> tuple[int, ...]:
-        value = self.raw.get(name)
-        if isinstance(value, dict) and len(value) == 1:
-            # The key is the embedding's name; the tensors' names show that it is the input embedding.
-            (value,) = value.values()
-        if value and isinstance(value, dict):
-            self.problems.append(f"{name}: rows of {len(value)} modules are trained, only the input embedding's can be")
-            return ()
-        return self.several(name, value, TokenIds)
-
-    def layers(self) -> tuple[int, ...] | None:
-        value = self.raw.get("layers_to_transform")
-        if value is None or value == []:
-            return None
-        numbers = value if isinstance(value, list) else [value]
-        if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-            self.problems.append(f"layers_to_transform: {_short(value)} is not a list of layer numbers")
-            return None
-        return tuple(numbers)
-
-    def layers_pattern(self) -> tuple[str, ...]:
-        value = self.raw.get("layers_pattern")
-        if self.raw.get("layers_to_transform") in (None, []):
-            return ()
-        return self.several("layers_pattern", [value] if value and isinstance(value, str) else value, Modules)
+def _checked(name: str, value: Any, hint: Any, problems: list[str]) -> Any:
+    """Return the value of a field, None if it does not have the type, which is a problem."""
+    try:
+        check_value(name, value, hint)
+    except UsageError as error:
+        problems.append(error.one_line)
+        return None
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:
