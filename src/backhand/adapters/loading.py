@@ -18,7 +18,7 @@ from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, UnusableAdapterError, read_adapter_directory
 from backhand.adapters.gguf_adapter import is_gguf_file, read_gguf_adapter
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_keys import PREFIX, FactorShapes, match_tensors, slot_shapes
+from backhand.adapters.peft_keys import PREFIX, FactorShapes, factor_of, match_tensors, slot_shapes
 from backhand.adapters.peft_saving import NO_OTHER_CHOICE
 from backhand.adapters.record import (
     AdapterRecord,
@@ -375,7 +375,6 @@ def _named(name: str, there: Collection[str]) -> str | None:
 # It counts as one of the text model if the names in its file lie inside the text model, with either form of the prefix:
 # the tensors determine the adapted modules. Tensors of other parts keep their names, and are reported as unexpected.
 
-_FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
 _IN_A_PATTERN = re.compile(r"(?:model(?:\\?\.))?(?:language_model|text_model)(?:\\?\.)(?:model(?:\\?\.))?")
 
 
@@ -389,7 +388,7 @@ def of_the_text_model(contents: AdapterContents) -> AdapterContents:
         return names[key] or key
 
     config = contents.described.config
-    modules = {match["module"] for key in names if (match := _FACTOR.fullmatch(renamed(key).removeprefix(PREFIX)))}
+    modules = {found[0] for key in names if (found := factor_of(renamed(key)))}
     config = replace(
         config,
         target_modules=tuple(sorted(modules)),

@@ -9,9 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from backhand.adapters.contents import AdapterContents, UnusableAdapterError
 from backhand.adapters.loading import LoadedAdapter
-from backhand.adapters.peft_keys import FactorShapes
-from backhand.adapters.targets import Target
+from backhand.adapters.peft_keys import FactorShapes, factor_of
+from backhand.adapters.targets import Target, resolve_targets
+from backhand.errors import UsageError
 from backhand.nn.loading.expert_tensors import expert_parameter, expert_slices, stack_layout
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, expert_factors
 
@@ -111,6 +113,57 @@ def factors_of(loaded: LoadedAdapter) -> dict[str, ModuleFactors]:
             embedding=shape.embedding,
         )
     return found
+
+
+def factors_without_model(
+    contents: AdapterContents,
+) -> tuple[dict[str, ModuleFactors], list[Target], dict[str, Tensor]]:
+    """Return the factors in an adapter's files, which are not compared with a model.
+
+    Returns:
+        modules by dotted path in the order of the file, in the stored dtype; rank, alpha and scaling of the same
+        modules; and tensors that are no factors, by their name in the file.
+
+    Raises:
+        UnusableAdapterError: lists the problems of the files, and modules whose factors contradict each other or the
+            configuration.
+    """
+    problems = list(contents.problems)
+    factors: dict[str, dict[str, Tensor]] = {}
+    embeddings, others = set(), {}
+    for key, tensor in contents.tensors.items():
+        module, suffix = factor_of(key) or ("", "")
+        letter = "A" if "_A" in suffix else "B"
+        if not suffix or letter in factors.get(module, ()):
+            others[key] = tensor
+            continue
+        factors.setdefault(module, {})[letter] = tensor
+        if "embedding" in suffix:
+            embeddings.add(module)
+    targets: list[Target] = []
+    if factors and not problems:
+        try:
+            chosen = resolve_targets(contents.described.config, list(factors), heads=(), strict=False)
+            targets = [target for target in chosen if target.name in factors]
+        except UsageError as error:
+            problems.append(error.one_line)
+        unadapted = [] if problems else [name for name in factors if name not in {one.name for one in targets}]
+        problems += [f"{name}: the configuration does not adapt this module" for name in unadapted]
+    modules = {}
+    for target in targets:
+        lora_A, lora_B = factors[target.name]["A"], factors[target.name]["B"]
+        paired = min(lora_A.dim(), lora_B.dim()) > 1 and prod(lora_B.shape[2:]) == 1 and len(lora_A) == lora_B.shape[1]
+        if not paired:
+            shapes = f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}"
+            problems.append(f"{target.name}: {shapes} do not belong together")
+        elif len(lora_A) != target.rank:
+            problems.append(f"{target.name}: rank {len(lora_A)} in the file, {target.rank} by the configuration")
+        else:
+            is_embedding = target.name in embeddings
+            modules[target.name] = ModuleFactors.from_file(lora_A, lora_B, target.scaling, embedding=is_embedding)
+    if problems:
+        raise UnusableAdapterError(contents.directory, problems)
+    return modules, targets, others
 
 
 def _of_experts(target: Target, lora_A: Tensor, lora_B: Tensor, shape: FactorShapes) -> dict[str, ModuleFactors]:

@@ -28,6 +28,12 @@ _TOKENS = "token_adapter.trainable_tokens_delta"
 _BASE_COPY = ".base_layer.weight"
 
 
+def factor_of(key: str) -> tuple[str, str] | None:
+    """Return the module and the suffix of a factor's name in the file, or None for the name of another tensor."""
+    suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), None)
+    return (key[len(PREFIX) : -len(suffix)], suffix) if suffix and key.startswith(PREFIX) else None
+
+
 @dataclass(frozen=True)
 class FactorShapes:
     """Shapes of the tensors that one adapted module must have in the file."""
@@ -147,15 +153,13 @@ def _unexpected(key: str, tensor: Tensor, adapted: set[str], module_names: Seque
     text = f"unexpected: {key}, {tuple(tensor.shape)}"
     if not key.startswith(PREFIX):
         return f"{text}; PEFT's names begin with {PREFIX}"
-    path = key.removeprefix(PREFIX)
-    suffix = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), None)
-    if suffix is None:
+    if (found := factor_of(key)) is None:
         options = ((_MAGNITUDE, "use_dora"), (_BIAS, "lora_bias"), (f".{_TOKENS}", "trainable_token_indices"))
         for end, option in options:
-            if path.endswith(end):
+            if key.endswith(end):
                 return f"{text}; by the configuration's {option} this module has none"
         return f"{text}; neither a factor ({', '.join(_SUFFIXES)}) nor of a module in modules_to_save"
-    module = path.removesuffix(suffix)
+    module, *_ = found
     if module in adapted:
         return f"{text}; this kind of module has its factors under other names"
     if module in module_names:

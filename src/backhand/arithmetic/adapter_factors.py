@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from backhand.adapters.contents import PICKLE_FILE, TENSOR_FILE, AdapterContents, UnusableAdapterError
+from backhand.adapters.contents import PICKLE_FILE, TENSOR_FILE, UnusableAdapterError
 from backhand.adapters.loading import base_weight_name, check_source, read_adapter, source_digests
-from backhand.adapters.module_factors import ModuleFactors
+from backhand.adapters.module_factors import ModuleFactors, factors_without_model
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_keys import PREFIX
+from backhand.adapters.peft_keys import PREFIX, factor_of
 from backhand.adapters.record import AdapterRecord
-from backhand.adapters.targets import Target, module_values, resolve_targets
+from backhand.adapters.targets import Target
 from backhand.arithmetic.options import CombineOptions, CompressOptions, DiffOptions
-from backhand.errors import ArtifactError, UsageError
+from backhand.errors import ArtifactError
 from backhand.nn.decoder.config_facts import config_facts, recorded_facts
 from backhand.nn.loading.opening import open_model
 from backhand.nn.loading.source import ModelSource
@@ -33,15 +32,10 @@ class Part(NamedTuple):
     """A kind of tensor in an adapter's file."""
 
     name: str
-    factor: str | None = None  # the factor of a module, None if the tensor is no factor
     not_added: str | None = _WHOLE_MODULE  # why adapters with such a tensor cannot be added, None if they can
 
 
-PARTS = {
-    ".lora_A.weight": Part("lora_A", "lora_A"),
-    ".lora_B.weight": Part("lora_B", "lora_B"),
-    ".lora_embedding_A": Part("lora_A", "lora_A"),
-    ".lora_embedding_B": Part("lora_B", "lora_B"),
+_PARTS = {
     ".base_layer.weight": Part("copies of base weights", not_added=None),
     ".lora_magnitude_vector": Part(
         "magnitudes (DoRA)",
@@ -50,13 +44,15 @@ PARTS = {
     ".lora_B.bias": Part("biases of lora_B", not_added="a trained bias in addition to the factors"),
     ".trainable_tokens_delta": Part("trained token rows", not_added="trained rows of an embedding"),
 }
-"""Kinds of tensors, by the suffix of the tensor's name."""
+"""Kinds of tensors that are no factors, by the suffix of the tensor's name."""
 _WHOLE = Part("whole modules")
 
 
 def part_of(key: str) -> Part:
     """Return the kind of the tensor with this name."""
-    return next((part for end, part in PARTS.items() if key.endswith(end)), _WHOLE)
+    if (factor := factor_of(key)) is not None:
+        return Part("lora_A" if "_A" in factor[1] else "lora_B")
+    return next((part for end, part in _PARTS.items() if key.endswith(end)), _WHOLE)
 
 
 @dataclass(frozen=True)
@@ -100,23 +96,15 @@ def read_factors(path: Path, source: ModelSource | None = None, *, allow_pickle:
             why="adapters are combined, compared and compressed module by module",
             next_step="merge it into its base; adapters of modules can be combined, compared and compressed",
         )
-    found, embeddings, others = _split_tensors(contents.tensors)
-    if not found:
+    stored, targets, others = factors_without_model(contents)
+    if not stored:
         raise ArtifactError("holds no factors", where=str(contents.directory))
-    targets, problems = _adapted(contents, list(found))
-    modules = {}
-    for target in targets:
-        lora_A, lora_B = found[target.name]["lora_A"], found[target.name]["lora_B"]
-        if problem := _factor_problem(lora_A, lora_B, target.rank):
-            problems.append(f"{target.name}: {problem}")
-            continue
-        modules[target.name] = ModuleFactors.from_file(
-            lora_A.float(), lora_B.float(), target.scaling, embedding=target.name in embeddings
-        )
-    if problems:
-        raise UnusableAdapterError(contents.directory, problems)
+    modules = {
+        name: replace(module, lora_A=module.lora_A.float(), lora_B=module.lora_B.float())
+        for name, module in stored.items()
+    }
     ranks = sorted({module.rank for module in modules.values()})
-    dtypes = {tensor.dtype for factors in found.values() for tensor in factors.values()}
+    dtypes = {factor.dtype for module in stored.values() for factor in (module.lora_A, module.lora_B)}
     return AdapterFactors(
         _label(_name(contents.directory), "/".join(map(str, ranks))),
         contents.directory,
@@ -150,44 +138,6 @@ def read_updates(
 def _label(name: str, rank: str) -> str:
     """Return a title such as `runs/mine, rank 8`, without repeating a rank that the name contains."""
     return name if re.search(rf"rank[-_]?{re.escape(rank)}$", name) else f"{name}, rank {rank}"
-
-
-def _factor_problem(lora_A: Tensor, lora_B: Tensor, rank: int) -> str | None:
-    """Describe what is wrong with the shapes of a module's factors; None if they are right."""
-    kernel = lora_B.shape[2:]
-    if lora_A.dim() < 2 or lora_B.dim() < 2 or prod(kernel) != 1 or lora_A.shape[0] != lora_B.shape[1]:
-        return f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not belong together"
-    if lora_A.shape[0] != rank:
-        return f"rank {lora_A.shape[0]} in the file, {rank} by the configuration"
-    return None
-
-
-def _split_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str], dict[str, Tensor]]:
-    """Split an adapter's tensors into factors by module, names of embeddings, and all other tensors."""
-    found: dict[str, dict[str, Tensor]] = {}
-    embeddings, others = set(), {}
-    for key, tensor in tensors.items():
-        suffix = next((suffix for suffix, part in PARTS.items() if part.factor and key.endswith(suffix)), "")
-        name = key.removesuffix(suffix).removeprefix(PREFIX)
-        factor, factors = PARTS[suffix].factor if suffix else None, found.get(name, {})
-        if factor is None or not key.startswith(PREFIX) or factor in factors:
-            others[key] = tensor
-            continue
-        if "embedding" in suffix:
-            embeddings.add(name)
-        found[name] = factors | {factor: tensor}
-    return found, embeddings, others
-
-
-def _adapted(contents: AdapterContents, names: list[str]) -> tuple[list[Target], list[str]]:
-    """Return the configured targets among the file's modules, and a sentence for each module without one."""
-    config = contents.described.config
-    try:
-        chosen = {target.name for target in resolve_targets(config, names, heads=(), strict=False)}
-    except UsageError as error:
-        return [], [error.one_line]
-    problems = [f"{name}: the configuration does not adapt this module" for name in names if name not in chosen]
-    return module_values(config, [name for name in names if name in chosen], strict=False), problems
 
 
 def _stored_bytes(path: Path) -> int:

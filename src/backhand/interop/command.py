@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from backhand.adapters.contents import UnusableAdapterError, read_adapter_directory
+from backhand.adapters.contents import read_adapter_directory
 from backhand.adapters.loading import match_linear_adapter, read_adapter
 from backhand.adapters.module_factors import Factors, factors_of
 from backhand.adapters.record import AdapterRecord
@@ -18,7 +18,7 @@ from backhand.interop.options import ExportOptions, given
 from backhand.interop.other_formats import (
     ADAPTER_FILE,
     MODEL_FILE,
-    factors_without_model,
+    factors_for_kohya,
     kohya_bytes,
     mlx_files,
     ollama_base,
@@ -187,9 +187,7 @@ def _read(opened: OpenedAdapter, path: Path) -> Factors:
 
 def _export_kohya(options: ExportOptions, adapter: Path, output: Path, prover: Prover) -> None:
     contents = read_adapter_directory(adapter, allow_pickle=options.reading.allow_pickle)
-    if contents.problems:
-        raise UnusableAdapterError(contents.directory, contents.problems)
-    factors = factors_without_model(contents)
+    factors = factors_for_kohya(contents)
     data = kohya_bytes(factors)
     with staged(output) as path:
         write_atomically(path, data)

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, read_json_object, read_tensors, tensor_bytes
-from backhand.adapters.module_factors import Factors, ModuleFactors
+from backhand.adapters.module_factors import Factors, ModuleFactors, factors_without_model
 from backhand.adapters.peft_config import PEFTConfig
-from backhand.adapters.peft_keys import PREFIX, slot_shapes
+from backhand.adapters.peft_keys import slot_shapes
 from backhand.adapters.peft_saving import AdapterParts, adapter_files
-from backhand.adapters.targets import Target, module_values
+from backhand.adapters.targets import Target
 from backhand.errors import ArtifactError, UsageError
 from backhand.files import write_atomically
 from backhand.interop.opened_adapter import OpenedAdapter, refuse
@@ -185,29 +185,19 @@ _TEXT_ENCODER = re.compile(r"(?:text_encoder\.)?(text_model\..*)")
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 
 
-def factors_without_model(contents: AdapterContents) -> dict[str, ModuleFactors]:
-    """Return the factors of the modules that the tensors name, without a model to check them against.
+def factors_for_kohya(contents: AdapterContents) -> dict[str, ModuleFactors]:
+    """Return the factors of an adapter, whose model is not read.
 
     Raises:
         ArtifactError: if a tensor is no factor of a linear or convolutional module, or lacks its partner.
     """
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in contents.tensors.items()}
-    if odd := [key for key in tensors if not key.endswith(_SUFFIXES)]:
+    modules, _, others = factors_without_model(contents)
+    if odd := [*others, *(name for name, module in modules.items() if module.embedding)]:
         raise ArtifactError(
             f"{len(odd)} tensors are no factors of linear or convolutional modules: {', '.join(odd[:4])}",
             where=str(contents.directory),
         )
-    names = list(dict.fromkeys(key.removesuffix(_SUFFIXES[0]).removesuffix(_SUFFIXES[1]) for key in tensors))
-    factors = {}
-    for target in module_values(contents.described.config, names, strict=False):
-        lora_A, lora_B = (tensors[target.name + suffix] for suffix in _SUFFIXES)
-        if lora_A.shape[0] != target.rank or lora_B.shape[1] != target.rank:
-            raise ArtifactError(
-                f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} are not of rank {target.rank}",
-                where=f"{contents.directory}: {target.name}",
-            )
-        factors[target.name] = ModuleFactors.from_file(lora_A, lora_B, target.scaling)
-    return factors
+    return modules
 
 
 def kohya_bytes(factors: Factors) -> bytes:
