@@ -97,8 +97,8 @@ class MergedWeights:
             stored = rounded(merged_weight(weight, change))
             self.losses.append(_module_loss(module, weight, change, stored))
         names = self.written_names.get(name, (name,))
-        for written, part in zip(names, stored.chunk(len(names)), strict=True):
-            self.digests[written] = base_digest([written], lambda _, part=part: part)
+        parts = dict(zip(names, stored.chunk(len(names)), strict=True))
+        self.digests |= {written: base_digest([written], parts.__getitem__) for written in parts}
         return stored
 
     def keep(self, name: str) -> None:
