@@ -18,6 +18,7 @@ from backhand.data.forms import detect
 from backhand.data.options import DataOptions, NamedColumns, asking_options, reading_options, shell_quoted
 from backhand.data.prepare import Prompt, prepare, prepare_prompts
 from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.loop.evaluate import evaluate
 from backhand.options.command_options import EvaluateOptions
@@ -25,9 +26,9 @@ from backhand.options.config import ModelOptions
 from support.tokenizer_kinds import byte_level
 
 
-def asked(path: Path, **given: Any) -> tuple[list[Prompt], tuple[str, ...]]:
+def asked(path: Path, purpose: Purpose | None = "answers", **given: Any) -> tuple[list[Prompt], tuple[str, ...]]:
     prompts: list[Prompt] = []
-    train, _ = prepare(DataOptions(data=(str(path),), **given), byte_level(), prompts=prompts)
+    train, _ = prepare(DataOptions(data=(str(path),), **given), byte_level(), prompts=prompts, purpose=purpose)
     return prompts, train.report.notes
 
 
@@ -162,22 +163,50 @@ def test_usual_names_are_understood_where_nothing_is_doubtful(tmp_path: Path, he
 
 
 def test_text_next_to_one_column_says_how_to_learn_that(tmp_path: Path) -> None:
-    _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"))
+    _, notes = asked(written(tmp_path / "t.csv", "text,label\nhello,good\n"), None)
     assert notes[-1].endswith(
-        "not read: the column label; to train on it as the answer: --prompt text --completion label"
+        "not read: the column label; to train on label as the answer: --prompt '{text}' --completion label"
     )
 
 
 def test_few_different_short_values_next_to_a_text_may_be_learnt(tmp_path: Path) -> None:
     rows = "".join(f"{i},text {i},{'ab'[i % 2]}\n" for i in range(8))
-    _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"))
+    _, notes = asked(written(tmp_path / "t.csv", f"id,text,Section\n{rows}"), None)
     assert notes[-1].endswith(
-        "columns id, Section; to train on Section as the answer: --prompt text --completion Section"
+        "columns id, Section; to train on Section as the answer: --prompt '{text}' --completion Section"
     )
     _, notes = asked(written(tmp_path / "t.csv", f"id,text,Split\n{rows}"))
     assert notes[-1].endswith("not read: the columns id, Split")  # which says where a row belongs, not what it is
     _, notes = asked(written(tmp_path / "t.csv", "text,author\n" + "".join(f"t,{i}\n" for i in range(8))))
     assert notes[-1].endswith("not read: the column author")
+
+
+def test_whole_texts_are_not_learned_by_mistake_next_to_their_class(tmp_path: Path) -> None:
+    news = "".join(f"Headline {i},{'long ' * 20}{i},{('sport', 'politics')[i % 2]}\n" for i in range(8))
+    path = written(tmp_path / "news.csv", f"title,text,section\n{news}")
+    with pytest.raises(DataError, match="text would be learned as it is, and section would not be read") as raised:
+        prepare(DataOptions(data=path), byte_level())
+    assert raised.value.why == "section has few, short values, as a class has: sport, politics"
+    _, learns, whole = str(raised.value.next_step).split("\n    - ")
+    assert learns.endswith(f"backhand train --data {path} --prompt '{{title}}\\n{{text}}' --completion section")
+    assert whole.endswith(f"backhand train --data {path} --train-on text")
+    for options in (
+        {"train_on": "text"},
+        {"train_on": "all"},
+        {"prompt": "{title}\\n{text}", "completion": "section"},
+    ):
+        train, _ = prepare(DataOptions(data=path, **options), byte_level())
+        assert len(train.examples) == 8
+    prepare(DataOptions(data=path), byte_level(), purpose=None)  # evaluation measures what is there
+    other = written(tmp_path / "other.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match="the rows have the form prompt/completion, and train_on 'text' reads texts"):
+        prepare(DataOptions(data=other, train_on="text"), byte_level())
+
+
+@pytest.mark.parametrize("options", [{"prompt": "{text}", "completion": "section"}, {"messages": "text"}])
+def test_whole_texts_and_named_columns_contradict(options: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="reads the column text, and other columns are named"):
+        DataOptions(data="news.csv", train_on="text", **options).validate()
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,17 @@ class ClassColumns:
     """Find columns next to a text that may contain its class: by their names, or by few distinct short values."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, set[str]] = {}  # the first distinct values per column, truncated
+        self._seen: dict[str, dict[str, None]] = {}  # the first distinct values per column, truncated
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Record the values of a row."""
         for name, value in values.items():
-            if value is not None and len(seen := self._seen.setdefault(name, set())) <= _MOST:
-                seen.add(str(value)[: _LONGEST + 1])
+            if value is not None and len(seen := self._seen.setdefault(name, {})) <= _MOST:
+                seen[str(value)[: _LONGEST + 1]] = None
+
+    def values(self, name: str) -> list[str]:
+        """Return the first distinct values of a column."""
+        return list(self._seen[name])
 
     def names(self, rows: int) -> list[str]:
         """Return the columns that may be classes, given the number of rows. Each value must occur twice on average."""
@@ -65,5 +69,9 @@ class ClassColumns:
             name
             for name, seen in self._seen.items()
             if (small := name.lower()) in CLASSES
-            or (small not in _ABOUT_ROWS and 1 < len(seen) <= min(_MOST, rows // 2) and max(map(len, seen)) <= _LONGEST)
+            or (
+                small not in _ABOUT_ROWS | COUNTING
+                and 1 < len(seen) <= min(_MOST, rows // 2)
+                and max(map(len, seen)) <= _LONGEST
+            )
         ]

@@ -276,9 +276,9 @@ class DataOptions(TemplateOptions, DecisionColumns, NamedColumns, RowSources, Op
     long_rows: Literal["truncate", "drop"] = "truncate"
     """A document longer than `max_length`: `truncate` keeps its first `max_length` tokens, `drop` leaves it out."""
 
-    train_on: Literal["completions", "all"] = "completions"
-    """Tokens that carry loss: `completions` (assistant turns, completions and outputs) or `all` (every token of the
-    row). In plain `text` rows, every token carries loss."""
+    train_on: Literal["completions", "all", "text"] = "completions"
+    """Tokens that carry loss: `completions` (assistant turns, completions and outputs), `all` (every token of the row),
+    or `text` (whole texts of a column `text`, even if another column looks like their class)."""
 
     def _check_together(self) -> None:
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
@@ -298,6 +298,12 @@ class DataOptions(TemplateOptions, DecisionColumns, NamedColumns, RowSources, Op
                 f"eval_data and eval_fraction {self.eval_fraction!r} are both given",
                 where="eval_fraction",
                 next_step="give only one of them",
+            )
+        if self.train_on == "text" and (self.prompt, self.completion, self.messages) != (None, None, None):
+            raise UsageError(
+                "train_on 'text' reads the column text, and other columns are named",
+                where="train_on",
+                next_step="leave out --train-on, or --prompt, --completion and --messages",
             )
 
 

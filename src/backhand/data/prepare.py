@@ -244,6 +244,9 @@ def read_examples(
         held_out=held_out,
         answers_only=answers_only,
         questions=questions,
+        # `backhand lint` collects truncated documents, and reports such a column in a note.
+        refuses_classes=answers_only and purpose == "answers" and truncation is None,
+        texts_only=options.train_on == "text",
     )
     report = pipeline.run(begin, renderer.encoder, names)
     notes = list(renderer.notes())

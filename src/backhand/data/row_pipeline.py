@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from backhand.data.chat import Document
+from backhand.data.column_hints import CLASSES, suggestion
 from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
@@ -91,6 +92,8 @@ class RowPipeline:
     allow_prompts: bool = False
     answers_only: bool = False  # only answers are learned, so a file without answers is an error
     questions: Mapping[str, Question] | None = None  # the questions of rows of decisions, see `FormReader`
+    refuses_classes: bool = False  # whole texts next to a column of classes are an error
+    texts_only: bool = False  # any other form than whole texts is an error
 
     def open_file(self, name: str) -> tuple[ColumnReader, FormReader, Iterator[Row]]:
         """Return the readers of a file's columns and form, and its valid rows."""
@@ -129,6 +132,12 @@ class RowPipeline:
                 conversation |= isinstance(texts_of(row)[0], Conversation)
             if reader.form is None:
                 raise _no_rows(name, bad, bad.count - bad_before)
+            if self.texts_only and reader.form.kind != "text":
+                raise DataError(
+                    f"the rows have the form {reader.form.name}, and train_on 'text' reads texts",
+                    where=name,
+                    next_step="leave out --train-on",
+                )
             if self.answers_only and rows and not answered:
                 raise _no_answers(name, reader, rows, empty_sides)
             empty += rows - answered
@@ -144,9 +153,12 @@ class RowPipeline:
             columns = list(unread)
             hint = ""
             labels = [column for column in columns if column in classes]
-            if {form.form for form in forms} == {"text"} and len(labels) == 1:
-                it = "it" if len(columns) == 1 else labels[0]
-                hint = f"; to train on {it} as the answer: --prompt text --completion {shlex.quote(labels[0])}"
+            if {form.form for form in forms} == {"text"} and labels:
+                label = next((column for column in labels if column.lower() in CLASSES), labels[-1])
+                options = suggestion((), reader.columns, {"completion": label})
+                if options and self.refuses_classes:
+                    raise _class_next_to_text(names, label, reader.class_columns.values(label), options)
+                hint = f"; to train on {label} as the answer: {options}" if options else ""
             several = "s" if len(columns) > 1 else ""
             notes.append(f"not read: the column{several} {name_list(map(shorten, columns))}{hint}")
         empty_lines = bad.empty_lines - empty_lines_before
@@ -181,6 +193,17 @@ def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collectio
         why=f"answers are read from {'the replies in ' if conversation else ''}{columns}, since the columns have "
         f"the form {form.name}; other columns: {', '.join(others) or 'none'}",
         next_step=next_step,
+    )
+
+
+def _class_next_to_text(names: Sequence[str], label: str, values: Sequence[str], options: str) -> DataError:
+    start = f"backhand train --data {' '.join(map(shlex.quote, names))}"
+    return DataError(
+        f"the column text would be learned as it is, and {shorten(label)} would not be read",
+        where=", ".join(names),
+        why=f"{shorten(label)} has few, short values, as a class has: {name_list(map(shorten, values), limit=4)}",
+        next_step=f"\n    - to learn {shorten(label)} as the answer: {start} {options}"
+        f"\n    - to learn whole texts: {start} --train-on text",
     )
 
 

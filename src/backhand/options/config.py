@@ -263,9 +263,10 @@ class TrainConfig(Options):
         for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective, self.rewards):
             _check_utf8(part)
         self._check_rewards()
-        if self.data.train_on == "all" and self.objective.objective != "sft":
+        train_on, objective = self.data.train_on, self.objective.objective
+        if train_on != "completions" and objective != "sft":
             raise UsageError(
-                f"train_on 'all' would compare prompts, and {self.objective.objective} compares answers",
+                f"train_on {train_on!r} would compare prompts, and {objective} compares answers",
                 where="train_on",
                 next_step="leave out --train-on, or give --objective sft",
             )
