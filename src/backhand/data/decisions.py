@@ -46,7 +46,7 @@ LABELS: dict[QuestionType, tuple[str, ...]] = {
 }
 SPELLINGS: dict[QuestionType, tuple[str, ...]] = {"choice": (), "noul": ("Yes", "No", "YES", "NO"), "score": ()}
 """Other spellings of labels that servers read as well."""
-_CLOSING: dict[QuestionType, str] = {
+CLOSINGS: dict[QuestionType, str] = {
     "choice": "Answer with the letter of one option only.",
     "noul": "Answer with yes or no only.",
     "score": "Answer with the number of one level only.",
@@ -87,7 +87,7 @@ class Question:
                 lines.append(f"{label}: {key} - {description}" if description else f"{label}: {key}")
             elif description:
                 lines.append(f"{label}: {description}")
-        return "\n".join((state, "", *lines, _CLOSING[self.type]))
+        return "\n".join((state, "", *lines, CLOSINGS[self.type]))
 
     @property
     def canonical_order(self) -> tuple[int, ...]:

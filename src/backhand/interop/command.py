@@ -48,7 +48,7 @@ def export_command(options: ExportOptions) -> Path:
     adapter, output = given("adapter", options.adapter), given("output", options.output)
     prover = Prover("export", adapter, None if options.quiet else console())
     base: ModelSource | None = None
-    if options.merge:
+    if options.merge or options.decision:
         _export_merged(options, output, prover)
     elif options.to == "kohya":
         _export_kohya(options, adapter, output, prover)
@@ -76,6 +76,8 @@ def _how_to_run(options: ExportOptions, output: str, base: ModelSource | None) -
         return (f"next: ollama create mine -f {output}/Modelfile", "      ollama run mine")
     if options.to != "gguf":
         return ()
+    if options.decision:
+        return (f"next: llama-server -m {output}", "      then POST /v1/systemone")
     if base is None:
         return (f"next: llama-cli -m {output}",)
     file = shlex.quote(str(base.path)) if isinstance(base, GGUFModel) else "BASE.gguf"
@@ -204,4 +206,4 @@ def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None
             record = None if options.adapter is None else read_adapter_directory(options.adapter).record
             write_modelfile(path, f"./{MODEL_FILE}", system=record.system if record else None)
         else:
-            merge_adapter(options, path, prover, gguf=options.to == "gguf")
+            merge_adapter(options, path, prover, gguf=options.to == "gguf", decision=options.decision)

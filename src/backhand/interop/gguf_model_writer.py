@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,19 @@ class _Planned:
         return one if parse_expert_name(self.ours[0]) is None else (len(self.ours), *one)
 
 
-def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, description: str) -> list[str]:
+def write_gguf_model(
+    path: Path,
+    weights: MergedWeights,
+    *,
+    dtype: str,
+    description: str,
+    more: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> list[str]:
     """Write the file at `path`, not atomically.
 
     Args:
         dtype: a key of `TYPES`, or `auto`.
+        more: adds further metadata, or None.
 
     Returns:
         notes: matrices that are float16 because their rows do not fit the type, tokens that were left out, and texts
@@ -98,7 +107,7 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
         if parse_expert_name(one.ours[0]) is None
     }
     with closing(gguf.GGUFWriter(path, architecture)) as writer:
-        left_out = _write(writer, weights, planned, description)
+        left_out = _write(writer, weights, planned, description, more)
     wanted = TYPES.get(dtype, StorageType.F16)
     others = sum(one.storage == StorageType.F16 != wanted for one in planned)
     notes = []
@@ -111,7 +120,13 @@ def write_gguf_model(path: Path, weights: MergedWeights, *, dtype: str, descript
     return notes + llama_cpp_notes(decoder_config(source.config), architecture, context_ends=is_new)
 
 
-def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Planned], description: str) -> list[str]:
+def _write(
+    writer: gguf.GGUFWriter,
+    weights: MergedWeights,
+    planned: list[_Planned],
+    description: str,
+    more: Callable[[gguf.GGUFWriter], None] | None,
+) -> list[str]:
     """Write everything, and return the tokens that were left out."""
     source = weights.source
     left_out: list[str] = []
@@ -121,6 +136,8 @@ def _write(writer: gguf.GGUFWriter, weights: MergedWeights, planned: list[_Plann
         left_out = add_model_metadata(writer, source)
     if _DESCRIPTION not in writer.kv_data[0]:
         writer.add_description(description)
+    if more is not None:
+        more(writer)
     elements: Counter[StorageType] = Counter()
     for one in planned:
         elements[one.storage] += math.prod(one.shape(weights)) * len(one.names)

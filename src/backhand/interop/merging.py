@@ -17,6 +17,7 @@ from backhand.data.held_out import neutral_texts
 from backhand.errors import ArtifactError, not_none
 from backhand.files import staged
 from backhand.interop.gguf_adapter_writer import context_length
+from backhand.interop.gguf_decision import gguf_decision, prove_decisions
 from backhand.interop.gguf_model_writer import write_gguf_model
 from backhand.interop.huggingface_writer import write_huggingface
 from backhand.interop.merged_weights import MergedWeights, ModuleLoss
@@ -63,12 +64,15 @@ def merge_command(options: MergeOptions) -> Path:
     return output
 
 
-def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool) -> None:
+def merge_adapter(
+    options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool, decision: bool = False
+) -> None:
     """Write the merged model at `path`, which must not exist, and prove it; `export --merge` calls this too.
 
     Args:
         options: `output` is ignored.
         gguf: write a GGUF file instead of a Hugging Face directory.
+        decision: make the GGUF file a decision model of llama.cpp.
 
     Raises:
         ArtifactError, CheckError: see `merge_command`.
@@ -80,6 +84,7 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
         allow_pickle=options.reading.allow_pickle,
     )
     prover.say_notes(opened.loaded)
+    more = gguf_decision(opened).add_to if decision else None
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
     weights = merged_weights(opened)
@@ -88,7 +93,7 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
         prover.say("note: the base's head is its embedding; the merged model has a head of its own")
     if gguf:
         description = f"{opened.loaded.directory} merged into {base}"
-        for note in write_gguf_model(path, weights, dtype=options.dtype, description=description):
+        for note in write_gguf_model(path, weights, dtype=options.dtype, description=description, more=more):
             prover.say(note)
     else:
         if options.dtype not in ("auto", *_DTYPES):
@@ -102,6 +107,8 @@ def merge_adapter(options: AdaptedModelOptions, path: Path, prover: Prover, *, g
         )
     print_losses(weights.losses, prover)
     _prove(options, opened, weights, path, prover)
+    if decision:
+        prove_decisions(path, opened, prover, exact=options.dtype == "float32")
 
 
 def merged_weights(opened: OpenedAdapter) -> MergedWeights:

@@ -101,6 +101,10 @@ class ExportOptions(AdaptedModelOptions, Options):
     merge: bool = False
     """Merge the adapter into the model, and export the merged model."""
 
+    decision: bool = False
+    """With `gguf`: merge an adapter that was trained with `--objective decide`, and write a decision model that
+    llama.cpp serves at `/v1/systemone`, with the prompt and the temperatures of training."""
+
     push: Annotated[Text, Check(_check_repository)] | None = None
     """Upload the output to this repository of the Hugging Face hub, OWNER/NAME, with the token of `hf auth login`.
     A new repository is private."""
@@ -113,7 +117,9 @@ class ExportOptions(AdaptedModelOptions, Options):
         for name in ("uniform", "text_model"):
             if getattr(self, name) and (self.to != "peft" or self.merge):
                 raise UsageError(f"{name} applies to adapters in PEFT's format", where=name, next_step="give --to peft")
-        if not self.merge:
+        if self.decision and self.to != "gguf":
+            raise UsageError("a decision model is a GGUF file", where="decision", next_step="give --to gguf")
+        if not self.merge and not self.decision:
             for name, value, off in (("dtype", self.dtype, "auto"), ("tolerance", self.tolerance, None)):
                 if value != off:
                     raise UsageError(f"{name} applies to merged models", where=name, next_step="give --merge as well")
