@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from backhand.arithmetic.options import CompressOptions, DiffOptions, InspectOptions
 from backhand.files import made_directory, write_atomically
 from backhand.printing import say
+from backhand.terminal import table_of
 from backhand.words import show_notes
 
 if TYPE_CHECKING:
@@ -113,9 +113,7 @@ def print_table(
 
     A title that begins with a line break is preceded by an empty line.
     """
-    table = Table()
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number >= left else "left", no_wrap=number < left > 1)
+    table = table_of(*columns, right=columns[left:])
     for row in rows:
         table.add_row(*row)
     if title.startswith("\n"):

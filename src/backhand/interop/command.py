@@ -88,10 +88,6 @@ _ANSWER_S = 120.0
 """Patience for one answer of the hub, in seconds. The library itself has no limit."""
 
 
-_ODD_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
-"""Exceptions of the library while it reads an answer that is not a hub's."""
-
-
 def _push(output: Path, repository: str) -> str:
     """Upload a directory or a file, and return the repository's address.
 
@@ -113,9 +109,8 @@ def _push(output: Path, repository: str) -> str:
         later = f"hf upload {repository} {shlex.quote(str(output))}"
         refused = getattr(getattr(error, "response", None), "status_code", None) in (401, 403)
         why = short_reason(error)
-        if isinstance(
-            error, ValueError | LookupError | TypeError | AttributeError
-        ):  # raised while the library reads the answer
+        # The library raises these while it reads an answer that is not a hub's.
+        if isinstance(error, ValueError | LookupError | TypeError | AttributeError):
             why = f"{hub.endpoint} does not answer as a hub does: {why}"
         raise ResourceError(
             f"{output} is written, and could not be uploaded to {repository}",

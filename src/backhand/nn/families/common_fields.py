@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.nn.families.config_fields import ConfigFields
-from backhand.nn.families.eos_tokens import token_ids
+from backhand.nn.families.config_fields import ConfigFields, token_ids
 from backhand.nn.families.family import TRAITS, DecoderConfig, LayerConfig, RotaryConfig
 from backhand.nn.families.rotary import FULL, SLIDING, rotary
 from backhand.ops.logits_rule import LogitsRule

@@ -86,7 +86,8 @@ def decoder_config(config: Mapping[str, object]) -> DecoderConfig:
     model_type = config.get("model_type")
     parse = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if parse is None:
-        raise _unknown_family(config, model_type)
+        known = ", ".join(FAMILIES)
+        raise UnsupportedModel(str(model_type), [f"model_type = {model_type!r}: the engine knows {known}"])
     fields = ConfigFields(config, str(model_type))
     fields.neutral(*NEUTRAL)
     for key, value in FIXED.items():
@@ -141,17 +142,6 @@ def _padding_id(fields: ConfigFields, vocab_size: int) -> int | None:
     """Return `pad_token_id`, with which transformers creates its embedding."""
     token = fields.or_declared("pad_token_id")
     return token if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size else None
-
-
-def _unknown_family(config: Mapping[str, object], model_type: object) -> UnsupportedModel:
-    if model_type == "gemma3" and "text_config" in config:
-        return UnsupportedModel(
-            str(model_type),
-            ["model_type = 'gemma3': the text model lies inside an image model, where its modules have other names"],
-            next_step="save the text model alone (transformers' Gemma3ForCausalLM), or use --engine transformers",
-        )
-    known = ", ".join(FAMILIES)
-    return UnsupportedModel(str(model_type), [f"model_type = {model_type!r}: the engine knows {known}"])
 
 
 def _llama(fields: ConfigFields) -> DecoderConfig:

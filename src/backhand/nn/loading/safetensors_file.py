@@ -10,9 +10,8 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.nn.loading.source import check_floating
-from backhand.reading import open_plain
+from backhand.reading import kind_of, open_plain
 
-_LFS_POINTER = b"version https://git-lfs"
 _FETCH_AGAIN = "fetch the model again"
 _BYTES_PER_MAPPING = 1 << 20
 
@@ -79,13 +78,8 @@ class SafetensorsFile:
     def _damaged(self, error: Exception) -> ArtifactError:
         try:
             with open_plain(self.path) as file:
-                head = file.read(100)
+                kind = kind_of(file.read(512))
         except OSError as unreadable:
             return ArtifactError(f"{self.path} cannot be read: {unreadable.strerror}", next_step=_FETCH_AGAIN)
-        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            return ArtifactError(f"{self.path} is a web page, not the weights", next_step=_FETCH_AGAIN)
-        if head.startswith(_LFS_POINTER):
-            return ArtifactError(
-                f"{self.path} is a git-lfs pointer, not the weights", next_step="run git lfs pull in its directory"
-            )
-        return ArtifactError(f"{self.path} is damaged or incomplete", why=str(error), next_step=_FETCH_AGAIN)
+        why = str(error) if kind is None else f"it is {kind}"
+        return ArtifactError(f"{self.path} is damaged or incomplete", why=why, next_step=_FETCH_AGAIN)

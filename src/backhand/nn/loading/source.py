@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backhand.errors import ArtifactError
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
-from backhand.nn.families.eos_tokens import token_ids
+from backhand.nn.families.config_fields import token_ids
 from backhand.nn.loading.stop_tokens import stop_token_ids
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.ops.weight_tiles import FrozenMatrix

@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from backhand.nn.families.config_fields import config_class
+from backhand.nn.families.family_parsing import FAMILIES
+
 WRAPPERS: tuple[str, ...] = (
     "aya_vision", "gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "lfm2_vl",
     "mistral3", "qwen3_5", "qwen3_5_moe", "smolvlm",
@@ -27,11 +30,6 @@ model. The tests show this for every text model that the decoder engine supports
 _NAMED_TEXT_MODEL = ("idefics3", "smolvlm")
 """Image models whose transformers class calls the text model `model.text_model` instead of `model.language_model`."""
 
-_TEXT_MODELS = (
-    "exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "gpt_oss", "granite", "granitemoehybrid", "lfm2",
-    "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_5_text",
-    "qwen3_moe", "smollm3",
-)  # fmt: skip
 _CLASS_NAMES = {"granitemoehybrid": "GraniteMoeHybrid", "qwen3_5_text": "Qwen3_5", "smollm3": "SmolLM3"}
 """Class names that do not follow from `model_type`. Importing transformers' own table takes a second."""
 
@@ -97,7 +95,7 @@ def unwrap_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Wrapper | 
 
 def causal_class(model_type: object) -> list[str]:
     """Return a config's `architectures` for a language model of this type, empty if transformers has no class."""
-    if model_type not in _TEXT_MODELS:
+    if model_type not in FAMILIES:
         return []
     words = str(model_type).removesuffix("_text").split("_")
     return [_CLASS_NAMES.get(str(model_type), "".join(map(str.capitalize, words))) + "ForCausalLM"]
@@ -110,7 +108,5 @@ def _ties(config: Mapping[str, Any]) -> bool:
         stated = config.get(_OLDER_TIE, stated)
     if isinstance(stated, bool):
         return stated
-    from backhand.nn.families.config_fields import config_class
-
     known = config_class(str(config["model_type"]))
     return bool(known is not None and known.fields.get("tie_word_embeddings"))
