@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from backhand.kernels.builds import kernels_available
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
@@ -98,6 +100,33 @@ def peft_loss(adapted: Any, batch: PackedBatch) -> Tensor:
             total + torch.nn.functional.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum").double()
         )
     return total
+
+
+class _Widening(TorchFunctionMode):
+    """Replace float32 by float64 in every call of torch that names it."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        widened = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **widened)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def wholly_in_float64() -> Iterator[None]:
+    """Let transformers compute norms, angles and softmax in float64 too, for which it names float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widening():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def decoder_like(adapted: Any, scaling: float, *, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:

@@ -36,6 +36,7 @@ from backhand.training.plan_command import plan
 from backhand.training.run import train
 from backhand.verify.command import verify
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
+from backhand.verify.report import MODEL
 from support.tiny_gguf import write_tiny_gguf
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun, with_options
@@ -256,7 +257,7 @@ def test_evaluation_and_answers_are_the_same(tiny: TinyRun, tmp_path: Path) -> N
 def test_the_gradients_of_a_quantized_model_are_proved(tiny: TinyRun) -> None:
     model = VerifiedModelOptions(model=str(tiny.model), dtype="float32", device="cpu", base="quantized")
     report = verify(VerifyOptions(VerifyRunOptions(max_tokens=40), model, DataOptions(data=(str(tiny.rows),))))
-    assert report.model and not report.failed_model
+    assert report.of(MODEL) and not report.failed(MODEL)
 
 
 def test_a_block_that_moves_is_noticed(tiny: TinyRun) -> None:

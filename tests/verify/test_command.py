@@ -13,6 +13,7 @@ from backhand.verify import command
 from backhand.verify.command import verify, verify_command
 from backhand.verify.mutants import Mutant
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
+from backhand.verify.report import MUTANTS, PROOFS
 from backhand.verify.runner import PROOF_FILES, forms, load_proofs
 
 
@@ -24,19 +25,19 @@ def test_one_op_lists_cases_and_mutants(capsys):
     report = verify_command(options(op="glu"))
     assert report.passed
     printed = capsys.readouterr().out
-    for row in report.rows:
+    for row in report.of(PROOFS):
         assert row.case in printed
-    for rejection in report.rejections:
+    for rejection in report.of(MUTANTS):
         assert rejection.mutant in printed
-    assert f"{len(report.rows)} of {len(report.rows)} proofs hold" in printed
-    assert f"{len(report.rejections)} of {len(report.rejections)} mutants rejected" in printed
+    assert f"{len(report.of(PROOFS))} of {len(report.of(PROOFS))} proofs hold" in printed
+    assert f"{len(report.of(MUTANTS))} of {len(report.of(MUTANTS))} mutants rejected" in printed
 
 
 def test_json_holds_every_proof(capsys):
     report = verify_command(options(op="mse", json=True))
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is True
-    assert len(found["proofs"]) == len(report.rows)
+    assert len(found["proofs"]) == len(report.of(PROOFS))
     keys = {"op", "case", "dtype", "check", "tensor", "error", "bound", "worst", "form", "passed"}
     assert set(found["proofs"][0]) == keys
     assert all(one["rejected"] for one in found["mutants"])

@@ -29,6 +29,7 @@ from backhand.verify.measure import relative_error
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import choose_documents, load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
+from backhand.verify.report import MODEL, statement
 from support.tiny_models import FAMILIES, attach_lora, save_tiny, tiny_config, tiny_model
 
 
@@ -70,23 +71,23 @@ def options(model, rows=None, *, dtype="float32", **fields):
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_every_family_is_proved(variant, models, rows):
     report = verify(options(models(variant), rows))
-    assert not report.failed_model
-    exact = [proof for proof in report.model if proof.proof.endswith("float64")]
+    assert not report.failed(MODEL)
+    exact = [proof for proof in report.of(MODEL) if proof.case.endswith("float64")]
     # What the random adapter has; of a mixture of experts that is attention.
     names = module_shapes(decoder_config(tiny_config(variant).to_dict()))
     kinds = {name.rpartition(".")[2] for name in names if name != "lm_head"}
     assert len(exact) == 4 + len(kinds), "loss, every kind of module, d_x, packing, merging"
-    assert max(proof.measured for proof in exact) < 1e-12
-    statements = " ".join(proof.proof for proof in report.model)
+    assert max(proof.error for proof in exact) < 1e-12
+    statements = " ".join(proof.case for proof in report.of(MODEL))
     for words in ("packed = unpacked", "accumulated = one batch", "recomputed (mlp)", "recomputed (block)", "merged"):
         assert words in statements
-    step = next(proof for proof in report.model if "training step" in proof.proof)
-    assert 0 < step.measured < 1e-4
+    step = next(proof for proof in report.of(MODEL) if "training step" in proof.case)
+    assert 0 < step.error < 1e-4
 
 
 def test_bfloat16_and_the_neutral_texts(models):
     report = verify(options(models("llama"), dtype="bfloat16"))
-    assert not report.failed_model
+    assert not report.failed(MODEL)
     assert "neutral texts" in " ".join(report.notes)
 
 
@@ -95,14 +96,14 @@ def test_one_document_is_said_to_be_alone(models, tmp_path):
     report = verify(options(models("llama"), tmp_path / "row.jsonl"))
     assert report.passed
     assert "packing and accumulation are not measured" in " ".join(report.notes)
-    assert not any("packed" in proof.proof or "accumulated" in proof.proof for proof in report.model)
+    assert not any("packed" in proof.case or "accumulated" in proof.case for proof in report.of(MODEL))
 
 
 def test_experts_of_an_adapter(models, rows, tmp_path):
     attach_lora(tiny_model("qwen3_moe"), rank=3).save_pretrained(tmp_path)
     report = verify(options(models("qwen3_moe"), rows, adapter=tmp_path))
     assert report.passed
-    statements = [proof.proof for proof in report.model if proof.proof.endswith("float64")]
+    statements = [proof.case for proof in report.of(MODEL) if proof.case.endswith("float64")]
     for kind in ("gate_up_proj", "down_proj"):
         assert any(statement.startswith(f"3 × {kind}:") for statement in statements)
 
@@ -112,7 +113,7 @@ def test_an_adapter_of_peft(models, rows, tmp_path):
     adapted.save_pretrained(tmp_path)
     report = verify(options(models("qwen3"), rows, adapter=tmp_path))
     assert report.passed
-    statements = " ".join(proof.proof for proof in report.model)
+    statements = " ".join(proof.case for proof in report.of(MODEL))
     assert "3 × q_proj" in statements
     assert "3 × down_proj" in statements
     assert "v_proj" not in statements
@@ -124,9 +125,9 @@ def test_a_head_with_dropout_is_proved_and_its_merging_too(variant, models, rows
     adapted = attach_lora(tiny_model(variant), target_modules=["lm_head", "v_proj"], dropout=0.3)
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
     report = verify(options(models(variant), rows, adapter=tmp_path))
-    assert not report.failed_model
-    statements = {proof.proof: proof for proof in report.model}
-    assert statements["1 × lm_head: d_lora_A, d_lora_B = autograd's, float64"].measured < 1e-12
+    assert not report.failed(MODEL)
+    statements = {proof.case: proof for proof in report.of(MODEL)}
+    assert statements["1 × lm_head: d_lora_A, d_lora_B = autograd's, float64"].error < 1e-12
     assert "merged = unmerged, logits" in statements
 
 
@@ -152,7 +153,7 @@ def test_an_adapter_of_another_model_is_refused(models, rows, tmp_path):
 
 
 def _failed(report):
-    return {proof.proof for proof in report.failed_model}
+    return {proof.case for proof in report.failed(MODEL)}
 
 
 def test_a_wrong_backward_in_the_engine_is_found_and_named(models, rows, monkeypatch):
@@ -191,7 +192,7 @@ def test_a_wrong_gradient_of_the_head_is_found(models, rows, monkeypatch):
 
     monkeypatch.setattr(blockwise_step, "linear_cross_entropy_backward", wrong)
     report = verify(options(models("llama"), rows))
-    failed = next(proof for proof in report.failed_model if "d_x" in proof.proof)
+    failed = next(proof for proof in report.failed(MODEL) if "d_x" in proof.case)
     assert failed.detail == "worst: d_x of the head"
 
 
@@ -227,7 +228,7 @@ def test_rounding_above_the_bound_is_judged_on_several_adapters(others, passes, 
     assert step.passed is passes
     assert "means of 8" in step.detail
     if passes:
-        assert step.measured == pytest.approx((0.25 * 0.1**7) ** (1 / 8)) and step.bound == pytest.approx(0.2)
+        assert step.error == pytest.approx((0.25 * 0.1**7) ** (1 / 8)) and step.bound == pytest.approx(0.2)
     assert len(tried) == 8 and torch.equal(lora.values, before)
     for values, truth in tried[1:]:
         assert 0.03 < (values / before).log().std() < 0.07
@@ -257,9 +258,9 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
     asked = options(models("llama"), rows)
     asked = replace(asked, verify=replace(asked.verify, max_tokens=512))
     report = verify(asked)
-    exact, rounded = (proof for proof in report.model if proof.proof.startswith("shared prefix"))
-    assert report.passed and exact.proof.endswith("float64")
-    assert exact.measured < 1e-12 and 0 < rounded.measured < 1e-4
+    exact, rounded = (proof for proof in report.of(MODEL) if proof.case.startswith("shared prefix"))
+    assert report.passed and exact.case.endswith("float64")
+    assert exact.error < 1e-12 and 0 < rounded.error < 1e-4
     right = BlockwiseStep.context
 
     def unread(self, layer, expected=None):
@@ -267,7 +268,7 @@ def test_a_shared_prefix_is_proved_and_one_that_is_not_read_is_found(models, tmp
         return context._replace(segment_runs=tuple(run._replace(before=()) for run in context.segment_runs))
 
     monkeypatch.setattr(BlockwiseStep, "context", unread)
-    assert exact.proof in _failed(verify(asked))
+    assert exact.case in _failed(verify(asked))
 
 
 def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path):
@@ -275,7 +276,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length(models, tmp_path)
     texts = [("what comes after one", " two"), ("what comes after night", " the day")]
     rows.write_text("".join(json.dumps({"prompt": one, "completion": other}) + "\n" for one, other in texts))
     report = verify(options(models("phi3-longrope"), rows))
-    assert report.passed and not [proof for proof in report.model if proof.proof.startswith("shared prefix")]
+    assert report.passed and not [proof for proof in report.of(MODEL) if proof.case.startswith("shared prefix")]
 
 
 def test_a_leak_that_bfloat16_hides_is_found_in_float64(models, rows, monkeypatch):
@@ -320,23 +321,23 @@ def test_a_wrong_merge_of_a_faint_adapter_is_found_in_float64(target, models, ro
 
     monkeypatch.setattr(merged_model, "merged_weight", merge)
     report = verify(options(models("llama"), rows, dtype="bfloat16", adapter=tmp_path))
-    (failed,) = report.failed_model
-    assert failed.proof.endswith("merged = unmerged, float64")
+    (failed,) = report.failed(MODEL)
+    assert failed.case.endswith("merged = unmerged, float64")
     assert "head" in failed.detail if target == "lm_head" else "layer" in failed.detail
-    assert report.model[-1].detail.startswith("the adapter itself changes only")
+    assert report.of(MODEL)[-1].detail.startswith("the adapter itself changes only")
 
 
 def test_the_logits_error_is_measured_against_float64(models, rows):
     """The difference is a few units of rounding in each dtype, far below the adapter's effect."""
     for dtype, low, high in (("float32", 1e-8, 1e-5), ("bfloat16", 1e-3, 5e-2)):
-        merged = verify(options(models("llama"), rows, dtype=dtype)).model[-1]
+        merged = verify(options(models("llama"), rows, dtype=dtype)).of(MODEL)[-1]
         detail = re.fullmatch(
             r"the adapter changes the logits by (\S+) of their norm; (\S+) of .* is lost", merged.detail
         )
         effect, lost = detail.groups()
         assert float(effect) > 3 * merged.bound
-        assert float(lost) * float(effect) == pytest.approx(merged.measured, rel=0.1)
-        assert low < merged.bound / 3 < high and merged.measured > low
+        assert float(lost) * float(effect) == pytest.approx(merged.error, rel=0.1)
+        assert low < merged.bound / 3 < high and merged.error > low
 
 
 def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_path):
@@ -351,7 +352,7 @@ def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_p
     attach_lora(tiny_model("llama"), target_modules=["v_proj"]).save_pretrained(tmp_path / "adapter")
     report = verify_command(VerifyOptions(verify=VerifyRunOptions(run=tmp_path, max_tokens=64)))
     lines = [json.loads(line) for line in (tmp_path / "proofs.jsonl").read_text().splitlines()]
-    assert [line["proof"] for line in lines] == [proof.proof for proof in report.model]
+    assert [line["proof"] for line in lines] == [proof.case for proof in report.of(MODEL)]
     assert any("v_proj" in line["proof"] for line in lines)
 
 
@@ -376,10 +377,8 @@ def test_documents_are_taken_until_there_are_enough():
 
 
 def test_a_measured_nan_does_not_pass():
-    from backhand.verify.model_gradients import ModelProof
-
-    assert not ModelProof("x", math.nan, 1.0).passed
-    assert ModelProof("x", 0.5, 1.0).passed
+    assert not statement("x", math.nan, 1.0).passed
+    assert statement("x", 0.5, 1.0).passed
 
 
 def test_a_model_without_gradients_by_hand_gets_a_list_of_what_can_be_proved(tmp_path):

@@ -12,9 +12,9 @@ import torch
 from backhand.ops.registry import OPS
 from backhand.verify.cases.lora_linear import CASES
 from backhand.verify.mutants import Mutant
+from backhand.verify.report import Result
 from backhand.verify.runner import (
     Errors,
-    Row,
     Trial,
     _forward_of,
     forms,
@@ -63,7 +63,7 @@ def test_a_mistake_in_one_row_is_found_there():
 
     rows = failed(with_mistake("d_x", spoiled))
     assert {row.tensor for row in rows} == {"d_x"}
-    assert "row 3: off by" in next(row.worst for row in rows if row.check == "autograd")
+    assert "row 3: off by" in next(row.detail for row in rows if row.check == "autograd")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_rounding_above_its_bound_is_judged_over_eight_inputs(ours, tried, passe
 
     monkeypatch.setattr(Trial, "_rounding_errors", errors)
     trial = Trial(LORA_LINEAR, FIRST, FIRST.tensors)
-    (row,) = trial.low_precision_rows(partial(Row, "lora_linear", FIRST.name), torch.float32)
+    (row,) = trial.low_precision_rows(partial(Result, "lora_linear", FIRST.name), torch.float32)
     assert asked == list(range(tried))
     assert row.passed == passes
 
@@ -104,7 +104,7 @@ def test_needless_loss_of_precision_fails(dtype):
 def test_what_is_not_finite_fails(bad):
     rows = failed(with_mistake("d_lora_A", lambda _g, _s, right: right.d_lora_A.index_fill(0, torch.tensor(1), bad)))
     assert {row.dtype for row in rows} == {"float64", "float32", "bfloat16"}
-    assert all("row 1" in row.worst for row in rows if row.check == "autograd")
+    assert all("row 1" in row.detail for row in rows if row.check == "autograd")
 
 
 def test_a_gradient_of_the_wrong_shape_fails():

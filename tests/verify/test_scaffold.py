@@ -156,7 +156,7 @@ def test_mutants_of_several_gradients_are_rejected_each():
     )
     proof = one.proof(cases, mutants)
     rejections = list(reject_mutants(proof))
-    assert [(one.mutant, one.gradient) for one in rejections][4:] == [
+    assert [(one.mutant, one.tensor) for one in rejections][4:] == [
         ("half", "d_x"),
         ("half", "d_weight"),
         ("of the other", "d_weight"),

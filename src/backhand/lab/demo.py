@@ -39,6 +39,7 @@ from backhand.runs.directory import Proof, opened, proof_log
 from backhand.runs.summary import RunSummary, add_to_summary
 from backhand.terminal import console_for_tables, working
 from backhand.verify.command import prove_run
+from backhand.verify.report import MODEL
 
 RANK, ALPHA = 16, 32.0
 LEARNING_RATE, BATCH_ROWS = 1e-3, 8
@@ -138,8 +139,8 @@ def _proved(run_directory: Path) -> str:
     """Prove gradients and merging of the trained adapter on a few rows, and return a sentence with the results."""
     report = prove_run(run_directory, max_tokens=PROVED_TOKENS)
     # Only the proofs in float64, without the one that compares the training dtype's gradient with float64.
-    gradients = [proof.measured for proof in report.model if proof.proof.endswith("= autograd's, float64")]
-    merged = next(proof.measured for proof in report.model if proof.kind == "merge")
+    gradients = [proof.error for proof in report.of(MODEL) if proof.case.endswith("= autograd's, float64")]
+    merged = next(proof.error for proof in report.of(MODEL) if proof.kind == "merge")
     return (
         f"Every adapter gradient by hand equals autograd's in float64 (largest relative error {max(gradients):.1e}); "
         f"merged into the base the logits differ by {merged:.1e} of their size."

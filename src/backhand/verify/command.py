@@ -23,8 +23,8 @@ from backhand.verify.merging import prove_merging
 from backhand.verify.model_gradients import GradientProofs
 from backhand.verify.model_setup import load_setup
 from backhand.verify.options import VerifiedModelOptions, VerifyOptions, VerifyRunOptions
-from backhand.verify.report import VerifyReport, severity
-from backhand.verify.runner import PROOF_FILES, Rejection, Row, load_proofs, prove_case, reject_mutants
+from backhand.verify.report import MODEL, MUTANTS, PROOFS, VerifyReport
+from backhand.verify.runner import PROOF_FILES, load_proofs, prove_case, reject_mutants
 from backhand.verify.tables import print_report
 from backhand.words import nearest_names
 
@@ -139,9 +139,9 @@ def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
         for proof in load_proofs(op):
             for case in proof.cases:
                 say(f"{proof.op}: {case.name}")
-                report.rows.extend(prove_case(proof, case, device))
+                report.results.extend(prove_case(proof, case, device))
             say(f"{proof.op}: mutants")
-            report.rejections.extend(reject_mutants(proof, device))
+            report.results.extend(reject_mutants(proof, device))
     finally:
         torch.set_num_threads(threads)
     return report
@@ -154,9 +154,7 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
     with compute_settings(options.model, resolve_threads(options.model), torch.float32, torch.device("cpu")):
         for size in real_sizes():
             say(f"{size.op.name}: {size.case.name}")
-            results = list(prove_real_size(size))
-            report.rows += [result for result in results if isinstance(result, Row)]
-            report.rejections += [result for result in results if isinstance(result, Rejection)]
+            report.results.extend(prove_real_size(size))
     return report
 
 
@@ -170,37 +168,34 @@ def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
         batch = pack(setup.examples, device=decoder.device)
         gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.pairs)
         say(f"{options.model.model}: block by block in float64")
-        report.model.extend(gradients.by_block())
+        report.results.extend(gradients.by_block())
         say(f"{options.model.model}: a training step")
-        report.model.append(gradients.training_step())
+        report.results.append(gradients.training_step())
         say(f"{options.model.model}: invariances")
-        report.model.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
+        report.results.extend(prove_invariances(decoder, setup.examples, gradients.rounding_bound))
         say(f"{options.model.model}: merging")
-        report.model.extend(prove_merging(gradients.step))
+        report.results.extend(prove_merging(gradients.step))
     return report
 
 
 def _raise_failures(report: VerifyReport) -> None:
-    if report.failed_rows:
-        worst = max(report.failed_rows, key=lambda row: severity(row.error, row.bound))
+    if failed := report.failed(PROOFS):
+        worst = max(failed, key=lambda one: one.severity)
         raise CheckError(
-            f"{len(report.failed_rows)} of {len(report.rows)} proofs fail, the worst is {worst.tensor} of {worst.op}",
+            f"{len(failed)} of {len(report.of(PROOFS))} proofs fail, the worst is {worst.tensor} of {worst.op}",
             where=f"{worst.op}: {worst.case}, {worst.dtype}",
-            why=f"relative error {worst.error:.1e}, bound {worst.bound:.1e}; {worst.worst or 'no single row'}",
+            why=f"relative error {worst.error:.1e}, bound {worst.bound:.1e}; {worst.detail or 'no single row'}",
             next_step=f"run backhand verify --op {worst.op}",
         )
-    if report.survivors:
-        one = report.survivors[0]
+    if failed := report.failed(MUTANTS):
         raise CheckError(
-            f"{len(report.survivors)} deliberately wrong versions were not rejected, the first is {one.mutant!r}",
-            where=f"{one.op}: {one.gradient}",
+            f"{len(failed)} deliberately wrong versions were not rejected, the first is {failed[0].mutant!r}",
+            where=f"{failed[0].op}: {failed[0].tensor}",
             next_step="add a case that reveals the mistake",
         )
-    if report.failed_model:
-        failed = max(report.failed_model, key=lambda proof: severity(proof.measured, proof.bound))
-        raise CheckError(
-            f"does not hold: {failed.proof}",
-            why=f"measured {failed.measured:.1e}, bound {failed.bound:.1e}; {failed.detail}",
-        )
+    if failed := report.failed(MODEL):
+        worst = max(failed, key=lambda one: one.severity)
+        why = f"measured {worst.error:.1e}, bound {worst.bound:.1e}; {worst.detail}"
+        raise CheckError(f"does not hold: {worst.case}", why=why)
     if not report.passed:
         raise CheckError("nothing was proved")

@@ -25,12 +25,13 @@ from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND
+from backhand.verify.report import Result, statement
 
 MICRO_BATCHES = 3
 
 
-def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bound: float) -> Iterator[ModelProof]:
+def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bound: float) -> Iterator[Result]:
     """Prove all invariances, one proof each.
 
     Args:
@@ -44,10 +45,10 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
     if len(examples) > 1:
         exact = _exact_gradient(decoder, [whole])
 
-        def same(statement: str, batches: list[PackedBatch], of_exact: str, detail: str = "") -> Iterator[ModelProof]:
+        def same(text: str, batches: list[PackedBatch], of_exact: str, detail: str = "") -> Iterator[Result]:
             gradient = _exact_gradient(decoder, batches)
-            yield _same(f"{statement}, gradient, float64", gradient, exact, FLOAT64_BOUND, of_exact)
-            yield _same(f"{statement}, gradient", _gradient(decoder, batches), together, bound, detail)
+            yield _same(f"{text}, gradient, float64", gradient, exact, FLOAT64_BOUND, of_exact)
+            yield _same(f"{text}, gradient", _gradient(decoder, batches), together, bound, detail)
 
         how = f"{len(examples)} documents in one batch, and one by one"
         checked = "a check in the run's dtype, within its rounding; the line above is the proof"
@@ -70,8 +71,8 @@ def prove_invariances(decoder: Decoder, examples: Sequence[Example], rounding_bo
         decoder.recompute = before
 
 
-def _same(statement: str, measured: Tensor, expected: Tensor, bound: float, detail: str = "") -> ModelProof:
-    return ModelProof(statement, relative_error(measured, expected), bound, detail, "invariances")
+def _same(text: str, measured: Tensor, expected: Tensor, bound: float, detail: str = "") -> Result:
+    return statement(text, relative_error(measured, expected), bound, detail, "invariances")
 
 
 def _exact_gradient(decoder: Decoder, batches: Sequence[PackedBatch]) -> Tensor:

@@ -28,7 +28,8 @@ from backhand.ops.rms_norm import rms_norm_forward
 from backhand.ops.weight_tiles import frozen_dense
 from backhand.verify.blockwise_step import BlockwiseStep
 from backhand.verify.measure import norm, relative_error
-from backhand.verify.model_gradients import FLOAT64_BOUND, ModelProof
+from backhand.verify.model_gradients import FLOAT64_BOUND
+from backhand.verify.report import Result, statement
 from backhand.verify.runner import UNITS_OF_ROUNDING
 
 MERGED_TIMES_UNMERGED = 3.0
@@ -37,7 +38,7 @@ SMALLEST_BOUND = 1e-5
 
 
 @torch.no_grad()
-def prove_merging(step: BlockwiseStep) -> Iterator[ModelProof]:
+def prove_merging(step: BlockwiseStep) -> Iterator[Result]:
     """Prove merging in float64 and in the compute dtype. The decoder stays merged and should not be used afterwards."""
     inputs = step.forward(None)
     unmerged = _exact_logits(step, inputs[-1], merged=False)
@@ -47,7 +48,7 @@ def prove_merging(step: BlockwiseStep) -> Iterator[ModelProof]:
     if PER_LAYER_MODEL in step.lora:
         errors["inputs of layers"] = _inputs_error(step, inputs[0])
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
-    yield ModelProof(
+    yield statement(
         f"{len(errors)} × merged = unmerged, float64", errors[worst], FLOAT64_BOUND, f"worst: {worst}", "merge"
     )
     yield _merged_logits(step, unmerged)
@@ -87,7 +88,7 @@ def _exact_logits(step: BlockwiseStep, x: Tensor, *, merged: bool) -> Tensor:
     return logits
 
 
-def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
+def _merged_logits(step: BlockwiseStep, exact: Tensor) -> Result:
     """Compare the logits in the compute dtype before and after merging. A quantized decoder uses `merged_logits`."""
     decoder, batch, lora = step.decoder, step.batch, not_none(step.decoder.lora)
 
@@ -109,4 +110,4 @@ def _merged_logits(step: BlockwiseStep, exact: Tensor) -> ModelProof:
         detail = f"the adapter changes the logits by {effect:.1e} of their norm; {lost:.1e} of this change is lost"
     else:
         detail = f"the adapter itself changes only {effect:.1e}"
-    return ModelProof("merged = unmerged, logits", relative_error(merged, adapted), bound, detail, "merge")
+    return statement("merged = unmerged, logits", relative_error(merged, adapted), bound, detail, "merge")

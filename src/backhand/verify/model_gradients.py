@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ from backhand.nn.decoder.weights import named_views
 from backhand.nn.families.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.runs.directory import ProofKind
 from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, pair_loss
 from backhand.verify.measure import geometric_mean, relative_error
 from backhand.verify.reference_decoder import (
@@ -45,6 +43,7 @@ from backhand.verify.reference_decoder import (
     reference_inputs,
     reference_loss,
 )
+from backhand.verify.report import Result, statement
 from backhand.verify.runner import NEIGHBOURS, TIMES_AUTOGRAD, UNITS_OF_ROUNDING
 from backhand.verify.scaffold import Tensors
 
@@ -55,22 +54,6 @@ NEIGHBOURHOOD = 0.05
 Graph = tuple[Sequence[Tensor], Sequence[Tensor]]
 # A function of an adapter whose factors include all leaves, also those that belong to no module.
 Forward = Callable[[ReferenceAdapter], Graph]
-
-
-@dataclass(frozen=True)
-class ModelProof:
-    """One proof about a model."""
-
-    proof: str
-    measured: float  # relative error or relative difference
-    bound: float
-    detail: str = ""  # where the error is largest, or the value for comparison
-    kind: ProofKind = "gradients"
-
-    @property
-    def passed(self) -> bool:
-        """True if the measured value is within the bound. NaN is not."""
-        return self.measured <= self.bound
 
 
 class GradientProofs:
@@ -96,21 +79,21 @@ class GradientProofs:
         self.rounding_bound = math.nan
         self._errors: dict[str, float] = {}
 
-    def by_block(self) -> Iterator[ModelProof]:
+    def by_block(self) -> Iterator[Result]:
         """Prove in float64: the loss, then each kind of module over all layers, and the gradients between blocks."""
         step = self.step
         step.lora.gradients.zero_()
         inputs = step.forward(step.dropout_seed, step.batch.supervised_positions)
         d_x, loss_error = self._prove_head(inputs.pop())
         what = "loss" if step.pair_loss is None else "loss of pairs (DPO)"
-        yield ModelProof(f"{what} = reference, float64", loss_error, FLOAT64_BOUND)
+        yield statement(f"{what} = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(step.layers):
             d_x = self._prove_block(layer, inputs.pop(), d_x)
         if PER_LAYER_MODEL in step.lora:
             self._prove_ple()
         yield from self._summary()
 
-    def training_step(self) -> ModelProof:
+    def training_step(self) -> Result:
         """Compare the gradient of the engine's step in the compute dtype with float64, bounded by autograd's error."""
         dtype = self.step.decoder.dtype
         floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
@@ -121,7 +104,7 @@ class GradientProofs:
             measured, baseline = (geometric_mean(errors) for errors in zip(*several, strict=True))
             detail = f"means of {len(several)}; autograd's own"
         self.rounding_bound = max(TIMES_AUTOGRAD * baseline, floor) if math.isfinite(baseline) else 0.0
-        return ModelProof(
+        return statement(
             f"a training step's gradient in {str(dtype).removeprefix('torch.')} = float64's",
             measured,
             self.rounding_bound,
@@ -271,7 +254,7 @@ class GradientProofs:
     def _compare(self, name: str, by_hand: Tensor, by_autograd: Tensor) -> None:
         self._errors[name] = relative_error(by_hand, by_autograd)
 
-    def _summary(self) -> Iterator[ModelProof]:
+    def _summary(self) -> Iterator[Result]:
         """Iterate over the largest error of each kind of module, adapter gradients first."""
         kinds: dict[str, list[str]] = {}
         for name in (*self.step.lora.slots, "d_x"):
@@ -281,7 +264,7 @@ class GradientProofs:
         for kind, names in kinds.items():
             worst = max(names, key=lambda name: (math.isnan(self._errors[name]), self._errors[name]))
             what = f"{len(names)} × d_x" if kind == "d_x" else f"{len(names) // 2} × {kind}: d_lora_A, d_lora_B"
-            yield ModelProof(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
+            yield statement(f"{what} = autograd's, float64", self._errors[worst], FLOAT64_BOUND, f"worst: {worst}")
 
 
 def _differentiate(

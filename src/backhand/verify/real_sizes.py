@@ -29,7 +29,8 @@ from backhand.verify.cases.adapted_glu import sides
 from backhand.verify.cases.lora_group import SCALINGS
 from backhand.verify.measure import relative_error
 from backhand.verify.mutants import Backward
-from backhand.verify.runner import AUTOGRAD, TIMES_AUTOGRAD, TORCH, Rejection, Row, Trial, cast, dtype_name
+from backhand.verify.report import TORCH, Result
+from backhand.verify.runner import TIMES_AUTOGRAD, Trial, cast, dtype_name
 from backhand.verify.scaffold import SCALING, Case, Draw, Manual, Op, Tensors
 
 KEYS, HIDDEN, POSITIONS, RANK = 8_192, 8_192, 32_768, 256
@@ -63,13 +64,13 @@ def _in_build(name: str) -> AbstractContextManager[None]:
     return using(None if name == TORCH else load(name))
 
 
-def prove_real_size(size: RealSize) -> Iterator[Row | Rejection]:
+def prove_real_size(size: RealSize) -> Iterator[Result]:
     """Prove each tensor of a case in each form and dtype, and that the sequential sum is rejected."""
     for dtype in size.dtypes:
         yield from rows_in(size, dtype)
 
 
-def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
+def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Result]:
     """Prove a case in one dtype, in torch's form and in each build of the kernels that this processor supports."""
     op, case, rounded = size.op, size.case, cast(size.case.tensors, dtype)
     trial, results = Trial(op.proof((case,), ()), case, rounded), {}
@@ -87,15 +88,14 @@ def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Row | Rejection]:
         half = torch.finfo(baseline[name].dtype).eps / 2
         return half if size.exact and name == "y" else max(half, TIMES_AUTOGRAD * error(name, baseline[name]))
 
+    row = partial(Result, op.name, case.name, dtype=dtype_name(dtype))
     for build, tensors in results.items():
-        row = partial(Row, op.name, case.name, dtype_name(dtype), AUTOGRAD, form=build)
-        yield from (row(name, error(name, measured), bound(name)) for name, measured in tensors.items())
+        yield from (row(name, error(name, measured), bound(name), form=build) for name, measured in tensors.items())
     if dtype == torch.float32 and size.naive is not None:
         name, naive = size.naive
         spoiled = results[TORCH][name].clone()
         spoiled[size.picked.get(name, slice(None))] = naive(rounded).to(spoiled.dtype)
-        gradient = name.removeprefix("d_")
-        yield Rejection(op.name, "naive sum", gradient, error(name, spoiled), case.name, bound(name))
+        yield row(name, error(name, spoiled), bound(name), mutant="naive sum")
 
 
 def from_the_left(terms: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from backhand.verify.measure import (
     worst_row,
 )
 from backhand.verify.mutants import Mutant
+from backhand.verify.report import COMPILED, DIFFERENCES, TORCH, Result
 from backhand.verify.scaffold import Case, OpProof, Tensors, kind
 
 # Proofs of what is composed of ops.
@@ -49,46 +50,6 @@ LOW_PRECISIONS = (torch.float32, torch.bfloat16)
 TIMES_AUTOGRAD = 2.0
 UNITS_OF_ROUNDING = 4.0
 NEIGHBOURS = 7
-AUTOGRAD, DIFFERENCES = "autograd", "differences"
-TORCH, COMPILED = "torch", "compiled"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One proof: one tensor of one case in one dtype."""
-
-    op: str
-    case: str
-    dtype: str  # `float64`, `float32` or `bfloat16`
-    check: str  # `autograd`, or `differences` for finite differences
-    tensor: str  # `y`, or `d_` and the name of the input whose gradient it is
-    error: float  # relative norm error against the truth in float64
-    bound: float  # the largest error that passes
-    worst: str = ""  # the row with the largest difference, and the difference; empty for tensors without rows
-    form: str = TORCH  # `torch`, or `compiled` for the library's kernels
-
-    @property
-    def passed(self) -> bool:
-        """True if the error is within the bound. NaN is not."""
-        return self.error <= self.bound
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Result of running one mutant."""
-
-    op: str
-    mutant: str
-    gradient: str
-    error: float  # the largest finite relative error in float64, in the first case that rejects the mutant
-    case: str
-    bound: float  # the value that the error must exceed
-    form: str = TORCH  # form of the backward that contains the mistake, `torch` or `compiled`
-
-    @property
-    def passed(self) -> bool:
-        """True if the mutant was rejected by a finite error above the bound, not by a wrong shape or NaN."""
-        return self.error > self.bound
 
 
 def load_proofs(op: str | None = None) -> Iterator[OpProof]:
@@ -118,11 +79,11 @@ def _in_form(form: str) -> AbstractContextManager[None]:
     return proving_kernels() if form == COMPILED else torch_form()
 
 
-def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Row]:
+def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -> Iterator[Result]:
     """Prove a case in each form: float64 against autograd and differences, then low precision against float64."""
     trial = Trial(proof, case, on_device(case.tensors, device))
     for form in forms(proof, device):
-        row = partial(Row, proof.op, case.name, form=form)
+        row = partial(Result, proof.op, case.name, form=form)
         with _in_form(form):
             rows = [*trial.exact_rows(row)]
             for dtype in LOW_PRECISIONS:
@@ -164,7 +125,7 @@ class Trial:
             self.known[key] = {"y": y, **{f"d_{name}": gradient for name, gradient in gradients.items()}}
         return self.known[key]
 
-    def exact_rows(self, row: Callable[..., Row]) -> Iterator[Row]:
+    def exact_rows(self, row: Callable[..., Result]) -> Iterator[Result]:
         """Compare float64 results with autograd of the reference, then with finite differences of the op's forward."""
         tensors, case = self.exact, self.case
         gradients: list[Any] = []
@@ -177,16 +138,16 @@ class Trial:
         truth, scale = self.autograd_results(case.reference, tensors, ours, "exact"), norm(tensors["d_y"])
         for name, measured in ours.items():
             error = relative_error(measured, truth[name], scale)
-            yield row("float64", AUTOGRAD, name, error, FLOAT64_BOUND, worst_of({name: measured}, truth))
+            yield row(name, error, FLOAT64_BOUND, detail=worst_of({name: measured}, truth))
         forward = _forward_of(self.proof, case, tensors, ours["y"], gradients[0])
         named = {name.removeprefix("d_"): gradient for name, gradient in ours.items() if name != "y"}
         varied = {name: gradient for name, gradient in named.items() if kind(name) not in case.exempt}
         groups = {"all gradients": varied} if case.pooled else {f"d_{name}": {name: varied[name]} for name in varied}
         for name, group in groups.items():
             error = difference_error(forward, tensors, group)
-            yield row("float64", DIFFERENCES, name, error, DIFFERENCES_BOUND)
+            yield row(name, error, DIFFERENCES_BOUND, check=DIFFERENCES)
 
-    def low_precision_rows(self, row: Callable[..., Row], dtype: torch.dtype) -> Iterator[Row]:
+    def low_precision_rows(self, row: Callable[..., Result], dtype: torch.dtype) -> Iterator[Result]:
         """Compare hand-written and autograd results in low precision with float64 on the same rounded inputs."""
         floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
 
@@ -202,7 +163,7 @@ class Trial:
                 manual, autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
                 by_tensor[name] = Errors(geometric_mean(manual), geometric_mean(autograd), errors.worst)
         for name, errors in by_tensor.items():
-            yield row(dtype_name(dtype), AUTOGRAD, name, errors.manual, bound(errors), errors.worst)
+            yield row(name, errors.manual, bound(errors), dtype_name(dtype), detail=errors.worst)
 
     def _rounding_errors(self, tensors: Tensors, dtype: torch.dtype, number: int) -> dict[str, Errors]:
         """Return the errors of y and of each group of gradients.
@@ -283,7 +244,7 @@ def worst_of(measured: Tensors, expected: Tensors) -> str:
     return f"{name} {worst}" if len(measured) > 1 else str(worst)
 
 
-def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterator[Rejection]:
+def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterator[Result]:
     """Run every mutant in every form on the cases in float64 until autograd of the reference rejects it.
 
     For each mutant, the case that rejected the same mistake in another gradient or form is tried first, then the cases
@@ -312,7 +273,7 @@ def reject_mutants(proof: OpProof, device: torch.device | str = "cpu") -> Iterat
             yield rejection
 
 
-def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[PreparedCase], form: str = TORCH) -> Rejection:
+def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[PreparedCase], form: str = TORCH) -> Result:
     """Try a mutant on the cases until one rejects it, and return its largest error."""
     wrong = mutant.spoil(proof.backward)
     worst, where = 0.0, ""
@@ -326,7 +287,7 @@ def reject_mutant(proof: OpProof, mutant: Mutant, prepared: Iterable[PreparedCas
                     worst, where = error, case.name
         if worst > MISTAKE_BOUND:
             break
-    return Rejection(proof.op, mutant.name, mutant.gradient, worst, where, MISTAKE_BOUND, form)
+    return Result(proof.op, where, mutant.gradient, worst, MISTAKE_BOUND, form=form, mutant=mutant.name)
 
 
 def on_device(tensors: Tensors, device: torch.device | str) -> Tensors:

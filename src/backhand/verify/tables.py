@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from backhand.terminal import table_of
-from backhand.verify.report import VerifyReport
-from backhand.verify.runner import AUTOGRAD, DIFFERENCES, TORCH, Rejection, Row
-
-Result = TypeVar("Result", Row, Rejection)
+from backhand.verify.report import AUTOGRAD, DIFFERENCES, MODEL, MUTANTS, PROOFS, TORCH, Result, VerifyReport
 
 # (dtype, check) of each column of errors.
 _COLUMNS = {
@@ -40,21 +36,22 @@ def print_report(console: Console, report: VerifyReport, *, every_mutant: bool) 
     """
     for note in report.notes:
         console.print(note)
-    if report.rows:
+    proofs, mutants, model = report.of(PROOFS), report.of(MUTANTS), report.of(MODEL)
+    if proofs:
         table = _table("Gradients by hand: largest relative error", ("op", "case", *_COLUMNS, "verdict"))
-        _fill_by_op(table, _grouped(report.rows, lambda row: row.case), _case)
+        _fill_by_op(table, _grouped(proofs, lambda row: row.case), _case)
         table.caption, table.caption_justify = _CAPTION, "left"
         console.print(table)
-    if report.rejections and every_mutant:
-        console.print(_every_mutant(report))
-    elif report.rejections:
+    if mutants and every_mutant:
+        console.print(_every_mutant(mutants))
+    elif mutants:
         table = _table(_WRONG_VERSIONS, ("op", "gradient", "rejected", "mistakes"))
-        _fill_by_op(table, _grouped(report.rejections, lambda one: one.gradient), _mistakes)
+        _fill_by_op(table, _grouped(mutants, lambda one: one.tensor), _mistakes)
         console.print(table)
-    if report.model:
+    if model:
         table = _table("The model on its rows", ("proof", "measured", "bound", "verdict", "detail"))
-        for one in report.model:
-            table.add_row(one.proof, _number(one.measured), _number(one.bound), _verdict(one.passed), one.detail)
+        for one in model:
+            table.add_row(one.case, _number(one.error), _number(one.bound), _verdict(one.passed), one.detail)
         console.print(table)
     _print_failures(console, report)
     console.print(_summary(report))
@@ -64,7 +61,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table_of(*columns, right=_NUMBERS, title=title, title_justify="left")
 
 
-def _op_name(result: Row | Rejection) -> str:
+def _op_name(result: Result) -> str:
     """Return the op's name, with its form unless that is torch."""
     return result.op if result.form == TORCH else f"{result.op}, {result.form}"
 
@@ -89,7 +86,7 @@ def _fill_by_op(
         last = op
 
 
-def _case(rows: list[Row]) -> Iterator[Text]:
+def _case(rows: list[Result]) -> Iterator[Text]:
     """Return the largest relative error over a case's output and gradients in each dtype."""
     for column in _COLUMNS.values():
         in_column = [row for row in rows if (row.dtype, row.check) == column]
@@ -98,42 +95,42 @@ def _case(rows: list[Row]) -> Iterator[Text]:
     yield _verdict(all(row.passed for row in rows))
 
 
-def _mistakes(mutants: list[Rejection]) -> tuple[str, str]:
+def _mistakes(mutants: list[Result]) -> tuple[str, str]:
     """Return the number of rejected mutants of a gradient, and the names of all mutants."""
     names = (one.mutant if one.passed else f"{one.mutant} (NOT REJECTED)" for one in mutants)
     return f"{sum(one.passed for one in mutants)} of {len(mutants)}", ", ".join(names)
 
 
-def _every_mutant(report: VerifyReport) -> Table:
+def _every_mutant(mutants: list[Result]) -> Table:
     columns = ("op", "gradient", "mistake", "relative error", "first case that rejects it", "verdict")
     table = _table(_WRONG_VERSIONS, columns)
-    for one in report.rejections:
+    for one in mutants:
         verdict = _verdict(one.passed, "rejected", "NOT REJECTED")
-        table.add_row(_op_name(one), one.gradient, one.mutant, _number(one.error), one.case, verdict)
+        table.add_row(_op_name(one), one.tensor, one.mutant, _number(one.error), one.case, verdict)
     return table
 
 
 def _print_failures(console: Console, report: VerifyReport) -> None:
     """Print every failed proof with its worst row."""
-    if not report.failed_rows:
+    failed = report.failed(PROOFS)
+    if not failed:
         return
     table = _table("Failed", ("op", "case", "dtype", "tensor", "relative error", "bound", "worst row"))
     table.title_style = "bold red"
-    for row in report.failed_rows[:_SHOWN_FAILURES]:
+    for row in failed[:_SHOWN_FAILURES]:
         dtype = row.dtype if row.check == AUTOGRAD else "float64, differences"
-        table.add_row(_op_name(row), row.case, dtype, row.tensor, _number(row.error), _number(row.bound), row.worst)
+        table.add_row(_op_name(row), row.case, dtype, row.tensor, _number(row.error), _number(row.bound), row.detail)
     console.print(table)
-    if len(report.failed_rows) > _SHOWN_FAILURES:
-        console.print(f"and {len(report.failed_rows) - _SHOWN_FAILURES} more; --json prints all of them")
+    if len(failed) > _SHOWN_FAILURES:
+        console.print(f"and {len(failed) - _SHOWN_FAILURES} more; --json prints all of them")
 
 
 def _summary(report: VerifyReport) -> Text:
-    counts = (
-        ("proofs hold", report.rows, report.failed_rows),
-        ("mutants rejected", report.rejections, report.survivors),
-        ("statements hold", report.model, report.failed_model),
-    )
-    parts = [f"{len(all_) - len(failed)} of {len(all_)} {what}" for what, all_, failed in counts if all_]
+    counts = [
+        (len(report.of(part)), len(report.failed(part)), what)
+        for part, what in ((PROOFS, "proofs hold"), (MUTANTS, "mutants rejected"), (MODEL, "statements hold"))
+    ]
+    parts = [f"{count - failed} of {count} {what}" for count, failed, what in counts if count]
     sentence = f"{', '.join(parts)} ({report.time_s:.1f} s)"
     return Text(sentence, style="bold green" if report.passed else "bold red")
 
