@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,9 @@ def hangs(completions, completion_ids, **_):
 def nan(completions, completion_ids, **_):
     third = _third(completions)
     return [math.nan if third else float(ids[0] % 7) for ids in completion_ids]
+
+def misnamed(completion, *, answers, completion_ids):
+    return [1.0] * len(completion)
 
 def leaves(completions, completion_ids, **_):
     if _third(completions):
@@ -289,6 +293,61 @@ def test_a_function_that_fails_ends_the_run_and_nothing_is_lost(
         steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
         saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
         assert steps == [1] and saved[-1] == "step-1"
+
+
+def line_of(functions: Path, text: str) -> str:
+    """The place of the first line with this text, as the errors name it."""
+    lines = functions.read_text().splitlines()
+    return f"{functions}:{next(number for number, line in enumerate(lines, 1) if text in line)}"
+
+
+def test_an_exception_names_the_users_line_and_debug_shows_their_traceback(
+    tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckError) as raised:
+        train(config(tiny, functions, tmp_path / "run", "raises", eval_every=6))
+    place = f"""at {line_of(functions, 'KeyError("boo")')}, in raises: raise KeyError("boo")"""
+    assert raised.value.why == place
+    shown = "".join(traceback.format_exception(raised.value))
+    theirs = shown[: shown.index("KeyError: 'boo'")]
+    assert f'File "{functions}", line' in theirs and "in raises" in theirs and 'functions.py", line' not in theirs
+
+
+@pytest.mark.parametrize("function", ["nan", "few", "hangs"])
+def test_any_other_failure_names_the_place_of_the_function(
+    function: str, tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckError) as raised:
+        train(config(tiny, functions, tmp_path / "run", function, eval_every=6, reward_timeout=3.0))
+    assert f"the function is at {line_of(functions, f'def {function}(')}" in str(raised.value.why)
+
+
+def test_a_file_that_is_not_python_is_named_with_its_line(tiny: TinyRun, tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("import math\n\ndef right(completions:\n    return []\n")
+    with pytest.raises(UsageError, match="cannot be loaded") as raised:
+        rewards_of(f"{file}:right", answers("a"))
+    assert f"{file}:3: def right(completions:" in str(raised.value.why)
+
+
+def test_a_misspelt_function_leaves_nothing_that_blocks_the_corrected_command(
+    tiny: TinyRun, functions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="cannot be loaded") as raised:
+        train(config(tiny, functions, tmp_path / "run", "evenz"))
+    assert f"{functions} has no function evenz; did you mean evens?" in str(raised.value.why)
+    assert not (tmp_path / "run").exists()
+    train(config(tiny, functions, tmp_path / "run", "evens", max_steps=1))
+
+
+def test_parameters_named_wrongly_are_told_the_right_names(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+    made = config(tiny, functions, tmp_path / "run", "misnamed")
+    for fails in (lambda: train(made), lambda: plan(PlanOptions(**vars(made)))):
+        with pytest.raises(UsageError, match="has a parameter answers, and nothing is given by this name") as raised:
+            fails()
+        assert raised.value.where == line_of(functions, "def misnamed(")
+        assert "given are prompts, completions, completion_ids, completion:" in str(raised.value.why)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rewards_that_never_vary_end_the_run(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def evaluate_rewards(options: EvaluateOptions) -> tuple[int, list[dict[str, floa
         prepared = prepare(data, loaded.tokenizer, purpose="prompts")[0]
         show_notes(prepared.report.left_out())
         examples = prepared.examples
+        functions.check_parameters(examples)
         check_vocabulary(examples.beyond(loaded.model.vocab_size), loaded.model.vocab_size, loaded.tokenizer)
         longest = max(len(prompt_of(one)) for one in examples) + rewards.max_new_tokens
         check_context(longest, loaded.model.context_tokens)

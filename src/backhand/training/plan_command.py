@@ -88,12 +88,15 @@ def plan(options: PlanOptions) -> PlanReport:
         ResourceError: the run does not fit into memory. Names options that would fit.
     """
     config = options.validate().run_config
-    if config.rewards.reward:
-        with RewardProcess(config.rewards.reward, config.rewards.reward_timeout):
-            pass  # the functions can be loaded
+    rewards = config.rewards
     machine = resolve_machine(config)
-    with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
+    with (
+        RewardProcess(rewards.reward, rewards.reward_timeout) if rewards.reward else nullcontext() as functions,
+        compute_settings(config.model, machine.threads, machine.dtype, machine.device),
+    ):
         run_plan = plan_run(config, machine, assumed_rows=True, watched=options.plan.watch)
+        if functions is not None and config.data.data:
+            functions.check_parameters(run_plan.inputs.train.examples)
         speed = calibrate(run_plan, machine) if options.plan.calibrate else None
     notes = [*([run_plan.inputs.engine.note] if run_plan.inputs.engine.note else []), *run_plan.inputs.engine.notes]
     if not config.data.data:

@@ -30,6 +30,7 @@ from backhand.errors import BackhandError
 from backhand.files import FileLayer
 from backhand.loop.loggers import chosen_loggers
 from backhand.loop.observers import Callback, MetricsFile, Observers, as_observers
+from backhand.loop.rewards.process import RewardProcess
 from backhand.loop.state import PROGRESS_FILE, Progress, restore_adapter
 from backhand.nn.compute import compute_settings
 from backhand.options.config import TrainConfig
@@ -141,12 +142,24 @@ def _train(
                 return done
             checkpoint = broadcast_checkpoint(checkpoint, processes)
             machine = resolve_machine(config, processes)
-            with compute_settings(config.model, machine.threads, machine.dtype, machine.device):
+            # The functions are loaded first, so that one that cannot be loaded leaves no directory.
+            rewarded = config.objective.purpose == "prompts" and processes.is_main_process
+            options = config.rewards
+            reward_process = RewardProcess(options.reward, options.reward_timeout) if rewarded else nullcontext()
+            with (
+                compute_settings(config.model, machine.threads, machine.dtype, machine.device),
+                reward_process as functions,
+            ):
                 run_cache = run_cache or RunCache()
                 loaded = load_run(config, machine, typed, processes, run_cache)
+                if functions is not None:
+                    functions.check_parameters(loaded.inputs.train.examples)
                 metrics = [MetricsFile(directory)] if processes.is_main_process else []
                 observer = Observers([*all_observers, *metrics])
-                trainer = Trainer(loaded, directory, observer, interruption, checkpoint, processes, run_cache, pause_at)
+                trainer = Trainer(
+                    *(loaded, directory, observer, interruption, checkpoint, processes, run_cache, pause_at),
+                    functions=functions,
+                )
                 try:
                     return trainer.train()
                 except BaseException as error:

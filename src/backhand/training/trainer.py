@@ -73,6 +73,7 @@ class Trainer:
     processes: Communicator
     run_cache: RunCache = field(default_factory=RunCache)  # shared with other runs of this process
     pause_at: int | None = None  # step to stop after, with a checkpoint; None to run to the end
+    functions: RewardProcess | None = None  # the reward functions, loaded; None without rewards and in other processes
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
     _held_out_objective: Objective | None = None
@@ -123,7 +124,7 @@ class Trainer:
                 )
             )
             objective, self._held_out_objective = self._objectives(caches, log)
-            rewarded = self._rewarded(resources, log)
+            rewarded = self._rewarded(log)
             evaluator = Evaluator(
                 run.bound.model,
                 state,
@@ -333,16 +334,15 @@ class Trainer:
             self.observer.noted,
         )
 
-    def _rewarded(self, resources: ExitStack, log: ProofLog) -> RewardedSteps | None:
+    def _rewarded(self, log: ProofLog) -> RewardedSteps | None:
         """Return the sampling and rewarding of answers, or None for an objective without rewards."""
         run, processes = self.run, self.processes
         if run.config.objective.purpose != "prompts":
             return None
         options, seed = run.config.rewards, run.config.run.seed
-        functions = RewardProcess(options.reward, options.reward_timeout) if processes.is_main_process else None
         rollout = Rollout(
             options,
-            None if functions is None else resources.enter_context(functions),
+            self.functions,
             run.inputs.source.tokenizer(),
             stop_ids(run.inputs.source, run.config.data),
             lambda step, row, number: derived_seed(seed, "answer", step, row, number),

@@ -4,7 +4,8 @@
 
 It is started by `process.RewardProcess` and reads two kinds of requests, one per line:
 
-1. The names of the functions. The answer is one line: all are loaded, or the error of the first that is not.
+1. The names of the functions. The answer is one line: the place and parameters of each, or the error of the first that
+   cannot be loaded.
 2. A batch of completions. The answer is one line before each function starts, and one line with all rewards.
 
 Output of the functions goes to standard error, which `RewardProcess` shows. A watching process ends this one when
@@ -21,10 +22,12 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import regex
@@ -34,7 +37,7 @@ from backhand.options.rewards import GYM, NO_PROCESS, RewardName, parse_name
 from backhand.printing import LONGEST_LINE
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.system import end_with_parent
-from backhand.words import shorten
+from backhand.words import name_list, nearest_names, shorten
 
 Batch = Mapping[str, Any]
 """Lists with one element per answer: prompts, completions, completion_ids, references, and the rows' other columns."""
@@ -42,6 +45,10 @@ RewardFunction = Callable[[Batch], Iterable[float | None]]
 
 _NUMBER = regex.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _CLOSE = 1e-9
+
+
+GIVEN = ("prompts", "completions", "completion_ids")
+"""Arguments of every function, in addition to the columns of the rows."""
 
 
 def load_function(name: str) -> RewardFunction:
@@ -62,7 +69,11 @@ def _imported(name: RewardName) -> Callable[..., Any]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-    function: Callable[..., Any] = getattr(module, name.function)
+    function: Callable[..., Any] | None = getattr(module, name.function, None)
+    if function is None:
+        defined = [one for one, value in vars(module).items() if inspect.isfunction(value)]
+        near = "".join(f"; did you mean {one}?" for one in nearest_names(name.function, defined, count=1))
+        raise LookupError(f"{name.place} has no function {name.function}{near or f': it has {name_list(defined)}'}")
     if not callable(function):
         raise TypeError(f"{name.function} is not a function")
     return function
@@ -74,12 +85,25 @@ def _with_trl_signature(function: Callable[..., Any]) -> RewardFunction:
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def reward(batch: Batch) -> Iterable[float | None]:
-        values = {name: batch[name] for name in ("prompts", "completions", "completion_ids")} | batch["columns"]
+        values = {name: batch[name] for name in GIVEN} | batch["columns"]
         arguments = {name: value for name, value in values.items() if takes_all or name in parameters}
         rewards: Iterable[float | None] = function(**arguments)
         return rewards
 
+    reward.__wrapped__ = function  # type: ignore[attr-defined]  # as functools.wraps marks it
     return reward
+
+
+def _described(reward: RewardFunction) -> dict[str, Any]:
+    """Return the place of a user's function, and the parameters that it needs; empty for a built-in function."""
+    function = getattr(reward, "__wrapped__", None)
+    if function is None:
+        return {"place": "", "needs": []}
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    needs = [one.name for one in parameters if one.kind in kinds and one.default is one.empty]
+    return {"place": f"{code.co_filename}:{code.co_firstlineno}" if code else "", "needs": needs}
 
 
 Answer = Mapping[str, Any]
@@ -273,9 +297,9 @@ def _serve() -> None:
             try:
                 functions.append(load_function(name))
             except BaseException as error:  # noqa: BLE001 - somebody else's file is run here, and may even exit
-                answer(token, function=name, error=_raised(error))
+                answer(token, function=name, **_failure(error, name))
                 return
-        answer(token, ready=True)
+        answer(token, ready=[_described(function) for function in functions])
         for line in requests:
             token, _, text = line.partition(" ")
             batch = json.loads(text)
@@ -287,14 +311,38 @@ def _serve() -> None:
                     values = islice(function(batch), most)
                     rewards.append([None if value is None else float(value) for value in values])
                 except BaseException as error:  # noqa: BLE001 - likewise
-                    answer(token, function=name, error=_raised(error))
+                    answer(token, function=name, **_failure(error, name))
                     break
             else:
                 answer(token, rewards=rewards)
 
 
-def _raised(error: BaseException) -> str:
-    return f"raised {type(error).__name__}: {shorten(first_line(error), LONGEST_LINE)}"
+def _failure(error: BaseException, name: str) -> dict[str, str]:
+    """Return how a function failed, the line of the user's code that failed, and the traceback without our frames."""
+    how = f"raised {type(error).__name__}: {shorten(first_line(error), LONGEST_LINE)}"
+    parsed, place = parse_name(name), ""
+    trace = error.__traceback__
+    while trace is not None and not _is_theirs(trace):
+        trace = trace.tb_next
+    frames = traceback.extract_tb(trace)
+    if frames:
+        module = sys.modules.get(parsed.place)
+        own = str(Path(parsed.place).resolve()) if parsed.kind == "file" else getattr(module, "__file__", None)
+        last = next((frame for frame in reversed(frames) if frame.filename == own), frames[-1])
+        place = f"{last.filename}:{last.lineno}, in {last.name}: {last.line}"
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}:{error.lineno}: {(error.text or '').strip()}"
+    text = "".join(traceback.format_exception(error.with_traceback(trace)))
+    return {"error": how, "place": shorten(place, LONGEST_LINE), "traceback": text[-_TRACEBACK_CHARACTERS:]}
+
+
+_TRACEBACK_CHARACTERS = 20_000
+
+
+def _is_theirs(trace: TracebackType) -> bool:
+    """Return True for a frame that is neither of this file nor of Python's imports."""
+    file = trace.tb_frame.f_code.co_filename
+    return file not in (__file__, importlib.__file__) and not file.startswith("<frozen importlib")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,21 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import IO, Any
 
+from backhand.data.examples import Example
 from backhand.data.rows import PromptRow
 from backhand.errors import CheckError, ResourceError, UsageError
+from backhand.loop.rewards.functions import GIVEN
 from backhand.options.rewards import NO_PROCESS
 from backhand.printing import LONGEST_LINE, bounded, say
 from backhand.safe_path import python_words, safe_environment
 from backhand.system import install, wait_for_pipe
-from backhand.words import count_of, shorten
+from backhand.words import count_of, name_list, nearest_names, shorten
 
 _START_TIMEOUT_S = 120.0
 _SINGLE_TIMEOUT_S = 5.0
@@ -99,11 +102,21 @@ class _Failed(Exception):
         function: its name.
         how: how it failed, as a predicate.
         timed_out: whether it took too long.
+        place: file, line and text of the user's code that raised an exception, or "".
+        trace: the function's traceback if it raised an exception; shown by `--debug`.
     """
 
-    def __init__(self, function: str, how: str, *, timed_out: bool = False) -> None:
+    def __init__(self, function: str, how: str, *, timed_out: bool = False, place: str = "", trace: str = "") -> None:
         super().__init__(how)
-        self.function, self.how, self.timed_out = function, how, timed_out
+        self.function, self.how, self.timed_out, self.place = function, how, timed_out, place
+        self.trace = FunctionTraceback(trace) if trace else None
+
+
+class FunctionTraceback(Exception):
+    """The traceback of an exception in the functions' process, as the cause of the run's error."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
 
 
 class RewardProcess:
@@ -120,6 +133,8 @@ class RewardProcess:
         self._output: _OutputReader | None = None
         self._token = b""  # each line of the response to the newest request begins with it
         self._buffer = b""
+        # Place of each user's function, and the parameters that it needs
+        self._described: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> RewardProcess:
         """Start the process. Raises UsageError if a function cannot be loaded."""
@@ -130,13 +145,29 @@ class RewardProcess:
             raise UsageError(
                 f"the reward function {failed.function} cannot be loaded",
                 where="reward",
-                why=failed.how,
+                why=f"{failed.how}, at {failed.place}" if failed.place else failed.how,
                 next_step=_remedy(failed),
-            ) from None
+            ) from failed.trace
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def check_parameters(self, examples: Iterable[Example]) -> None:
+        """Raise UsageError if a function needs a parameter that is neither given always nor a column of the rows."""
+        rows = (example.prompt_row for example in examples)
+        columns = list(dict.fromkeys(chain.from_iterable(row.columns for row in rows if row is not None)))
+        for name, described in self._described.items():
+            missing = [parameter for parameter in described["needs"] if parameter not in (*GIVEN, *columns)]
+            if missing:
+                near = [(one, nearest_names(one, (*GIVEN, *columns), count=1)) for one in missing]
+                meant = [f"{close[0]} instead of {one}" for one, close in near if close]
+                raise UsageError(
+                    f"the reward function {name} has a parameter {missing[0]}, and nothing is given by this name",
+                    where=described["place"],
+                    why=f"given are {name_list([*GIVEN, *columns])}: the answers, and the columns of the rows",
+                    next_step=f"write {' and '.join(meant)}" if meant else "name its parameters like these",
+                )
 
     def rewards(self, answers: Sequence[RewardInput]) -> list[list[float]]:
         """Return (functions, answers) rewards. They are NaN for answers that a function returns None for.
@@ -147,18 +178,18 @@ class RewardProcess:
         try:
             rewards = self._request(answers, self.timeout_s)
         except _Failed as failed:
-            raise self._error(failed, answers) from None
+            raise self._error(failed, answers) from failed.trace
         for name, values in zip(self.names, rewards, strict=True):
             if len(values) != len(answers):
                 least = "at least " if len(values) > len(answers) else ""
                 gave = f"gave {least}{count_of(len(values), 'reward')} for {count_of(len(answers), 'answer')}"
-                raise _refused(name, gave, None)
+                raise self._refused(name, gave, None)
             for value, answer in zip(values, answers, strict=True):
                 if value is not None and not math.isfinite(value):
-                    raise _refused(name, f"gave {value}", answer)
+                    raise self._refused(name, f"gave {value}", answer)
         for number, answer in enumerate(answers):
             if all(values[number] is None for values in rewards):
-                raise _refused(", ".join(self.names), "gave None: nothing judges the answer", answer)
+                raise self._refused(", ".join(self.names), "gave None: nothing judges the answer", answer)
         return [[math.nan if value is None else value for value in values] for values in rewards]
 
     def close(self) -> None:
@@ -187,7 +218,8 @@ class RewardProcess:
         assert self._process.stderr is not None
         self._output = _OutputReader(self._process.stderr)
         self._send(list(self.names))
-        self._receive(time.monotonic() + _START_TIMEOUT_S, self.names[0], 0)
+        response = self._receive(time.monotonic() + _START_TIMEOUT_S, self.names[0], 0)
+        self._described = dict(zip(self.names, response["ready"], strict=True))
 
     def _request(self, answers: Sequence[RewardInput], timeout_s: float) -> list[list[float | None]]:
         if self._process is None:
@@ -208,8 +240,24 @@ class RewardProcess:
             try:
                 self._request([answer], seconds)
             except _Failed as repeated:
-                return _refused(repeated.function, failed.how, answer)
-        return _refused(failed.function, f"{failed.how}, with all answers of a step and with none alone", answers[0])
+                return self._refused(repeated.function, failed.how, answer, failed.place)
+        how = f"{failed.how}, with all answers of a step and with none alone"
+        return self._refused(failed.function, how, answers[0], failed.place)
+
+    def _refused(self, function: str, how: str, answer: RewardInput | None, place: str = "") -> CheckError:
+        """Return the error about a function, with the line that failed, or else the place of the function."""
+        quoted = "" if answer is None else f", of the answer {shorten(answer.text)!r}"
+        why = f"at {place}"
+        if not place:
+            defined = [described["place"] for name, described in self._described.items() if name in function]
+            why = "a reward is a finite number, or None where the function does not judge an answer"
+            why += "".join(f"; the function is at {one}" for one in defined if one)
+        return CheckError(
+            f"the reward function {function} {how}{quoted}",
+            where=None if answer is None else answer.asked.source,
+            why=why,
+            next_step="correct the function and go on with --resume; the run has saved the steps before this one",
+        )
 
     def _send(self, value: Any) -> None:
         """Write a request with a new token."""
@@ -256,7 +304,8 @@ class RewardProcess:
             self.close()
             raise _Failed(function, _INTRUDED)
         if "error" in response:
-            raise _Failed(response["function"], response["error"])
+            facts = {"place": response["place"], "trace": response["traceback"]}
+            raise _Failed(response["function"], response["error"], **facts)
         return response
 
 
@@ -285,16 +334,6 @@ def _batch(answers: Sequence[RewardInput]) -> dict[str, Any]:
         "references": [answer.asked.reference for answer in answers],
         "columns": {name: [answer.asked.columns.get(name) for answer in answers] for name in names},
     }
-
-
-def _refused(function: str, how: str, answer: RewardInput | None) -> CheckError:
-    quoted = "" if answer is None else f", of the answer {shorten(answer.text)!r}"
-    return CheckError(
-        f"the reward function {function} {how}{quoted}",
-        where=None if answer is None else answer.asked.source,
-        why="a reward is a finite number, or None where the function does not judge an answer",
-        next_step="correct the function and go on with --resume; the run has a checkpoint from before this step",
-    )
 
 
 def _remedy(failed: _Failed) -> str:

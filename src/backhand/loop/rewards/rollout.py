@@ -72,6 +72,7 @@ class Rollout:
         """
         texts = [decode(self.tokenizer, answer.tokens) for answer in answers]
         result: dict[str, Any] = {}
+        failed: CheckError | None = None  # with the function's traceback, which only the main process has
         if self.functions is not None:
             inputs = [
                 RewardInput(example.prompt_row, text, answer.tokens)
@@ -81,11 +82,12 @@ class Rollout:
             try:
                 result = {"rewards": self.functions.rewards(inputs)}
             except CheckError as error:
+                failed = error
                 result = {"error": [error.what, error.where, error.why, error.next_step]}
         result = self.processes.broadcast_object(result)
         if "error" in result:
             what, where, why, next_step = result["error"]
-            raise CheckError(what, where=where, why=why, next_step=next_step)
+            raise failed or CheckError(what, where=where, why=why, next_step=next_step)
         rewards = torch.tensor(result["rewards"], dtype=torch.float64)
         weights = torch.tensor(self.options.weights, dtype=torch.float64)
         totals = (weights[:, None] * rewards).nansum(0)
