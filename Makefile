@@ -35,7 +35,7 @@ AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # What an instruction set can change in torch and in what is built on it; not what reads files, and not the loops of each
 # build by themselves, which `make tests` has run on this processor, those for AVX2 too.
-AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py %/test_openmp_spin.py,$(wildcard tests/nn/test_*.py)) \
+AVX2_TESTS := tests/ops $(filter-out %/test_config_fields.py %/test_family.py,$(wildcard tests/nn/test_*.py)) \
 	tests/kernels/test_quantized_matrix.py
 
 .PHONY: help set-up packages kernels kernels-sanitize wheels test-install test-foreign demo sine verify verify-large test proofs tests test-avx2 test-smollm2 test-slow test-browser test-cuda test-mps fuzz check lint format-check types imports docstrings prose readme docs size format bench clean

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import ALPHA, DTYPES, LEARNING_RATE, RANK, transformers_model, tune_process
 
-from backhand.nn.openmp_spin import adaptive_spinning
+from backhand.cli.openmp_spin import adaptive_spinning
 
 
 @dataclass(frozen=True)

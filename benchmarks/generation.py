@@ -24,7 +24,7 @@ from typing import Any
 from environment import peer_environment
 from machine import describe_machine
 
-from backhand.nn.openmp_spin import adaptive_spinning
+from backhand.cli.openmp_spin import adaptive_spinning
 
 HERE = Path(__file__).parent
 PROMPT = "The history of the world begins with"

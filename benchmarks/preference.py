@@ -151,7 +151,7 @@ def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
     """Print the peer's result in JSON, on the last line."""
     import torch
 
-    from backhand.nn.openmp_spin import adaptive_spinning
+    from backhand.cli.openmp_spin import adaptive_spinning
 
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)

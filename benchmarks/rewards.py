@@ -159,7 +159,7 @@ def worker(peer: str, task: dict[str, Any], output: Path, threads: int) -> None:
     """Print the peer's result in JSON, on the last line."""
     import torch
 
-    from backhand.nn.openmp_spin import adaptive_spinning
+    from backhand.cli.openmp_spin import adaptive_spinning
 
     torch.set_num_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def llama_cpp_sampler(model: str, answers: int, tokens: int, threads: int) -> Ca
 
 def serve(peer: str, model: str, answers: int, tokens: int, threads: int) -> None:
     """One batch for each line read."""
-    from backhand.nn.openmp_spin import adaptive_spinning
+    from backhand.cli.openmp_spin import adaptive_spinning
 
     sampler = backhand_sampler if peer == "backhand" else llama_cpp_sampler
     answer = sampler(model, answers, tokens, threads)

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from peers import PEERS, Workload
 
+from backhand.cli.openmp_spin import adaptive_spinning
 from backhand.nn.compute import gc_frozen
-from backhand.nn.openmp_spin import adaptive_spinning
 
 
 def resident_bytes(field: str) -> int:

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from backhand.errors import ArtifactError, UsageError
+from backhand.generation.held_base import weight_bytes
 from backhand.interop.merging import describe_base
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.weights import module_shapes
 from backhand.nn.families.family_parsing import UnsupportedModel, decoder_config
 from backhand.nn.families.rotary_frequencies import inverse_frequencies
-from backhand.nn.held_base import weight_bytes
 from backhand.nn.loading import open_model
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.quantizing import QuantizingSource

@@ -18,9 +18,9 @@ from backhand.engines.memory.parts import ModelSize, StepBytes, estimated_step, 
 from backhand.engines.memory.plan import MemoryPlan, choose
 from backhand.engines.memory.shapes import StepShape, largest_shapes
 from backhand.errors import ResourceError
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.decoder.kv_cache import PAGE
 from backhand.options.config import Recompute
+from backhand.system import available_bytes
 
 MB = 1 << 20
 SIZE = ModelSize(

@@ -18,13 +18,13 @@ from backhand.engines.memory import plan as bases
 from backhand.engines.memory.plan import HeldBase, MemoryPlan, choose_base, preferred_bases
 from backhand.engines.memory.shapes import StepShape
 from backhand.errors import CheckError, ResourceError, UsageError
+from backhand.generation import held_base
+from backhand.generation.held_base import stays_quantized
 from backhand.kernels.builds import library, torch_form
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.evaluate import evaluate
 from backhand.loop.guards import BaseGuard
-from backhand.nn import held_base
 from backhand.nn.decoder.decoder import Decoder
-from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading import open_model
 from backhand.nn.loading.quantizing import QuantizingSource
 from backhand.nn.model_options import BaseModelOptions

@@ -18,9 +18,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from backhand.cli.exit_status import BUG, TERMINATED, exit_status, is_secondary_process
+from backhand.cli.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.cli.streams import accept_any_text, discard_output, open_missing_streams, tolerate_stderr_errors
 from backhand.errors import UsageError
-from backhand.nn.openmp_spin import adaptive_spinning, set_spin_count
 from backhand.printing import may_be_silent, never_silent, show_what_libraries_say, visible
 from backhand.system import version_of
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 import torch
 
 from backhand.distributed.communicator import Communicator
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import release_freed_memory, resolve_device, resolve_dtype, resolve_threads
 from backhand.options.config import TrainConfig, parse_bytes
-from backhand.system import rss_bytes
+from backhand.system import available_bytes, rss_bytes
 from backhand.words import in_words
 
 

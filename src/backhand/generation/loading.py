@@ -13,11 +13,11 @@ from backhand.adapters.record import AdapterRecord
 from backhand.data.chat import read_template, stopping_role_ids
 from backhand.data.options import TemplateOptions, system_option
 from backhand.generation.completer import Completer, EngineCompleter
+from backhand.generation.held_base import stays_quantized
 from backhand.generation.labels import Labels
 from backhand.nn.compute import compute_settings, resolve_device, resolve_dtype, resolve_threads
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
-from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
 from backhand.nn.model_options import BaseModelOptions
 

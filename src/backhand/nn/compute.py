@@ -15,8 +15,8 @@ import torch
 
 from backhand.errors import ResourceError, UsageError, first_line
 from backhand.kernels.large_pages import grow_heap_again, grow_heap_in_large_pages
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.model_options import BaseModelOptions
+from backhand.system import available_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # glibc's mallopt parameters (malloc.h).

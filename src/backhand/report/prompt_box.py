@@ -17,13 +17,12 @@ from typing import Any
 
 from backhand.errors import BackhandError, ResourceError, UsageError
 from backhand.files import FileLayer
+from backhand.generation.held_base import stays_quantized, weight_bytes
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.generation.options import SamplingOptions
 from backhand.generation.session import GenerationSession
 from backhand.loop.state import adapter_part
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import DTYPES, resolve_device
-from backhand.nn.held_base import stays_quantized, weight_bytes
 from backhand.nn.loading import open_model
 from backhand.options.config_file import load_config
 from backhand.report.page import page_values
@@ -32,6 +31,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.checkpoint import CheckpointStore, latest_name
 from backhand.runs.directory import ADAPTER, ANSWERS, CHECKPOINTS, CONFIG, FACTS, METRICS, PROOFS, STATUS, SUMMARY
 from backhand.runs.status import read_status
+from backhand.system import available_bytes
 from backhand.words import in_words
 
 

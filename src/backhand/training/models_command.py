@@ -38,7 +38,6 @@ from backhand.engines.memory.shapes import StepShape
 from backhand.errors import BackhandError, ResourceError
 from backhand.kernels.dequantize import type_name
 from backhand.loop.process_memory import settled_rss_bytes
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.batch import PackedBatch
 from backhand.nn.compute import available_cores, default_dtype
 from backhand.nn.decoder.decoder import Decoder
@@ -52,6 +51,7 @@ from backhand.nn.loading.stores import StoredModel, models_on_this_machine
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.options.command_options import ModelsOptions
 from backhand.options.config import ModelOptions, Recompute
+from backhand.system import available_bytes
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.training.calibration import fastest
 from backhand.words import in_words, name_list

@@ -35,7 +35,6 @@ from backhand.loop.rewards.steps import HeldOutRewards, RewardedSteps
 from backhand.loop.state import Progress, RunState, Saver
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.compute import gc_frozen
 from backhand.options.config_file import config_table, dump_config
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -43,6 +42,7 @@ from backhand.runs.directory import ANSWERS, CONFIG, FACTS, METRICS, SUMMARY, Pr
 from backhand.runs.interruption import Interrupted, Interruption
 from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
+from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, pair_advice
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise

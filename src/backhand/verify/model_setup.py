@@ -19,11 +19,11 @@ from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions
 from backhand.data.prepare import read_examples
 from backhand.errors import DataError, UsageError
+from backhand.generation.held_base import stays_quantized
 from backhand.nn.compute import resolve_device, resolve_dtype
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family_parsing import decoder_config
-from backhand.nn.held_base import stays_quantized
 from backhand.nn.loading.opening import open_model
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.nn.model_options import BaseModelOptions

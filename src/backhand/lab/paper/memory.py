@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from backhand.errors import ResourceError
-from backhand.nn.available_memory import available_bytes
 from backhand.safe_path import python_words, safe_environment
+from backhand.system import available_bytes
 
 RUNS = 3
 BYTES_PER_TRAINED = 16

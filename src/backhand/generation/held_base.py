@@ -13,9 +13,9 @@ import math
 import torch
 
 from backhand.kernels.builds import library
-from backhand.nn.available_memory import available_bytes
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.model_options import BaseModelOptions
+from backhand.system import available_bytes
 
 _SHARE_OF_FREE = 0.9
 """Share of the free memory for dense weights. The rest is for keys, values and activations."""

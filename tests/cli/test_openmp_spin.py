@@ -11,10 +11,10 @@ import threading
 import pytest
 import torch
 
+from backhand.cli import openmp_spin
 from backhand.cli.command import Prepared
 from backhand.cli.main import run_prepared
-from backhand.nn import openmp_spin
-from backhand.nn.openmp_spin import (
+from backhand.cli.openmp_spin import (
     CALM_INTERVALS,
     CONTENDED_SHARE,
     SPINS,
@@ -109,7 +109,7 @@ def test_the_time_waited_grows_where_threads_wait():
     """Two threads' worth of work for one core."""
     code = """
         import os, threading, time
-        from backhand.nn.openmp_spin import _run_queue_wait_s
+        from backhand.cli.openmp_spin import _run_queue_wait_s
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         before = _run_queue_wait_s()
         child = os.fork()
@@ -138,7 +138,7 @@ def test_more_threads_than_cores_do_not_spin():
         import ctypes, os, time
         from pathlib import Path
         import torch
-        from backhand.nn.openmp_spin import Oversubscription, _libgomp
+        from backhand.cli.openmp_spin import Oversubscription, _libgomp
         if _libgomp(torch) is None:
             print("none")
             raise SystemExit
