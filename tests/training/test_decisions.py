@@ -38,8 +38,13 @@ from backhand.options.command_options import (
 )
 from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
+from backhand.runs.summary import read_summary
+from backhand.training.console import closing_lines
 from backhand.training.run import train
 from support.float64_reference import without_float32_casts
+from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.ranks import bits_of_several, start_ranks
 from support.smollm2 import NAME, smollm2_decoder, smollm2_peft
@@ -179,7 +184,7 @@ def lines(run: Path, kind: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     place = tmp_path_factory.mktemp("decisions")
-    made = config(tiny, place, place / "run", prove_resume=3, epochs=4)
+    made = config(tiny, place, place / "run", prove_resume=3, epochs=4, answers=2)
     train(made)
     return made
 
@@ -203,6 +208,26 @@ def test_the_adapter_has_questions_and_temperatures(straight: TrainConfig, tiny:
     assert [*decisions["questions"]] == ["mood", "team"]  # JSON objects are sorted by key
     assert decisions["temperatures"].keys() == {"choice", "score"}
     assert read_adapter(straight.run.output / "adapter", open_model(str(tiny.model))).record.decisions == decisions
+
+
+def test_the_end_of_a_run_shows_each_question(straight: TrainConfig) -> None:
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and summary.base_decisions is not None and summary.adapted_decisions is not None
+    assert summary.adapted_decisions.keys() == summary.base_decisions.keys() == {"team", "mood"}
+    record = json.loads((straight.run.output / "adapter" / "backhand.json").read_text())
+    for name, kind in (("team", "choice"), ("mood", "score")):
+        figures = summary.adapted_decisions[name]
+        assert figures["temperature"] == pytest.approx(record["decisions"]["temperatures"][kind], rel=1e-3)
+        (line,) = [line for line in closing_lines(summary) if line.startswith(f"{name}: ")]
+        assert ("decides nothing" if figures["constant"] else f"{figures['majority']:.1%} by the most") in line
+    assert any(line.startswith("Next: backhand decide") for line in closing_lines(summary))
+
+
+def test_the_page_has_a_reliability_plot_and_thresholds(straight: TrainConfig) -> None:
+    page = Page(run_page(read_run(straight.run.output)))
+    assert {"decisions", "reliability-0", "reliability-1"} <= set(page.charts)
+    text = page.one("section", id="answers").text
+    assert "most frequent answer" in text and "confidence at least" in text and "least probable answers" in text
 
 
 def test_without_held_out_rows_there_is_no_temperature(tiny: TinyRun, tmp_path: Path) -> None:

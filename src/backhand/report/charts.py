@@ -77,6 +77,7 @@ def run_charts(run: RunRecord) -> dict[str, Spec]:
         "sampling-gap": curve(_series(run.steps, "sampling_gap", "largest gap"), "nats", zero=True),
         "margins": curve(_both(run, "rewards/margins"), "reward", dots="held-out rows"),
         "accuracies": curve(_both(run, "rewards/accuracies"), "share of pairs", zero=True, dots="held-out rows"),
+        "decisions": curve(_both(run, "accuracy"), "share of answers", zero=True, dots="held-out rows"),
         "rewards": curve(
             _series(run.steps, "rewards/chosen", "chosen") + _series(run.steps, "rewards/rejected", "rejected"),
             "reward",
@@ -244,6 +245,28 @@ def settings(rows: Rows, name: str, kind: str, reached: Sequence[str]) -> Spec:
                 {"field": "x", "type": "nominal", "title": name},
                 {"field": "loss", "type": "quantitative", "title": "held-out loss", "format": ".4~g"},
                 {"field": "reached", "type": "nominal", "title": "came"},
+            ],
+        },
+    }
+
+
+def reliability(bins: Sequence[Mapping[str, Any]]) -> Spec:
+    """Return the accuracy of decisions over their confidence, with the diagonal of calibrated ones."""
+    rows = [{**one, "series": "decisions"} for one in bins]
+    low = min((one["confidence"] for one in rows), default=0.0)
+    rows += [{"confidence": place, "accuracy": place, "series": "calibrated"} for place in (low, 1.0)]
+    numbers = {"format": ".0%", "tickCount": 6}
+    return {
+        **_base(rows, 260),
+        "mark": {"type": "line", "point": True},
+        "encoding": {
+            "x": _measure("confidence", numbers) | {"title": "confidence"},
+            "y": _measure("accuracy", numbers) | {"title": "right"},
+            "color": _choice("series", None, scale={"range": list(COLOURS[:2])}, legend={}),
+            "tooltip": [
+                {"field": "confidence", "type": "quantitative", "format": ".1%"},
+                {"field": "accuracy", "type": "quantitative", "format": ".1%"},
+                {"field": "rows", "type": "quantitative"},
             ],
         },
     }

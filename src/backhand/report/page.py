@@ -43,7 +43,7 @@ def page_values(run: RunRecord) -> dict[str, Any]:
     tables = proof_tables(run.proofs, run=shlex.quote(str(run.path)), adapter=shlex.quote(str(run.adapter)))
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
-    drawn |= _adapter_charts(changes) | _data_charts(run)
+    drawn |= _adapter_charts(changes) | _data_charts(run) | _decision_charts(run)
     return {
         "title": f"{run.path.name}: run report",
         "run": run,
@@ -235,6 +235,11 @@ def _movement(changes: Sequence[ModuleInspection]) -> str:
     if still and moved:
         text += f"; not moved: {', '.join(change.module for change in still[:_MOST_MOVED])}"
     return text + "."
+
+
+def _decision_charts(run: RunRecord) -> dict[str, charts.Spec]:
+    decisions = (run.summary.get("adapted_decisions") or {}).values()
+    return {f"reliability-{number}": charts.reliability(one["reliability"]) for number, one in enumerate(decisions)}
 
 
 def _data_charts(run: RunRecord) -> dict[str, charts.Spec]:

@@ -34,6 +34,25 @@ class LabelFigures(TypedDict):
     invented: int
 
 
+class DecisionFigures(TypedDict):
+    """Scores of the answers to one question, as `evaluate --json` has them."""
+
+    rows: int
+    accuracy: float
+    majority: float
+    f1_macro: float
+    nll: float
+    brier: float
+    ece: float
+    ece_interval: list[float]
+    temperature: float
+    constant: bool
+    reliability: list[dict[str, float]]
+    coverage: list[dict[str, float]]
+    confusion: dict[str, dict[str, int]]
+    surprises: list[dict[str, Any]]
+
+
 class AnswerLengths(TypedDict):
     """Mean numbers of tokens of free answers to held-out prompts, and of the answers in these pairs."""
 
@@ -103,6 +122,9 @@ class RunSummary:
     # base_labels, adapted_labels: scores of these rows; None if their answers are not labels
     base_labels: LabelFigures | None = None
     adapted_labels: LabelFigures | None = None
+    # base_decisions, adapted_decisions: scores of held-out decisions by question; None for other objectives
+    base_decisions: dict[str, DecisionFigures] | None = None
+    adapted_decisions: dict[str, DecisionFigures] | None = None
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None

@@ -23,7 +23,7 @@ from backhand.kernels.builds import describe, library
 from backhand.loop.observers import Observer, RunStart
 from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
 from backhand.runs.pair_results import pair_clauses
-from backhand.runs.summary import CHOSEN_BY, RunSummary, forgetting, no_label_fits
+from backhand.runs.summary import CHOSEN_BY, DecisionFigures, RunSummary, forgetting, no_label_fits
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
 from backhand.words import count_of, duration, in_words, interval_text, labelled, name_list, shorten
@@ -200,6 +200,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if (pairs := summary.held_out_pairs) is not None:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
         lines += [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
+    for name, one in (summary.adapted_decisions or {}).items():
+        lines.append(_decision_line(name, (summary.base_decisions or {}).get(name), one))
     if forgot := forgetting(summary.forgotten_nats):
         if not (summary.advice or "").startswith("It forgot"):
             lines.append(f"{forgot[0].upper()}{forgot[1:]}.")
@@ -229,7 +231,9 @@ def closing_lines(summary: RunSummary) -> list[str]:
     return [
         *lines,
         f"Adapter: {adapter}",
-        f"Next: backhand generate --model {model} --adapter {adapter}{labels} --compare{summary.asking}",
+        f"Next: backhand decide --model {model} --adapter {adapter} --state '…'"
+        if summary.objective == "decide"
+        else f"Next: backhand generate --model {model} --adapter {adapter}{labels} --compare{summary.asking}",
         f"      backhand evaluate --model {model} --adapter {adapter} --data FILE{summary.reading}",
     ]
 
@@ -258,6 +262,19 @@ def _improvement(summary: RunSummary) -> list[str]:
     nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
     loss = nats if summary.objective == "sft" else f"({summary.objective})"
     return [f"Held-out loss {base:.4f} → {best:.4f} {loss} {of_rows}"]
+
+
+def _decision_line(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:
+    """Return the line on the held-out answers to one question."""
+    rows, right = adapted["rows"], adapted["accuracy"]
+    if adapted["constant"]:
+        return f"{name}: the adapter gives the same answer to all {rows:,} held-out rows; it decides nothing."
+    before = "" if base is None else f"{base['accuracy']:.1%} → "
+    return (
+        f"{name}: {before}{right:.1%} of {count_of(rows, 'held-out answer')} right ({interval_text(right, rows)}; "
+        f"{adapted['majority']:.1%} by the most frequent answer), calibration error {adapted['ece']:.3f} "
+        f"at temperature {adapted['temperature']:.2f}."
+    )
 
 
 def _right(summary: RunSummary) -> list[str]:

@@ -215,6 +215,8 @@ class Trainer:
         answers = free_answers(*arguments)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
+        if isinstance(objective := self._held_out_objective, DecideObjective):
+            summary = replace(summary, **objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows))
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
             summary = replace(summary, **measured_answers(*arguments, labels, summary.tokens, stopped))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from backhand.data.decisions import DecisionRow, QuestionType
+from backhand.distributed.communicator import Communicator
+from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
-from backhand.loop.decision_scores import fit_temperatures, outcomes_of
-from backhand.loop.objectives.objective import Documents, Objective, RowLosses
+from backhand.loop.decision_scores import fit_temperatures, outcomes_of, score_questions
+from backhand.loop.objectives.objective import Documents, Objective, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
 
 
@@ -49,6 +52,28 @@ class DecideObjective(Objective):
     def decisions(self, rows: Sequence[int]) -> list[DecisionRow]:
         """Return the questions of these rows."""
         return [not_none(self.packer.examples.decision(row)) for row in rows]
+
+    def held_out_scores(self, bound: BoundModel, micro_batch_rows: int) -> dict[str, Any]:
+        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
+
+        The temperatures are fitted to these rows, and are 1 for the base model.
+
+        Args:
+            bound: the model with the adapter to measure, which is attached again afterwards.
+            micro_batch_rows: number of rows per forward pass.
+        """
+        every, scores = range(len(self.packer.examples)), {}
+        for name in ("base", "adapted"):
+            if name == "base":
+                bound.model.detach()
+            else:
+                bound.model.attach(bound.lora)
+            sums = not_none(document_sums(bound.model, self.packer, every, micro_batch_rows, Communicator()))
+            outcomes = outcomes_of(self.decisions(every), sums.tolist())
+            temperatures = {} if name == "base" else fit_temperatures(outcomes)
+            scored = score_questions(outcomes, temperatures)
+            scores[f"{name}_decisions"] = {question: score.to_json() for question, score in scored.items()}
+        return scores
 
     def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> None:
         """Fit the temperatures to the held-out rows."""
