@@ -12,7 +12,7 @@ from backhand.cli.entry import Command
 from support.doc_world import World
 
 # No model: these take seconds.
-QUICK = {"verify"}
+QUICK = {"convert", "verify"}
 # Minutes of them all together: what the quick run of every change leaves to `make test-slow`.
 SLOW = {"demo", "paper", "sine", "chat", "merge", "export", "plan", "combine", "diff", "compress", "report", "watch"}
 # These serve until they are interrupted, once they have said where.

@@ -18,6 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from support.doc_blocks import PROJECT, Block
 
 ROWS = [
@@ -55,6 +57,7 @@ class World:
         self.directory = directory
         self.names: dict[str, Any] = {}
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+        (directory / "axolotl.yaml").write_text("base_model: smollm2-135m\nlora_r: 8\nsample_packing: true\n")
         (directory / "docs").symlink_to(PROJECT / "docs")
         programs = directory / ".bin"
         programs.mkdir()
@@ -105,7 +108,7 @@ class World:
                     _check_output(block.output, self.type(block.commands))
                 case "python":
                     self._python(block)
-                case "json" | "jsonl" | "toml":
+                case "json" | "jsonl" | "toml" | "yaml":
                     self._file(block)
                 case _:
                     raise AssertionError(f"nothing runs a block of the language {block.language!r}")
@@ -155,6 +158,8 @@ class World:
         match block.language:
             case "toml":
                 tomllib.loads(block.text)
+            case "yaml":
+                yaml.safe_load(block.text)
             case "json":
                 json.loads(block.text)
             case _:

@@ -89,6 +89,14 @@ COMMANDS = (
         positional=("places",),
     ),
     Command(
+        "convert",
+        "Write another tool's YAML file as a configuration, with an answer to each key that has no equivalent.",
+        "backhand convert axolotl.yaml",
+        "backhand.options.command_options:ConvertOptions",
+        "backhand.options.convert:convert_command",
+        positional=("file",),
+    ),
+    Command(
         "lint",
         "Check rows as a model's tokenizer and chat template read them, and report every problem with its remedy.",
         "backhand lint --data rows.jsonl",

@@ -146,6 +146,17 @@ class PlanOptions(TrainConfig):
 
 
 @dataclass(frozen=True)
+class ConvertOptions(Options):
+    """The file to convert, and the output."""
+
+    file: Path
+    """Another tool's YAML file, of Axolotl, TRL, mlx-lm, Unsloth or LLaMA-Factory."""
+
+    output: Path | None = None
+    """TOML file to write. Default: standard output."""
+
+
+@dataclass(frozen=True)
 class ModelsOptions:
     """Places to search for models, and the output."""
 

@@ -45,11 +45,20 @@ def load_config(path: Path) -> TrainConfig:
 
 def read_table(path: Path) -> dict[str, Any]:
     """Return the file as nested tables: YAML by its ending, otherwise TOML. Raises UsageError if it cannot be read."""
-    yaml = path.suffix.lower() in (".yaml", ".yml")
+    table = read_plain_table(path)
+    return _in_tables(table, str(path)) if path.suffix.lower() in _YAML else table
+
+
+_YAML = (".yaml", ".yml")
+
+
+def read_plain_table(path: Path) -> dict[str, Any]:
+    """Return the file's keys and values as they are. Raises UsageError if it cannot be read."""
+    yaml = path.suffix.lower() in _YAML
     try:
         _check_is_no_other(path)
         text = read_plain(path, MAX_YAML_BYTES if yaml else MAX_SETTINGS_BYTES).decode("utf-8-sig")
-        return _in_tables(parse_yaml(text), str(path)) if yaml else parse_toml(text)
+        return parse_yaml(text) if yaml else parse_toml(text)
     except OSError as error:
         raise UsageError(
             "the configuration cannot be read",
@@ -261,7 +270,7 @@ def dump_config(config: TrainConfig) -> str:
     lines: list[str] = []
     for part, options in config_table(config).items():
         lines += ["", f"[{part}]"] if lines else [f"[{part}]"]
-        lines += [f"{name} = {_toml_value(value)}" for name, value in options.items()]
+        lines += [f"{name} = {toml_value(value)}" for name, value in options.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -292,7 +301,7 @@ def _dataclass_from(cls: Any, table: Any, origin: str, prefix: str) -> Any:
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _dataclass_from(hints[key], value, origin, f"{prefix}{key}.")
         else:
-            values[key] = _typed(value, hints[key], where)
+            values[key] = typed_value(value, hints[key], where)
     return cls(**values)
 
 
@@ -319,20 +328,20 @@ def _unknown_keys(
     )
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
+def typed_value(value: Any, hint: Any, where: str) -> Any:
     """Convert a value to the annotated type: whole numbers to floats, lists to tuples."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         for option in options[:-1]:
             try:
-                return _typed(value, option, where)
+                return typed_value(value, option, where)
             except UsageError:
                 continue
         if get_origin(options[-1]) is Literal and value not in get_args(options[-1]):
             allowed = [*(_KINDS.get(option, str(option)) for option in options[:-1]), *get_args(options[-1])]
             raise UsageError(f"{value!r} is not {' or '.join(allowed)}", where=where)
-        return _typed(value, options[-1], where)
+        return typed_value(value, options[-1], where)
     if origin is Literal:
         if value in get_args(hint) and isinstance(value, str):
             return value
@@ -342,9 +351,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             next_step=_NO_TRACKER if where.endswith("report_to") and str(value).lower() == "none" else None,
         )
     if origin is tuple and isinstance(value, list):
-        return tuple(_typed(element, get_args(hint)[0], where) for element in value)
+        return tuple(typed_value(element, get_args(hint)[0], where) for element in value)
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, dict):
-        return {key: _typed(element, get_args(hint)[1], f"{where}.{key}") for key, element in value.items()}
+        return {key: typed_value(element, get_args(hint)[1], f"{where}.{key}") for key, element in value.items()}
     if hint is Any:
         return _json_value(value, where)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -360,9 +369,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         where=where,
         next_step=_NO_TRACKER
         if where.endswith("report_to") and str(value).lower() in ("false", "none")
-        else f"write it in brackets: [{_toml_value(value)}]"
+        else f"write it in brackets: [{toml_value(value)}]"
         if origin is tuple and isinstance(value, str)
-        else f"write {where.rpartition('.')[2]} = {_toml_value([str(value.get('path', 'PATH'))])}"
+        else f"write {where.rpartition('.')[2]} = {toml_value([str(value.get('path', 'PATH'))])}"
         if hint is str and isinstance(value, Mapping) and where.endswith("data")
         else None,
     )
@@ -411,15 +420,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return a value as TOML. Raises UsageError if TOML has no such value."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(value)
     if isinstance(value, bool | str):
         # A JSON string is a TOML basic string, once the one control character that JSON leaves bare is written out.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, Mapping):
-        inner = ", ".join(f"{_toml_value(str(key))} = {_toml_value(element)}" for key, element in value.items())
+        inner = ", ".join(f"{toml_value(str(key))} = {toml_value(element)}" for key, element in value.items())
         return f"{{{inner}}}" if inner else "{}"
     if isinstance(value, list):
-        return f"[{', '.join(_toml_value(element) for element in value)}]"
+        return f"[{', '.join(toml_value(element) for element in value)}]"
     raise UsageError(f"{value!r} cannot be written to a TOML file", next_step="give text, a number, true or false")
