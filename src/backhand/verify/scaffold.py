@@ -32,6 +32,7 @@ from torch import Tensor
 from backhand.kernels.pieces import small_pieces
 from backhand.nn.batch import document_runs
 from backhand.ops.registry import OPS, op_module
+from backhand.ops.weight_tiles import TILE_BYTES, tiles_of
 from backhand.verify.mutants import Backward, Function, Mutant, parameters, perturbed, standard_mutants
 
 Tensors = dict[str, Tensor]
@@ -102,6 +103,10 @@ SCALING = 1.7
 BUFFER_START = 0.5
 """Initial value of the buffers in `accumulate_into`, to which gradients of the kinds in ACCUMULATED are added."""
 ACCUMULATED = ("lora_A", "lora_B")
+TILES = "tile_bytes"
+"""Name of the option for the most bytes of a frozen matrix's tile while the op runs. None is the usual size."""
+SMALLEST_TILES = 1
+"""Bytes per tile that give the smallest possible tiles: 64 rows, 256 columns."""
 GRADIENT_SWITCHES = {"input_gradient": "x", "weight_gradient": "weight"}
 """Option → the input whose gradient is not computed if the option is False."""
 
@@ -274,7 +279,7 @@ class Op:
 
         def run_manual(t: Tensors, backward: Backward) -> Manual:
             args = Arguments({**settings, **t}, self.derived)
-            with small_pieces(pieces), threads_of(threads):
+            with small_pieces(pieces), threads_of(threads), tiles_of(settings.get(TILES) or TILE_BYTES):
                 y, grads = runner(args, backward)
             accumulates = "accumulate_into" in args and args["accumulate_into"] is not None
             by_input = grads if isinstance(grads, dict) else named_gradients(grads)

@@ -18,12 +18,9 @@ from torch.nn import functional
 from backhand.kernels.dequantize import Bytes, block_shape
 from backhand.kernels.quantized_matrix import QuantizedMatrix, StoredRows
 from backhand.ops.frozen_matrix import FrozenLinearGrads, FrozenLinearSaved
-from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles, tiles_of
+from backhand.ops.weight_tiles import FrozenMatrix, column_tiles, frozen_dense, row_tiles
 from backhand.verify.mutants import Backward, Mutant, transpose_if_square, wrong
-from backhand.verify.scaffold import ROWS, Arguments, Draw, Op
-
-_SMALL_TILES = 1
-"""Bytes per tile that give the smallest possible tiles: 64 rows, 256 columns."""
+from backhand.verify.scaffold import ROWS, SMALLEST_TILES, Arguments, Draw, Op
 
 # Offsets of the float16 numbers of a block: its scale, then its minimum, if it has them.
 _HALVES: dict[str, tuple[int, ...]] = {
@@ -95,15 +92,14 @@ def _numbers(args: Arguments) -> Tensor:
     return torch.cat(parts)
 
 
-def _tiled(args: Arguments, backward: Backward) -> tuple[Tensor, FrozenLinearGrads]:
+def _stored_weight(args: Arguments, backward: Backward) -> tuple[Tensor, FrozenLinearGrads]:
     x, matrix = args["x"], args.get("dense")
     if matrix is not None:
         matrix = matrix.to(x)
     else:
         matrix = QuantizedMatrix(_stored(args), x.dtype, x.device)
-    with tiles_of(args["tile_bytes"] or 1 << 40):
-        y, saved = args.call(OP.forward, weight=matrix)
-        return y, backward(args["d_y"], saved)
+    y, saved = args.call(OP.forward, weight=matrix)
+    return y, backward(args["d_y"], saved)
 
 
 def _baseline(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -115,10 +111,10 @@ OP = Op(
     "frozen_linear",
     dict(drawn=_drawn_weight, x="*lead columns", d_y="*lead outputs", bias="outputs") | dict(residual="*lead outputs"),
     dict(lead=ROWS, columns=..., parts=..., bias=False, residual=False, ordered=False, columns_ordered=False)
-    | dict(tile_bytes=_SMALL_TILES),
+    | dict(tile_bytes=SMALLEST_TILES),
     baseline=_baseline,
     derived={"weight": _numbers, "outputs": lambda parts: sum(rows for _, rows in parts)},
-    runner=_tiled,
+    runner=_stored_weight,
     compiled=True,
 )
 

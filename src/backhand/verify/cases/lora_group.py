@@ -29,7 +29,7 @@ from backhand.verify.mutants import (
     transpose_if_square,
     wrong,
 )
-from backhand.verify.scaffold import ROWS, Arguments, Axis, Case, Draw, Op, Tensors, grad_buffer
+from backhand.verify.scaffold import ROWS, SMALLEST_TILES, Arguments, Axis, Case, Draw, Op, Tensors, grad_buffer
 
 SCALINGS = (1.7, 0.6, 2.3)
 EPS, OFFSET = 0.03, 0.7
@@ -104,7 +104,8 @@ OP = Op(
     | dict(residual="*lead outputs", norm=lambda draw, inputs, of_norm: draw.normal(inputs) if of_norm else None)
     | dict(factors=_factors),
     dict(lead=ROWS, sizes=Axis((6, 4, 9), (96, 40, 48)), ranks=Axis((3, 2, 5), (8, 6, 4)), inputs=Axis(7, 88))
-    | dict(bias=False, residual=False, dropout=None, input_gradient=True, accumulated=False, of_norm=False),
+    | dict(bias=False, residual=False, dropout=None, input_gradient=True, accumulated=False, of_norm=False)
+    | dict(tile_bytes=None),
     baseline=_baseline,
     derived={
         "outputs": lambda sizes: sum(sizes),
@@ -137,6 +138,10 @@ CASES = (
     OP.case("the one in the middle adapted", (70,), sizes=(5, 59, 33), ranks=(None, 16, None), inputs=35),
     OP.case("dropout, long sums", (37,), sizes=(45, 7), ranks=(3, 16), inputs=141, dropout=Dropout(0.4, 17)),
     OP.case("sums in parts", (9,), sizes=(20, 30, 17), ranks=(2, 1, None), inputs=1539),
+    OP.case("members over tiles", (9,), (33, 70, 40), (4, None, 3), 300, bias=True, tile_bytes=SMALLEST_TILES),
+    OP.case(
+        "residual, norm, tiles", (9,), (100, 43), (4, 3), 300, residual=True, of_norm=True, tile_bytes=SMALLEST_TILES
+    ),
     OP.case("added to what is there", (5,), ranks=(3, None, 2), bias=True, accumulated=True),
     OP.case("added, several blocks", (139,), sizes=(35, 4, 131), ranks=(3, 2, 19), inputs=141, accumulated=True),
     OP.case("added, several parts of rows", (541,), sizes=(33, 4), ranks=(4, None), inputs=5, accumulated=True),
