@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from backhand.data.decisions import inferred_question, question_of
+from backhand.data.lint import lint
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
 from backhand.data.prepare import prepare
@@ -145,6 +146,12 @@ def test_each_document_ends_in_the_label_of_its_option(tmp_path: Path) -> None:
     assert again.digest == data.digest
 
 
+def test_training_rows_can_show_options_in_canonical_order(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(20)]
+    data = read(lines(tmp_path / "rows.jsonl", rows), option_order="canonical")
+    assert all([text[-1] for text in texts(data, row)] == [*"ABCDE"] for row in range(20))
+
+
 def test_held_out_rows_show_options_in_canonical_order(tmp_path: Path) -> None:
     rows = [{"text": f"words {n}", "label": "abcde"[n % 5]} for n in range(40)]
     made = DataOptions(data=(lines(tmp_path / "rows.jsonl", rows),), eval_fraction=0.5)
@@ -196,6 +203,41 @@ def test_an_unknown_column_is_named(tmp_path: Path) -> None:
     data = table(tmp_path / "rows.csv", [{"text": "words", "team": "a"}, {"text": "words", "team": "b"}])
     with pytest.raises(UsageError, match="there is no column 'tea'"):
         read(data, state="text", question={"tea": ""})
+
+
+def findings(data: str, **options: Any) -> dict[str, Any]:
+    made = DataOptions(data=(data,), **{"eval_fraction": 0.0, **options})
+    report, _ = lint(made, tiny_tokenizer(), purpose="decisions")
+    return {finding.kind: finding for finding in report.findings}
+
+
+def test_lint_finds_problems_of_questions(tmp_path: Path) -> None:
+    team = {**TEAM, "criteria": {"sales": None, "Sales ": None, "billing": None, "legal": None}}
+    rows = [
+        {"state": f"words {n}", "questions": {"team": team}, "answers": {"team": ["sales", "billing"][n % 2]}}
+        for n in range(6)
+    ]
+    rows += [{**rows[1], "answers": {"team": "sales"}}, rows[2]]
+    found = findings(lines(tmp_path / "rows.jsonl", rows))
+    assert found.keys() == {"unused_option", "alike_options", "contradiction", "duplicate"}
+    assert found["duplicate"].count == 1 and found["duplicate"].where[0].endswith("rows.jsonl:3")
+    assert "legal" in found["unused_option"].what and "sales" in found["alike_options"].what
+    (where,) = found["contradiction"].where
+    assert where.endswith("rows.jsonl:7 ≠ " + where.split(" ≠ ")[1]) and where.endswith("rows.jsonl:2")
+
+
+def test_lint_names_a_frequent_answer_and_malformed_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "rare" if n == 7 else "usual"} for n in range(20)]
+    found = findings(lines(tmp_path / "rows.jsonl", rows))
+    assert found.keys() == {"one_answer"} and "usual in 95% of the rows of label" in found["one_answer"].what
+    outside = [{"state": "a", "questions": {"team": TEAM}, "answers": {"team": one}} for one in ("sales", "press")]
+    found = findings(lines(tmp_path / "other.jsonl", outside))
+    assert "none of its options" in found["malformed"].what and found["malformed"].where[0].endswith("other.jsonl:2")
+
+
+def test_rows_without_problems_have_no_findings(tmp_path: Path) -> None:
+    rows = [{"text": f"words {n}", "label": "abc"[n % 3]} for n in range(9)]
+    assert findings(lines(tmp_path / "rows.jsonl", rows)) == {}
 
 
 def test_a_long_row_is_left_out_and_counted(tmp_path: Path) -> None:

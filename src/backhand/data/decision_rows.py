@@ -22,7 +22,7 @@ from backhand.data.decisions import (
     state_text,
 )
 from backhand.data.forms import Form
-from backhand.data.raw_rows import RawRow, describe
+from backhand.data.raw_rows import RawRow, RowErrors, describe
 from backhand.errors import DataError
 from backhand.words import name_list
 
@@ -130,12 +130,14 @@ def find_questions(
     files: tuple[str, ...],
     rows_of: Callable[[str], Iterator[tuple[Form, RawRow]]],
     instructions: Mapping[str, str],
+    bad: RowErrors,
 ) -> dict[str, Question]:
     """Return the questions of all rows in these files.
 
     Args:
         rows_of: yields the valid rows of a file with their form.
         instructions: as for `QuestionFinder`.
+        bad: raises or counts the errors of malformed rows.
 
     Raises:
         DataError: a file is a pipe, or the questions are unusable.
@@ -150,7 +152,10 @@ def find_questions(
                 next_step="write them to a file",
             )
         for form, raw in rows_of(name):
-            finder.add(form, raw)
+            try:
+                finder.add(form, raw)
+            except DataError as error:
+                bad.add(error)
     return finder.questions()
 
 

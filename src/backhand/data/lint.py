@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backhand.data.data_report import DataReport, TruncationStats
+from backhand.data.decision_lint import problems_of_decisions
 from backhand.data.examples import Example
 from backhand.data.held_out import equal_neighbours, overlap
 from backhand.data.mojibake import find_mojibake
@@ -67,6 +68,24 @@ CHECKS = {
         "give answers of both kinds",
     ),
     "spelling": Check("labels that differ in case or spaces", "{}", "write each label the same way in all rows"),
+    "unused_option": Check(
+        "options that are never the answer",
+        "with options that no row has as its answer ({})",
+        "add rows with these answers, or remove the options",
+    ),
+    "alike_options": Check(
+        "options that differ in case or spaces", "with options named alike ({})", "write each option the same way"
+    ),
+    "contradiction": Check(
+        "equal states with other answers",
+        "whose state has another answer in an earlier row ({})",
+        "correct one of them, or give probabilities as the answer",
+    ),
+    "one_answer": Check(
+        "one answer for 90 % of the rows",
+        "of a question with one frequent answer ({}), which a constant model gives, too",
+        "add rows with other answers",
+    ),
     "doubled_bos": Check(
         "two begin-of-sequence tokens",
         "starting with two begin-of-sequence tokens",
@@ -154,11 +173,14 @@ def lint(
         ("truncated", truncation.truncated, options.max_length),
         ("too_long", truncation.dropped_long),
         ("unsupervised", truncation.dropped_unsupervised),
-        *_in_documents(documents, tokenizer, truncation),
-        *_in_rows(train.examples),
     ]
-    spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())
-    problems += [("spelling", places, what) for what, places in spellings]
+    if purpose == "decisions":
+        rows = map(train.examples.decision, range(len(train.examples)))
+        problems += problems_of_decisions(filter(None, rows))
+    else:
+        problems += [*_in_documents(documents, tokenizer, truncation), *_in_rows(train.examples)]
+        spellings = label_spellings(tokenizer, train.examples, held_out.examples if held_out else ())
+        problems += [("spelling", places, what) for what, places in spellings]
     not_checked = {}
     if held_out is None:
         not_checked["overlap"] = "no held-out rows"

@@ -13,6 +13,7 @@ from rich.text import Text
 from backhand.data.data_report import DataReport
 from backhand.data.lint import CHECKS, Finding, LintReport, lint
 from backhand.data.options import LintOptions
+from backhand.data.rows import Purpose
 from backhand.data.token_view import token_lines, view_tokens
 from backhand.errors import DataError
 from backhand.nn.loading import open_model
@@ -32,11 +33,16 @@ def lint_command(options: LintOptions) -> LintReport:
     source = open_model(options.lint.model)
     context = source.config.get("max_position_embeddings")
     tokenizer = source.tokenizer()
+    chosen_by: dict[Purpose, bool] = {
+        "prompts": options.lint.prompts,
+        "labels": options.lint.labels,
+        "decisions": options.lint.decisions,
+    }
     report, train = lint(
         options.data,
         tokenizer,
         seed=options.lint.seed,
-        purpose="prompts" if options.lint.prompts else "labels" if options.lint.labels else None,
+        purpose=next((purpose for purpose, chosen in chosen_by.items() if chosen), None),
         context_length=context if isinstance(context, int) else None,
     )
     shown = train.examples.documents[: options.lint.show]

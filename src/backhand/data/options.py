@@ -235,6 +235,10 @@ class DecisionColumns:
     """A column of answers with the question that they answer, as `COLUMN='QUESTION'` (`decide`). It can be given
     several times. The question is a choice between the answers that occur, yes or no, or a score."""
 
+    option_order: Literal["random", "canonical"] = "random"
+    """Order of the options of a choice in training rows (`decide`): drawn from each row, or sorted by name as `backhand
+    decide` shows them. Small models learn from fewer rows in canonical order, but then need it in other programs."""
+
 
 @dataclass(frozen=True)
 class TemplateOptions:
@@ -324,6 +328,9 @@ class LintRunOptions:
 
     prompts: bool = False
     """Read the rows as prompts for `--objective grpo`, which the model answers itself."""
+
+    decisions: bool = False
+    """Read the rows as questions with their answers, for `--objective decide`."""
 
     show: CountFromZero = 0
     """Number of training documents to print token by token, with `*` before each token that carries loss."""

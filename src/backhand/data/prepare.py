@@ -85,7 +85,7 @@ def prepare(
         truncation: collects the locations of truncated and dropped documents.
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
         questions: the questions of decisions; None to find them in the rows of `data`. With questions, the options of
-            a choice are in canonical order. Otherwise those of training rows are in random order.
+            a choice are in canonical order. Otherwise `option_order` determines that of training rows.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -130,7 +130,7 @@ def prepare(
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
     if purpose == "decisions":
-        if questions is None:
+        if questions is None and options.option_order == "random":
             encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
             train = replace(train, examples=encoder.in_random_order(train.examples))
         notes = (*train.report.notes, *question_notes(found))
@@ -150,7 +150,7 @@ def _questions(options: DataOptions) -> dict[str, Question]:
             except DataError as error:
                 bad.add(error)
 
-    return find_questions(expand(options.data), rows, options.question)
+    return find_questions(expand(options.data), rows, options.question, bad)
 
 
 def read_examples(

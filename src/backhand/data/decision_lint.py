@@ -1,0 +1,64 @@
+"""Problems of rows of decisions: unused options, options named alike, contradictions, duplicates, a frequent answer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from backhand.data.decisions import Asked, DecisionRow
+from backhand.words import name_list, shorten
+
+MOST_FREQUENT = 0.9
+"""Share of the rows with the same answer from which always giving it is nearly as good as deciding."""
+
+
+def problems_of_decisions(rows: Iterable[DecisionRow]) -> list[tuple[Any, ...]]:
+    """Return (kind, locations, phrase) for each problem of each question, see `lint.CHECKS`."""
+    by_name: dict[str, list[tuple[DecisionRow, Asked]]] = defaultdict(list)
+    firsts: dict[str, str] = {}  # location of the first row with these contents
+    repeated: list[str] = []
+    for row in rows:
+        if (first := firsts.setdefault(json.dumps(row.to_json()), row.source)) != row.source:
+            repeated.append(f"{row.source} = {first}")
+        for asked in row.asked:
+            if asked.targets is not None:
+                by_name[asked.question.name].append((row, asked))
+    problems = [problem for name, answers in by_name.items() for problem in _of_question(name, answers)]
+    return [*problems, ("duplicate", repeated)]
+
+
+def _of_question(name: str, answers: list[tuple[DecisionRow, Asked]]) -> Iterable[tuple[Any, ...]]:
+    counts: Counter[str] = Counter()
+    options: dict[str, str] = {}  # option → location of the first row that has it
+    answers_of: dict[str, tuple[str, str]] = {}  # state → the first answer with its location
+    contradictions: list[str] = []
+    for row, asked in answers:
+        targets, keys = asked.targets or (), asked.question.keys
+        for key, target in zip(keys, targets, strict=True):
+            options.setdefault(key, row.source)
+            counts[key] += target > 0
+        answer = keys[targets.index(max(targets))]
+        first, where = answers_of.setdefault(row.state, (answer, row.source))
+        if first != answer:
+            contradictions.append(f"{row.source} ≠ {where}")
+    unused = [key for key in options if not counts[key]]
+    if unused:
+        yield "unused_option", [options[key] for key in unused], _listed(name, unused)
+    alike: dict[str, list[str]] = defaultdict(list)
+    for key in options:
+        alike[" ".join(key.split()).casefold()].append(key)
+    for keys_alike in alike.values():
+        if len(keys_alike) > 1:
+            yield "alike_options", [options[key] for key in keys_alike], _listed(name, keys_alike)
+    if contradictions:
+        yield "contradiction", contradictions, name
+    ((most, count),) = counts.most_common(1)
+    if count >= MOST_FREQUENT * len(answers):
+        places = [row.source for row, _ in answers[:1]]
+        yield "one_answer", places, f"{shorten(most)} in {count / len(answers):.0%} of the rows of {name}"
+
+
+def _listed(name: str, keys: list[str]) -> str:
+    return f"{name}: {name_list(map(shorten, keys))}"
