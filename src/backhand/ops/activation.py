@@ -63,10 +63,15 @@ def activated(a: Tensor, activation: str) -> Activated:
     rows = a.flatten(0, -2)
     step = max(1, piece_size(CHUNK_ELEMENTS) // max(a.shape[-1], 1)) if a.device.type == "cpu" else max(1, len(rows))
     for part, value, slope in zip(*(t.split(step) for t in (rows, *(t.flatten(0, -2) for t in result))), strict=True):
-        wide = part.to(torch.float64 if a.dtype == torch.float64 else torch.float32)
-        square = wide * wide
-        t = torch.tanh((square * CUBIC + 1) * wide * KAPPA)
-        half = (1 + t) * 0.5
-        value.copy_(wide * half)
-        slope.copy_(half + 0.5 * KAPPA * wide * (1 - t * t) * (1 + 3 * CUBIC * square))
+        wide = gelu_tanh(part.to(torch.promote_types(a.dtype, torch.float32)))
+        value.copy_(wide.value)
+        slope.copy_(wide.slope)
     return result
+
+
+def gelu_tanh(x: Tensor) -> Activated:
+    """Compute φ(x) and φ'(x) of GELU's tanh form in x's dtype."""
+    square = x * x
+    t = torch.tanh((square * CUBIC + 1) * x * KAPPA)
+    half = (1 + t) * 0.5
+    return Activated(x * half, half + 0.5 * KAPPA * x * (1 - t * t) * (1 + 3 * CUBIC * square))

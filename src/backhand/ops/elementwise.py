@@ -15,35 +15,24 @@ gelu_tanh   f = x (1 + t)/2, t = tanh u, u = √(2/π) (x + c x³), c = 0.044715
 silu        f = x σ(x), σ(x) = 1/(1 + e⁻ˣ).
             σ′ = σ (1 − σ), so f′ = σ + x σ (1 − σ) = σ (1 + x (1 − σ)).
 
-Saved: for relu the mask x > 0 (one byte per element), for tanh and sigmoid the output, for the others x. Half
-precisions are computed in float32 and rounded once, like in torch's kernels.
+Saved: for relu, tanh and sigmoid the output, for the others x. Half precisions are computed in float32 and rounded
+once, like in torch's kernels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from backhand.ops.activation import gelu_tanh
+
 SQRT_HALF = math.sqrt(0.5)
 DENSITY_AT_ZERO = 1 / math.sqrt(2 * math.pi)
-SQRT_TWO_OVER_PI = math.sqrt(2 / math.pi)
-CUBIC = 0.044715
-
-
-class ElementwiseGrads(NamedTuple):
-    """d_x, of the shape and dtype of x."""
-
-    d_x: Tensor
-
-
-class ReLUSaved(NamedTuple):
-    """mask: x > 0, boolean."""
-
-    mask: Tensor
 
 
 class OutputSaved(NamedTuple):
@@ -58,15 +47,73 @@ class InputSaved(NamedTuple):
     x: Tensor
 
 
-def relu_forward(x: Tensor) -> tuple[Tensor, ReLUSaved]:
-    """Compute max(x, 0), of any shape."""
-    mask = x > 0
-    return torch.where(mask, x, torch.zeros_like(x)), ReLUSaved(mask)
+class ElementwiseGrads(NamedTuple):
+    """d_x, of the shape and dtype of x."""
+
+    d_x: Tensor
 
 
-def relu_backward(d_y: Tensor, saved: ReLUSaved) -> ElementwiseGrads:
-    """Pass d_y where x was positive; selected instead of multiplied, since 0 · ∞ is not 0."""
-    return ElementwiseGrads(torch.where(saved.mask, d_y, torch.zeros_like(d_y)))
+def _gelu(x: Tensor) -> Tensor:
+    return x * _normal_distribution(x)
+
+
+def _gelu_gradient(d_y: Tensor, x: Tensor) -> Tensor:
+    return d_y * (_normal_distribution(x) + x * DENSITY_AT_ZERO * torch.exp(-0.5 * x * x))
+
+
+def _normal_distribution(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(SQRT_HALF * x))
+
+
+def _silu_gradient(d_y: Tensor, x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x)
+    # The following steps run in place on x - x σ.
+    return torch.addcmul(x, x, sigmoid, value=-1).add_(1).mul_(sigmoid).mul_(d_y)
+
+
+Function = Callable[[Tensor], Tensor]
+Gradient = Callable[[Tensor, Tensor], Tensor]
+"""(d_y, the saved tensor) → d_x."""
+OfInput = tuple[Callable[[Tensor], tuple[Tensor, InputSaved]], Callable[[Tensor, InputSaved], ElementwiseGrads]]
+OfOutput = tuple[Callable[[Tensor], tuple[Tensor, OutputSaved]], Callable[[Tensor, OutputSaved], ElementwiseGrads]]
+
+
+def _of_input(f: Function, gradient: Gradient) -> OfInput:
+    """Return forward and backward of y = f(x) with ∂L/∂x as a function of d_y and x."""
+
+    def forward(x: Tensor) -> tuple[Tensor, InputSaved]:
+        return f(_at_least_float32(x)).to(x.dtype), InputSaved(x)
+
+    def backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
+        return ElementwiseGrads(gradient(_at_least_float32(d_y), _at_least_float32(saved.x)).to(d_y.dtype))
+
+    return forward, backward
+
+
+def _of_output(f: Function, gradient: Gradient) -> OfOutput:
+    """Return forward and backward of y = f(x) with ∂L/∂x as a function of d_y and y."""
+
+    def forward(x: Tensor) -> tuple[Tensor, OutputSaved]:
+        y = f(x)
+        return y, OutputSaved(y)
+
+    def backward(d_y: Tensor, saved: OutputSaved) -> ElementwiseGrads:
+        return ElementwiseGrads(gradient(_at_least_float32(d_y), _at_least_float32(saved.y)).to(d_y.dtype))
+
+    return forward, backward
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Selected instead of multiplied, since 0 · ∞ is not 0.
+relu_forward, relu_backward = _of_output(torch.relu, lambda d_y, y: torch.where(y > 0, d_y, 0.0))
+tanh_forward, tanh_backward = _of_output(torch.tanh, lambda d_y, y: d_y * (1 - y * y))
+sigmoid_forward, sigmoid_backward = _of_output(torch.sigmoid, lambda d_y, y: d_y * y * (1 - y))
+gelu_forward, gelu_backward = _of_input(_gelu, _gelu_gradient)
+gelu_tanh_forward, gelu_tanh_backward = _of_input(lambda x: gelu_tanh(x).value, lambda d_y, x: d_y * gelu_tanh(x).slope)
+silu_forward, silu_backward = _of_input(lambda x: x * torch.sigmoid(x), _silu_gradient)
 
 
 def relu_reference(x: Tensor) -> Tensor:
@@ -74,33 +121,9 @@ def relu_reference(x: Tensor) -> Tensor:
     return functional.relu(x)
 
 
-def tanh_forward(x: Tensor) -> tuple[Tensor, OutputSaved]:
-    """Compute tanh x, of any shape."""
-    y = torch.tanh(x)
-    return y, OutputSaved(y)
-
-
-def tanh_backward(d_y: Tensor, saved: OutputSaved) -> ElementwiseGrads:
-    """Compute d_y (1 − y²)."""
-    y = _at_least_float32(saved.y)
-    return ElementwiseGrads((_at_least_float32(d_y) * (1 - y * y)).to(d_y.dtype))
-
-
 def tanh_reference(x: Tensor) -> Tensor:
     """Compute the same as 2 σ(2x) − 1."""
     return (2 * torch.sigmoid(2 * _at_least_float32(x)) - 1).to(x.dtype)
-
-
-def sigmoid_forward(x: Tensor) -> tuple[Tensor, OutputSaved]:
-    """Compute σ(x), of any shape."""
-    y = torch.sigmoid(x)
-    return y, OutputSaved(y)
-
-
-def sigmoid_backward(d_y: Tensor, saved: OutputSaved) -> ElementwiseGrads:
-    """Compute d_y y (1 − y)."""
-    y = _at_least_float32(saved.y)
-    return ElementwiseGrads((_at_least_float32(d_y) * y * (1 - y)).to(d_y.dtype))
 
 
 def sigmoid_reference(x: Tensor) -> Tensor:
@@ -108,37 +131,9 @@ def sigmoid_reference(x: Tensor) -> Tensor:
     return (0.5 + 0.5 * torch.tanh(0.5 * _at_least_float32(x))).to(x.dtype)
 
 
-def gelu_forward(x: Tensor) -> tuple[Tensor, InputSaved]:
-    """Compute x Φ(x), of any shape."""
-    wide = _at_least_float32(x)
-    return (wide * _normal_distribution(wide)).to(x.dtype), InputSaved(x)
-
-
-def gelu_backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
-    """Compute d_y (Φ(x) + x φ(x))."""
-    x = _at_least_float32(saved.x)
-    density = DENSITY_AT_ZERO * torch.exp(-0.5 * x * x)
-    return ElementwiseGrads((_at_least_float32(d_y) * (_normal_distribution(x) + x * density)).to(d_y.dtype))
-
-
 def gelu_reference(x: Tensor) -> Tensor:
     """Compute the same by `torch.nn.functional.gelu`."""
     return functional.gelu(x)
-
-
-def gelu_tanh_forward(x: Tensor) -> tuple[Tensor, InputSaved]:
-    """Compute x (1 + tanh(√(2/π) (x + c x³)))/2, of any shape."""
-    wide = _at_least_float32(x)
-    return (0.5 * wide * (1 + _gelu_tanh(wide))).to(x.dtype), InputSaved(x)
-
-
-def gelu_tanh_backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
-    """Compute d_y ((1 + t)/2 + x (1 − t²) u′/2)."""
-    x = _at_least_float32(saved.x)
-    t = _gelu_tanh(x)
-    d_u = SQRT_TWO_OVER_PI * (1 + 3 * CUBIC * x * x)
-    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * d_u
-    return ElementwiseGrads((_at_least_float32(d_y) * slope).to(d_y.dtype))
 
 
 def gelu_tanh_reference(x: Tensor) -> Tensor:
@@ -146,33 +141,6 @@ def gelu_tanh_reference(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-def silu_forward(x: Tensor) -> tuple[Tensor, InputSaved]:
-    """Compute x σ(x), of any shape."""
-    wide = _at_least_float32(x)
-    return (wide * torch.sigmoid(wide)).to(x.dtype), InputSaved(x)
-
-
-def silu_backward(d_y: Tensor, saved: InputSaved) -> ElementwiseGrads:
-    """Compute d_y σ (1 + x (1 − σ))."""
-    x = _at_least_float32(saved.x)
-    sigmoid = torch.sigmoid(x)
-    # The following steps run in place on x - x σ.
-    slope = torch.addcmul(x, x, sigmoid, value=-1).add_(1).mul_(sigmoid)
-    return ElementwiseGrads(slope.mul_(_at_least_float32(d_y)).to(d_y.dtype))
-
-
 def silu_reference(x: Tensor) -> Tensor:
     """Compute the same by `torch.nn.functional.silu`."""
     return functional.silu(x)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _normal_distribution(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(SQRT_HALF * x))
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return torch.tanh(SQRT_TWO_OVER_PI * (x + CUBIC * x * x * x))

@@ -54,8 +54,8 @@ def _gelu_tanh_without_cubic(x: Tensor) -> Tensor:
 OWN_MUTANTS: dict[str, tuple[tuple[Mutant, ...], ...]] = {
     "relu": (
         wrong("mask ignored", "d_x", lambda g: g.clone()),
-        wrong("mask inverted", "d_x", lambda g, s: g * ~s.mask),
-        wrong("leak of 0.01", "d_x", lambda g, s: torch.where(s.mask, g, 0.01 * g)),
+        wrong("mask inverted", "d_x", lambda g, s: g * (s.y <= 0)),
+        wrong("leak of 0.01", "d_x", lambda g, s: torch.where(s.y > 0, g, 0.01 * g)),
         wrong("mask of the gradient's sign", "d_x", lambda g: g * (g > 0)),
     ),
     "tanh": (
