@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,17 @@ def test_evaluate_takes_options_by_name_and_returns_what_json_prints(
 def test_export_returns_the_path(trained: Any, tiny: TinyRun, tmp_path: Path) -> None:
     written = backhand.export(trained.adapter, to="peft", output=str(tmp_path / "out"), model=tiny.model, quiet=True)
     assert written == tmp_path / "out" and (written / "adapter_config.json").exists()
+
+
+def test_a_dash_is_standard_input(tiny: TinyRun, tmp_path: Path) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    words = ["train", "--model", str(tiny.model), "--data", "-", "--max-steps", "1", "--threads", "1", "--quiet"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "backhand", *words, "--output", str(tmp_path / "run")],
+        input=text,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == len(ROWS)

@@ -43,7 +43,7 @@ TICKETS = "id,subject,body,team\n7,Late,Where is it?,shipping\n8,Bill,,billing\n
 def test_the_options_that_read_other_rows_alike_can_be_pasted() -> None:
     data = DataOptions(prompt=r"{subject}\n{body}", completion="team")
     assert reading_options(data) == r" --prompt '{subject}\n{body}' --completion team"
-    assert asking_options(data) == r" --prompt $'subject …\nbody …'"
+    assert asking_options(data) == r" --prompt $'<subject>\n<body>'"
     assert (reading_options(DataOptions()), asking_options(DataOptions())) == ("", " --prompt '…'")
     for text in ("it's\nso \\n", "plain", "a b"):
         shell = subprocess.run(["bash", "-c", f"printf %s {shell_quoted(text)}"], capture_output=True, check=True)

@@ -58,7 +58,7 @@ def test_what_would_stop_training_is_named_and_is_an_error(lint: Lint, tmp_path:
             i for i, line in enumerate(out.splitlines()) if line.startswith(f"error: {tmp_path}/rows.jsonl:{number}")
         )
         assert what in out.splitlines()[place]
-        assert out.splitlines()[place + 1].startswith("  next: ")
+    assert out.count("  next: ") == 2
     assert f"{tmp_path}/rows.jsonl:4: training would stop: 2 malformed rows" in err
 
 
@@ -136,3 +136,8 @@ def test_a_run_configuration_says_what_to_lint(
     assert main(["lint", str(settings), "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
     assert first["held_out"]["documents"] == 1
+
+
+def test_one_remedy_of_several_problems_is_printed_once(lint: Lint) -> None:
+    code, out, _ = lint([*GOOD, *[{"prompt": number, "completion": "x"} for number in range(4)]])
+    assert code == 3 and out.count("error: ") == 4 and out.count("  next: ") == 1

@@ -117,6 +117,7 @@ def test_a_file_of_rows_in_their_order(
         out, err = capsys.readouterr()
         assert out == ""
         assert "3 rows answered in" in err
+        assert "exactly right 0.0% of 3 rows with an answer (95 % interval 0–56 %)" in err
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         assert [line["reference"] for line in lines] == ["one", "two", "three"]
         assert lines[2]["prompt"] == "<|im_start|>user\nname<|im_end|>\n<|im_start|>assistant\n"

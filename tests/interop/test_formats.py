@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -20,7 +21,7 @@ from backhand.interop import command as exporting
 from backhand.interop.command import export_command
 from backhand.interop.opened_adapter import open_adapter
 from backhand.interop.options import ExportOptions, Format
-from backhand.interop.other_formats import kohya_name
+from backhand.interop.other_formats import kohya_name, ollama_base
 from backhand.interop.proving import factor_error
 from support.tiny_adapters import SCALINGS, save_tiny_adapter
 from support.tiny_models import full_logits, save_tiny, tiny_documents, tiny_model
@@ -291,3 +292,17 @@ def test_where_it_lies_and_what_to_type_next_is_printed(
     assert f"written: '{tmp_path / 'my adapter'}'" in capsys.readouterr().out
     export_command(replace(options, to="gguf", output=tmp_path / "a.gguf"))
     assert f"next: llama-cli -m BASE.gguf --lora {tmp_path / 'a.gguf'}" in capsys.readouterr().out
+
+
+def test_a_modelfile_names_no_file_of_a_python_environment(tmp_path: Path) -> None:
+    packaged = tmp_path / "env" / "site-packages" / "llm" / "base.Q4_1.gguf"
+    packaged.parent.mkdir(parents=True)
+    packaged.write_bytes(b"weights")
+    (tmp_path / "out").mkdir()
+    source: Any = SimpleNamespace(origin="base", path=packaged)
+    assert ollama_base(source, tmp_path / "out") == "./base.gguf"
+    assert (tmp_path / "out" / "base.gguf").read_bytes() == b"weights"
+    own = tmp_path / "own.gguf"
+    own.write_bytes(b"weights")
+    assert ollama_base(SimpleNamespace(origin="own", path=own), tmp_path) == str(own)  # type: ignore[arg-type]
+    assert ollama_base(SimpleNamespace(origin="ollama:tiny:1b", path=own), tmp_path) == "tiny:1b"  # type: ignore[arg-type]

@@ -103,6 +103,12 @@ def test_answers_of_base_and_adapter_side_by_side(finished: Path, tiny: TinyRun)
     asked = lines(tiny.held_out)[0]["prompt"]
     assert control and all(text in answer["prompt"] for text in control)
     assert not any(asked in text for text in control)
+    # A long prompt is folded; its two ends and its length stay visible.
+    answer["prompt_parts"] = [["start " + "long " * 200 + "the question", False]]
+    (finished / "answers.jsonl").write_text(json.dumps(answer) + "\n")
+    section = Page(run_page(read_run(finished))).one("section", id="answers")
+    (folded,) = [one for one in section.all() if one.tag == "summary" and "characters" in one.text]
+    assert folded.text.startswith("start long") and "the question (1,018 characters)" in folded.text
     del answer["prompt_parts"]  # as before there were any
     (finished / "answers.jsonl").write_text(json.dumps(answer) + "\n")
     assert answer["prompt"] in Page(run_page(read_run(finished))).one("section", id="answers").text

@@ -137,6 +137,10 @@ def test_no_name_is_one_of_ours_and_every_answer_names_fields_that_there_are() -
             ["train", "--lora-r", "8", "--seed=3", "--learning_rate", "1", "--foo", "--iters=5"],
             "Unknown options:\n    - --lora-r. Did you mean --rank?\n    - --foo.\n    - --iters. Here it is",
         ),
+        (["train", "--text", "body"], "Here it is --prompt, the column of what is given"),
+        (["train", "--label", "team"], "Here it is --completion, the column of what is learnt, with --prompt."),
+        (["evaluate", "--label", "a,b"], "Unknown option: --label. Did you mean --labels?"),
+        (["train", "--zext", "body"], "Unknown option: --zext.\n"),
         (["evaluate", "--load-in-16bit"], "Here it is --dtype, as bfloat16."),
     ],
 )

@@ -177,14 +177,17 @@ def _unknown_option(typed: str, value: str, options: Set[str]) -> str:
     from backhand.words import nearest_names
 
     known = {name[2:].replace("-", "_") for name in options}
+    # The dashes are left out, since they make any two short options similar.
+    plain = typed.strip("-").replace("-", "_")
+    if nearest := nearest_names(plain, known, count=1, cutoff=0.9):
+        return f"Unknown option: {typed}. Did you mean {as_option(nearest[0])}?"
     if meant := translate_option(typed, as_option, known, value=value):
         near = meant.removeprefix(HERE)
         suggestion = f"Did you mean {near}?" if near in options else f"{meant[0].upper()}{meant[1:]}."
         return f"Unknown option: {typed}" + (f"; {meant}" if meant.startswith(NOT_NEEDED) else f". {suggestion}")
     if meant := translate_option(typed, as_option, value=value):
         return f"Unknown option: {typed}. It is an option of `backhand train`: {meant.removeprefix(HERE)}."
-    # The dashes are left out, since they make any two short options similar.
-    nearest = nearest_names(typed.strip("-").replace("-", "_"), known, count=1, cutoff=0.6)
+    nearest = nearest_names(plain, known, count=1, cutoff=0.6)
     return f"Unknown option: {typed}." + "".join(f" Did you mean {as_option(name)}?" for name in nearest)
 
 

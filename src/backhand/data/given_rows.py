@@ -22,6 +22,8 @@ Rows = str | PurePath | Sequence[str | PurePath] | Sequence[Mapping[str, Any]] |
 """Rows as a program gives them: a source, several sources, a list of dicts, or a data frame."""
 
 PREFIX = "python:"
+_STANDARD_INPUT = "/dev/stdin"
+"""The name of the rows that `-` stands for."""
 _INDEX = "__index_level_0__"
 """The column that pandas adds for the numbers of rows that were selected or shuffled."""
 
@@ -53,14 +55,15 @@ def as_sources(value: Any) -> Any:
     Any other value is returned unchanged, and refused by `check_sources`.
     """
     if isinstance(value, str | PurePath):
-        return (value if isinstance(value, str) else str(value),)
+        value = (value,)
     if hasattr(value, "__arrow_c_stream__"):
         return (GivenRows.of(_rows_of_frame(value)),)
     if isinstance(value, Iterable) and not isinstance(value, Mapping | bytes):
         parts = list(value)
         if parts and all(isinstance(part, Mapping) for part in parts):
             return (GivenRows.of(parts),)
-        return tuple(str(part) if isinstance(part, PurePath) else part for part in parts)
+        paths = (str(part) if isinstance(part, PurePath) else part for part in parts)
+        return tuple(_STANDARD_INPUT if part == "-" else part for part in paths)
     return value
 
 

@@ -213,7 +213,7 @@ def _malformed(bad: RowErrors, severity: Severity) -> list[Finding]:
         findings.append(Finding("malformed", severity, 1, what, (str(error.where),), remedy))
     if unseen := bad.count - len(findings):
         what = f"{unseen:,} more malformed rows after this one"
-        findings.append(Finding("malformed", severity, unseen, what, findings[-1].where, "as above"))
+        findings.append(Finding("malformed", severity, unseen, what, findings[-1].where, findings[-1].remedy))
     return findings
 
 

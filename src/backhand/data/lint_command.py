@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -96,8 +97,10 @@ def print_lint(console: Console, report: LintReport) -> None:
     console.print(_checks(report))
     for note in (*train.notes, *report.template):
         console.print(f"note: {note}", soft_wrap=True)
-    for finding in report.findings:
-        console.print(_problem(finding), soft_wrap=True)
+    for remedy, findings in groupby(report.findings, lambda finding: finding.remedy):
+        for finding in findings:
+            console.print(_problem(finding), soft_wrap=True)
+        console.print(Text(f"  next: {visible(remedy)}"), soft_wrap=True)
     console.print(_verdict(report))
 
 
@@ -120,8 +123,6 @@ def _problem(finding: Finding) -> Text:
     return Text.assemble(
         (finding.severity, _STYLES[finding.severity]),
         visible(f": {places}: {finding.what}"),
-        "\n  next: ",
-        visible(finding.remedy),
     )
 
 

@@ -146,7 +146,7 @@ def asking_options(data: DataOptions, system: str | None = None) -> str:
         system: the system message that all rows have, or None.
     """
     template = data.prompt if data.prompt is not None and has_columns(data.prompt) else "…"
-    prompt = PIECES.sub(lambda piece: f"{piece[1]} …" if piece[1] is not None else WRITTEN[piece[0]], template)
+    prompt = PIECES.sub(lambda piece: f"<{piece[1]}>" if piece[1] is not None else WRITTEN[piece[0]], template)
     if system is None:
         system = None if data.system is None or has_columns(data.system) else data.system
     elif not system_option(system):
@@ -174,7 +174,8 @@ class RowSources(Options):
     """Rows to read."""
 
     data: Sources = ()  # type: ignore[assignment]
-    """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, or a hub data set as
+    """The rows: files (.jsonl, .json, .csv, .tsv, .parquet, each also .gz), folders of them, `-` for JSON lines from
+    standard input, or a hub data set as
     `owner/name`, `owner/name:split` or `owner/name@config:split` (needs `pip install 'backhand[datasets]'`). Also the
     tasks of `reasoning_gym:TASK:size=200,seed=1` (`backhand[rewards]`)."""
 

@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from backhand.generation.session import PROMPT, GenerationSession
 from backhand.printing import say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import working
-from backhand.words import count_of, name_list, shorten, show_notes
+from backhand.words import count_of, interval_text, name_list, shorten, show_notes
 
 STDIN = "-"
 
@@ -171,7 +171,23 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
     write_atomically(options.answer.output, text.encode("utf-8"))
     if not options.answer.quiet:
         took_s = time.perf_counter() - started
-        say(f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}")
+        say(
+            f"{len(lines)} rows answered in {took_s:.1f} s: {shlex.quote(str(options.answer.output))}",
+            *_exactly_right(lines, options.answer.compare),
+        )
+
+
+def _exactly_right(lines: Sequence[Mapping[str, Any]], compared: bool) -> list[str]:
+    """Return a line on the answers that equal the rows' own ones, per model; none if the rows have no answers."""
+    right: list[str] = []
+    known = [line for line in lines if line["reference"] is not None]
+    for who in ("base", "adapted") if compared and known else ("",) if known else ():
+        answers = [(line[who] if who else line)["completion"] for line in known]
+        pairs = zip(answers, known, strict=True)
+        share = sum(text.strip() == line["reference"].strip() for text, line in pairs) / len(known)
+        of = f"of {count_of(len(known), 'row')} with an answer ({interval_text(share, len(known))})"
+        right.append(f"{who}{': ' if who else ''}exactly right {share:.1%} {of}")
+    return right
 
 
 def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str, Any]]:

@@ -151,7 +151,7 @@ def _write(options: ExportOptions, opened: OpenedAdapter, path: Path) -> Factors
     if options.to == "ollama":
         _write_gguf(opened, path / ADAPTER_FILE)
         system = opened.loaded.record.system if opened.loaded.record else None
-        write_modelfile(path, ollama_base(opened.source), adapter=ADAPTER_FILE, system=system)
+        write_modelfile(path, ollama_base(opened.source, path), adapter=ADAPTER_FILE, system=system)
         return _read(opened, path / ADAPTER_FILE)
     if options.to == "mlx":
         files = mlx_files(opened)

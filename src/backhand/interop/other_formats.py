@@ -12,7 +12,9 @@ smaller ranks are padded with zeros, other scalings are folded into lora_b, and 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -109,9 +111,24 @@ ADAPTER_FILE = "adapter.gguf"
 MODEL_FILE = "model.gguf"
 
 
-def ollama_base(source: ModelSource) -> str:
-    """Return the operand of FROM: Ollama's name of the model if it was opened by it, else its file or directory."""
-    return source.origin.removeprefix(OLLAMA) if source.origin.startswith(OLLAMA) else str(source.path.resolve())
+BASE_FILE = "base.gguf"
+
+
+def ollama_base(source: ModelSource, directory: Path) -> str:
+    """Return the operand of FROM: Ollama's name of the model if it was opened by it, else its file or directory.
+
+    A file of an installed Python package is linked or copied into `directory`: its own place is that of an environment.
+    """
+    if source.origin.startswith(OLLAMA):
+        return source.origin.removeprefix(OLLAMA)
+    path = source.path.resolve()
+    if "site-packages" not in path.parts or not path.is_file():
+        return str(path)
+    try:
+        os.link(path, directory / BASE_FILE)
+    except OSError:  # on another disk, or a file system without links
+        shutil.copyfile(path, directory / BASE_FILE)
+    return f"./{BASE_FILE}"
 
 
 def write_modelfile(directory: Path, base: str, *, adapter: str | None = None, system: str | None = None) -> None:
