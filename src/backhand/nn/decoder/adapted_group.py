@@ -67,8 +67,8 @@ _NO_NORMS: Mapping[str | None, Tensor] = MappingProxyType({})
 class BlockAdapter(NamedTuple):
     """Adapters of a block's groups, and gradients of its trained norms."""
 
-    input: GroupAdapter
-    output: GroupAdapter
+    input: GroupAdapter  # input projections of the mixer
+    output: GroupAdapter  # output projection of the mixer
     gate_up: GroupAdapter
     down: GroupAdapter
     # views of the gradients of trained norms; the key is the norm's name inside the block, such as `input_layernorm`
@@ -158,9 +158,7 @@ def block_adapter(
     per_layer = None
     if len(groups) > Group.PER_LAYER_GATE:
         per_layer = adapter(Group.PER_LAYER_GATE), adapter(Group.PER_LAYER_PROJECTION)
-    mixer_extras, mlp_extras = (
-        any(adapter.extras is not None for adapter in pair) for pair in (adapters[:2], adapters[2:4])
-    )
+    mixer_extras, mlp_extras = (any(each.extras is not None for each in pair) for pair in (adapters[:2], adapters[2:]))
     return BlockAdapter(*adapters, norms, per_layer, mixer_extras, mlp_extras)
 
 
@@ -221,8 +219,8 @@ def mask_seed(micro_batch_seed: int, number: int) -> int:
 def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
     """Return the seed of the dropout mask of a group's input.
 
-    The four groups of each block have the mask numbers 4 · layer + group. Chunks of the head have the numbers after
-    those of the last layer. Per-layer embeddings have negative numbers, to leave all others as they were without them.
+    The four groups of each block have the mask numbers 4 · layer + group, and chunks of the head the numbers after
+    those of the last layer. The groups of per-layer embeddings have negative numbers.
     """
     first = BLOCK_GROUPS * (layer if group < BLOCK_GROUPS else -1 - layer)
     return mask_seed(micro_batch_seed, first + group % BLOCK_GROUPS)

@@ -115,16 +115,16 @@ def block_forward(
     x0: Tensor, weights: BlockWeights, adapter: BlockAdapter, context: BlockContext, recompute: str = "none"
 ) -> tuple[Tensor, BlockSaved]:
     """Map x₀ (T, hidden) to x₂ (P, hidden), and return x₂ and the tensors saved for `block_backward`."""
-    x1, mixer = mixer_sublayer_forward(x0, weights, adapter, context)
-    x2, mlp = mlp_sublayer_forward(x1, weights, adapter, context.config, context.scratch)
-    ple = None
+    x1, mixer_saved = mixer_sublayer_forward(x0, weights, adapter, context)
+    x2, mlp_saved = mlp_sublayer_forward(x1, weights, adapter, context.config, context.scratch)
+    ple_saved = None
     if weights.layer_scalar is not None:
-        x2, ple = ple_forward(x2, weights, adapter, context)
+        x2, ple_saved = ple_forward(x2, weights, adapter, context)
     if recompute == "block":
         return x2, BlockSaved(x0, None, None, None)
     if recompute == "mlp":
-        mlp = mlp._replace(gate_up=None, h_gate_up=None)
-    return x2, BlockSaved(x0, mixer, x1, mlp, ple)
+        mlp_saved = mlp_saved._replace(gate_up=None, h_gate_up=None)
+    return x2, BlockSaved(x0, mixer_saved, x1, mlp_saved, ple_saved)
 
 
 def mixer_sublayer_forward(
@@ -184,29 +184,29 @@ def block_backward(
     Returns:
         d_x₀, or None if the backward pass ends in this block.
     """
-    x0, mixer, x1, mlp, ple = saved
-    if mixer is None or x1 is None:
-        x1, mixer = mixer_sublayer_forward(x0, weights, adapter, context)
-    if mlp is None:
-        x2, mlp = mlp_sublayer_forward(x1, weights, adapter, context.config, context.scratch)
+    x0, mixer_saved, x1, mlp_saved, ple_saved = saved
+    if mixer_saved is None or x1 is None:
+        x1, mixer_saved = mixer_sublayer_forward(x0, weights, adapter, context)
+    if mlp_saved is None:
+        x2, mlp_saved = mlp_sublayer_forward(x1, weights, adapter, context.config, context.scratch)
         if weights.layer_scalar is not None:
-            _, ple = ple_forward(x2, weights, adapter, context)
-    if ple is not None:
-        d_before_ple = ple_backward(d_x2, ple, weights, adapter, context, input_grad_groups)
+            _, ple_saved = ple_forward(x2, weights, adapter, context)
+    if ple_saved is not None:
+        d_before_ple = ple_backward(d_x2, ple_saved, weights, adapter, context, input_grad_groups)
         if d_before_ple is None:
             return None
         d_x2 = d_before_ple
-    config = context.config
-    if isinstance(mlp, MLPSaved) and Group.GATE_UP in input_grad_groups and not adapter.mlp_extras:
-        d_x1: Tensor | None = mlp_sublayer_backward(d_x2, x1, mlp, weights, adapter, config)
+    config, needs_d_n1 = context.config, Group.INPUT in input_grad_groups
+    if isinstance(mlp_saved, MLPSaved) and Group.GATE_UP in input_grad_groups and not adapter.mlp_extras:
+        d_x1: Tensor | None = mlp_sublayer_backward(d_x2, x1, mlp_saved, weights, adapter, config)
     else:
-        d_x1 = general_mlp_backward(d_x2, x1, mlp, weights, adapter, config, input_grad_groups)
+        d_x1 = general_mlp_backward(d_x2, x1, mlp_saved, weights, adapter, config, input_grad_groups)
     if d_x1 is None:
         return None
     if Group.OUTPUT in input_grad_groups and not adapter.mixer_extras:
-        return mixer_sublayer_backward(d_x1, x0, mixer, weights, adapter, context, Group.INPUT in input_grad_groups)
-    mixer_functions = MIXERS[context.layer.mixer]
-    return general_mixer_backward(d_x1, x0, mixer, weights, adapter, context, mixer_functions, input_grad_groups)
+        return mixer_sublayer_backward(d_x1, x0, mixer_saved, weights, adapter, context, needs_d_n1)
+    mixer = MIXERS[context.layer.mixer]
+    return general_mixer_backward(d_x1, x0, mixer_saved, weights, adapter, context, mixer, input_grad_groups)
 
 
 def mlp_sublayer_backward(
@@ -236,9 +236,9 @@ def mixer_sublayer_backward(
     context: BlockContext,
     input_gradient: bool,
 ) -> Tensor | None:
-    """Map d_x₁ (P, hidden) to d_x₀ (T, hidden), or to None without `input_gradient`.
+    """Map d_x₁ (P, hidden) to d_x₀ (T, hidden), and add the gradients of the mixer's factors to the flat buffer.
 
-    Adds the gradients of the factors to the flat buffer.
+    Without `input_gradient`, d_x₀ is not needed, and the function returns None.
     """
     config, positions, mixer = context.config, context.loss_positions, MIXERS[context.layer.mixer]
     output, norms = adapter.output.group, config.norms
