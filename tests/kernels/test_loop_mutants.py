@@ -24,6 +24,7 @@ OPS_OF = {
     "adapted_glu": ("adapted_glu",),
     "rotary": ("rotary",),
     "softmax_losses": ("linear_cross_entropy",),
+    "divergence": ("linear_divergence",),
     "attention": ("attention",),
     "low_rank": ("lora_group",),
     "low_rank_rows": ("lora_group",),

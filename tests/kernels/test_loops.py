@@ -21,6 +21,7 @@ from backhand.ops.gated_conv import gated_conv_backward, gated_conv_forward
 from backhand.ops.gated_delta_rule import gated_delta_rule_backward, gated_delta_rule_forward
 from backhand.ops.glu import GLUSaved, glu_backward, glu_forward
 from backhand.ops.linear_cross_entropy import _softmax_losses
+from backhand.ops.linear_divergence import DIVERGENCES, Divergence, divergences_in_place
 from backhand.ops.lora_group import LoRAGroup
 from backhand.ops.low_rank import LoRAFactors, add_lora_A_gradients, add_up_projection, down_projection, h_gradient
 from backhand.ops.rms_norm import RMSNormSaved, rms_norm_apply, rms_norm_backward, rms_norm_forward
@@ -327,6 +328,24 @@ def test_softmax_losses_of_any_size(build, both_forms, dtype, rows, n):
     assert_close(*both_forms(compute), dtype)
     _softmax_losses(logits, targets, torch.empty(rows, dtype=wide), gradient=True)
     assert marks_intact(logits)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@for_each("rows, n", [(0, 5), (1, 1), (3, 7), (2, 64), (3, 4099), (2, 8200)])
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergences_of_any_size(build, both_forms, kind, dtype, rows, n):
+    student, teacher = gapped((rows, n), dtype, 0, size=2.0), gapped((rows, n), dtype, 1, size=2.0)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def compute(cast):
+        z = cast(student) if cast(student) is not student else student.clone()
+        losses = torch.empty(rows, dtype=cast(torch.empty(0, dtype=wide)).dtype)
+        divergences_in_place(z, cast(teacher), losses, Divergence(kind, 0.3), gradient=True)
+        return z, losses
+
+    assert_close(*both_forms(compute), dtype)
+    divergences_in_place(student, teacher, torch.empty(rows, dtype=wide), Divergence(kind, 0.3), gradient=True)
+    assert marks_intact(student) and marks_intact(teacher)
 
 
 def test_a_target_that_is_no_class_is_an_error(build):

@@ -29,6 +29,7 @@ The kernel (native/softmax_losses.cpp) takes one row at a time, and needs the fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class LinearCrossEntropyGrads(NamedTuple):
     d_lora_B: Tensor | None
 
 
-def _logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor) -> Tensor:
+def chunk_logits(x: Tensor, weight: FrozenMatrix, rule: LogitsRule, out: Tensor) -> Tensor:
     """Write γ Z of one chunk, (rows, vocab), by the frozen head, to `out`."""
     frozen_linear(x, weight, out=out)
     return out if rule.scaling == 1.0 else out.mul_(rule.scaling)
@@ -100,6 +101,63 @@ def _buffers(x: Tensor, weight: FrozenMatrix, logits: Tensor | None = None) -> t
     return logits, torch.empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
+ChunkLoss = Callable[[Tensor, slice, Tensor], None]
+"""Writes ℓ of a chunk to the third argument, given its logits and its rows. In `head_backward` it also replaces the
+logits by ∂ℓ/∂Z."""
+
+
+def head_forward(
+    x: Tensor,
+    weight: FrozenMatrix,
+    loss: ChunkLoss,
+    head: HeadFactors | None,
+    rule: LogitsRule,
+    *,
+    logits: Tensor | None,
+) -> Tensor:
+    """Compute the losses of every row, (rows,), from the logits of one chunk after another."""
+    logits, losses = _buffers(x, weight, logits)
+    adapted = None if head is None else AdaptedHead(head, x)
+    for part in chunks(x):
+        chunk = chunk_logits(x[part], weight, rule, logits[: part.stop - part.start])
+        if adapted is not None:
+            adapted.add_logits(chunk, part, rule.scaling)
+        loss(chunk, part, losses[part])
+    return losses
+
+
+def head_backward(
+    x: Tensor,
+    weight: FrozenMatrix,
+    loss: ChunkLoss,
+    head: HeadFactors | None,
+    multiplier: float | Tensor,
+    rule: LogitsRule,
+    *,
+    out: Tensor | None,
+    logits: Tensor | None,
+) -> tuple[Tensor, LinearCrossEntropyGrads]:
+    """Compute the losses of every row and the gradients of Σ w ℓ, from the logits of one chunk after another."""
+    if isinstance(multiplier, Tensor):
+        multiplier = multiplier.to(torch.promote_types(x.dtype, torch.float32))[:, None]
+    logits, losses = _buffers(x, weight, logits)
+    d_x = torch.empty_like(x) if out is None else out
+    adapted = None if head is None else AdaptedHead(head, x)
+    multiplier = multiplier * rule.scaling
+    for part in chunks(x):
+        w = multiplier if isinstance(multiplier, float) else multiplier[part]
+        chunk = chunk_logits(x[part], weight, rule, logits[: part.stop - part.start])
+        h = None if adapted is None else adapted.add_logits(chunk, part, rule.scaling)
+        loss(chunk, part, losses[part])
+        # The logits now hold D / (w γ). The factor w γ is applied to the products, which have far fewer columns.
+        frozen_input_gradient(chunk, weight, out=d_x[part]).mul_(w)
+        if adapted is not None and h is not None:
+            adapted.add_gradients(d_x[part], chunk, h, part, w)
+    if adapted is None:
+        return losses, LinearCrossEntropyGrads(d_x, None, None)
+    return losses, LinearCrossEntropyGrads(d_x, adapted.d_lora_A, adapted.d_lora_B)
+
+
 def linear_cross_entropy_forward(
     x: Tensor,
     weight: FrozenMatrix,
@@ -122,14 +180,11 @@ def linear_cross_entropy_forward(
     Returns:
         (rows,) losses in nats, float32 or wider.
     """
-    logits, losses = _buffers(x, weight, logits)
-    adapted = None if head is None else AdaptedHead(head, x)
-    for part in chunks(x):
-        chunk = _logits(x[part], weight, rule, logits[: part.stop - part.start])
-        if adapted is not None:
-            adapted.add_logits(chunk, part, rule.scaling)
-        _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=False)
-    return losses
+
+    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
+        _softmax_losses(chunk, targets[part], losses, rule.cap, gradient=False)
+
+    return head_forward(x, weight, loss, head, rule, logits=logits)
 
 
 def linear_cross_entropy_backward(
@@ -158,24 +213,11 @@ def linear_cross_entropy_backward(
     Returns:
         (rows,) losses in nats (not multiplied), and the gradients of the module docstring.
     """
-    if isinstance(multiplier, Tensor):
-        multiplier = multiplier.to(torch.promote_types(x.dtype, torch.float32))[:, None]
-    logits, losses = _buffers(x, weight, logits)
-    d_x = torch.empty_like(x) if out is None else out
-    adapted = None if head is None else AdaptedHead(head, x)
-    multiplier = multiplier * rule.scaling
-    for part in chunks(x):
-        w = multiplier if isinstance(multiplier, float) else multiplier[part]
-        chunk = _logits(x[part], weight, rule, logits[: part.stop - part.start])
-        h = None if adapted is None else adapted.add_logits(chunk, part, rule.scaling)
-        _softmax_losses(chunk, targets[part], losses[part], rule.cap, gradient=True)
-        # The logits now hold D / (w γ). The factor w γ is applied to the products, which have far fewer columns.
-        frozen_input_gradient(chunk, weight, out=d_x[part]).mul_(w)
-        if adapted is not None and h is not None:
-            adapted.add_gradients(d_x[part], chunk, h, part, w)
-    if adapted is None:
-        return losses, LinearCrossEntropyGrads(d_x, None, None)
-    return losses, LinearCrossEntropyGrads(d_x, adapted.d_lora_A, adapted.d_lora_B)
+
+    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
+        _softmax_losses(chunk, targets[part], losses, rule.cap, gradient=True)
+
+    return head_backward(x, weight, loss, head, multiplier, rule, out=out, logits=logits)
 
 
 def linear_cross_entropy_reference(

@@ -45,6 +45,7 @@ OPS: dict[str, str] = {
     "silu": "elementwise",
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
+    "linear_divergence": "linear_divergence",
     "mse": "mse",
     "preference": "preference",
     "grpo": "grpo",

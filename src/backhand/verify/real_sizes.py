@@ -10,6 +10,7 @@ otherwise the case could not detect such a sum.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,13 @@ from backhand.kernels.builds import load, usable, using
 from backhand.ops.delta_chunks import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
+from backhand.ops.linear_divergence import (
+    DIVERGENCES,
+    Divergence,
+    DivergenceKind,
+    Teacher,
+    linear_divergence_backward,
+)
 from backhand.verify.cases.adapted_glu import sides
 from backhand.verify.cases.lora_group import SCALINGS
 from backhand.verify.measure import relative_error
@@ -117,6 +125,8 @@ def real_sizes() -> Iterator[RealSize]:
     for vocab in VOCABULARIES:
         for peaked in (False, True):
             yield from _losses(vocab, f"{vocab:,} words, {'peaked' if peaked else 'flat'}", peaked)
+        for kind in DIVERGENCES:
+            yield _divergence(vocab, kind)
     yield _attention(0.3)
     yield _attention_blocks(0.3)
     # In bfloat16 the scores are rounded before the softmax, larger scores by more, whatever the number of keys.
@@ -191,6 +201,41 @@ def _losses(vocab: int, name: str, peaked: bool) -> Iterator[RealSize]:
     case = replace(op.case(name, 8, 8, 1, multiplier=1.0), run_manual=run_manual)
     case = _with(case, x=torch.eye(8).double(), weight=z.T.contiguous(), labels=targets)
     yield RealSize(op, case, ("y", lambda t: naive(t["weight"].T, t["labels"])), exact=True)
+
+
+def _divergence(vocab: int, kind: DivergenceKind) -> RealSize:
+    """Return the case of distillation: half of the rows have a peak, and the teacher is near. x is the identity."""
+    op, rows = _op("linear_divergence"), 8
+    name, form = f"{vocab:,} words, {kind}", Divergence(kind, 0.3)
+    draw = Draw(f"{op.name}: {name}")
+    peak = draw.integers(vocab, rows)
+    z = draw.normal(rows, vocab, size=1.5).scatter_add(
+        1, peak[:, None], 17.0 * (torch.arange(rows) % 2)[:, None].double()
+    )
+    teacher = z + draw.normal(rows, vocab, size=0.5)
+
+    def run_manual(t: Tensors, _backward: Backward) -> Manual:
+        states = Teacher(t["teacher"])
+        losses, grads = linear_divergence_backward(t["x"], t["weight"], states, divergence=form)
+        return Manual(losses, {"x": grads.d_x})
+
+    def naive(t: Tensors) -> Tensor:
+        """Sum the terms of one row after the other."""
+        u, v = (torch.log_softmax((t[name] @ t["weight"].T).double(), -1) for name in ("x", "teacher"))
+        if kind == "forward":
+            terms = v.exp() * (v - u)
+        elif kind == "reverse":
+            terms = u.exp() * (u - v)
+        else:
+            log_m = torch.logaddexp(u + math.log1p(-form.beta), v + math.log(form.beta))
+            terms = form.beta * v.exp() * (v - log_m) + (1 - form.beta) * u.exp() * (u - log_m)
+        return from_the_left(terms.T)
+
+    # The first rows of the weight are the student's logits, the others the teacher's.
+    eye = torch.eye(2 * rows).double()
+    case = replace(op.case(name, rows, 2 * rows, 1, multiplier=1.0, divergence=form), run_manual=run_manual)
+    case = _with(case, x=eye[:rows], teacher=eye[rows:], weight=torch.cat((z, teacher)).T.contiguous())
+    return RealSize(op, case, ("y", naive))
 
 
 def _naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

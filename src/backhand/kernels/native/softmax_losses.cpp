@@ -1,5 +1,6 @@
-// Softmax and cross-entropy of a chunk of logits: the formulas of ops/linear_cross_entropy.py, one row at a time, so
-// that its three passes find it in the second-level cache.
+// Losses of a chunk of logits: softmax and cross-entropy by the formulas of ops/linear_cross_entropy.py, and divergences
+// of two softmaxes by those of ops/linear_divergence.py. One row at a time, so that its passes find it in the
+// second-level cache.
 #include <atomic>
 #include <cstdlib>
 
@@ -111,6 +112,128 @@ int losses_of(T* z, int64_t row_stride, const int64_t* targets, Wide<T>* losses,
   return outcome;
 }
 
+// A sum of products, compensated like `powers_of` within each lane.
+template <class C>
+struct RowSum {
+  Compensated<Vector<C>> lanes_sum;
+  double rest = 0;
+  void add(Vector<C> terms) {
+    lanes_sum.add(terms);
+    lanes_sum.lost = MUTATED("divergence: naive sum", lanes_sum.lost, Vector<C>{});
+  }
+  void add_some(Vector<C> terms, int64_t count) {
+    C some[lanes<C>];
+    store(some, terms);
+    for (int64_t k = 0; k < count; ++k) rest += static_cast<double>(some[k]);
+  }
+  double total() const {
+    C sums[lanes<C>], rounded_off[lanes<C>];
+    store(sums, lanes_sum.sum);
+    store(rounded_off, lanes_sum.lost);
+    double sum = rest;
+    for (int lane = 0; lane < lanes<C>; ++lane) sum += static_cast<double>(sums[lane]) - static_cast<double>(rounded_off[lane]);
+    return sum;
+  }
+};
+
+enum Divergence : int { FORWARD = 0, REVERSE = 1, JENSEN_SHANNON = 2 };
+
+// log(q / m) for m = β p + (1 - β) q, from δ = log(q / p). The power is of -|δ|, so that it never overflows:
+// δ ≥ 0: -log(1 - β + β e^-δ); δ < 0: δ - log(β + (1 - β) e^δ).
+template <class C>
+inline Vector<C> ratio_to_mixture(Vector<C> delta, C beta) {
+  const Vector<C> none = all<C>(0), mine = all<C>(1 - beta), theirs = all<C>(beta);
+  const Vector<C> first = delta < none ? theirs : mine, second = delta < none ? mine : theirs;
+  const Vector<C> power = exponential<C>(delta < none ? delta : -delta);
+  return (delta < none ? delta : none) - natural_logarithm<C>(fma(second, power, first));
+}
+
+// One row: q and p are its softmaxes before normalization, δ = log(q / p) = z_s - z_t + shift.
+template <class C, class T>
+struct DivergenceRow {
+  T* student;
+  const T* teacher;
+  const C *q, *p;
+  C q_scale, p_scale, shift, beta;
+
+  Vector<C> delta(int64_t i) const { return (load<C>(student + i) - load<C>(teacher + i)) + shift; }
+  Vector<C> delta(int64_t i, int64_t count) const {
+    return (load_some<C>(student + i, count) - load_some<C>(teacher + i, count)) + shift;
+  }
+
+  // Call term(q, p, δ) for all numbers of the row and return the sum of the results.
+  template <class Term>
+  double sum(int64_t n, const Term& term) const {
+    RowSum<C> total;
+    along<C>(
+        n, [&](int64_t i) { total.add(term(load<C>(q + i) * q_scale, load<C>(p + i) * p_scale, delta(i))); },
+        [&](int64_t i, int64_t count) {
+          const Vector<C> mine = load_some<C>(q + i, count) * q_scale, theirs = load_some<C>(p + i, count) * p_scale;
+          total.add_some(term(mine, theirs, delta(i, count)), count);
+        });
+    return total.total();
+  }
+
+  // Replace the student's logits by term(q, p, δ).
+  template <class Term>
+  void replace(int64_t n, const Term& term) const {
+    along<C>(
+        n, [&](int64_t i) { store(student + i, term(load<C>(q + i) * q_scale, load<C>(p + i) * p_scale, delta(i))); },
+        [&](int64_t i, int64_t count) {
+          const Vector<C> mine = load_some<C>(q + i, count) * q_scale, theirs = load_some<C>(p + i, count) * p_scale;
+          store_some<C>(student + i, term(mine, theirs, delta(i, count)), count);
+        });
+  }
+
+  double divergence(int64_t n, Divergence kind, bool gradient) const {
+    typedef Vector<C> V;
+    if (kind == FORWARD) {
+      const double loss = sum(n, [](V, V theirs, V d) { return -theirs * d; });
+      if (gradient) replace(n, [](V mine, V theirs, V) { return mine - MUTATED("divergence: teacher forgotten", theirs, 0 * theirs); });
+      return loss;
+    }
+    if (kind == REVERSE) {
+      const double loss = sum(n, [](V mine, V, V d) { return mine * d; });
+      const C mean = static_cast<C>(MUTATED("divergence: mean forgotten", loss, 0.0));
+      if (gradient) replace(n, [=](V mine, V, V d) { return mine * (d - mean); });
+      return loss;
+    }
+    const C b = beta;
+    const double of_student = sum(n, [=](V mine, V, V d) { return mine * ratio_to_mixture<C>(d, b); });
+    const double of_teacher = sum(n, [=](V, V theirs, V d) { return theirs * (ratio_to_mixture<C>(d, b) - d); });
+    const C mean = static_cast<C>(of_student), share = MUTATED("divergence: share of the other", 1 - b, b);
+    if (gradient) replace(n, [=](V mine, V, V d) { return share * mine * (ratio_to_mixture<C>(d, b) - mean); });
+    return static_cast<double>(b) * of_teacher + (1 - static_cast<double>(b)) * of_student;
+  }
+};
+
+template <class T>
+int divergences_of(T* student, int64_t student_stride, const T* teacher, int64_t teacher_stride, Wide<T>* losses,
+                   int64_t rows, int64_t n, Divergence kind, double beta, bool gradient) {
+  typedef Wide<T> C;
+  std::atomic<int> outcome{DONE};
+  parallel(rows, 1 + 4096 / n, [=, &outcome](int64_t begin, int64_t end) {
+    C* powers = static_cast<C*>(std::malloc(static_cast<size_t>(2 * n) * sizeof(C)));
+    if (powers == nullptr) {
+      outcome = NO_MEMORY;
+      return;
+    }
+    for (int64_t row = begin; row < end; ++row) {
+      T* mine = student + row * student_stride;
+      const T* theirs = teacher + row * teacher_stride;
+      C *q = powers, *p = powers + n;
+      const C most_q = largest<C>(mine, n), most_p = largest<C>(theirs, n);
+      const double sum_q = powers_of<C>(mine, n, most_q, q), sum_p = powers_of<C>(theirs, n, most_p, p);
+      const double shift = static_cast<double>(most_p) - static_cast<double>(most_q) + logarithm(sum_p) - logarithm(sum_q);
+      const DivergenceRow<C, T> one = {mine, theirs, q, p, static_cast<C>(1 / sum_q), static_cast<C>(1 / sum_p),
+                                       static_cast<C>(shift), static_cast<C>(beta)};
+      losses[row] = static_cast<C>(one.divergence(n, kind, gradient));
+    }
+    std::free(powers);
+  });
+  return outcome;
+}
+
 }  // namespace
 
 // losses (rows,) in the wide type from logits z (rows, n); with `gradient`, softmax - onehot replaces z. Returns 0; 1
@@ -120,5 +243,17 @@ BACKHAND_EXPORT int backhand_softmax_losses(int dtype, void* z, int64_t row_stri
   if (rows <= 0 || n <= 0) return rows > 0 ? TARGET_OUTSIDE : DONE;
   BY_DTYPE(dtype, T, {
     return losses_of(static_cast<T*>(z), row_stride, targets, static_cast<Wide<T>*>(losses), rows, n, gradient != 0);
+  });
+}
+
+// losses (rows,) in the wide type from two sets of logits (rows, n); with `gradient`, ∂ℓ/∂student replaces the
+// student's logits. Returns 0, or 1 without memory for a row.
+BACKHAND_EXPORT int backhand_divergences(int dtype, void* student, int64_t student_stride, const void* teacher,
+                                         int64_t teacher_stride, void* losses, int64_t rows, int64_t n, int kind,
+                                         double beta, int gradient) {
+  if (rows <= 0 || n <= 0) return DONE;
+  BY_DTYPE(dtype, T, {
+    return divergences_of(static_cast<T*>(student), student_stride, static_cast<const T*>(teacher), teacher_stride,
+                          static_cast<Wide<T>*>(losses), rows, n, static_cast<Divergence>(kind), beta, gradient != 0);
   });
 }

@@ -294,6 +294,30 @@ inline Vector<C> exponential(Vector<C> x) {
   return result;
 }
 
+// ln x of positive normal numbers, to about one unit of rounding: x = 2ᵉ m with m in [√½, √2), and the series of the
+// area tangent, ln m = 2 (s + s³/3 + s⁵/5 + …) with s = (m - 1) / (m + 1), |s| < 0.172.
+template <class C>
+inline Vector<C> natural_logarithm(Vector<C> x) {
+  typedef Exponential<C> E;
+  constexpr int TERMS = sizeof(C) == 8 ? 10 : 4;
+  const Vector<C> half_root = all<C>(static_cast<C>(0.70710678118654752));
+  Bits<C> bits, lowest;
+  std::memcpy(&bits, &x, sizeof bits);
+  std::memcpy(&lowest, &half_root, sizeof lowest);
+  // The exponent is counted from √½, so that m is at least √½.
+  const Bits<C> exponent = (bits - lowest) >> E::SHIFT;
+  bits -= exponent << E::SHIFT;
+  Vector<C> m;
+  std::memcpy(&m, &bits, sizeof m);
+  const Vector<C> e = __builtin_convertvector(exponent, Vector<C>), s = (m - 1) / (m + 1), square = s * s;
+  Vector<C> series = all<C>(static_cast<C>(2.0 / (2 * TERMS + 1)));
+#pragma GCC unroll 10
+  for (int k = TERMS - 1; k > 0; --k) series = fma(series, square, all<C>(static_cast<C>(2.0 / (2 * k + 1))));
+  // 2 s + s³ (…), where 2 s is exact in s; the small part of ln 2 is added to the small terms.
+  const Vector<C> small = fma(e, all<C>(E::LN2_LOW), s * square * series);
+  return fma(e, all<C>(E::LN2_HIGH), 2 * s + small);
+}
+
 // 2ᵗ to 2.4e-6, for values that are rounded to bfloat16 next. Below the smallest normal number, that number; above
 // 2¹²⁶, 2¹²⁶; NaN stays NaN.
 inline Vector<float> rough_power_of_two(Vector<float> t) {

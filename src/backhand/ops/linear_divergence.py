@@ -1,0 +1,233 @@
+"""The fused head of distillation: how far a student's next-token distribution is from a teacher's, without full logits.
+
+    q = softmax(Z(x)),  p = softmax(Z(y))       x student's hidden states, y teacher's, (rows, hidden); one frozen head
+
+    forward          ℓ = KL(p ‖ q) = Σ p log(p / q)
+    reverse          ℓ = KL(q ‖ p) = Σ q log(q / p)
+    jensen-shannon   ℓ = β KL(p ‖ m) + (1 - β) KL(q ‖ m),   m = β p + (1 - β) q      [arXiv:2306.13649, eq. 4]
+
+Z is the head of `linear_cross_entropy`, with the family's rule and, for the student, the head's factors. A temperature
+τ divides both logits; `softened` expresses it by the rule.
+
+Backward. p is constant. Write g = ∂ℓ/∂q (a constant added to g has no effect):
+    forward: g = -p / q      reverse: g = log(q / p)      jensen-shannon: g = (1 - β) log(q / m)
+The last holds because ∂m/∂q = 1 - β, and the terms p / m and q / m of both logarithms' derivatives add up to the
+constant Σ m / m. Through the softmax, dq = q ⊙ (dZ - ⟨q, dZ⟩), so
+    ∂ℓ/∂Z = q ⊙ (g - ⟨q, g⟩)
+For the three forms this is q - p, q ⊙ (log(q / p) - ℓ) and (1 - β) q ⊙ (log(q / m) - KL(q ‖ m)). The gradients of x and
+the factors follow as in `linear_cross_entropy`, with D = w γ ∂ℓ/∂Z: its chunks of rows, buffers and products are used.
+
+The temperature is not compensated by τ²: the loss is the divergence of the softened distributions itself, as in TRL.
+
+Memory: two chunks of logits, (chunk, vocab), the student's and the teacher's. The kernel
+(native/softmax_losses.cpp) takes one row at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from backhand.kernels import softmax_losses as kernels
+from backhand.kernels.pieces import piece_size
+from backhand.ops.cross_entropy import SOFTMAX_ELEMENTS, softmax_and_log_sum
+from backhand.ops.head_factors import AdaptedHead, HeadFactors
+from backhand.ops.linear_cross_entropy import (
+    LinearCrossEntropyGrads,
+    chunk_logits,
+    chunk_shape,
+    head_backward,
+    head_forward,
+)
+from backhand.ops.logits_rule import PLAIN, LogitsRule, capped, ruled_reference
+from backhand.ops.weight_tiles import FrozenMatrix
+
+DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
+DIVERGENCES: tuple[DivergenceKind, ...] = ("forward", "reverse", "jensen-shannon")
+
+
+class Divergence(NamedTuple):
+    """The form of the loss; `beta` β is the teacher's share in the mixture of jensen-shannon, in (0, 1)."""
+
+    kind: DivergenceKind = "forward"
+    beta: float = 0.5
+
+
+class Teacher(NamedTuple):
+    """The teacher of the rows: hidden states after the final norm, (rows, hidden), and its head's factors, or None."""
+
+    hidden: Tensor
+    head: HeadFactors | None = None
+
+
+def softened(rule: LogitsRule, temperature: float) -> LogitsRule:
+    """Return the rule of logits divided by τ: Z' / τ = (κ / τ) tanh((γ / τ) Z / (κ / τ))."""
+    cap = None if rule.cap is None else rule.cap / temperature
+    return LogitsRule(rule.scaling / temperature, cap)
+
+
+def _log_softmax(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return softmax(Z) and its logarithm, (rows, vocab) in this dtype."""
+    probabilities = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    return probabilities, (logits - softmax_and_log_sum(logits, probabilities)).to(dtype)
+
+
+def _log_ratios(u: Tensor, v: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return log(q / m) and log(p / m) from u = log q and v = log p."""
+    log_m = torch.logaddexp(u + math.log1p(-beta), v + math.log(beta))
+    return u - log_m, v - log_m
+
+
+def _divergence_rows(
+    student: Tensor, teacher: Tensor, losses: Tensor, divergence: Divergence, cap: float | None, gradient: bool
+) -> None:
+    """Write ℓ of a few rows, (rows,), to `losses`; with `gradient`, replace the student's logits by ∂ℓ/∂Z."""
+    seen, tanh = (student, None) if cap is None else capped(student, cap)
+    (q, u), (p, v) = (
+        _log_softmax(logits, losses.dtype) for logits in (seen, teacher if cap is None else capped(teacher, cap)[0])
+    )
+    if divergence.kind == "forward":
+        losses.copy_((p * (v - u)).sum(-1))
+        d_seen = q.sub_(p)
+    elif divergence.kind == "reverse":
+        ratio = u.sub_(v)
+        losses.copy_((q * ratio).sum(-1))
+        d_seen = q.mul_(ratio.sub_(losses[:, None]))
+    else:
+        of_student, of_teacher = _log_ratios(u, v, divergence.beta)
+        kl_student = (q * of_student).sum(-1)
+        losses.copy_(divergence.beta * (p * of_teacher).sum(-1) + (1 - divergence.beta) * kl_student)
+        d_seen = q.mul_(of_student.sub_(kl_student[:, None])).mul_(1 - divergence.beta)
+    if gradient:
+        student.copy_(d_seen if tanh is None else torch.ops.aten.tanh_backward(d_seen, tanh))
+
+
+def divergences_in_place(
+    student: Tensor,
+    teacher: Tensor,
+    losses: Tensor,
+    divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
+    cap: float | None = None,
+    *,
+    gradient: bool,
+) -> None:
+    """Write ℓ of a chunk of rows to `losses`; with `gradient`, replace the student's logits by ∂ℓ/∂Z.
+
+    Args:
+        student: logits of the student, (rows, vocab), scaled by γ.
+        teacher: logits of the teacher, (rows, vocab), scaled by γ.
+        losses: (rows,), float32 or wider.
+        divergence: the form of the loss.
+        cap: κ, the cap of the logits (`logits_rule`), or None.
+        gradient: replace the student's logits.
+    """
+    kind = DIVERGENCES.index(divergence.kind)
+    if cap is None and kernels.divergences(student, teacher, losses, kind, divergence.beta, gradient=gradient):
+        return
+    rows, vocab = student.shape
+    step = max(1, piece_size(SOFTMAX_ELEMENTS) // vocab) if student.device.type == "cpu" else max(1, rows)
+    for parts in zip(student.split(step), teacher.split(step), losses.split(step), strict=True):
+        _divergence_rows(*parts, divergence, cap, gradient)
+
+
+class _TeacherLogits:
+    """Computes the teacher's logits of a chunk, in a buffer of their own."""
+
+    def __init__(self, teacher: Teacher, weight: FrozenMatrix, rule: LogitsRule) -> None:
+        x = teacher.hidden
+        self._x, self._weight, self._rule = x, weight, rule
+        self._adapted = None if teacher.head is None else AdaptedHead(teacher.head, x)
+        self._buffer = torch.empty(chunk_shape(len(x), weight, x.dtype), dtype=x.dtype, device=x.device)
+
+    def of(self, part: slice) -> Tensor:
+        """Return γ Z of these rows, (part, vocab)."""
+        logits = chunk_logits(self._x[part], self._weight, self._rule, self._buffer[: part.stop - part.start])
+        if self._adapted is not None:
+            self._adapted.add_logits(logits, part, self._rule.scaling)
+        return logits
+
+
+def linear_divergence_forward(
+    x: Tensor,
+    weight: FrozenMatrix,
+    teacher: Teacher,
+    head: HeadFactors | None = None,
+    divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
+    rule: LogitsRule = PLAIN,
+    *,
+    logits: Tensor | None = None,
+) -> Tensor:
+    """Compute ℓ of every row, without gradients.
+
+    Args:
+        x: (rows, hidden), the student's hidden states after the final norm.
+        weight: (vocab, hidden).
+        teacher: the teacher of the same rows.
+        head: the factors of the student's head, or None.
+        divergence: the form of the loss.
+        rule: the logits' multiplier and cap; `softened` by the temperature.
+        logits: a buffer of `chunk_shape` and x's dtype, or None.
+
+    Returns:
+        (rows,) losses in nats, float32 or wider.
+    """
+    teacher_logits = _TeacherLogits(teacher, weight, rule)
+
+    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
+        divergences_in_place(chunk, teacher_logits.of(part), losses, divergence, rule.cap, gradient=False)
+
+    return head_forward(x, weight, loss, head, rule, logits=logits)
+
+
+def linear_divergence_backward(
+    x: Tensor,
+    weight: FrozenMatrix,
+    teacher: Teacher,
+    head: HeadFactors | None = None,
+    multiplier: float | Tensor = 1.0,
+    divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
+    rule: LogitsRule = PLAIN,
+    *,
+    out: Tensor | None = None,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, LinearCrossEntropyGrads]:
+    """Compute ℓ of every row and the gradients of Σ w ℓ, forward and backward in one pass over the chunks.
+
+    Args and returns are those of `linear_cross_entropy_backward`, with `teacher` and `divergence` instead of targets.
+    """
+    teacher_logits = _TeacherLogits(teacher, weight, rule)
+
+    def loss(chunk: Tensor, part: slice, losses: Tensor) -> None:
+        divergences_in_place(chunk, teacher_logits.of(part), losses, divergence, rule.cap, gradient=True)
+
+    return head_backward(x, weight, loss, head, multiplier, rule, out=out, logits=logits)
+
+
+def linear_divergence_reference(
+    x: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    head: HeadFactors | None = None,
+    divergence: Divergence = Divergence(),  # noqa: B008 - a named tuple is immutable
+    rule: LogitsRule = PLAIN,
+) -> Tensor:
+    """Compute ℓ of every row with full logits and torch's `kl_div`."""
+
+    def log_probabilities(x: Tensor, head: HeadFactors | None) -> Tensor:
+        full = weight if head is None else weight + head.scaling * (head.lora_B @ head.lora_A)
+        return torch.log_softmax(ruled_reference(x @ full.T, rule), dim=-1)
+
+    def kl(one: Tensor, other: Tensor) -> Tensor:
+        return torch.nn.functional.kl_div(other, one, reduction="none", log_target=True).sum(-1)
+
+    u, v = log_probabilities(x, head), log_probabilities(*teacher)
+    if divergence.kind == "forward":
+        return kl(v, u)
+    if divergence.kind == "reverse":
+        return kl(u, v)
+    beta = divergence.beta
+    log_m = (beta * v.exp() + (1 - beta) * u.exp()).log()
+    return beta * kl(v, log_m) + (1 - beta) * kl(u, log_m)
