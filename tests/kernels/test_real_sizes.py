@@ -19,7 +19,6 @@ from support.decode_steps import adapted
 # By op and a word of the case's name: each naive sum, and the tensor in which it shows.
 SHOWN_IN = {
     ("linear_cross_entropy", "151,936 words, peaked"): {"softmax_losses: naive sum": "y"},
-    ("linear_divergence", "262,144 words, forward"): {"divergence: naive sum": "y"},
     ("rms_norm", "wide"): {"rms_norm: naive sum": "y"},
     ("rms_norm", "many positions"): {"rms_norm: naive sum of rows": "d_weight"},
     ("attention", "keys"): {"attention: naive sum": "y", "attention: naive sums of columns": "d_q"},

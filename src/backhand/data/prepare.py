@@ -33,6 +33,7 @@ from backhand.data.rows import (
     Row,
     UnpairedRow,
     texts_of,
+    with_context,
 )
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
@@ -69,6 +70,7 @@ def prepare(
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
+    context: str | None = None,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Return training examples, and held-out examples or None.
 
@@ -86,6 +88,8 @@ def prepare(
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
         questions: the questions of decisions; None to find them in the rows of `data`. With questions, the options of
             a choice are in canonical order. Otherwise `option_order` determines that of training rows.
+        context: a system message. Each example then has a second document, `rejected`, with this message in front and
+            the same answer.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -103,13 +107,14 @@ def prepare(
         bad=bad,
         truncation=truncation,
         questions=found,
+        context=context,
     )
 
     def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
         make = partial(examples_of, names, held_out=held_out, prompts=prompts)
         if prompts is not None or bad is not None or truncation is not None:
             return make()  # the cache holds only examples
-        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose)
+        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose, context)
 
     train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
@@ -164,6 +169,7 @@ def read_examples(
     truncation: TruncationStats | None = None,
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
+    context: str | None = None,
 ) -> PreparedData:
     """Return the examples of the files and hub data sets in `names`.
 
@@ -197,6 +203,24 @@ def read_examples(
         with_placeholder = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
         return [Example(*with_placeholder, row.source, prompt_row=row)]
 
+    def taught_examples(students: list[Example], teachers: list[Example], source: str) -> list[Example]:
+        """Return the student's examples, each with the teacher's, without those that are too long with the context."""
+        examples = []
+        for student, teacher in zip(students, teachers, strict=True):
+            if len(teacher) > options.max_length:
+                stats.dropped_long.append(source)
+                continue
+            answers = [example.input_ids[example.supervised] for example in (student, teacher)]
+            if not np.array_equal(*answers):
+                raise DataError(
+                    "the answer is rendered differently with the context in front",
+                    where=source,
+                    why="the chat template writes other text into a reply if there is a system message",
+                    next_step="leave out the row, or give a chat template (--chat-template) that does not",
+                )
+            examples += [replace(one, rejected=teacher) for one in truncate_all([student], source)]
+        return examples
+
     def examples_of_row(row: Row, parts: list[list[Example]]) -> list[Example]:
         if isinstance(row, PromptRow):
             return prompt_example(row, parts[0][0].input_ids)
@@ -206,6 +230,8 @@ def read_examples(
             if example is None:
                 stats.dropped_long.append(row.source)
             return [] if example is None else [example]
+        if context is not None:
+            return taught_examples(*parts, row.source)
         if not isinstance(row, Pair | UnpairedRow):
             return truncate_all(parts[0], row.source)
         first, *others = (_only(truncate_all(part, row.source), row) for part in parts)
@@ -216,7 +242,7 @@ def read_examples(
         return [replace(first, rejected=others[0])]
 
     def begin(row: Row) -> PendingRow:
-        texts = texts_of(row)
+        texts = texts_of(row) if context is None else (texts_of(row)[0], with_context(row, context))
         if isinstance(row, PromptRow):
             each = [[renderer.prompt(row.question)[0]]]
         else:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from backhand.data.decisions import DecisionRow
+from backhand.errors import DataError
 
 Message = dict[str, Any]
 """A message for a chat template: role, content (always text), and tool_calls, name, tool_call_id, reasoning_content."""
@@ -110,6 +111,27 @@ def decision_text(row: DecisionRow, place: int, order: Sequence[int]) -> Complet
     """
     question = row.asked[place].question
     return Completion(question.prompt(row.state, order), question.labels[0], "\n", None, row.source)
+
+
+def with_context(row: Row, context: str) -> OneText:
+    """Return a row of answers with the context in front, as the system message or at its beginning.
+
+    Raises:
+        DataError: the row has no prompt.
+    """
+    if isinstance(row, Conversation):
+        first, *rest = row.messages
+        if first["role"] == "system":
+            return replace(row, messages=({**first, "content": f"{context}\n\n{first['content']}"}, *rest))
+        system: Message = {"role": "system", "content": context}
+        return replace(row, messages=(system, *row.messages), supervised=(False, *row.supervised))
+    if isinstance(row, Completion):
+        return replace(row, system=context if row.system is None else f"{context}\n\n{row.system}")
+    raise DataError(
+        "a row of plain text has no prompt that the context could be in front of",
+        where=row.source,
+        next_step="write the rows as prompt and completion, or as messages",
+    )
 
 
 def system_of(row: Row, default: str | None) -> str | None:

@@ -37,6 +37,7 @@ class HeldOut:
         examples: the rows, at least one.
         micro_batch_rows: number of rows per forward pass.
         hidden_states: cache of the hidden states that enter the lowest adapted layer, or None.
+        packer: packs the rows; None for one that shares prefixes if the model can.
 
     Attributes:
         measured: further values of the most recent `loss`, with the names of metrics.jsonl.
@@ -45,7 +46,11 @@ class HeldOut:
     """
 
     def __init__(
-        self, examples: Sequence[Example], micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
+        self,
+        examples: Sequence[Example],
+        micro_batch_rows: int,
+        hidden_states: HiddenStateCache | None = None,
+        packer: RowPacker | None = None,
     ) -> None:
         self.supervised_tokens = sum(example.supervised_tokens for example in examples)
         self.measured: dict[str, float] = {}
@@ -53,6 +58,7 @@ class HeldOut:
         self._examples = examples
         self._micro_batch_rows = micro_batch_rows
         self._hidden_states = hidden_states
+        self._packer = packer
         self._batches: list[_Packed] = []
 
     def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
@@ -91,7 +97,7 @@ class HeldOut:
 
     def _packed(self, share_prefixes: bool) -> list[_Packed]:
         if not self._batches:
-            packer = RowPacker(self._examples, share_prefixes=share_prefixes)
+            packer = self._packer or RowPacker(self._examples, share_prefixes=share_prefixes)
             groups = micro_batches(range(len(self._examples)), packer.lengths, max_rows=self._micro_batch_rows)
             for group in groups:
                 examples = [packer.by_document.examples[document] for document in packer.documents(group)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backhand.ops.document_groups import SegmentRun, Span
+from backhand.ops.linear_divergence import Divergence
 
 IGNORE_INDEX = -100
 
@@ -21,6 +22,14 @@ TokenLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
 The log-probabilities are ordered document by document, as in `PackedBatch.ends`. A token that several documents share
 occurs once per document. The gradient has the shape of the log-probabilities.
 """
+
+
+class TeacherStates(NamedTuple):
+    """What a distilled batch learns from: the teacher's hidden states at the supervised positions, and the loss."""
+
+    hidden: Tensor  # after the final norm, (supervised positions, hidden)
+    divergence: Divergence
+    temperature: float
 
 
 class StartStates(NamedTuple):
@@ -51,6 +60,8 @@ class PackedBatch:
     document_ends: tuple[int, ...] | None = None
     # cached hidden states with which the forward pass starts at a higher layer; None to start at the token ids
     start: StartStates | None = None
+    # for distillation: the loss is the divergence from these states instead of the cross-entropy; else None
+    teacher: TeacherStates | None = None
 
     def __post_init__(self) -> None:
         if sum(self.lengths) != len(self.input_ids):
@@ -152,6 +163,14 @@ class PackedBatch:
         """Map (supervised positions,) to (supervised tokens,), document by document. Shared positions are repeated."""
         return values[self._document_index[0]]
 
+    def at_positions(self, values: Tensor) -> Tensor:
+        """Map (supervised tokens, …), document by document, to (supervised positions, …).
+
+        Documents that share a position must have equal values there: any of them is used.
+        """
+        result = values.new_empty(len(self.supervised_positions), *values.shape[1:])
+        return result.index_copy_(0, self._document_index[0], values)
+
     def sum_at_positions(self, values: Tensor) -> Tensor:
         """Map (supervised tokens,) to sums at (supervised positions,): the transpose of `per_document`."""
         total = values.new_zeros(self.supervised_positions.shape, dtype=torch.float64)
@@ -177,7 +196,9 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the same batch on another device."""
         start = None if self.start is None else self.start._replace(states=self.start.states.to(device))
-        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device), start=start)
+        teacher = None if self.teacher is None else self.teacher._replace(hidden=self.teacher.hidden.to(device))
+        ids, labels = self.input_ids.to(device), self.labels.to(device)
+        return replace(self, input_ids=ids, labels=labels, start=start, teacher=teacher)
 
 
 def document_runs(lengths: Sequence[int], parents: Sequence[int] = ()) -> tuple[SegmentRun, ...]:

@@ -6,17 +6,21 @@ This file imports no torch, because `--help` imports it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from backhand.bounds import Bound, Options
+from backhand.bounds import Bound, Options, Text
 from backhand.data.rows import Purpose
 from backhand.errors import UsageError
+from backhand.reading import MAX_SETTINGS_BYTES, read_plain
+from backhand.words import shorten
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake"]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
 _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
 _OfLabels = Literal["kto", "apo_zero_unpaired"]
+DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
 LossType = Literal[_OfMargin, _OfSides, _Sorted, _OfLabels]
 
 _TAKEN: dict[str, tuple[str, ...]] = {
@@ -28,6 +32,7 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "kto": ("beta", "loss_type", "desirable_weight", "undesirable_weight"),
     "grpo": ("beta",),
     "decide": (),
+    "bake": ("context", "divergence", "divergence_share", "divergence_temperature"),
 }
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
@@ -46,7 +51,8 @@ class ObjectiveOptions(Options):
     """Training objective. `sft` trains on the answers of the rows. For pairs of answers there are `dpo` (arXiv
     2305.18290), `ipo` (2310.12036), `orpo` (2403.07691) and `simpo` (2405.14734); for answers labelled desirable or
     undesirable `kto` (2402.01306); for rewards of sampled answers `grpo` (2402.03300; variants: `loss`); for
-    questions with a fixed set of answers `decide`, whose probabilities `backhand decide` returns."""
+    questions with a fixed set of answers `decide`, whose probabilities `backhand decide` returns; to make the model
+    answer without a long prompt as it answers with it `bake` (2409.13697), see `context`."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
@@ -73,6 +79,21 @@ class ObjectiveOptions(Options):
     undesirable_weight: _Weight = 1.0
     """Weight of undesirable answers (`kto`)."""
 
+    context: Text | None = None
+    """The prompt that `bake` turns into an adapter: a file, or the text itself. It is the system message of the
+    teacher, which is the model that the run starts from. The adapted model learns the teacher's next-token
+    distributions over the answers of the rows, without seeing the prompt."""
+
+    divergence: DivergenceKind = "forward"
+    """Distance of the model from its teacher (`bake`): `forward` is KL(teacher ‖ model), `reverse` KL(model ‖ teacher),
+    and `jensen-shannon` a mixture of both (2306.13649)."""
+
+    divergence_share: Annotated[float, Bound(above=0.0, below=1.0)] = 0.5
+    """The teacher's share β in the mixture of `jensen-shannon`."""
+
+    divergence_temperature: Annotated[float, Bound(at_least=0.01, at_most=100.0)] = 1.0
+    """Divide the logits of both sides by this number (`bake`)."""
+
     def _check_together(self) -> None:
         usual = ObjectiveOptions()
         for option in fields(self):
@@ -84,6 +105,18 @@ class ObjectiveOptions(Options):
                 f"{name} {getattr(self, name)!r} is given, but {self.objective} does not use it",
                 where=name,
                 next_step=f"leave it out, or give --objective {' or '.join(having)}",
+            )
+        if self.objective == "bake" and self.context is None:
+            raise UsageError(
+                "bake has no prompt to turn into an adapter",
+                where="context",
+                next_step="give --context FILE, or the prompt itself",
+            )
+        if self.divergence != "jensen-shannon" and self.divergence_share != usual.divergence_share:
+            raise UsageError(
+                f"divergence_share {self.divergence_share} is given, but divergence {self.divergence!r} is no mixture",
+                where="divergence_share",
+                next_step="leave it out, or give --divergence jensen-shannon",
             )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
@@ -126,7 +159,13 @@ class ObjectiveOptions(Options):
     @property
     def purpose(self) -> Purpose:
         """Kind of rows that the objective needs."""
-        special: dict[str, Purpose] = {"sft": "answers", "kto": "labels", "grpo": "prompts", "decide": "decisions"}
+        special: dict[str, Purpose] = {
+            "sft": "answers",
+            "bake": "answers",
+            "kto": "labels",
+            "grpo": "prompts",
+            "decide": "decisions",
+        }
         return special.get(self.objective, "pairs")
 
     @property
@@ -144,3 +183,29 @@ class ObjectiveOptions(Options):
         """`loss_type`, or its default."""
         usual: LossType = "ipo" if self.objective == "ipo" else "kto" if self.objective == "kto" else "sigmoid"
         return self.loss_type or usual
+
+
+_LONGEST_NAME = 255
+"""Largest number of characters of a context that may be the name of a file."""
+
+
+def context_text(context: str) -> str:
+    """Return the text of `context`: the contents of the file, or the option itself if it is a text.
+
+    Raises:
+        UsageError: it is one word, and no readable file has this name; or the file is empty.
+    """
+    if len(context) > _LONGEST_NAME or "\n" in context or (" " in context.strip() and not Path(context).exists()):
+        return context
+    try:
+        text = read_plain(Path(context), MAX_SETTINGS_BYTES).decode("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{shorten(context)!r} is neither a readable file nor a text of several words",
+            where="context",
+            why=str(error),
+            next_step="name a file in UTF-8, or give the prompt itself",
+        ) from None
+    if not text:
+        raise UsageError("the file is empty", where=f"context, {context}", next_step="write the prompt into it")
+    return text

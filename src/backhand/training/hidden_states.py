@@ -92,6 +92,4 @@ def hidden_state_caches(
 
         # In a single epoch each training row is used once.
         train = inputs.packer if inputs.total_steps > inputs.sampler.steps_per_epoch else None
-        rows, shares = inputs.held_out, inputs.engine.shares_prefixes
-        held_out = None if rows is None else RowPacker(rows.examples, share_prefixes=shares)
-        yield HiddenStateCaches(cache("data", train), cache("held_out", held_out))
+        yield HiddenStateCaches(cache("data", train), cache("held_out", inputs.held_out_packer))

@@ -20,15 +20,19 @@ from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.engine import Engine, RunCache
 from backhand.engines.machine import Machine
 from backhand.errors import UsageError
+from backhand.loop.distillation import DistilledPacker, Lesson
 from backhand.loop.forgetting import ForgettingMeter
 from backhand.loop.objectives.compared import check_answers_differ
 from backhand.loop.rewards.rollout import PromptPacker, check_context, prompt_of
 from backhand.loop.step_plan import chosen_rate
+from backhand.nn.decoder.adapted_group import EMBEDDING, HEAD
 from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
+from backhand.options.objectives import context_text
 from backhand.training.starting_adapter import adapter_config, start_notes
+from backhand.words import name_list
 
 _MATRICES_IN_SCALE = 8
 
@@ -44,6 +48,7 @@ class RunInputs:
     train: PreparedData
     held_out: PreparedData | None
     packer: RowPacker  # of the training rows
+    held_out_packer: RowPacker | None  # of the held-out rows
     sampler: Sampler  # assigns training rows to steps
     total_steps: int
     neutral: ForgettingMeter  # without texts if forgetting is not measured
@@ -91,6 +96,9 @@ def read_inputs(
     engine = choose_engine(config.model, source, machine.dtype)
     config = replace(config, adapter=adapter_config(config, source, engine, typed))
     layout = engine.layout(config.adapter)
+    objective = config.objective
+    if objective.context is not None:
+        config = replace(config, objective=replace(objective, context=context_text(objective.context)))
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = start_notes(config, source, engine, layout)
     tokenizer = source.tokenizer()
@@ -98,10 +106,11 @@ def read_inputs(
         train, held_out = _assumed_rows(config), None
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
+        context = config.objective.context
         train, held_out = run_cache.get_or_create(
             "rows",
-            (data, seed, purpose),
-            lambda: prepare(data, tokenizer, seed=seed, purpose=purpose),
+            (data, seed, purpose, context),
+            lambda: prepare(data, tokenizer, seed=seed, purpose=purpose, context=context),
             only_newest=True,
         )
         if purpose in ("pairs", "labels"):
@@ -113,6 +122,9 @@ def read_inputs(
             where="early_stopping",
             next_step="give eval_data or eval_fraction as well, or leave out early_stopping",
         )
+    packer, held_out_packer = _packers(config, train, held_out, engine, layout)
+    if isinstance(packer, DistilledPacker):
+        train, held_out = packer.rows, held_out_packer.rows if isinstance(held_out_packer, DistilledPacker) else None
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
@@ -123,7 +135,8 @@ def read_inputs(
         layout=layout,
         train=train,
         held_out=held_out,
-        packer=_packer(config, train.examples, () if held_out is None else held_out.examples, engine, layout),
+        packer=packer,
+        held_out_packer=held_out_packer,
         sampler=sampler,
         total_steps=config.optimization.max_steps or config.optimization.epochs * sampler.steps_per_epoch,
         neutral=neutral,
@@ -158,17 +171,24 @@ def scaled_matrices(source: ModelSource, layout: AdapterLayout) -> dict[str, int
     return dict(inputs[first : first + _MATRICES_IN_SCALE])
 
 
-def _packer(
-    config: TrainConfig,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    engine: Engine,
-    layout: AdapterLayout,
-) -> RowPacker:
+def _packers(
+    config: TrainConfig, train: PreparedData, held_out: PreparedData | None, engine: Engine, layout: AdapterLayout
+) -> tuple[RowPacker, RowPacker | None]:
+    """Return the packers of training and held-out rows."""
     has_dropout = any(slot.dropout > 0 for slot in layout.slots)
+    objective, options = config.objective, config.rewards
+
+    def packer(rows: PreparedData, share_prefixes: bool) -> RowPacker:
+        if objective.objective == "bake" and config.data.data:
+            return DistilledPacker(rows, Lesson.of(objective), share_prefixes=share_prefixes)
+        return RowPacker(rows.examples, share_prefixes=share_prefixes)
+
     share_prefixes = engine.shares_prefixes and not has_dropout
-    if config.objective.purpose != "prompts":
-        return RowPacker(examples, share_prefixes=share_prefixes)
+    of_held_out = None if held_out is None else packer(held_out, engine.shares_prefixes)
+    if objective.objective == "bake":
+        _check_distilled(engine, layout)
+    if objective.purpose != "prompts":
+        return packer(train, share_prefixes), of_held_out
     if not isinstance(engine, DecoderEngine):
         raise UsageError(
             "answers of this model cannot be sampled and trained on by the same computation",
@@ -176,10 +196,29 @@ def _packer(
             why=engine.note,
             next_step="choose a model that the backhand engine supports (backhand models)",
         )
-    options = config.rewards
-    packer = PromptPacker(examples, options.group, options.max_new_tokens, share_prefixes=share_prefixes)
-    check_context(_longest(packer, held_out, options.max_new_tokens), engine.config.max_position_embeddings)
-    return packer
+    prompts = PromptPacker(train.examples, options.group, options.max_new_tokens, share_prefixes=share_prefixes)
+    longest = _longest(prompts, () if held_out is None else held_out.examples, options.max_new_tokens)
+    check_context(longest, engine.config.max_position_embeddings)
+    return prompts, of_held_out
+
+
+def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:
+    """Raise UsageError unless the model is computed by the decoder engine, with a frozen embedding and head."""
+    if not isinstance(engine, DecoderEngine):
+        raise UsageError(
+            "bake needs the hidden states of the teacher, which the transformers engine does not give",
+            where="objective",
+            why=engine.note,
+            next_step="choose a model that the backhand engine supports (backhand models)",
+        )
+    names = [*(one.name for one in (*layout.slots, *layout.trained))]
+    if ends := [name for name in names if name.startswith((HEAD, EMBEDDING))]:
+        raise UsageError(
+            f"bake trains the blocks of a model, not {name_list(ends)}",
+            where="target_modules",
+            why="teacher and adapted model share the head, so that a hidden state determines a distribution",
+            next_step="leave the embedding and the head out of the adapter",
+        )
 
 
 def _longest(packer: PromptPacker, held_out: Sequence[Example], new_tokens: int) -> int:

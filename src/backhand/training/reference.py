@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,13 @@ from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, not_none
 from backhand.json_shape import ShapeError, convert, load
 from backhand.kernels.builds import describe
+from backhand.loop.distillation import DistilledPacker
 from backhand.loop.guards import tensor_digest
-from backhand.loop.hidden_state_cache import HiddenStateCache
+from backhand.loop.hidden_state_cache import DiskStateStore, HiddenStateCache, MemoryStateStore, StateStore
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.objective import Objective, document_sums
+from backhand.nn.decoder.decoder import Decoder
 from backhand.reading import read_plain
 from backhand.runs.directory import REFERENCE, Proof, ProofLog, RunDirectory
 from backhand.training.hidden_states import HiddenStateCaches
@@ -55,6 +57,7 @@ def run_objectives(
     start_adapter: str | None,
     log: ProofLog,
     notify: Callable[[str], None],
+    resources: ExitStack,
 ) -> tuple[Objective | None, Objective | None]:
     """Return the objectives of the training rows and of the held-out rows; None for cross-entropy and without rows.
 
@@ -67,17 +70,23 @@ def run_objectives(
         start_adapter: the adapter that the run was started from, or None.
         log: receives the result of comparing stored with computed values.
         notify: receives a sentence if stored values are computed again.
+        resources: closes files at the end of the run.
 
     Raises:
         CheckError: stored values differ from computed ones, or the adapter that the run started from has changed.
     """
-    options = run.config.objective
+    options, inputs = run.config.objective, run.inputs
+    if isinstance(inputs.packer, DistilledPacker):
+        with _reference_model(run.bound, run.config.model.allow_pickle, start_adapter):
+            start = None if start_adapter is None else tensor_digest(run.bound.lora.values).hex()
+            _remember_start(directory, processes, (_pass_digest(run, frozen_digest), start))
+            _teach(run, directory, notify, resources)
     if options.purpose in ("answers", "prompts"):
         return None, None
-    packed = partial(RowPacker, share_prefixes=run.inputs.engine.shares_prefixes)
-    sets: dict[str, _Set] = {"train": (run.inputs.packer, caches.train)}
-    if run.inputs.held_out is not None:
-        sets["held_out"] = packed(run.inputs.held_out.examples), caches.held_out
+    packed = partial(RowPacker, share_prefixes=inputs.engine.shares_prefixes)
+    sets: dict[str, _Set] = {"train": (inputs.packer, caches.train)}
+    if inputs.held_out_packer is not None:
+        sets["held_out"] = inputs.held_out_packer, caches.held_out
     if options.form == "kto":
         for name, (rows, _) in list(sets.items()):
             sets[f"{name}_others"] = packed(mismatched(rows.examples, run.config.data.max_length)), None
@@ -120,6 +129,37 @@ def _reference_model(bound: BoundModel, allow_pickle: bool, start_adapter: str |
             lora.refresh_compute(bound.model.dtype)
 
 
+def _remember_start(directory: RunDirectory, processes: Communicator, digests: tuple[str, str | None]) -> None:
+    """Write the digest of the adapter that the run starts from to `reference.json`, or compare it with the stored one.
+
+    Raises:
+        CheckError: the adapter that the run started from has changed.
+    """
+    if processes.is_main_process and _read_stored(directory, digests, {}, lambda _: None) is None:
+        _write_stored(directory, digests, {})
+
+
+_STATES_IN_MEMORY_BYTES = 2**28
+"""Largest total size of the teacher's states of a set of rows in memory; larger ones are on the run's disk."""
+
+
+def _teach(run: LoadedRun, directory: RunDirectory, notify: Callable[[str], None], resources: ExitStack) -> None:
+    """Compute the teacher's states of all rows. The model computes as the teacher now."""
+    model = run.bound.model
+    assert isinstance(model, Decoder)
+    for packer in (run.inputs.packer, run.inputs.held_out_packer):
+        if not isinstance(packer, DistilledPacker):
+            continue
+        shape = packer.state_tokens, model.config.hidden_size, model.dtype
+        store: StateStore
+        if sum(packer.state_tokens) * model.config.hidden_size * model.dtype.itemsize <= _STATES_IN_MEMORY_BYTES:
+            store = MemoryStateStore(*shape)
+        else:
+            store = DiskStateStore(directory.files, directory.path, *shape, notify)
+            resources.callback(store.close)
+        packer.learn_from(model, store, run.plan.memory.micro_batch_rows)
+
+
 def _pass_digest(run: LoadedRun, frozen_digest: str) -> str:
     """Return the SHA-256 of everything that determines the bits of a forward pass over the rows, and of the options."""
     identity = run.identity.facts
@@ -158,9 +198,13 @@ def _reference(
         all_rows = range(len(packer.lengths))
         sums[name] = not_none(document_sums(run.bound.model, packer, all_rows, rows, processes, hidden_states=cache))
     if processes.is_main_process:
-        stored = {"start": digests[1], **{name: values.tolist() for name, values in sums.items()}}
-        directory.write(REFERENCE, json.dumps({"digest": digests[0], "sum": _checksum(stored), **stored}) + "\n")
+        _write_stored(directory, digests, sums)
     return sums
+
+
+def _write_stored(directory: RunDirectory, digests: tuple[str, str | None], sums: Mapping[str, Tensor]) -> None:
+    stored = {"start": digests[1], **{name: values.tolist() for name, values in sums.items()}}
+    directory.write(REFERENCE, json.dumps({"digest": digests[0], "sum": _checksum(stored), **stored}) + "\n")
 
 
 def _read_stored(

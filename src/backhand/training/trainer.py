@@ -123,7 +123,7 @@ class Trainer:
                     run, self.directory, digest, log=log, notify=self.observer.noted, run_cache=self.run_cache
                 )
             )
-            objective, self._held_out_objective = self._objectives(caches, log)
+            objective, self._held_out_objective = self._objectives(caches, log, resources)
             rewarded = self._rewarded(log)
             evaluator = Evaluator(
                 run.bound.model,
@@ -318,7 +318,9 @@ class Trainer:
             raise self._interrupted(loop.state, f"the run is finished but not yet proved: {command}")
         self.observer.noted(f"resumed at step {start}, the run ended in the same bits")
 
-    def _objectives(self, caches: HiddenStateCaches, log: ProofLog) -> tuple[Objective | None, Objective | None]:
+    def _objectives(
+        self, caches: HiddenStateCaches, log: ProofLog, resources: ExitStack
+    ) -> tuple[Objective | None, Objective | None]:
         """Return the objectives of training and held-out rows, with the reference model's log-probabilities."""
         assert self._frozen_digest is not None
         started_from = self.run.config.run.from_adapter
@@ -334,6 +336,7 @@ class Trainer:
             started_from,
             log,
             self.observer.noted,
+            resources,
         )
 
     def _rewarded(self, log: ProofLog) -> RewardedSteps | None:
@@ -374,7 +377,8 @@ class Trainer:
             return HeldOutRewards(run.inputs.held_out.examples, rewarded.rollout, run.config.run.answers)
         if objective is not None:
             return HeldOutObjective(objective, run.plan.memory.micro_batch_rows, caches.held_out)
-        return HeldOut(run.inputs.held_out.examples, run.plan.memory.micro_batch_rows, caches.held_out)
+        rows, packer = run.inputs.held_out.examples, run.inputs.held_out_packer
+        return HeldOut(rows, run.plan.memory.micro_batch_rows, caches.held_out, packer)
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model = self.run.config.model

@@ -112,30 +112,6 @@ int losses_of(T* z, int64_t row_stride, const int64_t* targets, Wide<T>* losses,
   return outcome;
 }
 
-// A sum of products, compensated like `powers_of` within each lane.
-template <class C>
-struct RowSum {
-  Compensated<Vector<C>> lanes_sum;
-  double rest = 0;
-  void add(Vector<C> terms) {
-    lanes_sum.add(terms);
-    lanes_sum.lost = MUTATED("divergence: naive sum", lanes_sum.lost, Vector<C>{});
-  }
-  void add_some(Vector<C> terms, int64_t count) {
-    C some[lanes<C>];
-    store(some, terms);
-    for (int64_t k = 0; k < count; ++k) rest += static_cast<double>(some[k]);
-  }
-  double total() const {
-    C sums[lanes<C>], rounded_off[lanes<C>];
-    store(sums, lanes_sum.sum);
-    store(rounded_off, lanes_sum.lost);
-    double sum = rest;
-    for (int lane = 0; lane < lanes<C>; ++lane) sum += static_cast<double>(sums[lane]) - static_cast<double>(rounded_off[lane]);
-    return sum;
-  }
-};
-
 enum Divergence : int { FORWARD = 0, REVERSE = 1, JENSEN_SHANNON = 2 };
 
 // log(q / m) for m = β p + (1 - β) q, from δ = log(q / p). The power is of -|δ|, so that it never overflows:
@@ -161,17 +137,29 @@ struct DivergenceRow {
     return (load_some<C>(student + i, count) - load_some<C>(teacher + i, count)) + shift;
   }
 
-  // Call term(q, p, δ) for all numbers of the row and return the sum of the results.
+  // Call term(q, p, δ) for all numbers of the row and return the sum of the results, in double over stretches.
   template <class Term>
   double sum(int64_t n, const Term& term) const {
-    RowSum<C> total;
-    along<C>(
-        n, [&](int64_t i) { total.add(term(load<C>(q + i) * q_scale, load<C>(p + i) * p_scale, delta(i))); },
-        [&](int64_t i, int64_t count) {
-          const Vector<C> mine = load_some<C>(q + i, count) * q_scale, theirs = load_some<C>(p + i, count) * p_scale;
-          total.add_some(term(mine, theirs, delta(i, count)), count);
-        });
-    return total.total();
+    constexpr int64_t STRETCH = 64 * lanes<C>;
+    double total = 0;
+    for (int64_t first = 0; first < n; first += STRETCH) {
+      Vector<C> part = {};
+      along<C>(
+          first + STRETCH < n ? STRETCH : n - first,
+          [&](int64_t i) {
+            i += first;
+            part += term(load<C>(q + i) * q_scale, load<C>(p + i) * p_scale, delta(i));
+          },
+          [&](int64_t i, int64_t count) {
+            i += first;
+            C some[lanes<C>];
+            const Vector<C> mine = load_some<C>(q + i, count) * q_scale, theirs = load_some<C>(p + i, count) * p_scale;
+            store(some, term(mine, theirs, delta(i, count)));
+            for (int64_t k = 0; k < count; ++k) total += static_cast<double>(some[k]);
+          });
+      total += static_cast<double>(sum_of<C>(part));
+    }
+    return total;
   }
 
   // Replace the student's logits by term(q, p, δ).

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.nn.batch import PackedBatch, TokenLoss
+from backhand.nn.batch import PackedBatch, TeacherStates, TokenLoss
 from backhand.nn.decoder.adapted_group import BLOCK_GROUPS, HEAD, GroupAdapter, group_adapter, mask_seed
 from backhand.nn.decoder.projections import group_backward, group_forward
 from backhand.nn.decoder.trained_parts import TrainedParts
@@ -29,6 +29,12 @@ from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from backhand.ops.head_factors import HeadFactors
 from backhand.ops.linear_cross_entropy import CHUNK_ROWS, linear_cross_entropy_backward, linear_cross_entropy_forward
+from backhand.ops.linear_divergence import (
+    Teacher,
+    linear_divergence_backward,
+    linear_divergence_forward,
+    softened,
+)
 from backhand.ops.logits_rule import LogitsRule, ruled, ruled_backward
 from backhand.ops.weight_tiles import FrozenMatrix
 
@@ -176,3 +182,33 @@ def general_head_backward(
             x, head.weight, targets, None, multiplier, head.rule, out=x, logits=logits
         )
     return d_x, batch.per_document(losses).sum(dtype=torch.float64) if loss is None else loss
+
+
+def distillation_losses(x: Tensor, head: Head, teacher: TeacherStates, logits: Tensor | None = None) -> Tensor:
+    """Return the divergences from the teacher in nats, (rows,), without gradients, for a frozen head.
+
+    Args:
+        x: (rows, hidden), normalized.
+        teacher: the teacher of these rows.
+        logits: as in `head_losses`.
+    """
+    rule = softened(head.rule, teacher.temperature)
+    states = Teacher(teacher.hidden)
+    return linear_divergence_forward(x, head.weight, states, None, teacher.divergence, rule, logits=logits)
+
+
+def distillation_backward(
+    x: Tensor, batch: PackedBatch, head: Head, teacher: TeacherStates, loss_scaling: float, logits: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return ∂(loss_scaling · loss)/∂x, (supervised, hidden), and the loss, for a frozen head.
+
+    Args:
+        x: (supervised, hidden), normalized. It is overwritten.
+        teacher: the teacher of the batch.
+        logits: as in `head_losses`.
+    """
+    rule, multiplier = softened(head.rule, teacher.temperature), batch.loss_multiplier(loss_scaling, x.dtype)
+    losses, (d_x, *_) = linear_divergence_backward(
+        x, head.weight, Teacher(teacher.hidden), None, multiplier, teacher.divergence, rule, out=x, logits=logits
+    )
+    return d_x, batch.per_document(losses).sum(dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.adapted_group import HEAD, GroupAdapter
-from backhand.nn.decoder.adapted_head import head_adapter, head_factors, head_losses
+from backhand.nn.decoder.adapted_head import distillation_losses, head_adapter, head_factors, head_losses
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.projections import group_forward
 from backhand.nn.decoder.weights import load_weights, module_shapes, named_views
@@ -136,9 +136,20 @@ class Decoder(ForwardBackward):
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         """Return losses in nats, (supervised tokens,), document by document, without gradients."""
-        supervised = batch.supervised_positions
-        normed, _ = self._final_norm(self._states_at(batch, len(self.config.layers), supervised, dropout_seed))
-        return batch.per_document(head_losses(normed, batch.labels[supervised], self._head_of(dropout_seed)))
+        normed, head = self._normed_states(batch, dropout_seed), self._head_of(dropout_seed)
+        if batch.teacher is not None:
+            return batch.per_document(distillation_losses(normed, head, batch.teacher))
+        return batch.per_document(head_losses(normed, batch.labels[batch.supervised_positions], head))
+
+    @torch.no_grad()
+    def supervised_states(self, batch: PackedBatch) -> Tensor:
+        """Return the hidden states after the final norm, (supervised tokens, hidden), document by document."""
+        return batch.per_document(self._normed_states(batch))
+
+    def _normed_states(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
+        """Return the hidden states after the final norm, (supervised positions, hidden)."""
+        x = self._states_at(batch, len(self.config.layers), batch.supervised_positions, dropout_seed)
+        return self._final_norm(x)[0]
 
     def loss(self, batch: PackedBatch) -> Tensor:
         """Return Σ nats over supervised tokens, 0-d float64, without gradients and dropout."""

@@ -24,7 +24,7 @@ from backhand.errors import not_none
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_embedding import adapted_embedding, embedding_gradients
 from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, GroupAdapter, block_adapter
-from backhand.nn.decoder.adapted_head import Head, general_head_backward, head_of
+from backhand.nn.decoder.adapted_head import Head, distillation_backward, general_head_backward, head_of
 from backhand.nn.decoder.block import RECOMPUTE_MODES, BlockSaved, block_backward, block_forward
 from backhand.nn.decoder.cross_layer import CrossLayer
 from backhand.nn.decoder.mixer import BlockContext
@@ -288,7 +288,12 @@ class ForwardBackward:
         logits = None
         if trained.plain_head:
             logits = scratch.take("logits", chunk_shape(len(x), self.active.head, x.dtype), x)
-        if trained.head or token_loss is not None:
+        if batch.teacher is not None:
+            if trained.head:
+                raise ValueError("the head of a distilled model is frozen")
+            head = self._head_of(dropout_seed)
+            d_normed, loss = distillation_backward(normed, batch, head, batch.teacher, loss_scaling, logits)
+        elif trained.head or token_loss is not None:
             head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
