@@ -210,8 +210,8 @@ def read_examples(
             if len(teacher) > options.max_length:
                 stats.dropped_long.append(source)
                 continue
-            answers = [example.input_ids[example.supervised] for example in (student, teacher)]
-            if not np.array_equal(*answers):
+            answer, expected = (example.input_ids[example.supervised] for example in (student, teacher))
+            if not np.array_equal(answer, expected):
                 raise DataError(
                     "the answer is rendered differently with the context in front",
                     where=source,
@@ -231,7 +231,7 @@ def read_examples(
                 stats.dropped_long.append(row.source)
             return [] if example is None else [example]
         if context is not None:
-            return taught_examples(*parts, row.source)
+            return taught_examples(parts[0], parts[1], row.source)
         if not isinstance(row, Pair | UnpairedRow):
             return truncate_all(parts[0], row.source)
         first, *others = (_only(truncate_all(part, row.source), row) for part in parts)

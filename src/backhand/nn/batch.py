@@ -25,7 +25,7 @@ occurs once per document. The gradient has the shape of the log-probabilities.
 
 
 class TeacherStates(NamedTuple):
-    """What a distilled batch learns from: the teacher's hidden states at the supervised positions, and the loss."""
+    """The teacher's hidden states at the supervised positions of a distilled batch, and the loss."""
 
     hidden: Tensor  # after the final norm, (supervised positions, hidden)
     divergence: Divergence

@@ -211,7 +211,7 @@ def _check_distilled(engine: Engine, layout: AdapterLayout) -> None:
             why=engine.note,
             next_step="choose a model that the backhand engine supports (backhand models)",
         )
-    names = [*(one.name for one in (*layout.slots, *layout.trained))]
+    names = [*(slot.name for slot in layout.slots), *(tensor.name for tensor in layout.full_tensors)]
     if ends := [name for name in names if name.startswith((HEAD, EMBEDDING))]:
         raise UsageError(
             f"bake trains the blocks of a model, not {name_list(ends)}",
