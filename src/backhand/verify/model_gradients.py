@@ -44,7 +44,7 @@ from backhand.verify.reference_decoder import (
     reference_loss,
 )
 from backhand.verify.report import Result, statement
-from backhand.verify.runner import NEIGHBOURS, TIMES_AUTOGRAD, UNITS_OF_ROUNDING
+from backhand.verify.runner import NEIGHBOURS, dtype_name, rounding_bound
 from backhand.verify.scaffold import Tensors
 
 # The largest relative error of any gradient in float64.
@@ -96,16 +96,15 @@ class GradientProofs:
     def training_step(self) -> Result:
         """Compare the gradient of the engine's step in the compute dtype with float64, bounded by autograd's error."""
         dtype = self.step.decoder.dtype
-        floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
         measured, baseline = self._rounding_errors(self.step.lora.gradients)
         detail = "autograd's own error"
-        if measured > max(TIMES_AUTOGRAD * baseline, floor):
+        if measured > rounding_bound(baseline, dtype):
             several = [(measured, baseline), *self._neighbours()]
             measured, baseline = (geometric_mean(errors) for errors in zip(*several, strict=True))
             detail = f"means of {len(several)}; autograd's own"
-        self.rounding_bound = max(TIMES_AUTOGRAD * baseline, floor) if math.isfinite(baseline) else 0.0
+        self.rounding_bound = rounding_bound(baseline, dtype)
         return statement(
-            f"a training step's gradient in {str(dtype).removeprefix('torch.')} = float64's",
+            f"a training step's gradient in {dtype_name(dtype)} = float64's",
             measured,
             self.rounding_bound,
             f"{detail}: {baseline:.1e}",

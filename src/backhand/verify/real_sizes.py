@@ -62,7 +62,6 @@ class RealSize:
     naive: tuple[str, Naive] | None
     # Name of y or a gradient → the rows to compare. All rows of other tensors are compared.
     picked: Mapping[str, slice] = field(default_factory=dict)
-    compiled: bool = True  # the op has compiled kernels, whose builds are then measured too
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     exact: bool = False  # the bound of y is half a unit of rounding, whatever torch's error is
 
@@ -81,7 +80,7 @@ def rows_in(size: RealSize, dtype: torch.dtype) -> Iterator[Result]:
     """Prove a case in one dtype, in torch's form and in each build of the kernels that this processor supports."""
     op, case, rounded = size.op, size.case, cast(size.case.tensors, dtype)
     trial, results = Trial(op.proof((case,), ()), case, rounded), {}
-    for build in (TORCH, *usable()) if size.compiled else (TORCH,):
+    for build in (TORCH, *usable()) if op.compiled else (TORCH,):
         with _in_build(build):
             results[build] = trial.manual_results(rounded)
     truth = trial.autograd_results(case.reference, cast(rounded, torch.float64), results[TORCH], "truth")
@@ -139,7 +138,7 @@ def real_sizes() -> Iterator[RealSize]:
     yield _expert_linear()
     many, op = f"{POSITIONS:,} positions", _op("dora")
     case = op.case(many, (POSITIONS, 24))
-    yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]), compiled=False)
+    yield RealSize(op, case, ("d_magnitude", lambda t: from_the_left(t["d_y"] * t["z"]) / t["norm"]))
     yield _dora_norm()
     # Little is forgotten, so that the state is a sum over all tokens.
     name, op = "4,096 tokens of one document", _op("gated_delta_rule")
@@ -147,7 +146,7 @@ def real_sizes() -> Iterator[RealSize]:
     yield from _embeddings(many)
     op = _op("lora_bias")
     case = _pushed(op.case(many, (POSITIONS, 24)))
-    yield RealSize(op, case, ("d_lora_bias", lambda t: SCALING * from_the_left(t["d_y"])), compiled=False)
+    yield RealSize(op, case, ("d_lora_bias", lambda t: SCALING * from_the_left(t["d_y"])))
 
 
 def _op(file: str) -> Op:
@@ -189,7 +188,7 @@ def _losses(vocab: int, name: str, peaked: bool) -> Iterator[RealSize]:
     op = _op("cross_entropy")
     z, targets = logits(op)
     case = _with(op.case(name, 8, vocab), logits=z, targets=targets)
-    yield RealSize(op, case, ("y", lambda t: naive(t["logits"], t["targets"])), compiled=False, exact=True)
+    yield RealSize(op, case, ("y", lambda t: naive(t["logits"], t["targets"])), exact=True)
 
     def run_manual(t: Tensors, _backward: Backward) -> Manual:
         losses, grads = linear_cross_entropy_backward(t["x"], t["weight"], t["labels"])
@@ -247,7 +246,7 @@ def _attention(size: float) -> RealSize:
 def _attention_blocks(size: float) -> RealSize:
     op, name = _op("attention_blocks"), f"{KEYS:,} keys, scores of {size}"
     case = op.case(name, 1, KEYS, 1, 1, 32, WATCHED, size=size, scaling=SCORES_SCALING)
-    return RealSize(op, case, ("y", lambda t: _naive_attention(t["q"][0], t["k"][0], t["v"][0])[None]), compiled=False)
+    return RealSize(op, case, ("y", lambda t: _naive_attention(t["q"][0], t["k"][0], t["v"][0])[None]))
 
 
 def _rms_norm(name: str, rows: int, columns: int) -> RealSize:
@@ -324,7 +323,7 @@ def _dora_norm() -> RealSize:
         return (wide["weight"] + SCALING * wide["lora_B"] @ wide["lora_A"]).square()
 
     case = Case(name, tensors, run_manual, lambda t: squares(t).sum(1).sqrt())
-    return RealSize(op, case, ("y", lambda t: from_the_left(squares(t).T).sqrt()), compiled=False)
+    return RealSize(op, case, ("y", lambda t: from_the_left(squares(t).T).sqrt()))
 
 
 def _embeddings(name: str) -> Iterator[RealSize]:
@@ -335,9 +334,7 @@ def _embeddings(name: str) -> Iterator[RealSize]:
 
     op = _op("embedding")
     case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16)), baseline=None)
-    yield RealSize(op, case, ("d_weight", lambda t: naive(t["d_y"], t["ids"])), compiled=False)
+    yield RealSize(op, case, ("d_weight", lambda t: naive(t["d_y"], t["ids"])))
     op = _op("lora_embedding")
     case = replace(_pushed(op.case(name, (POSITIONS,), 5, 16, 8)), baseline=None)
-    yield RealSize(
-        op, case, ("d_lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T), compiled=False
-    )
+    yield RealSize(op, case, ("d_lora_A", lambda t: naive(SCALING * t["d_y"] @ t["lora_B"], t["ids"]).T))

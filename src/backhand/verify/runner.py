@@ -91,6 +91,13 @@ def prove_case(proof: OpProof, case: Case, device: torch.device | str = "cpu") -
         yield from rows
 
 
+def rounding_bound(autograd_error: float, dtype: torch.dtype) -> float:
+    """Return the largest allowed error in low precision, 0 if autograd's own error is not finite."""
+    if not math.isfinite(autograd_error):
+        return 0.0
+    return max(TIMES_AUTOGRAD * autograd_error, UNITS_OF_ROUNDING * torch.finfo(dtype).eps)
+
+
 class Errors(NamedTuple):
     """Relative errors of one tensor in low precision against float64."""
 
@@ -149,13 +156,8 @@ class Trial:
 
     def low_precision_rows(self, row: Callable[..., Result], dtype: torch.dtype) -> Iterator[Result]:
         """Compare hand-written and autograd results in low precision with float64 on the same rounded inputs."""
-        floor = UNITS_OF_ROUNDING * torch.finfo(dtype).eps
-
-        def bound(errors: Errors) -> float:
-            return max(TIMES_AUTOGRAD * errors.autograd, floor) if math.isfinite(errors.autograd) else 0.0
-
         by_tensor = self._rounding_errors(self.exact, dtype, 0)
-        if any(errors.manual > bound(errors) for errors in by_tensor.values()):
+        if any(errors.manual > rounding_bound(errors.autograd, dtype) for errors in by_tensor.values()):
             # Rounding errors vary by a factor of two and more between similar inputs, for autograd and for us.
             near = enumerate(_neighbours(self.exact), start=1)
             more = [self._rounding_errors(tensors, dtype, number) for number, tensors in near]
@@ -163,7 +165,8 @@ class Trial:
                 manual, autograd, _ = zip(errors, *(other[name] for other in more), strict=True)
                 by_tensor[name] = Errors(geometric_mean(manual), geometric_mean(autograd), errors.worst)
         for name, errors in by_tensor.items():
-            yield row(name, errors.manual, bound(errors), dtype_name(dtype), detail=errors.worst)
+            bound = rounding_bound(errors.autograd, dtype)
+            yield row(name, errors.manual, bound, dtype_name(dtype), detail=errors.worst)
 
     def _rounding_errors(self, tensors: Tensors, dtype: torch.dtype, number: int) -> dict[str, Errors]:
         """Return the errors of y and of each group of gradients.
