@@ -335,7 +335,7 @@ MUTANTS = (
     OP.perturb("mask ignored", "d_x0 d_lora_A", dropout_seed=None),
     OP.perturb("mask of another seed", "d_lora_A", dropout_seed=lambda s: s.dropout_seed and s.dropout_seed + 1),
     _context("window ignored", "d_x0 d_lora_A", layer=lambda s: replace(s.context.layer, window=None)),
-    _context("convolved across documents", "d_x0 d_lora_A", runs=_one_document),
+    _context("convolved across documents", "d_x0 d_lora_A", segment_runs=_one_document),
     _weights("taps reversed", "d_x0 d_lora_B", conv=lambda conv: conv.flip(2)),
     _weights("rates of the next head", "d_lora_A", log_rate=lambda rate: rate.roll(1)),
     _weights("bias of the decay forgotten", "d_x0", rate_bias=torch.zeros_like),
