@@ -137,7 +137,10 @@ class TrainingLoop:
         return micro_batches(rows, self.packer.lengths, max_rows=self.plan.micro_batch_rows)
 
     def _packed(self, parts: Sequence[Sequence[int]], number: int) -> PackedBatch:
-        """Return micro-batch `number` of the step whose micro-batches have these rows."""
+        """Return micro-batch `number`, where `parts` are the rows of each micro-batch of the step.
+
+        The cache of hidden states may compute rows of later micro-batches in the same pass.
+        """
         if self.hidden_states is None:
             return self.packer.packed(parts[number], self.model.device)
         return self.hidden_states.packed(parts[number], self._later_parts(parts, number))

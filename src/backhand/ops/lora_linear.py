@@ -7,13 +7,13 @@ Without dropout x̃ = x. With dropout x̃ = m ⊙ x, where each element of m is 
 Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ. W
 and b are constants, so dL = ⟨G, dy⟩ with
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
-⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩ turn this into ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩
-with
+Two rules, ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, move dx, dA and dB to one side. The result is
+dL = ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩ with
     ∂L/∂h = s G B                       (..., rank)
     ∂L/∂x = G W + m ⊙ ((∂L/∂h) A)       (..., in)
     ∂L/∂A = (∂L/∂h)ᵀ x̃                  (rank, in)
     ∂L/∂B = s Gᵀ h                      (out, rank)
-All leading axes of x are rows. The last two gradients are sums over the rows.
+The products treat all leading axes of x as rows. The last two gradients are sums over these rows.
 
 Saved: x, h and references to the weights. m is not saved; the backward generates the same m from the seed. Two matrices
 of W's size are never formed: Gᵀ x and W + s B A.
