@@ -373,6 +373,20 @@ def summary() -> str:
                 ours, seconds = peers[peer]["tokens_per_s"], peers[peer]["train_s"]["median"]
                 faster = {name: ours / row["tokens_per_s"] for name, row in peers.items() if name.startswith("trl")}
                 rows.setdefault(key, []).append(_gain(machine, "trl", seconds, faster))
+    pairs = next(run for run in _read("preference.json")["runs"] if "trl" in run["peers"])
+    rewards, asked = _read("rewards.json"), _read("rewards.json")["workload"]
+    for what, run, seconds in (
+        (f"DPO on {pairs['workload']['pairs']} pairs", pairs, pairs["peers"]["backhand"]["train_s"]["median"]),
+        (
+            f"one GRPO step of {asked['prompts']} × {asked['group']} answers",
+            rewards,
+            rewards["peers"]["backhand"]["step_s"],
+        ),
+    ):
+        named = {name.removeprefix("speed_over_"): ratio for name, ratio in run["ratios"].items()}
+        faster = {name: ratio for name, ratio in named.items() if name.startswith("trl")}
+        gain = _gain(run["machine"]["instructions"], "trl", seconds, faster)
+        found[f"{what}, {run['workload']['dtype']}", "TRL"] = [gain]
     rows = [
         [what, _range([gain.seconds for gain in gains], "s"), *_faster(peer, gains), _machines(gains)]
         for (what, peer), gains in (found | by_transformers).items()

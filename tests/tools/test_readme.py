@@ -67,7 +67,15 @@ def test_the_speed_table_is_taken_from_the_results(readme: ModuleType) -> None:
     head, _rule, *rows = readme.benchmarks().summary().splitlines()
     setups = "speed-up over documented setup | speed-up over tuned setup"
     assert head == f"|  | Backhand | {setups} | instruction sets |"
-    assert len(rows) == 5
+    assert len(rows) == 7
+    pairs, rewards = (
+        json.loads((PROJECT / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("preference", "rewards")
+    )
+    for name, ratios in (("DPO", pairs["runs"][0]["ratios"]), ("GRPO", rewards["ratios"])):
+        (row,) = (row for row in rows if name in row)
+        tuned = min(ratio for peer, ratio in ratios.items() if peer.startswith("speed_over_trl-"))
+        assert f"TRL {ratios['speed_over_trl']:.1f} ×" in row and f"TRL {tuned:.1f} ×" in row
     assert "`--engine transformers`" in rows[-1]
     stored = [PROJECT / "benchmarks" / "results" / f"train_step{end}.json" for end in ("", "_amx", "_avx2")]
     runs = [run for path in stored for run in json.loads(path.read_text())["runs"]]
