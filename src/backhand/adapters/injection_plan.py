@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -138,7 +138,7 @@ def plan_injection(
         heads,
         tuple(trained),
         rows_of,
-        (*_tied_notes(model, chosen), *tied_notes(trained, tied)),
+        (*_tied_notes(chosen, tied), *tied_notes(trained, tied)),
     )
 
 
@@ -274,17 +274,13 @@ def _inside_torch_attention(model: nn.Module) -> set[str]:
     }
 
 
-def _tied_notes(model: nn.Module, chosen: dict[str, nn.Module]) -> list[str]:
+def _tied_notes(chosen: Iterable[str], tied: Mapping[str, str]) -> list[str]:
     """Return a sentence per adapted weight that another module shares."""
-    holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for parameter_name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)].append(f"{name}.{parameter_name}" if name else parameter_name)
     notes = []
-    for name, module in chosen.items():
-        others = [holder for holder in holders[id(base_weight(module))] if holder != f"{name}.weight"]
-        if others:
+    for name in chosen:
+        base = tied.get(f"{name}.weight", f"{name}.weight")
+        shared = [base, *(other for other, of in tied.items() if of == base)]
+        if others := [other for other in shared if other != f"{name}.weight"]:
             notes.append(f"{name}: its weight is tied to {name_list(others)}; the update applies to {name} alone")
     return notes
 
