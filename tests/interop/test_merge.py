@@ -131,6 +131,14 @@ def test_every_type_of_a_gguf_file_is_what_the_file_says(dtype: MergedType, tmp_
     assert distance(merged, exact) < bound
 
 
+def test_a_type_that_is_given_wins_over_the_bases(tmp_path: Path) -> None:
+    """Also float32, whose number in ggml is 0."""
+    model = tiny_model("llama")
+    base = save_tiny(tiny_model("llama").bfloat16(), tmp_path / "base")
+    output = merge(base, save_tiny_adapter(model, tmp_path / "a", alpha=10), tmp_path / "m.gguf", dtype="float32")
+    assert {tensor.type_id for tensor in GGUFFile(output).tensors.values()} == {StorageType.F32}
+
+
 def test_of_a_quantized_base_what_the_adapter_leaves_alone_keeps_its_bytes(tmp_path: Path) -> None:
     model = tiny_model("llama", hidden_size=96, intermediate_size=160, head_dim=32)
     base = write_tiny_gguf(model, tmp_path / "base.gguf", storage=StorageType.Q4_1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from backhand.adapters.config import LoRAConfig
 from backhand.adapters.contents import AdapterContents, parse_json_object
 from backhand.adapters.peft_config import PEFTConfig, written_pattern
-from backhand.adapters.peft_keys import PREFIX, factor_problems
+from backhand.adapters.peft_keys import PREFIX, factor_of, factor_problems
 from backhand.adapters.record import AdapterRecord, read_record
 from backhand.errors import ArtifactError
 from backhand.nn.loading.expert_tensors import expert_parameter, expert_parts, stack_layout
@@ -209,9 +209,8 @@ def _take_experts(
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the rank of every module by path."""
-    ends = _LINEAR_SUFFIXES["a"], _EMBEDDING_SUFFIXES["a"]
-    found = ((key.removeprefix(PREFIX), end, tensor) for key, tensor in tensors.items() for end in ends)
-    return {key.removesuffix(end): len(tensor) for key, end, tensor in found if key.endswith(end)}
+    found = ((factor_of(key) or ("", ""), tensor) for key, tensor in tensors.items())
+    return {module: len(tensor) for (module, suffix), tensor in found if "_A" in suffix}
 
 
 def _described(alpha: float | None, modules: Mapping[str, int], parameters: Mapping[str, int]) -> PEFTConfig:

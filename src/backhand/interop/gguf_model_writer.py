@@ -26,12 +26,11 @@ from backhand.errors import ArtifactError, CheckError
 from backhand.interop.gguf_adapter_writer import llama_cpp_notes
 from backhand.interop.gguf_metadata_writer import add_model_metadata, rope_factors
 from backhand.interop.merged_weights import MergedWeights, wider_dtype
-from backhand.kernels.dequantize import native_dtype
 from backhand.nn.families.family import GPT_OSS_ROUTER, ROUTER
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.expert_tensors import parse_expert_name
 from backhand.nn.loading.gguf_families import RECURRENT_LAYERS, prediction_block_count
-from backhand.nn.loading.gguf_file import GGUFFile, GGUFTensor
+from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_layouts import Layout, layout, stored_sizes
 from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_names, huggingface_name, is_skipped
@@ -41,6 +40,8 @@ from backhand.nn.loading.tied_head import HEAD_WEIGHT
 TYPES = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16} | {
     name: StorageType[name.upper()] for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 }
+_FLOATING = {torch.float16: StorageType.F16, torch.bfloat16: StorageType.BF16}
+"""Storage types of merged tensors by the base's dtype. Others, and quantized tensors, become float32."""
 _FILE_TYPES = {kind: gguf.LlamaFileType[f"MOSTLY_{kind.name}"] for kind in TYPES.values() if kind != StorageType.F32}
 _FILE_TYPES[StorageType.F32] = gguf.LlamaFileType.ALL_F32
 
@@ -176,7 +177,7 @@ def _plan(weights: MergedWeights, architecture: str, storage: StorageType | None
             data = tuple(source.stored_tensor(member)[1] for member in members)
             planned.append(_Planned(names, members, how, StorageType(in_base[0].type_id), data))
             continue
-        kind = storage if storage is not None else _own_type(weights, ours, in_base)
+        kind = _FLOATING.get(weights.stored_dtype(ours), StorageType.F32) if storage is None else storage
         # Routers keep their type, as in llama.cpp's converter.
         kind = StorageType.F32 if ours.endswith((f".{ROUTER}.weight", f".{GPT_OSS_ROUTER}.weight")) else kind
         planned.append(_Planned(names, members, how, _fitting(kind, weights.shape(ours))))
@@ -198,15 +199,6 @@ def _by_tensor(weights: MergedWeights, architecture: str) -> dict[tuple[str, ...
         names: tuple(sorted(members, key=lambda ours: (parse_expert_name(ours) or ("", 0))[1]))  # by expert number
         for names, members in found.items()
     }
-
-
-def _own_type(weights: MergedWeights, ours: str, in_base: tuple[GGUFTensor, _Bytes] | None) -> StorageType:
-    """Return the base's floating type, or float32 if it is quantized or float64."""
-    if in_base is not None:
-        tensor, _ = in_base
-        return StorageType(tensor.type_id) if native_dtype(tensor.type_id) is not None else StorageType.F32
-    dtype = weights.stored_dtype(ours)
-    return {torch.float16: StorageType.F16, torch.bfloat16: StorageType.BF16}.get(dtype, StorageType.F32)
 
 
 def _fitting(kind: StorageType, shape: tuple[int, ...]) -> StorageType:

@@ -29,7 +29,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.families.family import GPT_OSS_CLAMP
 from backhand.nn.loading.gguf_file import GGUFFile
 from backhand.nn.loading.gguf_gemma4 import gemma4_config
-from backhand.nn.loading.gguf_metadata import Metadata, layer_kinds, sliding_layers
+from backhand.nn.loading.gguf_metadata import Metadata, all_but_every, layer_kinds, sliding_layers
 
 FamilyPart = Callable[[dict[str, Any], Metadata, GGUFFile], None]
 
@@ -105,14 +105,14 @@ def _qwen35(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
             f"ssm.inner_size = {inner} is not a multiple of the {value_heads} value heads", where=str(file.path)
         )
     metadata.get("rope.dimension_sections")  # used only for images
+    interval = metadata.integer("full_attention_interval", DELTA_INTERVAL)
+    recurrent = all_but_every(metadata, RECURRENT_LAYERS, layers, interval)[:layers]  # lists include prediction blocks
     config |= {
         "model_type": "qwen3_5_text",
         "attention_bias": any(name.endswith("attn_output.bias") for name in file.tensors),
         # Stated explicitly, because transformers' default is a quarter of the features.
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
-        "layer_types": [
-            "linear_attention" if recurrent else "full_attention" for recurrent in _recurrent(metadata, layers)
-        ],
+        "layer_types": ["linear_attention" if here else "full_attention" for here in recurrent],
         "linear_num_key_heads": metadata.integer("ssm.group_count"),
         "linear_num_value_heads": value_heads,
         "linear_key_head_dim": metadata.integer("ssm.state_size"),
@@ -121,17 +121,6 @@ def _qwen35(config: dict[str, Any], metadata: Metadata, file: GGUFFile) -> None:
     }
     if predicted := metadata.optional("nextn_predict_layers", int):
         config["mtp_num_hidden_layers"] = predicted
-
-
-def _recurrent(metadata: Metadata, layers: int) -> list[bool]:
-    """Return True per layer with the delta rule, from the file's list or interval n: every n-th layer is attention."""
-    listed = metadata.get(RECURRENT_LAYERS)
-    interval = metadata.integer("full_attention_interval", DELTA_INTERVAL)
-    if isinstance(listed, bool):
-        return [listed] * layers
-    if isinstance(listed, list) and len(listed) >= layers:
-        return [bool(item) for item in listed[:layers]]
-    return [bool((layer + 1) % interval) for layer in range(layers)]
 
 
 def _granite(config: dict[str, Any], metadata: Metadata, _: GGUFFile) -> None:

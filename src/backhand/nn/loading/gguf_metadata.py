@@ -123,21 +123,24 @@ class Metadata:
         return unread, foreign
 
 
-def sliding_layers(metadata: Metadata, layers: int, interval: int) -> list[bool]:
-    """Return True per layer that uses a sliding window.
-
-    The file has a list, or an interval n: every n-th layer is full attention.
+def all_but_every(metadata: Metadata, key: str, layers: int, interval: int) -> list[bool]:
+    """Return a flag per layer: the list in the file, or, from an interval n, False for every n-th layer.
 
     Args:
         interval: the default interval.
     """
-    pattern = metadata.get("attention.sliding_window_pattern", interval)
+    pattern = metadata.get(key, interval)
     if isinstance(pattern, bool):
         return [pattern] * layers
     if isinstance(pattern, list):
         return [bool(item) for item in pattern]
-    period = metadata.integer("attention.sliding_window_pattern", interval)
+    period = metadata.integer(key, interval)
     return [bool((layer + 1) % period) for layer in range(layers)]
+
+
+def sliding_layers(metadata: Metadata, layers: int, interval: int) -> list[bool]:
+    """Return True per layer that uses a sliding window. `interval` is the default."""
+    return all_but_every(metadata, "attention.sliding_window_pattern", layers, interval)
 
 
 def layer_kinds(slides: Iterable[bool]) -> list[str]:
