@@ -1,4 +1,4 @@
-"""Printing: control characters in foreign text are escaped, and a long command prints a line every ten seconds.
+"""Printing: control characters in foreign text are escaped, and a long command prints what it does now and then.
 
 Names, paths, rows, settings in files and messages of libraries are foreign text. A terminal obeys some of its
 characters. ESC and other control characters colour, move and delete; direction marks (U+202E, U+2066 …) reorder the
@@ -101,10 +101,12 @@ def show_what_libraries_say() -> None:
 # A limit on silence.
 
 
-SILENCE_S = 10.0
+SILENCE_S, LATER_SILENCE_S = 10.0, 60.0
+"""Longest silence in the first minutes of a command, and later, when nobody waits for every line."""
+_FIRST_MINUTES_S = 180.0
 _LOOK_S = 0.25
 
-_last_said = time.monotonic()
+_began = _last_said = time.monotonic()
 _activities: list[str | Callable[[], str]] = []
 """Descriptions of the current activities, innermost last."""
 _may_be_silent = 0
@@ -116,9 +118,11 @@ def said() -> None:
     _last_said = time.monotonic()
 
 
-def silent_for_s() -> float:
-    """Return the seconds since something was printed."""
-    return time.monotonic() - _last_said
+def line_due(share: float = 1.0) -> bool:
+    """Return True after this share of the longest silence, counted from the last line."""
+    now_s = time.monotonic()
+    longest = SILENCE_S if now_s - _began < _FIRST_MINUTES_S else LATER_SILENCE_S
+    return now_s - _last_said > share * longest
 
 
 @contextmanager
@@ -131,17 +135,40 @@ def going_on(what: str | Callable[[], str]) -> Iterator[None]:
         _activities.remove(what)
 
 
+def duration(seconds: float) -> str:
+    """Format a time, such as `0.4 s`, `48 s`, `12 min 5 s` or `3 h 20 min`."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 @contextmanager
 def counting(what: str, total: int, many: str = "rows") -> Iterator[Callable[..., None]]:
-    """Make `what` the current activity within the block, and yield a function to call after each of `total` parts."""
-    done = 0
+    """Make `what` the current activity within the block, and yield a function to call after each of `total` parts.
+
+    The activity contains the number of finished parts and the time that the others will take.
+    """
+    done, began = 0, time.monotonic()
 
     def count(*_: object) -> None:
         nonlocal done
         done += 1
 
-    with going_on(lambda: f"{what}, {done:,} of {total:,} {many}"):
+    def shown() -> str:
+        spent_s = time.monotonic() - began
+        left_s = spent_s / done * (total - done) if done else 0.0
+        left = f", about {duration(left_s)} left" if left_s > _WORTH_SAYING_S else ""
+        return f"{what}, {done:,} of {total:,} {many}{left}"
+
+    with going_on(shown):
         yield count
+
+
+_WORTH_SAYING_S = 2.0
 
 
 def now() -> str:
@@ -167,16 +194,17 @@ def may_be_silent() -> Iterator[None]:
 
 @contextmanager
 def never_silent(command: str) -> Iterator[None]:
-    """Within the block, print the current activity to standard error after each `SILENCE_S` without output."""
+    """Within the block, print the current activity to standard error after each of the longest silences."""
+    global _began  # noqa: PLW0603 - as above
     ended = threading.Event()
-    began = time.monotonic()
+    _began = time.monotonic()
 
     def look() -> None:
         while not ended.wait(_LOOK_S):
-            if _may_be_silent or silent_for_s() < SILENCE_S - 2 * _LOOK_S:
+            if _may_be_silent or not line_due(1 - 2 * _LOOK_S / SILENCE_S):
                 continue
             with suppress(OSError, ValueError):  # standard error is closed
-                say(f"still at work after {time.monotonic() - began:.0f} s: {now() or command}")
+                say(f"still at work after {duration(time.monotonic() - _began)}: {now() or command}")
             said()
 
     said()

@@ -48,17 +48,6 @@ def interval_text(share: float, rows: int) -> str:
     return f"95 % interval {100 * low:.0f}–{100 * high:.0f} %"
 
 
-def duration(seconds: float) -> str:
-    """Format a time, such as `0.4 s`, `48 s`, `12 min 5 s` or `3 h 20 min`."""
-    if 0 < seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def in_words(size: int) -> str:
     """Format a number of bytes, such as `812 MiB` or `3.4 GiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

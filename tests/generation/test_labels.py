@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,11 @@ def test_log_probabilities_are_transformers_own(labelled: tuple[TinyRun, Path, P
             expected[row, column] = log_p[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()
     with loaded_model(BaseModelOptions(model=str(tiny.model), dtype="float32", engine=engine)) as loaded:
         for batch_rows in (1, 3, 16):
-            ours = label_log_probabilities(loaded.model, prompts, labels, batch_rows=batch_rows)
+            done: list[int] = []
+            on_done = partial(done.append, 1)
+            ours = label_log_probabilities(*(loaded.model, prompts, labels), batch_rows=batch_rows, on_done=on_done)
             assert (ours - expected).abs().max() < 1e-4, batch_rows
+            assert len(done) == len(prompts), "each prompt is counted once"
         for chosen in choose_labels(loaded.model, prompts, labels):
             assert sum(chosen.values()) == pytest.approx(1) and list(chosen.values()) == sorted(chosen.values())[::-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 import socket
 import threading
@@ -50,6 +51,40 @@ def test_nothing_more_is_said_where_something_is_said(capsys: pytest.CaptureFixt
             printing.say("line")
             time.sleep(0.05)
     assert set(capsys.readouterr().err.splitlines()) == {"line"}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(printing.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_after_some_minutes_a_line_a_minute_is_enough(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(printing, "_began", 0.0)
+    said_at: list[float] = []
+    printing.said()
+    while clock[0] < 600:
+        clock[0] += 1.0
+        if printing.line_due():
+            said_at.append(clock[0])
+            printing.said()
+    gaps = list(itertools.pairwise(said_at))
+    assert max(later - earlier for earlier, later in gaps if later < 180) <= 12
+    assert {later - earlier for earlier, later in gaps if earlier >= 180} == {61.0}
+
+
+def test_what_is_counted_says_how_long_the_rest_takes(clock: list[float]) -> None:
+    with printing.counting("answers", 300) as done:
+        assert printing.now() == "answers, 0 of 300 rows"
+        for _ in range(100):
+            clock[0] += 0.9
+            done()
+        assert printing.now() == "answers, 100 of 300 rows, about 3 min 0 s left"
+        for _ in range(199):
+            clock[0] += 0.9
+            done()
+        assert printing.now() == "answers, 299 of 300 rows"
 
 
 @pytest.mark.usefixtures("quick")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as StorageType
 
+from backhand import printing
 from backhand.adapters.module_factors import ModuleFactors
 from backhand.cli.main import main
 from backhand.errors import ArtifactError, CheckError
-from backhand.interop import huggingface_writer, merging
+from backhand.interop import gguf_model_writer, huggingface_writer, merged_weights, merging, proving
 from backhand.interop.command import export_command
 from backhand.interop.merged_weights import MergedWeights, merged_weight
 from backhand.interop.merging import merge_command
@@ -65,6 +68,32 @@ def test_so_it_does_for_every_family(variant: str, tmp_path: Path) -> None:
     output = merge(base, adapter, tmp_path / "merged")
     expected = full_logits(adapted(model), tiny_documents([19])[0])
     assert distance(logits_in_transformers(output), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["merged", "merged.gguf"])
+def test_its_progress_is_counted_to_the_end(
+    name: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: dict[str, list[int]] = {}
+    counting = printing.counting
+
+    @contextmanager
+    def listening(what: str, total: int, many: str = "rows") -> Iterator[Callable[[], None]]:
+        counted[f"{what}, {many}"] = [total, 0]
+
+        def done() -> None:
+            counted[f"{what}, {many}"][1] += 1
+            inner()
+
+        with counting(what, total, many) as inner:
+            yield done
+
+    for module in (huggingface_writer, gguf_model_writer, merged_weights, proving):
+        monkeypatch.setattr(module, "counting", listening)
+    merge(tiny.gguf, tiny.adapters["plain"], tmp_path / name)
+    assert {what.partition(" ")[0] for what in counted} == {"writing", "reading", "computing"}
+    assert all(done == total for total, done in counted.values())
+    assert all(total > 0 for what, (total, _) in counted.items() if "tensors" in what)
 
 
 def test_a_tied_head_becomes_a_matrix_of_its_own_and_the_embedding_stays(tiny: Any, tmp_path: Path) -> None:

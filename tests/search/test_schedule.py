@@ -30,7 +30,8 @@ def loss(trial: Trial, stage: int) -> float:
 def work(search: Schedule, study: Study, steps: int = 10_000) -> float:
     """Do what the schedule says, so many times at most; return what was trained, in runs."""
     trained = 0.0
-    for _ in range(steps):
+    for started in range(steps):
+        assert started <= search.starts()
         with study.locked():
             trial = search.next(study, may_start=True)
         if trial is None:

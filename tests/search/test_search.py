@@ -24,12 +24,17 @@ from backhand.loop.state import STATE_FILE
 from backhand.nn.decoder import weights
 from backhand.options.config import TrainConfig
 from backhand.options.config_file import dump_config, load_config, read_table
+from backhand.printing import duration
 from backhand.runs.checkpoint import CheckpointStore
 from backhand.runs.interruption import Interrupted
+from backhand.search import command
 from backhand.search.command import ABOVE, BELOW, search_command
 from backhand.search.options import SearchConfig
 from backhand.search.result import SearchResult
+from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.study import Study
+from backhand.training.calibration import Speed
+from backhand.training.plan import RunPlan
 from backhand.training.run import train
 from support.processes import start
 from support.searches import search_config
@@ -94,6 +99,21 @@ def _shares(output: Path) -> list[float]:
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         shares.append(max(steps) / 6)
     return shares
+
+
+def test_the_plan_counts_starts_and_the_end_of_each_run(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans: list[RunPlan] = []
+    speed = Speed(tokens_per_s=1.0, train_s=60.0, evaluate_s=36.0, finish_s=24.0, measured_s=0.0)
+    monkeypatch.setattr(command, "calibrate", lambda plan, *_, **_options: (plans.append(plan), speed)[1])
+    made = search_config(tiny, tmp_path / "search", {"trials": 2}, quiet=False, eval_every=None)
+    search_command(made)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("search: "))
+    schedule = Schedule(made.search, made.search.dimensions, {}, seed=0)
+    seconds = schedule.runs() * 120 + schedule.starts() * 36 / (EVALUATIONS + 1)
+    assert line.endswith(f"steps of {schedule.runs():.1f} runs, about {duration(seconds)}")
+    assert plans[0].inputs.config.run.eval_every == 1, "six steps are evaluated up to eight times"
 
 
 def test_all_trials_share_one_reading_of_the_weights_and_the_rows(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from backhand.loop.forecast import Forecast
 from backhand.loop.observers import RunStart
 from backhand.training.console import TerminalObserver, sparkline
 from backhand.training.run import train
@@ -25,7 +26,8 @@ def record(step: int) -> dict[str, Any]:
 def shown(capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> str:
     """What six steps and an evaluation print on standard error."""
     observer = TerminalObserver(quiet=quiet)
-    observer.started(RunStart(6, 0, ("model: tiny",), Path("run")))
+    forecast = Forecast([40.0] * 6, {}, 0.0)
+    observer.started(RunStart(6, 0, ("model: tiny",), Path("run"), forecast=forecast))
     observer.evaluated({"step": 0, "eval_loss": 2.5})
     for step in range(1, 7):
         observer.stepped(record(step))
@@ -37,7 +39,7 @@ def test_in_a_pipe_there_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> 
     lines = shown(capsys).splitlines()
     assert lines[0] == "model: tiny" and "\x1b" not in "".join(lines)
     assert lines[-3].endswith("900 tokens/s  1.5 GiB  eval 2.5000 @ step 0  1 min 20 s left")
-    assert lines[-1] == "step 6/6  loss 0.3333  lr 1.0e-04  900 tokens/s  1.5 GiB  eval 2.5000 @ step 0"
+    assert lines[-1] == "step 6/6  loss 0.3333  lr 1.0e-04  900 tokens/s  1.5 GiB  eval 2.5000 @ step 0  0 s left"
     assert len([line for line in lines if line.startswith("step")]) == 7
 
 

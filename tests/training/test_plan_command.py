@@ -16,7 +16,7 @@ from backhand.engines.decoder_engine import DecoderEngine
 from backhand.nn.batch import PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from backhand.training.calibration import _Token
+from backhand.training.calibration import Seconds
 from support.tiny_models import save_tiny, tiny_model
 from support.tiny_run import TinyRun, write_rows
 
@@ -63,8 +63,7 @@ def test_processes_share_the_steps_and_the_memory(plan: Plan, tiny: TinyRun, mon
     assert three["micro_batch_rows"] <= 2 < alone["micro_batch_rows"]
     copies = [one["parts"]["adapter and gradients"] for one in (alone, three)]
     assert copies[0] < copies[1]
-    monkeypatch.setattr("backhand.training.calibration._token", lambda *_: _Token(1e-3, 0.0))
-    monkeypatch.setattr("backhand.training.calibration._optimizer_s", lambda *_: 0.0)
+    monkeypatch.setattr("backhand.training.calibration._measure", lambda *_: Seconds(1e-3, 0.0, 0.0, 0.0))
     counted = ("--data", str(tiny.rows), "--batch-rows", "4", "--micro-batch-rows", "1", "--json")
     alone, three = (json.loads(plan(*counted, "--workers", workers)[1]) for workers in ("1", "3"))
     assert alone["tokens_per_s"] == pytest.approx(1000)

@@ -8,7 +8,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from backhand.generation.labels import (
 from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.generation.options import GenerateOptions, compared_labels
 from backhand.generation.session import PROMPT, GenerationSession
-from backhand.printing import say, visible, write_answer
+from backhand.printing import counting, say, visible, write_answer
 from backhand.reading import refuse_inputs_inside
 from backhand.terminal import working
 from backhand.words import count_of, interval_text, name_list, shorten, show_notes
@@ -243,10 +242,10 @@ def _lines(
 def _answers(
     session: GenerationSession, prompts: Sequence[Prompt], options: GenerateOptions, key: str, labels: Labels
 ) -> list[dict[str, Any]]:
-    asked, done = [prompt.input_ids.tolist() for prompt in prompts], count(1)
-    with working(f"{key}: {count_of(len(asked), 'row')}", quiet=options.answer.quiet) as tell:
+    asked = [prompt.input_ids.tolist() for prompt in prompts]
+    with working(quiet=options.answer.quiet), counting(key, len(asked)) as done:
         if labels:
-            chosen = choose_labels(session.model, asked, labels)
+            chosen = choose_labels(session.model, asked, labels, done)
             usual = [(row, *next(iter(row.items()))) for row in chosen]
             return [{"completion": one, "probability": p, "probabilities": row} for row, one, p in usual]
         answers = session.answer_all(
@@ -254,7 +253,7 @@ def _answers(
             options.sampling,
             sources=[prompt.source for prompt in prompts],
             batch_rows=options.answer.batch_rows,
-            on_done=lambda _: tell(f"{key}: {next(done)} of {count_of(len(asked), 'row')}"),
+            on_done=done,
         )
     return [{"completion": answer.text, "finish_reason": answer.finish_reason} for answer in answers]
 

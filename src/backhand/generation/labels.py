@@ -119,7 +119,12 @@ def longest_label(labels: Labels) -> int:
 
 
 def label_log_probabilities(
-    model: Completer, prompts: Sequence[Sequence[int]], labels: Labels, *, batch_rows: int = 16
+    model: Completer,
+    prompts: Sequence[Sequence[int]],
+    labels: Labels,
+    *,
+    batch_rows: int = 16,
+    on_done: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Return (prompts, labels) log-probabilities in nats, float64, on the CPU.
 
@@ -128,6 +133,7 @@ def label_log_probabilities(
         prompts: token ids, at least one each.
         labels: the labels.
         batch_rows: prompts per pass; without shared prefixes, pairs of a prompt and a label per pass.
+        on_done: called once per prompt.
 
     Raises:
         CheckError: the model computes NaN or infinity.
@@ -143,13 +149,18 @@ def label_log_probabilities(
         batch = pad_to_bucket(pack(documents, share=model.shares_prefixes)).to(model.device)
         nats = model.token_losses(batch).double().cpu().split(batch.document_tokens)
         log_p[group] = -torch.stack([losses.sum() for losses in nats]).view(len(group), together)
+        for unit in group:
+            if units[unit][1] == len(parts) - 1:
+                on_done()
     require_finite(log_p)
     return log_p.view(len(prompts), len(endings))
 
 
-def choose_labels(model: Completer, prompts: Sequence[Sequence[int]], labels: Labels) -> list[dict[str, float]]:
+def choose_labels(
+    model: Completer, prompts: Sequence[Sequence[int]], labels: Labels, on_done: Callable[[], object] = lambda: None
+) -> list[dict[str, float]]:
     """Return for each prompt the probabilities of all labels, the most probable first. They sum to 1."""
-    probabilities = label_log_probabilities(model, prompts, labels).softmax(1).tolist()
+    probabilities = label_log_probabilities(model, prompts, labels, on_done=on_done).softmax(1).tolist()
     named = (dict(zip(labels, row, strict=True)) for row in probabilities)
     return [dict(sorted(row.items(), key=lambda label: -label[1])) for row in named]
 

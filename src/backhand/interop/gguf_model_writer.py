@@ -36,6 +36,7 @@ from backhand.nn.loading.gguf_model import GGUFModel
 from backhand.nn.loading.gguf_tensors import gguf_architecture, gguf_names, huggingface_name, is_skipped
 from backhand.nn.loading.gguf_values import dequantized
 from backhand.nn.loading.tied_head import HEAD_WEIGHT
+from backhand.printing import counting
 
 TYPES = {"float32": StorageType.F32, "float16": StorageType.F16, "bfloat16": StorageType.BF16} | {
     name: StorageType[name.upper()] for name in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -158,9 +159,11 @@ def _write(
     writer.write_ti_data_to_file()
     for tensor in extra.values():
         writer.write_tensor_data(tensor)
-    for one in planned:
-        for data in np.split(_stored(weights, one), len(one.names)):
-            writer.write_tensor_data(data)
+    with counting("writing the merged model", len(planned), "tensors") as done:
+        for one in planned:
+            for data in np.split(_stored(weights, one), len(one.names)):
+                writer.write_tensor_data(data)
+            done()
     return left_out
 
 

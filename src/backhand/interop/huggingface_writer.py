@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +24,7 @@ from backhand.interop.merged_weights import MergedWeights, wider_dtype
 from backhand.nn.loading.expert_tensors import hub_name, split_experts, stack_shape
 from backhand.nn.loading.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from backhand.nn.loading.source import ModelSource
+from backhand.printing import counting
 
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -51,9 +52,10 @@ def write_huggingface(
     quantized = not isinstance(weights.source, HuggingFaceDirectory)
     dtypes = {name: dtype or (torch.float32 if quantized else weights.stored_dtype(name)) for name in weights.names()}
     shards = _shards(_tensors(weights, dtypes), max_shard_bytes)
-    for file, tensors in shards.items():
-        with (directory / file).open("xb") as out:
-            _write_shard(out, tensors, weights)
+    with counting("writing the merged model", sum(map(len, shards.values())), "tensors") as done:
+        for file, tensors in shards.items():
+            with (directory / file).open("xb") as out:
+                _write_shard(out, tensors, weights, done)
     if len(shards) > 1:
         total_size = sum(tensor.byte_count for tensors in shards.values() for tensor in tensors)
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
@@ -106,7 +108,7 @@ def _shards(tensors: Sequence[_Stored], most: int) -> dict[str, list[_Stored]]:
     return {f"model-{number:05d}-of-{count:05d}.safetensors": names for number, names in enumerate(groups, 1)}
 
 
-def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeights) -> None:
+def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeights, done: Callable[[], object]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -121,6 +123,7 @@ def _write_shard(out: BinaryIO, tensors: Sequence[_Stored], weights: MergedWeigh
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         out.write(_bytes(_made(tensor, weights)))
+        done()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -23,6 +23,7 @@ from backhand.interop.proving import BlockWalk, layer_of
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.loading.tied_head import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from backhand.ops.weight_tiles import FrozenMatrix
+from backhand.printing import counting
 
 _ROWS = 512
 Rounding = Callable[[Tensor], Tensor]
@@ -127,7 +128,12 @@ class MergedWeights:
 
         there = set(written.tensor_names())
         both = [name for name in self.digests if name in there]
-        wrong = [name for name in both if base_digest([name], read) != self.digests[name]]
+        wrong = []
+        with counting("reading the merged model back", len(both), "tensors") as done:
+            for name in both:
+                if base_digest([name], read) != self.digests[name]:
+                    wrong.append(name)
+                done()
         return sorted(there ^ set(self.digests)) + wrong
 
 

@@ -32,6 +32,7 @@ from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource, fill
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.printing import counting
 from backhand.runs.directory import ADAPTER, CONFIG, Proof, opened, proof_log
 from backhand.words import labelled, show_notes
 
@@ -239,8 +240,10 @@ class BlockWalk:
     @torch.no_grad()
     def logits(self) -> list[Tensor]:
         """Complete the walk, and return (tokens, vocab) logits per adapter, with concatenated documents."""
-        while self._step():
-            pass
+        blocks = len(self._config.layers)
+        with counting("computing the probes' logits", blocks - 1 - self._layer, "blocks") as done:
+            while self._step():
+                done()
         self._views = {}
         return [decoder.head(x) for decoder, x in zip(self._decoders, self._states, strict=True)]
 

@@ -56,7 +56,7 @@ from backhand.loop.objectives.compared import PairObjective
 from backhand.loop.objectives.objective import document_sums, means
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.objectives import ObjectiveOptions
-from backhand.printing import counting, going_on
+from backhand.printing import counting
 from backhand.terminal import console_for_tables, table_of, working
 from backhand.words import count_of, interval_text, name_list, shorten, show_notes
 
@@ -264,8 +264,10 @@ def _judged(
     decoded = {id(one): _text(loaded, ids).strip() for one, ids in zip(open_prompts, completions, strict=True)}
     free = [decoded.get(id(one), reply) for one, reply in zip(rows.prompts, right, strict=True)]
     prompts = [prompt.input_ids.tolist() for prompt in rows.prompts]
-    with going_on(f"{who}: labels of {count_of(len(prompts), 'row')}"):
-        log_p = label_log_probabilities(loaded.model, prompts, rows.labels, batch_rows=run.micro_batch_rows)
+    with counting(f"{who}: labels", len(prompts)) as done:
+        log_p = label_log_probabilities(
+            *(loaded.model, prompts, rows.labels), batch_rows=run.micro_batch_rows, on_done=done
+        )
     names = list(rows.labels)
     score = label_score(right, [names[label] for label in log_p.argmax(1).tolist()], names, free)
     return sum(one == reply for one, reply in zip(free, right, strict=True)) / len(right), score

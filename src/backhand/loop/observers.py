@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from backhand.loop.forecast import Forecast
 from backhand.runs.directory import METRICS, RunDirectory
 from backhand.runs.summary import RunSummary
 
@@ -24,6 +25,7 @@ class RunStart:
     facts: tuple[str, ...]  # lines for people: model, engine, data, adapter, plan
     directory: Path  # the run directory
     config: Mapping[str, Any] = field(default_factory=dict)  # every option, such as `optimization.learning_rate`
+    forecast: Forecast | None = None  # of the duration; None if the run is quiet
 
 
 class Observer:

@@ -24,8 +24,9 @@ from markupsafe import Markup
 
 from backhand.adapters.peft_saving import pretrained_arguments
 from backhand.data.options import system_option
+from backhand.printing import duration
 from backhand.report.run_record import is_number
-from backhand.words import count_of, duration, in_words, interval_text
+from backhand.words import count_of, in_words, interval_text
 
 NOT_KNOWN = "–"
 PAGE_SCRIPTS = ("vega.min.js", "page.js")

@@ -12,7 +12,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -27,7 +27,7 @@ from backhand.files import FileLayer, json_bytes, make_directory, write_atomical
 from backhand.nn.compute import compute_settings
 from backhand.options.config import RunOptions, TrainConfig
 from backhand.options.config_file import dump_config, read_table, tables_as
-from backhand.printing import SILENCE_S, say, silent_for_s
+from backhand.printing import duration, line_due, say
 from backhand.report.command import write_report
 from backhand.runs.directory import ADAPTER, CONFIG, METRICS, RunDirectory, opened
 from backhand.runs.interruption import Interrupted
@@ -37,11 +37,11 @@ from backhand.search.schedule import EVALUATIONS, Schedule
 from backhand.search.space import applied, largest
 from backhand.search.study import TRIALS, Study, Trial, optuna_installed
 from backhand.terminal import console, working
-from backhand.training.calibration import calibrate
+from backhand.training.calibration import Speed, calibrate
 from backhand.training.plan import RunPlan, plan_run
 from backhand.training.resume import merge_options
 from backhand.training.run import train
-from backhand.words import count_of, duration, in_words
+from backhand.words import count_of, in_words
 
 SEARCH = "search.toml"
 ROWS = "rows.json"
@@ -76,8 +76,7 @@ def search_command(config: SearchConfig, typed: frozenset[str] = frozenset()) ->
             search.prepare(plan)
             if not config.run.resume:
                 show("measuring this machine's speed")
-                speed = calibrate(plan, machine, budget_s=_CALIBRATION_S)
-                search.run_s = speed.train_s + speed.evaluate_s
+                search.predict(calibrate(search.evaluating(plan), machine, budget_s=_CALIBRATION_S))
         search.print_plan(plan)
         try:
             search.train_trials()
@@ -146,7 +145,9 @@ class Search:
     config: SearchConfig
     run_cache: RunCache  # model, rows and weights of all trials
     rows: int = 0  # number of training rows
-    run_s: float | None = None  # estimated seconds of a complete run; None while unknown
+    # run_s, start_s: estimated seconds of a complete run, and of starting or resuming one; None and 0 while unknown
+    run_s: float | None = None
+    start_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.directory = self.config.run.output
@@ -162,6 +163,16 @@ class Search:
     def resume_command(self) -> str:
         """The command that continues or joins this search."""
         return f"backhand search --resume --output {shlex.quote(str(self.directory))}"
+
+    def evaluating(self, plan: RunPlan) -> RunPlan:
+        """Return the plan of a run with the evaluations of a trial."""
+        config = plan.inputs.config
+        run = replace(config.run, eval_every=self._eval_every(config))
+        return replace(plan, inputs=replace(plan.inputs, config=replace(config, run=run)))
+
+    def predict(self, speed: Speed) -> None:
+        """Take the seconds of a run from a measurement. A start takes about as long as one evaluation."""
+        self.run_s, self.start_s = speed.run_s, speed.evaluate_s / (EVALUATIONS + 1)
 
     def prepare(self, plan: RunPlan) -> None:
         """Take the options that all trials share from the largest one, and write them with the digests of the rows.
@@ -214,7 +225,8 @@ class Search:
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
         runs = schedule.runs()
-        time_s = "" if self.run_s is None else f", about {duration(runs * self.run_s)}"
+        total_s = self._seconds(runs, schedule.starts())
+        time_s = f", about {duration(total_s)}" if total_s else ""
         trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
         lines = [
             f"{trials}; steps of {runs:.1f} runs{time_s}",
@@ -257,7 +269,7 @@ class Search:
 
                 def show_step(record: Mapping[str, Any]) -> None:
                     show(position(record["step"]))
-                    if silent_for_s() > SILENCE_S / 2:  # where there is no status line
+                    if line_due(0.5):  # where there is no status line
                         self._console.print(position(record["step"]))
 
                 train(_start_or_resume(config), callbacks=[show_step], run_cache=self.run_cache, pause_at=pause_at)
@@ -285,7 +297,7 @@ class Search:
         with self.study.locked():
             self.study.write(trial.number, fields, finished=stage == self.schedule.last)
             trials = self.study.trials()
-        self.run_s = _run_s(trials, self.steps(self.config)) or self.run_s
+        self._correct(trials)
         if stage == self.schedule.last and failed is None:
             write_report(config.run.output)
         self._print_result(trials, trials[trial.number])
@@ -301,9 +313,12 @@ class Search:
             quiet=True,
             seed=trial.seed,
             keep=1 if given.keep == 2 else given.keep,
-            eval_every=given.eval_every or max(1, -(-self.steps(config) // EVALUATIONS)),
+            eval_every=self._eval_every(config),
         )
         return replace(config, run=run)
+
+    def _eval_every(self, config: TrainConfig) -> int:
+        return self.config.run.eval_every or max(1, -(-self.steps(config) // EVALUATIONS))
 
     def steps(self, config: TrainConfig) -> int:
         """Return the number of steps of a run."""
@@ -328,6 +343,24 @@ class Search:
         until = ([loss for step, loss in measured if step <= end] for end in ends)
         return [min(losses) for losses in takewhile(bool, until)]
 
+    def _trained(self, trials: Sequence[Trial]) -> tuple[float, int]:
+        """Return the training of some trials in complete runs, and how often they were started or resumed."""
+        runs = sum(one.steps / self.steps(self.trial_config(one)) for one in trials)
+        return runs, sum(one.done for one in trials)
+
+    def _seconds(self, runs: float, starts: int) -> float:
+        return max(0.0, runs * (self.run_s or 0.0) + starts * self.start_s)
+
+    def _correct(self, trials: Sequence[Trial]) -> None:
+        """Scale the estimated seconds to the measured ones of the trials so far."""
+        trained = [trial for trial in trials if trial.steps and trial.failed is None]
+        spent_s, (runs, starts) = sum(trial.spent_s for trial in trained), self._trained(trained)
+        if predicted_s := self._seconds(runs, starts):
+            slower = spent_s / predicted_s
+            self.run_s, self.start_s = slower * (self.run_s or 0.0), slower * self.start_s
+        elif runs:
+            self.run_s = spent_s / runs
+
     def _may_start(self) -> bool:
         """Return True if there is time for one more trial and for finishing the best one."""
         hours = self.config.search.hours
@@ -343,8 +376,8 @@ class Search:
             self._console.print(f"{self.describe(trial)}: failed: {trial.failed}")
             return
         at = "to the end" if trial.done == self.schedule.last else f"to step {trial.steps} of {self.steps(config)}"
-        done = sum(one.steps / self.steps(self.trial_config(one)) for one in trials)
-        left_s = (self.schedule.runs() - done) * (self.run_s or 0.0)
+        runs, starts = self._trained(trials)
+        left_s = self._seconds(self.schedule.runs() - runs, self.schedule.starts() - starts)
         left = f"  about {duration(left_s)} left" if left_s > 0 else ""
         self._console.print(f"{self.describe(trial)}, {at}: held-out loss {trial.losses[-1]:.4f}{left}")
 
@@ -400,9 +433,3 @@ def _start_or_resume(config: TrainConfig) -> TrainConfig:
     """Return the configuration to start a run, or to resume one with the options in its directory."""
     run = config.run
     return TrainConfig(run=RunOptions(output=run.output, resume=True, quiet=True)) if run.resume else config
-
-
-def _run_s(trials: list[Trial], steps: int) -> float | None:
-    """Estimate the seconds of a complete run from the trials so far; None if none has trained yet."""
-    step_s = [trial.spent_s / trial.steps for trial in trials if trial.steps and trial.failed is None]
-    return sum(step_s) / len(step_s) * steps if step_s else None

@@ -14,6 +14,7 @@ from backhand.adapters.contents import CARD_FILE, CONFIG_FILE, RECORD_FILE, TENS
 from backhand.adapters.record import bytes_digest, changed_files, read_record
 from backhand.errors import ArtifactError, CheckError
 from backhand.files import FileLayer, json_bytes, write_atomically
+from backhand.printing import duration
 from backhand.reading import read_plain
 from backhand.report import charts
 from backhand.report.command import write_page
@@ -25,7 +26,7 @@ from backhand.search.options import SearchConfig
 from backhand.search.schedule import Schedule, best_of
 from backhand.search.space import Values
 from backhand.search.study import RESULT, TRIALS, Trial
-from backhand.words import count_of, duration
+from backhand.words import count_of
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,14 @@ class Schedule:
             total += 1 - self.stages[0].share
         return total + 2 * (self.options.seeds - 1)
 
+    def starts(self) -> int:
+        """Return how often trials of the whole search are started or resumed, like `runs`."""
+        count = total = self.count
+        for stage in range(1, self.last):
+            count = self.promoted(stage, count)
+            total += count
+        return total + self.last - 1 + 2 * (self.options.seeds - 1)
+
     def next(self, study: Study, *, may_start: bool) -> Trial | Wait | None:
         """Return the next trial to train, claimed for this process.
 

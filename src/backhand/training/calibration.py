@@ -4,23 +4,29 @@ The short model, with and without one more block of each kind (`short_decoder`),
 run's size, and the time of all blocks is extrapolated. A frozen block below the adapted ones takes half as long,
 because it has no backward pass. It takes no time if its hidden states are cached from an earlier epoch. A first pass
 over few tokens determines how many tokens fit into the available time.
+
+`train` measures the loaded model in the same way before its first step (`forecast_run`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from backhand.data.pack import trained_length
-from backhand.data.packing import micro_batches
+from backhand.data.packing import RowPacker, micro_batches
 from backhand.distributed.gradient_sums import assign
 from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
+from backhand.errors import not_none
+from backhand.generation.sampling import ROWS_AT_ONCE
+from backhand.loop.answers import MAX_NEW_TOKENS
+from backhand.loop.forecast import Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
 from backhand.nn.batch import PackedBatch
@@ -29,6 +35,8 @@ from backhand.options.config import OptimizationOptions
 from backhand.training.plan import RunPlan
 
 BUDGET_S = 10.0
+FORECAST_BUDGET_S = 4.0
+"""Seconds for the measurement on the loaded model, before the first step of a run."""
 _FORWARD_SHARE = 0.5
 """Share of the forward pass without recomputation: forward and backward each compute one product per weight."""
 
@@ -40,8 +48,23 @@ class Speed:
     tokens_per_s: float  # trained tokens per second of all processes, without padding
     train_s: float  # seconds of all steps
     evaluate_s: float  # seconds of all evaluations of the held-out rows
+    finish_s: float  # seconds of the checkpoints, and of the answers and files at the end
     measured_s: float  # seconds of the measurement
     kept_s: float = 0.0  # seconds saved by cached hidden states; the other durations do not contain them
+
+    @property
+    def run_s(self) -> float:
+        """Seconds from the first step to the end."""
+        return self.train_s + self.evaluate_s + self.finish_s
+
+
+class Seconds(NamedTuple):
+    """Measured seconds of the parts of a pass."""
+
+    trained: float  # of a token in the head and the trained blocks
+    below: float  # of a token in the frozen blocks below them
+    update: float  # of an update of the adapter
+    decode: float  # of the next token of a few answers
 
 
 def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) -> Speed:
@@ -53,44 +76,113 @@ def calibrate(plan: RunPlan, machine: Machine, *, budget_s: float = BUDGET_S) ->
         budget_s: seconds for the measurement. On a slow or busy machine, fewer tokens are measured.
     """
     began = time.perf_counter()
-    token = _token(plan, machine, began + budget_s)
-    optimizer_s = _optimizer_s(plan.inputs.layout, machine)
-    steps = [plan.inputs.sampler.rows_of(step) for step in range(min(plan.inputs.total_steps, _STEPS_COUNTED))]
-    tokens = sum(plan.inputs.packer.tokens(rows) for rows in steps) / len(steps) * plan.inputs.total_steps
-    positions, largest = (
-        sum(of_steps) / len(steps) for of_steps in zip(*_positions(plan, machine, steps), strict=True)
-    )
-    held_out = sum(trained_length(example) for example in plan.inputs.held_out_examples)
-    # Evaluations are made before the first step, at every interval, and at the end.
-    evaluations = 1 + -(
-        -plan.inputs.total_steps // (plan.inputs.config.run.eval_every or five_times(plan.inputs.total_steps))
-    )
-    computed, measured = positions * plan.inputs.total_steps, held_out * evaluations
-    # `cached` has the positions of training and of evaluations whose hidden states are in the cache.
-    cached = (0.0, 0.0)
+    config, memory = plan.inputs.config, plan.memory
+    short = plan.inputs.engine.short(config.adapter, machine.device, memory.recompute, memory.base)
+    seconds = _measure(short, plan, machine, began + budget_s)
+    predicted = _forecast(plan, machine, seconds)
+    steps, inputs = len(predicted.steps_s), plan.inputs
+    counted = [inputs.sampler.rows_of(step) for step in range(min(steps, _STEPS_COUNTED))]
+    tokens = sum(map(inputs.packer.tokens, counted)) / len(counted) * steps
+    evaluations = _evaluations_s(plan, machine, seconds)
+    kept = 0.0
     if plan.hidden_states.where != "off":
-        later_steps = max(0, plan.inputs.total_steps - plan.inputs.sampler.steps_per_epoch)
-        cached = positions * later_steps, held_out * (evaluations - 1.0)
-    computed_s = computed * token.trained_s + (computed - cached[0]) * token.below_s
-    train_s = largest / positions * computed_s + optimizer_s * plan.inputs.total_steps
-    evaluate_s = measured * _FORWARD_SHARE * token.trained_s + (measured - cached[1]) * token.below_s
+        positions = sum(total for total, _ in _positions(plan, machine, counted)) / len(counted)
+        later_steps = max(0, steps - inputs.sampler.steps_per_epoch)
+        kept = positions * later_steps + _held_out_positions(plan) * (len(evaluations) - 1.0)
     return Speed(
-        tokens_per_s=tokens / train_s,
-        train_s=train_s,
-        evaluate_s=evaluate_s / machine.world_size,
+        tokens_per_s=tokens / sum(predicted.steps_s),
+        train_s=sum(predicted.steps_s),
+        evaluate_s=sum(evaluations.values()),
+        finish_s=sum(predicted.pauses_s.values()) - sum(evaluations.values()) + predicted.end_s,
         measured_s=time.perf_counter() - began,
-        kept_s=sum(cached) * token.below_s,
+        kept_s=kept * seconds.below,
     )
+
+
+def forecast_run(plan: RunPlan, machine: Machine, model: Trainable) -> Forecast:
+    """Measure passes of the loaded model and predict the parts of its run. The adapter's gradients are cleared."""
+    began = time.perf_counter()
+    seconds = _measure(ShortModel(model), plan, machine, began + FORECAST_BUDGET_S)
+    not_none(model.lora).gradients.zero_()
+    return _forecast(plan, machine, seconds)
 
 
 _STEPS_COUNTED = 200
 
 
-class _Token(NamedTuple):
-    """Seconds per token."""
+def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
+    """Predict the seconds of every part of a run. Steps after the first ones count as their mean."""
+    inputs, config = plan.inputs, plan.inputs.config
+    total, rewarded = inputs.total_steps, config.objective.purpose == "prompts"
+    counted = [inputs.sampler.rows_of(step) for step in range(min(total, _STEPS_COUNTED))]
+    busiest: list[float] = [largest for _, largest in _positions(plan, machine, counted)]
+    busiest += [sum(busiest) / len(busiest)] * (total - len(busiest))
+    cached_from = inputs.sampler.steps_per_epoch if plan.hidden_states.where != "off" else total
+    sampling_s = 0.0
+    if rewarded:
+        answers = config.optimization.batch_rows * config.rewards.group / machine.world_size
+        sampling_s = math.ceil(answers / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
+    steps_s = [
+        positions * (seconds.trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
+        for step, positions in enumerate(busiest)
+    ]
+    save_every = config.run.save_every or five_times(total)
+    saves = {*range(save_every, total, save_every), total}
+    evaluations = _evaluations_s(plan, machine, seconds)
+    save_s = _SAVED_BYTES * plan.size.adapter_elements / _WRITTEN_PER_S
+    pauses = {step: evaluations.get(step, 0.0) + (save_s if step else 0.0) for step in sorted({*evaluations, *saves})}
+    return Forecast(steps_s, pauses, _end_s(plan, seconds), at_most=rewarded)
 
-    trained_s: float  # in the head and the trained blocks
-    below_s: float  # in the frozen blocks below them
+
+_SAVED_BYTES, _WRITTEN_PER_S = 16, 1e8
+"""Bytes per trained number in a checkpoint (values, two moments, the adapter's file), and bytes written per second."""
+
+
+def _held_out_positions(plan: RunPlan) -> int:
+    """Return the number of positions that an evaluation computes, with shared prefixes once."""
+    packer = RowPacker(plan.inputs.held_out_examples, share_prefixes=plan.inputs.engine.shares_prefixes)
+    rows = range(len(plan.inputs.held_out_examples))
+    return sum(map(packer.packed_tokens, micro_batches(rows, packer.lengths, max_rows=plan.memory.micro_batch_rows)))
+
+
+def _evaluations_s(plan: RunPlan, machine: Machine, seconds: Seconds) -> dict[int, float]:
+    """Predict the seconds of the evaluation after each step: before the first one, at every interval, at the end."""
+    inputs, config = plan.inputs, plan.inputs.config
+    total, rows = inputs.total_steps, len(inputs.held_out_examples)
+    every = config.run.eval_every or five_times(total)
+    positions, forward = _held_out_positions(plan), _FORWARD_SHARE * seconds.trained
+    first = positions * (forward + seconds.below)
+    later = positions * (forward + (0.0 if plan.hidden_states.where != "off" else seconds.below))
+    if config.objective.purpose == "prompts":
+        first = later = math.ceil(rows / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
+    neutral = 2 * _SHORT_TEXTS * sum(inputs.neutral.lengths) * (forward + seconds.below)
+    at = dict.fromkeys((*range(every, total, every), total), (later + neutral) / machine.world_size)
+    if not rows:
+        return at if inputs.neutral.documents else {}
+    return {0: first / machine.world_size, **at}
+
+
+_SHORT_TEXTS = 2
+"""A pass over a neutral text of some 25 tokens takes about as long as one over twice its tokens."""
+
+
+def _end_s(plan: RunPlan, seconds: Seconds) -> float:
+    """Predict the seconds of the answers and the report at the end of a run."""
+    inputs, answers = plan.inputs, plan.inputs.config.run.answers
+    modules = _REPORT_PER_MODULE_S * len(inputs.layout.slots)
+    if not inputs.held_out_examples or not answers:
+        return modules
+    answers_s = MAX_NEW_TOKENS * seconds.decode
+    if inputs.config.objective.objective == "sft":  # exact match: losses, and the probabilities of labels
+        rows = min(len(inputs.held_out_examples), _MOST_ROWS)
+        share = rows / len(inputs.held_out_examples)
+        answers_s += 2 * share * _held_out_positions(plan) * (_FORWARD_SHARE * seconds.trained + seconds.below)
+    return modules + 2 * answers_s  # of base and adapter
+
+
+_MOST_ROWS = 500
+_REPORT_PER_MODULE_S = 0.002
+"""Seconds for reading, measuring and drawing one module's factors."""
 
 
 def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
@@ -103,27 +195,36 @@ def _positions(plan: RunPlan, machine: Machine, steps: Sequence[Sequence[int]]) 
         yield sum(positions), max(sum(positions[number] for number in share) for share in shares)
 
 
-def _token(plan: RunPlan, machine: Machine, deadline: float) -> _Token:
-    """Measure the seconds per token of a training pass of the whole model."""
+def _measure(short: ShortModel, plan: RunPlan, machine: Machine, deadline: float) -> Seconds:
+    """Measure the seconds of the parts of a training pass of the whole model."""
     memory, vocab_size = plan.memory, plan.inputs.engine.vocab_size
-    short = plan.inputs.engine.short(plan.inputs.config.adapter, machine.device, memory.recompute, memory.base)
     models = [short.model, *(more.model for more in short.more)]
-    probe = memory.shape.cut(_PROBE_TOKENS)
-    seconds = fastest(models, probe.batch(vocab_size, machine.device), 0.0)
-    affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / probe.tokens))
-    if affordable > probe.tokens:
-        probe = memory.shape.cut(affordable)
-        seconds = fastest(models, probe.batch(vocab_size, machine.device), deadline)
+
+    def timed(tokens: int, deadline: float) -> tuple[int, list[float]]:
+        shape = memory.shape.cut(tokens)
+        return shape.tokens, fastest(models, shape.batch(vocab_size, machine.device), deadline)
+
+    few = torch.arange(_DECODED_TOGETHER, device=machine.device) % vocab_size
+    few_s = fastest_calls([partial(model.logits, few) for model in models], machine.device, 0.0)
+    tokens, seconds = timed(_PROBE_TOKENS, 0.0)
+    affordable = int((deadline - time.perf_counter()) / (_PASSES * sum(seconds) / tokens))
+    if affordable > tokens:
+        tokens, seconds = timed(affordable, deadline)
     block = _FORWARD_SHARE / memory.recompute_cost * mean_block(short, seconds)
-    return _Token(whole(short, seconds) / probe.tokens, short.below * block / probe.tokens)
+    return Seconds(
+        trained=whole(short, seconds) / tokens,
+        below=short.below * block / tokens,
+        update=_update_s(plan.inputs.layout, machine),
+        decode=whole(short, few_s),
+    )
 
 
-_PROBE_TOKENS = 64
+_PROBE_TOKENS, _DECODED_TOGETHER = 64, 8
 _PASSES = 3
 """Cost of a measurement in passes: one that compiles kernels, which takes as long as two, and one that is timed."""
 
 
-def _optimizer_s(layout: AdapterLayout, machine: Machine) -> float:
+def _update_s(layout: AdapterLayout, machine: Machine) -> float:
     """Measure the seconds of one update of the whole adapter."""
     optimizer = AdapterOptimizer(
         LoRAParameters(layout.slots, full_tensors=layout.full_tensors, device=machine.device), OptimizationOptions()
@@ -151,18 +252,25 @@ def fastest(models: Sequence[Trainable], batch: PackedBatch, deadline: float) ->
         batch: the micro-batch.
         deadline: value of `time.perf_counter` at which to stop. Every model makes at least two passes.
     """
-    best = [math.inf] * len(models)
+    return fastest_calls(
+        [partial(model.loss_and_gradients, batch, 1.0, 0) for model in models], models[0].device, deadline
+    )
+
+
+def fastest_calls(calls: Sequence[Callable[[], object]], device: torch.device, deadline: float) -> list[float]:
+    """Return the seconds of each function's fastest call; see `fastest`."""
+    best = [math.inf] * len(calls)
     passes, round_s, start = 0, 0.0, time.perf_counter()
     while passes < 2 or time.perf_counter() + round_s < deadline:
         if passes >= _ENOUGH_PASSES and time.perf_counter() - start > _ENOUGH_S:
             break
         began = time.perf_counter()
-        for number, model in enumerate(models):
-            began_model = time.perf_counter()
-            model.loss_and_gradients(batch, 1.0, 0)
-            wait_for(model.device)
+        for number, call in enumerate(calls):
+            began_call = time.perf_counter()
+            call()
+            wait_for(device)
             if passes:
-                best[number] = min(best[number], time.perf_counter() - began_model)
+                best[number] = min(best[number], time.perf_counter() - began_call)
         passes, round_s = passes + 1, time.perf_counter() - began
     return best
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from itertools import chain
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn
 from rich.text import Text
 
 from backhand.data.lint import label_spellings
@@ -20,13 +20,14 @@ from backhand.data.options import system_option
 from backhand.data.packing import micro_batches
 from backhand.distributed.communicator import Communicator
 from backhand.kernels.builds import describe, library
+from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
-from backhand.printing import SILENCE_S, going_on, may_be_silent, now, say, silent_for_s, visible
+from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
 from backhand.runs.pair_results import pair_clauses
 from backhand.runs.summary import CHOSEN_BY, DecisionFigures, RunSummary, forgetting, no_label_fits
 from backhand.terminal import console
 from backhand.training.loaded_run import LoadedRun
-from backhand.words import count_of, duration, in_words, interval_text, labelled, name_list, shorten
+from backhand.words import count_of, in_words, interval_text, labelled, name_list, shorten
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 16
@@ -61,13 +62,14 @@ class TerminalObserver(Observer):
         self._plain_every = 1
         self._step = self._total = 0
         self._evaluated = ""
+        self._forecast: Forecast | None = None
 
     def started(self, start: RunStart) -> None:
         """Print the facts and start the bar."""
         for fact in start.facts:
             self._print(fact)
         self._total = start.total_steps
-        self._step = start.step
+        self._step, self._forecast = start.step, start.forecast
         self._plain_every = max(1, start.total_steps // _PLAIN_LINES)
         self._silent.enter_context(going_on(self._doing))
         if self._console.is_terminal and not self._quiet:
@@ -76,11 +78,13 @@ class TerminalObserver(Observer):
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[spark]} {task.fields[facts]}", markup=False),
                 _AfterTheLast(""),
-                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[left]}", markup=False),
                 console=self._console,
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=start.total_steps, completed=start.step, spark="", facts="")
+            self._task = self._bar.add_task(
+                "", total=start.total_steps, completed=start.step, spark="", facts="", left=""
+            )
             self._silent.enter_context(may_be_silent())
             try:
                 self._bar.start()
@@ -109,12 +113,13 @@ class TerminalObserver(Observer):
         if (shown := record.get("reward", record["loss"])) is not None:
             self._losses.append(shown)
         facts = _facts(record) + self._evaluated
+        left = ""
+        if self._forecast is not None:
+            left = f"{duration(self._forecast.left_s(self._step, record['time_s']))} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts)
-        elif self._step % self._plain_every == 0 or self._step in (1, self._total) or silent_for_s() > SILENCE_S / 2:
-            steps = self._total - self._step
-            remaining = f"  {duration(record['time_s'] / self._step * steps)} left" if steps > 0 else ""
-            self._print(f"step {self._step}/{self._total}  {facts}{remaining}")
+            self._bar.update(self._task, completed=self._step, spark=sparkline(self._losses), facts=facts, left=left)
+        elif self._step % self._plain_every == 0 or self._step in (1, self._total) or line_due(0.5):
+            self._print(f"step {self._step}/{self._total}  {facts}  {left}".rstrip())
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
         """Show the held-out loss."""
@@ -305,13 +310,16 @@ def _exp(loss: float) -> str:
 _STEPS_COUNTED = 200
 
 
-def opening_facts(run: LoadedRun, continued: bool, processes: Communicator) -> tuple[str, ...]:
+def opening_facts(
+    run: LoadedRun, continued: bool, processes: Communicator, forecast: Forecast | None = None
+) -> tuple[str, ...]:
     """Return the lines to print before the first step.
 
     Args:
         run: the loaded run.
         continued: True if the run is resumed from a checkpoint.
         processes: the processes of the run.
+        forecast: the predicted duration, or None.
     """
     model, options = run.config.model, run.config.optimization
     lora, report = run.bound.lora, run.inputs.train.report
@@ -345,6 +353,7 @@ def opening_facts(run: LoadedRun, continued: bool, processes: Communicator) -> t
     facts.append(
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "
         f"peak memory about {in_words(run.plan.memory.peak_bytes)}"
+        + ("" if forecast is None else f"; {'at most' if forecast.at_most else 'about'} {duration(forecast.total_s)}")
     )
     # If rows share prefixes, fewer tokens are computed than trained on. The first steps are counted.
     packer = run.inputs.packer

@@ -25,6 +25,7 @@ class LoadedRun:
     """A run before its first step."""
 
     plan: RunPlan
+    machine: Machine  # where it computes
     config: TrainConfig  # with every automatic choice filled in
     bound: BoundModel  # the model with its adapter
     identity: Identity
@@ -80,6 +81,7 @@ def load_run(
     quantized = quantization_notes(inputs.source, documents, memory.micro_batch_rows, machine.dtype, machine.device)
     return LoadedRun(
         plan,
+        machine,
         resolved,
         bound,
         Identity(resolved, inputs.source, list(bound.lora.slots), inputs.train, inputs.held_out, inputs.base_facts),

@@ -17,10 +17,11 @@ from backhand.engines.memory.plan import LIVE_VIEW, HeldBase
 from backhand.loop.rewards.process import RewardProcess
 from backhand.nn.compute import compute_settings
 from backhand.options.command_options import PlanOptions
+from backhand.printing import duration
 from backhand.terminal import console, table_of, working
 from backhand.training.calibration import Speed, calibrate
 from backhand.training.plan import RunPlan, plan_run
-from backhand.words import duration, in_words
+from backhand.words import in_words
 
 _ASSUMED = "no --data: rows of {length:,} tokens (--max-length) are assumed, every token of them a target"
 
@@ -180,6 +181,7 @@ def _print_speed(console: Console, report: PlanReport, speed: Speed) -> None:
     )
     if speed.evaluate_s:
         text += f", evaluations {duration(speed.evaluate_s)} more"
+    text += f", checkpoints, answers and report {duration(speed.finish_s)}"
     if speed.kept_s:
         text += f"; cached hidden states save {duration(speed.kept_s)}"
     console.print(text, soft_wrap=True)

@@ -44,6 +44,7 @@ from backhand.runs.status import status_kept
 from backhand.runs.summary import RunSummary, read_summary
 from backhand.system import available_bytes
 from backhand.training.advice import Curves, advice, pair_advice
+from backhand.training.calibration import forecast_run
 from backhand.training.console import opening_facts
 from backhand.training.facts import run_facts, summarise
 from backhand.training.hidden_states import HiddenStateCaches, hidden_state_caches
@@ -156,13 +157,20 @@ class Trainer:
                 memory.make_room()  # loading and digests fragment the heap
             status = status_kept(self.directory, run.inputs.total_steps, lambda: loop.state.progress.step)
             with status if self.processes.is_main_process else nullcontext():
-                facts = opening_facts(run, self.checkpoint is not None, self.processes)
+                forecast = None
+                if not config.run.quiet and not finished_before:
+                    forecast = forecast_run(run.plan, run.machine, run.bound.model)
+                    forecast.begin(state.progress.step, state.progress.train_s)
+                facts = opening_facts(run, self.checkpoint is not None, self.processes, forecast)
                 options = {
                     f"{part}.{name}": value
                     for part, table in config_table(config).items()
                     for name, value in table.items()
                 }
-                start = RunStart(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options)
+                start = RunStart(
+                    *(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options),
+                    forecast=forecast,
+                )
                 self.observer.started(start)
                 if not self._run_loop(loop, proof_start):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")

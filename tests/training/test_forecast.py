@@ -1,0 +1,94 @@
+"""The predicted duration of a run, and of its rest: steps, pauses and the end, corrected by the run's own times."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backhand.loop import forecast as forecasts
+from backhand.loop.forecast import Forecast
+from backhand.loop.observers import Observer, RunStart
+from backhand.training.run import train
+from support.tiny_run import TinyRun, write_pairs
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(forecasts.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_the_total_is_the_sum_of_all_parts(clock: list[float]) -> None:
+    forecast = Forecast([2.0] * 10, {0: 3.0, 5: 4.0, 10: 4.0}, 7.0)
+    forecast.begin(0, 0.0)
+    assert forecast.total_s == 20 + 11 + 7
+    forecast.begin(6, 12.0)
+    assert forecast.total_s == 8 + 4 + 7, "a resumed run has fewer parts left"
+
+
+def test_steps_that_are_slower_than_predicted_make_the_rest_longer(clock: list[float]) -> None:
+    forecast = Forecast([1.0] * 100, {0: 1.0, 100: 1.0}, 10.0)
+    forecast.begin(0, 0.0)
+    for step in range(1, 51):
+        clock[0] += 2.0
+        left = forecast.left_s(step, 2.0 * step + 30.0)  # the first step compiled for 30 seconds
+    assert left == pytest.approx(2 * (50 + 1 + 10), rel=0.05)
+
+
+def test_long_steps_that_are_still_to_come_count(clock: list[float]) -> None:
+    forecast = Forecast([1.0] * 10 + [5.0] * 10, {}, 0.0)
+    forecast.begin(0, 0.0)
+    assert [forecast.left_s(step, float(step)) for step in (1, 2)][-1] == pytest.approx(58, rel=0.01)
+
+
+def test_pauses_are_measured_apart_from_steps(clock: list[float]) -> None:
+    forecast = Forecast([1.0] * 10, {0: 1.0, 2: 1.0, 4: 1.0, 6: 1.0, 8: 1.0, 10: 1.0}, 0.0)
+    forecast.begin(0, 0.0)
+    left = []
+    for step in range(1, 11):
+        clock[0] += 1.0 + (4.0 if step % 2 else 0.0)  # an evaluation before every second step
+        left.append(forecast.left_s(step, float(step)))
+    assert left[2] == pytest.approx(7 + 4 * 4, rel=0.05)
+    assert left[-1] == pytest.approx(4, rel=0.05), "the evaluation after the last step"
+
+
+class Started(Observer):
+    """Remembers how runs begin."""
+
+    def __init__(self) -> None:
+        self.starts: list[RunStart] = []
+
+    def started(self, start: RunStart) -> None:
+        self.starts.append(start)
+
+
+@pytest.mark.parametrize("kind", ["answers", "pairs"])
+def test_a_run_says_its_time_with_its_plan(
+    kind: str, tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"quiet": False, "answers": 2, "max_steps": 8, "eval_every": 4}
+    if kind == "pairs":
+        rows = (str(write_pairs(tmp_path / "pairs.jsonl", 9)), str(write_pairs(tmp_path / "held_out.jsonl", 4, seed=1)))
+        options |= {"data": rows[:1], "eval_data": rows[1:], "objective": "dpo"}
+    started = Started()
+    train(tiny.config(tmp_path / "run", **options), callbacks=[started])
+    forecast = started.starts[0].forecast
+    assert forecast is not None and forecast.total_s > sum(forecast.steps_s) > 0 and set(forecast.pauses_s) >= {0, 4, 8}
+    said = capsys.readouterr().err
+    (plan,) = (line for line in said.splitlines() if line.startswith("plan: "))
+    assert re.search(r"peak memory about \d+ MiB; about [\d.]+ s$", plan)
+    steps = [
+        line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "held-out" not in line
+    ]
+    assert all(line.endswith(" left") for line in steps)
+
+
+def test_measuring_changes_no_bit(tiny: TinyRun, tmp_path: Path) -> None:
+    for name, quiet in (("measured", False), ("quiet", True)):
+        train(tiny.config(tmp_path / name, quiet=quiet, max_steps=2))
+    one, other = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("measured", "quiet"))
+    assert one.read_bytes() == other.read_bytes()
