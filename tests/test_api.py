@@ -111,6 +111,7 @@ def test_texts_and_paths_are_the_same() -> None:
         (lambda: backhand.evaluate(lora_r=8), "here it is rank in backhand.train"),
         (lambda: backhand.generate("a", max_tokens=8), "did you mean max_new_tokens?"),
         (lambda: backhand.export("a", to="gguf", output="b", merged=True), "did you mean merge?"),
+        (lambda: backhand.train("rows.jsonl"), "next: give rows and options by name, such as data=…"),  # type: ignore[arg-type]
         (lambda: backhand.generate(prompts="a"), "prompts is one text"),  # type: ignore[call-overload]
         (lambda: backhand.generate(), "give either prompt or prompts"),  # type: ignore[call-overload]
         (lambda: backhand.train(data=3), "3 is not a list of file names or hub ids"),  # type: ignore[arg-type]

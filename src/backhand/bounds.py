@@ -339,10 +339,11 @@ def check_value(where: str, value: Any, hint: Any) -> None:
 def check_kind(name: str, value: object, kind: type) -> None:
     """Raise UsageError if a program passes an object of another class than the expected dataclass."""
     if not isinstance(value, kind):
+        whole = "give rows and options by name, such as data=…, or " if name in ("config", "options") else ""
         raise UsageError(
             f"{name} is a {type(value).__name__}, not a {kind.__name__}",
             where=name,
-            next_step=f"write {name}=backhand.{kind.__name__}(…)",
+            next_step=f"{whole}write {name}=backhand.{kind.__name__}(…)",
         )
 
 

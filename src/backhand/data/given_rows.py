@@ -18,7 +18,7 @@ class Frame(Protocol):
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
-Rows = str | PurePath | Sequence[str | PurePath] | Sequence[Mapping[str, Any]] | Frame
+Rows = str | PurePath | Iterable[str | PurePath | Mapping[str, Any]] | Frame
 """Rows as a program gives them: a source, several sources, a list of dicts, or a data frame."""
 
 PREFIX = "python:"

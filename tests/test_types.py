@@ -1,0 +1,71 @@
+"""The type hints of the package as mypy sees them from outside: in a program that imports the installed package."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, assert_type
+
+import backhand
+
+
+class Progress(backhand.Observer):
+    def stepped(self, record: Mapping[str, Any]) -> bool:
+        return bool(record["step"] < 3)
+
+
+def stop(record: Mapping[str, Any]) -> bool:
+    return bool(record["loss"] > 0.1)
+
+
+config = backhand.TrainConfig(
+    data=backhand.DataOptions(data="rows.jsonl", eval_data=[{"text": "a"}]),
+    adapter=backhand.LoRAConfig(rank=8, target_modules=("q_proj",)),
+    run=backhand.RunOptions(output="runs/x"),
+)
+assert_type(config.run.output, Path)
+summary = backhand.train(config, callbacks=[Progress(), stop, print])
+summary = backhand.train(data=[{"prompt": "a", "completion": "b"}], output=Path("runs/y"), model="base", rank=8)
+assert_type(summary.losses, dict[int, float])
+assert_type(summary.best_eval_loss, float | None)
+assert_type(backhand.generate("a", adapter=summary.adapter), str)
+assert_type(backhand.generate(prompts=["a"], adapter=Path("a")), list[str])
+assert_type(backhand.generate(data="rows.jsonl"), list[dict[str, Any]])
+assert_type(backhand.classify("a", labels=["yes", "no"]), dict[str, float])
+assert_type(backhand.classify(prompts=["a"]), list[dict[str, float]])
+result = backhand.evaluate(data=["a.jsonl", Path("b.jsonl")], adapter="a")
+if result.adapted is not None:
+    assert_type(result.adapted.loss, float)
+assert_type(backhand.export("a", to="gguf", output="b.gguf"), Path)
+
+backhand.LoRAConfig(r=8)  # call-arg
+backhand.RunOptions(output=3)  # arg-type
+backhand.EvaluateRunOptions(adapter=3)  # arg-type
+backhand.export("a", to="zip", output="b")  # arg-type
+backhand.generate(3)  # call-overload
+backhand.train(output=3)  # arg-type
+backhand.train(data=3)  # arg-type
+"""
+
+
+@pytest.mark.slow
+def test_a_program_is_checked_against_the_hints_of_the_package(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    words = ["--strict", "--cache-dir", str(tmp_path / "cache"), "--show-error-codes", "program.py"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "mypy", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    found = re.findall(r"^program\.py:(\d+): error: .*\[([\w-]+)\]$", ended.stdout, re.MULTILINE)
+    expected = [
+        (str(number), line.partition("  # ")[2]) for number, line in enumerate(PROGRAM.split("\n"), 1) if "  # " in line
+    ]
+    assert found == expected, ended.stdout + ended.stderr
