@@ -213,7 +213,7 @@ MUTANTS = (
     _batch(
         "documents see each other",
         BOTH,
-        lambda batch: {"lengths": (sum(batch.lengths),), "parents": (), "documents": None},
+        lambda batch: {"lengths": (sum(batch.lengths),), "parents": (), "document_ends": None},
     ),
     _batch("mask of the labels ignored", "d_lora_A", _all_supervised),
     _batch("labels shifted by one", "d_lora_B", lambda batch: {"labels": batch.labels.roll(1)}),
