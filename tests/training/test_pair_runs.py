@@ -361,7 +361,7 @@ def test_verify_proves_the_loss_of_pairs(tiny: TinyRun, rows: dict[str, Path]) -
     assert len(setup.examples) == 2 * len(setup.pairs) > 0
     batch = pack(setup.examples)
     proofs = [*GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs).by_block()]
-    assert proofs[0].proof == "loss of pairs (DPO) = reference, float64"
+    assert proofs[0].case == "loss of pairs (DPO) = reference, float64"
     assert all(proof.passed for proof in proofs)
     # A pair the wrong way round has another loss.
     wrong = GradientProofs(setup.decoder, batch, setup.dropout_seed, setup.pairs)
