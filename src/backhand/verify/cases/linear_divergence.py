@@ -20,7 +20,7 @@ from backhand.ops.linear_divergence import (
 )
 from backhand.ops.logits_rule import PLAIN, LogitsRule, ruled
 from backhand.verify.mutants import Backward, Mutant, wrong
-from backhand.verify.scaffold import SCALING, Arguments, Draw, Op
+from backhand.verify.scaffold import SCALING, Arguments, Axis, Draw, Op
 
 
 class _Inputs(NamedTuple):
@@ -97,8 +97,8 @@ OP = Op(
     dict(x="size: rows hidden", teacher=_teacher, weight="vocab hidden")
     | dict(d_y=_d_y, lora_A="rank hidden", lora_B="vocab rank")
     | dict(teacher_A="teacher_rank hidden", teacher_B="vocab teacher_rank"),
-    dict(rows=..., hidden=5, vocab=7, rank=None, multiplier=0.13, size=1.0, near=None, weighted=False)
-    | dict(divergence=Divergence(), rule=PLAIN, teacher_rank=None),
+    dict(rows=Axis(6, 67, 1, 0), hidden=5, vocab=Axis(7, 353), rank=None, multiplier=0.13, size=1.0)
+    | dict(near=None, weighted=False, divergence=Divergence(), rule=PLAIN, teacher_rank=None),
     backward=_backward,
     reference=_reference,
     baseline=_baseline,
@@ -115,8 +115,8 @@ CASES = (
         case
         for name, form in FORMS
         for case in (
+            *OP.standard_cases(f"{name}: ", rank=3, divergence=form),
             OP.case(name, 6, divergence=form),
-            OP.case(f"{name}, adapted head", 6, rank=3, divergence=form),
             OP.case(f"{name}, adapted head of both", 6, rank=3, divergence=form, teacher_rank=2),
             OP.case(f"{name}, several chunks", CHUNK_ROWS + 3, rank=3, divergence=form),
             OP.case(f"{name}, many classes", 11, vocab=4133, rank=2, threads=3, divergence=form),
@@ -126,14 +126,12 @@ CASES = (
             OP.case(f"{name}, scaled and capped logits", 9, rank=3, rule=LogitsRule(0.6, 2.5), divergence=form),
             OP.case(f"{name}, temperature", 6, rank=3, rule=softened(LogitsRule(0.6, 2.5), 2.0), divergence=form),
             OP.case(f"{name}, weights", CHUNK_ROWS + 3, rank=3, weighted=True, divergence=form),
-            OP.case(f"{name}, one row", 1, rank=3, divergence=form),
-            OP.case(f"{name}, no rows", 0, rank=3, divergence=form),
         )
     ),
     OP.case("several chunks of a wide model", LONG_CHUNK_ROWS + 3, LONG_CHUNK_WIDTH, rank=3),
     OP.case("even mixture", 6, rank=3, divergence=Divergence("jensen-shannon")),
     OP.case("one class", 4, vocab=1),
-    OP.case("training size", 67, 48, 353, 8, divergence=REVERSE),
+    OP.case("wide model", 67, 48, 353, 8, divergence=REVERSE),
 )
 
 
