@@ -247,3 +247,14 @@ def test_llama_cpp_is_given_the_file_that_there_is(finished: Path, tmp_path: Pat
 
     assert typed({"file": "/some where/b.gguf"}).endswith("llama-cli -m '/some where/b.gguf' --lora adapter.gguf")
     assert f"--adapter '{recorded.adapter}' --merge --to gguf" in typed({}) and typed({}).endswith("-m merged.gguf")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_an_adapter_of_labels_is_not_offered_for_a_chat(labelled: bool, finished: Path) -> None:
+    labels = {"accuracy": 1.0, "f1_macro": 1.0, "per_label": {}, "confusion": {}, "invented": 0}
+    summary = json.loads((finished / "summary.json").read_text())
+    summary |= {"adapted_labels": labels if labelled else None, "asking": " --prompt '<text>'"}
+    (finished / "summary.json").write_text(json.dumps(summary))
+    text = Page(run_page(read_run(finished))).root.text
+    assert ("backhand generate " in text and "--labels auto --prompt '<text>'" in text) == labelled
+    assert ("backhand chat " in text) != labelled
