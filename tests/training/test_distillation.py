@@ -15,23 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backhand.data.options import DataOptions
+from backhand.data.context import context_messages, context_text, with_context
+from backhand.data.options import DataOptions, RowSources
 from backhand.data.prepare import prepare
+from backhand.data.rows import Completion, Conversation
 from backhand.distributed.communicator import Communicator
 from backhand.errors import BackhandError, DataError, UsageError
+from backhand.generation.command import generate_command
+from backhand.generation.options import AnswerOptions, GenerateOptions, SamplingOptions
 from backhand.loop.distillation import DistilledPacker, Lesson
 from backhand.loop.hidden_state_cache import DiskStateStore, MemoryStateStore
 from backhand.loop.measuring import HeldOut
 from backhand.nn.batch import PackedBatch, TeacherStates
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
+from backhand.nn.model_options import BaseModelOptions
 from backhand.ops.linear_divergence import (
     DIVERGENCES,
     Divergence,
     DivergenceKind,
     divergences_in_place,
 )
-from backhand.options.objectives import context_text
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.run import train
@@ -243,3 +247,42 @@ def test_bad_input_is_refused(
     with pytest.raises(kind, match=match):
         train(tiny.config(tmp_path / "run", **{"objective": "bake", "context": CONTEXT, **options}))
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_list_of_messages_is_in_front_of_the_prompt() -> None:
+    examples = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    front = context_messages(json.dumps([{"role": "system", "content": "Calculate."}, *examples]))
+    row = Completion("3+3", "6", "", "Be terse.", "row 1")
+    taught = with_context(row, front)
+    assert isinstance(taught, Conversation)
+    assert [message["content"] for message in taught.messages] == ["Calculate.\n\nBe terse.", "2+2", "4", "3+3", "6"]
+    assert taught.supervised == (False, False, False, False, True)
+    assert context_messages("[not JSON] Answer tersely.")[0]["role"] == "system"
+    with pytest.raises(DataError, match="unknown role"):
+        context_messages('[{"role": "wizard", "content": "x"}]')
+
+
+def test_answers_of_the_prompted_model_become_rows_without_the_prompt(tiny: TinyRun, tmp_path: Path) -> None:
+    asked, answered = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"the user asks for {number} names"}) + "\n" for number in range(3)))
+    options = GenerateOptions(
+        model=BaseModelOptions(model=str(tiny.model), dtype="float32"),
+        answer=AnswerOptions(context=CONTEXT, as_rows=True, output=answered, quiet=True),
+        rows=RowSources((str(asked),)),
+        sampling=SamplingOptions(greedy=True, max_new_tokens=4),
+    )
+    generate_command(options)
+    written = [json.loads(line) for line in answered.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [f"the user asks for {number} names" for number in range(3)]
+    assert all(set(row) == {"prompt", "completion"} for row in written)
+    assert CONTEXT not in answered.read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [(AnswerOptions(prompt="a", as_rows=True), "as_rows"), (AnswerOptions(prompt="a", context=CONTEXT), "context")],
+)
+def test_a_single_prompt_takes_neither_context_nor_rows(answer: AnswerOptions, match: str) -> None:
+    with pytest.raises(UsageError) as error:
+        GenerateOptions(answer=answer).validate()
+    assert error.value.where == match

@@ -15,6 +15,7 @@ from backhand.bounds import check_fields
 from backhand.data import prepared_cache
 from backhand.data.chat import Document
 from backhand.data.columns import ColumnReader
+from backhand.data.context import context_messages, with_context
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decision_rows import find_questions, question_notes
@@ -27,13 +28,13 @@ from backhand.data.options import DataOptions, NamedColumns, RowSources, Templat
 from backhand.data.raw_rows import RawRow, RowErrors
 from backhand.data.row_pipeline import PendingRow, RowPipeline
 from backhand.data.rows import (
+    OneText,
     Pair,
     PromptRow,
     Purpose,
     Row,
     UnpairedRow,
     texts_of,
-    with_context,
 )
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
@@ -52,12 +53,14 @@ class Prompt:
         reply: the reference reply without control tokens: the last reply as the chat template renders it, or the
             completion unchanged. None if the row has no answer or is plain text.
         source: location of the row.
+        row: the row; None for a prompt that was cut out of an example.
     """
 
     input_ids: TokenIds
     text: str
     reply: str | None
     source: str
+    row: OneText | None = None
 
 
 def prepare(
@@ -88,8 +91,8 @@ def prepare(
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
         questions: the questions of decisions; None to find them in the rows of `data`. With questions, the options of
             a choice are in canonical order. Otherwise `option_order` determines that of training rows.
-        context: a system message. Each example then has a second document, `rejected`, with this message in front and
-            the same answer.
+        context: a prompt as in `context.context_messages`. Each example then has a second document, `rejected`, with
+            this prompt in front and the same answer.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -180,6 +183,7 @@ def read_examples(
     Raises:
         UsageError, DataError: as `prepare`.
     """
+    front = None if context is None else context_messages(context)
     prompt_renderer = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
     writer = ExampleWriter()
@@ -242,7 +246,7 @@ def read_examples(
         return [replace(first, rejected=others[0])]
 
     def begin(row: Row) -> PendingRow:
-        texts = texts_of(row) if context is None else (texts_of(row)[0], with_context(row, context))
+        texts = texts_of(row) if front is None else (texts_of(row)[0], with_context(row, front))
         if isinstance(row, PromptRow):
             each = [[renderer.prompt(row.question)[0]]]
         else:
@@ -256,7 +260,7 @@ def read_examples(
             if prompts is not None and prompt_renderer is not None and examples:
                 document, reply = prompt_renderer.prompt(texts[0])
                 ids = encode_document(document, prompt_renderer.encoder).input_ids
-                prompts.append(_as_prompt(document, ids, reply))
+                prompts.append(_as_prompt(document, ids, reply, texts[0]))
 
         return [document for documents in each for document in documents], finish
 
@@ -318,16 +322,22 @@ def check_first_rows(options: DataOptions) -> None:
 
 
 def prepare_prompts(
-    rows: RowSources, template: TemplateOptions, tokenizer: Any, named: NamedColumns | None = None
+    rows: RowSources,
+    template: TemplateOptions,
+    tokenizer: Any,
+    named: NamedColumns | None = None,
+    context: str | None = None,
 ) -> tuple[tuple[Prompt, ...], DataReport]:
     """Return the rows of `data` as prompts with their reference replies. Rows without an answer are allowed.
 
     Args:
         named: columns given by name.
+        context: a prompt in front of every row, as in `prepare`.
 
     Raises:
         UsageError, DataError: as `prepare`.
     """
+    front = None if context is None else context_messages(context)
     check_fields(rows)
     check_fields(template)
     renderer = RowRenderer(tokenizer, template)
@@ -335,8 +345,8 @@ def prepare_prompts(
 
     def begin(row: Row) -> PendingRow:
         assert not isinstance(row, Pair | UnpairedRow | PromptRow | DecisionRow)  # other forms are not read here
-        document, reply = renderer.prompt(row)
-        return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply))
+        document, reply = renderer.prompt(row if front is None else with_context(row, front))
+        return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply, row))
 
     bad = RowErrors(rows.skip_bad)
     pipeline = RowPipeline(rows, named or NamedColumns(), template.system, bad, allow_prompts=True)
@@ -344,9 +354,9 @@ def prepare_prompts(
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
 
 
-def _as_prompt(document: Document, input_ids: TokenIds, reply: str | None) -> Prompt:
+def _as_prompt(document: Document, input_ids: TokenIds, reply: str | None, row: OneText) -> Prompt:
     text = document.text if document.mark is None else document.text.replace(document.mark, "")
-    return Prompt(input_ids, text, reply, document.source)
+    return Prompt(input_ids, text, reply, document.source, row)
 
 
 def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions) -> DataError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from backhand.data.decisions import DecisionRow
@@ -113,24 +113,23 @@ def decision_text(row: DecisionRow, place: int, order: Sequence[int]) -> Complet
     return Completion(question.prompt(row.state, order), question.labels[0], "\n", None, row.source)
 
 
-def with_context(row: Row, context: str) -> OneText:
-    """Return a row of answers with the context in front, as the system message or at its beginning.
+def with_answer(row: OneText, answer: str) -> dict[str, Any]:
+    """Return the columns of a row with this answer instead of its own last reply.
 
     Raises:
-        DataError: the row has no prompt.
+        DataError: the row is plain text.
     """
-    if isinstance(row, Conversation):
-        first, *rest = row.messages
-        if first["role"] == "system":
-            return replace(row, messages=({**first, "content": f"{context}\n\n{first['content']}"}, *rest))
-        system: Message = {"role": "system", "content": context}
-        return replace(row, messages=(system, *row.messages), supervised=(False, *row.supervised))
     if isinstance(row, Completion):
-        return replace(row, system=context if row.system is None else f"{context}\n\n{row.system}")
+        columns = {"prompt": row.prompt, "completion": answer}
+        return columns if row.system is None else {"system": row.system, **columns}
+    if isinstance(row, Conversation):
+        asked = list(row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages)
+        columns_of = {"messages": [*asked, {"role": "assistant", "content": answer}]}
+        return columns_of if row.tools is None else {**columns_of, "tools": list(row.tools)}
     raise DataError(
-        "a row of plain text has no prompt that the context could be in front of",
+        "a row of plain text has no place for an answer",
         where=row.source,
-        next_step="write the rows as prompt and completion, or as messages",
+        next_step="write the rows as prompt, or as messages",
     )
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backhand.data.context import context_text
 from backhand.data.options import NamedColumns
 from backhand.data.prepare import Prompt, prepare_prompts
 from backhand.data.raw_rows import RowErrors
+from backhand.data.rows import with_answer
 from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically
 from backhand.generation.labels import (
@@ -179,7 +181,7 @@ def _write_answers(options: GenerateOptions, loaded: LoadedModel) -> None:
 def _exactly_right(lines: Sequence[Mapping[str, Any]], compared: bool) -> list[str]:
     """Return a line on the answers that equal the rows' own ones, per model; none if the rows have no answers."""
     right: list[str] = []
-    known = [line for line in lines if line["reference"] is not None]
+    known = [line for line in lines if line.get("reference") is not None]
     for who in ("base", "adapted") if compared and known else ("",) if known else ():
         answers = [(line[who] if who else line)["completion"] for line in known]
         pairs = zip(answers, known, strict=True)
@@ -199,8 +201,9 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
     Raises:
         UsageError, DataError: as `data.prepare.prepare_prompts`.
     """
+    context = None if options.answer.context is None else context_text(options.answer.context)
     read, report = prepare_prompts(
-        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt)
+        options.rows, options.template, loaded.tokenizer, NamedColumns(prompt=options.answer.prompt), context
     )
     session = GenerationSession(loaded, options.template)
     labels = _labels(options, loaded, session)
@@ -228,6 +231,11 @@ def answer_rows(options: GenerateOptions, loaded: LoadedModel) -> list[dict[str,
 def _lines(
     options: GenerateOptions, loaded: LoadedModel, session: GenerationSession, prompts: Sequence[Prompt], labels: Labels
 ) -> list[dict[str, Any]]:
+    if options.answer.as_rows:
+        answers = _answers(session, prompts, options, "answers", labels)
+        texts = (answer["completion"] for answer in answers)
+        rows = [prompt.row for prompt in prompts if prompt.row is not None]
+        return [with_answer(row, text) for row, text in zip(rows, texts, strict=True)]
     lines: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reply} for prompt in prompts]
     if not options.answer.compare:
         answers = _answers(session, prompts, options, "answers", labels)

@@ -113,6 +113,13 @@ class AnswerOptions(AdapterOptions):
     """Answer with the most probable of these labels, such as `yes,no`, and print its probability; nothing is sampled.
     `auto` takes the labels that the adapter was trained on."""
 
+    context: Text | None = None
+    """With `data`: a prompt in front of every row, as for `train --objective bake`: a file, or the text itself."""
+
+    as_rows: bool = False
+    """With `data`: write each row with its answer as a row to train on, instead of the prompt as rendered. `context` is
+    not part of it: `train --objective bake` takes such rows."""
+
     overwrite: bool = False
     """Replace the file `output` if it exists."""
 
@@ -151,6 +158,16 @@ class GenerateOptions(Options):
                 where="prompt",
                 next_step="give --prompt TEXT (or - for standard input), or --data FILE, whose "
                 "prompts --prompt '{column}' may name",
+            )
+        if self.answer.context is not None and not data:
+            raise UsageError("context is given, but there are no rows", where="context", next_step="give --data FILE")
+        if self.answer.as_rows and (not data or self.answer.compare):
+            raise UsageError(
+                "as_rows is given, but there are no rows"
+                if not data
+                else "a row has one answer, and compare gives two",
+                where="as_rows",
+                next_step="give --data FILE" if not data else "leave out --compare or --as-rows",
             )
         if data and self.answer.output is None and self.answer.overwrite:
             raise UsageError("overwrite is given without output", where="overwrite", next_step="give --output FILE")

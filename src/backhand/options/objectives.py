@@ -6,14 +6,11 @@ This file imports no torch, because `--help` imports it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from backhand.bounds import Bound, Options, Text
 from backhand.data.rows import Purpose
 from backhand.errors import UsageError
-from backhand.reading import MAX_SETTINGS_BYTES, read_plain
-from backhand.words import shorten
 
 ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake"]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
@@ -80,9 +77,10 @@ class ObjectiveOptions(Options):
     """Weight of undesirable answers (`kto`)."""
 
     context: Text | None = None
-    """The prompt that `bake` turns into an adapter: a file, or the text itself. It is the system message of the
-    teacher, which is the model that the run starts from. The adapted model learns the teacher's next-token
-    distributions over the answers of the rows, without seeing the prompt."""
+    """The prompt that `bake` turns into an adapter: a file, or the text itself. A text is a system message; a JSON list
+    of messages may contain examples. It is in front of the prompts of the teacher, which is the model that the run
+    starts from. The adapted model learns the teacher's next-token distributions over the answers of the rows, without
+    seeing the prompt."""
 
     divergence: DivergenceKind = "forward"
     """Distance of the model from its teacher (`bake`): `forward` is KL(teacher ‖ model), `reverse` KL(model ‖ teacher),
@@ -183,29 +181,3 @@ class ObjectiveOptions(Options):
         """`loss_type`, or its default."""
         usual: LossType = "ipo" if self.objective == "ipo" else "kto" if self.objective == "kto" else "sigmoid"
         return self.loss_type or usual
-
-
-_LONGEST_NAME = 255
-"""Largest number of characters of a context that may be the name of a file."""
-
-
-def context_text(context: str) -> str:
-    """Return the text of `context`: the contents of the file, or the option itself if it is a text.
-
-    Raises:
-        UsageError: it is one word, and no readable file has this name; or the file is empty.
-    """
-    if len(context) > _LONGEST_NAME or "\n" in context or (" " in context.strip() and not Path(context).exists()):
-        return context
-    try:
-        text = read_plain(Path(context), MAX_SETTINGS_BYTES).decode("utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{shorten(context)!r} is neither a readable file nor a text of several words",
-            where="context",
-            why=str(error),
-            next_step="name a file in UTF-8, or give the prompt itself",
-        ) from None
-    if not text:
-        raise UsageError("the file is empty", where=f"context, {context}", next_step="write the prompt into it")
-    return text

@@ -11,6 +11,7 @@ import numpy as np
 
 from backhand.adapters.base_facts import BaseFacts
 from backhand.adapters.targets import in_numbers
+from backhand.data.context import context_text
 from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
@@ -30,7 +31,6 @@ from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
-from backhand.options.objectives import context_text
 from backhand.training.starting_adapter import adapter_config, start_notes
 from backhand.words import name_list
 
