@@ -170,7 +170,7 @@ def test_tiles_cover_the_matrix_once_at_whole_edges(shape, tile_bytes):
     ("shape", "rows"),
     [((17_920, 1536), 4480), ((4096, 14_336), 2048), ((2048, 8192), 2048), ((1000, 65_536), 512), ((9, 256), 9)],
 )
-def test_rows_are_taken_so_many_at_a_time(shape, rows):
+def test_rows_are_taken_in_parts(shape, rows):
     """16 MB, or 2,048 rows where these are more, and never more than 64 MB."""
     assert row_tiles(torch.empty(shape, dtype=torch.bfloat16, device="meta"))[0] == slice(0, rows)
 

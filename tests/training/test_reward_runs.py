@@ -340,7 +340,7 @@ def test_a_misspelt_function_leaves_nothing_that_blocks_the_corrected_command(
     train(config(tiny, functions, tmp_path / "run", "evens", max_steps=1))
 
 
-def test_parameters_named_wrongly_are_told_the_right_names(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
+def test_an_error_about_parameters_names_the_right_ones(tiny: TinyRun, functions: Path, tmp_path: Path) -> None:
     made = config(tiny, functions, tmp_path / "run", "misnamed")
     for fails in (lambda: train(made), lambda: plan(PlanOptions(**vars(made)))):
         with pytest.raises(UsageError, match="has a parameter answers, and nothing is given by this name") as raised:
