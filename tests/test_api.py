@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import pytest
 import backhand
 from backhand.errors import DataError, UsageError
 from backhand.runs.status import read_status
+from support.ranks import free_port
 from support.tiny_run import TinyRun
 
 ROWS = [{"prompt": f"the user asks {number}", "completion": ("yes", "no")[number % 2]} for number in range(12)]
@@ -211,3 +213,25 @@ def test_a_dash_is_standard_input(tiny: TinyRun, tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == len(ROWS)
+
+
+def test_a_callback_ends_the_run_of_every_process(tiny: TinyRun, tmp_path: Path) -> None:
+    made = options(tiny, tmp_path / "run", data=str(tiny.rows), epochs=9, eval_data=())
+    program = (
+        "import backhand\nfrom pathlib import Path\n"
+        f"made = { ({name: str(one) if isinstance(one, Path) else one for name, one in made.items()})!r}\n"
+        "summary = backhand.train(**made, callbacks=[lambda record: record['step'] < 2])\n"
+        "print(summary.steps, summary.stopped_because)\n"
+    )
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
+    assert printed == ["2 a callback returned False"] * 2
