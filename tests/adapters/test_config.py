@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,12 @@ def test_patterns_on_a_command_line() -> None:
 def test_the_configuration_imports_no_torch() -> None:
     code = "import sys, backhand.adapters.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "target_parameters", "layers_pattern"])
+def test_one_string_is_no_list_of_names(field: str) -> None:
+    """It would be read letter by letter."""
+    given: dict[str, Any] = {field: "lm_head", "layers_to_transform": (0,) if field == "layers_pattern" else None}
+    config = LoRAConfig(**given)
+    with pytest.raises(UsageError, match=f"{field}: 'lm_head' is not a list of names"):
+        config.validate()
