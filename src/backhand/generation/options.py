@@ -114,11 +114,11 @@ class AnswerOptions(AdapterOptions):
     `auto` takes the labels that the adapter was trained on."""
 
     context: Text | None = None
-    """With `data`: a prompt in front of every row, as for `train --objective bake`: a file, or the text itself."""
+    """With `data`: a prompt in front of every row, as for the objective `bake`: a file, or the text itself."""
 
     as_rows: bool = False
     """With `data`: write each row with its answer as a row to train on, instead of the prompt as rendered. `context` is
-    not part of it: `train --objective bake` takes such rows."""
+    not part of it: the objective `bake` takes such rows."""
 
     overwrite: bool = False
     """Replace the file `output` if it exists."""

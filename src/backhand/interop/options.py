@@ -102,7 +102,7 @@ class ExportOptions(AdaptedModelOptions, Options):
     """Merge the adapter into the model, and export the merged model."""
 
     decision: bool = False
-    """With `gguf`: merge an adapter that was trained with `--objective decide`, and write a decision model that
+    """With `gguf`: merge an adapter that was trained with the objective `decide`, and write a decision model that
     llama.cpp serves at `/v1/systemone`, with the prompt and the temperatures of training."""
 
     push: Annotated[Text, Check(_check_repository)] | None = None
