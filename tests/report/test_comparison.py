@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backhand.cli.main import main
 from backhand.report import command as writing
-from backhand.report.comparison import short_names
+from backhand.report.comparison import comparison_page, short_names
+from backhand.report.run_record import read_run
 from backhand.report.train import train
 from support.page import Page
 from support.tiny_run import TinyRun
@@ -40,6 +42,21 @@ def test_other_held_out_rows_are_not_compared(two: tuple[Path, Path], tmp_path: 
     facts.write_text(facts.read_text().replace('"held_out_digest": "', '"held_out_digest": "0'))
     assert main(["report", *map(str, two), "--output", str(tmp_path / "x.html")]) == 0
     assert "cannot be compared" in Page((tmp_path / "x.html").read_bytes()).one("p", class_="lead").text
+
+
+def test_the_best_run_is_named_in_the_measure_of_its_objective(two: tuple[Path, Path]) -> None:
+    runs = [read_run(path) for path in two]
+
+    def lead(*objectives: str) -> str:
+        made = [
+            replace(run, config=run.config | {"objective": {"objective": objective}})
+            for run, objective in zip(runs, objectives, strict=True)
+        ]
+        return Page(comparison_page(made)).one("p", class_="lead").text
+
+    assert lead("sft", "sft").endswith("nats per token.") and lead("dpo", "dpo").endswith("(dpo).")
+    assert "has the highest reward on the same held-out rows: -" in lead("grpo", "grpo")
+    assert "different objectives" in lead("sft", "dpo")
 
 
 def test_one_run_without_an_output_goes_into_its_directory(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

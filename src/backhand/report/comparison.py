@@ -47,15 +47,22 @@ def comparison_values(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
 
 
 def _best(named: Sequence[tuple[str, RunRecord]]) -> str:
-    """A sentence about the lowest held-out loss, if runs held out the same rows."""
+    """A sentence about the lowest held-out loss, if runs have one objective and held out the same rows."""
+    objectives = {run.objective for _, run in named}
     losses = [(loss, name) for name, run in named if is_number(loss := base_and_best(run)[1])]
     digests = {(run.facts.get("digests") or {}).get("held_out_digest") for _, run in named}
     if not losses:
         return "No run has held-out rows, so which one is better is not known."
     if len(digests) > 1:
         return "The runs held out different rows: their held-out losses cannot be compared."
+    if len(objectives) > 1:
+        return "The runs have different objectives: their held-out losses cannot be compared."
     loss, name = min(losses)
-    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} nats per token."
+    (objective,) = objectives
+    if objective == "grpo":
+        return f"{name} has the highest reward on the same held-out rows: {-loss:.4f}."
+    unit = "nats per token" if objective == "sft" else f"({objective})"
+    return f"{name} has the lowest loss on the same held-out rows: {loss:.4f} {unit}."
 
 
 def _loss(run: RunRecord) -> str:

@@ -225,8 +225,12 @@ class Search:
         options, schedule = self.config.search, self.schedule
         varied = ", ".join(word.partition("=")[0] for word in options.over) or "learning_rate"
         runs = schedule.runs()
+        # If the options as given turn out best, they are not trained once more for the comparison.
+        saved_runs, saved_starts = 1 - schedule.stages[0].share, schedule.last - 1
+        least_s = self._seconds(runs - saved_runs, schedule.starts() - saved_starts)
         total_s = self._seconds(runs, schedule.starts())
-        time_s = f", about {duration(total_s)}" if total_s else ""
+        between = duration(total_s) if least_s == total_s else f"{duration(least_s)} to {duration(total_s)}"
+        time_s = f", about {between}" if total_s else ""
         trials = f"search: {varied}; {count_of(schedule.count, 'trial')}, {options.sampler}, pruning: {options.prune}"
         lines = [
             f"{trials}; steps of {runs:.1f} runs{time_s}",
