@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,20 @@ def test_a_callback_ends_the_run_of_every_process(tiny: TinyRun, tmp_path: Path)
     ]
     printed = [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
     assert printed == ["2 a callback returned False"] * 2
+
+
+def test_the_notebook_runs(tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell, with a tiny base model; tests/docs/test_blocks.py runs its page with the model that it names."""
+    notebook = Path(__file__).parents[1] / "docs" / "python.ipynb"
+    shutil.copy(tiny.rows, tmp_path / "rows.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "generate", "classify", "evaluate", "export"):
+        monkeypatch.setattr(backhand, name, partial(getattr(backhand, name), model=tiny.model))
+    names: dict[str, Any] = {}
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert names["config"].run.output == Path("runs/objects") and names["result"].rows == 6
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == (
+        ["again", "objects", "observed", "python", "python.gguf", "short"]
+    )
