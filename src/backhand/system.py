@@ -341,3 +341,49 @@ def end_with_parent() -> None:
         if read_end not in dict(ends.poll()):
             os.kill(main_process, signal.SIGKILL)
         os._exit(0)
+
+
+FORKS = sys.platform == "linux"
+"""True if a process with threads can be forked safely, for work that uses none of them."""
+
+
+def limit_process(processor_seconds: int, added_bytes: int) -> None:
+    """End this process after processor seconds since its start, and refuse it more memory than `added_bytes`.
+
+    A limit of memory that is already set stays. macOS limits only the time, and Windows neither.
+    """
+    if sys.platform != "win32" and _limited.get(resource.RLIMIT_CPU) != processor_seconds:
+        _limit(resource.RLIMIT_CPU, processor_seconds)
+    if sys.platform == "linux" and resource.RLIMIT_AS not in _limited:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + added_bytes)
+
+
+def lift_limits() -> None:
+    """Return to the limits that this process had before `limit_process`."""
+    if sys.platform != "win32":
+        for kind in list(_limited):
+            resource.setrlimit(kind, _first_limits(kind))
+    _limited.clear()
+
+
+_limited: dict[int, int] = {}
+
+if sys.platform != "win32":
+
+    @cache
+    def _first_limits(kind: int) -> tuple[int, int]:
+        return resource.getrlimit(kind)
+
+    def _limit(kind: int, value: int) -> None:
+        soft, hard = _first_limits(kind)
+        resource.setrlimit(kind, (value if soft == resource.RLIM_INFINITY else min(value, soft), hard))
+        _limited[kind] = value
+
+
+def become_worker() -> None:
+    """Leave signals of the terminal to the parent process, and write no core when a limit ends this process."""
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))

@@ -23,6 +23,11 @@ from support.tokenizer_kinds import (
 )
 
 
+def starts(chat: ChatRenderer) -> dict[object, int]:
+    """Replies that do not continue the generation prompt, by how they start."""
+    return {key: count for key, count in chat.seen.items() if isinstance(key, tuple)}
+
+
 def talk(*turns: str, **columns: Any) -> Conversation:
     """`s:`, `u:`, `a:` and `t:` before each content; `a-:` is a reply with weight 0."""
     roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
@@ -122,10 +127,10 @@ def test_template_args_reach_the_template() -> None:
     chat = renderer(RETHINKING, template_args={"enable_thinking": False})
     (document,) = chat.documents(talk("u:q", "a:<think>\n\n</think>\n\nx"))
     assert spans(document) == ["x<|im_end|>"]
-    assert not chat.starts
+    assert not starts(chat)
     (same,) = chat.documents(talk("u:q", "a:x"))
     assert (same.text, same.spans) == (document.text, document.spans)
-    assert chat.starts == {("emptied", "<think>\n\n</think>\n\n"): 1}
+    assert starts(chat) == {("emptied", "<think>\n\n</think>\n\n"): 1}
 
 
 def test_a_reply_under_another_header_than_the_one_asked_with_is_refused() -> None:

@@ -16,8 +16,9 @@ import pytest
 from backhand.data.columns import ColumnReader
 from backhand.data.forms import detect
 from backhand.data.options import DataOptions, NamedColumns, asking_options, reading_options, shell_quoted
-from backhand.data.prepare import Prompt, prepare, prepare_prompts
+from backhand.data.prepare import prepare, prepare_prompts
 from backhand.data.raw_rows import RawRow, RowErrors
+from backhand.data.row_encoder import Prompt
 from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.loop.evaluate import evaluate

@@ -122,7 +122,7 @@ FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], Callable[[bytes], by
         f"{name} {value}": (lambda _: None, one_of(name, value))
         for name, value in (
             *(("begin", 0), ("begin", -1), ("begin", 2**62), ("tokens", 2**30), ("tokens", -1), ("tokens", 0)),
-            *(("source_bytes", -1), ("source_bytes", 2**30), ("side", 1), ("side", 2), ("side", 9), ("label", 9)),
+            *(("source_bytes", -1), ("source_bytes", 2**30), ("place", 1), ("place", 2), ("place", 9), ("label", 9)),
             *(("supervised", 0), ("supervised", 99), ("input_tokens", 99), ("highest", 5), ("highest", 2**30)),
         )
     },

@@ -16,7 +16,7 @@ import torch
 
 from backhand.data.examples import Example
 from backhand.data.options import DataOptions
-from backhand.data.prepare import Prompt
+from backhand.data.row_encoder import Prompt
 from backhand.distributed.communicator import Communicator
 from backhand.generation.completer import complete_greedily
 from backhand.generation.loading import LoadedModel, loaded_model

@@ -8,16 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backhand.adapters.contents import read_adapter_directory
 from backhand.cli.main import main
-from backhand.data import template_bounds
-from backhand.data.bounded_template import BoundedTemplate
-from backhand.data.template_bounds import TemplateLimitError
 from backhand.errors import ArtifactError, BackhandError
 from backhand.nn.loading import open_model
 from backhand.nn.loading.tokenizer_patterns import may_backtrack_exponentially
@@ -85,32 +81,6 @@ def test_half_a_surrogate_pair_is_printed(files: Files, tmp_path: Path) -> None:
     lay_out(case, tmp_path)
     outcome = run_attempts([Attempt(case.command, tmp_path)])[0]
     assert (outcome.fault, outcome.code) == ("", 0)
-
-
-@settings(max_examples=100)
-@given(seed=SEEDS)
-def test_templates(seed: int, files: Files) -> None:
-    case = KINDS["template"](random.Random(seed), files)
-    (data,) = case.files.values()
-    rows = [{"role": "user", "content": "what is"}, {"role": "assistant", "content": "a list"}]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template_bounds, "MOST_STEPS", 2**17)
-        patch.setattr(template_bounds, "MOST_SECONDS", 0.2)
-        patch.setattr(template_bounds, "_STEPS_BETWEEN_LOOKS", 2**10)
-        patch.setattr(template_bounds, "LARGEST_VALUE", 2**22)
-        try:
-            text = BoundedTemplate(data.decode("utf-8", "replace")).render({"messages": rows, "tools": None})
-        except (
-            TemplateLimitError,
-            jinja2.TemplateError,
-            ArithmeticError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-        ):
-            return  # what a template's own expressions raise is reported as its error
-        assert len(text) <= 2**22
 
 
 @given(st.text(alphabet="()[]{}|*+?\\^-,019ap:!&", max_size=40))

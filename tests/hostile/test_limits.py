@@ -66,8 +66,8 @@ def test_no_more_processes_or_threads(name: str, processes: int, world: World, t
 
 
 @pytest.mark.parametrize("name", ["train", "generate"])
-def test_two_threads_of_its_own_suffice_one_that_computes(name: str, world: World, tmp_path: Path) -> None:
-    limits = {resource.RLIMIT_NPROC: 3}
+def test_a_worker_and_two_threads_suffice_one_that_computes(name: str, world: World, tmp_path: Path) -> None:
+    limits = {resource.RLIMIT_NPROC: 4}
     ended = limited(COMMANDS[name](world), tmp_path, limits=limits, unprivileged=True)
     assert ended.code == 0, ended.errors
 

@@ -19,8 +19,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from backhand.data.bounded_template import BoundedTemplate, TemplateLimitError, TemplateRefusal, TemplateSyntaxError
 from backhand.data.options import TemplateOptions
 from backhand.data.reply_start import ReplyStart, find_start
 from backhand.data.rows import Conversation, Message
@@ -30,10 +31,10 @@ from backhand.errors import ArtifactError, BackhandError, DataError, UsageError
 from backhand.reading import MAX_SETTINGS_BYTES, read_plain
 from backhand.words import begin_alike, shorten
 
-if TYPE_CHECKING:
-    from backhand.data.bounded_template import BoundedTemplate
-
 NO_TEMPLATE = "none"
+
+RenderingCounts = Counter[str | tuple[str, str]]
+"""Number of rows by event of rendering, and of replies by (`ReplyStart.how`, `ReplyStart.detail`)."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ class ChatRenderer:
         self._system = options.system
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._compiled_templates: dict[str, BoundedTemplate] = {}
-        self.seen: Counter[str] = Counter()
-        self.starts: Counter[tuple[str, str]] = Counter()
+        self.seen: RenderingCounts = Counter()
         self._probe = TemplateProbe(template, self._render_unchanged, encoder.special, self.template_args)
 
     def documents(self, conversation: Conversation, *, train_on_all: bool = False) -> list[Document]:
@@ -250,7 +250,7 @@ class ChatRenderer:
 
         reply_start = find_start(self._probe, prompt, text, can_have=can_have, ask=ask)
         if reply_start is not None:
-            self.starts[reply_start.how, reply_start.detail] += 1
+            self.seen[reply_start.how, reply_start.detail] += 1
             return reply_start
         alike = begin_alike(prompt, text)
         raise DataError(
@@ -331,13 +331,11 @@ class ChatRenderer:
         }
         try:
             return self._compiled(self._template_for(tools)).render(variables)
-        except Exception as error:  # noqa: BLE001 - a template raises whatever its expressions raise
-            raise self._template_error(error, conversation.source) from None
+        except (TemplateLimitError, TemplateSyntaxError, TemplateRefusal, RecursionError) as error:
+            raise self.template_error(error, conversation.source) from None
 
     def _compiled(self, source: str) -> BoundedTemplate:
         if source not in self._compiled_templates:
-            from backhand.data.bounded_template import BoundedTemplate
-
             self._compiled_templates[source] = BoundedTemplate(source)
         return self._compiled_templates[source]
 
@@ -348,31 +346,20 @@ class ChatRenderer:
             return str(templates["tool_use"])
         return self._template
 
-    def _template_error(self, error: Exception, source: str) -> BackhandError:
-        import jinja2
-
-        from backhand.data.template_bounds import TemplateLimitError
-
+    def template_error(self, error: Exception, source: str) -> BackhandError:
+        """Return the error for a template that raised `error` or ended its worker."""
         where = "chat_template" if self._from_option else "tokenizer"
-        if isinstance(error, jinja2.TemplateSyntaxError):
+        next_step = "give another template with --chat-template"
+        if isinstance(error, TemplateSyntaxError):
             kind = UsageError if self._from_option else ArtifactError
-            return kind(
-                "the chat template is not valid Jinja",
-                where=where,
-                why=f"{shorten(str(error.message), 200)}, in line {error.lineno}",
-                next_step="give another template with --chat-template",
-            )
-        if isinstance(error, TemplateLimitError | jinja2.exceptions.SecurityError):
-            return ArtifactError(
-                "the chat template exceeds the limits for templates",
-                where=where,
-                why=shorten(str(error), 200),
-                next_step="give another template with --chat-template",
-            )
+            return kind("the chat template is not valid Jinja", where=where, why=str(error), next_step=next_step)
+        if isinstance(error, TemplateLimitError):
+            what = "the chat template exceeds the limits for templates"
+            return ArtifactError(what, where=where, why=str(error), next_step=next_step)
         return DataError(
             "the chat template refuses this conversation",
             where=source,
-            why=shorten(f"{type(error).__name__}: {error}", 300),
+            why=str(error),
             next_step="change the order or the roles of the messages, or use another template (--chat-template)",
         )
 

@@ -6,12 +6,15 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, read_template
+from backhand.data.bounded_template import exceeded
+from backhand.data.chat import NO_TEMPLATE, ChatRenderer, Document, RenderingCounts, read_template
 from backhand.data.examples import encode_document
 from backhand.data.options import TemplateOptions
 from backhand.data.rows import Completion, Conversation, Message, OneText, PlainText
 from backhand.data.text_encoder import TextEncoder
-from backhand.errors import DataError, UsageError
+from backhand.data.workers import WorkerEndedError
+from backhand.errors import BackhandError, DataError, ResourceError, UsageError
+from backhand.system import lift_limits
 from backhand.words import count_of
 
 _REPLY_START_NOTES = {
@@ -70,7 +73,7 @@ class RowRenderer:
         self._system = options.system
         self.encoder = TextEncoder(tokenizer, template)
         self._chat: ChatRenderer | None = None
-        self._seen: Counter[str] = Counter()
+        self._seen: RenderingCounts = Counter()
         if template is not None:
             self._chat = ChatRenderer(tokenizer, self.encoder, template, options)
             self._seen = self._chat.seen
@@ -128,9 +131,26 @@ class RowRenderer:
 
     def _decode_reply(self, document: Document) -> str:
         """Decode a reply from its tokens, as completions are decoded at generation."""
+        lift_limits()
         example = encode_document(document, self.encoder)
         ids = example.input_ids[example.supervised].tolist()
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def take_counts(self) -> RenderingCounts:
+        """Return the counts of events since the last call."""
+        counts = self._seen.copy()
+        self._seen.clear()
+        return counts
+
+    def add_counts(self, counts: RenderingCounts) -> None:
+        """Add the counts of a worker's renderer."""
+        self._seen.update(counts)
+
+    def worker_error(self, ended: WorkerEndedError) -> BackhandError:
+        """Return the error for a worker that ended while it rendered and encoded rows."""
+        if self._chat is not None:
+            return self._chat.template_error(exceeded(ended), "")
+        return ResourceError(f"a process that encodes rows {ended}", next_step="report this with a row that does it")
 
     def notes(self) -> tuple[str, ...]:
         """Return one sentence per event of rendering that the user should know."""
@@ -141,7 +161,7 @@ class RowRenderer:
             for kind, what in _RENDERING_NOTES.items()
             if (count := self._seen[kind])
         ]
-        notes += _about_starts(chat.starts) if chat else []
+        notes += _about_starts(self._seen) if chat else []
         if chat and "strftime_now" in (self._template or "") and "date_string" not in chat.template_args:
             notes.append("the chat template writes today's date; fix it with --template-args 'date_string=…'")
         return tuple(notes)
@@ -194,11 +214,11 @@ class RowRenderer:
         return bos is not None and text.startswith(bos)
 
 
-def _about_starts(starts: Counter[tuple[str, str]]) -> list[str]:
+def _about_starts(seen: RenderingCounts) -> list[str]:
     """Return one note per way in which replies do not continue the generation prompt."""
     notes = []
     for how, what in _REPLY_START_NOTES.items():
-        details = Counter({detail: count for (other, detail), count in starts.items() if other == how})
+        details = Counter({key[1]: count for key, count in seen.items() if isinstance(key, tuple) and key[0] == how})
         if details:
             ((detail, _),) = details.most_common(1)
             count = count_of(details.total(), "reply").replace("replys", "replies")

@@ -4,63 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from backhand.bounds import check_fields
 from backhand.data import prepared_cache
-from backhand.data.chat import Document
 from backhand.data.columns import ColumnReader
-from backhand.data.context import context_messages, with_context
+from backhand.data.context import context_messages
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decision_rows import find_questions, question_notes
-from backhand.data.decisions import DecisionRow, Question
+from backhand.data.decisions import Question
 from backhand.data.documents import RowRenderer
-from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
 from backhand.data.raw_rows import RawRow, RowErrors
-from backhand.data.row_pipeline import PendingRow, RowPipeline
-from backhand.data.rows import (
-    OneText,
-    Pair,
-    PromptRow,
-    Purpose,
-    Row,
-    UnpairedRow,
-    texts_of,
-)
+from backhand.data.row_encoder import EncodedRows, Prompt, RowEncoder
+from backhand.data.row_pipeline import RowPipeline
+from backhand.data.rows import Purpose
 from backhand.data.sources import expand, neighbouring_held_out, read_rows
 from backhand.data.stored_examples import ExampleWriter, PreparedData, with_totals
-from backhand.data.text_encoder import TokenIds
 from backhand.errors import DataError, UsageError
 from backhand.words import count_of
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt for generation, with its reference reply.
-
-    Attributes:
-        input_ids: (tokens,) int32, up to the start of the reply.
-        text: the same prompt as rendered, with control tokens.
-        reply: the reference reply without control tokens: the last reply as the chat template renders it, or the
-            completion unchanged. None if the row has no answer or is plain text.
-        source: location of the row.
-        row: the row; None for a prompt that was cut out of an example.
-    """
-
-    input_ids: TokenIds
-    text: str
-    reply: str | None
-    source: str
-    row: OneText | None = None
 
 
 def prepare(
@@ -184,85 +152,18 @@ def read_examples(
         UsageError, DataError: as `prepare`.
     """
     front = None if context is None else context_messages(context)
-    prompt_renderer = None if prompts is None else RowRenderer(tokenizer, options)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
+    encoder = RowEncoder(renderer, options, None if prompts is None else RowRenderer(tokenizer, options), front)
     writer = ExampleWriter()
     bad = RowErrors(options.skip_bad) if bad is None else bad
     stats = TruncationStats()
-    decisions = DecisionEncoder(renderer, options.max_length)
 
-    def truncate_all(examples: list[Example], source: str) -> list[Example]:
-        if not examples:
-            stats.dropped_unsupervised.append(source)
-        return [
-            example for example in (truncate(example, options, stats) for example in examples) if example is not None
-        ]
-
-    def prompt_example(row: PromptRow, ids: TokenIds) -> list[Example]:
-        if not len(ids):
-            raise DataError("the prompt is empty", where=row.source)
-        if len(ids) >= options.max_length:
-            stats.dropped_long.append(row.source)
-            return []
-        with_placeholder = np.append(ids, ids[-1]), np.append(np.zeros(len(ids), dtype=np.bool_), True)
-        return [Example(*with_placeholder, row.source, prompt_row=row)]
-
-    def taught_examples(students: list[Example], teachers: list[Example], source: str) -> list[Example]:
-        """Return the student's examples, each with the teacher's, without those that are too long with the context."""
-        examples = []
-        for student, teacher in zip(students, teachers, strict=True):
-            if len(teacher) > options.max_length:
-                stats.dropped_long.append(source)
-                continue
-            answer, expected = (example.input_ids[example.supervised] for example in (student, teacher))
-            if not np.array_equal(answer, expected):
-                raise DataError(
-                    "the answer is rendered differently with the context in front",
-                    where=source,
-                    why="the chat template writes other text into a reply if there is a system message",
-                    next_step="leave out the row, or give a chat template (--chat-template) that does not",
-                )
-            examples += [replace(one, rejected=teacher) for one in truncate_all([student], source)]
-        return examples
-
-    def examples_of_row(row: Row, parts: list[list[Example]]) -> list[Example]:
-        if isinstance(row, PromptRow):
-            return prompt_example(row, parts[0][0].input_ids)
-        if isinstance(row, DecisionRow):
-            encoded = [one for part in parts if (one := _only(part, row)) is not None]
-            example = decisions.example(row, [one.question.canonical_order for one in row.asked], encoded)
-            if example is None:
-                stats.dropped_long.append(row.source)
-            return [] if example is None else [example]
-        if context is not None:
-            return taught_examples(parts[0], parts[1], row.source)
-        if not isinstance(row, Pair | UnpairedRow):
-            return truncate_all(parts[0], row.source)
-        first, *others = (_only(truncate_all(part, row.source), row) for part in parts)
-        if first is None or None in others:
-            return []
-        if isinstance(row, UnpairedRow):
-            return [replace(first, desirable=row.desirable)]
-        return [replace(first, rejected=others[0])]
-
-    def begin(row: Row) -> PendingRow:
-        texts = texts_of(row) if front is None else (texts_of(row)[0], with_context(row, front))
-        if isinstance(row, PromptRow):
-            each = [[renderer.prompt(row.question)[0]]]
-        else:
-            each = [renderer.documents(text) for text in texts]
-
-        def finish(encoded: list[Example]) -> None:
-            left = iter(encoded)
-            examples = examples_of_row(row, [list(islice(left, len(documents))) for documents in each])
-            for example in examples:
-                writer.add(example)
-            if prompts is not None and prompt_renderer is not None and examples:
-                document, reply = prompt_renderer.prompt(texts[0])
-                ids = encode_document(document, prompt_renderer.encoder).input_ids
-                prompts.append(_as_prompt(document, ids, reply, texts[0]))
-
-        return [document for documents in each for document in documents], finish
+    def take(rows: EncodedRows) -> None:
+        writer.add_all(rows.examples)
+        stats.add(rows.truncation)
+        renderer.add_counts(rows.counts)
+        if prompts is not None:
+            prompts.extend(rows.prompts)
 
     answers_only = options.train_on == "completions" and purpose != "prompts"
     pipeline = RowPipeline(
@@ -278,7 +179,7 @@ def read_examples(
         refuses_classes=answers_only and purpose == "answers" and truncation is None,
         texts_only=options.train_on == "text",
     )
-    report = pipeline.run(begin, renderer.encoder, names)
+    report = pipeline.run(encoder, take, names)
     notes = list(renderer.notes())
     if report.empty_answers:
         count = f"{count_of(report.empty_answers, 'row')} of {report.rows:,}"
@@ -300,18 +201,6 @@ def read_examples(
     if not examples:
         raise _nothing_left(report, names, options)
     return with_totals(examples, report)
-
-
-def _only(examples: list[Example], row: Pair | UnpairedRow | DecisionRow) -> Example | None:
-    """Return the only document of an answer, or None if it was left out."""
-    if len(examples) > 1:
-        raise DataError(
-            "an answer of this row becomes several documents, but it is compared as a whole",
-            where=row.source,
-            why="the chat template rewrites earlier replies, and several of them carry loss",
-            next_step="give the earlier turns as the prompt, and the last reply as the answer",
-        )
-    return examples[0] if examples else None
 
 
 def check_first_rows(options: DataOptions) -> None:
@@ -343,20 +232,14 @@ def prepare_prompts(
     renderer = RowRenderer(tokenizer, template)
     prompts: list[Prompt] = []
 
-    def begin(row: Row) -> PendingRow:
-        assert not isinstance(row, Pair | UnpairedRow | PromptRow | DecisionRow)  # other forms are not read here
-        document, reply = renderer.prompt(row if front is None else with_context(row, front))
-        return [document], lambda encoded: prompts.append(_as_prompt(document, encoded[0].input_ids, reply, row))
+    def take(encoded: EncodedRows) -> None:
+        prompts.extend(encoded.prompts)
+        renderer.add_counts(encoded.counts)
 
     bad = RowErrors(rows.skip_bad)
     pipeline = RowPipeline(rows, named or NamedColumns(), template.system, bad, allow_prompts=True)
-    report = pipeline.run(begin, renderer.encoder, rows.data)
+    report = pipeline.run(RowEncoder(renderer, None, renderer, front), take, rows.data)
     return tuple(prompts), replace(report, notes=(*renderer.notes(), *report.notes))
-
-
-def _as_prompt(document: Document, input_ids: TokenIds, reply: str | None, row: OneText) -> Prompt:
-    text = document.text if document.mark is None else document.text.replace(document.mark, "")
-    return Prompt(input_ids, text, reply, document.source, row)
 
 
 def _nothing_left(report: DataReport, names: Sequence[str], options: DataOptions) -> DataError:

@@ -30,6 +30,8 @@ class RowErrors:
     keep: int = 5
     # first error in the current file; the reader of the next file resets it to None
     first_of_file: DataError | None = None
+    # list to which errors are appended instead, if they are counted later, in the order of the rows
+    waiting: list[Any] | None = None
 
     def add(self, error: DataError) -> None:
         """Raise `error`, or count it."""
@@ -38,6 +40,9 @@ class RowErrors:
                 remedy = "correct the row, or leave bad rows out with --skip-bad"
                 error.next_step = f"{remedy}; `backhand lint` lists all such rows at once"
             raise error
+        if self.waiting is not None:
+            self.waiting.append(error)
+            return
         self.count += 1
         self.first_of_file = self.first_of_file or error
         if len(self.errors) < self.keep:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
-from backhand.data.chat import Document
 from backhand.data.column_hints import CLASSES, suggestion
 from backhand.data.columns import ColumnReader
 from backhand.data.data_report import DataReport, SourceForm
 from backhand.data.decisions import Question
-from backhand.data.examples import Example, encode_document
 from backhand.data.form_reader import FormReader
 from backhand.data.options import NamedColumns, RowSources
 from backhand.data.raw_rows import RowErrors
+from backhand.data.row_encoder import EncodedRows, RowEncoder, size_of
 from backhand.data.rows import (
     Conversation,
     PromptRow,
@@ -26,57 +25,15 @@ from backhand.data.rows import (
     texts_of,
 )
 from backhand.data.sources import expand, read_rows
-from backhand.data.text_encoder import TextEncoder
+from backhand.data.workers import WorkerEndedError, parallel_map
 from backhand.errors import DataError
 from backhand.words import count_of, name_list, shorten
 
 _FEW_EMPTY_LINES = 1000
 
 
-PendingRow = tuple[list[Document], Callable[[list[Example]], None]]
-"""The documents of a row, and a function that takes them once they are encoded."""
-
-
-_BATCH_ROWS, _BATCH_CHARACTERS = 512, 2**17
-"""Limits of a batch that is encoded at once, on all cores. A tokenizer needs some 300 bytes per character."""
-
-
-def _encode_in_batches(
-    rows: Iterator[Row], most: int | None, begin: Callable[[Row], PendingRow], encoder: TextEncoder, bad: RowErrors
-) -> Iterator[Row]:
-    """Yield the first `most` valid rows, each after its encoded documents were passed on.
-
-    Errors are raised in the order of the rows.
-    """
-    failure: DataError | None = None
-    done, more = 0, True
-    while more and failure is None and done != most:
-        pending: list[tuple[Row, PendingRow]] = []
-        characters = 0
-        try:
-            for _ in range(_BATCH_ROWS if most is None else min(_BATCH_ROWS, most - done)):
-                if characters > _BATCH_CHARACTERS or not (more := (row := next(rows, None)) is not None):
-                    break
-                assert row is not None
-                try:
-                    pending.append((row, begin(row)))
-                    characters += sum(len(document.text) for document in pending[-1][1][0])
-                except DataError as error:
-                    bad.add(error)
-        except DataError as error:
-            failure = error  # raised after the pending rows, which come before it
-        encoded = iter(encoder.encode_plain([document for _, (documents, _) in pending for document in documents]))
-        for row, (documents, finish) in pending:
-            pairs = zip(documents, list(islice(encoded, len(documents))), strict=True)
-            try:
-                finish([encode_document(document, encoder, encoding) for document, encoding in pairs])
-            except DataError as error:
-                bad.add(error)
-                continue
-            done += 1
-            yield row
-    if failure is not None:
-        raise failure
+_BATCH_ROWS, _BATCH_CHARACTERS = 256, 2**19
+"""Limits of a batch that is sent to a worker."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +61,8 @@ class RowPipeline:
         raws = read_rows(name, self.bad, held_out=self.held_out)
         return named, reader, reader.read_all(named.rows(raws, self.bad), self.bad)
 
-    def run(self, begin: Callable[[Row], PendingRow], encoder: TextEncoder, names: Sequence[str]) -> DataReport:
-        """Pass every valid row's documents on, count a DataError as a malformed row, and return the statistics."""
+    def run(self, encoder: RowEncoder, take: Callable[[EncodedRows], object], names: Sequence[str]) -> DataReport:
+        """Encode all rows, pass them on in batches, count a DataError as a malformed row, and return the statistics."""
         bad, most = self.bad, self.sources.max_rows
         forms: list[SourceForm] = []
         total = empty = 0
@@ -122,7 +79,7 @@ class RowPipeline:
             bad_before, bad.first_of_file = bad.count, None
             conversation = rewarded = False
             named, reader, read = self.open_file(name)
-            for row in _encode_in_batches(read, None if most is None else most - total, begin, encoder, bad):
+            for row in self._encode(read, None if most is None else most - total, encoder, take):
                 rows += 1
                 answered += not (sides := empty_answers(row))
                 empty_sides.update(sides)
@@ -173,6 +130,62 @@ class RowPipeline:
             system=systems.pop() if len(systems) == 1 else None,
             notes=tuple(notes),
         )
+
+    def _encode(
+        self, rows: Iterator[Row], most: int | None, encoder: RowEncoder, take: Callable[[EncodedRows], object]
+    ) -> Iterator[Row]:
+        """Yield the first `most` valid rows, each after its batch was passed on.
+
+        Errors are raised or counted in the order of the rows.
+        """
+        bad, done = self.bad, 0
+        encoding: deque[list[Row | DataError]] = deque()  # batches that workers encode
+        failure: DataError | None = None
+        more = True
+
+        def batches() -> Iterator[list[Row]]:
+            """Read batches. An error is raised after the rows before it."""
+            nonlocal failure, more
+            while more and failure is None:
+                room = _BATCH_ROWS
+                if most is not None:
+                    room = min(room, most - done - sum(map(len, encoding)))
+                batch: list[Row | DataError] = []
+                bad.waiting, characters = batch, 0
+                try:
+                    while len(batch) < room and characters < _BATCH_CHARACTERS and more:
+                        row = next(rows, None)
+                        more = row is not None
+                        if row is not None:
+                            batch.append(row)
+                            characters += size_of(row)
+                except DataError as error:
+                    failure = error
+                bad.waiting = None
+                if not batch:
+                    return
+                encoding.append(batch)
+                yield [row for row in batch if not isinstance(row, DataError)]
+
+        while more and failure is None and done != most:
+            try:
+                for result in parallel_map(encoder.encode, batches()):
+                    take(result)
+                    errors = iter(result.errors)
+                    for row in encoding.popleft():
+                        error = row if isinstance(row, DataError) else next(errors, result.stopped)
+                        if isinstance(error, DataError):
+                            bad.add(error)
+                        elif error is not None:
+                            raise error
+                        else:
+                            done += 1
+                            assert not isinstance(row, DataError)
+                            yield row
+            except WorkerEndedError as ended:
+                raise encoder.renderer.worker_error(ended) from None
+        if failure is not None:
+            raise failure
 
 
 def _no_answers(name: str, reader: FormReader, rows: int, empty_sides: Collection[int]) -> DataError:

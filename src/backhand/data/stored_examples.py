@@ -85,6 +85,17 @@ class ExampleWriter:
                 self._records.write(np.array(record, dtype=RECORD).tobytes())
             self._places += len(encoded) // 4
 
+    def add_all(self, examples: StoredExamples) -> None:
+        """Append all documents of these arrays. Raises ResourceError: the disk is full."""
+        before = self._records.tell() // RECORD.itemsize
+        records = examples.records.copy()
+        records["begin"] += self._places
+        with _disk_space():
+            self._tokens.write(examples.tokens.tobytes())
+            self._records.write(records.tobytes())
+        self._places += len(examples.tokens)
+        self._rows |= {before + number: row for number, row in examples.rows.items()}
+
     def stored(self) -> StoredExamples:
         """Return all added examples and close the writer. Raises ResourceError: the disk is full."""
         return StoredExamples.all_of(_array(self._tokens, np.int32), _array(self._records, RECORD), self._rows)

@@ -13,8 +13,9 @@ from typing import Any
 
 from backhand.data.context import context_text
 from backhand.data.options import NamedColumns
-from backhand.data.prepare import Prompt, prepare_prompts
+from backhand.data.prepare import prepare_prompts
 from backhand.data.raw_rows import RowErrors
+from backhand.data.row_encoder import Prompt
 from backhand.data.rows import with_answer
 from backhand.errors import DataError, UsageError
 from backhand.files import make_directory, replaceable_mode, write_atomically

@@ -20,7 +20,8 @@ from backhand.adapters.config import LoRAConfig
 from backhand.arithmetic.findings import new_figure, png_bytes, print_table
 from backhand.data.demo_task import SHOTS, demo_rows, few_shot, write_demo_data
 from backhand.data.options import DataOptions, RowSources, TemplateOptions, system_option
-from backhand.data.prepare import Prompt, prepare_prompts
+from backhand.data.prepare import prepare_prompts
+from backhand.data.row_encoder import Prompt
 from backhand.errors import CheckError, UsageError
 from backhand.files import make_directory, write_atomically
 from backhand.generation.completer import complete_greedily

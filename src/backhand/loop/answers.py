@@ -18,7 +18,7 @@ from backhand.data.chat import stopping_role_ids
 from backhand.data.examples import Example
 from backhand.data.held_out import neutral_prompts
 from backhand.data.options import TemplateOptions
-from backhand.data.prepare import Prompt
+from backhand.data.row_encoder import Prompt
 from backhand.engines.engine import BoundModel
 from backhand.errors import CheckError, DataError, UsageError, not_none
 from backhand.generation.completer import complete_greedily

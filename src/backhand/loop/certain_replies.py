@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from backhand.data.examples import Example
-from backhand.data.prepare import Prompt
+from backhand.data.row_encoder import Prompt
 
 # The threshold is p > 0.78 instead of 1/2. The token's logit is then at least 1.26 above every other logit. This
 # margin exceeds the rounding differences of a bfloat16 model: decoding multiplies matrices of other shapes.

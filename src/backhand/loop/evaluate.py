@@ -30,7 +30,8 @@ from backhand.data.documents import RowRenderer
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.options import DataOptions
 from backhand.data.packing import RowPacker
-from backhand.data.prepare import Prompt, check_first_rows, prepare
+from backhand.data.prepare import check_first_rows, prepare
+from backhand.data.row_encoder import Prompt
 from backhand.distributed.communicator import Communicator
 from backhand.errors import CheckError, DataError, not_none
 from backhand.generation.completer import complete_greedily
