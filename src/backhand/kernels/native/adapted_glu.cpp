@@ -22,7 +22,7 @@ struct Side {
 
 // The factor of the down projection: t = p Aᵀ, with ∂L/∂t given and ∂L/∂A (rank, n) computed.
 template <class T>
-struct Behind {
+struct DownFactor {
   Matrix<const T> d_t;
   Matrix<T> gradient;
   int64_t rank;
@@ -44,14 +44,14 @@ struct AdaptedGLU {
   Matrix<const C> d_y, gate, up;
   Matrix<C> d_gate, d_up;
   const Side<C>* sides;
-  Behind<C> behind;
+  DownFactor<C> down;
   int64_t rows, n;
 
   static int64_t across(int64_t rank) { return rounded_up(rank, lanes<C>); }
   int64_t width() const { return rounded_up(n, FEWEST_COLUMNS); }
   // Sums of one part: the gradients of gate's, up's and down's factors, (rounded up rank, width) each.
   static int64_t high(int64_t rank) { return rounded_up(rank, TILE); }
-  int64_t sums_of_part() const { return (high(sides[0].rank) + high(sides[1].rank) + high(behind.rank)) * width(); }
+  int64_t sums_of_part() const { return (high(sides[0].rank) + high(sides[1].rank) + high(down.rank)) * width(); }
 
   // Compute a block of both gradients and of p, row by row, with zeros after n; prefetch the next block of columns.
   void make(int64_t t, int64_t count, int64_t j, int64_t wide, C* of_gate, C* of_up, C* p) const {
@@ -127,13 +127,13 @@ struct AdaptedGLU {
                               MUTATED("adapted_glu: first columns of dh lost", j > 0, false));
           of_h += ROWS * across(side.rank);
         }
-        if (behind.rank > 0)
-          product_of_part<Op>(behind.rank, wide, count, Interleaved<C>{behind.d_t.at(t), behind.d_t.row}, p, COLUMNS,
+        if (down.rank > 0)
+          product_of_part<Op>(down.rank, wide, count, Interleaved<C>{down.d_t.at(t), down.d_t.row}, p, COLUMNS,
                               own, width(), add);
       }
       int64_t offset = 0;
-      for (const int64_t rank : {sides[0].rank, sides[1].rank, behind.rank}) {
-        sums.behind(number, t + ROWS >= last, offset, width(), rank, 0, width());
+      for (const int64_t rank : {sides[0].rank, sides[1].rank, down.rank}) {
+        sums.end_block(number, t + ROWS >= last, offset, width(), rank, 0, width());
         offset += high(rank) * width();
       }
       const C* of_h = added;
@@ -162,10 +162,10 @@ struct AdaptedGLU {
       add_turned(sums + first, width(), there, side.rank, by, side.gradient.at(first), side.gradient.row);
       sums += high(side.rank) * width();
     }
-    add_parts(sums, parts, apart, width(), behind.rank, first, last);
-    for (int64_t r = 0; r < behind.rank; ++r)
+    add_parts(sums, parts, apart, width(), down.rank, first, last);
+    for (int64_t r = 0; r < down.rank; ++r)
       for (int64_t j = first; j < first + there; j += lanes<C>)
-        add_some<C>(behind.gradient.at(r, j), load<C>(sums + r * width() + j), n - j);
+        add_some<C>(down.gradient.at(r, j), load<C>(sums + r * width() + j), n - j);
   }
 
   int run() const {
@@ -196,7 +196,7 @@ struct AdaptedGLU {
       for (int64_t i = begin; i < end; ++i)
         part(parts.begin(i), parts.begin(i + 1), {sums + i * sums_of_part(), one, rows / parts.count, ROWS}, with, of_h + i * added);
     });
-    parallel(width() / FEWEST_COLUMNS, grain_of_sums(parts.count * (sides[0].rank + sides[1].rank + behind.rank)),
+    parallel(width() / FEWEST_COLUMNS, grain_of_sums(parts.count * (sides[0].rank + sides[1].rank + down.rank)),
              [=](int64_t begin, int64_t end) {
                add_up(sums, parts.count, begin * FEWEST_COLUMNS, end * FEWEST_COLUMNS);
              });
@@ -227,8 +227,8 @@ int adapted_glu(const int64_t* numbers, const double* scalings, int64_t rows, in
   }
   const auto d_t = matrix_at<const C>(numbers);
   const auto gradient = matrix_at<C>(numbers);
-  const Behind<C> behind{d_t, gradient, *numbers};
-  return AdaptedGLU<activation, C>{d_y, gate, up, d_gate, d_up, sides, behind, rows, n}.run();
+  const DownFactor<C> down{d_t, gradient, *numbers};
+  return AdaptedGLU<activation, C>{d_y, gate, up, d_gate, d_up, sides, down, rows, n}.run();
 }
 
 }  // namespace

@@ -220,13 +220,13 @@ BACKHAND_EXPORT int backhand_attention_forward(int dtype, const void* q, int64_t
   });
 }
 
-// Compute the gradients of q, k and v from d_y, the gradient of the output, and the output itself in `again` if that is
-// not null. The other arguments are those of the forward.
+// Compute the gradients of q, k and v from d_y, the gradient of the output. If `output` is not null, the output itself is
+// written to it. The other arguments are those of the forward.
 BACKHAND_EXPORT int backhand_attention_backward(
     int dtype, const void* q, int64_t q_token, int64_t q_head, const void* k, int64_t k_token, int64_t k_head,
     const void* v, int64_t v_token, int64_t v_head, const void* d_y, int64_t d_y_token, int64_t d_y_head, void* d_q,
     int64_t d_q_token, int64_t d_q_head, void* d_k, int64_t d_k_token, int64_t d_k_head, void* d_v, int64_t d_v_token,
-    int64_t d_v_head, void* again, int64_t again_token, int64_t again_head, const int64_t* table, int64_t segments,
+    int64_t d_v_head, void* output, int64_t output_token, int64_t output_head, const int64_t* table, int64_t segments,
     int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, double scaling, const double* sinks) {
   const Shape shape{{table, segments}, heads, kv_heads, head_dim, window, scaling, sinks};
   BY_DTYPE(dtype, T, {
@@ -238,7 +238,7 @@ BACKHAND_EXPORT int backhand_attention_backward(
                                        {static_cast<T*>(d_q), d_q_token, d_q_head},
                                        {static_cast<T*>(d_k), d_k_token, d_k_head},
                                        {static_cast<T*>(d_v), d_v_token, d_v_head},
-                                       {static_cast<T*>(again), again_token, again_head}};
+                                       {static_cast<T*>(output), output_token, output_head}};
     return backward(run);
   });
 }

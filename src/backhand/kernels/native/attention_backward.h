@@ -20,7 +20,7 @@ struct Backward {
   typedef typename Op::Unit U;
   Shape shape;
   Heads<const T> q, k, v, d_y;
-  Heads<T> d_q, d_k, d_v, again;  // the data of the last one is null if O is not requested
+  Heads<T> d_q, d_k, d_v, output;  // the data of the last one is null if O is not requested
 
   size_t scratch(int64_t keys) const {
     const int64_t n = rounded_up(keys, KEYS), width = shape.width(), block = block_of(keys);
@@ -48,12 +48,12 @@ struct Backward {
     pack_rows<Op>(k, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, k_rows);
     pack_rows<Op>(v, kv_head, doc, 0, doc.keys(), n, shape.head_dim, width, v_rows);
     const U* k_places = by_places<Op>(k_rows, width, n, k_spare);
-    const U* v_places = again.data == nullptr ? nullptr : by_places<Op>(v_rows, width, n, v_spare);
+    const U* v_places = output.data == nullptr ? nullptr : by_places<Op>(v_rows, width, n, v_spare);
     if constexpr (by_corners<Op>) {
       U* turned = arena.take<U>(width * (n / Op::PACK));
       transpose(k_places, width, n / Op::PACK, width, turned, n / Op::PACK);
       k_places = turned;
-      if (again.data != nullptr) {
+      if (output.data != nullptr) {
         turned = arena.take<U>(width * (n / Op::PACK));
         transpose(v_places, width, n / Op::PACK, width, turned, n / Op::PACK);
         v_places = turned;
@@ -107,8 +107,8 @@ struct Backward {
             write_row<C>(rows + i * width, to.at(doc.token(first + i), head), shape.head_dim);
         };
         write_product(d_s, k_places, d_q);
-        if (again.data != nullptr)
-          write_product(p, MUTATED("attention: output made of keys", v_places, k_places), again);
+        if (output.data != nullptr)
+          write_product(p, MUTATED("attention: output made of keys", v_places, k_places), output);
       }
   }
 

@@ -195,14 +195,14 @@ class Block {
   void write(Rows<T> d_x, int64_t token, const C* sum) const {
     T* out = d_x.at(token) + first_;
     const T* in = row(token);
-    const int64_t behind = 2 * op_.channels;
+    const int64_t x_offset = 2 * op_.channels;
     for (int64_t j = 0; j < width_; j += lanes<C>) {
       const int64_t count = width_ - j;
       const Vector<C> d = load<C>(sum + j);
       if constexpr (mode == GATED) {
-        set<C>(out + j, d * get<C>(in + behind + j, count), count);
+        set<C>(out + j, d * get<C>(in + x_offset + j, count), count);
         const Vector<C> b = MUTATED("gated_conv: by the wrong factor", get<C>(in + j, count), all<C>(1));
-        set<C>(out + behind + j, d * b, count);
+        set<C>(out + x_offset + j, d * b, count);
       } else {
         set<C>(out + j, d, count);
       }

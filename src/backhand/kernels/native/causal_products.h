@@ -26,7 +26,7 @@ constexpr bool by_corners = by_tiles<Op>;
 #endif
 
 // How many keys after those of a query its tile's last query may see; as many zeros are read.
-constexpr int64_t BEHIND = 16;
+constexpr int64_t EXTRA_KEYS = 16;
 
 // The corner's side, or 0 if the block has none.
 inline int64_t corner_of(int64_t queries, int64_t keys, int64_t diagonal) {
@@ -42,7 +42,7 @@ inline int64_t keys_read(int64_t queries, int64_t keys, int64_t diagonal, int64_
     const int64_t corner = corner_of(queries, keys, diagonal);
     return last < corner ? keys - corner : keys;
   }
-  return std::min(keys, last + diagonal + 1 + BEHIND);
+  return std::min(keys, last + diagonal + 1 + EXTRA_KEYS);
 }
 
 // Compute rows begin … m - 1 of `VECTORS` registers from `column` on. From row `end` on the first register is skipped,
@@ -155,7 +155,7 @@ inline void sum_over_keys(int64_t queries, int64_t n, int64_t keys, Left a, cons
         by_tile_rows<VECTORS>(std::max<int64_t>(0, k * Op::PACK - diagonal), queries, [&](auto rows, int64_t i) {
           const int64_t last = i + rows() - 1 + diagonal;
           const int64_t end = std::min(units, last / Op::PACK + MUTATED("attention: last key of a query lost", 1, 0));
-          tile<Op, rows(), VECTORS>(std::min(end - k, LONGEST_SUM), a.behind(k), b + k * b_row, b_row, i, j,
+          tile<Op, rows(), VECTORS>(std::min(end - k, LONGEST_SUM), a.from_column(k), b + k * b_row, b_row, i, j,
                                     Onto<typename Op::Sum>{c, c_row, k > 0});
         });
       });

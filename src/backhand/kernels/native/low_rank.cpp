@@ -182,7 +182,7 @@ int gather(Matrix<const T> v, Matrix<const T> h, const Part<O>* parts, int64_t p
                          at_end ? step * v.row + first - j : GATHERED_COLUMNS, right, own.recent, width,
                          MUTATED("low_rank: first rows of a gradient lost", own.adds(number), false));
       }
-      own.behind(number, t + step >= end, 0, width, rank, first, last);
+      own.end_block(number, t + step >= end, 0, width, rank, first, last);
     }
   };
   if (count > 1)

@@ -268,8 +268,8 @@ struct BlockSums {
   // True if the sums of this block, counted from 0, are added to the recent ones.
   bool adds(int64_t block) const { return lost == nullptr ? block > 0 : block % FEW > 0; }
   // Call after the block, for the columns first … last - 1 of `rank` rows from number `offset` on.
-  void behind(int64_t block, bool is_last, int64_t offset, int64_t width, int64_t rank, int64_t first,
-              int64_t last) const {
+  void end_block(int64_t block, bool is_last, int64_t offset, int64_t width, int64_t rank, int64_t first,
+                 int64_t last) const {
     if (lost == nullptr || (block % FEW < FEW - 1 && !is_last)) return;
     for (int64_t r = 0; r < rank; ++r)
       for (int64_t j = first; j < last; j += lanes<C>) {

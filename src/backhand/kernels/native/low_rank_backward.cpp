@@ -84,7 +84,7 @@ struct Backward {
                             here.partial + t * wide, wide,
                             MUTATED("low_rank: first columns of a pass lost", j > 0, false));
       }
-      sums.behind(t / ROWS, t + ROWS >= rows, 0, TASK, rank, 0, TASK);
+      sums.end_block(t / ROWS, t + ROWS >= rows, 0, TASK, rank, 0, TASK);
     }
     const C s = static_cast<C>(MUTATED("low_rank: scaling of dB forgotten", member.scaling, 1));
     add_turned(sums.all, TASK, there, rank, s, member.gradient.at(here.column), member.gradient.row);
@@ -207,7 +207,7 @@ struct ByParts {
                                     rows / parts.count, block);
             rows_of(members[i], packed[i], sums.recent, t, std::min(block, last - t),
                     std::min(block, rows - std::min(rows, t + block)), sums.adds(number));
-            sums.behind(number, t + block >= last, 0, columns, rank, 0, columns);
+            sums.end_block(number, t + block >= last, 0, columns, rank, 0, columns);
           }
       }
     });

@@ -84,7 +84,7 @@ struct Rows {
   int64_t row;
   const Unit* from(int64_t i) const { return data + i * row; }
   Unit at(const Unit* first, int64_t i, int64_t k) const { return first[i * row + k]; }
-  Rows behind(int64_t k) const { return {data + k, row}; }
+  Rows from_column(int64_t k) const { return {data + k, row}; }
 };
 template <class Unit>
 struct Interleaved {
@@ -92,7 +92,7 @@ struct Interleaved {
   int64_t place;
   const Unit* from(int64_t i) const { return data + i; }
   Unit at(const Unit* first, int64_t i, int64_t k) const { return first[k * place + i]; }
-  Interleaved behind(int64_t k) const { return {data + k * place, place}; }
+  Interleaved from_column(int64_t k) const { return {data + k * place, place}; }
 };
 
 // Receives the sums of one tile, one register at a time: those of row i from column j on. It is a separate function,

@@ -13,7 +13,7 @@ template <class T>
 void rotate(const T* x, int64_t x_token, int64_t x_head, T* y, int64_t y_token, int64_t y_head, const Wide<T>* cosines,
             const Wide<T>* sines, int64_t tokens, int64_t heads, int64_t half, bool back) {
   typedef Wide<T> C;
-  const C sign = MUTATED("rotary: turned forward again", back, false) ? C(-1) : C(1);
+  const C sign = MUTATED("rotary: rotated forward instead of back", back, false) ? C(-1) : C(1);
   parallel(tokens, 1 + ROTARY_GRAIN / (heads * half > 0 ? 2 * heads * half : 1), [=](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const C *cosine = cosines + token * half, *sine = sines + token * half;
