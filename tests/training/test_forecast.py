@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Started(Observer):
         self.starts.append(start)
 
 
-@pytest.mark.parametrize("kind", ["answers", "pairs"])
+@pytest.mark.parametrize("kind", ["answers", "pairs", "rewards", "decisions"])
 def test_a_run_says_its_time_with_its_plan(
     kind: str, tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,13 +75,24 @@ def test_a_run_says_its_time_with_its_plan(
     if kind == "pairs":
         rows = (str(write_pairs(tmp_path / "pairs.jsonl", 9)), str(write_pairs(tmp_path / "held_out.jsonl", 4, seed=1)))
         options |= {"data": rows[:1], "eval_data": rows[1:], "objective": "dpo"}
+    if kind == "rewards":
+        options |= {"objective": "grpo", "reward": ("length:3",), "group": 4, "max_new_tokens": 6, "max_length": 64}
+    if kind == "decisions":
+        rows_of = [(f"{name}.jsonl", count) for name, count in (("rows", 11), ("held_out", 4))]
+        for name, count in rows_of:
+            row = {"text": "the user asks", "mood": "good"}
+            other = {"text": "json answers", "mood": "bad"}
+            (tmp_path / name).write_text((json.dumps(row) + "\n" + json.dumps(other) + "\n") * count)
+        data, eval_data = ((str(tmp_path / name),) for name, _ in rows_of)
+        options |= {"objective": "decide", "data": data, "eval_data": eval_data}
+        options |= {"state": "text", "question": {"mood": "Mood?"}}
     started = Started()
     train(tiny.config(tmp_path / "run", **options), callbacks=[started])
     forecast = started.starts[0].forecast
     assert forecast is not None and forecast.total_s > sum(forecast.steps_s) > 0 and set(forecast.pauses_s) >= {0, 4, 8}
     said = capsys.readouterr().err
     (plan,) = (line for line in said.splitlines() if line.startswith("plan: "))
-    assert re.search(r"peak memory about \d+ MiB; about [\d.]+ s$", plan)
+    assert re.search(rf"peak memory about \d+ MiB; {'at most' if kind == 'rewards' else 'about'} [\d.]+ s$", plan)
     steps = [
         line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "held-out" not in line
     ]
