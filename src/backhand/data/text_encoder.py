@@ -215,7 +215,7 @@ def _copy(backend: Any) -> Any:
 
 
 def _ends(offsets: list[tuple[int, int]]) -> npt.NDArray[np.int32]:
-    return np.array(offsets, dtype=np.int32).reshape(-1, 2)[:, 1].copy()
+    return np.fromiter((end for _, end in offsets), np.int32, len(offsets))
 
 
 def _prefix_ids(backend: Any) -> tuple[int, ...]:
