@@ -180,7 +180,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_ends_with_its_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_template, "MOST_SECONDS", 1)
+    monkeypatch.setattr(bounded_template, "MOST_SECONDS", 2)
     source, reason = HOSTILE[name]
     with pytest.raises(TemplateLimitError, match=reason):
         BoundedTemplate(source).render(variables())
@@ -225,11 +225,11 @@ def test_values_are_plain_for_the_template() -> None:
 
 @pytest.mark.parametrize("count", [1, 600], ids=["a few rows", "rows for several workers"])
 def test_a_run_names_the_template_and_not_the_rows(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounded_template, "MOST_SECONDS", 1)
+    monkeypatch.setattr(bounded_template, "MOST_SECONDS", 2)
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps({"prompt": "q", "completion": "a"}) + "\n") * count)
     tokenizer = tiny_tokenizer()
-    for name, reason in (("times", "memory"), ("loops", "1 s"), ("half a pair", "surrogate"), ("class", "unsafe")):
+    for name, reason in (("times", "memory"), ("loops", "2 s"), ("half a pair", "surrogate"), ("class", "unsafe")):
         end_worker()
         tokenizer.chat_template = HOSTILE[name][0]
         with pytest.raises(ArtifactError, match="exceeds the limits for templates") as raised:

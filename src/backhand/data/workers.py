@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from backhand.errors import ResourceError
@@ -196,6 +197,8 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
     become_worker()
     for inherited in list(_parent_ends):
         inherited.close()  # otherwise other workers would outlive the parent
+    if FORKS:
+        _leave_files(connection.fileno())
     with suppress(EOFError, OSError):
         while True:
             arguments = connection.recv()
@@ -203,3 +206,15 @@ def _serve(connection: Connection, function: Callable[..., Any]) -> None:
                 connection.send((function(*arguments), None))
             except Exception as error:  # noqa: BLE001 - raised again by `receive`
                 connection.send((None, error))
+
+
+def _leave_files(kept: int) -> None:
+    """Replace the files inherited from the parent, except `kept`, by standard error.
+
+    Otherwise locks and pipes of a parent that is killed would stay until its workers have ended. The numbers stay
+    open, since an inherited object may close its number later.
+    """
+    for number in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if number not in (2, kept):
+            with suppress(OSError):
+                os.dup2(2, number)
