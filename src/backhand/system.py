@@ -6,6 +6,7 @@ calls that only Linux has and that are optional are next to their use.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import shlex
@@ -22,7 +23,6 @@ from operator import itemgetter
 from pathlib import Path
 
 if sys.platform == "win32":
-    import ctypes
     import msvcrt
 
     import psutil  # type: ignore[import-untyped]
@@ -387,3 +387,7 @@ def become_worker() -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform != "win32":
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if sys.platform == "linux":
+        # The parent may have reserved gigabytes of heap (`kernels.large_pages`), to which no later limit applies.
+        with suppress(AttributeError):  # only glibc has it
+            ctypes.CDLL(None).malloc_trim(0)
