@@ -268,6 +268,11 @@ def _cached_bytes(directory: Path, name: str) -> int:
     return 0
 
 
+def affinity_cores() -> int:
+    """Return the number of cores that this process may run on; all cores where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def may_reserve(size: int) -> bool:
     """Return True if the limit of `ulimit -v` allows this process another `size` bytes of addresses."""
     if sys.platform == "win32" or memory_limits()[0] is None:

@@ -23,7 +23,7 @@ from cyclopts import Group, Parameter, Token, convert
 from backhand.bounds import union_members
 from backhand.cli.option_fields import OptionField, build, is_mapping, option_fields, takes_several, value_of
 from backhand.errors import ResourceError, UsageError
-from backhand.system import may_reserve
+from backhand.system import affinity_cores, may_reserve
 from backhand.words import shorten
 
 if typing.TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _check_address_space() -> None:
     """Raise ResourceError if `ulimit -v` is too low for the imports: OpenBLAS would end the process with code 1."""
     if "torch" in sys.modules:
         return
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = affinity_cores()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         if (stated := os.environ.get(name, "")).isdecimal():
             threads = min(threads, max(1, int(stated)))

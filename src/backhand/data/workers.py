@@ -26,7 +26,7 @@ from typing import Any, Generic, TypeVar
 
 from backhand.errors import ResourceError
 from backhand.files import reason
-from backhand.system import FORKS, become_worker
+from backhand.system import FORKS, affinity_cores, become_worker
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -135,7 +135,7 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     if len(first) < 2 or not FORKS:
         yield from map(function, chain(first, items))
         return
-    most = min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
+    most = min(affinity_cores() + 1, MOST_WORKERS)
     calling: deque[Worker[R]] = deque()
     try:
         for item in chain(first, items):

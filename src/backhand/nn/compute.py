@@ -16,7 +16,7 @@ import torch
 from backhand.errors import ResourceError, UsageError, first_line
 from backhand.kernels.large_pages import grow_heap_again, grow_heap_in_large_pages
 from backhand.nn.model_options import BaseModelOptions
-from backhand.system import available_bytes
+from backhand.system import affinity_cores, available_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # glibc's mallopt parameters (malloc.h).
@@ -71,7 +71,7 @@ def resolve_threads(options: BaseModelOptions) -> int:
 
 def available_cores() -> int:
     """Return the number of cores for this process: the smaller one of CPU affinity and cgroup quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = affinity_cores()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, min(cores, int(quota) // int(period)))
