@@ -22,11 +22,9 @@ def test_defaults_are_valid_and_validate_chains() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("data", "rows.jsonl"),
         ("data", ("",)),
         ("data", ("a\0b",)),
         ("data", (3,)),
-        ("eval_data", "rows.jsonl"),
         ("eval_fraction", 1.0),
         ("eval_fraction", -0.1),
         ("eval_fraction", math.nan),

@@ -183,7 +183,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length():
     assert not decoder.shares_prefixes and adapted_pair("phi3")[1].shares_prefixes
     lengths = batch.lengths
     shared = PackedBatch(batch.input_ids, batch.labels, (4, lengths[0] - 4, *lengths[1:]), (-1, *(0,) * len(lengths)))
-    with pytest.raises(ValueError, match="a shared prefix would be rotated"):
+    with pytest.raises(ValueError, match="documents cannot share a prefix"):
         decoder.loss(shared)
 
 

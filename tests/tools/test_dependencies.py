@@ -40,7 +40,7 @@ EXTRAS = {extra: names(requirements) for extra, requirements in DECLARED["option
 
 
 def test_the_package_imports_what_it_declares() -> None:
-    optional = ("datasets", "demo", "tensorboard", "wandb", "mlflow", "trackio", "search", "rewards")
+    optional = ("datasets", "demo", "tensorboard", "wandb", "mlflow", "trackio", "search", "rewards", "decisions")
     assert imported("src/backhand") <= CORE.union(*(EXTRAS[extra] for extra in optional))
 
 

@@ -92,7 +92,9 @@ def test_a_run_says_its_time_with_its_plan(
     assert forecast is not None and forecast.total_s > sum(forecast.steps_s) > 0 and set(forecast.pauses_s) >= {0, 4, 8}
     said = capsys.readouterr().err
     (plan,) = (line for line in said.splitlines() if line.startswith("plan: "))
-    assert re.search(rf"peak memory about \d+ MiB; {'at most' if kind == 'rewards' else 'about'} [\d.]+ s$", plan)
+    assert re.search(
+        rf"peak memory about [\d.,]+ [MG]iB; {'at most' if kind == 'rewards' else 'about'} [\d.]+ s$", plan
+    )
     steps = [
         line for line in said.splitlines() if line.startswith("step ") and "loss" in line and "held-out" not in line
     ]

@@ -25,7 +25,6 @@ Memory: two chunks of logits, (chunk, vocab), the student's and the teacher's. T
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,16 +68,10 @@ def softened(rule: LogitsRule, temperature: float) -> LogitsRule:
     return LogitsRule(rule.scaling / temperature, cap)
 
 
-def _log_softmax(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return softmax(Z) and its logarithm, (rows, vocab) in this dtype."""
-    probabilities = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    return probabilities, (logits - softmax_and_log_sum(logits, probabilities)).to(dtype)
-
-
-def _log_ratios(u: Tensor, v: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Return log(q / m) and log(p / m) from u = log q and v = log p."""
-    log_m = torch.logaddexp(u + math.log1p(-beta), v + math.log(beta))
-    return u - log_m, v - log_m
+def _ratio_to_mixture(delta: Tensor, beta: float) -> Tensor:
+    """Return log(q / m) from δ = log(q / p), without overflow and without cancellation near δ = 0."""
+    share = torch.where(delta < 0, delta.new_tensor(1 - beta), delta.new_tensor(beta))
+    return delta.clamp(max=0) - torch.log1p(torch.expm1(-delta.abs()) * share)
 
 
 def _divergence_rows(
@@ -86,21 +79,23 @@ def _divergence_rows(
 ) -> None:
     """Write ℓ of a few rows, (rows,), to `losses`; with `gradient`, replace the student's logits by ∂ℓ/∂Z."""
     seen, tanh = (student, None) if cap is None else capped(student, cap)
-    (q, u), (p, v) = (
-        _log_softmax(logits, losses.dtype) for logits in (seen, teacher if cap is None else capped(teacher, cap)[0])
-    )
+    of_teacher = teacher if cap is None else capped(teacher, cap)[0]
+    q, p = (torch.empty(student.shape, dtype=losses.dtype, device=student.device) for _ in range(2))
+    shift = softmax_and_log_sum(of_teacher, p) - softmax_and_log_sum(seen, q)
+    wide, beta = shift.dtype, divergence.beta
+    delta = (seen.to(wide) - of_teacher.to(wide)).add_(shift).to(losses.dtype)
     if divergence.kind == "forward":
-        losses.copy_((p * (v - u)).sum(-1))
+        losses.copy_(-(p * delta).sum(-1, dtype=wide))
         d_seen = q.sub_(p)
     elif divergence.kind == "reverse":
-        ratio = u.sub_(v)
-        losses.copy_((q * ratio).sum(-1))
-        d_seen = q.mul_(ratio.sub_(losses[:, None]))
+        losses.copy_((q * delta).sum(-1, dtype=wide))
+        d_seen = q.mul_(delta.sub_(losses[:, None]))
     else:
-        of_student, of_teacher = _log_ratios(u, v, divergence.beta)
-        kl_student = (q * of_student).sum(-1)
-        losses.copy_(divergence.beta * (p * of_teacher).sum(-1) + (1 - divergence.beta) * kl_student)
-        d_seen = q.mul_(of_student.sub_(kl_student[:, None])).mul_(1 - divergence.beta)
+        ratio = _ratio_to_mixture(delta, beta)
+        kl_student = (q * ratio).sum(-1, dtype=wide)
+        kl_teacher = (p * (ratio - delta)).sum(-1, dtype=wide)
+        losses.copy_(beta * kl_teacher + (1 - beta) * kl_student)
+        d_seen = q.mul_(ratio.sub_(kl_student[:, None].to(losses.dtype))).mul_(1 - beta)
     if gradient:
         student.copy_(d_seen if tanh is None else torch.ops.aten.tanh_backward(d_seen, tanh))
 

@@ -13,8 +13,9 @@ def _options(counts: tuple[int, ...]) -> int:
     return sum(counts)
 
 
-def _owner(counts: tuple[int, ...]) -> Tensor:
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+def _owner(counts: tuple[int, ...], scores: Tensor) -> Tensor:
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    return owner.to(scores.device)
 
 
 def _targets(draw: Draw, counts: tuple[int, ...], soft: bool) -> Tensor:
