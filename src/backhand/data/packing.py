@@ -97,8 +97,7 @@ class RowPacker:
     Attributes:
         examples: the rows.
         lengths: number of tokens per row that enter the model, over all its documents.
-        by_document: a packer of the same documents in which each document is a row; `self` if all rows are that
-            already.
+        by_document: a packer of the same documents, with one document per row; `self` if every row is one document.
     """
 
     def __init__(self, examples: Iterable[Example], *, share_prefixes: bool) -> None:
@@ -109,7 +108,8 @@ class RowPacker:
         self._supervised = examples.column("supervised").astype(np.int64)
         # Ranges of the documents in `examples.tokens`. The last supervised token and those after it are never inputs.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
-        self._first_documents: npt.NDArray[np.int64] | None = None  # per row, and the end; None if rows are documents
+        # Number of each row's first document, then the number of all documents. None if every row is one document.
+        self._first_documents: npt.NDArray[np.int64] | None = None
         if ((counts := examples.document_counts) > 1).any():
             self.by_document = RowPacker(examples.documents, share_prefixes=share_prefixes)
             self._first_documents = first = np.concatenate(([0], np.cumsum(counts)))
@@ -119,7 +119,7 @@ class RowPacker:
     def packed(self, rows: Sequence[int], device: torch.device | str) -> PackedBatch:
         """Return the micro-batch of these rows, with its documents in the order of the rows.
 
-        A padding segment at the end rounds its number of tokens up to a bucket size.
+        A padding segment at the end rounds the batch's number of tokens up to a bucket size.
         """
         return pad_to_bucket(to_batch(self._tokens(rows), self.forest(rows), device))
 

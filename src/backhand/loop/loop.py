@@ -64,7 +64,7 @@ class TrainingLoop:
             True, or False if a signal stopped the loop. In that case, a checkpoint has been saved.
 
         Raises:
-            CheckError: a guard failed, or sampling answers did.
+            CheckError: a guard failed, or the sampling of answers failed.
         """
         progress, evaluator = self.state.progress, self.evaluator
         evaluator.begin()
@@ -92,7 +92,7 @@ class TrainingLoop:
             if self.objective is not None:
                 self.objective.prepare(self.model, rows, self.processes, self.plan.micro_batch_rows)
             result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
-        self.evaluator.check_model_files()  # raises before anything computed with changed files is reported or saved
+        self.evaluator.check_model_files()  # raises if they have changed, before the step is reported or saved
         seconds = time.perf_counter() - start_s
         self.evaluator.count(result, tokens, seconds)
         if progress.step % self.plan.run.log_every == 0 or progress.step == self.plan.total_steps:

@@ -13,13 +13,14 @@ Each gᵢ is computed in a buffer of zeros. The sum is computed in float64 in th
 (`distributed.communicator`) divides the micro-batches among the processes of the run. The result is the same for any
 number of processes, unless `--reduce sum` is chosen.
 
-The update is AdamW,
+The update is AdamW:
 
     m ← β₁ m + (1 - β₁) g,   v ← β₂ v + (1 - β₂) g²
     θ ← θ - η λ θ - η (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + ε)      [arXiv:1711.05101, algorithm 2]
 
-in torch.optim's functional form, because creating a `torch.optim.AdamW` imports torch's compiler (a second and 70 MB).
-`AdapterOptimizer` applies it to the two flat buffers of `nn.lora_parameters`: all values and all gradients.
+It is computed by torch.optim's functional form, because creating a `torch.optim.AdamW` imports torch's compiler, which
+costs one second and 70 MB. `AdapterOptimizer` applies it to the two flat buffers of `nn.lora_parameters`: all values
+and all gradients.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def training_step(
 
 
 def sequential_sum(values: Iterable[float]) -> float:
-    """Return the float64 sum, added from left to right. The last bits of the built-in `sum` depend on the version."""
+    """Return the float64 sum, added from left to right. `sum` depends on Python's version in its last bits."""
     return functools.reduce(operator.add, values, 0.0)
 
 

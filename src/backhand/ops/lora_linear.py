@@ -4,8 +4,8 @@
 
 Without dropout x̃ = x. With dropout x̃ = m ⊙ x, where each element of m is 0 with probability p, otherwise 1 / (1 - p).
 
-Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ. W
-and b are constants, so dL = ⟨G, dy⟩ with
+Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ.
+Then dL = ⟨G, dy⟩. W and b are constants, so they have no terms in
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
 Two rules, ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, move dx, dA and dB to one side. The result is
 dL = ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩ with

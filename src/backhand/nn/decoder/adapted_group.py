@@ -50,7 +50,7 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""Group number, in `group_mask_seed`, of the projection before all blocks that computes the per-layer embeddings."""
+"""Number that `group_mask_seed` gets for the projection that computes the per-layer embeddings, before block 0."""
 
 
 class GroupAdapter(NamedTuple):
@@ -212,14 +212,14 @@ def group_adapter(
 
 
 def mask_seed(micro_batch_seed: int, number: int) -> int:
-    """Return the seed of a dropout mask, whose number is distinct among all masks of a micro-batch."""
+    """Return the seed of the dropout mask with this number. Every mask of a micro-batch has another number."""
     return (micro_batch_seed * 1_000_003 + number) & (2**63 - 1)
 
 
 def group_mask_seed(micro_batch_seed: int, layer: int, group: int) -> int:
     """Return the seed of the dropout mask of a group's input.
 
-    The four groups of each block have the mask numbers 4 · layer + group, and chunks of the head the numbers after
+    The four groups of each block have the mask numbers 4 · layer + group. The chunks of the head have the numbers after
     those of the last layer. The groups of per-layer embeddings have negative numbers.
     """
     first = BLOCK_GROUPS * (layer if group < BLOCK_GROUPS else -1 - layer)

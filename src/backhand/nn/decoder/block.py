@@ -12,7 +12,7 @@ activation. Projections, norms and residual sums are in `nn.decoder.projections`
 
 Families differ from these lines as follows:
 - Some normalize q and k before the rotation. Some layers have no rotation.
-- Gemma 3 has a second norm per sublayer, of its output, before the sum. OLMo 2 has only this norm: n₁ = x₀ and n₂ = x₁.
+- Gemma 3 also normalizes the output of each sublayer, before the sum. OLMo 2 has only this norm: n₁ = x₀ and n₂ = x₁.
 - In some layers another mixer replaces attention, and has its own input projections (`nn.decoder.mixer`).
 - Granite multiplies the output of each sublayer by a residual multiplier m before the sum.
 - A mixture of experts replaces the MLP sublayer (`nn.decoder.experts`).
@@ -26,23 +26,25 @@ Backward takes the lines in reverse order and applies the backward of each op. A
 stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention). With a residual multiplier
 m the sublayers receive m d_x₂ and m d_x₁. The backward of a projection consists of three functions (`ops.lora_group`):
 the first returns ∂L/∂h and adds ∂L/∂B, the second returns ∂L/∂x, and the third adds ∂L/∂A once x has been recomputed.
-`ops.adapted_glu` combines the gated unit with its neighbours: from d_p it computes ∂L/∂[a u], then ∂L/∂h and ∂L/∂B of
-gate and up, and with the recomputed p also ∂L/∂A of down.
+`ops.adapted_glu` computes the backward of the gated unit together with parts of the projections next to it. From d_p it
+computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate and up. It also recomputes p and adds ∂L/∂A of down.
 
-`nn.decoder.general_backward` is used instead for mixtures of experts, for sublayers that train more than LoRA factors,
-and if the backward pass ends in the MLP sublayer or at W_o. A LoRA adapter of all linear layers of a Llama never needs
-it: there the backward pass ends at W_qkv of the first block.
+`nn.decoder.general_backward` has the backward functions for mixtures of experts, for sublayers that train more than
+LoRA factors, and for a backward pass that ends in the MLP sublayer or at W_o. A LoRA adapter of all linear layers of a
+Llama never needs it: there the backward pass ends at W_qkv of the first block.
 
 Saved for the backward:
 - x₀, q, k, v, x₁, a, u, and the inverse RMS of both norms;
 - h = x Aᵀ of every adapted projection, which has only rank columns;
 - o, unless the backward of attention recomputes it (`ops.attention`);
-- in some families, q and k before their norms instead of after, and the input of each norm after a sublayer; for all
-  these norms also the inverse RMS.
+- in families that normalize q and k: their values before these norms, not after them;
+- in families that normalize the output of a sublayer: the input of this norm;
+- the inverse RMS of the norms in the last two lines.
+
 With `recompute="mlp"`, a, u and their h are not saved. With `recompute="block"`, only x₀ is saved, and the backward
 runs the forward pass of the block again.
 
-The backward recomputes p, and q and k after their norms. It recomputes n₁ and n₂ only if it needs them as tensors, for
+The backward recomputes p and the normalized q and k. It recomputes n₁ and n₂ only if it needs them as tensors, for
 example with dropout. Otherwise it computes ∂L/∂A from x₀ or x₁ and the inverse RMS (`ops.low_rank`).
 """
 

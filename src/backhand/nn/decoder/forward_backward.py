@@ -54,8 +54,8 @@ class ForwardBackward:
         lora: the attached adapter, or None.
         dtype: the compute dtype.
         device: device of the weights.
-        recompute: `none`, `mlp` or `block`: the activations of a block that are not saved, but recomputed in the
-            backward pass (`nn.decoder.block`).
+        recompute: which activations of a block are recomputed in the backward pass instead of saved. One of `none`,
+            `mlp` and `block` (`nn.decoder.block`).
         shares_prefixes: True if documents of a batch may share a prefix. False if rotary angles depend on the length
             of a document.
     """
@@ -110,7 +110,7 @@ class ForwardBackward:
     def rotary_tables(
         self, positions: Tensor, document_lengths: Tensor, dtype: torch.dtype | None = None
     ) -> list[tuple[RotaryTable | None, RotaryTable | None]]:
-        """Return two rotary tables per layer: for keys and queries, and for the queries of families that scale them.
+        """Return two rotary tables per layer. The second one replaces the first for the queries of some families.
 
         Some families multiply queries by a factor that depends on the position. Their second table is the first one
         times this factor; in other families it is None. Both are None in layers without rotary embedding.
@@ -262,7 +262,7 @@ class ForwardBackward:
             raise ValueError(f"the batch starts at layer {first}, above the trained layer {lowest_layer}")
         if first and first > self.config.start_layer(first):
             raise ValueError(
-                f"the batch starts at layer {first}, but a layer from there on uses keys and values of a lower layer"
+                f"the batch starts at layer {first}, but this layer or one above it uses the keys of a lower layer"
             )
         saved: list[BlockSaved | None] = []
         for layer in range(first, len(contexts)):
