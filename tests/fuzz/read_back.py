@@ -125,7 +125,7 @@ def kept_rows_case(draw: random.Random, world: World) -> Case:
             tokens = mutated_bytes(draw, tokens)
         case 2:
             name = draw.choice(
-                ["begin", "tokens", "source_bytes", "side", "label", "supervised", "input_tokens", "highest"]
+                ["begin", "tokens", "source_bytes", "place", "label", "supervised", "input_tokens", "highest"]
             )
             number = draw.choice([one for one in ODD_NUMBERS if isinstance(one, int)]) * draw.choice([1, -1])
             width = 8 * RECORD[name].itemsize
