@@ -87,7 +87,7 @@ def certain(
     source: str = "rows:1",
     max_new_tokens: int = 8,
 ) -> bool:
-    """Of a row whose reply is 5 6 7, after the prompt 1 2 3."""
+    """The row has the reply 5 6 7 after the prompt 1 2 3."""
     example = Example(np.array(input_ids, dtype=np.int32), np.array(supervised, dtype=bool), "rows:1")
     prompt = Prompt(np.array(ASKED, dtype=np.int32), "", reply, source)
     (found,) = certain_replies(

@@ -120,7 +120,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, Path, P
 
 @pytest.mark.parametrize("engine", ["backhand", "transformers"])
 def test_log_probabilities_are_transformers_own(labelled: tuple[TinyRun, Path, Path], engine: Any) -> None:
-    """Of prompts of unequal length, each followed by its labels alone, in float32, by transformers as it is."""
+    """Compute in float32 with plain transformers, for prompts of unequal length, each followed by its labels alone."""
     from transformers import AutoModelForCausalLM
 
     tiny, _, _ = labelled

@@ -366,7 +366,7 @@ def test_a_moved_module_unmerges_to_where_it_is() -> None:
     ],
 )
 def test_the_next_module_may_write_into_the_output(name: str, option: str | None) -> None:
-    """As nn.ReLU(inplace=True) does after convolutions."""
+    """nn.ReLU(inplace=True) changes the output after convolutions in this way."""
     ours = adapted(base(name), **({} if option is None else {option: True}))
     x = CASES[name][1]()
     apart, inside = leaf(x), leaf(x)

@@ -81,7 +81,7 @@ def test_products_have_the_same_bits_on_every_path(dtype, path, rows):
 
 
 def updates_of(rows, sizes, inputs, dtype, *, shrink):
-    """Of neighbouring members except every second one, with h computed from x or given."""
+    """Leave out every second member of a group, with h computed from x or given."""
     updates, column = [], 0
     for place, size in enumerate(sizes):
         if place % 2 == 0:

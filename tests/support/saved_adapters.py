@@ -19,7 +19,7 @@ from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 def resolve_slots(
     config: LoRAConfig, module_shapes: Mapping[str, tuple[int, int]], *, heads: Collection[str] = OUTPUT_HEADS
 ) -> list[LoRASlot]:
-    """What `config` adapts on a model, without what is trained in addition."""
+    """Return the modules that `config` adapts on a model, without the tensors that are trained in addition."""
     return list(resolve_adapter(config, module_shapes, heads=heads).slots)
 
 

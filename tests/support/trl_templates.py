@@ -84,9 +84,10 @@ def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
 def marked_spans(
     name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
 ) -> list[tuple[str, str]] | None:
-    """What the training version marks: (all text before, marked text), adjacent marks joined; None if it fails.
+    """Return the text that the training version marks: (all text before, marked text), adjacent marks joined.
 
-    Templates that read contents as parts only are given parts, as TRL's preparation for images does.
+    Return None if it fails. Templates that read contents as parts only are given parts, as TRL's preparation for images
+    does.
     """
     with_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     for form in (messages, with_parts):

@@ -210,7 +210,9 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny: TinyRun, baked: Path, tmp_pat
 def test_the_context_is_a_file_or_a_text(tmp_path: Path) -> None:
     file = tmp_path / "style.txt"
     file.write_text("Answer in one word.\n")
-    assert context_text(str(file)) == "Answer in one word."
+    assert context_messages(context_text(str(file)))[0]["content"] == "Answer in one word."
+    file.write_text("Tersely.")
+    assert context_text(context_text(str(file))) == context_text(str(file)), "a resumed run reads the stored text"
     assert context_text("Answer in one word.") == "Answer in one word."
     with pytest.raises(UsageError, match="neither a readable file nor a text"):
         context_text("style.txt")

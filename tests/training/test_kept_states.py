@@ -65,7 +65,7 @@ def test_three_epochs_end_in_the_same_bits(
     ],
 )
 def test_other_families_end_in_the_same_bits(variant: str, four: TinyRun, tmp_path: Path) -> None:
-    """Those whose layers differ from one another in windows, angles or kind: the input must fit the layers above."""
+    """Their layers differ in windows, angles or kind, so the input must fit the layers above."""
     more = {"sliding_window": 64} if variant in ("gemma3_text", "mistral", "gemma4_text") else {}
     more |= {"num_kv_shared_layers": 1} if variant == "gemma4_text" else {}
     model = save_tiny(tiny_model(variant, num_hidden_layers=4, **more), tmp_path / "model")

@@ -228,7 +228,7 @@ def test_what_cannot_fit_is_not_measured(measured: Callable[..., tuple[MeasuredM
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["llama", "lfm2", "qwen3_5_text", "gemma4_text"])
 def test_a_conversation_holds_keys_values_and_states(variant: str, dtype: torch.dtype) -> None:
-    """Of each token, and of a row as a whole; a model that answers during the run holds them."""
+    """A model that answers during the run holds bytes for each token, and for a row as a whole."""
     config = config_of(variant)
     size = decoder_size(config, resolve_adapter(PLAIN, module_shapes(config)), dtype)
     cache = KVCache(config, 1, 3 * PAGE, dtype=dtype)

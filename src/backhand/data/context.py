@@ -19,6 +19,8 @@ _LONGEST_NAME = 255
 def context_text(context: str) -> str:
     """Return the text of the option `context`: the contents of the file, or the option itself if it is a text.
 
+    Contents end with a newline, so that the result of a returned text is the text itself, also if it is one word.
+
     Raises:
         UsageError: it is one word, and no readable file has this name; or the file is empty.
     """
@@ -35,7 +37,7 @@ def context_text(context: str) -> str:
         ) from None
     if not text:
         raise UsageError("the file is empty", where=f"context, {context}", next_step="write the prompt into it")
-    return text
+    return f"{text}\n"
 
 
 def context_messages(text: str) -> tuple[Message, ...]:
@@ -51,7 +53,7 @@ def context_messages(text: str) -> tuple[Message, ...]:
             listed = None
         if isinstance(listed, list):
             return tuple(message for message, _ in read_turns("context", listed, "context"))
-    return ({"role": "system", "content": text},)
+    return ({"role": "system", "content": text.strip()},)
 
 
 def with_context(row: Row, context: tuple[Message, ...]) -> OneText:
