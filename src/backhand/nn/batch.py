@@ -23,6 +23,12 @@ The log-probabilities are ordered document by document, as in `PackedBatch.ends`
 occurs once per document. The gradient has the shape of the log-probabilities.
 """
 
+StateLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A function from final hidden states, (positions, hidden), to a loss, 0-d, and its gradient of the states' shape.
+
+The gradient has the dtype of the states and may be the memory of the states.
+"""
+
 
 class TeacherStates(NamedTuple):
     """The teacher's hidden states at the supervised positions of a distilled batch, and the loss."""

@@ -136,7 +136,8 @@ class Decoder(ForwardBackward):
     @torch.no_grad()
     def token_losses(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
         """Return losses in nats, (supervised tokens,), document by document, without gradients."""
-        normed, head = self._normed_states(batch, dropout_seed), self._head_of(dropout_seed)
+        normed = self.final_states(batch, batch.supervised_positions, dropout_seed)
+        head = self._head_of(dropout_seed)
         if batch.teacher is not None:
             return batch.per_document(distillation_losses(normed, head, batch.teacher))
         return batch.per_document(head_losses(normed, batch.labels[batch.supervised_positions], head))
@@ -144,11 +145,24 @@ class Decoder(ForwardBackward):
     @torch.no_grad()
     def supervised_states(self, batch: PackedBatch) -> Tensor:
         """Return the hidden states after the final norm, (supervised tokens, hidden), document by document."""
-        return batch.per_document(self._normed_states(batch))
+        return batch.per_document(self.final_states(batch, batch.supervised_positions))
 
-    def _normed_states(self, batch: PackedBatch, dropout_seed: int | None = None) -> Tensor:
-        """Return the hidden states after the final norm, (supervised positions, hidden)."""
-        x = self._states_at(batch, len(self.config.layers), batch.supervised_positions, dropout_seed)
+    @torch.no_grad()
+    def final_states(
+        self, batch: PackedBatch, positions: Tensor | None = None, dropout_seed: int | None = None
+    ) -> Tensor:
+        """Return the hidden states after the final norm, without saving anything.
+
+        `state_gradients` is the backward pass for a loss of these states.
+
+        Args:
+            positions: (positions,) int64 in ascending order; None for all.
+            dropout_seed: as in `loss_and_gradients`.
+
+        Returns:
+            (positions, hidden), in the compute dtype.
+        """
+        x = self._states_at(batch, len(self.config.layers), positions, dropout_seed)
         return self._final_norm(x)[0]
 
     def loss(self, batch: PackedBatch) -> Tensor:

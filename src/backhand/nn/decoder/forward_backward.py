@@ -7,7 +7,8 @@ from the last to the first and adds every adapter gradient to one flat buffer (`
 lowest trained module, so layers below that module save nothing. If a batch contains cached hidden states
 (`PackedBatch.start`), the forward pass starts at the layer that reads them.
 
-Start reading at `ForwardBackward.loss_and_gradients`, which is one whole forward and backward pass. Other files:
+Start reading at `ForwardBackward.loss_and_gradients`, which is one whole forward and backward pass of a language model.
+`state_gradients` is the same pass without the head, for losses of hidden states. Other files:
 - `nn.decoder.adapted_embedding`: gradients of a trained embedding;
 - `nn.decoder.adapted_head`: gradients of a trained head, and losses other than cross-entropy;
 - `nn.decoder.decoder`: loading a model, attaching an adapter, and passes without gradients.
@@ -15,13 +16,13 @@ Start reading at `ForwardBackward.loss_and_gradients`, which is one whole forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.nn.batch import PackedBatch, TokenLoss
+from backhand.nn.batch import PackedBatch, StateLoss, TokenLoss
 from backhand.nn.decoder.adapted_embedding import adapted_embedding, embedding_gradients
 from backhand.nn.decoder.adapted_group import ALL_GROUPS, BlockAdapter, GroupAdapter, block_adapter
 from backhand.nn.decoder.adapted_head import Head, distillation_backward, general_head_backward, head_of
@@ -214,6 +215,63 @@ class ForwardBackward:
         Raises:
             ValueError: no adapter is attached, or the batch starts above a trained layer.
         """
+        logits_shape = None
+        if self.recompute == "none" and self._trained.plain_head:
+            logits_shape = chunk_shape(len(batch.supervised_positions), self.active.head, self.dtype)
+
+        def head(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+            return self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
+
+        return self._block_gradients(batch, batch.supervised_positions, head, dropout_seed, logits_shape)
+
+    @torch.no_grad()
+    def state_gradients(
+        self,
+        batch: PackedBatch,
+        state_loss: StateLoss,
+        positions: Tensor | None = None,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
+        """Run one pass without the head and add ∂loss/∂parameters to `lora.gradients` for a loss of hidden states.
+
+        Args:
+            state_loss: the loss as a function of the final hidden states, `Decoder.final_states`. The labels of the
+                batch are not read.
+            positions: (positions,) int64 in ascending order, whose states the loss reads; None for all.
+            dropout_seed: as in `loss_and_gradients`.
+
+        Returns:
+            The loss as `state_loss` returned it.
+
+        Raises:
+            ValueError: as in `loss_and_gradients`.
+        """
+
+        def top(x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+            scratch.release()
+            states, norm = self._final_norm(x)
+            loss, d_states = state_loss(states)
+            return norm_backward(d_states, norm, self._trained.d_final_norm), loss
+
+        return self._block_gradients(batch, positions, top, dropout_seed)
+
+    def _block_gradients(
+        self,
+        batch: PackedBatch,
+        positions: Tensor | None,
+        top: Callable[[Tensor, Scratch], tuple[Tensor, Tensor]],
+        dropout_seed: int | None,
+        logits_shape: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Run the blocks forward and backward, add their gradients to `lora.gradients`, and return the loss.
+
+        Args:
+            positions: positions at which the last block computes its output; None for all.
+            top: everything after the last block. Maps the output x of the last block to ∂L/∂x and the loss.
+            logits_shape: shape of the logits whose memory is allocated before the blocks, or None. Until the head runs,
+                the blocks' temporaries use it. With recomputation this is not necessary, since blocks free enough
+                memory for the logits.
+        """
         lora, trained = self.lora, self._trained
         if lora is None:
             raise ValueError("there is no adapter to train: attach one first")
@@ -221,17 +279,14 @@ class ForwardBackward:
         cross_layer, ple_saved = self.cross_layer(batch.input_ids, dropout_seed)
         if trained.below_blocks and cross_layer is not None and cross_layer.ple is not None:
             cross_layer.d_ple = torch.zeros_like(cross_layer.ple)
-        contexts = self.contexts(batch, batch.supervised_positions, cross_layer)
+        contexts = self.contexts(batch, positions, cross_layer)
         adapters, scratch = self.block_adapters(dropout_seed), contexts[-1].scratch
-        if self.recompute == "none" and trained.plain_head:
-            # Allocate the logits' memory before the blocks. Until the head runs, the blocks' temporaries use it. With
-            # recomputation this is not necessary, since blocks free enough memory for the logits.
-            rows = len(batch.supervised_positions)
-            scratch.reserve(chunk_shape(rows, self.active.head, self.dtype), self.active.final_norm)
+        if logits_shape is not None:
+            scratch.reserve(logits_shape, self.active.final_norm)
 
         x, saved = self._forward(batch, adapters, contexts, trained.end.layer)
         d_x: Tensor | None
-        d_x, loss = self._head_loss_and_gradient(x, batch, loss_scaling, dropout_seed, scratch, token_loss)
+        d_x, loss = top(x, scratch)
         del x
         for layer in reversed(range(trained.end.layer, len(contexts))):
             block_saved = saved.pop()
