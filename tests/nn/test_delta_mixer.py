@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from backhand.nn.batch import IGNORE_INDEX, PackedBatch
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from backhand.ops.delta_chunks import CHUNK_TOKENS
+from backhand.ops.chunk_steps import CHUNK_TOKENS
 from support.float64_reference import without_float32_casts
 from support.parity import decoder_like, our_gradients, peft_gradients, peft_loss, relative_error, supervise
 from support.tiny_gguf import write_tiny_gguf_with_prediction

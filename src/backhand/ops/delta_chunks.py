@@ -1,11 +1,7 @@
 """Torch's form of the gated delta rule's chunks: the matrices of `gated_delta_rule`'s docstring, by their names there.
 
-The chunks of a document follow one another, but documents are independent. Step i takes chunk i of every document that
-has one. Documents are sorted by length, longest first, so that the documents with a chunk in the next step are the
-first ones of this step. Places after a document's end hold zeros, which change neither its state nor any gradient.
-
-If documents begin alike, steps are made per level of their trees: the segments with the same number of segments before
-them.
+`chunk_steps` orders the chunks. Places after a document's end hold zeros, which change neither its state nor any
+gradient.
 
 The backward runs the chunks forward again, and saves the state before each chunk until it is done. As many key heads as
 fit into a memory limit are computed at once.
@@ -20,9 +16,9 @@ import torch
 from torch import Tensor
 
 from backhand.errors import not_none
-from backhand.ops.document_groups import SegmentRun, Span
+from backhand.ops.chunk_steps import CHUNK_TOKENS, Step, future_mask, gather, levels_of, scatter
+from backhand.ops.document_groups import SegmentRun
 
-CHUNK_TOKENS = 64
 # The most bytes that the backward saves, but at least those of one key head.
 SAVED_BYTES = 160 << 20
 
@@ -47,81 +43,6 @@ class GatedDeltaRuleGrads(NamedTuple):
     d_v: Tensor
     d_decay: Tensor
     d_beta: Tensor
-
-
-class Step(NamedTuple):
-    """One chunk each of several documents, at places (documents, length)."""
-
-    order: Tensor  # the indices of the documents in their level, longest first
-    length: int
-    token_at: Tensor  # (places,) the token at each place; some token of the same document where there is padding
-    filled: Tensor  # the places without padding
-    padding: Tensor  # the places of padding
-
-    @property
-    def documents(self) -> int:
-        return len(self.order)
-
-
-class Level(NamedTuple):
-    """The steps of the segments that have the same number of segments before them."""
-
-    steps: list[Step]
-    segments: int  # the number of segments
-    parents: Tensor | None  # (segments,) the index in the level before of the one continued; None in the first
-
-
-# Cached, since every layer needs the same steps in forward and backward; a few micro-batches alternate at most.
-@functools.lru_cache(maxsize=4)
-def levels_of(runs: tuple[SegmentRun, ...], chunk: int, device: torch.device) -> list[Level]:
-    """Return the levels, the first of which are the segments that begin documents."""
-    spans: list[list[Span]] = []
-    parents: list[list[int]] = []
-    number_of: dict[int, int] = {}  # index in its level, by a segment's end
-    for start, count, length, before in runs:
-        while len(spans) <= len(before):
-            spans.append([])
-            parents.append([])
-        for first in (start + place * length for place in range(count)):
-            number_of.setdefault(first + length, len(spans[len(before)]))  # an empty segment after it has the same end
-            spans[len(before)].append((first, first + length))
-            parents[len(before)].append(number_of[before[-1][1]] if before else -1)
-    return [
-        Level(_steps_of(own, chunk, device), len(own), torch.tensor(above, device=device) if depth else None)
-        for depth, (own, above) in enumerate(zip(spans, parents, strict=True))
-    ]
-
-
-def _steps_of(documents: list[Span], chunk: int, device: torch.device) -> list[Step]:
-    if not documents:
-        return []
-    starts, ends = torch.tensor(documents).unbind(1)
-    order = (starts - ends).argsort(stable=True)
-    steps = []
-    for first in range(0, int((ends - starts).max()), chunk):
-        order = order[(ends - starts)[order] > first]
-        begin, end = starts[order] + first, ends[order]
-        length = min(int((end - begin).max()), chunk)
-        token_at = begin[:, None] + torch.arange(length)
-        inside = (token_at < end[:, None]).flatten()
-        token_at = token_at.minimum(end[:, None] - 1).flatten()
-        filled, padding = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
-        steps.append(Step(order.to(device), length, *(x.to(device) for x in (token_at, filled, padding))))
-    return steps
-
-
-def gather(x: Tensor, step: Step, dtype: torch.dtype) -> Tensor:
-    """Return the step's tokens of x of shape (tokens, heads, …) as (documents, heads, length, …), padded with zeros."""
-    part = x.index_select(0, step.token_at)
-    part.index_fill_(0, step.padding, 0)
-    by_head = part.unflatten(0, (step.documents, step.length)).transpose(1, 2)
-    return torch.empty(by_head.shape, dtype=dtype, device=x.device).copy_(by_head)
-
-
-def scatter(x: Tensor, step: Step, out: Tensor) -> None:
-    """Write (documents, heads, length, …) to the step's tokens of `out`, (tokens, heads, …)."""
-    flat = x.transpose(1, 2).flatten(0, 1).index_select(0, step.filled)
-    out.index_copy_(0, step.token_at.index_select(0, step.filled), flat.to(out.dtype))
 
 
 class _Chunk(NamedTuple):
@@ -260,18 +181,12 @@ def _chunk(saved: GatedDeltaRuleSaved, step: Step, heads: _Heads) -> _Chunk:
     qk = torch.cat([gather(x[:, heads.keys], step, wide) for x in (saved.q, saved.k)], dim=2).unsqueeze(2)
     v, decay, beta = (heads.of_values(x, step, wide) for x in (saved.v, saved.decay, saved.beta))
     c = decay.cumsum(-1)
-    pairs = (c.unsqueeze(-1) - c.unsqueeze(-2)).add_(_hidden(n, wide, qk.device)).exp_()
+    pairs = (c.unsqueeze(-1) - c.unsqueeze(-2)).add_(future_mask(n, wide, qk.device)).exp_()
     products = qk @ qk[..., n:, :].mT  # [Q Kᵀ; K Kᵀ], once for all value heads of a key head
     attended, below = pairs * products[..., :n, :], pairs * products[..., n:, :]
     below.diagonal(dim1=-2, dim2=-1).zero_()
     to_here, to_end = c.exp(), (c[..., -1:] - c).exp_()
     return _Chunk(qk, v, beta.unsqueeze(-1), to_here.unsqueeze(-1), to_end.unsqueeze(-1), pairs, below, attended)
-
-
-@functools.lru_cache(maxsize=16)
-def _hidden(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a matrix with -∞ above the diagonal and 0 elsewhere."""
-    return torch.full((n, n), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -45,8 +45,8 @@ import torch
 from torch import Tensor
 
 from backhand.kernels import gated_delta_rule as kernels
+from backhand.ops.chunk_steps import CHUNK_TOKENS
 from backhand.ops.delta_chunks import (
-    CHUNK_TOKENS,
     GatedDeltaRuleGrads,
     GatedDeltaRuleSaved,
     backward_in_chunks,

@@ -27,6 +27,8 @@ OPS: dict[str, str] = {
     "gated_conv": "gated_conv",
     "gated_delta_rule": "gated_delta_rule",
     "decay_gate": "decay_gate",
+    "ssd": "ssd",
+    "time_step": "time_step",
     "glu": "glu",
     "adapted_glu": "adapted_glu",
     "clamped_glu": "clamped_glu",

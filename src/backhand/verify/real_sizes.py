@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from backhand.errors import not_none
 from backhand.kernels.builds import load, usable, using
-from backhand.ops.delta_chunks import CHUNK_TOKENS
+from backhand.ops.chunk_steps import CHUNK_TOKENS
 from backhand.ops.dora import dora_norm
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward
 from backhand.ops.linear_divergence import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from backhand.ops.delta_chunks import CHUNK_TOKENS, GatedDeltaRuleSaved
+from backhand.ops.chunk_steps import CHUNK_TOKENS
+from backhand.ops.delta_chunks import GatedDeltaRuleSaved
 from backhand.ops.document_groups import segments
 from backhand.verify.measure import autograd_gradients
 from backhand.verify.mutants import Mutant, wrong
