@@ -206,8 +206,32 @@ def nf4_model(directory: str, dtype: torch.dtype) -> Any:
     return model.requires_grad_(False)
 
 
+ATTENTION_PRODUCTS = 7
+"""Products of attention's forward (S, O) and backward (S again, ∂L/∂P, ∂L/∂V, ∂L/∂Q, ∂L/∂K)."""
+
+
+def attention_columns(length: int, window: int | None, width: int, hidden_size: int) -> int:
+    """Return the columns of a dense product with as many multiplications per token as attention's products.
+
+    Only visible pairs of queries and keys count. A row of n tokens has Σ min(i, window) of them for i = 1 … n.
+
+    Args:
+        length: n, the tokens of a row.
+        window: the number of keys that a query sees, including itself; None for all.
+        width: heads · head_dim.
+        hidden_size: the rows of the dense product's weight.
+    """
+    seen = length if window is None else min(window, length)
+    pairs = seen * (seen + 1) // 2 + (length - seen) * seen
+    return round(ATTENTION_PRODUCTS * pairs * width / (length * hidden_size))
+
+
 class CeilingPeer:
-    """The step's large matrix products alone, forward and input gradients, rank-sized ones included; nothing else."""
+    """The matrix products of a step alone: forward and input gradients, rank-sized ones and attention's included.
+
+    Attention's products are replaced by one dense product with as many multiplications, so that they have the rate of
+    the linear layers' products.
+    """
 
     def __init__(self, workload: Workload) -> None:
         from backhand.nn.families.family_parsing import decoder_config
@@ -229,7 +253,9 @@ class CeilingPeer:
         # Weights of their own for each layer: the real step reads each from memory once forward and once backward.
         self.products = [operands(tokens, i, o, m) for _ in range(self.layers) for i, o, m in shapes]
         self.head = operands(256, d, config.vocab_size, 1)
-        self.head_chunks = (tokens + 255) // 256
+        self.chunks = (tokens + 255) // 256
+        columns = [attention_columns(workload.length, one.window, q, d) for one in config.layers]
+        self.attention = [torch.randn(n, d).to(dtype) for n in columns]
 
     @torch.no_grad()
     def step(self) -> tuple[float, float]:
@@ -242,9 +268,11 @@ class CeilingPeer:
             d_h.T @ x
             g.T @ h
         x, weight, g, _, _ = self.head
-        for _ in range(self.head_chunks):
+        for _ in range(self.chunks):
             x @ weight.T
             g @ weight
+            for attention in self.attention:
+                x @ attention.T
         return float("nan"), float("nan")
 
 

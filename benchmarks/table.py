@@ -70,7 +70,7 @@ def _ratio(ratios: dict[str, float], peer: str) -> str:
     """How many times faster the engine is than a peer, by the rounds both took part in."""
     found = ratios.get(f"speed_over_{peer.replace('-', '_')}")
     if peer == "products-alone":
-        found = ratios["share_of_products_alone"]
+        found = ratios.get("share_of_all_products", ratios.get("share_of_products_alone"))
     return "" if found is None else f"{found:.2f} ×"
 
 
@@ -227,6 +227,8 @@ def section() -> str:
             lines += make(_read(f"{name}.json"))
     if (HERE / "results" / "shapes.json").exists():
         lines += shapes_section(_read("shapes.json"))
+    if (HERE / "results" / "long_rows.json").exists():
+        lines += long_rows_section(_read("long_rows.json"))
     if (HERE / "results" / "upper_layers.json").exists():
         for results in _read("upper_layers.json")["places"]:
             lines += upper_layers_section(results)
@@ -309,6 +311,30 @@ def shapes_section(results: dict[str, Any]) -> list[str]:
                 "{median:.2f} s ({min:.2f} to {max:.2f})".format(**ours["step_s"]),
                 f"{run['ratios']['share_of_products_alone']:.2f} ×",
                 f"{ours['memory_above_model_bytes'] / 2**20:.0f} MiB",
+            ]
+        )
+    return [*lines, *table(head, rows)]
+
+
+def long_rows_section(results: dict[str, Any]) -> list[str]:
+    """Return the table of `long_rows.json`: one row of each length, with attention's products in the ceiling."""
+    lines = ["", "## One row, from short to long", "", machine_line(results["machine"]), ""]
+    lines += ["The ceiling has all matrix products, attention's visible half at the rate of the linear layers."]
+    lines += ["`train_step.py --rows 1 --length N --add`.", ""]
+    head = ["tokens", "dtype", "step", "of the ceiling", "PEFT tuned", "faster by", "of its memory"]
+    rows = []
+    for run in sorted(results["runs"], key=lambda run: (run["workload"]["dtype"], run["workload"]["length"])):
+        workload, peers, ratios = run["workload"], run["peers"], run["ratios"]
+        theirs = peers.get("peft-tuned")
+        rows.append(
+            [
+                f"{workload['length']:,}",
+                workload["dtype"],
+                f"{peers['backhand']['step_s']['median']:.2f} s",
+                f"{ratios['share_of_all_products']:.2f} ×",
+                "" if theirs is None else f"{theirs['step_s']['median']:.2f} s",
+                "" if theirs is None else f"{ratios['speed_over_peft_tuned']:.2f} ×",
+                "" if theirs is None else f"{ratios['memory_over_peft_tuned']:.2f}",
             ]
         )
     return [*lines, *table(head, rows)]

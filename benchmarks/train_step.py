@@ -159,7 +159,7 @@ def ratios(results: dict[str, Any], times: dict[str, list[float]]) -> dict[str, 
                 found[f"transformers_speed_over_{name}"] = speed_over(peer, "backhand-transformers")
                 found[f"transformers_memory_over_{name}"] = memory / results[peer]["memory_above_model_bytes"]
     if "products-alone" in results:
-        found["share_of_products_alone"] = speed_over("products-alone")
+        found["share_of_all_products"] = speed_over("products-alone")
     return found
 
 

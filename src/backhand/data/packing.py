@@ -106,9 +106,10 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # Ranges of the documents in `examples.tokens`. The last supervised token and those after it are never inputs.
+        # Begin and size of each document in `examples.tokens`. They include the last supervised token and those after
+        # it, which are never inputs and do not count in `lengths`.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
-        # Number of each row's first document, then the number of all documents. None if every row is one document.
+        # Index of each row's first document, and at the end the count of all documents. None if rows are documents.
         self._first_documents: npt.NDArray[np.int64] | None = None
         if ((counts := examples.document_counts) > 1).any():
             self.by_document = RowPacker(examples.documents, share_prefixes=share_prefixes)

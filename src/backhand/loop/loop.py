@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations and checkpoints, until the last step or an earlier end of the run.
 
 A run ends early if the held-out loss stops improving, if a signal arrives, or if a guard fails. Guards are checks
-during the run, such as that every factor receives a gradient (`loop.guards`).
+during the run. One of them checks that every factor receives a gradient (`loop.guards`).
 
 `TrainingLoop` prepares each step, and `step.training_step` computes it. After every step, the loop
 
@@ -47,7 +47,8 @@ class TrainingLoop:
     evaluator: Evaluator  # the work after each step: evaluations, guards, checkpoints, and the end of the run
     _: KW_ONLY
     observer: Observer = field(default_factory=Observer)  # receives the records of steps
-    memory: MemoryKeeper | None = None  # keeps the process within its memory plan; None if the allocator is not tuned
+    # returns freed memory to the system if the memory plan requires it; None with `tune_allocator = false`
+    memory: MemoryKeeper | None = None
     processes: Communicator = field(default_factory=Communicator)  # the processes among which each step is divided
     # cache of the hidden states that enter the lowest adapted layer; None if they are computed in every step
     hidden_states: HiddenStateCache | None = None

@@ -86,7 +86,7 @@ def training_step(
         learning_rate: η of this step.
 
     Raises:
-        CheckError: the micro-batches contain a different number of supervised tokens than `work` states.
+        CheckError: the number of supervised tokens in the micro-batches is not `work.supervised_tokens`.
     """
     optimizer.clear()
     assigned = processes.assign(work.packed_tokens)  # numbers of the micro-batches of each process

@@ -5,7 +5,7 @@
 Without dropout x̃ = x. With dropout x̃ = m ⊙ x, where each element of m is 0 with probability p, otherwise 1 / (1 - p).
 
 Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ.
-Then dL = ⟨G, dy⟩. W and b are constants, so they have no terms in
+Then dL = ⟨G, dy⟩. W and b are constants, so dW = 0, db = 0 and
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
 Two rules, ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, move dx, dA and dB to one side. The result is
 dL = ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩ with
@@ -21,8 +21,8 @@ of W's size are never formed: Gᵀ x and W + s B A.
 The frozen layer has two large products, x Wᵀ in the forward and G W in the backward. The adapter adds
 6 · rank · (in + out) floating-point operations per row. Training W would add a third large product, Gᵀ x.
 
-W is a tensor or a quantized matrix; `ops.frozen_matrix` multiplies by both kinds. A training step uses the same
-formulas from `ops.lora_group`, which computes several layers with the same input in a few large products.
+W is a tensor or a quantized matrix; `ops.frozen_matrix` multiplies by both kinds. A training step uses these formulas
+as `ops.lora_group` implements them: several layers with the same input are computed in a few large products.
 """
 
 from __future__ import annotations

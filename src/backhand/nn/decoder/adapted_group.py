@@ -50,7 +50,7 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""Number that `group_mask_seed` gets for the projection that computes the per-layer embeddings, before block 0."""
+"""Argument `group` of `group_mask_seed` for the projection of the per-layer embeddings, which is in no block."""
 
 
 class GroupAdapter(NamedTuple):
@@ -212,7 +212,7 @@ def group_adapter(
 
 
 def mask_seed(micro_batch_seed: int, number: int) -> int:
-    """Return the seed of the dropout mask with this number. Every mask of a micro-batch has another number."""
+    """Return the seed of the dropout mask with this number. No two masks of a micro-batch have the same number."""
     return (micro_batch_seed * 1_000_003 + number) & (2**63 - 1)
 
 

@@ -25,7 +25,8 @@ only at the P loss positions, and ∂L/∂o is zero at all others. In the other 
 Backward takes the lines in reverse order and applies the backward of each op. At both sums the gradient of the residual
 stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + (through attention). With a residual multiplier
 m the sublayers receive m d_x₂ and m d_x₁. The backward of a projection consists of three functions (`ops.lora_group`):
-the first returns ∂L/∂h and adds ∂L/∂B, the second returns ∂L/∂x, and the third adds ∂L/∂A once x has been recomputed.
+the first returns ∂L/∂h and adds ∂L/∂B, the second returns ∂L/∂x, and the third adds ∂L/∂A. The third needs the input
+of the projection, which is saved or recomputed, or replaced by the saved tensors of the norm that computed it.
 `ops.adapted_glu` computes the backward of the gated unit together with parts of the projections next to it. From d_p it
 computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate and up. It also recomputes p and adds ∂L/∂A of down.
 
@@ -34,12 +35,11 @@ LoRA factors, and for a backward pass that ends in the MLP sublayer or at W_o. A
 Llama never needs it: there the backward pass ends at W_qkv of the first block.
 
 Saved for the backward:
-- x₀, q, k, v, x₁, a, u, and the inverse RMS of both norms;
-- h = x Aᵀ of every adapted projection, which has only rank columns;
+- x₀, q, k, v, x₁, a, u, and the inverse RMS of n₁ and n₂;
+- h = x Aᵀ of every adapted projection, which has r columns (r is the rank);
 - o, unless the backward of attention recomputes it (`ops.attention`);
-- in families that normalize q and k: their values before these norms, not after them;
-- in families that normalize the output of a sublayer: the input of this norm;
-- the inverse RMS of the norms in the last two lines.
+- in families that normalize q and k: their values before these norms, and the inverse RMS of the norms;
+- in families that normalize the output of a sublayer: the input of this norm, and its inverse RMS.
 
 With `recompute="mlp"`, a, u and their h are not saved. With `recompute="block"`, only x₀ is saved, and the backward
 runs the forward pass of the block again.

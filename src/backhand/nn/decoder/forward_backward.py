@@ -8,7 +8,8 @@ lowest trained module, so layers below that module save nothing. If a batch cont
 (`PackedBatch.start`), the forward pass starts at the layer that reads them.
 
 Start reading at `ForwardBackward.loss_and_gradients`, which is one whole forward and backward pass of a language model.
-`state_gradients` is the same pass without the head, for losses of hidden states. Other files:
+`state_gradients` is the same pass without the head, for losses that are functions of the final hidden states. Other
+files:
 - `nn.decoder.adapted_embedding`: gradients of a trained embedding;
 - `nn.decoder.adapted_head`: gradients of a trained head, and losses other than cross-entropy;
 - `nn.decoder.decoder`: loading a model, attaching an adapter, and passes without gradients.
@@ -232,7 +233,7 @@ class ForwardBackward:
         positions: Tensor | None = None,
         dropout_seed: int | None = None,
     ) -> Tensor:
-        """Run one pass without the head and add ∂loss/∂parameters to `lora.gradients` for a loss of hidden states.
+        """Run one pass without the head, for a loss of the final states, and add ∂loss/∂parameters to `lora.gradients`.
 
         Args:
             state_loss: the loss as a function of the final hidden states, `Decoder.final_states`. The labels of the
@@ -268,9 +269,9 @@ class ForwardBackward:
         Args:
             positions: positions at which the last block computes its output; None for all.
             top: everything after the last block. Maps the output x of the last block to ∂L/∂x and the loss.
-            logits_shape: shape of the logits whose memory is allocated before the blocks, or None. Until the head runs,
-                the blocks' temporaries use it. With recomputation this is not necessary, since blocks free enough
-                memory for the logits.
+            logits_shape: shape of the logits, to allocate their memory before the blocks run, or None. Until the head
+                runs, the blocks keep temporary tensors in this memory. With recomputation this is not necessary: blocks
+                free enough memory for the logits.
         """
         lora, trained = self.lora, self._trained
         if lora is None:
