@@ -20,6 +20,7 @@ OPS: dict[str, str] = {
     "token_linear": "token_rows",
     "embedding": "embedding",
     "rms_norm": "rms_norm",
+    "layer_norm": "layer_norm",
     "rotary": "rotary",
     "attention": "attention",
     "attention_blocks": "attention_blocks",
