@@ -53,6 +53,11 @@ OPS: dict[str, str] = {
     "preference": "preference",
     "grpo": "grpo",
     "decide": "decide",
+    "normalize": "normalize",
+    "pooling": "pooling",
+    "info_nce": "info_nce",
+    "cosent": "cosent",
+    "triplet": "triplet",
 }
 
 
