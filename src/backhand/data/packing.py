@@ -106,8 +106,8 @@ class RowPacker:
         self.by_document = self
         self.lengths = examples.column("input_tokens").astype(np.int64)
         self._supervised = examples.column("supervised").astype(np.int64)
-        # Begin and size of each document in `examples.tokens`. They include the last supervised token and those after
-        # it, which are never inputs and do not count in `lengths`.
+        # First token and number of tokens of each document in `examples.tokens`. The number includes the last
+        # supervised token and those after it. They are never inputs, so `lengths` does not count them.
         self._begins, self._sizes = examples.column("begin"), examples.column("tokens")
         # Index of each row's first document, and at the end the count of all documents. None if rows are documents.
         self._first_documents: npt.NDArray[np.int64] | None = None

@@ -1,1 +1,1 @@
-"""Training engines: decoder models by hand, all others through transformers. Also the memory plan of a step."""
+"""Training engines: known models by hand, other causal ones through transformers. Also the memory plan of a step."""

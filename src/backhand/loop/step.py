@@ -80,7 +80,7 @@ def training_step(
     The clipped gradient stays in the buffer until the next step.
 
     Args:
-        model: a model with `optimizer.lora` attached, of the decoder engine or the transformers engine.
+        model: a model of the decoder engine or the transformers engine, with `optimizer.lora` attached.
         work: the micro-batches, with at least one supervised token in total.
         processes: the processes among which the micro-batches are divided.
         learning_rate: η of this step.
@@ -89,7 +89,7 @@ def training_step(
         CheckError: the number of supervised tokens in the micro-batches is not `work.supervised_tokens`.
     """
     optimizer.clear()
-    assigned = processes.assign(work.packed_tokens)  # numbers of the micro-batches of each process
+    assigned = processes.assign(work.packed_tokens)  # for each process, the indices of its micro-batches
     gradient_sum = processes.gradient_sum(optimizer.gradients, assigned)
     results: list[MicroBatchResult] = []
     start_s = time.perf_counter()
@@ -117,7 +117,7 @@ def training_step(
 
 
 def sequential_sum(values: Iterable[float]) -> float:
-    """Return the float64 sum, added from left to right. `sum` depends on Python's version in its last bits."""
+    """Return the float64 sum from left to right. The last bits of Python's own `sum` depend on the Python version."""
     return functools.reduce(operator.add, values, 0.0)
 
 

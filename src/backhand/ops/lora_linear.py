@@ -5,7 +5,7 @@
 Without dropout x̃ = x. With dropout x̃ = m ⊙ x, where each element of m is 0 with probability p, otherwise 1 / (1 - p).
 
 Backward. ⊙ multiplies element by element; ⟨P, Q⟩ is the sum of all elements of P ⊙ Q. Let G = ∂L/∂y and h = x̃ Aᵀ.
-Then dL = ⟨G, dy⟩. W and b are constants, so dW = 0, db = 0 and
+Small changes dx, dA and dB of x, A and B change y by dy, and L by dL = ⟨G, dy⟩. W and b are constants, so
     dy = dx Wᵀ + s dh Bᵀ + s h dBᵀ,   dh = (m ⊙ dx) Aᵀ + x̃ dAᵀ.
 Two rules, ⟨P, Q Rᵀ⟩ = ⟨P R, Q⟩ = ⟨Pᵀ Q, R⟩ and ⟨P, m ⊙ Q⟩ = ⟨m ⊙ P, Q⟩, move dx, dA and dB to one side. The result is
 dL = ⟨∂L/∂x, dx⟩ + ⟨∂L/∂A, dA⟩ + ⟨∂L/∂B, dB⟩ with

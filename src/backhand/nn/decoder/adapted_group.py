@@ -50,7 +50,7 @@ ALL_GROUPS = frozenset(Group)
 BLOCK_GROUPS = Group.DOWN + 1
 """Number of groups of a block without per-layer embeddings."""
 BEFORE_BLOCKS = len(Group)
-"""Argument `group` of `group_mask_seed` for the projection of the per-layer embeddings, which is in no block."""
+"""`group` in `group_mask_seed` for the projection that computes the per-layer embeddings, which is in no block."""
 
 
 class GroupAdapter(NamedTuple):
@@ -180,7 +180,7 @@ def group_adapter(
     seed: int | None,
     weights: Sequence[FrozenMatrix] | None = None,
 ) -> GroupAdapter:
-    """Return the adapter of a group: of modules that share an input.
+    """Return the adapter of a group, which is a set of modules that share an input.
 
     Args:
         lora: the adapter, or None.

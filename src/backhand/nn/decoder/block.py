@@ -27,8 +27,9 @@ stream has two terms: d_x₁ = d_x₂ + (through the MLP) and d_x₀ = d_x₁ + 
 m the sublayers receive m d_x₂ and m d_x₁. The backward of a projection consists of three functions (`ops.lora_group`):
 the first returns ∂L/∂h and adds ∂L/∂B, the second returns ∂L/∂x, and the third adds ∂L/∂A. The third needs the input
 of the projection, which is saved or recomputed, or replaced by the saved tensors of the norm that computed it.
-`ops.adapted_glu` computes the backward of the gated unit together with parts of the projections next to it. From d_p it
-computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate and up. It also recomputes p and adds ∂L/∂A of down.
+`ops.adapted_glu` computes the backward of the gated unit p = φ(a) ⊙ u, and parts of the backward of gate, up and down.
+From d_p it computes ∂L/∂[a u], and from that ∂L/∂h and ∂L/∂B of gate and up. It also recomputes p and adds ∂L/∂A of
+down.
 
 `nn.decoder.general_backward` has the backward functions for mixtures of experts, for sublayers that train more than
 LoRA factors, and for a backward pass that ends in the MLP sublayer or at W_o. A LoRA adapter of all linear layers of a

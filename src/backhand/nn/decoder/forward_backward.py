@@ -270,8 +270,8 @@ class ForwardBackward:
             positions: positions at which the last block computes its output; None for all.
             top: everything after the last block. Maps the output x of the last block to ∂L/∂x and the loss.
             logits_shape: shape of the logits, to allocate their memory before the blocks run, or None. Until the head
-                runs, the blocks keep temporary tensors in this memory. With recomputation this is not necessary: blocks
-                free enough memory for the logits.
+                runs, the blocks keep temporary tensors in this memory. With recomputation, the logits need no reserved
+                memory, because the blocks release enough.
         """
         lora, trained = self.lora, self._trained
         if lora is None:
@@ -353,7 +353,7 @@ class ForwardBackward:
             head, lora = self._head_of(dropout_seed), self.lora if trained.head else None
             d_normed, loss = general_head_backward(normed, batch, head, lora, loss_scaling, token_loss, logits)
         else:
-            # The gradient of the loss with respect to itself is known, so one call computes forward and backward.
+            # The backward starts from ∂L/∂L = 1, times `loss_scaling`, so one call computes forward and backward.
             losses, (d_normed, *_) = linear_cross_entropy_backward(
                 normed,
                 self.active.head,
