@@ -1,11 +1,13 @@
-"""Causal grouped-query attention over packed documents.
+"""Grouped-query attention over packed documents, causal or in both directions.
 
 For one document of n tokens and one query head (which shares its key/value head with its group):
     S = c Q Kᵀ + M,   P = softmax_rows(S) = exp(S - ℓ),   O = P V      [arXiv:1706.03762, eq. 1; 2305.13245 for groups]
-with c the attention scaling, M = 0 where the key is visible (not after the query, and within the window) and -∞
-elsewhere, and ℓ = logsumexp_rows(S). Documents are separate problems: no query sees a key of another document.
+with c the attention scaling, ℓ = logsumexp_rows(S), and M = 0 where the key is visible (not after the query, and within
+the window) and -∞ elsewhere. In encoders a query also sees the keys after it, within the same distance if there is a
+window. Only M differs, so every formula below holds in both directions. Documents are separate problems: no query sees
+a key of another document.
 
-Documents that begin with the same tokens have the same hidden states there, since attention is causal. Such a common
+Documents that begin with the same tokens have the same hidden states there if attention is causal. Such a common
 beginning is stored once, as a segment that others continue. The queries of a segment are its own tokens. Its K and V
 are those of all segments before it in its documents, followed by its own. By the chain rule ∂L/∂K and ∂L/∂V of a
 segment are the sums over all segments that saw it, including itself.
@@ -27,10 +29,11 @@ as before, since σ adds nothing to dℓ' = rowsum(P ⊙ dS). Every formula abov
 to 1 - e^(σ - ℓ'), and with δ = rowsum(P ⊙ ∂L/∂P) = rowsum(G ⊙ O). Even a query that sees only its own key has a
 gradient through it.
 
-The kernel (native/attention.cpp) takes all documents at once, saves no ℓ, and uses the processor's pairwise products of
-bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and ∂L/∂P. A caller that needs O there
-can have it recomputed from P V, which is one product in six, and need not save it (`can_recompute_output`). Torch's
-form attends documents of similar length together (`document_groups`), by blocks of queries (`attention_blocks`).
+The kernel (native/attention.cpp) computes causal attention. It takes all documents at once, saves no ℓ, and uses the
+processor's pairwise products of bfloat16 where it has them. No backward needs O or ℓ, since δ is a sum over P and
+∂L/∂P. A caller that needs O there can have it recomputed from P V, which is one product in six, and need not save it
+(`can_recompute_output`). Torch's form also computes both directions. It attends documents of similar length together
+(`document_groups`), by blocks of queries (`attention_blocks`).
 
 Saved: Q, K, V, and O if it was kept.
 """
@@ -49,8 +52,10 @@ from backhand.ops.attention_blocks import (
     Scores,
     attention_blocks_backward,
     attention_blocks_forward,
+    visible_keys,
 )
 from backhand.ops.document_groups import (
+    Group,
     SegmentRun,
     continued_end,
     gather_documents,
@@ -81,12 +86,12 @@ class AttentionGrads(NamedTuple):
     d_v: Tensor
 
 
-def can_recompute_output(q: Tensor, cap: float | None = None) -> bool:
+def can_recompute_output(q: Tensor, cap: float | None = None, *, causal: bool = True) -> bool:
     """Return True if `attention_backward` recomputes O of such queries at little cost, so that O need not be saved.
 
     The kernel does. In bfloat16, O is half as large and P V takes as long as in float32, so that O is saved.
     """
-    return cap is None and q.dtype != torch.bfloat16 and kernels.applies(q)
+    return causal and cap is None and q.dtype != torch.bfloat16 and kernels.applies(q)
 
 
 def attention_forward(
@@ -98,8 +103,9 @@ def attention_forward(
         q: (tokens, heads, head_dim).
         k: (tokens, key/value heads, head_dim); heads is a multiple of key/value heads.
         v: of k's shape.
-        runs: the segments of all documents, covering all tokens; each follows the segments that it continues.
-        scores: c, the window, κ and σ.
+        runs: the segments of all documents, covering all tokens; each follows the segments that it continues. In both
+            directions no segment continues another.
+        scores: c, the window, κ, σ and the direction.
         out: of q's shape and dtype, to receive the output, or None.
 
     Returns:
@@ -107,11 +113,12 @@ def attention_forward(
     """
     output = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     settings = scores.scaling, scores.window, scores.sinks
-    if scores.cap is not None or not kernels.attention(q, k, v, output, runs, *settings):
+    compiled = scores.causal and scores.cap is None and kernels.attention(q, k, v, output, runs, *settings)
+    if not compiled:
         for group in groups(runs, q):
             in_place = gather_documents(output, group) if group.places is None else None
             operands = gather_documents(q, group), gather_keys(k, group), gather_keys(v, group)
-            attended, _ = attention_blocks_forward(*operands, scores, out=in_place)
+            attended, _ = attention_blocks_forward(*operands, scores, _hidden_padding(group, scores), out=in_place)
             if in_place is None:
                 scatter_documents(attended, group, output)
     return output, AttentionSaved(q, k, v, output, runs, scores)
@@ -133,7 +140,8 @@ def attention_backward(
         out = torch.empty(q.shape[0], heads + 2 * kv_heads, q.shape[2], dtype=q.dtype, device=q.device)
     grads = AttentionGrads(*out.split_with_sizes([heads, kv_heads, kv_heads], dim=1))
     settings = scores.scaling, scores.window, scores.sinks
-    if scores.cap is None and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *settings):
+    fused = scores.causal and scores.cap is None
+    if fused and kernels.attention_gradients(d_y, q, k, v, grads, output_buffer, runs, *settings):
         return grads
     if output_buffer is not None:
         if output is None:
@@ -147,7 +155,11 @@ def attention_backward(
         if group.places is None and group.keys is None:
             in_place = AttentionBlocksGrads(*(gather_documents(gradient, group) for gradient in grads))
         of_group = AttentionBlocksSaved(
-            gather_documents(q, group), gather_keys(k, group), gather_keys(v, group), scores
+            gather_documents(q, group),
+            gather_keys(k, group),
+            gather_keys(v, group),
+            scores,
+            _hidden_padding(group, scores),
         )
         results = attention_blocks_backward(gather_documents(d_y, group, zero_padding=True), of_group, out=in_place)
         if in_place is None:
@@ -159,17 +171,19 @@ def attention_backward(
     return grads
 
 
+def _hidden_padding(group: Group, scores: Scores) -> Tensor | None:
+    """Return the lengths of a group's documents, (documents,), or None if causality hides the padding."""
+    return None if scores.causal else group.lengths
+
+
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, runs: tuple[SegmentRun, ...], scores: Scores) -> Tensor:
     """Compute the same output, segment by segment and head by head, with an explicit softmax over visible keys only."""
-    scaling, window, cap, sinks = scores
+    scaling, _, cap, sinks, _ = scores
     documents = []
     group = q.shape[1] // k.shape[1]
     for (start, stop), before in segments(runs):
         seen = [*before, *range(start, stop)]
-        visible = torch.ones(len(seen), len(seen), dtype=torch.bool, device=q.device).tril()
-        if window is not None:
-            visible = visible & ~visible.tril(-window)
-        visible = visible[len(before) :]
+        visible = visible_keys(len(seen), scores, q.device)[len(before) :]
         heads = []
         for head in range(q.shape[1]):
             s = scaling * q[start:stop, head] @ k[seen, head // group].T

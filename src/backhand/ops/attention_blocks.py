@@ -1,13 +1,18 @@
 """Attention by blocks of queries: the formulas of `attention` as a few batched products and two softmax kernels.
 
 A block holds the queries at positions s … e of a document. It needs only the keys lo … e, where lo is s - window + 1 or
-0. This part of the lower triangle is all that is ever formed, as (queries · group, keys) per key/value head. If there
-are fewer queries than keys, they are the document's last positions. The rows hold the heads of a group, so that one
+0. This part of the lower triangle is all that is ever formed, as (queries · group, keys) per key/value head. Attention
+in both directions needs the keys lo … hi, where hi is e + window - 1 or the document's last. If there are fewer queries
+than keys, they are the document's last positions. The rows hold the heads of a group, so that one
 product serves all of them and their sum in ∂L/∂K and ∂L/∂V is part of the product:
     P = softmax(c Q Kᵀ + M),  O = P V
     ∂L/∂V += Pᵀ G,   ∂L/∂P = G Vᵀ,   ∂L/∂S = P ⊙ (∂L/∂P - rowsum(P ⊙ ∂L/∂P)),
     ∂L/∂Q = c (∂L/∂S) K,   ∂L/∂K += c (∂L/∂S)ᵀ Q.
 The backward computes P again from the scores, so that no log-sum-exp is saved. ∂L/∂K and ∂L/∂V are summed in float32.
+
+Documents of different lengths may be padded at their ends. Causality hides the padding from every real query. In both
+directions, M also contains a number for keys of the padding that is so low that their P is zero. It is finite: a query
+of the padding may see no other key within its window, and a row of -∞ alone has no softmax.
 
 Some families cap the scores softly [arXiv:2408.00118, §2]: S = κ T + M with T = tanh(c Q Kᵀ / κ), not c Q Kᵀ + M. Then
 dS = (1 - T²) ⊙ d(c Q Kᵀ), so that (1 - T²) ⊙ ∂L/∂S replaces ∂L/∂S in ∂L/∂Q and ∂L/∂K. T is recomputed with P. Where a
@@ -51,18 +56,24 @@ class Scores(NamedTuple):
     """The settings of attention scores."""
 
     scaling: float  # c, the multiplier of query-key products
-    window: int | None = None  # a query sees itself and the window - 1 tokens before it; None for all tokens before it
+    window: int | None = None  # a query sees itself and the window - 1 tokens next to it; None for all tokens
     cap: float | None = None  # κ, the largest score, or None
     sinks: Tensor | None = None  # σ, (heads,), frozen, or None
+    # a query sees no key after itself; False for both directions, where a window reaches as far to each side
+    causal: bool = True
 
 
 class AttentionBlocksSaved(NamedTuple):
-    """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); the score settings."""
+    """q (documents, m, heads, head_dim); k, v (documents, n ≥ m, key/value heads, head_dim); the score settings.
+
+    lengths is (documents,), the number of tokens of each document before its padding, or None.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     scores: Scores
+    lengths: Tensor | None = None
 
 
 class AttentionBlocksGrads(NamedTuple):
@@ -74,14 +85,17 @@ class AttentionBlocksGrads(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Queries start … stop see the keys first … end. Those from `masked` on have the mask M: 0 if visible, else -∞."""
+    """Queries start … stop see the keys first … end. Those from `masked` on have the mask M: 0 if visible, else -∞.
+
+    The mask is None if every query sees all these keys.
+    """
 
     start: int
     stop: int
     first: int
     end: int
     masked: int
-    mask: Tensor  # (queries · group, keys from `masked` to `end`)
+    mask: Tensor | None  # (queries · group, keys from `masked` to `end`)
 
 
 def block_bounds(length: int) -> list[int]:
@@ -93,21 +107,24 @@ def block_bounds(length: int) -> list[int]:
     return [round(length * index / count / ALIGNMENT) * ALIGNMENT for index in range(count)] + [length] if count else []
 
 
-def _blocks(queries: int, keys: int, window: int | None, group: int, like: Tensor) -> Iterator[Block]:
+def _blocks(queries: int, keys: int, scores: Scores, group: int, like: Tensor) -> Iterator[Block]:
     """Yield the blocks of the last `queries` tokens of a document of `keys` tokens."""
-    skipped = keys - queries
+    skipped, window, causal = keys - queries, scores.window, scores.causal
     for start, stop in itertools.pairwise(block_bounds(queries)):
         begin, end = skipped + start, skipped + stop
-        if window is None or window >= end:
-            # Only the block's own keys can come after a query.
-            yield Block(start, stop, 0, end, begin, _causal_mask(stop - start, group, like.dtype, like.device))
+        if window is None or window >= (end if causal else keys):
+            if causal:
+                # Only the block's own keys can come after a query.
+                yield Block(start, stop, 0, end, begin, _causal_mask(stop - start, group, like.dtype, like.device))
+            else:
+                yield Block(start, stop, 0, keys, keys, None)
             continue
-        first = max(0, begin - window + 1)
-        positions = torch.arange(first, end, device=like.device)
-        distance = positions[begin - first :, None] - positions
+        first, stop_at = max(0, begin - window + 1), end if causal else min(keys, end + window - 1)
+        positions = torch.arange(first, stop_at, device=like.device)
+        distance = positions[begin - first : end - first, None] - positions
         mask = torch.zeros(distance.shape, dtype=like.dtype, device=like.device)
-        mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
-        yield Block(start, stop, first, end, first, mask.repeat_interleave(group, 0))
+        mask.masked_fill_((distance < 0) | (distance >= window) if causal else distance.abs() >= window, float("-inf"))
+        yield Block(start, stop, first, stop_at, first, mask.repeat_interleave(group, 0))
 
 
 @functools.lru_cache(maxsize=16)
@@ -130,21 +147,28 @@ def _rows(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, scaling: float, block: Block, cap: float | None, sink: Tensor | None
+    q: Tensor, k: Tensor, scores_of: Scores, block: Block, sink: Tensor | None, padding: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return P of one block, (documents · kv_heads, queries · group, keys), and T if scores are capped.
 
     Args:
         k: from `_seen`.
+        scores_of: c and κ.
         sink: σ of each row, (documents · kv_heads, queries · group), or None.
+        padding: from `_padding`, or None.
     """
+    scaling, cap = scores_of.scaling, scores_of.cap
     capped = None
     if cap is None:
         scores = _scaled(q, k.mT, scaling)
     else:
         capped = _scaled(q, k.mT, scaling / cap).tanh_()
         scores = capped * cap
-    scores[:, :, block.masked - block.first + (sink is not None) :] += block.mask
+    first = 0 if sink is None else 1
+    if block.mask is not None:
+        scores[:, :, block.masked - block.first + first :] += block.mask
+    if padding is not None:
+        scores[:, :, first:] += padding[:, :, block.first : block.end]
     if sink is not None:
         scores[:, :, 0] = sink
     p = torch.softmax(scores, dim=-1)
@@ -190,13 +214,22 @@ def _sink_of_rows(sinks: Tensor | None, like: Tensor, kv_heads: int, queries: in
     return rows
 
 
+def _padding(lengths: Tensor | None, keys: int, kv_heads: int, dtype: torch.dtype) -> Tensor | None:
+    """Return what is added to scores for padded keys, (documents · kv_heads, 1, keys), or None without padding."""
+    if lengths is None:
+        return None
+    hidden = torch.arange(keys, device=lengths.device) >= lengths.repeat_interleave(kv_heads)[:, None]
+    added = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
+    return added.masked_fill_(hidden, torch.finfo(dtype).min / 2).unsqueeze(1)
+
+
 def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """Compute scaling · left @ right per batch entry; in low precision it is scaled before it is rounded."""
     return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scaling)
 
 
 def attention_blocks_forward(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, out: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: Tensor | None = None, *, out: Tensor | None = None
 ) -> tuple[Tensor, AttentionBlocksSaved]:
     """Attend within each document.
 
@@ -204,17 +237,19 @@ def attention_blocks_forward(
         q: (documents, m, heads, head_dim), the last m positions of documents of equal length.
         k: (documents, n, key/value heads, head_dim), n ≥ m.
         v: of k's shape.
-        scores: c, the window, κ and σ.
+        scores: c, the window, κ, σ and the direction.
+        lengths: (documents,), the number of tokens of each document before its padding, or None. In one direction
+            causality hides the padding, so that it is None.
         out: of q's shape, to receive O, may be a view; or None.
 
     Returns:
         O in the shape of q, and the saved tensors.
     """
-    kv_heads, (scaling, window, cap, sinks) = k.shape[2], scores
+    kv_heads, sinks = k.shape[2], scores.sinks
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
-    for block in _blocks(q.shape[1], k.shape[1], window, q.shape[2] // kv_heads, q):
+    keys, values, padding = _rows(k, kv_heads), _rows(v, kv_heads), _padding(lengths, k.shape[1], kv_heads, q.dtype)
+    for block in _blocks(q.shape[1], k.shape[1], scores, q.shape[2] // kv_heads, q):
         part = slice(block.start, block.stop)
         sink = _sink_of_rows(sinks, q, kv_heads, block.stop - block.start)
         queries, seen, their_values = _rows(q[:, part], kv_heads), _seen(keys, block, sink), _seen(values, block, sink)
@@ -222,12 +257,13 @@ def attention_blocks_forward(
         at_once = max(1, piece_size(SCORES_BYTES // q.element_size()) // max(1, queries.shape[1] * seen.shape[1]))
         for first in range(0, len(queries), at_once):
             own = slice(first, first + at_once)
-            p, _ = _probabilities(queries[own], seen[own], scaling, block, cap, None if sink is None else sink[own])
+            added = [None if one is None else one[own] for one in (sink, padding)]
+            p, _ = _probabilities(queries[own], seen[own], scores, block, *added)
             _over_keys(p, their_values[own], out=output[own])
             del p  # free it before the next scores are formed
         target = _by_group(out[:, part], kv_heads)
         target.copy_(output.view(target.shape))
-    return out, AttentionBlocksSaved(q, k, v, scores)
+    return out, AttentionBlocksSaved(q, k, v, scores, lengths)
 
 
 def attention_blocks_backward(
@@ -239,12 +275,12 @@ def attention_blocks_backward(
         d_y: ∂L/∂O.
         out: tensors to receive the gradients, may be views; or None.
     """
-    q, k, v, (scaling, window, cap, sinks) = saved
-    kv_heads = k.shape[2]
+    q, k, v, scores, lengths = saved
+    kv_heads, scaling, sinks = k.shape[2], scores.scaling, scores.sinks
     if out is None:
         out = AttentionBlocksGrads(*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)))
-    keys, values = _rows(k, kv_heads), _rows(v, kv_heads)
-    blocks = list(_blocks(q.shape[1], k.shape[1], window, q.shape[2] // kv_heads, q))
+    keys, values, padding = _rows(k, kv_heads), _rows(v, kv_heads), _padding(lengths, k.shape[1], kv_heads, q.dtype)
+    blocks = list(_blocks(q.shape[1], k.shape[1], scores, q.shape[2] // kv_heads, q))
     # If a single block sees every key, its share of ∂L/∂K and ∂L/∂V is the whole.
     lone = len(blocks) == 1 and blocks[0].first == 0
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -254,7 +290,7 @@ def attention_blocks_backward(
         queries, d_out = _rows(q[:, part], kv_heads), _rows(d_y[:, part], kv_heads)
         sink = _sink_of_rows(sinks, q, kv_heads, block.stop - block.start)
         their_keys, own = _seen(keys, block, sink), slice(0 if sink is None else 1, None)
-        p, capped = _probabilities(queries, their_keys, scaling, block, cap, sink)
+        p, capped = _probabilities(queries, their_keys, scores, block, sink, padding)
         d_s = _softmax_backward(d_out @ _seen(values, block, sink).mT, p)
         if capped is not None:
             d_s = torch.ops.aten.tanh_backward(d_s, capped)
@@ -271,14 +307,15 @@ def attention_blocks_backward(
     return out
 
 
-def attention_blocks_reference(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+def attention_blocks_reference(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: Tensor | None = None
+) -> Tensor:
     """The same O, head by head, from the whole matrix of scores of all documents."""
-    scaling, window, cap, sinks = scores
+    scaling, _, cap, sinks, _ = scores
     group, n = q.shape[2] // k.shape[2], k.shape[1]
-    visible = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-    if window is not None:
-        visible = visible & ~visible.tril(-window)
-    visible = visible[n - q.shape[1] :]
+    visible = visible_keys(n, scores, q.device)[n - q.shape[1] :]
+    if lengths is not None:
+        visible = visible & (torch.arange(n, device=q.device) < lengths[:, None, None])
     heads = []
     for head in range(q.shape[2]):
         seen = scaling * torch.einsum("dqc,dkc->dqk", q[:, :, head], k[:, :, head // group])
@@ -291,3 +328,12 @@ def attention_blocks_reference(q: Tensor, k: Tensor, v: Tensor, scores: Scores) 
             weights = weights / (1 + torch.exp(sinks[head] - total))
         heads.append(torch.einsum("dqk,dkc->dqc", weights, v[:, :, head // group]))
     return torch.stack(heads, dim=2)
+
+
+def visible_keys(n: int, scores: Scores, device: torch.device) -> Tensor:
+    """Return a bool mask, (n, n), of the keys (columns) that the queries (rows) of a document of n tokens see."""
+    visible = torch.ones(n, n, dtype=torch.bool, device=device)
+    visible = visible.tril() if scores.causal else visible
+    if scores.window is not None:
+        visible = visible & ~visible.tril(-scores.window) & ~visible.triu(scores.window)
+    return visible

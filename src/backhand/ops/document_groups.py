@@ -1,8 +1,9 @@
 """Group packed documents for attention, and copy tokens to a group and back.
 
 Attention is computed for (documents, length) at once. Neighbouring documents of one length are a view of the packed
-tokens. Short documents of similar length are copied, and padded with some token of their own after their end. Causality
-hides the padding from every real query, and with a ∂L/∂O of zero it adds nothing to any gradient.
+tokens. Short documents of similar length are copied, and padded with some token of their own after their end. The
+padding is hidden from every real query: by causality, or in both directions by a mask. With a ∂L/∂O of zero it adds
+nothing to any gradient.
 
 Documents with a common prefix are a tree of segments (`SegmentRun`). The queries of a segment are its own tokens. Its
 keys are those of all segments before it on the path from the root, followed by its own.
@@ -76,6 +77,7 @@ class Group(NamedTuple):
     before: tuple[Span, ...]  # the segments before each of them
     places: Places | None  # None if the tokens fill all documents · length places
     keys: Tensor | None  # (documents · (before + length),) each key's token; None if `before` is empty
+    lengths: Tensor | None  # (documents,) tokens of each document; None without padding
 
 
 def groups(runs: tuple[SegmentRun, ...], like: Tensor) -> tuple[Group, ...]:
@@ -113,7 +115,7 @@ def _group(runs: Sequence[SegmentRun], aligned: bool, device: torch.device) -> G
     rounded = -(-(len(before) + length) // ALIGNMENT) * ALIGNMENT - len(before)
     if aligned and length <= JOINED_UP_TO_TOKENS and documents * rounded <= (1 + ADDED_SHARE) * tokens:
         length = rounded
-    token_at, places = torch.arange(tokens, device=device), None
+    token_at, places, lengths = torch.arange(tokens, device=device), None, None
     if tokens != documents * length:
         lengths = torch.tensor([run.length for run in runs for _ in range(run.number)], device=device)
         inside = (torch.arange(length, device=device) < lengths[:, None]).flatten()
@@ -123,7 +125,7 @@ def _group(runs: Sequence[SegmentRun], aligned: bool, device: torch.device) -> G
     if before:
         seen = torch.tensor(before, device=device).expand(documents, -1)
         keys = torch.cat([seen, start + token_at.view(documents, length)], dim=1).flatten()
-    return Group(start, tokens, documents, length, runs[0].before, places, keys)
+    return Group(start, tokens, documents, length, runs[0].before, places, keys, lengths)
 
 
 def gather_documents(x: Tensor, group: Group, *, zero_padding: bool = False) -> Tensor:

@@ -456,7 +456,10 @@ def _query_scale(q: Tensor, scaling: QueryScaling) -> Tensor:
     return (1 + scaling.beta * steps.to(torch.promote_types(q.dtype, torch.float32)).log1p()).to(q.dtype)[:, None, None]
 
 
-def visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a bool mask of the keys (columns) that a query (row) sees: itself and earlier keys within the window."""
+def visible(length: int, window: int | None, device: torch.device, *, causal: bool = True) -> Tensor:
+    """Return a bool mask of the keys (columns) that a query (row) sees: itself and earlier keys within the window.
+
+    Without `causal`, later keys within the window too.
+    """
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < (length if window is None else window))
+    return ((distance >= 0) | (not causal)) & (distance.abs() < (length if window is None else window))

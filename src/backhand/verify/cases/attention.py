@@ -27,7 +27,8 @@ def _baseline(args: Arguments) -> Tensor:
     for (start, stop), before in segments(args["runs"]):
         seen = [*before, *range(start, stop)]
         parts = [args[name][seen].transpose(0, 1)[None] for name in "qkv"]
-        attended = baseline_attention(parts, visible(len(seen), args["window"], q.device), *rest)
+        mask = visible(len(seen), args["window"], q.device, causal=args["causal"])
+        attended = baseline_attention(parts, mask, *rest)
         outputs.append(attended[0].transpose(0, 1)[len(before) :])
     return torch.cat(outputs)
 
@@ -65,8 +66,8 @@ def attention_inputs(queries: str, keys: str) -> dict[str, Any]:
     }
 
 
-DERIVED = {"scores": lambda scaling, window, cap, sinks: Scores(scaling, window, cap, sinks)}
-OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": SCALING}
+DERIVED = {"scores": Scores}
+OPTIONS = {"window": None, "size": 1.0, "cap": None, "sinks": None, "scaling": SCALING, "causal": True}
 OP = Op(
     "attention",
     attention_inputs("tokens heads head_dim", "tokens kv_heads head_dim"),
@@ -130,6 +131,19 @@ CASES = (
     OP.case("sinks, short documents as one group", (50, 46, 41), head_dim=16, sinks=1.0, window=30, **_FOUR),
     OP.case("sinks, capped scores", (5, 3), sinks=0.5, cap=0.9, size=2.0),
     OP.case("sinks, no tokens", (), sinks=0.5),
+    OP.case("both directions", (4, 4, 7, 1), causal=False),
+    OP.case("both directions, side by side", (4, 4, 9), causal=False, side_by_side=True),
+    OP.case("both directions, window", (9, 3, 6, 6), causal=False, window=4),
+    OP.case("both directions, window of one token", (5, 3), causal=False, window=1),
+    OP.case("both directions, window as long as the document", (6, 2), causal=False, window=6),
+    OP.case("both directions, short documents as one group", (50, 46, 41), head_dim=16, causal=False, **_FOUR),
+    OP.case("both directions, one group, window", (58, 46, 41), head_dim=16, causal=False, window=9, **_FOUR),
+    OP.case("both directions, long document, window", (330,), head_dim=8, causal=False, window=40, **_PAIR),
+    OP.case("both directions, blocks side by side", (131, 64), head_dim=16, causal=False, side_by_side=True, **_FOUR),
+    OP.case(
+        "both directions, capped scores and sinks", (50, 46, 3), causal=False, cap=0.9, size=2.0, sinks=0.4, **_THREE
+    ),
+    OP.case("both directions, no tokens", (), causal=False),
 )
 
 
@@ -154,6 +168,7 @@ def _dense(
     siblings_apart: bool = True,
     window: bool = True,
     causal: bool = True,
+    both: bool = True,
 ) -> _Dense:
     """Return P and the gradients around it, optionally with a wrong mask."""
     q, out, d_y = (x.transpose(0, 1) for x in (s.q, not_none(s.output), g))
@@ -163,8 +178,11 @@ def _dense(
     place = where.position if documents_apart else torch.arange(tokens, device=g.device)
     distance = place[:, None] - place[None, :]
     seen = torch.ones_like(distance, dtype=torch.bool)
-    if causal:
-        seen = (distance >= 0) & (distance < (s.scores.window if window and s.scores.window is not None else tokens))
+    reach = s.scores.window if window and s.scores.window is not None else tokens
+    if s.scores.causal or not both:
+        seen = (distance >= 0) & (distance < reach) if causal else seen
+    elif window:
+        seen = distance.abs() < reach
     if documents_apart:
         seen = seen & (where.held if siblings_apart else where.held | where.siblings)
     scores = s.scores.scaling * q @ k.mT
@@ -242,6 +260,7 @@ MUTANTS = (
     _worked("a segment sees its sibling", "d_q d_v", siblings_apart=False),
     _worked("window ignored", "d_k d_v", window=False),
     _worked("causal mask ignored", "d_q d_v", causal=False, window=False),
+    _worked("later keys hidden in both directions", "d_q d_k d_v", both=False),
     _worked("∂L/∂S transposed", "d_q", lambda d, _s: _transposed(d)),
     _worked("P transposed", "d_v", lambda d, _s: d._replace(p=d.p.mT)),
     _worked("first head of the group only", "d_k d_v", how="first"),

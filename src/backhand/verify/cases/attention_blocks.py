@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,7 +20,9 @@ from backhand.verify.scaffold import Arguments, Axis, Op
 
 def _baseline(args: Arguments) -> Tensor:
     n, q, rest = args["k"].shape[1], args["q"], (args["cap"], args.get("sinks"), args["scaling"])
-    mask = visible(n, args["window"], q.device)[n - q.shape[1] :]
+    mask = visible(n, args["window"], q.device, causal=args["causal"])[n - q.shape[1] :]
+    if args["lengths"] is not None:
+        mask = mask & (torch.arange(n, device=q.device) < args["lengths"][:, None, None, None])
     parts = [args[name].transpose(1, 2) for name in "qkv"]
     return attention.baseline_attention(parts, mask, *rest).transpose(1, 2)
 
@@ -27,10 +30,14 @@ def _baseline(args: Arguments) -> Tensor:
 OP = Op(
     "attention_blocks",
     attention.attention_inputs("documents query_count heads head_dim", "documents n kv_heads head_dim"),
-    dict(documents=Axis(2, 3, 1, 0), n=Axis(9, 70), heads=6, kv_heads=3, head_dim=Axis(5, 16), queries=None)
+    dict(documents=Axis(2, 3, 1, 0), n=Axis(9, 70), heads=6, kv_heads=3, head_dim=Axis(5, 16), queries=None, real=None)
     | attention.OPTIONS,
     baseline=_baseline,
-    derived={"query_count": lambda n, queries: n if queries is None else queries} | attention.DERIVED,
+    derived={
+        "query_count": lambda n, queries: n if queries is None else queries,
+        "lengths": lambda real: None if real is None else torch.tensor(real),
+    }
+    | attention.DERIVED,
 )
 
 CASES = (
@@ -65,6 +72,16 @@ CASES = (
     OP.case("two blocks", 2, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6),
     OP.case("three blocks, window shorter than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=50),
     OP.case("three blocks, window longer than a block", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, window=BLOCK_TOKENS + 20),
+    OP.case("both directions", 2, 9, causal=False),
+    OP.case("both directions, window, fewer queries than keys", 2, 9, causal=False, window=4, queries=5),
+    OP.case("both directions, three blocks, window", 1, 2 * BLOCK_TOKENS + 5, 2, 1, 6, causal=False, window=50),
+    OP.case("both directions, two blocks", 2, BLOCK_TOKENS + 9, heads=2, kv_heads=1, head_dim=6, causal=False),
+    OP.case("both directions, padding", 3, 9, causal=False, real=(9, 4, 1)),
+    OP.case("both directions, padding, sinks", 2, 9, causal=False, real=(5, 8), sinks=0.5, cap=1.3, size=2.0),
+    OP.case(
+        "both directions, padding, some heads at a time", 5, 9, 2, 1, causal=False, real=(9, 4, 1, 3, 8), pieces=216
+    ),
+    OP.case("both directions, no tokens", 2, 0, causal=False),
 )
 
 
@@ -91,9 +108,13 @@ def _packed(
 
 
 # These documents share no prefix. The tokens before the queries are part of the keys.
-MUTANTS = tuple(
-    (Mutant(one.name, one.gradient, _packed(one.gradient, one.value)),)
-    for several in attention.MUTANTS
-    for one in several
-    if one.name not in ("prefix's share missing", "share of one taken for that of all", "a segment sees its sibling")
+MUTANTS = (
+    OP.perturb("padding seen", "d_q d_k d_v", lengths=None),
+    *(
+        (Mutant(one.name, one.gradient, _packed(one.gradient, one.value)),)
+        for several in attention.MUTANTS
+        for one in several
+        if one.name
+        not in ("prefix's share missing", "share of one taken for that of all", "a segment sees its sibling")
+    ),
 )
