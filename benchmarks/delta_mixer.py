@@ -75,7 +75,7 @@ def sides(lengths: tuple[int, ...]) -> tuple[Callable[[], Any], Callable[[], Any
         return found.detach()
 
     weights: Any = SimpleNamespace(
-        conv=module.conv1d.weight, log_rate=module.A_log, rate_bias=module.dt_bias, delta_norm=module.norm.weight
+        conv=module.conv1d.weight, log_rate=module.A_log, rate_bias=module.dt_bias, gated_norm=module.norm.weight
     )
     options: Any = SimpleNamespace(delta=sizes, norm_eps=config.rms_norm_eps)
     context: Any = SimpleNamespace(config=options, runs=document_runs(lengths))

@@ -29,6 +29,7 @@ _SIZES = {
 
 
 _KNOWN_AS = {
+    "bamba": "Bamba",
     "exaone4": "EXAONE 4",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3, FunctionGemma",
@@ -37,7 +38,7 @@ _KNOWN_AS = {
     "glm4": "GLM-4-0414",
     "gpt_oss": "gpt-oss-20b, gpt-oss-120b",
     "granite": "Granite 3",
-    "granitemoehybrid": "Granite 4 without Mamba layers and experts (granite-4.0-micro)",
+    "granitemoehybrid": "Granite 4 and 4 H without experts (micro, h-350m, h-1b, h-micro)",
     "lfm2": "LFM2, LFM2.5",
     "llama": "Llama 2 to 3.3, SmolLM2, TinyLlama, many others",
     "ministral3": "Ministral 3",
@@ -63,7 +64,8 @@ def families_section() -> str:
     ]
     for family in FAMILIES:
         dense = {"num_local_experts": 0, "layer_types": ["full_attention"] * 6, "position_embedding_type": "rope"}
-        config = decoder_config({"model_type": family, **_SIZES, **(dense if family == "granitemoehybrid" else {})})
+        stated = {"granitemoehybrid": dense, "bamba": {"mamba_n_heads": 4, "attn_layer_indices": [3]}}
+        config = decoder_config({"model_type": family, **_SIZES, **stated.get(family, {})})
         architecture = gguf_architecture({"model_type": family})
         stored = f"`{architecture}`" if architecture else "none that is read"
         named, particular = _KNOWN_AS[family], _particular(family, config)
@@ -91,6 +93,7 @@ def _particular(family: str, config: DecoderConfig) -> str:
         ),
         "gated short convolutions in most layers": config.short_conv is not None,
         "the gated delta rule in most layers": config.delta is not None,
+        "Mamba-2 in most layers": config.ssm is not None,
         "attention's output multiplied by a gate": config.attention_gate,
         "a sink in each head's softmax": config.sinks,
         "biases of attention": family == "gpt_oss",
@@ -110,6 +113,7 @@ def _particular(family: str, config: DecoderConfig) -> str:
         "multipliers of the embedding, of scores, of what is added to the stream, and of logits": family.startswith(
             "granite"
         ),
+        "Mamba-2 where `layer_types` says so": family == "granitemoehybrid",
         "no rotary embedding where `position_embedding_type` is not `rope`": family == "granitemoehybrid",
         "late layers that use earlier ones' keys and values, capped logits": config.value_norm,
         "queries scaled by their position": config.query_scaling is not None,

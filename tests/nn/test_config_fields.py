@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from backhand.nn.families import config_fields
 from backhand.nn.families.config_fields import READ_OUTSIDE_CLASS, config_class
 from backhand.nn.families.family_parsing import FAMILIES, FIXED, NEUTRAL, QUANTIZED, UnsupportedModel, decoder_config
-from backhand.nn.families.mixed_families import UNREAD_WHERE_DENSE
+from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
 from backhand.nn.families.rotary import _READ_BY_A_RULE, SCALING_RULES
 from support.tiny_models import full_logits, tiny_config, tiny_documents, tiny_model
 
@@ -87,6 +87,7 @@ _IN_THE_WAY_OF: dict[str, set[str]] = {
     "granitemoehybrid": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
     "lfm2": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
     "qwen3_5_text": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq"},
+    "bamba": {"sliding_window", "sliding_window_pattern", "rope_local_base_freq", "layer_types"},
 }
 """Names of other families' fields that shared code looks for; nobody has shown that these families do not mind."""
 
@@ -124,7 +125,7 @@ def test_every_field_of_transformers_is_used_neutral_or_in_the_way(
     declared = config_class(family)
     assert declared is not None
     classed = asked_for(family, monkeypatch) | set(NEUTRAL) | set(FIXED) | set(QUANTIZED)
-    classed |= set(UNREAD_WHERE_DENSE if family == "granitemoehybrid" else ())
+    classed |= {*OF_MAMBA, *WITHOUT_EXPERTS} if family == "granitemoehybrid" else set()
     assert set(declared.fields) - classed == set()
     assert set(READ_OUTSIDE_CLASS) - classed == (_IN_THE_WAY | _IN_THE_WAY_OF[family]) - classed
     monkeypatch.undo()
@@ -217,9 +218,7 @@ def test_foreign_fields_change_nothing_in_transformers(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_fields_have_the_defaults_of_the_class(family: str) -> None:
     """A config of nothing but its type is the model that transformers makes of it."""
-    # Of Granite 4's class the default is another model, with Mamba layers and experts.
-    dense = {"num_local_experts": 0, "layer_types": ["full_attention"] * 32}
-    stated = dense if family == "granitemoehybrid" else {}
+    stated = {"num_local_experts": 0} if family == "granitemoehybrid" else {}  # the default has experts
     default = transformers.AutoConfig.for_model(family, **stated)
     ours = decoder_config({"model_type": family, **stated})
     for name in ("vocab_size", "hidden_size", "max_position_embeddings"):

@@ -119,7 +119,9 @@ def test_transformers_rejects_every_mutant_of_the_decoder():
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "block"])
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "qwen3", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "bamba", "gpt_oss"]
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_equals_kept(variant, recompute, dropout):
     _, kept, batch = adapted_pair(variant)
@@ -162,7 +164,7 @@ def test_one_adapter_serves_decoders_of_two_dtypes():
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama", "mistral", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss"]
+    "variant", ["llama", "mistral", "gemma3_text", "gemma4_text", "lfm2", "qwen3_5_text", "granite4-h", "gpt_oss"]
 )
 def test_packed_equals_unpacked_and_accumulated_equals_one_batch(variant):
     _, decoder, batch = adapted_pair(variant)
@@ -187,7 +189,7 @@ def test_no_prefix_is_shared_where_angles_depend_on_the_length():
         decoder.loss(shared)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma4_text", "lfm2", "qwen3_5_text", "gpt_oss"])
+@pytest.mark.parametrize("variant", ["llama", "gemma4_text", "lfm2", "qwen3_5_text", "bamba", "gpt_oss"])
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_documents_never_see_each_other(share, variant):
     _, decoder, _ = adapted_pair(variant)
@@ -234,6 +236,8 @@ def test_parts_of_the_model_adapted(targets, expected):
         ("qwen3_5_text", r"model\.layers\.2\.linear_attn\.in_proj_a", 1),
         ("qwen3_5_text", r"model\.layers\.1\.linear_attn\.(in_proj_z|in_proj_b|out_proj)", 3),
         ("qwen3_5_text", r"model\.layers\.3\.self_attn\.q_proj|.*2\.mlp\.down_proj", 2),
+        ("granite4-h", r"model\.layers\.1\.mamba\.in_proj", 1),
+        ("bamba", r"model\.layers\.2\.(mamba\.out_proj|feed_forward\.up_proj)", 2),
     ],
 )
 def test_parts_of_a_model_with_other_mixers_adapted(variant, targets, expected):
@@ -275,11 +279,12 @@ def test_the_convolution_itself_cannot_be_trained():
             resolve_adapter(LoRAConfig(target_modules=("w1",), modules_to_save=(name,)), shapes)
 
 
-def test_parts_around_the_delta_rule_cannot_be_trained():
-    shapes = adapted_pair("qwen3_5_text")[1].module_shapes()
-    for name in ("0.linear_attn", "conv1d"):
-        with pytest.raises(UsageError, match=r"linear_attn\.\S+ cannot be trained"):
-            resolve_adapter(LoRAConfig(target_modules=("up_proj",), modules_to_save=(name,)), shapes)
+@pytest.mark.parametrize(("variant", "mixer"), [("qwen3_5_text", "linear_attn"), ("granite4-h", "mamba")])
+def test_parts_around_a_state_cannot_be_trained(variant, mixer):
+    shapes = adapted_pair(variant)[1].module_shapes()
+    for name in (f"0.{mixer}", "conv1d"):
+        with pytest.raises(UsageError, match=rf"{mixer}\.\S+ cannot be trained"):
+            resolve_adapter(LoRAConfig(target_modules=("q_proj",), modules_to_save=(name,)), shapes)
 
 
 def test_without_supervised_tokens_the_gradient_is_zero():

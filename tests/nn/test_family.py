@@ -15,7 +15,7 @@ from backhand.errors import ArtifactError
 from backhand.nn.decoder.weights import empty_weights, named_views
 from backhand.nn.families.family import LayerConfig, RotaryConfig, ShortConv
 from backhand.nn.families.family_parsing import FAMILIES, UnsupportedModel, decoder_config
-from backhand.nn.families.mixed_families import UNREAD_WHERE_DENSE
+from backhand.nn.families.mixed_families import OF_MAMBA, WITHOUT_EXPERTS
 from backhand.nn.families.neutral_fields import NEUTRAL
 from support.tiny_models import VARIANTS, full_logits, randomise, tiny_config, tiny_documents, tiny_model
 
@@ -58,6 +58,8 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers
         ("mixtral", {}),
         ("granite", {}),
         ("granitemoehybrid", {}),
+        ("granite4-h", {"position_embedding_type": "rope"}),
+        ("bamba", {}),
         ("lfm2", {}),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}),
         ("olmo2", {}),
@@ -74,7 +76,9 @@ _WINDOWED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers
 def test_no_field_of_transformers_is_ignored_unless_neutral(variant: str, overrides: dict[str, Any]) -> None:
     config = {**tiny_config(variant, **overrides).to_dict(), **overrides}
     # layer_types would win over the fields from which they follow.
-    patterns = ("layer_types", "_sliding_window_pattern", "no_rope_layers")[variant == "granitemoehybrid" :]
+    patterns = ("layer_types", "_sliding_window_pattern", "no_rope_layers")[
+        config["model_type"] == "granitemoehybrid" :
+    ]
     silent_on_types = {key: value for key, value in config.items() if key not in patterns}
     base = decoder_config(silent_on_types)
     assert base == decoder_config(config)
@@ -89,7 +93,8 @@ def test_no_field_of_transformers_is_ignored_unless_neutral(variant: str, overri
             continue
         if result == base:
             silent.add(key)
-    assert silent <= {*NEUTRAL, *(UNREAD_WHERE_DENSE if variant == "granitemoehybrid" else ())}
+    silent -= {*(WITHOUT_EXPERTS if config["model_type"] == "granitemoehybrid" else ())}
+    assert silent <= {*NEUTRAL, *(OF_MAMBA if variant == "granitemoehybrid" else ())}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -110,6 +115,7 @@ def test_what_is_neutral_leaves_the_logits_of_transformers_alone(variant: str) -
         changes["pretraining_tp"] = 2
     if tiny_config(variant).model_type == "granitemoehybrid":
         changes |= {"intermediate_size": 99, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.3}
+    if variant in ("granitemoehybrid", "granite4-nope"):
         changes |= {"mamba_d_state": 8, "mamba_chunk_size": 3, "mamba_d_conv": 3, "mamba_proj_bias": True}
     model = tiny_model(variant, **changes)
     # The padding token decides nothing but which row of a trained embedding stays as it is.
@@ -315,8 +321,8 @@ def test_the_width_of_lfm2s_mlp(changes: dict[str, Any], width: int) -> None:
     ("variant", "changes", "named"),
     [
         ("granitemoehybrid", {"num_local_experts": 4}, ["num_local_experts = 4"]),
-        ("granitemoehybrid", {"layer_types": ["full_attention", "linear_attention", "mamba"]}, ["no Mamba layers"]),
-        ("granitemoehybrid", {"layer_types": None}, ["no Mamba layers"]),
+        ("granite4-h", {"layer_types": ["mamba", "sliding_attention"] * 2}, ["full_attention and linear_attention"]),
+        ("bamba", {"partial_rotary_factor": 1.0}, ["partial_rotary_factor = 1.0"]),
         ("lfm2", {"layer_types": ["conv", "sliding_attention", "conv", "conv"]}, ["full_attention and conv"]),
         ("llama", {"rope_scaling": {"rope_type": "axial"}}, ["rope_scaling.rope_type = 'axial'"]),
         ("llama", {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_theta = "]),
@@ -397,6 +403,35 @@ def test_longrope_has_one_list_or_two() -> None:
 def test_values_that_no_model_has_are_errors(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ArtifactError, match=named):
         decoder_config({**tiny_config("llama").to_dict(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mamba_n_groups": 4}, "6 Mamba heads of 20 in 4 groups do not fit a width of 120"),
+        ({"mamba_d_head": 12}, "6 Mamba heads of 12 in 1 groups"),
+        ({"mamba_n_heads": 0}, "mamba_n_heads = 0"),
+        ({"time_step_limit": [0.1]}, "time_step_limit"),
+        ({"time_step_limit": [0.2, "1"]}, "time_step_limit"),
+        ({"time_step_limit": [0.2, 0.1]}, "time_step_limit"),
+        ({"attn_layer_indices": ["1"]}, "attn_layer_indices"),
+    ],
+)
+def test_sizes_of_mamba_that_no_model_has_are_errors(changes: dict[str, Any], named: str) -> None:
+    variant = "bamba" if "attn_layer_indices" in changes else "granite4-h"
+    with pytest.raises(ArtifactError, match=named):
+        decoder_config({**tiny_config(variant).to_dict(), **changes})
+
+
+@pytest.mark.parametrize("limits", [None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}]])
+def test_no_limits_of_the_time_step_in_any_spelling(limits: object) -> None:
+    config = decoder_config({**tiny_config("bamba-steps").to_dict(), "time_step_limit": limits})
+    assert config.ssm is not None and config.ssm.time_steps is None
+
+
+def test_widths_of_mamba_heads_follow_from_the_hidden_size() -> None:
+    config = tiny_config("bamba").to_dict()
+    assert decoder_config(config | {"mamba_d_head": "auto"}) == decoder_config(config)
 
 
 def test_phi3_as_its_older_configs_state_it() -> None:

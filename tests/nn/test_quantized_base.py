@@ -140,9 +140,9 @@ def _assert_equal(dense: Decoder, quantized: Decoder, config: LoRAConfig, batch:
         assert torch.equal(expected, found)
 
 
-# A file cannot say that nothing turns.
-_NOT_STORED = ("granite4-nope",)
-_STORED = [variant for variant in VARIANTS if variant not in _NOT_STORED]
+# A file cannot say that nothing turns, and none of Mamba-2 is read.
+_NOT_STORED = ("granite4-nope", "granite4-h", "bamba")
+_STORED = [variant for variant in VARIANTS if not variant.startswith(_NOT_STORED)]
 # Which weights a family takes where, and how blocks of a kind are multiplied, have nothing to do with each other.
 _PAIRS = [(variant, place % len(_MIXES)) for place, variant in enumerate(_STORED)]
 _PAIRS += [(variant, mix) for variant in ("llama", "qwen3_moe") for mix in range(len(_MIXES))]

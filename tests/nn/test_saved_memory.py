@@ -79,6 +79,13 @@ def test_a_delta_rule_saves_its_output_before_and_after_the_gate(dtype):
     assert saved_bytes_per_token("qwen3_5_text", "none", dtype, layer=1) == expected
 
 
+def test_mamba_saves_its_output_before_and_after_the_norm():
+    d, f, width, channels, heads, groups = 60, 76, 120, 120 + 2 * 3 * 9, 6, 3
+    elements = 2 * d + (width + channels + heads) + 2 * width + 2 * f + 5 * RANK
+    expected = elements * 4 + (2 + groups) * 4
+    assert saved_bytes_per_token("bamba", "none", torch.float32, layer=2) == expected
+
+
 def test_gated_attention_saves_its_output_before_and_after_the_gate():
     d, q, k, f = 60, 6 * 14, 2 * 14, 76
     elements = 2 * d + (2 * q + 2 * k) + 2 * q + 2 * f + 7 * RANK

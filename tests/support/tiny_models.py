@@ -86,6 +86,15 @@ _GRANITE4: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 20,
+    "mamba_d_state": 9,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+"""Mamba-2 whose chunks in transformers are shorter than a test's document."""
+
 # The delta rule's norm divides by what a state of few tokens answers, which in narrow heads is often next to nothing:
 # rounding is then enlarged in any program. With a small epsilon transformers' own float32 is 5e-5 from its float64,
 # with 1e-2 up to 1.4e-5 on some processors.
@@ -281,6 +290,44 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granitemoehybrid": ("granitemoehybrid", {**_GRANITE4, "position_embedding_type": "rope"}),
     "granite4-nope": ("granitemoehybrid", {**_GRANITE4, "attention_bias": True, "tie_word_embeddings": True}),
+    "granite4-h": (
+        "granitemoehybrid",
+        {
+            **_GRANITE4,
+            **_MAMBA,
+            "num_hidden_layers": 4,
+            "layer_types": ["mamba", "mamba", "attention", "mamba"],
+            "rms_norm_eps": _DELTA_EPS,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            **_MAMBA,
+            "head_dim": 16,
+            "attn_layer_indices": [1],
+            "mamba_n_groups": 3,
+            "mamba_proj_bias": True,
+            "mamba_d_conv": 3,
+            "rms_norm_eps": _DELTA_EPS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
+    # Token by token transformers has no limits.
+    "bamba-steps": (
+        "bamba",
+        {
+            **_MAMBA,
+            "head_dim": 16,
+            "attn_layer_indices": [0],
+            "mamba_conv_bias": False,
+            "mlp_bias": True,
+            "time_step_limit": [0.5, 1.1],
+            "rms_norm_eps": _DELTA_EPS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+    ),
     "lfm2": (
         "lfm2",
         {
@@ -421,6 +468,8 @@ FAMILIES: tuple[str, ...] = (
     "glm4",
     "granite",
     "granitemoehybrid",
+    "granite4-h",
+    "bamba",
     "lfm2",
     "smollm3",
     "gemma2",

@@ -26,7 +26,7 @@ from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.decoder.frozen_prefix import FrozenPrefix
 from backhand.nn.decoder.weights import DecoderWeights, load_weights, module_shapes
 from backhand.nn.families.config_fields import UNREAD, UnsupportedModel
-from backhand.nn.families.family import EXPERT_GROUPS, GATED_DELTA, DecoderConfig
+from backhand.nn.families.family import EXPERT_GROUPS, GATED_DELTA, SSM, DecoderConfig
 from backhand.nn.families.family_parsing import decoder_config
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
@@ -72,7 +72,7 @@ class DecoderEngine(Engine):
 
         - Torch's own operations choose the order by the rows that are computed together and by the end of a vector.
         - With a sliding window, the order depends on the block of queries. A shared prefix shifts the blocks.
-        - The delta rule counts its chunks from the end of a shared prefix.
+        - The delta rule and Mamba-2 count their chunks from the end of a shared prefix.
         """
         lowest = backward_end(layout, self.layers).layer
         layer, batch_dependent = self.config.start_layer(min(lowest, self.layers - 1)), None
@@ -83,8 +83,8 @@ class DecoderEngine(Engine):
             batch_dependent = "with capped attention scores a row's last bits depend on the other rows of its batch"
         elif any(one.experts for one in self.config.layers[:layer]):
             batch_dependent = "an expert computes all its rows together, and their last bits depend on one another"
-        elif any(one.mixer == GATED_DELTA for one in self.config.layers[:layer]):
-            batch_dependent = "the delta rule's chunks begin where a prefix that rows share ends"
+        elif any(one.mixer in (GATED_DELTA, SSM) for one in self.config.layers[:layer]):
+            batch_dependent = "the chunks of a layer with a state begin where a prefix that rows share ends"
         elif longest > min(windows, default=longest):
             batch_dependent = (
                 f"rows are longer than a window of {min(windows)} tokens, and other rows of a batch share their prefix"

@@ -174,6 +174,7 @@ def _obstacles(config: DecoderConfig, architecture: str) -> Iterator[tuple[bool,
         too_many = architecture == "exaone4" and len(slides) != EXAONE4_32B_LAYERS
         yield too_many, f"a sliding window in models of other than {EXAONE4_32B_LAYERS} layers"
     if architecture == "granite":
+        yield config.ssm is not None, "layers of Mamba-2"
         unrotated = "layers without rotary embeddings, unless a flag says so that only its own converter writes"
         yield any(layer.rotary is None for layer in config.layers), unrotated
     if config.delta is not None:

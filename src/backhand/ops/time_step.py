@@ -2,7 +2,7 @@
 
     Δ = min(max(softplus(a + b), low), high),   softplus(z) = log(1 + e^z)      [arXiv:2312.00752, §3.6]
 
-with one frozen b per head, and a (tokens, heads) projected from the token.
+with one frozen b per head, and a (tokens, heads) projected from the token. Most models have no limits.
 
 Backward. softplus' = σ, and a bound that applies stops the gradient, so with G = ∂L/∂Δ
     ∂L/∂a = G σ(a + b) where low ≤ softplus(a + b) ≤ high, else 0      (tokens, heads)
@@ -23,11 +23,11 @@ Limits = tuple[float, float]
 
 
 class TimeStepSaved(NamedTuple):
-    """a (tokens, heads), b (heads,), and the limits."""
+    """a (tokens, heads), b (heads,), and the limits, if any."""
 
     a: Tensor
     bias: Tensor
-    limits: Limits
+    limits: Limits | None
 
 
 class TimeStepGrads(NamedTuple):
@@ -36,26 +36,29 @@ class TimeStepGrads(NamedTuple):
     d_a: Tensor
 
 
-def time_step_forward(a: Tensor, bias: Tensor, limits: Limits) -> tuple[Tensor, TimeStepSaved]:
+def time_step_forward(a: Tensor, bias: Tensor, limits: Limits | None = None) -> tuple[Tensor, TimeStepSaved]:
     """Compute Δ of every token and head.
 
     Args:
         a: (tokens, heads).
         bias: b, (heads,).
-        limits: low and high.
+        limits: low and high, or None.
 
     Returns:
         Δ (tokens, heads), float32 or wider, and the saved tensors.
     """
-    return functional.softplus(_wide_sum(a, bias)).clamp_(*limits), TimeStepSaved(a, bias, limits)
+    steps = functional.softplus(_wide_sum(a, bias))
+    return steps if limits is None else steps.clamp_(*limits), TimeStepSaved(a, bias, limits)
 
 
 def time_step_backward(d_y: Tensor, saved: TimeStepSaved) -> TimeStepGrads:
     """Map d_y of shape (tokens, heads) to the gradient derived in the module docstring, in a's dtype."""
-    a, bias, (low, high) = saved
+    a, bias, limits = saved
     z = _wide_sum(a, bias)
-    steps = functional.softplus(z)
-    slope = torch.sigmoid(z).masked_fill_((steps < low) | (steps > high), 0)
+    slope = torch.sigmoid(z)
+    if limits is not None:
+        steps = functional.softplus(z)
+        slope.masked_fill_((steps < limits[0]) | (steps > limits[1]), 0)
     return TimeStepGrads(slope.mul_(d_y).to(a.dtype))
 
 
@@ -65,8 +68,9 @@ def _wide_sum(a: Tensor, bias: Tensor) -> Tensor:
     return a.to(wide) + bias.to(wide)
 
 
-def time_step_reference(a: Tensor, bias: Tensor, limits: Limits) -> Tensor:
+def time_step_reference(a: Tensor, bias: Tensor, limits: Limits | None = None) -> Tensor:
     """Compute the same Δ by the logarithm of a sum: log(e^0 + e^z)."""
     wide = torch.promote_types(a.dtype, torch.float32)
     z = a.to(wide) + bias.to(wide)
-    return torch.logaddexp(torch.zeros_like(z), z).clamp(*limits)
+    steps = torch.logaddexp(torch.zeros_like(z), z)
+    return steps if limits is None else steps.clamp(*limits)

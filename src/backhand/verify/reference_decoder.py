@@ -33,6 +33,7 @@ from backhand.nn.families.family import (
     PER_LAYER_TABLE,
     SHORT_CONV,
     SINKS,
+    SSM,
     DecoderConfig,
     Mixture,
     QueryScaling,
@@ -45,6 +46,8 @@ from backhand.ops.decay_gate import decay_gate_reference
 from backhand.ops.document_groups import SegmentRun
 from backhand.ops.dropout import dropout_multiplier
 from backhand.ops.gated_delta_rule import gated_delta_rule_reference
+from backhand.ops.ssd import ssd_reference
+from backhand.ops.time_step import time_step_reference
 from backhand.verify.packed_tokens import unshare_prefixes
 
 Tensors = Mapping[str, Tensor]
@@ -406,6 +409,23 @@ def _gated_delta(x: Tensor, at: ReferenceLayer) -> Tensor:
     return at.linear(normed.flatten(1) * functional.silu(z), output_name, loss_positions_only=True)
 
 
+def _ssm(x: Tensor, at: ReferenceLayer) -> Tensor:
+    """Return the output of Mamba-2, (tokens, hidden), by its recurrence, document by document."""
+    sizes, runs, weights, inside = not_none(at.config.ssm), at.runs, at.weights, f"{at.name}.mamba"
+    (input_name,), (output_name,) = at.config.mixers[SSM].groups
+    z, xbc, a = at.linear(x, input_name).split(sizes.inputs, dim=-1)
+    taps = Taps(weights[f"{inside}.conv1d.weight"].squeeze(1), weights.get(f"{inside}.conv1d.bias"))
+    shared = sizes.groups * sizes.state_width
+    xs, b, c = causal_conv_reference(xbc, taps, runs, silu=True).split([sizes.width, shared, shared], dim=-1)
+    xs, (b, c) = xs.unflatten(-1, (sizes.heads, -1)), (part.unflatten(-1, (sizes.groups, -1)) for part in (b, c))
+    dt = time_step_reference(a, weights[f"{inside}.dt_bias"], sizes.time_steps)
+    scanned = ssd_reference(xs, dt, b, c, weights[f"{inside}.A_log"], weights[f"{inside}.D"], runs).flatten(1)
+    gated = (scanned * functional.silu(z)).unflatten(-1, (sizes.groups, -1))
+    gain = weights[f"{inside}.norm.weight"].unflatten(0, (sizes.groups, -1))
+    normed = _norm(gated, gain, replace(at.config, norm_offset=0.0)).flatten(1)
+    return at.linear(normed, output_name, loss_positions_only=True)
+
+
 def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
     """Return the gated short convolution's output, (tokens, hidden), document by document."""
     (input_name,), (output_name,) = at.config.mixers[SHORT_CONV].groups
@@ -414,7 +434,11 @@ def _short_conv(x: Tensor, at: ReferenceLayer) -> Tensor:
     return at.linear(c * causal_conv_reference(b * x, Taps(taps, bias), at.runs), output_name, loss_positions_only=True)
 
 
-_MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {SHORT_CONV: _short_conv, GATED_DELTA: _gated_delta}
+_MIXERS: dict[str, Callable[[Tensor, ReferenceLayer], Tensor]] = {
+    SHORT_CONV: _short_conv,
+    GATED_DELTA: _gated_delta,
+    SSM: _ssm,
+}
 
 
 def softmax_attention(

@@ -23,6 +23,7 @@ from backhand.nn.families.family import (
     LAYER_SCALAR,
     SHARED_KEYS,
     SHORT_CONV,
+    SSM,
     TRAITS,
     VALUE_NORMED,
     DecoderConfig,
@@ -34,6 +35,7 @@ from backhand.nn.families.family import (
     QueryScaling,
     RotaryConfig,
     ShortConv,
+    SSMSizes,
 )
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot, TrainedTensor
 from backhand.ops.clamped_glu import Clamp
@@ -53,6 +55,7 @@ _YARN = rule("yarn", factor=4.0, beta_fast=0.6, beta_slow=0.1, original_max_posi
 _LONGROPE = rule("longrope", short_factor=(1.3, 2.1), long_factor=(1.9, 0.7), original_max_position_embeddings=6)
 _FULL, _SLIDING, _CONVOLVED = LayerConfig(), LayerConfig(window=WINDOW), LayerConfig(rotary=None, mixer=SHORT_CONV)
 _DELTA = LayerConfig(rotary=None, mixer=GATED_DELTA)
+_SSM = LayerConfig(rotary=None, mixer=SSM)
 
 LLAMA = DecoderConfig(
     family="llama",
@@ -148,6 +151,21 @@ FAMILIES: dict[str, DecoderConfig] = {
         "lfm2", tied_head=True, short_conv=ShortConv(taps=3), layers=(_CONVOLVED, _FULL, _CONVOLVED)
     ),
     "lfm2, biases, attention above": _tiny("lfm2", short_conv=ShortConv(taps=4, bias=True), layers=(_CONVOLVED, _FULL)),
+    "granite 4 h, mamba of one group": _tiny(
+        "granitemoehybrid",
+        norm_eps=0.1,
+        ssm=SSMSizes(heads=3, head_width=5, groups=1, state_width=4, taps=3),
+        layers=(_SSM, _STILL, _SSM),
+        **_GRANITE,
+    ),
+    "bamba, mamba of several groups": _tiny(
+        "bamba",
+        norm_eps=0.1,
+        tied_head=True,
+        ssm=SSMSizes(4, 5, groups=2, state_width=3, taps=4, conv_bias=False, bias=True, time_steps=(0.2, 1.1)),
+        layers=(_SSM, _FULL),
+        rotary=(RotaryConfig(100.0, features=4),),
+    ),
     "gemma2, capped": _tiny(
         "gemma2",
         tied_head=True,

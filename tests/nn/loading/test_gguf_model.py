@@ -39,6 +39,7 @@ from support.tiny_models import (
 )
 
 _GRANITE4 = ("granitemoehybrid", "granite4-nope")
+_MAMBA = ("granite4-h", "bamba")  # no file of these is read
 
 # What cannot be written into a file of their architecture: a sliding window, a scale, biases.
 _OVERRIDES: dict[str, dict[str, Any]] = {
@@ -51,7 +52,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 # Files say nothing of the window of these, nor that experts are weighed by their share among all; and llama.cpp's
 # converter makes a Granite 3 of a Granite 4 without Mamba layers and experts.
 _VARIANTS = [
-    variant for variant in VARIANTS if not variant.endswith(("-window", "-shares")) and variant not in _GRANITE4
+    variant
+    for variant in VARIANTS
+    if not variant.endswith(("-window", "-shares")) and variant not in _GRANITE4 and not variant.startswith(_MAMBA)
 ]
 
 

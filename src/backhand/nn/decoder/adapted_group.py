@@ -90,9 +90,11 @@ _GROUP_BEFORE_NORM: dict[str, int] = {
     "self_attn.q_layernorm": Group.INPUT,
     "self_attn.k_layernorm": Group.INPUT,
     "linear_attn.norm": Group.INPUT,
+    "mamba.norm": Group.INPUT,
     "post_attention_layernorm": Group.OUTPUT,  # after attention or before the MLP, by family
     "pre_feedforward_layernorm": Group.OUTPUT,
     "ffn_norm": Group.OUTPUT,
+    "pre_ff_layernorm": Group.OUTPUT,
     "post_feedforward_layernorm": Group.DOWN,
     "post_self_attn_layernorm": Group.OUTPUT,
     "post_mlp_layernorm": Group.DOWN,

@@ -77,6 +77,7 @@ from backhand.nn.decoder.projections import (
 )
 from backhand.nn.decoder.shared_attention import SHARED_ATTENTION
 from backhand.nn.decoder.short_conv import SHORT_CONVOLUTION
+from backhand.nn.decoder.ssm_mixer import STATE_SPACE
 from backhand.nn.decoder.weights import BlockWeights
 from backhand.nn.families.family import (
     ATTENTION,
@@ -84,6 +85,7 @@ from backhand.nn.families.family import (
     KEYS_AS_VALUES,
     SHARED_KEYS,
     SHORT_CONV,
+    SSM,
     VALUE_NORMED,
     DecoderConfig,
 )
@@ -99,6 +101,7 @@ MIXERS = {
     ATTENTION: ATTENTION_MIXER,
     SHORT_CONV: SHORT_CONVOLUTION,
     GATED_DELTA: GATED_DELTA_RULE,
+    SSM: STATE_SPACE,
     **dict.fromkeys((VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS), SHARED_ATTENTION),
 }
 """Mixers by the names in `LayerConfig.mixer`."""

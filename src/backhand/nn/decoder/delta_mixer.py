@@ -88,10 +88,10 @@ def delta_backward(
     d_x = torch.empty_like(x)
     d_qkv, d_z, d_b, d_a = d_x.split(sizes.inputs, dim=1)
 
-    normed = rms_norm_apply(inner.output, not_none(weights.delta_norm), inner.inverse_rms).flatten(1)
+    normed = rms_norm_apply(inner.output, not_none(weights.gated_norm), inner.inverse_rms).flatten(1)
     d_gate, d_normed = glu_backward(d_y, GLUSaved(z, normed, "silu"))
     d_z.copy_(d_gate)
-    norm = RMSNormSaved(inner.output, not_none(weights.delta_norm), inner.inverse_rms, 0.0)
+    norm = RMSNormSaved(inner.output, not_none(weights.gated_norm), inner.inverse_rms, 0.0)
     d_o = norm_backward(d_normed.unflatten(1, inner.output.shape[1:]), norm, adapter.norms.get(NORM))
     del normed, d_gate, d_normed
 
@@ -175,7 +175,7 @@ def _heads(x: Tensor, sizes: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gated(o: Tensor, z: Tensor, weights: BlockWeights, config: DecoderConfig) -> tuple[Tensor, DeltaMixerSaved]:
     """Return norm(o) ⊙ SiLU(z) of shape (tokens, value heads · value width) and the tensors saved for backward."""
-    normed, norm = rms_norm_forward(o, not_none(weights.delta_norm), config.norm_eps)
+    normed, norm = rms_norm_forward(o, not_none(weights.gated_norm), config.norm_eps)
     y, _ = glu_forward(z, normed.flatten(1), "silu")
     return y, DeltaMixerSaved(o, norm.inverse_rms)
 

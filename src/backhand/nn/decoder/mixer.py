@@ -3,8 +3,9 @@
     n₁ = norm(x₀),   z = n₁ W_inputᵀ (+ LoRA),   y = mixer(z),   x₁ = x₀ + y W_outputᵀ (+ LoRA)
 
 A mixer combines the tokens of a document. The norm, both groups of projections and the sum are in `nn.decoder.block`
-and the same for all mixers. Each mixer has its own file: `attention_mixer`, `shared_attention`, `short_conv` and
-`delta_mixer`. Each has a forward, a backward by hand, and a function that continues a text during generation.
+and the same for all mixers. Each mixer has its own file: `attention_mixer`, `shared_attention`, `short_conv`,
+`delta_mixer` and `ssm_mixer`. Each has a forward, a backward by hand, and a function that continues a text during
+generation.
 
 During generation, attention stores the keys and values of every token (`kv_cache`). The other mixers keep a state of
 fixed size that summarizes all tokens of a row. The state after fewer tokens cannot be computed from it.

@@ -46,7 +46,9 @@ class BlockWeights:
     - norms (hidden,); q_norm and k_norm (head_dim,), or (q,) and (k,) for norms over all heads
     - sinks (heads,) of attention with sinks
     - conv (hidden, 1, taps) and conv_bias (hidden,) of a short convolution
-    - conv (channels, 1, taps), log_rate and rate_bias (value heads,), delta_norm (value width,) of a gated delta rule
+    - conv (channels, 1, taps), log_rate and rate_bias (value heads,), gated_norm (value width,) of a gated delta rule
+    - conv (channels, 1, taps), conv_bias (channels,), log_rate, rate_bias and skip (heads,), gated_norm (width,) of a
+      state-space mixer
     - router (experts, hidden) and router_bias (experts,) of a layer of experts, whose matrices are stacked in gate_up
       (experts · 2f, hidden) and down (experts · hidden, f), and their biases likewise
     - per_layer_gate (p, hidden), per_layer_projection (hidden, p) and per_layer_norm (hidden,) of per-layer embeddings
@@ -72,7 +74,8 @@ class BlockWeights:
     conv_bias: Tensor | None = None
     log_rate: Tensor | None = None
     rate_bias: Tensor | None = None
-    delta_norm: Tensor | None = None
+    gated_norm: Tensor | None = None
+    skip: Tensor | None = None
     router: Tensor | None = None
     router_bias: Tensor | None = None
     sinks: Tensor | None = None

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import Any
 
 from backhand.errors import ArtifactError
-from backhand.nn.families.family import DeltaSizes
+from backhand.nn.families.family import DeltaSizes, SSMSizes
 
 UNREAD = "unread of the GGUF file"
 """Field of a config made from a GGUF file: metadata and tensors, by name, that the reader does not understand."""
@@ -215,6 +216,54 @@ def delta_sizes(fields: ConfigFields) -> DeltaSizes:
             next_step="fetch the model again",
         )
     return sizes
+
+
+def ssm_sizes(fields: ConfigFields) -> SSMSizes:
+    """Read the sizes of Mamba-2 layers. Absent fields have the class defaults.
+
+    Raises:
+        ArtifactError: a value is not a positive integer, the heads are not a multiple of the groups, or the heads do
+            not have `mamba_expand` times the hidden size together.
+    """
+    heads, groups = fields.integer("mamba_n_heads"), fields.integer("mamba_n_groups")
+    width = fields.integer("mamba_expand") * fields.integer("hidden_size")
+    stated = fields.or_declared("mamba_d_head")
+    head_width = width // heads if stated == "auto" else fields.integer("mamba_d_head")
+    if heads % groups or head_width * heads != width:
+        raise ArtifactError(
+            f"{heads} Mamba heads of {head_width} in {groups} groups do not fit a width of {width}",
+            where="config.json",
+            next_step="fetch the model again",
+        )
+    return SSMSizes(
+        heads,
+        head_width,
+        groups,
+        fields.integer("mamba_d_state"),
+        fields.integer("mamba_d_conv"),
+        conv_bias=fields.flag("mamba_conv_bias", True),
+        bias=fields.flag("mamba_proj_bias", False),
+        time_steps=_time_steps(fields),
+    )
+
+
+def _time_steps(fields: ConfigFields) -> tuple[float, float] | None:
+    """Return the limits of the time step, or None if they allow every step.
+
+    JSON has no infinity: transformers 5 writes it as `{"__float__": "Infinity"}`, older versions as the word.
+    """
+    stated = fields.value("time_step_limit")
+    if stated is None:
+        return None
+    limits = [inf if one == {"__float__": "Infinity"} else one for one in stated] if isinstance(stated, list) else []
+    numbers = [float(one) for one in limits if isinstance(one, int | float) and not isinstance(one, bool)]
+    if len(numbers) != 2 or len(limits) != 2 or not 0 <= numbers[0] <= numbers[1]:
+        raise ArtifactError(
+            f"time_step_limit = {_shown(stated)} is not a lowest and a highest time step",
+            where="config.json",
+            next_step="fetch the model again",
+        )
+    return None if numbers == [0.0, inf] else (numbers[0], numbers[1])
 
 
 def token_ids(stated: object) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from backhand.ops.clamped_glu import Clamp
 from backhand.ops.logits_rule import PLAIN, LogitsRule
 
-ATTENTION, SHORT_CONV, GATED_DELTA = "attention", "short_conv", "gated_delta"
+ATTENTION, SHORT_CONV, GATED_DELTA, SSM = "attention", "short_conv", "gated_delta", "ssm"
 VALUE_NORMED, KEYS_AS_VALUES, SHARED_KEYS = "value_normed", "keys_as_values", "shared_keys"
 """Names of mixers, see `MixerShape`."""
 
@@ -88,6 +88,9 @@ LFM2_GROUPS = (GROUPS[0], ("self_attn.out_proj",), ("feed_forward.w1", "feed_for
 GRANITE4_GROUPS = (*GROUPS[:2], ("shared_mlp.input_linear",), ("shared_mlp.output_linear",))
 """Groups by Granite 4's names: gate and up are one module."""
 
+BAMBA_GROUPS = (*GROUPS[:2], ("feed_forward.gate_proj", "feed_forward.up_proj"), ("feed_forward.down_proj",))
+"""Groups by Bamba's names."""
+
 SHORT_CONV_GROUPS: tuple[tuple[str, ...], ...] = (("conv.in_proj",), ("conv.out_proj",))
 """Groups of the gated short convolution. The first computes [B | C | x] in one module."""
 
@@ -113,6 +116,9 @@ GATED_DELTA_GROUPS: tuple[tuple[str, ...], ...] = (
     ("linear_attn.out_proj",),
 )
 """Groups of the gated delta rule: [q k v | z | b | a], and the output projection."""
+
+SSM_GROUPS: tuple[tuple[str, ...], ...] = (("mamba.in_proj",), ("mamba.out_proj",))
+"""Groups of Mamba-2's mixer. The first computes [z | x b c | a] in one module."""
 
 
 class MixerShape(NamedTuple):
@@ -155,6 +161,34 @@ class DeltaSizes(NamedTuple):
         return self.channels, self.value_heads * self.value_width, self.value_heads, self.value_heads
 
 
+class SSMSizes(NamedTuple):
+    """Mamba-2's heads, groups of heads with the same b and c, features of each, and taps of the convolution before."""
+
+    heads: int
+    head_width: int
+    groups: int
+    state_width: int  # features of b and of c
+    taps: int
+    conv_bias: bool = True
+    bias: bool = False  # the projections around the mixer have biases
+    time_steps: tuple[float, float] | None = None  # limits of the time step, if any
+
+    @property
+    def width(self) -> int:
+        """Number of features of x, of the gate z and of the output."""
+        return self.heads * self.head_width
+
+    @property
+    def channels(self) -> int:
+        """Number of features of [x b c], which the convolution reads."""
+        return self.width + 2 * self.groups * self.state_width
+
+    @property
+    def inputs(self) -> tuple[int, int, int]:
+        """Number of features of z, of [x b c] and of a."""
+        return self.width, self.channels, self.heads
+
+
 ROUTER, GPT_OSS_ROUTER = "mlp.gate", "mlp.router"
 GPT_OSS_CLAMP = Clamp(gain=1.702, limit=7.0)
 """Values of the published models."""
@@ -183,7 +217,8 @@ EXPERT_GROUPS: tuple[tuple[str, ...], ...] = (("mlp.experts.gate_up_proj",), ("m
 GROUP_OF = {
     part: index
     for first, groups in (
-        *((0, each) for each in (GROUPS, LFM2_GROUPS, SHORT_CONV_GROUPS, GRANITE4_GROUPS, GATED_DELTA_GROUPS)),
+        *((0, each) for each in (GROUPS, LFM2_GROUPS, GRANITE4_GROUPS, BAMBA_GROUPS)),
+        *((0, each) for each in (SHORT_CONV_GROUPS, GATED_DELTA_GROUPS, SSM_GROUPS)),
         *((0, ((FUSED_QKV,), (), (FUSED_GATE_UP,))), (2, EXPERT_GROUPS), (4, PER_LAYER_GROUPS)),
     )
     for index, parts in enumerate(groups, first)
@@ -220,6 +255,11 @@ _OLMO: dict[str, Any] = {"norms": _NORMS_AFTER, "qk_norm": "width"}
 _QK_NORM: dict[str, Any] = {"qk_norm": "head"}
 
 TRAITS: dict[str, dict[str, Any]] = {
+    "bamba": {
+        "groups": BAMBA_GROUPS,
+        "norms": NormNames("input_layernorm", None, "pre_ff_layernorm", None),
+        "final_norm": "model.final_layernorm",
+    },
     "exaone4": {"norms": _NORMS_AFTER, "qk_norm": "head"},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA | _QK_NORM,
@@ -289,6 +329,7 @@ class DecoderConfig:
     # families have norms of q and k over each head
     attention_gate: bool = False
     delta: DeltaSizes | None = None  # sizes of layers with the gated delta rule (Qwen3.5), or None
+    ssm: SSMSizes | None = None  # sizes of Mamba-2 layers (Granite 4 H, Bamba), or None
     mixture: Mixture | None = None  # settings of layers of experts (Mixtral, Qwen3-MoE, gpt-oss), or None
     short_conv: ShortConv | None = None  # settings of layers with a short convolution (LFM2), or None
     value_norm: bool = False  # values have a norm without weight, and layers may share keys and values (Gemma 4)
@@ -321,9 +362,10 @@ class DecoderConfig:
                 {"sinks": (SINKS, (self.num_heads,))} if self.sinks else {},
             )
         }
+        frozen: dict[str, tuple[str, tuple[int, ...]]]
         if self.short_conv is not None:
             taps, bias = self.short_conv
-            frozen: dict[str, tuple[str, tuple[int, ...]]] = {"conv": ("conv.conv.weight", (d, 1, taps))}
+            frozen = {"conv": ("conv.conv.weight", (d, 1, taps))}
             frozen |= {"conv_bias": ("conv.conv.bias", (d,))} if bias else {}
             mixers[SHORT_CONV] = MixerShape(SHORT_CONV_GROUPS, (3 * d,), d, (bias, bias), {}, frozen)
         if self.value_norm:
@@ -341,12 +383,24 @@ class DecoderConfig:
                 self.delta.inputs,
                 heads * width,
                 (False, False),
-                {"delta_norm": ("linear_attn.norm.weight", (width,))},
+                {"gated_norm": ("linear_attn.norm.weight", (width,))},
                 {
                     "conv": ("linear_attn.conv1d.weight", (self.delta.channels, 1, self.delta.taps)),
                     "log_rate": ("linear_attn.A_log", (heads,)),
                     "rate_bias": ("linear_attn.dt_bias", (heads,)),
                 },
+            )
+        if self.ssm is not None:
+            frozen = {"conv": ("mamba.conv1d.weight", (self.ssm.channels, 1, self.ssm.taps))}
+            frozen |= {"conv_bias": ("mamba.conv1d.bias", (self.ssm.channels,))} if self.ssm.conv_bias else {}
+            by_head = {"log_rate": "A_log", "rate_bias": "dt_bias", "skip": "D"}
+            mixers[SSM] = MixerShape(
+                SSM_GROUPS,
+                (sum(self.ssm.inputs),),
+                self.ssm.width,
+                (self.ssm.bias, self.ssm.bias),
+                {"gated_norm": ("mamba.norm.weight", (self.ssm.width,))},
+                frozen | {field: (f"mamba.{name}", (self.ssm.heads,)) for field, name in by_head.items()},
             )
         return mixers
 

@@ -27,7 +27,7 @@ transformers 5.24:
   one norm over all of q and one over all of k.
 - Gemma's embedding is multiplied by √hidden, computed in float32 and then rounded to the weight's dtype.
   `embedding_scaling` is the float32 number, and the multiplication rounds it to the dtype of the weight.
-- LFM2 and Granite 4: see `nn.families.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
+- LFM2, Granite 4, Bamba and Qwen3.5: see `nn.families.mixed_families`. Mixtral, Qwen3-MoE and gpt-oss: see
   `nn.families.expert_families`. Gemma 4: see `nn.families.gemma4_fields`.
 - Rotary: see `nn.families.rotary`. Gemma 3's full layers have base 1e6 and optional scaling, its sliding layers 1e4.
   All layers of OLMo 3 have base 5e5, and its full layers have optional scaling.
@@ -59,7 +59,7 @@ from backhand.nn.families.config_fields import UNREAD, ConfigFields, Unsupported
 from backhand.nn.families.expert_families import gpt_oss, mixtral, qwen3_moe
 from backhand.nn.families.family import DecoderConfig
 from backhand.nn.families.gemma4_fields import gemma4_text
-from backhand.nn.families.mixed_families import granite4, lfm2, qwen3_5
+from backhand.nn.families.mixed_families import bamba, granite4, lfm2, qwen3_5
 from backhand.nn.families.neutral_fields import FIXED, NEUTRAL, QUANTIZED
 from backhand.nn.families.rotary import (
     FULL,
@@ -255,6 +255,7 @@ def _gemma(fields: ConfigFields, slides: Callable[[int], bool], **options: Any) 
 
 
 _FAMILIES: dict[str, Callable[[ConfigFields], DecoderConfig]] = {
+    "bamba": bamba,
     "exaone4": _exaone4,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3_text,

@@ -11,9 +11,16 @@ LFM2, checked against the modelling source of transformers 5.24:
 - Attention is Qwen3's, with one norm over each head of q and of k and without biases. The rotary base is 1e6 if absent.
   The norm before the head is `embedding_norm`.
 
-Granite 4, from the same source: with attention in every layer (`layer_types`; without the list all layers are Mamba)
-and `num_local_experts` = 0 it is Granite 3 with an MLP of width `shared_intermediate_size`, gate and up in one module.
-Queries and keys are rotated if `position_embedding_type` is `rope`, and in no layer for any other value.
+Granite 4, from the same source: without experts (`num_local_experts` = 0) it is Granite 3 with an MLP of width
+`shared_intermediate_size`, gate and up in one module. `layer_types` says which layers have attention; without the list
+all have Mamba-2. Queries and keys are rotated if `position_embedding_type` is `rope`, and in no layer for any other
+value.
+
+Bamba, from the same source: layers in `attn_layer_indices` have attention, all others Mamba-2. Half of the features of
+a head are rotated by default.
+
+Both: the heads of Mamba-2 have `mamba_expand` times the hidden size together. The norm of its output is computed for
+each of `mamba_n_groups` groups. The size of a chunk is a choice of the program.
 
 Qwen3.5 and 3.6, dense, from the same source:
 
@@ -29,6 +36,7 @@ Qwen3.5 and 3.6, dense, from the same source:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from backhand.errors import ArtifactError
@@ -40,14 +48,14 @@ from backhand.nn.families.common_fields import (
     with_multipliers,
     without_rotary,
 )
-from backhand.nn.families.config_fields import ConfigFields, delta_sizes
-from backhand.nn.families.family import GATED_DELTA, SHORT_CONV, DecoderConfig, ShortConv
-from backhand.nn.families.rotary import FULL, lfm2_rotary, qwen35_rotary
+from backhand.nn.families.config_fields import ConfigFields, delta_sizes, ssm_sizes
+from backhand.nn.families.family import GATED_DELTA, SHORT_CONV, SSM, DecoderConfig, ShortConv
+from backhand.nn.families.rotary import FULL, bamba_rotary, lfm2_rotary, qwen35_rotary
 
-_ATTENTION = "attention"
-"""Name of full attention in older configs."""
 _CONV = "conv"
 _LINEAR = "linear_attention"
+_OLDER_TYPES = {"attention": FULL, "mamba": _LINEAR}
+"""Layer types of older configs, with their current names."""
 _FULL_INTERVAL = 4
 
 
@@ -89,30 +97,50 @@ def _width(fields: ConfigFields, stated: int) -> int:
     return -(-int(fields.number("block_ffn_dim_multiplier") * width) // multiple) * multiple
 
 
-UNREAD_WHERE_DENSE = (
-    # Experts.
-    "intermediate_size", "num_experts_per_tok", "router_aux_loss_coef",
-    # Mamba layers.
+WITHOUT_EXPERTS = ("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef")
+"""Fields of Granite 4 that do not matter without experts."""
+OF_MAMBA = (
     "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
-    "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",
+    "mamba_conv_bias", "mamba_proj_bias", "time_step_limit",
 )  # fmt: skip
-"""Fields of Granite 4 that do not matter without experts and Mamba layers."""
+"""Fields that do not matter without Mamba layers."""
 
 
 def granite4(fields: ConfigFields) -> DecoderConfig:
-    """Granite 4 without experts and with attention in every layer."""
+    """Granite 4 without experts."""
     fields.must_equal("output_router_logits", False)
     if (experts := fields.integer("num_local_experts", minimum=0)) > 0:
         fields.put("num_local_experts", experts)
         fields.problem("num_local_experts", "the engine has no experts in this family")
+    fields.neutral(*WITHOUT_EXPERTS)
     types = fields.value("layer_types")
-    if not isinstance(types, list) or any(kind not in (FULL, _ATTENTION) for kind in types):
-        fields.problem("layer_types", f"the engine has only {FULL} in this family, no Mamba layers")
-    fields.neutral(*UNREAD_WHERE_DENSE)
+    if isinstance(types, list):
+        fields.put("layer_types", [_OLDER_TYPES.get(one, one) if isinstance(one, str) else one for one in types])
     decoder = with_biases(fields, with_multipliers(fields, common_fields(fields)))
     rotates = fields.or_declared("position_embedding_type") == "rope"
     decoder = replace(decoder, intermediate_size=fields.integer("shared_intermediate_size"))
-    return without_rotary(decoder, lambda _: not rotates)
+    layers = len(decoder.layers)
+    recurrent = layers_of_type(fields, _LINEAR, layers) or [True] * layers
+    return _with_mamba(fields, without_rotary(decoder, lambda _: not rotates), recurrent)
+
+
+def bamba(fields: ConfigFields) -> DecoderConfig:
+    """Bamba."""
+    fields.must_equal("partial_rotary_factor", 0.5)
+    attention = fields.value("attn_layer_indices") or []
+    if not isinstance(attention, list) or any(isinstance(one, bool) or not isinstance(one, int) for one in attention):
+        raise ArtifactError(f"attn_layer_indices = {attention!r:.80} is not a list of layers", where="config.json")
+    decoder = with_biases(fields, common_fields(fields, rotary_sets=bamba_rotary))
+    decoder = replace(decoder, mlp_bias=fields.flag("mlp_bias", False))
+    return _with_mamba(fields, decoder, [layer not in attention for layer in range(len(decoder.layers))])
+
+
+def _with_mamba(fields: ConfigFields, decoder: DecoderConfig, recurrent: Sequence[bool]) -> DecoderConfig:
+    """Return the decoder with Mamba-2 in these layers."""
+    if not any(recurrent):
+        fields.neutral(*OF_MAMBA)
+        return decoder
+    return replace(with_layers(decoder, recurrent, rotary=None, mixer=SSM), ssm=ssm_sizes(fields))
 
 
 def qwen3_5(fields: ConfigFields) -> DecoderConfig:

@@ -108,6 +108,9 @@ def rotary(
 glm_rotary = partial(rotary, share=0.5, interleaved=True)
 """GLM: adjacent features form pairs, and half of the features are rotated by default."""
 
+bamba_rotary = partial(rotary, share=0.5)
+"""Bamba: half of the features is rotated by default."""
+
 qwen35_rotary = partial(rotary, share=0.25, read_elsewhere=("mrope_section", "mrope_interleaved"))
 """Qwen3.5: a quarter of the features is rotated by default.
 

@@ -19,7 +19,7 @@ from backhand.nn.decoder.experts import ExpertsSaved
 from backhand.nn.decoder.forward_backward import ForwardBackward
 from backhand.nn.decoder.mixer import BlockContext, MLPSaved
 from backhand.nn.decoder.weights import BlockWeights
-from backhand.nn.families.family import ATTENTION, DecoderConfig, Mixture
+from backhand.nn.families.family import ATTENTION, DecoderConfig, Mixture, SSMSizes
 from backhand.nn.lora_parameters import LoRAParameters, LoRASlot
 from backhand.ops.document_groups import SegmentRun
 from backhand.ops.rotary import RotaryTable
@@ -187,6 +187,8 @@ CASES = (
     OP.case("qwen3.5, gated attention, loss at some positions", "qwen3.5", layer=1, rows=(2, 9, 17), recompute="block"),
     OP.case("qwen3.5, delta rule, loss at some positions", "qwen3.5", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("qwen3.5, delta rule, recompute block", "qwen3.5", recompute="block"),
+    OP.case("mamba, loss at some positions", "granite 4 h", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
+    OP.case("mamba of several groups, recompute block", "bamba", recompute="block"),
     OP.case("lfm2, attention", "lfm2, short", layer=1, dropout=0.3),
     OP.case("lfm2, loss at some positions", "lfm2, short", rows=(2, 9, 17), dropout=0.3, recompute="mlp"),
     OP.case("lfm2, biases, recompute block", "lfm2, biases", recompute="block", dropout=0.3),
@@ -319,6 +321,10 @@ def _side_by_side(config: DecoderConfig) -> Mixture | None:
     return config.mixture and config.mixture._replace(interleaved=False)
 
 
+def _every_time_step(config: DecoderConfig) -> SSMSizes | None:
+    return config.ssm and config.ssm._replace(time_steps=None)
+
+
 def _twice_the_bound(config: DecoderConfig) -> Mixture | None:
     mixture = config.mixture
     return mixture and mixture._replace(clamp=mixture.clamp and mixture.clamp._replace(limit=2 * mixture.clamp.limit))
@@ -339,7 +345,9 @@ MUTANTS = (
     _weights("taps reversed", "d_x0 d_lora_B", conv=lambda conv: conv.flip(2)),
     _weights("rates of the next head", "d_lora_A", log_rate=lambda rate: rate.roll(1)),
     _weights("bias of the decay forgotten", "d_x0", rate_bias=torch.zeros_like),
-    _weights("gain of the delta rule's norm ignored", "d_lora_B", delta_norm=torch.ones_like),
+    _weights("gain of the gated norm ignored", "d_lora_B", gated_norm=torch.ones_like),
+    _weights("skip of the scan forgotten", "d_x0 d_lora_A", skip=torch.zeros_like),
+    _family("limits of the time step ignored", "d_x0 d_lora_B", ssm=_every_time_step),
     _saved("gates have no gradient", "d_lora_B d_x0", _gates_unmoved),
     _context("rows mixed up", "d_x0 d_lora_A", loss_positions=_rolled),
     _context("queries as keys", "d_x0 d_lora_B", query_rotary=lambda _s: None),

@@ -53,6 +53,10 @@ CASES = (
         "in_proj_z",
         "0.linear_attn.in_proj_qkv.weight 2.linear_attn.in_proj_b.weight 2.linear_attn.out_proj.weight",
     ),
+    OP.case("every norm, mamba's too", "bamba", "1.feed_forward.up_proj", "norm.weight", shared=4),
+    OP.case(
+        "modules of mamba in full", "bamba", "down_proj", "0.mamba.in_proj.weight 0.mamba.out_proj.bias", dropout=0.2
+    ),
     OP.case("every norm by LFM2 names", "lfm2, short", "2.feed_forward.w2", "norm.weight"),
     OP.case(
         "modules around a convolution in full",

@@ -22,22 +22,24 @@ OP = Op(
 CASES = (
     *OP.standard_cases(),
     OP.case("one head", 5, 1),
-    OP.case("no limits", 6, limits=(0.0, math.inf)),
-    OP.case("large, no limits", 6, size=3.0, shift=12.0, limits=(0.0, math.inf)),
-    OP.case("far below zero, no limits", 6, shift=-12.0, limits=(0.0, math.inf)),
+    OP.case("no limits", 6, limits=None),
+    OP.case("large, no limits", 6, size=3.0, shift=12.0, limits=None),
+    OP.case("far below zero, no limits", 6, shift=-12.0, limits=None),
     OP.case("all above the limit", 6, shift=9.0),
 )
 
 
-def _within(s: TimeStepSaved, low: float, high: float) -> Tensor:
+def _within(s: TimeStepSaved, *, low: bool = True, high: bool = True) -> Tensor:
+    """Return True where the limits that are not ignored do not apply."""
     steps = functional.softplus(s.a + s.bias)
-    return (steps >= low) & (steps <= high)
+    limits = (-math.inf, math.inf) if s.limits is None else s.limits
+    return ((steps >= limits[0]) | (not low)) & ((steps <= limits[1]) | (not high))
 
 
 MUTANTS = (
     wrong("limits forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a + s.bias)),
-    wrong("lower limit forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a + s.bias) * _within(s, 0, s.limits[1])),
-    wrong("upper limit forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a + s.bias) * _within(s, s.limits[0], 99)),
-    wrong("bias forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a) * _within(s, *s.limits)),
-    wrong("softplus for its slope", "d_a", lambda g, s: g * functional.softplus(s.a + s.bias) * _within(s, *s.limits)),
+    wrong("lower limit forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a + s.bias) * _within(s, low=False)),
+    wrong("upper limit forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a + s.bias) * _within(s, high=False)),
+    wrong("bias forgotten", "d_a", lambda g, s: g * torch.sigmoid(s.a) * _within(s)),
+    wrong("softplus for its slope", "d_a", lambda g, s: g * functional.softplus(s.a + s.bias) * _within(s)),
 )
