@@ -43,6 +43,8 @@ from backhand.report.run_record import read_run
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
 from backhand.training.run import train
+from backhand.verify.command import prove_run
+from backhand.verify.report import MODEL
 from support.float64_reference import without_float32_casts
 from support.page import Page
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
@@ -369,3 +371,9 @@ def test_an_adapter_of_answers_cannot_decide(tiny: TinyRun, tmp_path: Path) -> N
 def test_a_state_that_is_too_long_is_an_error(straight: TrainConfig) -> None:
     with pytest.raises(DataError, match="longer than the model's"):
         decide(decide_options(straight, {"state": "the user asks " * 2000}))
+
+
+def test_verify_proves_the_loss_of_a_run(straight: TrainConfig) -> None:
+    report = prove_run(straight.run.output, max_tokens=128)
+    (loss,) = (proof for proof in report.of(MODEL) if proof.case.startswith("loss of decisions"))
+    assert report.passed and loss.error < 1e-12

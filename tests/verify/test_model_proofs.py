@@ -15,6 +15,7 @@ from backhand.data.examples import Example
 from backhand.data.options import DataOptions
 from backhand.data.pack import pack
 from backhand.errors import ArtifactError, CheckError
+from backhand.loop.objectives import decide as decide_objective
 from backhand.nn.decoder import adapted_head, block, projections
 from backhand.nn.decoder import forward_backward as forward_backward_module
 from backhand.nn.decoder.merging import merge_into
@@ -354,6 +355,26 @@ def test_a_run_is_proved_with_its_own_model_rows_and_adapter(models, rows, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "proofs.jsonl").read_text().splitlines()]
     assert [line["proof"] for line in lines] == [proof.case for proof in report.of(MODEL)]
     assert any("v_proj" in line["proof"] for line in lines)
+
+
+def test_the_loss_of_decisions_is_proved_and_a_wrong_one_is_found(models, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    texts = [("the sky", "team json", 0), ("a list", "team user", 2), ("what", "team json", 1)]
+    rows.write_text("".join(json.dumps({"text": t, "team": team, "mood": mood}) + "\n" for t, team, mood in texts))
+    asked = options(models("llama"), rows)
+    asked = replace(asked, data=replace(asked.data, state="text", question={"team": "Which team?", "mood": "Mood?"}))
+    report = verify(asked)
+    assert report.passed
+    (loss,) = (proof for proof in report.of(MODEL) if proof.case == "loss of decisions = reference, float64")
+    assert loss.error < 1e-12
+    right = decide_objective.decide_backward
+    monkeypatch.setattr(
+        decide_objective,
+        "decide_backward",
+        lambda d_y, saved: right(d_y, saved._replace(targets=saved.targets.flip(0))),
+    )
+    failed = next(proof for proof in verify(asked).failed(MODEL) if "d_x" in proof.case)
+    assert failed.detail == "worst: d_x of the head"
 
 
 def example(length, supervised):

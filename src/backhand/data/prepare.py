@@ -69,7 +69,7 @@ def prepare(
     options.validate()
     if not options.data:
         raise UsageError("there is no data", where="data", next_step="give --data FILE")
-    found = questions or (_questions(options) if purpose == "decisions" else {})
+    found = questions or (training_questions(options) if purpose == "decisions" else {})
     examples_of = partial(
         read_examples,
         options,
@@ -114,8 +114,8 @@ def prepare(
     return train, held_out
 
 
-def _questions(options: DataOptions) -> dict[str, Question]:
-    """Return the questions of the rows of `data`."""
+def training_questions(options: DataOptions) -> dict[str, Question]:
+    """Return the questions of the rows of `data`, see `decision_rows.find_questions`."""
     bad = RowErrors(options.skip_bad)
 
     def rows(name: str) -> Iterator[tuple[Form, RawRow]]:

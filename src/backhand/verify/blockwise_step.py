@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from backhand.data.decisions import DecisionRow
 from backhand.data.examples import Example
 from backhand.data.packing import RowPacker
 from backhand.errors import not_none
 from backhand.loop.objectives.compared import PairObjective
+from backhand.loop.objectives.decide import DecideObjective
 from backhand.loop.objectives.objective import token_owners
 from backhand.nn.batch import PackedBatch, TokenLoss
 from backhand.nn.decoder.adapted_group import HEAD, block_adapter
@@ -22,6 +25,7 @@ from backhand.nn.decoder.mixer import BlockContext
 from backhand.nn.decoder.ple_inputs import PLEInputsSaved, ple_inputs_backward, ple_inputs_forward
 from backhand.nn.decoder.weights import BlockWeights, PerLayerWeights, named_views
 from backhand.nn.lora_parameters import LoRAParameters
+from backhand.ops.decide import decide_reference
 from backhand.ops.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from backhand.ops.preference import PreferenceRule, preference_reference
 from backhand.ops.rms_norm import rms_norm_backward, rms_norm_forward
@@ -33,27 +37,53 @@ _BETA = 0.1
 
 
 @dataclass(frozen=True)
-class PairLoss:
-    """The sum of the pairs' losses, by hand and as a formula for autograd."""
+class RowLoss:
+    """The sum of the losses of pairs or decisions, by hand and as a formula for autograd."""
 
+    name: str  # in statements
     token_loss: TokenLoss  # by hand, see `Decoder.loss_and_gradients`
     owners: Tensor  # (supervised,) the document of each supervised token
-    reference: Tensor  # (documents,) log-probabilities of the reference model
+    documents: int  # number of documents
+    of_sums: Callable[[Tensor], Tensor]  # the loss, 0-d, from the log-probability of every document, (documents,)
 
     def formula(self, nats: Tensor) -> Tensor:
         """Return the loss, 0-d, from the nats of the supervised tokens, (supervised,)."""
-        sums = nats.new_zeros(len(self.reference)).index_add(0, self.owners.to(nats.device), -nats)
-        chosen, rejected = (sums - self.reference.to(sums)).view(-1, 2).unbind(1)
+        return self.of_sums(nats.new_zeros(self.documents).index_add(0, self.owners.to(nats.device), -nats))
+
+
+def row_loss(rows: Sequence[Example]) -> RowLoss:
+    """Return the loss of these pairs, or of these rows of decisions, packed together.
+
+    Every document of the pairs has a different reference value.
+    """
+    packer, numbers = RowPacker(rows, share_prefixes=False), range(len(rows))
+    owners, counts = token_owners(packer, numbers)
+    if rows[0].decision is not None:
+        decide = DecideObjective(packer)
+        of_sums = partial(_decision_loss, decide.decisions(numbers))
+        return RowLoss("loss of decisions", decide.token_loss(0, numbers), owners, len(counts), of_sums)
+    reference = -counts - torch.arange(2 * len(rows), dtype=torch.float64) / 3
+    objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
+
+    def of_pairs(sums: Tensor) -> Tensor:
+        chosen, rejected = (sums - reference.to(sums)).view(-1, 2).unbind(1)
         return preference_reference(chosen, rejected, PreferenceRule(beta=_BETA)).sum()
 
+    return RowLoss("loss of pairs (DPO)", objective.token_loss(0, numbers), owners, len(counts), of_pairs)
 
-def pair_loss(pairs: Sequence[Example]) -> PairLoss:
-    """Return the loss of these pairs, packed together, with a different reference value for every document."""
-    packer, rows = RowPacker(pairs, share_prefixes=False), range(len(pairs))
-    owners, counts = token_owners(packer, rows)
-    reference = -counts - torch.arange(2 * len(pairs), dtype=torch.float64) / 3
-    objective = PairObjective(packer, reference, options=ObjectiveOptions("dpo", _BETA))
-    return PairLoss(objective.token_loss(0, rows), owners, reference)
+
+def _decision_loss(decisions: Sequence[DecisionRow], sums: Tensor) -> Tensor:
+    losses, start = [], 0
+    for row in decisions:
+        of_row = []
+        for asked, size in zip(row.asked, row.sizes, strict=True):
+            answer = not_none(asked.targets)
+            targets = sums.new_tensor([*answer, *[0.0] * (size - len(answer))])
+            one = torch.zeros(size, dtype=torch.int64, device=sums.device)
+            of_row.append(decide_reference(sums[start : start + size], targets, one, 1))
+            start += size
+        losses.append(torch.cat(of_row).mean())
+    return torch.stack(losses).sum()
 
 
 @dataclass(eq=False)
@@ -73,7 +103,7 @@ class BlockwiseStep:
     batch: PackedBatch  # the packed documents, on the decoder's device
     dropout_seed: int | None  # draws the masks; None for no dropout
     loss_scaling: float
-    pair_loss: PairLoss | None = None  # the loss where documents are pairs; None for Σ nats
+    row_loss: RowLoss | None = None  # the loss where documents are pairs or decisions; None for Σ nats
 
     def __post_init__(self) -> None:
         decoder = self.decoder
@@ -147,9 +177,9 @@ class BlockwiseStep:
         head, loss = float64_dense(weights.head), None
         times = self.batch.weights
         multiplier: float | Tensor = self.loss_scaling if times is None else self.loss_scaling * times
-        if self.pair_loss is not None:
+        if self.row_loss is not None:
             nats = linear_cross_entropy_forward(normed, head, labels, factors, config.logits)
-            loss, d_log_p = self.pair_loss.token_loss(-self.batch.per_document(nats))
+            loss, d_log_p = self.row_loss.token_loss(-self.batch.per_document(nats))
             multiplier = -self.loss_scaling * self.batch.sum_at_positions(d_log_p)
         losses, grads = linear_cross_entropy_backward(normed, head, labels, factors, multiplier, config.logits)
         if grads.d_lora_A is not None and grads.d_lora_B is not None:

@@ -53,8 +53,12 @@ def verify_command(options: VerifyOptions) -> VerifyReport:
     return report
 
 
-def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
+def verify(options: VerifyOptions, say: Say = lambda _: None, *, decisions: bool = False) -> VerifyReport:
     """Run the proofs without printing.
+
+    Args:
+        say: receives the name of each part before it is proved.
+        decisions: read the rows as decisions.
 
     Raises:
         UsageError, DataError, ArtifactError: if op, model, rows or adapter do not exist or cannot be used.
@@ -64,7 +68,8 @@ def verify(options: VerifyOptions, say: Say = lambda _: None) -> VerifyReport:
     if options.verify.large:
         report = _verify_real_sizes(options, say)
     else:
-        report = _verify_model(options, say) if options.model.model else _verify_ops(options, say)
+        ops = not options.model.model
+        report = _verify_ops(options, say) if ops else _verify_model(options, say, decisions=decisions)
     report.time_s = time.perf_counter() - start
     return report
 
@@ -98,27 +103,29 @@ def _proved(options: VerifyOptions) -> VerifyReport:
             raise UsageError(
                 f"there is no run in {run}", where="run", next_step="give a run directory with config.toml"
             )
+        decisions = False
         if options.verify.op is None and not options.model.model:
-            options = _of_run(options, run)
+            options, decisions = _of_run(options, run)
         with opened(run, resume=True, overwrite=False) as directory:
-            report = verify(options, say)
+            report = verify(options, say, decisions=decisions)
             log = proof_log(directory)
             for proof in report.proofs():
                 log(proof)
     return report
 
 
-def _of_run(options: VerifyOptions, run: Path) -> VerifyOptions:
-    """Return the options with the run's model, rows and adapter."""
+def _of_run(options: VerifyOptions, run: Path) -> tuple[VerifyOptions, bool]:
+    """Return the options with the run's model, rows and adapter, and True if these rows are decisions."""
     config = load_config(run / CONFIG)
     shared = {name: getattr(config.model, name) for name in VerifiedModelOptions.__dataclass_fields__}
     adapter = options.verify.adapter or run / ADAPTER
-    return replace(
+    of_run = replace(
         options,
         model=VerifiedModelOptions(**shared),
         data=config.data if not options.data.data else options.data,
         verify=replace(options.verify, adapter=adapter),
     )
+    return of_run, config.objective.purpose == "decisions"
 
 
 def _verify_ops(options: VerifyOptions, say: Say) -> VerifyReport:
@@ -158,15 +165,16 @@ def _verify_real_sizes(options: VerifyOptions, say: Say) -> VerifyReport:
     return report
 
 
-def _verify_model(options: VerifyOptions, say: Say) -> VerifyReport:
+def _verify_model(options: VerifyOptions, say: Say, *, decisions: bool) -> VerifyReport:
     say(f"{options.model.model}: loading")
-    setup = load_setup(options.model, options.data, options.verify.adapter, options.verify.max_tokens)
+    run = options.verify
+    setup = load_setup(options.model, options.data, run.adapter, run.max_tokens, decisions=decisions)
     decoder = setup.decoder
     report = VerifyReport(notes=setup.notes)
     threads = resolve_threads(options.model)
     with compute_settings(options.model, threads, decoder.dtype, decoder.device):
         batch = pack(setup.examples, device=decoder.device)
-        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.pairs)
+        gradients = GradientProofs(decoder, batch, setup.dropout_seed, setup.rows)
         say(f"{options.model.model}: block by block in float64")
         report.results.extend(gradients.by_block())
         say(f"{options.model.model}: a training step")

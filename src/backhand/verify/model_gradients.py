@@ -31,7 +31,7 @@ from backhand.nn.decoder.weights import named_views
 from backhand.nn.families.family import PER_LAYER_MODEL, PER_LAYER_MODEL_NORM, PER_LAYER_TABLE
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.ops.weight_tiles import frozen_dense
-from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, pair_loss
+from backhand.verify.blockwise_step import BlockwiseStep, float64_dense, row_loss
 from backhand.verify.measure import geometric_mean, relative_error
 from backhand.verify.reference_decoder import (
     NatsLoss,
@@ -63,7 +63,7 @@ class GradientProofs:
         decoder: a decoder whose adapter has a nonzero lora_B.
         batch: the packed documents, with at least one supervised position, on the decoder's device.
         dropout_seed: seed of the masks, the same for engine and reference; None for no dropout.
-        pairs: the pairs in the batch, whose preference loss is then proved instead of Σ nats.
+        rows: the pairs or the rows of decisions in the batch, whose loss is then proved instead of Σ nats.
 
     Attributes:
         step: the same step in float64. `by_block` fills its gradients.
@@ -71,10 +71,10 @@ class GradientProofs:
     """
 
     def __init__(
-        self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None, pairs: Sequence[Example] = ()
+        self, decoder: Decoder, batch: PackedBatch, dropout_seed: int | None, rows: Sequence[Example] = ()
     ) -> None:
-        loss = pair_loss(pairs) if pairs else None
-        loss_scaling = 1.0 / max(len(pairs) or batch.supervised_tokens, 1)
+        loss = row_loss(rows) if rows else None
+        loss_scaling = 1.0 / max(len(rows) or batch.supervised_tokens, 1)
         self.step = BlockwiseStep(decoder, batch, dropout_seed, loss_scaling, loss)
         self.rounding_bound = math.nan
         self._errors: dict[str, float] = {}
@@ -85,7 +85,7 @@ class GradientProofs:
         step.lora.gradients.zero_()
         inputs = step.forward(step.dropout_seed, step.batch.supervised_positions)
         d_x, loss_error = self._prove_head(inputs.pop())
-        what = "loss" if step.pair_loss is None else "loss of pairs (DPO)"
+        what = "loss" if step.row_loss is None else step.row_loss.name
         yield statement(f"{what} = reference, float64", loss_error, FLOAT64_BOUND)
         for layer in reversed(step.layers):
             d_x = self._prove_block(layer, inputs.pop(), d_x)
@@ -115,7 +115,7 @@ class GradientProofs:
         step = self.step
         decoder, lora = step.decoder, not_none(step.decoder.lora)
         lora.gradients.zero_()
-        token_loss = None if step.pair_loss is None else step.pair_loss.token_loss
+        token_loss = None if step.row_loss is None else step.row_loss.token_loss
         decoder.loss_and_gradients(step.batch, step.loss_scaling, step.dropout_seed, token_loss)
         return relative_error(lora.gradients, truth), relative_error(self._by_autograd(), truth)
 
@@ -129,7 +129,7 @@ class GradientProofs:
                 drawn = torch.randn(values.shape, generator=generator).to(values.device)
                 lora.values.copy_(values * torch.exp(NEIGHBOURHOOD * drawn))
                 lora.refresh_compute(step.decoder.dtype)
-                near = BlockwiseStep(step.decoder, step.batch, step.dropout_seed, step.loss_scaling, step.pair_loss)
+                near = BlockwiseStep(step.decoder, step.batch, step.dropout_seed, step.loss_scaling, step.row_loss)
                 yield self._rounding_errors(near.gradient())
         finally:
             lora.values.copy_(values)
@@ -176,7 +176,7 @@ class GradientProofs:
 
     @property
     def _nats_loss(self) -> NatsLoss:
-        return torch.sum if self.step.pair_loss is None else self.step.pair_loss.formula
+        return torch.sum if self.step.row_loss is None else self.step.row_loss.formula
 
     def _prove_block(self, layer: int, x0: Tensor, d_x2: Tensor) -> Tensor:
         """Compare ∂L/∂x₀ of the block and its adapter gradients, and return ∂L/∂x₀ by hand."""

@@ -17,7 +17,8 @@ from backhand.data.chat import read_template
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.held_out import neutral_texts
 from backhand.data.options import DataOptions
-from backhand.data.prepare import read_examples
+from backhand.data.prepare import read_examples, training_questions
+from backhand.data.rows import Purpose
 from backhand.errors import DataError, UsageError
 from backhand.generation.held_base import stays_quantized
 from backhand.nn.compute import resolve_device, resolve_dtype
@@ -48,11 +49,16 @@ class ModelSetup:
     examples: tuple[Example, ...]  # documents with supervised tokens; long documents are cut
     dropout_seed: int | None  # seed of the dropout masks, None for an adapter without dropout
     notes: tuple[str, ...]
-    pairs: tuple[Example, ...] = ()  # the same documents as pairs, if the rows are pairs
+    rows: tuple[Example, ...] = ()  # the same documents as rows, if these are pairs or decisions
 
 
-def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int) -> ModelSetup:
+def load_setup(
+    model: BaseModelOptions, data: DataOptions, adapter: Path | None, max_tokens: int, *, decisions: bool = False
+) -> ModelSetup:
     """Load the model, the adapter or a random one, and the first rows.
+
+    Args:
+        decisions: read the rows as decisions. Otherwise they are if the options name a state or questions.
 
     Raises:
         UnsupportedModel: if the decoder engine does not support the model, so that there are no gradients by hand.
@@ -68,7 +74,8 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     except UnsupportedModel as error:
         error.next_step = _WITHOUT_ENGINE
         raise
-    examples, pairs, rows = _documents(data, source.tokenizer(), max_tokens)
+    decisions = decisions or data.state is not None or bool(data.question)
+    examples, rows, note = _documents(data, source.tokenizer(), max_tokens, decisions=decisions)
     check_vocabulary(((example.input_ids, example.source) for example in examples), vocab_size, source.tokenizer())
     quantized = stays_quantized(model, source, dtype, device)
     decoder = Decoder.from_source(source, dtype=dtype, device=device, quantized=quantized)
@@ -105,10 +112,10 @@ def load_setup(model: BaseModelOptions, data: DataOptions, adapter: Path | None,
     notes = (
         f"model {model.model} ({decoder.config.family}, {str(dtype).removeprefix('torch.')}, {device})",
         f"{description}: {len(lora.slots)} modules, {lora.element_count:,} elements",
-        rows,
+        note,
         *adapter_notes,
     )
-    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes, pairs)
+    return ModelSetup(decoder, examples, DROPOUT_SEED if dropout else None, notes, rows)
 
 
 def random_adapter(decoder: Decoder) -> LoRAParameters:
@@ -128,26 +135,42 @@ def random_adapter(decoder: Decoder) -> LoRAParameters:
 
 
 def _documents(
-    data: DataOptions, tokenizer: Any, max_tokens: int
+    data: DataOptions, tokenizer: Any, max_tokens: int, *, decisions: bool
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], str]:
-    """Return the first documents of the rows or of the neutral texts, their pairs if any, and a note about them."""
+    """Return the first documents of the rows or of the neutral texts, their rows if any, and a note about them.
+
+    Rows are pairs or decisions.
+    """
     if data.data:
-        examples: Sequence[Example] = read_examples(data, data.data, tokenizer, purpose=None).examples
+        purpose: Purpose | None = "decisions" if decisions else None
+        questions = training_questions(data) if decisions else {}
+        examples: Sequence[Example] = read_examples(
+            data, data.data, tokenizer, purpose=purpose, questions=questions
+        ).examples
         where = ", ".join(data.data)
     else:
         examples = [_text_example(text, tokenizer) for text in neutral_texts()]
         where = "neutral texts of the package"
     paired = any(example.rejected is not None for example in examples)
-    documents = [replace(document, rejected=None) for example in examples for document in example.documents]
-    chosen = choose_documents(documents, max_tokens)
+    documents = [_alone(document) for example in examples for document in example.documents]
+    rows: tuple[Example, ...] = ()
+    if decisions:
+        rows = tuple(choose_decisions(examples, max_tokens))
+        chosen = [_alone(document) for row in rows for document in row.documents]
+    else:
+        chosen = choose_documents(documents, max_tokens)
     if not chosen:
         raise DataError("no document has a supervised token", where=where)
-    pairs: tuple[Example, ...] = ()
     if paired:
         chosen = chosen[: len(chosen) // 2 * 2]
-        pairs = tuple(replace(one, rejected=other) for one, other in zip(chosen[::2], chosen[1::2], strict=True))
+        rows = tuple(replace(one, rejected=other) for one, other in zip(chosen[::2], chosen[1::2], strict=True))
     tokens = sum(len(example) for example in chosen)
-    return tuple(chosen), pairs, f"{len(chosen)} of {len(documents)} documents of {where}: {tokens} tokens"
+    return tuple(chosen), rows, f"{len(chosen)} of {len(documents)} documents of {where}: {tokens} tokens"
+
+
+def _alone(document: Example) -> Example:
+    """Return a document of a row without the others."""
+    return replace(document, rejected=None, others=(), decision=None)
 
 
 def _text_example(text: str, tokenizer: Any) -> Example:
@@ -165,16 +188,39 @@ def choose_documents(examples: Sequence[Example], max_tokens: int) -> list[Examp
     chosen: list[Example] = []
     tokens = 0
     for example in examples:
-        places = np.flatnonzero(example.supervised)
-        if not len(places):
+        if not example.supervised.any():
             continue
-        end = int(places[-1]) + 1
-        start = max(0, end - max(max_tokens // 2, 2))
-        supervised = example.supervised[start:end].copy()
-        supervised[0] = False
-        part = replace(example, input_ids=example.input_ids[start:end], supervised=supervised)
+        part = _cut(example, max_tokens // 2)
         if len(chosen) >= 2 and tokens + len(part) > max_tokens:
             break
         chosen.append(part)
         tokens += len(part)
     return chosen
+
+
+def choose_decisions(examples: Sequence[Example], max_tokens: int) -> list[Example]:
+    """Return rows of decisions in order until about `max_tokens` tokens are reached, at least two if there are two.
+
+    The documents of a row are cut to the tokens up to the label, so that the row has at most half of `max_tokens`.
+    """
+    chosen: list[Example] = []
+    tokens = 0
+    for example in examples:
+        most = max_tokens // 2 // len(example.documents)
+        first, *others = (_cut(document, most) for document in map(_alone, example.documents))
+        row = replace(first, others=tuple(others), decision=example.decision)
+        size = sum(map(len, row.documents))
+        if len(chosen) >= 2 and tokens + size > max_tokens:
+            break
+        chosen.append(row)
+        tokens += size
+    return chosen
+
+
+def _cut(document: Example, most: int) -> Example:
+    """Return the last tokens of a document up to its last supervised token, at least two of them."""
+    end = int(np.flatnonzero(document.supervised)[-1]) + 1
+    start = max(0, end - max(most, 2))
+    supervised = document.supervised[start:end].copy()
+    supervised[0] = False
+    return replace(document, input_ids=document.input_ids[start:end], supervised=supervised)
