@@ -152,7 +152,7 @@ verify: $(VENV)/.demo kernels
 verify-large: $(VENV)/.demo kernels
 	@$(BIN)/backhand verify --large
 
-# The proofs run beside the tests: one thread of one process, which would leave the other cores waiting.
+# The proofs run at the same time as the tests: they are one thread of one process.
 test: $(VENV)/.test $(VENV)/.model kernels
 	@$(MAKE) --no-print-directory --jobs 2 proofs tests
 

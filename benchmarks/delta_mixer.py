@@ -1,4 +1,4 @@
-"""The gated delta rule mixer of Qwen3.5, forward and backward, beside transformers' own without its GPU package.
+"""The gated delta rule mixer of Qwen3.5, forward and backward, compared with transformers' own without its GPU package.
 
     python benchmarks/delta_mixer.py [--repeats 7]
 
@@ -34,12 +34,12 @@ TOLERANCE = 1e-5
 
 
 class Given(torch.nn.Module):
-    """A projection that gives what it is told to."""
+    """A projection that returns a fixed output."""
 
     given: Tensor
 
     def forward(self, _: Tensor) -> Tensor:
-        """What was told."""
+        """The fixed output."""
         return self.given
 
 

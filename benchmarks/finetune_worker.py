@@ -21,7 +21,7 @@ from backhand.cli.openmp_spin import adaptive_spinning
 
 @dataclass(frozen=True)
 class FineTune:
-    """The same for all peers: model, rows, epochs, batch, dtype; rank, alpha and rate stand in `peers`."""
+    """The same for all peers: model, rows, epochs, batch, dtype; rank, alpha and rate are in `peers`."""
 
     model: str
     train: str
@@ -41,9 +41,9 @@ def run_backhand(task: FineTune, output: Path, *, engine: str = "backhand") -> d
     from backhand.options.config import ModelOptions, OptimizationOptions, RunOptions, TrainConfig
 
     class Watch(Observer):
-        """The clock at the first step's begin and behind the last checkpoint."""
+        """The times at which the first step begins and the last checkpoint is saved."""
 
-        # What an observer is told is not needed here.
+        # The records of an observer are not needed here.
         def started(self, start: Any) -> None:  # noqa: ARG002
             self.begin = time.perf_counter()
 

@@ -138,7 +138,7 @@ _VERSION_1 = (":memory:", "memory", {"memory.limit_in_bytes": "{limit}", "memory
 
 
 def _new_group(limit: int) -> tuple[Path | None, str]:
-    """A group below this process's own, or below what stands for it in a container, and what limits it.
+    """A group below this process's own, or below its substitute in a container, with its limit.
 
     None where none may be made or limited.
     """

@@ -1,4 +1,4 @@
-"""Two network namespaces that stand for two machines, joined by a link of some rate and round trip. Root, Linux.
+"""Two network namespaces that act as two machines, joined by a link of some rate and round trip. Root, Linux.
 
     rate         tc's token bucket holds each direction to it, headers of IP and TCP counted, as a wire would
     round trip   tc's netem, where this kernel has it: the link is then a pair of virtual Ethernet interfaces
@@ -37,7 +37,7 @@ _TUNSETIFF, _TUN_WITHOUT_HEADER = 0x400454CA, 0x1001
 _PR_SET_TIMERSLACK = 29
 _READY_S = 20.0
 _HEADERS, _ETHERNET_HEADER = 52, 14
-"""Bytes of a packet beside what TCP carries, times of sending in them; tc counts Ethernet's where there is one."""
+"""Bytes of a packet in addition to the data of TCP; tc counts Ethernet's where there is one."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def linked_machines(rate_mbit: int | None = None, round_trip_s: float = 0.0) -> 
                 burst = max(2 * mtu, rate_mbit * 125)  # what a millisecond carries
                 shape = ["tbf", "rate", f"{rate_mbit}mbit", "burst", str(burst), "latency", "50ms"]
                 _must("tc", "-n", name, "qdisc", "add", "dev", "eth0", *parent, *shape)
-        beside = _HEADERS if tun else _HEADERS + _ETHERNET_HEADER
-        share = (mtu - _HEADERS) / (mtu - _HEADERS + beside)
+        overhead = _HEADERS if tun else _HEADERS + _ETHERNET_HEADER
+        share = (mtu - _HEADERS) / (mtu - _HEADERS + overhead)
         yield Link(names, "netem" if netem else "tun" if tun else "veth", share)
     finally:
         for carrier in carriers:
@@ -170,7 +170,7 @@ def _carrier(source: int, sink: int, delay_s: float) -> multiprocessing.process.
 
 
 def _carry(source: int, sink: int, delay_s: float) -> None:
-    """Each packet from one descriptor to the other, so many seconds after it came."""
+    """Forward each packet from one descriptor to the other with a delay in seconds."""
     os.setpriority(os.PRIO_PROCESS, 0, -10)  # the machines compute on the same cores
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # wake within 1 us of the time, not 50
     waiting: deque[tuple[float, bytes]] = deque()

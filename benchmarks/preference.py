@@ -189,7 +189,7 @@ def run_peer(peer: str, task: dict[str, Any], output: Path, threads: int) -> dic
 def token_counts(model: str, data: str, batch_rows: int) -> dict[str, int]:
     """Tokens of the pairs' prompts, once each, and of their answers; and those of an epoch, by what is shared.
 
-    `whole_tokens` has each answer behind its prompt, `computed_tokens` what a batch computes, shared beginnings once.
+    `whole_tokens` counts each answer after its prompt, `computed_tokens` shared beginnings once, as a batch does.
     """
     from backhand.data.options import DataOptions
     from backhand.data.packing import RowPacker, Sampler

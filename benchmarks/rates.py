@@ -189,7 +189,7 @@ def real_rows(task: str) -> list[dict[str, Any]]:
 
 
 def as_pirate(text: str) -> str:
-    """A style that rules can make: other small words, and an exclamation in front and behind."""
+    """A style that rules can make: other small words, and an exclamation before and after."""
     words = {"the": "th'", "is": "be", "are": "be", "you": "ye", "and": "an'", "of": "o'", "to": "t'", "for": "fer"}
     words |= {"return": "haul back", "returns": "hauls back", "file": "chart", "a": "a fine", "all": "all hands,"}
     changed = re.sub(r"[A-Za-z]+", lambda word: words.get(word[0].lower(), word[0]), text.rstrip("."))
@@ -197,7 +197,7 @@ def as_pirate(text: str) -> str:
 
 
 def rows_of(task: str, count: int) -> list[dict[str, Any]]:
-    """So many rows of a task and the held-out ones behind them; fewer rows are the first of more."""
+    """Return rows of a task, and the held-out rows after them; fewer rows are the first of more."""
     draw, needed, last = random.Random(task), 600 + HELD_OUT, HELD_OUT
     if task in REAL:
         found, last = real_rows(task), HELD_OUT_REAL
@@ -237,7 +237,7 @@ def rows_of(task: str, count: int) -> list[dict[str, Any]]:
 
 
 def as_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without roles: the turns one behind the other, and an empty line before the answer."""
+    """A row without roles: the turns one after the other, and an empty line before the answer."""
     if "messages" not in row:
         return row
     *turns, answer = (message["content"] for message in row["messages"])
@@ -431,7 +431,7 @@ def tell_rule(stored: dict[str, Any]) -> None:
 
 
 def auto_rate(case: Case) -> float:
-    """What `auto` stands for."""
+    """Return the value that `auto` chooses."""
     return chosen_rate(OptimizationOptions(), "sft", lambda: GAINS[case.model])[0]
 
 
@@ -453,7 +453,7 @@ def _between(grid: dict[str, dict[str, Any]], rate: float) -> dict[str, Any]:
 
 
 def tell_advice(stored: dict[str, Any]) -> None:
-    """How often what a run is told is right: by its own case's other rates."""
+    """Return how often the advice to a run is right, judged by the other rates of its case."""
     from backhand.training.advice import HIGH, Curves, first_finding, rates_until
 
     counts: dict[tuple[str, str], list[int]] = {}
@@ -556,8 +556,8 @@ def main() -> None:
                         stored = _stored()
                         stored["runs"].setdefault(case.name, {})[_key(rate)] = found
                         TARGET.write_text(json.dumps(stored) + "\n")
-                    told = {key: value for key, value in found.items() if not isinstance(value, list)}
-                    print(case.name, _key(rate), told, found.get("forgetting", [None])[-1], flush=True)
+                    shown = {key: value for key, value in found.items() if not isinstance(value, list)}
+                    print(case.name, _key(rate), shown, found.get("forgetting", [None])[-1], flush=True)
                     if time.monotonic() - began > arguments.seconds:
                         return
 

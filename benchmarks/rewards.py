@@ -1,4 +1,4 @@
-"""Training on rewards: a step against TRL's GRPOTrainer; and sampling beside llama.cpp's batched decoding.
+"""Training on rewards: a step against TRL's GRPOTrainer; and sampling compared with llama.cpp's batched decoding.
 
     python benchmarks/rewards.py [--dtype bfloat16] [--steps 6] [--group 8] [--prompts 4] [--repeats 3]
     python benchmarks/rewards.py --sampling [--answers 8 16] [--tokens 64] [--rounds 5]
@@ -6,7 +6,7 @@
 Prompts, groups, longest answer, reward, rate, rank, loss (dapo, one update, no divergence), dtype and threads are the
 same for all; each run is a process of its own, and the peers take turns. A step is sampling, judging and training; the
 reward is the share of even token ids, so that no two answers are alike. `trl` is as users run it, `trl-tuned` at its
-best here (no checkpointing, the allocator and float32 route of ours). With `--sampling` so many answers to one prompt
+best here (no checkpointing, the allocator and float32 route of ours). With `--sampling` several answers to one prompt
 of about 100 tokens are drawn at temperature 1, all of the full length, by `generation.sampling` and by llama.cpp's
 server with as many slots, from the same file; tokens/s of all answers together, the prompt's own pass included on both
 sides. Results go to benchmarks/results/rewards.json and rewards_sampling.json.
@@ -67,7 +67,7 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
     moments = [time.perf_counter()]
     steps: list[dict[str, Any]] = []
 
-    def told(record: Any) -> None:
+    def collect(record: Any) -> None:
         if "loss" in record:
             moments.append(time.perf_counter())
             steps.append(dict(record))
@@ -86,7 +86,7 @@ def run_backhand(task: dict[str, Any], output: Path) -> dict[str, Any]:
                 reward=(f"{task['reward']}:evens",), group=task["group"], max_new_tokens=task["new_tokens"]
             ),
         ),
-        callbacks=[told],
+        callbacks=[collect],
     )
     return _told(moments, [step["completion_tokens"] for step in steps], [step["reward"] for step in steps])
 
@@ -214,7 +214,7 @@ def compare_steps(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 
 def backhand_sampler(model: str, answers: int, tokens: int, threads: int) -> Callable[[], float]:
-    """So many answers once a call; tokens a second."""
+    """Sample this many answers in one call; return tokens per second."""
     import torch
 
     from backhand.generation.sampling import sample
@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
-    parser.add_argument("--sampling", action="store_true", help="sampling beside llama.cpp alone")
+    parser.add_argument("--sampling", action="store_true", help="only sampling, compared with llama.cpp")
     parser.add_argument("--answers", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)

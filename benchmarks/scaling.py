@@ -8,7 +8,7 @@
 `peers`: the same rows, one thread a process, gloo; each run is a launch of its own and the peers take turns.
 `exchange`: a step's exchange alone. `runs`: SmolLM2 by torchrun, on one machine and on two. Both over each link of
 LINKS, see `linked_machines`. `turns`: how many round trips an exchange waits for.
-Results go to benchmarks/results/scaling.json, predictions beside them.
+Results go to benchmarks/results/scaling.json, together with the predictions.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def described(link: Link, rate_mbit: int | None, round_trip_s: float) -> dict[st
 
 
 def with_predictions(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Beside each exchange over a link: the same without one, as it was measured, and what the link adds on paper."""
+    """Add to each exchange over a link the measured time without the link, and the predicted cost of the link."""
     unlimited = {}
     for one in found:
         same = (one.get("reduce"), one.get("micro_batches"))

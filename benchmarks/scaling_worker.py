@@ -78,7 +78,7 @@ def trainer(rows: str, output: str, batch_rows: int) -> None:
 
 
 def exchange(elements: int, reduce: str, micro_batches: int) -> None:
-    """Prints the seconds of some exchanges, with so many micro-batches in each process."""
+    """Print the seconds of some exchanges, with a number of micro-batches in each process."""
     from backhand.distributed.process_group import joined
 
     torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def exchange(elements: int, reduce: str, micro_batches: int) -> None:
 
 
 def timed_train(words: list[str], times: str) -> None:
-    """`backhand train`; rank 0 writes beside the run the seconds of each exchange, from when all have computed."""
+    """`backhand train`; rank 0 also writes the seconds of each exchange, from the time when all have computed."""
     from backhand.cli.main import main
     from backhand.distributed.process_group import ProcessGroup
 

@@ -6,7 +6,7 @@
 
 `time`: one `backhand search --prune none --sampler random` of twelve trials, then the same twelve runs as twelve
 commands, `backhand train trials/NAME/config.toml`. Each must leave the trial's adapter bit for bit before a time is
-believed. With the default pruning beside it. `found`: the default search on the rows and with the options of the grids
+believed. The default pruning is measured too. `found`: the default search on the rows and with the options of the grids
 that benchmarks/rates.py has stored, 16 rates from 1e-4 to 1e-2, every run to its end: by how much its best held-out
 loss is above the grid's, and how many runs' steps it trained in all, the comparison with the options as given among
 them. `replay`: the same question put to the stored curves, between whose rates losses are interpolated, for five seeds:
@@ -177,8 +177,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "replay":
         for name, (grid, rate) in stored_grids().items():
-            told = [replay(grid, rate, seed) for seed in range(5)]
-            print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in told), sep="  ")
+            replays = [replay(grid, rate, seed) for seed in range(5)]
+            print(name, *(f"{one['above']:+.2%} in {one['runs']:.2f} runs" for one in replays), sep="  ")
         return
     target = HERE / "results" / "search.json"
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,7 @@
 """Short instruction rows for the fine-tuning benchmark: about 50 tokens with the chat template, 3 of them supervised.
 
-The task can be learned and cannot be answered by the base: which shelf code belongs to a kind of thing, told in a
-sentence.
+The task can be learned and cannot be answered by the base: which shelf code belongs to a kind of thing that a sentence
+names.
 """
 
 from __future__ import annotations

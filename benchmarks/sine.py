@@ -13,7 +13,7 @@ The peers, all from the same initial numbers:
 
 Peers take turns round by round in one process, so that drift of the machine hits all alike, and all must agree on every
 loss before a time is believed. Seconds are those of the processor, which other work on the machine does not change as
-it does the clock's; the clock's stand beside them. Medians over the rounds, their range and the ratios go to
+it does the clock's; the clock's times are listed too. Medians over the rounds, their range and the ratios go to
 benchmarks/results/sine.json.
 """
 
@@ -42,7 +42,7 @@ REQUIRED_RATIO = 4.0
 LOSS_TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 
 Peer = Callable[[int], list[float]]
-"""Runs so many epochs further; returns their losses."""
+"""Runs a number of further epochs; returns their losses."""
 
 
 def tensors(start: Start, points: Points) -> tuple[Tensor, ...]:

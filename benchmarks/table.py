@@ -295,7 +295,7 @@ def sampling_section(results: dict[str, Any]) -> list[str]:
 
 
 def shapes_section(results: dict[str, Any]) -> list[str]:
-    """The table of `shapes.json`: one step of other sizes and rows, beside its products alone."""
+    """The table of `shapes.json`: one step of other sizes and rows, compared with its products alone."""
     lines = ["", "## Larger models, short and long rows", "", machine_line(results["machine"]), ""]
     lines += ["Shapes of a Qwen2 with random weights; 135M is SmolLM2. `train_step.py --add`.", ""]
     head = ["", "dtype", "tokens/s", "step, median (min to max)", "of the products alone", "memory above the model"]

@@ -8,8 +8,8 @@ Every peer runs in its own process; the processes take turns, so that drift of t
 two steps of a turn the second is timed. Before a time is believed, all peers must agree on the first loss and have a
 gradient norm above zero. Peers that are tuned have what a run of ours sets for itself, the ceiling too: the allocator,
 large pages, the route of float32 products. The medians, spreads and ratios, with machine and versions, go to
-benchmarks/results/train_step.json; with --add beside what is there of other workloads. A model is a file, a directory,
-a known name, or the shape of one in random_gguf.py.
+benchmarks/results/train_step.json; with --add in addition to the results of other workloads. A model is a file, a
+directory, a known name, or the shape of one in random_gguf.py.
 """
 
 from __future__ import annotations

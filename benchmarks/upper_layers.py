@@ -1,4 +1,4 @@
-"""Adapting the upper third of the layers, with the hidden states below kept and without, and all layers beside it.
+"""Adapting the upper third of the layers, with the hidden states below kept and without, and all layers for comparison.
 
     python benchmarks/upper_layers.py [--tasks short faq pirate tickets] [--layers last:10] [--repeats 3]
     python benchmarks/upper_layers.py --tasks short --rows 96 --repeats 2
@@ -9,7 +9,7 @@
 before a time is believed. `short` are the rows of finetune.py, the others those of docs/recipes. Seconds are those of
 the training steps (`train_s` of summary.json), in which a row's hidden states are computed, kept and looked at; ratios
 are medians over the rounds. Results go to benchmarks/results/upper_layers.json, one of `places` for each machine with
-its instructions and options; with --add beside what stands there of other machines, instructions, options and tasks.
+its instructions and options; with --add in addition to the results of other machines, instructions, options and tasks.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ BOUND = 1e-3
 _STATES, _STATE_WORDS = 16, 12
 """Number and length of the pieces of neutral texts that both programs decide."""
 _BODY = "the-text-of-the-message"
-"""Stands for the user's message while the chat template is rendered."""
+"""Placeholder of the user's message while the chat template is rendered."""
 
 _TEMPLATE = (
     "{begin}{% if state is string %}{{ state }}{% else %}{{ state | tojson }}{% endif %}"
