@@ -121,4 +121,4 @@ def test_the_report_in_words() -> None:
         "1 malformed row left out, the first: f:3: wrong",
         "a note",
     ]
-    assert report.lines(prompts=True)[0] == "1 prompt with 1,200 tokens, the longest 30"
+    assert report.lines("prompt")[0] == "1 prompt with 1,200 tokens, the longest 30"

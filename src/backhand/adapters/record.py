@@ -27,7 +27,7 @@ RECORD_VERSION = 1
 _PACKAGES = ("backhand", "torch", "transformers", "tokenizers", "safetensors", "gguf")
 
 
-_LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}, "decisions": {}}
+_LATER: Mapping[str, Any] = {"labels": {}, "system": None, "model_config": {}, "decisions": {}, "embedding": {}}
 """Fields that the first files of this format lack, and that are omitted if they have their default."""
 
 
@@ -54,6 +54,8 @@ class AdapterRecord:
     system: str | None = None  # the system message that all training rows have
     # of an adapter that decides: `prompt_version`, `questions` in the protocol's form, and the fitted `temperatures`
     decisions: Mapping[str, Any] = field(default_factory=dict)
+    # of an adapter for vectors of texts: `pooling`, `query_prompt`, `document_prompt`, `max_length`, `matryoshka_dims`
+    embedding: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def template_args(self) -> Mapping[str, Any] | None:
@@ -105,7 +107,7 @@ def read_record(raw: Mapping[str, Any], where: str) -> AdapterRecord:
 
 def _well_typed(name: str, raw: Mapping[str, Any]) -> bool:
     value = raw.get(name)
-    if name in ("config", "model_config", "decisions"):
+    if name in ("config", "model_config", "decisions", "embedding"):
         return isinstance(value, dict)
     if name == "labels":
         lists = list(value.values()) if isinstance(value, dict) else [None]

@@ -52,12 +52,12 @@ class DataReport:
     system: str | None = None
     notes: tuple[str, ...] = ()
 
-    def lines(self, *, prompts: bool = False) -> list[str]:
-        """Return the report as text, one fact per line. Prompts have no count of supervised tokens."""
+    def lines(self, unit: str = "document") -> list[str]:
+        """Return the report as text, one fact per line. Only documents have a count of supervised tokens."""
         lines = [f"{form.source}: {form.form}, {count_of(form.rows, 'row')}" for form in self.sources]
-        supervised = "" if prompts else f"{self.supervised_tokens:,} of them supervised, "
+        supervised = "" if unit != "document" else f"{self.supervised_tokens:,} of them supervised, "
         lines.append(
-            f"{count_of(self.documents, 'prompt' if prompts else 'document')} with {count_of(self.tokens, 'token')}, "
+            f"{count_of(self.documents, unit)} with {count_of(self.tokens, 'token')}, "
             f"{supervised}the longest {self.longest:,}"
         )
         return [*lines, *self.left_out(), *self.notes]

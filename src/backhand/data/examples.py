@@ -15,7 +15,7 @@ from backhand.data.chat import Document
 from backhand.data.data_report import TruncationStats
 from backhand.data.decisions import DecisionRow
 from backhand.data.options import DataOptions
-from backhand.data.rows import PromptRow
+from backhand.data.rows import PromptRow, TextIdentities
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import DataError
 
@@ -35,7 +35,8 @@ class Example:
             supervised token at its end as a placeholder for the answers.
         decision: the questions of a row of decisions; else None. Each label of each question is a document of the row,
             which ends in that label.
-        others: the documents of a row of decisions after this one.
+        others: the documents of a row of decisions or of embeddings after this one.
+        embedding: digests and score of a row of embeddings; else None. Each text is a document of the row.
     """
 
     input_ids: TokenIds
@@ -46,6 +47,7 @@ class Example:
     prompt_row: PromptRow | None = None
     decision: DecisionRow | None = None
     others: tuple[Example, ...] = ()
+    embedding: TextIdentities | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -82,6 +84,8 @@ class Example:
             label.append(
                 json.dumps([self.prompt_row.prompt, self.prompt_row.columns], sort_keys=True, default=str).encode()
             )
+        if self.embedding is not None:
+            label.append(repr(self.embedding).encode())
         if self.decision is not None:
             label.append(json.dumps(self.decision.to_json()).encode())
         return hashlib.sha256(b"|".join([*(part.tobytes() for part in parts), *label])).digest()

@@ -10,6 +10,7 @@ from typing import Any
 from backhand.data.column_hints import ClassColumns
 from backhand.data.decision_rows import read_decision
 from backhand.data.decisions import Question
+from backhand.data.embedding_rows import read_embedding
 from backhand.data.forms import PREFERENCE, Form, detect
 from backhand.data.messages import read_conversation, read_turns
 from backhand.data.raw_rows import RawRow, RowErrors, describe
@@ -58,6 +59,8 @@ class FormReader:
             self._check_same(raw)
         if form.kind == "decision":
             row: Row = read_decision(form, raw, self._questions, unanswered=self._purpose == "states")
+        elif form.kind == "embedding":
+            row = read_embedding(form, raw)
         else:
             row = _prompt_row(form, raw) if self._purpose == "prompts" else _read(form, raw)
         if self.form is None:

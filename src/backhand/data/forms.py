@@ -40,7 +40,8 @@ class Form:
         Args:
             conversation: True if rows of this form contain lists of messages.
         """
-        shared = _SHARED_COLUMNS if conversation else () if self.kind == "text" else _SHARED_COLUMNS[:1]
+        alone = self.kind in ("text", "embedding")
+        shared = _SHARED_COLUMNS if conversation else () if alone else _SHARED_COLUMNS[:1]
         read = (*self.columns, *self.optional, self.system, *shared)
         return [column for column in columns if column not in read]
 
@@ -79,6 +80,16 @@ FORMS = (
     Form(("state",), "decision", "states", ("questions", "answers")),
     Form(("prompt",), "decision", "states", ("completion",)),
     Form(("text",), "decision", "states", ("label",)),
+    # sentence-transformers' forms. Further columns contain hard negatives (`embedding_rows.negative_columns`).
+    Form(("sentence1", "sentence2", "score"), "embedding", "embeddings"),
+    Form(("sentence1", "sentence2", "label"), "embedding", "embeddings"),
+    Form(("anchor", "positive"), "embedding", "embeddings"),
+    Form(("query", "positive"), "embedding", "embeddings"),
+    Form(("question", "answer"), "embedding", "embeddings"),
+    Form(("query", "answer"), "embedding", "embeddings"),
+    Form(("prompt", "completion"), "embedding", "embeddings"),
+    Form(("text",), "embedding", "texts"),
+    Form(("prompt",), "embedding", "texts"),
 )
 """Forms by purpose, in order of precedence: a row with the columns of several forms has the first one."""
 
@@ -87,6 +98,9 @@ _NEEDED: dict[Purpose, str] = {
     "labels": "a row with a label has prompt, completion and label",
     "prompts": "a prompt to answer has prompt, question, or instruction and input",
     "decisions": "a decision has state, questions and answers, or text and label; --state and --question name others",
+    "embeddings": "a pair has anchor and positive, a scored pair sentence1, sentence2 and score; "
+    "--prompt and --completion name the columns of anchors and positives",
+    "texts": "a text is in the column text; --prompt names another",
     "states": "a state to decide has state, prompt or text; --state names another column",
 }
 """Columns that purposes other than answers need, as a phrase for errors."""
@@ -141,7 +155,8 @@ def detect(
 
 def fits(raw: RawRow) -> bool:
     """Return True if a row has the columns of any form with an answer, null or not."""
-    return any(form.purpose not in ("prompts", "states") and raw.values.keys() >= {*form.columns} for form in FORMS)
+    without = ("prompts", "states", "embeddings", "texts")
+    return any(form.purpose not in without and raw.values.keys() >= {*form.columns} for form in FORMS)
 
 
 _BOTH = {"prompt": "completion", "completion": "prompt"}

@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from backhand.data.data_report import DataReport, TruncationStats
 from backhand.data.decision_lint import problems_of_decisions
+from backhand.data.embedding_examples import EmbeddingFormat
+from backhand.data.embedding_lint import problems_of_embeddings
 from backhand.data.examples import Example
 from backhand.data.held_out import equal_neighbours, overlap
 from backhand.data.mojibake import find_mojibake
@@ -85,6 +87,19 @@ CHECKS = {
         "one answer for 90 % of the rows",
         "of a question with one frequent answer ({}), which a constant model gives, too",
         "add rows with other answers",
+    ),
+    "equal_positive": Check(
+        "positives equal to their anchor", "whose positive is the anchor, which teaches nothing", "remove the rows"
+    ),
+    "positive_negative": Check(
+        "negatives that are positives",
+        "with a negative that is a positive of the same anchor in some row",
+        "remove the negative",
+    ),
+    "few_positives": Check(
+        "few different positives",
+        "of rows with {:,} different positives: most texts of a step are no negatives of each other",
+        "train labels with --objective decide, or give rows with more different positives",
     ),
     "doubled_bos": Check(
         "two begin-of-sequence tokens",
@@ -166,7 +181,13 @@ def lint(
     """
     bad, truncation = RowErrors(skip_bad=True, keep=SHOWN_BAD_ROWS), TruncationStats()
     train, held_out = prepare(
-        replace(options, skip_bad=True), tokenizer, seed=seed, purpose=purpose, bad=bad, truncation=truncation
+        replace(options, skip_bad=True),
+        tokenizer,
+        seed=seed,
+        purpose=purpose,
+        bad=bad,
+        truncation=truncation,
+        embedding_format=EmbeddingFormat("last") if purpose == "embeddings" else None,
     )
     documents = train.examples.documents
     problems: list[tuple[Any, ...]] = [
@@ -174,7 +195,9 @@ def lint(
         ("too_long", truncation.dropped_long),
         ("unsupervised", truncation.dropped_unsupervised),
     ]
-    if purpose == "decisions":
+    if purpose == "embeddings":
+        problems += problems_of_embeddings(train.examples)
+    elif purpose == "decisions":
         rows = map(train.examples.decision, range(len(train.examples)))
         problems += problems_of_decisions(filter(None, rows))
     else:

@@ -38,6 +38,7 @@ def lint_command(options: LintOptions) -> LintReport:
         "prompts": options.lint.prompts,
         "labels": options.lint.labels,
         "decisions": options.lint.decisions,
+        "embeddings": options.lint.embeddings,
     }
     report, train = lint(
         options.data,

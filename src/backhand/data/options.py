@@ -333,6 +333,9 @@ class LintRunOptions:
     decisions: bool = False
     """Read the rows as questions with their answers, for `--objective decide`."""
 
+    embeddings: bool = False
+    """Read the rows as texts that are compared, for `--objective embed`."""
+
     show: CountFromZero = 0
     """Number of training documents to print token by token, with `*` before each token that carries loss."""
 

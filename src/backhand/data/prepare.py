@@ -18,6 +18,7 @@ from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decision_rows import find_questions, question_notes
 from backhand.data.decisions import Question
 from backhand.data.documents import RowRenderer
+from backhand.data.embedding_examples import EmbeddingFormat
 from backhand.data.forms import Form, detect
 from backhand.data.held_out import default_held_out_share, overlap, split
 from backhand.data.options import DataOptions, NamedColumns, RowSources, TemplateOptions
@@ -42,6 +43,7 @@ def prepare(
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
     context: str | None = None,
+    embedding_format: EmbeddingFormat | None = None,
 ) -> tuple[PreparedData, PreparedData | None]:
     """Return training examples, and held-out examples or None.
 
@@ -61,6 +63,7 @@ def prepare(
             a choice are in canonical order. Otherwise `option_order` determines that of training rows.
         context: a prompt as in `context.context_messages`. Each example then has a second document, `rejected`, with
             this prompt in front and the same answer.
+        embedding_format: pooling and prompts of rows of embeddings; None for other rows.
 
     Raises:
         UsageError: an option is out of range, or a package is missing.
@@ -79,13 +82,14 @@ def prepare(
         truncation=truncation,
         questions=found,
         context=context,
+        embedding_format=embedding_format,
     )
 
     def read(names: Sequence[str], *, held_out: bool = False, prompts: list[Prompt] | None = None) -> PreparedData:
         make = partial(examples_of, names, held_out=held_out, prompts=prompts)
         if prompts is not None or bad is not None or truncation is not None:
             return make()  # the cache holds only examples
-        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose, context)
+        return prepared_cache.cached(make, options, expand(names), tokenizer, names, purpose, context, embedding_format)
 
     train = read(options.data, prompts=prompts)
     held_out: PreparedData | None = None
@@ -141,6 +145,7 @@ def read_examples(
     prompts: list[Prompt] | None = None,
     questions: Mapping[str, Question] | None = None,
     context: str | None = None,
+    embedding_format: EmbeddingFormat | None = None,
 ) -> PreparedData:
     """Return the examples of the files and hub data sets in `names`.
 
@@ -153,7 +158,9 @@ def read_examples(
     """
     front = None if context is None else context_messages(context)
     renderer = RowRenderer(tokenizer, options, train_on_all=options.train_on == "all")
-    encoder = RowEncoder(renderer, options, None if prompts is None else RowRenderer(tokenizer, options), front)
+    encoder = RowEncoder(
+        renderer, options, None if prompts is None else RowRenderer(tokenizer, options), front, embedding_format
+    )
     writer = ExampleWriter()
     bad = RowErrors(options.skip_bad) if bad is None else bad
     stats = TruncationStats()

@@ -15,9 +15,21 @@ from backhand.data.data_report import TruncationStats
 from backhand.data.decision_examples import DecisionEncoder
 from backhand.data.decisions import DecisionRow
 from backhand.data.documents import RowRenderer
+from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
 from backhand.data.examples import Example, encode_document, truncate
 from backhand.data.options import DataOptions
-from backhand.data.rows import Conversation, Message, OneText, Pair, PlainText, PromptRow, Row, UnpairedRow, texts_of
+from backhand.data.rows import (
+    Conversation,
+    EmbeddingRow,
+    Message,
+    OneText,
+    Pair,
+    PlainText,
+    PromptRow,
+    Row,
+    UnpairedRow,
+    texts_of,
+)
 from backhand.data.stored_examples import ExampleWriter, StoredExamples, stored
 from backhand.data.text_encoder import TextEncoder, TokenIds
 from backhand.errors import BackhandError, DataError
@@ -83,6 +95,7 @@ class RowEncoder:
         options: of the examples; None to make no examples.
         prompts: renders the prompts; None to make no prompts.
         context: messages in front of prompts. With `options`, they are for the teacher's documents alone.
+        embedding_format: of rows of embeddings; None for other rows.
     """
 
     def __init__(
@@ -91,15 +104,22 @@ class RowEncoder:
         options: DataOptions | None,
         prompts: RowRenderer | None,
         context: tuple[Message, ...] | None = None,
+        embedding_format: EmbeddingFormat | None = None,
     ) -> None:
         self.renderer = renderer
         self._options = options
         self._prompts = prompts
         self._context = context
         self._decisions = None if options is None else DecisionEncoder(renderer, options.max_length)
+        self._embeddings: EmbeddingEncoder | None = None
+        if options is not None and embedding_format is not None:
+            drop = options.long_rows == "drop"
+            self._embeddings = EmbeddingEncoder(renderer.encoder, embedding_format, options.max_length, drop=drop)
 
     def encode(self, rows: Sequence[Row]) -> EncodedRows:
         """Encode a batch of rows."""
+        if self._embeddings is not None:
+            return self._encode_embeddings(self._embeddings, rows)
         result = EncodedRows()
         rendered: list[_RenderedRow] = []
         for row in rows:
@@ -133,6 +153,15 @@ class RowEncoder:
                 result.prompts.append(_as_prompt(one, prompt[0].input_ids))
         result.examples = writer.stored()
         result.counts = self.renderer.take_counts()
+        return result
+
+    def _encode_embeddings(self, encoder: EmbeddingEncoder, rows: Sequence[Row]) -> EncodedRows:
+        result, writer = EncodedRows(), ExampleWriter()
+        for example in encoder.encode([row for row in rows if isinstance(row, EmbeddingRow)], result.truncation):
+            result.errors.append(example if isinstance(example, DataError) else None)
+            if isinstance(example, Example):
+                writer.add(example)
+        result.examples = writer.stored()
         return result
 
     def _render(self, row: Row) -> _RenderedRow:

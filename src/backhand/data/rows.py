@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from backhand.data.decisions import DecisionRow
 from backhand.errors import DataError
@@ -83,20 +83,40 @@ class PromptRow:
         return None if value is None else str(value)
 
 
+@dataclass(frozen=True)
+class EmbeddingRow:
+    """Texts whose vectors are compared, or one text."""
+
+    # anchor, positive and hard negatives, or both texts of a scored pair
+    texts: tuple[str, ...]
+    score: float | None  # similarity of a scored pair; None for other rows
+    source: str
+
+
+class TextIdentities(NamedTuple):
+    """Digests and score of the texts of a row of embeddings, which its loss reads in addition to the vectors."""
+
+    texts: tuple[int, ...]  # a digest of each text, without its prompt
+    score: float | None  # as in `EmbeddingRow`
+
+
 REFERENCES = ("answer", "completion", "response", "output", "solution", "ground_truth", "target")
 """Columns that may contain the reference answer to a prompt, in order of precedence."""
 
 OneText = Conversation | Completion | PlainText
-Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow
-Purpose = Literal["answers", "pairs", "labels", "prompts", "decisions", "states"]
+Row = OneText | Pair | UnpairedRow | PromptRow | DecisionRow | EmbeddingRow
+Purpose = Literal["answers", "pairs", "labels", "prompts", "decisions", "states", "embeddings", "texts"]
 """Use of rows: answers to learn, pairs of answers, answers with a label, prompts to answer, questions about a
-state with their answers, or states to decide."""
+state with their answers, states to decide, texts to compare, or texts whose vectors are computed."""
+PoolingName = Literal["mean", "cls", "last"]
 
 
 def texts_of(row: Row) -> tuple[OneText, ...]:
     """Return the parts of a row that are rendered separately. The first contains the prompt, if the row has one."""
     if isinstance(row, Pair):
         return row.chosen, row.rejected
+    if isinstance(row, EmbeddingRow):
+        return tuple(PlainText(text, row.source) for text in row.texts)
     if isinstance(row, DecisionRow):
         return tuple(decision_text(row, place, one.question.canonical_order) for place, one in enumerate(row.asked))
     return (row.answer if isinstance(row, UnpairedRow) else row.question if isinstance(row, PromptRow) else row,)

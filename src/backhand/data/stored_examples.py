@@ -27,7 +27,7 @@ import numpy.typing as npt
 from backhand.data.data_report import DataReport
 from backhand.data.decisions import DecisionRow, Question
 from backhand.data.examples import Example
-from backhand.data.rows import PromptRow
+from backhand.data.rows import PromptRow, TextIdentities
 from backhand.data.text_encoder import TokenIds
 from backhand.errors import ResourceError
 from backhand.files import reason
@@ -36,6 +36,9 @@ _IN_MEMORY_BYTES = 2**23
 _PIECE_TOKENS = 2**18
 LABELS = (None, False, True)
 _ALONE, _FIRST, _NEXT = range(3)
+
+StoredRow = PromptRow | DecisionRow | TextIdentities
+"""A part of a row that is stored as an object: of prompts, decisions and embeddings."""
 
 RECORD = np.dtype(
     [
@@ -62,11 +65,11 @@ class ExampleWriter:
         for file in (self._tokens, self._records):
             weakref.finalize(self, file.close)
         self._places = 0  # number of elements of `tokens` written so far
-        self._rows: dict[int, PromptRow | DecisionRow] = {}
+        self._rows: dict[int, StoredRow] = {}
 
     def add(self, example: Example) -> None:
         """Append an example. Raises ResourceError: the disk is full."""
-        if (row := example.prompt_row or example.decision) is not None:
+        if (row := example.prompt_row or example.decision or example.embedding) is not None:
             self._rows[self._records.tell() // RECORD.itemsize] = row
         whole = _digest(b"|".join(document.input_ids.tobytes() for document in example.documents)), example.key
         for document in example.documents:
@@ -215,14 +218,12 @@ class StoredExamples(Sequence[Example]):
 
     tokens: TokenIds  # see the module's docstring; read-only
     records: npt.NDArray[Any]
-    rows: dict[int, PromptRow | DecisionRow]  # rows of prompts and of decisions by the number of their record
+    rows: dict[int, StoredRow]  # by the number of their record
     chosen: npt.NDArray[np.int64]  # record numbers of the selection
     single: bool = False  # True if each document is an example, also both sides of a pair
 
     @classmethod
-    def all_of(
-        cls, tokens: TokenIds, records: npt.NDArray[Any], rows: dict[int, PromptRow | DecisionRow]
-    ) -> StoredExamples:
+    def all_of(cls, tokens: TokenIds, records: npt.NDArray[Any], rows: dict[int, StoredRow]) -> StoredExamples:
         """Select all examples."""
         return cls(tokens, records, rows, np.flatnonzero(records["place"] != _NEXT))
 
@@ -240,7 +241,7 @@ class StoredExamples(Sequence[Example]):
         example = self._document(place)
         count = 1 if self.single else int(self._counts[place])
         others = tuple(self._document(place + number) for number in range(1, count))
-        if example.decision is not None:
+        if example.decision is not None or example.embedding is not None:
             return replace(example, others=others)
         return replace(example, rejected=others[0]) if others else example
 
@@ -260,12 +261,24 @@ class StoredExamples(Sequence[Example]):
         ids, row = np.where(supervised, ~signed, signed), self.rows.get(place)
         prompt_row = row if isinstance(row, PromptRow) else None
         decision = row if isinstance(row, DecisionRow) else None
-        return Example(ids, supervised, source, desirable=LABELS[label], prompt_row=prompt_row, decision=decision)
+        embedding = row if isinstance(row, TextIdentities) else None
+        return Example(
+            *(ids, supervised, source),
+            desirable=LABELS[label],
+            prompt_row=prompt_row,
+            decision=decision,
+            embedding=embedding,
+        )
 
     def decision(self, number: int) -> DecisionRow | None:
         """Return the questions of an example, or None if it is no row of decisions."""
         row = self.rows.get(int(self.chosen[number]))
         return row if isinstance(row, DecisionRow) else None
+
+    def embedding(self, number: int) -> TextIdentities | None:
+        """Return digests and score of an example, or None if it is no row of embeddings."""
+        row = self.rows.get(int(self.chosen[number]))
+        return row if isinstance(row, TextIdentities) else None
 
     def take(self, which: slice | npt.NDArray[Any]) -> StoredExamples:
         """Select examples by a slice, numbers or a boolean mask."""

@@ -52,7 +52,8 @@ class TextEncoder:
     Attributes:
         special: matches every special token of the tokenizer.
         eos_id: id of the end-of-sequence token, or None.
-        prefix_ids: ids that the tokenizer puts before every text, usually none or the begin-of-sequence token.
+        prefix_ids, suffix_ids: ids that the tokenizer puts before and after every text. Usually none, or the
+            begin-of-sequence token before it.
 
     Raises:
         ArtifactError: the tokenizer is not based on the `tokenizers` library.
@@ -87,7 +88,7 @@ class TextEncoder:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.eos: str | None = tokenizer.eos_token
         self.bos: str | None = tokenizer.bos_token
-        self.prefix_ids = _prefix_ids(self._backend)
+        self.prefix_ids, self.suffix_ids = _ids_around(self._backend)
 
     def mark_for(self, *values: object) -> str | None:
         """Return a mark that does not occur in `values` if any of their strings needs protection; else None."""
@@ -114,6 +115,10 @@ class TextEncoder:
         texts = [document.text for document, is_plain in zip(documents, plain, strict=True) if is_plain]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         return [next(encodings) if is_plain else None for is_plain in plain]
+
+    def ids_of(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Encode texts on all cores. Control tokens in them are encoded as such, and none is added around them."""
+        return [_token_ids(one.ids) for one in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode(
         self, text: str, *, source: str, mark: str | None = None, breaks: Sequence[int] = (), encoding: Any = None
@@ -218,13 +223,13 @@ def _ends(offsets: list[tuple[int, int]]) -> npt.NDArray[np.int32]:
     return np.fromiter((end for _, end in offsets), np.int32, len(offsets))
 
 
-def _prefix_ids(backend: Any) -> tuple[int, ...]:
-    """Return the ids that the post-processor puts before a text."""
+def _ids_around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that the post-processor puts before a text, and after it."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     extra = len(whole) - len(plain)
     before = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
-    return tuple(whole[:before])
+    return tuple(whole[:before]), tuple(whole[before + len(plain) :])
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

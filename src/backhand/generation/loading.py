@@ -35,6 +35,7 @@ class LoadedModel:
     system: str | None = None  # system message of all rows that the adapter was trained on, from its record
     # questions that the adapter decides, with their temperatures, see `AdapterRecord.decisions`
     decisions: Mapping[str, Any] = field(default_factory=dict)
+    embedding: Mapping[str, Any] = field(default_factory=dict)  # see `AdapterRecord.embedding`
 
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
@@ -110,8 +111,8 @@ def loaded_model(
         labels = {} if record is None else record.labels
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system
-        decisions = {} if record is None else record.decisions
-        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions)
+        decisions, embedding = ({}, {}) if record is None else (record.decisions, record.embedding)
+        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding)
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]

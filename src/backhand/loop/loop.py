@@ -26,7 +26,8 @@ from backhand.engines.machine import MemoryKeeper
 from backhand.errors import CheckError, not_none
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.hidden_state_cache import HiddenStateCache
-from backhand.loop.objectives.objective import Objective
+from backhand.loop.objectives.embed import EmbedObjective
+from backhand.loop.objectives.objective import AnswerObjective, Objective
 from backhand.loop.observers import Observer
 from backhand.loop.rewards.steps import RewardedSteps
 from backhand.loop.state import RunState
@@ -90,9 +91,11 @@ class TrainingLoop:
             result, tokens = self._rewarded_step(self.rewarded, rows, rate)
         else:
             tokens = self.packer.tokens(rows)
+            parts = self._parts(rows)
+            work = self._work(rows, parts)
             if self.objective is not None:
-                self.objective.prepare(self.model, rows, self.processes, self.plan.micro_batch_rows)
-            result = training_step(self.model, self.state.optimizer, self._work(rows), self.processes, rate)
+                self.objective.prepare_step(self.model, rows, self.processes, work, parts)
+            result = training_step(self.model, self.state.optimizer, work, self.processes, rate)
         self.evaluator.check_model_files()  # raises if they have changed, before the step is reported or saved
         seconds = time.perf_counter() - start_s
         self.evaluator.count(result, tokens, seconds)
@@ -119,18 +122,22 @@ class TrainingLoop:
             raise
         return rewarded.train(self.model, self.state.optimizer, step, rows, rate), rewarded.tokens
 
-    def _work(self, rows: Sequence[int]) -> StepWork:
-        """Divide the rows of the next step into micro-batches."""
+    def _work(self, rows: Sequence[int], parts: Sequence[Sequence[int]]) -> StepWork:
+        """Return the micro-batches of the next step, of which `parts` are the rows."""
         objective, seed, step = self.objective, self.plan.run.seed, self.state.progress.step
-        parts, supervised = self._parts(rows), self.packer.supervised_tokens(rows)
-        numbers = range(len(parts))
+        supervised, numbers = self.packer.supervised_tokens(rows), range(len(parts))
         return StepWork(
             packed=lambda number: self._packed(parts, number),
             packed_tokens=[self.packer.packed_tokens(part) for part in parts],
             supervised_tokens=supervised,
             dropout_seeds=[derived_seed(seed, "dropout", step, i) if self._uses_dropout else None for i in numbers],
             mean_over=supervised if objective is None else len(rows),
-            token_loss=None if objective is None else lambda number: objective.token_loss(number, parts[number]),
+            token_loss=(lambda number: objective.token_loss(number, parts[number]))
+            if isinstance(objective, AnswerObjective)
+            else None,
+            state_loss=(lambda number, batch, scaling: objective.state_loss(parts[number], batch, scaling))
+            if isinstance(objective, EmbedObjective)
+            else None,
         )
 
     def _parts(self, rows: Sequence[int]) -> list[list[int]]:

@@ -39,7 +39,8 @@ from torch.optim.adamw import adamw
 from backhand.distributed.communicator import Communicator, MicroBatchResult, StepTotals
 from backhand.engines.engine import Trainable
 from backhand.errors import CheckError
-from backhand.nn.batch import PackedBatch, TokenLoss
+from backhand.nn.batch import PackedBatch, StateLoss, TokenLoss
+from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.lora_parameters import LoRAParameters
 from backhand.options.config import OptimizationOptions, Schedule
 
@@ -66,6 +67,20 @@ class StepWork:
     mean_over: int  # n, the divisor of the loss: number of supervised tokens, or of rows
     # Returns the `TokenLoss` of micro-batch i; None for cross-entropy.
     token_loss: Callable[[int], TokenLoss] | None = None
+    # Returns the loss of the hidden states of a micro-batch, given its number, its packed rows and the factor of its
+    # gradient; None for a loss of tokens.
+    state_loss: Callable[[int, PackedBatch, float], StateLoss] | None = None
+
+    def gradients(self, model: Trainable, number: int, batch: PackedBatch) -> Tensor:
+        """Add the gradients of a micro-batch to those of the model's adapter, and return its loss."""
+        scaling, seed = 1.0 / self.mean_over, self.dropout_seeds[number]
+        if self.state_loss is not None:
+            assert isinstance(model, Decoder), "other engines are refused before"
+            loss = self.state_loss(number, batch, scaling)
+            return model.state_gradients(batch, loss, batch.supervised_positions, seed)
+        return model.loss_and_gradients(
+            batch, scaling, seed, None if self.token_loss is None else self.token_loss(number)
+        )
 
 
 def training_step(
@@ -95,8 +110,7 @@ def training_step(
     start_s = time.perf_counter()
     for number in assigned[processes.rank]:
         batch = work.packed(number)
-        token_loss = None if work.token_loss is None else work.token_loss(number)
-        nats = float(model.loss_and_gradients(batch, 1.0 / work.mean_over, work.dropout_seeds[number], token_loss))
+        nats = float(work.gradients(model, number, batch))
         results.append(MicroBatchResult(number, nats, batch.supervised_tokens, batch.uses_attention))
         gradient_sum.add()
     totals = processes.reduce_step(gradient_sum, results, time.perf_counter() - start_s)

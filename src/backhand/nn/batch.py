@@ -166,7 +166,7 @@ class PackedBatch:
         return self._document_index[1]
 
     def per_document(self, values: Tensor) -> Tensor:
-        """Map (supervised positions,) to (supervised tokens,), document by document. Shared positions are repeated."""
+        """Map (supervised positions, …) to (supervised tokens, …), by document. Shared positions are repeated."""
         return values[self._document_index[0]]
 
     def at_positions(self, values: Tensor) -> Tensor:
@@ -178,8 +178,8 @@ class PackedBatch:
         return result.index_copy_(0, self._document_index[0], values)
 
     def sum_at_positions(self, values: Tensor) -> Tensor:
-        """Map (supervised tokens,) to sums at (supervised positions,): the transpose of `per_document`."""
-        total = values.new_zeros(self.supervised_positions.shape, dtype=torch.float64)
+        """Map (supervised tokens, …) to sums at (supervised positions, …): the transpose of `per_document`."""
+        total = values.new_zeros(len(self.supervised_positions), *values.shape[1:], dtype=torch.float64)
         return total.index_add_(0, self._document_index[0], values.double()).to(values.dtype)
 
     @cached_property

@@ -263,12 +263,45 @@ class TrainConfig(Options):
         for part in (self.model, self.data, self.adapter, self.optimization, self.run, self.objective, self.rewards):
             _check_utf8(part)
         self._check_rewards()
+        if self.objective.objective == "embed":
+            self._check_embedded()
         train_on, objective = self.data.train_on, self.objective.objective
         if train_on != "completions" and objective != "sft":
             raise UsageError(
                 f"train_on {train_on!r} would compare prompts, and {objective} compares answers",
                 where="train_on",
                 next_step="leave out --train-on, or give --objective sft",
+            )
+
+    def _check_embedded(self) -> None:
+        """Raise UsageError for options that vectors of texts do not use."""
+        unused = {
+            "system": self.data.system,
+            "chat_template": self.data.chat_template,
+            "template_args": self.data.template_args,
+            "max_forgetting": self.run.max_forgetting,
+        }
+        for name, value in unused.items():
+            if value:
+                raise UsageError(
+                    f"{name} {value!r} is given, but embed does not use it",
+                    where=name,
+                    why="texts are encoded without a chat template, and the model predicts no tokens",
+                    next_step="leave it out; --query-prompt and --document-prompt are put in front of texts",
+                )
+        if self.model.engine == "transformers":
+            raise UsageError(
+                "vectors are trained by the backhand engine alone",
+                where="engine",
+                why="the transformers engine does not give hidden states",
+                next_step="leave out --engine",
+            )
+        if self.optimization.batch_rows < 2:
+            raise UsageError(
+                "batch_rows 1 leaves nothing to compare",
+                where="batch_rows",
+                why="the other rows of a step are the negatives of a row",
+                next_step="give as many as you have time for: memory does not depend on it",
             )
 
     def _check_rewards(self) -> None:

@@ -6,17 +6,18 @@ This file imports no torch, because `--help` imports it.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from backhand.bounds import Bound, Options, Text
-from backhand.data.rows import Purpose
+from backhand.bounds import Bound, Check, Options, Text
+from backhand.data.rows import PoolingName, Purpose
 from backhand.errors import UsageError
 
-ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo", "decide", "bake", "embed"]
 _OfMargin = Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
 _OfSides = Literal["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"]
 _Sorted = Literal["aot", "aot_unpaired"]
 _OfLabels = Literal["kto", "apo_zero_unpaired"]
+EmbeddingLoss = Literal["infonce", "symmetric", "triplet", "cosent"]
 DivergenceKind = Literal["forward", "reverse", "jensen-shannon"]
 LossType = Literal[_OfMargin, _OfSides, _Sorted, _OfLabels]
 
@@ -30,10 +31,21 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "grpo": ("beta",),
     "decide": (),
     "bake": ("context", "divergence", "divergence_share", "divergence_temperature"),
+    "embed": (
+        *("pooling", "embedding_loss", "similarity_scale", "triplet_margin", "matryoshka_dims"),
+        *("query_prompt", "document_prompt"),
+    ),
 }
 _USUAL_BETA = {"simpo": 2.0, "grpo": 0.0}
 SORTED: tuple[str, ...] = get_args(_Sorted)
 _SMOOTHED = ("exo_pair", "robust", *SORTED)
+
+
+def _check_dims(where: str, dims: Any) -> None:
+    """Raise UsageError unless `dims` are different positive integers."""
+    if not all(isinstance(size, int) and size > 0 for size in dims) or len({*dims}) < len(dims):
+        raise UsageError(f"{list(dims)} are not different lengths of vectors", where=where)
+
 
 _SMALLEST, _LARGEST = 1e-6, 1e6
 """Bounds of factors of the gradient. Beyond them, gradients underflow or overflow."""
@@ -49,7 +61,8 @@ class ObjectiveOptions(Options):
     2305.18290), `ipo` (2310.12036), `orpo` (2403.07691) and `simpo` (2405.14734); for answers labelled desirable or
     undesirable `kto` (2402.01306); for rewards of sampled answers `grpo` (2402.03300; variants: `loss`); for
     questions with a fixed set of answers `decide`, whose probabilities `backhand decide` returns; to make the model
-    answer without a long prompt as it answers with it `bake` (2409.13697), see `context`."""
+    answer without a long prompt as it answers with it `bake` (2409.13697), see `context`; for vectors of texts, for
+    search and duplicates, `embed`."""
 
     beta: Annotated[float, Bound(at_least=0.0, at_most=_LARGEST)] | None = None
     """Strength with which the model is held to the one it starts from (`dpo`, `kto`; τ of `ipo`). For `orpo` it is λ,
@@ -92,6 +105,32 @@ class ObjectiveOptions(Options):
     divergence_temperature: Annotated[float, Bound(at_least=0.01, at_most=100.0)] = 1.0
     """Divide the logits of both sides by this number (`bake`)."""
 
+    pooling: PoolingName | None = None
+    """The vector of a text (`embed`): the hidden state of its `last` token, which is the end-of-sequence token, of its
+    first one (`cls`), or the `mean` of all. Default: as the model's sentence-transformers files say, else `last`."""
+
+    embedding_loss: EmbeddingLoss | None = None
+    """Loss of vectors (`embed`): `infonce` with all texts of a step as negatives, `symmetric` to find anchors from
+    positives as well, `triplet` with the negatives of the row alone, or `cosent` for pairs with a score. Default:
+    `cosent` for pairs with a score, else `infonce`."""
+
+    similarity_scale: Annotated[float, Bound(at_least=0.01, at_most=1000.0)] = 20.0
+    """Factor of the cosines in the losses of vectors, the inverse of a temperature."""
+
+    triplet_margin: Annotated[float, Bound(above=0.0, at_most=2.0)] = 0.5
+    """Margin between the cosines of positive and negative (`triplet`)."""
+
+    matryoshka_dims: Annotated[tuple[int, ...], Check(_check_dims)] = ()
+    """Lengths to which the vectors can be cut, such as `256 128 64` (`embed`; 2205.13147). The loss is the sum over
+    these and the whole vector."""
+
+    query_prompt: str | None = None
+    """Text in front of every anchor (`embed`), such as an instruction. Default: as the model's sentence-transformers
+    files say, else none."""
+
+    document_prompt: str | None = None
+    """Text in front of all other texts (`embed`). Default: as for `query_prompt`."""
+
     def _check_together(self) -> None:
         usual = ObjectiveOptions()
         for option in fields(self):
@@ -115,6 +154,18 @@ class ObjectiveOptions(Options):
                 f"divergence_share {self.divergence_share} is given, but divergence {self.divergence!r} is no mixture",
                 where="divergence_share",
                 next_step="leave it out, or give --divergence jensen-shannon",
+            )
+        if self.embedding_loss != "triplet" and self.triplet_margin != usual.triplet_margin:
+            raise UsageError(
+                f"triplet_margin {self.triplet_margin} is given, but the loss is not triplet",
+                where="triplet_margin",
+                next_step="leave it out, or give --embedding-loss triplet",
+            )
+        if self.embedding_loss == "triplet" and self.similarity_scale != usual.similarity_scale:
+            raise UsageError(
+                f"similarity_scale {self.similarity_scale} is given, but triplet does not use it",
+                where="similarity_scale",
+                next_step="leave it out; triplet has --triplet-margin",
             )
         if self.beta == 0 and self.objective != "grpo":
             raise UsageError("beta 0.0 is not a finite number above 0", where="beta")
@@ -163,6 +214,7 @@ class ObjectiveOptions(Options):
             "kto": "labels",
             "grpo": "prompts",
             "decide": "decisions",
+            "embed": "embeddings",
         }
         return special.get(self.objective, "pairs")
 

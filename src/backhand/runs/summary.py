@@ -125,6 +125,10 @@ class RunSummary:
     # base_decisions, adapted_decisions: scores of held-out decisions by question; None for other objectives
     base_decisions: dict[str, DecisionFigures] | None = None
     adapted_decisions: dict[str, DecisionFigures] | None = None
+    # base_retrieval, adapted_retrieval: scores of the vectors of held-out rows, see `loop.retrieval_scores`; None for
+    # other objectives
+    base_retrieval: dict[str, Any] | None = None
+    adapted_retrieval: dict[str, Any] | None = None
     evaluations: int = 0  # number of evaluations after the first step, the best of which chose the adapter
     # figures of held-out pairs, see `runs.pair_results`; None for other rows
     held_out_pairs: dict[str, float] | None = None

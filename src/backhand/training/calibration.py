@@ -122,8 +122,11 @@ def _forecast(plan: RunPlan, machine: Machine, seconds: Seconds) -> Forecast:
     if rewarded:
         answers = config.optimization.batch_rows * config.rewards.group / machine.world_size
         sampling_s = math.ceil(answers / ROWS_AT_ONCE) * config.rewards.max_new_tokens * seconds.decode
+    trained = seconds.trained
+    if config.objective.purpose == "embeddings" and plan.memory.micro_batch_rows < config.optimization.batch_rows:
+        trained *= 1 + _FORWARD_SHARE  # vectors of several micro-batches are computed before the loss
     steps_s = [
-        positions * (seconds.trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
+        positions * (trained + (seconds.below if step < cached_from else 0.0)) + seconds.update + sampling_s
         for step, positions in enumerate(busiest)
     ]
     save_every = config.run.save_every or five_times(total)

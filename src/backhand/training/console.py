@@ -205,6 +205,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
     if (pairs := summary.held_out_pairs) is not None:
         clauses = pair_clauses(pairs, summary.held_out_rows, summary.objective, summary.free_answers)
         lines += [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
+    if summary.base_retrieval and summary.adapted_retrieval:
+        lines.append(_retrieval_line(summary.base_retrieval, summary.adapted_retrieval))
     for name, one in (summary.adapted_decisions or {}).items():
         lines.append(_decision_line(name, (summary.base_decisions or {}).get(name), one))
     if forgot := forgetting(summary.forgotten_nats):
@@ -238,6 +240,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         f"Adapter: {adapter}",
         f"Next: backhand decide --model {model} --adapter {adapter} --state '…'"
         if summary.objective == "decide"
+        else f"Next: backhand embed --model {model} --adapter {adapter} --data FILE --output vectors.npy"
+        if summary.objective == "embed"
         else f"Next: backhand generate --model {model} --adapter {adapter}{labels} --compare{summary.asking}",
         f"      backhand evaluate --model {model} --adapter {adapter} --data FILE{summary.reading}",
     ]
@@ -267,6 +271,22 @@ def _improvement(summary: RunSummary) -> list[str]:
     nats = f"nats per token (perplexity {_exp(base)} → {_exp(best)}, {change})"
     loss = nats if summary.objective == "sft" else f"({summary.objective})"
     return [f"Held-out loss {base:.4f} → {best:.4f} {loss} {of_rows}"]
+
+
+_SCORE_NAMES = {"ndcg@10": "nDCG@10", "recall@1": "recall@1", "recall@10": "recall@10", "spearman": "Spearman"}
+
+
+def _retrieval_line(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> str:
+    """Return the line on the vectors of held-out rows."""
+    parts = []
+    for name, shown in _SCORE_NAMES.items():
+        if name in adapted:
+            low, high = adapted["intervals"][name]
+            parts.append(f"{shown} {base[name]:.3f} → {adapted[name]:.3f} ({low:.3f} to {high:.3f})")
+    of_what = f"{count_of(adapted['queries'], 'held-out pair')} with scores"
+    if adapted["candidates"]:
+        of_what = f"{count_of(adapted['queries'], 'held-out anchor')} among {adapted['candidates']:,} candidates"
+    return f"{', '.join(parts)} of {of_what}."
 
 
 def _decision_line(name: str, base: DecisionFigures | None, adapted: DecisionFigures) -> str:
@@ -340,15 +360,15 @@ def opening_facts(
         facts.append(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )
-    rewarded = run.config.objective.objective == "grpo"
-    facts += [f"data: {line}" for line in report.lines(prompts=rewarded)]
+    unit = {"prompts": "prompt", "embeddings": "text"}.get(run.config.objective.purpose, "document")
+    facts += [f"data: {line}" for line in report.lines(unit)]
     if run.inputs.held_out is not None:
-        facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(prompts=rewarded)]
+        facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(unit)]
     facts.append(
         f"adapter: {lora.element_count:,} parameters in {len(dict(lora.named_tensors()))} tensors of {len(lora.slots)} "
         f"modules, rank {rank}"
         + f"; {report.supervised_tokens / max(1, report.documents):,.1f} supervised tokens a row"
-        * (not rewarded)
+        * (unit == "document")
     )
     facts.append(
         f"plan: {count_of(run.inputs.total_steps, 'step')} of {count_of(options.batch_rows, 'row')}, {cut}; "

@@ -87,7 +87,18 @@ class Identity:
             labels=self.labels,
             system=self.train.report.system,
             decisions=self._decisions(temperatures),
+            embedding=self._embedding,
         )
+
+    @property
+    def _embedding(self) -> dict[str, Any]:
+        """The way from a text to its vector; empty for other objectives."""
+        options = self.config.objective
+        if options.objective != "embed":
+            return {}
+        names = ("pooling", "query_prompt", "document_prompt")
+        kept = {name: getattr(options, name) for name in names}
+        return {**kept, "max_length": self.config.data.max_length, "matryoshka_dims": list(options.matryoshka_dims)}
 
     def _decisions(self, temperatures: Mapping[QuestionType, float]) -> dict[str, Any]:
         """Return what programs need to ask the adapter's questions; empty for other objectives."""

@@ -16,6 +16,7 @@ from backhand.data.data_report import DataReport
 from backhand.data.examples import Example, check_vocabulary
 from backhand.data.packing import RowPacker, Sampler
 from backhand.data.prepare import prepare
+from backhand.data.rows import TextIdentities
 from backhand.data.stored_examples import PreparedData, with_totals
 from backhand.engines.decoder_engine import DecoderEngine, choose_engine
 from backhand.engines.engine import Engine, RunCache
@@ -31,6 +32,7 @@ from backhand.nn.loading import open_model
 from backhand.nn.loading.source import ModelSource
 from backhand.nn.lora_parameters import AdapterLayout
 from backhand.options.config import OptimizationOptions, TrainConfig
+from backhand.training.embedding_inputs import format_of, with_loss, with_pooling
 from backhand.training.starting_adapter import adapter_config, start_notes
 from backhand.words import name_list
 
@@ -99,6 +101,8 @@ def read_inputs(
     objective = config.objective
     if objective.context is not None:
         config = replace(config, objective=replace(objective, context=context_text(objective.context)))
+    if objective.objective == "embed":
+        config = replace(config, objective=with_pooling(objective, source, engine, layout))
     config = replace(config, adapter=in_numbers(config.adapter, [slot.name for slot in layout.slots]))
     notes = start_notes(config, source, engine, layout)
     tokenizer = source.tokenizer()
@@ -106,13 +110,17 @@ def read_inputs(
         train, held_out = _assumed_rows(config), None
     else:
         data, seed, purpose = config.data, config.run.seed, config.objective.purpose
-        context = config.objective.context
+        context, embedding_format = config.objective.context, format_of(config.objective)
         train, held_out = run_cache.get_or_create(
             "rows",
-            (data, seed, purpose, context),
-            lambda: prepare(data, tokenizer, seed=seed, purpose=purpose, context=context),
+            (data, seed, purpose, context, embedding_format),
+            lambda: prepare(
+                data, tokenizer, seed=seed, purpose=purpose, context=context, embedding_format=embedding_format
+            ),
             only_newest=True,
         )
+        if embedding_format is not None:
+            config = replace(config, objective=with_loss(config.objective, train, held_out))
         if purpose in ("pairs", "labels"):
             check_answers_differ(train)
         config = replace(config, data=replace(data, eval_fraction=train.held_out_share))
@@ -127,6 +135,7 @@ def read_inputs(
         train, held_out = packer.rows, held_out_packer.rows if isinstance(held_out_packer, DistilledPacker) else None
     sampler = Sampler(len(train.examples), config.optimization.batch_rows, config.run.seed)
     measures_forgetting = held_out is not None or config.run.max_forgetting is not None
+    measures_forgetting = measures_forgetting and objective.objective != "embed"  # its model predicts no tokens
     neutral = ForgettingMeter.for_tokenizer(tokenizer) if measures_forgetting else ForgettingMeter(())
     inputs = RunInputs(
         config=config,
@@ -233,4 +242,8 @@ def _assumed_rows(config: TrainConfig) -> PreparedData:
     row = Example(np.ones(length, dtype=np.int32), supervised, "assumed")
     if config.objective.purpose == "pairs":
         row = replace(row, rejected=row)
+    if config.objective.purpose == "embeddings":
+        if config.objective.pooling == "last":
+            row = replace(row, supervised=np.arange(length) == length - 1)
+        row = replace(row, others=(row,), embedding=TextIdentities((0, 1), None))
     return with_totals([row] * count, DataReport())

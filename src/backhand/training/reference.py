@@ -36,6 +36,7 @@ from backhand.loop.guards import tensor_digest
 from backhand.loop.hidden_state_cache import DiskStateStore, HiddenStateCache, MemoryStateStore, StateStore
 from backhand.loop.objectives.compared import KTOObjective, PairObjective, mismatched
 from backhand.loop.objectives.decide import DecideObjective
+from backhand.loop.objectives.embed import EmbedObjective
 from backhand.loop.objectives.objective import Objective, document_sums
 from backhand.nn.decoder.decoder import Decoder
 from backhand.reading import read_plain
@@ -103,6 +104,8 @@ def run_objectives(
         packer, reference, others_name = sets[name][0], sums.get(name), f"{name}_others"
         if options.objective == "decide":
             return DecideObjective(packer)
+        if options.objective == "embed":
+            return EmbedObjective(packer, options=options)
         if options.objective != "kto":
             return PairObjective(packer, reference, options=options)
         others, _ = sets.get(others_name, (None, None))

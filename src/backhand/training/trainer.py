@@ -23,10 +23,13 @@ from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.answers import free_answers, measured_answers, stop_ids
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
+from backhand.loop.held_out_vectors import HeldOutEmbeddings
+from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.loop import TrainingLoop
 from backhand.loop.measuring import HeldOut
 from backhand.loop.objectives.decide import DecideObjective
-from backhand.loop.objectives.objective import HeldOutObjective, Objective
+from backhand.loop.objectives.embed import EmbedObjective
+from backhand.loop.objectives.objective import AnswerObjective, HeldOutObjective, Objective
 from backhand.loop.observers import Observers, RunStart
 from backhand.loop.rewards.guards import BOUNDS, LogprobCheck, RewardGuard
 from backhand.loop.rewards.process import RewardProcess
@@ -207,12 +210,17 @@ class Trainer:
             self.directory.settle()
 
     def _answer(self, summary: RunSummary) -> RunSummary:
-        """Generate answers with base and adapter. Afterwards, the adapter of `adapter/` is attached.
+        """Generate answers with base and adapter, or score vectors. Then the adapter of `adapter/` is attached.
 
         Returns:
             the summary with the measurements of the answers.
         """
-        run = self.run
+        run, objective = self.run, self._held_out_objective
+        if isinstance(objective, EmbedObjective) and self.processes.is_main_process:
+            run.bound.fill(str(self.directory.adapter))
+            summary = replace(summary, **self._held_out_vectors(objective).scores(run.bound))
+            self.directory.write(SUMMARY, summary.to_json())
+            return summary
         if run.inputs.held_out is None or not run.config.run.answers or not self.processes.is_main_process:
             return summary
         if self.processes.stop_requested:
@@ -223,7 +231,7 @@ class Trainer:
         answers = free_answers(*arguments)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
-        if isinstance(objective := self._held_out_objective, DecideObjective):
+        if isinstance(objective, DecideObjective):
             summary = replace(summary, **objective.held_out_scores(run.bound, run.plan.memory.micro_batch_rows))
         if summary.adapted_exact_match is None:
             labels, stopped = run.identity.labels, lambda: self.processes.stop_requested
@@ -383,10 +391,18 @@ class Trainer:
             return None
         if rewarded is not None:
             return HeldOutRewards(run.inputs.held_out.examples, rewarded.rollout, run.config.run.answers)
-        if objective is not None:
+        if isinstance(objective, EmbedObjective):
+            return self._held_out_vectors(objective, caches.held_out)
+        if isinstance(objective, AnswerObjective):
             return HeldOutObjective(objective, run.plan.memory.micro_batch_rows, caches.held_out)
         rows, packer = run.inputs.held_out.examples, run.inputs.held_out_packer
         return HeldOut(rows, run.plan.memory.micro_batch_rows, caches.held_out, packer)
+
+    def _held_out_vectors(
+        self, objective: EmbedObjective, hidden_states: HiddenStateCache | None = None
+    ) -> HeldOutEmbeddings:
+        options = self.run.config.optimization
+        return HeldOutEmbeddings(objective, not_none(options.micro_batch_rows), options.batch_rows, hidden_states)
 
     def _card(self, progress: Progress) -> dict[str, object]:
         model = self.run.config.model

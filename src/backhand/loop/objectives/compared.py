@@ -32,7 +32,7 @@ from backhand.data.stored_examples import LABELS, PreparedData
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
 from backhand.errors import DataError, not_none
-from backhand.loop.objectives.objective import Documents, Measured, Objective, RowLosses, document_sums
+from backhand.loop.objectives.objective import AnswerObjective, Documents, Measured, RowLosses, document_sums
 from backhand.ops.preference import PreferenceRule, log_odds, preference_backward, preference_forward
 from backhand.options.objectives import SORTED, ObjectiveOptions
 
@@ -41,7 +41,7 @@ AVERAGED = frozenset({"ipo", "sigmoid_norm"})
 
 
 @dataclass
-class PairObjective(Objective):
+class PairObjective(AnswerObjective):
     """The loss of pairs."""
 
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # the form of the loss and its numbers
@@ -184,7 +184,7 @@ def mismatched(examples: Sequence[Example], max_length: int) -> Iterator[Example
 
 
 @dataclass
-class KTOObjective(Objective):
+class KTOObjective(AnswerObjective):
     """The loss of labelled answers."""
 
     options: ObjectiveOptions = field(default_factory=ObjectiveOptions)  # the numbers of the loss

@@ -17,12 +17,12 @@ from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import BoundModel
 from backhand.errors import not_none
 from backhand.loop.decision_scores import fit_temperatures, outcomes_of, score_questions
-from backhand.loop.objectives.objective import Documents, Objective, RowLosses, document_sums
+from backhand.loop.objectives.objective import AnswerObjective, Documents, RowLosses, document_sums
 from backhand.ops.decide import decide_backward, decide_forward
 
 
 @dataclass
-class DecideObjective(Objective):
+class DecideObjective(AnswerObjective):
     """The loss of decisions."""
 
     # of the most recent evaluation, by type of question; empty before the first

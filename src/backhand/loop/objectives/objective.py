@@ -1,4 +1,4 @@
-"""An objective: a loss that is a closed formula of the log-probabilities of each row's answers.
+"""Objectives other than cross-entropy. Most are a closed formula of the log-probabilities of each row's answers.
 
     s_d = Σ log p(token) over the supervised tokens of document d,   L = (1 / rows) Σ_rows ℓ(s_d of the row's documents)
 
@@ -7,7 +7,8 @@ therefore that of a cross-entropy with one weight per token. The weight is the s
 
     ∂ℓ/∂log p(token) = ∂ℓ/∂s_d
 
-`Objective` maps tokens to documents and back, and each objective implements `losses`.
+`AnswerObjective` maps tokens to documents and back, and each of these objectives implements `losses`. The loss of
+vectors is in `embed`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from backhand.engines.engine import Trainable
 from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.measuring import HeldOut
-from backhand.loop.step import sequential_sum
+from backhand.loop.step import StepWork, sequential_sum
 from backhand.nn.batch import TokenLoss
 
 Measured = dict[str, tuple[float, int]]
@@ -54,22 +55,58 @@ class Objective(ABC):
     """The loss of one set of rows."""
 
     packer: RowPacker  # packs the rows
+    _measured: dict[int, Measured] = field(default_factory=dict, kw_only=True)  # by micro-batch
+
+    @abstractmethod
+    def prepare_step(
+        self,
+        model: Trainable,
+        rows: Sequence[int],
+        processes: Communicator,
+        work: StepWork,
+        parts: Sequence[Sequence[int]],
+    ) -> None:
+        """Prepare the losses of a step, for objectives in which the loss of a row depends on other rows of the step.
+
+        Args:
+            rows: the rows of the step.
+            work: their micro-batches.
+            parts: the rows of each micro-batch.
+        """
+
+    def measured(self, processes: Communicator) -> dict[str, float]:
+        """Return the metrics of the step's rows over all processes, and forget them."""
+        mine, self._measured = self._measured, {}
+        parts = processes.all_gather_object(mine)
+        by_batch = {int(number): measured for part in parts for number, measured in part.items()}
+        return means(by_batch[number] for number in sorted(by_batch))
+
+
+@dataclass
+class AnswerObjective(Objective):
+    """A loss of the log-probabilities of the rows' answers."""
+
     # s of every document of the rows under the model that the run starts from; None without a reference
     reference: Tensor | None = None
-    _measured: dict[int, Measured] = field(default_factory=dict)  # by micro-batch
 
     @abstractmethod
     def losses(self, rows: Sequence[int], documents: Documents) -> RowLosses:
         """Compute the losses of these rows and their gradient in closed form."""
 
-    def prepare(  # noqa: B027 - most objectives need no preparation
-        self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int
+    def prepare_step(
+        self,
+        model: Trainable,
+        rows: Sequence[int],
+        processes: Communicator,
+        work: StepWork,  # noqa: ARG002 - without gradients, the micro-batches may have any rows
+        parts: Sequence[Sequence[int]],
     ) -> None:
-        """Prepare the losses of a step, for objectives in which the loss of a row depends on other rows of the step."""
+        self.prepare(model, rows, processes, max(map(len, parts)))
 
-    def evaluated(  # noqa: B027 - most objectives learn nothing from an evaluation
-        self, rows: Sequence[int], sums: Sequence[float]
-    ) -> None:
+    def prepare(self, model: Trainable, rows: Sequence[int], processes: Communicator, micro_batch_rows: int) -> None:
+        """Prepare the losses of these rows, for objectives in which the loss of a row depends on other rows."""
+
+    def evaluated(self, rows: Sequence[int], sums: Sequence[float]) -> None:
         """Receive s of all documents of held-out rows after an evaluation."""
 
     def token_loss(self, number: int, rows: Sequence[int]) -> TokenLoss:
@@ -92,13 +129,6 @@ class Objective(ABC):
         reference = None if self.reference is None else self.reference[self.packer.documents(rows)]
         return self.losses(rows, Documents(sums, counts, reference))
 
-    def measured(self, processes: Communicator) -> dict[str, float]:
-        """Return the metrics of the step's rows over all processes, and forget them."""
-        mine, self._measured = self._measured, {}
-        parts = processes.all_gather_object(mine)
-        by_batch = {int(number): measured for part in parts for number, measured in part.items()}
-        return means(by_batch[number] for number in sorted(by_batch))
-
 
 def means(measured: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, float]:
     """Divide sums by their counts, and add the margin of the mean rewards if both kinds of answers occur."""
@@ -114,7 +144,7 @@ def means(measured: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, float]
 
 
 class HeldOutObjective(HeldOut):
-    """Held-out rows under an objective.
+    """Held-out rows under an objective of answers.
 
     Args:
         objective: the objective of these rows.
@@ -123,7 +153,7 @@ class HeldOutObjective(HeldOut):
     """
 
     def __init__(
-        self, objective: Objective, micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
+        self, objective: AnswerObjective, micro_batch_rows: int, hidden_states: HiddenStateCache | None = None
     ) -> None:
         super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
         self._objective = objective

@@ -1,0 +1,104 @@
+"""Held-out rows of vectors: their loss in batches of the run's size, and their scores over all rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backhand.distributed.communicator import Communicator
+from backhand.engines.engine import BoundModel, Trainable
+from backhand.errors import CheckError, not_none
+from backhand.loop.hidden_state_cache import HiddenStateCache
+from backhand.loop.measuring import HeldOut
+from backhand.loop.objectives.embed import EmbedObjective, embed_rows
+from backhand.loop.retrieval_scores import VectorScores, score_vectors
+from backhand.loop.step import sequential_sum
+
+COLLAPSED = 0.9999
+"""Mean cosine of different texts from which their vectors are useless, because all of them are the same."""
+
+
+class HeldOutEmbeddings(HeldOut):
+    """Held-out rows under a loss of vectors.
+
+    Args:
+        objective: the objective of these rows.
+        micro_batch_rows: number of rows per forward pass.
+        batch_rows: number of rows whose texts are negatives of each other in the loss, as in a training step.
+        hidden_states: cache of the rows' hidden states.
+    """
+
+    def __init__(
+        self,
+        objective: EmbedObjective,
+        micro_batch_rows: int,
+        batch_rows: int,
+        hidden_states: HiddenStateCache | None = None,
+    ) -> None:
+        super().__init__(objective.packer.examples, micro_batch_rows, hidden_states)
+        self._objective, self._batch_rows = objective, batch_rows
+        self._was_apart = False
+
+    def loss(self, model: Trainable, processes: Communicator, *, interruptible: bool = True) -> float | None:
+        """Return the mean loss of a row, or None if the evaluation was interrupted.
+
+        Raises:
+            CheckError: the vectors have collapsed since the first evaluation.
+        """
+        embeddings = embed_rows(
+            model,
+            self._objective.packer,
+            self._objective.pooling,
+            self._micro_batch_rows,
+            processes,
+            hidden_states=self._hidden_states,
+            interruptible=interruptible,
+        )
+        if embeddings is None:
+            return None
+        losses = [loss for start in self._starts() for loss in self._losses(start, embeddings)]
+        scores = self._scores(embeddings)
+        self._check(scores.mean_cosine)
+        self.measured = {f"eval_{name}": value for name, value in scores.values.items()}
+        self.measured["eval_cosine/all"] = scores.mean_cosine
+        return sequential_sum(losses) / len(self._examples)
+
+    def scores(self, bound: BoundModel) -> dict[str, Any]:
+        """Return the fields of summary.json on these rows, of the base model and of the adapted one.
+
+        Args:
+            bound: the model with the adapter to measure, which is attached again afterwards.
+        """
+        result = {}
+        for name in ("base", "adapted"):
+            if name == "base":
+                bound.model.detach()
+            else:
+                bound.model.attach(bound.lora)
+            objective, rows = self._objective, self._micro_batch_rows
+            embeddings = embed_rows(bound.model, objective.packer, objective.pooling, rows, Communicator())
+            result[f"{name}_retrieval"] = self._scores(not_none(embeddings)).to_json()
+        return result
+
+    def _starts(self) -> range:
+        return range(0, len(self._examples), self._batch_rows)
+
+    def _losses(self, start: int, embeddings: Tensor) -> list[float]:
+        rows = range(start, min(start + self._batch_rows, len(self._examples)))
+        documents = torch.tensor(self._objective.packer.documents(rows))
+        of_rows: list[float] = self._objective.losses(rows, embeddings[documents]).losses.tolist()
+        return of_rows
+
+    def _scores(self, embeddings: Tensor) -> VectorScores:
+        return score_vectors(self._objective.identities(range(len(self._examples))), embeddings)
+
+    def _check(self, cosine: float) -> None:
+        if self._was_apart and not cosine <= COLLAPSED:
+            raise CheckError(
+                f"the vectors have collapsed: the mean cosine of different held-out texts is {cosine:.6f}",
+                why="the learning rate is too high, or the rows contradict each other",
+                next_step="start again with a lower --learning-rate, or with more rows per step (--batch-rows)",
+            )
+        self._was_apart = self._was_apart or cosine <= COLLAPSED

@@ -1,0 +1,156 @@
+"""Scores of vectors on held-out rows: retrieval of positives, or the rank correlation with given scores.
+
+Retrieval ranks all different candidates (positives and hard negatives) of the rows by their cosine with each different
+anchor. The relevant candidates of an anchor are its positives in all rows.
+
+    recall@k   share of the relevant candidates among the first k        MRR@10   1 / rank of the first relevant one
+    nDCG@10    Σ_{relevant ranks r ≤ 10} 1 / log2(r + 1), divided by the largest possible sum
+
+MRR@10 is 0 if no relevant candidate is among the first 10. Each score is a mean over anchors. These are the definitions
+of InformationRetrievalEvaluator of sentence-transformers. Spearman's correlation is that of the ranks of cosines and
+scores, where equal values have their mean rank. The intervals contain 95 % of the values of resampled rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from backhand.data.rows import TextIdentities
+from backhand.ops.info_nce import BLOCK_SCORES
+from backhand.ops.normalize import normalize_forward
+
+Floats = npt.NDArray[np.float64]
+RESAMPLES, DEPTH = 1000, 10
+
+
+@dataclass(frozen=True)
+class VectorScores:
+    """Scores of one model on the same rows."""
+
+    values: dict[str, float]  # by name: recall@1, recall@10, mrr@10 and ndcg@10, or spearman
+    intervals: dict[str, tuple[float, float]]  # of each value
+    queries: int  # number of different anchors, or of scored pairs
+    candidates: int  # number of different candidates; 0 for scored pairs
+    mean_cosine: float  # of different texts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
+        intervals = {name: list(interval) for name, interval in self.intervals.items()}
+        counts = {"queries": self.queries, "candidates": self.candidates, "mean_cosine": self.mean_cosine}
+        return {**self.values, **counts, "intervals": intervals}
+
+
+def score_vectors(rows: Sequence[TextIdentities], embeddings: Tensor) -> VectorScores:
+    """Score the vectors of rows.
+
+    Args:
+        embeddings: (documents, hidden), the vectors of all texts of the rows, in their order.
+    """
+    units = normalize_forward(embeddings)[0]
+    texts = [text for row in rows for text in row.texts]
+    place_of = {text: place for place, text in reversed(list(enumerate(texts)))}  # first occurrence
+    of_texts = units[list(place_of.values())]
+    if rows[0].score is not None:
+        cosines = (units[::2] * units[1::2]).sum(1).double().numpy()
+        given = np.array([row.score for row in rows], dtype=np.float64)
+        value, interval = spearman(cosines, given), _resampled_spearman(cosines, given)
+        return VectorScores({"spearman": value}, {"spearman": interval}, len(rows), 0, mean_cosine(of_texts))
+    relevant = defaultdict[int, set[int]](set)
+    for row in rows:
+        relevant[row.texts[0]].add(row.texts[1])
+    corpus = list(dict.fromkeys(text for row in rows for text in row.texts[1:]))
+    column_of = {text: column for column, text in enumerate(corpus)}
+    queries, candidates = (units[[place_of[text] for text in some]] for some in (relevant, corpus))
+    own = {number: column_of[text] for number, text in enumerate(relevant) if text in column_of}
+    ranks = _ranks(queries, candidates, [[column_of[text] for text in relevant[one]] for one in relevant], own)
+    of_queries = {name: np.array([score(one) for one in ranks]) for name, score in _SCORES.items()}
+    return VectorScores(
+        {name: float(scores.mean()) for name, scores in of_queries.items()},
+        {name: _resampled_mean(scores) for name, scores in of_queries.items()},
+        len(relevant),
+        len(corpus),
+        mean_cosine(of_texts),
+    )
+
+
+def _ranks(
+    queries: Tensor, candidates: Tensor, relevant: Sequence[Sequence[int]], own: dict[int, int]
+) -> list[npt.NDArray[np.int64]]:
+    """Return the ranks of the relevant candidates of each query, ascending from 1, in blocks of queries.
+
+    A candidate with the text of the query itself is not ranked, unless it is relevant.
+    """
+    ranks: list[npt.NDArray[np.int64]] = []
+    size = max(1, BLOCK_SCORES // max(1, len(candidates)))
+    for start in range(0, len(queries), size):
+        scores = queries[start : start + size] @ candidates.T
+        for number, of_query in enumerate(scores, start):
+            if number in own and own[number] not in relevant[number]:
+                of_query[own[number]] = -torch.inf
+            of_relevant = of_query[list(relevant[number])]
+            above = (of_query[None] > of_relevant[:, None]).sum(1)
+            ranks.append(np.sort(above.numpy()) + 1)
+    return ranks
+
+
+def _recall(depth: int) -> Any:
+    return lambda ranks: float((ranks <= depth).mean())
+
+
+def _reciprocal_rank(ranks: npt.NDArray[np.int64]) -> float:
+    return 1 / float(ranks[0]) if ranks[0] <= DEPTH else 0.0
+
+
+def _ndcg(ranks: npt.NDArray[np.int64]) -> float:
+    best = 1 / np.log2(np.arange(min(len(ranks), DEPTH)) + 2)
+    return float((1 / np.log2(ranks[ranks <= DEPTH] + 1)).sum() / best.sum())
+
+
+_SCORES = {"recall@1": _recall(1), "recall@10": _recall(DEPTH), "mrr@10": _reciprocal_rank, "ndcg@10": _ndcg}
+
+
+def mean_cosine(units: Tensor) -> float:
+    """Return the mean cosine of different vectors, which is near 1 if all of them are alike."""
+    count = len(units)
+    squares = float(units.sum(0, dtype=torch.float64).square().sum())
+    return (squares - count) / max(1, count * (count - 1))
+
+
+def spearman(one: Floats, other: Floats) -> float:
+    """Return the correlation of the ranks, 0 if all values of a side are equal."""
+    first, second = (_mean_ranks(values) for values in (one, other))
+    first, second = first - first.mean(), second - second.mean()
+    size = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / size if size else 0.0
+
+
+def _mean_ranks(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray(ends - (counts - 1) / 2)[inverse]
+
+
+def _draws(count: int) -> list[npt.NDArray[np.int64]]:
+    draw = np.random.Generator(np.random.Philox(0))
+    return [draw.integers(count, size=count) for _ in range(RESAMPLES)]
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled_mean(scores: Floats) -> tuple[float, float]:
+    return _interval([float(scores[pick].mean()) for pick in _draws(len(scores))])
+
+
+def _resampled_spearman(one: Floats, other: Floats) -> tuple[float, float]:
+    return _interval([spearman(one[pick], other[pick]) for pick in _draws(len(one))])

@@ -1,0 +1,105 @@
+"""Choices and checks of a run on vectors that depend on its model and its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from backhand.data.embedding_examples import EmbeddingFormat
+from backhand.data.rows import PoolingName
+from backhand.data.stored_examples import PreparedData
+from backhand.engines.decoder_engine import DecoderEngine
+from backhand.engines.engine import Engine
+from backhand.errors import DataError, UsageError, not_none
+from backhand.nn.decoder.adapted_group import HEAD
+from backhand.nn.loading.sentence_transformers import EmbeddingFiles, read_embedding_files
+from backhand.nn.loading.source import ModelSource
+from backhand.nn.lora_parameters import AdapterLayout
+from backhand.options.objectives import ObjectiveOptions
+
+
+def with_pooling(
+    options: ObjectiveOptions, source: ModelSource, engine: Engine, layout: AdapterLayout
+) -> ObjectiveOptions:
+    """Return the options with pooling and prompts filled in, from the files of the model if they are not given.
+
+    Raises:
+        UsageError: the model or the adapter cannot be trained on vectors.
+        ArtifactError: the files cannot be read.
+    """
+    if not isinstance(engine, DecoderEngine):
+        raise UsageError(
+            "vectors need the hidden states of the model, which the transformers engine does not give",
+            where="objective",
+            why=engine.note,
+            next_step="choose a model that the backhand engine supports (backhand models)",
+        )
+    names = [*(slot.name for slot in layout.slots), *(tensor.name for tensor in layout.full_tensors)]
+    if any(name.startswith(HEAD) for name in names):
+        raise UsageError(
+            f"the adapter trains {HEAD}, which vectors do not depend on",
+            where="target_modules",
+            next_step="leave it out of the adapter",
+        )
+    given = options.pooling, options.query_prompt, options.document_prompt
+    files = None
+    if None in given and Path(source.path).is_dir():
+        files = read_embedding_files(Path(source.path))
+    files = files or EmbeddingFiles("last", "", "")
+    options = replace(
+        options,
+        pooling=options.pooling or cast("PoolingName", files.pooling),
+        query_prompt=files.query_prompt if options.query_prompt is None else options.query_prompt,
+        document_prompt=files.document_prompt if options.document_prompt is None else options.document_prompt,
+    )
+    if options.pooling == "cls":
+        raise UsageError(
+            "the first token of a text does not see the others in this model",
+            where="pooling",
+            why="its attention is causal, so that all texts would have the same vector",
+            next_step="give --pooling last or mean",
+        )
+    width = engine.config.hidden_size
+    if any(size >= width for size in options.matryoshka_dims):
+        raise UsageError(
+            f"the vectors of this model have {width:,} numbers, and cannot be cut to {max(options.matryoshka_dims):,}",
+            where="matryoshka_dims",
+            next_step="give smaller lengths; the whole vector is always trained",
+        )
+    return options
+
+
+def format_of(options: ObjectiveOptions) -> EmbeddingFormat | None:
+    """Return pooling and prompts of a run on vectors; None for other objectives."""
+    if options.objective != "embed":
+        return None
+    prompts = not_none(options.query_prompt), not_none(options.document_prompt)
+    return EmbeddingFormat(not_none(options.pooling), *prompts)
+
+
+def with_loss(options: ObjectiveOptions, train: PreparedData, held_out: PreparedData | None) -> ObjectiveOptions:
+    """Return the options with the loss filled in.
+
+    Raises:
+        UsageError: an option does not fit the loss.
+        DataError: the rows do not fit the loss.
+    """
+    sets = [data.examples for data in (train, held_out) if data is not None]
+    rows = [not_none(examples.embedding(number)) for examples in sets for number in range(len(examples))]
+    scored = [row.score is not None for row in rows]
+    loss = options.embedding_loss or ("cosent" if all(scored) else "infonce")
+    if {*scored} != {loss == "cosent"}:
+        raise DataError(
+            f"{sum(scored):,} of {len(scored):,} rows have a score, and {loss} compares "
+            + ("pairs with a score" if loss == "cosent" else "anchors with positives"),
+            where=train.report.sources[0].source,
+            next_step="give rows of one form, or another --embedding-loss",
+        )
+    if loss == "triplet" and any(len(row.texts) < 3 for row in rows):
+        raise DataError(
+            "a row has no negative, and triplet compares positives with negatives",
+            where=train.report.sources[0].source,
+            next_step="add a column negative, or give --embedding-loss infonce",
+        )
+    return replace(options, embedding_loss=loss).validate()

@@ -1,0 +1,397 @@
+"""Vectors of texts: gradients against sentence-transformers and one pass, and whole runs with their scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sentence_transformers.sentence_transformer import losses as theirs
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from torch import Tensor, nn
+
+from backhand.data.data_report import TruncationStats
+from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
+from backhand.data.examples import Example
+from backhand.data.lint import lint
+from backhand.data.options import DataOptions
+from backhand.data.packing import RowPacker, micro_batches
+from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
+from backhand.data.text_encoder import TextEncoder
+from backhand.distributed.communicator import Communicator
+from backhand.errors import BackhandError, CheckError, DataError, UsageError
+from backhand.loop.held_out_vectors import HeldOutEmbeddings
+from backhand.loop.objectives.embed import EmbedObjective, embed_batch, excluded_pairs
+from backhand.loop.retrieval_scores import score_vectors, spearman
+from backhand.loop.step import StepWork
+from backhand.nn.decoder.decoder import Decoder
+from backhand.nn.loading import open_model
+from backhand.options.config import TrainConfig
+from backhand.options.objectives import ObjectiveOptions
+from backhand.runs.summary import read_summary
+from backhand.training.console import closing_lines
+from backhand.training.run import train
+from support.float64_reference import without_float32_casts
+from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
+from support.ranks import bits_of_several, start_ranks
+from support.tiny_models import VOCAB_SIZE, attach_lora, tiny_model
+from support.tiny_run import StopAfter, TinyRun, final_bits, with_options
+
+RANK, ALPHA, ROWS = 5, 8.5, 7
+NOT_THE_HEAD = r".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LOSSES: dict[str, Any] = {
+    "infonce": lambda: theirs.MultipleNegativesRankingLoss(nn.Identity()),
+    "symmetric": lambda: theirs.MultipleNegativesRankingLoss(
+        nn.Identity(), directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+    ),
+    "triplet": lambda: theirs.TripletLoss(
+        nn.Identity(), distance_metric=theirs.TripletDistanceMetric.COSINE, triplet_margin=0.5
+    ),
+    "cosent": lambda: theirs.CoSENTLoss(nn.Identity()),
+}
+
+
+def embedding_examples(pooling: PoolingName, texts: int, *, scored: bool = False) -> list[Example]:
+    """Rows of token ids. All texts begin with the same tokens, and all are different."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for number in range(ROWS):
+        documents = []
+        for _ in range(texts):
+            ids = [7] * 9 + draw.integers(3, VOCAB_SIZE, int(draw.integers(3, 12))).tolist() + [2, 0]
+            supervised = np.full(len(ids), pooling == "mean")
+            supervised[0], supervised[-1] = False, True
+            documents.append(Example(np.array(ids, dtype=np.int32), supervised, "row"))
+        identities = tuple(range(number * texts, (number + 1) * texts))
+        embedding = TextIdentities(identities, number % 3 / 3 if scored else None)
+        rows.append(replace(documents[0], others=tuple(documents[1:]), embedding=embedding))
+    return rows
+
+
+def objective_of(loss: str, pooling: PoolingName, share: bool, **options: Any) -> EmbedObjective:
+    rows = embedding_examples(pooling, 2 if loss in ("cosent", "symmetric") else 3, scored=loss == "cosent")
+    chosen = ObjectiveOptions("embed", pooling=pooling, embedding_loss=loss, **options)  # type: ignore[arg-type]
+    return EmbedObjective(RowPacker(rows, share_prefixes=share), options=chosen)
+
+
+def our_step(decoder: Decoder, objective: EmbedObjective, rows: int, seeds: bool = False) -> float:
+    """Add the gradients of a step in micro-batches of this many rows, and return its loss."""
+    packer, every = objective.packer, range(ROWS)
+    parts = micro_batches(every, packer.lengths, max_rows=rows)
+    work = StepWork(
+        packed=lambda number: packer.packed(parts[number], "cpu"),
+        packed_tokens=[packer.packed_tokens(part) for part in parts],
+        supervised_tokens=packer.supervised_tokens(every),
+        dropout_seeds=[100 + number if seeds else None for number in range(len(parts))],
+        mean_over=ROWS,
+        state_loss=lambda number, batch, scaling: objective.state_loss(parts[number], batch, scaling),
+    )
+    objective.prepare_step(decoder, every, Communicator(), work, parts)
+    return sum(float(work.gradients(decoder, n, work.packed(n))) for n in range(len(parts))) / ROWS
+
+
+def their_loss(adapted: Any, objective: EmbedObjective, loss: str) -> Tensor:
+    """The loss of sentence-transformers on the last hidden states of one text at a time."""
+    examples, trunk = objective.packer.examples, adapted.get_base_model().model
+    columns: list[list[Tensor]] = [[] for _ in examples[0].documents]
+    for example in examples:
+        for column, document in zip(columns, example.documents, strict=True):
+            ids = torch.from_numpy(document.input_ids[:-1].astype(np.int64))[None]
+            states = trunk(input_ids=ids).last_hidden_state[0]
+            column.append(states.mean(0) if objective.pooling == "mean" else states[-1])
+    scores = torch.tensor([row.score or 0.0 for row in objective.identities(range(ROWS))], dtype=torch.float64)
+    return LOSSES[loss]().compute_loss_from_embeddings([torch.stack(column) for column in columns], scores)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_equal_sentence_transformers_in_float64(loss: str, pooling: PoolingName) -> None:
+    objective = objective_of(loss, pooling, share=True)
+    adapted = attach_lora(tiny_model("qwen3").double(), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
+    decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
+    with without_float32_casts(adapted):
+        expected = their_loss(adapted, objective, loss)
+    expected.backward()
+    assert our_step(decoder, objective, 2) == pytest.approx(expected.item(), rel=1e-9)
+    ours, reference = our_gradients(decoder.lora), peft_gradients(adapted)
+    worst = {name: relative_error(ours[name], reference[name]) for name in reference}
+    assert max(worst.values()) <= 1e-9, sorted(worst.items(), key=lambda item: -item[1])[:3]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_gradients_equal_sentence_transformers_in_float32(family: str) -> None:
+    objective = objective_of("infonce", "last", share=True)
+    adapted = attach_lora(tiny_model(family), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    expected = their_loss(adapted, objective, "infonce")
+    expected.backward()
+    assert our_step(decoder, objective, 3) == pytest.approx(expected.item(), rel=1e-4)
+    ours, reference = our_gradients(decoder.lora), peft_gradients(adapted)
+    assert max(relative_error(ours[name], reference[name]) for name in reference) <= 1e-4
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(("loss", "pooling"), [("infonce", "last"), ("symmetric", "mean"), ("cosent", "last")])
+def test_micro_batches_give_the_gradient_of_one_pass(loss: str, pooling: PoolingName, share: bool) -> None:
+    objective = objective_of(loss, pooling, share, matryoshka_dims=(16, 7))
+    adapted = attach_lora(tiny_model("llama").double(), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
+    decoder = decoder_like(adapted, ALPHA / RANK, dtype=torch.float64)
+    assert decoder.lora is not None
+    one = our_step(decoder, objective, ROWS)
+    expected = decoder.lora.gradients.double().clone()
+    for rows in (1, 3):
+        decoder.lora.gradients.zero_()
+        assert our_step(decoder, objective, rows) == pytest.approx(one, rel=1e-12)
+        assert relative_error(decoder.lora.gradients, expected) <= 1e-12
+    assert objective.measured(Communicator()).keys() == {"cosine/pairs", "cosine/all"}
+
+
+def test_the_loss_of_prefixes_is_the_sum_of_their_losses() -> None:
+    objective = objective_of("infonce", "last", share=True)
+    embeddings = torch.randn(ROWS * 3, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    whole, small = objective.losses(range(ROWS), embeddings), objective.losses(range(ROWS), embeddings[:, :7])
+    both = replace(objective, options=replace(objective.options, matryoshka_dims=(7,))).losses(range(ROWS), embeddings)
+    assert torch.equal(both.losses, whole.losses + small.losses)
+    assert torch.equal(both.d_embeddings[:, 7:], whole.d_embeddings[:, 7:])
+    assert torch.equal(both.d_embeddings[:, :7], whole.d_embeddings[:, :7] + small.d_embeddings)
+
+
+def test_both_passes_have_the_same_dropout_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of the second pass give the vectors of the first, to the bit."""
+    objective = objective_of("infonce", "last", share=False)
+    adapted = attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA, target_modules=NOT_THE_HEAD)
+    decoder = decoder_like(adapted, ALPHA / RANK)
+    assert decoder.lora is not None
+    slots = [replace(slot, dropout=0.3) for slot in decoder.lora.slots.values()]
+    lora = type(decoder.lora)(slots)
+    lora.values.copy_(decoder.lora.values)
+    decoder.attach(lora)
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+
+    def embedded(*given: Any) -> Tensor:
+        first.append(embed_batch(*given))
+        return first[-1]
+
+    state_loss = EmbedObjective.state_loss
+
+    def recorded(self: EmbedObjective, rows: Sequence[int], batch: Any, scaling: float) -> Any:
+        loss = state_loss(self, rows, batch, scaling)
+
+        def wrapped(states: Tensor) -> Any:
+            second.append(batch.per_document(states).clone())
+            return loss(states)
+
+        return wrapped
+
+    monkeypatch.setattr("backhand.loop.objectives.embed.embed_batch", embedded)
+    monkeypatch.setattr(EmbedObjective, "state_loss", recorded)
+    our_step(decoder, objective, 2, seeds=True)
+    assert len(first) == len(second) == 4
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    decoder.lora = None
+    assert not torch.equal(first[0], embed_batch(decoder, objective.packer.packed([0, 1], "cpu"), "last"))
+
+
+def test_duplicates_are_no_negatives_of_each_other() -> None:
+    rows = [
+        TextIdentities((1, 10, 20), None),
+        TextIdentities((2, 10), None),  # the positive of the first anchor
+        TextIdentities((1, 11, 2), None),  # the same anchor as the first; its negative is the second anchor
+        TextIdentities((3, 1), None),  # its positive is the first anchor
+    ]
+    # Candidates: positives 10, 10, 11, 1, then negatives 20, 2.
+    assert {tuple(pair) for pair in excluded_pairs(rows).tolist()} == {
+        *((0, 1), (0, 2), (0, 3)),
+        *((1, 0), (1, 5)),
+        *((2, 0), (2, 1), (2, 3)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores.
+
+
+def test_retrieval_scores_are_those_of_sentence_transformers() -> None:
+    draw = np.random.default_rng(3)
+    rows = [
+        TextIdentities((int(draw.integers(12)), 100 + int(draw.integers(20)), 200 + number), None)
+        for number in range(30)
+    ]
+    vectors = {text: draw.normal(size=9) for row in rows for text in row.texts}
+    embeddings = torch.tensor(np.array([vectors[text] for row in rows for text in row.texts]))
+    scores = score_vectors(rows, embeddings)
+    queries = [*dict.fromkeys(row.texts[0] for row in rows)]
+    corpus = [*dict.fromkeys(text for row in rows for text in row.texts[1:])]
+    relevant = {str(one): {str(row.texts[1]) for row in rows if row.texts[0] == one} for one in queries}
+    judge = InformationRetrievalEvaluator(
+        {str(one): "" for one in queries}, {str(one): "" for one in corpus}, relevant, mrr_at_k=[10], ndcg_at_k=[10]
+    )
+    units = {one: vector / np.linalg.norm(vector) for one, vector in vectors.items()}
+    hits = [[{"corpus_id": str(text), "score": float(units[one] @ units[text])} for text in corpus] for one in queries]
+    expected = judge.compute_metrics([sorted(of_query, key=lambda hit: -hit["score"]) for of_query in hits])
+    assert scores.values["recall@1"] == pytest.approx(expected["recall@k"][1])
+    assert scores.values["recall@10"] == pytest.approx(expected["recall@k"][10])
+    assert scores.values["mrr@10"] == pytest.approx(expected["mrr@k"][10])
+    assert scores.values["ndcg@10"] == pytest.approx(expected["ndcg@k"][10])
+    assert (scores.queries, scores.candidates) == (len(queries), len(corpus))
+    low, high = scores.intervals["ndcg@10"]
+    assert low < scores.values["ndcg@10"] < high
+    cosines = [float(units[a] @ units[b]) for a in units for b in units if a != b]
+    assert scores.mean_cosine == pytest.approx(np.mean(cosines))
+
+
+def test_spearman_is_that_of_scipy() -> None:
+    draw = np.random.default_rng(0)
+    one, other = draw.normal(size=40), draw.integers(5, size=40).astype(np.float64)
+    assert spearman(one, other) == pytest.approx(spearmanr(one, other).statistic)
+    assert spearman(one, np.zeros(40)) == 0.0
+
+
+def test_collapsed_vectors_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_of("infonce", "last", share=True)
+    held_out = HeldOutEmbeddings(objective, 4, 4)
+    vectors = [torch.randn(ROWS * 3, 8, generator=torch.Generator().manual_seed(1)), torch.ones(ROWS * 3, 8)]
+    monkeypatch.setattr("backhand.loop.held_out_vectors.embed_rows", lambda *_, **__: vectors.pop(0))
+    decoder = decoder_like(attach_lora(tiny_model("llama"), rank=RANK, alpha=ALPHA), ALPHA / RANK)
+    assert held_out.loss(decoder, Communicator()) is not None
+    with pytest.raises(CheckError, match="collapsed"):
+        held_out.loss(decoder, Communicator())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs.
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> str:
+    draw = np.random.default_rng(seed)
+    words = [f"{one} {other}" for one in ("user", "json", "list") for other in ("asks", "names", "one")]
+    rows = []
+    for _ in range(count):
+        first, second, third = (" ".join(draw.choice(words, 3)) for _ in range(3))
+        rows.append({"anchor": f"asks {first}", "positive": f"answers {first} {second}", "negative_1": third})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(tiny: TinyRun, place: Path, output: Path, **options: Any) -> TrainConfig:
+    """Two epochs of three steps of two micro-batches."""
+    data = {
+        "data": (write_pairs(place / "rows.jsonl", 12),),
+        "eval_data": (write_pairs(place / "held_out.jsonl", 6, seed=1),),
+    }
+    made = tiny.config(output, **data, eval_every=2, save_every=1, micro_batch_rows=2)
+    chosen = ObjectiveOptions("embed", query_prompt="what is ", matryoshka_dims=(32,))
+    return with_options(replace(made, objective=chosen), **options)
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    place = tmp_path_factory.mktemp("vectors")
+    made = config(tiny, place, place / "run", prove_resume=3, epochs=4)
+    train(made)
+    return made
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in line]
+
+
+def test_a_run_learns_and_scores_retrieval(straight: TrainConfig) -> None:
+    steps, evaluations = lines(straight.run.output, "loss"), lines(straight.run.output, "eval_loss")
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert all(-1 <= step["cosine/pairs"] <= 1 and -1 <= step["cosine/all"] <= 1 for step in steps)
+    assert all(0 <= line["eval_ndcg@10"] <= 1 for line in evaluations)
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and summary.base_retrieval is not None and summary.adapted_retrieval is not None
+    assert summary.base_retrieval["ndcg@10"] == evaluations[0]["eval_ndcg@10"]
+    assert summary.adapted_retrieval["queries"] == 6
+    shown = closing_lines(summary)
+    assert any("6 held-out anchors among 12 candidates" in line for line in shown)
+    assert any(line.startswith("Next: backhand embed") for line in shown)
+
+
+def test_the_adapter_says_how_a_text_becomes_a_vector(straight: TrainConfig) -> None:
+    record = json.loads((straight.run.output / "adapter" / "backhand.json").read_text())
+    assert record["embedding"] == {
+        "pooling": "last",
+        "query_prompt": "what is ",
+        "document_prompt": "",
+        "max_length": 2048,
+        "matryoshka_dims": [32],
+    }
+
+
+def test_a_stopped_run_ends_in_the_same_bits(straight: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(StopAfter.Stopped):
+        train(with_options(straight, output=tmp_path / "run", prove_resume=None), callbacks=[StopAfter(3)])
+    train(with_options(TrainConfig(), output=tmp_path / "run", resume=True, quiet=True))
+    ours, expected = final_bits(tmp_path / "run"), final_bits(straight.run.output)
+    assert {**ours, "README.md": b""} == {**expected, "README.md": b""}
+
+
+def test_two_processes_end_in_the_bits_of_one(tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path, tmp_path / "one", recompute="none", epochs=1, dropout=0.1)
+    train(made)
+    ranks = start_ranks([with_options(made, output=tmp_path / "two")] * 2, tmp_path / "ranks")
+    assert ranks.exit_codes() == [0, 0], ranks.said()
+    assert bits_of_several(tmp_path / "two") == bits_of_several(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"pooling": "cls"}, UsageError, "causal"),
+        ({"matryoshka_dims": (60,)}, UsageError, "60 numbers"),
+        ({"engine": "transformers"}, UsageError, "backhand engine alone"),
+        ({"system": "Be kind."}, UsageError, "embed does not use it"),
+        ({"batch_rows": 1, "micro_batch_rows": 1}, UsageError, "nothing to compare"),
+        ({"embedding_loss": "cosent"}, DataError, "0 of 18 rows have a score"),
+        ({"triplet_margin": 0.1}, UsageError, "not triplet"),
+        ({"target_modules": ("lm_head",)}, UsageError, "vectors do not depend on"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    tiny: TinyRun, tmp_path: Path, options: dict[str, Any], error: type[BackhandError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        train(config(tiny, tmp_path, tmp_path / "run", **options))
+
+
+def test_lint_reports_texts_that_teach_nothing_or_the_wrong_thing(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = [
+        {"anchor": "user asks", "positive": "user asks"},
+        {"anchor": "json", "positive": "a list"},
+        {"anchor": "json", "positive": "a name", "negative": "a list"},
+        {"anchor": "json", "positive": "a list"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, _ = lint(DataOptions(data=(str(path),)), open_model(str(tiny.model)).tokenizer(), purpose="embeddings")
+    assert {finding.kind: finding.where for finding in report.findings} == {
+        "equal_positive": (f"{path}:1",),
+        "positive_negative": (f"{path}:3",),
+        "duplicate": (f"{path}:4 = {path}:2",),
+    }
+
+
+def test_texts_are_encoded_as_sentence_transformers_encodes_them(tiny: TinyRun) -> None:
+    tokenizer = open_model(str(tiny.model)).tokenizer()
+    encoder, stats = TextEncoder(tokenizer), TruncationStats()
+    row = EmbeddingRow(("user asks", "the assistant answers in json"), None, "row")
+    last = EmbeddingEncoder(encoder, EmbeddingFormat("last", "what is ", "a "), 6)
+    (example,) = last.encode([row], stats)
+    assert isinstance(example, Example)
+    whole = [tokenizer(text)["input_ids"] for text in ("what is user asks", "a the assistant answers in json")]
+    ends = [[] if ids[-1] == tokenizer.eos_token_id else [tokenizer.eos_token_id] for ids in whole]
+    expected = [(ids[: 6 - len(end)] + end) for ids, end in zip(whole, ends, strict=True)]
+    assert [document.input_ids[:-1].tolist() for document in example.documents] == expected
+    assert stats.truncated == (["row"] if max(map(len, whole)) + len(ends[0]) > 6 else [])
+    assert [document.supervised_tokens for document in (replace(example, others=()), *example.others)] == [1, 1]
