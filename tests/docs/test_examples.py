@@ -14,9 +14,22 @@ from support.doc_world import World
 # No model: these take seconds.
 QUICK = {"convert", "verify"}
 # Minutes of them all together: what the quick run of every change leaves to `make test-slow`.
-SLOW = {"demo", "paper", "sine", "chat", "merge", "export", "plan", "combine", "diff", "compress", "report", "watch"}
+SLOW = {
+    "demo",
+    "paper",
+    "sine",
+    "chat",
+    "merge",
+    "export",
+    "plan",
+    "combine",
+    "diff",
+    "compress",
+    "report",
+    "watch",
+} | {"studio"}
 # These serve until they are interrupted, once they have said where.
-SERVERS = {"watch": "http://127.0.0.1:"}
+SERVERS = {"watch": "http://127.0.0.1:", "studio": "http://127.0.0.1:"}
 # What is typed into a command that asks.
 GIVEN = {"chat": "Hello\n"}
 

@@ -11,15 +11,11 @@ from typing import Any
 import pytest
 
 from backhand.cli.main import main
-from backhand.report.options import WatchOptions
 from backhand.report.page import run_page
-from backhand.report.prompt_box import LiveRun
 from backhand.report.run_record import read_run
-from backhand.report.watch import serving
 from backhand.runs.status import read_status
 from backhand.runs.summary import read_summary
 from fuzz.read_back import run_file
-from report.test_watch import ask
 from support.page import Page
 
 WRONG: dict[str, Any] = {
@@ -66,26 +62,6 @@ def test_any_value_in_any_file_of_a_run(finished: Path) -> None:
         if name != "config.toml":
             assert run_page(read_run(finished)), number
         (finished / name).write_bytes(whole)
-
-
-@pytest.mark.parametrize(("name", "key"), [("status.json", "step"), ("facts.json", "modules")])
-def test_watch_answers_about_a_damaged_file(name: str, key: str, finished: Path) -> None:
-    with serving(WatchOptions(run=finished)) as server:
-        changed(finished, name, key, None)
-        status, text, _ = ask(server, f"/{server.token}/")
-    assert status == 200 and "How training went" in text
-
-
-def test_watch_answers_when_the_page_cannot_be_made(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(WatchOptions(run=finished)) as server:
-        for error, status in ((TypeError("of ours"), 500), (PermissionError(13, "Permission denied"), 503)):
-
-            def fail(*_: object, error: Exception = error) -> None:
-                raise error
-
-            monkeypatch.setattr(LiveRun, "page", fail)
-            found, text, _ = ask(server, f"/{server.token}/")
-            assert found == status and str(error) in text
 
 
 def test_a_pipe_as_a_file_of_lines_is_an_error_of_ours(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

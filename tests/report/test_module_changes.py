@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from backhand.report.page import changes_of, run_page
+from backhand.report.adapter_changes import changes_of
+from backhand.report.page import run_page
 from backhand.report.run_record import read_run
 from backhand.report.train import train
 from support.page import Page

@@ -6,18 +6,12 @@ import json
 import signal
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
-from backhand.report.options import WatchOptions
-from backhand.report.watch import WatchServer, serving
+from backhand.studio.command import serving
 from support.page import Page
 from support.ranks import start_ranks
+from support.studio_client import Client
 from support.tiny_run import TinyRun
-
-
-def fetched(server: WatchServer, place: str = "") -> bytes:
-    with urlopen(server.address + place, timeout=60) as reply:
-        return bytes(reply.read())
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -53,17 +47,19 @@ def test_what_watch_and_the_report_show_of_two_processes(tiny: TinyRun, tmp_path
     config = tiny.config(run, max_steps=4, save_every=1, eval_every=2, micro_batch_rows=1, answers=0, quiet=False)
     ranks = start_ranks([config] * 2, tmp_path / "ranks", at_place={0: ("step", "stop")})
     ranks.wait_until_stopped(0)
-    with serving(WatchOptions(run=run)) as server:
-        before = json.loads(fetched(server, "state"))["version"]
-        page = Page(fetched(server))
+    with serving(run, host="127.0.0.1", port=0) as address:
+        client = Client(address).enter()
+        _, text, before = client.get("runs/run")
+        page = Page(text.encode())
         steps = steps_of(run)
         assert len(steps) == 2 and "2 of 4 steps so far" in page.root.text
         assert observed_each(page) == expected(steps)
         assert f"{steps[-1]['tokens_per_s']:,.0f}tokens per second" in "".join(tiles(page).split("\n"))
         ranks.send(0, signal.SIGCONT)
         assert ranks.exit_codes() == [0, 0], ranks.said()
-        assert json.loads(fetched(server, "state"))["version"] != before
-        page = Page(fetched(server))
+        _, text, after = client.get("runs/run")
+        assert after["etag"] != before["etag"]
+        page = Page(text.encode())
     steps = steps_of(run)
     report = Page((run / "report.html").read_bytes())
     assert observed_each(page) == observed_each(report) == expected(steps)

@@ -12,14 +12,13 @@ import torch
 import transformers
 
 from backhand import printing
-from backhand.adapters.peft_saving import pretrained_arguments
 from backhand.data.held_out import neutral_prompts
 from backhand.data.options import DataOptions
 from backhand.generation.command import generate_command
 from backhand.generation.options import AnswerOptions, GenerateOptions
 from backhand.loop import evaluate as evaluation
 from backhand.loop.evaluate import evaluate
-from backhand.nn.model_options import BaseModelOptions
+from backhand.nn.model_options import BaseModelOptions, pretrained_arguments
 from backhand.options.command_options import EvaluateOptions, EvaluateRunOptions
 from backhand.options.config import ModelOptions
 from backhand.options.objectives import ObjectiveOptions

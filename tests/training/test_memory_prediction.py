@@ -69,15 +69,11 @@ def test_the_peak_is_predicted(folder: Path, model: str, rows: str, options: str
 
 
 ANSWERING = """
-import subprocess
 import sys
-from pathlib import Path
-from backhand.report.prompt_box import PromptBox
+from backhand.cli.main import main
 from backhand.system import peak_rss_bytes
-box = PromptBox(Path(sys.argv[1]), threads=1, max_new_tokens=8)
-box.answer("the user asks for a list of names and one number")
-box.close()
-print(peak_rss_bytes())
+assert main(sys.argv[1:]) == 0
+print(peak_rss_bytes(), file=sys.stderr)
 """
 
 
@@ -88,6 +84,16 @@ def test_the_second_model_of_the_live_view_is_counted(folder: Path, tmp_path: Pa
     words = ["train", "--model", model, "--data", rows, "--output", tmp_path / "run", "--quiet", *options.split()]
     words += ["--answers", "0"]
     assert main([str(word) for word in words]) == 0
-    command = [sys.executable, "-c", ANSWERING, str(tmp_path / "run")]
+    words = ["generate", "--model", model, "--adapter", tmp_path / "run/adapter", "--dtype", "float32", "--threads", 1]
+    words += [
+        "--compare",
+        "--greedy",
+        "--max-new-tokens",
+        8,
+        "--quiet",
+        "--prompt",
+        "the user asks for a list of names",
+    ]
+    command = [sys.executable, "-c", ANSWERING, *map(str, words)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1500)
-    assert predicted == pytest.approx(int(done.stdout), rel=WITHIN), done.stdout
+    assert predicted == pytest.approx(int(done.stderr), rel=WITHIN), done.stderr

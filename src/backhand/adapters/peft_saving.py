@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from backhand.adapters.targets import Target, module_values
 from backhand.errors import CheckError
 from backhand.nn.loading.wrappers import Wrapper
 from backhand.nn.lora_parameters import LoRAParameters, TrainedTensor
+from backhand.nn.model_options import pretrained_arguments
 
 
 class AdapterParts(NamedTuple):
@@ -135,14 +135,6 @@ def _usage(described: PEFTConfig, wrapper: Wrapper | None) -> str:
         base = f"base = {auto_class}.from_pretrained({pretrained_arguments(described.base_model, json.dumps)})\n"
     model = 'model = PeftModel.from_pretrained(base, "path/to/this/directory")'
     return f"```python\nfrom peft import PeftModel\n{imported}\n{base}{model}\n```\n"
-
-
-def pretrained_arguments(base: str, quoted: Callable[[str], str] = repr) -> str:
-    """Return the arguments of transformers' `from_pretrained`: a name, or the directory and name of a GGUF file."""
-    path = PurePath(base)
-    if not re.fullmatch(r".+\.(?i:gguf)|sha256-\w+", path.name):  # the second form is used in Ollama's store
-        return quoted(base)
-    return f"{quoted(str(path.parent))}, gguf_file={quoted(path.name)}"
 
 
 def _range(values: Iterable[float]) -> str:

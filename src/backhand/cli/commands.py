@@ -214,9 +214,16 @@ COMMANDS = (
         "watch",
         "Show the report of a run while it trains, on this machine only, with a box for prompts to base and adapter.",
         "backhand watch runs/mine",
-        "backhand.report.options:WatchOptions",
-        "backhand.report.watch:watch_command",
+        "backhand.studio.options:WatchOptions",
+        "backhand.studio.command:watch_command",
         positional=("run",),
+    ),
+    Command(
+        "studio",
+        "Open a page in the browser, on this machine only, on which runs are started, followed and tried out.",
+        "backhand studio",
+        "backhand.studio.options:StudioOptions",
+        "backhand.studio.command:studio_command",
     ),
     Command(
         "demo",

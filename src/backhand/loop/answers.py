@@ -31,9 +31,9 @@ from backhand.nn.loading.source import ModelSource
 from backhand.options.command_options import EvaluateRunOptions
 from backhand.options.config import TrainConfig
 from backhand.printing import counting
+from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import AnswerLengths, NeutralAnswer
 
-MAX_NEW_TOKENS = 64
 _LONGEST_PROMPT = 1024
 
 

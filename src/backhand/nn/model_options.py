@@ -5,7 +5,10 @@ This file does not import torch: the command line reads the fields and their doc
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from backhand.bounds import BaseModel, Bound, Options, given
@@ -98,3 +101,11 @@ def check_base(options: _BaseModel) -> None:
             where="base",
             next_step="leave out --base quantized and --quantize, or use --engine backhand",
         )
+
+
+def pretrained_arguments(base: str, quoted: Callable[[str], str] = repr) -> str:
+    """Return the arguments of transformers' `from_pretrained`: a name, or the directory and name of a GGUF file."""
+    path = PurePath(base)
+    if not re.fullmatch(r".+\.(?i:gguf)|sha256-\w+", path.name):  # the second form is used in Ollama's store
+        return quoted(base)
+    return f"{quoted(str(path.parent))}, gguf_file={quoted(path.name)}"

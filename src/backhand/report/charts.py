@@ -7,12 +7,14 @@ colour (`currentColor`), so that the same chart serves light mode, dark mode and
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backhand.arithmetic.findings import kind_of, layer_of
-from backhand.arithmetic.inspect import ModuleInspection
 from backhand.report.run_record import RunRecord, is_number
 from backhand.runs.records import LengthBin
+
+if TYPE_CHECKING:  # importing it imports torch
+    from backhand.arithmetic.inspect import ModuleInspection
 
 Spec = dict[str, Any]
 Rows = list[dict[str, Any]]

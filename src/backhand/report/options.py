@@ -1,12 +1,11 @@
-"""Options of `backhand report` and `backhand watch`. This module does not import torch, so that `--help` is fast."""
+"""Options of `backhand report`. This module does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from backhand.bounds import Bound, Count, Options
+from backhand.bounds import Options
 from backhand.errors import UsageError
 
 
@@ -29,20 +28,3 @@ class ReportOptions(Options):
             raise UsageError("the same run is given twice", where="runs")
         if self.output is not None and self.output.is_dir():
             raise UsageError(f"{self.output} is a directory", where="output", next_step="name a file in it")
-
-
-@dataclass(frozen=True)
-class WatchOptions(Options):
-    """Options of `backhand watch`."""
-
-    run: Path = Path("run")
-    """Directory of a current or finished run."""
-
-    port: Annotated[int, Bound(at_least=0, at_most=65535)] = 0
-    """Port on 127.0.0.1; 0 takes any free one."""
-
-    threads: Count = 1
-    """Threads that answer prompts; training uses the others."""
-
-    max_new_tokens: Count = 128
-    """Longest answer to a prompt, in tokens."""

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from backhand.adapters.contents import TENSOR_FILE
-from backhand.arithmetic.adapter_factors import read_factors
-from backhand.arithmetic.inspect import ModuleInspection, inspect_modules
-from backhand.errors import BackhandError
-from backhand.loop.answers import MAX_NEW_TOKENS
 from backhand.report import charts
 from backhand.report.headline import base_and_best, headline, verdict
 from backhand.report.proof_tables import ProofTable, proof_tables
 from backhand.report.rendering import NOT_KNOWN, known, render, size, time_taken
 from backhand.report.run_record import RunRecord, is_number
-from backhand.runs.checkpoint import latest_name
-from backhand.runs.directory import CHECKPOINTS
 from backhand.runs.pair_results import PAIR_OBJECTIVES, answers_got_worse
+from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.runs.summary import CHOSEN_BY, no_label_fits
 from backhand.words import count_of, interval_text
+
+if TYPE_CHECKING:
+    from backhand.arithmetic.inspect import ModuleInspection
 
 SECTIONS = ("result", "answers", "curves", "adapter", "proofs", "data", "repeat")
 
@@ -39,11 +33,25 @@ def run_page(run: RunRecord) -> bytes:
 
 def page_values(run: RunRecord) -> dict[str, Any]:
     """Return the values that the templates of a run show in addition to its record."""
+    from backhand.report.adapter_changes import changes_of  # imports torch, which `live_values` does without
+
     changes, source, also_trained = changes_of(run)
+    values = live_values(run)
+    values["charts"] |= _adapter_charts(changes)
+    return values | {
+        "changes": sorted(changes, key=lambda one: -(one.relative_norm or one.norm))[:_MOST_MOVED],
+        "change_source": source,
+        "also_trained": also_trained,
+        "movement": _movement(changes),
+    }
+
+
+def live_values(run: RunRecord) -> dict[str, Any]:
+    """Return the values of all sections but that of the adapter, which needs its tensors."""
     tables = proof_tables(run.proofs, run=shlex.quote(str(run.path)), adapter=shlex.quote(str(run.adapter)))
     drawn = charts.run_charts(run)
     has_curves = bool(drawn)
-    drawn |= _adapter_charts(changes) | _data_charts(run) | _decision_charts(run)
+    drawn |= _data_charts(run) | _decision_charts(run)
     return {
         "title": f"{run.path.name}: run report",
         "run": run,
@@ -55,10 +63,6 @@ def page_values(run: RunRecord) -> dict[str, Any]:
         "max_new_tokens": MAX_NEW_TOKENS,
         "has_curves": has_curves,
         "processes": _processes(run),
-        "changes": sorted(changes, key=lambda one: -(one.relative_norm or one.norm))[:_MOST_MOVED],
-        "change_source": source,
-        "also_trained": also_trained,
-        "movement": _movement(changes),
         "proofs": tables,
         "charts": drawn,
     }
@@ -142,72 +146,6 @@ def _answer(line: Mapping[str, Any]) -> dict[str, Any]:
 def prompt_parts(line: Mapping[str, Any]) -> list[tuple[str, bool]]:
     """Return (text, True for control tokens) per part of a prompt; earlier versions recorded a single text."""
     return [(text, control) for text, control in line.get("prompt_parts") or [(line.get("prompt", ""), False)]]
-
-
-# Part of a tensor's name in PEFT's files, and a phrase for its contents.
-_OTHER_TENSORS = (
-    ("lora_magnitude_vector", "the lengths of the rows of {} weight{} (DoRA)"),
-    (".lora_B.bias", "the bias of lora_B in {} module{}"),
-    ("token_adapter.trainable_tokens", "single rows of {} embedding{}"),
-)
-
-
-class AdapterChanges(NamedTuple):
-    """The change of each module by an adapter's factors, see `arithmetic.inspect`.
-
-    ΔW does not contain the other trained tensors: DoRA's magnitudes, biases, whole modules, single rows of an
-    embedding. They are listed by kind.
-    """
-
-    modules: list[ModuleInspection]  # in forward order; empty if no adapter can be read
-    source: str  # the adapter's path in the run, or the reason why none can be read
-    also_trained: tuple[str, ...] = ()  # a phrase for each kind of other trained tensors
-
-
-def changes_of(run: RunRecord) -> AdapterChanges:
-    """Return the changes by the run's adapter, or by the newest checkpoint's if there is no `adapter/` yet."""
-    recorded = run.facts.get("modules") or []
-    measured = ((module["name"], module.get("weight_norm")) for module in recorded)
-    norms = tuple((name, norm if is_number(norm) else None) for name, norm in measured)
-    for directory in (run.adapter, _newest_checkpoint(run.path)):
-        if directory is None or not directory.is_dir():
-            continue
-        try:
-            written_ns = (directory / TENSOR_FILE).stat().st_mtime_ns
-            changes, also_trained = _read(directory, written_ns, norms)
-        except (BackhandError, OSError) as error:
-            return AdapterChanges([], f"the adapter cannot be read: {error}")
-        return AdapterChanges(list(changes), str(directory.relative_to(run.path)), also_trained)
-    return AdapterChanges([], "there is no adapter yet")
-
-
-@lru_cache(maxsize=4)
-def _read(
-    directory: Path, _written_ns: int, norms: tuple[tuple[str, float | None], ...]
-) -> tuple[tuple[ModuleInspection, ...], tuple[str, ...]]:
-    """Return the changes by the adapter in a directory. Cached, since `watch` asks for them every few seconds."""
-    adapter, recorded = read_factors(directory), dict(norms)
-    # The file is sorted by name, and the modules in facts.json are in forward order.
-    order = {name: number for number, name in enumerate(recorded)}
-    changes = inspect_modules(adapter, 0.0, lambda name, _module: recorded.get(name))
-    changes.sort(key=lambda change: order.get(change.module, len(order)))
-    return tuple(changes), _phrases(adapter.others)
-
-
-def _phrases(tensor_names: Iterable[str]) -> tuple[str, ...]:
-    """Return a phrase for each kind of trained tensors that are not factors."""
-    counts: Counter[str] = Counter()
-    for name in tensor_names:
-        if name.endswith(".base_layer.weight"):
-            continue  # a copy of the frozen weight, which PEFT adds to the factors of embeddings and heads
-        kind = next((kind for part, kind in _OTHER_TENSORS if part in name), "{} tensor{} trained in full")
-        counts[kind] += 1
-    return tuple(kind.format(count, "" if count == 1 else "s") for kind, count in counts.items())
-
-
-def _newest_checkpoint(run: Path) -> Path | None:
-    name = latest_name(run / CHECKPOINTS)
-    return run / CHECKPOINTS / name if re.fullmatch(r"step-\d{1,18}", name) else None
 
 
 def _adapter_charts(changes: Sequence[ModuleInspection]) -> dict[str, charts.Spec]:

@@ -22,8 +22,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from backhand.adapters.peft_saving import pretrained_arguments
 from backhand.data.options import system_option
+from backhand.nn.model_options import pretrained_arguments
 from backhand.printing import duration
 from backhand.report.run_record import is_number
 from backhand.words import count_of, in_words, interval_text

@@ -25,7 +25,7 @@ from backhand.errors import ArtifactError
 from backhand.files import FileLayer, remove_tree, replace_file, save_errors
 from backhand.json_shape import ShapeError, convert
 from backhand.reading import open_plain, read_json, read_settings
-from backhand.runs.directory import put_directory
+from backhand.runs.directory import CHECKPOINTS, put_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -157,6 +157,12 @@ def latest_name(checkpoints: Path) -> str:
         return read_settings(checkpoints / LATEST).strip()
     except OSError:
         return ""
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the directory of a run's newest checkpoint, or None if there is none yet."""
+    name = latest_name(run / CHECKPOINTS)
+    return run / CHECKPOINTS / name if re.fullmatch(r"step-\d{1,18}", name) else None
 
 
 class NewerFormatError(ArtifactError):

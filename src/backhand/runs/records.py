@@ -36,6 +36,10 @@ def metrics_line(value: object) -> dict[str, Any]:
     return {name: found[name] for name in entries if name in found}
 
 
+MAX_NEW_TOKENS = 64
+"""Largest number of tokens of an answer in answers.jsonl."""
+
+
 class AnswerLine(TypedDict, total=False):
     """A held-out row with the answers of base model and adapter."""
 

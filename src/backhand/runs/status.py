@@ -96,14 +96,15 @@ def read_status(run: Path) -> RunStatus | None:
     except (OSError, ValueError):
         return None
     # Nothing is known of a process on another machine that shares the disk.
-    if status.state == "running" and status.host == platform.node() and not _is_running(status):
+    here = status.host == platform.node()
+    if status.state == "running" and here and not is_running(status.process, status.process_start):
         return replace(status, state="killed", reason="its process ended without a message")
     return status
 
 
-def _is_running(status: RunStatus) -> bool:
+def is_running(process: int, start: str | None) -> bool:
     """Return True if the process exists and is not a later one with the same number."""
-    return exists(status.process) and status.process_start in (None, process_start(status.process))
+    return exists(process) and start in (None, process_start(process))
 
 
 def _now() -> str:

@@ -25,13 +25,13 @@ from backhand.engines.engine import ShortModel, Trainable
 from backhand.engines.machine import Machine
 from backhand.errors import not_none
 from backhand.generation.sampling import ROWS_AT_ONCE
-from backhand.loop.answers import MAX_NEW_TOKENS
 from backhand.loop.forecast import Forecast
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import five_times
 from backhand.nn.batch import PackedBatch
 from backhand.nn.lora_parameters import AdapterLayout, LoRAParameters
 from backhand.options.config import OptimizationOptions
+from backhand.runs.records import MAX_NEW_TOKENS
 from backhand.training.plan import RunPlan
 
 BUDGET_S = 10.0

@@ -19,6 +19,18 @@ function drawAll(charts) {
   return Promise.all(Object.entries(charts).map(([id, spec]) => embed(id, spec)));
 }
 
+// A live page calls this with newer charts. One is drawn again only if something other than its data has changed.
+window.redraw = async (fresh) => {
+  for (const [id, spec] of Object.entries(fresh)) {
+    const view = views.get(id);
+    if (view && known.get(id) === shape(spec)) await view.data(spec.data.name, spec.data.values).runAsync();
+    else await embed(id, spec);
+    known.set(id, shape(spec));
+  }
+};
+
+function shape(spec) { return JSON.stringify({ ...spec, data: null }); }
+
 // What is printed is all there is: closed parts are opened for it.
 window.addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details:not([open])")) {
@@ -34,4 +46,5 @@ window.addEventListener("afterprint", () => {
 });
 
 const charts = JSON.parse(document.getElementById("charts").textContent);
+const known = new Map(Object.entries(charts).map(([id, spec]) => [id, shape(spec)]));
 window.drawn = drawAll(charts).then(() => { document.documentElement.dataset.drawn = ""; });

@@ -1,0 +1,355 @@
+"""Addresses of the page, and the functions that answer them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+import zipfile
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
+
+from backhand.errors import UsageError
+from backhand.files import FileLayer, remove_tree
+from backhand.report.run_record import read_run
+from backhand.runs.directory import CONFIG, REPORT
+from backhand.studio import queue
+from backhand.studio.access import SANDBOX_POLICY, Refused, refusal
+from backhand.studio.draft import MORE, OBJECTIVES, Draft, changed_run, choices_of, default_of, more_fields
+from backhand.studio.runs import adapter_of, all_runs, asking_words, log_of, page_of, stop, version_of
+from backhand.studio.site import Site, static
+from backhand.studio.workspace import checked_name
+
+EXPORTS = {
+    "peft": ("zip", "PEFT adapter, also for transformers and vLLM (zip)", ()),
+    "gguf": ("gguf", "Adapter for llama.cpp (GGUF)", ()),
+    "merged": ("gguf", "Base model with the adapter for llama.cpp and LM Studio (GGUF)", ("--merge",)),
+    "ollama": ("zip", "Adapter with a Modelfile for Ollama (zip)", ()),
+}
+"""Downloads: suffix of the file, description, and further options of `export`."""
+_TO = {"merged": "gguf"}
+"""Formats of `export` whose name is not that of the download."""
+_SHOWN_ROWS = 3
+_MAX_SHOWN_TOKENS = 600
+
+
+def make_app(site: Site) -> Starlette:
+    """Return the application with all pages below the site's root."""
+    runs = [
+        _route(site, "/runs/{name}", _run_page),
+        _route(site, "/runs/{name}/report", _report),
+        _route(site, "/runs/{name}/try", _try, "POST"),
+    ]
+    changing = [
+        _route(site, "/", _home),
+        _route(site, "/new", _model_step),
+        _route(site, "/new/rows", _rows_step),
+        _route(site, "/new/learn", _learn_step),
+        _route(site, "/new/start", _start_step),
+        _route(site, "/part/models", _models_part),
+        _route(site, "/part/rows", _first_rows_part),
+        _route(site, "/part/lint", _lint_part),
+        _route(site, "/part/plan", _plan_part),
+        _route(site, "/compare", _compare),
+        _route(site, "/upload", _upload, "POST"),
+        _route(site, "/delete-rows", _delete_rows, "POST"),
+        _route(site, "/start", _start, "POST"),
+        *(_route(site, f"/runs/{{name}}/{name}", action, "POST") for name, action in _ACTIONS.items()),
+        _route(site, "/runs/{name}/export", _export, "POST"),
+        _route(site, "/runs/{name}/download/{file}", _download),
+    ]
+    routes = [*runs, *(changing if site.workspace is not None else []), Route("/static/{file}", static)]
+    if (watched := site.watched) is not None:
+        routes.append(Route("/", lambda _: site.go_to_run(watched.name)))
+    handlers: dict[Any, Any] = {HTTPException: site.failure, Refused: refusal}
+    return Starlette(routes=[Mount(site.root, routes=routes)], exception_handlers=handlers)
+
+
+Answer = Callable[[Site, Request], Awaitable[Response]]
+
+
+def _route(site: Site, path: str, answer: Answer, method: str = "GET") -> Route:
+    @wraps(answer)
+    async def answered(request: Request) -> Response:
+        try:
+            return await answer(site, request)
+        except (HTTPException, Refused):
+            raise
+        except Exception as error:  # noqa: BLE001 - a browser gets an answer, whatever goes wrong
+            return site.failure(request, error)
+
+    return Route(path, answered, methods=[method])
+
+
+# ---- the list of runs, and a run ---------------------------------------------------------------------------------
+
+
+async def _home(site: Site, request: Request) -> Response:
+    queue.start_worker(site.space)
+    runs = all_runs(site.space)
+    versions = [version_of(run, None) for run in runs]
+    return _unless_known(
+        request, " ".join(versions), lambda: site.page("home.html.j2", {"title": "Runs", "runs": runs})
+    )
+
+
+async def _run_page(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    log = site.workspace.log_file(run.name) if site.workspace is not None else None
+
+    def page() -> Response:
+        values = page_of(run)
+        record_words = ["train", str(run.path / CONFIG), "--output=runs/again"]
+        shared = {
+            "title": run.name,
+            "listed": run,
+            "log": "" if log is None else log_of(log),
+            "exports": EXPORTS,
+            "charts": {},
+            "sections": [],
+            "page": values,
+            "again": record_words,
+        }
+        return site.page("run_page.html.j2", shared | (values or {}))
+
+    return _unless_known(request, version_of(run, log), page)
+
+
+def _unless_known(request: Request, version: str, page: Callable[[], Response]) -> Response:
+    """Return the page, or 304 if the browser has this version of it."""
+    if version and request.headers.get("if-none-match") == f'"{version}"':
+        return Response(status_code=HTTPStatus.NOT_MODIFIED)
+    response = page()
+    response.headers["ETag"] = f'"{version}"'
+    return response
+
+
+async def _report(site: Site, request: Request) -> Response:
+    path = site.run(request).path / REPORT
+    if not path.is_file() or path.is_symlink():
+        raise UsageError("there is no report yet", next_step="wait for the end of the run")
+    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": SANDBOX_POLICY})
+
+
+async def _compare(site: Site, request: Request) -> Response:
+    names = request.query_params.getlist("run")
+    paths = [str(site.space.run(name)) for name in names]
+    with tempfile.TemporaryDirectory(dir=site.space.exports) as folder:
+        output = Path(folder) / "comparison.html"
+        await site.commands.checked(["report", *paths, f"--output={output}"], request.is_disconnected)
+        data = output.read_bytes()
+    return Response(data, media_type="text/html", headers={"Content-Security-Policy": SANDBOX_POLICY})
+
+
+async def _try(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    prompt = str((await request.form()).get("prompt", ""))
+    if not prompt.strip():
+        raise UsageError("the prompt is empty")
+    words = asking_words(run, prompt)
+    asked, text = words, ""
+    if words[0] == "generate":  # a row has its answers as JSON
+        asked, text = [*words[:-1], "--data=-", "--quiet"], json.dumps({"prompt": prompt}) + "\n"
+    outcome = await site.commands.checked(asked, request.is_disconnected, text=text)
+    return site.part("answers", answer=outcome.json(), words=words, decisions=words[0] == "decide")
+
+
+# ---- a new run ---------------------------------------------------------------------------------------------------
+
+
+async def _model_step(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    return site.page("new_model.html.j2", {"title": "New run: the model", "draft": draft})
+
+
+async def _models_part(site: Site, request: Request) -> Response:
+    words = ["models", "--json"]
+    outcome = await site.commands.checked(words, request.is_disconnected)
+    listed = list(outcome.json())
+    # Models that fit come first, the smallest first.
+    listed.sort(key=lambda one: (one["engine"] is None, not one["fits"], one["file_bytes"] or 0))
+    site.models = listed
+    draft = Draft.of(request.query_params.items())
+    return site.part("models", models=listed, draft=draft, words=words[:1])
+
+
+async def _rows_step(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    values = {"title": "New run: the rows", "draft": draft, "uploads": site.space.uploads()}
+    return site.page("new_rows.html.j2", values)
+
+
+async def _upload(site: Site, request: Request) -> Response:
+    name = await site.space.save_upload(request.query_params.get("name", ""), request.stream())
+    return Response(name, media_type="text/plain")
+
+
+async def _delete_rows(site: Site, request: Request) -> Response:
+    form = await request.form()
+    site.space.delete_upload(str(form.get("data", "")))
+    return site.go(f"new/rows?{form.get('query', '')}")
+
+
+async def _learn_step(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    draft.data_words(site.space)
+    return site.page("new_learn.html.j2", {"title": "New run: what to learn", "draft": draft})
+
+
+async def _first_rows_part(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    path = draft.data_words(site.space)[0].partition("=")[2]
+    outcome = await site.commands.run([path], request.is_disconnected, module="backhand.studio.first_rows")
+    values = {"first": outcome.json(), "draft": draft, "objectives": OBJECTIVES}
+    return site.part("rows", **values)
+
+
+async def _lint_part(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    words = draft.lint_words(site.space, site.model_names)
+    outcome = await site.commands.run([*words, "--json", f"--show={_SHOWN_ROWS}"], request.is_disconnected)
+    report = outcome.json()
+    values = {"report": report, "messages": outcome.messages if outcome.code else "", "most": _MAX_SHOWN_TOKENS}
+    return site.part("lint", **values, words=words)
+
+
+async def _start_step(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    words = draft.train_words(site.space, site.model_names, site.space.run("NAME"))
+    values = {
+        "title": "New run: start",
+        "draft": draft,
+        "words": words,
+        "more": more_fields(),
+        "titles": MORE,
+        "choices": choices_of,
+        "default": default_of,
+        "busy": any(run.at_work or run.state == "waiting" for run in all_runs(site.space)),
+    }
+    return site.page("new_start.html.j2", values)
+
+
+async def _plan_part(site: Site, request: Request) -> Response:
+    draft = Draft.of(request.query_params.items())
+    words = ["plan", *draft.run_words(site.space, site.model_names)]
+    outcome = await site.commands.checked([*words, "--json"], request.is_disconnected)
+    return site.part("plan", plan=outcome.json(), words=words)
+
+
+async def _start(site: Site, request: Request) -> Response:
+    form = await request.form()
+    draft = Draft.of((name, value) for name, value in form.items() if isinstance(value, str))
+    name = checked_name(draft.get("name").strip())
+    output = site.space.run(name)
+    if output.exists() or site.space.job_file(name).exists():
+        raise UsageError(f"there is a run {name} already", next_step="give another name")
+    queue.enqueue(site.space, name, draft.train_words(site.space, site.model_names, output))
+    return site.go_to_run(name)
+
+
+# ---- actions on a run --------------------------------------------------------------------------------------------
+
+
+async def _stop(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    if not queue.cancel(site.space, run.name):
+        stop(run)
+        return site.go_to_run(run.name)
+    return site.go("")
+
+
+async def _resume(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    queue.enqueue(site.space, run.name, ["train", "--resume", f"--output={run.path}"])
+    return site.go_to_run(run.name)
+
+
+async def _again(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    suggested = read_run(run.path).summary.get("try_next") or ""
+    name = next(name for number in range(2, 10_000) if not site.space.run(name := f"{run.name[:50]}-{number}").exists())
+    try:
+        suggestion = shlex.split(suggested)
+    except ValueError:
+        suggestion = []
+    words = changed_run(suggestion, run.path / CONFIG, site.space.run(name))
+    queue.enqueue(site.space, name, words)
+    return site.go_to_run(name)
+
+
+async def _rename(site: Site, request: Request) -> Response:
+    run = _at_rest(site, request)
+    new = checked_name(str((await request.form()).get("new", "")).strip())
+    if new != run:
+        site.space.rename(run, new)
+    return site.go_to_run(new)
+
+
+async def _delete(site: Site, request: Request) -> Response:
+    run = _at_rest(site, request)
+    if (await request.form()).get("sure") != "yes":
+        raise UsageError(
+            f"the run {run} is not deleted", next_step="mark the box next to the button, which confirms it"
+        )
+    await run_in_threadpool(site.space.delete, run)
+    return site.go("")
+
+
+def _at_rest(site: Site, request: Request) -> str:
+    run = site.run(request)
+    if run.at_work or run.state == "waiting":
+        raise UsageError(f"the run {run.name} {run.state_words}", next_step="stop it first")
+    return run.name
+
+
+_ACTIONS: dict[str, Answer] = {
+    "stop": _stop,
+    "resume": _resume,
+    "again": _again,
+    "rename": _rename,
+    "delete": _delete,
+}
+
+
+async def _export(site: Site, request: Request) -> Response:
+    run = site.run(request)
+    kind = str((await request.form()).get("to", ""))
+    if kind not in EXPORTS:
+        raise UsageError("this is not a format of the page", next_step="choose one of the list")
+    suffix, _, options = EXPORTS[kind]
+    model = read_run(run.path).config.get("model", {}).get("model", "smollm2-135m")
+    output = site.space.exports / run.name / (f"{run.name}-{kind}" + (".gguf" if suffix == "gguf" else ""))
+    words = ["export", f"--model={model}", f"--adapter={adapter_of(run)}", f"--to={_TO.get(kind, kind)}", *options]
+    words.append(f"--output={output}")
+    await run_in_threadpool(remove_tree, FileLayer(), output.parent)
+    output.parent.mkdir(mode=0o700)
+    outcome = await site.commands.checked(words, request.is_disconnected)
+    path = output.with_name(f"{output.name}.zip") if suffix == "zip" else output
+    if suffix == "zip":
+        await run_in_threadpool(_zip, output, path)
+    messages = outcome.output + outcome.messages
+    return site.part("export", file=path, run=run.name, size=path.stat().st_size, messages=messages, words=words)
+
+
+def _zip(folder: Path, target: Path) -> None:
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+
+
+async def _download(site: Site, request: Request) -> Response:
+    folder = site.space.exports / site.run(request).name
+    name = str(request.path_params["file"])
+    if not folder.is_dir() or name not in {path.name for path in folder.iterdir() if path.is_file()}:
+        raise UsageError("this file has not been made yet", next_step="press the button of its format")
+    return FileResponse(folder / name, media_type="application/octet-stream", filename=name)

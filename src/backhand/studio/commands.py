@@ -1,0 +1,123 @@
+"""Backhand's commands as processes: their results are the page's results, and their messages are its messages."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import BackhandError
+from backhand.safe_path import python_words, safe_environment
+
+MAX_OUTPUT_BYTES = 32 * 2**20
+_AT_ONCE = 2
+_CHECK_S = 0.5
+
+
+class CommandError(BackhandError):
+    """A command that failed; its text is what it printed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a command."""
+
+    code: int
+    output: str
+    messages: str  # standard error
+
+    def json(self) -> Any:
+        """Return the JSON on standard output. Raises CommandError if there is none."""
+        try:
+            return json.loads(self.output)
+        except ValueError:
+            raise CommandError(self.messages.strip() or self.output) from None
+
+
+def shown(words: Sequence[str]) -> str:
+    """Return the words after `backhand` as a command to copy."""
+    return shlex.join(["backhand", *words])
+
+
+class Commands:
+    """Runs commands, a few at a time.
+
+    Args:
+        directory: the directory in which they run.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(
+        self,
+        words: Sequence[str],
+        gone: Callable[[], Awaitable[bool]],
+        *,
+        text: str = "",
+        module: str = "backhand",
+    ) -> Outcome:
+        """Run a command to its end.
+
+        Args:
+            words: the words after `backhand`.
+            gone: returns True if nobody waits for the result any more. The command is then ended.
+            text: standard input.
+            module: the module to run.
+
+        Raises:
+            CommandError: nobody waits any more, or the output is too long.
+        """
+        async with self._turns:
+            process = await asyncio.create_subprocess_exec(
+                *python_words(module, *words),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=self._directory,
+                env=os.environ | safe_environment(),
+                start_new_session=True,
+                limit=MAX_OUTPUT_BYTES,
+            )
+            working = asyncio.create_task(process.communicate(text.encode("utf-8", "replace")))
+            try:
+                while not (await asyncio.wait({working}, timeout=_CHECK_S))[0]:
+                    if await gone():
+                        raise CommandError("the page was closed before the command ended")
+                output, messages = working.result()
+            finally:
+                if process.returncode is None:
+                    _end(process.pid)
+                    await process.wait()
+                working.cancel()
+        if len(output) > MAX_OUTPUT_BYTES:
+            raise CommandError("the output of the command is too long for a page")
+        return Outcome(process.returncode or 0, output.decode("utf-8", "replace"), messages.decode("utf-8", "replace"))
+
+    async def checked(self, words: Sequence[str], gone: Callable[[], Awaitable[bool]], *, text: str = "") -> Outcome:
+        """Run a command. Raises CommandError, with what it printed, if it fails."""
+        outcome = await self.run(words, gone, text=text)
+        if outcome.code:
+            raise CommandError(outcome.messages.strip() or f"the command ended with code {outcome.code}")
+        return outcome
+
+
+def _end(process: int) -> None:
+    """End a process with those that it has started."""
+    with suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process, signal.SIGKILL)
+        else:
+            os.kill(process, signal.SIGTERM)

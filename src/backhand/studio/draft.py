@@ -1,0 +1,168 @@
+"""A run that is being described: the fields of the form, and the commands that they mean.
+
+The fields are in the address of each step, so that a reloaded page, or a link to it, shows the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+from urllib.parse import urlencode
+
+from backhand.bounds import union_members
+from backhand.cli.option_fields import OptionField, option_fields
+from backhand.errors import UsageError
+from backhand.options.config import TrainConfig
+from backhand.studio.workspace import Workspace
+
+OBJECTIVES = {
+    "sft": "Answers: the model learns to answer as the rows do",
+    "decide": "Decisions: the model chooses between fixed answers, with a probability for each",
+    "dpo": "Pairs: the model learns which of two answers is better (DPO)",
+    "orpo": "Pairs, from a base model that was not trained on answers before (ORPO)",
+    "simpo": "Pairs, without comparing with the base model (SimPO)",
+    "kto": "Good and bad answers: each answer has a label (KTO)",
+}
+"""Objectives of the page, with a description."""
+
+MORE = {
+    "adapter": ("rank", "alpha", "dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules"),
+    "optimization": (
+        *("epochs", "max_steps", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"),
+        *("batch_rows", "micro_batch_rows"),
+    ),
+    "data": ("max_length", "long_rows", "skip_bad", "train_on", "system", "option_order"),
+    "run": ("eval_every", "save_every", "keep", "early_stopping", "max_forgetting", "answers", "seed"),
+    "model": ("dtype", "engine", "base", "memory", "recompute"),
+    "objective": ("beta", "loss_type", "label_smoothing"),
+}
+"""Options under "more", by section. None of them names a file or code."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_STORED_NAME = re.compile(r"(?:ollama|lmstudio):[\w./:-]+")
+_QUESTIONS = 3
+
+
+@cache
+def more_fields() -> dict[str, tuple[OptionField, ...]]:
+    """Return the options under "more" with their help, by section."""
+    by_name = {field.name: field for field in option_fields(TrainConfig)}
+    return {section: tuple(by_name[name] for name in names) for section, names in MORE.items()}
+
+
+def choices_of(field: OptionField) -> tuple[str, ...]:
+    """Return the words that an option takes, or () for a number or a text."""
+    members = union_members(field.hint)
+    if field.hint is bool:
+        return ("False", "True")
+    words = [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
+    return tuple(words) if all(get_origin(member) is Literal or member is type(None) for member in members) else ()
+
+
+def default_of(field: OptionField) -> str:
+    """Return an option's default as text, "" if it has none."""
+    default = field.default
+    return "" if default in (None, MISSING, ()) else " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The fields of the form, by name. Empty fields are left out."""
+
+    fields: Mapping[str, str]
+
+    @classmethod
+    def of(cls, given: Iterable[tuple[str, str]]) -> Draft:
+        """Return the draft of a query or a form."""
+        return cls({name: value.replace("\r\n", "\n") for name, value in given if value.strip()})
+
+    def get(self, name: str) -> str:
+        """Return a field, "" if it is empty."""
+        return self.fields.get(name, "")
+
+    @property
+    def objective(self) -> str:
+        """The objective, or "" before one is chosen."""
+        return self.get("objective")
+
+    def query(self, **changes: str) -> str:
+        """Return the fields as the query of an address, with changes."""
+        return urlencode({name: value for name, value in {**self.fields, **changes}.items() if value})
+
+    def model_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
+        """Return the option of the model.
+
+        Args:
+            listed: names of the models on this machine.
+
+        Raises:
+            UsageError: the model is a path that this page may not read.
+        """
+        name = self.get("typed_model") or self.get("model")
+        known = name in ("", "smollm2-135m", *listed) or _HUB_NAME.fullmatch(name) or _STORED_NAME.fullmatch(name)
+        return [f"--model={name if known else workspace.allowed(name)}"] if name else []
+
+    def data_words(self, workspace: Workspace) -> list[str]:
+        """Return the options of the rows. Raises UsageError: there are none, or this page may not read them."""
+        name = self.get("typed_data") or self.get("data")
+        if not name:
+            raise UsageError("no rows are chosen", next_step="go back to the rows, and choose or upload a file")
+        path = workspace.allowed(name) if self.get("typed_data") else workspace.upload(name)
+        words = [f"--data={path}"]
+        if self.objective == "decide":
+            words += self._options("state")
+            for number in range(_QUESTIONS):
+                if column := self.get(f"question{number}"):
+                    asked = self.get(f"asked{number}")
+                    words.append(f"--question={column}={asked}" if asked else f"--question={column}")
+        else:
+            words += self._options("prompt", "completion", "messages")
+        return words + self._options("eval_fraction")
+
+    def lint_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
+        """Return the words of `lint`. Raises UsageError as `model_words` and `data_words`."""
+        purpose = {"decide": ["--decisions"], "kto": ["--labels"]}.get(self.objective, [])
+        more = [name for name in MORE["data"] if name != "option_order"]
+        words = [*self.model_words(workspace, listed), *self.data_words(workspace), *self._more(more), *purpose]
+        return ["lint", *words]
+
+    def run_words(self, workspace: Workspace, listed: Iterable[str]) -> list[str]:
+        """Return the options of `train` and `plan`. Raises UsageError as `model_words` and `data_words`."""
+        words = [*self.model_words(workspace, listed), *self.data_words(workspace)]
+        if self.objective not in ("", "sft"):
+            words.append(f"--objective={self.objective}")
+        return words + self._more([name for names in MORE.values() for name in names])
+
+    def train_words(self, workspace: Workspace, listed: Iterable[str], output: Path) -> list[str]:
+        """Return the words of `train`. Raises UsageError as `model_words` and `data_words`."""
+        return ["train", *self.run_words(workspace, listed), f"--output={output}"]
+
+    def _more(self, names: Iterable[str]) -> list[str]:
+        by_name = {field.name: field for fields in more_fields().values() for field in fields}
+        words = []
+        for name in names:
+            value, field = self.get(f"more.{name}"), by_name[name]
+            if value and value != default_of(field):
+                words.append(f"{field.option}={value}")
+        return words
+
+    def _options(self, *names: str) -> list[str]:
+        return [f"--{name.replace('_', '-')}={self.get(name)}" for name in names if self.get(name)]
+
+
+def changed_run(words: list[str], config: Path, output: Path) -> list[str]:
+    """Return a suggested command with this run's configuration and another output.
+
+    Raises:
+        UsageError: the command contains more than `train` with options that this page offers.
+    """
+    offered = {field.option for fields in more_fields().values() for field in fields}
+    options = words[3 : words.index("--output")] if "--output" in words else []
+    pairs = list(zip(options[::2], options[1::2], strict=False))
+    if words[:2] != ["backhand", "train"] or not pairs or any(option not in offered for option, _ in pairs):
+        raise UsageError("this suggestion cannot be started from the page", next_step="copy the command to a terminal")
+    return ["train", str(config), *(f"{option}={value}" for option, value in pairs), f"--output={output}"]

@@ -1,0 +1,162 @@
+"""The queue of runs: one file for each run that waits, and a process that starts them one after another.
+
+The process, `python -m backhand.studio.queue DIRECTORY`, survives the server, and every run survives this process. Both
+hold the lock of the queue: if the process is killed, its successor waits for the run.
+
+    queue/N-NAME.json    the command of a run that waits
+    queue/.lock          held while a run of the queue trains
+    queue/.next          held by the one process that waits for `.lock`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from backhand.errors import UsageError
+from backhand.files import FileLayer, replace_file
+from backhand.reading import read_json
+from backhand.runs.status import is_running
+from backhand.safe_path import python_words, safe_environment
+from backhand.studio.workspace import Workspace
+from backhand.system import PLAIN, lock, process_start
+
+
+@dataclass(frozen=True)
+class Job:
+    """The last start of a run, or a start that waits."""
+
+    words: list[str]  # the words after `backhand`
+    process: int | None = None  # None until it is started
+    process_start: str | None = None  # see `runs.status.is_running`
+    exit_code: int | None = None  # None until it has ended
+
+    @property
+    def running(self) -> bool:
+        """True if the process has started and not ended."""
+        return self.exit_code is None and self.process is not None and is_running(self.process, self.process_start)
+
+
+def waiting(workspace: Workspace) -> dict[str, Job]:
+    """Return the runs that wait, in their order, with their commands."""
+    jobs = {}
+    for path in sorted(workspace.queue.glob("*.json")):
+        job = _read(path)
+        if job is not None:
+            jobs[_name_of(path)] = job
+    return jobs
+
+
+def enqueue(workspace: Workspace, name: str, words: list[str]) -> None:
+    """Add a run to the queue, and start the process if there is none.
+
+    Raises:
+        UsageError: a run of this name waits or trains.
+        OSError: the file cannot be written.
+    """
+    last = read_job(workspace, name)
+    if name in waiting(workspace) or (last is not None and last.running):
+        raise UsageError(f"the run {name} waits or trains already", next_step="wait for it, or cancel it")
+    numbers = [int(path.name.partition("-")[0]) for path in workspace.queue.glob("*.json")]
+    _write(workspace.queue / f"{max(numbers, default=0) + 1:06}-{name}.json", Job(words))
+    start_worker(workspace)
+
+
+def cancel(workspace: Workspace, name: str) -> bool:
+    """Remove a run that waits; return False if it does not wait."""
+    for path in workspace.queue.glob("*.json"):
+        if _name_of(path) == name:
+            with suppress(FileNotFoundError):  # it has just been started
+                path.unlink()
+                return True
+    return False
+
+
+def read_job(workspace: Workspace, name: str) -> Job | None:
+    """Return the last start of a run, or None."""
+    return _read(workspace.job_file(name))
+
+
+def start_worker(workspace: Workspace) -> None:
+    """Start the process of the queue if a run waits. If there is a process already, the new one ends at once."""
+    if not waiting(workspace):
+        return
+    _started(python_words("backhand.studio.queue", str(workspace.root)), workspace.root, None, ())
+
+
+def work(workspace: Workspace) -> None:
+    """Start the runs of the queue one after another, until none waits."""
+    successor = _open(workspace.queue / ".next")
+    if not lock(successor):
+        return  # another process waits, which has not read the queue yet
+    turn = _open(workspace.queue / ".lock")
+    lock(turn, wait=True)
+    os.close(successor)
+    while paths := sorted(workspace.queue.glob("*.json")):
+        name, job = _name_of(paths[0]), _read(paths[0])
+        with suppress(FileNotFoundError):  # it has just been cancelled
+            paths[0].rename(workspace.job_file(name))
+            if job is not None:
+                _run(workspace, name, job.words, turn)
+
+
+def _run(workspace: Workspace, name: str, words: list[str], turn: int) -> None:
+    with workspace.log_file(name).open("wb") as log:
+        process = _started(python_words("backhand", *words), workspace.root, log.fileno(), (turn,))
+    job = Job(words, process.pid, process_start(process.pid))
+    _write(workspace.job_file(name), job)
+    code = process.wait()
+    if (now := read_job(workspace, name)) is not None and now.process == job.process:
+        _write(workspace.job_file(name), Job(words, job.process, job.process_start, code))
+
+
+def _started(
+    words: list[str], directory: Path, output: int | None, inherited: tuple[int, ...]
+) -> subprocess.Popen[bytes]:
+    """Start a process that no terminal and no parent ends."""
+    nowhere = subprocess.DEVNULL
+    out = nowhere if output is None else output
+    environment = os.environ | safe_environment()
+    if sys.platform == "win32":
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
+        return subprocess.Popen(
+            words, stdin=nowhere, stdout=out, stderr=out, cwd=directory, env=environment, creationflags=flags
+        )
+    return subprocess.Popen(
+        words,
+        stdin=nowhere,
+        stdout=out,
+        stderr=out,
+        cwd=directory,
+        env=environment,
+        start_new_session=True,
+        pass_fds=inherited,
+    )
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | PLAIN, 0o600)
+
+
+def _name_of(path: Path) -> str:
+    return path.stem.partition("-")[2]
+
+
+def _read(path: Path) -> Job | None:
+    try:
+        return read_json(path, Job)
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, job: Job) -> None:
+    replace_file(FileLayer(), path, json.dumps(asdict(job)).encode())
+
+
+if __name__ == "__main__":
+    work(Workspace(Path(sys.argv[1])))

@@ -1,0 +1,244 @@
+"""Runs as the page lists and shows them. Everything is read from run directories and from the files of the queue."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backhand.errors import BackhandError, UsageError
+from backhand.json_shape import parse
+from backhand.printing import duration
+from backhand.report.page import live_values
+from backhand.report.run_record import read_run
+from backhand.runs.checkpoint import newest_checkpoint
+from backhand.runs.directory import (
+    ADAPTER,
+    ANSWERS,
+    CHECKPOINTS,
+    CONFIG,
+    FACTS,
+    METRICS,
+    PROOFS,
+    REPORT,
+    STATUS,
+    SUMMARY,
+)
+from backhand.runs.status import RunStatus, read_status
+from backhand.studio.queue import Job, read_job, waiting
+from backhand.studio.workspace import Workspace
+
+_SHOWN = (CONFIG, METRICS, PROOFS, ANSWERS, FACTS, SUMMARY, STATUS, ADAPTER, REPORT, f"{CHECKPOINTS}/latest")
+LIVE_SECTIONS = ("answers", "curves", "proofs", "data", "repeat")
+_LOG_BYTES = 20_000
+_RECENT_STEPS = 20
+
+STATES = {
+    "waiting": "waits in the queue",
+    "starting": "is being prepared",
+    "running": "trains",
+    "finished": "finished",
+    "interrupted": "stopped, and can be continued",
+    "failed": "ended with an error",
+    "killed": "was killed, and can be continued",
+    "not started": "could not start",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps of a run, and the predicted time of the others."""
+
+    step: int
+    total: int
+    left: str  # "" if it is not known
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run in the list."""
+
+    name: str
+    path: Path
+    state: str  # a key of `STATES`
+    reason: str = ""
+    began: str = ""
+    progress: Progress | None = None  # None before the first step
+    job: Job | None = None  # its last start, None if it was started elsewhere
+
+    @property
+    def state_words(self) -> str:
+        """The state in words."""
+        return STATES[self.state]
+
+    @property
+    def at_work(self) -> bool:
+        """True if a process prepares or trains the run, so that its files may change."""
+        return self.state in ("starting", "running")
+
+    @property
+    def can_continue(self) -> bool:
+        """True if `train --resume` can continue the run."""
+        return self.state in ("interrupted", "failed", "killed") and newest_checkpoint(self.path) is not None
+
+
+def listed_run(path: Path, job: Job | None = None, *, waits: bool = False) -> ListedRun:
+    """Return a run as it is now.
+
+    Args:
+        path: the run directory, which may not exist yet.
+        job: the last start from the page, if any.
+        waits: True if the run waits in the queue.
+    """
+    status = read_status(path)
+    state, reason = "starting", ""
+    if waits:
+        state = "waiting"
+    elif status is not None and not (job is not None and job.running and status.state != "running"):
+        state, reason = status.state, status.reason
+    elif job is not None and not job.running:
+        state = "not started"
+    elif job is None:
+        state, reason = "killed", "its process ended without a message"
+    began = status.began if status is not None else ""
+    return ListedRun(path.name, path, state, reason, began, _progress(path, status), job)
+
+
+def all_runs(workspace: Workspace) -> list[ListedRun]:
+    """Return all runs: those at work, then those that wait in their order, then all others, the newest first."""
+    queue = waiting(workspace)
+    names = {path.name for path in workspace.runs.iterdir() if path.is_dir() and not path.is_symlink()}
+    names |= {path.stem for path in workspace.jobs.glob("*.json")} | queue.keys()
+    runs = [run_of(workspace, name, queue) for name in names if not name.startswith(".")]
+    order = {name: place for place, name in enumerate(queue)}
+    runs.sort(key=lambda run: (run.began, run.name), reverse=True)
+    runs.sort(key=lambda run: -2 if run.at_work else order.get(run.name, 0) - len(order) if run.name in order else 0)
+    return runs
+
+
+def run_of(workspace: Workspace, name: str, queue: Mapping[str, Job] | None = None) -> ListedRun:
+    """Return the run of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    queue = waiting(workspace) if queue is None else queue
+    path, job = workspace.run(name), queue.get(name) or read_job(workspace, name)
+    if job is None and not path.is_dir():
+        raise UsageError(f"there is no run {name}", next_step="choose one in the list of runs")
+    return listed_run(path, job, waits=name in queue)
+
+
+def stop(run: ListedRun) -> None:
+    """Ask a run to save and stop.
+
+    Raises:
+        UsageError: it does not train.
+    """
+    status = read_status(run.path)
+    process = status.process if status is not None and status.state == "running" else None
+    if process is None and run.job is not None and run.job.running:
+        process = run.job.process
+    if process is None:
+        raise UsageError(f"the run {run.name} does not train", next_step="reload the page")
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
+def version_of(run: ListedRun, log: Path | None) -> str:
+    """Return a text that changes with every file of the run's page, and with its state."""
+    parts = [run.state]
+    for path in (*(run.path / name for name in _SHOWN), *([] if log is None else [log])):
+        try:
+            status = path.stat()
+            parts.append(f"{status.st_mtime_ns} {status.st_size} {status.st_ino}")
+        except OSError:
+            parts.append("-")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def page_of(run: ListedRun) -> dict[str, Any] | None:
+    """Return the values of the run's page, or None before its configuration is written."""
+    try:
+        record = read_run(run.path)
+    except UsageError:
+        return None
+    except BackhandError as error:
+        return {"unreadable": str(error)}
+    values = live_values(record)
+    return values | {
+        "sections": [(name, label) for name, label in values["sections"] if name in LIVE_SECTIONS],
+        "has_report": (run.path / REPORT).is_file(),
+        "has_adapter": (run.path / ADAPTER).is_dir() or newest_checkpoint(run.path) is not None,
+    }
+
+
+def adapter_of(run: ListedRun) -> Path:
+    """Return the adapter of a run: the published one, or that of the newest checkpoint.
+
+    Raises:
+        UsageError: there is none yet.
+    """
+    if (run.path / ADAPTER).is_dir():
+        return run.path / ADAPTER
+    if (newest := newest_checkpoint(run.path)) is not None:
+        return newest
+    raise UsageError("there is no checkpoint yet", next_step="wait for the first one")
+
+
+def asking_words(run: ListedRun, prompt: str) -> list[str]:
+    """Return the words of the command that answers a prompt with the base model and with the adapter.
+
+    Raises:
+        UsageError: there is no checkpoint yet.
+        ArtifactError: the configuration cannot be read.
+    """
+    record, adapter = read_run(run.path), adapter_of(run)
+    model, data = record.config.get("model", {}).get("model", "smollm2-135m"), record.config.get("data", {})
+    words = [f"--model={model}", f"--adapter={adapter}"]
+    if run.at_work:
+        words.append("--threads=1")  # training uses the others
+    if isinstance(template := data.get("chat_template"), str):
+        words.append(f"--chat-template={template}")
+    if record.objective == "decide":
+        return ["decide", *words, f"--state={prompt}"]
+    if isinstance(system := record.rows.get("system"), str):
+        words.append(f"--system={system}")
+    labels = ["--labels=auto"] if record.summary.get("labels") else []
+    return ["generate", *words, *labels, "--compare", "--greedy", "--max-new-tokens=128", f"--prompt={prompt}"]
+
+
+def log_of(path: Path) -> str:
+    """Return the end of a run's output."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_BYTES))
+            return file.read(_LOG_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _progress(path: Path, status: RunStatus | None) -> Progress | None:
+    if status is None or status.total_steps <= 0:
+        return None
+    steps = _last_steps(path / METRICS)
+    if status.state != "running" or not steps:
+        return Progress(status.step, status.total_steps, "")
+    (first, first_s), (last, last_s) = steps[0], steps[-1]
+    per_step = (last_s - first_s) / (last - first) if last > first else last_s / max(1, last)
+    return Progress(last, status.total_steps, duration((status.total_steps - last) * per_step))
+
+
+def _last_steps(path: Path) -> list[tuple[int, float]]:
+    """Return (step, seconds of training) of the last steps in metrics.jsonl."""
+    steps = []
+    for line in log_of(path).split("\n")[-3 * _RECENT_STEPS :]:
+        with suppress(ValueError, KeyError, TypeError):
+            values = parse(line)
+            steps.append((int(values["step"]), float(values["time_s"])))
+    return steps[-_RECENT_STEPS:]

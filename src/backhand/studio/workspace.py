@@ -1,0 +1,216 @@
+"""The studio's directory. Other users can read none of it.
+
+- `studio.json`: token and port of the address.
+- `rows/`: uploads, under names of our own.
+- `runs/NAME/`: run directories, the only state of a run.
+- `queue/`: runs that wait, see `queue`.
+- `jobs/NAME.json`: command, process and exit code of the last start of a run. `NAME.log` has its output.
+- `exports/NAME/`: converted adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from backhand.data.sources import SUFFIXES, data_suffix
+from backhand.errors import DataError, ResourceError, UsageError
+from backhand.files import FileLayer, remove_tree, replace_file, save_errors
+from backhand.reading import read_json, read_settings
+from backhand.runs.directory import TEMPORARY
+from backhand.system import PLAIN, others_can_write
+
+MAX_UPLOADS = 200
+_FREE_BYTES = 2**28
+"""Space that an upload leaves on the disk."""
+_SETTINGS = "studio.json"
+_PARTS = ("rows", "runs", "queue", "jobs", "exports")
+_NAME = re.compile(r"[^\W_](?:[\w -]{0,58}\w)?")
+
+
+class _Settings(TypedDict):
+    token: str
+    port: int
+
+
+class Workspace:
+    """The studio's directory.
+
+    Attributes:
+        root: the directory, absolute.
+        token: the secret in the address.
+        port: port of the last time, or 0.
+    """
+
+    def __init__(self, root: Path, allowed: Sequence[Path] = ()) -> None:
+        """Open the directory, or create it.
+
+        Raises:
+            UsageError: it contains other files, or another user may write to it.
+            ResourceError: it cannot be created or read.
+        """
+        self.root = root.expanduser().absolute()
+        self._allowed = tuple(path.expanduser().resolve() for path in allowed)
+        self.rows, self.runs, self.queue, self.jobs, self.exports = (self.root / part for part in _PARTS)
+        with save_errors("the studio's directory", self.root, 0, again="give another --directory"):
+            existed = self.root.exists()
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if existed:
+                self._check_ours()
+            self.root.chmod(0o700)
+            for part in _PARTS:
+                (self.root / part).mkdir(mode=0o700, exist_ok=True)
+        try:
+            settings = read_json(self.root / _SETTINGS, _Settings)
+            self.token, self.port = settings["token"], settings["port"]
+        except (OSError, ValueError):
+            self.token = secrets.token_urlsafe(24)
+            self.remember(0)
+
+    def remember(self, port: int) -> None:
+        """Store the token and the port for the next start. Raises ResourceError."""
+        self.port = port
+        data = json.dumps({"token": self.token, "port": port}).encode()
+        with save_errors(_SETTINGS, self.root, len(data)):
+            replace_file(FileLayer(), self.root / _SETTINGS, data, 0o600)
+
+    def _check_ours(self) -> None:
+        if others_can_write(self.root.stat()):
+            raise UsageError(
+                f"another user owns {self.root} or may write to it",
+                where="directory",
+                next_step="give another directory, or take the permission away: chmod go-w",
+            )
+        if not (self.root / _SETTINGS).exists() and any(self.root.iterdir()):
+            raise UsageError(
+                f"{self.root} contains other files",
+                where="directory",
+                why="everything in the studio's directory becomes unreadable for others",
+                next_step="give a new directory, such as ~/backhand",
+            )
+
+    def remove_unfinished(self) -> None:
+        """Remove the uploads during which an earlier server was killed."""
+        for unfinished in self.rows.glob(f"{TEMPORARY}*"):
+            unfinished.unlink()
+
+    def uploads(self) -> list[tuple[str, str]]:
+        """Return (file name, the name that it had in the browser) per upload, the newest first."""
+        files = [path for path in self.rows.iterdir() if path.is_file() and data_suffix(path) in SUFFIXES]
+        files.sort(key=lambda path: -path.stat().st_mtime_ns)
+        return [(path.name, _text(path.with_name(f"{path.name}.name")) or path.name) for path in files]
+
+    async def save_upload(self, name: str, parts: AsyncIterator[bytes]) -> str:
+        """Write an upload under the next free name; return the name. An unfinished upload leaves nothing.
+
+        Raises:
+            DataError: the suffix is not that of a file of rows.
+            ResourceError: there are too many uploads, or the disk is full.
+        """
+        suffixes = [part.lower() for part in Path(name).suffixes[-2:]]
+        suffix = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
+        if data_suffix(Path(f"rows{suffix}")) not in SUFFIXES:
+            raise DataError(
+                f"{name} is not a file of rows", next_step=f"save it as one of {', '.join(SUFFIXES)}, and give that"
+            )
+        if len(self.uploads()) >= MAX_UPLOADS:
+            raise ResourceError(f"there are {MAX_UPLOADS} files of rows already", next_step="delete some of them")
+        temporary = self.rows / f"{TEMPORARY}{secrets.token_hex(8)}"
+        with save_errors("the upload", self.rows, 0):
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o600)
+            try:
+                with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
+                    async for part in parts:
+                        if shutil.disk_usage(self.rows).free < len(part) + _FREE_BYTES:
+                            raise ResourceError("the disk is full", where=str(self.rows), next_step="free some space")
+                        file.write(part)
+                    file.flush()
+                    os.fsync(file.fileno())
+                numbers = [int(path.name.split(".")[0].removeprefix("rows-")) for path in self.rows.glob("rows-*")]
+                stored = self.rows / f"rows-{max(numbers, default=0) + 1}{suffix}"
+                label = stored.with_name(f"{stored.name}.name")
+                replace_file(FileLayer(), label, name[:200].encode("utf-8", "replace"))
+                temporary.rename(stored)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return stored.name
+
+    def delete_upload(self, name: str) -> None:
+        """Delete an upload. Raises UsageError if there is none of this name."""
+        path = self.upload(name)
+        path.with_name(f"{path.name}.name").unlink(missing_ok=True)
+        path.unlink()
+
+    def upload(self, name: str) -> Path:
+        """Return the path of an upload. Raises UsageError if there is none of this name."""
+        if name not in dict(self.uploads()):
+            raise UsageError("there is no such file of rows", next_step="choose another one")
+        return self.rows / name
+
+    def allowed(self, name: str) -> Path:
+        """Return the resolved path.
+
+        Raises:
+            UsageError: it is neither below the studio's directory nor below an allowed folder.
+        """
+        try:
+            path = (self.root / Path(name).expanduser()).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError("this is not a possible path", why=str(error)) from None
+        if not any(path.is_relative_to(folder) for folder in (self.root.resolve(), *self._allowed)):
+            raise UsageError(
+                f"{path} is not in a folder that this page may read",
+                next_step=f"start it with --allow {path.parent}, or upload the file",
+            )
+        return path
+
+    def run(self, name: str) -> Path:
+        """Return the path for a run of this name, which need not exist. Raises UsageError."""
+        return self.runs / checked_name(name)
+
+    def job_file(self, name: str) -> Path:
+        """Return the path of the record of a run's last start."""
+        return self.jobs / f"{name}.json"
+
+    def log_file(self, name: str) -> Path:
+        """Return the path of the output of a run's last start."""
+        return self.jobs / f"{name}.log"
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a run with its log and exports. Raises UsageError if the new name is taken or not possible."""
+        if self.run(new).exists() or self.job_file(new).exists():
+            raise UsageError(f"there is a run {new} already", next_step="give another name")
+        for place in (self.run, self.job_file, self.log_file, self.exports.joinpath):
+            if place(old).exists():
+                place(old).rename(place(new))
+
+    def delete(self, name: str) -> None:
+        """Delete a run with its log and exports. Raises ResourceError."""
+        files = FileLayer()
+        with save_errors("the deletion", self.root, 0):
+            for path in (self.run(name), self.exports / name, self.job_file(name), self.log_file(name)):
+                remove_tree(files, path)
+
+
+def checked_name(name: str) -> str:
+    """Return a run's name. Raises UsageError unless it is letters, digits, spaces, underscores and hyphens."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} is not a possible name of a run",
+            why="a name has at most 60 letters, digits, spaces, underscores and hyphens, and starts with a letter",
+            next_step="give another name",
+        )
+    return name
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return read_settings(path)
+    except OSError:
+        return None

@@ -1,0 +1,147 @@
+"""The page of one run: the report's sections while it trains, and nothing that changes the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backhand.cli.main import main
+from backhand.studio import app
+from backhand.studio.command import serving
+from support.page import Page
+from support.poison import ATTACKS, poison_run
+from support.studio_client import Client
+
+
+@pytest.fixture
+def watched(finished: Path) -> Iterator[Client]:
+    with serving(finished, host="127.0.0.1", port=0) as address:
+        yield Client(address).enter()
+
+
+def shown(client: Client) -> Page:
+    status, text, _ = client.get("runs/run")
+    assert status == 200
+    return Page(text.encode())
+
+
+def test_the_page_is_the_report_with_a_box_for_prompts(watched: Client) -> None:
+    page = shown(watched)
+    assert "loss" in page.charts and page.one("section", id="try") and not page.every("section", id="export")
+    assert {form.attributes["action"] for form in page.every("form")} == {f"{watched.address.root}/runs/run/try"}
+    _, _, headers = watched.get("")
+    assert headers["location"] == f"{watched.address.root}/runs/run"
+
+
+@pytest.mark.parametrize("place", ["new", "runs/other", "part/models", "runs/run/download/x", "static/../app.py"])
+def test_nothing_else_is_shown(watched: Client, place: str) -> None:
+    assert watched.get(place)[0] == 404
+    assert watched.post("runs/run/delete", sure="yes")[0] == 404
+
+
+def test_the_report_has_an_origin_of_its_own(watched: Client, finished: Path) -> None:
+    status, text, headers = watched.get("runs/run/report")
+    assert status == 200 and text.encode() == (finished / "report.html").read_bytes()
+    policy = headers["content-security-policy"]
+    assert "sandbox allow-scripts" in policy and "allow-same-origin" not in policy and "connect-src" not in policy
+    (finished / "report.html").unlink()
+    (finished / "report.html").symlink_to("/etc/passwd")
+    assert watched.get("runs/run/report")[0] == 409
+
+
+def test_the_page_follows_the_run(watched: Client, finished: Path) -> None:
+    _, _, headers = watched.get("runs/run")
+    assert watched.get("runs/run", If_None_Match=headers["etag"])[:2] == (304, "")
+    line = {"step": 13, "loss": 0.25, "learning_rate": 1e-4, "tokens_per_s": 1.0}
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n" + '{"step": 14, "lo')  # half a line is being written
+    status, text, _ = watched.get("runs/run", If_None_Match=headers["etag"])
+    values = Page(text.encode()).charts["loss"]["data"]["values"]
+    assert status == 200 and {"step": 13, "value": 0.25, "series": "training rows"} in values
+
+
+def test_time_left_and_a_killed_run_are_shown(watched: Client, finished: Path) -> None:
+    status = json.loads((finished / "status.json").read_text())
+    start = status | {"state": "running", "process": os.getpid(), "process_start": None, "total_steps": 24}
+    (finished / "status.json").write_text(json.dumps(start))
+    text = shown(watched).one("div", id="state").text
+    assert "trains" in text and "step 12 of 24, about" in text
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    (finished / "status.json").write_text(json.dumps(start | {"process": int(done.stdout)}))
+    page = shown(watched)
+    assert "was killed" in page.one("div", id="state").text and "--resume" in page.one("p", class_="state bad").text
+
+
+@pytest.mark.parametrize(("name", "key"), [("status.json", "step"), ("facts.json", "modules")])
+def test_damaged_files_do_not_hide_the_rest(watched: Client, name: str, key: str, finished: Path) -> None:
+    (finished / name).write_text(json.dumps({**json.loads((finished / name).read_text()), key: None}))
+    assert "How training went" in shown(watched).root.text
+
+
+def test_errors_are_answered(watched: Client, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished / "config.toml").write_text("[model")
+    assert "the configuration cannot be read" in shown(watched).root.text
+    for error, status in ((TypeError("of ours"), 500), (PermissionError(13, "Permission denied"), 409)):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(app, "page_of", fail)
+        (finished / "metrics.jsonl").touch()
+        found, text, _ = watched.get("runs/run")
+        assert found == status and (error.args[-1] in text)
+
+
+def test_poison_in_every_file_stays_text(watched: Client, finished: Path) -> None:
+    poison_run(finished, " ".join(ATTACKS))
+    page = shown(watched)
+    assert not page.every("img") and not page.every("iframe") and "onerror" in page.root.text
+    assert [script.attributes.get("src") is not None for script in page.every("script")] == [True, False, True, True]
+
+
+def test_base_and_adapter_answer_with_the_newest_checkpoint(watched: Client, finished: Path) -> None:
+    from backhand import generate
+
+    status, text, _ = watched.post("runs/run/try", prompt="the user asks <b>")
+    page = Page(text.encode())
+    base, adapted = (element.text for element in page.every("div", class_="text"))
+    expected = [
+        generate(adapter=adapter, model=model_of(finished), prompt="the user asks <b>", greedy=True, max_new_tokens=128)
+        for adapter in (None, finished / "adapter")
+    ]
+    assert status == 200 and [base, adapted] == expected and base != adapted
+    assert "&lt;b&gt;" in text and "backhand generate" in page.one("pre").text
+    shutil.rmtree(finished / "adapter")
+    shutil.rmtree(finished / "checkpoints")
+    for prompt, message in (("  ", "the prompt is empty"), ("x", "there is no checkpoint yet")):
+        status, text, _ = watched.post("runs/run/try", prompt=prompt)
+        assert status == 409 and message in text
+
+
+def model_of(run: Path) -> str:
+    import tomllib
+
+    return str(tomllib.loads((run / "config.toml").read_text())["model"]["model"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["watch", "absent"], "no run in absent"), (["watch", "run", "--port", "70000"], "above 65535")],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished.parent)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
