@@ -45,7 +45,6 @@ from backhand.errors import not_none
 from backhand.ops.chunk_steps import CHUNK_TOKENS, Level, Step, gather, levels_of, scatter
 from backhand.ops.document_groups import SegmentRun, segments
 
-
 LOWEST = -60.0
 """Exponents below this are raised to it: e⁻⁶⁰ vanishes even in float64, and subnormal numbers take 100 times longer."""
 
@@ -206,7 +205,9 @@ def _chunk(saved: SSDSaved, step: Step) -> _Chunk:
     b, c = (gather(one, step, wide) for one in (saved.b, saved.c))
     exponents = (dt * -_rates(saved)).cumsum(2)
     by_head = exponents.transpose(2, 3).contiguous()
-    pairs = (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).clamp_(LOWEST, 0).exp_().mul_(_past(n, wide, x.device))
+    pairs = (
+        (by_head.unsqueeze(-1) - by_head.unsqueeze(-2)).clamp_(LOWEST, -LOWEST).exp_().mul_(_past(n, wide, x.device))
+    )
     weights = pairs * (c @ b.mT).unsqueeze(2)
     to_here, to_end = exponents.clamp(min=LOWEST).exp_(), (exponents[:, :, -1:] - exponents).clamp_(min=LOWEST).exp_()
     dt, to_here, to_end = (one.unsqueeze(-1) for one in (dt, to_here, to_end))
