@@ -20,6 +20,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from backhand.data import workers
+from backhand.data.raw_rows import TABLE
 from backhand.data.workers import Worker, WorkerEndedError
 from backhand.system import limit_process
 from backhand.words import shorten
@@ -172,7 +173,7 @@ def _plain(value: Any) -> Any:
     kind = type(value)
     if kind is str or value is None or kind is bool or kind is int or kind is float:
         return value
-    if isinstance(value, dict | Mapping):
+    if isinstance(value, TABLE):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

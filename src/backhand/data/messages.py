@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from backhand.data.raw_rows import describe
+from backhand.data.raw_rows import TABLE, describe
 from backhand.data.rows import Conversation, Message
 from backhand.errors import DataError
 
@@ -75,7 +75,7 @@ def read_turns(column: str, value: object, source: str) -> list[tuple[Message, b
 
 
 def _read_message(name: str, item: object, source: str) -> tuple[Message, bool]:
-    if not isinstance(item, Mapping):
+    if not isinstance(item, TABLE):
         raise DataError(f"{name} is {describe(item)}, not a message with role and content", where=source)
     role_key, content_key = ("role", "content") if item.get("role") is not None else ("from", "value")
     if content_key == "value" and "value" not in item and "content" in item:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from backhand.errors import DataError
 from backhand.words import shorten
+
+TABLE = (dict, Mapping)
+"""Types of tables. Nearly all are dicts, and `isinstance` is slow for Mapping."""
+_LISTS = (list, tuple)
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,23 @@ class RowErrors:
             self.errors.append(error)
 
 
-def checked_row(values: object, source: str, *, not_utf8: bool = False) -> RawRow:
+def checked_row(values: object, source: str, *, not_utf8: bool = False, surrogates: bool = True) -> RawRow:
     """Return a row after checking that its values are a table of well-formed text.
 
     Args:
         not_utf8: lone surrogates represent bytes that are not UTF-8 (Python's surrogateescape).
+        surrogates: False if the strings cannot contain surrogates, so that they need not be searched.
 
     Raises:
         DataError: the row is no table with names, or a string that no tokenizer can read.
     """
-    if not isinstance(values, Mapping):
+    if not isinstance(values, TABLE):
         raise DataError(
             f"this row is {describe(values)}, not a table of names and values",
             where=source,
             next_step='write each row as an object, such as {"prompt": "…", "completion": "…"}',
         )
-    for text in strings_of(values):
+    for text in strings_of(values) if surrogates else ():
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
             if not_utf8:
                 raise latin1_error(source)
@@ -86,18 +91,19 @@ def latin1_error(source: str, byte: int | None = None) -> DataError:
     )
 
 
-def strings_of(value: object) -> Iterator[str]:
-    """Yield every string inside `value`, including the names of tables, without recursion."""
-    stack = [value]
+def strings_of(value: object) -> list[str]:
+    """Return every string inside `value`, including the names of tables, without recursion."""
+    stack, strings = [value], []
     while stack:
         item = stack.pop()
         if isinstance(item, str):
-            yield item
-        elif isinstance(item, dict | Mapping):  # checking for dict first is fast, and nearly all tables are dicts
+            strings.append(item)
+        elif isinstance(item, TABLE):
             stack.extend(item)
             stack.extend(item.values())
-        elif isinstance(item, list | tuple):
+        elif isinstance(item, _LISTS):
             stack.extend(item)
+    return strings
 
 
 def describe(value: object) -> str:

@@ -92,9 +92,8 @@ class TextEncoder:
 
     def mark_for(self, *values: object) -> str | None:
         """Return a mark that does not occur in `values` if any of their strings needs protection; else None."""
-        if not any(map(self._written.search, strings_of(values))):
-            return None
-        return unused_mark(strings_of(values))
+        strings = strings_of(values)
+        return unused_mark(strings) if any(map(self._written.search, strings)) else None
 
     def protect(self, value: Any, mark: str | None, *, template_tokens: bool) -> Any:
         """Break every control token in the strings of `value` with `mark`; None leaves the value unchanged.
@@ -220,7 +219,7 @@ def _copy(backend: Any) -> Any:
 
 
 def _ends(offsets: list[tuple[int, int]]) -> npt.NDArray[np.int32]:
-    return np.fromiter((end for _, end in offsets), np.int32, len(offsets))
+    return np.array([end for _, end in offsets], np.int32)
 
 
 def _ids_around(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

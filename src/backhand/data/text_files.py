@@ -47,7 +47,7 @@ def read_json_lines(reader: io.BufferedReader, path: str | Path, bad: RowErrors)
             try:
                 text = line.decode("utf-8").strip()
                 if text:
-                    yield checked_row(parse_json(text, source), source)
+                    yield checked_row(parse_json(text, source), source, surrogates="\\u" in text)
             except UnicodeDecodeError as error:
                 bad.add(latin1_error(source, line[error.start]))
             except DataError as error:
