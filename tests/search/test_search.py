@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -99,6 +100,19 @@ def _shares(output: Path) -> list[float]:
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         shares.append(max(steps) / 6)
     return shares
+
+
+def test_decisions_are_compared_by_their_held_out_loss(tiny: TinyRun, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    words = ["user", "json", "list"]
+    rows.write_text("".join(json.dumps({"text": f"{word} asks", "label": word}) + "\n" for word in words * 3))
+    over = {"trials": 2, "over": ("learning_rate=1e-3:1e-1:log",)}
+    files = {"data": (str(rows),), "eval_data": (str(rows),)}
+    found = search_command(search_config(tiny, tmp_path / "search", over, objective="decide", **files))
+    run = Path(found.output) / "trials" / f"{found.best:03d}"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [one for one in records if "eval_label_mass" in one and one["step"]]
+    assert found.loss == min(one["eval_loss"] for one in evaluations) < math.log(len(words))
 
 
 def test_the_plan_counts_starts_and_the_end_of_each_run(

@@ -100,6 +100,7 @@ def test_the_rate_follows_the_weights() -> None:
     assert rate(1.0) == RATE and rate(6.25) == 2.5 * RATE
     assert rate(100.0) == HIGHEST_RATE
     assert rate(100.0, "dpo") == COMPARING_RATE
+    assert rate(1.0, "decide") == RATE
 
 
 def test_the_weight_scale_is_that_of_the_adapted_matrices_in_the_file() -> None:

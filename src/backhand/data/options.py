@@ -236,9 +236,10 @@ class DecisionColumns:
     """A column of answers with the question that they answer, as `COLUMN='QUESTION'` (`decide`). It can be given
     several times. The question is a choice between the answers that occur, yes or no, or a score."""
 
-    option_order: Literal["random", "canonical"] = "random"
-    """Order of the options of a choice in training rows (`decide`): drawn from each row, or sorted by name as `backhand
-    decide` shows them. Small models learn from fewer rows in canonical order, but then need it in other programs."""
+    option_order: Literal["canonical", "random"] = "canonical"
+    """Order of the options of a choice in training rows (`decide`): sorted by name as `backhand decide` shows them, or
+    drawn from each row. Random orders take a larger model or many more rows. They are for programs that show the
+    options in other orders."""
 
 
 @dataclass(frozen=True)

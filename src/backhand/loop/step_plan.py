@@ -42,7 +42,7 @@ def chosen_rate(
     rate = options.learning_rate
     if rate != "auto":
         return rate, None
-    if objective != "sft":
+    if objective not in SUPERVISED:
         return COMPARING_RATE, f"{COMPARING_RATE:g}, the usual one for {objective}; another by --learning-rate"
     rate = float(f"{min(HIGHEST_RATE, RATE * math.sqrt(weight_scale())):.2g}")
     return rate, f"{rate:g}, chosen by the size of the frozen weights (docs/rates.md); another by --learning-rate"
@@ -50,6 +50,8 @@ def chosen_rate(
 
 RATE, HIGHEST_RATE = 5.2e-4, 5e-3
 COMPARING_RATE = 2e-4
+SUPERVISED = ("sft", "decide")
+"""Objectives that learn the answers of the rows, which the rule is for."""
 
 
 def five_times(total_steps: int) -> int:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backhand.loop.step import LearningRate
-from backhand.loop.step_plan import five_times
+from backhand.loop.step_plan import SUPERVISED, five_times
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.runs.directory import ADAPTER, CONFIG
 from backhand.runs.pair_results import answers_far_from_chosen, answers_got_worse
@@ -157,9 +157,8 @@ def advice(
     """
     rate, objective = float(config.optimization.learning_rate), config.objective.objective
     until = rates_until(config.optimization, total_steps)
-    finding = (
-        None if objective == "grpo" else first_finding(curves, until, rate / auto_rate if objective == "sft" else 1.0)
-    )
+    relative = rate / auto_rate if objective in SUPERVISED else 1.0
+    finding = None if objective == "grpo" else first_finding(curves, until, relative)
     if finding is None:
         return None
     step, forgotten, options = curves.best[0], curves.forgotten_nats or 0.0, config.optimization
