@@ -59,8 +59,8 @@ def prepare(
         bad: collects malformed rows; by default it follows `skip_bad`.
         truncation: collects the locations of truncated and dropped documents.
         prompts: collects the rows of `data` in use as prompts, so that a pipe is read only once.
-        questions: the questions of decisions; None to find them in the rows of `data`. With questions, the options of
-            a choice are in canonical order. Otherwise `option_order` determines that of training rows.
+        questions: the questions of decisions; None to find them in the rows of `data`, which are then rows to train on
+            (`DecisionEncoder.for_training`).
         context: a prompt as in `context.context_messages`. Each example then has a second document, `rejected`, with
             this prompt in front and the same answer.
         embedding_format: pooling and prompts of rows of embeddings; None for other rows.
@@ -110,9 +110,10 @@ def prepare(
                 f"data, for example {shared[0].source}; the held-out loss will be too low"
             )
     if purpose == "decisions":
-        if questions is None and options.option_order == "random":
+        if questions is None:
             encoder = DecisionEncoder(RowRenderer(tokenizer, options), options.max_length)
-            train = replace(train, examples=encoder.in_random_order(train.examples))
+            order_seed = 0 if options.option_order == "random" else None
+            train = replace(train, examples=encoder.for_training(train.examples, order_seed))
         notes = (*train.report.notes, *question_notes(found))
         train = replace(train, questions=found, report=replace(train.report, notes=notes))
     return train, held_out
