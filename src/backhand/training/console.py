@@ -190,10 +190,8 @@ def _number(value: float | None) -> str:
 
 def closing_lines(summary: RunSummary) -> list[str]:
     """Return the closing summary, one line per fact."""
-    rewarded = summary.objective == "grpo"
-    trained_on = (
-        f"its own answers to prompts of {count_of(summary.rows, 'row')}" if rewarded else count_of(summary.rows, "row")
-    )
+    own = "its own answers to prompts of " if summary.objective in ("grpo", "sdft") else ""
+    trained_on = own + count_of(summary.rows, "row")
     what = (
         f"Trained {summary.trained_parameters:,} parameters in {summary.adapted_modules} modules of {summary.model} "
         f"on {trained_on}: {count_of(summary.steps, 'step')}, {summary.tokens:,} tokens "
@@ -360,7 +358,8 @@ def opening_facts(
         facts.append(
             f"note: {count_of(len(places), 'row')} {what}: {name_list(places, limit=3)}; write each label in one way"
         )
-    unit = {"prompts": "prompt", "embeddings": "text"}.get(run.config.objective.purpose, "document")
+    objective = run.config.objective
+    unit = "text" if objective.purpose == "embeddings" else "prompt" if objective.trains_on_samples else "document"
     facts += [f"data: {line}" for line in report.lines(unit)]
     if run.inputs.held_out is not None:
         facts += [f"held out: {line}" for line in run.inputs.held_out.report.lines(unit)]
