@@ -29,8 +29,11 @@ from backhand.ops.linear_divergence import Divergence, DivergenceKind
 from backhand.options.config import OptimizationOptions, TrainConfig
 from backhand.options.objectives import DEMONSTRATION_TEMPLATE
 from backhand.options.rewards import RewardOptions
+from backhand.report.page import run_page
+from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
+from backhand.training.console import closing_lines
 from backhand.training.run import train
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.ranks import bits_of_several, start_ranks
@@ -160,7 +163,7 @@ def config(tiny: TinyRun, output: Path, origin: str, **options: Any) -> TrainCon
         return tiny.config(output, objective="sdft", teacher_update_rate=0.3, **options)
     asked = {"data": tiny.rows, "eval_data": tiny.held_out}
     asked = {name: (str(path.parent / f"asked_{path.name}"),) for name, path in asked.items()}
-    return tiny.config(output, objective="bake", context=CONTEXT, answers_from=origin, **asked, **options)
+    return tiny.config(output, objective="bake", context=CONTEXT, answers_from=origin, **{**asked, **options})
 
 
 @pytest.fixture(scope="module", params=["teacher", "student", "sdft"])
@@ -270,3 +273,27 @@ def test_a_changed_start_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
     train(config(tiny, first, "sdft", max_steps=2, overwrite=True))
     with pytest.raises(CheckError, match="another one now"):
         train(with_options(TrainConfig(), output=second, resume=True, quiet=True))
+
+
+def test_the_end_of_a_run_compares_answers_with_the_teacher(tiny: TinyRun, tmp_path: Path) -> None:
+    """Learned at a high rate, the answers without the prompt become those with it."""
+    output = tmp_path / "run"
+    options = {"epochs": 8, "learning_rate": 2e-2, "answers": 2}
+    summary = train(config(tiny, output, "teacher", eval_data=(str(tiny.rows),), **options))
+    figures = summary.distilled
+    assert figures is not None
+    assert figures["adapted_kl"] < 0.5 * figures["base_kl"]
+    assert figures["adapted_top_1"] > figures["base_top_1"]
+    assert figures["prompted_tokens"] > figures["prompt_tokens"] + 10
+    assert figures["tokens"] == sum(
+        len(json.loads(line).get("tokens", ()))
+        for line in (output / "teacher_answers.jsonl").read_text().splitlines()
+        if json.loads(line).get("set") == "held_out"
+    )
+    lines = " ".join(closing_lines(summary))
+    assert f"{figures['tokens']} held-out tokens" in lines and "to the first token instead of" in lines
+    shown = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    assert len(shown) == 2 and all(isinstance(line["prompted"], str) for line in shown)
+    page = run_page(read_run(output)).decode()
+    assert "teacher, with its prompt" in page and "base model without the prompt" in page
+    assert "of divergence from its teacher, so it helped" in page

@@ -46,7 +46,7 @@ class Lesson:
     @classmethod
     def of(cls, options: ObjectiveOptions) -> Lesson:
         """Return the loss that the options describe."""
-        kind = not_none(options.resolved().divergence)
+        kind = options.resolved().divergence or "forward"
         return cls(Divergence(kind, options.divergence_share), options.divergence_temperature)
 
 

@@ -23,6 +23,7 @@ from backhand.kernels.builds import describe, library
 from backhand.loop.forecast import Forecast
 from backhand.loop.observers import Observer, RunStart
 from backhand.printing import duration, going_on, line_due, may_be_silent, now, say, visible
+from backhand.runs.distilled_results import distilled_sentences
 from backhand.runs.pair_results import pair_clauses
 from backhand.runs.summary import CHOSEN_BY, DecisionFigures, RunSummary, forgetting, no_label_fits
 from backhand.terminal import console
@@ -205,6 +206,8 @@ def closing_lines(summary: RunSummary) -> list[str]:
         lines += [f"{clause[0].upper()}{clause[1:]}." for clause in clauses]
     if summary.base_retrieval and summary.adapted_retrieval:
         lines.append(_retrieval_line(summary.base_retrieval, summary.adapted_retrieval))
+    if summary.distilled is not None:
+        lines += distilled_sentences(summary.distilled, summary.objective)
     for name, one in (summary.adapted_decisions or {}).items():
         lines.append(_decision_line(name, (summary.base_decisions or {}).get(name), one))
     if forgot := forgetting(summary.forgotten_nats):

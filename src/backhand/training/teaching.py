@@ -15,7 +15,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from backhand.data.packing import RowPacker
 from backhand.distributed.communicator import Communicator
+from backhand.errors import not_none
 from backhand.generation.sampling import at_temperature
 from backhand.generation.session import decode
 from backhand.json_shape import ShapeError, convert, load
@@ -62,7 +64,7 @@ def teach(
         ResourceError: there is no room for the states.
     """
     inputs = run.inputs
-    packers = {"train": inputs.packer, "held_out": inputs.held_out_packer}
+    packers: dict[str, RowPacker | None] = {"train": inputs.packer, "held_out": inputs.held_out_packer}
     if not isinstance(inputs.packer, DistilledPacker | DistilledPrompts):
         return run
     remember_start(run, directory, processes, start)
@@ -81,7 +83,7 @@ def teach(
     train, held_out = packers["train"], packers["held_out"]
     inputs = replace(
         inputs,
-        packer=train,
+        packer=not_none(train),
         train=train.rows if isinstance(train, DistilledPacker) else inputs.train,
         held_out_packer=held_out,
         held_out=held_out.rows if isinstance(held_out, DistilledPacker) else None,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from backhand.data.decisions import QuestionType
 from backhand.distributed.communicator import Communicator
 from backhand.distributed.launch import broadcast_checkpoint, comparable_settings
@@ -21,6 +23,8 @@ from backhand.engines.machine import MemoryKeeper, crowded_note
 from backhand.errors import not_none
 from backhand.kernels.quantized_matrix import QuantizedMatrix
 from backhand.loop.answers import free_answers, measured_answers, stop_ids
+from backhand.loop.distillation import DistilledPacker
+from backhand.loop.distilled_figures import distilled_figures
 from backhand.loop.evaluator import Evaluator
 from backhand.loop.guards import BaseGuard, LearningGuard
 from backhand.loop.held_out_vectors import HeldOutEmbeddings
@@ -39,6 +43,7 @@ from backhand.loop.state import Progress, RunState, Saver
 from backhand.loop.step import AdapterOptimizer
 from backhand.loop.step_plan import StepPlan, derived_seed
 from backhand.nn.compute import gc_frozen
+from backhand.nn.decoder.decoder import Decoder
 from backhand.options.config_file import config_table, dump_config
 from backhand.options.objectives import DISTILLED
 from backhand.runs.checkpoint import Checkpoint, CheckpointStore
@@ -83,6 +88,7 @@ class Trainer:
     owns_directory: bool = False  # True once the directory's contents are this run's
     _frozen_digest: str | None = None
     _held_out_objective: Objective | None = None
+    _teacher: Tensor | None = None  # values of the adapter that the run starts from; None without one
 
     def train(self) -> RunSummary:
         """Train to the end. Returns and raises the same as `run.train`."""
@@ -125,6 +131,7 @@ class Trainer:
                 self._refuse(frozen_differences(self.checkpoint.facts, digest))
             self._assert_equal_processes(state)
             start = self._start(digest)
+            self._teacher = start.values
             run = self.run = teach(run, self.directory, self.processes, start, self.observer.noted, resources)
             caches = resources.enter_context(
                 hidden_state_caches(
@@ -176,11 +183,11 @@ class Trainer:
                     for part, table in config_table(config).items()
                     for name, value in table.items()
                 }
-                start = RunStart(
+                opening = RunStart(
                     *(run.inputs.total_steps, state.progress.step, facts, self.directory.path, options),
                     forecast=forecast,
                 )
-                self.observer.started(start)
+                self.observer.started(opening)
                 if not self._run_loop(loop, proof_start):
                     raise self._interrupted(state, f"continue with {self._resume_command()}")
                 if isinstance(sampled, RewardedSteps) and not finished_before:
@@ -234,7 +241,15 @@ class Trainer:
             return summary
         run.bound.fill(str(self.directory.adapter))
         arguments = run.bound, run.inputs.source, run.inputs.held_out.examples, run.config
-        answers = free_answers(*arguments)
+        prompted: Mapping[int, str] = {}
+        if isinstance(packer := run.inputs.held_out_packer, DistilledPacker) and isinstance(run.bound.model, Decoder):
+            figures, prompted = distilled_figures(
+                *(run.bound.model, packer, self._teacher, run.inputs.source.tokenizer()),
+                *(stop_ids(run.inputs.source, run.config.data), run.plan.memory.micro_batch_rows),
+                shown=run.config.run.answers,
+            )
+            summary = replace(summary, distilled=figures)
+        answers = free_answers(*arguments, prompted)
         self.directory.write(ANSWERS, answers.file(run.config.run.answers))
         summary = replace(summary, free_answers=answers.lengths, neutral_answers=answers.neutral)
         if isinstance(objective, DecideObjective):
