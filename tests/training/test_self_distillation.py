@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from backhand.data.context import with_demonstration
 from backhand.data.data_report import DataReport
 from backhand.data.examples import Example
+from backhand.data.packing import RowPacker
 from backhand.data.rows import Completion, Conversation
 from backhand.data.stored_examples import with_totals
 from backhand.distributed.communicator import Communicator
+from backhand.engines.machine import resolve_machine
 from backhand.errors import BackhandError, CheckError, DataError, UsageError
-from backhand.loop.distillation import DistilledPrompts, Lesson, agreement
+from backhand.loop.distillation import DistilledPacker, DistilledPrompts, Lesson, agreement
 from backhand.loop.distilled_steps import DistilledSteps
 from backhand.loop.hidden_state_cache import MemoryStateStore
 from backhand.loop.sampled_answers import AnswerSampler
@@ -34,6 +39,7 @@ from backhand.report.run_record import read_run
 from backhand.runs.interruption import Interrupted
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
+from backhand.training.plan import plan_run
 from backhand.training.run import train
 from support.parity import decoder_like, our_gradients, peft_gradients, relative_error
 from support.ranks import bits_of_several, start_ranks
@@ -59,6 +65,15 @@ def prompts(share: bool, kind: DivergenceKind = "reverse") -> DistilledPrompts:
         rows.append(Example(student.input_ids, student.supervised, "row", rejected=teacher))
     lesson = Lesson(Divergence(kind, 0.3), 1.3)
     return DistilledPrompts(with_totals(rows, DataReport()), lesson, 6, share_prefixes=share, teacher_shares=share)
+
+
+def test_the_digest_of_the_rows_covers_the_prompts_of_the_teacher() -> None:
+    rows = prompts(share=True)
+    pairs = zip(rows.examples, reversed(rows.teachers), strict=True)  # each student has another row's teacher
+    changed = with_totals([replace(student, rejected=teacher) for student, teacher in pairs], DataReport())
+    lesson = Lesson(Divergence(), 1.0)
+    asked = DistilledPrompts(changed, lesson, 6, share_prefixes=True, teacher_shares=True)
+    assert prompts(share=False).rows.digest == rows.rows.digest != asked.rows.digest
 
 
 def trl_loss(student: Tensor, teacher: Tensor, kind: DivergenceKind) -> Tensor:
@@ -161,9 +176,11 @@ def config(tiny: TinyRun, output: Path, origin: str, **options: Any) -> TrainCon
     options = {"max_new_tokens": 5, "eval_every": 2, "save_every": 1, **options}
     if origin == "sdft":
         return tiny.config(output, objective="sdft", teacher_update_rate=0.3, **options)
+    if origin == "rows":
+        del options["max_new_tokens"]
     asked = {"data": tiny.rows, "eval_data": tiny.held_out}
     asked = {name: (str(path.parent / f"asked_{path.name}"),) for name, path in asked.items()}
-    return tiny.config(output, objective="bake", context=CONTEXT, answers_from=origin, **{**asked, **options})
+    return tiny.config(output, objective="bake", answers_from=origin, **{"context": CONTEXT, **asked, **options})
 
 
 @pytest.fixture(scope="module", params=["teacher", "student", "sdft"])
@@ -229,6 +246,35 @@ def test_the_averaged_teacher_is_in_the_checkpoint(straight: TrainConfig) -> Non
     states = straight.run.output.glob("checkpoints/step-*/state.safetensors")
     newest = load_file(max(states, key=lambda path: int(path.parent.name.removeprefix("step-"))))
     assert ("average" in newest) == (straight.objective.objective == "sdft")
+
+
+@pytest.mark.parametrize("origin", ["teacher", "student", "rows"])
+def test_the_plan_counts_the_prompts_of_the_teacher(origin: str, tiny: TinyRun, tmp_path: Path) -> None:
+    made = config(tiny, tmp_path / "run", origin, data=(str(tiny.rows),), eval_data=(str(tiny.held_out),))
+    plan = plan_run(made, resolve_machine(made))
+    packer, shape, rows = plan.inputs.packer, plan.memory.shape, plan.memory.micro_batch_rows
+    assert isinstance(packer, DistilledPrompts | DistilledPacker)
+    teachers = RowPacker(packer.teachers, share_prefixes=True)
+    passes = [range(first, min(first + rows, 11)) for first in range(0, 11, rows)]
+    assert shape.teacher_tokens >= max(map(teachers.packed_tokens, passes))
+    if origin != "rows":
+        assert shape.sampled_rows == 11
+        assert shape.sampled_tokens >= teachers.packed_tokens(range(11)) + 11 * 4
+    longer = with_options(made, context=f"{CONTEXT} {'a ' * 12}", micro_batch_rows=rows)
+    assert plan_run(longer, resolve_machine(longer)).memory.shape.teacher_tokens >= shape.teacher_tokens + 12
+
+
+def test_a_token_of_the_context_that_the_model_lacks_is_refused(tiny: TinyRun, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<new{number}>" for number in range(size + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(model)
+    context = f"{CONTEXT} {tokenizer.convert_ids_to_tokens(size)}"
+    with pytest.raises(DataError, match="outside the model's vocabulary"):
+        train(config(tiny, tmp_path / "run", "teacher", model=str(model), context=context))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_prompt_of_the_teacher_contains_the_demonstration() -> None:

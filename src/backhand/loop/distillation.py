@@ -104,6 +104,7 @@ class DistilledPrompts(PromptPacker):
         self.rows, self.teachers = _student_and_teacher(rows)
         super().__init__(self.rows.examples, 1, new_tokens, share_prefixes=share_prefixes)
         self._lesson, self._teacher_shares = lesson, teacher_shares
+        self._teacher_packer = RowPacker(self.teachers, share_prefixes=teacher_shares)
 
     def answered(self, rows: Sequence[int], answers: Sequence[Sequence[int]]) -> DistilledPacker:
         """Return a packer of these rows with their answers, which are token ids."""
@@ -119,14 +120,14 @@ class DistilledPrompts(PromptPacker):
     @property
     def longest(self) -> int:
         """Number of tokens of the longest prompt with an answer, of student or teacher."""
-        return max(super().longest, int(self.teachers.column("input_tokens").max()) + self._new)
+        return max(super().longest, int(self._teacher_packer.lengths.max()) + self._new)
 
     def sampled_tokens(self, rows: int) -> int:
         """Return an upper bound of the tokens of this number of prompts with their answers, which are sampled at once.
 
         The teacher's prompts are longer than the student's.
         """
-        return _pass_tokens(RowPacker(self.teachers, share_prefixes=self._teacher_shares), rows, self._new)
+        return _pass_tokens(self._teacher_packer, rows, self._new)
 
     teacher_pass_tokens = sampled_tokens
 
