@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as theirs
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from torch import Tensor, nn
@@ -20,19 +21,33 @@ from backhand.data.data_report import TruncationStats
 from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
 from backhand.data.examples import Example
 from backhand.data.lint import lint
-from backhand.data.options import DataOptions
+from backhand.data.options import DataOptions, RowSources
 from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.rows import EmbeddingRow, PoolingName, TextIdentities
 from backhand.data.text_encoder import TextEncoder
 from backhand.distributed.communicator import Communicator
 from backhand.errors import BackhandError, CheckError, DataError, UsageError
+from backhand.interop.command import export_command
+from backhand.interop.options import ExportOptions
+from backhand.loop.embed import embed, embed_command, hardest, mine_command
+from backhand.loop.evaluate import evaluate_command
 from backhand.loop.held_out_vectors import HeldOutEmbeddings
 from backhand.loop.objectives.embed import EmbedObjective, embed_batch, excluded_pairs
 from backhand.loop.retrieval_scores import score_vectors, spearman
 from backhand.loop.step import StepWork
 from backhand.nn.decoder.decoder import Decoder
 from backhand.nn.loading import open_model
-from backhand.options.config import TrainConfig
+from backhand.nn.model_options import BaseModelOptions
+from backhand.options.command_options import (
+    EmbedOptions,
+    EmbedRunOptions,
+    EvaluateOptions,
+    EvaluateRunOptions,
+    MineOptions,
+    MineRunOptions,
+    VectorOptions,
+)
+from backhand.options.config import ModelOptions, TrainConfig
 from backhand.options.objectives import ObjectiveOptions
 from backhand.runs.summary import read_summary
 from backhand.training.console import closing_lines
@@ -395,3 +410,132 @@ def test_texts_are_encoded_as_sentence_transformers_encodes_them(tiny: TinyRun) 
     assert [document.input_ids[:-1].tolist() for document in example.documents] == expected
     assert stats.truncated == (["row"] if max(map(len, whole)) + len(ends[0]) > 6 else [])
     assert [document.supervised_tokens for document in (replace(example, others=()), *example.others)] == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors in use.
+
+TEXTS = ["user asks json", "the assistant answers", "a list of names and one number is what the user asks for"]
+
+
+def embed_options(straight: TrainConfig, rows: Path, **run: Any) -> EmbedOptions:
+    return EmbedOptions(
+        run=EmbedRunOptions(adapter=straight.run.output / "adapter", **run),
+        data=RowSources(data=(str(rows),)),
+        model=BaseModelOptions(model=straight.model.model, dtype="float32", threads=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.csv"
+    path.write_text("text\n" + "".join(f"{text}\n" for text in TEXTS))
+    return path
+
+
+def test_a_merged_model_gives_the_same_vectors_in_sentence_transformers(
+    straight: TrainConfig, texts: Path, tmp_path: Path
+) -> None:
+    """The export proves it for neutral texts, too."""
+    output, adapter = tmp_path / "merged", straight.run.output / "adapter"
+    export_command(
+        ExportOptions(
+            *(adapter, output, straight.model.model),
+            to="sentence-transformers",
+            merge=True,
+            dtype="float32",
+            quiet=True,
+        )
+    )
+    model = SentenceTransformer(str(output), device="cpu")
+    assert model.prompts == {"query": "what is ", "document": ""}
+    for queries, encode in ((False, model.encode_document), (True, model.encode_query)):
+        ours = embed(embed_options(straight, texts, queries=queries))
+        assert float((ours - torch.from_numpy(encode(TEXTS))).abs().max()) <= 1e-5
+    # As a base model, the written files say how a text becomes a vector.
+    again = EmbedOptions(
+        data=RowSources(data=(str(texts),)), model=BaseModelOptions(model=str(output), dtype="float32", threads=1)
+    )
+    assert float((embed(again) - torch.from_numpy(model.encode_document(TEXTS))).abs().max()) <= 1e-5
+
+
+def test_evaluating_vectors_gives_the_scores_of_the_run(
+    straight: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = EvaluateOptions(
+        model=ModelOptions(model=straight.model.model, dtype="float32", threads=1),
+        data=DataOptions(data=straight.data.eval_data),
+        run=EvaluateRunOptions(adapter=straight.run.output / "adapter", vectors=True, json=True),
+    )
+    capsys.readouterr()
+    evaluate_command(options)
+    shown = json.loads(capsys.readouterr().out)
+    summary = read_summary(straight.run.output / "summary.json")
+    assert summary is not None and shown["rows"] == 6
+    for name, expected in (("base", summary.base_retrieval), ("adapted", summary.adapted_retrieval)):
+        assert expected is not None
+        assert shown[name]["retrieval"]["ndcg@10"] == pytest.approx(expected["ndcg@10"])
+        assert shown[name]["retrieval"]["mean_cosine"] == pytest.approx(expected["mean_cosine"], rel=0.05)
+    evaluate_command(replace(options, run=replace(options.run, json=False)))
+    assert "6 anchors among 12 candidates" in capsys.readouterr().out
+
+
+def test_vectors_are_written_as_an_array_or_as_json_lines(
+    straight: TrainConfig, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = embed_command(embed_options(straight, texts, output=tmp_path / "vectors.npy", dims=32)).numpy()
+    assert np.array_equal(np.load(tmp_path / "vectors.npy"), vectors) and vectors.shape == (3, 32)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(3), rel=1e-6)
+    capsys.readouterr()
+    embed_command(embed_options(straight, texts, dims=32))
+    shown = [json.loads(line)["embedding"] for line in capsys.readouterr().out.splitlines()]
+    assert np.array_equal(np.array(shown, dtype=np.float32), vectors)
+    with pytest.raises(UsageError, match="60 numbers"):
+        embed(embed_options(straight, texts, dims=61))
+
+
+def test_a_model_without_a_pooling_is_refused(straight: TrainConfig, texts: Path) -> None:
+    options = replace(embed_options(straight, texts), run=EmbedRunOptions())
+    with pytest.raises(UsageError, match="neither the adapter nor the model says"):
+        embed(options)
+    with pytest.raises(UsageError, match="causal"):
+        embed(replace(options, vectors=VectorOptions(pooling="cls")))
+    assert embed(replace(options, vectors=VectorOptions(pooling="mean"))).shape == (3, 60)
+
+
+def test_the_hardest_negatives_are_those_of_a_full_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backhand.loop.embed.BLOCK_SCORES", 3 * 20)  # blocks of three anchors
+    generator = torch.Generator().manual_seed(0)
+    anchors, candidates = (
+        nn.functional.normalize(torch.randn(count, 5, generator=generator), dim=1) for count in (8, 20)
+    )
+    positives, own = [[n, n + 1] for n in range(8)], [None, 12, *[None] * 6]
+    found = [*hardest(anchors, candidates, positives, own, 3, 0.1)]
+    for number, negatives in enumerate(found):
+        scores = (candidates @ anchors[number]).tolist()
+        limit = 0.9 * max(scores[place] for place in positives[number])
+        left = [n for n in range(20) if n not in (*positives[number], own[number]) and scores[n] <= limit]
+        assert negatives == sorted(left, key=lambda n: -scores[n])[:3]
+
+
+def test_mined_rows_have_negatives_of_other_rows_and_of_the_corpus(
+    straight: TrainConfig, texts: Path, tmp_path: Path
+) -> None:
+    rows = write_pairs(tmp_path / "rows.jsonl", 5, seed=2)
+    output = tmp_path / "mined.jsonl"
+    options = MineOptions(
+        run=MineRunOptions(
+            *(straight.run.output / "adapter",), corpus=(str(texts),), negatives=3, relative_margin=0.0, output=output
+        ),
+        data=RowSources(data=(rows,)),
+        model=BaseModelOptions(model=straight.model.model, dtype="float32", threads=1),
+    )
+    mined = mine_command(options)
+    assert mined == [json.loads(line) for line in output.read_text().splitlines()]
+    given = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    positives = {row["positive"] for row in given}
+    for row, before in zip(mined, given, strict=True):
+        assert (row["anchor"], row["positive"]) == (before["anchor"], before["positive"])
+        negatives = [row[name] for name in row if name.startswith("negative")]
+        assert {*negatives} <= (positives | {*TEXTS}) - {row["positive"], row["anchor"]}
+    assert any(len(row) > 2 for row in mined)

@@ -133,6 +133,20 @@ COMMANDS = (
         "backhand.loop.decide:decide_command",
     ),
     Command(
+        "embed",
+        "Compute the vectors of texts for search, with the base model or with an adapter.",
+        "backhand embed --adapter runs/vectors/adapter --data texts.jsonl --output vectors.npy",
+        "backhand.options.command_options:EmbedOptions",
+        "backhand.loop.embed:embed_command",
+    ),
+    Command(
+        "mine",
+        "Add hard negatives to pairs of texts: those that the model takes for the answer.",
+        "backhand mine --data pairs.jsonl --negatives 3 --output mined.jsonl",
+        "backhand.options.command_options:MineOptions",
+        "backhand.loop.embed:mine_command",
+    ),
+    Command(
         "verify",
         "Prove every gradient against autograd and finite differences: of the ops, or of your own model on your rows.",
         "backhand verify --op lora_linear",

@@ -36,6 +36,7 @@ class LoadedModel:
     # questions that the adapter decides, with their temperatures, see `AdapterRecord.decisions`
     decisions: Mapping[str, Any] = field(default_factory=dict)
     embedding: Mapping[str, Any] = field(default_factory=dict)  # see `AdapterRecord.embedding`
+    path: Path | None = None  # file or directory of the base model
 
     def missing_system(self, given: str | None) -> list[str]:
         """Return a note if the adapter was trained with a system message and `given` is None; else an empty list."""
@@ -112,7 +113,9 @@ def loaded_model(
         known = all(0 <= token < model.vocab_size for ids in labels.values() for token in ids)
         system = None if record is None else record.system
         decisions, embedding = ({}, {}) if record is None else (record.decisions, record.embedding)
-        yield LoadedModel(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding)
+        yield LoadedModel(
+            *(model, tokenizer, stop_ids, notes, labels if known else {}, system, decisions, embedding, source.path)
+        )
 
 
 _Loaded = tuple[Completer, tuple[str, ...], AdapterRecord | None]

@@ -201,4 +201,5 @@ def _export_merged(options: ExportOptions, output: Path, prover: Prover) -> None
             record = None if options.adapter is None else read_adapter_directory(options.adapter).record
             write_modelfile(path, f"./{MODEL_FILE}", system=record.system if record else None)
         else:
-            merge_adapter(options, path, prover, gguf=options.to == "gguf", decision=options.decision)
+            vectors = options.to == "sentence-transformers"
+            merge_adapter(options, path, prover, gguf=options.to == "gguf", decision=options.decision, vectors=vectors)

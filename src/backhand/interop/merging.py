@@ -30,6 +30,7 @@ from backhand.interop.options import (
     given,
 )
 from backhand.interop.proving import BlockWalk, Prover, difference
+from backhand.interop.sentence_transformers import embedding_of, prove_vectors, write_files
 from backhand.kernels.dequantize import native_dtype
 from backhand.nn.families.config_fields import UnsupportedModel
 from backhand.nn.families.family import DecoderConfig, RotaryConfig
@@ -65,7 +66,13 @@ def merge_command(options: MergeOptions) -> Path:
 
 
 def merge_adapter(
-    options: AdaptedModelOptions, path: Path, prover: Prover, *, gguf: bool, decision: bool = False
+    options: AdaptedModelOptions,
+    path: Path,
+    prover: Prover,
+    *,
+    gguf: bool,
+    decision: bool = False,
+    vectors: bool = False,
 ) -> None:
     """Write the merged model at `path`, which must not exist, and prove it; `export --merge` calls this too.
 
@@ -73,6 +80,7 @@ def merge_adapter(
         options: `output` is ignored.
         gguf: write a GGUF file instead of a Hugging Face directory.
         decision: make the GGUF file a decision model of llama.cpp.
+        vectors: make the directory a model of sentence-transformers.
 
     Raises:
         ArtifactError, CheckError: see `merge_command`.
@@ -84,6 +92,8 @@ def merge_adapter(
         allow_pickle=options.reading.allow_pickle,
     )
     prover.say_notes(opened.loaded)
+    if vectors:
+        embedding_of(opened)  # raises before anything is written
     more = gguf_decision(opened).add_to if decision else None
     base = describe_base(opened.source)
     prover.say(f"base: {base}")
@@ -107,6 +117,9 @@ def merge_adapter(
         )
     print_losses(weights.losses, prover)
     _prove(options, opened, weights, path, prover)
+    if vectors:
+        write_files(path, opened)
+        prove_vectors(path, opened, prover)
     if decision:
         prove_decisions(path, opened, prover, exact=options.dtype == "float32")
 

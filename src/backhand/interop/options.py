@@ -11,7 +11,7 @@ from backhand.bounds import BaseModel, Check, Count, NotNegative, Options, Text
 from backhand.errors import UsageError, short_reason
 from backhand.nn.model_options import AdapterReading
 
-Format = Literal["peft", "gguf", "mlx", "ollama", "kohya"]
+Format = Literal["peft", "gguf", "mlx", "ollama", "kohya", "sentence-transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MergedType = Literal["auto", "float32", "float16", "bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FLOATING: tuple[MergedType, ...] = ("float32", "float16", "bfloat16")
@@ -88,7 +88,8 @@ class ExportOptions(AdaptedModelOptions, Options):
     """Options of `export`."""
 
     to: Format | None = None
-    """Target format: `peft` (also for vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, or `kohya` (diffusion models)."""
+    """Target format: `peft` (also for vLLM), `gguf` (llama.cpp), `ollama`, `mlx`, `kohya` (diffusion models), or
+    `sentence-transformers` (a merged model for vectors)."""
 
     uniform: bool = False
     """With `peft`: one rank and one scaling for all modules, as vLLM requires. Smaller ranks are padded with zeros, and
@@ -117,6 +118,8 @@ class ExportOptions(AdaptedModelOptions, Options):
         for name in ("uniform", "text_model"):
             if getattr(self, name) and (self.to != "peft" or self.merge):
                 raise UsageError(f"{name} applies to adapters in PEFT's format", where=name, next_step="give --to peft")
+        if self.to == "sentence-transformers" and not self.merge:
+            raise UsageError("sentence-transformers loads a merged model", where="to", next_step="give --merge as well")
         if self.decision and self.to != "gguf":
             raise UsageError("a decision model is a GGUF file", where="decision", next_step="give --to gguf")
         if not self.merge and not self.decision:

@@ -50,6 +50,7 @@ from backhand.generation.loading import LoadedModel, loaded_model
 from backhand.loop.certain_replies import certain_replies
 from backhand.loop.decide import evaluate_decisions, print_decisions
 from backhand.loop.decision_scores import DecisionScore
+from backhand.loop.embed import evaluate_vectors_command
 from backhand.loop.evaluate_rewards import evaluate_rewards_command
 from backhand.loop.label_scores import LabelScore, label_score, print_labels
 from backhand.loop.measuring import HeldOut
@@ -363,10 +364,12 @@ def _perplexity(nats: float) -> float:
         return math.inf  # a float64 cannot hold it
 
 
-def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]]:
-    """Run `evaluate` and print a table, or one JSON object with `json`. With `reward`, evaluate rewards instead."""
+def evaluate_command(options: EvaluateOptions) -> Evaluation | Sequence[dict[str, float]] | dict[str, Any]:
+    """Run `evaluate` and print a table, or one JSON object with `json`; or measure rewards or vectors instead."""
     if options.run.reward:
         return evaluate_rewards_command(options.validate())
+    if options.run.vectors:
+        return evaluate_vectors_command(options.validate())
     with working("evaluating"):
         result = evaluate(options)
     if options.run.json:

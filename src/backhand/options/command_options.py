@@ -1,4 +1,4 @@
-"""Options of `backhand evaluate`, `decide`, `plan` and `models`.
+"""Options of `backhand evaluate`, `decide`, `embed`, `mine`, `plan` and `models`.
 
 This file imports no torch, because `--help` imports it.
 """
@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options, Text
-from backhand.data.options import DataOptions, RowSources, TemplateOptions
+from backhand.bounds import Check, Count, CountFromZero, OptionalPath, Options, Share, Text
+from backhand.data.options import DataOptions, RowSources, Sources, TemplateOptions
+from backhand.data.rows import PoolingName
 from backhand.errors import UsageError
 from backhand.generation.options import LabelNames
 from backhand.nn.model_options import BaseModelOptions
@@ -31,6 +32,10 @@ class EvaluateRunOptions(Options):
 
     reward: Annotated[tuple[str, ...], Check(check_names)] = ()
     """Reward functions for greedy answers, measured instead of losses (as in training with `--objective grpo`)."""
+
+    vectors: bool = False
+    """Score the vectors of texts (retrieval, or rank correlation) instead of answers, for rows as in training with
+    `--objective embed`."""
 
     micro_batch_rows: Count = 16
     """Rows per forward pass."""
@@ -59,6 +64,10 @@ class EvaluateOptions(Options):
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     run: EvaluateRunOptions = field(default_factory=EvaluateRunOptions)
+
+    def _check_together(self) -> None:
+        if self.run.vectors and self.run.reward:
+            raise UsageError("vectors and reward are both given", where="vectors", next_step="give one of them")
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,122 @@ class DecideOptions(Options):
             raise UsageError(
                 "there is no state to decide", where="state", next_step="give --state TEXT, or --data FILE"
             )
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """From a text to its vector. Default: as the adapter was trained, else as the model's files say."""
+
+    pooling: PoolingName | None = None
+    """The vector of a text: the hidden state of its `last` token, of its first one (`cls`), or the `mean` of all."""
+
+    query_prompt: str | None = None
+    """Text in front of every query."""
+
+    document_prompt: str | None = None
+    """Text in front of every other text."""
+
+    micro_batch_rows: Count = 16
+    """Texts per forward pass."""
+
+
+@dataclass(frozen=True)
+class EmbedRunOptions:
+    """Adapter and output."""
+
+    adapter: OptionalPath = None  # type: ignore[assignment]
+    """Adapter that was trained with `--objective embed`: a directory. Default: the model alone."""
+
+    prompt: Text | None = None
+    """The column of the texts, or a text with columns in braces. Default: `text`."""
+
+    queries: bool = False
+    """The texts are queries: put the query prompt in front of them, instead of the document prompt."""
+
+    dims: Count | None = None
+    """Cut the vectors to this length, for adapters that were trained with `matryoshka_dims`."""
+
+    output: OptionalPath = None  # type: ignore[assignment]
+    """File for the vectors, in the order of the rows: a NumPy array (texts, size) if the name ends in .npy, else JSON
+    lines. Default: JSON lines on standard output."""
+
+    overwrite: bool = False
+    """Replace the file `output` if it exists."""
+
+
+def _check_data(data: RowSources) -> None:
+    if not data.data:
+        raise UsageError("there is no data", where="data", next_step="give --data FILE")
+
+
+@dataclass(frozen=True)
+class EmbedOptions(Options):
+    """Options of vectors.
+
+    Attributes:
+        run: adapter and output.
+        data: the texts.
+        vectors: from a text to its vector.
+        model: the base model, device and dtype.
+    """
+
+    run: EmbedRunOptions = field(default_factory=EmbedRunOptions)
+    data: RowSources = field(default_factory=RowSources)
+    vectors: VectorOptions = field(default_factory=VectorOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def _check_together(self) -> None:
+        _check_data(self.data)
+
+
+@dataclass(frozen=True)
+class MineRunOptions:
+    """Adapter, negatives and output."""
+
+    adapter: OptionalPath = None  # type: ignore[assignment]
+    """Adapter that computes the vectors: a directory. Default: the model alone."""
+
+    prompt: Text | None = None
+    """The column of the anchors, or a text with columns in braces. Default: `anchor`."""
+
+    completion: Text | None = None
+    """The column of the positives, or a text with columns in braces. Default: `positive`."""
+
+    corpus: Sources = ()  # type: ignore[assignment]
+    """Files with further texts, in a column `text`, that may be negatives, in addition to the positives of all rows."""
+
+    negatives: Count = 1
+    """Largest number of negatives per row."""
+
+    relative_margin: Share = 0.05
+    """Leave out texts whose cosine with the anchor is above that of its positive, or within this share below it. Such
+    texts are often right, but not in the rows."""
+
+    output: OptionalPath = None  # type: ignore[assignment]
+    """File for the rows, one JSON object each. Default: standard output."""
+
+    overwrite: bool = False
+    """Replace the file `output` if it exists."""
+
+
+@dataclass(frozen=True)
+class MineOptions(Options):
+    """Options of mining.
+
+    Attributes:
+        run: adapter, negatives and output.
+        data: rows of anchors and positives.
+        vectors: from a text to its vector.
+        model: the base model, device and dtype.
+    """
+
+    run: MineRunOptions = field(default_factory=MineRunOptions)
+    data: RowSources = field(default_factory=RowSources)
+    vectors: VectorOptions = field(default_factory=VectorOptions)
+    model: BaseModelOptions = field(default_factory=BaseModelOptions)
+
+    def _check_together(self) -> None:
+        _check_data(self.data)
 
 
 @dataclass(frozen=True)

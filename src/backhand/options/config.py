@@ -17,7 +17,7 @@ from backhand.data.options import DataOptions
 from backhand.errors import UsageError, not_utf8
 from backhand.nn.model_options import BaseModelOptions
 from backhand.options.objectives import ObjectiveOptions
-from backhand.options.rewards import SAMPLING, RewardOptions
+from backhand.options.rewards import RewardOptions
 
 Recompute = Literal["auto", "none", "mlp", "block"]
 CacheFrozen = Literal["auto", "memory", "disk", "off"]
@@ -305,29 +305,26 @@ class TrainConfig(Options):
             )
 
     def _check_rewards(self) -> None:
-        objective = self.objective
-        rewarded, given = objective.objective == "grpo", self.rewards.given()
-        unused = [name for name in given if not (rewarded or (objective.samples and name in SAMPLING))]
-        if unused and not self.run.resume:
-            without = "no rewards" if objective.samples else "no rewards and samples no answers"
+        rewarded, given = self.objective.objective == "grpo", self.rewards.given()
+        if given and not rewarded and not self.run.resume:
             raise UsageError(
-                f"{unused[0]} is given, and {objective.objective} has {without}",
-                where=unused[0],
+                f"{given[0]} is given, and {self.objective.objective} has no rewards",
+                where=given[0],
                 next_step="leave it out, or give --objective grpo",
             )
         if rewarded and not self.rewards.reward and not self.run.resume:
             raise UsageError("grpo rewards nothing", where="reward", next_step="give --reward, see docs/rewards.md")
-        if objective.trains_on_samples and self.adapter.dropout:
+        if rewarded and self.adapter.dropout:
             raise UsageError(
                 f"dropout {self.adapter.dropout} would train another model than the one that samples",
                 where="dropout",
                 next_step="leave out --dropout",
             )
-        if objective.samples and self.model.engine == "transformers":
+        if rewarded and self.model.engine == "transformers":
             raise UsageError(
                 "answers are sampled and trained on by the backhand engine alone",
                 where="engine",
-                why="its sampler and its training pass are one computation",
+                why="its sampler and its training pass are one computation, which every step proves",
                 next_step="leave out --engine",
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 from backhand.data.embedding_examples import EmbeddingFormat
@@ -12,6 +11,7 @@ from backhand.data.stored_examples import PreparedData
 from backhand.engines.decoder_engine import DecoderEngine
 from backhand.engines.engine import Engine
 from backhand.errors import DataError, UsageError, not_none
+from backhand.loop.objectives.embed import check_pooling
 from backhand.nn.decoder.adapted_group import HEAD
 from backhand.nn.loading.sentence_transformers import EmbeddingFiles, read_embedding_files
 from backhand.nn.loading.source import ModelSource
@@ -44,8 +44,8 @@ def with_pooling(
         )
     given = options.pooling, options.query_prompt, options.document_prompt
     files = None
-    if None in given and Path(source.path).is_dir():
-        files = read_embedding_files(Path(source.path))
+    if None in given:
+        files = read_embedding_files(source.path)
     files = files or EmbeddingFiles("last", "", "")
     options = replace(
         options,
@@ -53,13 +53,7 @@ def with_pooling(
         query_prompt=files.query_prompt if options.query_prompt is None else options.query_prompt,
         document_prompt=files.document_prompt if options.document_prompt is None else options.document_prompt,
     )
-    if options.pooling == "cls":
-        raise UsageError(
-            "the first token of a text does not see the others in this model",
-            where="pooling",
-            why="its attention is causal, so that all texts would have the same vector",
-            next_step="give --pooling last or mean",
-        )
+    check_pooling(not_none(options.pooling))
     width = engine.config.hidden_size
     if any(size >= width for size in options.matryoshka_dims):
         raise UsageError(

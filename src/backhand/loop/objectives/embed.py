@@ -33,7 +33,7 @@ from backhand.data.packing import RowPacker, micro_batches
 from backhand.data.rows import TextIdentities
 from backhand.distributed.communicator import Communicator
 from backhand.engines.engine import Trainable
-from backhand.errors import not_none
+from backhand.errors import UsageError, not_none
 from backhand.generation.completer import LanguageModel
 from backhand.loop.hidden_state_cache import HiddenStateCache
 from backhand.loop.objectives.objective import Measured, Objective, means
@@ -221,6 +221,17 @@ def excluded_pairs(rows: Sequence[TextIdentities]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
 
 
+def check_pooling(pooling: Pooling) -> None:
+    """Raise UsageError if the vectors of all texts would be equal."""
+    if pooling == "cls":
+        raise UsageError(
+            "the first token of a text does not see the others in this model",
+            where="pooling",
+            why="its attention is causal, so that all texts would have the same vector",
+            next_step="give --pooling last or mean",
+        )
+
+
 def embed_batch(model: object, batch: PackedBatch, pooling: Pooling, dropout_seed: int | None = None) -> Tensor:
     """Return the vectors of a batch, (documents, hidden) float32 or wider on the CPU, without gradients."""
     assert isinstance(model, Decoder), "other engines are refused before"
@@ -237,6 +248,7 @@ def embed_rows(
     *,
     hidden_states: HiddenStateCache | None = None,
     interruptible: bool = False,
+    done: Callable[[], object] = lambda: None,
 ) -> Tensor | None:
     """Return the vectors of all documents of the packer, (documents, hidden), in the order of its rows.
 
@@ -244,6 +256,7 @@ def embed_rows(
         micro_batch_rows: number of rows per forward pass.
         hidden_states: cache of the rows' hidden states.
         interruptible: return None if a process has been asked to stop.
+        done: called after every forward pass.
     """
     groups = micro_batches(range(len(packer.lengths)), packer.lengths, max_rows=micro_batch_rows)
     tokens = [packer.packed_tokens(group) for group in groups]
@@ -253,7 +266,9 @@ def embed_rows(
         later = (groups[own] for own in mine if own > number)
         group = groups[number]
         batch = packer.packed(group, "cpu") if hidden_states is None else hidden_states.packed(group, later)
-        return embed_batch(model, batch.to(model.device), pooling)
+        vectors = embed_batch(model, batch.to(model.device), pooling)
+        done()
+        return vectors
 
     parts = _gathered(processes, tokens, embed, interruptible=interruptible)
     if parts is None:

@@ -1,0 +1,349 @@
+"""Vectors of texts, with or without an adapter: `backhand embed` writes them, `backhand mine` finds hard negatives.
+
+A text becomes a vector as in training: prompt, pooling, and normalization to length 1. The adapter's record says how; a
+model of sentence-transformers says it in its own files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backhand.bounds import check_kind
+from backhand.data.data_report import TruncationStats
+from backhand.data.embedding_examples import EmbeddingEncoder, EmbeddingFormat
+from backhand.data.examples import Example, check_vocabulary
+from backhand.data.options import NamedColumns, RowSources
+from backhand.data.packing import RowPacker
+from backhand.data.raw_rows import RowErrors
+from backhand.data.row_pipeline import RowPipeline
+from backhand.data.rows import EmbeddingRow, PoolingName, Purpose, TextIdentities
+from backhand.data.sources import expand
+from backhand.data.stored_examples import ExampleWriter
+from backhand.data.text_encoder import TextEncoder
+from backhand.distributed.communicator import Communicator
+from backhand.errors import DataError, UsageError, not_none
+from backhand.files import write_atomically
+from backhand.generation.command import check_output
+from backhand.generation.completer import EngineCompleter, require_finite
+from backhand.generation.loading import LoadedModel, loaded_model
+from backhand.loop.objectives.embed import check_pooling, embed_rows
+from backhand.loop.retrieval_scores import score_vectors
+from backhand.nn.loading.sentence_transformers import read_embedding_files
+from backhand.ops.info_nce import BLOCK_SCORES
+from backhand.ops.normalize import normalize_forward
+from backhand.options.command_options import EmbedOptions, EvaluateOptions, MineOptions, VectorOptions
+from backhand.printing import counting
+from backhand.terminal import console_for_tables, table_of, working
+from backhand.words import count_of, show_notes
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A model that computes vectors of texts."""
+
+    loaded: LoadedModel
+    pooling: PoolingName
+    query_prompt: str
+    document_prompt: str
+    max_length: int
+    micro_batch_rows: int
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, options: VectorOptions) -> Embedder:
+        """Return the embedder of a loaded model: as the options say, else its adapter, else its own files.
+
+        Raises:
+            UsageError: the model cannot compute vectors, or nothing says how.
+        """
+        if not isinstance(loaded.model, EngineCompleter):
+            raise UsageError(
+                "vectors need the hidden states of the model, which the transformers engine does not give",
+                where="model",
+                next_step="choose a model that the backhand engine supports (backhand models)",
+            )
+        known: Mapping[str, Any] = loaded.embedding
+        if not known and loaded.path is not None and (files := read_embedding_files(loaded.path)) is not None:
+            known = files._asdict()
+        if options.pooling is None and not known:
+            raise UsageError(
+                "neither the adapter nor the model says how a text becomes a vector",
+                where="pooling",
+                next_step="give --pooling last or mean, or train an adapter with --objective embed",
+            )
+
+        def prompt(name: str) -> str:
+            given: str | None = getattr(options, name)
+            return str(known.get(name, "")) if given is None else given
+
+        pooling = cast("PoolingName", options.pooling or known["pooling"])
+        check_pooling(pooling)
+        return cls(
+            loaded,
+            pooling,
+            prompt("query_prompt"),
+            prompt("document_prompt"),
+            min(int(known.get("max_length", loaded.model.context_tokens)), loaded.model.context_tokens),
+            options.micro_batch_rows,
+        )
+
+    def vectors(self, texts: Sequence[str], *, queries: bool = False, what: str = "texts") -> Tensor:
+        """Return the vectors of texts, (texts, hidden) float32 of length 1.
+
+        Args:
+            queries: put the query prompt in front of the texts, instead of the document prompt.
+            what: name of the texts in the progress line and in errors.
+
+        Raises:
+            DataError: a text has no tokens, or a token that the model does not have.
+            CheckError: the model computes NaN or infinity.
+        """
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        assert isinstance(model, EngineCompleter)
+        prompt = self.query_prompt if queries else self.document_prompt
+        encoder = EmbeddingEncoder(TextEncoder(tokenizer), EmbeddingFormat(self.pooling, "", prompt), self.max_length)
+        stats, writer = TruncationStats(), ExampleWriter()
+        for start in range(0, len(texts), _ROWS_AT_ONCE):
+            some = enumerate(texts[start : start + _ROWS_AT_ONCE], start + 1)
+            for example in encoder.encode([EmbeddingRow((text,), None, f"text {n}") for n, text in some], stats):
+                if not isinstance(example, Example):
+                    raise not_none(example)
+                writer.add(example)
+        if stats.truncated:
+            show_notes([f"{count_of(len(stats.truncated), 'text')} cut to {self.max_length:,} tokens"])
+        examples = writer.stored()
+        check_vocabulary(examples.beyond(model.vocab_size), model.vocab_size, tokenizer)
+        if not len(examples):
+            return torch.zeros(0, model.decoder.config.hidden_size)
+        packer = RowPacker(examples, share_prefixes=model.shares_prefixes)
+        with counting(what, -(-len(texts) // self.micro_batch_rows), "batches") as done:
+            vectors = not_none(
+                embed_rows(model.decoder, packer, self.pooling, self.micro_batch_rows, Communicator(), done=done)
+            )
+        require_finite(vectors)
+        return normalize_forward(vectors)[0].float()
+
+
+def embed(options: EmbedOptions) -> Tensor:
+    """Return the vectors of the texts of files, (texts, size) float32 of length 1, in the order of the rows.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the texts, the model or the adapter cannot be used.
+    """
+    check_kind("options", options, EmbedOptions)
+    options.validate()
+    run = options.run
+    with loaded_model(options.model, run.adapter) as loaded:
+        show_notes(loaded.notes)
+        embedder = Embedder.of(loaded, options.vectors)
+        texts = [row.texts[0] for row in _rows(options.data, NamedColumns(prompt=run.prompt), "texts")]
+        vectors = embedder.vectors(texts, queries=run.queries)
+    if run.dims is None:
+        return vectors
+    if run.dims > vectors.shape[1]:
+        raise UsageError(f"the vectors of this model have {vectors.shape[1]:,} numbers", where="dims")
+    return normalize_forward(vectors[:, : run.dims])[0]
+
+
+def embed_command(options: EmbedOptions) -> Tensor:
+    """Run `embed`, and write an array or JSON lines."""
+    output = options.run.output
+    check_output(output, overwrite=options.run.overwrite)
+    with working("embedding"):
+        vectors = embed(options)
+    if output is not None and output.suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, vectors.numpy(), allow_pickle=False)
+        write_atomically(output, buffer.getvalue())
+        return vectors
+    lines = "".join(json.dumps({"embedding": vector}) + "\n" for vector in vectors.tolist())
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        write_atomically(output, lines.encode())
+    return vectors
+
+
+def _rows(data: RowSources, named: NamedColumns, purpose: Purpose) -> list[EmbeddingRow]:
+    """Return all valid rows of the files."""
+    bad = RowErrors(data.skip_bad)
+    pipeline = RowPipeline(data, named, None, bad, purpose)
+    rows: list[EmbeddingRow] = []
+    for name in expand(data.data):
+        for row in pipeline.open_file(name)[2]:
+            if len(rows) == data.max_rows:
+                break
+            assert isinstance(row, EmbeddingRow)
+            rows.append(row)
+    if bad.count:
+        show_notes([f"{count_of(bad.count, 'malformed row')} left out, the first: {bad.errors[0].one_line}"])
+    if not rows:
+        raise DataError("there is no row", where=", ".join(data.data))
+    return rows
+
+
+def evaluate_vectors(options: EvaluateOptions) -> dict[str, Any]:
+    """Score the vectors of the base model and, if an adapter is given, of the adapted model on rows.
+
+    Returns:
+        `rows`, and for `base` and `adapted` their `retrieval` (`loop.retrieval_scores`); None without an adapter.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
+    """
+    run, data = options.run, options.data
+    rows = _rows(data, NamedColumns(prompt=data.prompt, completion=data.completion), "embeddings")
+    texts = list(dict.fromkeys(text for row in rows for text in row.texts))
+    number_of = {text: number for number, text in enumerate(texts)}
+    identities = [TextIdentities(tuple(number_of[text] for text in row.texts), row.score) for row in rows]
+    # An anchor has another prompt than the same text as a positive. Both texts of a scored pair are documents.
+    asked = list(dict.fromkeys(row.texts[0] for row in rows if row.score is None))
+    query_of = {text: number for number, text in enumerate(asked)}
+    result: dict[str, Any] = {"rows": len(rows), "base": None, "adapted": None}
+    with loaded_model(options.model, run.adapter) as loaded:
+        show_notes(loaded.notes)
+        embedder = Embedder.of(loaded, VectorOptions(micro_batch_rows=run.micro_batch_rows))
+        for adapter in (False,) if run.adapter is None else (False, True):
+            loaded.model.use_adapter(adapter)
+            name = "adapted" if adapter else "base"
+            documents = embedder.vectors(texts, what=f"{name} model: texts")
+            queries = embedder.vectors(asked, queries=True, what=f"{name} model: anchors")
+            vectors = [
+                queries[query_of[text]] if row.score is None and place == 0 else documents[number_of[text]]
+                for row in rows
+                for place, text in enumerate(row.texts)
+            ]
+            result[name] = {"retrieval": score_vectors(identities, torch.stack(vectors)).to_json()}
+    return result
+
+
+def evaluate_vectors_command(options: EvaluateOptions) -> dict[str, Any]:
+    """Run `evaluate_vectors` and print a table, or one JSON object with `json`."""
+    with working("evaluating"):
+        result = evaluate_vectors(options)
+    if options.run.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return result
+    measured = {name: result[name]["retrieval"] for name in ("base", "adapted") if result[name]}
+    names = list(measured["base"]["intervals"])
+    of_what = f"{measured['base']['queries']:,} pairs with scores"
+    if measured["base"]["candidates"]:
+        of_what = f"{measured['base']['queries']:,} anchors among {measured['base']['candidates']:,} candidates"
+    shown = table_of("model", *names, right=names, title=of_what)
+    for name, scores in measured.items():
+        cells = []
+        for score in names:
+            low, high = scores["intervals"][score]
+            cells.append(f"{scores[score]:.3f} ({low:.3f} to {high:.3f})")
+        shown.add_row(name, *cells)
+    console_for_tables().print(shown)
+    return result
+
+
+def mine(options: MineOptions) -> list[dict[str, str]]:
+    """Return the rows with the hardest negatives of each anchor.
+
+    The candidates are all different positives, and the texts of `corpus`. The hardest are those with the highest
+    cosine, except positives of the anchor, the anchor itself, and candidates that are nearly as near as the positive
+    (`relative_margin`), which are often unlabelled positives [arXiv:2407.15831, §4.2].
+
+    Returns:
+        rows with anchor, positive and up to K negatives, in the order of the rows.
+
+    Raises:
+        UsageError, DataError, ArtifactError: an option, the rows, the model or the adapter cannot be used.
+    """
+    check_kind("options", options, MineOptions)
+    options.validate()
+    run = options.run
+    rows = _rows(options.data, NamedColumns(prompt=run.prompt, completion=run.completion), "embeddings")
+    if scored := [row for row in rows if row.score is not None]:
+        raise DataError(
+            "a pair with a score has no negatives", where=scored[0].source, next_step="give rows of anchor and positive"
+        )
+    corpus = [row.texts[1] for row in rows]
+    if run.corpus:
+        corpus += [row.texts[0] for row in _rows(RowSources(data=run.corpus), NamedColumns(), "texts")]
+    candidates, anchors = list(dict.fromkeys(corpus)), list(dict.fromkeys(row.texts[0] for row in rows))
+    with loaded_model(options.model, run.adapter) as loaded:
+        show_notes(loaded.notes)
+        embedder = Embedder.of(loaded, options.vectors)
+        of_candidates = embedder.vectors(candidates, what="candidates")
+        of_anchors = embedder.vectors(anchors, queries=True, what="anchors")
+    place_of = {text: place for place, text in enumerate(candidates)}
+    positives: dict[str, list[int]] = {}
+    for row in rows:
+        positives.setdefault(row.texts[0], []).append(place_of[row.texts[1]])
+    mined = hardest(
+        of_anchors,
+        of_candidates,
+        [positives[anchor] for anchor in anchors],
+        [place_of.get(anchor) for anchor in anchors],
+        run.negatives,
+        run.relative_margin,
+    )
+    found = dict(zip(anchors, mined, strict=True))
+    return [
+        {
+            "anchor": row.texts[0],
+            "positive": row.texts[1],
+            **{f"negative_{n}": candidates[place] for n, place in enumerate(found[row.texts[0]], 1)},
+        }
+        for row in rows
+    ]
+
+
+def hardest(
+    anchors: Tensor,
+    candidates: Tensor,
+    positives: Sequence[Sequence[int]],
+    own: Sequence[int | None],
+    count: int,
+    relative_margin: float,
+) -> Iterator[list[int]]:
+    """Yield the hardest negatives of each anchor, at most `count`, by exact search in blocks of anchors.
+
+    Args:
+        anchors, candidates: unit vectors, (anchors, size) and (candidates, size).
+        positives: per anchor, its positives among the candidates.
+        own: per anchor, the candidate with the same text, or None.
+        relative_margin: leave out candidates with a cosine above (1 - margin) times that of the nearest positive.
+    """
+    size, count = max(1, BLOCK_SCORES // max(1, len(candidates))), min(count, len(candidates))
+    for start in range(0, len(anchors), size):
+        scores = anchors[start : start + size] @ candidates.T
+        for number, of_anchor in enumerate(scores, start):
+            right = list(positives[number])
+            limit = float(of_anchor[right].max()) * (1 - relative_margin)
+            of_anchor[of_anchor > limit] = -torch.inf
+            same = own[number]
+            of_anchor[right if same is None else [*right, same]] = -torch.inf
+        best, places = scores.topk(count, dim=1)
+        for values, row in zip(best, places, strict=True):
+            yield row[values > -torch.inf].tolist()
+
+
+def mine_command(options: MineOptions) -> list[dict[str, str]]:
+    """Run `mine`, and write one JSON object per row, to `output` or to standard output."""
+    run = options.run
+    check_output(run.output, overwrite=run.overwrite)
+    with working("mining"):
+        rows = mine(options)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if run.output is None:
+        sys.stdout.write(text)
+    else:
+        write_atomically(run.output, text.encode())
+    full = sum(len(row) == 2 + run.negatives for row in rows)
+    show_notes([f"{full:,} of {count_of(len(rows), 'row')} have {count_of(run.negatives, 'negative')}"])
+    return rows
